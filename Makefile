@@ -1,0 +1,35 @@
+# One command each; CI runs the same ones.
+VENV := .venv
+PY := $(VENV)/bin/python
+PROTOS := $(shell find protos -name '*.proto' | sort)
+
+.PHONY: setup generate check test test-split demo bench crash-test clean
+
+# Installs what is needed by name and creates .venv; running it again changes nothing.
+setup:
+	@./setup.sh
+
+generate: setup
+	@$(PY) protos/generate.py
+
+check: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(PY) protos/generate.py --check
+
+test: setup
+	$(PY) -m pytest tests
+
+demo: setup
+	@$(PY) tests/e2e/demo.py
+
+bench: setup
+	@$(PY) tests/bench/bench.py
+
+crash-test: setup
+	@$(PY) tests/e2e/crash_test.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

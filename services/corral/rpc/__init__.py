@@ -1,0 +1,1 @@
+"""What every gRPC service shares: addresses, errors, call context, hosting and client channels."""

@@ -1,0 +1,79 @@
+"""Who is calling: the namespace and the request id of the call that is being served.
+
+Both travel as gRPC metadata. The server interceptor sets them once per call; code below reads them, and channels of
+corral.rpc.channel forward them, so one request id names the whole tree of calls that a user's command caused.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from corral.rpc.errors import InvalidArgument
+
+NAMESPACE_KEY = "corral-namespace"
+REQUEST_ID_KEY = "corral-request-id"
+DEFAULT_NAMESPACE = "default"
+ID_PATTERN = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One RPC being served, or code run on behalf of one."""
+
+    namespace: str
+    request_id: str
+    method: str = ""
+
+
+# The log processor of corral.daemon reads this too: one variable set per call costs less than binding each key.
+current_call: ContextVar[Call | None] = ContextVar("corral_call", default=None)
+
+
+def current_namespace() -> str:
+    """The namespace of the call being served; `default` outside of any call."""
+    call = current_call.get()
+    return DEFAULT_NAMESPACE if call is None else call.namespace
+
+
+def current_request_id() -> str:
+    """The request id of the call being served; empty outside of any call."""
+    call = current_call.get()
+    return "" if call is None else call.request_id
+
+
+def new_request_id() -> str:
+    """An id no other request has, in practice."""
+    return os.urandom(8).hex()
+
+
+@contextmanager
+def in_namespace(namespace: str, *, request_id: str = "") -> Iterator[None]:
+    """Act on behalf of `namespace`, for work that no RPC started (recovery, restart policies, timers)."""
+    token = current_call.set(Call(check_namespace(namespace), request_id or current_request_id() or new_request_id()))
+    try:
+        yield
+    finally:
+        current_call.reset(token)
+
+
+def check_id(value: str, what: str) -> str:
+    """`value`, if it is a valid id and so a safe path component; `what` names it in the error.
+
+    Raises InvalidArgument.
+    """
+    if ID_PATTERN.fullmatch(value) is None:
+        problem = "is empty" if not value else f"{value[:140]!r} is not valid"
+        raise InvalidArgument(
+            f"{what} {problem}: it must begin with a letter or digit, followed by at most 127 letters, digits, '_', '.' or '-'",
+            reason="BAD_ID",
+            metadata={"what": what},
+        )
+    return value
+
+
+def check_namespace(value: str) -> str:
+    """`value`, if it is a valid namespace. Raises InvalidArgument."""
+    return check_id(value, "namespace")

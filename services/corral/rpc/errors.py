@@ -1,0 +1,205 @@
+"""The error tree, and its mapping to and from gRPC status.
+
+A servicer raises one of the kinds below with a sentence the user can act on; the server interceptor turns it into a status
+with a google.rpc.ErrorInfo detail; a channel of corral.rpc.channel turns that back into the same kind on the other side.
+Source: google.rpc.Code, google/rpc/error_details.proto, gRPC "Richer error model".
+"""
+
+import errno
+import os
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar
+
+import grpc
+
+if TYPE_CHECKING:
+    from google.rpc.error_details_pb2 import ErrorInfo
+
+DOMAIN = "corral"
+DETAILS_KEY = "grpc-status-details-bin"
+# gRPC refuses more than 8 KiB of metadata, percent-encoding may triple the message, and the details repeat it.
+MAX_MESSAGE_CHARS = 1200
+MAX_METADATA_CHARS = 200
+
+_NO_METADATA: Mapping[str, str] = MappingProxyType({})
+
+
+class CorralError(Exception):
+    """One of the kinds below. `message` is a sentence for the user, with the remedy; `reason` is a stable
+    UPPER_SNAKE word for programs; `metadata` names the objects concerned."""
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
+
+    def __init__(self, message: str, *, reason: str = "", metadata: Mapping[str, str] = _NO_METADATA) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason
+        self.metadata = dict(metadata)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class InvalidArgument(CorralError):
+    """The request can never succeed as it is."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class NotFound(CorralError):
+    """The named object does not exist in this namespace."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class AlreadyExists(CorralError):
+    """The name is taken."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+
+
+class FailedPrecondition(CorralError):
+    """The object is not in a state that allows the call."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class PermissionDenied(CorralError):
+    """The caller, or corral itself, may not do this."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
+class ResourceExhausted(CorralError):
+    """Disk, addresses, memory or another quota ran out."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class Unavailable(CorralError):
+    """Nobody answers now; the same call may succeed later."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class Internal(CorralError):
+    """A fault of corral."""
+
+    code = grpc.StatusCode.INTERNAL
+
+
+class Unimplemented(CorralError):
+    """This corral, or this kernel, does not offer it."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+
+
+KINDS: tuple[type[CorralError], ...] = (
+    InvalidArgument,
+    NotFound,
+    AlreadyExists,
+    FailedPrecondition,
+    PermissionDenied,
+    ResourceExhausted,
+    Unavailable,
+    Internal,
+    Unimplemented,
+)
+
+_KIND_OF_CODE: Mapping[grpc.StatusCode, type[CorralError]] = MappingProxyType(
+    {kind.code: kind for kind in KINDS}
+    | {
+        # Codes that corral never sends but a proxy or the gRPC library may.
+        grpc.StatusCode.CANCELLED: Unavailable,
+        grpc.StatusCode.DEADLINE_EXCEEDED: Unavailable,
+        grpc.StatusCode.ABORTED: FailedPrecondition,
+        grpc.StatusCode.OUT_OF_RANGE: InvalidArgument,
+        grpc.StatusCode.UNAUTHENTICATED: PermissionDenied,
+        grpc.StatusCode.DATA_LOSS: Internal,
+        grpc.StatusCode.UNKNOWN: Internal,
+    }
+)
+
+_KIND_OF_ERRNO: Mapping[int, type[CorralError]] = MappingProxyType(
+    {
+        errno.ENOSPC: ResourceExhausted,
+        errno.EDQUOT: ResourceExhausted,
+        errno.EMFILE: ResourceExhausted,
+        errno.ENFILE: ResourceExhausted,
+        errno.ENOMEM: ResourceExhausted,
+    }
+)
+
+type Trailers = tuple[tuple[str, str | bytes], ...]
+
+
+def from_os_error(e: OSError, doing: str) -> CorralError:
+    """The kind that fits a system call's failure, with one sentence that begins with `doing`."""
+    kind = _KIND_OF_ERRNO.get(e.errno or 0, Internal)
+    where = f": {os.fsdecode(e.filename)}" if isinstance(e.filename, str | bytes) else ""
+    return kind(f"{doing}: {e.strerror or e}{where}", reason=errno.errorcode.get(e.errno or 0, "OS_ERROR"))
+
+
+def to_status(error: CorralError) -> tuple[grpc.StatusCode, str, Trailers]:
+    """Code, message and trailing metadata that carry `error` over the wire."""
+    message = _shorten(error.message, MAX_MESSAGE_CHARS)
+    if not error.reason and not error.metadata:
+        return error.code, message, ()
+    from google.rpc import error_details_pb2, status_pb2  # 36 ms to import, and only failing calls need it
+
+    info = error_details_pb2.ErrorInfo(
+        reason=error.reason,
+        domain=DOMAIN,
+        metadata={key: _shorten(value, MAX_METADATA_CHARS) for key, value in error.metadata.items()},
+    )
+    number, _ = error.code.value
+    status = status_pb2.Status(code=number, message=message)
+    status.details.add().Pack(info)
+    return error.code, message, ((DETAILS_KEY, status.SerializeToString()),)
+
+
+def from_rpc_error(error: grpc.RpcError, *, address: str = "") -> CorralError:
+    """The error that the other side raised, or what the gRPC library says went wrong on the way."""
+    code = error.code()
+    message = error.details() or code.name.replace("_", " ").lower()
+    kind = _KIND_OF_CODE.get(code, Internal)
+    info = _error_info(error)
+    if info is not None:
+        return kind(message, reason=info.reason, metadata=dict(info.metadata))
+    if code is grpc.StatusCode.UNAVAILABLE and _came_from_library(message):
+        where = f" at {address}" if address else ""
+        return Unavailable(f"cannot reach corral{where}: is corrald running? ({message})", reason="UNREACHABLE")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return Unavailable(f"no answer within the deadline{f' from {address}' if address else ''}", reason=code.name)
+    return kind(message, reason="" if kind.code is code else code.name)
+
+
+def _came_from_library(message: str) -> bool:
+    """Whether an UNAVAILABLE without details was made by gRPC's transport; it then reads like a stack of layers."""
+    marks = ("failed to connect", "Socket closed", "Connection", "connect", "GOAWAY", "recvmsg", "sendmsg", "DNS")
+    return any(mark in message for mark in marks)
+
+
+def _error_info(error: grpc.RpcError) -> "ErrorInfo | None":
+    for key, value in error.trailing_metadata() or ():
+        if key == DETAILS_KEY and isinstance(value, bytes):
+            return _parse_error_info(value)
+    return None
+
+
+def _parse_error_info(data: bytes) -> "ErrorInfo | None":
+    from google.protobuf.message import DecodeError
+    from google.rpc import error_details_pb2, status_pb2
+
+    info = error_details_pb2.ErrorInfo()
+    try:
+        details = status_pb2.Status.FromString(data).details
+        found = any(detail.Unpack(info) for detail in details if detail.Is(info.DESCRIPTOR))
+    except DecodeError:
+        return None
+    return info if found and info.domain == DOMAIN else None
+
+
+def _shorten(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

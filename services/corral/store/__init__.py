@@ -1,0 +1,24 @@
+"""What must not be lost: SQLite with numbered migrations, the journal of events, files that outlive a process, locks."""
+
+from corral.kernel.failpoint import failpoint
+from corral.store.database import ConstraintError, Database, Duplicate, Referenced, Row, Snapshot, Transaction
+from corral.store.files import Lock, LockHeld, atomic_write
+from corral.store.journal import GAP_TOPIC, JSON, Event, Journal
+
+__all__ = [
+    "GAP_TOPIC",
+    "JSON",
+    "ConstraintError",
+    "Database",
+    "Duplicate",
+    "Event",
+    "Journal",
+    "Lock",
+    "LockHeld",
+    "Referenced",
+    "Row",
+    "Snapshot",
+    "Transaction",
+    "atomic_write",
+    "failpoint",
+]

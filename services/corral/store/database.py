@@ -1,0 +1,256 @@
+"""One SQLite file: one writer thread, many readers, numbered migrations, and the journal in the same transactions.
+
+Writes go through one thread that runs every function waiting for it in one transaction, each under its own savepoint: a
+failing one undoes only itself, and all share one commit (one fsync, if durable). Nobody blocks the event loop and
+"database is locked" cannot happen.
+
+Measured on the 2-core machine of the budgets, per write of one row and one journal row: see ARCHITECTURE.md ("store").
+"""
+
+import asyncio
+import contextvars
+import sqlite3
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from corral.kernel.failpoint import failpoint
+from corral.store.journal import BASE_SCHEMA, JSON, Journal, append
+from corral.store.pending import Pending
+from corral.store.sql import ConstraintError, Duplicate, Referenced, Row, SqlValue, execute, opened, translated
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["ConstraintError", "Database", "Duplicate", "Referenced", "Row", "Snapshot", "Transaction"]
+
+MAX_GROUP = 128
+READER_THREADS = 4
+type Params = Sequence[SqlValue] | Mapping[str, SqlValue]
+
+
+class Snapshot:
+    """One consistent view of the database, valid inside the function it was given to."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def execute(self, sql: str, params: Params = ()) -> list[Row]:
+        """Run one statement; returns its rows, each indexable by column name.
+
+        Raises Duplicate, Referenced, ConstraintError, OSError(ENOSPC) on a full disk.
+        """
+        return execute(self._connection, sql, params)
+
+    def one(self, sql: str, params: Params = ()) -> Row | None:
+        """The first row, or None."""
+        rows = self.execute(sql, params)
+        return rows[0] if rows else None
+
+
+class Transaction(Snapshot):
+    """A snapshot that may also write; all of it happens, or, if the function raises, none."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        super().__init__(connection)
+        self.journalled = 0
+
+    def journal(self, topic: str, subject: str, payload: Mapping[str, JSON] | None = None, *, namespace: str) -> int:
+        """Append an event that becomes visible with this transaction; returns its sequence number."""
+        self.journalled += 1
+        return append(self._connection, namespace, topic, subject, payload or {})
+
+
+class Database:
+    """See the module. Usable from any thread and any event loop."""
+
+    def __init__(self, path: Path, migrations: Sequence[str], *, durable: bool, journal_keep: int = 100_000) -> None:
+        """Open or create the file and bring its schema up to date: `migrations[n]` takes version n to n + 1.
+
+        durable=False survives any kill of the process but may lose the last moments at a power loss.
+        Raises OSError if it cannot be opened, ValueError if a newer corral wrote it.
+        """
+        self.path = path
+        self._durable = durable
+        self._writer = opened(path, durable=durable)
+        try:
+            migrate(self._writer, path, migrations)
+        except BaseException:
+            self._writer.close()
+            raise
+        self._pending: SimpleQueue[Pending | None] = SimpleQueue()
+        self._idle_readers: list[sqlite3.Connection] = []
+        self._reading = ThreadPoolExecutor(READER_THREADS, thread_name_prefix=f"read-{path.stem}")
+        self._closed = False
+        self.journal = Journal(self, keep=journal_keep)
+        self._thread = threading.Thread(target=self._run_writer, name=f"write-{path.stem}", daemon=True)
+        self._thread.start()
+
+    # Writing
+
+    async def write[T](self, fn: Callable[[Transaction], T]) -> T:
+        """Run `fn` in a transaction and return its result once that is committed.
+
+        `fn` runs on the writer thread with the caller's context variables: only SQL and arithmetic belong there.
+        If the caller is cancelled before `fn` began nothing happens; later than that it still commits.
+        """
+        pending, future = Pending.for_loop(fn)
+        self._put(pending)
+        return await future
+
+    def write_sync[T](self, fn: Callable[[Transaction], T]) -> T:
+        """write() for start-up code and other threads; blocks the caller."""
+        pending, future = Pending.for_thread(fn)
+        self._put(pending)
+        return future.result()
+
+    def _put(self, pending: Pending) -> None:
+        if self._closed:
+            raise RuntimeError(f"{self.path} is closed")
+        self._pending.put(pending)
+
+    def _run_writer(self) -> None:
+        while True:
+            group, last = self._take_group()
+            if group:
+                self._run_group(group)
+            if last:
+                return
+
+    def _take_group(self) -> tuple[list[Pending], bool]:
+        """Everything that waits now, at least one; and whether the database is being closed."""
+        first = self._pending.get()
+        if first is None:
+            return [], True
+        group = [first]
+        while len(group) < MAX_GROUP and not self._pending.empty():
+            following = self._pending.get()
+            if following is None:
+                return group, True
+            group.append(following)
+        return group, False
+
+    def _run_group(self, group: list[Pending]) -> None:
+        """One transaction for the group. A member that fails is undone alone; a failing commit fails them all."""
+        started = [pending for pending in group if pending.begin()]
+        journalled = 0
+        try:
+            with translated():
+                self._writer.execute("BEGIN IMMEDIATE")
+            for pending in started:
+                journalled += self._run_member(pending, alone=len(started) == 1)
+            if self._writer.in_transaction:
+                failpoint("store.before_commit")
+                with translated():
+                    self._writer.execute("COMMIT")
+                failpoint("store.after_commit")
+        except BaseException as e:
+            if self._writer.in_transaction:
+                self._writer.execute("ROLLBACK")
+            for pending in started:
+                pending.fail(e)
+            journalled = 0
+        for pending in started:
+            pending.settle()
+        if journalled:
+            self.journal.written(journalled)
+
+    def _run_member(self, pending: Pending, *, alone: bool) -> int:
+        """Run one member's function; returns how many events it journalled."""
+        transaction = Transaction(self._writer)
+        if not alone:
+            self._writer.execute("SAVEPOINT member")
+        try:
+            pending.run(transaction)
+        except BaseException as e:
+            if not self._writer.in_transaction:  # a full disk makes SQLite roll everything back
+                raise
+            if not alone:
+                self._writer.execute("ROLLBACK TO member")
+            else:
+                self._writer.execute("ROLLBACK")
+            pending.fail(e)
+            transaction.journalled = 0
+        if not alone:
+            self._writer.execute("RELEASE member")
+        return transaction.journalled
+
+    # Reading
+
+    async def read[T](self, fn: Callable[[Snapshot], T]) -> T:
+        """Run `fn` on a consistent view, on a reader thread: for reads of many rows. See read_sync."""
+        context = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(self._reading, context.run, self.read_sync, fn)
+
+    def read_sync[T](self, fn: Callable[[Snapshot], T]) -> T:
+        """Run `fn` on a consistent view, right here.
+
+        Right on the event loop for a few indexed rows: it takes some 20 us, a thread hop 85, and WAL readers never wait
+        for the writer. Use read() for scans.
+        """
+        with self._reader() as connection:
+            connection.execute("BEGIN")
+            try:
+                return fn(Snapshot(connection))
+            finally:
+                connection.execute("ROLLBACK")
+
+    @contextmanager
+    def _reader(self) -> "Iterator[sqlite3.Connection]":
+        if self._closed:
+            raise RuntimeError(f"{self.path} is closed")
+        try:
+            connection = self._idle_readers.pop()  # atomic under the GIL and in the free-threaded build
+        except IndexError:
+            connection = opened(self.path, durable=self._durable, read_only=True)
+        try:
+            yield connection
+        finally:
+            if self._closed:
+                connection.close()
+            else:
+                self._idle_readers.append(connection)
+
+    # Ending
+
+    def close(self) -> None:
+        """Commit what was asked for, end the threads and close the file; harmless when repeated."""
+        if self._closed:
+            return
+        self._closed = True
+        self._pending.put(None)
+        self._thread.join()
+        self._reading.shutdown(wait=True)
+        self.journal.close()
+        while self._idle_readers:
+            self._idle_readers.pop().close()
+        self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[str]) -> None:
+    """Run the migrations the file has not seen, each in a transaction of its own with its number."""
+    [(version,)] = connection.execute("PRAGMA user_version").fetchall()
+    if version > len(migrations):
+        raise ValueError(
+            f"{path} has schema version {version}, this corral knows {len(migrations)}: a newer corral wrote it; install that one"
+        )
+    with translated():
+        connection.executescript(BASE_SCHEMA)
+        for number, script in enumerate(migrations[version:], start=version + 1):
+            try:
+                connection.executescript(f"BEGIN IMMEDIATE;\n{script};\nPRAGMA user_version = {number};\nCOMMIT;")
+            except sqlite3.Error:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise

@@ -1,0 +1,85 @@
+"""Files that outlive a process, and locks that do not."""
+
+import fcntl
+import os
+import secrets
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+
+def atomic_write(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Make `path` hold exactly `data`, durably: a reader, and a machine after power loss, sees the old or the new content.
+
+    Raises OSError; then `path` is unchanged and no temporary file remains.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        try:
+            _write_all(fd, data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make creations, renames and removals in the directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+class LockHeld(Exception):
+    """Somebody else holds the lock; `holder` is the pid it wrote down, or None."""
+
+    def __init__(self, path: Path, holder: int | None) -> None:
+        super().__init__(f"{path} is locked by process {holder}" if holder else f"{path} is locked by another process")
+        self.path = path
+        self.holder = holder
+
+
+class Lock:
+    """An exclusive lock on a file, for one daemon per root; freed by release(), or by the kernel when the process dies.
+
+    flock(2), so two locks exclude each other also inside one process. The file itself stays: removing it would let a third
+    process lock a new file of the same name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises LockHeld at once if it is taken, OSError if the file cannot be made."""
+        self.path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            holder = os.pread(self._fd, 32, 0).strip()
+            os.close(self._fd)
+            raise LockHeld(path, int(holder) if holder.isdigit() else None) from e
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Free the lock; harmless when repeated."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.release()

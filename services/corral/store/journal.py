@@ -1,0 +1,172 @@
+"""The append-only table of what happened, and those who follow it.
+
+An event is appended in the transaction that makes it true (Transaction.journal), so none is lost and none describes what
+did not happen. Followers replay from a sequence number and are then woken by the commit itself; nothing polls.
+"""
+
+import asyncio
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from corral.store.database import Database, Snapshot
+
+type JSON = None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]
+
+# AUTOINCREMENT: a number is never used twice, not even after the newest rows were pruned.
+BASE_SCHEMA = """
+CREATE TABLE IF NOT EXISTS journal (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    time_ns INTEGER NOT NULL,
+    namespace TEXT NOT NULL,
+    topic TEXT NOT NULL,
+    subject TEXT NOT NULL,
+    payload TEXT NOT NULL
+) STRICT;
+"""
+
+GAP_TOPIC = "journal.gap"
+PAGE = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One journal row."""
+
+    seq: int
+    time_ns: int
+    namespace: str
+    topic: str
+    subject: str
+    payload: Mapping[str, JSON]
+
+    @property
+    def is_gap(self) -> bool:
+        """Whether this stands for events that are gone: those between payload["after"] and payload["next"], both exclusive
+        of the ends that were or will be seen. Its seq is that of the last missing one."""
+        return self.topic == GAP_TOPIC
+
+
+def append(
+    connection: sqlite3.Connection, namespace: str, topic: str, subject: str, payload: Mapping[str, JSON]
+) -> int:
+    """Insert one event; returns its sequence number."""
+    from corral.store.sql import execute
+
+    [row] = execute(
+        connection,
+        "INSERT INTO journal (time_ns, namespace, topic, subject, payload) VALUES (?, ?, ?, ?, ?) RETURNING seq",
+        (time.time_ns(), namespace, topic, subject, json.dumps(payload, separators=(",", ":"))),
+    )
+    return int(row[0])
+
+
+class Journal:
+    """The journal of one Database."""
+
+    def __init__(self, database: "Database", *, keep: int) -> None:
+        """Of the events at least the newest `keep` stay."""
+        self._database = database
+        self._keep = keep
+        self._since_pruning = 0
+        self._lock = threading.Lock()
+        self._followers: set[_Follower] = set()
+        self._closed = False
+
+    def last_seq(self) -> int:
+        """The number of the newest event ever written; 0 if there was none."""
+        return self._database.read_sync(_last_seq)
+
+    async def follow(self, after: int, *, namespace: str | None = None) -> AsyncIterator[Event]:
+        """The events numbered above `after`, oldest first, then each new one as it is committed; ends when the database closes.
+
+        namespace=None means all. What is missing, because it was pruned or because `after` is from another life of this
+        file, is reported by an Event with topic `journal.gap` in its place.
+        """
+        follower = _Follower(asyncio.get_running_loop())
+        with self._lock:
+            self._followers.add(follower)
+        try:
+            while not self._closed:
+                follower.woken.clear()
+                events, after, more = self._database.read_sync(lambda snapshot: _page(snapshot, after, namespace))
+                for event in events:
+                    yield event
+                if not more:
+                    await follower.woken.wait()
+        finally:
+            with self._lock:
+                self._followers.discard(follower)
+
+    def written(self, count: int) -> None:
+        """Called by the writer thread after a commit that appended `count` events."""
+        self._wake()
+        self._since_pruning += count
+        if self._since_pruning > max(self._keep // 10, 100):
+            self._since_pruning = 0
+            self._database.prune_journal(self._keep)
+
+    def close(self) -> None:
+        """End every follow()."""
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        with self._lock:
+            followers = tuple(self._followers)
+        for follower in followers:
+            follower.wake()
+
+
+class _Follower:
+    """One follow() that may be asleep."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.woken = asyncio.Event()
+
+    def wake(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self.woken.set)
+        except RuntimeError:
+            pass  # its loop is closed
+
+
+def _last_seq(snapshot: "Snapshot") -> int:
+    row = snapshot.one("SELECT seq FROM sqlite_sequence WHERE name = 'journal'")
+    return 0 if row is None else int(row[0])
+
+
+def _page(snapshot: "Snapshot", after: int, namespace: str | None) -> tuple[list[Event], int, bool]:
+    """Some events after `after`, where to go on, and whether there may be more already."""
+    last = _last_seq(snapshot)
+    events = []
+    if (gap := _gap(snapshot, after, last)) is not None:
+        events.append(gap)
+        after = gap.seq
+    rows = snapshot.execute(
+        "SELECT seq, time_ns, namespace, topic, subject, payload FROM journal"
+        " WHERE seq > ? AND (?2 IS NULL OR namespace = ?2) ORDER BY seq LIMIT ?3",
+        (after, namespace, PAGE),
+    )
+    events += [Event(*row[:5], payload=json.loads(row[5])) for row in rows]
+    full = len(rows) == PAGE
+    return events, (int(rows[-1][0]) if full else max(last, after)), full
+
+
+def _gap(snapshot: "Snapshot", after: int, last: int) -> Event | None:
+    if after > last:  # the reader knows a future that this file does not: it was replaced; start over
+        return _gap_event(after, 0, last)
+    row = snapshot.one("SELECT min(seq) FROM journal")
+    oldest = last + 1 if row is None or row[0] is None else int(row[0])
+    return _gap_event(after, oldest - 1, last) if after < oldest - 1 else None
+
+
+def _gap_event(after: int, resume: int, last: int) -> Event:
+    payload: dict[str, JSON] = {"after": after, "next": resume + 1, "last": last}
+    return Event(resume, time.time_ns(), "", GAP_TOPIC, "", payload)

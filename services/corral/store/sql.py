@@ -1,0 +1,90 @@
+"""The sqlite3 module, with its errors translated: the only place that knows its result codes."""
+
+import errno
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+Row = sqlite3.Row
+type SqlValue = str | bytes | int | float | None
+
+
+class ConstraintError(Exception):
+    """A CHECK or NOT NULL constraint does not hold."""
+
+
+class Duplicate(ConstraintError):
+    """A row with this key exists."""
+
+
+class Referenced(ConstraintError):
+    """A foreign key points to nothing, or something points to this row."""
+
+
+_CONSTRAINTS = {
+    sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY: Duplicate,
+    sqlite3.SQLITE_CONSTRAINT_UNIQUE: Duplicate,
+    sqlite3.SQLITE_CONSTRAINT_ROWID: Duplicate,
+    sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY: Referenced,
+    sqlite3.SQLITE_CONSTRAINT_TRIGGER: Referenced,  # what ON DELETE RESTRICT reports
+}
+_SYSTEM_ERRORS = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR: errno.EIO,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+    sqlite3.SQLITE_NOMEM: errno.ENOMEM,
+}
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn sqlite3's errors into ConstraintError and OSError."""
+    try:
+        yield
+    except sqlite3.Error as e:
+        raise meaning(e) from e
+
+
+def meaning(e: sqlite3.Error) -> Exception:
+    """What the error says about the world; the error itself if that is a mistake in our SQL."""
+    code = getattr(e, "sqlite_errorcode", 0) or 0
+    if isinstance(e, sqlite3.IntegrityError):
+        return _CONSTRAINTS.get(code, ConstraintError)(str(e))
+    number = _SYSTEM_ERRORS.get(code & 0xFF)
+    return e if number is None else OSError(number, f"database: {e}")
+
+
+def opened(path: Path, *, durable: bool, read_only: bool = False) -> sqlite3.Connection:
+    """A connection in WAL mode with foreign keys on, and no implicit transactions. Raises OSError."""
+    try:
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10, cached_statements=256)
+    except sqlite3.Error as e:
+        raise OSError(_SYSTEM_ERRORS.get(e.sqlite_errorcode & 0xFF, errno.EIO), f"database: {e}", str(path)) from e
+    try:
+        connection.row_factory = sqlite3.Row
+        with translated():
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA temp_store = MEMORY")
+            if read_only:
+                connection.execute("PRAGMA query_only = ON")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def execute(
+    connection: sqlite3.Connection, sql: str, params: Sequence[SqlValue] | Mapping[str, SqlValue]
+) -> list[sqlite3.Row]:
+    """One statement and all its rows."""
+    try:
+        return connection.execute(sql, params).fetchall()
+    except sqlite3.Error as e:
+        translation = meaning(e)
+        if translation is e:
+            raise
+        raise translation from e

@@ -1,0 +1,115 @@
+"""Reading and writing cgroup interface files: one open, read or write and close per call, errors that name the file.
+
+Source: kernel cgroup-v2.rst "Interface Files", cgroup-v1/cgroups.rst "Usage Examples and Syntax".
+"""
+
+import os
+from collections.abc import Iterator
+
+_CHUNK = 65536
+
+UNLIMITED = -1
+"""What this library calls "no limit", as the OCI runtime-spec does."""
+
+_V1_UNLIMITED = 0x7FFF_FFFF_FFFF_0000
+"""v1 page counters say "no limit" as LONG_MAX rounded down to a page, whose size is at most 64 KiB."""
+
+
+def read(path: str) -> str:
+    """The whole content of an interface file, without the newline at its end."""
+    return read_bytes(path).decode().rstrip("\n")
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole content of an interface file.
+
+    Raises OSError(ENOENT) if it does not exist and ENODEV if its cgroup was removed meanwhile; both carry the path.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # A short read does not mean the end: seq files return what fits in the kernel's own page.
+        parts = []
+        while part := os.read(fd, _CHUNK):
+            parts.append(part)
+        return b"".join(parts)
+    except OSError as e:
+        raise OSError(e.errno, f"cannot read: {os.strerror(e.errno)}", path) from e
+    finally:
+        os.close(fd)
+
+
+def write(path: str, value: str) -> None:
+    """Write value in one write(2), as cgroup files demand.
+
+    Raises OSError with the kernel's errno, the value and the path in its message.
+    """
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError as e:
+        raise _refused(e.errno, path, value) from e
+    try:
+        os.write(fd, value.encode())
+    except OSError as e:
+        raise _refused(e.errno, path, value) from e
+    finally:
+        os.close(fd)
+
+
+def _refused(number: int, path: str, value: str) -> OSError:
+    return OSError(number, f"cannot write {value.strip()!r}: {os.strerror(number)}", path)
+
+
+def number(text: str) -> int:
+    """The integer of a limit file; "max" and v1's LONG_MAX in pages both mean UNLIMITED.
+
+    >>> number("max"), number("9223372036854771712"), number("42")
+    (-1, -1, 42)
+    """
+    if text == "max":
+        return UNLIMITED
+    value = int(text)
+    return UNLIMITED if value >= _V1_UNLIMITED else value
+
+
+def read_number(path: str, default: int | None = None) -> int:
+    """number() of a file's content; default, if given, when the kernel has no such file."""
+    try:
+        return number(read(path))
+    except FileNotFoundError:
+        if default is None:
+            raise
+        return default
+
+
+def flat_keyed(text: str) -> dict[str, int]:
+    """Parse "KEY VALUE" lines. "max" reads as UNLIMITED.
+
+    >>> flat_keyed("oom 3\\noom_kill 1\\n")
+    {'oom': 3, 'oom_kill': 1}
+    """
+    values = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(" ")
+        if value:
+            values[key] = number(value.strip())
+    return values
+
+
+def nested_keyed(text: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Parse "KEY SUB=VALUE SUB=VALUE" lines, in order.
+
+    >>> list(nested_keyed("8:0 rbytes=1 wbytes=2"))
+    [('8:0', {'rbytes': '1', 'wbytes': '2'})]
+    """
+    for line in text.splitlines():
+        key, *pairs = line.split()
+        yield key, dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+def limit(value: int) -> str:
+    """A limit as v2 files spell it.
+
+    >>> limit(UNLIMITED), limit(7)
+    ('max', '7')
+    """
+    return "max" if value == UNLIMITED else str(value)

@@ -1,0 +1,136 @@
+"""Counting the OOM kills of a cgroup, also after it was removed.
+
+    v2   `memory.events` oom_kill counts the whole subtree; a change makes the file report EPOLLPRI
+    v1   `memory.oom_control` oom_kill counts one cgroup; an eventfd registered in `cgroup.event_control` is
+         signalled at every OOM, before the kill, and once more when the cgroup is removed
+
+Source: kernel cgroup-v2.rst "memory.events"; cgroup-v1/memory.rst "OOM Control".
+"""
+
+import contextlib
+import os
+import select
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
+
+from corral.kernel.cgroup import files, membership
+
+V2_EVENTS = "memory.events"
+V1_OOM_CONTROL = "memory.oom_control"
+V1_EVENT_CONTROL = "cgroup.event_control"
+OOM_KILL = "oom_kill"
+
+_REMOVAL_S = 0.1
+"""How long the kernel's worker may take to signal that a v1 cgroup was removed."""
+
+
+class OomWatch:
+    """A count of OOM kills that an open file keeps reachable. Close it, or use it as a context manager."""
+
+    __slots__ = ("_directory", "_epoll", "_eventfd", "_fd", "_last", "_signals")
+
+    def __init__(self, directory: str, fd: int, eventfd: int) -> None:
+        """Take over both fds; an eventfd of -1 means v2, a fd of -1 that there is nothing to watch."""
+        self._directory, self._fd, self._eventfd = directory, fd, eventfd
+        self._last = self._signals = 0
+        # An epoll fd is itself readable when a file in it has news, so any selector can wait for both versions.
+        self._epoll = select.epoll()
+        if eventfd >= 0:
+            self._epoll.register(eventfd, select.EPOLLIN)
+        elif fd >= 0:
+            self._epoll.register(fd, select.EPOLLPRI)
+
+    @classmethod
+    def open(cls, paths: Iterable[Path]) -> Self:
+        """Watch the one of a cgroup's directories that has a memory controller; without one the count stays 0."""
+        for path in paths:
+            for name in (V2_EVENTS, V1_OOM_CONTROL):
+                try:
+                    fd = os.open(path / name, os.O_RDONLY | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    continue
+                return cls(str(path), fd, -1 if name == V2_EVENTS else _register(path, fd))
+        return cls("", -1, -1)
+
+    def fileno(self) -> int:
+        """A file descriptor that is readable when count() may have changed; call count() to quiet it."""
+        return self._epoll.fileno()
+
+    def count(self) -> int:
+        """How many processes the OOM killer took here so far; the last known answer once the cgroup is gone."""
+        if self._fd < 0:
+            return self._last
+        self._drain()
+        try:
+            kills = files.flat_keyed(os.pread(self._fd, 4096, 0).decode()).get(OOM_KILL, 0)
+            if self._eventfd >= 0:
+                kills += self._below()
+        except OSError as e:
+            if not membership.gone(e):
+                raise
+            kills = self._after_removal()
+        self._last = max(self._last, kills)
+        return self._last
+
+    def close(self) -> None:
+        """Let go of the cgroup. count() keeps its last answer."""
+        if not self._epoll.closed:
+            self._release()
+            self._epoll.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _below(self) -> int:
+        """v1 counts each cgroup apart: add the sub-cgroups that the container made."""
+        total = 0
+        for directory in membership.subtree(self._directory)[1:]:
+            try:
+                total += files.flat_keyed(files.read(f"{directory}/{V1_OOM_CONTROL}")).get(OOM_KILL, 0)
+            except OSError as e:
+                if not membership.gone(e):
+                    raise
+        return total
+
+    def _drain(self) -> None:
+        if self._eventfd >= 0:
+            with contextlib.suppress(BlockingIOError):
+                self._signals += os.eventfd_read(self._eventfd)
+
+    def _after_removal(self) -> int:
+        """What the eventfd still tells: one signal is the removal itself, which may arrive late; more are OOMs."""
+        if self._eventfd >= 0 and self._signals < 2:
+            while self._signals < 2 and self._epoll.poll(_REMOVAL_S):
+                self._drain()
+        kills = max(0, self._signals - 1)
+        self._release()
+        return kills
+
+    def _release(self) -> None:
+        """Forget the files but keep the epoll fd, which the caller's selector may hold."""
+        for fd in (self._fd, self._eventfd):
+            if fd >= 0:
+                # A removed file reports an error to every poll; a forked child may still hold it open.
+                with contextlib.suppress(FileNotFoundError):
+                    self._epoll.unregister(fd)
+                os.close(fd)
+        self._fd = self._eventfd = -1
+
+
+def _register(path: Path, fd: int) -> int:
+    try:
+        eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    except OSError:
+        os.close(fd)
+        raise
+    try:
+        files.write(f"{path}/{V1_EVENT_CONTROL}", f"{eventfd} {fd}")
+    except OSError:
+        os.close(fd)
+        os.close(eventfd)
+        raise
+    return eventfd

@@ -1,0 +1,1 @@
+"""Controllers of cgroup v1, one file each."""

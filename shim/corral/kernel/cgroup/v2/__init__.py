@@ -1,0 +1,1 @@
+"""Controllers of cgroup v2, one file each."""
