@@ -13,14 +13,14 @@ import sqlite3
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from corral.kernel.failpoint import failpoint
-from corral.store.journal import BASE_SCHEMA, JSON, Journal, append
+from corral.store.journal import BASE_SCHEMA, JSON, Journal, append, prune
 from corral.store.pending import Pending
 from corral.store.sql import ConstraintError, Duplicate, Referenced, Row, SqlValue, execute, opened, translated
 
@@ -109,6 +109,11 @@ class Database:
         self._put(pending)
         return future.result()
 
+    def prune_journal(self, keep: int) -> None:
+        """Ask for the removal of all but the newest `keep` events; returns at once."""
+        pending, _ = Pending.for_thread(lambda transaction: prune(transaction.execute, keep))
+        self._pending.put(pending)
+
     def _put(self, pending: Pending) -> None:
         if self._closed:
             raise RuntimeError(f"{self.path} is closed")
@@ -140,18 +145,17 @@ class Database:
         started = [pending for pending in group if pending.begin()]
         journalled = 0
         try:
-            with translated():
-                self._writer.execute("BEGIN IMMEDIATE")
+            execute(self._writer, "BEGIN IMMEDIATE", ())
             for pending in started:
                 journalled += self._run_member(pending, alone=len(started) == 1)
             if self._writer.in_transaction:
                 failpoint("store.before_commit")
-                with translated():
-                    self._writer.execute("COMMIT")
+                execute(self._writer, "COMMIT", ())
                 failpoint("store.after_commit")
-        except BaseException as e:
+        except BaseException as e:  # this thread must live, and every waiting caller must hear
             if self._writer.in_transaction:
-                self._writer.execute("ROLLBACK")
+                with suppress(sqlite3.Error):
+                    self._writer.execute("ROLLBACK")
             for pending in started:
                 pending.fail(e)
             journalled = 0
@@ -222,11 +226,11 @@ class Database:
         """Commit what was asked for, end the threads and close the file; harmless when repeated."""
         if self._closed:
             return
+        self.journal.close()
         self._closed = True
         self._pending.put(None)
         self._thread.join()
         self._reading.shutdown(wait=True)
-        self.journal.close()
         while self._idle_readers:
             self._idle_readers.pop().close()
         self._writer.close()

@@ -9,9 +9,11 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from corral.store.sql import execute
 
 if TYPE_CHECKING:
     from corral.store.database import Database, Snapshot
@@ -56,14 +58,17 @@ def append(
     connection: sqlite3.Connection, namespace: str, topic: str, subject: str, payload: Mapping[str, JSON]
 ) -> int:
     """Insert one event; returns its sequence number."""
-    from corral.store.sql import execute
-
     [row] = execute(
         connection,
         "INSERT INTO journal (time_ns, namespace, topic, subject, payload) VALUES (?, ?, ?, ?, ?) RETURNING seq",
         (time.time_ns(), namespace, topic, subject, json.dumps(payload, separators=(",", ":"))),
     )
     return int(row[0])
+
+
+def prune(run: Callable[[str, tuple[int]], object], keep: int) -> None:
+    """Delete all but the newest `keep` events."""
+    run("DELETE FROM journal WHERE seq <= (SELECT max(seq) FROM journal) - ?", (keep,))
 
 
 class Journal:
@@ -151,8 +156,8 @@ def _page(snapshot: "Snapshot", after: int, namespace: str | None) -> tuple[list
         after = gap.seq
     rows = snapshot.execute(
         "SELECT seq, time_ns, namespace, topic, subject, payload FROM journal"
-        " WHERE seq > ? AND (?2 IS NULL OR namespace = ?2) ORDER BY seq LIMIT ?3",
-        (after, namespace, PAGE),
+        " WHERE seq > :after AND (:namespace IS NULL OR namespace = :namespace) ORDER BY seq LIMIT :page",
+        {"after": after, "namespace": namespace, "page": PAGE},
     )
     events += [Event(*row[:5], payload=json.loads(row[5])) for row in rows]
     full = len(rows) == PAGE

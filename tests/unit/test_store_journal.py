@@ -1,0 +1,99 @@
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from corral.store import GAP_TOPIC, Database, Event
+
+
+@pytest.fixture
+def db(tmp_path: Path):
+    with Database(tmp_path / "x.db", [], durable=False) as database:
+        yield database
+
+
+def add(db: Database, subject: str, namespace: str = "default") -> int:
+    return db.write_sync(lambda tx: tx.journal("box.made", subject, {"n": [1, None]}, namespace=namespace))
+
+
+async def take(db: Database, count: int, after: int = 0, namespace: str | None = None) -> list[Event]:
+    events: list[Event] = []
+    async with asyncio.timeout(5):
+        async for event in db.journal.follow(after, namespace=namespace):
+            events.append(event)
+            if len(events) == count:
+                break
+    return events
+
+
+async def test_follow_replays_in_order_with_everything_that_was_written(db: Database):
+    for subject in "abc":
+        add(db, subject)
+    events = await take(db, 2, after=1)
+    assert [(e.seq, e.subject) for e in events] == [(2, "b"), (3, "c")]
+    assert events[0].payload == {"n": [1, None]}
+    assert (events[0].topic, events[0].namespace) == ("box.made", "default")
+    assert events[0].time_ns > 0
+
+
+async def test_a_follower_is_woken_by_the_commit(db: Database):
+    follower = asyncio.ensure_future(take(db, 3))
+    await asyncio.sleep(0.05)
+    for subject in "abc":
+        await db.write(lambda tx, s=subject: tx.journal("box.made", s, namespace="default"))
+    assert [e.subject for e in await follower] == ["a", "b", "c"]
+
+
+async def test_namespaces_do_not_see_each_other(db: Database):
+    add(db, "a", "one")
+    add(db, "b", "two")
+    add(db, "c", "one")
+    assert [e.subject for e in await take(db, 2, namespace="one")] == ["a", "c"]
+
+
+async def test_a_long_replay_comes_in_pages_without_loss(db: Database):
+    db.write_sync(lambda tx: [tx.journal("t", str(i), namespace="default") for i in range(1000)])
+    assert [e.seq for e in await take(db, 1000)] == list(range(1, 1001))
+    assert [e.seq for e in await take(db, 744, after=256)] == list(range(257, 1001))
+
+
+async def test_pruned_events_are_reported_as_a_gap(db: Database):
+    for i in range(10):
+        add(db, str(i))
+    db.prune_journal(4)
+    gap, *rest = await take(db, 5, after=2)
+    assert gap.is_gap and gap.topic == GAP_TOPIC
+    assert (gap.seq, gap.payload) == (6, {"after": 2, "next": 7, "last": 10})
+    assert [e.seq for e in rest] == [7, 8, 9, 10]
+    assert not (await take(db, 1, after=6))[0].is_gap
+
+
+async def test_the_journal_prunes_itself(tmp_path: Path):
+    with Database(tmp_path / "y.db", [], durable=False, journal_keep=50) as db:
+        for _ in range(5):
+            db.write_sync(lambda tx: [tx.journal("t", "s", namespace="default") for _ in range(101)])
+        kept = db.write_sync(lambda tx: tx.one("SELECT count(*) FROM journal")[0])
+        assert kept <= 50 + 101
+        assert db.journal.last_seq() == 505
+
+
+async def test_a_number_from_another_life_of_the_file_is_a_gap(db: Database):
+    add(db, "a")
+    gap, event = await take(db, 2, after=99)
+    assert gap.is_gap
+    assert event.subject == "a"
+
+
+async def test_numbers_are_not_reused_after_pruning(db: Database):
+    add(db, "a")
+    db.prune_journal(0)
+    assert add(db, "b") == 2
+    assert db.journal.last_seq() == 2
+
+
+async def test_following_ends_when_the_database_closes(tmp_path: Path):
+    db = Database(tmp_path / "z.db", [], durable=False)
+    follower = asyncio.ensure_future(take(db, 1))
+    await asyncio.sleep(0.05)
+    db.close()
+    assert await asyncio.wait_for(follower, 5) == []
