@@ -1,4 +1,4 @@
-"""Reading and writing cgroup interface files: one open, read or write and close per call, errors that name the file.
+"""Reading and writing cgroup interface files: one open, read or write and close per call; errors name the file.
 
 Source: kernel cgroup-v2.rst "Interface Files", cgroup-v1/cgroups.rst "Usage Examples and Syntax".
 """
@@ -23,7 +23,7 @@ def read(path: str) -> str:
 def read_bytes(path: str) -> bytes:
     """The whole content of an interface file.
 
-    Raises OSError(ENOENT) if it does not exist and ENODEV if its cgroup was removed meanwhile; both carry the path.
+    Raises OSError with the path: ENOENT if it does not exist, ENODEV if its cgroup was removed meanwhile.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -33,7 +33,7 @@ def read_bytes(path: str) -> bytes:
             parts.append(part)
         return b"".join(parts)
     except OSError as e:
-        raise OSError(e.errno, f"cannot read: {os.strerror(e.errno)}", path) from e
+        raise OSError(e.errno, f"cannot read: {e.strerror}", path) from e
     finally:
         os.close(fd)
 
@@ -46,17 +46,17 @@ def write(path: str, value: str) -> None:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     except OSError as e:
-        raise _refused(e.errno, path, value) from e
+        raise _refused(e, path, value) from e
     try:
         os.write(fd, value.encode())
     except OSError as e:
-        raise _refused(e.errno, path, value) from e
+        raise _refused(e, path, value) from e
     finally:
         os.close(fd)
 
 
-def _refused(number: int, path: str, value: str) -> OSError:
-    return OSError(number, f"cannot write {value.strip()!r}: {os.strerror(number)}", path)
+def _refused(error: OSError, path: str, value: str) -> OSError:
+    return OSError(error.errno, f"cannot write {value.strip()!r}: {error.strerror}", path)
 
 
 def number(text: str) -> int:

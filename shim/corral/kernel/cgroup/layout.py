@@ -9,7 +9,6 @@ Source: proc_pid_mountinfo(5); kernel cgroup-v2.rst "Mounting".
 
 import enum
 import errno
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ MOUNTINFO = "/proc/self/mountinfo"
 CONTROLLERS_FILE = "cgroup.controllers"
 
 V1_CONTROLLERS = frozenset(
-    "blkio cpu cpuacct cpuset devices freezer hugetlb memory misc net_cls net_prio perf_event pids rdma".split()
+    {"blkio", "cpu", "cpuacct", "cpuset", "devices", "freezer", "hugetlb", "memory"}
+    | {"misc", "net_cls", "net_prio", "perf_event", "pids", "rdma"}
 )
 _V2_NAMES = {"blkio": "io", "cpuacct": "cpu"}
 """Controllers that v2 renamed or folded into another."""
@@ -75,16 +75,17 @@ def detect() -> Layout:
     """
     layout = parse(Path(MOUNTINFO).read_text(), v2_controllers=_enabled)
     if not layout.hierarchies:
-        raise OSError(errno.ENOENT, "no cgroup file system is mounted: mount -t cgroup2 cgroup2 /sys/fs/cgroup", MOUNTINFO)
+        remedy = "mount -t cgroup2 cgroup2 /sys/fs/cgroup"
+        raise OSError(errno.ENOENT, f"no cgroup file system is mounted: {remedy}", MOUNTINFO)
     return layout
 
 
 def _enabled(mount_point: str) -> frozenset[str]:
-    return frozenset(files.read(os.path.join(mount_point, CONTROLLERS_FILE)).split())
+    return frozenset(files.read(f"{mount_point}/{CONTROLLERS_FILE}").split())
 
 
 def parse(mountinfo: str, v2_controllers: Callable[[str], frozenset[str]]) -> Layout:
-    """The layout that a mountinfo text describes; v2_controllers(mount_point) tells a cgroup2 mount's controllers.
+    """The layout that a mountinfo text describes; v2_controllers(mount_point) asks a cgroup2 mount for its own.
 
     Of several mounts of one hierarchy the writable one of the whole tree wins, then the first.
     """
@@ -123,4 +124,3 @@ def _mounts(mountinfo: str) -> Iterator[tuple[Hierarchy, bool]]:
 
 def _unescape(path: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
-

@@ -6,7 +6,7 @@ passed: 7 to 15 ms, measured. Two ways do without that lock, and together they c
     v1   the (single-threaded) process itself writes "0" to `tasks`: about 20 us a hierarchy
     v2   the process is born there, by clone3(CLONE_INTO_CGROUP): no cost
 
-So a launcher splits its paths with birthplace(), hands the v2 directory to clone3, and the child calls join().
+So a launcher splits its paths with birthplace(), gives the v2 directory to clone3, and the child calls join().
 
 Source: kernel/cgroup/cgroup.c cgroup_procs_write_start(); clone(2) CLONE_INTO_CGROUP.
 """
@@ -24,11 +24,11 @@ SELF = 0
 
 
 def birthplace(paths: Iterable[Path]) -> tuple[Path | None, list[Path]]:
-    """Split the directories of a cgroup: the v2 one for CLONE_INTO_CGROUP, and those to join() from inside."""
+    """Split a cgroup's directories: the v2 one, for CLONE_INTO_CGROUP, and those to join() from inside."""
     v2: Path | None = None
     rest = []
     for path in paths:
-        if v2 is None and not os.path.exists(path / TASKS):
+        if v2 is None and not (path / TASKS).exists():
             v2 = path
         else:
             rest.append(path)
@@ -38,8 +38,8 @@ def birthplace(paths: Iterable[Path]) -> tuple[Path | None, list[Path]]:
 def join(paths: Iterable[Path], pid: int = SELF) -> None:
     """Move a process into the given directories, one per hierarchy.
 
-    pid SELF (0) is the caller, who must have a single thread; it is quick but for a v2 directory that the caller was
-    not born in. Any other pid moves with all its threads.
+    pid SELF (0) is the caller, who must have a single thread; it is quick but for a v2 directory that the
+    caller was not born in. Any other pid moves with all its threads.
     Raises OSError naming the file: ESRCH if the process is gone, EBUSY or ENOSPC if the cgroup takes none.
     """
     for path in paths:
@@ -79,7 +79,7 @@ def subtree(directory: str) -> list[str]:
     """A cgroup directory and everything below it, parents before children; [] if it is gone."""
     try:
         # The kernel counts sub-cgroups in st_nlink, which saves listing the files of a leaf.
-        if os.stat(directory).st_nlink <= 2:
+        if Path(directory).stat().st_nlink <= 2:
             return [directory]
         below = sorted(entry.path for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False))
     except OSError as e:

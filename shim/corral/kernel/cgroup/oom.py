@@ -34,7 +34,7 @@ class OomWatch:
         """Take over both fds; an eventfd of -1 means v2, a fd of -1 that there is nothing to watch."""
         self._directory, self._fd, self._eventfd = directory, fd, eventfd
         self._last = self._signals = 0
-        # An epoll fd is itself readable when a file in it has news, so any selector can wait for both versions.
+        # An epoll fd is itself readable when a file in it has news: any selector can wait for it.
         self._epoll = select.epoll()
         if eventfd >= 0:
             self._epoll.register(eventfd, select.EPOLLIN)
@@ -43,7 +43,7 @@ class OomWatch:
 
     @classmethod
     def open(cls, paths: Iterable[Path]) -> Self:
-        """Watch the one of a cgroup's directories that has a memory controller; without one the count stays 0."""
+        """Watch the one of a cgroup's directories that has a memory controller; without one count() is 0."""
         for path in paths:
             for name in (V2_EVENTS, V1_OOM_CONTROL):
                 try:
@@ -58,7 +58,7 @@ class OomWatch:
         return self._epoll.fileno()
 
     def count(self) -> int:
-        """How many processes the OOM killer took here so far; the last known answer once the cgroup is gone."""
+        """How many processes the OOM killer took here; the last known answer once the cgroup is gone."""
         if self._fd < 0:
             return self._last
         self._drain()
@@ -102,7 +102,7 @@ class OomWatch:
                 self._signals += os.eventfd_read(self._eventfd)
 
     def _after_removal(self) -> int:
-        """What the eventfd still tells: one signal is the removal itself, which may arrive late; more are OOMs."""
+        """What the eventfd still tells: one signal is the removal, which may come late; more are OOMs."""
         if self._eventfd >= 0 and self._signals < 2:
             while self._signals < 2 and self._epoll.poll(_REMOVAL_S):
                 self._drain()

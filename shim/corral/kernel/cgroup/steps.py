@@ -1,0 +1,81 @@
+"""Changes to a cgroup as data: planned in full before the first is made, and undone in reverse if one is refused."""
+
+import contextlib
+import errno
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from corral.kernel.cgroup import files
+
+
+class Step(Protocol):
+    """One change."""
+
+    def describe(self) -> str:
+        """What apply() would do, on one line."""
+        ...
+
+    def apply(self) -> "Step":
+        """Make the change and return the step that undoes it. Raises OSError, and then nothing has changed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Write a value to an interface file. Undone by writing back what it held."""
+
+    path: str
+    value: str
+    undo: str | None = None
+    """What to write instead, for files that do not take their own content back."""
+    undo_path: str | None = None
+
+    def describe(self) -> str:
+        """As a shell would do it."""
+        return f"echo {self.value!r} > {self.path}"
+
+    def apply(self) -> Self:
+        """Write, having read the old content."""
+        # An empty write would never reach the kernel; a newline clears a list such as cpuset.cpus.
+        old = self.undo if self.undo is not None else files.read(self.path) or "\n"
+        files.write(self.path, self.value)
+        return type(self)(self.undo_path or self.path, old, self.value, self.path)
+
+
+def run(steps: Sequence[Step]) -> None:
+    """Make all changes or none.
+
+    Raises the OSError of the one that was refused, after the ones before it were taken back.
+    """
+    undo: list[Step] = []
+    try:
+        for step in steps:
+            undo.append(step.apply())
+    except OSError:
+        for step in reversed(undo):
+            with contextlib.suppress(OSError):  # a cgroup removed meanwhile must not hide the cause
+                step.apply()
+        raise
+
+
+def invalid(path: str, why: str) -> OSError:
+    """A value that is refused before the kernel sees it."""
+    return OSError(errno.EINVAL, why, path)
+
+
+def unsupported(path: str, why: str) -> OSError:
+    """A limit that this host cannot give."""
+    return OSError(errno.EOPNOTSUPP, why, path)
+
+
+def check_range(path: str, value: int, low: int, high: int, *, what: str) -> None:
+    """Raise OSError(EINVAL) unless low <= value <= high."""
+    if not low <= value <= high:
+        raise invalid(path, f"{what} must lie between {low} and {high}, not {value}")
+
+
+def check_limit(path: str, value: int, *, what: str) -> None:
+    """Raise OSError(EINVAL) unless value is UNLIMITED or at least 0."""
+    if value < files.UNLIMITED:
+        raise invalid(path, f"{what} must be -1 (no limit) or at least 0, not {value}")
