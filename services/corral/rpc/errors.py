@@ -7,9 +7,9 @@ Source: google.rpc.Code, google/rpc/error_details.proto, gRPC "Richer error mode
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import grpc
 
@@ -182,7 +182,8 @@ def _came_from_library(message: str) -> bool:
 
 
 def _error_info(error: grpc.RpcError) -> "ErrorInfo | None":
-    for key, value in error.trailing_metadata() or ():
+    trailers = cast(Iterable[tuple[str, str | bytes]], error.trailing_metadata() or ())
+    for key, value in trailers:
         if key == DETAILS_KEY and isinstance(value, bytes):
             return _parse_error_info(value)
     return None
@@ -194,8 +195,7 @@ def _parse_error_info(data: bytes) -> "ErrorInfo | None":
 
     info = error_details_pb2.ErrorInfo()
     try:
-        details = status_pb2.Status.FromString(data).details
-        found = any(detail.Unpack(info) for detail in details if detail.Is(info.DESCRIPTOR))
+        found = any(detail.Unpack(info) for detail in status_pb2.Status.FromString(data).details)
     except DecodeError:
         return None
     return info if found and info.domain == DOMAIN else None

@@ -86,7 +86,7 @@ class Database:
         self._pending: SimpleQueue[Pending | None] = SimpleQueue()
         self._idle_readers: list[sqlite3.Connection] = []
         self._reading = ThreadPoolExecutor(READER_THREADS, thread_name_prefix=f"read-{path.stem}")
-        self._closed = False
+        self._open = True
         self.journal = Journal(self, keep=journal_keep)
         self._thread = threading.Thread(target=self._run_writer, name=f"write-{path.stem}", daemon=True)
         self._thread.start()
@@ -115,8 +115,7 @@ class Database:
         self._pending.put(pending)
 
     def _put(self, pending: Pending) -> None:
-        if self._closed:
-            raise RuntimeError(f"{self.path} is closed")
+        self._require_open()
         self._pending.put(pending)
 
     def _run_writer(self) -> None:
@@ -206,8 +205,7 @@ class Database:
 
     @contextmanager
     def _reader(self) -> "Iterator[sqlite3.Connection]":
-        if self._closed:
-            raise RuntimeError(f"{self.path} is closed")
+        self._require_open()
         try:
             connection = self._idle_readers.pop()  # atomic under the GIL and in the free-threaded build
         except IndexError:
@@ -215,25 +213,34 @@ class Database:
         try:
             yield connection
         finally:
-            if self._closed:
-                connection.close()
-            else:
-                self._idle_readers.append(connection)
+            self._idle_readers.append(connection)
+            if not self._open:  # close() went through the list while this one was out
+                self._close_readers()
 
     # Ending
 
     def close(self) -> None:
         """Commit what was asked for, end the threads and close the file; harmless when repeated."""
-        if self._closed:
+        if not self._open:
             return
         self.journal.close()
-        self._closed = True
+        self._open = False
         self._pending.put(None)
         self._thread.join()
         self._reading.shutdown(wait=True)
-        while self._idle_readers:
-            self._idle_readers.pop().close()
+        self._close_readers()
         self._writer.close()
+
+    def _require_open(self) -> None:
+        if not self._open:
+            raise RuntimeError(f"{self.path} is closed")
+
+    def _close_readers(self) -> None:
+        while True:
+            try:
+                self._idle_readers.pop().close()
+            except IndexError:
+                return
 
     def __enter__(self) -> Self:
         return self

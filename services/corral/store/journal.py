@@ -11,9 +11,10 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from corral.store.sql import execute
+from corral.store.sql import Row, execute
 
 if TYPE_CHECKING:
     from corral.store.database import Database, Snapshot
@@ -99,7 +100,8 @@ class Journal:
         try:
             while not self._closed:
                 follower.woken.clear()
-                events, after, more = self._database.read_sync(lambda snapshot: _page(snapshot, after, namespace))
+                read = partial(_page, after=after, namespace=namespace)
+                events, after, more = self._database.read_sync(read)
                 for event in events:
                     yield event
                 if not more:
@@ -159,9 +161,14 @@ def _page(snapshot: "Snapshot", after: int, namespace: str | None) -> tuple[list
         " WHERE seq > :after AND (:namespace IS NULL OR namespace = :namespace) ORDER BY seq LIMIT :page",
         {"after": after, "namespace": namespace, "page": PAGE},
     )
-    events += [Event(*row[:5], payload=json.loads(row[5])) for row in rows]
+    events += [_event(row) for row in rows]
     full = len(rows) == PAGE
     return events, (int(rows[-1][0]) if full else max(last, after)), full
+
+
+def _event(row: Row) -> Event:
+    seq, time_ns, namespace, topic, subject, payload = row
+    return Event(seq, time_ns, namespace, topic, subject, json.loads(payload))
 
 
 def _gap(snapshot: "Snapshot", after: int, last: int) -> Event | None:

@@ -1,0 +1,109 @@
+"""Where a service listens: `unix:///PATH` or `tcp://HOST:PORT`."""
+
+import ipaddress
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import grpc
+
+from corral.rpc.errors import InvalidArgument, Unavailable
+
+# sockaddr_un.sun_path is 108 bytes with its NUL. Source: unix(7).
+MAX_SOCKET_PATH = 107
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Mutual TLS: both sides show a certificate that `ca` signed. PEM files."""
+
+    cert: Path
+    key: Path
+    ca: Path
+
+    def server_credentials(self) -> grpc.ServerCredentials:
+        """Raises OSError if a file cannot be read."""
+        pair = (self.key.read_bytes(), self.cert.read_bytes())
+        return grpc.ssl_server_credentials([pair], self.ca.read_bytes(), require_client_auth=True)
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        """Raises OSError if a file cannot be read."""
+        return grpc.ssl_channel_credentials(self.ca.read_bytes(), self.key.read_bytes(), self.cert.read_bytes())
+
+
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    """A socket in the file system."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return f"unix://{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class TcpAddress:
+    """A host, by name or literal address, and a port; port 0 lets the kernel choose one when listening."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"tcp://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+type Address = UnixAddress | TcpAddress
+
+
+def parse_address(text: str) -> Address:
+    """Raises InvalidArgument, with both forms shown."""
+    try:
+        parts = urlsplit(text)
+        if parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/"):
+            return UnixAddress(Path(parts.path))
+        if parts.scheme == "tcp" and parts.hostname and parts.port is not None and parts.path in ("", "/"):
+            return TcpAddress(parts.hostname, parts.port)
+    except ValueError:
+        pass  # a port that is no number
+    raise InvalidArgument(
+        f"{text!r} is not an address: use unix:///PATH or tcp://HOST:PORT", reason="BAD_ADDRESS"
+    )
+
+
+class Target:
+    """An address in the form that gRPC takes; keeps open what that form needs until close()."""
+
+    def __init__(self, address: Address) -> None:
+        """Raises Unavailable if the directory of a socket with a long path does not exist."""
+        self._directory = -1
+        if isinstance(address, TcpAddress):
+            self.name = str(address).removeprefix("tcp://")
+        elif len(os.fsencode(address.path)) <= MAX_SOCKET_PATH:
+            self.name = f"unix:{address.path}"
+        else:
+            self.name = f"unix:{self._short(address.path)}"
+
+    def _short(self, path: Path) -> str:
+        """The same socket by way of its directory's descriptor: the kernel limits the string, not the path."""
+        try:
+            self._directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as e:
+            raise Unavailable(f"cannot reach unix://{path}: {e.strerror}", reason="UNREACHABLE") from e
+        return f"/proc/self/fd/{self._directory}/{path.name}"
+
+    def close(self) -> None:
+        """Harmless when repeated."""
+        directory, self._directory = self._directory, -1
+        if directory >= 0:
+            os.close(directory)

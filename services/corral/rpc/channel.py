@@ -1,0 +1,180 @@
+"""Client channels that speak corral: calls carry the current namespace and request id, failures are CorralErrors.
+
+A thin wrapper around the multi-callables instead of grpc.aio interceptors: those run each call in a task of its own, which
+costs more than the rest of a call to a neighbour process.
+"""
+
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Self, cast
+
+import grpc
+import grpc.aio
+
+from corral.rpc.address import Target, Tls, parse_address
+from corral.rpc.context import NAMESPACE_KEY, REQUEST_ID_KEY, current_call
+from corral.rpc.errors import from_rpc_error
+
+MAX_MESSAGE_BYTES = 16 << 20
+
+OPTIONS: Sequence[tuple[str, Any]] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),  # an http_proxy variable must not redirect local calls
+    ("grpc.default_authority", "localhost"),  # else a unix path becomes an authority that Go servers refuse
+    # A daemon that restarts is back within a second; gRPC's own default waits for up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 500),
+)
+
+type _Metadata = Iterable[tuple[str, str | bytes]]
+
+
+def open_channel(address: str, *, tls: Tls | None = None) -> grpc.aio.Channel:
+    """A channel to `unix:///PATH` or `tcp://HOST:PORT`; connects when first used. Use within one event loop.
+
+    Calls raise subclasses of CorralError instead of AioRpcError, and carry the current namespace and request id unless the
+    caller passes metadata with those keys. Raises InvalidArgument for a malformed address.
+    """
+    target = Target(parse_address(address))
+    if tls is None:
+        inner = grpc.aio.insecure_channel(target.name, OPTIONS)
+    else:
+        options = [option for option in OPTIONS if option[0] != "grpc.default_authority"]
+        inner = grpc.aio.secure_channel(target.name, tls.channel_credentials(), options)
+    return CorralChannel(inner, target, address)
+
+
+class Channels:
+    """One channel per address, for a composer whose leaves may all share one."""
+
+    def __init__(self, *, tls: Tls | None = None) -> None:
+        self._tls = tls
+        self._open: dict[str, grpc.aio.Channel] = {}
+
+    def get(self, address: str) -> grpc.aio.Channel:
+        """The channel to `address`; see open_channel."""
+        channel = self._open.get(address)
+        if channel is None:
+            channel = self._open[address] = open_channel(address, tls=self._tls)
+        return channel
+
+    async def close(self) -> None:
+        """Close them all; calls that still run are cancelled."""
+        while self._open:
+            _, channel = self._open.popitem()
+            await channel.close()
+
+
+class CorralChannel(grpc.aio.Channel):
+    """See open_channel."""
+
+    def __init__(self, inner: grpc.aio.Channel, target: Target, address: str) -> None:
+        self._inner = inner
+        self._target = target
+        self._address = address
+
+    def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapped(self._inner.unary_unary(*args, **kwargs))
+
+    def unary_stream(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapped(self._inner.unary_stream(*args, **kwargs))
+
+    def stream_unary(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapped(self._inner.stream_unary(*args, **kwargs))
+
+    def stream_stream(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapped(self._inner.stream_stream(*args, **kwargs))
+
+    def _wrapped(self, begin: Callable[..., Any]) -> Callable[..., "_Call"]:
+        address = self._address
+
+        def call(*args: Any, metadata: _Metadata | None = None, **kwargs: Any) -> _Call:
+            return _Call(begin(*args, metadata=_with_context(metadata), **kwargs), address)
+
+        return call
+
+    async def close(self, grace: float | None = None) -> None:
+        await self._inner.close(grace)
+        self._target.close()
+
+    def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
+        return self._inner.get_state(try_to_connect)
+
+    async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
+        await self._inner.wait_for_state_change(last_observed_state)
+
+    async def channel_ready(self) -> None:
+        await self._inner.channel_ready()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+def _with_context(metadata: _Metadata | None) -> tuple[tuple[str, str | bytes], ...]:
+    given = tuple(metadata or ())
+    call = current_call.get()
+    if call is None:
+        return given
+    own = ((NAMESPACE_KEY, call.namespace), (REQUEST_ID_KEY, call.request_id))
+    if not given:
+        return own
+    keys = {key for key, _ in given}
+    return given + tuple(pair for pair in own if pair[0] not in keys)
+
+
+class _Call:
+    """A call in flight, of any of the four kinds; behaves as grpc.aio's, but for the errors it raises."""
+
+    __slots__ = ("_address", "_inner")
+
+    def __init__(self, inner: Any, address: str) -> None:
+        self._inner = inner
+        self._address = address
+
+    def _error(self, e: grpc.aio.AioRpcError) -> Exception:
+        return from_rpc_error(e, address=self._address)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        try:
+            return (yield from self._inner.__await__())
+        except grpc.aio.AioRpcError as e:
+            raise self._error(e) from e
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        try:
+            async for message in self._inner:
+                yield message
+        except grpc.aio.AioRpcError as e:
+            raise self._error(e) from e
+
+    async def read(self) -> Any:
+        try:
+            return await self._inner.read()
+        except grpc.aio.AioRpcError as e:
+            raise self._error(e) from e
+
+    async def write(self, request: Any) -> None:
+        try:
+            await self._inner.write(request)
+        except grpc.aio.AioRpcError as e:
+            raise self._error(e) from e
+
+    async def done_writing(self) -> None:
+        try:
+            await self._inner.done_writing()
+        except grpc.aio.AioRpcError as e:
+            raise self._error(e) from e
+
+    def cancel(self) -> bool:
+        return cast(bool, self._inner.cancel())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)

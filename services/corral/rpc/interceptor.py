@@ -1,0 +1,216 @@
+"""What happens around every RPC: its gate, its namespace and request id, and its errors."""
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+import grpc.aio
+import structlog
+
+from corral.rpc.context import (
+    DEFAULT_NAMESPACE,
+    NAMESPACE_KEY,
+    REQUEST_ID_KEY,
+    Call,
+    check_id,
+    check_namespace,
+    current_call,
+    new_request_id,
+)
+from corral.rpc.errors import CorralError, Internal, Unavailable, Unimplemented, from_os_error, to_status
+
+log = structlog.get_logger()
+
+type _Context = grpc.aio.ServicerContext[Any, Any]
+type _Handler = grpc.RpcMethodHandler[Any, Any]
+
+STOPPING = "corral is stopping; try again when it is back"
+
+
+class Gate:
+    """The door of one hosted service. Calls wait at it until the service has started; they are counted while inside, so
+    that the service can be stopped after the last one left."""
+
+    def __init__(self) -> None:
+        self._decided = asyncio.Event()
+        self._refusal = "not started"
+        self.is_open = False
+        self.inside: set[asyncio.Task[Any]] = set()
+
+    def open(self) -> None:
+        self.is_open = True
+        self._decided.set()
+
+    def shut(self, refusal: str = STOPPING) -> None:
+        """Let nobody in any more, also not those who wait."""
+        self.is_open = False
+        self._refusal = refusal
+        self._decided.set()
+
+    async def wait(self) -> None:
+        """Return once the gate is open. Raises Unavailable if it was shut instead."""
+        await self._decided.wait()
+        if not self.is_open:
+            raise Unavailable(self._refusal, reason="STOPPING")
+
+    async def drain(self, seconds: float) -> None:
+        """Wait for the calls inside; cancel those that are still there after `seconds`."""
+        if self.inside:
+            await asyncio.wait(self.inside, timeout=seconds)
+        remaining = set(self.inside)
+        for task in remaining:
+            task.cancel()
+        if remaining:
+            await asyncio.wait(remaining, timeout=1.0)
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps each method once, when it is first called."""
+
+    def __init__(self, gates: Mapping[str, Gate]) -> None:
+        """`gates` by full gRPC service name; services not in it (health, reflection) are always open."""
+        self._gates = gates
+        self._wrapped: dict[str, _Handler] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        method = handler_call_details.method
+        wrapped = self._wrapped.get(method)
+        if wrapped is None:
+            handler = await continuation(handler_call_details)
+            if handler is None:  # no such method: gRPC answers UNIMPLEMENTED
+                return None
+            gate = self._gates.get(method.split("/")[1])
+            wrapped = self._wrapped[method] = wrap(handler, method, gate)
+        return wrapped
+
+
+def wrap(handler: _Handler, method: str, gate: Gate | None) -> _Handler:
+    """The same handler with everything that this module promises around it."""
+    around = _Around(method, gate)
+    if handler.response_streaming:
+        fn = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_stream_rpc_method_handler
+        )
+        behaviour: Any = around.generator(fn) if inspect.isasyncgenfunction(fn) else around.coroutine(fn)
+    else:
+        fn = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        make = (
+            grpc.stream_unary_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_unary_rpc_method_handler
+        )
+        behaviour = around.coroutine(fn)
+    return make(behaviour, handler.request_deserializer, handler.response_serializer)
+
+
+class _Around:
+    """What to do before and after the behaviour of one method."""
+
+    def __init__(self, method: str, gate: Gate | None) -> None:
+        self._method = method.removeprefix("/")
+        self._gate = gate or _open_gate()
+
+    def coroutine(self, fn: Any) -> Callable[[Any, _Context], Awaitable[Any]]:
+        """Around a method that returns its response, or writes its responses to the context."""
+        if not inspect.iscoroutinefunction(fn):
+            fn = self._unimplemented(fn)
+        inside = self._gate.inside
+
+        async def behaviour(request: Any, context: _Context) -> Any:
+            task = asyncio.current_task()
+            assert task is not None
+            inside.add(task)
+            try:
+                await self._enter(context)
+                return await fn(request, context)
+            except (Exception, asyncio.CancelledError) as e:
+                await self._fail(context, e)
+            finally:
+                inside.discard(task)
+
+        return behaviour
+
+    def generator(self, fn: Any) -> Callable[[Any, _Context], AsyncIterator[Any]]:
+        """Around a method that yields its responses."""
+        inside = self._gate.inside
+
+        async def behaviour(request: Any, context: _Context) -> AsyncIterator[Any]:
+            task = asyncio.current_task()
+            assert task is not None
+            inside.add(task)
+            try:
+                await self._enter(context)
+                async with aclosing(fn(request, context)) as responses:
+                    async for response in responses:
+                        yield response
+            except (Exception, asyncio.CancelledError) as e:
+                await self._fail(context, e)
+            finally:
+                inside.discard(task)
+
+        return behaviour
+
+    def _unimplemented(self, fn: Any) -> Callable[[Any, _Context], Awaitable[Any]]:
+        """For a method that its servicer does not define, so that the generated base class's is found."""
+        if not fn.__module__.endswith("_pb2_grpc"):
+            raise TypeError(f"{fn.__qualname__} must be an async function: the loop never blocks")
+        method = self._method
+
+        async def refuse(request: Any, context: _Context) -> Any:
+            raise Unimplemented(f"{method} is not there yet in this version of corral", reason="NOT_YET")
+
+        return refuse
+
+    async def _enter(self, context: _Context) -> None:
+        namespace, request_id = DEFAULT_NAMESPACE, ""
+        for key, value in context.invocation_metadata() or ():
+            if key == NAMESPACE_KEY:
+                namespace = check_namespace(str(value))
+            elif key == REQUEST_ID_KEY:
+                request_id = check_id(str(value), "request id")
+        # Never reset: the task, and its context with it, ends with the call.
+        current_call.set(Call(namespace, request_id or new_request_id(), self._method))
+        if not self._gate.is_open:
+            await self._gate.wait()
+
+    async def _fail(self, context: _Context, e: BaseException) -> None:
+        """End the call with the status that `e` stands for."""
+        if isinstance(e, grpc.aio.AbortError):
+            raise e
+        if isinstance(e, asyncio.CancelledError):
+            if self._gate.is_open or context.cancelled():
+                raise e  # the client went away
+            e = Unavailable(STOPPING, reason="STOPPING")
+        error = e if isinstance(e, CorralError) else self._translated(e)
+        code, message, trailers = to_status(error)
+        await context.abort(code, message, trailers)
+
+    def _translated(self, e: BaseException) -> CorralError:
+        """An exception no servicer translated: a full disk speaks for itself, the rest is a fault of ours and is logged."""
+        if isinstance(e, OSError):
+            error = from_os_error(e, self._method)
+            if not isinstance(error, Internal):
+                return error
+        call = current_call.get()
+        log.error("rpc.failed", method=self._method, exc_info=e)
+        return Internal(
+            f"{self._method} failed inside corral: {type(e).__name__}: {e}",
+            reason="INTERNAL",
+            metadata={"request_id": call.request_id if call else ""},
+        )
+
+
+def _open_gate() -> Gate:
+    gate = Gate()
+    gate.open()
+    return gate

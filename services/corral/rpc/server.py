@@ -1,0 +1,204 @@
+"""Hosting: one gRPC server for any number of services.
+
+    bind and listen  ->  start() each, in order; its gate opens and its health becomes SERVING  ->  ready
+    stop             ->  each in reverse: shut its gate, let its calls end (grace), cancel the rest, stop()  ->  close
+
+Composers come after the leaves they call, so while a composer drains its leaves still answer.
+"""
+
+import asyncio
+import grp
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+import structlog
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+
+from corral.rpc.address import Address, Target, TcpAddress, Tls, UnixAddress
+from corral.rpc.channel import MAX_MESSAGE_BYTES
+from corral.rpc.errors import FailedPrecondition
+from corral.rpc.interceptor import CallInterceptor, Gate
+from corral.rpc.service import Service
+
+log = structlog.get_logger()
+
+SERVING = HealthCheckResponse.SERVING
+NOT_SERVING = HealthCheckResponse.NOT_SERVING
+HEALTH_SERVICE = "grpc.health.v1.Health"
+
+OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),  # two daemons must not share a port silently
+)
+SOCKET_MODE = 0o660
+# Calls that are left when the time is over get this much to notice.
+LAST_CALLS_S = 0.1
+
+# Adds servicers of the host itself (version, reflection) given the full names of all hosted; returns their full names.
+type Extra = Callable[[grpc.aio.Server, Sequence[str]], Sequence[str]]
+
+
+@dataclass(slots=True)
+class _Hosted:
+    service: Service
+    gate: Gate
+    full_names: Sequence[str]
+
+
+class Host:
+    """Serves `services` at one address, from start() to stop()."""
+
+    def __init__(self, services: Sequence[Service], *, extra: Extra | None = None) -> None:
+        """`services` in the order in which they start: leaves first. Needs a running event loop."""
+        gates: dict[str, Gate] = {}
+        self._server = grpc.aio.server(interceptors=[CallInterceptor(gates)], options=OPTIONS)
+        self._hosted = []
+        for service in services:
+            gate = Gate()
+            full_names = service.register(self._server)
+            gates.update(dict.fromkeys(full_names, gate))
+            self._hosted.append(_Hosted(service, gate, full_names))
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # re-exported without saying so
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)  # type: ignore[no-untyped-call]
+        self.full_names = [*gates, HEALTH_SERVICE]
+        if extra is not None:
+            self.full_names += extra(self._server, self.full_names)
+        self._started: list[_Hosted] = []
+        self._target: Target | None = None
+
+    async def start(self, address: Address, *, tls: Tls | None = None, socket_group: str = "") -> Address:
+        """Listen, then start every service; returns the address with the real port.
+
+        Raises what a service's start() raised, after stopping those that had started; FailedPrecondition if the address
+        cannot be listened on.
+        """
+        for hosted in self._hosted:
+            await self._set_health(hosted, NOT_SERVING)
+        await self._health.set("", NOT_SERVING)
+        bound = self._bind(address, tls, socket_group)
+        await self._server.start()
+        try:
+            for hosted in self._hosted:
+                self._started.append(hosted)
+                await hosted.service.start()
+                hosted.gate.open()
+                await self._set_health(hosted, SERVING)
+        except BaseException:
+            await self.stop(grace_s=0)
+            raise
+        await self._health.set("", SERVING)
+        return bound
+
+    async def stop(self, *, grace_s: float) -> None:
+        """Calls that run get `grace_s` to end; those that come now, or stay longer, end with UNAVAILABLE."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + grace_s
+        await self._health.enter_graceful_shutdown()
+        for hosted in self._hosted:
+            if hosted not in self._started:
+                hosted.gate.shut()
+        for hosted in reversed(self._started):
+            hosted.gate.shut()
+            await hosted.gate.drain(max(deadline - loop.time(), LAST_CALLS_S))
+            try:
+                await hosted.service.stop()
+            except Exception:
+                # The others must still be stopped; a next start recovers what this one left.
+                log.exception("service.stop_failed", service=hosted.service.name)
+        self._started.clear()
+        await self._server.stop(LAST_CALLS_S)
+        if self._target is not None:
+            self._target.close()
+
+    async def _set_health(self, hosted: _Hosted, status: int) -> None:
+        for name in (hosted.service.name, *hosted.full_names):
+            await self._health.set(name, status)
+
+    def _bind(self, address: Address, tls: Tls | None, socket_group: str) -> Address:
+        if isinstance(address, TcpAddress):
+            return self._bind_tcp(address, tls)
+        self._target = Target(address)
+        # The socket never exists with wider permissions than it is to have.
+        old = os.umask(0o777 & ~SOCKET_MODE)
+        try:
+            self._server.add_insecure_port(self._target.name)
+        except RuntimeError as e:
+            raise FailedPrecondition(f"cannot listen on {address}: {e}") from e
+        finally:
+            os.umask(old)
+        if socket_group:
+            _give_to_group(address, socket_group)
+        return address
+
+    def _bind_tcp(self, address: TcpAddress, tls: Tls | None) -> TcpAddress:
+        target = Target(address).name
+        if tls is None and not address.is_loopback:
+            raise FailedPrecondition(
+                f"{address} can be reached from other machines, so it needs TLS: give --tls-cert, --tls-key and --tls-ca,"
+                " or listen on 127.0.0.1 or a unix socket",
+                reason="TLS_REQUIRED",
+            )
+        try:
+            if tls is None:
+                port = self._server.add_insecure_port(target)
+            else:
+                port = self._server.add_secure_port(target, tls.server_credentials())
+        except RuntimeError as e:
+            raise FailedPrecondition(f"cannot listen on {address}: is the port in use?") from e
+        return TcpAddress(address.host, port)
+
+
+def _give_to_group(address: UnixAddress, name: str) -> None:
+    """Let the members of the group connect; where there is no such group only root can."""
+    with suppress(KeyError):
+        os.chown(address.path, -1, grp.getgrnam(name).gr_gid)
+
+
+@asynccontextmanager
+async def hosted(
+    services: Sequence[Service], address: Address, *, tls: Tls | None = None, grace_s: float = 0.0
+) -> AsyncIterator[Address]:
+    """Serve within a block, as tests and other programs like it; yields the address with the real port."""
+    host = Host(services)
+    bound = await host.start(address, tls=tls)
+    try:
+        yield bound
+    finally:
+        await host.stop(grace_s=grace_s)
+
+
+async def serve(
+    services: Sequence[Service],
+    *,
+    address: Address,
+    stop: asyncio.Event,
+    grace_s: float,
+    tls: Tls | None = None,
+    socket_group: str = "",
+    extra: Extra | None = None,
+    on_ready: Callable[[Address], None] = lambda address: None,
+    on_stop: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until `stop` is set. See Host for order and errors."""
+    host = Host(services, extra=extra)
+    starting = asyncio.ensure_future(host.start(address, tls=tls, socket_group=socket_group))
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()  # asked to stop while recovering; start() undoes itself
+            with suppress(asyncio.CancelledError):
+                await starting
+            return
+        on_ready(starting.result())
+        await stopping
+        on_stop()
+        await host.stop(grace_s=grace_s)
+    finally:
+        stopping.cancel()

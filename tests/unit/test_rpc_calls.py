@@ -1,0 +1,397 @@
+"""Real servers and channels over unix sockets, one method of each kind of call."""
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from corral.rpc import context, errors
+from corral.rpc.address import TcpAddress, UnixAddress
+from corral.rpc.blocking import run_blocking
+from corral.rpc.channel import Channels, open_channel
+from corral.rpc.server import Host, hosted, serve
+
+NAME = "corral.test.v1.Echo"
+SLOW_S = 30
+
+
+class Echo:
+    """A service whose messages are raw bytes; `hook` is what each method does first."""
+
+    def __init__(self, name: str = "echo", full_name: str = NAME) -> None:
+        self.name = name
+        self.full_name = full_name
+        self.hook = self.nothing
+        self.log: list[str] = []
+        self.starting: asyncio.Event | None = None
+        self.fail_start = False
+
+    async def nothing(self, request: bytes) -> None:
+        """The default hook."""
+
+    def register(self, server: grpc.aio.Server) -> Sequence[str]:
+        handlers = {
+            "One": grpc.unary_unary_rpc_method_handler(self.one),
+            "Many": grpc.unary_stream_rpc_method_handler(self.many),
+            "Written": grpc.unary_stream_rpc_method_handler(self.written),
+            "Sum": grpc.stream_unary_rpc_method_handler(self.sum),
+            "Both": grpc.stream_stream_rpc_method_handler(self.both),
+        }
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(self.full_name, handlers)])
+        return [self.full_name]
+
+    async def start(self) -> None:
+        self.log.append("start")
+        if self.starting is not None:
+            await self.starting.wait()
+        if self.fail_start:
+            raise errors.FailedPrecondition("no good")
+
+    async def stop(self) -> None:
+        self.log.append("stop")
+
+    async def one(self, request: bytes, context_: object) -> bytes:
+        await self.hook(request)
+        return b"%s/%s" % (context.current_namespace().encode(), context.current_request_id().encode())
+
+    async def many(self, request: bytes, context_: object) -> AsyncIterator[bytes]:
+        try:
+            yield request
+            await self.hook(request)
+            yield context.current_namespace().encode()
+        finally:
+            self.log.append("many ended")
+
+    async def written(self, request: bytes, context_: grpc.aio.ServicerContext) -> None:
+        await context_.write(request)
+        await self.hook(request)
+
+    async def sum(self, requests: AsyncIterator[bytes], context_: object) -> bytes:
+        total = b"".join([request async for request in requests])
+        await self.hook(total)
+        return total
+
+    async def both(self, requests: AsyncIterator[bytes], context_: object) -> AsyncIterator[bytes]:
+        async for request in requests:
+            await self.hook(request)
+            yield request
+
+
+def stub(channel: grpc.aio.Channel, full_name: str = NAME) -> SimpleNamespace:
+    return SimpleNamespace(
+        one=channel.unary_unary(f"/{full_name}/One"),
+        many=channel.unary_stream(f"/{full_name}/Many"),
+        written=channel.unary_stream(f"/{full_name}/Written"),
+        sum=channel.stream_unary(f"/{full_name}/Sum"),
+        both=channel.stream_stream(f"/{full_name}/Both"),
+        missing=channel.unary_unary(f"/{full_name}/Missing"),
+    )
+
+
+async def stream(*items: bytes) -> AsyncIterator[bytes]:
+    for item in items:
+        yield item
+
+
+@pytest.fixture
+def directory():
+    path = Path(tempfile.mkdtemp(prefix="corral-rpc-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+async def echo(directory: Path):
+    service = Echo()
+    async with hosted([service], UnixAddress(directory / "s")) as address, open_channel(str(address)) as channel:
+        service.stub = stub(channel)
+        service.address = str(address)
+        service.channel = channel
+        yield service
+
+
+async def test_all_four_kinds_of_call_carry_messages(echo: Echo):
+    assert await echo.stub.one(b"x") != b""
+    assert [m async for m in echo.stub.many(b"x")] == [b"x", b"default"]
+    assert [m async for m in echo.stub.written(b"x")] == [b"x"]
+    assert await echo.stub.sum(stream(b"a", b"b")) == b"ab"
+    assert [m async for m in echo.stub.both(stream(b"a", b"b"))] == [b"a", b"b"]
+
+
+async def test_streams_can_also_be_read_and_written_message_by_message(echo: Echo):
+    call = echo.stub.both()
+    await call.write(b"a")
+    assert await call.read() == b"a"
+    await call.done_writing()
+    assert await call.read() is grpc.aio.EOF
+
+
+async def test_the_namespace_travels_and_is_default_otherwise(echo: Echo):
+    assert (await echo.stub.one(b"")).startswith(b"default/")
+    with context.in_namespace("blue", request_id="r1"):
+        assert await echo.stub.one(b"") == b"blue/r1"
+        assert [m async for m in echo.stub.many(b"")][1] == b"blue"
+    metadata = ((context.NAMESPACE_KEY, "red"),)
+    assert (await echo.stub.one(b"", metadata=metadata)).startswith(b"red/")
+
+
+async def test_concurrent_calls_do_not_see_each_others_namespace(echo: Echo):
+    async def pause(request: bytes) -> None:
+        await asyncio.sleep(0.02)
+
+    echo.hook = pause
+    names = [f"ns{i}" for i in range(20)]
+    calls = [echo.stub.one(b"", metadata=((context.NAMESPACE_KEY, name),)) for name in names]
+    answers = [answer.partition(b"/")[0].decode() for answer in await asyncio.gather(*calls)]
+    assert answers == names
+
+
+@pytest.mark.parametrize("bad", ["", "../x", "-a", "a b", "a" * 129])
+async def test_a_malformed_namespace_is_refused(echo: Echo, bad: str):
+    with pytest.raises(errors.InvalidArgument, match="namespace"):
+        await echo.stub.one(b"", metadata=((context.NAMESPACE_KEY, bad),))
+
+
+@pytest.mark.parametrize("kind", errors.KINDS)
+async def test_every_kind_of_error_arrives_as_it_was_raised(echo: Echo, kind: type[errors.CorralError]):
+    async def fail(request: bytes) -> None:
+        raise kind("ein Satz für den Benutzer", reason="SOME_REASON", metadata={"id": "x1"})
+
+    echo.hook = fail
+    calls = [
+        lambda: echo.stub.one(b""),
+        lambda: collect(echo.stub.many(b"")),
+        lambda: collect(echo.stub.written(b"")),
+        lambda: echo.stub.sum(stream(b"")),
+        lambda: collect(echo.stub.both(stream(b""))),
+    ]
+    for call in calls:
+        with pytest.raises(kind, match="ein Satz für den Benutzer") as caught:
+            await call()
+        assert type(caught.value) is kind
+        assert (caught.value.reason, caught.value.metadata) == ("SOME_REASON", {"id": "x1"})
+
+
+async def collect(call: AsyncIterator[bytes]) -> list[bytes]:
+    return [message async for message in call]
+
+
+async def test_an_error_longer_than_metadata_may_be_is_shortened(echo: Echo):
+    async def fail(request: bytes) -> None:
+        raise errors.NotFound("ü" * 50_000, reason="R", metadata={"path": "p" * 50_000})
+
+    echo.hook = fail
+    with pytest.raises(errors.NotFound, match="ü{1000}.*…") as caught:
+        await echo.stub.one(b"")
+    assert len(caught.value.metadata["path"]) == errors.MAX_METADATA_CHARS
+
+
+async def test_a_full_disk_is_resource_exhausted(echo: Echo):
+    async def fail(request: bytes) -> None:
+        raise OSError(28, "No space left on device", "/var/lib/x")
+
+    echo.hook = fail
+    with pytest.raises(errors.ResourceExhausted, match="No space left on device: /var/lib/x"):
+        await echo.stub.one(b"")
+
+
+async def test_an_unexpected_exception_is_internal_and_logged(echo: Echo, capsys: pytest.CaptureFixture[str]):
+    async def fail(request: bytes) -> None:
+        raise ZeroDivisionError("boom")
+
+    echo.hook = fail
+    with pytest.raises(errors.Internal, match="ZeroDivisionError: boom") as caught:
+        await echo.stub.one(b"")
+    assert caught.value.metadata["request_id"]
+    output = "".join(capsys.readouterr())
+    assert "rpc.failed" in output
+    assert "ZeroDivisionError" in output
+
+
+async def test_an_unknown_method_is_unimplemented(echo: Echo):
+    with pytest.raises(errors.Unimplemented):
+        await echo.stub.missing(b"")
+
+
+async def test_nobody_listening_is_unavailable_with_the_address(directory: Path):
+    address = f"unix://{directory}/nobody"
+    async with open_channel(address) as channel:
+        with pytest.raises(errors.Unavailable, match=r"nobody.*is corrald running") as caught:
+            await stub(channel).one(b"")
+        assert caught.value.reason == "UNREACHABLE"
+
+
+async def test_a_deadline_is_unavailable_with_its_reason(echo: Echo):
+    async def sleep(request: bytes) -> None:
+        await asyncio.sleep(SLOW_S)
+
+    echo.hook = sleep
+    with pytest.raises(errors.Unavailable) as caught:
+        await echo.stub.one(b"", timeout=0.1)
+    assert caught.value.reason == "DEADLINE_EXCEEDED"
+
+
+async def test_a_client_that_goes_away_ends_the_call(echo: Echo):
+    async def sleep(request: bytes) -> None:
+        await asyncio.sleep(SLOW_S)
+
+    echo.hook = sleep
+    call = echo.stub.many(b"x")
+    assert await call.read() == b"x"
+    call.cancel()
+    async with asyncio.timeout(5):
+        while "many ended" not in echo.log:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_socket_path_of_any_length_works(directory: Path):
+    deep = directory / ("d" * 100) / ("e" * 100)
+    deep.mkdir(parents=True)
+    async with hosted([Echo()], UnixAddress(deep / "socket")) as address:
+        assert (deep / "socket").is_socket()
+        async with open_channel(str(address)) as channel:
+            assert (await stub(channel).one(b"")).startswith(b"default/")
+
+
+async def test_the_socket_is_for_owner_and_group_only(directory: Path):
+    async with hosted([Echo()], UnixAddress(directory / "s")):
+        assert (directory / "s").stat().st_mode & 0o777 == 0o660
+
+
+async def test_tcp_on_loopback_chooses_a_port(directory: Path):
+    async with hosted([Echo()], TcpAddress("127.0.0.1", 0)) as address, open_channel(str(address)) as channel:
+        assert (await stub(channel).one(b"")).startswith(b"default/")
+
+
+async def test_plain_tcp_to_the_world_is_refused():
+    host = Host([Echo()])
+    with pytest.raises(errors.FailedPrecondition, match="needs TLS"):
+        await host.start(TcpAddress("0.0.0.0", 0))
+    await host.stop(grace_s=0)
+
+
+async def test_one_channel_per_address(echo: Echo):
+    channels = Channels()
+    assert channels.get(echo.address) is channels.get(echo.address)
+    assert await stub(channels.get(echo.address)).one(b"")
+    await channels.close()
+
+
+async def test_health_per_service_and_overall(echo: Echo):
+    health = health_pb2_grpc.HealthStub(echo.channel)
+    for name in ("", "echo", NAME):
+        answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_calls_wait_until_the_service_has_started(directory: Path):
+    service = Echo()
+    service.starting = asyncio.Event()
+    host = Host([service])
+    starting = asyncio.ensure_future(host.start(UnixAddress(directory / "s")))
+    async with open_channel(f"unix://{directory}/s") as channel:
+        call = stub(channel).one(b"", wait_for_ready=True)
+        health = health_pb2_grpc.HealthStub(channel)
+        answer = await health.Check(health_pb2.HealthCheckRequest(service="echo"), wait_for_ready=True)
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert not call.done()
+        service.starting.set()
+        assert await call
+        await starting
+        await host.stop(grace_s=1)
+
+
+async def test_a_service_that_cannot_start_stops_those_before_it(directory: Path):
+    first, second, third = Echo("a"), Echo("b", "corral.test.v1.B"), Echo("c", "corral.test.v1.C")
+    second.fail_start = True
+    with pytest.raises(errors.FailedPrecondition, match="no good"):
+        await Host([first, second, third]).start(UnixAddress(directory / "s"))
+    assert (first.log, second.log, third.log) == (["start", "stop"], ["start", "stop"], [])
+
+
+async def test_stopping_lets_calls_end_within_the_grace_and_refuses_new_ones(directory: Path):
+    service = Echo()
+    release = asyncio.Event()
+
+    async def wait(request: bytes) -> None:
+        await release.wait()
+
+    host = Host([service])
+    await host.start(UnixAddress(directory / "s"))
+    async with open_channel(f"unix://{directory}/s") as channel:
+        service.hook = wait
+        inside = asyncio.ensure_future(collect(stub(channel).many(b"x")))
+        await asyncio.sleep(0.1)
+        stopping = asyncio.ensure_future(host.stop(grace_s=10))
+        await asyncio.sleep(0.1)
+        with pytest.raises(errors.Unavailable, match="stopping"):
+            await stub(channel).one(b"")
+        assert "stop" not in service.log
+        release.set()
+        assert await inside == [b"x", b"default"]
+        await stopping
+    assert service.log[-1] == "stop"
+
+
+async def test_calls_that_outstay_the_grace_end_as_unavailable(directory: Path):
+    service = Echo()
+
+    async def sleep(request: bytes) -> None:
+        await asyncio.sleep(SLOW_S)
+
+    service.hook = sleep
+    host = Host([service])
+    await host.start(UnixAddress(directory / "s"))
+    async with open_channel(f"unix://{directory}/s") as channel:
+        calls = [asyncio.ensure_future(collect(stub(channel).many(b"x")))]
+        calls += [asyncio.ensure_future(collect(stub(channel).written(b"x")))]
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(5):
+            await host.stop(grace_s=0.1)
+            for call in calls:
+                with pytest.raises(errors.Unavailable, match="stopping"):
+                    await call
+
+
+async def test_leaves_still_answer_while_a_composer_drains(directory: Path):
+    leaf, composer = Echo("leaf"), Echo("composer", "corral.test.v1.Composer")
+    host = Host([leaf, composer])
+    address = await host.start(UnixAddress(directory / "s"))
+    async with open_channel(str(address)) as channel:
+
+        async def use_the_leaf(request: bytes) -> None:
+            await asyncio.sleep(0.2)
+            await stub(channel).one(b"")
+
+        composer.hook = use_the_leaf
+        inside = asyncio.ensure_future(call(channel))
+        await asyncio.sleep(0.1)
+        await host.stop(grace_s=5)
+        assert await inside
+
+
+async def call(channel: grpc.aio.Channel) -> bytes:
+    return await stub(channel, "corral.test.v1.Composer").one(b"")
+
+
+async def test_serve_ends_when_asked_even_while_starting(directory: Path):
+    service = Echo()
+    service.starting = asyncio.Event()
+    stop = asyncio.Event()
+    serving = asyncio.ensure_future(serve([service], address=UnixAddress(directory / "s"), stop=stop, grace_s=1))
+    await asyncio.sleep(0.1)
+    stop.set()
+    await asyncio.wait_for(serving, 5)
+    assert service.log == ["start", "stop"]
+
+
+async def test_blocking_work_sees_the_context_of_its_caller():
+    with context.in_namespace("green"):
+        assert await run_blocking(context.current_namespace) == "green"
