@@ -76,7 +76,7 @@ class Database:
         Raises OSError if it cannot be opened, ValueError if a newer corral wrote it.
         """
         self.path = path
-        self._durable = durable
+        self._durable = self._synchronous = durable
         self._writer = opened(path, durable=durable)
         try:
             migrate(self._writer, path, migrations)
@@ -93,13 +93,15 @@ class Database:
 
     # Writing
 
-    async def write[T](self, fn: Callable[[Transaction], T]) -> T:
+    async def write[T](self, fn: Callable[[Transaction], T], *, durable: bool | None = None) -> T:
         """Run `fn` in a transaction and return its result once that is committed.
 
         `fn` runs on the writer thread with the caller's context variables: only SQL and arithmetic belong there.
         If the caller is cancelled before `fn` began nothing happens; later than that it still commits.
+        `durable` overrides the file's setting for this write; a durable one also makes those before it durable.
         """
         pending, future = Pending.for_loop(fn)
+        pending.durable = durable
         self._put(pending)
         return await future
 
@@ -162,6 +164,12 @@ class Database:
             pending.settle()
         if journalled:
             self.journal.written(journalled)
+
+    def _set_synchronous(self, durable: bool) -> None:
+        """Whether the next commit waits for the disk; SQLite takes it between transactions only."""
+        if durable != self._synchronous:
+            self._writer.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._synchronous = durable
 
     def _run_member(self, pending: Pending, *, alone: bool) -> int:
         """Run one member's function; returns how many events it journalled."""

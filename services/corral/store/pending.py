@@ -26,6 +26,7 @@ class Pending:
         self._result: object = None
         self._error: BaseException | None = None
         self.begin = begin
+        self.durable: bool | None = None  # as the database is
 
     @classmethod
     def for_thread[T](cls, fn: "Callable[[Transaction], T]") -> tuple[Self, Future[T]]:
