@@ -12,12 +12,12 @@ IO_WEIGHT_MIN, IO_WEIGHT_MAX = 10, 1000
 def cpu_weight(shares: int) -> int:
     """cpu.weight for cpu.shares, such that minimum, default and maximum of the two meet.
 
-    Until 2025 runtimes drew a straight line between the ends, which gave the default 1024 shares a weight of 39
-    instead of 100. runc since 1.3.2 and crun since 1.23 use this curve through all three points:
+    Until 2025 runtimes drew a straight line between the ends, which made a weight of 39 of the default 1024
+    shares, instead of 100. runc since 1.3.2 has this curve through all three points, and so has crun:
 
         l = log2(shares);  weight = ceil(10 ^ ((l^2 + 125 l) / 612 - 7/34))
 
-    Source: opencontainers/cgroups pull request 20, runc issue 4896, kubernetes issue 131216.
+    Source: opencontainers/cgroups pull 20, runc issue 4896, crun pull 1767, kubernetes issue 131216.
 
     >>> cpu_weight(2), cpu_weight(1024), cpu_weight(262144)
     (1, 100, 10000)

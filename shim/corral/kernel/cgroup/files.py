@@ -1,4 +1,4 @@
-"""Reading and writing cgroup interface files: one open, read or write and close per call; errors name the file.
+"""Reading and writing cgroup interface files: one open, read or write and close a call; errors name the file.
 
 Source: kernel cgroup-v2.rst "Interface Files", cgroup-v1/cgroups.rst "Usage Examples and Syntax".
 """

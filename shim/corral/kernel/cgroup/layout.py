@@ -85,7 +85,7 @@ def _enabled(mount_point: str) -> frozenset[str]:
 
 
 def parse(mountinfo: str, v2_controllers: Callable[[str], frozenset[str]]) -> Layout:
-    """The layout that a mountinfo text describes; v2_controllers(mount_point) asks a cgroup2 mount for its own.
+    """The layout that a mountinfo text describes; v2_controllers tells a cgroup2 mount point's own.
 
     Of several mounts of one hierarchy the writable one of the whole tree wins, then the first.
     """

@@ -6,7 +6,7 @@ passed: 7 to 15 ms, measured. Two ways do without that lock, and together they c
     v1   the (single-threaded) process itself writes "0" to `tasks`: about 20 us a hierarchy
     v2   the process is born there, by clone3(CLONE_INTO_CGROUP): no cost
 
-So a launcher splits its paths with birthplace(), gives the v2 directory to clone3, and the child calls join().
+So a launcher splits its paths with birthplace(), gives the v2 one to clone3, and the child calls join().
 
 Source: kernel/cgroup/cgroup.c cgroup_procs_write_start(); clone(2) CLONE_INTO_CGROUP.
 """

@@ -1,4 +1,4 @@
-"""What a cgroup may use, in the OCI runtime-spec's terms. None means: leave as it is. UNLIMITED (-1) lifts a limit.
+"""What a cgroup may use, in the OCI runtime-spec's terms. None: leave as it is. UNLIMITED (-1): no limit.
 
 Source: OCI runtime-spec config-linux.md "Control groups"; kernel cgroup-v2.rst.
 """

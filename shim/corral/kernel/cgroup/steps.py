@@ -1,4 +1,4 @@
-"""Changes to a cgroup as data: planned in full before the first is made, and undone in reverse if one is refused."""
+"""Changes to a cgroup as data: all planned before the first is made, undone in reverse if one is refused."""
 
 import contextlib
 import errno
@@ -17,7 +17,7 @@ class Step(Protocol):
         ...
 
     def apply(self) -> "Step":
-        """Make the change and return the step that undoes it. Raises OSError, and then nothing has changed."""
+        """Make the change and return the step that undoes it; raises OSError if nothing was changed."""
         ...
 
 
@@ -51,7 +51,7 @@ def run(steps: Sequence[Step]) -> None:
     undo: list[Step] = []
     try:
         for step in steps:
-            undo.append(step.apply())
+            undo.append(step.apply())  # noqa: PERF401 - what was done must be in the list when one fails
     except OSError:
         for step in reversed(undo):
             with contextlib.suppress(OSError):  # a cgroup removed meanwhile must not hide the cause

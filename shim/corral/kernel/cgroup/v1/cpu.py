@@ -1,0 +1,74 @@
+"""The v1 cpu controller: CFS bandwidth, shares, real-time budget.
+
+Source: kernel scheduler/sched-bwc.rst, sched-design-CFS.rst, sched-rt-group.rst; OCI config-linux "CPU".
+"""
+
+from corral.kernel.cgroup import convert, files
+from corral.kernel.cgroup.resources import CpuLimits
+from corral.kernel.cgroup.stats import CpuStats
+from corral.kernel.cgroup.steps import Step, Write, check_range
+
+SHARES = "cpu.shares"
+QUOTA = "cpu.cfs_quota_us"
+PERIOD = "cpu.cfs_period_us"
+BURST = "cpu.cfs_burst_us"
+IDLE = "cpu.idle"
+RT_PERIOD = "cpu.rt_period_us"
+RT_RUNTIME = "cpu.rt_runtime_us"
+STAT = "cpu.stat"
+
+
+def plan(directory: str, wanted: CpuLimits) -> list[Step]:
+    """The writes that give a cgroup these limits, in an order the kernel accepts."""
+    steps: list[Step] = []
+    if wanted.idle is not None:
+        steps.append(Write(f"{directory}/{IDLE}", str(wanted.idle)))  # an idle group refuses new shares
+    if wanted.shares is not None:
+        # The kernel would clamp in silence.
+        path = f"{directory}/{SHARES}"
+        check_range(path, wanted.shares, convert.SHARES_MIN, convert.SHARES_MAX, what="CPU shares")
+        steps.append(Write(path, str(wanted.shares)))
+    steps += _bandwidth(directory, wanted)
+    if wanted.realtime_period_us is not None:
+        steps.append(Write(f"{directory}/{RT_PERIOD}", str(wanted.realtime_period_us)))
+    if wanted.realtime_runtime_us is not None:
+        steps.append(Write(f"{directory}/{RT_RUNTIME}", str(wanted.realtime_runtime_us)))
+    return steps
+
+
+def _bandwidth(directory: str, wanted: CpuLimits) -> list[Step]:
+    """Every single write is checked: quota over period against the parent's and children's, burst against quota.
+
+    So the burst is taken away while the quota changes, and a new period goes over "no quota", which always fits.
+    """
+    quota, period, burst = (f"{directory}/{name}" for name in (QUOTA, PERIOD, BURST))
+    steps: list[Step] = []
+    after_burst = wanted.burst_us
+    if wanted.quota_us is not None or wanted.period_us is not None:
+        now_burst = files.read_number(burst, 0)
+        if now_burst:
+            steps.append(Write(burst, "0"))
+            after_burst = now_burst if after_burst is None else after_burst
+    if wanted.period_us is not None:
+        now_quota = files.read_number(quota)
+        after_quota = now_quota if wanted.quota_us is None else wanted.quota_us
+        if now_quota != files.UNLIMITED:
+            steps.append(Write(quota, "-1"))
+        steps.append(Write(period, str(wanted.period_us)))
+        if after_quota != files.UNLIMITED:
+            steps.append(Write(quota, str(after_quota)))
+    elif wanted.quota_us is not None:
+        steps.append(Write(quota, str(wanted.quota_us)))
+    if after_burst is not None:
+        steps.append(Write(burst, str(after_burst)))
+    return steps
+
+
+def read(directory: str) -> CpuStats:
+    """How often the quota stopped the group; the time used is counted by cpuacct."""
+    stat = files.flat_keyed(files.read(f"{directory}/{STAT}"))
+    return CpuStats(
+        periods=stat.get("nr_periods", 0),
+        throttled_periods=stat.get("nr_throttled", 0),
+        throttled_ns=stat.get("throttled_time", 0),
+    )

@@ -1,0 +1,98 @@
+"""The v1 memory controller.
+
+Source: kernel cgroup-v1/memory.rst; OCI config-linux "Memory".
+"""
+
+from corral.kernel.cgroup import files
+from corral.kernel.cgroup.resources import MemoryLimits
+from corral.kernel.cgroup.stats import MemoryStats
+from corral.kernel.cgroup.steps import Step, Write, check_limit, check_range, invalid, unsupported
+
+LIMIT = "memory.limit_in_bytes"
+SOFT_LIMIT = "memory.soft_limit_in_bytes"
+SWAP_LIMIT = "memory.memsw.limit_in_bytes"
+SWAPPINESS = "memory.swappiness"
+OOM_CONTROL = "memory.oom_control"
+USAGE = "memory.usage_in_bytes"
+PEAK = "memory.max_usage_in_bytes"
+SWAP_USAGE = "memory.memsw.usage_in_bytes"
+KERNEL_USAGE = "memory.kmem.usage_in_bytes"
+FAILCNT = "memory.failcnt"
+STAT = "memory.stat"
+
+
+def plan(directory: str, wanted: MemoryLimits) -> list[Step]:
+    """The writes that give a cgroup these limits, in an order the kernel accepts."""
+    _refuse_v2_only(directory, wanted)
+    steps = _limits(directory, wanted.limit_bytes, wanted.swap_bytes)
+    if wanted.reservation_bytes is not None:
+        path = f"{directory}/{SOFT_LIMIT}"
+        check_limit(path, wanted.reservation_bytes, what="the memory reservation")
+        steps.append(Write(path, str(wanted.reservation_bytes)))
+    if wanted.swappiness is not None:
+        path = f"{directory}/{SWAPPINESS}"
+        check_range(path, wanted.swappiness, 0, 100, what="swappiness")
+        steps.append(Write(path, str(wanted.swappiness)))
+    if wanted.disable_oom_killer is not None:
+        disabled = files.flat_keyed(files.read(f"{directory}/{OOM_CONTROL}"))["oom_kill_disable"]
+        value = str(int(wanted.disable_oom_killer))
+        steps.append(Write(f"{directory}/{OOM_CONTROL}", value, undo=str(disabled)))
+    return steps
+
+
+def _refuse_v2_only(directory: str, wanted: MemoryLimits) -> None:
+    v2_only = {"high": wanted.high_bytes, "min": wanted.min_bytes, "oom.group": wanted.oom_group}
+    for name, value in v2_only.items():
+        if value is not None and value is not False:
+            raise unsupported(directory, f"memory.{name} exists on cgroup v2 only")
+
+
+def _limits(directory: str, limit: int | None, swap: int | None) -> list[Step]:
+    """Memory and memory+swap. The first may at no moment exceed the second, so the order depends on both."""
+    limit_path, swap_path = f"{directory}/{LIMIT}", f"{directory}/{SWAP_LIMIT}"
+    for path, value in ((limit_path, limit), (swap_path, swap)):
+        if value is not None:
+            check_limit(path, value, what="a memory limit")
+    steps: list[Step] = []
+    if limit is not None:
+        steps.append(Write(limit_path, str(limit)))
+    current_swap = files.read_number(swap_path, -2)
+    if current_swap == -2:  # a kernel without swap accounting
+        if swap not in (None, files.UNLIMITED, limit):
+            raise unsupported(swap_path, "this kernel does not count swap per cgroup")
+        return steps
+    if limit == files.UNLIMITED and swap is None:
+        swap = files.UNLIMITED  # OCI: no memory limit and nothing said of swap means none there either
+    current = files.read_number(limit_path)
+    after, after_swap = current if limit is None else limit, current_swap if swap is None else swap
+    if after_swap != files.UNLIMITED and (after == files.UNLIMITED or after > after_swap):
+        raise invalid(
+            limit_path,
+            f"the memory limit {after} would exceed the memory+swap limit {after_swap}; change both",
+        )
+    if swap is None or swap == current_swap:
+        return steps
+    raises_swap = swap == files.UNLIMITED or (current != files.UNLIMITED and swap >= current)
+    return [Write(swap_path, str(swap)), *steps] if raises_swap else [*steps, Write(swap_path, str(swap))]
+
+
+def read(directory: str) -> MemoryStats:
+    """Usage and its parts, hierarchical: sub-cgroups count."""
+    stat = files.flat_keyed(files.read(f"{directory}/{STAT}"))
+    usage = files.read_number(f"{directory}/{USAGE}")
+    oom = files.flat_keyed(files.read(f"{directory}/{OOM_CONTROL}"))
+    return MemoryStats(
+        usage_bytes=usage,
+        working_set_bytes=max(0, usage - stat.get("total_inactive_file", 0)),
+        limit_bytes=files.number(str(stat.get("hierarchical_memory_limit", files.UNLIMITED))),
+        peak_bytes=files.read_number(f"{directory}/{PEAK}"),
+        swap_bytes=stat.get("total_swap", 0),
+        anon_bytes=stat.get("total_rss", 0),
+        file_bytes=stat.get("total_cache", 0),
+        kernel_bytes=files.read_number(f"{directory}/{KERNEL_USAGE}", 0),
+        shmem_bytes=stat.get("total_shmem", 0),
+        page_faults=stat.get("total_pgfault", 0),
+        major_page_faults=stat.get("total_pgmajfault", 0),
+        oom_kills=oom.get("oom_kill", 0),
+        limit_hits=files.read_number(f"{directory}/{FAILCNT}"),
+    )

@@ -1,0 +1,93 @@
+"""The v2 memory controller.
+
+Source: kernel cgroup-v2.rst "Memory"; OCI config-linux "Memory".
+"""
+
+from corral.kernel.cgroup import convert, files
+from corral.kernel.cgroup.resources import MemoryLimits
+from corral.kernel.cgroup.stats import MemoryStats
+from corral.kernel.cgroup.steps import Step, Write, check_limit, invalid, unsupported
+
+MAX = "memory.max"
+HIGH = "memory.high"
+LOW = "memory.low"
+MIN = "memory.min"
+SWAP_MAX = "memory.swap.max"
+OOM_GROUP = "memory.oom.group"
+CURRENT = "memory.current"
+PEAK = "memory.peak"
+SWAP_CURRENT = "memory.swap.current"
+EVENTS = "memory.events"
+STAT = "memory.stat"
+
+
+def plan(directory: str, wanted: MemoryLimits) -> list[Step]:
+    """The writes that give a cgroup these limits."""
+    if wanted.swappiness is not None:
+        raise unsupported(directory, "swappiness per cgroup exists on cgroup v1 only")
+    if wanted.disable_oom_killer:
+        raise unsupported(directory, "the OOM killer can be turned off on cgroup v1 only")
+    steps: list[Step] = []
+    for name, value in (
+        (MAX, wanted.limit_bytes),
+        (HIGH, wanted.high_bytes),
+        (LOW, _protection(wanted.reservation_bytes)),
+        (MIN, _protection(wanted.min_bytes)),
+    ):
+        if value is not None:
+            path = f"{directory}/{name}"
+            check_limit(path, value, what=name)
+            steps.append(Write(path, files.limit(value)))
+    steps += _swap(directory, wanted)
+    if wanted.oom_group is not None:
+        steps.append(Write(f"{directory}/{OOM_GROUP}", str(int(wanted.oom_group))))
+    return steps
+
+
+def _protection(value: int | None) -> int | None:
+    """No reservation protects nothing, where no limit (-1) of the other kind allows everything."""
+    return 0 if value == files.UNLIMITED else value
+
+
+def _swap(directory: str, wanted: MemoryLimits) -> list[Step]:
+    swap = wanted.swap_bytes
+    if swap is None:
+        if wanted.limit_bytes != files.UNLIMITED:
+            return []
+        swap = files.UNLIMITED  # OCI: no memory limit and nothing said of swap means none there either
+    path = f"{directory}/{SWAP_MAX}"
+    check_limit(path, swap, what="the memory+swap limit")
+    memory = wanted.limit_bytes
+    if memory is None:
+        memory = files.read_number(f"{directory}/{MAX}")
+    try:
+        value = convert.swap_max(swap, memory)
+    except ValueError as e:
+        raise invalid(path, str(e)) from e
+    if files.read_number(path, -2) == -2:  # a kernel without swap accounting
+        if value in (files.UNLIMITED, 0):
+            return []
+        raise unsupported(path, "this kernel does not count swap per cgroup")
+    return [Write(path, files.limit(value))]
+
+
+def read(directory: str) -> MemoryStats:
+    """Usage and its parts, hierarchical: sub-cgroups count."""
+    stat = files.flat_keyed(files.read(f"{directory}/{STAT}"))
+    events = files.flat_keyed(files.read(f"{directory}/{EVENTS}"))
+    usage = files.read_number(f"{directory}/{CURRENT}")
+    return MemoryStats(
+        usage_bytes=usage,
+        working_set_bytes=max(0, usage - stat.get("inactive_file", 0)),
+        limit_bytes=files.read_number(f"{directory}/{MAX}"),
+        peak_bytes=files.read_number(f"{directory}/{PEAK}", 0),
+        swap_bytes=files.read_number(f"{directory}/{SWAP_CURRENT}", 0),
+        anon_bytes=stat.get("anon", 0),
+        file_bytes=stat.get("file", 0),
+        kernel_bytes=stat.get("kernel", 0),
+        shmem_bytes=stat.get("shmem", 0),
+        page_faults=stat.get("pgfault", 0),
+        major_page_faults=stat.get("pgmajfault", 0),
+        oom_kills=events.get("oom_kill", 0),
+        limit_hits=events.get("max", 0),
+    )
