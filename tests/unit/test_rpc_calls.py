@@ -188,7 +188,7 @@ async def test_an_error_longer_than_metadata_may_be_is_shortened(echo: Echo):
         raise errors.NotFound("ü" * 50_000, reason="R", metadata={"path": "p" * 50_000})
 
     echo.hook = fail
-    with pytest.raises(errors.NotFound, match="ü{1000}.*…") as caught:
+    with pytest.raises(errors.NotFound, match=r"ü{1000}.*…") as caught:
         await echo.stub.one(b"")
     assert len(caught.value.metadata["path"]) == errors.MAX_METADATA_CHARS
 
@@ -247,7 +247,7 @@ async def test_a_client_that_goes_away_ends_the_call(echo: Echo):
     assert await call.read() == b"x"
     call.cancel()
     async with asyncio.timeout(5):
-        while "many ended" not in echo.log:
+        while "many ended" not in echo.log:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
@@ -273,7 +273,7 @@ async def test_tcp_on_loopback_chooses_a_port(directory: Path):
 async def test_plain_tcp_to_the_world_is_refused():
     host = Host([Echo()])
     with pytest.raises(errors.FailedPrecondition, match="needs TLS"):
-        await host.start(TcpAddress("0.0.0.0", 0))
+        await host.start([TcpAddress("0.0.0.0", 0)])
     await host.stop(grace_s=0)
 
 
@@ -295,7 +295,7 @@ async def test_calls_wait_until_the_service_has_started(directory: Path):
     service = Echo()
     service.starting = asyncio.Event()
     host = Host([service])
-    starting = asyncio.ensure_future(host.start(UnixAddress(directory / "s")))
+    starting = asyncio.ensure_future(host.start([UnixAddress(directory / "s")]))
     async with open_channel(f"unix://{directory}/s") as channel:
         call = stub(channel).one(b"", wait_for_ready=True)
         health = health_pb2_grpc.HealthStub(channel)
@@ -312,7 +312,7 @@ async def test_a_service_that_cannot_start_stops_those_before_it(directory: Path
     first, second, third = Echo("a"), Echo("b", "corral.test.v1.B"), Echo("c", "corral.test.v1.C")
     second.fail_start = True
     with pytest.raises(errors.FailedPrecondition, match="no good"):
-        await Host([first, second, third]).start(UnixAddress(directory / "s"))
+        await Host([first, second, third]).start([UnixAddress(directory / "s")])
     assert (first.log, second.log, third.log) == (["start", "stop"], ["start", "stop"], [])
 
 
@@ -324,7 +324,7 @@ async def test_stopping_lets_calls_end_within_the_grace_and_refuses_new_ones(dir
         await release.wait()
 
     host = Host([service])
-    await host.start(UnixAddress(directory / "s"))
+    await host.start([UnixAddress(directory / "s")])
     async with open_channel(f"unix://{directory}/s") as channel:
         service.hook = wait
         inside = asyncio.ensure_future(collect(stub(channel).many(b"x")))
@@ -348,7 +348,7 @@ async def test_calls_that_outstay_the_grace_end_as_unavailable(directory: Path):
 
     service.hook = sleep
     host = Host([service])
-    await host.start(UnixAddress(directory / "s"))
+    await host.start([UnixAddress(directory / "s")])
     async with open_channel(f"unix://{directory}/s") as channel:
         calls = [asyncio.ensure_future(collect(stub(channel).many(b"x")))]
         calls += [asyncio.ensure_future(collect(stub(channel).written(b"x")))]
@@ -363,7 +363,7 @@ async def test_calls_that_outstay_the_grace_end_as_unavailable(directory: Path):
 async def test_leaves_still_answer_while_a_composer_drains(directory: Path):
     leaf, composer = Echo("leaf"), Echo("composer", "corral.test.v1.Composer")
     host = Host([leaf, composer])
-    address = await host.start(UnixAddress(directory / "s"))
+    [address] = await host.start([UnixAddress(directory / "s")])
     async with open_channel(str(address)) as channel:
 
         async def use_the_leaf(request: bytes) -> None:
@@ -385,7 +385,7 @@ async def test_serve_ends_when_asked_even_while_starting(directory: Path):
     service = Echo()
     service.starting = asyncio.Event()
     stop = asyncio.Event()
-    serving = asyncio.ensure_future(serve([service], address=UnixAddress(directory / "s"), stop=stop, grace_s=1))
+    serving = asyncio.ensure_future(serve([service], addresses=[UnixAddress(directory / "s")], stop=stop, grace_s=1))
     await asyncio.sleep(0.1)
     stop.set()
     await asyncio.wait_for(serving, 5)

@@ -10,7 +10,8 @@ from corral.store import Database, Duplicate, Referenced, Transaction
 
 MIGRATIONS = [
     "CREATE TABLE box (name TEXT PRIMARY KEY, size INTEGER NOT NULL) STRICT",
-    "CREATE TABLE item (box TEXT NOT NULL REFERENCES box(name) ON DELETE RESTRICT) STRICT; CREATE INDEX item_box ON item(box)",
+    "CREATE TABLE item (box TEXT NOT NULL REFERENCES box(name) ON DELETE RESTRICT) STRICT;"
+    "CREATE INDEX item_box ON item(box)",
 ]
 
 

@@ -76,9 +76,7 @@ def parse_address(text: str) -> Address:
             return TcpAddress(parts.hostname, parts.port)
     except ValueError:
         pass  # a port that is no number
-    raise InvalidArgument(
-        f"{text!r} is not an address: use unix:///PATH or tcp://HOST:PORT", reason="BAD_ADDRESS"
-    )
+    raise InvalidArgument(f"{text!r} is not an address: use unix:///PATH or tcp://HOST:PORT", reason="BAD_ADDRESS")
 
 
 class Target:

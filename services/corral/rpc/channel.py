@@ -1,7 +1,6 @@
 """Client channels that speak corral: calls carry the current namespace and request id, failures are CorralErrors.
 
-A thin wrapper around the multi-callables instead of grpc.aio interceptors: those run each call in a task of its own, which
-costs more than the rest of a call to a neighbour process.
+A thin wrapper around the multi-callables instead of grpc.aio interceptors: those run each call in a task of its own.
 """
 
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
@@ -35,8 +34,8 @@ type _Metadata = Iterable[tuple[str, str | bytes]]
 def open_channel(address: str, *, tls: Tls | None = None) -> grpc.aio.Channel:
     """A channel to `unix:///PATH` or `tcp://HOST:PORT`; connects when first used. Use within one event loop.
 
-    Calls raise subclasses of CorralError instead of AioRpcError, and carry the current namespace and request id unless the
-    caller passes metadata with those keys. Raises InvalidArgument for a malformed address.
+    Calls raise subclasses of CorralError instead of AioRpcError, and carry the current namespace and request id
+    unless the caller passes metadata with those keys. Raises InvalidArgument for a malformed address.
     """
     target = Target(parse_address(address))
     if tls is None:

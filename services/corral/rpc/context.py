@@ -67,7 +67,8 @@ def check_id(value: str, what: str) -> str:
     if ID_PATTERN.fullmatch(value) is None:
         problem = "is empty" if not value else f"{value[:140]!r} is not valid"
         raise InvalidArgument(
-            f"{what} {problem}: it must begin with a letter or digit, followed by at most 127 letters, digits, '_', '.' or '-'",
+            f"{what} {problem}: it must begin with a letter or digit,"
+            " followed by at most 127 letters, digits, '_', '.' or '-'",
             reason="BAD_ID",
             metadata={"what": what},
         )

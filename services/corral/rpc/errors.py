@@ -1,7 +1,7 @@
 """The error tree, and its mapping to and from gRPC status.
 
-A servicer raises one of the kinds below with a sentence the user can act on; the server interceptor turns it into a status
-with a google.rpc.ErrorInfo detail; a channel of corral.rpc.channel turns that back into the same kind on the other side.
+A servicer raises one of the kinds below with a sentence the user can act on; the server interceptor turns it into a
+status with a google.rpc.ErrorInfo detail; a channel of corral.rpc.channel turns that back into the same kind.
 Source: google.rpc.Code, google/rpc/error_details.proto, gRPC "Richer error model".
 """
 

@@ -97,17 +97,13 @@ def wrap(handler: _Handler, method: str, gate: Gate | None) -> _Handler:
     if handler.response_streaming:
         fn = handler.stream_stream if handler.request_streaming else handler.unary_stream
         make = (
-            grpc.stream_stream_rpc_method_handler
-            if handler.request_streaming
-            else grpc.unary_stream_rpc_method_handler
+            grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
         )
         behaviour: Any = around.generator(fn) if inspect.isasyncgenfunction(fn) else around.coroutine(fn)
     else:
         fn = handler.stream_unary if handler.request_streaming else handler.unary_unary
         make = (
-            grpc.stream_unary_rpc_method_handler
-            if handler.request_streaming
-            else grpc.unary_unary_rpc_method_handler
+            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
         )
         behaviour = around.coroutine(fn)
     return make(behaviour, handler.request_deserializer, handler.response_serializer)
@@ -133,7 +129,7 @@ class _Around:
             try:
                 await self._enter(context)
                 return await fn(request, context)
-            except (Exception, asyncio.CancelledError) as e:
+            except (Exception, asyncio.CancelledError) as e:  # noqa: BLE001  # every call ends with a status
                 await self._fail(context, e)
             finally:
                 inside.discard(task)
@@ -153,7 +149,7 @@ class _Around:
                 async with aclosing(fn(request, context)) as responses:
                     async for response in responses:
                         yield response
-            except (Exception, asyncio.CancelledError) as e:
+            except (Exception, asyncio.CancelledError) as e:  # noqa: BLE001  # every call ends with a status
                 await self._fail(context, e)
             finally:
                 inside.discard(task)
@@ -166,7 +162,7 @@ class _Around:
             raise TypeError(f"{fn.__qualname__} must be an async function: the loop never blocks")
         method = self._method
 
-        async def refuse(request: Any, context: _Context) -> Any:
+        async def refuse(_request: Any, _context: _Context) -> Any:
             raise Unimplemented(f"{method} is not there yet in this version of corral", reason="NOT_YET")
 
         return refuse
@@ -196,7 +192,7 @@ class _Around:
         await context.abort(code, message, trailers)
 
     def _translated(self, e: BaseException) -> CorralError:
-        """An exception no servicer translated: a full disk speaks for itself, the rest is a fault of ours and is logged."""
+        """An exception no servicer translated: a full disk speaks for itself, the rest is our fault and is logged."""
         if isinstance(e, OSError):
             error = from_os_error(e, self._method)
             if not isinstance(error, Internal):

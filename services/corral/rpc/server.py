@@ -52,7 +52,7 @@ class _Hosted:
 
 
 class Host:
-    """Serves `services` at one address, from start() to stop()."""
+    """Serves `services` from start() to stop()."""
 
     def __init__(self, services: Sequence[Service], *, extra: Extra | None = None) -> None:
         """`services` in the order in which they start: leaves first. Needs a running event loop."""
@@ -70,18 +70,20 @@ class Host:
         if extra is not None:
             self.full_names += extra(self._server, self.full_names)
         self._started: list[_Hosted] = []
-        self._target: Target | None = None
+        self._targets: list[Target] = []
 
-    async def start(self, address: Address, *, tls: Tls | None = None, socket_group: str = "") -> Address:
-        """Listen, then start every service; returns the address with the real port.
+    async def start(
+        self, addresses: Sequence[Address], *, tls: Tls | None = None, socket_group: str = ""
+    ) -> Sequence[Address]:
+        """Listen, then start every service; returns the addresses, with real ports.
 
-        Raises what a service's start() raised, after stopping those that had started; FailedPrecondition if the address
+        Raises what a service's start() raised, after stopping those that had started; FailedPrecondition if an address
         cannot be listened on.
         """
         for hosted in self._hosted:
             await self._set_health(hosted, NOT_SERVING)
         await self._health.set("", NOT_SERVING)
-        bound = self._bind(address, tls, socket_group)
+        bound = [self._bind(address, tls, socket_group) for address in addresses]
         await self._server.start()
         try:
             for hosted in self._hosted:
@@ -113,8 +115,8 @@ class Host:
                 log.exception("service.stop_failed", service=hosted.service.name)
         self._started.clear()
         await self._server.stop(LAST_CALLS_S)
-        if self._target is not None:
-            self._target.close()
+        for target in self._targets:
+            target.close()
 
     async def _set_health(self, hosted: _Hosted, status: int) -> None:
         for name in (hosted.service.name, *hosted.full_names):
@@ -123,11 +125,12 @@ class Host:
     def _bind(self, address: Address, tls: Tls | None, socket_group: str) -> Address:
         if isinstance(address, TcpAddress):
             return self._bind_tcp(address, tls)
-        self._target = Target(address)
+        target = Target(address)
+        self._targets.append(target)
         # The socket never exists with wider permissions than it is to have.
         old = os.umask(0o777 & ~SOCKET_MODE)
         try:
-            self._server.add_insecure_port(self._target.name)
+            self._server.add_insecure_port(target.name)
         except RuntimeError as e:
             raise FailedPrecondition(f"cannot listen on {address}: {e}") from e
         finally:
@@ -140,8 +143,8 @@ class Host:
         target = Target(address).name
         if tls is None and not address.is_loopback:
             raise FailedPrecondition(
-                f"{address} can be reached from other machines, so it needs TLS: give --tls-cert, --tls-key and --tls-ca,"
-                " or listen on 127.0.0.1 or a unix socket",
+                f"{address} can be reached from other machines, so it needs TLS:"
+                " give --tls-cert, --tls-key and --tls-ca, or listen on 127.0.0.1 or a unix socket",
                 reason="TLS_REQUIRED",
             )
         try:
@@ -166,7 +169,7 @@ async def hosted(
 ) -> AsyncIterator[Address]:
     """Serve within a block, as tests and other programs like it; yields the address with the real port."""
     host = Host(services)
-    bound = await host.start(address, tls=tls)
+    [bound] = await host.start([address], tls=tls)
     try:
         yield bound
     finally:
@@ -176,18 +179,18 @@ async def hosted(
 async def serve(
     services: Sequence[Service],
     *,
-    address: Address,
+    addresses: Sequence[Address],
     stop: asyncio.Event,
     grace_s: float,
     tls: Tls | None = None,
     socket_group: str = "",
     extra: Extra | None = None,
-    on_ready: Callable[[Address], None] = lambda address: None,
+    on_ready: Callable[[Sequence[Address]], None] = lambda _: None,
     on_stop: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve until `stop` is set. See Host for order and errors."""
     host = Host(services, extra=extra)
-    starting = asyncio.ensure_future(host.start(address, tls=tls, socket_group=socket_group))
+    starting = asyncio.ensure_future(host.start(addresses, tls=tls, socket_group=socket_group))
     stopping = asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)

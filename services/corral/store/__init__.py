@@ -1,4 +1,4 @@
-"""What must not be lost: SQLite with numbered migrations, the journal of events, files that outlive a process, locks."""
+"""What must not be lost: SQLite with numbered migrations, the journal of events, durable files, locks."""
 
 from corral.kernel.failpoint import failpoint
 from corral.store.database import ConstraintError, Database, Duplicate, Referenced, Row, Snapshot, Transaction

@@ -9,7 +9,7 @@ from typing import Self
 
 
 def atomic_write(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Make `path` hold exactly `data`, durably: a reader, and a machine after power loss, sees the old or the new content.
+    """Make `path` hold exactly `data`, durably: a reader, and the machine after a power loss, sees old or new content.
 
     Raises OSError; then `path` is unchanged and no temporary file remains.
     """
@@ -21,7 +21,7 @@ def atomic_write(path: Path, data: bytes, *, mode: int = 0o600) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
-        os.rename(temporary, path)
+        temporary.rename(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -55,8 +55,8 @@ class LockHeld(Exception):
 class Lock:
     """An exclusive lock on a file, for one daemon per root; freed by release(), or by the kernel when the process dies.
 
-    flock(2), so two locks exclude each other also inside one process. The file itself stays: removing it would let a third
-    process lock a new file of the same name.
+    flock(2), so two locks exclude each other also inside one process. The file itself stays: removing it would let a
+    third process lock a new file of the same name.
     """
 
     def __init__(self, path: Path) -> None:

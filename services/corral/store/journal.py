@@ -1,7 +1,7 @@
 """The append-only table of what happened, and those who follow it.
 
-An event is appended in the transaction that makes it true (Transaction.journal), so none is lost and none describes what
-did not happen. Followers replay from a sequence number and are then woken by the commit itself; nothing polls.
+An event is appended in the transaction that makes it true (Transaction.journal), so none is lost and none describes
+what did not happen. Followers replay from a sequence number and are then woken by the commit itself; nothing polls.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from corral.store.sql import Row, execute
 if TYPE_CHECKING:
     from corral.store.database import Database, Snapshot
 
-type JSON = None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]
+type JSON = bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None
 
 # AUTOINCREMENT: a number is never used twice, not even after the newest rows were pruned.
 BASE_SCHEMA = """
@@ -50,8 +51,8 @@ class Event:
 
     @property
     def is_gap(self) -> bool:
-        """Whether this stands for events that are gone: those between payload["after"] and payload["next"], both exclusive
-        of the ends that were or will be seen. Its seq is that of the last missing one."""
+        """Whether this stands for events that are gone: those after payload["after"] and before payload["next"].
+        Its seq is that of the last missing one."""
         return self.topic == GAP_TOPIC
 
 
@@ -89,7 +90,8 @@ class Journal:
         return self._database.read_sync(_last_seq)
 
     async def follow(self, after: int, *, namespace: str | None = None) -> AsyncIterator[Event]:
-        """The events numbered above `after`, oldest first, then each new one as it is committed; ends when the database closes.
+        """The events numbered above `after`, oldest first, then each new one as it is committed, until the database
+        is closed.
 
         namespace=None means all. What is missing, because it was pruned or because `after` is from another life of this
         file, is reported by an Event with topic `journal.gap` in its place.
@@ -138,10 +140,8 @@ class _Follower:
         self.woken = asyncio.Event()
 
     def wake(self) -> None:
-        try:
+        with suppress(RuntimeError):  # its loop is closed
             self._loop.call_soon_threadsafe(self.woken.set)
-        except RuntimeError:
-            pass  # its loop is closed
 
 
 def _last_seq(snapshot: "Snapshot") -> int:

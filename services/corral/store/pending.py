@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
@@ -56,10 +57,8 @@ class Pending:
                 future.set_result(result)
 
         def deliver(result: object, error: BaseException | None) -> None:
-            try:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(set_outcome, result, error)
-            except RuntimeError:
-                pass  # the loop is closed: nobody waits any more
 
         return cls(fn, lambda: not future.cancelled(), deliver), future
 

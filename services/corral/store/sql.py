@@ -59,7 +59,9 @@ def meaning(e: sqlite3.Error) -> Exception:
 def opened(path: Path, *, durable: bool, read_only: bool = False) -> sqlite3.Connection:
     """A connection in WAL mode with foreign keys on, and no implicit transactions. Raises OSError."""
     try:
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10, cached_statements=256)
+        connection = sqlite3.connect(
+            path, isolation_level=None, check_same_thread=False, timeout=10, cached_statements=256
+        )
     except sqlite3.Error as e:
         raise OSError(_SYSTEM_ERRORS.get(e.sqlite_errorcode & 0xFF, errno.EIO), f"database: {e}", str(path)) from e
     try:

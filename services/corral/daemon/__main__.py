@@ -1,0 +1,7 @@
+"""`python -m corral.daemon` is corrald."""
+
+import sys
+
+from corral.daemon.main import main
+
+sys.exit(main())

@@ -1,0 +1,168 @@
+"""The command corrald: read the settings, claim the directories, host the services, stop cleanly."""
+
+import argparse
+import asyncio
+import dataclasses
+import faulthandler
+import gc
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Before grpc is imported. Its fork handlers would warn about, and slow down, every child that tasks starts.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+import structlog
+
+from corral.daemon import config as settings
+from corral.daemon import logs, roots, table
+from corral.daemon.notify import notify
+from corral.daemon.version import Common, package_version
+from corral.rpc.address import Address
+from corral.rpc.errors import CorralError, InvalidArgument
+from corral.rpc.server import serve
+from corral.rpc.service import Service
+
+log = structlog.get_logger()
+
+SLOW_CALLBACK_S = 0.05
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="corrald", description="The corral daemon: container services over gRPC.")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="what must survive a reboot (default /var/lib/corral)")
+    parser.add_argument("--state", type=Path, metavar="DIR", help="sockets and run state (default /run/corral)")
+    parser.add_argument(
+        "--address",
+        action="append",
+        metavar="unix:///PATH|tcp://HOST:PORT",
+        help="where to listen; may be repeated (default unix://STATE/corrald.sock)",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a TOML file; defaults need none")
+    parser.add_argument(
+        "--service", action="append", default=[], metavar="NAME", help="host only this service; may be repeated"
+    )
+    parser.add_argument("--log-format", choices=logs.FORMATS)
+    parser.add_argument("--log-level", choices=tuple(logs.LEVELS))
+    for name, what in (("cert", "certificate"), ("key", "private key"), ("ca", "CA that signs clients")):
+        parser.add_argument(f"--tls-{name}", type=Path, metavar="FILE", help=f"PEM file: {what}, for tcp:// addresses")
+    parser.add_argument("--version", action="version", version=f"corrald {package_version()}")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code; a start that fails prints one sentence."""
+    options = arguments().parse_args(argv)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # "where does it hang?"
+    try:
+        run(options)
+    except (CorralError, OSError, ValueError, ImportError) as e:
+        if options.log_level == "debug":
+            raise
+        sys.stderr.write(f"corrald: {e}\n")
+        return 1
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Host until SIGTERM or SIGINT. Raises CorralError, OSError, ValueError, ImportError if it cannot start."""
+    config = with_options(settings.load(options.config), options)
+    daemon = config.daemon
+    logs.configure(daemon.log_format, daemon.log_level)
+    names = table.select(options.service)
+    addresses = settings.listen_on(daemon, names, all_in_one=not options.service)
+    known = settings.find_services(config, names, addresses[0])
+    configs = {
+        name: settings.service_config(name, table.TABLE[name], config, known, root=daemon.root, state=daemon.state)
+        for name in names
+    }
+    with roots.claimed({name: c.root for name, c in configs.items()}, daemon.state, addresses):
+        asyncio.run(host(daemon, configs, addresses), debug=daemon.log_level == "debug")
+
+
+def with_options(config: settings.Config, options: argparse.Namespace) -> settings.Config:
+    """The command line wins over the file."""
+    given: dict[str, Any] = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(settings.DaemonConfig)
+        if getattr(options, field.name, None) is not None
+    }
+    daemon = dataclasses.replace(config.daemon, **given)
+    daemon = dataclasses.replace(
+        daemon, root=daemon.root.absolute(), state=daemon.state.absolute(), address=tuple(daemon.address)
+    )
+    if daemon.grace_s < 0:
+        raise InvalidArgument("[daemon] grace_s must not be negative")
+    return dataclasses.replace(config, daemon=daemon)
+
+
+async def host(daemon: settings.DaemonConfig, configs: Mapping[str, Any], addresses: Sequence[Address]) -> None:
+    """Run the services from their settings until a signal comes."""
+    loop = asyncio.get_running_loop()
+    loop.slow_callback_duration = SLOW_CALLBACK_S
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, stop, number)
+    services = [construct(name, config) for name, config in configs.items()]
+
+    def on_ready(bound: Sequence[Address]) -> None:
+        # What is alive now stays: the collector need not walk it again in the middle of a call.
+        gc.collect()
+        gc.freeze()
+        notify("READY=1")
+        log.info(
+            "daemon.ready",
+            addresses=[str(address) for address in bound],
+            services=list(configs),
+            pid=os.getpid(),
+            took_ms=round(age_s() * 1000),
+        )
+
+    def on_stop() -> None:
+        notify("STOPPING=1")
+        log.info("daemon.stopping", grace_s=daemon.grace_s)
+
+    await serve(
+        services,
+        addresses=addresses,
+        stop=stop,
+        grace_s=daemon.grace_s,
+        tls=daemon.tls(),
+        socket_group=daemon.socket_group,
+        extra=Common(list(configs), daemon.root, daemon.state),
+        on_ready=on_ready,
+        on_stop=on_stop,
+    )
+    log.info("daemon.stopped")
+
+
+def construct(name: str, config: Any) -> Service:
+    """Import and make one service. Raises ImportError."""
+    cls: Any = table.TABLE[name].service_class()
+    service: Service = cls(config)
+    return service
+
+
+def on_signal(stop: asyncio.Event, number: int) -> None:
+    """The first asks for a clean stop; another one means it. Nothing is lost either way: a start recovers."""
+    if stop.is_set():
+        log.warning("daemon.killed", signal=signal.Signals(number).name)
+        os._exit(128 + number)
+    stop.set()
+
+
+def age_s() -> float:
+    """Seconds since this process was started, its imports included, in steps of 10 ms."""
+    fields = Path("/proc/self/stat").read_text("ascii").rpartition(")")[2].split()
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc_pid_stat(5)
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+if __name__ == "__main__":
+    sys.exit(main())

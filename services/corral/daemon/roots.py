@@ -1,0 +1,63 @@
+"""Directories and locks of one process: nobody else may work on the same root, or listen at the same path."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from corral.rpc.address import Address, UnixAddress
+from corral.rpc.errors import CorralError, FailedPrecondition, from_os_error
+from corral.store import Lock, LockHeld
+
+
+@contextmanager
+def claimed(roots: Mapping[str, Path], state: Path, addresses: Sequence[Address]) -> Iterator[None]:
+    """Make the directories and hold every lock while the block runs.
+
+    One lock per service directory, so that `corrald` and `corrald --service tasks` exclude each other too; one per
+    socket, so that whoever finds a socket there knows that it is stale. Raises FailedPrecondition naming the holder.
+    """
+    with ExitStack() as locks:
+        try:
+            for name, root in roots.items():
+                _make_private(root)
+                locks.enter_context(_lock(root / "lock", f"works on {root}", f"--root (service {name})"))
+            # Anyone may pass through to a socket; its mode says who may connect.
+            state.mkdir(0o711, parents=True, exist_ok=True)
+            for address in addresses:
+                if isinstance(address, UnixAddress):
+                    path = address.path
+                    lock = _lock(path.with_name(f"{path.name}.lock"), f"listens at {path}", "--address or --state")
+                    locks.enter_context(lock)
+                    remove_stale_socket(path)
+        except OSError as e:
+            raise from_os_error(e, "cannot prepare the directories") from e
+        yield
+
+
+def _make_private(root: Path) -> None:
+    """Image files may be set-uid or world-readable: nobody but root may get at them from outside a container."""
+    root.parent.mkdir(0o700, parents=True, exist_ok=True)
+    root.mkdir(0o700, exist_ok=True)
+
+
+def _lock(path: Path, does: str, option: str) -> Lock:
+    try:
+        return Lock(path)
+    except LockHeld as e:
+        raise already(does, e.holder, option) from e
+
+
+def already(does: str, holder: int | None, option: str) -> CorralError:
+    """What to tell someone who starts a second daemon."""
+    who = f"another corrald (process {holder})" if holder else "another corrald"
+    return FailedPrecondition(
+        f"{who} {does}: stop that one first, or give this one a different {option}", reason="ALREADY_RUNNING"
+    )
+
+
+def remove_stale_socket(path: Path) -> None:
+    """Unlink what a killed daemon left; the caller holds the lock. Raises FailedPrecondition if it is no socket."""
+    if path.is_socket():
+        path.unlink()
+    elif path.exists():
+        raise FailedPrecondition(f"{path} exists and is not a socket: remove it, or choose another --address")
