@@ -4,13 +4,15 @@ Source: bpf(2); kernel bpf/standardization/instruction-set.rst; include/uapi/lin
 """
 
 import ctypes
-import errno
 import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-_NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "loongarch64": 280, "s390x": 351, "ppc64le": 361}
+from corral.kernel.syscalls import MACHINE, check, libc
+
+_NUMBER = {"x86_64": 321, "aarch64": 280}[MACHINE]
+_syscall = libc("syscall", ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint)
 
 _PROG_LOAD, _PROG_ATTACH, _PROG_DETACH, _PROG_GET_FD_BY_ID, _PROG_QUERY = 5, 8, 9, 13, 16
 _TYPE_CGROUP_DEVICE = 15
@@ -25,8 +27,6 @@ _EXIT = 0x95
 _JUMPS = frozenset({_JUMP_EQUAL, _JUMP_NOT_EQUAL, _JUMP_NOT_SAME})
 
 _QUERY_MAX = 64  # as many as the kernel attaches to one cgroup
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +99,11 @@ def load_device_program(instructions: Iterable[Instruction]) -> int:
     """Give a program to the kernel; returns its fd. Raises OSError: EPERM without CAP_BPF or CAP_SYS_ADMIN."""
     code = b"".join(each.encode() for each in instructions)
     text = ctypes.create_string_buffer(code, len(code))
-    license = ctypes.create_string_buffer(b"Apache")
+    licence = ctypes.create_string_buffer(b"Apache")
     # prog_type, insn_cnt, insns, license, log_level, log_size, log_buf, kern_version, prog_flags, prog_name
     attributes = struct.pack(
         "=IIQQIIQII16s",
-        *(_TYPE_CGROUP_DEVICE, len(code) // 8, ctypes.addressof(text), ctypes.addressof(license)),
+        *(_TYPE_CGROUP_DEVICE, len(code) // 8, ctypes.addressof(text), ctypes.addressof(licence)),
         *(0, 0, 0, 0, 0, b"corral_devices"),
     )
     return _bpf(_PROG_LOAD, attributes, "load")[0]
@@ -134,12 +134,6 @@ def detach_device_program(cgroup: int, identity: int) -> None:
 
 def _bpf(command: int, attributes: bytes, verb: str) -> tuple[int, bytes]:
     """bpf(2), and the attributes as the kernel left them. Its fds are close-on-exec by themselves."""
-    number = _NUMBERS.get(os.uname().machine)
-    if number is None:
-        raise OSError(errno.ENOSYS, f"bpf(2) is not known on {os.uname().machine}")
     buffer = ctypes.create_string_buffer(attributes, len(attributes))
-    result = _libc.syscall(ctypes.c_long(number), ctypes.c_int(command), buffer, ctypes.c_uint(len(attributes)))
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"cannot {verb} a bpf device program: {os.strerror(code)}")
-    return int(result), buffer.raw
+    result = _syscall(_NUMBER, command, buffer, len(attributes))
+    return check(result, f"bpf (to {verb} a device program)"), buffer.raw

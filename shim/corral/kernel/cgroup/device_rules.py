@@ -73,11 +73,11 @@ def fold(rules: Iterable[DeviceRule]) -> Access:
     access = Access()
     for rule in rules:
         _check(rule)
-        if rule.type == "a" and (rule.major, rule.minor, set(rule.access)) == (None, None, ALL_ACCESS):
+        if _is_default(rule):
             access = Access(rule.allow)
             continue
-        for type in "cb" if rule.type == "a" else rule.type:
-            node = Node(type, _number(rule.major), _number(rule.minor))
+        for kind in "cb" if rule.type == "a" else rule.type:
+            node = Node(kind, _number(rule.major), _number(rule.minor))
             access = _with(access, node, frozenset(rule.access), allow=rule.allow)
     return access
 
@@ -87,6 +87,11 @@ def _check(rule: DeviceRule) -> None:
         raise ValueError(f"device type must be a, b or c, not {rule.type!r}")
     if not rule.access or not set(rule.access) <= ALL_ACCESS:
         raise ValueError(f"device access must be made of r, w and m, not {rule.access!r}")
+
+
+def _is_default(rule: DeviceRule) -> bool:
+    everything = _number(rule.major) == _number(rule.minor) == "*"
+    return rule.type == "a" and everything and frozenset(rule.access) == ALL_ACCESS
 
 
 def _number(value: int | None) -> str:
@@ -118,9 +123,9 @@ def parse_list(text: str) -> Access:
     """
     exceptions: dict[Node, frozenset[str]] = {}
     for line in text.splitlines():
-        type, numbers, bits = line.split()
-        if type == "a":
+        kind, numbers, bits = line.split()
+        if kind == "a":
             return Access()
-        node = Node(type, *numbers.split(":"))
+        node = Node(kind, *numbers.split(":"))
         exceptions[node] = exceptions.get(node, frozenset()) | frozenset(bits)
     return Access(allowed=False, exceptions=exceptions)

@@ -76,7 +76,7 @@ def pids_below(directory: str) -> list[int]:
 
 
 def subtree(directory: str) -> list[str]:
-    """A cgroup directory and everything below it, parents before children; [] if it is gone."""
+    """A cgroup directory and everything below it, parents before children; [] if it is gone or ""."""
     try:
         # The kernel counts sub-cgroups in st_nlink, which saves listing the files of a leaf.
         if Path(directory).stat().st_nlink <= 2:

@@ -1,0 +1,184 @@
+"""The driver: cgroups in every hierarchy at once, on v1, v2 and hybrid hosts.
+
+A cgroup is named by one path, "/corral/default/web", and is a directory of that path below the root of each mounted
+hierarchy. On a host like this (v1 for most, v2 for the rest) that makes
+
+    /sys/fs/cgroup/memory/corral/default/web     one per v1 hierarchy, named ones (systemd) included
+    /sys/fs/cgroup/unified/corral/default/web    the v2 one: cgroup.kill, cgroup.freeze and pressure, if nothing else
+
+A life:  create(path) -> apply(limits) -> a process joins paths() -> read(), freeze(), thaw(), kill() -> remove().
+
+Nothing here ever looks at the caller's own cgroup or changes a directory above the paths it was given, except for
+turning on v2 controllers on the way down to them.
+"""
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+from corral.kernel.cgroup import files, steps
+from corral.kernel.cgroup.group import Cgroup
+from corral.kernel.cgroup.layout import Hierarchy, Layout
+from corral.kernel.cgroup.resources import Resources
+from corral.kernel.cgroup.v1 import cpuset
+
+SUBTREE_CONTROL = "cgroup.subtree_control"
+CONTROLLERS = "cgroup.controllers"
+
+V2_CONTROLLERS = frozenset({"cpu", "cpuset", "io", "memory", "pids"})
+"""Turned on for every cgroup of ours; any other when a limit asks for it."""
+
+_ATTEMPTS = 5
+
+
+class Driver:
+    """Makes, opens and lists cgroups. Holds no state of its own: the kernel is the truth."""
+
+    def __init__(self, layout: Layout) -> None:
+        """Use the writable hierarchies of a layout."""
+        self.layout = layout
+        self._hierarchies = tuple(h for h in layout.hierarchies if not h.read_only)
+
+    def create(self, path: str, resources: Resources | None = None) -> Cgroup:
+        """Make a cgroup with its limits; all or nothing.
+
+        Raises OSError: EEXIST if it is there already; EINVAL and the like, naming file and value, for a limit that
+        the kernel refuses; EOPNOTSUPP for one that this host cannot give.
+        """
+        check_path(path)
+        group = Cgroup(path, self._hierarchies)
+        made: list[str] = []
+        try:
+            for hierarchy in self._hierarchies:
+                self._make(hierarchy, path)
+                made.append(f"{hierarchy.mount_point}{path}")
+            if resources is not None:
+                self.enable(path, resources)
+                group.apply(resources)
+        except OSError:
+            for directory in reversed(made):
+                with contextlib.suppress(OSError):
+                    Path(directory).rmdir()
+            raise
+        return group
+
+    def open(self, path: str) -> Cgroup:
+        """A cgroup that was made earlier; it may be there in part, or gone."""
+        check_path(path)
+        return Cgroup(path, self._hierarchies)
+
+    def list(self, parent: str) -> set[str]:
+        """The names of the cgroups right below a path, in any hierarchy."""
+        check_path(parent)
+        names: set[str] = set()
+        for hierarchy in self._hierarchies:
+            with contextlib.suppress(FileNotFoundError):
+                entries = os.scandir(f"{hierarchy.mount_point}{parent}")
+                names.update(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+        return names
+
+    def prune(self, path: str) -> None:
+        """Remove a cgroup and its ancestors as far as they are empty: no processes, nothing below."""
+        check_path(path)
+        for hierarchy in self._hierarchies:
+            at = path
+            while at:
+                try:
+                    Path(f"{hierarchy.mount_point}{at}").rmdir()
+                except FileNotFoundError:
+                    pass
+                except OSError:
+                    break
+                at = _parent(at)
+
+    def enable(self, path: str, resources: Resources) -> None:
+        """Turn on the v2 controllers of a cgroup that only some limits need."""
+        unified = self.layout.unified
+        if unified is None or unified.read_only:
+            return
+        asked = {name.partition(".")[0] for name in resources.unified}
+        asked |= {"hugetlb"} if resources.hugetlb else set()
+        asked |= {"rdma"} if resources.rdma else set()
+        if wanted := asked & unified.controllers - V2_CONTROLLERS:
+            for ancestor in ancestors(path):
+                _enable(f"{unified.mount_point}{ancestor}", wanted)
+
+    def _make(self, hierarchy: Hierarchy, path: str) -> None:
+        """One directory, and on the way the missing ones above it."""
+        directory = f"{hierarchy.mount_point}{path}"
+        for _ in range(_ATTEMPTS):
+            try:
+                Path(directory).mkdir(0o755)
+                break
+            except FileNotFoundError:  # the parents were never made, or pruned by another a moment ago
+                for ancestor in ancestors(path):
+                    _make_parent(hierarchy, ancestor)
+        else:
+            raise OSError(errno.ENOENT, "its parent keeps vanishing", directory)
+        if hierarchy.version == 2:
+            self._share(hierarchy, path)
+        elif "cpuset" in hierarchy.controllers:
+            cpuset.inherit(directory, _parent(directory))
+
+    def _share(self, hierarchy: Hierarchy, path: str) -> None:
+        """Turn on controllers for a cgroup whose parents another made, without them."""
+        wanted = V2_CONTROLLERS & hierarchy.controllers
+        if wanted - set(files.read(f"{hierarchy.mount_point}{path}/{CONTROLLERS}").split()):
+            for ancestor in ancestors(path):
+                _enable(f"{hierarchy.mount_point}{ancestor}", wanted)
+
+
+def open_driver(layout: Layout) -> Driver:
+    """The driver for a layout."""
+    return Driver(layout)
+
+
+def check_path(path: str) -> None:
+    """Refuse anything but an absolute, normal path below the root. Raises OSError(EINVAL)."""
+    if not path.startswith("/") or path == "/" or os.path.normpath(path) != path or "\n" in path:
+        raise steps.invalid(path, "a cgroup path must be absolute, without . or .., and not the root")
+
+
+def ancestors(path: str) -> list[str]:
+    """The paths above one, from the root down, the root as "".
+
+    >>> ancestors("/corral/default/web")
+    ['', '/corral', '/corral/default']
+    """
+    parts = path.split("/")[1:-1]
+    return ["", *("/" + "/".join(parts[: n + 1]) for n in range(len(parts)))]
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _make_parent(hierarchy: Hierarchy, path: str) -> None:
+    directory = f"{hierarchy.mount_point}{path}"
+    if path:
+        try:
+            Path(directory).mkdir(0o755)
+        except FileExistsError:
+            pass
+        else:
+            if hierarchy.version == 1 and "cpuset" in hierarchy.controllers:
+                cpuset.inherit(directory, _parent(directory))
+                cpuset.bequeath(directory)
+    if hierarchy.version == 2:
+        _enable(directory, V2_CONTROLLERS)
+
+
+def _enable(directory: str, wanted: frozenset[str] | set[str]) -> None:
+    """Give the children of a v2 cgroup those wanted controllers that it has itself."""
+    path = f"{directory}/{SUBTREE_CONTROL}"
+    missing = (wanted & set(files.read(f"{directory}/{CONTROLLERS}").split())) - set(files.read(path).split())
+    if not missing:
+        return
+    try:
+        files.write(path, " ".join(f"+{name}" for name in sorted(missing)))
+    except OSError as e:
+        if e.errno != errno.EBUSY:
+            raise
+        why = "processes live in this cgroup, so it cannot share out controllers: move them to one below it"
+        raise OSError(e.errno, why, path) from e

@@ -1,0 +1,177 @@
+"""One cgroup in all hierarchies: limits, counters, freezing, signals, removal."""
+
+import contextlib
+import errno
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from corral.kernel.cgroup import counters, membership, plans, signals, steps
+from corral.kernel.cgroup.layout import Hierarchy
+from corral.kernel.cgroup.resources import Resources
+from corral.kernel.cgroup.stats import Stats
+from corral.kernel.cgroup.v1 import freezer as freezer_v1
+from corral.kernel.cgroup.v2 import freezer as freezer_v2
+
+_V1_NAMES = {"io": "blkio"}
+_SHORTEST_S, _LONGEST_S = 0.0005, 0.05
+"""Between two looks at whether killed processes are gone."""
+
+
+class Cgroup:
+    """A named cgroup. The object holds no kernel state: any number of them may stand for the same one."""
+
+    __slots__ = ("_directories", "_where", "path")
+
+    def __init__(self, path: str, hierarchies: Sequence[Hierarchy]) -> None:
+        """Name a cgroup by its path below each hierarchy's root; see Driver for how to make one."""
+        self.path = path
+        self._directories = tuple(f"{h.mount_point}{path}" for h in hierarchies)
+        self._where: dict[str, tuple[str, int]] = {}
+        for hierarchy, directory in zip(hierarchies, self._directories, strict=True):
+            for name in hierarchy.controllers:
+                self._where[_V1_NAMES.get(name, name)] = (directory, hierarchy.version)
+            if hierarchy.version == 2:
+                self._where[plans.UNIFIED] = (directory, 2)
+
+    def __repr__(self) -> str:
+        return f"Cgroup({self.path!r})"
+
+    def paths(self) -> list[Path]:
+        """The directories that a process joins, one per hierarchy. See membership.birthplace()."""
+        return [Path(directory) for directory in self._directories]
+
+    def exists(self) -> bool:
+        """Whether any hierarchy still has it."""
+        return any(Path(directory).exists() for directory in self._directories)
+
+    def apply(self, wanted: Resources) -> None:
+        """Set limits, all or none: one that is refused leaves the others as they were.
+
+        Raises OSError naming the file and the value: EINVAL, EBUSY or the like if the kernel refuses it,
+        EOPNOTSUPP if this host cannot give it, ENOENT if the cgroup is gone.
+        """
+        steps.run(plans.plan(self.path, self._where, wanted))
+
+    def read(self) -> Stats:
+        """One reading of every counter. Raises OSError(ENOENT or ENODEV) if the cgroup is gone."""
+        return counters.read(self._where)
+
+    def freeze(self, timeout_s: float = 10.0) -> None:
+        """Stop every process, and return when all have stopped. Raises OSError(ETIMEDOUT), thawed again."""
+        deadline = time.monotonic() + timeout_s
+        v1, v2 = self._freezers()
+        # The v2 freezer is the better one, but on a hybrid host the processes may be in the v1 cgroup alone.
+        if v2 and (not v1 or freezer_v2.is_populated(v2)):
+            frozen = freezer_v2.freeze(v2, deadline)
+        elif v1:
+            frozen = freezer_v1.freeze(v1, deadline)
+        else:
+            raise steps.unsupported(self.path, "this host has no cgroup freezer")
+        if not frozen:
+            self.thaw()
+            raise OSError(errno.ETIMEDOUT, f"processes still run after {timeout_s} s of freezing", self.path)
+
+    def thaw(self) -> None:
+        """Let every process run again; no error if none was frozen."""
+        v1, v2 = self._freezers()
+        if v2:
+            freezer_v2.thaw(v2)
+        if v1:
+            freezer_v1.thaw(v1)
+
+    def is_frozen(self) -> bool:
+        """Whether every process has been stopped, by whichever version's freezer."""
+        v1, v2 = self._freezers()
+        return bool((v2 and freezer_v2.is_frozen(v2)) or (v1 and freezer_v1.is_frozen(v1)))
+
+    def pids(self) -> list[int]:
+        """Every process in it and below it; [] if it is gone."""
+        return sorted(self._v1_pids() | self._v2_pids())
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to every process in it and below; none escapes by forking. Does not wait for their end.
+
+        SIGKILL thaws a frozen cgroup, any other signal leaves it frozen.
+        Raises OSError(EPERM) if the caller itself is inside.
+        """
+        v1, v2 = self._v1_pids(), self._v2_pids()
+        if os.getpid() in v1 | v2:
+            raise OSError(errno.EPERM, "the process that was asked to do this is inside", self.path)
+        if not v1 | v2:
+            return
+        if number == signal.SIGKILL and v2 and signals.kill_v2(self._where[plans.UNIFIED][0]) and v1 <= v2:
+            self.thaw()  # what the v1 freezer holds cannot die
+            return
+        self._send(number)
+
+    def _send(self, number: int) -> None:
+        was_frozen = self.is_frozen()
+        if not was_frozen:
+            with contextlib.suppress(OSError):  # no freezer, or one that is stuck: signal who can be seen
+                self.freeze(timeout_s=1.0)
+        for directory in filter(None, self._trackers()):
+            signals.send(directory, number)
+        if number == signal.SIGKILL or not was_frozen:
+            self.thaw()
+
+    def remove(self, timeout_s: float = 10.0) -> None:
+        """Kill what is inside and remove it with all sub-cgroups, from every hierarchy; no error if it is gone.
+
+        Raises OSError(EBUSY) if processes outlive SIGKILL by timeout_s, as one stuck in the kernel does.
+        """
+        deadline, pause = time.monotonic() + timeout_s, _SHORTEST_S
+        left = [directory for directory in self._directories if not _remove(directory)]
+        while left:
+            self.kill()
+            left = [directory for directory in left if not _remove_below(directory)]
+            if not left:
+                return
+            if time.monotonic() >= deadline:
+                raise OSError(errno.EBUSY, f"processes {self.pids()} do not die; the cgroup stays", left[0])
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_S)
+
+    def _freezers(self) -> tuple[str, str]:
+        """The v1 and the v2 freezer's directory, "" for one that is not here."""
+        v1, v2 = self._trackers()
+        return v1 if _has(v1, freezer_v1.STATE) else "", v2 if _has(v2, freezer_v2.FREEZE) else ""
+
+    def _trackers(self) -> tuple[str, str]:
+        """The directories that tell the processes, one per version, "" for none.
+
+        A process joins all hierarchies or none, so of v1 one is enough: the freezer's, if it is mounted.
+        """
+        v2, _ = self._where.get(plans.UNIFIED, ("", 2))
+        any_v1 = next((directory for directory in self._directories if directory != v2), "")
+        v1, version = self._where.get("freezer", (any_v1, 1))
+        return v1 if version == 1 else "", v2
+
+    def _v1_pids(self) -> set[int]:
+        return set(membership.pids_below(self._trackers()[0]))
+
+    def _v2_pids(self) -> set[int]:
+        return set(membership.pids_below(self._trackers()[1]))
+
+
+def _has(directory: str, name: str) -> bool:
+    return bool(directory) and Path(directory, name).exists()
+
+
+def _remove(directory: str) -> bool:
+    """rmdir one directory; False if something in it is still alive."""
+    try:
+        Path(directory).rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError as e:
+        if e.errno not in (errno.EBUSY, errno.ENOTEMPTY):
+            raise
+        return False
+    return True
+
+
+def _remove_below(directory: str) -> bool:
+    return all(_remove(each) for each in reversed(membership.subtree(directory)))
