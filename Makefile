@@ -11,6 +11,7 @@ setup:
 
 generate: setup
 	@$(PY) protos/generate.py
+	@$(PY) cli/generate_sync.py
 
 check: setup
 	$(VENV)/bin/ruff check .
@@ -18,6 +19,7 @@ check: setup
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(PY) protos/generate.py --check
+	$(PY) cli/generate_sync.py --check
 
 test: setup
 	$(PY) -m pytest tests

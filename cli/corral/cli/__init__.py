@@ -1,0 +1,1 @@
+"""The command `corral`: one noun per file, each loaded only when one of its verbs runs."""

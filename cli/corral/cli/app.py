@@ -1,0 +1,82 @@
+"""What every verb is given: where corrald is, the namespace, and a client made when first asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from corral.client.sync import Client
+
+
+@dataclass(slots=True)
+class App:
+    """Global options of one run of the command."""
+
+    address: str | None = None
+    namespace: str | None = None
+    debug: bool = False
+    _client: "Client | None" = None
+
+    @property
+    def client(self) -> "Client":
+        """The client; gRPC is imported here and not before."""
+        if self._client is None:
+            from corral.client.sync import Client
+
+            self._client = Client(self.address, namespace=self.namespace)
+        return self._client
+
+
+def pass_app(function: Callable[..., object]) -> Callable[..., object]:
+    """Gives a verb the App as its first argument."""
+    return click.make_pass_decorator(App)(function)
+
+
+def each(names: tuple[str, ...], act: Callable[[str], object]) -> int:
+    """Does `act` for every name, printing the name or the error; 0 if all went well, else 1."""
+    from corral.rpc.errors import CorralError
+
+    failed = 0
+    for name in names:
+        try:
+            act(name)
+        except CorralError as e:
+            click.echo(f"corral: {e}", err=True)
+            failed = 1
+        else:
+            click.echo(name)
+    return failed
+
+
+class ContainerName(click.ParamType[str, str]):
+    """A container's name, completed by the shell from those that exist."""
+
+    name = "container"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        app = ctx.find_object(App) or App()
+        try:
+            containers = app.client.containers.list(all=True)
+        except Exception:  # noqa: BLE001 - completion stays silent, whatever is wrong
+            return []
+        return [CompletionItem(c.name) for c in containers if c.name.startswith(incomplete)]
+
+
+class ImageName(click.ParamType[str, str]):
+    """An image's name, completed by the shell from those that exist."""
+
+    name = "image"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        app = ctx.find_object(App) or App()
+        try:
+            images = app.client.images.list()
+        except Exception:  # noqa: BLE001 - completion stays silent, whatever is wrong
+            return []
+        return [CompletionItem(i.familiar_name) for i in images if i.familiar_name.startswith(incomplete)]

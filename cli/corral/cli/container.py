@@ -1,0 +1,298 @@
+"""Verbs on containers that exist."""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from corral.cli.app import App, ContainerName, each, pass_app
+from corral.cli.output import enum_word, format_option, human_age, human_size, show_json, show_rows
+
+if TYPE_CHECKING:
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+    from corral.api.engine.v1 import engine_pb2
+
+_names = click.argument("containers", nargs=-1, required=True, type=ContainerName())
+_name = click.argument("container", type=ContainerName())
+_SHORT_ID = 12
+
+
+@click.command("start")
+@click.option("-a", "--attach", is_flag=True, help="Attach this terminal")
+@click.option("-i", "--interactive", is_flag=True, help="Attach stdin")
+@_names
+@pass_app
+def start_command(app: App, containers: tuple[str, ...], attach: bool, interactive: bool) -> int:
+    """Start containers."""
+    if not attach and not interactive:
+        return each(containers, app.client.containers.start)
+    if len(containers) != 1:
+        raise click.UsageError("only one container can be attached")
+    from corral.cli.run import exit_code
+    from corral.cli.terminal import DEFAULT_DETACH_KEYS, Session, parse_detach_keys
+    from corral.client.execution import Attachment
+
+    found = app.client.containers.get(containers[0])
+    session = Session(
+        app.client,
+        Attachment(found.id, stdin=interactive and found.config.stdin, stdout=True, stderr=True, lossless=True),
+        terminal=found.config.terminal,
+        detach_keys=parse_detach_keys(DEFAULT_DETACH_KEYS),
+    )
+    status = session.run(lambda: app.client.containers.start(found.id))
+    return 0 if status is None else exit_code(status)
+
+
+@click.command("stop")
+@click.option("-t", "--time", "--timeout", "grace_s", type=float, help="Seconds until SIGKILL, default 10")
+@click.option("-s", "--signal", default="", help="Signal to send first")
+@_names
+@pass_app
+def stop_command(app: App, containers: tuple[str, ...], grace_s: float | None, signal: str) -> int:
+    """Stop containers: their stop signal, then SIGKILL."""
+    return each(containers, lambda c: app.client.containers.stop(c, timeout_s=grace_s, signal=signal))
+
+
+@click.command("restart")
+@click.option("-t", "--time", "--timeout", "grace_s", type=float, help="Seconds until SIGKILL, default 10")
+@_names
+@pass_app
+def restart_command(app: App, containers: tuple[str, ...], grace_s: float | None) -> int:
+    """Stop and start containers."""
+    return each(containers, lambda c: app.client.containers.restart(c, timeout_s=grace_s))
+
+
+@click.command("kill")
+@click.option("-s", "--signal", default="KILL", show_default=True, help="Signal, by name or number")
+@click.option("--all", "everyone", is_flag=True, help="To every process of the container")
+@_names
+@pass_app
+def kill_command(app: App, containers: tuple[str, ...], signal: str, everyone: bool) -> int:
+    """Send a signal to containers."""
+    return each(containers, lambda c: app.client.containers.kill(c, signal, everyone=everyone))
+
+
+@click.command("rm")
+@click.option("-f", "--force", is_flag=True, help="Kill what runs")
+@click.option("-v", "--volumes", is_flag=True, help="Remove their anonymous volumes too")
+@_names
+@pass_app
+def rm_command(app: App, containers: tuple[str, ...], force: bool, volumes: bool) -> int:
+    """Remove containers."""
+    return each(containers, lambda c: app.client.containers.remove(c, force=force, volumes=volumes))
+
+
+@click.command("pause")
+@_names
+@pass_app
+def pause_command(app: App, containers: tuple[str, ...]) -> int:
+    """Freeze every process of containers."""
+    return each(containers, app.client.containers.pause)
+
+
+@click.command("unpause")
+@_names
+@pass_app
+def unpause_command(app: App, containers: tuple[str, ...]) -> int:
+    """Let paused containers go on."""
+    return each(containers, app.client.containers.resume)
+
+
+@click.command("wait")
+@click.option(
+    "--condition",
+    type=click.Choice(["not-running", "next-exit", "removed"]),
+    default="not-running",
+    show_default=True,
+    help="What to wait for",
+)
+@_names
+@pass_app
+def wait_command(app: App, containers: tuple[str, ...], condition: str) -> None:
+    """Wait until containers end; print their exit codes."""
+    for container in containers:
+        click.echo(app.client.containers.wait(container, condition).code)
+
+
+@click.command("rename")
+@_name
+@click.argument("new_name")
+@pass_app
+def rename_command(app: App, container: str, new_name: str) -> None:
+    """Give a container another name."""
+    app.client.containers.rename(container, new_name)
+
+
+@click.command("ps")
+@click.option("-a", "--all", "everything", is_flag=True, help="Also those that do not run")
+@click.option("-f", "--filter", "filters", multiple=True, help="KEY=VALUE: name, id, status, label, image, network")
+@click.option("--no-trunc", is_flag=True, help="Whole ids and commands")
+@format_option
+@pass_app
+def ps_command(app: App, everything: bool, filters: Sequence[str], no_trunc: bool, form: str, quiet: bool) -> None:
+    """List containers."""
+    wanted: dict[str, list[str]] = {}
+    for text in filters:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise ValueError(f"filter {text!r} is not understood: give KEY=VALUE")
+        wanted.setdefault(key, []).append(value)
+    containers = app.client.containers.list(all=everything or "status" in wanted, filters=dict(wanted))
+    show_rows(
+        ("CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAMES"),
+        [_ps_row(c, no_trunc) for c in containers],
+        containers,
+        form,
+        [c.id if no_trunc else c.id[:_SHORT_ID] for c in containers] if quiet else None,
+    )
+
+
+def _ps_row(c: "engine_pb2.Container", no_trunc: bool) -> tuple[str, ...]:
+    command = " ".join([*c.config.entrypoint, *c.config.args])
+    ports = ", ".join(
+        f"{p.host_ip or '0.0.0.0'}:{p.host_port}->{p.container_port}/{p.protocol or 'tcp'}" for p in c.endpoint.ports
+    )
+    return (
+        c.id if no_trunc else c.id[:_SHORT_ID],
+        c.config.image,
+        command if no_trunc or len(command) <= 30 else f"{command[:29]}…",
+        f"{human_age(c.created_at)} ago",
+        _status(c),
+        ports,
+        c.name,
+    )
+
+
+def _status(c: "engine_pb2.Container") -> str:
+    from corral.api.engine.v1 import engine_pb2
+
+    if c.status in (engine_pb2.STATUS_RUNNING, engine_pb2.STATUS_PAUSED):
+        paused = " (Paused)" if c.status == engine_pb2.STATUS_PAUSED else ""
+        return f"Up {human_age(c.started_at)}{paused}"
+    if c.status == engine_pb2.STATUS_EXITED:
+        return f"Exited ({c.exit.code}) {human_age(c.finished_at)} ago{' OOM' if c.exit.oom_killed else ''}"
+    return enum_word(engine_pb2.Status.Name(c.status), "Status").capitalize()
+
+
+@click.command("inspect")
+@_names
+@pass_app
+def inspect_command(app: App, containers: tuple[str, ...]) -> int:
+    """Show all facts about containers, as JSON."""
+    from corral.rpc.errors import CorralError
+
+    found, failed = [], 0
+    for name in containers:
+        try:
+            found.append(app.client.containers.get(name))
+        except CorralError as e:
+            click.echo(f"corral: {e}", err=True)
+            failed = 1
+    show_json(found)
+    return failed
+
+
+@click.command("logs")
+@click.option("-f", "--follow", is_flag=True, help="Go on as more is written")
+@click.option("--since", help="Only from this time: RFC 3339, or how long ago, such as 10m")
+@click.option("--until", help="Only up to this time")
+@click.option("-n", "--tail", type=int, help="Only the last N lines")
+@click.option("-t", "--timestamps", is_flag=True, help="Show when each line was written")
+@_name
+@pass_app
+def logs_command(
+    app: App, container: str, follow: bool, since: str | None, until: str | None, tail: int | None, timestamps: bool
+) -> None:
+    """Show a container's log."""
+    from corral.api.tasks.v1 import tasks_pb2
+
+    entries = app.client.containers.logs(
+        container,
+        follow=follow,
+        since=parse_time(since) if since else None,
+        until=parse_time(until) if until else None,
+        tail=tail if tail is None or tail >= 0 else None,
+    )
+    begins_line = {1: True, 2: True}
+    for entry in entries:
+        fd = 2 if entry.stream == tasks_pb2.LogEntry.STREAM_STDERR else 1
+        stream = sys.stderr.buffer if fd == 2 else sys.stdout.buffer
+        if timestamps and begins_line[fd]:
+            stream.write(entry.time.ToJsonString().encode() + b" ")
+        stream.write(entry.line)
+        begins_line[fd] = not entry.partial
+        if follow:
+            stream.flush()
+
+
+def parse_time(text: str) -> "Timestamp":
+    """RFC 3339, seconds since 1970, or how long ago. Raises ValueError."""
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+    from corral.client.options import duration_s
+
+    when = Timestamp()
+    if text.replace(".", "", 1).isdigit():
+        when.FromNanoseconds(round(float(text) * 1e9))
+        return when
+    try:
+        when.FromNanoseconds(time.time_ns() - round(duration_s(text) * 1e9))
+    except ValueError:
+        try:
+            when.FromJsonString(text if "T" in text else f"{text}T00:00:00Z")
+        except ValueError:
+            raise ValueError(
+                f"time {text!r} is not understood: give 2026-01-02T15:04:05Z, or how long ago: 10m"
+            ) from None
+    return when
+
+
+@click.command("top")
+@_name
+@pass_app
+def top_command(app: App, container: str) -> None:
+    """List the processes of a container."""
+    processes = app.client.containers.top(container)
+    rows = [(str(p.uid), str(p.pid), str(p.parent_pid), f"{p.cpu_ns / 1e9:.2f}s", p.command) for p in processes]
+    show_rows(("UID", "PID", "PPID", "CPU", "COMMAND"), rows, processes, "table", None)
+
+
+@click.command("stats")
+@click.option("--no-stream", is_flag=True, help="One reading, then end")
+@click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", help="Output form")
+@click.argument("containers", nargs=-1, type=ContainerName())
+@pass_app
+def stats_command(app: App, containers: tuple[str, ...], no_stream: bool, form: str) -> None:
+    """Show what containers use."""
+    before: dict[str, engine_pb2.ContainerStats] = {}
+    # CPU use is a difference of two readings.
+    for reading, answer in enumerate(app.client.containers.stats(containers, interval_ms=500 if no_stream else 1000)):
+        rows = [_stats_row(s, before.get(s.id)) for s in answer.stats]
+        if not no_stream and form == "table" and sys.stdout.isatty():
+            click.clear()
+        if reading or not no_stream:
+            headings = ("CONTAINER ID", "NAME", "CPU %", "MEM USAGE / LIMIT", "BLOCK I/O", "PIDS")
+            show_rows(headings, rows, answer.stats, form, None)
+        if reading and no_stream:
+            return
+        before = {s.id: s for s in answer.stats}
+
+
+def _stats_row(now: "engine_pb2.ContainerStats", before: "engine_pb2.ContainerStats | None") -> tuple[str, ...]:
+    cpu = 0.0
+    if before is not None:
+        elapsed = now.cgroup.read_at.ToNanoseconds() - before.cgroup.read_at.ToNanoseconds()
+        used = now.cgroup.cpu.usage_ns - before.cgroup.cpu.usage_ns
+        cpu = 100 * used / elapsed if elapsed > 0 else 0.0
+    memory, io = now.cgroup.memory, now.cgroup.io
+    return (
+        now.id[:_SHORT_ID],
+        now.name,
+        f"{cpu:.2f}%",
+        f"{human_size(memory.working_set_bytes)} / {human_size(memory.limit_bytes) if memory.limit_bytes else '-'}",
+        f"{human_size(sum(i.read_bytes for i in io))} / {human_size(sum(i.write_bytes for i in io))}",
+        str(now.cgroup.pids.current),
+    )

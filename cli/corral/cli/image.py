@@ -1,0 +1,178 @@
+"""`corral image`."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import click
+
+from corral.cli.app import App, ImageName, pass_app
+from corral.cli.output import format_option, human_age, human_size, show_json, show_rows
+
+if TYPE_CHECKING:
+    from corral.api.images.v1 import images_pb2
+
+_CHUNK = 256 * 1024
+
+
+@click.group("image")
+def image_command() -> None:
+    """Images."""
+
+
+@image_command.command("import")
+@click.option("--as", "name", default="", metavar="NAME:TAG", help="Name for the image")
+@click.option("--entrypoint", multiple=True, help="Plain file system: entrypoint, one word each")
+@click.option("--cmd", multiple=True, help="Plain file system: command, one word each")
+@click.option("-e", "--env", multiple=True, help="Plain file system: NAME=VALUE")
+@click.option("-w", "--workdir", "working_dir", default="", help="Plain file system: working directory")
+@click.option("-u", "--user", default="", help="Plain file system: user")
+@click.option("-q", "--quiet", is_flag=True, help="Only the names")
+@click.argument("archive", type=click.Path(exists=True, dir_okay=True, allow_dash=True))
+@pass_app
+def import_command(app: App, archive: str, name: str, quiet: bool, **config: object) -> None:
+    """Import ARCHIVE: a docker or OCI archive, an OCI layout, or a plain root file system tar; - reads stdin."""
+    from corral.api.images.v1 import images_pb2
+    from corral.client.options import image_config
+
+    header = images_pb2.ImportHeader(name=name)
+    if any(config.values()):
+        header.config.CopyFrom(image_config(**config))  # type: ignore[arg-type]
+    images: list[images_pb2.Image] = []
+    with _open_archive(archive) as file:
+        if archive != "-" and not Path(archive).is_dir():
+            header.total_bytes = Path(archive).stat().st_size
+        chunks = iter(lambda: file.read(_CHUNK), b"")
+        for part in _with_progress(app.client.images.load_stream(header, chunks), show=not quiet):
+            images.extend(part.result.images)
+    for image in images:
+        click.echo(image.familiar_name if quiet else f"imported {image.familiar_name or image.id}")
+
+
+def _open_archive(archive: str) -> BinaryIO:
+    if archive == "-":
+        return sys.stdin.buffer
+    if Path(archive).is_dir():
+        return _tar_of_layout(Path(archive))
+    return Path(archive).open("rb")
+
+
+def _tar_of_layout(directory: Path) -> BinaryIO:
+    """An OCI layout directory as the tar that the service reads."""
+    import tarfile
+    import tempfile
+
+    if not (directory / "oci-layout").exists():
+        raise ValueError(f"{directory} is a directory without oci-layout: give an OCI layout, or an archive file")
+    spool = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+    with tarfile.open(fileobj=spool, mode="w") as tar:
+        for child in sorted(directory.iterdir()):
+            tar.add(child, arcname=child.name)
+    spool.seek(0)
+    return spool
+
+
+def _with_progress(
+    parts: "Iterator[images_pb2.ImportResponse]", *, show: bool
+) -> "Iterator[images_pb2.ImportResponse]":
+    """The same messages, shown as bars on a terminal."""
+    if not show or not sys.stderr.isatty():
+        yield from parts
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    from corral.api.types.v1 import types_pb2
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[step]}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, object] = {}
+        for part in parts:
+            progress = part.progress
+            if part.HasField("progress"):
+                item = progress.item.removeprefix("sha256:")[:12]
+                step = types_pb2.Progress.Step.Name(progress.step).removeprefix("STEP_").lower()
+                if item not in tasks:
+                    tasks[item] = bars.add_task(item, total=None, step=step)
+                total = progress.total_bytes or None
+                bars.update(tasks[item], completed=progress.done_bytes, total=total, step=step)  # type: ignore[arg-type]
+            yield part
+
+
+@image_command.command("ls")
+@click.argument("pattern", default="")
+@click.option("--no-trunc", is_flag=True, help="Whole ids")
+@format_option
+@pass_app
+def ls_command(app: App, pattern: str, no_trunc: bool, form: str, quiet: bool) -> None:
+    """List images."""
+    images = app.client.images.list(pattern)
+    ids = [i.id if no_trunc else i.id.removeprefix("sha256:")[:12] for i in images]
+    rows = []
+    for image, short in zip(images, ids, strict=True):
+        repository, tag = _split_name(image.familiar_name)
+        rows.append((repository, tag, short, f"{human_age(image.updated_at)} ago", human_size(image.size_bytes)))
+    show_rows(("REPOSITORY", "TAG", "IMAGE ID", "UPDATED", "SIZE"), rows, images, form, ids if quiet else None)
+
+
+images_command = click.Command("images", params=ls_command.params, callback=ls_command.callback, help="List images.")
+
+
+def _split_name(familiar: str) -> tuple[str, str]:
+    name, at, digest = familiar.partition("@")
+    if at:
+        return name, digest
+    head, colon, tag = familiar.rpartition(":")
+    return (head, tag) if colon and "/" not in tag else (familiar or "<none>", "<none>")
+
+
+@image_command.command("inspect")
+@click.argument("names", nargs=-1, required=True, type=ImageName())
+@pass_app
+def inspect_command(app: App, names: tuple[str, ...]) -> None:
+    """Show all facts about images, as JSON."""
+    show_json([app.client.images.get(name) for name in names])
+
+
+@image_command.command("tag")
+@click.argument("source", type=ImageName())
+@click.argument("target")
+@pass_app
+def tag_command(app: App, source: str, target: str) -> None:
+    """Give an image another name."""
+    app.client.images.tag(source, target)
+
+
+@image_command.command("rm")
+@click.option("-f", "--force", is_flag=True, help="Also a name that a container uses")
+@click.argument("names", nargs=-1, required=True, type=ImageName())
+@pass_app
+def rm_command(app: App, names: tuple[str, ...], force: bool) -> int:
+    """Remove names, and with the last name the image."""
+    from corral.rpc.errors import CorralError
+
+    failed = 0
+    for name in names:
+        try:
+            answer = app.client.images.remove(name, force=force)
+        except CorralError as e:
+            click.echo(f"corral: {e}", err=True)
+            failed = 1
+            continue
+        for untagged in answer.untagged:
+            click.echo(f"Untagged: {untagged}")
+        for deleted in answer.deleted:
+            click.echo(f"Deleted: {deleted}")
+    return failed
+
+
+@image_command.command("prune")
+@click.option("-a", "--all", "everything", is_flag=True, help="Also named images that no container uses")
+@pass_app
+def prune_command(app: App, everything: bool) -> None:
+    """Remove what nothing refers to."""
+    answer = app.client.images.prune(all=everything)
+    for name in (*answer.untagged, *answer.deleted):
+        click.echo(name)
+    click.echo(f"Reclaimed {human_size(answer.reclaimed_bytes)}")

@@ -1,0 +1,127 @@
+"""Entry point of `corral`: which verb lives where, global options, and how errors end."""
+
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from corral.cli.app import App
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# verb -> (module, line in the help). The help is here so that `corral --help` loads no module.
+VERBS: dict[str, tuple[str, str]] = {
+    "run": ("run", "Create a container and run a command in it"),
+    "create": ("run", "Create a container without starting it"),
+    "start": ("container", "Start containers"),
+    "stop": ("container", "Stop containers: their stop signal, then SIGKILL"),
+    "restart": ("container", "Stop and start containers"),
+    "kill": ("container", "Send a signal to containers"),
+    "rm": ("container", "Remove containers"),
+    "ps": ("container", "List containers"),
+    "inspect": ("container", "Show all facts about containers, as JSON"),
+    "logs": ("container", "Show a container's log"),
+    "exec": ("exec", "Run a further command in a running container"),
+    "attach": ("exec", "Attach this terminal to a running container"),
+    "pause": ("container", "Freeze every process of containers"),
+    "unpause": ("container", "Let paused containers go on"),
+    "wait": ("container", "Wait until containers end; print their exit codes"),
+    "rename": ("container", "Give a container another name"),
+    "top": ("container", "List the processes of a container"),
+    "stats": ("container", "Show what containers use"),
+    "events": ("events", "Show what happened, and what happens"),
+    "image": ("image", "Images: import, ls, inspect, tag, rm, prune"),
+    "images": ("image", "List images"),
+    "network": ("network", "Networks: create, ls, inspect, rm"),
+    "volume": ("volume", "Volumes: create, ls, inspect, rm, prune"),
+    "system": ("system", "The engine: info, version, check-host"),
+    "version": ("system", "Show the versions of client and daemon"),
+    "completion": ("completion", "Print a completion script for a shell"),
+}
+# Exit code of `run`, `create` and `exec` when corral itself failed, as docker has it.
+ENGINE_FAILED = 125
+
+
+class LazyGroup(click.Group):
+    """A group whose verbs are imported when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f"corral.cli.{VERBS[cmd_name][0]}")
+        command = getattr(module, f"{cmd_name}_command")
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-a", "--address", metavar="ADDRESS", help="unix:///path or tcp://host:port  [env: CORRAL_ADDRESS]")
+@click.option("-n", "--namespace", metavar="NAME", help="Namespace to work in  [env: CORRAL_NAMESPACE]")
+@click.option("--debug", is_flag=True, help="Show tracebacks")
+@click.pass_context
+def cli(ctx: click.Context, address: str | None, namespace: str | None, debug: bool) -> None:
+    """Run and look after containers."""
+    ctx.obj = App(address, namespace, debug)
+
+
+def main(argv: "Sequence[str] | None" = None) -> None:
+    """Runs one command and exits with its code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = cli.main(args, prog_name="corral", standalone_mode=False)
+    except click.exceptions.Exit as e:
+        code = e.exit_code
+    except click.Abort:
+        code = 130
+    except KeyboardInterrupt:
+        code = 130
+    except click.ClickException as e:
+        e.show()
+        code = ENGINE_FAILED if _verb(args) in ("run", "create") else e.exit_code
+    except BrokenPipeError:
+        # The reader of our output went away; nobody is left to be told.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except Exception as e:
+        if "--debug" in args:
+            raise
+        code = _report(e, args)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: Exception, args: "Sequence[str]") -> int:
+    from corral.rpc.errors import CorralError
+
+    if not isinstance(error, CorralError | ValueError | OSError):
+        click.echo(
+            f"corral: {type(error).__name__}: {error} (this is a fault of corral; --debug shows where)", err=True
+        )
+        return ENGINE_FAILED if _verb(args) in ("run", "create") else 1
+    click.echo(f"corral: {error}", err=True)
+    if _verb(args) not in ("run", "create", "exec"):
+        return 1
+    match getattr(error, "reason", ""):
+        case "EXEC_NOT_FOUND":
+            return 127
+        case "EXEC_DENIED":
+            return 126
+        case _:
+            return 1 if _verb(args) == "exec" else ENGINE_FAILED
+
+
+def _verb(args: "Sequence[str]") -> str:
+    return next((a for a in args if a in VERBS), "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""`corral network`."""
+
+import click
+
+from corral.cli.app import App, each, pass_app
+from corral.cli.output import format_option, show_json, show_rows
+
+
+@click.group("network")
+def network_command() -> None:
+    """Networks."""
+
+
+@network_command.command("create")
+@click.option("-d", "--driver", default="bridge", show_default=True, help="Driver")
+@click.option("--subnet", "subnets", multiple=True, help="Subnet, 10.1.0.0/24; one is chosen otherwise")
+@click.option(
+    "--gateway", "gateways", multiple=True, help="Gateway of each subnet, in order; default the first address"
+)
+@click.option("--ip-range", "ranges", multiple=True, help="Part of each subnet to give out, in order")
+@click.option("--internal", is_flag=True, help="No way out")
+@click.option("--mtu", type=int, default=0, help="MTU; default the host's")
+@click.option("--label", "labels", multiple=True, help="KEY=VALUE")
+@click.argument("name")
+@pass_app
+def create_command(
+    app: App,
+    name: str,
+    driver: str,
+    subnets: tuple[str, ...],
+    gateways: tuple[str, ...],
+    ranges: tuple[str, ...],
+    internal: bool,
+    mtu: int,
+    labels: tuple[str, ...],
+) -> None:
+    """Create a network."""
+    from corral.api.network.v1 import network_pb2
+
+    if len(gateways) > len(subnets) or len(ranges) > len(subnets):
+        raise ValueError("--gateway and --ip-range need a --subnet each")
+    request = network_pb2.CreateNetworkRequest(name=name, driver=driver, internal=internal, mtu=mtu)
+    for number, cidr in enumerate(subnets):
+        request.subnets.add(
+            cidr=cidr,
+            gateway=gateways[number] if number < len(gateways) else "",
+            range=ranges[number] if number < len(ranges) else "",
+        )
+    for label in labels:
+        key, _, value = label.partition("=")
+        request.labels[key] = value
+    click.echo(app.client.networks.create(request).name)
+
+
+@network_command.command("ls")
+@format_option
+@pass_app
+def ls_command(app: App, form: str, quiet: bool) -> None:
+    """List networks."""
+    networks = app.client.networks.list()
+    rows = [(n.id[:12], n.name, n.driver, ", ".join(s.cidr for s in n.subnets), n.interface) for n in networks]
+    headings = ("NETWORK ID", "NAME", "DRIVER", "SUBNETS", "INTERFACE")
+    show_rows(headings, rows, networks, form, [n.name for n in networks] if quiet else None)
+
+
+@network_command.command("inspect")
+@click.argument("names", nargs=-1, required=True)
+@pass_app
+def inspect_command(app: App, names: tuple[str, ...]) -> None:
+    """Show all facts about networks, as JSON."""
+    show_json([app.client.networks.get(name) for name in names])
+
+
+@network_command.command("rm")
+@click.argument("names", nargs=-1, required=True)
+@pass_app
+def rm_command(app: App, names: tuple[str, ...]) -> int:
+    """Remove networks that no container uses."""
+    return each(names, app.client.networks.remove)

@@ -1,0 +1,200 @@
+"""`corral run` and `corral create`."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from corral.cli.app import App, ImageName, pass_app
+
+if TYPE_CHECKING:
+    from corral.api.engine.v1 import engine_pb2
+    from corral.api.types.v1 import types_pb2
+    from corral.client.options import ContainerOptions
+
+_MANY: dict[str, Any] = {"multiple": True}
+
+# Flags, name of the option in corral.client.options, help; the rest goes to click.
+_OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
+    (("--entrypoint",), "Replace the image's entrypoint", {"default": None}),
+    (("-e", "--env"), "Set an environment variable, NAME=VALUE, or NAME to pass it on", _MANY),
+    (("--env-file",), "Read environment variables from a file", {"multiple": True, "type": click.Path(exists=True)}),
+    (("-w", "--workdir", "working_dir"), "Working directory inside", {"default": ""}),
+    (("-u", "--user"), "User: name or uid, with :group", {"default": ""}),
+    (("--group-add",), "Further group of the process", _MANY),
+    (("-h", "--hostname"), "Host name inside", {"default": ""}),
+    (("-l", "--label", "labels"), "Label, KEY=VALUE", _MANY),
+    (("-v", "--volume", "volumes"), "Bind mount or volume, SOURCE:TARGET[:ro]", _MANY),
+    (("--mount", "mounts"), "Mount, type=bind|volume|tmpfs,source=…,target=…", _MANY),
+    (("--tmpfs",), "tmpfs, TARGET[:size=64m,mode=1777]", _MANY),
+    (("--read-only",), "Root file system read-only", {"is_flag": True}),
+    (("-m", "--memory"), "Memory limit, such as 64m", {"default": ""}),
+    (("--memory-swap",), "Memory plus swap; -1 for no limit", {"default": ""}),
+    (("--memory-reservation",), "Soft memory limit", {"default": ""}),
+    (("--cpus",), "CPUs, such as 1.5", {"type": float, "default": 0.0}),
+    (("-c", "--cpu-shares"), "Relative weight, default 1024", {"type": int, "default": 0}),
+    (("--cpuset-cpus",), "CPUs to run on, such as 0-2,4", {"default": ""}),
+    (("--cpuset-mems",), "Memory nodes to use", {"default": ""}),
+    (("--pids-limit",), "Most processes; -1 for no limit", {"type": int, "default": 0}),
+    (("--network", "--net", "network"), "bridge, host, none, container:ID or a network's name", {"default": ""}),
+    (("--ip",), "Fixed address in the network", {"default": ""}),
+    (("-p", "--publish", "ports"), "Publish a port, [IP:][HOST:]CONTAINER[/udp]", _MANY),
+    (("--dns",), "Name server", _MANY),
+    (("--dns-search",), "Search domain", _MANY),
+    (("--dns-option", "dns_options"), "Resolver option", _MANY),
+    (("--add-host", "extra_hosts"), "Line for /etc/hosts, NAME:ADDRESS", _MANY),
+    (("--cap-add",), "Add a capability, or ALL", _MANY),
+    (("--cap-drop",), "Drop a capability, or ALL", _MANY),
+    (("--privileged",), "All capabilities and devices", {"is_flag": True}),
+    (("--security-opt", "security"), "seccomp=unconfined|FILE, no-new-privileges[=false]", _MANY),
+    (("--sysctl", "sysctls"), "Kernel parameter of the container's namespaces, NAME=VALUE", _MANY),
+    (("--ulimit", "ulimits"), "Resource limit, NAME=SOFT[:HARD]", _MANY),
+    (("--device", "devices"), "Host device, /dev/x[:/dev/y[:rwm]]", _MANY),
+    (("--shm-size",), "Size of /dev/shm, default 64m", {"default": ""}),
+    (("--stop-signal",), "Signal that ends it, default the image's, else SIGTERM", {"default": ""}),
+    (("--stop-timeout", "stop_timeout_s"), "Seconds until SIGKILL, default 10", {"type": float, "default": None}),
+    (("--restart",), "no, always, on-failure[:N] or unless-stopped", {"default": ""}),
+    (("--init",), "Run a small init as pid 1", {"is_flag": True}),
+    (("--pid",), "PID namespace: host or container:ID", {"default": ""}),
+    (("--ipc",), "IPC namespace: host or container:ID", {"default": ""}),
+    (("--uts",), "UTS namespace: host", {"default": ""}),
+    (("--cgroup-parent",), "Parent of the container's cgroup", {"default": ""}),
+    (("--log-driver",), "json-file, cri or none", {"default": ""}),
+    (("--log-opt", "log_options"), "Log option, max-size=16m or max-file=4", _MANY),
+)
+_PAIRS = ("labels", "sysctls", "log_options")
+
+
+def _container_options[F: Callable[..., object]](function: F) -> F:
+    """What `run` and `create` have in common."""
+    function = click.argument("args", nargs=-1, type=click.UNPROCESSED)(function)
+    function = click.argument("image", type=ImageName())(function)
+    for flags, text, more in reversed(_OPTIONS):
+        function = click.option(*flags, help=text, **more)(function)
+    function = click.option("--rm", "auto_remove", is_flag=True, help="Remove it when it has ended")(function)
+    function = click.option("--cidfile", type=click.Path(), help="Write the id to this file")(function)
+    function = click.option("--name", default="", help="Name; one is made otherwise")(function)
+    function = click.option("-t", "--tty", "terminal", is_flag=True, help="Give it a terminal")(function)
+    return click.option("-i", "--interactive", "stdin", is_flag=True, help="Keep stdin open")(function)
+
+
+_CONTEXT = {"ignore_unknown_options": False, "allow_interspersed_args": False, "help_option_names": ["--help"]}
+
+
+@click.command("create", context_settings=_CONTEXT)
+@_container_options
+@pass_app
+def create_command(app: App, image: str, args: Sequence[str], name: str, cidfile: str | None, **flags: Any) -> None:
+    """Create a container without starting it."""
+    click.echo(_create(app, image, args, name, cidfile, flags).id)
+
+
+@click.command("run", context_settings=_CONTEXT)
+@_container_options
+@click.option("-d", "--detach", is_flag=True, help="Leave it running in the background and print its id")
+@click.option("--detach-keys", default="ctrl-p,ctrl-q", show_default=True, help="Keys that detach this terminal")
+@click.option("--sig-proxy/--no-sig-proxy", default=True, help="Pass signals on to the container")
+@pass_app
+def run_command(
+    app: App,
+    image: str,
+    args: Sequence[str],
+    name: str,
+    cidfile: str | None,
+    detach: bool,
+    detach_keys: str,
+    sig_proxy: bool,
+    **flags: Any,
+) -> int:
+    """Create a container and run a command in it; the exit code is the command's."""
+    from corral.cli import terminal
+
+    keys = terminal.parse_detach_keys(detach_keys)
+    if flags["terminal"] and flags["stdin"] and not detach:
+        terminal.require_terminal()
+    made = _create(app, image, args, name, cidfile, flags | {"stdin_once": flags["stdin"] and not detach})
+    if detach:
+        _start(app, made)
+        click.echo(made.id)
+        return 0
+    from corral.client.execution import Attachment
+
+    session = terminal.Session(
+        app.client,
+        Attachment(made.id, stdin=flags["stdin"], stdout=True, stderr=True, lossless=True),
+        terminal=flags["terminal"],
+        detach_keys=keys,
+        signal_proxy=sig_proxy,
+    )
+    status = session.run(lambda: _start(app, made))
+    if status is None:
+        return 0
+    if flags["auto_remove"]:
+        app.client.containers.wait(made.id, "removed")
+    return exit_code(status)
+
+
+def exit_code(status: "types_pb2.ExitStatus") -> int:
+    """The code a shell sees; says why where the number alone does not tell."""
+    if status.oom_killed:
+        click.echo("corral: the container was killed: out of memory (OOM)", err=True)
+    elif not status.known:
+        click.echo(f"corral: {status.reason or 'how the container ended is not known'}", err=True)
+    return status.code
+
+
+def _create(
+    app: App, image: str, args: Sequence[str], name: str, cidfile: str | None, flags: dict[str, Any]
+) -> "engine_pb2.Container":
+    options = _options_from_flags(flags)
+    if cidfile and Path(cidfile).exists():
+        raise ValueError(f"the file {cidfile} exists: remove it, or give another --cidfile")
+    made = app.client.containers.create(image, args, name=name, **options)
+    if cidfile:
+        Path(cidfile).write_text(made.id, encoding="utf-8")
+    return made
+
+
+def _start(app: App, made: "engine_pb2.Container") -> None:
+    app.client.containers.start(made.id)
+
+
+def _options_from_flags(flags: dict[str, Any]) -> "ContainerOptions":
+    """click's values as options of the client: unset ones left out, files read, pairs split."""
+    from corral.cli.terminal import window_size
+
+    flags = dict(flags)
+    lines = [line for file in flags.pop("env_file") for line in _env_file(file)]
+    flags["env"] = [_env_value(e) for e in (*lines, *flags["env"]) if "=" in e or e in os.environ]
+    for key in _PAIRS:
+        flags[key] = dict(_pair(key, text) for text in flags[key])
+    if flags["terminal"] and (size := window_size()):
+        flags["console_size"] = size
+    options: ContainerOptions = {
+        k: v for k, v in flags.items() if v not in (None, (), {}, [], 0, False) or k == "entrypoint"
+    }  # type: ignore[assignment]
+    if flags["stop_timeout_s"] is not None:
+        options["stop_timeout_s"] = flags["stop_timeout_s"]
+    for key in ("memory", "memory_swap", "memory_reservation", "shm_size", *("user", "hostname")):
+        if options.get(key) == "":
+            del options[key]  # type: ignore[misc]
+    return options
+
+
+def _env_file(path: str) -> list[str]:
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def _env_value(text: str) -> str:
+    """NAME alone passes this process's own value on."""
+    return text if "=" in text else f"{text}={os.environ[text]}"
+
+
+def _pair(what: str, text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not key or (not separator and what != "labels"):
+        raise ValueError(f"{what.rstrip('s').replace('_', '-')} {text!r} is not understood: give KEY=VALUE")
+    return key, value

@@ -1,0 +1,70 @@
+"""`corral system` and `corral version`."""
+
+import json
+
+import click
+
+from corral.cli.app import App, pass_app
+from corral.cli.output import enum_word, human_size, plain, show_rows
+
+_FORM = click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", help="Output form")
+
+
+@click.group("system")
+def system_command() -> None:
+    """The engine."""
+
+
+@system_command.command("info")
+@_FORM
+@pass_app
+def info_command(app: App, form: str) -> None:
+    """Show counts, directories and facts about the host."""
+    info = app.client.system.info()
+    values = plain(info)
+    assert isinstance(values, dict)
+    if form == "json":
+        click.echo(json.dumps(values, indent=2))
+        return
+    values["memory"] = human_size(info.memory_bytes)
+    del values["memory_bytes"]
+    for key, value in values.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        click.echo(f"{key.replace('_', ' ').capitalize()}: {text}")
+
+
+@system_command.command("version")
+@_FORM
+@pass_app
+def system_version_command(app: App, form: str) -> None:
+    """Show the versions of client and daemon."""
+    from importlib.metadata import version
+
+    server = app.client.system.version()
+    if form == "json":
+        click.echo(json.dumps({"client": {"version": version("corral")}, "server": plain(server)}, indent=2))
+        return
+    click.echo(f"Client: corral {version('corral')}")
+    click.echo(f"Server: corral {server.version} at {app.client.address}")
+    click.echo(f"  Services: {', '.join(server.services)}")
+    click.echo(f"  APIs: {', '.join(server.apis)}")
+    click.echo(f"  Python {server.python_version}, Linux {server.kernel_release}")
+
+
+version_command = click.Command(
+    "version", params=system_version_command.params, callback=system_version_command.callback, help="Show versions."
+)
+
+
+@system_command.command("check-host")
+@_FORM
+@pass_app
+def check_host_command(app: App, form: str) -> int:
+    """Show what this host has and lacks for running containers, with the remedy."""
+    from corral.api.engine.v1 import engine_pb2
+
+    checks = app.client.system.check_host()
+    words = [enum_word(engine_pb2.Check.Result.Name(c.result), "Result") for c in checks]
+    rows = [(w, c.name, c.detail, c.remedy) for w, c in zip(words, checks, strict=True)]
+    show_rows(("RESULT", "CHECK", "DETAIL", "REMEDY"), rows, checks, form, None)
+    return int("missing" in words)

@@ -1,0 +1,257 @@
+"""A terminal, or pipes, joined to a process in a container.
+
+    stdin, signals --(pump thread)--> queue --> request stream --> process
+    stdout, stderr <---------------- main thread <--------------- answers
+
+The pump sleeps in select on stdin and on a wake-up pipe that signal handlers write to, so that no RPC is ever made
+inside a signal handler.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import termios
+import threading
+import tty
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+from corral.api.tasks.v1 import tasks_pb2
+from corral.api.types.v1 import types_pb2
+from corral.client.execution import Attachment
+from corral.client.sync import Client
+from corral.client.transport import Exchange
+from corral.rpc.errors import CorralError
+
+DEFAULT_DETACH_KEYS = "ctrl-p,ctrl-q"
+_CHUNK = 256 * 1024
+# At most this many chunks wait between stdin and the wire.
+_QUEUED_CHUNKS = 16
+# Signals that are about this process, not about the container.
+_OWN_SIGNALS = {signal.SIGCHLD, signal.SIGPIPE, signal.SIGURG, signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT}
+_OWN_SIGNALS |= {
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGKILL,
+    signal.SIGSTOP,
+    signal.SIGSEGV,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+}
+
+
+def parse_detach_keys(text: str) -> bytes:
+    """ "ctrl-p,ctrl-q" -> b"\\x10\\x11". Raises ValueError."""
+    keys = b""
+    for key in filter(None, text.split(",")):
+        if len(key) == 1:
+            keys += key.encode()
+        elif key.startswith("ctrl-") and len(key) == 6 and 0x40 <= ord(key[5].upper()) <= 0x5F:
+            keys += bytes([ord(key[5].upper()) & 0x1F])
+        else:
+            raise ValueError(
+                f"detach key {key!r} is not understood: give a character, or ctrl- and one of a-z @ [ \\ ] ^ _"
+            )
+    return keys
+
+
+@dataclass(slots=True)
+class DetachKeys:
+    """Finds a key sequence in what is typed; a beginning of it is held back until the next key tells."""
+
+    keys: bytes
+    _held: bytes = b""
+
+    def feed(self, data: bytes) -> tuple[bytes, bool]:
+        """What to pass on, and whether the whole sequence was typed."""
+        if not self.keys:
+            return data, False
+        passed = bytearray()
+        for byte in data:
+            self._held += bytes([byte])
+            if self._held == self.keys:
+                return bytes(passed), True
+            while self._held and not self.keys.startswith(self._held):
+                passed.append(self._held[0])
+                self._held = self._held[1:]
+        return bytes(passed), False
+
+
+def window_size() -> tuple[int, int] | None:
+    """Columns and rows of this terminal; None without one."""
+    for fd in (0, 1, 2):
+        try:
+            size = os.get_terminal_size(fd)
+        except OSError:
+            continue
+        return size.columns, size.lines
+    return None
+
+
+@dataclass(slots=True)
+class Session:
+    """One attached process, until it ends or the user detaches."""
+
+    client: Client
+    attachment: Attachment
+    terminal: bool
+    detach_keys: bytes = b""
+    signal_proxy: bool = True
+    _answers: Exchange[tasks_pb2.AttachResponse] | None = None
+    _queue: "SimpleQueue[tasks_pb2.AttachRequest | None]" = field(default_factory=SimpleQueue)
+    _room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_QUEUED_CHUNKS))
+    _wake: tuple[int, int] = (-1, -1)
+
+    def run(self, on_attached: Callable[[], object]) -> types_pb2.ExitStatus | None:
+        """Joins the streams; calls `on_attached` when no output can be missed any more.
+
+        Returns how the process ended, or None after a detach.
+        """
+        self._wake = os.pipe()
+        for fd in self._wake:
+            os.set_blocking(fd, False)
+        with contextlib.ExitStack() as stack:
+            for fd in self._wake:
+                stack.callback(os.close, fd)
+            stack.enter_context(self._signals())
+            if self.terminal and self.attachment.stdin:
+                stack.enter_context(raw_terminal())
+            pump = threading.Thread(target=self._pump, name="stdin", daemon=True)
+            pump.start()
+            stack.callback(self._stop_pump, pump)
+            return self._receive(on_attached)
+
+    def _receive(self, on_attached: Callable[[], object]) -> types_pb2.ExitStatus | None:
+        self._answers = self.client.containers.attach(self.attachment, self._requests())
+        try:
+            for part in self._answers:
+                match part.WhichOneof("part"):
+                    case "attached":
+                        on_attached()
+                    case "stdout":
+                        write_all(1, part.stdout)
+                    case "stderr":
+                        write_all(2, part.stderr)
+                    case "exited":
+                        return part.exited
+        finally:
+            self._queue.put(None)
+            self._answers.cancel()
+        return None
+
+    def _requests(self) -> Iterator[tasks_pb2.AttachRequest]:
+        while (request := self._queue.get()) is not None:
+            yield request
+            if request.HasField("stdin"):
+                self._room.release()
+
+    # ------------------------------------------------------------ pump thread
+
+    def _pump(self) -> None:
+        keys = DetachKeys(self.detach_keys if self.terminal else b"")
+        watched = [self._wake[0], *([0] if self.attachment.stdin else [])]
+        if self.terminal:
+            self._send_size()
+        while True:
+            ready, _, _ = select.select(watched, [], [])
+            if self._wake[0] in ready and not self._on_wake():
+                return
+            if 0 in ready and not self._on_stdin(keys):
+                watched.remove(0)
+
+    def _on_stdin(self, keys: DetachKeys) -> bool:
+        """Passes on what was typed; False when no more comes."""
+        try:
+            data = os.read(0, _CHUNK)
+        except OSError:
+            data = b""
+        if not data:
+            self._queue.put(None)
+            return False
+        passed, detach = keys.feed(data)
+        if passed:
+            self._room.acquire()
+            self._queue.put(tasks_pb2.AttachRequest(stdin=passed))
+        if detach:
+            assert self._answers is not None
+            self._answers.cancel()
+        return not detach
+
+    def _on_wake(self) -> bool:
+        """Acts on the signals that came; False when it is time to end."""
+        for number in os.read(self._wake[0], 64):
+            if number == 0:
+                return False
+            if number == signal.SIGWINCH:
+                self._send_size()
+            else:
+                with contextlib.suppress(CorralError):  # it may just have ended
+                    self.client.containers.kill(self.attachment.container, str(number))
+        return True
+
+    def _send_size(self) -> None:
+        if size := window_size():
+            resize = types_pb2.WindowSize(width=size[0], height=size[1])
+            self._queue.put(tasks_pb2.AttachRequest(resize=resize))
+
+    def _stop_pump(self, pump: threading.Thread) -> None:
+        os.write(self._wake[1], b"\0")
+        self._room.release()
+        pump.join(timeout=1)
+
+    # ------------------------------------------------------------ signals
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        wanted = {signal.SIGWINCH} if self.terminal else set()
+        if self.signal_proxy and not self.attachment.exec_id:
+            wanted |= {s for s in signal.valid_signals() if s not in _OWN_SIGNALS}
+        before = {}
+        for number in wanted:
+            with contextlib.suppress(OSError, ValueError):
+                before[number] = signal.signal(number, _nothing)
+        previous_wakeup = signal.set_wakeup_fd(self._wake[1], warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(previous_wakeup)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def raw_terminal() -> Iterator[None]:
+    """Keys reach the container as they are typed; the terminal is restored whatever happens."""
+    if not os.isatty(0):
+        yield
+        return
+    before = termios.tcgetattr(0)
+    try:
+        tty.setraw(0, termios.TCSANOW)
+        yield
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Writes all of it, also to a terminal or pipe that takes it in parts."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            select.select([], [fd], [])
+
+
+def require_terminal() -> None:
+    """Raises ValueError where -t cannot work."""
+    if not sys.stdin.isatty():
+        raise ValueError("the input device is not a terminal: leave out -t, or run from a terminal")
+
+
+def _nothing(number: int, frame: object) -> None:
+    """A handler, so that the wake-up pipe is told and the default action does not happen."""

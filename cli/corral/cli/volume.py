@@ -1,0 +1,56 @@
+"""`corral volume`."""
+
+import click
+
+from corral.cli.app import App, each, pass_app
+from corral.cli.output import format_option, show_json, show_rows
+
+
+@click.group("volume")
+def volume_command() -> None:
+    """Volumes."""
+
+
+@volume_command.command("create")
+@click.option("--label", "labels", multiple=True, help="KEY=VALUE")
+@click.argument("name", default="")
+@pass_app
+def create_command(app: App, name: str, labels: tuple[str, ...]) -> None:
+    """Create a volume."""
+    pairs = {key: value for key, _, value in (label.partition("=") for label in labels)}
+    click.echo(app.client.volumes.create(name, labels=pairs).name)
+
+
+@volume_command.command("ls")
+@format_option
+@pass_app
+def ls_command(app: App, form: str, quiet: bool) -> None:
+    """List volumes."""
+    volumes = app.client.volumes.list()
+    rows = [(v.driver, v.name) for v in volumes]
+    show_rows(("DRIVER", "VOLUME NAME"), rows, volumes, form, [v.name for v in volumes] if quiet else None)
+
+
+@volume_command.command("inspect")
+@click.argument("names", nargs=-1, required=True)
+@pass_app
+def inspect_command(app: App, names: tuple[str, ...]) -> None:
+    """Show all facts about volumes, as JSON."""
+    show_json([app.client.volumes.get(name) for name in names])
+
+
+@volume_command.command("rm")
+@click.argument("names", nargs=-1, required=True)
+@pass_app
+def rm_command(app: App, names: tuple[str, ...]) -> int:
+    """Remove volumes that no container uses."""
+    return each(names, app.client.volumes.remove)
+
+
+@volume_command.command("prune")
+@click.option("-a", "--all", "everything", is_flag=True, help="Named ones too")
+@pass_app
+def prune_command(app: App, everything: bool) -> None:
+    """Remove volumes that no container uses."""
+    for name in app.client.volumes.prune(all=everything):
+        click.echo(name)

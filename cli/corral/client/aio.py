@@ -1,0 +1,491 @@
+"""The client for asyncio. `corral.client.sync` is generated from this file (cli/generate_sync.py)."""
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, Unpack
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from corral.client.address import default_address, default_namespace
+from corral.client.execution import Attachment, Collected, ExecResult, async_attach_requests
+from corral.client.options import ContainerOptions, container_config
+from corral.client.transport import AsyncExchange, AsyncTransport
+
+if TYPE_CHECKING:
+    from corral.api.network.v1 import network_pb2
+    from corral.api.version.v1 import version_pb2
+
+from corral.api.engine.v1 import engine_pb2, engine_pb2_grpc
+from corral.api.images.v1 import images_pb2
+from corral.api.tasks.v1 import tasks_pb2
+from corral.api.types.v1 import types_pb2
+
+_CHUNK = 256 * 1024
+
+
+class AsyncClient:
+    """One corral, in one namespace. Use it as a context manager, or call `close`.
+
+    `address` is unix:///path or tcp://host:port; by default $CORRAL_ADDRESS, else the system's daemon.
+    """
+
+    def __init__(self, address: str | None = None, *, namespace: str | None = None) -> None:
+        self.address = address or default_address()
+        self.namespace = namespace or default_namespace()
+        self._transports: dict[str, AsyncTransport] = {}
+        self._addresses: dict[str, str] | None = None
+        self.containers = Containers(self)
+        self.images = Images(self)
+        self.networks = Networks(self)
+        self.volumes = Volumes(self)
+        self.system = System(self)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends every call that still runs."""
+        for transport in self._transports.values():
+            await transport.close()
+        self._transports.clear()
+
+    def engine(self) -> AsyncTransport:
+        """The channel to the address this client was made for."""
+        return self._transport(self.address)
+
+    async def leaf(self, service: str) -> AsyncTransport:
+        """The channel to a leaf, whose address the engine tells."""
+        if self._addresses is None:
+            answer = await self.system.addresses()
+            self._addresses = dict(answer.addresses)
+        return self._transport(self._addresses.get(service, self.address))
+
+    def _transport(self, address: str) -> AsyncTransport:
+        if address not in self._transports:
+            self._transports[address] = AsyncTransport(address, self.namespace)
+        return self._transports[address]
+
+
+class Containers:
+    """Containers. `container` is a name, an id, or an unambiguous prefix of an id."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    @property
+    def _engine(self) -> AsyncTransport:
+        return self._client.engine()
+
+    @property
+    def _stub(self) -> engine_pb2_grpc.ContainersAsyncStub:
+        return engine_pb2_grpc.ContainersStub(self._engine.channel)
+
+    async def create(
+        self,
+        image: str,
+        args: Sequence[str] = (),
+        *,
+        name: str = "",
+        id: str = "",  # noqa: A002 - the field's name
+        **options: Unpack[ContainerOptions],
+    ) -> engine_pb2.Container:
+        """Makes a container, not started."""
+        config = container_config(image, args, **options)
+        return await self.create_from(engine_pb2.CreateContainerRequest(name=name, id=id, config=config))
+
+    async def create_from(self, request: engine_pb2.CreateContainerRequest) -> engine_pb2.Container:
+        """Makes a container from the whole message."""
+        return await self._engine.unary(self._stub.Create, request)
+
+    async def run(
+        self, image: str, args: Sequence[str] = (), *, name: str = "", **options: Unpack[ContainerOptions]
+    ) -> engine_pb2.Container:
+        """Makes a container and starts it, in the background."""
+        made = await self.create(image, args, name=name, **options)
+        return await self.start(made.id)
+
+    async def start(self, container: str) -> engine_pb2.Container:
+        """Starts a created or exited container."""
+        return await self._engine.unary(self._stub.Start, engine_pb2.StartContainerRequest(container=container))
+
+    async def stop(self, container: str, *, timeout_s: float | None = None, signal: str = "") -> engine_pb2.Container:
+        """The stop signal, after `timeout_s` SIGKILL; returns when it has ended."""
+        return await self._engine.unary(self._stub.Stop, _stop_request(container, timeout_s, signal))
+
+    async def restart(
+        self, container: str, *, timeout_s: float | None = None, signal: str = ""
+    ) -> engine_pb2.Container:
+        """Stops a container if it runs, and starts it."""
+        return await self._engine.unary(self._stub.Restart, _stop_request(container, timeout_s, signal))
+
+    async def kill(self, container: str, signal: str = "KILL", *, everyone: bool = False) -> None:
+        """Sends a signal to the container's first process, or to every one."""
+        request = engine_pb2.KillContainerRequest(container=container, signal=signal, all=everyone)
+        await self._engine.unary(self._stub.Kill, request)
+
+    async def pause(self, container: str) -> engine_pb2.Container:
+        """Freezes every process."""
+        return await self._engine.unary(self._stub.Pause, engine_pb2.PauseContainerRequest(container=container))
+
+    async def resume(self, container: str) -> engine_pb2.Container:
+        """Lets a paused container go on."""
+        return await self._engine.unary(self._stub.Resume, engine_pb2.ResumeContainerRequest(container=container))
+
+    async def remove(self, container: str, *, force: bool = False, volumes: bool = False) -> str:
+        """Removes a container; returns its id. `force` kills it first."""
+        request = engine_pb2.DeleteContainerRequest(container=container, force=force, volumes=volumes)
+        answer = await self._engine.unary(self._stub.Delete, request)
+        return answer.id
+
+    async def wait(self, container: str, condition: str = "not-running") -> types_pb2.ExitStatus:
+        """Returns how it ended, once it is "not-running" (default), at its "next-exit", or when "removed"."""
+        request = engine_pb2.WaitContainerRequest(
+            container=container,
+            condition=engine_pb2.WaitContainerRequest.Condition.Value(
+                f"CONDITION_{condition.upper().replace('-', '_')}"
+            ),
+        )
+        answer = await self._engine.unary(self._stub.Wait, request)
+        return answer.exit
+
+    async def get(self, container: str) -> engine_pb2.Container:
+        """All facts about one container."""
+        return await self._engine.unary(self._stub.Get, engine_pb2.GetContainerRequest(container=container))
+
+    async def list(
+        self,
+        *,
+        all: bool = False,  # noqa: A002 - docker's word
+        filters: dict[str, Sequence[str]] | None = None,
+    ) -> Sequence[engine_pb2.Container]:
+        """Containers that run, with `all` the others too."""
+        request = engine_pb2.ListContainersRequest(all=all)
+        for key, values in (filters or {}).items():
+            request.filters[key].values.extend(values)
+        answer = await self._engine.unary(self._stub.List, request)
+        return answer.containers
+
+    async def rename(self, container: str, name: str) -> engine_pb2.Container:
+        """Gives a container another name."""
+        request = engine_pb2.RenameContainerRequest(container=container, name=name)
+        return await self._engine.unary(self._stub.Rename, request)
+
+    async def resize(self, container: str, *, exec_id: str = "", width: int, height: int) -> None:
+        """Sets the size of a process's terminal."""
+        size = types_pb2.WindowSize(width=width, height=height)
+        request = engine_pb2.ResizeContainerRequest(container=container, exec_id=exec_id, size=size)
+        await self._engine.unary(self._stub.Resize, request)
+
+    async def exec_create(
+        self,
+        container: str,
+        args: Sequence[str],
+        *,
+        env: Sequence[str] = (),
+        working_dir: str = "",
+        user: str = "",
+        terminal: bool = False,
+        stdin: bool = False,
+        privileged: bool = False,
+        console_size: tuple[int, int] | None = None,
+    ) -> engine_pb2.ExecContainerResponse:
+        """Makes a further process in a running container, not started: attach to it first."""
+        request = engine_pb2.ExecContainerRequest(
+            container=container,
+            args=args,
+            env=env,
+            working_dir=working_dir,
+            user=user,
+            terminal=terminal,
+            stdin=stdin,
+            privileged=privileged,
+        )
+        if console_size:
+            request.console_size.CopyFrom(types_pb2.WindowSize(width=console_size[0], height=console_size[1]))
+        return await self._engine.unary(self._stub.Exec, request)
+
+    async def exec_start(self, container: str, exec_id: str) -> int:
+        """Runs a made process; returns its pid on the host."""
+        request = engine_pb2.ExecStartRequest(container=container, exec_id=exec_id)
+        answer = await self._engine.unary(self._stub.ExecStart, request)
+        return answer.pid
+
+    async def exec_wait(self, container: str, exec_id: str, *, remove: bool = True) -> types_pb2.ExitStatus:
+        """How an exec ended, once it has."""
+        request = engine_pb2.ExecWaitRequest(container=container, exec_id=exec_id, remove=remove)
+        answer = await self._engine.unary(self._stub.ExecWait, request)
+        return answer.exit
+
+    async def exec(
+        self,
+        container: str,
+        args: Sequence[str],
+        *,
+        env: Sequence[str] = (),
+        working_dir: str = "",
+        user: str = "",
+    ) -> ExecResult:
+        """Runs a further process in a running container and returns its output and exit code."""
+        made = await self.exec_create(container, args, env=env, working_dir=working_dir, user=user)
+        collected = Collected()
+        async for part in self.attach(Attachment(made.id, made.exec_id, stdout=True, stderr=True, lossless=True)):
+            if part.HasField("attached"):
+                await self.exec_start(made.id, made.exec_id)
+            collected.add(part)
+        await self.exec_wait(made.id, made.exec_id)
+        return collected.result()
+
+    def attach(
+        self, attachment: Attachment, requests: AsyncIterator[tasks_pb2.AttachRequest] | None = None
+    ) -> AsyncExchange[tasks_pb2.AttachResponse]:
+        """A process's output as it comes, the last message telling how it ended.
+
+        `requests` carry its stdin and its terminal's size; where they end, stdin is closed.
+        """
+        return self._engine.exchange(self._stub.Attach, async_attach_requests(attachment, requests))
+
+    async def logs(
+        self,
+        container: str,
+        *,
+        follow: bool = False,
+        since: Timestamp | None = None,
+        until: Timestamp | None = None,
+        tail: int | None = None,
+        stdout: bool = True,
+        stderr: bool = True,
+    ) -> AsyncIterator[tasks_pb2.LogEntry]:
+        """The container's log, oldest line first."""
+        request = tasks_pb2.LogsRequest(
+            id=container, follow=follow, since=since, until=until, tail=tail, stdout=stdout, stderr=stderr
+        )
+        async for answer in self._engine.stream(self._stub.Logs, request):
+            for entry in answer.entries:
+                yield entry
+
+    async def stats(
+        self, containers: Sequence[str] = (), *, interval_ms: int = 0
+    ) -> AsyncIterator[engine_pb2.ContainerStatsResponse]:
+        """What containers use, once, or every `interval_ms`."""
+        request = engine_pb2.ContainerStatsRequest(containers=containers, interval_ms=interval_ms)
+        async for answer in self._engine.stream(self._stub.Stats, request):
+            yield answer
+
+    async def top(self, container: str) -> Sequence[engine_pb2.Process]:
+        """The processes inside."""
+        answer = await self._engine.unary(self._stub.Top, engine_pb2.TopRequest(container=container))
+        return answer.processes
+
+
+class Images:
+    """Images. `name` is a name, an id, or an unambiguous prefix of an id."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def load(self, archive: str | Path, *, name: str = "") -> Sequence[images_pb2.Image]:
+        """Imports an archive file (docker, OCI, or a plain root file system, which needs a `name`)."""
+        path = Path(archive)
+        header = images_pb2.ImportHeader(name=name, total_bytes=path.stat().st_size)  # noqa: ASYNC240 - one stat
+        images: Sequence[images_pb2.Image] = ()
+        async for part in self.load_stream(header, _file_chunks(path)):
+            if part.HasField("result"):
+                images = part.result.images
+        return images
+
+    async def load_stream(
+        self, header: images_pb2.ImportHeader, chunks: Iterable[bytes]
+    ) -> AsyncIterator[images_pb2.ImportResponse]:
+        """Imports an archive from its bytes; progress comes back, and last the images."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        leaf = await self._client.leaf("images")
+        stub = images_pb2_grpc.ImagesStub(leaf.channel)
+        async for part in leaf.exchange(stub.Import, _import_requests(header, chunks)):
+            yield part
+
+    async def get(self, name: str) -> images_pb2.Image:
+        """All facts about one image."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        leaf = await self._client.leaf("images")
+        stub = images_pb2_grpc.ImagesStub(leaf.channel)
+        return await leaf.unary(stub.Get, images_pb2.GetImageRequest(name=name))
+
+    async def list(self, pattern: str = "") -> Sequence[images_pb2.Image]:
+        """Images whose name fits a shell pattern; all without one."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        leaf = await self._client.leaf("images")
+        stub = images_pb2_grpc.ImagesStub(leaf.channel)
+        answer = await leaf.unary(stub.List, images_pb2.ListImagesRequest(pattern=pattern))
+        return answer.images
+
+    async def tag(self, source: str, target: str) -> images_pb2.Image:
+        """Gives an image another name; a name that exists moves."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        leaf = await self._client.leaf("images")
+        stub = images_pb2_grpc.ImagesStub(leaf.channel)
+        return await leaf.unary(stub.Tag, images_pb2.TagImageRequest(source=source, target=target))
+
+    async def remove(self, name: str, *, force: bool = False) -> images_pb2.RemoveImageResponse:
+        """Removes a name, and with the last one the image."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        leaf = await self._client.leaf("images")
+        stub = images_pb2_grpc.ImagesStub(leaf.channel)
+        return await leaf.unary(stub.Remove, images_pb2.RemoveImageRequest(name=name, force=force))
+
+    async def prune(self, *, all: bool = False) -> images_pb2.PruneResponse:  # noqa: A002 - docker's word
+        """Removes what nothing refers to; with `all` also images that no container uses."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        leaf = await self._client.leaf("images")
+        stub = images_pb2_grpc.ImagesStub(leaf.channel)
+        return await leaf.unary(stub.Prune, images_pb2.PruneRequest(all=all))
+
+
+class Networks:
+    """Networks. `name` is a name, an id, or an unambiguous prefix of an id."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def create(self, request: "network_pb2.CreateNetworkRequest") -> "network_pb2.Network":
+        """Makes a network."""
+        from corral.api.network.v1 import network_pb2_grpc
+
+        leaf = await self._client.leaf("network")
+        stub = network_pb2_grpc.NetworksStub(leaf.channel)
+        return await leaf.unary(stub.Create, request)
+
+    async def get(self, name: str) -> "network_pb2.Network":
+        """All facts about one network."""
+        from corral.api.network.v1 import network_pb2, network_pb2_grpc
+
+        leaf = await self._client.leaf("network")
+        stub = network_pb2_grpc.NetworksStub(leaf.channel)
+        return await leaf.unary(stub.Get, network_pb2.GetNetworkRequest(name=name))
+
+    async def list(self) -> "Sequence[network_pb2.Network]":
+        """All networks."""
+        from corral.api.network.v1 import network_pb2, network_pb2_grpc
+
+        leaf = await self._client.leaf("network")
+        stub = network_pb2_grpc.NetworksStub(leaf.channel)
+        answer = await leaf.unary(stub.List, network_pb2.ListNetworksRequest())
+        return answer.networks
+
+    async def remove(self, name: str) -> None:
+        """Removes a network that no container uses."""
+        from corral.api.network.v1 import network_pb2, network_pb2_grpc
+
+        leaf = await self._client.leaf("network")
+        stub = network_pb2_grpc.NetworksStub(leaf.channel)
+        await leaf.unary(stub.Remove, network_pb2.RemoveNetworkRequest(name=name))
+
+
+class Volumes:
+    """Volumes: directories that outlive containers."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    @property
+    def _engine(self) -> AsyncTransport:
+        return self._client.engine()
+
+    @property
+    def _stub(self) -> engine_pb2_grpc.VolumesAsyncStub:
+        return engine_pb2_grpc.VolumesStub(self._engine.channel)
+
+    async def create(self, name: str = "", *, labels: dict[str, str] | None = None) -> engine_pb2.Volume:
+        """Makes a volume."""
+        request = engine_pb2.CreateVolumeRequest(name=name, labels=labels or {})
+        return await self._engine.unary(self._stub.Create, request)
+
+    async def get(self, name: str) -> engine_pb2.Volume:
+        """All facts about one volume."""
+        return await self._engine.unary(self._stub.Get, engine_pb2.GetVolumeRequest(name=name))
+
+    async def list(self) -> Sequence[engine_pb2.Volume]:
+        """All volumes."""
+        answer = await self._engine.unary(self._stub.List, engine_pb2.ListVolumesRequest())
+        return answer.volumes
+
+    async def remove(self, name: str) -> None:
+        """Removes a volume that no container uses."""
+        await self._engine.unary(self._stub.Remove, engine_pb2.RemoveVolumeRequest(name=name))
+
+    async def prune(self, *, all: bool = False) -> Sequence[str]:  # noqa: A002 - docker's word
+        """Removes anonymous volumes that no container uses, with `all` named ones too; returns their names."""
+        answer = await self._engine.unary(self._stub.Prune, engine_pb2.PruneVolumesRequest(all=all))
+        return answer.removed
+
+
+class System:
+    """The engine as a whole."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    @property
+    def _engine(self) -> AsyncTransport:
+        return self._client.engine()
+
+    @property
+    def _stub(self) -> engine_pb2_grpc.SystemAsyncStub:
+        return engine_pb2_grpc.SystemStub(self._engine.channel)
+
+    async def version(self) -> "version_pb2.GetResponse":
+        """What answers at this client's address."""
+        from corral.api.version.v1 import version_pb2, version_pb2_grpc
+
+        stub = version_pb2_grpc.VersionStub(self._engine.channel)
+        return await self._engine.unary(stub.Get, version_pb2.GetRequest())
+
+    async def info(self) -> engine_pb2.InfoResponse:
+        """Counts, directories and facts about the host."""
+        return await self._engine.unary(self._stub.Info, engine_pb2.InfoRequest())
+
+    async def addresses(self) -> engine_pb2.AddressesResponse:
+        """Where each service is reached."""
+        return await self._engine.unary(self._stub.Addresses, engine_pb2.AddressesRequest())
+
+    async def check_host(self) -> Sequence[engine_pb2.Check]:
+        """What the host has and lacks for running containers."""
+        answer = await self._engine.unary(self._stub.CheckHost, engine_pb2.CheckHostRequest())
+        return answer.checks
+
+    async def events(self, request: types_pb2.EventsRequest) -> AsyncIterator[types_pb2.EventsResponse]:
+        """The journal of all services: replayed from `request.after`, then followed."""
+        async for answer in self._engine.stream(self._stub.Events, request):
+            yield answer
+
+
+def _stop_request(container: str, timeout_s: float | None, signal: str) -> engine_pb2.StopContainerRequest:
+    request = engine_pb2.StopContainerRequest(container=container, signal=signal)
+    if timeout_s is not None:
+        request.timeout.FromNanoseconds(round(timeout_s * 1e9))
+    return request
+
+
+def _file_chunks(path: Path) -> Iterable[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+async def _import_requests(
+    header: images_pb2.ImportHeader, chunks: Iterable[bytes]
+) -> AsyncIterator[images_pb2.ImportRequest]:
+    yield images_pb2.ImportRequest(header=header)
+    for chunk in chunks:
+        yield images_pb2.ImportRequest(data=chunk)

@@ -1,0 +1,427 @@
+"""What a container shall be, from the words people use: "64m", "/src:/dst:ro", "8080:80/udp".
+
+Pure functions from strings to messages; both clients and the command line build containers through
+`container_config`. Every ValueError names the option's value and says what is understood.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from corral.api.engine.v1 import engine_pb2 as pb
+from corral.api.images.v1 import images_pb2
+from corral.api.network.v1 import network_pb2
+from corral.api.tasks.v1 import tasks_pb2
+from corral.api.types.v1 import types_pb2
+
+_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[bkmgtp]?)(i?b)?", re.IGNORECASE)
+_UNITS = {unit: 1024**power for power, unit in enumerate("bkmgtp")} | {"": 1}
+_DURATION = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>ns|us|µs|ms|s|m|h)")
+_DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_CPU_PERIOD_US = 100_000
+_PROPAGATIONS = frozenset({"rprivate", "private", "rshared", "shared", "rslave", "slave"})
+_LOG_DRIVERS = {
+    "json-file": tasks_pb2.LogOptions.DRIVER_JSON_FILE,
+    "cri": tasks_pb2.LogOptions.DRIVER_CRI,
+    "none": tasks_pb2.LogOptions.DRIVER_NONE,
+}
+_RESTART_MODES = {
+    "no": pb.RestartPolicy.MODE_NO,
+    "always": pb.RestartPolicy.MODE_ALWAYS,
+    "on-failure": pb.RestartPolicy.MODE_ON_FAILURE,
+    "unless-stopped": pb.RestartPolicy.MODE_UNLESS_STOPPED,
+}
+
+
+class ContainerOptions(TypedDict, total=False):
+    """Everything about a container but its image and arguments. Absent: the image's default, then corral's."""
+
+    entrypoint: Sequence[str] | str | None  # replaces the image's; "" resets it
+    env: Mapping[str, str] | Sequence[str]
+    working_dir: str
+    user: str  # "name", "uid", "name:group", "uid:gid"
+    group_add: Sequence[str]
+    hostname: str
+    labels: Mapping[str, str]
+    terminal: bool
+    stdin: bool
+    stdin_once: bool
+    console_size: tuple[int, int]  # columns, rows
+    volumes: Sequence[str]  # "[name or path:]target[:ro,…]" as docker's -v
+    mounts: Sequence[str]  # "type=bind,source=…,target=…" as docker's --mount
+    tmpfs: Sequence[str]  # "/path[:size=64m,mode=1777]"
+    read_only: bool
+    memory: int | str  # bytes, or "64m"
+    memory_swap: int | str  # memory plus swap; "-1" no bound
+    memory_reservation: int | str
+    cpus: float
+    cpu_shares: int
+    cpuset_cpus: str
+    cpuset_mems: str
+    pids_limit: int
+    network: str
+    ip: str
+    ports: Sequence[str]  # "[ip:][host:]container[/protocol]"
+    dns: Sequence[str]
+    dns_search: Sequence[str]
+    dns_options: Sequence[str]
+    extra_hosts: Sequence[str]  # "name:address"
+    cap_add: Sequence[str]
+    cap_drop: Sequence[str]
+    privileged: bool
+    security: Sequence[str]  # "seccomp=unconfined", "no-new-privileges[=false]", "apparmor=…"
+    sysctls: Mapping[str, str]
+    ulimits: Sequence[str]  # "nofile=1024:2048"
+    devices: Sequence[str]
+    shm_size: int | str
+    stop_signal: str
+    stop_timeout_s: float
+    auto_remove: bool
+    restart: str  # "no", "always", "on-failure[:N]", "unless-stopped"
+    init: bool
+    pid: str
+    ipc: str
+    uts: str
+    cgroup_parent: str
+    log_driver: str
+    log_options: Mapping[str, str]  # "max-size", "max-file"
+
+
+def container_config(image: str, args: Sequence[str] = (), **options: object) -> pb.ContainerConfig:
+    """The message for these options. Raises ValueError for what is not understood, TypeError for an unknown option."""
+    unknown = options.keys() - ContainerOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"unknown option {', '.join(sorted(unknown))}")
+    o: ContainerOptions = options  # type: ignore[assignment]  # its keys were just checked
+    if isinstance(args, str):
+        raise TypeError(f'args must be a sequence of strings such as ["sh", "-c", {args!r}], not one string')
+    config = pb.ContainerConfig(
+        image=image,
+        args=args,
+        entrypoint=_entrypoint(o.get("entrypoint")),
+        env=environment(o.get("env", ())),
+        working_dir=o.get("working_dir", ""),
+        user=o.get("user", ""),
+        group_add=o.get("group_add", ()),
+        hostname=o.get("hostname", ""),
+        labels=o.get("labels", {}),
+        terminal=o.get("terminal", False),
+        stdin=o.get("stdin", False),
+        stdin_once=o.get("stdin_once", False),
+        stop_signal=o.get("stop_signal", ""),
+        auto_remove=o.get("auto_remove", False),
+        init=o.get("init", False),
+        read_only_rootfs=o.get("read_only", False),
+        shm_size_bytes=size_bytes(o.get("shm_size", 0)),
+        cgroup_parent=o.get("cgroup_parent", ""),
+        cap_add=o.get("cap_add", ()),
+        cap_drop=o.get("cap_drop", ()),
+        privileged=o.get("privileged", False),
+        sysctls=o.get("sysctls", {}),
+        devices=o.get("devices", ()),
+        pid_mode=o.get("pid", ""),
+        ipc_mode=o.get("ipc", ""),
+        uts_mode=o.get("uts", ""),
+        mounts=[
+            *(volume(v) for v in o.get("volumes", ())),
+            *(mount(m) for m in o.get("mounts", ())),
+            *(tmpfs(t) for t in o.get("tmpfs", ())),
+        ],
+        ulimits=[ulimit(u) for u in o.get("ulimits", ())],
+        resources=_resources(o),
+        network=_network(o),
+        log=log_options(o.get("log_driver", ""), o.get("log_options", {})),
+    )
+    if size := o.get("console_size"):
+        config.console_size.CopyFrom(types_pb2.WindowSize(width=size[0], height=size[1]))
+    if (grace := o.get("stop_timeout_s")) is not None:
+        config.stop_timeout.FromNanoseconds(round(grace * 1e9))
+    if policy := o.get("restart"):
+        config.restart.CopyFrom(restart_policy(policy))
+    _apply_security(config, o.get("security", ()))
+    return config
+
+
+def size_bytes(value: int | str) -> int:
+    """Bytes of 64, "64m", "1.5g", "-1". Units are powers of 1024, as docker has them."""
+    if isinstance(value, int):
+        return value
+    if value.strip() == "-1":
+        return -1
+    found = _SIZE.fullmatch(value.strip())
+    if found is None:
+        raise ValueError(f"size {value!r} is not understood: give a number with b, k, m, g or t, such as 64m")
+    return int(float(found["number"]) * _UNITS[found["unit"].lower()])
+
+
+def duration_s(value: float | str) -> float:
+    """Seconds of 10, "10", "1m30s", "500ms"."""
+    if isinstance(value, int | float):
+        return float(value)
+    try:
+        return float(value)
+    except ValueError:
+        pass
+    parts = list(_DURATION.finditer(value))
+    if not parts or "".join(p[0] for p in parts) != value:
+        raise ValueError(f"duration {value!r} is not understood: give seconds, or 1h2m3s, or 500ms")
+    return sum(float(p["number"]) * _DURATION_UNITS[p["unit"]] for p in parts)
+
+
+def environment(env: Mapping[str, str] | Iterable[str]) -> list[str]:
+    """NAME=value lines. Raises ValueError for a name that is empty or missing."""
+    lines = [f"{k}={v}" for k, v in env.items()] if isinstance(env, Mapping) else list(env)
+    for line in lines:
+        if "=" not in line or line.startswith("="):
+            raise ValueError(f"environment {line!r} is not understood: give NAME=value")
+    return lines
+
+
+def volume(text: str) -> pb.VolumeMount:
+    """A bind mount or volume in docker's -v form: [SOURCE:]TARGET[:OPTIONS]."""
+    parts = text.split(":")
+    if len(parts) > 3 or not all(parts):
+        raise ValueError(f"volume {text!r} is not understood: give SOURCE:TARGET[:ro]")
+    source, target = (parts[0], parts[1]) if len(parts) > 1 else ("", parts[0])
+    options = parts[2].split(",") if len(parts) == 3 else []
+    if not target.startswith("/"):
+        raise ValueError(f"volume {text!r}: the target {target!r} must be an absolute path")
+    is_path = source.startswith(("/", ".", "~"))
+    result = pb.VolumeMount(
+        type=pb.VolumeMount.TYPE_BIND if is_path else pb.VolumeMount.TYPE_VOLUME,
+        source=str(Path(source).expanduser().absolute()) if is_path else source,
+        target=target,
+        create_source=is_path,
+    )
+    _apply_mount_options(result, options, text)
+    return result
+
+
+def mount(text: str) -> pb.VolumeMount:
+    """A mount in docker's --mount form: type=bind,source=/a,target=/b[,readonly]."""
+    types = {
+        "bind": pb.VolumeMount.TYPE_BIND,
+        "volume": pb.VolumeMount.TYPE_VOLUME,
+        "tmpfs": pb.VolumeMount.TYPE_TMPFS,
+        "image": pb.VolumeMount.TYPE_IMAGE,
+    }
+    result = pb.VolumeMount(type=pb.VolumeMount.TYPE_VOLUME)
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        match key:
+            case "type" if value in types:
+                result.type = types[value]
+            case "source" | "src":
+                result.source = value
+            case "target" | "destination" | "dst":
+                result.target = value
+            case "readonly" | "ro":
+                result.read_only = value in ("", "true", "1")
+            case "bind-propagation":
+                _apply_mount_options(result, [value], text)
+            case "tmpfs-size":
+                result.tmpfs_size_bytes = size_bytes(value)
+            case "tmpfs-mode":
+                result.tmpfs_mode = int(value, 8)
+            case "volume-nocopy":
+                result.no_copy = value in ("", "true", "1")
+            case _:
+                raise ValueError(
+                    f"mount {text!r}: {part!r} is not understood; known are type=bind|volume|tmpfs|image, source, "
+                    "target, readonly, bind-propagation, tmpfs-size, tmpfs-mode, volume-nocopy"
+                )
+    if not result.target.startswith("/"):
+        raise ValueError(f"mount {text!r} needs target= with an absolute path")
+    if result.type == pb.VolumeMount.TYPE_BIND and not result.source.startswith("/"):
+        raise ValueError(f"mount {text!r} needs source= with an absolute path")
+    return result
+
+
+def tmpfs(text: str) -> pb.VolumeMount:
+    """A tmpfs in docker's --tmpfs form: TARGET[:size=64m,mode=1777,noexec]."""
+    target, _, rest = text.partition(":")
+    if not target.startswith("/"):
+        raise ValueError(f"tmpfs {text!r}: the target must be an absolute path")
+    result = pb.VolumeMount(type=pb.VolumeMount.TYPE_TMPFS, target=target)
+    for option in filter(None, rest.split(",")):
+        key, _, value = option.partition("=")
+        if key == "size":
+            result.tmpfs_size_bytes = size_bytes(value)
+        elif key == "mode":
+            result.tmpfs_mode = int(value, 8)
+        elif key in ("ro", "rw"):
+            result.read_only = key == "ro"
+        else:
+            result.options.append(option)
+    return result
+
+
+def port(text: str) -> list[network_pb2.PortMapping]:
+    """Published ports: [IP:][HOST:]CONTAINER[/PROTOCOL], where HOST and CONTAINER may be ranges of one length."""
+    body, _, protocol = text.partition("/")
+    head, _, container = body.rpartition(":")
+    ip, _, host = head.rpartition(":") if head.count(":") else ("", "", head)
+    try:
+        inner = _port_range(container)
+        outer = _port_range(host) if host else range(len(inner))
+    except ValueError:
+        outer, inner = range(0), range(1)
+    if len(outer) != len(inner) or protocol not in ("", "tcp", "udp", "sctp"):
+        raise ValueError(f"port {text!r} is not understood: give [IP:][HOST:]CONTAINER[/tcp|udp|sctp]")
+    return [
+        network_pb2.PortMapping(
+            host_ip=ip.strip("[]"), host_port=h if host else 0, container_port=c, protocol=protocol or "tcp"
+        )
+        for h, c in zip(outer, inner, strict=True)
+    ]
+
+
+def ulimit(text: str) -> pb.Ulimit:
+    """A limit in docker's --ulimit form: NAME=SOFT[:HARD]."""
+    name, _, values = text.partition("=")
+    soft, _, hard = values.partition(":")
+    try:
+        return pb.Ulimit(name=name, soft=int(soft), hard=int(hard or soft))
+    except ValueError:
+        raise ValueError(f"ulimit {text!r} is not understood: give NAME=SOFT[:HARD]") from None
+
+
+def restart_policy(text: str) -> pb.RestartPolicy:
+    """no, always, unless-stopped, on-failure or on-failure:N."""
+    mode, _, retries = text.partition(":")
+    if mode not in _RESTART_MODES or (retries and (mode != "on-failure" or not retries.isdigit())):
+        raise ValueError(
+            f"restart policy {text!r} is not understood: give no, always, unless-stopped or on-failure[:N]"
+        )
+    return pb.RestartPolicy(mode=_RESTART_MODES[mode], max_retries=int(retries or 0))
+
+
+def log_options(driver: str, options: Mapping[str, str]) -> tasks_pb2.LogOptions | None:
+    """Log driver and its options "max-size" and "max-file"."""
+    if not driver and not options:
+        return None
+    if driver and driver not in _LOG_DRIVERS:
+        raise ValueError(f"log driver {driver!r} is not known: give one of {', '.join(_LOG_DRIVERS)}")
+    unknown = options.keys() - {"max-size", "max-file"}
+    if unknown:
+        raise ValueError(f"log option {min(unknown)!r} is not known: give max-size or max-file")
+    return tasks_pb2.LogOptions(
+        driver=_LOG_DRIVERS.get(driver, tasks_pb2.LogOptions.DRIVER_UNSPECIFIED),
+        max_size_bytes=size_bytes(options.get("max-size", 0)),
+        max_files=int(options.get("max-file", "0")),
+    )
+
+
+def image_config(
+    *,
+    entrypoint: Sequence[str] = (),
+    cmd: Sequence[str] = (),
+    env: Sequence[str] = (),
+    working_dir: str = "",
+    user: str = "",
+    stop_signal: str = "",
+    labels: Mapping[str, str] | None = None,
+) -> images_pb2.ImageConfig:
+    """The config of an image made from a plain root file system."""
+    return images_pb2.ImageConfig(
+        entrypoint=entrypoint,
+        cmd=cmd,
+        env=environment(env),
+        working_dir=working_dir,
+        user=user,
+        stop_signal=stop_signal,
+        labels=labels or {},
+    )
+
+
+def _entrypoint(value: Sequence[str] | str | None) -> Sequence[str]:
+    if value is None:
+        return ()
+    return [value] if isinstance(value, str) else value
+
+
+def _apply_mount_options(result: pb.VolumeMount, options: Iterable[str], text: str) -> None:
+    for option in options:
+        if option in ("ro", "rw"):
+            result.read_only = option == "ro"
+        elif option in _PROPAGATIONS:
+            result.propagation = option
+        elif option == "nocopy":
+            result.no_copy = True
+        elif option not in ("z", "Z"):  # SELinux relabelling: nothing to do where SELinux is off
+            raise ValueError(f"volume {text!r}: option {option!r} is not known")
+
+
+def _port_range(text: str) -> range:
+    first, _, last = text.partition("-")
+    ports = range(int(first), int(last or first) + 1)
+    if not ports or ports[0] < 1 or ports[-1] > 65535:
+        raise ValueError(text)
+    return ports
+
+
+def _resources(o: ContainerOptions) -> types_pb2.Resources | None:
+    resources = types_pb2.Resources()
+    if memory := o.get("memory"):
+        resources.memory.limit_bytes = size_bytes(memory)
+    if swap := o.get("memory_swap"):
+        resources.memory.swap_bytes = size_bytes(swap)
+    if reservation := o.get("memory_reservation"):
+        resources.memory.reservation_bytes = size_bytes(reservation)
+    if cpus := o.get("cpus"):
+        if cpus < 0.01:
+            raise ValueError(f"cpus {cpus:g} is too little: the least is 0.01")
+        resources.cpu.period_us = _CPU_PERIOD_US
+        resources.cpu.quota_us = round(cpus * _CPU_PERIOD_US)
+    if shares := o.get("cpu_shares"):
+        resources.cpu.shares = shares
+    if cpuset := o.get("cpuset_cpus"):
+        resources.cpu.cpus = cpuset
+    if mems := o.get("cpuset_mems"):
+        resources.cpu.mems = mems
+    if limit := o.get("pids_limit"):
+        resources.pids.limit = limit
+    return resources if resources.ByteSize() else None
+
+
+def _network(o: ContainerOptions) -> pb.NetworkConfig | None:
+    network = pb.NetworkConfig(
+        mode=o.get("network", ""),
+        ports=[mapping for p in o.get("ports", ()) for mapping in port(p)],
+        extra_hosts=[_host_entry(h) for h in o.get("extra_hosts", ())],
+    )
+    if ip := o.get("ip"):
+        field = "ipv6_address" if ":" in ip else "ipv4_address"
+        network.attachments.add(network=network.mode, **{field: ip})
+    dns = network_pb2.DnsOptions(
+        servers=o.get("dns", ()), search=o.get("dns_search", ()), options=o.get("dns_options", ())
+    )
+    if dns.ByteSize():
+        network.dns.CopyFrom(dns)
+    return network if network.ByteSize() else None
+
+
+def _host_entry(text: str) -> network_pb2.HostEntry:
+    name, _, address = text.partition(":")
+    if not name or not address:
+        raise ValueError(f"host {text!r} is not understood: give NAME:ADDRESS")
+    return network_pb2.HostEntry(name=name, address=address.strip("[]"))
+
+
+def _apply_security(config: pb.ContainerConfig, options: Iterable[str]) -> None:
+    for option in options:
+        key, _, value = option.partition("=" if "=" in option else ":")
+        if key == "seccomp" and value == "unconfined":
+            config.seccomp_profile = value
+        elif key == "seccomp" and value:
+            config.seccomp_profile = Path(value).read_text(encoding="utf-8")
+        elif key == "apparmor" and value:
+            config.apparmor_profile = value
+        elif key == "no-new-privileges" and value in ("", "true", "false"):
+            config.no_new_privileges = value != "false"
+        else:
+            raise ValueError(
+                f"security option {option!r} is not known: give seccomp=unconfined, seccomp=FILE, apparmor=PROFILE "
+                "or no-new-privileges[=false]"
+            )
