@@ -52,7 +52,7 @@ def show_json(messages: "Sequence[Message]") -> None:
 
 
 def plain(message: "Message") -> Json:
-    """A message as JSON values for people: snake_case names, real numbers, enums as lower-case words, times as RFC 3339.
+    """A message as JSON for people: snake_case names, real numbers, enums as lower-case words, times as RFC 3339.
 
     Fields that are unset and have presence are left out; lists and plain fields are always there.
     """
