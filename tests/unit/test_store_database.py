@@ -86,6 +86,14 @@ async def test_nobody_learns_of_a_result_whose_commit_fails(db: Database, monkey
     assert await db.write(put("b")) == 1
 
 
+async def test_a_single_write_may_wait_for_the_disk_or_not(db: Database):
+    levels = [
+        await db.write(lambda tx: tx.one("PRAGMA synchronous")[0], durable=durable)
+        for durable in (True, False, True, None)
+    ]
+    assert levels == [2, 1, 2, 1]  # FULL, NORMAL
+
+
 async def test_a_caller_cancelled_before_its_turn_writes_nothing(db: Database):
     gate = threading.Event()
     blocker = asyncio.ensure_future(db.write(lambda tx: gate.wait(5)))

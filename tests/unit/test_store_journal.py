@@ -93,6 +93,14 @@ async def test_numbers_are_not_reused_after_pruning(db: Database):
     assert db.journal.last_seq() == 2
 
 
+async def test_a_replay_until_now_ends_by_itself(db: Database):
+    for i in range(300):
+        add(db, str(i))
+    async with asyncio.timeout(5):
+        assert len([event async for event in db.journal.follow(0, until_now=True)]) == 300
+        assert [event async for event in db.journal.follow(300, until_now=True)] == []
+
+
 async def test_following_ends_when_the_database_closes(tmp_path: Path):
     db = Database(tmp_path / "z.db", [], durable=False)
     follower = asyncio.ensure_future(take(db, 1))

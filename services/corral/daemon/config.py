@@ -165,6 +165,8 @@ def convert(value: object, wanted: Any, where: str) -> Any:
     origin = typing.get_origin(wanted)
     if origin in (typing.Union, types.UnionType):
         return _convert_to_one_of(value, typing.get_args(wanted), where)
+    if origin is typing.Literal:
+        return _convert_literal(value, typing.get_args(wanted), where)
     if origin is not None and issubclass(origin, Mapping):
         return _convert_mapping(value, typing.get_args(wanted), where)
     if origin in (tuple, list, frozenset, set) or (origin is not None and issubclass(origin, Sequence)):
@@ -204,6 +206,12 @@ def _convert_to_one_of(value: object, options: Sequence[Any], where: str) -> Any
         except InvalidArgument as e:
             problem = e
     raise problem or InvalidArgument(f"{where}: {value!r} is not valid")
+
+
+def _convert_literal(value: object, options: Sequence[object], where: str) -> object:
+    if value not in options:
+        raise InvalidArgument(f"{where} must be one of {', '.join(map(repr, options))}, not {value!r}")
+    return value
 
 
 def _convert_mapping(value: object, args: Sequence[Any], where: str) -> Mapping[str, Any]:

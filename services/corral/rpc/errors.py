@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 DOMAIN = "corral"
 DETAILS_KEY = "grpc-status-details-bin"
-# gRPC refuses more than 8 KiB of metadata, percent-encoding may triple the message, and the details repeat it.
-MAX_MESSAGE_CHARS = 1200
-MAX_METADATA_CHARS = 200
+# gRPC drops replies with more than 8 KiB of metadata. The message travels twice, percent-encoded and, inside the
+# details, base64-encoded: at most 2400 + 3200 bytes, which leaves the rest for the ErrorInfo, base64-encoded too.
+MAX_MESSAGE_BYTES = 2400
+MAX_FACT_BYTES = 200
+MAX_FACTS_BYTES = 1200
+ENCODED_ELLIPSIS = 9
 
 _NO_METADATA: Mapping[str, str] = MappingProxyType({})
 
@@ -143,7 +146,7 @@ def from_os_error(e: OSError, doing: str) -> CorralError:
 
 def to_status(error: CorralError) -> tuple[grpc.StatusCode, str, Trailers]:
     """Code, message and trailing metadata that carry `error` over the wire."""
-    message = _shorten(error.message, MAX_MESSAGE_CHARS)
+    message = _shorten(error.message, MAX_MESSAGE_BYTES)
     if not error.reason and not error.metadata:
         return error.code, message, ()
     from google.rpc import error_details_pb2, status_pb2  # 36 ms to import, and only failing calls need it
@@ -151,7 +154,7 @@ def to_status(error: CorralError) -> tuple[grpc.StatusCode, str, Trailers]:
     info = error_details_pb2.ErrorInfo(
         reason=error.reason,
         domain=DOMAIN,
-        metadata={key: _shorten(value, MAX_METADATA_CHARS) for key, value in error.metadata.items()},
+        metadata=_facts(error.metadata),
     )
     number, _ = error.code.value
     status = status_pb2.Status(code=number, message=message)
@@ -201,5 +204,24 @@ def _parse_error_info(data: bytes) -> "ErrorInfo | None":
     return info if found and info.domain == DOMAIN else None
 
 
+def _facts(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What of the metadata fits."""
+    facts: dict[str, str] = {}
+    room = MAX_FACTS_BYTES
+    for key, value in metadata.items():
+        short = _shorten(value, MAX_FACT_BYTES)
+        room -= len(key) + len(short.encode())
+        if room >= 0:
+            facts[key] = short
+    return facts
+
+
 def _shorten(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    """`text`, cut to `limit` bytes of percent-encoding; what is no Unicode (in a file name) becomes '?'."""
+    text = text.encode("utf-8", "replace").decode()
+    room = limit - ENCODED_ELLIPSIS
+    for n, char in enumerate(text):
+        room -= 1 if " " <= char <= "~" and char != "%" else 3 * len(char.encode())
+        if room < 0:
+            return f"{text[:n]}…"
+    return text

@@ -149,6 +149,7 @@ class Database:
         started = [pending for pending in group if pending.begin()]
         journalled = 0
         try:
+            self._set_synchronous(any(self._durable if p.durable is None else p.durable for p in started))
             execute(self._writer, "BEGIN IMMEDIATE", ())
             for pending in started:
                 journalled += self._run_member(pending, alone=len(started) == 1)

@@ -89,12 +89,14 @@ class Journal:
         """The number of the newest event ever written; 0 if there was none."""
         return self._database.read_sync(_last_seq)
 
-    async def follow(self, after: int, *, namespace: str | None = None) -> AsyncIterator[Event]:
-        """The events numbered above `after`, oldest first, then each new one as it is committed, until the database
-        is closed.
+    async def follow(
+        self, after: int, *, namespace: str | None = None, until_now: bool = False, deadline_ns: int | None = None
+    ) -> AsyncIterator[Event]:
+        """The events numbered above `after`, oldest first, then each new one as it is committed.
 
-        namespace=None means all. What is missing, because it was pruned or because `after` is from another life of this
-        file, is reported by an Event with topic `journal.gap` in its place.
+        namespace=None means all. Ends when the database is closed; with until_now=True after the newest that there is;
+        with deadline_ns, a time since the epoch, when that has passed. What is missing, because it was pruned or
+        because `after` is from another life of this file, is reported in its place by an Event that is_gap.
         """
         follower = _Follower(asyncio.get_running_loop())
         with self._lock:
@@ -106,8 +108,8 @@ class Journal:
                 events, after, more = self._database.read_sync(read)
                 for event in events:
                     yield event
-                if not more:
-                    await follower.woken.wait()
+                if not more and (until_now or not await follower.sleep(deadline_ns)):
+                    return
         finally:
             with self._lock:
                 self._followers.discard(follower)
@@ -138,6 +140,15 @@ class _Follower:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self.woken = asyncio.Event()
+
+    async def sleep(self, deadline_ns: int | None) -> bool:
+        """Whether it was woken, rather than the time having come."""
+        timeout = None if deadline_ns is None else max(0.0, (deadline_ns - time.time_ns()) / 1e9)
+        try:
+            await asyncio.wait_for(self.woken.wait(), timeout)
+        except TimeoutError:
+            return False
+        return True
 
     def wake(self) -> None:
         with suppress(RuntimeError):  # its loop is closed

@@ -1,0 +1,88 @@
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from corral.api.types.v1 import types_pb2
+from corral.rpc.context import in_namespace
+from corral.rpc.events import event_to_wire, nanoseconds, stream_events, timestamp
+from corral.store import Database
+
+
+@pytest.fixture
+def db(tmp_path: Path):
+    with Database(tmp_path / "x.db", [], durable=False) as database:
+        yield database
+
+
+def add(db: Database, topic: str, subject: str, namespace: str = "default") -> None:
+    db.write_sync(lambda tx: tx.journal(topic, subject, {"code": 3, "why": None, "l": ["a"]}, namespace=namespace))
+
+
+async def ask(db: Database, **fields: object) -> list[types_pb2.EventsResponse]:
+    request = types_pb2.EventsRequest(**fields)
+    async with asyncio.timeout(5):
+        return [response async for response in stream_events(db.journal, request)]
+
+
+def subjects(responses: list[types_pb2.EventsResponse]) -> list[str]:
+    return [response.event.subject for response in responses]
+
+
+async def test_topics_are_exact_or_prefixes(db: Database):
+    for topic in ("task.created", "task.exited", "tasks.x", "network.created"):
+        add(db, topic, topic)
+    assert subjects(await ask(db, no_follow=True, topics=["task.*"])) == ["task.created", "task.exited"]
+    assert subjects(await ask(db, no_follow=True, topics=["tasks.x", "net*"])) == ["tasks.x", "network.created"]
+    assert subjects(await ask(db, no_follow=True, topics=["task"])) == []
+    assert len(await ask(db, no_follow=True)) == 4
+
+
+async def test_subjects_and_namespaces_select(db: Database):
+    add(db, "t", "a")
+    add(db, "t", "b", "blue")
+    add(db, "t", "c")
+    assert subjects(await ask(db, no_follow=True)) == ["a", "c"]
+    assert subjects(await ask(db, no_follow=True, all_namespaces=True)) == ["a", "b", "c"]
+    assert subjects(await ask(db, no_follow=True, subjects=["c", "b"])) == ["c"]
+    with in_namespace("blue"):
+        assert subjects(await ask(db, no_follow=True)) == ["b"]
+
+
+async def test_since_and_until_bound_the_time(db: Database):
+    add(db, "t", "before")
+    await asyncio.sleep(0.01)
+    middle = timestamp(time.time_ns())
+    await asyncio.sleep(0.01)
+    add(db, "t", "after")
+    assert subjects(await ask(db, no_follow=True, since=middle)) == ["after"]
+    assert subjects(await ask(db, until=middle)) == ["before"]
+
+
+async def test_a_follow_ends_when_until_has_passed(db: Database):
+    add(db, "t", "a")
+    started = time.monotonic()
+    assert subjects(await ask(db, until=timestamp(time.time_ns() + 200_000_000))) == ["a"]
+    assert 0.1 < time.monotonic() - started < 3
+
+
+async def test_a_gap_says_where_it_resumes(db: Database):
+    for i in range(6):
+        add(db, "t", str(i))
+    db.prune_journal(2)
+    db.write_sync(lambda tx: None)
+    gap, *rest = await ask(db, after=1, no_follow=True)
+    assert gap.gap.resumes_at == 5
+    assert [response.event.seq for response in rest] == [5, 6]
+
+
+async def test_an_event_arrives_whole(db: Database):
+    add(db, "task.exited", "c1", "blue")
+    [event] = [event async for event in db.journal.follow(0, until_now=True)]
+    message = event_to_wire(event)
+    assert (message.seq, message.namespace, message.topic, message.subject) == (1, "blue", "task.exited", "c1")
+    assert nanoseconds(message.time) == event.time_ns
+    assert message.payload["code"] == 3
+    assert message.payload["why"] is None
+    assert list(message.payload["l"]) == ["a"]
