@@ -1,0 +1,260 @@
+"""A container's log: its output cut into lines, framed, and appended to a file that rotates.
+
+    json-file   {"log":"text\n","stream":"stdout","time":"2026-01-02T03:04:05.123456789Z"}
+    cri         2026-01-02T03:04:05.123456789Z stdout F text
+
+A line longer than PIECE_LIMIT is written in pieces; only its last one ends the line (no "\n" in the log field, tag P).
+Text without a newline waits, up to PIECE_LIMIT, until its line is complete or the stream ends.
+
+Framing works on a whole read at once, not line by line: each step is one call into C.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from json.encoder import encode_basestring
+from pathlib import Path
+from typing import Literal, Protocol
+
+from corral.kernel.failpoint import failpoint
+
+type StreamName = Literal["stdout", "stderr"]
+type Format = Callable[[bytes, StreamName, str, bool], bytes]
+
+PIECE_LIMIT = 16 << 10
+_LONGEST_UTF8 = 4
+
+
+class Part(Enum):
+    """What a group of bytes is."""
+
+    LINES = 1
+    PIECE = 2
+    REST = 3
+
+
+def cut(data: bytes) -> Iterator[tuple[Part, bytes]]:
+    """Split bytes into groups of whole lines and pieces of overlong ones, each at most PIECE_LIMIT long.
+
+    The last may be the REST: the shorter beginning of a line that is not complete yet.
+    """
+    start, size = 0, len(data)
+    while start < size:
+        end = start + PIECE_LIMIT
+        newline = data.rfind(b"\n", start, end)
+        if newline >= 0:
+            yield Part.LINES, data[start : newline + 1]
+            start = newline + 1
+        elif end <= size:
+            end = _before_split_character(data, start, end)
+            yield Part.PIECE, data[start:end]
+            start = end
+        else:
+            yield Part.REST, data[start:]
+            return
+
+
+def _before_split_character(data: bytes, start: int, end: int) -> int:
+    """Step back from `end` so that no UTF-8 sequence is torn; bytes that are not UTF-8 are cut where asked."""
+    for back in range(1, min(_LONGEST_UTF8, end - start)):
+        byte = data[end - back]
+        if byte & 0xC0 == 0x80:
+            continue
+        length = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
+        return end - back if length > back else end
+    return end
+
+
+def json_lines(group: bytes, stream: StreamName, timestamp: str, whole: bool) -> bytes:
+    """Docker's json-file framing of whole lines, or of one piece of a line. What is not UTF-8 becomes U+FFFD."""
+    text = group.decode("utf-8", "replace")
+    tail = f',"stream":"{stream}","time":"{timestamp}"}}\n'
+    if not whole:
+        return f'{{"log":{encode_basestring(text)}{tail}'.encode()
+    # A newline would be escaped to the two characters \n, which cannot be told from an escaped backslash followed by n.
+    # So newlines become a mark that decoded text cannot contain, and the marks become the seams between lines.
+    mark = "\x80" if text.isascii() else "\ud800"
+    body = encode_basestring(text[:-1].replace("\n", mark))[:-1].replace(mark, f'\\n"{tail}{{"log":"')
+    return f'{{"log":{body}\\n"{tail}'.encode()
+
+
+def cri_lines(group: bytes, stream: StreamName, timestamp: str, whole: bool) -> bytes:
+    """Kubernetes' CRI framing of whole lines, or of one piece of a line."""
+    if not whole:
+        return f"{timestamp} {stream} P ".encode() + group + b"\n"
+    prefix = f"{timestamp} {stream} F ".encode()
+    return prefix + group[:-1].replace(b"\n", b"\n" + prefix) + b"\n"
+
+
+def cri_last(rest: bytes, stream: StreamName, timestamp: str, _whole: bool) -> bytes:
+    """CRI's framing of text that the stream ended without a newline: no more follows, so it is full."""
+    return cri_lines(rest + b"\n", stream, timestamp, True)
+
+
+FORMATS: dict[str, tuple[Format, Format]] = {"json-file": (json_lines, json_lines), "cri": (cri_lines, cri_last)}
+
+
+def timestamp(time_ns: int) -> str:
+    """RFC 3339 with nanoseconds, in UTC."""
+    seconds, nanoseconds = divmod(time_ns, 1_000_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{nanoseconds:09}Z"
+
+
+class LogFile:
+    """An append-only file that rotates by size: name, name.1, name.2 …, `max_files` of them in all.
+
+    After it was opened nothing raises and nothing blocks: what the disk does not take is refused.
+    """
+
+    __slots__ = ("_fd", "_max_files", "_max_size", "_path", "_size")
+
+    def __init__(self, path: str, *, max_size: int, max_files: int) -> None:
+        """A max_size of 0 is no limit. Raises OSError if the file cannot be opened."""
+        self._path, self._max_size, self._max_files = path, max_size, max(1, max_files)
+        self._fd, self._size = _open(path)
+
+    def append(self, data: bytes) -> bool:
+        """Write all of data, or nothing of it and return False."""
+        if self._max_size and self._size and self._size + len(data) > self._max_size:
+            self._rotate()
+        written = 0
+        try:
+            failpoint("shim.log.write")
+            written = os.write(self._fd, data)
+        except OSError:
+            return False
+        if written == len(data):
+            self._size += written
+            return True
+        return self._finish_or_undo(data, written)
+
+    def reopen(self) -> None:
+        """Follow the name after somebody renamed the file. Raises OSError and keeps the old file if that fails."""
+        fd, size = _open(self._path)
+        os.close(self._fd)
+        self._fd, self._size = fd, size
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+    def _finish_or_undo(self, data: bytes, written: int) -> bool:
+        """A short write: a disk that is filling up. Half a line must not stay."""
+        try:
+            if os.write(self._fd, data[written:]) == len(data) - written:
+                self._size += len(data)
+                return True
+        except OSError:
+            pass
+        try:
+            os.ftruncate(self._fd, self._size)
+        except OSError:
+            self._size += written
+        return False
+
+    def _rotate(self) -> None:
+        """Shift the files by one; a step that fails leaves the log where it is, to be tried again."""
+        failpoint("shim.log.rotate")
+        try:
+            if self._max_files == 1:
+                os.ftruncate(self._fd, 0)
+                self._size = 0
+                return
+            for n in range(self._max_files - 1, 0, -1):
+                source = f"{self._path}.{n - 1}" if n > 1 else self._path
+                if os.path.lexists(source):
+                    Path(source).rename(f"{self._path}.{n}")
+            self.reopen()
+        except OSError:
+            return
+
+
+def _open(path: str) -> tuple[int, int]:
+    # O_NONBLOCK: should the name be a FIFO or a device, a stuck reader must not block the container.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    fd = os.open(path, flags, 0o640)
+    return fd, os.fstat(fd).st_size
+
+
+class Log(Protocol):
+    """Where a container's output is kept."""
+
+    dropped_bytes: int
+
+    def write(self, stream: StreamName, data: bytes) -> None:
+        """Take bytes as the container wrote them, cut anywhere."""
+
+    def end(self, stream: StreamName) -> None:
+        """The stream ended: write what waits for a newline."""
+
+    def reopen(self) -> None:
+        """Open the file again by its name. Raises OSError."""
+
+    def close(self) -> None:
+        """Write what waits and close."""
+
+
+@dataclass(slots=True)
+class NoLog:
+    """Keeps nothing."""
+
+    dropped_bytes: int = 0
+
+    def write(self, stream: StreamName, data: bytes) -> None:
+        """Forget it."""
+
+    def end(self, stream: StreamName) -> None:
+        """Nothing waits."""
+
+    def reopen(self) -> None:
+        """Nothing is open."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class FileLog:
+    """A log in lines of one format. `dropped_bytes` counts the container's bytes that the disk did not take."""
+
+    __slots__ = ("_file", "_format", "_format_last", "_waiting", "dropped_bytes")
+
+    def __init__(self, file: LogFile, driver: str) -> None:
+        self._file = file
+        self._format, self._format_last = FORMATS[driver]
+        self._waiting: dict[StreamName, bytes] = {}
+        self.dropped_bytes = 0
+
+    def write(self, stream: StreamName, data: bytes) -> None:
+        """Append the lines that are complete now, with the present time."""
+        waiting = self._waiting.pop(stream, b"")
+        now = timestamp(time.time_ns())
+        for part, group in cut(waiting + data):
+            if part is Part.REST:
+                self._waiting[stream] = group
+            elif not self._file.append(self._format(group, stream, now, part is Part.LINES)):
+                self.dropped_bytes += len(group)
+
+    def end(self, stream: StreamName) -> None:
+        """Append the rest of a line that will not be completed."""
+        rest = self._waiting.pop(stream, b"")
+        if rest and not self._file.append(self._format_last(rest, stream, timestamp(time.time_ns()), False)):
+            self.dropped_bytes += len(rest)
+
+    def reopen(self) -> None:
+        """Open the file again by its name, as after a rotation by somebody else. Raises OSError."""
+        self._file.reopen()
+
+    def close(self) -> None:
+        """Append what waits and close the file."""
+        for stream in tuple(self._waiting):
+            self.end(stream)
+        self._file.close()
+
+
+def open_log(driver: str, path: str, *, max_size: int, max_files: int) -> Log:
+    """The log that a container asked for. Raises OSError if its file cannot be opened."""
+    if driver == "none":
+        return NoLog()
+    return FileLog(LogFile(path, max_size=max_size, max_files=max_files), driver)

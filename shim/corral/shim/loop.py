@@ -1,0 +1,89 @@
+"""One epoll, a heap of timers: the only thing in a shim that waits."""
+
+import heapq
+import select
+import time
+from collections.abc import Callable
+
+IN, OUT = select.EPOLLIN, select.EPOLLOUT
+ERROR_ONLY = 0
+"""The kernel reports EPOLLERR and EPOLLHUP unasked: who waits for nothing still learns that the peer is gone."""
+
+
+class Timer:
+    """A call that will be made later, unless cancelled."""
+
+    __slots__ = ("callback",)
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        """Do not call; harmless when called already."""
+        self.callback = None
+
+
+class Loop:
+    """Calls a handler when its file descriptor is ready.
+
+    epoll is level-triggered and asked for one event at a time: so no event can be stale, whatever a handler closed.
+    """
+
+    __slots__ = ("_epoll", "_handlers", "_running", "_sequence", "_timers")
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
+        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._sequence = 0
+        self._running = False
+
+    def watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
+        """Call handler(events) whenever fd is ready; a second call for the fd replaces events and handler."""
+        if fd in self._handlers:
+            self._epoll.modify(fd, events)
+        else:
+            self._epoll.register(fd, events)
+        self._handlers[fd] = handler
+
+    def forget(self, fd: int) -> None:
+        """Stop watching; call it before the fd is closed. Harmless when not watched."""
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
+        """Call callback once, that many seconds from now."""
+        timer = Timer(callback)
+        self._sequence += 1
+        heapq.heappush(self._timers, (time.monotonic() + seconds, self._sequence, timer))
+        return timer
+
+    def run(self) -> None:
+        """Serve until stop() is called."""
+        self._running = True
+        while self._running:
+            for fd, events in self._epoll.poll(self._timeout(), 1):
+                handler = self._handlers.get(fd)
+                if handler is not None:
+                    handler(events)
+            self._run_timers()
+
+    def stop(self) -> None:
+        """Let run() return after the current handler."""
+        self._running = False
+
+    def close(self) -> None:
+        """Release the epoll descriptor."""
+        self._epoll.close()
+
+    def _timeout(self) -> float:
+        while self._timers and self._timers[0][2].callback is None:
+            heapq.heappop(self._timers)
+        return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else -1
+
+    def _run_timers(self) -> None:
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            callback = heapq.heappop(self._timers)[2].callback
+            if callback is not None:
+                callback()

@@ -1,0 +1,139 @@
+"""A process of the container, its own or an exec's: its state, its streams, its end.
+
+new --> created --> running --> stopped
+           |                       ^
+           '-----------------------'   killed, or its program could not be executed
+"""
+
+import os
+from dataclasses import dataclass
+from enum import Enum
+
+from corral.kernel import process as kernel_process
+from corral.oci.runtime import ProcessHandle
+from corral.oci.spec import Process
+from corral.shim.errors import ShimError
+from corral.shim.loop import Timer
+from corral.shim.records import Exit
+from corral.shim.stdio import ProcessIO
+
+
+class State(Enum):
+    """Where a process is in its life; the values are those of the wire."""
+
+    NEW = "new"
+    CREATED = "created"
+    RUNNING = "running"
+    STOPPED = "stopped"
+
+
+ALLOWED = {
+    State.NEW: {State.CREATED},
+    State.CREATED: {State.RUNNING, State.STOPPED},
+    State.RUNNING: {State.STOPPED},
+    State.STOPPED: set(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What the kernel told about the end of a process: a wait(2) status and when it was read."""
+
+    status: int
+    at_ns: int
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that ended it."""
+        return os.WTERMSIG(self.status) if os.WIFSIGNALED(self.status) else None
+
+    @property
+    def code(self) -> int:
+        """As a shell reports it."""
+        return 128 + os.WTERMSIG(self.status) if os.WIFSIGNALED(self.status) else os.WEXITSTATUS(self.status)
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailure:
+    """The program was never executed: what to report as its end."""
+
+    code: int
+    reason: str
+
+
+@dataclass(slots=True, eq=False)
+class ContainerProcess:
+    """One process; `exec_id` is "" for the container's own."""
+
+    exec_id: str
+    io: ProcessIO
+    spec: Process
+    user: str | None = None
+    state: State = State.NEW
+    handle: ProcessHandle | None = None
+    started_at_ns: int | None = None
+    failure: StartFailure | None = None
+    ended: Ended | None = None
+    exit: Exit | None = None
+    drain_timer: Timer | None = None
+
+    def move(self, state: State) -> None:
+        """Change the state; any move that ALLOWED does not list is a bug."""
+        if state not in ALLOWED[self.state]:
+            raise AssertionError(f"process {self.exec_id!r}: {self.state.value} to {state.value}")
+        self.state = state
+
+    @property
+    def what(self) -> str:
+        """What to call it in a sentence."""
+        return f"exec {self.exec_id!r}" if self.exec_id else "the container"
+
+    @property
+    def pid(self) -> int:
+        """The pid as the host sees it, 0 before there is one."""
+        return self.handle.pid if self.handle else 0
+
+    @property
+    def start_time(self) -> int:
+        """With the pid, names the process for good."""
+        return self.handle.start_time if self.handle else 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process exists and has not been reaped."""
+        return self.handle is not None and self.ended is None
+
+    def signal(self, number: int) -> None:
+        """Send a signal. Raises ShimError: failed_precondition if the process is gone, invalid_argument."""
+        if self.handle is None or self.ended is not None:
+            raise ShimError("failed_precondition", f"{self.what} is not running")
+        try:
+            kernel_process.send_signal(self.handle.pidfd, number)
+        except ProcessLookupError as e:
+            raise ShimError("failed_precondition", f"{self.what} is not running") from e
+        except (ValueError, OverflowError) as e:
+            raise ShimError("invalid_argument", f"signal: {number} is not a signal") from e
+
+    def exit_record(self, *, oom: bool, dropped_bytes: int) -> Exit:
+        """How it ended, once it has."""
+        if self.ended is None:
+            raise AssertionError(f"process {self.exec_id!r} has not ended")
+        failure = self.failure
+        return Exit(
+            exec_id=self.exec_id,
+            code=failure.code if failure else self.ended.code,
+            signal=None if failure else self.ended.signal,
+            oom=oom,
+            started_at_ns=self.started_at_ns,
+            exited_at_ns=self.ended.at_ns,
+            pid=self.pid,
+            start_time=self.start_time,
+            dropped_bytes=dropped_bytes,
+            reason=failure.reason if failure else "",
+        )
+
+    def release(self) -> None:
+        """Let go of the descriptors of a process that has ended or was never started."""
+        if self.handle is not None and self.handle.pidfd >= 0:
+            os.close(self.handle.pidfd)
+            self.handle.pidfd = -1

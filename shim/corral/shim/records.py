@@ -1,0 +1,130 @@
+"""Files of a bundle that outlive the shim: record.json, exit.json, execs/<id>.json."""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from corral.kernel.failpoint import failpoint
+
+RECORD = "record.json"
+EXIT = "exit.json"
+EXECS = "execs"
+VERSION = 1
+
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a later shim or daemon needs to find this container again."""
+
+    shim_pid: int
+    shim_start_time: int
+    init_pid: int
+    init_start_time: int
+    created_at_ns: int
+    started_at_ns: int | None
+    terminal: bool
+
+    def to_json(self) -> dict[str, object]:
+        """The content of record.json."""
+        return {
+            "v": VERSION,
+            "shim_pid": self.shim_pid,
+            "shim_start_time": self.shim_start_time,
+            "init_pid": self.init_pid,
+            "init_start_time": self.init_start_time,
+            "created_at_ns": self.created_at_ns,
+            "started_at_ns": self.started_at_ns,
+            "terminal": self.terminal,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a process ended. `code` is 0 to 255, 128 + signal when a signal ended it."""
+
+    exec_id: str
+    code: int
+    signal: int | None
+    oom: bool
+    started_at_ns: int | None
+    exited_at_ns: int
+    pid: int
+    start_time: int
+    dropped_bytes: int = 0
+    reason: str = ""
+
+    def to_json(self) -> dict[str, object]:
+        """The content of exit.json, and of the event that follows it."""
+        return {
+            "v": VERSION,
+            "exec": self.exec_id,
+            "code": self.code,
+            "signal": self.signal,
+            "oom": self.oom,
+            "started_at_ns": self.started_at_ns,
+            "exited_at_ns": self.exited_at_ns,
+            "pid": self.pid,
+            "start_time": self.start_time,
+            "dropped_bytes": self.dropped_bytes,
+            "reason": self.reason,
+        }
+
+
+def write_json(directory: int, name: str, content: Mapping[str, object]) -> None:
+    """Make `name` in the directory (an fd) hold exactly this, durably: a reader sees the old or the new content.
+
+    Raises OSError; then the old content stands.
+    """
+    temporary = f"{name}.tmp"
+    label = "exec" if name.startswith(EXECS) else name.removesuffix(".json")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    try:
+        try:
+            _write_all(fd, _to_json(content).encode())
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        failpoint(f"shim.{label}.before_rename")
+        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=directory)
+        raise
+    _fsync_directory(directory, os.fspath(Path(name).parent))
+    failpoint(f"shim.{label}.after_rename")
+
+
+def _fsync_directory(directory: int, name: str) -> None:
+    # The bundle is held by an O_PATH descriptor, which cannot be synced itself.
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def remove(directory: int, name: str) -> None:
+    """Remove a file of the directory, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=directory)
+
+
+def read_json(directory: int, name: str) -> dict[str, object]:
+    """The JSON object in a file of the directory. Raises OSError, ValueError."""
+    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    with open(fd, encoding="utf-8") as file:
+        content = json.load(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} is not a JSON object")
+    return content

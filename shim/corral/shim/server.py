@@ -1,0 +1,232 @@
+"""The shim's side of its socket: connections, the hello, requests in, replies and events out.
+
+client: {"v":1,"client":NAME}           shim: {"v":1,"shim":VERSION,"namespace":…,"container":…,"state":…}
+client: {"id":N,"op":OP,…}              shim: {"id":N,"ok":{…}} or {"id":N,"error":{"kind":KIND,"message":SENTENCE}}
+client: {"id":N,"op":"subscribe"}       shim: {"event":NAME,"exec":ID,…}, from then on
+"""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from corral.kernel import signalfd
+from corral.kernel.failpoint import failpoint
+from corral.oci.errors import ExecFailed
+from corral.shim import VERSION, report
+from corral.shim.errors import Kind, ShimError, from_os_error
+from corral.shim.loop import IN, OUT, Loop
+from corral.shim.requests import Attach, Create, Exec, exec_id, flag, integer, size
+from corral.shim.shim import STUCK_S, Shim
+from corral.shim.wire import Channel, Message, ProtocolError
+
+PROTOCOL = 1
+ABANDONED_S = 60.0
+MAX_CONNECTIONS = 256
+_EXEC_FAILED: dict[str, Kind] = {"exec_not_found": "exec_not_found", "exec_denied": "exec_denied"}
+# Whatever is sent to the shim itself must not end it: it is not the container.
+SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Connection:
+    """One client. `handler` gets each message; the hello comes first."""
+
+    __slots__ = ("channel", "closed", "greeted", "subscribed", "writing")
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.closed = self.greeted = self.subscribed = self.writing = False
+
+
+class Server:
+    """Serves one container until it has ended and everyone was told."""
+
+    def __init__(self, listener: socket.socket, bundle: Path, *, namespace: str, container: str) -> None:
+        """listener is bound and listening already, so a client can never come too early."""
+        self._listener, self._namespace, self._container = listener, namespace, container
+        self._loop = Loop()
+        self._shim = Shim(self._loop, bundle, publish=self._publish, on_end=self._shim_ended)
+        self._directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._connections: dict[int, Connection] = {}
+        self._waiting_for_end: list[tuple[Connection, object]] = []
+        self._contacted = False
+        self._end_by = 0.0
+        shim = self._shim
+        self._ops: dict[str, Callable[[Connection, Message], Message | None]] = {
+            "create": lambda _, m: shim.create(Create.parse(m)),
+            "start": lambda _, m: shim.start(exec_id(m)),
+            "exec": lambda _, m: shim.add_exec(Exec.parse(m)),
+            "attach": lambda c, m: shim.attach(Attach.parse(m), c.channel.take_fds),
+            "close_stdin": lambda _, m: shim.close_stdin(exec_id(m)),
+            "resize": lambda _, m: shim.resize(exec_id(m), *size(integer(m, "width"), integer(m, "height"), "size")),
+            "kill": lambda _, m: shim.kill(exec_id(m), integer(m, "signal"), everyone=flag(m, "all")),
+            "state": lambda _c, _m: shim.describe(),
+            "subscribe": lambda c, _: self._subscribe(c),
+            "reopen_log": lambda _c, _m: shim.reopen_log(),
+            "delete": self._delete,
+            "delete_exec": lambda _, m: shim.delete_exec(exec_id(m)),
+        }
+
+    def run(self) -> None:
+        """Serve until the end."""
+        signals = signalfd.open_signalfd(SIGNALS)
+        self._loop.watch(signals, IN, lambda _events: self._on_signal(signals))
+        self._listener.setblocking(False)
+        self._loop.watch(self._listener.fileno(), IN, lambda _events: self._accept())
+        self._loop.call_later(ABANDONED_S, self._end_if_abandoned)
+        self._loop.run()
+
+    # Connections.
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return
+        if len(self._connections) >= MAX_CONNECTIONS:
+            sock.close()
+            return
+        self._contacted = True
+        sock.setblocking(False)
+        connection = Connection(Channel(sock))
+        self._connections[sock.fileno()] = connection
+        self._loop.watch(sock.fileno(), IN, lambda events: self._on_ready(connection, events))
+
+    def _on_ready(self, connection: Connection, events: int) -> None:
+        try:
+            if events & OUT:
+                self._flush(connection)
+            if events & ~OUT:
+                for message in connection.channel.receive():
+                    self._on_message(connection, message)
+                    if connection.closed:
+                        return
+        except BlockingIOError:
+            pass
+        except EOFError:
+            self._close(connection)
+        except ProtocolError as e:
+            self._refuse(connection, e)
+
+    def _on_message(self, connection: Connection, message: Message) -> None:
+        if not connection.greeted:
+            if not isinstance(message.get("v"), int):
+                raise ProtocolError("the first frame must be a hello with a version")
+            connection.greeted = True
+            self._send(connection, self._hello())
+            return
+        number = message.get("id")
+        try:
+            result = self._handle(connection, message)
+        except ProtocolError as e:
+            self._reply_error(connection, number, ShimError("invalid_argument", str(e)))
+        except ShimError as e:
+            self._reply_error(connection, number, e)
+        else:
+            if result is not None:
+                self._send(connection, {"id": number, "ok": result})
+
+    def _handle(self, connection: Connection, message: Message) -> Message | None:
+        """Do what a request asks. Every failure leaves as a ShimError, or ProtocolError for missing descriptors."""
+        name = message.get("op")
+        op = self._ops.get(name) if isinstance(name, str) else None
+        if op is None:
+            raise ShimError("unimplemented", f"this shim (version {VERSION}) has no operation {name!r}")
+        try:
+            return op(connection, message)
+        except (ShimError, ProtocolError):
+            raise
+        except ExecFailed as e:
+            raise ShimError(_EXEC_FAILED.get(e.kind, "failed_precondition"), e.message) from e
+        except OSError as e:
+            raise from_os_error(e) from e
+        except ValueError as e:
+            raise ShimError("invalid_argument", str(e)) from e
+        except Exception as e:
+            report.write(self._directory, f"{name}: {report.describe(e)}")
+            raise ShimError("internal", f"{name}: {type(e).__name__}: {e}") from e
+
+    def _hello(self) -> Message:
+        return {
+            "v": PROTOCOL,
+            "shim": VERSION,
+            "namespace": self._namespace,
+            "container": self._container,
+            "state": self._shim.state.value,
+        }
+
+    def _reply_error(self, connection: Connection, number: object, error: ShimError) -> None:
+        self._send(connection, {"id": number, "error": {"kind": error.kind, "message": str(error)}})
+
+    def _refuse(self, connection: Connection, error: ProtocolError) -> None:
+        """The stream is of no further use: say why and hang up."""
+        self._reply_error(connection, None, ShimError("invalid_argument", str(error)))
+        self._close(connection)
+
+    def _send(self, connection: Connection, message: Message) -> None:
+        if connection.closed:
+            return
+        try:
+            connection.channel.send(message)
+            self._flush(connection)
+        except EOFError:
+            self._close(connection)
+
+    def _flush(self, connection: Connection) -> None:
+        writing = not connection.channel.flush()
+        if writing != connection.writing:
+            connection.writing = writing
+            events = IN | OUT if writing else IN
+            self._loop.watch(connection.channel.sock.fileno(), events, lambda e: self._on_ready(connection, e))
+
+    def _close(self, connection: Connection) -> None:
+        if connection.closed:
+            return
+        connection.closed = True
+        fd = connection.channel.sock.fileno()
+        self._loop.forget(fd)
+        del self._connections[fd]
+        connection.channel.close()
+
+    # Events and the end.
+
+    def _subscribe(self, connection: Connection) -> Message:
+        connection.subscribed = True
+        return {}
+
+    def _publish(self, event: Message) -> None:
+        for connection in tuple(self._connections.values()):
+            if connection.subscribed:
+                self._send(connection, event)
+
+    def _on_signal(self, signals: int) -> None:
+        if signal.SIGCHLD in signalfd.read_signals(signals):
+            self._shim.reap()
+
+    def _delete(self, connection: Connection, message: Message) -> Message | None:
+        failpoint("shim.delete")
+        if self._shim.delete():
+            self._shim_ended()
+            return {}
+        self._waiting_for_end.append((connection, message.get("id")))
+        return None
+
+    def _shim_ended(self) -> None:
+        for connection, number in self._waiting_for_end:
+            self._send(connection, {"id": number, "ok": {}})
+        self._end_by = time.monotonic() + STUCK_S
+        self._loop.call_later(0, self._end_when_told)
+
+    def _end_when_told(self) -> None:
+        """Everybody who reads gets what was sent to them; who does not read is not waited for long."""
+        if any(c.channel.unsent for c in self._connections.values()) and time.monotonic() < self._end_by:
+            self._loop.call_later(0.01, self._end_when_told)
+        else:
+            self._loop.stop()
+
+    def _end_if_abandoned(self) -> None:
+        """Whoever asked for this shim died before using it."""
+        if not self._contacted:
+            self._loop.stop()

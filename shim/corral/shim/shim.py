@@ -1,0 +1,405 @@
+"""One container: its processes from create to exit, and what of them must outlive this process.
+
+The order at an exit is what the crash contract rests on:
+
+    reap --> take the rest of the output --> exit.json (fsync) --> event to subscribers --> deliver to clients --> end
+
+Nobody above is needed for any of it.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from corral.kernel.cgroup import OomWatch
+from corral.kernel.failpoint import failpoint
+from corral.kernel.namespaces import Kind
+from corral.kernel.process import start_time
+from corral.oci import runtime
+from corral.oci.errors import ExecFailed
+from corral.oci.runtime import Container
+from corral.oci.spec import Process, Spec
+from corral.shim import records, report
+from corral.shim.errors import ShimError
+from corral.shim.leftovers import kill_leftovers
+from corral.shim.logs import Log, NoLog, open_log
+from corral.shim.loop import IN, Loop
+from corral.shim.process import ContainerProcess, Ended, StartFailure, State
+from corral.shim.requests import Attach, Create, Exec
+from corral.shim.stdio import ProcessIO
+from corral.shim.wire import Message
+
+DRAIN_S = 2.0
+STUCK_S = 5.0
+END_CHECK_S = 0.01
+_START_FAILURE_CODES = {"exec_not_found": 127, "exec_denied": 126}
+_OTHER_START_FAILURE = 128  # as docker reports it
+
+
+class Shim:
+    """The container of one bundle. Requests fail with ShimError, OSError, ValueError or ExecFailed."""
+
+    def __init__(
+        self, loop: Loop, bundle: Path, *, publish: Callable[[Message], None], on_end: Callable[[], None]
+    ) -> None:
+        """publish sends an event to every subscriber; on_end is called once nothing is left to do but to tell them."""
+        self.loop, self.bundle, self._publish, self._on_end = loop, bundle, publish, on_end
+        self._directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._log: Log = NoLog()
+        self._container: Container | None = None
+        self._processes: dict[str, ContainerProcess] = {}
+        self._by_pid: dict[int, ContainerProcess] = {}
+        self._cgroup_paths: tuple[Path, ...] = ()
+        self._oom: OomWatch | None = None
+        self._ooms = 0
+        self._created_at_ns = 0
+        self._wait_until = 0.0
+
+    @property
+    def state(self) -> State:
+        """The container's state: that of its own process."""
+        init = self._processes.get("")
+        return init.state if init else State.NEW
+
+    # Create, start, exec.
+
+    def create(self, request: Create) -> Message:
+        """Make the container up to where only start is missing. After an error all is undone; it may be tried again."""
+        if self.state is not State.NEW:
+            raise ShimError("already_exists", "the container is already created")
+        spec = Spec.from_json(records.read_json(self._directory, "config.json"))
+        if spec.process is None:
+            raise ShimError("invalid_argument", "process: config.json has none")
+        wanted = request.log
+        log = open_log(wanted.driver, wanted.path, max_size=wanted.max_size, max_files=wanted.max_files)
+        io = self._io("", log, terminal=spec.process.terminal, stdin=request.stdin)
+        try:
+            with io.child_ends() as stdio:
+                failpoint("shim.create.before_clone")
+                container = runtime.create(
+                    spec,
+                    bundle=self.bundle,
+                    rootfs=request.rootfs,
+                    user=request.user,
+                    cgroup_paths=request.cgroup_paths,
+                    stdio=stdio,
+                    console_size=request.console_size,
+                )
+        except BaseException:
+            log.close()
+            raise
+        failpoint("shim.create.after_clone")
+        self._log, self._container, self._cgroup_paths = log, container, request.cgroup_paths
+        return self._created(ContainerProcess("", io, spec.process), container)
+
+    def _created(self, init: ContainerProcess, container: Container) -> Message:
+        self._created_at_ns = time.time_ns()
+        init.handle = container.init
+        init.move(State.CREATED)
+        self._processes[""] = self._by_pid[init.pid] = init
+        init.io.begin(container.init.console)
+        self._watch_oom()
+        self._write_record(init)
+        return {"pid": init.pid, "start_time": init.start_time}
+
+    def start(self, exec_id: str) -> Message:
+        """Run the program of the container, or of a registered exec."""
+        process = self._find(exec_id)
+        if process.state is not State.CREATED or process.ended is not None:
+            raise ShimError("failed_precondition", f"{process.what} was already started")
+        return self._start_exec(process) if exec_id else self._start_init(process)
+
+    def _start_init(self, init: ContainerProcess) -> Message:
+        started_at_ns = time.time_ns()
+        failpoint("shim.start.before_exec")
+        try:
+            self._made().start()
+        except ExecFailed as e:
+            # init is dead; its exit is reported as any other, with this reason.
+            init.failure = _start_failure(e)
+            raise
+        failpoint("shim.start.after_exec")
+        self._started(init, started_at_ns)
+        self._write_record(init)
+        self._publish_started(init)
+        return {}
+
+    def add_exec(self, request: Exec) -> Message:
+        """Register a process to be started later, so that clients can attach before its first byte."""
+        self._running()
+        if request.exec_id in self._processes:
+            raise ShimError("already_exists", f"exec {request.exec_id!r} already exists")
+        spec = Process.from_json(request.process)
+        (self.bundle / records.EXECS).mkdir(mode=0o700, exist_ok=True)
+        io = self._io(request.exec_id, NoLog(), terminal=spec.terminal, stdin=request.stdin)
+        process = ContainerProcess(request.exec_id, io, spec, request.user)
+        process.move(State.CREATED)
+        self._processes[request.exec_id] = process
+        return {}
+
+    def _start_exec(self, process: ContainerProcess) -> Message:
+        container = self._running()
+        started_at_ns = time.time_ns()
+        try:
+            with process.io.child_ends() as stdio:
+                failpoint("shim.exec.before_clone")
+                process.handle = container.exec(
+                    process.spec, user=process.user, stdio=stdio, cgroup_paths=self._cgroup_paths
+                )
+        except (ExecFailed, OSError):
+            process.move(State.STOPPED)
+            raise
+        failpoint("shim.exec.after_clone")
+        self._by_pid[process.pid] = process
+        self._started(process, started_at_ns)
+        process.io.begin(process.handle.console)
+        self._publish_started(process)
+        return {"pid": process.pid, "start_time": process.start_time}
+
+    def _started(self, process: ContainerProcess, at_ns: int) -> None:
+        process.started_at_ns = at_ns
+        process.move(State.RUNNING)
+
+    def _made(self) -> Container:
+        if self._container is None:
+            raise _not_created()
+        return self._container
+
+    def _running(self) -> Container:
+        if self.state is not State.RUNNING or self._processes[""].ended is not None:
+            raise ShimError("failed_precondition", f"the container is not running, it is {self.state.value}")
+        return self._made()
+
+    def _find(self, exec_id: str) -> ContainerProcess:
+        process = self._processes.get(exec_id)
+        if process is None:
+            raise ShimError("not_found", f"exec {exec_id!r} does not exist") if exec_id else _not_created()
+        return process
+
+    def _io(self, exec_id: str, log: Log, *, terminal: bool, stdin: bool) -> ProcessIO:
+        return ProcessIO(
+            self.loop,
+            log,
+            terminal=terminal,
+            stdin=stdin,
+            directory=self._directory,
+            prefix=f"{records.EXECS}/{exec_id}." if exec_id else "",
+            on_end=lambda: self._output_ended(exec_id),
+        )
+
+    def _publish_started(self, process: ContainerProcess) -> None:
+        self._publish(
+            {
+                "event": "started",
+                "exec": process.exec_id,
+                "pid": process.pid,
+                "start_time": process.start_time,
+                "started_at_ns": process.started_at_ns,
+            }
+        )
+
+    def _write_record(self, init: ContainerProcess) -> None:
+        own_pid = os.getpid()
+        record = records.Record(
+            shim_pid=own_pid,
+            shim_start_time=start_time(own_pid),
+            init_pid=init.pid,
+            init_start_time=init.start_time,
+            created_at_ns=self._created_at_ns,
+            started_at_ns=init.started_at_ns,
+            terminal=init.io.terminal,
+        )
+        records.write_json(self._directory, records.RECORD, record.to_json())
+
+    # While it lives.
+
+    def attach(self, request: Attach, take_fds: Callable[[int], Sequence[int]]) -> Message:
+        """Connect a client's descriptors to a process."""
+        self._find(request.exec_id).io.attach(request, take_fds(request.fd_count))
+        return {}
+
+    def close_stdin(self, exec_id: str) -> Message:
+        """End the standard input of a process."""
+        self._find(exec_id).io.close_stdin()
+        return {}
+
+    def resize(self, exec_id: str, width: int, height: int) -> Message:
+        """Set the size of a process's terminal."""
+        self._find(exec_id).io.resize(width, height)
+        return {}
+
+    def kill(self, exec_id: str, number: int, *, everyone: bool) -> Message:
+        """Signal a process; or everyone: all processes of the container, execs and their children too."""
+        process = self._find(exec_id)
+        process.signal(number)
+        if everyone:
+            kill_leftovers(self._cgroup_paths, number, spare=process.pid)
+        return {}
+
+    def reopen_log(self) -> Message:
+        """Open the log file again by its name."""
+        self._log.reopen()
+        return {}
+
+    def describe(self) -> Message:
+        """The state of everything."""
+        init = self._processes.get("")
+        return {
+            "state": self.state.value,
+            "pid": init.pid if init else 0,
+            "start_time": init.start_time if init else 0,
+            "shim_pid": os.getpid(),
+            "exit": init.exit.to_json() if init and init.exit else None,
+            "execs": {exec_id: _describe(process) for exec_id, process in self._processes.items() if exec_id},
+            "dropped_bytes": self._log.dropped_bytes,
+            "client_dropped_bytes": init.io.dropped_bytes if init else 0,
+            "oom_kills": self._ooms,
+        }
+
+    def delete_exec(self, exec_id: str) -> Message:
+        """Forget an exec that has ended or never ran, and its exit file."""
+        process = self._find(exec_id)
+        if not exec_id:
+            raise ShimError("invalid_argument", "exec: missing")
+        if process.state is State.RUNNING:
+            raise ShimError("failed_precondition", f"{process.what} is running")
+        process.io.close()
+        process.release()
+        records.remove(self._directory, _exit_file(exec_id))
+        del self._processes[exec_id]
+        return {}
+
+    def delete(self) -> bool:
+        """Kill what is left. Whether nothing was: else on_end will be called."""
+        init = self._processes.get("")
+        if init is None:
+            return True
+        for process in self._processes.values():
+            if process.alive:
+                process.signal(signal.SIGKILL)
+        return False
+
+    def _watch_oom(self) -> None:
+        """Count OOM kills from here on; a host where they can't be watched reports none."""
+        try:
+            self._oom = OomWatch.open(self._cgroup_paths)
+        except OSError as e:
+            report.write(self._directory, f"OOM kills are not watched: {e}")
+            return
+        self.loop.watch(self._oom.fileno(), IN, lambda _events: self._report_oom())
+
+    def _report_oom(self) -> None:
+        before = self._ooms
+        if self._count_ooms() > before:
+            self._publish({"event": "oom", "exec": "", "oom_kills": self._ooms})
+
+    def _count_ooms(self) -> int:
+        if self._oom is not None:
+            try:
+                self._ooms = self._oom.count()
+            except OSError as e:
+                report.write(self._directory, f"OOM kills: {e}")
+        return self._ooms
+
+    # The end.
+
+    def reap(self) -> None:
+        """Collect every child that has ended: init, execs, and orphans of theirs."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            failpoint("shim.exit.reaped")
+            process = self._by_pid.pop(pid, None)
+            if process is not None:
+                self._ended(process, Ended(status, time.time_ns()))
+
+    def _ended(self, process: ContainerProcess, ended: Ended) -> None:
+        process.ended = ended
+        process.io.process_exited()
+        if process.io.ended:
+            if process.exit is None:
+                self._finish(process)
+        else:
+            # Somebody else holds its output open. Should this process die while it waits, the exit is known anyway.
+            self._write_exit(process)
+            process.drain_timer = self.loop.call_later(DRAIN_S, process.io.abandon)
+
+    def _output_ended(self, exec_id: str) -> None:
+        process = self._processes.get(exec_id)
+        if process is not None and process.ended is not None and process.exit is None:
+            self._finish(process)
+
+    def _finish(self, process: ContainerProcess) -> None:
+        if process.drain_timer is not None:
+            process.drain_timer.cancel()
+        process.exit = self._write_exit(process)
+        process.move(State.STOPPED)
+        process.release()
+        failpoint("shim.exit.before_event")
+        self._publish({"event": "exited", **process.exit.to_json()})
+        failpoint("shim.exit.after_event")
+        if not process.exec_id:
+            self._init_finished()
+
+    def _write_exit(self, process: ContainerProcess) -> records.Exit:
+        is_init = not process.exec_id
+        exit_record = process.exit_record(
+            oom=is_init and self._count_ooms() > 0, dropped_bytes=self._log.dropped_bytes if is_init else 0
+        )
+        try:
+            records.write_json(self._directory, _exit_file(process.exec_id), exit_record.to_json())
+        except OSError as e:
+            # The event still tells; without a disk there is nothing better.
+            report.write(self._directory, f"{_exit_file(process.exec_id)}: {e}")
+        return exit_record
+
+    def _init_finished(self) -> None:
+        """Execs of a private pid namespace are dead or dying already; otherwise they and their children end here."""
+        for process in self._processes.values():
+            if process.alive:
+                process.signal(signal.SIGKILL)
+        if not _has_private_pids(self._made().spec):
+            kill_leftovers(self._cgroup_paths, signal.SIGKILL)
+        self._wait_until = time.monotonic() + DRAIN_S
+        self._check_end()
+
+    def _check_end(self) -> None:
+        """End once execs are reaped and clients have their bytes, or take none any more."""
+        waiting = time.monotonic() < self._wait_until and any(p.alive for p in self._processes.values())
+        if waiting or not all(process.io.delivered(STUCK_S) for process in self._processes.values()):
+            self.loop.call_later(END_CHECK_S, self._check_end)
+            return
+        self._log.close()
+        self._on_end()
+
+
+def _not_created() -> ShimError:
+    return ShimError("failed_precondition", "the container is not created")
+
+
+def _start_failure(error: ExecFailed) -> StartFailure:
+    return StartFailure(_START_FAILURE_CODES.get(error.kind, _OTHER_START_FAILURE), error.message)
+
+
+def _has_private_pids(spec: Spec) -> bool:
+    return any(namespace.type is Kind.PID and not namespace.path for namespace in spec.linux.namespaces)
+
+
+def _exit_file(exec_id: str) -> str:
+    return f"{records.EXECS}/{exec_id}.json" if exec_id else records.EXIT
+
+
+def _describe(process: ContainerProcess) -> Message:
+    return {
+        "state": process.state.value,
+        "pid": process.pid,
+        "start_time": process.start_time,
+        "exit": process.exit.to_json() if process.exit else None,
+        "client_dropped_bytes": process.io.dropped_bytes,
+    }

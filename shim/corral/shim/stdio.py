@@ -1,0 +1,198 @@
+"""The standard streams of one process, as the shim holds them.
+
+Without a terminal, stdout and stderr are FIFOs in the bundle that the process opens read-write (through descriptors
+made here): were the shim to die, the process gets no SIGPIPE and a new shim can open them again. stdin is a plain pipe,
+since a FIFO opened read-write would never read as ended.
+"""
+
+import contextlib
+import fcntl
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+
+from corral.kernel import tty
+from corral.oci.runtime import Stdio
+from corral.shim.errors import ShimError
+from corral.shim.logs import Log, StreamName
+from corral.shim.loop import Loop
+from corral.shim.output import Output
+from corral.shim.requests import Attach
+from corral.shim.stdin import Stdin
+from corral.shim.wire import close_all
+
+STREAMS: tuple[StreamName, StreamName] = ("stdout", "stderr")
+PIPE_SIZE = 1 << 20
+# A process that is not root opens /dev/stdout through /proc, which asks for this; nobody else gets into the bundle.
+_ANYBODY = 0o666
+
+
+class ProcessIO:
+    """Connects a process, from before it exists until after its end, to its log and its clients."""
+
+    __slots__ = ("_directory", "_log", "_loop", "_on_end", "_outputs", "_prefix", "_stdin", "console", "terminal")
+
+    def __init__(
+        self,
+        loop: Loop,
+        log: Log,
+        *,
+        terminal: bool,
+        stdin: bool,
+        directory: int,
+        prefix: str,
+        on_end: Callable[[], None],
+    ) -> None:
+        """FIFOs will be called <prefix>stdout and <prefix>stderr in the directory (an fd). on_end: no more output."""
+        self._loop, self._log, self._on_end, self.terminal = loop, log, on_end, terminal
+        self._directory, self._prefix = directory, prefix
+        self._stdin = Stdin(loop) if stdin else None
+        names = STREAMS[:1] if terminal else STREAMS
+        self._outputs = {name: self._output(name) for name in names}
+        self.console = -1
+
+    @contextlib.contextmanager
+    def child_ends(self) -> Iterator[Stdio]:
+        """The ends that the process inherits, for as long as it takes to make it. After an error all is closed."""
+        inherited: list[int] = []
+        try:
+            if self.terminal:
+                yield Stdio(None, None, None)
+            else:
+                yield self._open_pipes(inherited)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            close_all(inherited)
+
+    def begin(self, console: int | None) -> None:
+        """The process exists: start moving bytes. With a terminal, console is its master, owned from here on."""
+        if console is not None:
+            self.console = console
+            self._outputs["stdout"].begin(os.dup(console), terminal=True)
+            if self._stdin is not None:
+                self._stdin.begin(os.dup(console), terminal=True)
+
+    def attach(self, request: Attach, fds: Sequence[int]) -> None:
+        """Connect a client, whose descriptors are owned from here on (closed on any error)."""
+        try:
+            self._check(request, fds)
+        except BaseException:
+            close_all(fds)
+            raise
+        ends = list(fds)
+        if request.stdin and self._stdin is not None:
+            self._stdin.attach(ends.pop(0), once=request.stdin_once)
+        for name, wanted in zip(STREAMS, (request.stdout, request.stderr), strict=True):
+            if wanted:
+                self._outputs[name].attach(ends.pop(0), lossless=request.lossless, replay=request.replay)
+
+    def _check(self, request: Attach, fds: Sequence[int]) -> None:
+        if request.stdin and self._stdin is None:
+            raise ShimError("failed_precondition", "the process was made without a standard input to attach to")
+        if request.stderr and self.terminal:
+            raise ShimError("invalid_argument", "stderr: a terminal has one output, stdout")
+        for fd in fds:
+            mode = os.fstat(fd).st_mode
+            if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+                raise ShimError("invalid_argument", "only pipes and sockets can be attached")
+
+    def close_stdin(self) -> None:
+        """Let the process read EOF once it has read what was sent. Raises ShimError if it has no input."""
+        if self._stdin is None:
+            raise ShimError("failed_precondition", "the process was made without a standard input")
+        self._stdin.close_when_written()
+
+    def resize(self, width: int, height: int) -> None:
+        """Set the terminal's size. Raises ShimError if there is none."""
+        if self.console < 0:
+            raise ShimError("failed_precondition", "the process has no terminal")
+        tty.set_window_size(self.console, width=width, height=height)
+
+    def process_exited(self) -> None:
+        """Take what the process left; input is no longer wanted."""
+        if self._stdin is not None:
+            self._stdin.close()
+        for output in self._outputs.values():
+            output.drain()
+
+    @property
+    def ended(self) -> bool:
+        """Whether all output was read to its end."""
+        return all(output.ended for output in self._outputs.values())
+
+    def abandon(self) -> None:
+        """Some other process keeps the streams open: end them for clients, but never let it block."""
+        for output in self._outputs.values():
+            output.abandon()
+
+    def delivered(self, stuck_s: float) -> bool:
+        """Whether clients have all, or none of them took a byte for that many seconds."""
+        return all(output.delivered(stuck_s) for output in self._outputs.values())
+
+    @property
+    def dropped_bytes(self) -> int:
+        """Bytes that slow clients did not get."""
+        return sum(output.dropped_bytes for output in self._outputs.values())
+
+    def close(self) -> None:
+        """Close everything at once and remove the FIFOs' names."""
+        if self._stdin is not None:
+            self._stdin.close()
+        for output in self._outputs.values():
+            output.close()
+        self._hang_up()
+
+    def _output(self, name: StreamName) -> Output:
+        log = self._log
+        return Output(self._loop, tap=lambda data: log.write(name, data), on_end=lambda: self._output_ended(name))
+
+    def _output_ended(self, name: StreamName) -> None:
+        self._log.end(name)
+        if self.ended:
+            self._hang_up()
+            self._on_end()
+
+    def _hang_up(self) -> None:
+        if self.console >= 0:
+            os.close(self.console)
+            self.console = -1
+        if not self.terminal:
+            for name in STREAMS:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._prefix + name, dir_fd=self._directory)
+
+    def _open_pipes(self, inherited: list[int]) -> Stdio:
+        for name, output in self._outputs.items():
+            reader, writer = self._open_fifo(self._prefix + name)
+            inherited.append(writer)
+            output.begin(reader, terminal=False)
+        stdout, stderr = inherited
+        if self._stdin is None:
+            return Stdio(None, stdout, stderr)
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        inherited.append(reader)
+        os.fchmod(reader, _ANYBODY)
+        _enlarge(reader)
+        self._stdin.begin(writer, terminal=False)
+        return Stdio(reader, stdout, stderr)
+
+    def _open_fifo(self, name: str) -> tuple[int, int]:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self._directory)
+        os.mkfifo(name, 0o600, dir_fd=self._directory)
+        reader = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._directory)
+        try:
+            os.fchmod(reader, _ANYBODY)
+            _enlarge(reader)
+            return reader, os.open(name, os.O_RDWR | os.O_CLOEXEC, dir_fd=self._directory)
+        except BaseException:
+            os.close(reader)
+            raise
+
+
+def _enlarge(pipe: int) -> None:
+    """Fewer, larger reads; a user who has many pipes already keeps the small one."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_SIZE)

@@ -1,0 +1,301 @@
+"""A small synchronous client of the zygote and the shim, for tests: real processes over real sockets."""
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import corral.shim
+from corral.shim.wire import Channel
+
+type Message = dict[str, object]
+
+TIMEOUT_S = 20.0
+
+
+class RequestError(Exception):
+    """The error reply of a zygote or shim."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(f"{kind}: {message}")
+        self.kind, self.message = kind, message
+
+
+class Peer:
+    """Sends requests and waits for their replies; events are kept until asked for."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(TIMEOUT_S)
+        self.sock, self.channel = sock, Channel(sock)
+        self.inbox: deque[Message] = deque()
+        self.events: deque[Message] = deque()
+        self.last_id = 0
+
+    def receive(self) -> Message:
+        while not self.inbox:
+            self.inbox.extend(self.channel.receive())
+        return self.inbox.popleft()
+
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        self.channel.send(message, fds)
+
+    def call(self, op: str, fds: Sequence[int] = (), **fields: object) -> dict[str, object]:
+        """The reply's content; RequestError for an error reply, EOFError when the peer ended."""
+        self.last_id += 1
+        self.send({"id": self.last_id, "op": op, **fields}, fds)
+        while True:
+            message = self.receive()
+            if "event" in message:
+                self.events.append(message)
+                continue
+            assert message["id"] == self.last_id, message
+            if "error" in message:
+                error = message["error"]
+                assert isinstance(error, dict)
+                raise RequestError(error["kind"], error["message"])
+            reply = message["ok"]
+            assert isinstance(reply, dict)
+            return reply
+
+    def event(self) -> Message:
+        """The next event."""
+        while not self.events:
+            message = self.receive()
+            assert "event" in message, message
+            self.events.append(message)
+        return self.events.popleft()
+
+    def at_end(self) -> bool:
+        """Whether the peer hung up; waits for it."""
+        try:
+            self.receive()
+        except EOFError:
+            return True
+        return False
+
+    def close(self) -> None:
+        self.channel.close()
+
+
+class Zygote:
+    """A running zygote."""
+
+    def __init__(self, env: dict[str, str] | None = None, *, source: str | None = None) -> None:
+        ours, theirs = socket.socketpair()
+        source = source or str(Path(next(iter(corral.shim.__path__))).parents[1])
+        code = f"import sys; sys.path.insert(0, {source!r}); from corral.shim.zygote import main; main()"
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        fd = theirs.fileno()
+        self.process = subprocess.Popen(
+            ["/bin/sh", "-c", f'exec 3<&{fd}; exec "$0" "$@"', sys.executable, "-I", "-S", "-c", code],
+            pass_fds=[fd],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self.stderr,
+            env={**os.environ, **(env or {})},
+        )
+        theirs.close()
+        self.peer = Peer(ours)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def spawn(self, bundle: Path, container: str = "c1", namespace: str = "default") -> dict[str, object]:
+        with listen(bundle) as listener:
+            return self.peer.call(
+                "spawn", [listener.fileno()], bundle=str(bundle), namespace=namespace, container=container
+            )
+
+    def errors(self) -> str:
+        self.stderr.seek(0)
+        return self.stderr.read().decode()
+
+    def close(self) -> None:
+        """End it as a dying daemon does: its end of the socket closes."""
+        self.peer.close()
+        self.process.wait(TIMEOUT_S)
+        self.stderr.close()
+
+
+BUSYBOX = shutil.which("busybox") or "/bin/busybox"
+NAMESPACES = ("mount", "pid", "ipc", "uts", "network")
+_PROC = {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]}
+_DEV = {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]}
+_PTS = {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["newinstance", "ptmxmode=0666"]}
+
+
+def make_root(directory: Path) -> Path:
+    """A root file system of nothing but busybox."""
+    root = directory / "root"
+    for name in ("bin", "proc", "dev", "tmp", "etc"):
+        (root / name).mkdir(parents=True)
+    (root / "tmp").chmod(0o1777)
+    shutil.copy(BUSYBOX, root / "bin/busybox")
+    subprocess.run(["chroot", root, "/bin/busybox", "--install", "-s", "/bin"], check=True)
+    (root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/tmp:/bin/sh\n")
+    (root / "etc/group").write_text("root:x:0:\nuser:x:1000:\n")
+    return root
+
+
+def config(root: Path, *args: str, terminal: bool = False, namespaces: Sequence[str] = NAMESPACES) -> Message:
+    """A config.json that runs args in the root."""
+    return {
+        "ociVersion": "1.2.0",
+        "root": {"path": str(root)},
+        "process": process(*args, terminal=terminal),
+        "mounts": [_PROC, _DEV, _PTS],
+        "linux": {"namespaces": [{"type": name} for name in namespaces]},
+    }
+
+
+def process(*args: str, terminal: bool = False, **more: object) -> Message:
+    """An OCI process object."""
+    return {"cwd": "/", "args": list(args), "env": ["PATH=/bin"], "terminal": terminal, **more}
+
+
+def listen(bundle: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY)
+    try:
+        listener.bind(f"/proc/self/fd/{directory}/socket")
+        listener.listen(128)
+    finally:
+        os.close(directory)
+    return listener
+
+
+def connect(bundle: Path) -> Peer:
+    """A connection after the hello."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY)
+    try:
+        sock.connect(f"/proc/self/fd/{directory}/socket")
+    except OSError:
+        sock.close()
+        raise
+    finally:
+        os.close(directory)
+    peer = Peer(sock)
+    peer.send({"v": 1, "client": "tests"})
+    hello = peer.receive()
+    assert hello["v"] == 1, hello
+    peer.hello = hello  # type: ignore[attr-defined]
+    return peer
+
+
+@contextlib.contextmanager
+def run_directory() -> Iterator[Path]:
+    """A short directory: below it are sockets and FIFOs."""
+    directory = Path(tempfile.mkdtemp(prefix="corral-", dir="/tmp"))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+def read_to_end(fd: int, timeout_s: float = TIMEOUT_S) -> bytes:
+    """All bytes until EOF; the fd is closed."""
+    data = b""
+    try:
+        while True:
+            if not select.select([fd], [], [], timeout_s)[0]:
+                raise TimeoutError(f"no EOF within {timeout_s} s, after {data[-200:]!r}")
+            chunk = os.read(fd, 1 << 20)
+            if not chunk:
+                return data
+            data += chunk
+    finally:
+        os.close(fd)
+
+
+def read_until(fd: int, wanted: bytes, timeout_s: float = TIMEOUT_S) -> bytes:
+    """Bytes up to and including the wanted ones (more may have been read)."""
+    data = b""
+    while wanted not in data:
+        if not select.select([fd], [], [], timeout_s)[0]:
+            raise TimeoutError(f"no {wanted!r} within {timeout_s} s, only {data!r}")
+        chunk = os.read(fd, 65536)
+        if not chunk:
+            raise EOFError(f"no {wanted!r}, only {data!r}")
+        data += chunk
+    return data
+
+
+def wait_gone(pid: int, timeout_s: float = TIMEOUT_S) -> None:
+    """Wait until no process has this pid (or only a zombie of somebody else's)."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"Z", b"X"):
+                return
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        time.sleep(0.005)
+    raise TimeoutError(f"process {pid} is still there")
+
+
+class Shim:
+    """A spawned shim with its bundle, and one connection to it."""
+
+    def __init__(self, zygote: Zygote, directory: Path, name: str, config: dict[str, object]) -> None:
+        self.bundle = directory / name
+        self.bundle.mkdir()
+        (self.bundle / "config.json").write_text(json.dumps(config))
+        spawned = zygote.spawn(self.bundle, container=name)
+        self.pid = spawned["pid"]
+        assert isinstance(self.pid, int)
+        self.peer = connect(self.bundle)
+        self.call = self.peer.call
+
+    def attach(self, *names: str, exec_id: str = "", **options: object) -> list[int]:
+        """Our ends of pipes for the streams named."""
+        theirs, ours = [], []
+        for name in names:
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            theirs.append(reader if name == "stdin" else writer)
+            ours.append(writer if name == "stdin" else reader)
+        try:
+            self.call("attach", theirs, exec=exec_id, **dict.fromkeys(names, True), **options)
+        except BaseException:
+            for fd in ours:
+                os.close(fd)
+            raise
+        finally:
+            for fd in theirs:
+                os.close(fd)
+        return ours
+
+    def exit_file(self) -> dict[str, object]:
+        content = json.loads((self.bundle / "exit.json").read_text())
+        assert isinstance(content, dict)
+        return content
+
+    def wait(self) -> dict[str, object]:
+        """The exit of the container, after the shim ended by itself."""
+        wait_gone(self.pid)
+        return self.exit_file()
+
+    def close(self) -> None:
+        """Whatever state it is in, end it and its container."""
+        with contextlib.suppress(OSError, EOFError):
+            peer = connect(self.bundle)
+            with contextlib.suppress(EOFError):
+                peer.call("delete")
+            peer.close()
+        self.peer.close()
+        try:
+            wait_gone(self.pid, 10)
+        except TimeoutError:
+            os.kill(self.pid, signal.SIGKILL)
+            raise
