@@ -29,6 +29,8 @@ CONTROLLERS = "cgroup.controllers"
 V2_CONTROLLERS = frozenset({"cpu", "cpuset", "io", "memory", "pids"})
 """Turned on for every cgroup of ours; any other when a limit asks for it."""
 
+OWNER = "trusted.corral.owner"
+
 _ATTEMPTS = 5
 
 
@@ -77,6 +79,27 @@ class Driver:
                 entries = os.scandir(f"{hierarchy.mount_point}{parent}")
                 names.update(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
         return names
+
+    def claim(self, path: str, owner: str) -> str:
+        """Make a cgroup, or find it, and mark it as owner's; returns whose it is.
+
+        A mark that another left holds as long as there is anything below. It is an extended attribute of the
+        cgroup, and so goes with it, at the latest with the next boot.
+        """
+        for hierarchy in self._hierarchies:
+            for ancestor in [*ancestors(path), path]:
+                _make_parent(hierarchy, ancestor)
+        directory = f"{self._hierarchies[0].mount_point}{path}"
+        try:
+            os.setxattr(directory, OWNER, owner.encode(), os.XATTR_CREATE)
+        except FileExistsError:
+            if self.list(path):
+                return os.getxattr(directory, OWNER).decode()
+            os.setxattr(directory, OWNER, owner.encode())
+        except OSError as e:
+            if e.errno != errno.EOPNOTSUPP:
+                raise
+        return owner
 
     def prune(self, path: str) -> None:
         """Remove a cgroup and its ancestors as far as they are empty: no processes, nothing below."""

@@ -4,6 +4,7 @@ import contextlib
 import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, Self
 
 from corral.kernel.cgroup import files
@@ -38,8 +39,13 @@ class Write:
     def apply(self) -> Self:
         """Write, having read the old content."""
         # An empty write would never reach the kernel; a newline clears a list such as cpuset.cpus.
-        old = self.undo if self.undo is not None else files.read(self.path) or "\n"
-        files.write(self.path, self.value)
+        try:
+            old = self.undo if self.undo is not None else files.read(self.path) or "\n"
+            files.write(self.path, self.value)
+        except FileNotFoundError as e:
+            if not Path(self.path).parent.exists():
+                raise
+            raise unsupported(self.path, f"this kernel cannot set {Path(self.path).name}") from e
         return type(self)(self.undo_path or self.path, old, self.value, self.path)
 
 

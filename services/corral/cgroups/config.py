@@ -1,0 +1,19 @@
+"""Settings of the cgroups leaf; the section [cgroups] of config.toml has the same names."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupsConfig:
+    """Where cgroups keeps its things, and where its cgroups are."""
+
+    # Database; what must survive a restart.
+    root: Path = Path("/var/lib/corral/cgroups")
+    state: Path = Path("/run/corral")
+    # Below it lies <namespace>/<id> in every hierarchy. Two engines on one host need different ones: what is found
+    # there at the start and has no row is removed.
+    parent: str = "/corral"
+    # How long killed processes may take to go, and running ones to freeze.
+    remove_timeout_s: float = 10.0
+    freeze_timeout_s: float = 10.0

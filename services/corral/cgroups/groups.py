@@ -1,0 +1,260 @@
+"""What the cgroups leaf does: rows and kernel objects together, one change at a time for each cgroup.
+
+    create   make the cgroup --> row and event            a crash between leaves a cgroup without a row
+    delete   remove the cgroup --> delete row, event      a crash between leaves a row without a cgroup
+
+Both are put right at the next start (see recovery). Where nobody would then look, at a parent of the caller's choice,
+a row that says so comes first.
+"""
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakValueDictionary
+
+from corral.api.types.v1 import types_pb2
+from corral.cgroups import store, wire
+from corral.cgroups.errors import translated
+from corral.cgroups.store import Key, Record, State
+from corral.cgroups.watch import OomWatcher
+from corral.kernel.cgroup import DEFAULT_RULES, Cgroup, Driver, OomWatch, Stats
+from corral.rpc.blocking import run_blocking
+from corral.rpc.errors import AlreadyExists, FailedPrecondition, NotFound
+from corral.store import Database, Duplicate, failpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long processes may take."""
+
+    remove_s: float
+    freeze_s: float
+
+
+class Groups:
+    """The cgroups of all namespaces. Kernel refusals come out as CorralErrors."""
+
+    def __init__(self, database: Database, driver: Driver, timeouts: Timeouts) -> None:
+        """Take a database that has the leaf's tables."""
+        self._database = database
+        self._driver = driver
+        self._timeouts = timeouts
+        self._locks: WeakValueDictionary[Key, asyncio.Lock] = WeakValueDictionary()
+        self._changes: set[asyncio.Task[Any]] = set()
+        self._watcher = OomWatcher(self._note_oom)
+
+    def find(self, key: Key) -> Record:
+        """A cgroup's row. Raises NotFound."""
+        record = self._known(key)
+        if record is None:
+            raise NotFound(f"there is no cgroup {key.id!r}", reason="CGROUP_NOT_FOUND", metadata={"id": key.id})
+        return record
+
+    def _known(self, key: Key) -> Record | None:
+        record = self._database.read_sync(lambda snapshot: store.find(snapshot, key))
+        return record if record and record.state is State.READY else None
+
+    async def every(self, namespace: str | None) -> list[Record]:
+        """The rows of a namespace, or all."""
+        records = await self._database.read(lambda snapshot: store.every(snapshot, namespace=namespace))
+        return [record for record in records if record.state is State.READY]
+
+    def open(self, record: Record) -> Cgroup:
+        """The kernel's side of a row."""
+        return self._driver.open(record.path)
+
+    # Life
+
+    async def create(self, record: Record, *, announce: bool) -> Record:
+        """Make a cgroup. The same request again gives the row that is there.
+
+        announce: write the intent first, for a path at which recovery would not look.
+        """
+        return await self._change(record.key, self._create(record, announce=announce))
+
+    async def _create(self, record: Record, *, announce: bool) -> Record:
+        if known := self._known(record.key):
+            return _same(known, record)
+        if announce:
+            await self._announce(record)
+        try:
+            watch = await run_blocking(self._make, record)
+        except BaseException:
+            if announce:
+                await self._database.write(lambda transaction: store.delete(transaction, record.key, {}))
+            raise
+        failpoint("cgroups.create.after_make")
+        await self._database.write(lambda transaction: store.put_ready(transaction, record))
+        self._watcher.add(record.key, watch)
+        return record
+
+    async def _announce(self, record: Record) -> None:
+        intent = replace(record, state=State.MAKING)
+        try:
+            await self._database.write(lambda transaction: store.insert(transaction, intent))
+        except Duplicate as e:
+            raise AlreadyExists(f"another cgroup of corral is at {record.path}", reason="PATH_TAKEN") from e
+        failpoint("cgroups.create.after_announce")
+
+    def _make(self, record: Record) -> OomWatch:
+        """Make it in the kernel. An empty one at its place is a leftover; one with processes is not ours."""
+        limits = wire.resources(types_pb2.Resources.FromString(record.resources))
+        if limits.devices is None:
+            limits = replace(limits, devices=DEFAULT_RULES)
+        with translated(f"make the cgroup {record.path}"):
+            try:
+                group = self._driver.create(record.path, limits)
+            except FileExistsError as e:
+                leftover = self._driver.open(record.path)
+                if pids := leftover.pids():
+                    raise FailedPrecondition(
+                        f"a cgroup {record.path} that corral did not make holds processes: {pids[:10]}",
+                        reason="CGROUP_NOT_EMPTY",
+                    ) from e
+                leftover.remove(self._timeouts.remove_s)
+                group = self._driver.create(record.path, limits)
+            return OomWatch.open(group.paths())
+
+    async def update(self, key: Key, change: types_pb2.Resources) -> Record:
+        """Change limits, all or none. Raises NotFound, InvalidArgument, Unimplemented."""
+        return await self._change(key, self._update(key, change))
+
+    async def _update(self, key: Key, change: types_pb2.Resources) -> Record:
+        record = self.find(key)
+        limits = wire.resources(change)
+
+        def apply() -> None:
+            with translated(f"change the limits of cgroup {key.id!r}"):
+                self._driver.enable(record.path, limits)
+                self.open(record).apply(limits)
+
+        await run_blocking(apply)
+        merged = wire.merge(types_pb2.Resources.FromString(record.resources), change)
+        after = replace(record, resources=merged.SerializeToString(deterministic=True))
+        await self._database.write(lambda transaction: store.set_resources(transaction, key, after.resources))
+        return after
+
+    async def delete(self, key: Key) -> bool:
+        """Kill what is inside, and remove it; False if there was none."""
+        return await self._change(key, self._delete(key))
+
+    async def _delete(self, key: Key) -> bool:
+        record = self._known(key)
+        if record is None:
+            return False
+        watch = await self._watcher.take(key)
+        try:
+            kills = await run_blocking(self._remove, record, watch)
+        except BaseException:
+            if watch:
+                self._watcher.add(key, watch)
+            raise
+        failpoint("cgroups.delete.after_remove")
+        payload = {"oom_kills": max(kills, record.oom_kills)}
+        await self._database.write(lambda transaction: store.delete(transaction, key, payload))
+        return True
+
+    def _remove(self, record: Record, watch: OomWatch | None) -> int:
+        with translated(f"remove cgroup {record.key.id!r}"):
+            group = self.open(record)
+            if group.pids():
+                group.kill()
+            kills = watch.count() if watch else 0
+            group.remove(self._timeouts.remove_s)
+        if watch:
+            watch.close()
+        return kills
+
+    # Processes
+
+    async def freeze(self, key: Key) -> None:
+        """Stop every process; returns when all have stopped. No error if they are."""
+        await self._change(key, self._set_frozen(key, frozen=True))
+
+    async def thaw(self, key: Key) -> None:
+        """Let every process run again. No error if they do."""
+        await self._change(key, self._set_frozen(key, frozen=False))
+
+    async def _set_frozen(self, key: Key, *, frozen: bool) -> None:
+        record = self.find(key)
+
+        def act() -> bool:
+            with translated(f"{'freeze' if frozen else 'thaw'} cgroup {key.id!r}"):
+                group = self.open(record)
+                was_frozen = group.is_frozen()
+                if frozen and not was_frozen:
+                    group.freeze(self._timeouts.freeze_s)
+                elif not frozen:
+                    group.thaw()
+                return was_frozen
+
+        if await run_blocking(act) is not frozen:
+            topic = "cgroup.frozen" if frozen else "cgroup.thawed"
+            await self._database.write(lambda transaction: store.journal(transaction, topic, key))
+
+    async def kill(self, key: Key, number: int) -> None:
+        """A signal to every process, also to those forked meanwhile. Does not wait behind a freeze."""
+        record = self.find(key)
+
+        def act() -> None:
+            with translated(f"signal the processes of cgroup {key.id!r}"):
+                self.open(record).kill(number)
+
+        await run_blocking(act)
+
+    async def stats(self, records: Sequence[Record]) -> list[tuple[Record, int, Stats]]:
+        """One reading of each, with its time; those that vanish meanwhile are left out."""
+        return await run_blocking(self._read, records)
+
+    def _read(self, records: Sequence[Record]) -> list[tuple[Record, int, Stats]]:
+        readings = []
+        for record in records:
+            try:
+                readings.append((record, time.time_ns(), self.open(record).read()))
+            except (FileNotFoundError, NotFound):
+                continue
+        return readings
+
+    # Watching
+
+    def watch(self, key: Key, watch: OomWatch) -> None:
+        """Journal the OOM kills of a cgroup that an earlier process made; takes over the watch."""
+        self._watcher.add(key, watch)
+
+    async def _note_oom(self, key: Key, kills: int) -> None:
+        await self._database.write(lambda transaction: store.set_oom_kills(transaction, key, kills))
+
+    async def close(self) -> None:
+        """Finish what was begun, and stop watching."""
+        if self._changes:
+            await asyncio.wait(self._changes)
+        await self._watcher.close()
+
+    async def _change[T](self, key: Key, change: Coroutine[Any, Any, T]) -> T:
+        """Run a change alone on its cgroup and to its end, even if the caller goes away."""
+        task = asyncio.create_task(self._locked(key, change))
+        self._changes.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    async def _locked[T](self, key: Key, change: Coroutine[Any, Any, T]) -> T:
+        lock = self._locks.setdefault(key, asyncio.Lock())
+        async with lock:
+            return await change
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._changes.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen, whether or not the caller is still there
+
+
+def _same(known: Record, asked: Record) -> Record:
+    if known.request != asked.request:
+        raise AlreadyExists(
+            f"cgroup {asked.key.id!r} exists and was made with other settings: update or delete it",
+            reason="CGROUP_EXISTS",
+            metadata={"id": asked.key.id},
+        )
+    return known

@@ -1,0 +1,68 @@
+"""Rows and kernel brought together again when the leaf starts.
+
+row, cgroup       keep it, whatever runs inside, and watch it
+row, no cgroup    (a reboot, or a crash during delete) delete the row, with an event
+intent            (a crash during create) remove both
+cgroup, no row    (likewise) remove it; it has no container, since nobody was told of it
+"""
+
+import errno
+from pathlib import Path
+
+import structlog
+
+from corral.cgroups import store
+from corral.cgroups.store import Key, Record, State
+from corral.kernel.cgroup import Driver, OomWatch
+from corral.rpc.errors import FailedPrecondition
+from corral.store import JSON, Database
+
+log = structlog.get_logger()
+
+
+def claim(driver: Driver, parent: str, owner: Path) -> None:
+    """Make the parent ours. Raises FailedPrecondition if the cgroups below it belong to another root directory."""
+    holder = driver.claim(parent, str(owner))
+    if holder != str(owner):
+        raise FailedPrecondition(
+            f"the cgroups below {parent} belong to the corral whose data is in {holder}: stop that one and remove"
+            " its containers, or give this one another [cgroups] parent",
+            reason="CGROUP_PARENT_TAKEN",
+            metadata={"parent": parent, "holder": holder},
+        )
+
+
+def reconcile(database: Database, driver: Driver, parent: str, *, timeout_s: float) -> dict[Key, OomWatch]:
+    """Put right what a crash or a reboot left; returns a watch for each cgroup that stays. Blocks."""
+    records = database.read_sync(store.every)
+    kept = [record for record in records if _settle(database, driver, record, timeout_s)]
+    paths = {record.path for record in records}
+    for namespace in driver.list(parent):
+        for name in driver.list(f"{parent}/{namespace}"):
+            path = f"{parent}/{namespace}/{name}"
+            if path not in paths:
+                _remove(driver, path, timeout_s)
+    return {record.key: OomWatch.open(driver.open(record.path).paths()) for record in kept}
+
+
+def _settle(database: Database, driver: Driver, record: Record, timeout_s: float) -> bool:
+    group = driver.open(record.path)
+    if record.state is State.MAKING:
+        _remove(driver, record.path, timeout_s)
+    elif group.exists():
+        return True
+    log.info("cgroup.row_removed", namespace=record.key.namespace, id=record.key.id, state=record.state)
+    payload: dict[str, JSON] = {"oom_kills": record.oom_kills, "reason": "it was gone when the service started"}
+    database.write_sync(lambda transaction: store.delete(transaction, record.key, payload))
+    return False
+
+
+def _remove(driver: Driver, path: str, timeout_s: float) -> None:
+    try:
+        driver.open(path).remove(timeout_s)
+    except OSError as e:
+        if e.errno != errno.EBUSY:
+            raise
+        log.warning("cgroup.leftover_stays", path=path, error=str(e))
+    else:
+        log.info("cgroup.leftover_removed", path=path)

@@ -1,0 +1,204 @@
+"""The gRPC side of the cgroups leaf."""
+# ruff: noqa: N802 (methods are named as the RPCs are)
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator, Sequence
+
+import grpc.aio
+
+from corral.api.cgroups.v1 import cgroups_pb2, cgroups_pb2_grpc
+from corral.api.types.v1 import types_pb2
+from corral.cgroups import recovery, store, wire
+from corral.cgroups.config import CgroupsConfig
+from corral.cgroups.errors import translated
+from corral.cgroups.groups import Groups, Timeouts
+from corral.cgroups.store import Key, Record, State
+from corral.kernel.cgroup import Driver, OomWatch, check_path, detect, open_driver
+from corral.rpc.blocking import run_blocking
+from corral.rpc.context import check_id, current_namespace
+from corral.rpc.errors import InvalidArgument, NotFound
+from corral.rpc.events import stream_events, timestamp
+from corral.store import Database
+
+SHORTEST_INTERVAL_MS = 100
+
+
+class CgroupsService:
+    """Hosts the leaf; see corral.rpc.service.Service."""
+
+    name = "cgroups"
+
+    def __init__(self, config: CgroupsConfig) -> None:
+        """Nothing is opened before start()."""
+        self.config = config
+        self._servicer = CgroupsServicer(config)
+        self._database: Database | None = None
+        self._driver: Driver | None = None
+        self._groups: Groups | None = None
+
+    def register(self, server: grpc.aio.Server) -> Sequence[str]:
+        """Add the servicer."""
+        cgroups_pb2_grpc.add_CgroupsServicer_to_server(self._servicer, server)
+        return [cgroups_pb2.DESCRIPTOR.services_by_name["Cgroups"].full_name]
+
+    async def start(self) -> None:
+        """Open the store and reconcile it with the kernel. Raises FailedPrecondition if the parent is another's."""
+        watches = await run_blocking(self._open)
+        assert self._database is not None
+        assert self._driver is not None
+        timeouts = Timeouts(self.config.remove_timeout_s, self.config.freeze_timeout_s)
+        self._groups = Groups(self._database, self._driver, timeouts)
+        for key, watch in watches.items():
+            self._groups.watch(key, watch)
+        self._servicer.open(self._groups, self._database, self._driver)
+
+    def _open(self) -> dict[Key, OomWatch]:
+        config = self.config
+        config.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._database = Database(config.root / "cgroups.db", store.MIGRATIONS, durable=False)
+        self._driver = open_driver(detect())
+        with translated(f"use the cgroup parent {config.parent}"):
+            recovery.claim(self._driver, config.parent, config.root)
+            return recovery.reconcile(self._database, self._driver, config.parent, timeout_s=config.remove_timeout_s)
+
+    async def stop(self) -> None:
+        """Finish changes, let go of the kernel's files; the parents that are empty now go too."""
+        if self._groups:
+            await self._groups.close()
+        if self._driver:
+            await run_blocking(self._prune, self._driver)
+        if self._database:
+            self._database.close()
+
+    def _prune(self, driver: Driver) -> None:
+        parent = self.config.parent
+        for namespace in driver.list(parent):
+            driver.prune(f"{parent}/{namespace}")
+        driver.prune(parent)
+
+
+class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
+    """Translates RPCs."""
+
+    def __init__(self, config: CgroupsConfig) -> None:
+        """Answers once open() was called; the host lets no RPC in before."""
+        self._parent = config.parent
+        self._groups: Groups
+        self._database: Database
+        self._driver: Driver
+
+    def open(self, groups: Groups, database: Database, driver: Driver) -> None:
+        """Begin to serve from these."""
+        self._groups, self._database, self._driver = groups, database, driver
+
+    async def Create(self, request: cgroups_pb2.CreateCgroupRequest, context: object) -> cgroups_pb2.Cgroup:
+        key = _key(request.id)
+        parent, own = (request.parent, False) if request.parent else (f"{self._parent}/{key.namespace}", True)
+        if not own:
+            self._check_parent(parent)
+        record = Record(
+            key=key,
+            path=f"{parent}/{key.id}",
+            state=State.READY,
+            request=request.SerializeToString(deterministic=True),
+            resources=request.resources.SerializeToString(deterministic=True),
+            labels=dict(request.labels),
+            created_ns=time.time_ns(),
+        )
+        return self._message(await self._groups.create(record, announce=not own), frozen=False)
+
+    async def Update(self, request: cgroups_pb2.UpdateCgroupRequest, context: object) -> cgroups_pb2.Cgroup:
+        record = await self._groups.update(_key(request.id), request.resources)
+        return await run_blocking(self._live, record)
+
+    async def Get(self, request: cgroups_pb2.GetCgroupRequest, context: object) -> cgroups_pb2.Cgroup:
+        return await run_blocking(self._live, self._groups.find(_key(request.id)))
+
+    async def List(self, request: cgroups_pb2.ListCgroupsRequest, context: object) -> cgroups_pb2.ListCgroupsResponse:
+        records = await self._groups.every(None if request.all_namespaces else current_namespace())
+        messages = await run_blocking(lambda: [self._live(record) for record in records])
+        return cgroups_pb2.ListCgroupsResponse(cgroups=messages)
+
+    async def Stats(
+        self, request: cgroups_pb2.StatsRequest, context: object
+    ) -> AsyncIterator[cgroups_pb2.StatsResponse]:
+        interval_s = max(request.interval_ms, SHORTEST_INTERVAL_MS) / 1000
+        keys = [_key(name) for name in request.ids]
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            records = [self._groups.find(key) for key in keys] or await self._groups.every(current_namespace())
+            readings = await self._groups.stats(records)
+            yield cgroups_pb2.StatsResponse(
+                stats=[wire.stats(record.key.id, read_ns, stats) for record, read_ns, stats in readings]
+            )
+            if not request.interval_ms:
+                return
+            due = max(due + interval_s, loop.time())
+            await asyncio.sleep(due - loop.time())
+
+    async def Freeze(self, request: cgroups_pb2.FreezeRequest, context: object) -> cgroups_pb2.FreezeResponse:
+        await self._groups.freeze(_key(request.id))
+        return cgroups_pb2.FreezeResponse()
+
+    async def Thaw(self, request: cgroups_pb2.ThawRequest, context: object) -> cgroups_pb2.ThawResponse:
+        await self._groups.thaw(_key(request.id))
+        return cgroups_pb2.ThawResponse()
+
+    async def Kill(self, request: cgroups_pb2.KillRequest, context: object) -> cgroups_pb2.KillResponse:
+        number = request.signal or signal.SIGKILL
+        if number >= signal.NSIG:
+            raise InvalidArgument(f"there is no signal {number}", reason="BAD_SIGNAL")
+        await self._groups.kill(_key(request.id), number)
+        return cgroups_pb2.KillResponse()
+
+    async def Delete(
+        self, request: cgroups_pb2.DeleteCgroupRequest, context: object
+    ) -> cgroups_pb2.DeleteCgroupResponse:
+        if not await self._groups.delete(_key(request.id)) and request.must_exist:
+            raise NotFound(f"there is no cgroup {request.id!r}", reason="CGROUP_NOT_FOUND")
+        return cgroups_pb2.DeleteCgroupResponse()
+
+    async def Host(self, request: cgroups_pb2.HostRequest, context: object) -> cgroups_pb2.HostResponse:
+        return wire.host(self._driver.layout)
+
+    async def Events(
+        self, request: types_pb2.EventsRequest, context: object
+    ) -> AsyncIterator[types_pb2.EventsResponse]:
+        async for event in stream_events(self._database.journal, request):
+            yield event
+
+    def _check_parent(self, parent: str) -> None:
+        try:
+            check_path(parent)
+        except OSError as e:
+            raise InvalidArgument(f"cgroup parent {parent!r}: {e.strerror}", reason="BAD_PARENT") from e
+        if f"{parent}/".startswith(f"{self._parent}/"):
+            raise InvalidArgument(f"a cgroup parent must lie outside of {self._parent}", reason="BAD_PARENT")
+
+    def _live(self, record: Record) -> cgroups_pb2.Cgroup:
+        """The row and what the kernel says now. Blocks."""
+        try:
+            frozen = self._groups.open(record).is_frozen()
+        except OSError:  # being removed; the row is still true of what was
+            frozen = False
+        return self._message(record, frozen=frozen)
+
+    def _message(self, record: Record, *, frozen: bool) -> cgroups_pb2.Cgroup:
+        message = cgroups_pb2.Cgroup(
+            id=record.key.id,
+            path=record.path,
+            join_paths=[str(path) for path in self._groups.open(record).paths()],
+            frozen=frozen,
+            created_at=timestamp(record.created_ns),
+            oom_kills=record.oom_kills,
+            labels=record.labels,
+        )
+        message.resources.ParseFromString(record.resources)
+        return message
+
+
+def _key(name: str) -> Key:
+    return Key(current_namespace(), check_id(name, "cgroup id"))

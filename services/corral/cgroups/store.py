@@ -1,0 +1,145 @@
+"""The rows of the cgroups leaf. Every function works inside the snapshot or transaction it is given.
+
+    making --> ready --> (row deleted)
+
+A row that is `making` is an intent: its cgroup may be there or not, and nobody has been told of it.
+"""
+
+import enum
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from corral.store import JSON, Row, Snapshot, Transaction
+
+MIGRATIONS: Sequence[str] = (
+    """
+    CREATE TABLE cgroups (
+        namespace TEXT NOT NULL,
+        id TEXT NOT NULL,
+        path TEXT NOT NULL UNIQUE,
+        state TEXT NOT NULL,
+        request BLOB NOT NULL,            -- the CreateCgroupRequest, to know a repeated one
+        resources BLOB NOT NULL,          -- corral.types.v1.Resources, with all updates
+        labels TEXT NOT NULL,
+        created_ns INTEGER NOT NULL,
+        oom_kills INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (namespace, id)
+    ) STRICT, WITHOUT ROWID;
+    """,
+)
+
+
+class State(enum.StrEnum):
+    """Of a row."""
+
+    MAKING = "making"
+    READY = "ready"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What names a cgroup."""
+
+    namespace: str
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row."""
+
+    key: Key
+    path: str
+    state: State
+    request: bytes
+    resources: bytes
+    labels: Mapping[str, str]
+    created_ns: int
+    oom_kills: int = 0
+
+
+def insert(transaction: Transaction, record: Record) -> None:
+    """A new row. Raises Duplicate if the id or the path is taken."""
+    transaction.execute(
+        "INSERT INTO cgroups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            record.key.namespace,
+            record.key.id,
+            record.path,
+            record.state,
+            record.request,
+            record.resources,
+            json.dumps(record.labels),
+            record.created_ns,
+            record.oom_kills,
+        ),
+    )
+
+
+def put_ready(transaction: Transaction, record: Record) -> None:
+    """The row of a cgroup that now exists, over its intent if there was one, and the event."""
+    transaction.execute(
+        "DELETE FROM cgroups WHERE namespace = ? AND id = ? AND state = ?", (*_id(record.key), State.MAKING)
+    )
+    insert(transaction, record)
+    journal(transaction, "cgroup.created", record.key, {"path": record.path})
+
+
+def set_resources(transaction: Transaction, key: Key, resources: bytes) -> None:
+    """What an update left, and the event."""
+    transaction.execute("UPDATE cgroups SET resources = ? WHERE namespace = ? AND id = ?", (resources, *_id(key)))
+    journal(transaction, "cgroup.updated", key)
+
+
+def set_oom_kills(transaction: Transaction, key: Key, kills: int) -> None:
+    """A new count of OOM kills and the event, unless the row knows as many."""
+    rows = transaction.execute(
+        "UPDATE cgroups SET oom_kills = ?1 WHERE namespace = ?2 AND id = ?3 AND oom_kills < ?1 RETURNING id",
+        (kills, *_id(key)),
+    )
+    if rows:
+        journal(transaction, "cgroup.oom", key, {"oom_kills": kills})
+
+
+def delete(transaction: Transaction, key: Key, payload: Mapping[str, JSON]) -> None:
+    """Remove a row; an event only if anybody was told of its cgroup."""
+    rows = transaction.execute("DELETE FROM cgroups WHERE namespace = ? AND id = ? RETURNING state", _id(key))
+    if rows and rows[0]["state"] == State.READY:
+        journal(transaction, "cgroup.removed", key, payload)
+
+
+def journal(transaction: Transaction, topic: str, key: Key, payload: Mapping[str, JSON] | None = None) -> None:
+    """One event about a cgroup."""
+    transaction.journal(topic, key.id, payload, namespace=key.namespace)
+
+
+def find(snapshot: Snapshot, key: Key) -> Record | None:
+    """One row."""
+    row = snapshot.one("SELECT * FROM cgroups WHERE namespace = ? AND id = ?", _id(key))
+    return None if row is None else _record(row)
+
+
+def every(snapshot: Snapshot, *, namespace: str | None = None) -> list[Record]:
+    """All rows, or those of a namespace, oldest first."""
+    rows = snapshot.execute(
+        "SELECT * FROM cgroups WHERE ?1 IS NULL OR namespace = ?1 ORDER BY created_ns, namespace, id", (namespace,)
+    )
+    return [_record(row) for row in rows]
+
+
+def _id(key: Key) -> tuple[str, str]:
+    return key.namespace, key.id
+
+
+def _record(row: Row) -> Record:
+    return Record(
+        key=Key(row["namespace"], row["id"]),
+        path=row["path"],
+        state=State(row["state"]),
+        request=row["request"],
+        resources=row["resources"],
+        labels=json.loads(row["labels"]),
+        created_ns=row["created_ns"],
+        oom_kills=row["oom_kills"],
+    )

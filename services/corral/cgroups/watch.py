@@ -1,0 +1,82 @@
+"""Waiting for OOM kills in all cgroups at once, on the event loop."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import structlog
+
+from corral.cgroups.store import Key
+from corral.kernel.cgroup import OomWatch
+from corral.rpc.blocking import run_blocking
+
+log = structlog.get_logger()
+
+# A v1 kernel signals that memory ran out before it kills, and does not signal the kill; a v2 kernel also signals
+# every time a limit holds. So one look at once and a few later, and in the meantime no more wake-ups.
+LOOK_AGAIN_S = (0.0, 0.02, 0.1, 0.5)
+
+
+@dataclass(slots=True)
+class _Entry:
+    watch: OomWatch
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)
+    looking: asyncio.Task[None] | None = None
+
+
+class OomWatcher:
+    """Tells a callback the number of OOM kills of a cgroup whenever it grew."""
+
+    def __init__(self, on_kills: Callable[[Key, int], Awaitable[None]]) -> None:
+        """on_kills(key, total) runs on the loop, one call at a time for each cgroup."""
+        self._on_kills = on_kills
+        self._entries: dict[Key, _Entry] = {}
+
+    def add(self, key: Key, watch: OomWatch) -> None:
+        """Watch a cgroup; takes over the watch."""
+        entry = self._entries[key] = _Entry(watch)
+        self._wait(key, entry)
+
+    async def take(self, key: Key) -> OomWatch | None:
+        """Stop watching a cgroup, and give its watch to the caller, who closes it."""
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return None
+        asyncio.get_running_loop().remove_reader(entry.watch.fileno())
+        entry.stopped.set()
+        if entry.looking is not None:
+            await entry.looking
+        return entry.watch
+
+    async def close(self) -> None:
+        """Stop watching all."""
+        for key in list(self._entries):
+            if watch := await self.take(key):
+                watch.close()
+
+    def _wait(self, key: Key, entry: _Entry) -> None:
+        asyncio.get_running_loop().add_reader(entry.watch.fileno(), self._wake, key, entry)
+
+    def _wake(self, key: Key, entry: _Entry) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(entry.watch.fileno())
+        entry.looking = loop.create_task(self._look(key, entry))
+
+    async def _look(self, key: Key, entry: _Entry) -> None:
+        try:
+            known = 0
+            for delay_s in LOOK_AGAIN_S:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(entry.stopped.wait(), delay_s)
+                if entry.stopped.is_set():
+                    return
+                kills = await run_blocking(entry.watch.count)
+                if kills > known:
+                    known = kills
+                    await self._on_kills(key, kills)
+        except Exception:  # of one cgroup: the others are still watched
+            log.exception("cgroup.oom_watch_failed", namespace=key.namespace, id=key.id)
+            return
+        if not entry.stopped.is_set():
+            self._wait(key, entry)
