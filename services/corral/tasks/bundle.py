@@ -1,0 +1,175 @@
+"""Bundles: the directory that a task and its shim share, and the task's directory of logs.
+
+    <state>/shim/<namespace>/<id>/   config.json create.json       written here, before the shim is spawned
+                                     socket                        listening before the shim runs
+                                     record.json exit.json execs/  written by the shim
+    <root>/logs/<namespace>/<id>/    log.json, log.json.1 …        written by the shim
+
+The directory is also the intent to create: it is made first, and one that no row describes is undone at the next start.
+Everything here blocks; it belongs on a thread.
+"""
+
+import errno
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from corral.rpc.context import ID_PATTERN
+from corral.tasks.identity import Identity
+from corral.tasks.model import Exit, TaskKey, optional_int
+
+CONFIG, CREATE, SOCKET = "config.json", "create.json", "socket"
+RECORD, EXIT, EXECS = "record.json", "exit.json", "execs"
+LOG = "log.json"
+BACKLOG = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What record.json tells."""
+
+    shim: Identity | None
+    init: Identity | None
+    started_at_ns: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """The directories of one task; they need not exist."""
+
+    key: TaskKey
+    path: Path
+    logs: Path
+
+    def make(self, config: bytes, create: bytes) -> socket.socket:
+        """Create both directories with their files; returns the socket that the shim shall listen on.
+
+        Raises FileExistsError if the bundle is there already, OSError; then nothing of it is left.
+        """
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path.mkdir(mode=0o700)
+        try:
+            self.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (self.path / CONFIG).write_bytes(config)
+            (self.path / CREATE).write_bytes(create)
+            return self.listen()
+        except BaseException:
+            self.remove()
+            raise
+
+    def listen(self) -> socket.socket:
+        """Bind the bundle's socket anew and listen on it."""
+        with suppress(FileNotFoundError):
+            (self.path / SOCKET).unlink()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with self._opened() as directory:
+                listener.bind(f"/proc/self/fd/{directory}/{SOCKET}")
+            listener.listen(BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
+
+    def connect(self) -> socket.socket:
+        """A non-blocking connection to whoever holds the listening socket.
+
+        Raises ConnectionRefusedError if nobody does, so no shim lives or is about to; FileNotFoundError without a
+        socket.
+        """
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            with self._opened() as directory:
+                connection.connect(f"/proc/self/fd/{directory}/{SOCKET}")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def exists(self) -> bool:
+        return self.path.is_dir()
+
+    def record(self) -> Record:
+        """record.json; empty if it was not written yet."""
+        content = _read(self.path / RECORD)
+        return Record(_identity(content, "shim"), _identity(content, "init"), optional_int(content, "started_at_ns"))
+
+    def exit(self) -> Exit | None:
+        """How init ended, if its shim wrote that down."""
+        return _exit(self.path / EXIT)
+
+    def exec_exit(self, exec_id: str) -> Exit | None:
+        """How an exec ended, if the shim wrote that down."""
+        return _exit(self.path / EXECS / f"{exec_id}.json")
+
+    def remove(self) -> None:
+        """Remove both directories; harmless when they are gone."""
+        for path in (self.logs, self.path):
+            with suppress(FileNotFoundError):
+                shutil.rmtree(path)
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        # A socket's path may have 107 bytes; through the directory's descriptor any bundle's is short.
+        fd = os.open(self.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Bundles:
+    """Where all bundles are."""
+
+    state: Path
+    root: Path
+
+    def of(self, key: TaskKey) -> Bundle:
+        return Bundle(key, self.state / "shim" / key.namespace / key.id, self.root / "logs" / key.namespace / key.id)
+
+    def found(self) -> set[TaskKey]:
+        """Every task that has a bundle or a directory of logs."""
+        return set(_keys(self.state / "shim")) | set(_keys(self.root / "logs"))
+
+
+def _keys(parent: Path) -> Iterator[TaskKey]:
+    for namespace in _names(parent):
+        for task_id in _names(parent / namespace):
+            yield TaskKey(namespace, task_id)
+
+
+def _names(parent: Path) -> list[str]:
+    try:
+        return [entry.name for entry in os.scandir(parent) if entry.is_dir() and ID_PATTERN.fullmatch(entry.name)]
+    except FileNotFoundError:
+        return []
+
+
+def _read(path: Path) -> dict[str, object]:
+    """The JSON object in a file of a shim; empty if there is none. They are renamed into place, so never half there."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError as e:
+        raise OSError(errno.EIO, f"not JSON: {e}", str(path)) from e
+    return content if isinstance(content, dict) else {}
+
+
+def _identity(record: dict[str, object], who: str) -> Identity | None:
+    pid, start_time = optional_int(record, f"{who}_pid"), optional_int(record, f"{who}_start_time")
+    return Identity(pid, start_time) if pid and start_time else None
+
+
+def _exit(path: Path) -> Exit | None:
+    content = _read(path)
+    try:
+        return Exit.from_shim(content) if content else None
+    except ValueError as e:
+        raise OSError(errno.EIO, str(e), str(path)) from e

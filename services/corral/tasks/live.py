@@ -1,0 +1,108 @@
+"""Tasks as they live in this process: the rows, who waits for them, and the connection to the shim."""
+
+import asyncio
+
+from corral.kernel.failpoint import failpoint
+from corral.rpc.errors import NotFound, Unavailable
+from corral.store import Database, Transaction
+from corral.tasks import store
+from corral.tasks.bundle import Bundle
+from corral.tasks.identity import Identity
+from corral.tasks.model import INIT, Exit, ProcessRow, Status, TaskRow
+from corral.tasks.shim import Shim
+
+
+class Process:
+    """One process: its row as it is now, and its end, which any number may wait for.
+
+    The row is written under the lock, so that moves reach the database in the order in which they happened.
+    """
+
+    __slots__ = ("ended", "lock", "row")
+
+    def __init__(self, row: ProcessRow) -> None:
+        self.row = row
+        self.lock = asyncio.Lock()
+        self.ended = asyncio.Event()
+        if row.status is Status.STOPPED:
+            self.ended.set()
+
+    @property
+    def identity(self) -> Identity | None:
+        return Identity(self.row.pid, self.row.start_time) if self.row.pid else None
+
+    async def wait(self) -> Exit:
+        """How it ended, once it has."""
+        await self.ended.wait()
+        assert self.row.exit is not None
+        return self.row.exit
+
+    async def mark_started(self, database: Database, identity: Identity, at_ns: int) -> None:
+        """It runs. The caller holds the lock."""
+        if not self.row.may(Status.RUNNING):
+            return
+        row = self.row = self.row.started(pid=identity.pid, start_time=identity.start_time, at_ns=at_ns)
+        await database.write(lambda transaction: store.started(transaction, row))
+
+    async def mark_ended(self, database: Database, how: Exit) -> None:
+        """It has ended; reported any number of times it is written once. Waiters wake when it is written."""
+        async with self.lock:
+            if not self.row.may(Status.STOPPED):
+                return
+            began = None
+            if self.row.may(Status.RUNNING) and how.started_at_ns is not None:  # nobody told us that it started
+                began = self.row.started(pid=self.row.pid, start_time=self.row.start_time, at_ns=how.started_at_ns)
+            row = (began or self.row).ended(how)
+
+            def record(transaction: Transaction) -> None:
+                if began is not None:
+                    store.started(transaction, began)
+                store.ended(transaction, row)
+
+            failpoint("tasks.exited.before_row")
+            try:
+                await database.write(record)
+            finally:
+                # True whatever the database says; exit.json brings it there at the latest at the next start.
+                self.row = row
+                self.ended.set()
+            failpoint("tasks.exited.after_row")
+
+
+class Task:
+    """One task and its processes, init among them. `shim` is None once its shim has ended."""
+
+    __slots__ = ("bundle", "processes", "row", "shim")
+
+    def __init__(self, row: TaskRow, bundle: Bundle, processes: list[Process]) -> None:
+        self.row = row
+        self.bundle = bundle
+        self.processes = {process.row.exec_id: process for process in processes}
+        self.shim: Shim | None = None
+
+    @property
+    def init(self) -> Process:
+        return self.processes[INIT]
+
+    @property
+    def shim_identity(self) -> Identity:
+        return Identity(self.row.shim_pid, self.row.shim_start_time)
+
+    def process(self, exec_id: str) -> Process:
+        """Raises NotFound."""
+        process = self.processes.get(exec_id)
+        if process is None:
+            raise NotFound(f"container {self.row.key.id} has no exec {exec_id!r}", reason="NO_EXEC")
+        return process
+
+    def connected(self) -> Shim:
+        """Its shim. Raises Unavailable."""
+        if self.shim is None or not self.shim.is_open:
+            raise Unavailable(f"the shim of container {self.row.key.id} is gone", reason="SHIM_GONE")
+        return self.shim
+
+    def close(self) -> None:
+        """Hang up."""
+        if self.shim is not None:
+            self.shim.close()
+            self.shim = None

@@ -1,0 +1,218 @@
+"""corral.tasks.v1.Tasks: translates RPCs, nothing else."""
+# ruff: noqa: N802 (methods are named as the RPCs are)
+
+import asyncio
+import os
+import resource
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, suppress
+
+import grpc.aio
+import structlog
+
+from corral.api.tasks.v1 import tasks_pb2 as pb
+from corral.api.tasks.v1 import tasks_pb2_grpc
+from corral.api.types.v1 import types_pb2 as types_pb
+from corral.rpc.blocking import run_blocking
+from corral.rpc.context import check_id, current_namespace
+from corral.rpc.errors import CorralError, InvalidArgument
+from corral.rpc.events import stream_events
+from corral.store import Database
+from corral.tasks import translate
+from corral.tasks.attach import Attachment, Stream
+from corral.tasks.bundle import Bundles
+from corral.tasks.config import TasksConfig
+from corral.tasks.lifecycle import Tasks
+from corral.tasks.model import TaskKey
+from corral.tasks.processes import pids
+from corral.tasks.recovery import Recovery
+from corral.tasks.spawning import Spawner
+from corral.tasks.store import MIGRATIONS
+from corral.tasks.zygote import Zygote
+
+log = structlog.get_logger()
+
+type Context[Request, Response] = grpc.aio.ServicerContext[Request, Response]
+
+CREATES_PER_CPU = 4
+
+
+class TasksService:
+    """Hosts the leaf; see corral.rpc.service.Service."""
+
+    name = "tasks"
+
+    def __init__(self, config: TasksConfig) -> None:
+        self._config = config
+        self._servicer = TasksServicer(config)
+        self._database: Database | None = None
+        self._zygote: Zygote | None = None
+        self._tasks: Tasks | None = None
+
+    def register(self, server: grpc.aio.Server) -> Sequence[str]:
+        tasks_pb2_grpc.add_TasksServicer_to_server(self._servicer, server)
+        return [pb.DESCRIPTOR.services_by_name["Tasks"].full_name]
+
+    async def start(self) -> None:
+        config = self._config
+        await run_blocking(config.root.mkdir, mode=0o700, parents=True, exist_ok=True)
+        _allow_many_files()
+        database = self._database = Database(config.root / "tasks.db", MIGRATIONS, durable=False)
+        zygote = self._zygote = Zygote(config.root / "zygote.log")
+        zygote.start()
+        parallel = config.parallel_creates or CREATES_PER_CPU * (os.cpu_count() or 1)
+        self._tasks = Tasks(
+            database,
+            Bundles(config.state, config.root),
+            Spawner(zygote, parallel=parallel, timeout_s=config.shim_timeout_s),
+            Recovery(database, config.shim_timeout_s),
+        )
+        self._servicer.serve(self._tasks, database)
+        await self._tasks.recover()
+
+    async def stop(self) -> None:
+        if self._tasks is not None:
+            await self._tasks.stop()
+        if self._zygote is not None:
+            await self._zygote.stop()
+        if self._database is not None:
+            self._database.close()
+
+
+def _allow_many_files() -> None:
+    """Each task costs a connection, each client of one some pipes: take what the hard limit allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class TasksServicer(tasks_pb2_grpc.TasksServicer):
+    """The RPCs. serve() gives it what to serve, before the first call is let in."""
+
+    def __init__(self, config: TasksConfig) -> None:
+        self._config = config
+
+    def serve(self, tasks: Tasks, database: Database) -> None:
+        self._tasks = tasks
+        self._database = database
+
+    async def Create(self, request: pb.CreateTaskRequest, context: Context[pb.CreateTaskRequest, pb.Task]) -> pb.Task:
+        new = translate.new_task(current_namespace(), request, self._config)
+        return translate.task_message(await self._tasks.create(new))
+
+    async def Start(
+        self, request: pb.StartRequest, context: Context[pb.StartRequest, pb.StartResponse]
+    ) -> pb.StartResponse:
+        process = await self._tasks.start(_key(request.id), request.exec_id)
+        return pb.StartResponse(pid=process.row.pid)
+
+    async def Exec(self, request: pb.ExecRequest, context: Context[pb.ExecRequest, pb.ExecResponse]) -> pb.ExecResponse:
+        await self._tasks.exec(_key(request.id), translate.new_exec(request))
+        return pb.ExecResponse()
+
+    async def Kill(self, request: pb.KillRequest, context: Context[pb.KillRequest, pb.KillResponse]) -> pb.KillResponse:
+        await self._tasks.kill(_key(request.id), request.exec_id, request.signal, everything=request.all)
+        return pb.KillResponse()
+
+    async def Resize(
+        self, request: pb.ResizeRequest, context: Context[pb.ResizeRequest, pb.ResizeResponse]
+    ) -> pb.ResizeResponse:
+        size = request.size
+        await self._tasks.resize(_key(request.id), request.exec_id, size.width, size.height)
+        return pb.ResizeResponse()
+
+    async def CloseStdin(
+        self, request: pb.CloseStdinRequest, context: Context[pb.CloseStdinRequest, pb.CloseStdinResponse]
+    ) -> pb.CloseStdinResponse:
+        await self._tasks.close_stdin(_key(request.id), request.exec_id)
+        return pb.CloseStdinResponse()
+
+    async def Wait(self, request: pb.WaitRequest, context: Context[pb.WaitRequest, pb.WaitResponse]) -> pb.WaitResponse:
+        how = await self._tasks.wait(_key(request.id), request.exec_id)
+        return pb.WaitResponse(exit=translate.exit_status(how))
+
+    async def Get(self, request: pb.GetTaskRequest, context: Context[pb.GetTaskRequest, pb.Task]) -> pb.Task:
+        return translate.task_message(self._tasks.get(_key(request.id)))
+
+    async def List(
+        self, request: pb.ListTasksRequest, context: Context[pb.ListTasksRequest, pb.ListTasksResponse]
+    ) -> pb.ListTasksResponse:
+        tasks = self._tasks.list(None if request.all_namespaces else current_namespace())
+        return pb.ListTasksResponse(tasks=[translate.task_message(task) for task in tasks])
+
+    async def Delete(
+        self, request: pb.DeleteTaskRequest, context: Context[pb.DeleteTaskRequest, pb.DeleteTaskResponse]
+    ) -> pb.DeleteTaskResponse:
+        how = await self._tasks.delete(_key(request.id), force=request.force, must_exist=request.must_exist)
+        return pb.DeleteTaskResponse(exit=None if how is None else translate.exit_status(how))
+
+    async def DeleteExec(
+        self, request: pb.DeleteExecRequest, context: Context[pb.DeleteExecRequest, pb.DeleteExecResponse]
+    ) -> pb.DeleteExecResponse:
+        await self._tasks.delete_exec(_key(request.id), request.exec_id, force=request.force)
+        return pb.DeleteExecResponse()
+
+    async def Pids(self, request: pb.PidsRequest, context: Context[pb.PidsRequest, pb.PidsResponse]) -> pb.PidsResponse:
+        task = self._tasks.get(_key(request.id))
+        return pb.PidsResponse(pids=await run_blocking(pids, task.row.cgroup_paths, task.init.row))
+
+    async def Attach(  # type: ignore[override]
+        self,
+        request_iterator: AsyncIterator[pb.AttachRequest],
+        context: Context[pb.AttachRequest, pb.AttachResponse],
+    ) -> None:
+        # Writes to the context instead of yielding: a generator is closed when it is collected, this one ends at once.
+        header = await _header(request_iterator)
+        task = self._tasks.get(_key(header.id))
+        process = task.process(header.exec_id)
+        with await Attachment.open(task, process, translate.wanted(header)) as attachment:
+            await context.write(pb.AttachResponse(attached=pb.Attached(terminal=process.row.terminal)))
+            feeding = asyncio.create_task(self._feed(request_iterator, attachment, header))
+            try:
+                async with aclosing(attachment.output()) as output:
+                    async for stream, data in output:
+                        await context.write(_OUTPUT[stream](data))
+                how = await process.wait()
+            finally:
+                feeding.cancel()
+                await asyncio.wait((feeding,))
+            await context.write(pb.AttachResponse(exited=translate.exit_status(how)))
+
+    async def _feed(
+        self, requests: AsyncIterator[pb.AttachRequest], attachment: Attachment, header: pb.AttachHeader
+    ) -> None:
+        """Pass on what the client sends until it ends its stream."""
+        async for request in requests:
+            match request.WhichOneof("part"):
+                case "stdin":
+                    await attachment.write_stdin(request.stdin)
+                case "resize":
+                    with suppress(CorralError):  # it may have no terminal, or not any more
+                        size = request.resize
+                        await self._tasks.resize(_key(header.id), header.exec_id, size.width, size.height)
+        attachment.close_stdin()
+
+    async def Events(
+        self,
+        request: types_pb.EventsRequest,
+        context: Context[types_pb.EventsRequest, types_pb.EventsResponse],
+    ) -> AsyncIterator[types_pb.EventsResponse]:
+        async for event in stream_events(self._database.journal, request):
+            yield event
+
+
+_OUTPUT = {
+    Stream.STDOUT: lambda data: pb.AttachResponse(stdout=data),
+    Stream.STDERR: lambda data: pb.AttachResponse(stderr=data),
+}
+
+
+def _key(task_id: str) -> TaskKey:
+    return TaskKey(current_namespace(), check_id(task_id, "container id"))
+
+
+async def _header(requests: AsyncIterator[pb.AttachRequest]) -> pb.AttachHeader:
+    async for request in requests:
+        if request.HasField("header"):
+            return request.header
+        break
+    raise InvalidArgument("the first message of Attach must be its header", reason="NO_HEADER")

@@ -1,0 +1,164 @@
+"""One shim, as the daemon sees it: a typed front of the wire's operations.
+
+The connection says hello and subscribes as soon as it is made, without waiting for the answers; a shim that was only
+just forked, or is not even forked yet, finds all of it in its socket.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from corral.rpc.errors import Unavailable
+from corral.shim.wire import Message
+from corral.tasks.connection import Connection, ConnectionLostError
+from corral.tasks.identity import Identity
+from corral.tasks.model import INIT, Exit, mapping, optional_int
+
+VERSION = 1
+
+type ProcessState = Literal["created", "running", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessReport:
+    """What a shim says of one process."""
+
+    state: str
+    identity: Identity | None
+    exit: Exit | None
+
+
+@dataclass(frozen=True, slots=True)
+class StateReport:
+    """What a shim says of its container; `init` is None before create."""
+
+    shim_pid: int
+    processes: Mapping[str, ProcessReport]
+
+    @property
+    def init(self) -> ProcessReport | None:
+        return self.processes.get(INIT)
+
+
+class Shim:
+    """A connection to one shim.
+
+    Every method raises CorralError if the shim refuses, Unavailable if it is gone or stuck.
+    """
+
+    def __init__(self, sock: socket.socket, *, timeout_s: float) -> None:
+        """`sock` is a connection to it; taken over."""
+        self._timeout_s = timeout_s
+        self._exits: list[tuple[str, Exit]] = []
+        self._on_exit: Callable[[str, Exit], None] | None = None
+        self._on_close: Callable[[], None] | None = None
+        self._connection = Connection(sock, on_event=self._event, on_close=self._closed)
+        self._connection.send({"v": VERSION, "client": "tasks"})
+        self._connection.request("subscribe", {})
+
+    def follow(self, on_exit: Callable[[str, Exit], None], on_close: Callable[[], None]) -> None:
+        """From now on on_exit gets the exec id and the end of each process, first those that were reported already;
+        on_close is called when the shim has gone away."""
+        self._on_exit, self._on_close = on_exit, on_close
+        exits, self._exits = self._exits, []
+        for exec_id, how in exits:
+            on_exit(exec_id, how)
+        if not self.is_open:
+            on_close()
+
+    @property
+    def is_open(self) -> bool:
+        return self._connection.is_open
+
+    def close(self) -> None:
+        """Hang up; the shim goes on. on_close is not called."""
+        self._connection.close()
+
+    async def create(self, fields: Message) -> Identity:
+        """Make the container; returns its init, which waits for start."""
+        return _identity(await self._ask("create", fields)) or _missing("create")
+
+    async def start(self, exec_id: str) -> Identity | None:
+        """Let a process run. An exec begins to exist now and its identity is returned."""
+        return _identity(await self._ask("start", {"exec": exec_id}))
+
+    async def exec(self, exec_id: str, fields: Message) -> None:
+        """Register an exec."""
+        await self._ask("exec", {"exec": exec_id, **fields})
+
+    async def attach(self, exec_id: str, fields: Message, fds: Sequence[int]) -> None:
+        """Hand over one end of each stream, in the order stdin, stdout, stderr; they are taken over in any case."""
+        await self._ask("attach", {"exec": exec_id, **fields}, fds)
+
+    async def kill(self, exec_id: str, signal: int, *, everything: bool) -> None:
+        """Signal a process, or every process of the container."""
+        await self._ask("kill", {"exec": exec_id, "signal": signal, "all": everything})
+
+    async def resize(self, exec_id: str, width: int, height: int) -> None:
+        """Tell a terminal its size."""
+        await self._ask("resize", {"exec": exec_id, "width": width, "height": height})
+
+    async def close_stdin(self, exec_id: str) -> None:
+        """Let a process read the end of its stdin."""
+        await self._ask("close_stdin", {"exec": exec_id})
+
+    async def delete_exec(self, exec_id: str) -> None:
+        """Let the shim forget an exec."""
+        await self._ask("delete_exec", {"exec": exec_id})
+
+    async def delete(self) -> None:
+        """Kill what is left; the shim ends."""
+        await self._ask("delete", {})
+
+    async def state(self) -> StateReport:
+        """What the shim knows of its processes."""
+        reply = await self._ask("state", {})
+        processes = {exec_id: _report(mapping(mapping(reply, "execs"), exec_id)) for exec_id in mapping(reply, "execs")}
+        init = _report(reply)
+        if init.state != "new":
+            processes[INIT] = init
+        return StateReport(optional_int(reply, "shim_pid") or 0, processes)
+
+    async def _ask(self, op: str, fields: Message, fds: Sequence[int] = ()) -> Message:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._connection.request(op, fields, fds)
+        except ConnectionLostError as e:
+            raise Unavailable(f"the shim went away during {op!r}: {e}", reason="SHIM_GONE") from e
+        except TimeoutError as e:
+            raise Unavailable(
+                f"the shim did not answer {op!r} within {self._timeout_s:g} s", reason="SHIM_STUCK"
+            ) from e
+
+    def _event(self, message: Message) -> None:
+        if message.get("event") != "exited":
+            return
+        exec_id, how = str(message.get("exec") or INIT), Exit.from_shim(message)
+        if self._on_exit is None:
+            self._exits.append((exec_id, how))
+        else:
+            self._on_exit(exec_id, how)
+
+    def _closed(self) -> None:
+        if self._on_close is not None:
+            self._on_close()
+
+
+def _identity(message: Mapping[str, object]) -> Identity | None:
+    pid, start_time = optional_int(message, "pid"), optional_int(message, "start_time")
+    return Identity(pid, start_time) if pid and start_time else None
+
+
+def _missing(op: str) -> Identity:
+    raise Unavailable(f"the shim's answer to {op!r} names no process", reason="SHIM_ANSWER")
+
+
+def _report(message: Mapping[str, object]) -> ProcessReport:
+    record = mapping(message, "exit")
+    return ProcessReport(
+        state=str(message.get("state")),
+        identity=_identity(message),
+        exit=Exit.from_shim(record) if record else None,
+    )

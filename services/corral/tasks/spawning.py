@@ -1,0 +1,148 @@
+"""From a bundle to a shim that holds a created container, and back.
+
+The listening socket exists before the shim does: the daemon connects and sends hello, subscribe and create at once,
+while the zygote still forks. So the socket also tells the truth: a connection to it is refused when nobody holds
+it: then no shim lives, and none is about to.
+"""
+
+import asyncio
+import json
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+
+import structlog
+
+from corral.kernel.failpoint import failpoint
+from corral.rpc.blocking import run_blocking
+from corral.rpc.errors import CorralError, Internal, Unavailable
+from corral.shim.wire import Message
+from corral.tasks.bundle import Bundle
+from corral.tasks.connection import ConnectionLostError
+from corral.tasks.identity import Identity
+from corral.tasks.shim import Shim
+from corral.tasks.zygote import Zygote
+
+log = structlog.get_logger()
+
+ATTEMPTS = 3
+UNDO_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Spawned:
+    """A shim that holds a created container."""
+
+    shim: Shim
+    identity: Identity
+    init: Identity
+
+
+class Spawner:
+    """Makes shims, at most `parallel` at once."""
+
+    def __init__(self, zygote: Zygote, *, parallel: int, timeout_s: float) -> None:
+        self._zygote = zygote
+        self._turn = asyncio.Semaphore(parallel)
+        self._timeout_s = timeout_s
+
+    async def spawn(self, bundle: Bundle, config: bytes, fields: Message) -> Spawned:
+        """Make the bundle, a shim and its container.
+
+        Raises FileExistsError if there is such a bundle, CorralError, OSError; then nothing is left behind.
+        """
+        async with self._turn:
+            listener = await run_blocking(bundle.make, config, json.dumps(fields).encode())
+            try:
+                failpoint("tasks.create.after_bundle")
+                return await self._spawn(bundle, listener, fields)
+            except BaseException:
+                await undo(bundle, timeout_s=UNDO_S)
+                raise
+            finally:
+                listener.close()
+
+    async def _spawn(self, bundle: Bundle, listener: socket.socket, fields: Message) -> Spawned:
+        for attempt in range(ATTEMPTS):
+            spawned = await self._try(bundle, listener, fields)
+            if spawned is not None:
+                return spawned
+            log.warning("shim.not_forked", attempt=attempt)
+            listener = await run_blocking(bundle.listen)
+        raise Unavailable("no shim could be started: its zygote keeps dying; see zygote.log", reason="ZYGOTE_DIES")
+
+    async def _try(self, bundle: Bundle, listener: socket.socket, fields: Message) -> Spawned | None:
+        """One attempt; None if the zygote died before it forked."""
+        shim = Shim(bundle.connect(), timeout_s=self._timeout_s)
+        try:
+            forked, init = await asyncio.gather(
+                self._fork(bundle, listener), shim.create(fields), return_exceptions=True
+            )
+            failpoint("tasks.create.after_spawn")
+            if isinstance(init, Identity):
+                identity = forked if isinstance(forked, Identity) else await _identify(shim, bundle)
+                return Spawned(shim, identity, init)
+            if isinstance(forked, ConnectionLostError) and not shim.is_open:
+                return None
+            raise _cause(forked, init)
+        except BaseException:
+            shim.close()
+            raise
+
+    async def _fork(self, bundle: Bundle, listener: socket.socket) -> Identity:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._zygote.spawn(bundle, listener)
+        finally:
+            # From here on it is held by the shim alone, so whoever waits for a shim that never came is told.
+            listener.close()
+
+
+def _cause(forked: Identity | BaseException, init: BaseException) -> BaseException:
+    """What to report: the zygote's refusal explains the shim's silence."""
+    if isinstance(forked, TimeoutError | ConnectionLostError):
+        return Unavailable(f"the zygote did not fork a shim: {forked}", reason="ZYGOTE_STUCK")
+    if isinstance(forked, BaseException):
+        return forked
+    if isinstance(init, Unavailable):
+        return Internal(f"the shim died while it made the container: {init}; see zygote.log", reason="SHIM_DIED")
+    return init
+
+
+async def _identify(shim: Shim, bundle: Bundle) -> Identity:
+    """The shim that answers, when the zygote died before it could say."""
+    record = await run_blocking(bundle.record)
+    report = await shim.state()
+    if record.shim is None or record.shim.pid != report.shim_pid:
+        raise Internal("the shim's record does not name it", reason="SHIM_RECORD")
+    return record.shim
+
+
+async def undo(bundle: Bundle, *, timeout_s: float) -> None:
+    """End whatever a bundle holds, and remove it. Raises Unavailable if a process of it cannot be ended."""
+    failpoint("tasks.undo.before")
+    await end_shim(bundle, timeout_s=timeout_s)
+    record = await run_blocking(bundle.record)
+    for identity in (record.shim, record.init):
+        if identity is not None and not await identity.kill(within_s=timeout_s):
+            raise Unavailable(f"process {identity.pid} cannot be killed; it is in the kernel", reason="UNKILLABLE")
+    await run_blocking(bundle.remove)
+    failpoint("tasks.undo.after")
+
+
+async def end_shim(bundle: Bundle, *, timeout_s: float) -> None:
+    """Ask the bundle's shim, if there is one, to kill what it holds and to end; returns when it has hung up."""
+    try:
+        sock = bundle.connect()
+    except (ConnectionRefusedError, FileNotFoundError):
+        return
+    shim = Shim(sock, timeout_s=timeout_s)
+    gone = asyncio.Event()
+    shim.follow(lambda _exec_id, _how: None, gone.set)
+    try:
+        with suppress(CorralError, TimeoutError):
+            await shim.delete()
+            async with asyncio.timeout(timeout_s):
+                await gone.wait()
+    finally:
+        shim.close()

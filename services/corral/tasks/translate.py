@@ -1,0 +1,185 @@
+"""Between the wire of corral.tasks.v1 and the values of this package."""
+
+import json
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import cast
+
+from corral.api.tasks.v1 import tasks_pb2 as pb
+from corral.api.types.v1 import types_pb2 as types_pb
+from corral.rpc.context import check_id
+from corral.rpc.errors import InvalidArgument
+from corral.rpc.events import timestamp
+from corral.tasks.attach import Wanted
+from corral.tasks.bundle import LOG, Bundles
+from corral.tasks.config import TasksConfig
+from corral.tasks.lifecycle import NewExec, NewTask
+from corral.tasks.live import Process, Task
+from corral.tasks.model import Exit, LogRow, Status, TaskKey, mapping
+
+_DRIVERS = {
+    pb.LogOptions.DRIVER_UNSPECIFIED: "json-file",
+    pb.LogOptions.DRIVER_JSON_FILE: "json-file",
+    pb.LogOptions.DRIVER_CRI: "cri",
+    pb.LogOptions.DRIVER_NONE: "none",
+}
+
+
+def exit_status(how: Exit) -> types_pb.ExitStatus:
+    """How a process ended."""
+    return types_pb.ExitStatus(
+        code=how.code,
+        signal=how.signal or 0,
+        oom_killed=how.oom,
+        exited_at=timestamp(how.exited_at_ns),
+        reason=how.reason,
+        known=how.known,
+    )
+
+
+def task_message(task: Task) -> pb.Task:
+    """A task as it is now."""
+    init = task.init.row
+    message = pb.Task(
+        id=task.row.key.id,
+        status=cast(pb.Status.ValueType, int(init.status)),
+        pid=0 if init.status is Status.STOPPED else init.pid,
+        shim_pid=task.row.shim_pid if task.shim is not None else 0,
+        created_at=timestamp(task.row.created_at_ns),
+        bundle=str(task.bundle.path),
+        log_path=task.row.log.path,
+        terminal=init.terminal,
+        stdin=init.stdin,
+        execs=[_exec_message(process) for exec_id, process in task.processes.items() if exec_id],
+        labels=task.row.labels,
+    )
+    if init.started_at_ns is not None:
+        message.started_at.CopyFrom(timestamp(init.started_at_ns))
+    if init.exit is not None:
+        message.exit.CopyFrom(exit_status(init.exit))
+        message.dropped_bytes = init.exit.dropped_bytes
+    return message
+
+
+def _exec_message(process: Process) -> pb.ExecProcess:
+    row = process.row
+    return pb.ExecProcess(
+        id=row.exec_id,
+        status=cast(pb.Status.ValueType, int(row.status)),
+        pid=0 if row.status is Status.STOPPED else row.pid,
+        exit=None if row.exit is None else exit_status(row.exit),
+        args=row.args,
+        terminal=row.terminal,
+    )
+
+
+def wanted(header: pb.AttachHeader) -> Wanted:
+    """What an attaching client asks for."""
+    return Wanted(
+        stdin=header.stdin,
+        stdout=header.stdout,
+        stderr=header.stderr,
+        lossless=header.lossless,
+        replay=header.replay,
+    )
+
+
+def new_task(namespace: str, request: pb.CreateTaskRequest, config: TasksConfig) -> NewTask:
+    """Raises InvalidArgument, naming the field."""
+    key = TaskKey(namespace, check_id(request.id, "container id"))
+    process = mapping(_object(request.spec, "spec"), "process")
+    log = _log(request.log, config, key)
+    fields: dict[str, object] = {
+        "rootfs": [_mount(mount) for mount in request.rootfs],
+        "user": request.user or None,
+        "stdin": request.stdin,
+        "stdin_once": request.stdin_once,
+        "terminal": bool(process.get("terminal")),
+        "console_size": _size(request.console_size) if request.HasField("console_size") else None,
+        "log": {
+            "driver": log.driver,
+            "path": log.path,
+            "max_size": log.max_size_bytes,
+            "max_files": log.max_files,
+        },
+        "cgroup": {"paths": [_absolute(path, "cgroup_paths") for path in request.cgroup_paths]},
+    }
+    return NewTask(
+        key=key,
+        config=request.spec,
+        fields=fields,
+        args=_args(process),
+        terminal=bool(process.get("terminal")),
+        stdin=request.stdin,
+        stdin_once=request.stdin_once,
+        log=log,
+        cgroup_paths=tuple(request.cgroup_paths),
+        labels=dict(request.labels),
+    )
+
+
+def new_exec(request: pb.ExecRequest) -> NewExec:
+    """Raises InvalidArgument, naming the field."""
+    process = dict(_object(request.process, "process"))
+    if request.HasField("console_size"):
+        process["consoleSize"] = {"width": request.console_size.width, "height": request.console_size.height}
+    return NewExec(
+        exec_id=check_id(request.exec_id, "exec id"),
+        fields={"process": process, "user": request.user or None, "stdin": request.stdin},
+        args=_args(process),
+        terminal=bool(process.get("terminal")),
+        stdin=request.stdin,
+    )
+
+
+def _object(data: bytes, what: str) -> Mapping[str, object]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as e:
+        raise InvalidArgument(f"{what} is not JSON: {e}", reason="BAD_SPEC") from e
+    if not isinstance(value, dict):
+        raise InvalidArgument(f"{what} must be a JSON object", reason="BAD_SPEC")
+    return value
+
+
+def _args(process: Mapping[str, object]) -> tuple[str, ...]:
+    args = process.get("args")
+    return tuple(str(arg) for arg in args) if isinstance(args, list) else ()
+
+
+def _log(options: pb.LogOptions, config: TasksConfig, key: TaskKey) -> LogRow:
+    driver = _DRIVERS.get(options.driver)
+    if driver is None:
+        raise InvalidArgument(f"log.driver: {options.driver} is no driver of this version", reason="BAD_LOG")
+    if options.max_size_bytes < 0:
+        raise InvalidArgument("log.max_size_bytes must not be negative", reason="BAD_LOG")
+    path = (
+        _absolute(options.path, "log.path")
+        if options.path
+        else str(Bundles(config.state, config.root).of(key).logs / LOG)
+    )
+    return LogRow(
+        driver=driver,
+        path="" if driver == "none" else path,
+        max_size_bytes=options.max_size_bytes or config.log_max_size_bytes,
+        max_files=options.max_files or config.log_max_files,
+    )
+
+
+def _absolute(path: str, what: str) -> str:
+    if not path.startswith("/") or "\0" in path or ".." in PurePosixPath(path).parts:
+        raise InvalidArgument(f"{what}: {path!r} is not an absolute path", reason="BAD_PATH")
+    return path
+
+
+def _mount(mount: types_pb.Mount) -> dict[str, object]:
+    return {
+        "type": mount.type,
+        "source": mount.source,
+        "target": mount.target,
+        "options": list(mount.options),
+    }
+
+
+def _size(size: types_pb.WindowSize) -> list[int]:
+    return [size.width, size.height]
