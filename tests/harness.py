@@ -33,7 +33,7 @@ def free_tag() -> str:
 
 @dataclass(slots=True)
 class Daemon:
-    """corrald on a private root, bridge, subnet, nftables table and cgroup parent; one process, or five with `split`."""
+    """corrald on a private root, bridge, subnet, nftables table and cgroup parent; five processes with `split`."""
 
     split: bool = False
     tag: str = field(default_factory=free_tag)
@@ -185,13 +185,13 @@ class Daemon:
         return Client(self.address, namespace=namespace)
 
     def corral(
-        self, *args: str, input: bytes | None = None, timeout_s: float = 60, check: bool = False
+        self, *args: str, stdin: bytes | None = None, timeout_s: float = 60, check: bool = False
     ) -> "subprocess.CompletedProcess[bytes]":
         """Runs the command `corral` against this daemon."""
         env = os.environ | {"CORRAL_ADDRESS": self.address}
-        stdin = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}
+        given = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
         return subprocess.run(
-            [str(CORRAL), *args], env=env, capture_output=True, timeout=timeout_s, check=check, **stdin
+            [str(CORRAL), *args], env=env, capture_output=True, timeout=timeout_s, check=check, **given
         )  # type: ignore[call-overload,no-any-return]
 
     def log(self, service: str = "all") -> str:

@@ -1,0 +1,306 @@
+"""runc, ctr (containerd), docker and podman, each on a private root, as yardsticks."""
+
+import contextlib
+import io
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import busybox
+import memory
+
+_numbers = itertools.count()
+
+
+def quiet(command: list[str], **env: str) -> None:
+    """Runs a command; its output only shows when it fails."""
+    result = subprocess.run(command, env=os.environ | env, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit code {result.returncode}: {result.stderr.decode()[-2000:]}")
+
+
+class Peer:
+    """One of them. `run` is a `true` from nothing to nothing; `running` holds a sleeping container."""
+
+    name = ""
+    needs: tuple[str, ...] = ()
+
+    def __init__(self, scratch: Path, archive: Path, stack: contextlib.ExitStack) -> None:
+        self.scratch = scratch
+
+    def runs_with(self, network: str) -> bool:
+        """Whether it has such a network at all."""
+        return network == "none"
+
+    def run(self, network: str) -> None:
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[str]:
+        raise NotImplementedError
+        yield ""
+
+    def exec(self, container: str) -> None:
+        raise NotImplementedError
+
+    def idle_memory(self, count: int) -> float | None:
+        """Bytes of PSS per idle container, without what the peer's daemon takes; None where nothing stays."""
+        return None
+
+    def new_name(self) -> str:
+        return f"corral-bench-{os.getpid()}-{next(_numbers)}"
+
+
+class Runc(Peer):
+    """The OCI runtime alone: no images, no network, nothing that stays."""
+
+    name = "runc"
+    needs = ("runc",)
+
+    def __init__(self, scratch: Path, archive: Path, stack: contextlib.ExitStack) -> None:
+        self.bundle = scratch / "runc-bundle"
+        rootfs = self.bundle / "rootfs"
+        rootfs.mkdir(parents=True)
+        with tarfile.open(fileobj=io.BytesIO(busybox.layer())) as tar:
+            tar.extractall(rootfs, filter="tar")
+        quiet(["runc", "spec", "--bundle", str(self.bundle)])
+        self._spec = json.loads((self.bundle / "config.json").read_text())
+        self._write(["true"])
+        self.root = ["--root", str(scratch / "runc")]
+
+    def _write(self, args: list[str]) -> None:
+        self._spec["process"] |= {"terminal": False, "args": args}
+        (self.bundle / "config.json").write_text(json.dumps(self._spec))
+
+    def run(self, network: str) -> None:
+        quiet(["runc", *self.root, "run", "--bundle", str(self.bundle), self.new_name()])
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[str]:
+        name = self.new_name()
+        self._write(["sleep", "1000"])
+        quiet(["runc", *self.root, "run", "--detach", "--bundle", str(self.bundle), name])
+        self._write(["true"])
+        try:
+            yield name
+        finally:
+            quiet(["runc", *self.root, "delete", "--force", name])
+
+    def exec(self, container: str) -> None:
+        quiet(["runc", *self.root, "exec", container, "true"])
+
+
+class Ctr(Peer):
+    """containerd, by its own command."""
+
+    name = "ctr"
+    needs = ("containerd", "ctr", "runc")
+    image = "docker.io/library/busybox:latest"
+
+    def __init__(self, scratch: Path, archive: Path, stack: contextlib.ExitStack) -> None:
+        base = scratch / "containerd"
+        base.mkdir()
+        config = base / "config.toml"
+        config.write_text(
+            f'version = 2\nroot = "{base}/root"\nstate = "{base}/state"\ndisabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
+            f'[grpc]\naddress = "{base}/c.sock"\n'
+        )
+        self.daemon = start(stack, ["containerd", "--config", str(config)], base / "log")
+        self.command = ["ctr", "--address", f"{base}/c.sock"]
+        wait_until(lambda: quiet([*self.command, "version"]), base / "log")
+        quiet([*self.command, "images", "import", str(archive)])
+
+    def run(self, network: str) -> None:
+        quiet([*self.command, "run", "--rm", self.image, self.new_name(), "true"])
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[str]:
+        name = self.new_name()
+        quiet([*self.command, "run", "--detach", self.image, name, "sleep", "1000"])
+        try:
+            yield name
+        finally:
+            quiet([*self.command, "task", "kill", "--signal", "SIGKILL", name])
+            wait_until(lambda: quiet([*self.command, "task", "rm", name]))
+            quiet([*self.command, "container", "rm", name])
+
+    def exec(self, container: str) -> None:
+        quiet([*self.command, "task", "exec", "--exec-id", f"e{next(_numbers)}", container, "true"])
+
+    def idle_memory(self, count: int) -> float:
+        before = memory.of_commands("containerd-shim").pss
+        with contextlib.ExitStack() as stack:
+            for _ in range(count):
+                stack.enter_context(self.running())
+            return (memory.of_commands("containerd-shim").pss - before) / count
+
+
+class Docker(Peer):
+    """dockerd with a containerd of its own."""
+
+    name = "docker"
+    needs = ("dockerd", "docker", "containerd")
+
+    def __init__(self, scratch: Path, archive: Path, stack: contextlib.ExitStack) -> None:
+        base = Path(f"/tmp/corral-dk{os.getpid()}")
+        base.mkdir()
+        stack.callback(shutil.rmtree, base, ignore_errors=True)
+        stack.callback(_remove_docker_traces, f"crldk{os.getpid() % 10000}")
+        bridge = f"crldk{os.getpid() % 10000}"
+        add_bridge(bridge, "10.229.77.1/24")
+        command = [
+            "dockerd", "--data-root", f"{base}/root", "--exec-root", f"{base}/exec", "--pidfile", f"{base}/pid",
+            "--host", f"unix://{base}/d.sock", "--bridge", bridge, "--iptables=true", "--ip-forward=false",
+            "--userland-proxy=false", "--config-file", "/dev/null",
+        ]  # fmt: skip
+        (base / "empty.json").write_text("{}")
+        command[-1] = f"{base}/empty.json"
+        self.daemon = start(stack, command, base / "log")
+        self.command = ["docker", "--host", f"unix://{base}/d.sock"]
+        wait_until(lambda: quiet([*self.command, "version"]), base / "log")
+        quiet([*self.command, "load", "--input", str(archive)])
+
+    def runs_with(self, network: str) -> bool:
+        return True
+
+    def run(self, network: str) -> None:
+        quiet([*self.command, "run", "--rm", "--network", network, "busybox", "true"])
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[str]:
+        name = self.new_name()
+        quiet([*self.command, "run", "--detach", "--network", "none", "--name", name, "busybox", "sleep", "1000"])
+        try:
+            yield name
+        finally:
+            quiet([*self.command, "rm", "--force", name])
+
+    def exec(self, container: str) -> None:
+        quiet([*self.command, "exec", container, "true"])
+
+    def idle_memory(self, count: int) -> float:
+        before = memory.of_commands("containerd-shim").pss
+        with contextlib.ExitStack() as stack:
+            for _ in range(count):
+                stack.enter_context(self.running())
+            return (memory.of_commands("containerd-shim").pss - before) / count
+
+
+class Podman(Peer):
+    """podman, which has no daemon."""
+
+    name = "podman"
+    needs = ("podman", "conmon", "runc")
+
+    def __init__(self, scratch: Path, archive: Path, stack: contextlib.ExitStack) -> None:
+        base = scratch / "podman"
+        self.command = [
+            "podman", "--root", f"{base}/root", "--runroot", f"{base}/run", "--cgroup-manager", "cgroupfs",
+            "--runtime", "runc", "--tmpdir", f"{base}/tmp", "--network-config-dir", f"{base}/net",
+        ]  # fmt: skip
+        quiet([*self.command, "load", "--input", str(archive)])
+        stack.callback(
+            lambda: subprocess.run([*self.command, "rm", "--all", "--force"], capture_output=True, check=False)
+        )
+        stack.callback(
+            lambda: subprocess.run([*self.command, "rmi", "--all", "--force"], capture_output=True, check=False)
+        )
+
+    def runs_with(self, network: str) -> bool:
+        return network == "none" or all(map(shutil.which, ("/usr/lib/podman/netavark", "nft")))
+
+    def run(self, network: str) -> None:
+        quiet([*self.command, "run", "--rm", "--network", network, "busybox", "true"])
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[str]:
+        name = self.new_name()
+        quiet([*self.command, "run", "--detach", "--network", "none", "--name", name, "busybox", "sleep", "1000"])
+        try:
+            yield name
+        finally:
+            quiet([*self.command, "rm", "--force", "--time", "0", name])
+
+    def exec(self, container: str) -> None:
+        quiet([*self.command, "exec", container, "true"])
+
+    def idle_memory(self, count: int) -> float:
+        before = memory.of_commands("conmon").pss
+        with contextlib.ExitStack() as stack:
+            for _ in range(count):
+                stack.enter_context(self.running())
+            return (memory.of_commands("conmon").pss - before) / count
+
+
+def installed_peers(stack: contextlib.ExitStack, scratch: Path, archive: Path) -> list[Peer]:
+    """Every peer that this machine has and that works here; says which it leaves out, and why."""
+    peers: list[Peer] = []
+    for kind in (Runc, Ctr, Docker, Podman):
+        missing = [program for program in kind.needs if not shutil.which(program)]
+        if missing:
+            print(f"without {kind.name}: {', '.join(missing)} is not installed")
+            continue
+        try:
+            peer = kind(scratch, archive, stack)
+            peer.run("none")
+        except (RuntimeError, OSError) as e:
+            print(f"without {kind.name}: {str(e)[:300]}")
+        else:
+            peers.append(peer)
+    return peers
+
+
+def start(stack: contextlib.ExitStack, command: list[str], log: Path) -> "subprocess.Popen[bytes]":
+    """A daemon that ends with the stack."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+
+    def end() -> None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    stack.callback(end)
+    return process
+
+
+def wait_until(works: Callable[[], object], log: Path | None = None, timeout_s: float = 30) -> None:
+    """Calls `works` until it does not raise."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            works()
+        except RuntimeError as e:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{e}\n{log.read_text()[-2000:] if log else ''}") from e
+            time.sleep(0.1)
+        else:
+            return
+
+
+def add_bridge(name: str, address: str) -> None:
+    from pyroute2 import IPRoute
+
+    with IPRoute() as route:
+        route.link("add", ifname=name, kind="bridge")
+        index = route.link_lookup(ifname=name)[0]
+        ip, length = address.split("/")
+        route.addr("add", index=index, address=ip, prefixlen=int(length))
+        route.link("set", index=index, state="up")
+
+
+def _remove_docker_traces(bridge: str) -> None:
+    """dockerd leaves its chains behind; those that carry its name are the bench's, when none were there before."""
+    from harness import delete_link
+
+    delete_link(bridge)
