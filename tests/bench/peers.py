@@ -109,7 +109,8 @@ class Ctr(Peer):
         base.mkdir()
         config = base / "config.toml"
         config.write_text(
-            f'version = 2\nroot = "{base}/root"\nstate = "{base}/state"\ndisabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
+            f'version = 2\nroot = "{base}/root"\nstate = "{base}/state"\n'
+            'disabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
             f'[grpc]\naddress = "{base}/c.sock"\n'
         )
         self.daemon = start(stack, ["containerd", "--config", str(config)], base / "log")
@@ -152,12 +153,9 @@ class Docker(Peer):
         base = Path(f"/tmp/corral-dk{os.getpid()}")
         base.mkdir()
         stack.callback(shutil.rmtree, base, ignore_errors=True)
-        stack.callback(_remove_docker_traces, f"crldk{os.getpid() % 10000}")
-        bridge = f"crldk{os.getpid() % 10000}"
-        add_bridge(bridge, "10.229.77.1/24")
         command = [
-            "dockerd", "--data-root", f"{base}/root", "--exec-root", f"{base}/exec", "--pidfile", f"{base}/pid",
-            "--host", f"unix://{base}/d.sock", "--bridge", bridge, "--iptables=true", "--ip-forward=false",
+            *in_own_network(stack), "dockerd", "--data-root", f"{base}/root", "--exec-root", f"{base}/exec", "--pidfile", f"{base}/pid",
+            "--host", f"unix://{base}/d.sock", "--ip-forward=false",
             "--userland-proxy=false", "--config-file", "/dev/null",
         ]  # fmt: skip
         (base / "empty.json").write_text("{}")
@@ -202,7 +200,7 @@ class Podman(Peer):
     def __init__(self, scratch: Path, archive: Path, stack: contextlib.ExitStack) -> None:
         base = scratch / "podman"
         self.command = [
-            "podman", "--root", f"{base}/root", "--runroot", f"{base}/run", "--cgroup-manager", "cgroupfs",
+            *in_own_network(stack), "podman", "--root", f"{base}/root", "--runroot", f"{base}/run", "--cgroup-manager", "cgroupfs",
             "--runtime", "runc", "--tmpdir", f"{base}/tmp", "--network-config-dir", f"{base}/net",
         ]  # fmt: skip
         quiet([*self.command, "load", "--input", str(archive)])
@@ -288,19 +286,17 @@ def wait_until(works: Callable[[], object], log: Path | None = None, timeout_s: 
             return
 
 
-def add_bridge(name: str, address: str) -> None:
-    from pyroute2 import IPRoute
+def in_own_network(stack: contextlib.ExitStack) -> list[str]:
+    """Words before a command, to run it in a network namespace that ends with the stack: its bridge, its firewall
+    rules and whatever it forgets to remove never touch the host's."""
+    holder = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
 
-    with IPRoute() as route:
-        route.link("add", ifname=name, kind="bridge")
-        index = route.link_lookup(ifname=name)[0]
-        ip, length = address.split("/")
-        route.addr("add", index=index, address=ip, prefixlen=int(length))
-        route.link("set", index=index, state="up")
+    def end() -> None:
+        holder.kill()
+        holder.wait()
 
-
-def _remove_docker_traces(bridge: str) -> None:
-    """dockerd leaves its chains behind; those that carry its name are the bench's, when none were there before."""
-    from harness import delete_link
-
-    delete_link(bridge)
+    stack.callback(end)
+    own = os.readlink("/proc/self/ns/net")
+    while os.readlink(f"/proc/{holder.pid}/ns/net") == own:
+        time.sleep(0.01)
+    return ["nsenter", f"--net=/proc/{holder.pid}/ns/net"]
