@@ -187,9 +187,8 @@ def main() -> None:
         with daemon.client() as client:
             client.images.load(archive)
         peers = installed_peers(stack, Path(scratch), archive)
-        print(
-            f"corral beside {', '.join(p.name for p in peers) or 'no peer: none is installed'}; {ROUNDS} rounds, medians"
-        )
+        names = ", ".join(p.name for p in peers) or "no peer: none is installed"
+        print(f"corral beside {names}; {ROUNDS} rounds, medians")
         for name in wanted:
             BENCHES[name](daemon, peers)
 

@@ -154,7 +154,8 @@ class Docker(Peer):
         base.mkdir()
         stack.callback(shutil.rmtree, base, ignore_errors=True)
         command = [
-            *in_own_network(stack), "dockerd", "--data-root", f"{base}/root", "--exec-root", f"{base}/exec", "--pidfile", f"{base}/pid",
+            *in_own_network(stack),
+            "dockerd", "--data-root", f"{base}/root", "--exec-root", f"{base}/exec", "--pidfile", f"{base}/pid",
             "--host", f"unix://{base}/d.sock", "--ip-forward=false",
             "--userland-proxy=false", "--config-file", "/dev/null",
         ]  # fmt: skip
@@ -200,7 +201,8 @@ class Podman(Peer):
     def __init__(self, scratch: Path, archive: Path, stack: contextlib.ExitStack) -> None:
         base = scratch / "podman"
         self.command = [
-            *in_own_network(stack), "podman", "--root", f"{base}/root", "--runroot", f"{base}/run", "--cgroup-manager", "cgroupfs",
+            *in_own_network(stack),
+            "podman", "--root", f"{base}/root", "--runroot", f"{base}/run", "--cgroup-manager", "cgroupfs",
             "--runtime", "runc", "--tmpdir", f"{base}/tmp", "--network-config-dir", f"{base}/net",
         ]  # fmt: skip
         quiet([*self.command, "load", "--input", str(archive)])
@@ -296,7 +298,7 @@ def in_own_network(stack: contextlib.ExitStack) -> list[str]:
         holder.wait()
 
     stack.callback(end)
-    own = os.readlink("/proc/self/ns/net")
-    while os.readlink(f"/proc/{holder.pid}/ns/net") == own:
+    own = Path("/proc/self/ns/net").readlink()
+    while Path(f"/proc/{holder.pid}/ns/net").readlink() == own:
         time.sleep(0.01)
     return ["nsenter", f"--net=/proc/{holder.pid}/ns/net"]
