@@ -1,0 +1,345 @@
+"""Endpoints: attached, found, detached.
+
+    Attach   row ATTACHING, addresses  ->  veth pairs, files  ->  row READY, journal
+    Detach   veth pairs off their bridges, namespace unpinned, files removed  ->  row and addresses gone, journal
+
+Failing anywhere in Attach undoes it all. A daemon that dies in between leaves an ATTACHING row, which the next start undoes,
+or a READY one whose kernel objects are gone, which the next Attach makes anew and the next Detach deletes. An address is
+free only once nothing can use it any more. Without interfaces there is nothing to undo, and one transaction does.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+from corral.network import bridge, etc, planning, store, sysctls
+from corral.network.allocations import Allocations
+from corral.network.config import NetworkConfig
+from corral.network.files import FileStore
+from corral.network.model import (
+    DEFAULT_NETWORK,
+    Attachment,
+    Endpoint,
+    EndpointKey,
+    EndpointState,
+    Mode,
+    Network,
+    Request,
+)
+from corral.network.netlink import Netlink, NetlinkThread, configure_inside, link_exists
+from corral.network.networks import Networks
+from corral.network.pool import NetnsPool, is_pinned
+from corral.network.reaper import Reaper
+from corral.rpc.blocking import run_blocking
+from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from corral.store import Database, Transaction, failpoint
+
+type Wanted = Sequence[tuple[Attachment, Network]]
+
+
+class Endpoints:
+    """All endpoints of this engine."""
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        db: Database,
+        thread: NetlinkThread,
+        networks: Networks,
+        pool: NetnsPool,
+        held: Allocations,
+        *,
+        boot_id: str,
+        host_prefix: str,
+    ) -> None:
+        self._config = config
+        self._db = db
+        self._thread = thread
+        self._networks = networks
+        self._pool = pool
+        self._allocations = held
+        self._boot_id = boot_id
+        self._host_prefix = host_prefix
+        self._reaper = Reaper(thread)
+        self.files = FileStore(config.root / "endpoints")
+        self._locks: WeakValueDictionary[EndpointKey, asyncio.Lock] = WeakValueDictionary()
+        self._running: set[asyncio.Task[Endpoint | None]] = set()
+
+    # Attaching
+
+    async def attach(self, key: EndpointKey, request: Request) -> Endpoint:
+        """Give a container its network; the same call again gives the same answer.
+
+        Raises AlreadyExists if the endpoint exists with another request, NotFound for a network or container, InvalidArgument,
+        FailedPrecondition (address taken), ResourceExhausted (no address left).
+        """
+        attached = await self._alone(key, lambda: self._attach(key, request))
+        assert attached is not None
+        return attached
+
+    async def _attach(self, key: EndpointKey, request: Request) -> Endpoint:
+        existing = self.find(key)
+        if existing is not None and self.stands(existing):
+            if existing.request == request:
+                return existing
+            raise AlreadyExists(
+                f"endpoint {key.id!r} is attached already, in another way: detach it first", reason="ENDPOINT_EXISTS"
+            )
+        if existing is not None and existing.request != request:
+            await self._detach(existing)
+            existing = None
+        if request.mode is Mode.NETWORKS:
+            return await self._attach_networks(key, request, existing)
+        endpoint = await self._without_interfaces(key, request)
+        try:
+            await run_blocking(self._make_inside, endpoint)
+            return await self._db.write(lambda transaction: _insert_ready(transaction, endpoint))
+        except BaseException:
+            await run_blocking(self._discard, endpoint)
+            raise
+
+    async def _without_interfaces(self, key: EndpointKey, request: Request) -> Endpoint:
+        netns, owner = "", ""
+        if request.mode is Mode.NONE:
+            netns = await self._take_namespace()
+        elif request.mode is Mode.PATH:
+            netns = request.netns_path
+            if not is_pinned(Path(netns)):
+                raise NotFound(f"{netns} is not a network namespace", reason="NETNS_NOT_FOUND")
+        elif request.mode is Mode.CONTAINER:
+            netns, owner = self._join(key, request.container)
+        return self._new(key, request, netns, EndpointState.READY, owner)
+
+    def _join(self, key: EndpointKey, container: str) -> tuple[str, str]:
+        """Whose namespace and files a joining endpoint has."""
+        other = self.find(EndpointKey(key.namespace, container))
+        if other is None or other.state is not EndpointState.READY:
+            raise NotFound(f"container {container!r} has no network to join", reason="ENDPOINT_NOT_FOUND")
+        if other.key == key:
+            raise InvalidArgument("a container cannot join its own network", reason="JOINS_ITSELF")
+        if not self.stands(other):
+            raise FailedPrecondition(f"the network of container {container!r} is down: start it first", reason="NOT_UP")
+        path = self.netns_path(other)
+        return str(path or ""), other.owner or other.key.id
+
+    async def _attach_networks(self, key: EndpointKey, request: Request, existing: Endpoint | None) -> Endpoint:
+        wanted = await self._wanted(key.namespace, request.attachments)
+        netns = await self._take_namespace()
+        try:
+            endpoint = await self._record(key, request, netns, wanted, existing)
+        except BaseException:
+            self._pool.give_back(netns)
+            raise
+        failpoint("network.attach.after_row")
+        try:
+            await self._thread.run(lambda netlink: self._make(netlink, endpoint))
+            failpoint("network.attach.before_ready")
+            return await self._db.write(lambda transaction: _become_ready(transaction, endpoint))
+        except BaseException:
+            await self._detach_silently(endpoint)
+            raise
+
+    async def _wanted(self, namespace: str, attachments: Sequence[Attachment]) -> Wanted:
+        wanted = []
+        for attachment in attachments or (Attachment(DEFAULT_NETWORK),):
+            network = await self._networks.get(namespace, attachment.network or DEFAULT_NETWORK)
+            if network.driver != bridge.DRIVER:
+                raise InvalidArgument(
+                    f"network {network.name!r} is a mode of its own: it cannot be combined with networks",
+                    reason="BAD_MODE",
+                )
+            wanted.append((attachment, network))
+        return wanted
+
+    async def _record(
+        self, key: EndpointKey, request: Request, netns: str, wanted: Wanted, existing: Endpoint | None
+    ) -> Endpoint:
+        """Write the intent. An existing endpoint, of an earlier boot, keeps its addresses."""
+        new = self._new(key, request, netns, EndpointState.ATTACHING)
+
+        def write(transaction: Transaction) -> Endpoint:
+            if existing is not None:
+                store.update_endpoint(transaction, new)
+            else:
+                store.insert_endpoint(transaction, new)
+                planning.insert_interfaces(transaction, new, wanted, self._allocations, self._host_prefix)
+            found = store.endpoint(transaction, key)
+            assert found is not None
+            return found
+
+        return await self._db.write(write)
+
+    def _new(self, key: EndpointKey, request: Request, netns: str, state: EndpointState, owner: str = "") -> Endpoint:
+        return Endpoint(key, request, netns, (), state, self._boot_id, time.time_ns(), owner)
+
+    async def _take_namespace(self) -> str:
+        ready = self._pool.take()
+        return await run_blocking(self._pool.make) if ready is None else ready
+
+    # On the netlink thread, or a blocking one where there are no interfaces
+
+    def _make(self, netlink: Netlink, endpoint: Endpoint) -> None:
+        """Make everything that the row describes."""
+        self._networks.build_missing(netlink, [interface.network for interface in endpoint.interfaces])
+        path = self._pool.path(endpoint.netns)
+        for plan in bridge.interface_plans(endpoint.interfaces):
+            netlink.unplug(plan.host_name)  # of an earlier life, with a namespace that somebody still holds
+            netlink.plug(plan, path)
+            failpoint("network.attach.after_plug")
+        self._make_inside(endpoint)
+
+    def _make_inside(self, endpoint: Endpoint) -> None:
+        if endpoint.mode.has_own_namespace:
+            plans = bridge.interface_plans(endpoint.interfaces)
+            parameters = sysctls.paths(endpoint.request.sysctls)
+            if plans or parameters:
+                configure_inside(self._pool.path(endpoint.netns), plans, parameters)
+        if not endpoint.owner:
+            self.files.write(endpoint.key, etc.compose(endpoint, self.host_files(), self._config.fallback_dns))
+
+    def _unmake(self, netlink: Netlink, endpoint: Endpoint) -> None:
+        for interface in endpoint.interfaces:
+            netlink.unplug(interface.host_name)
+        failpoint("network.detach.after_unplug")
+        self._discard(endpoint)
+
+    def _discard(self, endpoint: Endpoint) -> None:
+        if endpoint.mode.has_own_namespace:
+            self._pool.discard(endpoint.netns)
+        if not endpoint.owner:
+            self.files.remove(endpoint.key)
+
+    # Detaching
+
+    async def detach(self, key: EndpointKey, *, must_exist: bool = False) -> None:
+        """Take it all back; no error if there is nothing, unless must_exist: NotFound."""
+
+        async def work() -> None:
+            existing = self.find(key)
+            if existing is not None:
+                await self._detach(existing)
+            elif must_exist:
+                raise NotFound(f"there is no endpoint {key.id!r}", reason="ENDPOINT_NOT_FOUND")
+
+        await self._alone(key, work)
+
+    async def _detach(self, endpoint: Endpoint) -> None:
+        await self._take_apart(endpoint)
+
+        def write(transaction: Transaction) -> None:
+            self._delete(transaction, endpoint)
+            transaction.journal("endpoint.detached", endpoint.key.id, {}, namespace=endpoint.key.namespace)
+
+        await self._db.write(write)
+
+    async def _detach_silently(self, endpoint: Endpoint) -> None:
+        """Undo an Attach that nobody was told of."""
+        await self._take_apart(endpoint)
+        await self._db.write(lambda transaction: self._delete(transaction, endpoint))
+
+    async def _take_apart(self, endpoint: Endpoint) -> None:
+        if endpoint.interfaces:
+            await self._thread.run(lambda netlink: self._unmake(netlink, endpoint))
+            self._reaper.watch(interface.host_name for interface in endpoint.interfaces)
+        else:
+            await run_blocking(self._discard, endpoint)
+        failpoint("network.detach.before_delete")
+
+    def _delete(self, transaction: Transaction, endpoint: Endpoint) -> None:
+        store.delete_endpoint(transaction, endpoint.key)
+        for interface in endpoint.interfaces:
+            self._allocations.release(interface.addresses)
+
+    # Finding
+
+    def find(self, key: EndpointKey) -> Endpoint | None:
+        """The endpoint as recorded."""
+        return self._db.read_sync(lambda snapshot: store.endpoint(snapshot, key))
+
+    def get(self, key: EndpointKey) -> Endpoint:
+        """An endpoint that was attached. Raises NotFound."""
+        found = self.find(key)
+        if found is None or found.state is not EndpointState.READY:
+            raise NotFound(f"there is no endpoint {key.id!r}", reason="ENDPOINT_NOT_FOUND")
+        return found
+
+    async def list(self, namespace: str | None, network: Network | None) -> Sequence[Endpoint]:
+        """Those attached, of one namespace or all, of one network or all."""
+        network_id = None if network is None else network.id
+        found = await self._db.read(
+            lambda snapshot: store.endpoints(snapshot, namespace=namespace, network_id=network_id)
+        )
+        return [endpoint for endpoint in found if endpoint.state is EndpointState.READY]
+
+    def stands(self, endpoint: Endpoint) -> bool:
+        """Whether what the row describes is there: not half made, of this boot, its namespace and its links existing."""
+        if endpoint.state is not EndpointState.READY or endpoint.boot_id != self._boot_id:
+            return False
+        path = self.netns_path(endpoint)
+        links = (link_exists(interface.host_name) for interface in endpoint.interfaces)
+        return (path is None or is_pinned(path)) and all(links)
+
+    def netns_path(self, endpoint: Endpoint) -> Path | None:
+        """Where the namespace can be joined; None: it is the host's."""
+        if endpoint.mode.has_own_namespace:
+            return self._pool.path(endpoint.netns)
+        return Path(endpoint.netns) if endpoint.netns else None
+
+    def files_directory(self, endpoint: Endpoint) -> Path:
+        """Where its files are: those of the container it joined, or its own."""
+        owner = EndpointKey(endpoint.key.namespace, endpoint.owner) if endpoint.owner else endpoint.key
+        return self.files.directory(owner)
+
+    def host_files(self) -> etc.HostFiles:
+        """What the host has, now."""
+        return etc.HostFiles.read(self._config.resolv_conf, self._config.resolved_conf)
+
+    # Running
+
+    async def _alone[T: Endpoint | None](self, key: EndpointKey, work: Callable[[], Awaitable[T]]) -> T:
+        """Run `work` while nobody else works on this endpoint, to its end even if the caller gives up."""
+
+        async def locked() -> T:
+            lock = self._locks.setdefault(key, asyncio.Lock())
+            async with lock:
+                return await work()
+
+        task = asyncio.ensure_future(locked())
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else will look
+            raise
+
+    async def close(self) -> None:
+        """Wait for what is under way."""
+        while self._running:
+            await asyncio.wait(tuple(self._running))
+        await self._reaper.close()
+
+
+def _insert_ready(transaction: Transaction, endpoint: Endpoint) -> Endpoint:
+    store.delete_endpoint(transaction, endpoint.key)  # of an earlier boot
+    store.insert_endpoint(transaction, endpoint)
+    return _journalled(transaction, endpoint)
+
+
+def _become_ready(transaction: Transaction, endpoint: Endpoint) -> Endpoint:
+    ready = replace(endpoint, state=EndpointState.READY)
+    store.update_endpoint(transaction, ready)
+    return _journalled(transaction, ready)
+
+
+def _journalled(transaction: Transaction, endpoint: Endpoint) -> Endpoint:
+    payload = {
+        "mode": endpoint.mode.value,
+        "networks": [interface.network.name for interface in endpoint.interfaces],
+        "addresses": [str(address) for interface in endpoint.interfaces for address, _ in interface.addresses],
+    }
+    transaction.journal("endpoint.attached", endpoint.key.id, payload, namespace=endpoint.key.namespace)
+    return endpoint

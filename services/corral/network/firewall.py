@@ -1,0 +1,65 @@
+"""Our nftables table in the kernel: the shell around corral.network.rules."""
+
+import errno
+from collections.abc import Sequence
+from pathlib import Path
+
+from corral.kernel.nftables import Nftables, NftablesError
+from corral.network import rules
+from corral.network.model import Network
+
+IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
+IP6_FORWARD = Path("/proc/sys/net/ipv6/conf/all/forwarding")
+
+
+class Firewall:
+    """One table. For the netlink thread only: libnftables works in the namespace of the thread that opened it."""
+
+    def __init__(self, table: str) -> None:
+        self._table = table
+        self._nftables: Nftables | None = None
+        self._known = False  # whether the table is what this process made it
+
+    def rebuild(self, networks: Sequence[Network]) -> None:
+        """Replace the table by what these networks need; no network, no table."""
+        self._run(rules.table(self._table, networks) if networks else rules.remove_table(self._table))
+        self._known = bool(networks)
+
+    def add(self, network: Network, others: Sequence[Network]) -> None:
+        """Let a network through. Where the table is missing, or left from another process, it is built anew for all."""
+        if self._known:
+            try:
+                self._run(rules.add_network(self._table, network))
+                return
+            except NftablesError as e:
+                if e.errno != errno.ENOENT:
+                    raise
+        self.rebuild([*(other for other in others if other.id != network.id), network])
+
+    def remove(self, network: Network) -> None:
+        """Take a network out; no error where the table is missing."""
+        try:
+            self._run(rules.remove_network(self._table, network))
+        except NftablesError as e:
+            if e.errno != errno.ENOENT:
+                raise
+
+    def close(self) -> None:
+        nftables, self._nftables = self._nftables, None
+        if nftables is not None:
+            nftables.close()
+
+    def _run(self, commands: Sequence[rules.Command]) -> None:
+        if self._nftables is None:
+            self._nftables = Nftables()
+        self._nftables.run(commands)
+
+
+def switch_on_forwarding(*, ipv6: bool) -> bool:
+    """Let this host forward packets; returns whether IPv4 forwarding had been off."""
+    was_off = IP_FORWARD.read_text().strip() == "0"
+    if was_off:
+        IP_FORWARD.write_text("1")
+    if ipv6 and IP6_FORWARD.read_text().strip() == "0":
+        IP6_FORWARD.write_text("1")
+    return was_off

@@ -1,0 +1,90 @@
+"""The parts of the leaf put together: opened when the service starts, closed when it stops."""
+
+import asyncio
+import hashlib
+import os
+from typing import Self
+
+import structlog
+
+from corral.network import recovery
+from corral.network.allocations import Allocations
+from corral.network.bridge import BridgeDriver
+from corral.network.config import NetworkConfig
+from corral.network.endpoints import Endpoints
+from corral.network.firewall import Firewall
+from corral.network.netlink import NetlinkThread
+from corral.network.networks import Networks
+from corral.network.pool import NetnsPool
+from corral.network.store import MIGRATIONS
+from corral.rpc.blocking import run_blocking
+from corral.store import Database
+
+log = structlog.get_logger()
+
+PREFIX = "crl"
+TAG_CHARS = 4
+
+
+def host_prefix(config: NetworkConfig) -> str:
+    """How the host's ends of this engine's veth pairs begin: engines with different roots tell theirs apart by it."""
+    return PREFIX + hashlib.sha256(os.fsencode(config.root.resolve())).hexdigest()[:TAG_CHARS]
+
+
+class Leaf:
+    """Everything that lives from start() to stop()."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        """Open the store. Raises OSError."""
+        netns = config.state / "netns"
+        for directory in (config.root / "endpoints", netns):
+            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self.db = Database(config.root / "network.db", MIGRATIONS, durable=False)
+        self._thread = NetlinkThread()
+        self._firewall = Firewall(config.nft_table)
+        self._pool = NetnsPool(netns, config.netns_pool_size)
+        driver, held, prefix = BridgeDriver(self._firewall), Allocations(), host_prefix(config)
+        self.networks = Networks(config, self.db, self._thread, driver, held)
+        self.endpoints = Endpoints(
+            config,
+            self.db,
+            self._thread,
+            self.networks,
+            self._pool,
+            held,
+            boot_id=recovery.boot_id(),
+            host_prefix=prefix,
+        )
+        self._reconciler = recovery.Reconciler(self.db, self.networks, driver, self._firewall, prefix)
+        self._reconciling: asyncio.Future[None] | None = None
+
+    @classmethod
+    async def open(cls, config: NetworkConfig) -> Self:
+        """Open the store, undo what is half done, and begin to compare rows with the kernel in the background."""
+        leaf = await run_blocking(cls, config)
+        await run_blocking(recovery.sweep, leaf.db, leaf._pool, leaf.endpoints.files)
+        leaf._pool.start()
+        if leaf._reconciler.needed():
+            leaf._reconciling = asyncio.ensure_future(leaf._thread.run(leaf._reconciler.run))
+            leaf._reconciling.add_done_callback(_log_failure)
+        else:
+            leaf._thread.warm()
+        return leaf
+
+    async def close(self) -> None:
+        """Finish what is under way and end threads and files. Containers keep their network."""
+        await self.endpoints.close()
+        if self._reconciling is not None:
+            await asyncio.wait((self._reconciling,))
+        await run_blocking(self._close)
+
+    def _close(self) -> None:
+        self._pool.close()
+        self._thread.close()
+        self._firewall.close()
+        self.db.close()
+
+
+def _log_failure(done: "asyncio.Future[None]") -> None:
+    if not done.cancelled() and (error := done.exception()) is not None:
+        log.error("network.reconcile_failed", exc_info=error)

@@ -1,0 +1,155 @@
+"""Networks and endpoints as values: what is asked for, what is recorded, what is answered."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from corral.network.ipam import Address, Subnet
+
+DEFAULT_NETWORK = "bridge"
+# The namespace of networks that corral itself made: they are seen from every namespace.
+BUILTIN_NAMESPACE = ""
+
+
+class NetworkState(StrEnum):
+    """Rows are written before and after the kernel's part, so that a next start can finish or undo it."""
+
+    CREATING = "creating"
+    READY = "ready"
+    REMOVING = "removing"
+
+
+class EndpointState(StrEnum):
+    """ATTACHING rows are undone by a next start."""
+
+    ATTACHING = "attaching"
+    READY = "ready"
+
+
+class Mode(StrEnum):
+    """Whose network namespace an endpoint has."""
+
+    NETWORKS = "networks"
+    NONE = "none"
+    HOST = "host"
+    CONTAINER = "container"
+    PATH = "path"
+
+    @property
+    def has_own_namespace(self) -> bool:
+        return self in (Mode.NETWORKS, Mode.NONE)
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """One subnet of a network."""
+
+    subnet: Subnet
+    gateway: Address
+    window: Subnet | None = None  # addresses are given out only from here
+    reserved: tuple[Address, ...] = ()
+    id: int = 0  # of its row
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """One network. Builtin ones without a bridge (host, none) have no rows anywhere."""
+
+    id: str
+    namespace: str
+    name: str
+    driver: str
+    bridge: str = ""
+    ranges: tuple[Range, ...] = ()
+    mtu: int = 0
+    internal: bool = False
+    ipv6: bool = False
+    options: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    created_ns: int = 0
+    state: NetworkState = NetworkState.READY
+
+    @property
+    def builtin(self) -> bool:
+        return self.namespace == BUILTIN_NAMESPACE
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointKey:
+    """Names an endpoint: ids are unique within a namespace."""
+
+    namespace: str
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """One network as asked for."""
+
+    network: str
+    ipv4: str = ""
+    ipv6: str = ""
+    mac: str = ""
+    aliases: tuple[str, ...] = ()
+    interface: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Dns:
+    """Settings of /etc/resolv.conf; what is empty is as the host has it."""
+
+    servers: tuple[str, ...] = ()
+    search: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What Attach was asked for; two equal ones are one call made twice."""
+
+    mode: Mode
+    attachments: tuple[Attachment, ...] = ()
+    container: str = ""
+    netns_path: str = ""
+    hostname: str = ""
+    domainname: str = ""
+    dns: Dns = Dns()
+    extra_hosts: tuple[tuple[str, str], ...] = ()
+    sysctls: tuple[tuple[str, str], ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """One interface of an endpoint, with its place in a network."""
+
+    network: Network
+    name: str  # inside
+    host_name: str  # the other end
+    mac: str
+    addresses: tuple[tuple[Address, Range], ...] = ()
+    aliases: tuple[str, ...] = ()
+
+    def address(self, version: int) -> tuple[Address, Range] | None:
+        """The address of that IP version, with its subnet."""
+        return next((held for held in self.addresses if held[0].version == version), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One endpoint as recorded."""
+
+    key: EndpointKey
+    request: Request
+    # The namespace's pin: a name in our directory for own ones, a path of somebody else, or empty for the host's.
+    netns: str
+    interfaces: Sequence[Interface]
+    state: EndpointState
+    boot_id: str
+    created_ns: int
+    # Id of the endpoint, in the same namespace, whose namespace and files it shares; empty: its own.
+    owner: str = ""
+
+    @property
+    def mode(self) -> Mode:
+        return self.request.mode

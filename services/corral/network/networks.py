@@ -1,0 +1,300 @@
+"""Networks: made, found, removed.
+
+    Create   row CREATING   -> bridge, firewall -> row READY, journal
+    Remove   row REMOVING   -> firewall, bridge -> row gone, journal
+
+A next start undoes CREATING and finishes REMOVING (see corral.network.recovery). The default network is made when it is
+first asked for, so a daemon that nobody uses leaves the host as it was.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from corral.network import allocations, bridge, store, subnets
+from corral.network.allocations import Allocations
+from corral.network.bridge import BridgeDriver
+from corral.network.config import NetworkConfig
+from corral.network.ipam import Subnet
+from corral.network.model import BUILTIN_NAMESPACE, DEFAULT_NETWORK, EndpointKey, Network, NetworkState, Range
+from corral.network.netlink import Netlink, NetlinkThread, Route, link_exists
+from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
+from corral.store import Database, Duplicate, Snapshot, Transaction, failpoint
+
+ID_HEX_CHARS = 64
+FORWARDING_FACT = "ip_forward_switched_on"
+# Networks without a kernel object: their names are modes of Attach.
+HOST = Network(id="0" * 63 + "1", namespace=BUILTIN_NAMESPACE, name="host", driver="host")
+NONE = Network(id="0" * 63 + "2", namespace=BUILTIN_NAMESPACE, name="none", driver="none")
+MIN_MTU, MAX_MTU = 576, 65535
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkSpec:
+    """What Create was asked for."""
+
+    namespace: str
+    name: str
+    driver: str = bridge.DRIVER
+    ranges: Sequence[Range] = ()
+    mtu: int = 0
+    internal: bool = False
+    ipv6: bool = False
+    interface: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A network with what the store knows about its use."""
+
+    network: Network
+    usage: Sequence[tuple[int, int]]  # per range: held, free
+    endpoints: Sequence[EndpointKey]
+
+
+class Networks:
+    """All networks of this engine."""
+
+    def __init__(
+        self, config: NetworkConfig, db: Database, thread: NetlinkThread, driver: BridgeDriver, held: Allocations
+    ) -> None:
+        self._config = config
+        self._db = db
+        self._thread = thread
+        self._driver = driver
+        self._allocations = held
+        self._making_default = asyncio.Lock()
+        self._built: set[str] = set()  # ids of networks that are known to stand in the kernel
+
+    # Making
+
+    async def create(self, spec: NetworkSpec) -> Network:
+        """Make a network. Raises AlreadyExists, FailedPrecondition (overlap, interface name taken), InvalidArgument."""
+        _check(spec)
+        routes, mtu = await self._thread.run(lambda netlink: (netlink.routes(), spec.mtu or self._mtu(netlink)))
+        network_id = secrets.token_hex(ID_HEX_CHARS // 2)
+        network = Network(
+            id=network_id,
+            namespace=spec.namespace,
+            name=spec.name,
+            driver=spec.driver,
+            bridge=spec.interface or f"crl{network_id[:12]}",
+            ranges=tuple(spec.ranges),
+            mtu=mtu,
+            internal=spec.internal,
+            ipv6=any(part.subnet.version == 6 for part in spec.ranges),
+            options=dict(spec.options),
+            labels=dict(spec.labels),
+            created_ns=time.time_ns(),
+            state=NetworkState.CREATING,
+        )
+        network = await self._db.write(lambda transaction: self._insert(transaction, network, routes))
+        failpoint("network.create.after_row")
+        try:
+            await self._thread.run(lambda netlink: self._build_new(netlink, network))
+        except BaseException:
+            await self._db.write(lambda transaction: store.delete_network(transaction, network.id))
+            raise
+        return await self._db.write(lambda transaction: _ready(transaction, network))
+
+    def _insert(self, transaction: Transaction, network: Network, routes: Iterable[Route]) -> Network:
+        existing = store.networks(transaction)
+        taken = self._taken(existing, routes)
+        if network.ranges:
+            for part in network.ranges:
+                subnets.refuse_overlap(part.subnet, taken)
+        else:
+            subnet = subnets.choose(self._config.pools, self._config.pool_prefix, taken)
+            network = replace(network, ranges=(subnets.make_range(str(subnet)),))
+        try:
+            store.insert_network(transaction, network)
+        except Duplicate as e:
+            if any(other.bridge == network.bridge for other in existing):
+                raise AlreadyExists(f"interface {network.bridge} belongs to another network") from e
+            raise AlreadyExists(
+                f"network {network.name!r} already exists: choose another name, or remove it first",
+                reason="NETWORK_EXISTS",
+            ) from e
+        found = store.network_by_id(transaction, network.id)
+        assert found is not None
+        return found
+
+    def _build_new(self, netlink: Netlink, network: Network) -> None:
+        """Build a network that never stood; what exists under its interface's name is not ours."""
+        if link_exists(network.bridge):
+            raise FailedPrecondition(
+                f"the host already has an interface {network.bridge}: choose another name", reason="INTERFACE_TAKEN"
+            )
+        try:
+            self._build(netlink, network)
+        except BaseException:
+            self._driver.remove(netlink, network)
+            raise
+
+    def _build(self, netlink: Netlink, network: Network) -> None:
+        others = [one for one in self._db.read_sync(store.networks) if one.state is NetworkState.READY]
+        if self._driver.build(netlink, network, others):
+            self._db.write_sync(lambda transaction: store.remember(transaction, FORWARDING_FACT, str(time.time_ns())))
+        self._built.add(network.id)
+
+    def _mtu(self, netlink: Netlink) -> int:
+        return self._config.mtu or netlink.default_mtu()
+
+    @staticmethod
+    def _taken(existing: Iterable[Network], routes: Iterable[Route]) -> dict[Subnet, str]:
+        """Subnets that a new network must not overlap, each with its owner. Routes through our own bridges are our networks."""
+        existing = list(existing)
+        ours = {network.bridge for network in existing}
+        taken = {part.subnet: f"network {network.name!r}" for network in existing for part in network.ranges}
+        for route in routes:
+            if route.interface not in ours and route.subnet not in taken:
+                taken[route.subnet] = f"a route of the host through {route.interface or 'an interface that is gone'}"
+        return taken
+
+    # The default network
+
+    async def default(self) -> Network:
+        """The default network, made if need be. Its bridge may still have to be built."""
+        async with self._making_default:
+            found = self._db.read_sync(_default)
+            if found is None:
+                routes, mtu = await self._thread.run(lambda netlink: (netlink.routes(), self._mtu(netlink)))
+                found = await self._db.write(lambda transaction: self._insert_default(transaction, routes, mtu))
+            return found
+
+    def _insert_default(self, transaction: Transaction, routes: Sequence[Route], mtu: int) -> Network:
+        existing = store.networks(transaction)
+        # A bridge of that name without a row is left from an engine whose database is gone.
+        others = [route for route in routes if route.interface != self._config.bridge]
+        subnet = self._default_subnet(self._taken(existing, others))
+        network = Network(
+            id=secrets.token_hex(ID_HEX_CHARS // 2),
+            namespace=BUILTIN_NAMESPACE,
+            name=DEFAULT_NETWORK,
+            driver=bridge.DRIVER,
+            bridge=self._config.bridge,
+            ranges=(subnets.make_range(str(subnet)),),
+            mtu=mtu,
+            created_ns=time.time_ns(),
+        )
+        store.insert_network(transaction, network)
+        found = _default(transaction)
+        assert found is not None
+        return found
+
+    def _default_subnet(self, taken: Mapping[Subnet, str]) -> Subnet:
+        wanted = subnets.parse_subnet(self._config.subnet)
+        if subnets.overlapping(wanted, taken) is None:
+            return wanted
+        return subnets.choose(self._config.pools, 0, taken)
+
+    # Finding
+
+    async def get(self, namespace: str, name: str) -> Network:
+        """The network with that name, id or unambiguous prefix of an id. Raises NotFound, InvalidArgument."""
+        if name == DEFAULT_NETWORK:
+            return await self.default()
+        for builtin in (HOST, NONE):
+            if name in (builtin.name, builtin.id):
+                return builtin
+        found = self._db.read_sync(lambda snapshot: store.find_networks(snapshot, namespace, name)) if name else []
+        if not found:
+            raise NotFound(
+                f"there is no network {name!r}: `corral network ls` lists those there are",
+                reason="NETWORK_NOT_FOUND",
+                metadata={"network": name},
+            )
+        if len(found) > 1:
+            raise InvalidArgument(f"{name!r} is the beginning of {len(found)} network ids: give more of it")
+        return found[0]
+
+    async def describe(self, namespace: str, name: str) -> Described:
+        """A network with its use. Raises as get()."""
+        network = await self.get(namespace, name)
+        return await self._db.read(lambda snapshot: _described(snapshot, namespace, network))
+
+    async def describe_all(self, namespace: str) -> list[Described]:
+        """All networks seen from a namespace, the builtin ones first."""
+        await self.default()
+
+        def read(snapshot: Snapshot) -> list[Described]:
+            found = [one for one in store.networks(snapshot, namespace) if one.state is NetworkState.READY]
+            found.sort(key=lambda network: not network.builtin)
+            return [_described(snapshot, namespace, network) for network in (*found[:1], HOST, NONE, *found[1:])]
+
+        return await self._db.read(read)
+
+    # Use and removal
+
+    def build_missing(self, netlink: Netlink, networks: Iterable[Network]) -> None:
+        """Make sure that these stand in the kernel. On the netlink thread."""
+        for network in networks:
+            if network.id not in self._built or not link_exists(network.bridge):
+                self._build(netlink, network)
+
+    async def remove(self, namespace: str, name: str) -> None:
+        """Remove a network. Raises NotFound, FailedPrecondition while it is used or if it is builtin."""
+        network = await self.get(namespace, name)
+        if network.builtin:
+            raise FailedPrecondition(f"network {network.name!r} is builtin and cannot be removed", reason="BUILTIN")
+        await self._db.write(lambda transaction: _claim_removal(transaction, network))
+        failpoint("network.remove.after_row")
+        self._built.discard(network.id)
+        await self._thread.run(lambda netlink: self._driver.remove(netlink, network))
+        await self._db.write(lambda transaction: self._forget(transaction, network))
+
+    def _forget(self, transaction: Transaction, network: Network) -> None:
+        store.delete_network(transaction, network.id)
+        self._allocations.forget(network.ranges)
+        transaction.journal("network.removed", network.name, {"id": network.id}, namespace=network.namespace)
+
+
+def _check(spec: NetworkSpec) -> None:
+    if spec.driver != bridge.DRIVER:
+        raise Unimplemented(f"network driver {spec.driver!r} is not there yet: use {bridge.DRIVER!r}", reason="NOT_YET")
+    if spec.name in (DEFAULT_NETWORK, HOST.name, NONE.name, "container", "default"):
+        raise AlreadyExists(f"network {spec.name!r} is builtin: choose another name", reason="NETWORK_EXISTS")
+    if spec.ipv6 and not any(part.subnet.version == 6 for part in spec.ranges):
+        raise InvalidArgument("an IPv6 network needs an IPv6 subnet: name one with --subnet", reason="BAD_SUBNET")
+    if spec.mtu and not MIN_MTU <= spec.mtu <= MAX_MTU:
+        raise InvalidArgument(f"MTU {spec.mtu} is not between {MIN_MTU} and {MAX_MTU}", reason="BAD_MTU")
+    if spec.interface:
+        subnets.check_interface_name(spec.interface)
+    for number, part in enumerate(spec.ranges):
+        others = {other.subnet: f"subnet {other.subnet} of the same network" for other in spec.ranges[:number]}
+        subnets.refuse_overlap(part.subnet, others)
+    if spec.ranges and not any(part.subnet.version == 4 for part in spec.ranges):
+        raise Unimplemented("a network without an IPv4 subnet is not there yet: add one", reason="NOT_YET")
+
+
+def _ready(transaction: Transaction, network: Network) -> Network:
+    store.set_network_state(transaction, network.id, NetworkState.READY)
+    payload = {"id": network.id, "subnets": [str(part.subnet) for part in network.ranges]}
+    transaction.journal("network.created", network.name, payload, namespace=network.namespace)
+    return replace(network, state=NetworkState.READY)
+
+
+def _claim_removal(transaction: Transaction, network: Network) -> None:
+    users = store.endpoint_ids(transaction, network.id, None)
+    if users:
+        names = ", ".join(key.id[:12] for key in users[:3]) + (", …" if len(users) > 3 else "")
+        raise FailedPrecondition(
+            f"network {network.name!r} is used by {len(users)} container{'s' * (len(users) > 1)} ({names}): remove them first",
+            reason="NETWORK_IN_USE",
+            metadata={"network": network.name},
+        )
+    store.set_network_state(transaction, network.id, NetworkState.REMOVING)
+
+
+def _default(snapshot: Snapshot) -> Network | None:
+    found = store.find_networks(snapshot, BUILTIN_NAMESPACE, DEFAULT_NETWORK)
+    return found[0] if found else None
+
+
+def _described(snapshot: Snapshot, namespace: str, network: Network) -> Described:
+    usage = [allocations.usage(snapshot, part) for part in network.ranges]
+    return Described(network, usage, store.endpoint_ids(snapshot, network.id, namespace))

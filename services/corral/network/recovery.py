@@ -1,0 +1,112 @@
+"""What a start finds, and what it does about it.
+
+    row                                      kernel                          done
+    endpoint ATTACHING                       anything                        both undone
+    endpoint READY of an earlier boot        nothing                         row kept: Attach makes it anew, Detach deletes it
+    network CREATING, REMOVING               anything                        both removed
+    network READY                            bridge or rules missing         made anew, ports put back
+    none                                     namespace pinned in our state   unpinned
+    none                                     veth of our prefix              deleted, if on a bridge of ours or on none
+    none                                     files in our root               removed
+
+Nothing else is looked at. Rows and namespaces are done before the first RPC; links and rules on the netlink thread, ahead
+of whatever RPCs ask of it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from corral.network import store
+from corral.network.bridge import BridgeDriver
+from corral.network.files import FileStore
+from corral.network.firewall import Firewall
+from corral.network.model import Endpoint, EndpointState, Network, NetworkState
+from corral.network.netlink import Netlink
+from corral.network.networks import Networks
+from corral.network.pool import NetnsPool
+from corral.store import Database, Transaction
+
+log = structlog.get_logger()
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def boot_id() -> str:
+    """Differs after every boot."""
+    return BOOT_ID.read_text().strip()
+
+
+def sweep(db: Database, pool: NetnsPool, files: FileStore) -> None:
+    """The part before the first RPC: half made endpoints, namespaces and files that nobody owns. Blocks."""
+    endpoints = db.read_sync(store.endpoints)
+    half = [endpoint for endpoint in endpoints if endpoint.state is EndpointState.ATTACHING]
+    ready = [endpoint for endpoint in endpoints if endpoint.state is EndpointState.READY]
+    namespaces = pool.sweep({endpoint.netns for endpoint in ready})
+    stale_files = files.sweep({endpoint.key for endpoint in ready})
+    if half:
+        db.write_sync(lambda transaction: _delete_rows(transaction, half))
+    if half or namespaces or stale_files:
+        log.info("network.swept", endpoints=len(half), namespaces=len(namespaces), files=len(stale_files))
+
+
+def _delete_rows(transaction: Transaction, endpoints: list[Endpoint]) -> None:
+    for endpoint in endpoints:
+        store.delete_endpoint(transaction, endpoint.key)
+
+
+@dataclass(frozen=True, slots=True)
+class Reconciler:
+    """The part on the netlink thread."""
+
+    db: Database
+    networks: Networks
+    driver: BridgeDriver
+    firewall: Firewall
+    host_prefix: str
+
+    def needed(self) -> bool:
+        """Whether there is anything to compare with the kernel. Without networks no link can be ours."""
+        return bool(self.db.read_sync(store.networks))
+
+    def run(self, netlink: Netlink) -> None:
+        """Make the kernel what the rows say. Failures are logged, and met again by whoever uses the network."""
+        found = self.db.read_sync(store.networks)
+        self.firewall.rebuild([network for network in found if network.state is NetworkState.READY])
+        for network in found:
+            try:
+                self._reconcile(netlink, network)
+            except OSError as e:
+                log.warning("network.not_reconciled", network=network.name, error=str(e))
+        self._reconcile_links(netlink, {network.bridge for network in found})
+
+    def _reconcile(self, netlink: Netlink, network: Network) -> None:
+        if network.state is NetworkState.READY:
+            self.networks.build_missing(netlink, [network])
+            return
+        self.driver.remove(netlink, network)
+        self.db.write_sync(lambda transaction: _finish_removal(transaction, network))
+        log.info("network.undone", network=network.name, state=network.state)
+
+    def _reconcile_links(self, netlink: Netlink, bridges: set[str]) -> None:
+        links = [link for link in netlink.links("veth") if link[0].startswith(self.host_prefix)]
+        # Read after the links: an Attach meanwhile has its row before its link.
+        endpoints = self.db.read_sync(store.endpoints)
+        owned = {interface.host_name: interface for endpoint in endpoints for interface in endpoint.interfaces}
+        orphans = []
+        for name, master in links:
+            interface = owned.get(name)
+            if interface is None and (master in bridges or not master):
+                netlink.delete_link(name)
+                orphans.append(name)
+            elif interface is not None and not master:
+                netlink.enslave(name, interface.network.bridge)
+        if orphans:
+            log.info("network.links_removed", links=orphans)
+
+
+def _finish_removal(transaction: Transaction, network: Network) -> None:
+    store.delete_network(transaction, network.id)
+    if network.state is NetworkState.REMOVING:
+        transaction.journal("network.removed", network.name, {"id": network.id}, namespace=network.namespace)

@@ -1,0 +1,220 @@
+"""Between wire messages and values; what comes from the wire is checked here."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from corral.api.network.v1 import network_pb2
+from corral.network import bridge, subnets, sysctls
+from corral.network.etc import HOST_GATEWAY
+from corral.network.files import HOSTNAME, HOSTS, RESOLV_CONF
+from corral.network.model import Attachment, Dns, Endpoint, Interface, Mode, Request
+from corral.network.networks import Described, NetworkSpec
+from corral.rpc.context import check_id
+from corral.rpc.errors import InvalidArgument, Unimplemented
+
+# RFC 1123, and the underscore that people use. They become lines of /etc/hosts, so nothing else passes.
+_HOSTNAME = re.compile(r"[a-zA-Z0-9_]([a-zA-Z0-9_-]*[a-zA-Z0-9_])?(\.[a-zA-Z0-9_]([a-zA-Z0-9_-]*[a-zA-Z0-9_])?)*\.?")
+MAX_HOSTNAME = 64  # Linux: __NEW_UTS_LEN
+MAX_DOMAIN = 253
+_RESOLVER_WORD = re.compile(r"[a-zA-Z0-9_.:%-]+")
+_NAMESPACE_PATH = re.compile(r"/[^\0\n]+")
+
+_MODES: Mapping[network_pb2.AttachRequest.Mode.ValueType, Mode] = {
+    network_pb2.AttachRequest.MODE_UNSPECIFIED: Mode.NETWORKS,
+    network_pb2.AttachRequest.MODE_NETWORKS: Mode.NETWORKS,
+    network_pb2.AttachRequest.MODE_NONE: Mode.NONE,
+    network_pb2.AttachRequest.MODE_HOST: Mode.HOST,
+    network_pb2.AttachRequest.MODE_CONTAINER: Mode.CONTAINER,
+    network_pb2.AttachRequest.MODE_PATH: Mode.PATH,
+}
+_WIRE_MODES: Mapping[Mode, network_pb2.AttachRequest.Mode.ValueType] = {
+    mode: number for number, mode in _MODES.items() if number != network_pb2.AttachRequest.MODE_UNSPECIFIED
+}
+
+
+# Networks
+
+
+def network_spec(request: network_pb2.CreateNetworkRequest, namespace: str) -> NetworkSpec:
+    """What Create asks for. Raises InvalidArgument."""
+    ranges = [
+        subnets.make_range(part.cidr, gateway=part.gateway, window=part.range, reserved=part.reserved)
+        for part in request.subnets
+    ]
+    return NetworkSpec(
+        namespace=namespace,
+        name=check_id(request.name, "network name"),
+        driver=request.driver or bridge.DRIVER,
+        ranges=ranges,
+        mtu=request.mtu,
+        internal=request.internal,
+        ipv6=request.ipv6,
+        interface=request.interface,
+        options=dict(request.options),
+        labels=dict(request.labels),
+    )
+
+
+def network(described: Described) -> network_pb2.Network:
+    """A network as answered."""
+    value = described.network
+    parts = [
+        network_pb2.Subnet(
+            cidr=str(part.subnet),
+            gateway=str(part.gateway),
+            range=str(part.window or ""),
+            reserved=[str(address) for address in part.reserved],
+            used=used,
+            free=free,
+        )
+        for part, (used, free) in zip(value.ranges, described.usage, strict=True)
+    ]
+    return network_pb2.Network(
+        name=value.name,
+        id=value.id,
+        driver=value.driver,
+        subnets=parts,
+        interface=value.bridge,
+        mtu=value.mtu,
+        internal=value.internal,
+        options=value.options,
+        labels=value.labels,
+        created_at=timestamp(value.created_ns),
+        builtin=value.builtin,
+        endpoints=[key.id for key in described.endpoints],
+        ipv6=value.ipv6,
+    )
+
+
+# Endpoints
+
+
+def attach_request(request: network_pb2.AttachRequest) -> Request:
+    """What Attach asks for. Raises InvalidArgument, Unimplemented."""
+    mode = _MODES.get(request.mode)
+    if mode is None:
+        raise InvalidArgument(f"mode {request.mode} is not known", reason="BAD_MODE")
+    if request.ports:
+        raise Unimplemented("publishing ports is not there yet in this version of corral", reason="NOT_YET")
+    asked = Request(
+        mode=mode,
+        attachments=tuple(attachment(one) for one in request.networks),
+        container=check_id(request.container_endpoint, "container") if request.container_endpoint else "",
+        netns_path=request.netns_path,
+        hostname=hostname(request.hostname, "hostname", MAX_HOSTNAME),
+        domainname=hostname(request.domainname, "domain name", MAX_DOMAIN),
+        dns=dns(request.dns),
+        extra_hosts=tuple(_host_entry(entry) for entry in request.extra_hosts),
+        sysctls=tuple(sorted(request.sysctls.items())),
+        labels=tuple(sorted(request.labels.items())),
+    )
+    _check_mode(asked)
+    return asked
+
+
+def _check_mode(asked: Request) -> None:
+    """Raises InvalidArgument where fields do not go together."""
+    mode = asked.mode
+    if asked.attachments and mode is not Mode.NETWORKS:
+        raise InvalidArgument(f"mode {mode} takes no networks", reason="BAD_MODE")
+    if bool(asked.container) != (mode is Mode.CONTAINER):
+        raise InvalidArgument("container_endpoint goes with mode container, and only with it", reason="BAD_MODE")
+    if bool(asked.netns_path) != (mode is Mode.PATH):
+        raise InvalidArgument("netns_path goes with mode path, and only with it", reason="BAD_MODE")
+    if asked.netns_path and not _NAMESPACE_PATH.fullmatch(asked.netns_path):
+        raise InvalidArgument(f"netns_path {asked.netns_path!r} is not an absolute path", reason="BAD_PATH")
+    if asked.sysctls and not mode.has_own_namespace:
+        raise InvalidArgument(f"mode {mode} takes no sysctls: the namespace belongs to others", reason="BAD_MODE")
+    sysctls.paths(asked.sysctls)
+
+
+def attachment(message: network_pb2.NetworkAttachment) -> Attachment:
+    """One network as asked for. Raises InvalidArgument."""
+    return Attachment(
+        network=check_id(message.network, "network") if message.network else "",
+        ipv4=str(subnets.parse_address(message.ipv4_address, "address", version=4)) if message.ipv4_address else "",
+        ipv6=str(subnets.parse_address(message.ipv6_address, "address", version=6)) if message.ipv6_address else "",
+        mac=subnets.parse_mac(message.mac_address) if message.mac_address else "",
+        aliases=tuple(hostname(alias, "alias", MAX_DOMAIN) for alias in message.aliases),
+        interface=subnets.check_interface_name(message.interface) if message.interface else "",
+    )
+
+
+def dns(message: network_pb2.DnsOptions) -> Dns:
+    """Settings of resolv.conf. Raises InvalidArgument."""
+    servers = tuple(str(subnets.parse_address(server, "name server")) for server in message.servers)
+    return Dns(servers, _words(message.search, "search domain"), _words(message.options, "resolver option"))
+
+
+def hostname(text: str, what: str, longest: int) -> str:
+    """`text`, if it is empty or a host name. Raises InvalidArgument."""
+    if text and (len(text) > longest or not _HOSTNAME.fullmatch(text)):
+        raise InvalidArgument(
+            f"{what} {text[: longest + 10]!r} is not valid: letters, digits, '-' and '.', at most {longest} characters",
+            reason="BAD_HOSTNAME",
+        )
+    return text
+
+
+def _words(words: Iterable[str], what: str) -> tuple[str, ...]:
+    checked = tuple(words)
+    for word in checked:
+        if not _RESOLVER_WORD.fullmatch(word):
+            raise InvalidArgument(f"{what} {word!r} is not valid", reason="BAD_DNS")
+    return checked
+
+
+def _host_entry(entry: network_pb2.HostEntry) -> tuple[str, str]:
+    if not entry.name:
+        raise InvalidArgument("an extra host needs a name", reason="BAD_HOSTNAME")
+    name = hostname(entry.name, "host name", MAX_DOMAIN)
+    if entry.address == HOST_GATEWAY:
+        return name, HOST_GATEWAY
+    return name, str(subnets.parse_address(entry.address, f"address of {name}"))
+
+
+def endpoint(value: Endpoint, *, netns_path: Path | None, files: Path, own_hostname: str) -> network_pb2.Endpoint:
+    """An endpoint as answered."""
+    return network_pb2.Endpoint(
+        id=value.key.id,
+        netns_path=str(netns_path or ""),
+        mode=_WIRE_MODES[value.mode],
+        interfaces=[_interface(one) for one in value.interfaces],
+        hostname=own_hostname,
+        hosts_path=str(files / HOSTS),
+        resolv_conf_path=str(files / RESOLV_CONF),
+        hostname_path=str(files / HOSTNAME),
+        created_at=timestamp(value.created_ns),
+        labels=dict(value.request.labels),
+    )
+
+
+def _interface(value: Interface) -> network_pb2.Interface:
+    message = network_pb2.Interface(
+        network=value.network.name,
+        name=value.name,
+        host_name=value.host_name,
+        mac_address=value.mac,
+        aliases=value.aliases,
+    )
+    message.ipv4_address, message.ipv4_gateway = _address(value, 4)
+    message.ipv6_address, message.ipv6_gateway = _address(value, 6)
+    return message
+
+
+def _address(value: Interface, version: int) -> tuple[str, str]:
+    held = value.address(version)
+    if held is None:
+        return "", ""
+    address, part = held
+    gateway = "" if value.network.internal else str(part.gateway)
+    return f"{address}/{part.subnet.prefixlen}", gateway
+
+
+def timestamp(nanoseconds: int) -> Timestamp:
+    """A time on the wire."""
+    seconds, nanos = divmod(nanoseconds, 1_000_000_000)
+    return Timestamp(seconds=seconds, nanos=nanos)
