@@ -19,10 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import busybox
 import memory
-from harness import CORRAL, Daemon
 from peers import Peer, installed_peers, quiet
+from support.corrald import CORRAL, Corrald, running
+from support.images import write_busybox
 
 ROUNDS = int(os.environ.get("CORRAL_BENCH_ROUNDS", "20"))
 IDLE_CONTAINERS = 50
@@ -56,7 +56,7 @@ def table(title: str, rows: dict[str, float], unit: str, base: str) -> None:
 # ---------------------------------------------------------------- what is measured
 
 
-def bench_cold(daemon: Daemon, peers: list[Peer]) -> None:
+def bench_cold(daemon: Corrald, peers: list[Peer]) -> None:
     """The command as a user types it."""
     for network in ("none", "bridge"):
         jobs: dict[str, Callable[[], object]] = {
@@ -68,7 +68,7 @@ def bench_cold(daemon: Daemon, peers: list[Peer]) -> None:
         table(f"cold start: run --rm IMAGE true, network {network}", interleaved(jobs), "ms", "corral")
 
 
-def bench_api(daemon: Daemon, peers: list[Peer]) -> None:
+def bench_api(daemon: Corrald, peers: list[Peer]) -> None:
     """create + start + wait + delete of `true`, from a client that stays connected."""
     with daemon.client() as client:
 
@@ -89,7 +89,7 @@ def bench_api(daemon: Daemon, peers: list[Peer]) -> None:
     table("create+start+wait+delete over gRPC", rows, "ms", "corral, no network")
 
 
-def bench_exec(daemon: Daemon, peers: list[Peer]) -> None:
+def bench_exec(daemon: Corrald, peers: list[Peer]) -> None:
     """A further `true` in a running container."""
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(daemon.client())
@@ -106,7 +106,7 @@ def bench_exec(daemon: Daemon, peers: list[Peer]) -> None:
     table("exec of true", rows, "ms", "corral over gRPC")
 
 
-def bench_verbs(daemon: Daemon, peers: list[Peer]) -> None:
+def bench_verbs(daemon: Corrald, peers: list[Peer]) -> None:
     """How long each verb takes to start: its help, which loads all of its options."""
     from corral.cli.main import VERBS
 
@@ -117,7 +117,7 @@ def bench_verbs(daemon: Daemon, peers: list[Peer]) -> None:
     table("start of each verb", interleaved(jobs, 7), "ms", "--help")
 
 
-def bench_memory(daemon: Daemon, peers: list[Peer]) -> None:
+def bench_memory(daemon: Corrald, peers: list[Peer]) -> None:
     """PSS of everything of ours over N idle containers, less what the daemon takes without any."""
     before = memory.of_daemon(daemon)
     with daemon.client() as client:
@@ -136,7 +136,7 @@ def bench_memory(daemon: Daemon, peers: list[Peer]) -> None:
             print(f"  {peer.name}, PSS per container{'':<{10 - len(peer.name)}}{each / 2**20:9.2f} MiB")
 
 
-def bench_many(daemon: Daemon, peers: list[Peer]) -> None:
+def bench_many(daemon: Corrald, peers: list[Peer]) -> None:
     """Starting one more when 200 run, against starting the first."""
     with daemon.client() as client:
 
@@ -163,11 +163,11 @@ def bench_many(daemon: Daemon, peers: list[Peer]) -> None:
     print(f"  {MANY} started one after the other in {filled:.2f} s; `ps` of them {listing * 1000:.1f} ms")
 
 
-def corral(daemon: Daemon, *args: str) -> None:
+def corral(daemon: Corrald, *args: str) -> None:
     quiet([str(CORRAL), *args], CORRAL_ADDRESS=daemon.address)
 
 
-BENCHES: dict[str, Callable[[Daemon, list[Peer]], None]] = {
+BENCHES: dict[str, Callable[[Corrald, list[Peer]], None]] = {
     "api": bench_api,
     "cold": bench_cold,
     "exec": bench_exec,
@@ -182,8 +182,8 @@ def main() -> None:
     if unknown := set(wanted) - BENCHES.keys():
         raise SystemExit(f"bench: there is no {', '.join(sorted(unknown))}; there are {', '.join(BENCHES)}")
     with tempfile.TemporaryDirectory(prefix="corral-bench-") as scratch, contextlib.ExitStack() as stack:
-        archive = busybox.docker_archive(Path(scratch) / "busybox.tar", "docker.io/library/busybox:latest")
-        daemon = stack.enter_context(Daemon())
+        archive = write_busybox(Path(scratch) / "busybox.tar", "docker.io/library/busybox:latest")
+        daemon = stack.enter_context(running())
         with daemon.client() as client:
             client.images.load(archive)
         peers = installed_peers(stack, Path(scratch), archive)

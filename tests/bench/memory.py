@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import Daemon, shims_of
+from support.corrald import Corrald
+from support.sweep import shims
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +31,13 @@ def of_processes(pids: Iterable[int]) -> Memory:
     return total
 
 
-def of_daemon(daemon: Daemon) -> Memory:
+def of_daemon(daemon: Corrald) -> Memory:
     return of_processes(p.pid for p in daemon.processes.values())
 
 
-def of_shims(daemon: Daemon) -> Memory:
+def of_shims(daemon: Corrald) -> Memory:
     """Shims and their zygote: everything of ours but the daemon itself."""
-    return of_processes(pid for pid, _ in shims_of(daemon.state))
+    return of_processes(shims(daemon.state))
 
 
 def of_commands(*names: str) -> Memory:

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import busybox
 import memory
+from support.images import busybox_layer
 
 _numbers = itertools.count()
 
@@ -68,7 +68,7 @@ class Runc(Peer):
         self.bundle = scratch / "runc-bundle"
         rootfs = self.bundle / "rootfs"
         rootfs.mkdir(parents=True)
-        with tarfile.open(fileobj=io.BytesIO(busybox.layer())) as tar:
+        with tarfile.open(fileobj=io.BytesIO(busybox_layer())) as tar:
             tar.extractall(rootfs, filter="tar")
         quiet(["runc", "spec", "--bundle", str(self.bundle)])
         self._spec = json.loads((self.bundle / "config.json").read_text())

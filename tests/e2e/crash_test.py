@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import busybox
-from harness import SERVICES, Daemon
+from support.corrald import SERVICES, Corrald, running
+from support.images import write_busybox
 
 from corral.client.sync import Client
 from corral.rpc.errors import AlreadyExists, CorralError, NotFound, Unavailable
@@ -60,7 +60,7 @@ class Tally:
 class Worker(threading.Thread):
     """Creates, runs and deletes containers until told to stop."""
 
-    def __init__(self, number: int, daemon: Daemon, tally: Tally, stop: threading.Event) -> None:
+    def __init__(self, number: int, daemon: Corrald, tally: Tally, stop: threading.Event) -> None:
         super().__init__(name=f"worker-{number}", daemon=True)
         self.number = number
         self.client: Client = daemon.client()
@@ -116,12 +116,12 @@ class Worker(threading.Thread):
                 time.sleep(0.05)
 
 
-def kill_at_random(daemon: Daemon, workers: list[Worker]) -> None:
+def kill_at_random(daemon: Corrald, workers: list[Worker]) -> None:
     """The kills, each followed by a restart."""
     chance = random.Random(SEED)
     for number in range(1, KILLS + 1):
         time.sleep(chance.uniform(0, 0.5) if chance.random() < 0.7 else chance.uniform(0, 0.02))
-        victim = chance.choice(SERVICES) if SPLIT else "all"
+        victim = chance.choice(SERVICES) if SPLIT else "corrald"
         daemon.kill9(victim)
         daemon.start()
         if number % 20 == 0:
@@ -134,8 +134,8 @@ def kill_at_random(daemon: Daemon, workers: list[Worker]) -> None:
 
 def main() -> None:
     print(f"crash test: {KILLS} kills, {WORKERS} workers, seed {SEED}{', five processes' if SPLIT else ''}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="corral-crash-") as scratch, Daemon(split=SPLIT) as daemon:
-        archive = busybox.docker_archive(Path(scratch) / "busybox.tar")
+    with tempfile.TemporaryDirectory(prefix="corral-crash-") as scratch, running(split=SPLIT) as daemon:
+        archive = write_busybox(Path(scratch) / "busybox.tar")
         with daemon.client() as client:
             client.images.load(archive, name="busybox")
         tally, stop = Tally(), threading.Event()
@@ -154,7 +154,7 @@ def main() -> None:
     raise SystemExit(1 if tally.lost or leaked else 0)
 
 
-def find_leaks(daemon: Daemon) -> list[str]:
+def find_leaks(daemon: Corrald) -> list[str]:
     """What is there although every container was deleted; asked of the services and of the kernel."""
     from corral.api.cgroups.v1 import cgroups_pb2, cgroups_pb2_grpc
     from corral.api.images.v1 import images_pb2, images_pb2_grpc

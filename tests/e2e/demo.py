@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import busybox
-from harness import Daemon
+from support.corrald import Corrald, running
+from support.images import write_busybox
 
 BOLD, DIM, PLAIN = ("\033[1m", "\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
 
@@ -18,7 +18,7 @@ BOLD, DIM, PLAIN = ("\033[1m", "\033[2m", "\033[0m") if sys.stdout.isatty() else
 class Stage:
     """Runs `corral` before the audience: shows the command, its output and its exit code."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Corrald) -> None:
         self.daemon = daemon
 
     def scene(self, number: int, title: str) -> None:
@@ -103,9 +103,9 @@ def main() -> None:
     if os.geteuid() != 0:
         raise SystemExit("demo: corral makes namespaces and cgroups: run it as root (sudo make demo)")
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="corral-demo-") as scratch, Daemon() as daemon:
+    with tempfile.TemporaryDirectory(prefix="corral-demo-") as scratch, running() as daemon:
         stage = Stage(daemon)
-        archive = busybox.docker_archive(Path(scratch) / "busybox.tar")
+        archive = write_busybox(Path(scratch) / "busybox.tar")
         stage.corral("image", "import", str(archive), "--as", "busybox")
         stage.corral("image", "ls")
         for scene in (hello, alone, memory_limit, two_on_a_bridge, survives_the_daemon):
