@@ -94,7 +94,8 @@ class Cgroup:
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to every process in it and below; none escapes by forking. Does not wait for their end.
 
-        SIGKILL thaws a frozen cgroup, any other signal leaves it frozen.
+        SIGKILL thaws a frozen cgroup; any other signal leaves it frozen, and waits until it is thawed if it is
+        handled (on v2 a signal that is not, and so would end a process, ends it at once).
         Raises OSError(EPERM) if the caller itself is inside.
         """
         v1, v2 = self._v1_pids(), self._v2_pids()

@@ -18,6 +18,7 @@ PEAK = "memory.max_usage_in_bytes"
 SWAP_USAGE = "memory.memsw.usage_in_bytes"
 KERNEL_USAGE = "memory.kmem.usage_in_bytes"
 FAILCNT = "memory.failcnt"
+SWAP_FAILCNT = "memory.memsw.failcnt"
 STAT = "memory.stat"
 
 
@@ -94,5 +95,6 @@ def read(directory: str) -> MemoryStats:
         page_faults=stat.get("total_pgfault", 0),
         major_page_faults=stat.get("total_pgmajfault", 0),
         oom_kills=oom.get("oom_kill", 0),
-        limit_hits=files.read_number(f"{directory}/{FAILCNT}"),
+        # With as much memory as memory and swap together, the second limit is the one that is hit.
+        limit_hits=files.read_number(f"{directory}/{FAILCNT}") + files.read_number(f"{directory}/{SWAP_FAILCNT}", 0),
     )
