@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import wraps
 from signal import SIGKILL
 from typing import Any, Concatenate
 
@@ -74,10 +73,10 @@ def uncancelled[**P, T](
 ) -> Callable[Concatenate["Tasks", P], Coroutine[Any, Any, T]]:
     """The method goes on when its caller is cancelled: half of a change must never be left."""
 
-    @wraps(method)
-    async def shielded(self: "Tasks", *args: P.args, **kwargs: P.kwargs) -> T:
+    async def shielded(self: "Tasks", /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.shield(self.in_background(method(self, *args, **kwargs)))
 
+    shielded.__doc__ = method.__doc__
     return shielded
 
 

@@ -23,11 +23,13 @@ from corral.tasks.attach import Attachment, Stream
 from corral.tasks.bundle import Bundles
 from corral.tasks.config import TasksConfig
 from corral.tasks.lifecycle import Tasks
+from corral.tasks.logs import stream_log
 from corral.tasks.model import TaskKey
 from corral.tasks.processes import pids
 from corral.tasks.recovery import Recovery
 from corral.tasks.spawning import Spawner
 from corral.tasks.store import MIGRATIONS
+from corral.tasks.watch import DirectoryWatch
 from corral.tasks.zygote import Zygote
 
 log = structlog.get_logger()
@@ -71,6 +73,7 @@ class TasksService:
         await self._tasks.recover()
 
     async def stop(self) -> None:
+        self._servicer.close()
         if self._tasks is not None:
             await self._tasks.stop()
         if self._zygote is not None:
@@ -90,6 +93,11 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
 
     def __init__(self, config: TasksConfig) -> None:
         self._config = config
+        self._watch = DirectoryWatch()
+
+    def close(self) -> None:
+        """Release what the calls used."""
+        self._watch.close()
 
     def serve(self, tasks: Tasks, database: Database) -> None:
         self._tasks = tasks
@@ -190,6 +198,15 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
                         size = request.resize
                         await self._tasks.resize(_key(header.id), header.exec_id, size.width, size.height)
         attachment.close_stdin()
+
+    async def Logs(
+        self, request: pb.LogsRequest, context: Context[pb.LogsRequest, pb.LogsResponse]
+    ) -> AsyncIterator[pb.LogsResponse]:
+        task = self._tasks.get(_key(request.id))
+        selection = translate.selection(request)
+        async with aclosing(stream_log(task, selection, self._watch, follow=request.follow)) as batches:
+            async for batch in batches:
+                yield pb.LogsResponse(entries=map(translate.log_entry, batch))
 
     async def Events(
         self,

@@ -9,10 +9,11 @@ from corral.api.tasks.v1 import tasks_pb2 as pb
 from corral.api.types.v1 import types_pb2 as types_pb
 from corral.rpc.context import check_id
 from corral.rpc.errors import InvalidArgument
-from corral.rpc.events import timestamp
+from corral.rpc.events import nanoseconds, timestamp
 from corral.tasks.attach import Wanted
 from corral.tasks.bundle import LOG, Bundles
 from corral.tasks.config import TasksConfig
+from corral.tasks.entries import Entry, Selection
 from corral.tasks.lifecycle import NewExec, NewTask
 from corral.tasks.live import Process, Task
 from corral.tasks.model import Exit, LogRow, Status, TaskKey, mapping
@@ -23,6 +24,9 @@ _DRIVERS = {
     pb.LogOptions.DRIVER_CRI: "cri",
     pb.LogOptions.DRIVER_NONE: "none",
 }
+
+
+_STREAMS = {"stdout": pb.LogEntry.STREAM_STDOUT, "stderr": pb.LogEntry.STREAM_STDERR}
 
 
 def exit_status(how: Exit) -> types_pb.ExitStatus:
@@ -81,6 +85,25 @@ def wanted(header: pb.AttachHeader) -> Wanted:
         stderr=header.stderr,
         lossless=header.lossless,
         replay=header.replay,
+    )
+
+
+def selection(request: pb.LogsRequest) -> Selection:
+    """Which entries of a log are asked for."""
+    wanted_streams = {"stdout": request.stdout, "stderr": request.stderr}
+    chosen = frozenset(name for name, asked in wanted_streams.items() if asked)
+    return Selection(
+        streams=chosen or frozenset(wanted_streams),
+        since_ns=nanoseconds(request.since) if request.HasField("since") else None,
+        until_ns=nanoseconds(request.until) if request.HasField("until") else None,
+        tail=request.tail if request.HasField("tail") else None,
+    )
+
+
+def log_entry(entry: Entry) -> pb.LogEntry:
+    """A line of a log."""
+    return pb.LogEntry(
+        time=timestamp(entry.time_ns), stream=_STREAMS[entry.stream], line=entry.line, partial=entry.partial
     )
 
 

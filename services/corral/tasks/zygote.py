@@ -40,7 +40,7 @@ class Zygote:
         self._connection: Connection | None = None
         self._running = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self.pid = 0
 
     def start(self) -> None:
@@ -49,7 +49,7 @@ class Zygote:
 
     async def stop(self) -> None:
         """End it and wait until it has ended. Shims live on."""
-        self._stopping = True
+        self._stopping.set()
         if self._connection is not None:
             self._connection.close()
         if self._supervisor is not None:
@@ -77,13 +77,13 @@ class Zygote:
     async def _supervise(self) -> None:
         loop = asyncio.get_running_loop()
         delay_s = 0.0
-        while not self._stopping:
+        while not self._stopping.is_set():
             began = loop.time()
             try:
                 await self._run_once()
             except OSError:
                 log.exception("zygote.not_started")
-            if self._stopping:
+            if self._stopping.is_set():
                 return
             log.warning("zygote.ended", pid=self.pid)
             lived_long = loop.time() - began > LIVED_LONG_S
