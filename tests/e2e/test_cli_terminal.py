@@ -1,0 +1,130 @@
+"""`corral run -it` in a real terminal: tmux types, and reads the screen."""
+
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from support.corrald import CORRAL, Corrald
+from support.requirements import needs
+
+pytestmark = needs("root", "tmux")
+
+
+@dataclass(slots=True)
+class Terminal:
+    """One tmux window, on a server of its own."""
+
+    server: str
+
+    def tmux(self, *args: str) -> str:
+        command = ["tmux", "-L", self.server, "-f", "/dev/null", *args]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, env=os.environ | {"TERM": "screen"}
+        ).stdout
+
+    def open(self, command: list[str], address: str, width: int = 80, height: int = 24) -> None:
+        line = f"CORRAL_ADDRESS={address} {shlex.join(command)}; echo code=$?; exec sleep 1000"
+        self.tmux("new-session", "-d", "-x", str(width), "-y", str(height), f"sh -c {shlex.quote(line)}")
+
+    def type(self, text: str) -> None:
+        self.tmux("send-keys", "-l", text)
+
+    def press(self, *keys: str) -> None:
+        self.tmux("send-keys", *keys)
+
+    def screen(self) -> str:
+        return self.tmux("capture-pane", "-p")
+
+    def wait_for(self, text: str, timeout_s: float = 15) -> str:
+        deadline = time.monotonic() + timeout_s
+        while text not in (screen := self.screen()):
+            assert time.monotonic() < deadline, f"{text!r} is not on the screen:\n{screen}"
+            time.sleep(0.05)
+        return screen
+
+
+@pytest.fixture
+def terminal(request: pytest.FixtureRequest) -> Iterator[Terminal]:
+    opened = Terminal(f"corral-{os.getpid()}-{abs(hash(request.node.nodeid)) % 10**6}")
+    yield opened
+    subprocess.run(["tmux", "-L", opened.server, "kill-server"], capture_output=True, check=False)
+
+
+def test_a_shell_works_and_its_exit_code_comes_back(box: Corrald, terminal: Terminal) -> None:
+    terminal.open([str(CORRAL), "run", "--rm", "-it", "busybox", "sh"], box.address)
+    terminal.wait_for("/ #")
+    terminal.type("tty; echo $((6*7))\n")
+    assert "/dev/pts/0" in terminal.wait_for("42")
+    terminal.type("exit 7\n")
+    terminal.wait_for("code=7")
+
+
+def test_the_size_is_the_terminals_and_follows_it(box: Corrald, terminal: Terminal) -> None:
+    terminal.open([str(CORRAL), "run", "--rm", "-it", "busybox", "sh"], box.address, 93, 31)
+    terminal.wait_for("/ #")
+    terminal.type("stty size\n")
+    terminal.wait_for("31 93")
+    terminal.tmux("resize-window", "-x", "101", "-y", "37")
+    time.sleep(0.5)
+    terminal.type("stty size\n")
+    terminal.wait_for("37 101")
+
+
+def test_ctrl_c_is_typed_to_the_container_not_to_corral(box: Corrald, terminal: Terminal) -> None:
+    terminal.open([str(CORRAL), "run", "--rm", "-it", "busybox", "sh"], box.address)
+    terminal.wait_for("/ #")
+    terminal.type("sleep 1000\n")
+    time.sleep(0.3)
+    terminal.press("C-c")
+    terminal.type("echo still-$((1+1))-here\n")
+    terminal.wait_for("still-2-here")
+
+
+def test_ctrl_p_ctrl_q_detaches_and_attach_comes_back(box: Corrald, terminal: Terminal, name: str) -> None:
+    terminal.open([str(CORRAL), "run", "--name", name, "-it", "busybox", "sh"], box.address)
+    terminal.wait_for("/ #")
+    terminal.type("x=remembered\n")
+    terminal.press("C-p", "C-q")
+    terminal.wait_for("code=0")
+    assert name in box.corral("ps").stdout.decode()
+    terminal.tmux("kill-server")
+    terminal.open([str(CORRAL), "attach", name], box.address)
+    terminal.wait_for("/ #")
+    terminal.type("echo $x-$((2+3))\n")
+    terminal.wait_for("remembered-5")
+    terminal.type("exit\n")
+    terminal.wait_for("code=0")
+
+
+def test_two_terminals_on_one_container_see_the_same(box: Corrald, terminal: Terminal, name: str) -> None:
+    terminal.open([str(CORRAL), "run", "--name", name, "-it", "busybox", "sh"], box.address)
+    terminal.wait_for("/ #")
+    second = Terminal(f"{terminal.server}-b")
+    second.open([str(CORRAL), "attach", name], box.address)
+    try:
+        second.wait_for("/ #")
+        second.type("echo both-$((3*3))\n")
+        second.wait_for("both-9")
+        terminal.wait_for("both-9")
+    finally:
+        second.tmux("kill-server")
+
+
+def test_exec_with_a_terminal(box: Corrald, terminal: Terminal, name: str) -> None:
+    box.corral("run", "-d", "--name", name, "busybox", "sleep", "1000", check=True)
+    terminal.open([str(CORRAL), "exec", "-it", name, "sh"], box.address)
+    terminal.wait_for("/ #")
+    terminal.type("test -t 0 && echo terminal-$((4+4)); exit 3\n")
+    terminal.wait_for("terminal-8")
+    terminal.wait_for("code=3")
+
+
+def test_t_without_a_terminal_is_refused_with_the_remedy(box: Corrald) -> None:
+    result = box.corral("run", "--rm", "-it", "busybox", "true")
+    assert result.returncode == 125
+    assert b"-t" in result.stderr
+    assert box.corral("ps", "-aq").stdout == b""
