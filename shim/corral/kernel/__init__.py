@@ -1,1 +1,1 @@
-"""The only place that calls libc: mounts, namespaces, cgroups, processes, capabilities, seccomp. Standard library only."""
+"""Everything that asks something of the Linux kernel: the only place of corral that calls libc."""

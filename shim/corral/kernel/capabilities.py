@@ -1,0 +1,121 @@
+"""Capabilities: names, sets as bit masks, and giving them up.
+
+Source: capabilities(7).
+"""
+
+import ctypes
+from collections.abc import Iterable
+
+from corral.kernel.syscalls import check, libc, syscall
+
+NAMES = (
+    *("CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP"),
+    *("LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER"),
+    *("SYS_MODULE", "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE"),
+    *("SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP"),
+    *("MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG", "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF"),
+    "CHECKPOINT_RESTORE",
+)
+"""By number, without the CAP_ in front."""
+
+_NUMBERS = {f"CAP_{name}": number for number, name in enumerate(NAMES)}
+
+SYS_ADMIN = _NUMBERS["CAP_SYS_ADMIN"]
+SYS_RESOURCE = _NUMBERS["CAP_SYS_RESOURCE"]
+
+_VERSION_3 = 0x20080522
+_PR_CAPBSET_READ, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT = 23, 24, 47
+_AMBIENT_RAISE, _AMBIENT_CLEAR_ALL = 2, 4
+
+
+class _Header(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _Data(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable"))
+
+
+_ulong = ctypes.c_ulong
+_capget = syscall("capget", ctypes.POINTER(_Header), ctypes.POINTER(_Data))
+_capset = syscall("capset", ctypes.POINTER(_Header), ctypes.POINTER(_Data))
+_prctl = libc("prctl", ctypes.c_int, _ulong, _ulong, _ulong, _ulong)
+
+
+def mask_of(names: Iterable[str]) -> int:
+    """CAP_* names as a bit mask. Raises ValueError naming one that does not exist."""
+    mask = 0
+    for name in names:
+        number = _NUMBERS.get(name.upper())
+        if number is None:
+            raise ValueError(f"unknown capability {name!r}")
+        mask |= 1 << number
+    return mask
+
+
+def names_of(mask: int) -> list[str]:
+    """The CAP_* names in a mask, by number; bits that have no name yet are left out."""
+    return [f"CAP_{name}" for number, name in enumerate(NAMES) if mask >> number & 1]
+
+
+def bounding() -> int:
+    """The caller's bounding set."""
+    mask = 0
+    for number in range(64):
+        present = _prctl(_PR_CAPBSET_READ, number, 0, 0, 0)
+        if present < 0:  # EINVAL: past the last capability of this kernel
+            break
+        mask |= present << number
+    return mask
+
+
+def effective() -> int:
+    """The caller's effective set."""
+    return _get()[0]
+
+
+def permitted() -> int:
+    """The caller's permitted set."""
+    return _get()[1]
+
+
+def _get() -> tuple[int, int, int]:
+    header = _Header(_VERSION_3, 0)
+    data = (_Data * 2)()
+    check(_capget(ctypes.byref(header), data), "capget")
+    low, high = data
+    return (
+        low.effective | high.effective << 32,
+        low.permitted | high.permitted << 32,
+        low.inheritable | high.inheritable << 32,
+    )
+
+
+def limit_bounding(keep: int) -> None:
+    """Drop from the bounding set what is not in keep, up to the last capability this kernel knows."""
+    for number in range(64):
+        if keep >> number & 1:
+            continue
+        if _prctl(_PR_CAPBSET_DROP, number, 0, 0, 0) < 0:
+            if number < len(NAMES) - 1 or ctypes.get_errno() != 22:
+                check(-1, f"prctl PR_CAPBSET_DROP {number}")
+            return
+
+
+def set_process(*, effective: int, permitted: int, inheritable: int) -> None:
+    """capset(2) on the caller."""
+    header = _Header(_VERSION_3, 0)
+    data = (_Data * 2)()
+    for half, shift in ((data[0], 0), (data[1], 32)):
+        half.effective = effective >> shift & 0xFFFFFFFF
+        half.permitted = permitted >> shift & 0xFFFFFFFF
+        half.inheritable = inheritable >> shift & 0xFFFFFFFF
+    check(_capset(ctypes.byref(header), data), "capset")
+
+
+def set_ambient(mask: int) -> None:
+    """Make mask the ambient set; each must be permitted and inheritable."""
+    check(_prctl(_PR_CAP_AMBIENT, _AMBIENT_CLEAR_ALL, 0, 0, 0), "prctl PR_CAP_AMBIENT_CLEAR_ALL")
+    for number in range(64):
+        if mask >> number & 1:
+            check(_prctl(_PR_CAP_AMBIENT, _AMBIENT_RAISE, number, 0, 0), f"prctl PR_CAP_AMBIENT_RAISE {number}")

@@ -1,0 +1,84 @@
+"""Network namespaces that live without a process: made, pinned by a bind mount, entered and removed.
+
+Safe in a threaded process: the calling thread never changes its namespace; a thread of its own does, and ends.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+
+from corral.kernel import mount
+from corral.kernel.namespaces import Kind, join, leave, open_namespace
+from corral.kernel.syscalls import Path
+
+
+def create_pinned(path: Path) -> None:
+    """Make a new network namespace and pin it at path, which must not exist; its directory must.
+
+    Raises FileExistsError where path is taken. On any failure nothing is left behind.
+    """
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDONLY | os.O_CLOEXEC, 0o444))
+    try:
+        in_own_thread(lambda: _leave_and_pin(path))
+    except BaseException:
+        os.unlink(path)
+        raise
+
+
+def _leave_and_pin(path: Path) -> None:
+    leave(Kind.NETWORK.flag)
+    mount.bind("/proc/thread-self/ns/net", path)
+
+
+def remove_pinned(path: Path) -> None:
+    """Unpin the namespace at path and remove the file. What runs inside keeps the namespace until it ends.
+
+    Removing what is not there (or not pinned) is no error.
+    """
+    try:
+        mount.umount(path, mount.MNT_DETACH)
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        if e.errno != 22:  # EINVAL: a plain file, not a mount: made, but never pinned
+            raise
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+
+
+def in_namespace[T](path: Path, work: Callable[[], T]) -> T:
+    """Run work inside the network namespace at path, on a thread of its own, and return what it returns."""
+
+    def enter() -> T:
+        fd = open_namespace(path)
+        try:
+            join(fd, Kind.NETWORK.flag, what=path)
+        finally:
+            os.close(fd)
+        return work()
+
+    return in_own_thread(enter)
+
+
+def in_own_thread[T](work: Callable[[], T]) -> T:
+    """Run work on a new thread, wait for it, and return or raise what it did.
+
+    A thread's namespaces die with it, so whatever work changes with setns or unshare touches nobody else.
+    """
+    outcome: list[T] = []
+    problem: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as e:
+            problem.append(e)
+
+    thread = threading.Thread(target=body, name="corral-netns")
+    thread.start()
+    thread.join()
+    if problem:
+        raise problem[0]
+    return outcome[0]

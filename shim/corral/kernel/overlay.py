@@ -1,0 +1,71 @@
+"""Mounting overlayfs with any number of layers, whose paths may have any length."""
+
+import contextlib
+import ctypes
+import errno
+import os
+import re
+from collections.abc import Iterable, Iterator
+
+from corral.kernel import mount
+from corral.kernel.syscalls import failure
+
+
+def new_overlay(options: Iterable[str], *, attributes: int = 0, scratch: str) -> int:
+    """A new, detached overlay mount, from options as in mount(8): lowerdir=A:B:…, upperdir=, workdir=, flags.
+
+    scratch is a directory used as a mount point for a moment on kernels before 6.8, which can only be given all the
+    layers as one string. Raises OSError with the kernel's reason.
+    """
+    options = tuple(options)
+    try:
+        return mount.new_mount("overlay", "overlay", _one_by_one(options), attributes=attributes)
+    except OSError as e:
+        if e.errno != errno.EINVAL or "lowerdir+" not in str(e):
+            raise
+    return _by_old_call(options, attributes, scratch)
+
+
+def split_lower(value: str) -> list[str]:
+    """The directories of a lowerdir= value; `\\:` is a colon and `\\\\` a backslash."""
+    return [re.sub(r"\\(.)", r"\1", part) for part in re.findall(r"(?:[^:\\]|\\.)+", value)]
+
+
+def _one_by_one(options: Iterable[str]) -> Iterator[str]:
+    for option in options:
+        key, _, value = option.partition("=")
+        if key == "lowerdir":
+            yield from (f"lowerdir+={directory}" for directory in split_lower(value))
+        else:
+            yield option
+
+
+def _by_old_call(options: Iterable[str], attributes: int, scratch: str) -> int:
+    """mount(2), whose data is one page: each directory is opened and named by its fd, which is short."""
+    with contextlib.ExitStack() as stack:
+
+        def short(directory: str) -> str:
+            fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            return f"/proc/self/fd/{fd}"
+
+        data: list[str] = []
+        for option in options:
+            key, _, value = option.partition("=")
+            if key == "lowerdir":
+                data.append("lowerdir=" + ":".join(short(directory) for directory in split_lower(value)))
+            elif key in ("upperdir", "workdir"):
+                data.append(f"{key}={short(value)}")
+            else:
+                data.append(option)
+        text = ",".join(data)
+        if len(text) > 4095:
+            raise failure(errno.E2BIG, "mount overlay: too many layers for this kernel (Linux 6.8 has no limit)")
+        mount.mount("overlay", scratch, "overlay", 0, text)
+        try:
+            tree = mount.clone_tree(-100, scratch)
+        finally:
+            ctypes.set_errno(0)
+            mount.umount(scratch, mount.MNT_DETACH)
+    mount.set_attributes(tree, attr_set=attributes)
+    return tree

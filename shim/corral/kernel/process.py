@@ -1,0 +1,191 @@
+"""Processes: made with clone3, named by pidfd or by pid and start time, and the prctl(2) switches of oneself.
+
+The only place of corral that forks.
+"""
+
+import ctypes
+import fcntl
+import os
+import signal
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from corral.kernel.syscalls import check, libc, syscall
+
+CLONE_PIDFD = 0x00001000
+CLONE_CLEAR_SIGHAND = 0x100000000
+CLONE_INTO_CGROUP = 0x200000000
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_PR_SET_KEEPCAPS = 8
+_PR_SET_NAME = 15
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
+
+
+class _CloneArgs(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in (
+            "flags",
+            "pidfd",
+            "child_tid",
+            "parent_tid",
+            "exit_signal",
+            "stack",
+            "stack_size",
+            "tls",
+            "set_tid",
+            "set_tid_size",
+            "cgroup",
+        )
+    )
+
+
+_ulong = ctypes.c_ulong
+_prctl = libc("prctl", ctypes.c_int, _ulong, _ulong, _ulong, _ulong)
+_prctl_name = libc("prctl", ctypes.c_int, ctypes.c_char_p, _ulong, _ulong, _ulong)
+# Through PyDLL the interpreter lock stays held over the call, so parent and child both return holding it.
+_python = ctypes.PyDLL(None, use_errno=True)
+_clone3 = _python["syscall"]
+_clone3.argtypes = (ctypes.c_long, ctypes.POINTER(_CloneArgs), ctypes.c_size_t)
+_clone3.restype = ctypes.c_long
+_before_fork = _python["PyOS_BeforeFork"]
+_after_fork_parent = _python["PyOS_AfterFork_Parent"]
+_after_fork_child = _python["PyOS_AfterFork_Child"]
+_SYS_CLONE3 = 435
+_CLONE_ARGS_SIZE = ctypes.sizeof(_CloneArgs)
+
+
+def fork() -> int:
+    """os.fork(), for the single-threaded processes of the shim."""
+    return os.fork()
+
+
+def clone(flags: int, *, cgroup: int | None = None) -> tuple[int, int]:
+    """Fork with CLONE_NEW* flags: (pid, pidfd) in the parent, (0, -1) in the child.
+
+    The caller must be single-threaded. cgroup: an fd of a cgroup v2 directory in which the child is born, which saves
+    the wait for an RCU grace period that moving a process there costs.
+    """
+    pidfd = ctypes.c_int(-1)
+    args = _CloneArgs(flags=flags | CLONE_PIDFD, pidfd=ctypes.addressof(pidfd), exit_signal=signal.SIGCHLD)
+    if cgroup is not None:
+        args.flags |= CLONE_INTO_CGROUP
+        args.cgroup = cgroup
+    _before_fork()
+    pid = _clone3(_SYS_CLONE3, ctypes.byref(args), _CLONE_ARGS_SIZE)
+    if pid == 0:
+        _after_fork_child()
+        return 0, -1
+    code = ctypes.get_errno()
+    _after_fork_parent()
+    ctypes.set_errno(code)
+    check(pid, f"clone3 flags={flags:#x}")
+    return pid, pidfd.value
+
+
+def pidfd_open(pid: int) -> int:
+    """A pidfd, close-on-exec. Compare start_time afterwards: the pid may have been reused before."""
+    return os.pidfd_open(pid)
+
+
+def send_signal(pidfd: int, number: int) -> None:
+    """Signal the process of a pidfd; raises ProcessLookupError when it has been reaped."""
+    signal.pidfd_send_signal(pidfd, number)
+
+
+def start_time(pid: int | str) -> int:
+    """Field 22 of /proc/<pid>/stat: clock ticks after boot; with the pid it names a process for good.
+
+    Raises FileNotFoundError (or ProcessLookupError) if there is no such process.
+    """
+    fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        stat = os.read(fd, 4096)
+    finally:
+        os.close(fd)
+    # The name in parentheses may hold spaces and parentheses itself: count from the last one.
+    return int(stat[stat.rindex(b")") + 2 :].split()[19])
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessInfo:
+    """What a pidfd tells. exit_status is in the form of wait(2), None while the process lives."""
+
+    pid: int
+    ppid: int
+    uid: int
+    gid: int
+    exit_status: int | None
+
+
+# struct pidfd_info, version 0: mask, cgroupid, pid tgid ppid, r/e/s/fs uid and gid in pairs, exit_code.
+_INFO = struct.Struct("=QQ11Ii")
+_PIDFD_GET_INFO = 0xC000FF0B | _INFO.size << 16
+_INFO_PID, _INFO_CREDS, _INFO_EXIT = 1, 2, 8
+
+
+def pidfd_info(pidfd: int) -> ProcessInfo:
+    """PIDFD_GET_INFO, with the exit status even after somebody else reaped the process (Linux >= 6.15).
+
+    Raises OSError(ESRCH) when the process is gone and its status with it, ENOTTY or EINVAL on a kernel without the call.
+    """
+    request = _INFO.pack(_INFO_PID | _INFO_CREDS | _INFO_EXIT, *[0] * 13)
+    fields = _INFO.unpack(fcntl.ioctl(pidfd, _PIDFD_GET_INFO, request))
+    status = fields[13] if fields[0] & _INFO_EXIT else None
+    return ProcessInfo(pid=fields[2], ppid=fields[4], uid=fields[5], gid=fields[6], exit_status=status)
+
+
+def close_fds(keep: Iterable[int]) -> None:
+    """Close every fd but those in keep."""
+    low = 0
+    for fd in sorted(set(keep)):
+        if fd > low:
+            os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, 2**31 - 1)
+
+
+def set_child_subreaper() -> None:
+    """Orphans below this process become its children."""
+    check(_prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl PR_SET_CHILD_SUBREAPER")
+
+
+def set_dumpable(dumpable: bool) -> None:
+    """Non-dumpable: nobody but a fully privileged process can ptrace this one or follow its /proc/<pid>/{exe,fd,root}."""
+    check(_prctl(_PR_SET_DUMPABLE, int(dumpable), 0, 0, 0), "prctl PR_SET_DUMPABLE")
+
+
+def set_no_new_privs() -> None:
+    """No exec of this process or its children gains privilege."""
+    check(_prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl PR_SET_NO_NEW_PRIVS")
+
+
+def set_keep_capabilities(keep: bool) -> None:
+    """Keep the permitted capabilities over a change from uid 0 to another (until exec)."""
+    check(_prctl(_PR_SET_KEEPCAPS, int(keep), 0, 0, 0), "prctl PR_SET_KEEPCAPS")
+
+
+def set_parent_death_signal(number: int) -> None:
+    """Get a signal when the thread that made this process ends."""
+    check(_prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0), "prctl PR_SET_PDEATHSIG")
+
+
+def set_name(name: str) -> None:
+    """The name ps shows (15 bytes of it)."""
+    check(_prctl_name(_PR_SET_NAME, name.encode(), 0, 0, 0), "prctl PR_SET_NAME")
+
+
+def reset_signals() -> None:
+    """Every signal back to its default action: what is ignored would stay ignored over exec (Python ignores SIGPIPE)."""
+    for number in signal.valid_signals():
+        if signal.getsignal(number) not in (signal.SIG_DFL, None):
+            signal.signal(number, signal.SIG_DFL)
+
+
+def unblock_signals() -> None:
+    """An empty signal mask; what was pending is delivered now."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())

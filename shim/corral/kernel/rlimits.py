@@ -1,0 +1,37 @@
+"""Resource limits, clamped to what this process may set."""
+
+import resource
+
+NAMES = {
+    f"RLIMIT_{name}": getattr(resource, f"RLIMIT_{name}")
+    for name in (
+        *("AS", "CORE", "CPU", "DATA", "FSIZE", "MEMLOCK", "MSGQUEUE", "NICE", "NOFILE", "NPROC", "RSS"),
+        *("RTPRIO", "RTTIME", "SIGPENDING", "STACK"),
+    )
+    if hasattr(resource, f"RLIMIT_{name}")
+}
+NAMES |= {"RLIMIT_LOCKS": 10, "RLIMIT_RTTIME": 15}
+
+UNLIMITED = 2**64 - 1
+
+
+def set_limit(name: str, *, soft: int, hard: int) -> None:
+    """Set a limit (UNLIMITED for none). Without CAP_SYS_RESOURCE a hard limit can't be raised: then as far as it goes.
+
+    Raises ValueError for a name the kernel does not know and for soft > hard.
+    """
+    number = NAMES.get(name)
+    if number is None:
+        raise ValueError(f"unknown resource limit {name!r}")
+    if soft > hard:
+        raise ValueError(f"{name}: the soft limit {soft} is above the hard limit {hard}")
+    try:
+        resource.setrlimit(number, (_signed(soft), _signed(hard)))
+    except (ValueError, PermissionError):  # Python says ValueError for EPERM on a raised hard limit
+        _, allowed = resource.getrlimit(number)
+        ceiling = UNLIMITED if allowed < 0 else allowed
+        resource.setrlimit(number, (_signed(min(soft, ceiling)), _signed(min(hard, ceiling))))
+
+
+def _signed(value: int) -> int:
+    return resource.RLIM_INFINITY if value >= UNLIMITED else value

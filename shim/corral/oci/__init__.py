@@ -1,0 +1,1 @@
+"""The OCI runtime core: typed config.json, and create, start and exec of containers."""

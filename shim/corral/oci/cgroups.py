@@ -1,0 +1,53 @@
+"""Putting a new process into its cgroups without waiting.
+
+Moving another process writes its pid to cgroup.procs, for which the kernel waits out an RCU grace period (milliseconds).
+Two ways need no wait: in v2 a process can be born inside (CLONE_INTO_CGROUP), and in v1 a thread may move itself by
+writing 0 to `tasks`.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from corral.kernel.syscalls import CGROUP2_SUPER_MAGIC, failure, filesystem_magic
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """Where a process is to be: at most one v2 cgroup, and one per v1 hierarchy."""
+
+    unified: int | None
+    """fd of the v2 cgroup's directory."""
+    tasks: tuple[str, ...]
+    """The `tasks` files of v1."""
+
+    @classmethod
+    def open(cls, cgroups: Sequence[str]) -> "Membership":
+        """Sort cgroup directories by version. The caller closes `unified`."""
+        unified: int | None = None
+        tasks: list[str] = []
+        for cgroup in cgroups:
+            fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            if filesystem_magic(fd) == CGROUP2_SUPER_MAGIC and unified is None:
+                unified = fd
+            else:
+                os.close(fd)
+                tasks.append(f"{cgroup}/tasks")
+        return cls(unified, tuple(tasks))
+
+    def join_v1(self) -> None:
+        """Move the calling, single-threaded process."""
+        for path in self.tasks:
+            try:
+                fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+                try:
+                    os.write(fd, b"0")
+                finally:
+                    os.close(fd)
+            except OSError as e:
+                raise failure(e.errno or 0, "join cgroup", path) from e
+
+    def close(self) -> None:
+        """Close what open() opened."""
+        if self.unified is not None:
+            os.close(self.unified)

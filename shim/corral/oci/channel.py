@@ -1,0 +1,116 @@
+"""Between the runtime and the process it sets up: one SOCK_SEQPACKET socket pair, close-on-exec on both ends.
+
+    child -> parent   {"ready": true}  +     the pty master, if there is one      set-up is done
+    child -> parent   {"error": KIND, "errno": N, "message": "…"}                  set-up or exec failed; the child exits
+    parent -> child   b"start"                                                     execute the program
+    child -> parent   end of file without a message                                the program was executed
+
+End of file at the child's side: the runtime is gone, and the child exits.
+"""
+
+import array
+import json
+import os
+import socket
+from typing import NoReturn
+
+from corral.oci.errors import SETUP, ExecFailed
+
+_MAX_MESSAGE = 32768
+_START = b"start"
+
+
+def make_pair() -> tuple["ParentEnd", "ChildEnd"]:
+    """Both ends of a new channel."""
+    parent, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return ParentEnd(parent), ChildEnd(child)
+
+
+class ChildEnd:
+    """The end of the process that is set up."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+
+    def fileno(self) -> int:
+        """For the list of fds to keep."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Close it, in the parent."""
+        self._socket.close()
+
+    def send_ready(self, console: int | None) -> None:
+        """Say that the set-up is done, and hand over the pty master."""
+        ancillary = []
+        if console is not None:
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [console]))]
+        self._socket.sendmsg([b'{"ready":true}'], ancillary)
+
+    def send_error(self, error: BaseException) -> None:
+        """Say why it went wrong."""
+        message: dict[str, str | int]
+        if isinstance(error, ExecFailed):
+            message = {"error": error.kind, "message": error.message}
+        elif isinstance(error, OSError):
+            message = {"error": SETUP, "errno": error.errno or 0, "message": _os_error_text(error)}
+        else:
+            message = {"error": SETUP, "message": f"{type(error).__name__}: {error}"}
+        self._socket.send(json.dumps(message).encode()[:_MAX_MESSAGE])
+
+    def wait_for_start(self) -> bool:
+        """False if the runtime is gone."""
+        return self._socket.recv(len(_START)) == _START
+
+
+def _os_error_text(error: OSError) -> str:
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    text = error.strerror or str(error)
+    return f"{text}: {' -> '.join(names)}" if names else text
+
+
+class ParentEnd:
+    """The runtime's end."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+
+    def close(self) -> None:
+        """Close it; a child that waits for start then exits."""
+        self._socket.close()
+
+    def receive_ready(self) -> int | None:
+        """Wait for the end of the set-up: the pty master, or None without a terminal.
+
+        Raises what the child reported: ExecFailed, or the OSError of a host that can't do it.
+        """
+        data, ancillary, _, _ = self._socket.recvmsg(_MAX_MESSAGE, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+        console = None
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                (console,) = array.array("i", payload)
+        if not data:
+            raise ExecFailed(SETUP, "the process ended during its set-up")
+        _raise_if_error(data)
+        return console
+
+    def send_start(self) -> None:
+        """Let the child execute its program. Raises BrokenPipeError if it is gone."""
+        self._socket.send(_START, socket.MSG_NOSIGNAL)
+
+    def wait_for_exec(self) -> None:
+        """Return when the program was executed; raise ExecFailed if it can't be."""
+        if data := self._socket.recv(_MAX_MESSAGE):
+            _raise_if_error(data)
+
+
+def _raise_if_error(data: bytes) -> None:
+    message = json.loads(data)
+    if kind := message.get("error"):
+        _raise(kind, message)
+
+
+def _raise(kind: str, message: dict[str, object]) -> NoReturn:
+    if isinstance(code := message.get("errno"), int) and code:
+        raise OSError(code, str(message["message"]))
+    raise ExecFailed(kind, str(message["message"]))

@@ -1,0 +1,182 @@
+"""JSON to frozen dataclasses and back, driven by their annotations.
+
+A field `no_new_privileges` is `noNewPrivileges` in JSON. Unknown members are ignored, as runtime-spec wants; a wrong
+value is refused by a ValueError that begins with its JSON path (`process.user.uid: …`).
+"""
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Callable, Mapping
+from enum import Enum
+
+type JSON = None | bool | int | float | str | list[JSON] | dict[str, JSON]
+type _Decoder = Callable[[object, str], object]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Range:
+    """Annotated[int, Range(low, high)]: an integer within bounds, both included."""
+
+    low: int
+    high: int
+
+
+def decode[T](cls: type[T], value: object, path: str = "") -> T:
+    """An instance of the dataclass cls from a JSON object. Raises ValueError naming the member that is wrong."""
+    return typing.cast(T, _for_dataclass(cls)(value, path))
+
+
+def encode(value: object) -> JSON:
+    """The JSON of a dataclass instance (or a part of one); members that hold their default are left out."""
+    if value is None or isinstance(value, (bool, int, float, str)) and not isinstance(value, Enum):
+        return value
+    if isinstance(value, Enum):
+        return encode(value.value)
+    if isinstance(value, Mapping):
+        return {str(key): encode(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [encode(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        return {
+            json_name(field.name): encode(item)
+            for field in dataclasses.fields(value)
+            if (item := getattr(value, field.name)) != _default(field)
+        }
+    raise TypeError(f"no JSON form for {type(value).__name__}")
+
+
+def _default(field: "dataclasses.Field[object]") -> object:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def json_name(field: str) -> str:
+    """The camelCase name of a field; a trailing underscore (a Python keyword's) is dropped."""
+    head, *rest = field.rstrip("_").split("_")
+    return head + "".join(_ACRONYMS.get(word, word.capitalize()) for word in rest)
+
+
+_ACRONYMS = {"io": "IO", "oom": "OOM", "id": "ID"}
+
+
+@functools.cache
+def _for_dataclass(cls: type) -> _Decoder:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields = [(f.name, json_name(f.name), _for(hints[f.name])) for f in dataclasses.fields(cls)]
+    required = [
+        json_name(f.name)
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+
+    def build(value: object, path: str) -> object:
+        if not isinstance(value, dict):
+            raise _wrong(path, "an object", value)
+        prefix = f"{path}." if path else ""
+        for name in required:
+            if value.get(name) is None:
+                raise ValueError(f"{prefix}{name}: missing")
+        # null stands for absent, as Go's encoder writes it.
+        return cls(
+            **{
+                field: convert(item, prefix + name)
+                for field, name, convert in fields
+                if (item := value.get(name)) is not None
+            }
+        )
+
+    return build
+
+
+def _for(hint: object) -> _Decoder:
+    """The decoder of one annotation."""
+    if isinstance(hint, type) and (simple := _SIMPLE.get(hint)):
+        return simple
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return _for_enum(hint)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _for_dataclass(hint)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        (inner,) = (a for a in arguments if a is not types.NoneType)
+        return _for(inner)
+    if origin is typing.Annotated:
+        return _for_range(arguments[1])
+    if origin is tuple:
+        return _for_tuple(_for(arguments[0]))
+    if origin is Mapping:
+        return _for_mapping(_for(arguments[1]))
+    raise TypeError(f"no decoder for {hint!r}")
+
+
+def _bool(value: object, path: str) -> object:
+    if not isinstance(value, bool):
+        raise _wrong(path, "true or false", value)
+    return value
+
+
+def _str(value: object, path: str) -> object:
+    if not isinstance(value, str):
+        raise _wrong(path, "a string", value)
+    if "\0" in value:
+        raise ValueError(f"{path}: holds a NUL character")
+    return value
+
+
+def _int(value: object, path: str) -> object:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _wrong(path, "an integer", value)
+    return value
+
+
+_SIMPLE: dict[type, _Decoder] = {bool: _bool, str: _str, int: _int}
+
+
+def _for_range(limits: Range) -> _Decoder:
+    low, high = limits.low, limits.high
+
+    def bounded(value: object, path: str) -> object:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise _wrong(path, "an integer", value)
+        if not low <= value <= high:
+            raise ValueError(f"{path}: {value} is not between {low} and {high}")
+        return value
+
+    return bounded
+
+
+def _for_enum(cls: type[Enum]) -> _Decoder:
+    members: dict[object, Enum] = {member.value: member for member in cls}
+
+    def member(value: object, path: str) -> object:
+        found = members.get(value) if isinstance(value, str) else None
+        if found is None:
+            raise ValueError(f"{path}: {value!r} is none of {', '.join(str(m) for m in members)}")
+        return found
+
+    return member
+
+
+def _for_tuple(item: _Decoder) -> _Decoder:
+    def many(value: object, path: str) -> object:
+        if not isinstance(value, list):
+            raise _wrong(path, "an array", value)
+        return tuple([item(v, f"{path}[{i}]") for i, v in enumerate(value)])
+
+    return many
+
+
+def _for_mapping(item: _Decoder) -> _Decoder:
+    def mapping(value: object, path: str) -> object:
+        if not isinstance(value, dict):
+            raise _wrong(path, "an object", value)
+        return {_str(k, path): item(v, f"{path}.{k}") for k, v in value.items()}
+
+    return mapping
+
+
+def _wrong(path: str, wanted: str, value: object) -> ValueError:
+    return ValueError(f"{path or 'config.json'}: must be {wanted}, not {type(value).__name__}")

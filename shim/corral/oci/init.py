@@ -1,0 +1,126 @@
+"""The first process of a container, from its birth to execve.
+
+It is a fork of the runtime, with all its privilege, and goes from the host's view into the container's. What comes
+from the host is opened first; then imports are closed; from pivot_root on there is only the container's own view.
+"""
+
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+from corral.kernel import hostname, keyring, mount, namespaces, paths, process
+from corral.kernel.mount import MS_PRIVATE
+from corral.kernel.syscalls import PROC_SUPER_MAGIC, filesystem_magic
+from corral.oci import program as programs
+from corral.oci.cgroups import Membership
+from corral.oci.channel import ChildEnd
+from corral.oci.errors import SETUP, ExecFailed
+from corral.oci.imports import close_imports
+from corral.oci.program import Program
+from corral.oci.stage import Stage, Step
+from corral.oci.stdio import Stdio, take_places, use_own_null, use_terminal
+from corral.oci.sysctl import write_sysctl
+
+
+@dataclass(frozen=True, slots=True)
+class InitPlan:
+    """All that init needs to know, computed before it is born."""
+
+    bundle: str
+    steps: tuple[Step, ...]
+    program: Program
+    terminal: bool
+    hostname: str
+    domainname: str
+    sysctl: Mapping[str, str]
+    propagation: int
+    """MS_* of the root mount in the end."""
+    unshare: int
+    """CLONE_NEW* that init leaves by itself, once it is in its cgroup."""
+
+
+def run_init(
+    plan: InitPlan,
+    channel: ChildEnd,
+    stdio: Stdio,
+    membership: Membership,
+    joins: Iterable[tuple[int, int, str]],
+) -> NoReturn:
+    """Be the init of a container; never returns. joins: (fd, CLONE_NEW* flag, path) of namespaces to enter."""
+    try:
+        enter_privately(channel, stdio, [*stdio.given(), *(fd for fd, _, _ in joins)])
+        membership.join_v1()
+        programs.adjust_oom_score(plan.program.oom_score_adj)
+        for fd, flag, path in joins:
+            namespaces.join(fd, flag, what=path)
+            os.close(fd)
+        if plan.unshare:
+            namespaces.leave(plan.unshare)
+        keyring.join_new_session()
+        stage = _build_root(plan)
+        program = _settle(plan, stage, stdio)
+        channel.send_ready(stage.console_master)
+        process.close_fds([0, 1, 2, channel.fileno()])
+        if not channel.wait_for_start():
+            os._exit(1)
+        programs.execute(program)
+    except BaseException as e:
+        report_and_exit(channel, e)
+
+
+def enter_privately(channel: ChildEnd, stdio: Stdio, keep: Iterable[int]) -> None:
+    """The first steps of a newborn: no signal handler, fd or session of the runtime is left, and nobody may look in."""
+    process.set_dumpable(False)
+    process.reset_signals()
+    process.close_fds([*keep, channel.fileno(), *range(3)])
+    take_places(stdio)
+    os.setsid()
+    os.umask(0)
+    close_imports()
+
+
+def report_and_exit(channel: ChildEnd, error: BaseException) -> NoReturn:
+    """Tell the runtime what went wrong, and end."""
+    try:
+        channel.send_error(error)
+    finally:
+        os._exit(1)
+
+
+def _build_root(plan: InitPlan) -> Stage:
+    stage = Stage(plan.bundle)
+    for step in plan.steps:
+        step.prepare(stage)
+    # Only now: what prepare() cloned keeps its peers where the mount asks for that; nothing else of ours gets out.
+    mount.set_propagation("/", MS_PRIVATE, recursive=True)
+    for step in plan.steps:
+        step.apply(stage)
+    if stage.has_proc:
+        _check_proc(stage.root)
+    mount.pivot_root_to(stage.root)
+    if plan.propagation != MS_PRIVATE:
+        mount.set_propagation("/", plan.propagation, recursive=False)
+    return stage
+
+
+def _check_proc(root: int) -> None:
+    """What a process in the container will find at /proc must be the root of a procfs."""
+    flags = os.O_PATH | os.O_DIRECTORY
+    with paths.opened(paths.open_in_root(root, "proc", flags, resolve=paths.RESOLVE_NO_SYMLINKS)) as fd:
+        if filesystem_magic(fd) != PROC_SUPER_MAGIC or os.fstat(fd).st_ino != 1:
+            raise ExecFailed(SETUP, "mount /proc: it was exchanged meanwhile")
+
+
+def _settle(plan: InitPlan, stage: Stage, stdio: Stdio) -> Program:
+    write_sysctl(plan.sysctl)
+    if plan.hostname:
+        socket.sethostname(plan.hostname)
+    if plan.domainname:
+        hostname.set_domain_name(plan.domainname)
+    if stage.console_slave is not None:
+        use_terminal(stage.console_slave)
+    else:
+        use_own_null(stage.root, stdio)
+    return programs.become(plan.program, stage.root)

@@ -1,0 +1,68 @@
+"""A process that joins a running container (exec), from its birth to execve.
+
+It is born in the container's PID namespace and the other namespaces are entered at once by the pidfd of init. Everything
+in there, /dev and /proc included, may have been exchanged by the container since.
+"""
+
+import os
+from typing import NoReturn
+
+from corral.kernel import keyring, namespaces, paths, process, tty
+from corral.kernel.syscalls import DEVPTS_SUPER_MAGIC, filesystem_magic
+from corral.oci import program as programs
+from corral.oci.cgroups import Membership
+from corral.oci.channel import ChildEnd
+from corral.oci.errors import SETUP, ExecFailed
+from corral.oci.init import enter_privately, report_and_exit
+from corral.oci.program import Program
+from corral.oci.stdio import Stdio, use_own_null, use_terminal
+
+
+def run_joined(
+    program: Program,
+    channel: ChildEnd,
+    stdio: Stdio,
+    membership: Membership,
+    *,
+    init: int,
+    flags: int,
+    terminal: tuple[int, int] | None,
+) -> NoReturn:
+    """Be a process in the container of the pidfd init; never returns.
+
+    flags: CLONE_NEW* of the namespaces to enter. terminal: the size of the pty to make, (0, 0) for no particular one.
+    """
+    try:
+        enter_privately(channel, stdio, [*stdio.given(), init])
+        membership.join_v1()
+        programs.adjust_oom_score(program.oom_score_adj)
+        if flags:
+            namespaces.join(init, flags, what="the container's init")
+        keyring.join_new_session()
+        root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        master: int | None = None
+        if terminal is not None:
+            master, slave = _open_terminal(root, terminal)
+            use_terminal(slave)
+        else:
+            use_own_null(root, stdio)
+        program = programs.become(program, root)
+        channel.send_ready(master)
+        process.close_fds([0, 1, 2, channel.fileno()])
+        programs.execute(program)
+    except BaseException as e:
+        report_and_exit(channel, e)
+
+
+def _open_terminal(root: int, size: tuple[int, int]) -> tuple[int, int]:
+    try:
+        devpts = paths.open_in_root(root, "/dev/pts", os.O_PATH | os.O_DIRECTORY)
+    except OSError as e:
+        raise ExecFailed(SETUP, f"a terminal needs the container's /dev/pts: {e.strerror}") from e
+    with paths.opened(devpts):
+        if filesystem_magic(devpts) != DEVPTS_SUPER_MAGIC:
+            raise ExecFailed(SETUP, "a terminal needs a devpts on the container's /dev/pts")
+        master = tty.open_master(devpts)
+    if size != (0, 0):
+        tty.set_window_size(master, width=size[0], height=size[1])
+    return master, tty.open_slave(master)

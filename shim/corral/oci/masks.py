@@ -1,0 +1,123 @@
+"""Hiding and write-protecting parts of /proc and /sys, as steps.
+
+A path is opened once, held inside the root; that fd is covered; then the path is opened again and what answers must be
+the cover. So a link in the image, or a /dev/null that is something else, can't leave the path bare
+(CVE-2025-31133, CVE-2019-19921).
+"""
+
+import os
+import stat
+from dataclasses import dataclass
+
+from corral.kernel import mount, paths
+from corral.kernel.mount import MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY
+from corral.kernel.syscalls import AT_FDCWD, PROC_SUPER_MAGIC, filesystem_magic
+from corral.oci.errors import SETUP, ExecFailed
+from corral.oci.stage import Stage, Step, normal
+
+_NULL = os.makedev(1, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedPaths(Step):
+    """Cover directories with an empty read-only tmpfs (one for all) and files with /dev/null; what is absent is skipped."""
+
+    masked: tuple[str, ...]
+
+    def describe(self) -> str:
+        return f"masked: {' '.join(self.masked)}"
+
+    def prepare(self, stage: Stage) -> None:
+        stage.trees[id(self)] = mount.clone_tree(AT_FDCWD, "/dev/null")
+
+    def apply(self, stage: Stage) -> None:
+        covers = _Covers(stage, fallback_null=stage.trees.pop(id(self)))
+        for path in self.masked:
+            found = _open(stage, path)
+            if found is None:
+                continue
+            with paths.opened(found):
+                cover = covers.for_target(found)
+                mount.move_mount(cover, found, what="mask", where=path)
+            _check_covered(stage, path, os.fstat(cover))
+
+
+class _Covers:
+    """Makes the covers: clones of one empty tmpfs, and of one null device."""
+
+    def __init__(self, stage: Stage, fallback_null: int) -> None:
+        self._null = _own_null(stage) or fallback_null
+        self._directory: int | None = None
+
+    def for_target(self, target: int) -> int:
+        if not stat.S_ISDIR(os.fstat(target).st_mode):
+            cover = mount.clone_tree(self._null)
+            mount.set_attributes(cover, attr_set=MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_RDONLY)
+            return cover
+        if self._directory is None:
+            # The first one is attached itself: only an attached mount can be cloned (before Linux 6.15).
+            attributes = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
+            options = ("size=0", "nr_inodes=1", "mode=755")
+            self._directory = mount.new_mount("tmpfs", "tmpfs", options, attributes=attributes)
+            return self._directory
+        return mount.clone_tree(self._directory)
+
+
+def _own_null(stage: Stage) -> int | None:
+    """The null device of our own tmpfs on /dev, if it is one."""
+    if stage.dev is None:
+        return None
+    try:
+        fd = os.open("null", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=stage.dev)
+    except OSError:
+        return None
+    return fd if is_null(fd) else None
+
+
+def is_null(fd: int) -> bool:
+    """Whether an fd refers to the null device."""
+    status = os.fstat(fd)
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == _NULL
+
+
+@dataclass(frozen=True, slots=True)
+class ReadonlyPaths(Step):
+    """Bind each path over itself read-only, with all that is mounted below it; what is absent is skipped."""
+
+    readonly: tuple[str, ...]
+
+    def describe(self) -> str:
+        return f"read-only: {' '.join(self.readonly)}"
+
+    def apply(self, stage: Stage) -> None:
+        for path in self.readonly:
+            found = _open(stage, path)
+            if found is None:
+                continue
+            with paths.opened(found), paths.opened(mount.clone_tree(found, recursive=True)) as tree:
+                mount.set_attributes(tree, attr_set=MOUNT_ATTR_RDONLY, recursive=True, where=path)
+                mount.move_mount(tree, found, what=path, where=path)
+            _check_readonly(stage, path)
+
+
+def _open(stage: Stage, path: str) -> int | None:
+    try:
+        fd = paths.open_in_root(stage.root, path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if stage.has_proc and normal(path).startswith("/proc/") and filesystem_magic(fd) != PROC_SUPER_MAGIC:
+        raise ExecFailed(SETUP, f"{path} does not lie on a procfs")
+    return fd
+
+
+def _check_covered(stage: Stage, path: str, cover: os.stat_result) -> None:
+    with paths.opened(paths.open_in_root(stage.root, path)) as fd:
+        status = os.fstat(fd)
+    if (status.st_dev, status.st_ino) != (cover.st_dev, cover.st_ino):
+        raise ExecFailed(SETUP, f"{path} can't be masked: it was exchanged meanwhile")
+
+
+def _check_readonly(stage: Stage, path: str) -> None:
+    with paths.opened(paths.open_in_root(stage.root, path)) as fd:
+        if not os.fstatvfs(fd).f_flag & os.ST_RDONLY:
+            raise ExecFailed(SETUP, f"{path} can't be made read-only: it was exchanged meanwhile")

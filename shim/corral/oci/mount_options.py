@@ -1,0 +1,115 @@
+"""The options of a mount in config.json, sorted by what the kernel wants done with them.
+
+Source: runtime-spec config.md "mounts", mount_setattr(2).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from corral.kernel.mount import (
+    MOUNT_ATTR_NOATIME,
+    MOUNT_ATTR_NODEV,
+    MOUNT_ATTR_NODIRATIME,
+    MOUNT_ATTR_NOEXEC,
+    MOUNT_ATTR_NOSUID,
+    MOUNT_ATTR_NOSYMFOLLOW,
+    MOUNT_ATTR_RDONLY,
+    MOUNT_ATTR_STRICTATIME,
+    MS_PRIVATE,
+    MS_SHARED,
+    MS_SLAVE,
+    MS_UNBINDABLE,
+)
+
+_SET = {
+    "ro": MOUNT_ATTR_RDONLY,
+    "nosuid": MOUNT_ATTR_NOSUID,
+    "nodev": MOUNT_ATTR_NODEV,
+    "noexec": MOUNT_ATTR_NOEXEC,
+    "nodiratime": MOUNT_ATTR_NODIRATIME,
+    "nosymfollow": MOUNT_ATTR_NOSYMFOLLOW,
+}
+_CLEAR = {
+    "rw": MOUNT_ATTR_RDONLY,
+    "suid": MOUNT_ATTR_NOSUID,
+    "dev": MOUNT_ATTR_NODEV,
+    "exec": MOUNT_ATTR_NOEXEC,
+    "diratime": MOUNT_ATTR_NODIRATIME,
+    "symfollow": MOUNT_ATTR_NOSYMFOLLOW,
+}
+# One field of the kernel, not independent bits.
+_ATIME = {
+    "relatime": 0,
+    "noatime": MOUNT_ATTR_NOATIME,
+    "strictatime": MOUNT_ATTR_STRICTATIME,
+    "norelatime": MOUNT_ATTR_STRICTATIME,
+    "atime": 0,
+    "nostrictatime": 0,
+}
+_PROPAGATION = {"private": MS_PRIVATE, "slave": MS_SLAVE, "shared": MS_SHARED, "unbindable": MS_UNBINDABLE}
+_IGNORED = frozenset(("defaults", "async", "nomand", "loud", "silent", "nolazytime", "noiversion", "mand", "iversion"))
+_UNSUPPORTED = frozenset(("remount", "idmap", "ridmap", "move"))
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """Per-mount attributes to set and to clear (MOUNT_ATTR_*). atime is None where no option spoke of it."""
+
+    set: int = 0
+    clear: int = 0
+    atime: int | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.set or self.clear or self.atime is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """All options of one mount; data is what is left for the file system itself."""
+
+    attributes: Attributes = Attributes()
+    recursive: Attributes = Attributes()
+    propagation: int = 0
+    propagation_recursive: bool = False
+    bind: bool = False
+    bind_recursive: bool = False
+    copy_up: bool = False
+    data: tuple[str, ...] = ()
+
+
+def parse(options: Iterable[str]) -> MountOptions:
+    """Sort options; later ones win over earlier ones. Raises ValueError naming one that is not supported."""
+    plain, recursive = Attributes(), Attributes()
+    propagation, propagation_recursive = 0, False
+    bind = bind_recursive = copy_up = False
+    data: list[str] = []
+    for option in options:
+        if option in _UNSUPPORTED:
+            raise ValueError(f"mount option {option!r} is not supported")
+        if option in ("bind", "rbind"):
+            bind, bind_recursive = True, option == "rbind"
+        elif option == "tmpcopyup":
+            copy_up = True
+        elif option in _PROPAGATION or option[:1] == "r" and option[1:] in _PROPAGATION:
+            propagation_recursive = option not in _PROPAGATION
+            propagation = _PROPAGATION[option[1:] if propagation_recursive else option]
+        elif (changed := _changed(plain, option)) is not None:
+            plain = changed
+        elif option[:1] == "r" and (changed := _changed(recursive, option[1:])) is not None:
+            recursive = changed
+        elif option and option not in _IGNORED:
+            data.append(option)
+    return MountOptions(
+        plain, recursive, propagation, propagation_recursive, bind, bind_recursive, copy_up, tuple(data)
+    )
+
+
+def _changed(attributes: Attributes, option: str) -> Attributes | None:
+    """attributes with one more option, or None if it is no attribute."""
+    if bit := _SET.get(option):
+        return Attributes(attributes.set | bit, attributes.clear & ~bit, attributes.atime)
+    if bit := _CLEAR.get(option):
+        return Attributes(attributes.set & ~bit, attributes.clear | bit, attributes.atime)
+    if (atime := _ATIME.get(option)) is not None:
+        return Attributes(attributes.set, attributes.clear, atime)
+    return None

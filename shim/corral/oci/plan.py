@@ -1,0 +1,109 @@
+"""From a specification to the list of steps that set a container up. Pure: nothing here touches the kernel."""
+
+import os
+from collections.abc import Sequence
+
+from corral.kernel.namespaces import Kind
+from corral.oci import mount_options
+from corral.oci.devices import Console, DeviceLink, DeviceNode
+from corral.oci.masks import MaskedPaths, ReadonlyPaths
+from corral.oci.mount_options import Attributes
+from corral.oci.mounts import BindMount, CgroupMount, NewFilesystem, ReadonlyRoot, RootFilesystem
+from corral.oci.spec import Device, DeviceType, Mount, Spec
+from corral.oci.stage import Step
+from corral.kernel.mount import MOUNT_ATTR_RDONLY
+
+DEFAULT_DEVICES = tuple(
+    Device(path=f"/dev/{name}", type=DeviceType.CHAR, major=major, minor=minor, file_mode=0o666)
+    for name, major, minor in (
+        ("null", 1, 3),
+        ("zero", 1, 5),
+        ("full", 1, 7),
+        ("random", 1, 8),
+        ("urandom", 1, 9),
+        ("tty", 5, 0),
+    )
+)
+"""What every container has, whatever config.json says. Source: runtime-spec config-linux.md "default devices"."""
+
+DEV_LINKS = (
+    DeviceLink("fd", "/proc/self/fd"),
+    DeviceLink("stdin", "/proc/self/fd/0"),
+    DeviceLink("stdout", "/proc/self/fd/1"),
+    DeviceLink("stderr", "/proc/self/fd/2"),
+    DeviceLink("ptmx", "pts/ptmx"),
+)
+
+
+def steps_of(
+    spec: Spec,
+    *,
+    bundle: str,
+    rootfs: Sequence[Mount],
+    cgroups: Sequence[str],
+    console_size: tuple[int, int] | None,
+) -> list[Step]:
+    """The steps of a container's root, in order. Raises ValueError naming the member that can't be honoured."""
+    root = _root(spec, bundle, rootfs)
+    steps: list[Step] = [root]
+    steps += [_mount(mount, f"rootfs[{i}]", bundle, cgroups) for i, mount in enumerate(rootfs) if i > 0]
+    steps += [_mount(mount, f"mounts[{i}]", bundle, cgroups) for i, mount in enumerate(spec.mounts)]
+    steps += [DeviceNode(device) for device in DEFAULT_DEVICES]
+    steps += [DeviceNode(device) for device in spec.linux.devices]
+    steps += DEV_LINKS
+    if spec.process is not None and spec.process.terminal:
+        steps.append(Console(console_size))
+    if spec.linux.readonly_paths:
+        steps.append(ReadonlyPaths(spec.linux.readonly_paths))
+    if spec.linux.masked_paths:
+        steps.append(MaskedPaths(spec.linux.masked_paths))
+    if spec.root is not None and spec.root.readonly or root.options.attributes.set & MOUNT_ATTR_RDONLY:
+        steps.append(ReadonlyRoot())
+    return steps
+
+
+def _root(spec: Spec, bundle: str, rootfs: Sequence[Mount]) -> RootFilesystem:
+    if rootfs:
+        mount = rootfs[0]
+        options = _options(mount, "rootfs[0]")
+        source = os.path.join(bundle, mount.source) if options.bind else mount.source
+        return RootFilesystem(mount.type, source, options)
+    if spec.root is None:
+        raise ValueError("root: missing")
+    options = mount_options.MountOptions(bind=True, bind_recursive=True, attributes=Attributes())
+    return RootFilesystem("bind", os.path.join(bundle, spec.root.path), options)
+
+
+def _options(mount: Mount, path: str) -> mount_options.MountOptions:
+    options = list(mount.options)
+    if mount.type in ("bind", "rbind") and not {"bind", "rbind"} & set(options):
+        options.append(mount.type)
+    try:
+        return mount_options.parse(options)
+    except ValueError as e:
+        raise ValueError(f"{path}.options: {e}") from e
+
+
+def _mount(mount: Mount, path: str, bundle: str, cgroups: Sequence[str]) -> Step:
+    options = _options(mount, path)
+    if not mount.destination:
+        raise ValueError(f"{path}.destination: missing")
+    if options.bind:
+        if not mount.source:
+            raise ValueError(f"{path}.source: missing")
+        return BindMount(mount.destination, os.path.join(bundle, mount.source), options)
+    if mount.type in ("cgroup", "cgroup2"):
+        return CgroupMount(mount.destination, tuple(cgroups), options)
+    if not mount.type:
+        raise ValueError(f"{path}.type: missing")
+    return NewFilesystem(mount.destination, mount.type, mount.source, options)
+
+
+def joined(spec: Spec) -> dict[Kind, str]:
+    """The namespaces to join, and where they are."""
+    return {namespace.type: namespace.path for namespace in spec.linux.namespaces if namespace.path}
+
+
+def created(spec: Spec) -> set[Kind]:
+    """The namespaces to make."""
+    return {namespace.type for namespace in spec.linux.namespaces if not namespace.path}

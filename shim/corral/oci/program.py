@@ -1,0 +1,200 @@
+"""What a container process becomes, computed before it exists; and its last steps until execve.
+
+Order: user found, stdio handed over, working directory, limits, no_new_privs, capabilities and ids dropped, seccomp,
+execve. Only without no_new_privs does seccomp come before the drop, since loading it needs CAP_SYS_ADMIN then.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+from corral.kernel import capabilities, paths, process, rlimits
+from corral.kernel.seccomp import Filter, load
+from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, ExecFailed
+from corral.oci.spec import Capabilities, Process, Rlimit
+from corral.oci.users import Identity, identify
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass(frozen=True, slots=True)
+class CapabilitySets:
+    """The five sets as bit masks."""
+
+    bounding: int
+    effective: int
+    permitted: int
+    inheritable: int
+    ambient: int
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Everything about a process but the namespaces it lives in."""
+
+    args: tuple[str, ...]
+    env: Mapping[str, str]
+    cwd: str
+    umask: int
+    user: str | None
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    capabilities: CapabilitySets
+    no_new_privs: bool
+    rlimits: tuple[Rlimit, ...]
+    oom_score_adj: int | None
+    seccomp: Filter | None
+
+    def start_as(self, identity: Identity) -> "Program":
+        """The same program, run by identity."""
+        env = self.env if "HOME" in self.env else {**self.env, "HOME": identity.home}
+        return replace(self, uid=identity.uid, gid=identity.gid, groups=identity.groups, env=env)
+
+
+def program_of(spec: Process, *, user: str | None, seccomp: Filter | None) -> Program:
+    """The program that a process object describes. Raises ValueError for names the kernel does not know."""
+    env = dict(assignment.split("=", 1) for assignment in spec.env)
+    env.setdefault("PATH", DEFAULT_PATH)
+    for limit in spec.rlimits:
+        if limit.type not in rlimits.NAMES:
+            raise ValueError(f"process.rlimits: unknown resource limit {limit.type!r}")
+    return Program(
+        args=spec.args,
+        env=env,
+        cwd=spec.cwd,
+        umask=0o022 if spec.user.umask is None else spec.user.umask & 0o777,
+        user=user,
+        uid=spec.user.uid,
+        gid=spec.user.gid,
+        groups=spec.user.additional_gids,
+        capabilities=capability_sets(spec.capabilities, capabilities.permitted()),
+        no_new_privs=spec.no_new_privileges,
+        rlimits=spec.rlimits,
+        oom_score_adj=spec.oom_score_adj,
+        seccomp=seccomp,
+    )
+
+
+def capability_sets(wanted: Capabilities | None, available: int) -> CapabilitySets:
+    """The sets as masks, as far as the runtime itself has them: it can't give what it lacks."""
+    if wanted is None:
+        return CapabilitySets(0, 0, 0, 0, 0)
+    permitted = capabilities.mask_of(wanted.permitted) & available
+    inheritable = capabilities.mask_of(wanted.inheritable) & available
+    return CapabilitySets(
+        bounding=capabilities.mask_of(wanted.bounding) & available,
+        effective=capabilities.mask_of(wanted.effective) & permitted,
+        permitted=permitted,
+        inheritable=inheritable,
+        ambient=capabilities.mask_of(wanted.ambient) & permitted & inheritable,
+    )
+
+
+def adjust_oom_score(wanted: int | None) -> None:
+    """Write /proc/self/oom_score_adj of the host's procfs. Without CAP_SYS_RESOURCE it can only be raised: then it stays."""
+    if wanted is None:
+        return
+    fd = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.write(fd, b"%d" % wanted)
+    except PermissionError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def become(program: Program, root: int) -> Program:
+    """Give up everything but what the program is to have; what is returned is ready for execute()."""
+    program = program.start_as(identify(root, program.user, program.uid, program.gid, program.groups))
+    hand_over_stdio(program.uid)
+    enter_directory(root, program.cwd)
+    for limit in program.rlimits:
+        rlimits.set_limit(limit.type, soft=limit.soft, hard=limit.hard)
+    os.umask(program.umask)
+    if program.no_new_privs:
+        process.set_no_new_privs()
+    elif program.seccomp is not None:
+        load(program.seccomp)
+    _drop_privileges(program)
+    return program
+
+
+def _drop_privileges(program: Program) -> None:
+    sets = program.capabilities
+    capabilities.limit_bounding(sets.bounding)
+    process.set_keep_capabilities(True)
+    os.setgroups(program.groups)
+    os.setresgid(program.gid, program.gid, program.gid)
+    os.setresuid(program.uid, program.uid, program.uid)
+    process.set_keep_capabilities(False)
+    capabilities.set_process(
+        effective=sets.effective, permitted=sets.permitted, inheritable=sets.inheritable
+    )
+    capabilities.set_ambient(sets.ambient)
+
+
+def hand_over_stdio(uid: int) -> None:
+    """Make the pipes and the terminal on 0, 1 and 2 the user's, so that it can reopen /dev/stdout.
+
+    Only those: a character device like /dev/null may be the host's own.
+    """
+    for fd in range(3):
+        status = os.fstat(fd)
+        if status.st_uid != uid and (stat.S_ISFIFO(status.st_mode) or os.isatty(fd)):
+            # A pipe of a peer that may not be given away is not worth failing for.
+            with contextlib.suppress(PermissionError):
+                os.fchown(fd, uid, -1)
+
+
+def enter_directory(root: int, cwd: str) -> None:
+    """Make cwd the working directory, checked to lie inside root (CVE-2024-21626)."""
+    try:
+        with paths.opened(paths.open_in_root(root, cwd, os.O_PATH | os.O_DIRECTORY)) as fd:
+            os.fchdir(fd)
+        inside = os.getcwd().startswith("/")
+    except FileNotFoundError as e:
+        raise ExecFailed(EXEC_NOT_FOUND, f"chdir to cwd ({cwd!r}): no such file or directory") from e
+    except OSError as e:
+        raise ExecFailed(EXEC_DENIED, f"chdir to cwd ({cwd!r}): {(e.strerror or str(e)).lower()}") from e
+    if not inside:
+        raise ExecFailed(EXEC_DENIED, f"chdir to cwd ({cwd!r}): it lies outside of the container")
+
+
+def execute(program: Program) -> NoReturn:
+    """Load seccomp, if it is not yet, and become the program. Raises ExecFailed if it can't be executed."""
+    if program.no_new_privs and program.seccomp is not None:
+        load(program.seccomp)
+    process.unblock_signals()
+    name = program.args[0]
+    denied: OSError | None = None
+    for candidate in candidates(name, program.env["PATH"]):
+        try:
+            os.execve(candidate, program.args, program.env)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError as e:
+            denied = e
+        except OSError as e:
+            raise _denied(name, e) from e
+    if denied is not None:
+        raise _denied(name, denied)
+    if "/" in name:
+        raise ExecFailed(EXEC_NOT_FOUND, f'exec "{name}": no such file or directory')
+    raise ExecFailed(EXEC_NOT_FOUND, f'exec "{name}": executable file not found in $PATH')
+
+
+def candidates(name: str, path: str) -> Iterable[str]:
+    """The paths under which a program is tried; an empty entry of PATH is not the working directory, but nothing."""
+    if "/" in name:
+        return (name,)
+    return (f"{directory}/{name}" for directory in path.split(":") if directory)
+
+
+def _denied(name: str, error: OSError) -> ExecFailed:
+    reason = "exec format error" if error.errno == errno.ENOEXEC else (error.strerror or str(error)).lower()
+    return ExecFailed(EXEC_DENIED, f'exec "{name}": {reason}')

@@ -1,0 +1,274 @@
+"""The runtime core: create, start and exec of containers.
+
+    container = create(spec, bundle=…, rootfs=[Mount(type="overlay", …)], cgroup_paths=[…], stdio=Stdio(out, out, out))
+    …                                   # init exists, is set up, and waits
+    container.start()                   # init executes the program
+    handle = container.exec(process, stdio=Stdio())
+    os.waitid(os.P_PIDFD, container.init.pidfd, os.WEXITED)
+
+Everything here is synchronous and for a single-threaded process: the shim. Processes made are children of the caller,
+who reaps them. What goes wrong raises ExecFailed (about the container) or OSError (about the host), or ValueError (about
+the specification, before anything was done); then no process is left, and with it no namespace or mount.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from corral.kernel import namespaces, process
+from corral.kernel.mount import MS_PRIVATE, MS_SHARED, MS_SLAVE, MS_UNBINDABLE
+from corral.kernel.namespaces import Kind
+from corral.oci import plan as plans
+from corral.oci.cgroups import Membership
+from corral.oci.channel import ChildEnd, ParentEnd, make_pair
+from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, ExecFailed
+from corral.oci.init import InitPlan, run_init
+from corral.oci.join import run_joined
+from corral.oci.program import program_of
+from corral.oci.seccomp import filter_of
+from corral.oci.spec import Mount, Process, Spec
+from corral.oci.stdio import Stdio
+from corral.oci.sysctl import check_sysctl
+
+__all__ = [
+    "EXEC_DENIED",
+    "EXEC_NOT_FOUND",
+    "SETUP",
+    "Container",
+    "ExecFailed",
+    "ProcessHandle",
+    "Stdio",
+    "create",
+]
+
+_PROPAGATION = {
+    "": MS_PRIVATE,
+    "private": MS_PRIVATE,
+    "rprivate": MS_PRIVATE,
+    "slave": MS_SLAVE,
+    "rslave": MS_SLAVE,
+    "shared": MS_SHARED,
+    "rshared": MS_SHARED,
+    "unbindable": MS_UNBINDABLE,
+    "runbindable": MS_UNBINDABLE,
+}
+
+
+@dataclass(slots=True)
+class ProcessHandle:
+    """A process in a container. The caller owns the fds.
+
+    pid is the host's; with start_time (field 22 of /proc/<pid>/stat) it names the process for good. console is the pty
+    master, opened inside the container's devpts; None without a terminal.
+    """
+
+    pid: int
+    pidfd: int
+    start_time: int
+    console: int | None
+
+
+@dataclass(slots=True)
+class Container:
+    """A container whose init exists."""
+
+    spec: Spec
+    init: ProcessHandle
+    _channel: ParentEnd | None
+
+    def start(self) -> None:
+        """Let init execute its program; returns once it did.
+
+        Raises ExecFailed (exec_not_found, exec_denied, setup) if it can't: init is ending then, and the caller's to reap.
+        """
+        if self._channel is None:
+            raise ExecFailed(SETUP, "the container was started already")
+        channel, self._channel = self._channel, None
+        try:
+            channel.send_start()
+            channel.wait_for_exec()
+        except (BrokenPipeError, ConnectionResetError) as e:
+            raise ExecFailed(SETUP, "the container's init ended before it was started") from e
+        finally:
+            channel.close()
+
+    def exec(
+        self,
+        process_spec: Process,
+        *,
+        user: str | None = None,
+        stdio: Stdio,
+        cgroup_paths: Sequence[Path] = (),
+    ) -> ProcessHandle:
+        """Run one more process inside; returns once its program was executed.
+
+        user (`name|uid[:group|gid]`, looked up in the container) overrides process_spec.user. Without capabilities of
+        its own the process gets those of init. cgroup_paths: as for create(). Raises ExecFailed; then it was reaped.
+        """
+        return _exec(self, process_spec, user, stdio, cgroup_paths)
+
+    @classmethod
+    def adopt(cls, spec: Spec, *, pid: int, start_time: int) -> "Container":
+        """A started container whose init was made by somebody else, for exec.
+
+        Raises ProcessLookupError if pid is no longer the process that began at start_time.
+        """
+        pidfd = process.pidfd_open(pid)
+        try:
+            if process.start_time(pid) != start_time:
+                raise ProcessLookupError(3, f"process {pid} is not the container's init any more")
+        except FileNotFoundError as e:
+            os.close(pidfd)
+            raise ProcessLookupError(3, f"process {pid} is gone") from e
+        except BaseException:
+            os.close(pidfd)
+            raise
+        return cls(spec, ProcessHandle(pid, pidfd, start_time, None), None)
+
+
+def create(
+    spec: Spec,
+    *,
+    bundle: Path,
+    rootfs: Sequence[Mount] = (),
+    user: str | None = None,
+    cgroup_paths: Sequence[Path] = (),
+    stdio: Stdio,
+    console_size: tuple[int, int] | None = None,
+) -> Container:
+    """Make a container: returns when init has finished its set-up and waits for start().
+
+    bundle: a directory of the host; relative sources are below it, and the root is mounted over it, in init's own mount
+    namespace only. rootfs: how to make the root (the first one, typically overlay) and what else to mount in it; empty:
+    spec.root.path. user (`name|uid[:group|gid]`, looked up in the container) overrides spec.process.user. cgroup_paths:
+    the directories to be a member of, one per hierarchy, below /sys/fs/cgroup. console_size: (columns, rows).
+    """
+    if spec.process is None:
+        raise ValueError("process: missing")
+    plan = _init_plan(spec, os.fspath(bundle), rootfs, user, [os.fspath(path) for path in cgroup_paths], console_size)
+    new, joined = plans.created(spec), plans.joined(spec)
+    flags = namespaces.flags_of(new - {Kind.CGROUP})
+    with contextlib.ExitStack() as stack:
+        membership = Membership.open([os.fspath(path) for path in cgroup_paths])
+        stack.callback(membership.close)
+        joins: list[tuple[int, int, str]] = []
+        for kind, path in joined.items():
+            fd = namespaces.open_namespace(path)
+            stack.callback(os.close, fd)
+            if kind is Kind.PID:
+                stack.enter_context(_children_in(fd, path))
+            else:
+                joins.append((fd, kind.flag, path))
+        parent, child = make_pair()
+        pid, pidfd = process.clone(flags, cgroup=membership.unified)
+        if pid == 0:
+            run_init(plan, child, stdio, membership, joins)
+    return Container(spec, *_await_ready(parent, child, pid, pidfd))
+
+
+def _init_plan(
+    spec: Spec,
+    bundle: str,
+    rootfs: Sequence[Mount],
+    user: str | None,
+    cgroups: Sequence[str],
+    console_size: tuple[int, int] | None,
+) -> InitPlan:
+    assert spec.process is not None
+    if Kind.MOUNT not in plans.created(spec):
+        raise ValueError("linux.namespaces: a new mount namespace is needed")
+    if Kind.USER in {namespace.type for namespace in spec.linux.namespaces}:
+        raise ValueError("linux.namespaces: user namespaces are not supported yet")
+    if spec.linux.rootfs_propagation not in _PROPAGATION:
+        raise ValueError(f"linux.rootfsPropagation: {spec.linux.rootfs_propagation!r} is not a propagation")
+    kinds = [namespace.type for namespace in spec.linux.namespaces]
+    if (spec.hostname or spec.domainname) and Kind.UTS not in kinds:
+        raise ValueError("hostname: the container shares the host's uts namespace")
+    if console_size is None and (box := spec.process.console_size) is not None:
+        console_size = (box.width, box.height)
+    return InitPlan(
+        bundle=bundle,
+        steps=tuple(
+            plans.steps_of(spec, bundle=bundle, rootfs=rootfs, cgroups=cgroups, console_size=console_size)
+        ),
+        program=program_of(spec.process, user=user, seccomp=filter_of(spec.linux.seccomp)),
+        terminal=spec.process.terminal,
+        hostname=spec.hostname,
+        domainname=spec.domainname,
+        sysctl=check_sysctl(spec.linux.sysctl, kinds),
+        propagation=_PROPAGATION[spec.linux.rootfs_propagation],
+        unshare=Kind.CGROUP.flag if Kind.CGROUP in plans.created(spec) else 0,
+    )
+
+
+@contextlib.contextmanager
+def _children_in(pid_namespace: int, path: str) -> Iterator[None]:
+    """Make the caller's next children in another PID namespace."""
+    with contextlib.ExitStack() as stack:
+        own = namespaces.open_namespace("/proc/self/ns/pid")
+        stack.callback(os.close, own)
+        namespaces.join(pid_namespace, Kind.PID.flag, what=path)
+        stack.callback(namespaces.join, own, Kind.PID.flag)
+        yield
+
+
+def _await_ready(
+    parent: ParentEnd, child: ChildEnd, pid: int, pidfd: int
+) -> tuple[ProcessHandle, ParentEnd]:
+    child.close()
+    try:
+        console = parent.receive_ready()
+        return ProcessHandle(pid, pidfd, process.start_time(pid), console), parent
+    except BaseException:
+        _kill_and_reap(parent, pidfd)
+        raise
+
+
+def _kill_and_reap(parent: ParentEnd, pidfd: int) -> None:
+    parent.close()
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(pidfd, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    os.close(pidfd)
+
+
+def _exec(
+    container: Container,
+    spec: Process,
+    user: str | None,
+    stdio: Stdio,
+    cgroup_paths: Sequence[Path],
+) -> ProcessHandle:
+    own = container.spec.process
+    if spec.capabilities is None and own is not None:
+        spec = replace(spec, capabilities=own.capabilities)
+    program = program_of(spec, user=user, seccomp=filter_of(container.spec.linux.seccomp))
+    kinds = {namespace.type for namespace in container.spec.linux.namespaces}
+    terminal = None
+    if spec.terminal:
+        terminal = (spec.console_size.width, spec.console_size.height) if spec.console_size else (0, 0)
+    init = container.init.pidfd
+    with contextlib.ExitStack() as stack:
+        membership = Membership.open([os.fspath(path) for path in cgroup_paths])
+        stack.callback(membership.close)
+        if Kind.PID in kinds:
+            stack.enter_context(_children_in(init, "the container's init"))
+        parent, child = make_pair()
+        pid, pidfd = process.clone(0, cgroup=membership.unified)
+        if pid == 0:
+            flags = namespaces.flags_of(kinds - {Kind.PID})
+            run_joined(program, child, stdio, membership, init=init, flags=flags, terminal=terminal)
+    handle, _ = _await_ready(parent, child, pid, pidfd)
+    try:
+        parent.wait_for_exec()
+    except BaseException:
+        _kill_and_reap(parent, pidfd)
+        if handle.console is not None:
+            os.close(handle.console)
+        raise
+    parent.close()
+    return handle

@@ -1,0 +1,56 @@
+"""What the steps that build a container's root share, and the shape of a step.
+
+Steps run inside init, in two rounds. `prepare` sees the host: sources are opened there, while the mounts still have
+their peers, so propagation can be kept where it was asked for. `apply` sees the root that is being built, only by fd.
+The fds of a stage are never closed one by one: they die at the latest when init executes the program.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+
+@dataclass(slots=True)
+class Stage:
+    """The root being built."""
+
+    bundle: str
+    root: int = -1
+    """fd of the root of the container's root mount, once there is one."""
+    dev: int | None = None
+    """fd of the root of our own tmpfs on /dev; None where the user put something else there."""
+    devpts: int | None = None
+    """fd of the root of the container's own devpts on /dev/pts."""
+    console_master: int | None = None
+    console_slave: int | None = None
+    has_proc: bool = False
+    """A procfs was mounted on /proc."""
+    trees: dict[int | str, int] = field(default_factory=dict)
+    """What prepare() opened: fds of detached trees, by id() of the step, or by the path of a cgroup."""
+
+
+class Step:
+    """One step of the set-up."""
+
+    __slots__ = ()
+
+    def describe(self) -> str:
+        """The step as one line for a person."""
+        raise NotImplementedError
+
+    def prepare(self, stage: Stage) -> None:
+        """Open what the host gives, in the host's view."""
+
+    def apply(self, stage: Stage) -> None:
+        """Do it, in the root being built."""
+        raise NotImplementedError
+
+
+def normal(path: str) -> str:
+    """An absolute path without `.`, `..` and doubled slashes, for comparing names; never used to open anything."""
+    parts: list[str] = []
+    for part in PurePosixPath("/", path).parts[1:]:
+        if part == "..":
+            del parts[-1:]
+        else:
+            parts.append(part)
+    return "/" + "/".join(parts)
