@@ -1,0 +1,220 @@
+"""What every operation of the engine works with: rows, leaves, locks, those who wait for an exit, background work."""
+
+import asyncio
+import platform
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from corral.api.types.v1.types_pb2 import ExitStatus
+from corral.engine import store
+from corral.engine.config import EngineConfig
+from corral.engine.leaves import Leaves
+from corral.engine.records import ALIVE, ContainerRecord, Status
+from corral.engine.seccomp import kernel_version
+from corral.engine.spec import HostFacts
+from corral.kernel import capabilities
+from corral.rpc.context import current_namespace
+from corral.rpc.errors import FailedPrecondition
+from corral.store import Database, Transaction
+
+log = structlog.get_logger()
+
+type Key = tuple[str, str]  # namespace and id of a container
+
+
+class Locks:
+    """One lock per container, so that two calls never change the same one at once. Waiting for an exit takes none."""
+
+    def __init__(self) -> None:
+        self._held: dict[Key, tuple[asyncio.Lock, int]] = {}
+
+    @asynccontextmanager
+    async def of(self, key: Key) -> AsyncIterator[None]:
+        """Hold the container's lock within a block."""
+        lock, users = self._held.get(key, (None, 0))
+        lock = lock or asyncio.Lock()
+        self._held[key] = lock, users + 1
+        try:
+            async with lock:
+                yield
+        finally:
+            lock, users = self._held[key]
+            if users == 1:
+                del self._held[key]
+            else:
+                self._held[key] = lock, users - 1
+
+
+class Watch:
+    """Those who wait for a container to end or to be removed, told after the row says so."""
+
+    def __init__(self) -> None:
+        self._exits: dict[Key, list[asyncio.Future[ExitStatus]]] = {}
+        self._removals: dict[Key, list[asyncio.Future[ExitStatus | None]]] = {}
+
+    def next_exit(self, key: Key) -> asyncio.Future[ExitStatus]:
+        """Resolved when the container ends the next time."""
+        return _enlist(self._exits, key)
+
+    def removal(self, key: Key) -> asyncio.Future[ExitStatus | None]:
+        """Resolved when it is gone, with how it ended if it ever ran."""
+        return _enlist(self._removals, key)
+
+    def tell_exit(self, key: Key, status: ExitStatus) -> None:
+        _resolve(self._exits, key, status)
+
+    def tell_removal(self, key: Key, status: ExitStatus | None) -> None:
+        _resolve(self._removals, key, status)
+        for future in self._exits.pop(key, ()):
+            future.cancel()
+
+
+def _enlist[T](waiting: dict[Key, list[asyncio.Future[T]]], key: Key) -> asyncio.Future[T]:
+    future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    waiting.setdefault(key, []).append(future)
+
+    def leave(future: asyncio.Future[T]) -> None:
+        others = waiting.get(key, [])
+        with suppress(ValueError):
+            others.remove(future)
+        if not others:
+            waiting.pop(key, None)
+
+    future.add_done_callback(leave)
+    return future
+
+
+def _resolve[T](waiting: dict[Key, list[asyncio.Future[T]]], key: Key, value: T) -> None:
+    for future in waiting.pop(key, ()):
+        if not future.done():
+            future.set_result(value)
+
+
+class Background:
+    """Tasks that live on when the call that began them is cancelled."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def to_the_end[T](self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work`; if the caller is cancelled it still runs to its end: half of a change must never be left."""
+        return await asyncio.shield(self.spawn(work))
+
+    def spawn[T](self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Begin `work` and keep a reference to it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # a cancelled caller cannot take it; asyncio would complain
+
+    async def stop(self, grace_s: float) -> None:
+        """Let what changes something finish, then cancel the rest."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=grace_s)
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+@dataclass(slots=True)
+class Core:
+    """See the module."""
+
+    config: EngineConfig
+    database: Database
+    leaves: Leaves
+    host: HostFacts
+    locks: Locks = field(default_factory=Locks)
+    watch: Watch = field(default_factory=Watch)
+    background: Background = field(default_factory=Background)
+    # Containers that are being made now: recovery must leave them alone.
+    being_made: set[Key] = field(default_factory=set)
+    # Streams of output that are being passed on, by container.
+    attached: dict[Key, set[asyncio.Task[Any]]] = field(default_factory=dict)
+    # Called with a record after its exit was written. Set once, by whoever acts on exits.
+    on_exit: Callable[[ContainerRecord], None] = lambda _: None
+
+    def resolve(self, reference: str) -> ContainerRecord:
+        """The container that a call in its namespace means. Raises NotFound, FailedPrecondition if ambiguous."""
+        namespace = current_namespace()
+        return self.database.read_sync(lambda view: store.resolve(view, namespace, reference))
+
+    def get(self, namespace: str, id_: str) -> ContainerRecord:
+        """The container with this id. Raises NotFound."""
+        return self.database.read_sync(lambda view: store.get(view, namespace, id_))
+
+    def volume_root(self, namespace: str) -> Path:
+        """Where the volumes of a namespace are."""
+        return self.config.root / "volumes" / namespace
+
+    def container_directory(self, record: ContainerRecord) -> Path:
+        """Where the container's log is, whatever becomes of its tasks."""
+        return self.config.root / "containers" / record.namespace / record.id
+
+    async def record_exit(
+        self, record: ContainerRecord, status: ExitStatus, *, started: bool = True
+    ) -> ContainerRecord:
+        """Write down how the run that `record` describes ended, unless that is known already; returns what is known."""
+        ended = await self.database.write(
+            lambda tx: apply_exit(tx, record.namespace, record.id, status, pid=record.pid, started=started)
+        )
+        if ended is None:
+            return self.get(record.namespace, record.id)
+        self.tell_exit(ended)
+        return ended
+
+    def tell_exit(self, record: ContainerRecord) -> None:
+        """After an exit was committed: wake those who wait, act on it."""
+        assert record.exit is not None
+        self.watch.tell_exit((record.namespace, record.id), record.exit)
+        self.on_exit(record)
+
+
+def apply_exit(
+    tx: Transaction, namespace: str, id_: str, status: ExitStatus, *, pid: int, started: bool = True
+) -> ContainerRecord | None:
+    """The container's init `pid` ended. None if that is no news: it is gone, has ended, or runs anew since.
+
+    started=False: it never ran, so nobody is told that it did.
+    """
+    record = store.find(tx, namespace, id_)
+    if record is None or record.status not in ALIVE | {Status.CREATED}:
+        return None
+    if pid and record.pid and pid != record.pid:  # the exit of an earlier run
+        return None
+    if record.status is not Status.CREATED and started:
+        store.announce_started(tx, record)
+    ended = record.with_exit(status)
+    store.save_exit(tx, ended)
+    return ended
+
+
+def require_alive(record: ContainerRecord, doing: str) -> None:
+    """Raises FailedPrecondition unless the container runs or is paused."""
+    if record.status not in ALIVE:
+        raise FailedPrecondition(
+            f"container {record.name} is not running ({record.status.word}): it cannot be {doing}",
+            reason="NOT_RUNNING",
+            metadata={"container": record.id, "status": record.status.word},
+        )
+
+
+def host_facts() -> HostFacts:
+    """This host and this process, as specs depend on them."""
+    return HostFacts(
+        hostname=socket.gethostname(),
+        machine=platform.machine(),
+        kernel=kernel_version(platform.release()),
+        capabilities=frozenset(capabilities.names_of(capabilities.permitted())),
+    )

@@ -1,0 +1,88 @@
+"""More processes in a container. tasks keeps them; the engine says which container and as whom."""
+
+import asyncio
+import json
+
+from corral.api.engine.v1.engine_pb2 import ExecContainerRequest
+from corral.api.tasks.v1 import tasks_pb2
+from corral.api.types.v1.types_pb2 import ExitStatus, WindowSize
+from corral.engine.core import Core, require_alive
+from corral.engine.naming import random_id
+from corral.engine.records import ContainerRecord, Status
+from corral.engine.resolve import lay_env
+from corral.engine.spec import process_for_exec
+from corral.oci.decode import encode
+from corral.rpc.context import check_id
+from corral.rpc.errors import FailedPrecondition, InvalidArgument, Unavailable
+
+RETRY_S = 0.2
+
+
+class Execs:
+    """See the module."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def make(self, request: ExecContainerRequest) -> tuple[str, str]:
+        """Register a process; returns the ids of container and exec. Raises FailedPrecondition unless it runs."""
+        record = self._running(request.container)
+        if not request.args or not request.args[0]:
+            raise InvalidArgument("there is nothing to run: give a command", reason="NO_COMMAND")
+        exec_id = check_id(request.exec_id, "exec id") if request.exec_id else random_id()
+        process = process_for_exec(
+            record.config,
+            self._core.host,
+            args=tuple(request.args),
+            env=lay_env(request.env),
+            working_dir=request.working_dir,
+            terminal=request.terminal,
+            privileged=request.privileged,
+        )
+        await self._core.leaves.tasks.Exec(
+            tasks_pb2.ExecRequest(
+                id=record.id,
+                exec_id=exec_id,
+                process=json.dumps(encode(process), separators=(",", ":")).encode(),
+                user=request.user or record.config.user,
+                stdin=request.stdin,
+                console_size=request.console_size if request.HasField("console_size") else None,
+            )
+        )
+        return record.id, exec_id
+
+    def _running(self, reference: str) -> ContainerRecord:
+        record = self._core.resolve(reference)
+        if record.status is Status.PAUSED:
+            raise FailedPrecondition(
+                f"container {record.name} is paused: resume it before running something in it", reason="PAUSED"
+            )
+        require_alive(record, "entered")
+        return record
+
+    async def start(self, reference: str, exec_id: str) -> int:
+        """Run a registered process; returns its pid as the host counts. Raises as tasks.Start."""
+        record = self._running(reference)
+        request = tasks_pb2.StartRequest(id=record.id, exec_id=check_id(exec_id, "exec id"))
+        return (await self._core.leaves.tasks.Start(request)).pid
+
+    async def wait(self, reference: str, exec_id: str, *, remove: bool) -> ExitStatus:
+        """How it ended, once it has; with remove it is forgotten then."""
+        record = self._core.resolve(reference)
+        request = tasks_pb2.WaitRequest(id=record.id, exec_id=check_id(exec_id, "exec id"))
+        while True:
+            try:
+                status = (await self._core.leaves.tasks.Wait(request)).exit
+                break
+            except Unavailable:
+                await asyncio.sleep(RETRY_S)
+        if remove:
+            forget = tasks_pb2.DeleteExecRequest(id=record.id, exec_id=exec_id)
+            await self._core.leaves.tasks.DeleteExec(forget)
+        return status
+
+    async def resize(self, reference: str, exec_id: str, size: WindowSize) -> None:
+        """Tell a terminal its new size."""
+        record = self._core.resolve(reference)
+        require_alive(record, "resized")
+        await self._core.leaves.tasks.Resize(tasks_pb2.ResizeRequest(id=record.id, exec_id=exec_id, size=size))

@@ -1,0 +1,306 @@
+"""What happens to a container between its making and its removal: start, stop, kill, pause, resume, restart, wait."""
+
+import asyncio
+import time
+from dataclasses import replace
+
+import structlog
+
+from corral.api.cgroups.v1.cgroups_pb2 import FreezeRequest, ThawRequest
+from corral.api.engine.v1.engine_pb2 import WaitContainerRequest
+from corral.api.images.v1.images_pb2 import SnapshotRequest
+from corral.api.tasks.v1 import tasks_pb2
+from corral.api.types.v1.types_pb2 import ExitStatus
+from corral.engine import requests, store
+from corral.engine.core import Core, require_alive
+from corral.engine.leaves import persistently
+from corral.engine.records import ALIVE, ContainerRecord, Status
+from corral.engine.removal import SIGKILL, lost_exit
+from corral.engine.signals import parse_signal
+from corral.engine.task_making import TaskMaking
+from corral.rpc.errors import CorralError, FailedPrecondition, Internal, NotFound, Unavailable
+from corral.store import Transaction, failpoint
+
+log = structlog.get_logger()
+
+DEFAULT_STOP_SIGNAL = "SIGTERM"
+# After SIGKILL. A process that does not end then sits in the kernel, in uninterruptible sleep.
+KILL_TIMEOUT_S = 10.0
+WAIT_RETRY_S = 0.2
+# Exit codes of a container whose program never ran, as a shell and docker have them.
+_NOT_STARTED = {"EXEC_NOT_FOUND": 127, "EXEC_DENIED": 126}
+_NOT_STARTED_OTHERWISE = 128
+
+
+class Lifecycle:
+    """See the module. References are names, ids, or prefixes of ids; all raise CorralError."""
+
+    def __init__(self, core: Core, task_making: TaskMaking) -> None:
+        self._core = core
+        self._tasks = task_making
+
+    # Start
+
+    async def start(self, reference: str) -> ContainerRecord:
+        """Run a created or ended container; nothing happens to one that runs."""
+        return await self._core.background.to_the_end(self._start(self._core.resolve(reference)))
+
+    async def _start(self, named: ContainerRecord) -> ContainerRecord:
+        async with self._core.locks.of((named.namespace, named.id)):
+            record = self._core.get(named.namespace, named.id)
+            if record.status in ALIVE:
+                record = await self._true_state(record)
+                if record.status in ALIVE:
+                    return record
+            store.check_move(record, Status.RUNNING)
+            if record.status is Status.EXITED:
+                record = await self._make_again(record)
+            return await self._run(record)
+
+    async def _true_state(self, record: ContainerRecord) -> ContainerRecord:
+        """The record, after asking tasks whether it still is as it says."""
+        try:
+            task = await self._core.leaves.tasks.Get(tasks_pb2.GetTaskRequest(id=record.id))
+        except NotFound:
+            return await self._core.record_exit(record, lost_exit("its task is gone"))
+        if task.status != tasks_pb2.STATUS_STOPPED:
+            return record
+        return await self._core.record_exit(record, task.exit)
+
+    async def _make_again(self, record: ContainerRecord) -> ContainerRecord:
+        """A new task on the tree that was kept. Network and cgroup are there still, or are made again."""
+        leaves, id_ = self._core.leaves, record.id
+        await persistently(lambda: leaves.tasks.Delete(tasks_pb2.DeleteTaskRequest(id=id_, force=True)))
+        failpoint("engine.start.after_old_task")
+        attach = requests.network(record.config, record.namespace, id_, host_hostname=self._core.host.hostname)
+        if record.endpoint is not None:  # the ports that were chosen stay
+            del attach.ports[:]
+            attach.ports.extend(record.endpoint.ports)
+        mounts, endpoint, cgroup = await asyncio.gather(
+            leaves.snapshots.Mounts(SnapshotRequest(key=id_)),
+            leaves.endpoints.Attach(attach),
+            self._tasks.make_cgroup(record),
+        )
+        record = replace(record, endpoint=endpoint, cgroup_path=cgroup.path)
+        record = await self._tasks.make(record, mounts.mounts, cgroup.join_paths)
+        failpoint("engine.start.after_new_task")
+        return record
+
+    async def _run(self, record: ContainerRecord, *, again: bool = False) -> ContainerRecord:
+        """Start the task. The row says RUNNING first, so that an exit, however quick, finds it so."""
+        running = replace(record, status=Status.RUNNING, started_ns=time.time_ns(), finished_ns=0, exit=None)
+        saved, started = await asyncio.gather(
+            self._core.database.write(lambda tx: store.save_started(tx, running)),
+            self._core.leaves.tasks.Start(tasks_pb2.StartRequest(id=record.id)),
+            return_exceptions=True,
+        )
+        failpoint("engine.start.after_task")
+        if isinstance(saved, BaseException):
+            raise saved
+        if isinstance(started, NotFound) and started.reason not in _NOT_STARTED and not again:
+            return await self._run_new_task(running)
+        if isinstance(started, BaseException):
+            return await self._not_started(running, started)
+        if started.pid and started.pid != running.pid:
+            log.warning("container.pid_changed", container=record.id, was=running.pid, now=started.pid)
+        return running
+
+    async def _run_new_task(self, running: ContainerRecord) -> ContainerRecord:
+        """It was created, and its task is lost, as after a reboot: make that again."""
+        try:
+            record = await self._make_again(running)
+        except CorralError as e:
+            return await self._not_started(running, e)
+        return await self._run(record, again=True)
+
+    async def _not_started(self, running: ContainerRecord, error: BaseException) -> ContainerRecord:
+        """What a failed start leaves behind: an ended container with the code that a shell would give."""
+        if not isinstance(error, CorralError):
+            raise error
+        if isinstance(error, Unavailable):
+            return await self._after_outage(running, error)
+        status = ExitStatus(
+            code=_NOT_STARTED.get(error.reason, _NOT_STARTED_OTHERWISE), known=True, reason=error.message
+        )
+        status.exited_at.GetCurrentTime()
+        await self._core.record_exit(running, status, started=False)
+        raise error
+
+    async def _after_outage(self, running: ContainerRecord, error: Unavailable) -> ContainerRecord:
+        """tasks went away during the call: ask what became of it."""
+        get = tasks_pb2.GetTaskRequest(id=running.id)
+        task = await persistently(lambda: self._core.leaves.tasks.Get(get))
+        if task.status == tasks_pb2.STATUS_CREATED:
+            await self._core.database.write(
+                lambda tx: store.set_status(tx, running.namespace, running.id, Status.CREATED)
+            )
+            raise error
+        return running
+
+    # Stop
+
+    async def stop(self, reference: str, *, signal: str, timeout_s: float | None) -> ContainerRecord:
+        """The stop signal, then after the grace SIGKILL; returns when it has ended. Nothing happens to one that had."""
+        record = self._core.resolve(reference)
+        if record.status not in ALIVE:
+            return record
+        return await self._core.background.to_the_end(self._stop(record, signal=signal, timeout_s=timeout_s))
+
+    async def _stop(self, record: ContainerRecord, *, signal: str, timeout_s: float | None) -> ContainerRecord:
+        number = parse_signal(signal or record.config.stop_signal or DEFAULT_STOP_SIGNAL)
+        waiting = asyncio.ensure_future(self._exit_of(record))
+        try:
+            await self._signal(record, number)
+            status = await _within(waiting, self._grace_s(record, timeout_s))
+            if status is None:
+                await self._signal(record, SIGKILL, everything=record.config.pid_mode != "")
+                status = await _within(waiting, KILL_TIMEOUT_S)
+        finally:
+            waiting.cancel()
+        if status is None:
+            raise Internal(
+                f"container {record.name} does not end although it was killed: a process of it hangs in the kernel",
+                reason="UNKILLABLE",
+            )
+        ended = await self._core.record_exit(record, status)
+        await self._core.database.write(
+            lambda tx: tx.journal("container.stopped", record.id, store.exit_facts(ended), namespace=record.namespace)
+        )
+        return ended
+
+    def _grace_s(self, record: ContainerRecord, timeout_s: float | None) -> float:
+        if timeout_s is not None:
+            return max(timeout_s, 0.0)
+        if record.config.HasField("stop_timeout"):
+            return record.config.stop_timeout.ToNanoseconds() / 1e9
+        return self._core.config.stop_timeout_s
+
+    async def _signal(self, record: ContainerRecord, number: int, *, everything: bool = False) -> None:
+        """Send a signal; a paused container is thawed to take it. No error if it has ended."""
+        tasks = self._core.leaves.tasks
+        request = tasks_pb2.KillRequest(id=record.id, signal=number, all=everything)
+        try:
+            await persistently(lambda: tasks.Kill(request))
+        except (FailedPrecondition, NotFound):
+            return
+        if self._core.get(record.namespace, record.id).status is Status.PAUSED:
+            await self._thaw(record)
+
+    async def restart(self, reference: str, *, signal: str, timeout_s: float | None) -> ContainerRecord:
+        """Stop it if it runs, then start it."""
+        record = await self.stop(reference, signal=signal, timeout_s=timeout_s)
+        return await self._core.background.to_the_end(self._start(record))
+
+    async def kill(self, reference: str, *, signal: str, everything: bool) -> None:
+        """Send a signal, SIGKILL if none is named. SIGKILL also ends a paused container."""
+        record = self._core.resolve(reference)
+        number = parse_signal(signal) if signal else SIGKILL
+        require_alive(record, "signalled")
+        request = tasks_pb2.KillRequest(id=record.id, signal=number, all=everything)
+        await self._core.leaves.tasks.Kill(request)
+        if record.status is Status.PAUSED and number == SIGKILL:
+            await self._thaw(record)
+
+    # Pause
+
+    async def pause(self, reference: str) -> ContainerRecord:
+        """Freeze every process of it."""
+        return await self._core.background.to_the_end(self._pause(self._core.resolve(reference)))
+
+    async def _pause(self, named: ContainerRecord) -> ContainerRecord:
+        async with self._core.locks.of((named.namespace, named.id)):
+            record = self._core.get(named.namespace, named.id)
+            if record.status is Status.PAUSED:
+                raise FailedPrecondition(f"container {record.name} is paused already", reason="PAUSED")
+            require_alive(record, "paused")
+            await self._core.leaves.cgroups.Freeze(FreezeRequest(id=record.id))
+            failpoint("engine.pause.after_freeze")
+            return await self._set_paused(record, Status.PAUSED)
+
+    async def resume(self, reference: str) -> ContainerRecord:
+        """Let a paused container go on."""
+        return await self._core.background.to_the_end(self._resume(self._core.resolve(reference)))
+
+    async def _resume(self, named: ContainerRecord) -> ContainerRecord:
+        async with self._core.locks.of((named.namespace, named.id)):
+            record = self._core.get(named.namespace, named.id)
+            if record.status is not Status.PAUSED:
+                raise FailedPrecondition(
+                    f"container {record.name} is not paused ({record.status.word})", reason="NOT_PAUSED"
+                )
+            return await self._thaw(record)
+
+    async def _thaw(self, record: ContainerRecord) -> ContainerRecord:
+        await persistently(lambda: self._core.leaves.cgroups.Thaw(ThawRequest(id=record.id)))
+        failpoint("engine.resume.after_thaw")
+        return await self._set_paused(record, Status.RUNNING)
+
+    async def _set_paused(self, record: ContainerRecord, status: Status) -> ContainerRecord:
+        """RUNNING <-> PAUSED, unless it has ended meanwhile."""
+
+        def write(tx: Transaction) -> ContainerRecord:
+            now = store.get(tx, record.namespace, record.id)
+            if now.status not in ALIVE or now.status is status:
+                return now
+            topic = "container.paused" if status is Status.PAUSED else "container.unpaused"
+            tx.journal(topic, record.id, {"name": now.name}, namespace=record.namespace)
+            return store.set_status(tx, record.namespace, record.id, status)
+
+        return await self._core.database.write(write)
+
+    # Wait
+
+    async def wait(self, reference: str, condition: "WaitContainerRequest.Condition.ValueType") -> ExitStatus | None:
+        """How it ended, once the condition holds; None if it never ran."""
+        record = self._core.resolve(reference)
+        key = (record.namespace, record.id)
+        if condition == WaitContainerRequest.CONDITION_REMOVED:
+            return await self._core.watch.removal(key)
+        if condition == WaitContainerRequest.CONDITION_NEXT_EXIT:
+            return await self._next_exit(record)
+        if record.status in ALIVE:
+            return await self._exit_of(record)
+        return record.exit
+
+    async def _next_exit(self, record: ContainerRecord) -> ExitStatus:
+        """From our own record, or, quicker while there is a task, from tasks."""
+        told = self._core.watch.next_exit((record.namespace, record.id))
+        if record.status not in ALIVE | {Status.CREATED}:
+            return await told
+        asked = asyncio.ensure_future(self._exit_of(record))
+        try:
+            await asyncio.wait((told, asked), return_when=asyncio.FIRST_COMPLETED)
+            return (told if told.done() else asked).result()
+        except asyncio.CancelledError:
+            if told.cancelled():
+                raise _gone(record) from None
+            raise
+        finally:
+            asked.cancel()
+            told.cancel()
+
+    async def _exit_of(self, record: ContainerRecord) -> ExitStatus:
+        """The end of the run that `record` describes, straight from tasks, over any outage of it."""
+        request = tasks_pb2.WaitRequest(id=record.id)
+        while True:
+            try:
+                return (await self._core.leaves.tasks.Wait(request)).exit
+            except Unavailable:
+                await asyncio.sleep(WAIT_RETRY_S)
+            except NotFound:
+                now = self._core.get(record.namespace, record.id)
+                if now.exit is not None:
+                    return now.exit
+                if now.status not in ALIVE:
+                    raise
+                return lost_exit("its task is gone")
+
+
+async def _within(waiting: "asyncio.Future[ExitStatus]", seconds: float) -> ExitStatus | None:
+    """The result if it comes in time, else None; the waiting goes on."""
+    done, _ = await asyncio.wait((waiting,), timeout=seconds)
+    return waiting.result() if done else None
+
+
+def _gone(record: ContainerRecord) -> NotFound:
+    return NotFound(f"container {record.name} was removed", reason="NO_CONTAINER")

@@ -1,0 +1,233 @@
+"""The merged journal: what the leaves journalled, appended to the engine's own, each event exactly once and in order.
+
+Every leaf's journal is followed from the number that was merged last. That number is written in the transaction that
+appends the event, so neither a crash here nor one of the leaf loses or repeats one. An event that tells of a start or
+an end is acted on in the same transaction: the container's row and `container.died` follow from it.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from google.protobuf.struct_pb2 import Struct, Value
+
+from corral.api.types.v1.types_pb2 import Event, EventsRequest, EventsResponse, ExitStatus
+from corral.engine import store
+from corral.engine.core import Core, apply_exit
+from corral.engine.records import ContainerRecord, from_ns, to_ns
+from corral.rpc.errors import CorralError
+from corral.rpc.events import event_to_wire
+from corral.store import GAP_TOPIC, JSON, Transaction, failpoint
+from corral.store import Event as Row
+
+log = structlog.get_logger()
+
+# In the payload of a merged event: where it comes from. No leaf's facts have such a name.
+ORIGIN = "@origin"
+MAX_BATCH = 256
+# Events that nobody acts on wait this long for others to share their transaction.
+BATCH_S = 0.005
+URGENT = frozenset({"task.exited"})
+RETRY_FIRST_S, RETRY_MOST_S = 0.05, 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrived:
+    origin: str
+    response: EventsResponse
+
+
+class Merger:
+    """Follows every leaf. on_reconnect is called with a leaf's name after it was away, and when its journal had a gap:
+    what events would have told must then be asked for."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self.on_reconnect: Callable[[str], Awaitable[None]] | None = None
+        self._queue: asyncio.Queue[_Arrived] = asyncio.Queue(maxsize=4 * MAX_BATCH)
+        leaves = core.leaves
+        self._sources: Mapping[str, Any] = {
+            "images": leaves.images,
+            "tasks": leaves.tasks,
+            "network": leaves.networks,
+            "cgroups": leaves.cgroups,
+        }
+        self._running: list[asyncio.Task[None]] = []
+
+    async def catch_up(self, origin: str) -> None:
+        """Merge what this leaf has journalled until now. Raises CorralError if it does not answer."""
+        batch: list[_Arrived] = []
+        async for response in self._sources[origin].Events(self._request(origin, no_follow=True)):
+            batch.append(_Arrived(origin, response))
+            if len(batch) == MAX_BATCH:
+                await self._merge(batch)
+                batch = []
+        if batch:
+            await self._merge(batch)
+
+    def start(self) -> None:
+        """Follow from now on, in the background."""
+        self._running = [asyncio.ensure_future(self._follow(origin)) for origin in self._sources]
+        self._running.append(asyncio.ensure_future(self._write()))
+
+    async def stop(self) -> None:
+        """What has not been merged yet is merged after the next start."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    def _request(self, origin: str, *, no_follow: bool = False) -> EventsRequest:
+        after = self._core.database.read_sync(lambda view: store.merged_up_to(view, origin))
+        return EventsRequest(after=after, all_namespaces=True, no_follow=no_follow)
+
+    async def _follow(self, origin: str) -> None:
+        delay_s = RETRY_FIRST_S
+        lost = False
+        while True:
+            try:
+                if lost:
+                    await self.catch_up(origin)
+                    self._reconcile(origin)
+                    lost = False
+                async for response in self._sources[origin].Events(self._request(origin)):
+                    delay_s = RETRY_FIRST_S
+                    await self._queue.put(_Arrived(origin, response))
+            except CorralError as e:
+                log.debug("journal.lost", origin=origin, error=str(e), next_s=delay_s)
+                lost = True
+            # What is queued still must be written before the cursor says where to go on.
+            await self._queue.join()
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, RETRY_MOST_S)
+
+    async def _write(self) -> None:
+        while True:
+            batch = [await self._queue.get()]
+            if batch[0].response.event.topic not in URGENT:
+                await asyncio.sleep(BATCH_S)
+            while len(batch) < MAX_BATCH and not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            try:
+                await self._merge(batch)
+            except OSError as e:
+                # A full disk, say. The cursor has not moved, so following anew brings them again.
+                log.error("journal.merge_failed", error=str(e))
+                await asyncio.sleep(RETRY_MOST_S)
+            finally:
+                for _ in batch:
+                    self._queue.task_done()
+
+    async def _merge(self, batch: Sequence[_Arrived]) -> None:
+        failpoint("engine.merge.before_write")
+        ended, gaps = await self._core.database.write(lambda tx: _append(tx, batch))
+        failpoint("engine.merge.after_write")
+        for record in ended:
+            self._core.tell_exit(record)
+        for origin in gaps:
+            self._reconcile(origin)
+
+    def _reconcile(self, origin: str) -> None:
+        async def quietly(callback: Callable[[str], Awaitable[None]]) -> None:
+            with contextlib.suppress(CorralError):  # it is away again: we come here again
+                await callback(origin)
+
+        if self.on_reconnect is not None:
+            self._core.background.spawn(quietly(self.on_reconnect))
+
+
+def _append(tx: Transaction, batch: Sequence[_Arrived]) -> tuple[list[ContainerRecord], set[str]]:
+    """Append a batch; returns the containers that ended, and the leaves of which events are lost."""
+    merged: dict[str, int] = {}
+    ended, gaps = [], set()
+    for arrived in batch:
+        origin = arrived.origin
+        if origin not in merged:
+            merged[origin] = store.merged_up_to(tx, origin)
+        if arrived.response.HasField("gap"):
+            gaps.add(origin)
+            merged[origin] = int(arrived.response.gap.resumes_at) - 1
+            tx.journal(GAP_TOPIC, origin, {"origin": origin, "resumes_at": merged[origin] + 1}, namespace="")
+            continue
+        event = arrived.response.event
+        if event.seq <= merged[origin]:  # followed anew, and it was merged meanwhile
+            continue
+        merged[origin] = event.seq
+        payload = struct_to_json(event.payload)
+        source: list[JSON] = [origin, event.seq, to_ns(event.time)]
+        tx.journal(event.topic, event.subject, {**payload, ORIGIN: source}, namespace=event.namespace)
+        if origin == "tasks" and (record := _act(tx, event, payload)) is not None:
+            ended.append(record)
+    for origin, seq in merged.items():
+        store.set_merged_up_to(tx, origin, seq)
+    return ended, gaps
+
+
+def _act(tx: Transaction, event: Event, payload: Mapping[str, JSON]) -> ContainerRecord | None:
+    """What an event of tasks means for a container; its record if it ended thereby."""
+    if event.topic == "task.started":
+        record = store.find(tx, event.namespace, event.subject)
+        if record is not None and record.pid == payload.get("pid"):
+            store.announce_started(tx, record)
+    elif event.topic == "task.exited":
+        pid = payload.get("pid")
+        return apply_exit(
+            tx, event.namespace, event.subject, exit_from_event(event, payload), pid=pid if isinstance(pid, int) else 0
+        )
+    return None
+
+
+def exit_from_event(event: Event, payload: Mapping[str, JSON]) -> ExitStatus:
+    """The exit that `task.exited` tells of."""
+    known = payload.get("known", True)
+    exited_ns = payload.get("exited_at_ns")
+    return ExitStatus(
+        code=_number(payload, "code"),
+        signal=_number(payload, "signal"),
+        oom_killed=bool(payload.get("oom")),
+        exited_at=from_ns(exited_ns) if isinstance(exited_ns, int) else event.time,
+        reason=str(payload.get("reason") or ""),
+        known=bool(known),
+    )
+
+
+def _number(payload: Mapping[str, JSON], key: str) -> int:
+    value = payload.get(key)
+    return value if isinstance(value, int) else 0
+
+
+def struct_to_json(struct: Struct) -> dict[str, JSON]:
+    """A Struct's values; numbers that are whole become int again."""
+    return {key: _value_to_json(value) for key, value in struct.fields.items()}
+
+
+def _value_to_json(value: Value) -> JSON:
+    match value.WhichOneof("kind"):
+        case "number_value":
+            number = value.number_value
+            return int(number) if number.is_integer() else number
+        case "string_value":
+            return value.string_value
+        case "bool_value":
+            return value.bool_value
+        case "struct_value":
+            return struct_to_json(value.struct_value)
+        case "list_value":
+            return [_value_to_json(item) for item in value.list_value.values]
+        case _:
+            return None
+
+
+def merged_event_to_wire(row: Row) -> Event:
+    """A row of the engine's journal as clients see it: a merged one with its origin and its own time."""
+    source = row.payload.get(ORIGIN)
+    if not isinstance(source, list):
+        return event_to_wire(row)
+    origin, origin_seq, time_ns = source
+    payload = {key: value for key, value in row.payload.items() if key != ORIGIN}
+    event = event_to_wire(Row(row.seq, time_ns, row.namespace, row.topic, row.subject, payload))
+    event.origin = origin
+    event.origin_seq = origin_seq
+    return event

@@ -1,0 +1,82 @@
+"""The mounts of a container: the system's, the network's files, and those that were asked for. Pure."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import PurePosixPath
+
+from corral.api.engine.v1.engine_pb2 import ContainerConfig, VolumeMount
+from corral.api.network.v1.network_pb2 import Endpoint
+from corral.oci import defaults
+from corral.oci.spec import Mount
+
+DEFAULT_SHM_BYTES = 64 << 20
+SHM, MQUEUE, SYS, CGROUP = "/dev/shm", "/dev/mqueue", "/sys", "/sys/fs/cgroup"  # noqa: S108
+_HOST_BIND = ("rbind", "nosuid", "noexec", "nodev")
+
+
+def build_mounts(config: ContainerConfig, endpoint: Endpoint, volume_paths: Mapping[str, str]) -> tuple[Mount, ...]:
+    """All mounts in the order in which they are made; one that was asked for replaces ours at the same place."""
+    asked = sorted((_asked(mount, volume_paths) for mount in config.mounts), key=_depth)
+    targets = {PurePosixPath(mount.destination) for mount in asked}
+    own = (*_system_mounts(config), *_network_files(endpoint))
+    return (*(mount for mount in own if PurePosixPath(mount.destination) not in targets), *asked)
+
+
+def _depth(mount: Mount) -> tuple[int, str]:
+    """Parents first, else a mount on /a would hide the one on /a/b."""
+    return len(PurePosixPath(mount.destination).parts), mount.destination
+
+
+def _system_mounts(config: ContainerConfig) -> list[Mount]:
+    found = []
+    for mount in defaults.MOUNTS:
+        match mount.destination:
+            case "/dev/shm":  # noqa: S108
+                found.append(_shm(config, mount))
+            case "/dev/mqueue" if config.ipc_mode == "host":
+                found.append(Mount(MQUEUE, "bind", MQUEUE, _HOST_BIND))
+            case "/sys" | "/sys/fs/cgroup" if config.privileged:
+                found.append(_writable(mount))
+            case _:
+                found.append(mount)
+    return found
+
+
+def _shm(config: ContainerConfig, default: Mount) -> Mount:
+    if config.ipc_mode == "host":
+        return Mount(SHM, "bind", SHM, _HOST_BIND)
+    size = config.shm_size_bytes or DEFAULT_SHM_BYTES
+    kept = tuple(option for option in default.options if not option.startswith("size="))
+    return replace(default, options=(*kept, f"size={size}"))
+
+
+def _writable(mount: Mount) -> Mount:
+    return replace(mount, options=tuple(option for option in mount.options if option != "ro"))
+
+
+def _network_files(endpoint: Endpoint) -> list[Mount]:
+    """Writable, as docker mounts them: programs inside edit /etc/hosts."""
+    files = {
+        "/etc/resolv.conf": endpoint.resolv_conf_path,
+        "/etc/hostname": endpoint.hostname_path,
+        "/etc/hosts": endpoint.hosts_path,
+    }
+    return [Mount(target, "bind", source, ("rbind", "rprivate")) for target, source in files.items() if source]
+
+
+def _asked(mount: VolumeMount, volume_paths: Mapping[str, str]) -> Mount:
+    access = ("ro",) if mount.read_only else ()
+    if mount.type == VolumeMount.TYPE_TMPFS:
+        sizes = (f"size={mount.tmpfs_size_bytes}",) if mount.tmpfs_size_bytes else ()
+        mode = (f"mode={mount.tmpfs_mode:o}",) if mount.tmpfs_mode else ()
+        options = (*_tmpfs_defaults(mount), *sizes, *mode, *access, *mount.options)
+        return Mount(mount.target, "tmpfs", "tmpfs", options)
+    source = volume_paths[mount.source] if mount.type == VolumeMount.TYPE_VOLUME else mount.source
+    options = ("rbind", mount.propagation or "rprivate", *access, *mount.options)
+    return Mount(mount.target, "bind", source, options)
+
+
+def _tmpfs_defaults(mount: VolumeMount) -> tuple[str, ...]:
+    """As docker's --tmpfs, unless the caller wants the opposite."""
+    opposite = {"noexec": "exec", "nosuid": "suid", "nodev": "dev"}
+    return tuple(option for option, other in opposite.items() if other not in mount.options)

@@ -1,0 +1,170 @@
+"""What a caller asks of a container, checked before anything is made. Pure: it looks at nothing but the request."""
+
+import re
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+from corral.api.engine.v1.engine_pb2 import ContainerConfig, RestartPolicy, Ulimit, VolumeMount
+from corral.engine.signals import parse_signal
+from corral.kernel import capabilities, rlimits
+from corral.rpc.context import check_id
+from corral.rpc.errors import InvalidArgument, Unimplemented
+
+_HOSTNAME = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9.-]{0,62}[a-zA-Z0-9])?")
+PROPAGATIONS = ("rprivate", "private", "rshared", "shared", "rslave", "slave")
+# Sysctls that belong to a namespace the container has of its own. Source: docker run, "--sysctl".
+_IPC_SYSCTLS = frozenset(
+    f"kernel.{name}" for name in ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced")
+)
+_UTS_SYSCTLS = frozenset(("kernel.domainname", "kernel.hostname"))
+
+
+def check(config: ContainerConfig) -> None:
+    """Raises InvalidArgument for what can never work, Unimplemented for what is not there yet; both name the option."""
+    if not config.image:
+        raise InvalidArgument("no image is named", reason="NO_IMAGE")
+    _refuse_what_is_not_there_yet(config)
+    _check_process(config)
+    _check_host_names(config)
+    for mount in config.mounts:
+        _check_mount(mount)
+    _check_targets(config.mounts)
+    for ulimit in config.ulimits:
+        rlimit_name(ulimit)
+    for name in (*config.cap_add, *config.cap_drop):
+        capability_name(name)
+    _check_namespaces(config)
+    _check_sysctls(config)
+    if config.HasField("oom_score_adj") and not -1000 <= config.oom_score_adj <= 1000:
+        raise InvalidArgument(f"the OOM score adjustment {config.oom_score_adj} is not between -1000 and 1000")
+    if config.shm_size_bytes < 0:
+        raise InvalidArgument(f"the size of /dev/shm cannot be negative ({config.shm_size_bytes})")
+    if config.HasField("stop_timeout") and config.stop_timeout.ToNanoseconds() < 0:
+        raise InvalidArgument("the stop timeout cannot be negative")
+
+
+def refuse_restart_policy(policy: RestartPolicy) -> None:
+    """Raises Unimplemented unless the policy is not to restart."""
+    if policy.mode not in (RestartPolicy.MODE_UNSPECIFIED, RestartPolicy.MODE_NO):
+        raise _not_yet("restart policies other than 'no' are")
+
+
+def _refuse_what_is_not_there_yet(config: ContainerConfig) -> None:
+    refuse_restart_policy(config.restart)
+    if config.healthcheck.test and list(config.healthcheck.test) != ["NONE"]:
+        raise _not_yet("health checks are")
+    if config.init:
+        raise _not_yet("an init process of corral's own (--init) is")
+    if config.userns_mode not in ("", "host"):
+        raise _not_yet("user namespaces (--userns) are")
+    if any(mount.type == VolumeMount.TYPE_IMAGE for mount in config.mounts):
+        raise _not_yet("mounts of images are")
+
+
+def _not_yet(what: str) -> Unimplemented:
+    return Unimplemented(f"{what} not there yet in this version of corral: leave the option out", reason="NOT_YET")
+
+
+def _check_process(config: ContainerConfig) -> None:
+    for assignment in config.env:
+        if not assignment or assignment.startswith("=") or "\0" in assignment:
+            raise InvalidArgument(f"{assignment!r} is no environment variable: give NAME=value")
+    if config.working_dir and not config.working_dir.startswith("/"):
+        raise InvalidArgument(f"the working directory {config.working_dir!r} is not absolute: it must begin with '/'")
+    if config.stop_signal:
+        parse_signal(config.stop_signal)
+    if any("\0" in word for word in (*config.entrypoint, *config.args)):
+        raise InvalidArgument("an argument contains a NUL character")
+
+
+def _check_host_names(config: ContainerConfig) -> None:
+    for what, value in (("hostname", config.hostname), ("domain name", config.domainname)):
+        if value and _HOSTNAME.fullmatch(value) is None:
+            raise InvalidArgument(
+                f"{value!r} is no valid {what}: use up to 64 letters, digits, '-' and '.', with a letter or digit"
+                " at both ends"
+            )
+
+
+def _check_mount(mount: VolumeMount) -> None:
+    target = PurePosixPath(mount.target)
+    if not target.is_absolute() or ".." in target.parts or "\0" in mount.target:
+        raise InvalidArgument(f"the mount target {mount.target!r} is not an absolute path without '..'")
+    if target == PurePosixPath("/"):
+        raise InvalidArgument("nothing can be mounted over '/', the container's root")
+    if mount.propagation and mount.propagation not in PROPAGATIONS:
+        raise InvalidArgument(f"{mount.propagation!r} is no mount propagation: use one of {', '.join(PROPAGATIONS)}")
+    if mount.type == VolumeMount.TYPE_BIND and not mount.source.startswith("/"):
+        raise InvalidArgument(f"the source of a bind mount must be an absolute path, {mount.source!r} is not")
+    if mount.type == VolumeMount.TYPE_VOLUME and mount.source:
+        check_id(mount.source, "volume name")
+    if mount.type == VolumeMount.TYPE_UNSPECIFIED:
+        raise InvalidArgument(f"the mount at {mount.target} has no type: give bind, volume or tmpfs")
+
+
+def _check_targets(mounts: Iterable[VolumeMount]) -> None:
+    seen = set()
+    for mount in mounts:
+        target = PurePosixPath(mount.target)
+        if target in seen:
+            raise InvalidArgument(f"two mounts have the same target {mount.target}")
+        seen.add(target)
+
+
+def _check_namespaces(config: ContainerConfig) -> None:
+    for option, value in (
+        ("pid", config.pid_mode),
+        ("ipc", config.ipc_mode),
+        ("uts", config.uts_mode),
+        ("cgroupns", config.cgroupns_mode),
+    ):
+        if value not in ("", "private", "host") and not value.removeprefix("container:") != value:
+            raise InvalidArgument(f"{value!r} is no {option} mode: use 'private', 'host' or 'container:ID'")
+    if config.uts_mode == "host" and (config.hostname or config.domainname):
+        raise InvalidArgument("a container in the host's UTS namespace (--uts host) cannot have a hostname of its own")
+    if config.network.mode == "host" and config.network.ports:
+        raise InvalidArgument("ports cannot be published in the host's network: its ports are the host's already")
+
+
+def _check_sysctls(config: ContainerConfig) -> None:
+    for key in config.sysctls:
+        name = key.replace("/", ".")
+        if name in _IPC_SYSCTLS or name.startswith("fs.mqueue."):
+            owner, mode = "ipc", config.ipc_mode
+        elif name.startswith("net."):
+            owner, mode = "network", config.network.mode
+        elif name in _UTS_SYSCTLS:
+            owner, mode = "uts", config.uts_mode
+        else:
+            raise InvalidArgument(f"the sysctl {key} is not part of any namespace: it would change the whole host")
+        if mode == "host":
+            raise InvalidArgument(f"the sysctl {key} cannot be set in the host's {owner} namespace")
+
+
+def rlimit_name(ulimit: Ulimit) -> str:
+    """ "nofile" as "RLIMIT_NOFILE". Raises InvalidArgument."""
+    name = f"RLIMIT_{ulimit.name.upper()}"
+    if name not in rlimits.NAMES:
+        raise InvalidArgument(
+            f"{ulimit.name!r} is no resource limit: known are {', '.join(sorted(map(_short, rlimits.NAMES)))}"
+        )
+    for value in (ulimit.soft, ulimit.hard):
+        if value < -1:
+            raise InvalidArgument(f"the limit {ulimit.name}={value} is negative: -1 stands for unlimited")
+    if ulimit.hard != -1 and (ulimit.soft == -1 or ulimit.soft > ulimit.hard):
+        raise InvalidArgument(f"the limit {ulimit.name}: soft ({ulimit.soft}) is above hard ({ulimit.hard})")
+    return name
+
+
+def _short(rlimit: str) -> str:
+    return rlimit.removeprefix("RLIMIT_").lower()
+
+
+def capability_name(text: str) -> str:
+    """ "net_admin" as "CAP_NET_ADMIN", "all" as "ALL". Raises InvalidArgument."""
+    word = text.upper().removeprefix("CAP_")
+    if word == "ALL":
+        return word
+    if word not in capabilities.NAMES:
+        raise InvalidArgument(f"{text!r} is no capability: give ALL, or a name such as NET_ADMIN (capabilities(7))")
+    return f"CAP_{word}"

@@ -1,0 +1,226 @@
+"""What the engine does when it starts, and again whenever a leaf was away: make records and leaves agree.
+
+1. The end of tasks' journal is merged, so that exits that happened meanwhile are known as they were.
+2. Rows that say CREATING are undone, rows that say REMOVING are finished.
+3. Rows are compared with tasks and cgroups: an end nobody journalled, a start that did not happen, half a freeze.
+4. What leaves keep for the engine, but no row describes, is removed.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Protocol
+
+import structlog
+
+from corral.api.cgroups.v1.cgroups_pb2 import DeleteCgroupRequest, ListCgroupsRequest, ThawRequest
+from corral.api.images.v1.images_pb2 import ListSnapshotsRequest, RemoveSnapshotRequest, Snapshot
+from corral.api.network.v1.network_pb2 import DetachRequest, ListEndpointsRequest
+from corral.api.tasks.v1 import tasks_pb2
+from corral.engine import store
+from corral.engine.core import Core, Key
+from corral.engine.leaves import persistently
+from corral.engine.records import ALIVE, ContainerRecord, Status
+from corral.engine.removal import Removal, lost_exit
+from corral.engine.requests import OWNER
+from corral.engine.volumes import sweep as sweep_volumes
+from corral.rpc.blocking import run_blocking
+from corral.rpc.context import in_namespace
+from corral.rpc.errors import CorralError, NotFound, Unavailable
+from corral.store import failpoint
+
+log = structlog.get_logger()
+
+RETRY_FIRST_S, RETRY_MOST_S = 0.2, 5.0
+PARALLEL = 8
+
+
+class _Labelled(Protocol):
+    """What leaves keep for a composer."""
+
+    @property
+    def labels(self) -> Mapping[str, str]: ...
+
+
+class Recovery:
+    """See the module."""
+
+    def __init__(self, core: Core, removal: Removal, catch_up: Callable[[str], Awaitable[None]]) -> None:
+        self._core = core
+        self._removal = removal
+        self._catch_up = catch_up
+
+    async def start(self) -> None:
+        """Recover now, or, if a leaf does not answer yet, in the background as soon as all do."""
+        await run_blocking(sweep_volumes, self._core)
+        try:
+            await self.run()
+        except Unavailable as e:
+            log.warning("recovery.waits", error=str(e))
+            self._core.background.spawn(self._until_done())
+
+    async def _until_done(self) -> None:
+        delay_s = RETRY_FIRST_S
+        while True:
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, RETRY_MOST_S)
+            try:
+                return await self.run()
+            except CorralError as e:
+                log.info("recovery.retry", error=str(e), next_s=delay_s)
+
+    async def run(self) -> None:
+        """All four steps. Raises Unavailable, and may then be called again."""
+        await self._catch_up("tasks")
+        await self._finish_halves()
+        await self.compare_tasks()
+        await self._compare_frozen()
+        await self._sweep()
+
+    async def after_outage(self, origin: str) -> None:
+        """A leaf was away and its journal is merged again: ask it what no event told. Raises Unavailable."""
+        if origin == "tasks":
+            await self.compare_tasks()
+        elif origin == "cgroups":
+            await self._compare_frozen()
+
+    async def _finish_halves(self) -> None:
+        halves = self._records(Status.CREATING, Status.REMOVING)
+        await _each(halves, self._finish)
+
+    async def _finish(self, record: ContainerRecord) -> None:
+        key = (record.namespace, record.id)
+        async with self._core.locks.of(key):
+            now = self._core.database.read_sync(lambda view: store.find(view, *key))
+            if now is None or key in self._core.being_made:
+                return
+            if now.status in (Status.CREATING, Status.REMOVING):
+                log.info("recovery.removed", container=now.id, was=now.status.word)
+                with in_namespace(now.namespace):
+                    await self._removal.remove(now, volumes=now.status is Status.CREATING)
+
+    def _records(self, *statuses: Status) -> list[ContainerRecord]:
+        found = self._core.database.read_sync(lambda view: store.containers_in(view, statuses))
+        return [record for record in found if (record.namespace, record.id) not in self._core.being_made]
+
+    # Comparing
+
+    async def compare_tasks(self) -> None:
+        """Take over what tasks knows and we do not. Raises Unavailable."""
+        tasks = await self._core.leaves.tasks.List(tasks_pb2.ListTasksRequest(all_namespaces=True))
+        states = {(task.labels["corral.namespace"], task.id): task for task in tasks.tasks if _ours(task.labels)}
+        doubtful = [
+            record
+            for record in self._records(Status.CREATED, *ALIVE)
+            if not _agree(record, states.get((record.namespace, record.id)))
+        ]
+        await _each(doubtful, self._settle)
+
+    async def _settle(self, record: ContainerRecord) -> None:
+        """Under the container's lock, so that no start is on its way, ask again and write down what is."""
+        async with self._core.locks.of((record.namespace, record.id)):
+            now = self._core.get(record.namespace, record.id)
+            with in_namespace(now.namespace):
+                try:
+                    task = await self._core.leaves.tasks.Get(tasks_pb2.GetTaskRequest(id=now.id))
+                except NotFound:
+                    task = None
+            if _agree(now, task):
+                return
+            if task is None:
+                log.warning("recovery.task_lost", container=now.id)
+                await self._core.record_exit(now, lost_exit("its task was lost; the exit code is not known"))
+            elif task.status == tasks_pb2.STATUS_STOPPED:
+                await self._core.record_exit(now, task.exit)
+            elif now.status is Status.RUNNING:  # we died between the intent to start and the start
+                log.info("recovery.not_started", container=now.id)
+                await self._core.database.write(lambda tx: store.set_status(tx, now.namespace, now.id, Status.CREATED))
+
+    async def _compare_frozen(self) -> None:
+        """A container is frozen if and only if its row says PAUSED; else we died between the two."""
+        response = await self._core.leaves.cgroups.List(ListCgroupsRequest(all_namespaces=True))
+        frozen = {
+            (cgroup.labels["corral.namespace"], cgroup.id): cgroup.frozen
+            for cgroup in response.cgroups
+            if _ours(cgroup.labels)
+        }
+        for record in self._records(*ALIVE):
+            key = (record.namespace, record.id)
+            if frozen.get(key, False) == (record.status is Status.PAUSED):
+                continue
+            async with self._core.locks.of(key):
+                await self._settle_frozen(self._core.get(*key), frozen=frozen.get(key, False))
+
+    async def _settle_frozen(self, record: ContainerRecord, *, frozen: bool) -> None:
+        if record.status is Status.RUNNING and frozen:  # nobody was told that it is paused
+            with in_namespace(record.namespace):
+                await persistently(lambda: self._core.leaves.cgroups.Thaw(ThawRequest(id=record.id)))
+        elif record.status is Status.PAUSED and not frozen:
+            await self._core.database.write(
+                lambda tx: store.set_status(tx, record.namespace, record.id, Status.RUNNING)
+            )
+
+    # Sweeping
+
+    async def _sweep(self) -> None:
+        """Remove what leaves keep for the engine without a row. Rows come first and go last: nothing new is caught."""
+        leaves = self._core.leaves
+        tasks = await leaves.tasks.List(tasks_pb2.ListTasksRequest(all_namespaces=True))
+        for key in self._strays(tasks.tasks):
+            await self._swept("task", key, leaves.tasks.Delete, tasks_pb2.DeleteTaskRequest(id=key[1], force=True))
+        cgroups = await leaves.cgroups.List(ListCgroupsRequest(all_namespaces=True))
+        for key in self._strays(cgroups.cgroups):
+            await self._swept("cgroup", key, leaves.cgroups.Delete, DeleteCgroupRequest(id=key[1]))
+        endpoints = await leaves.endpoints.List(ListEndpointsRequest(all_namespaces=True))
+        for key in self._strays(endpoints.endpoints):
+            await self._swept("endpoint", key, leaves.endpoints.Detach, DetachRequest(endpoint_id=key[1]))
+        for namespace in self._core.database.read_sync(store.namespaces):
+            with in_namespace(namespace):
+                snapshots = await leaves.snapshots.List(ListSnapshotsRequest(kind=Snapshot.KIND_ACTIVE))
+            for key in self._strays(snapshots.snapshots):
+                await self._swept("snapshot", key, leaves.snapshots.Remove, RemoveSnapshotRequest(key=key[1]))
+
+    def _strays(self, resources: Iterable[_Labelled]) -> list[Key]:
+        """Those of the engine's own that no row describes."""
+        ours = [
+            (labels["corral.namespace"], labels["corral.container"])
+            for labels in (resource.labels for resource in resources)
+            if _ours(labels)
+        ]
+        return [key for key in ours if not self._has_record(key)]
+
+    def _has_record(self, key: Key) -> bool:
+        return self._core.database.read_sync(lambda view: store.find(view, *key)) is not None
+
+    async def _swept(self, what: str, key: Key, call: Callable[..., Awaitable[object]], request: object) -> None:
+        if self._has_record(key):  # made since we looked
+            return
+        failpoint("engine.recovery.before_sweep")
+        log.warning("recovery.swept", what=what, namespace=key[0], container=key[1])
+        with in_namespace(key[0]):
+            await call(request)
+
+
+def _ours(labels: Mapping[str, str]) -> bool:
+    return labels.get("corral.owner") == OWNER
+
+
+def _agree(record: ContainerRecord, task: tasks_pb2.Task | None) -> bool:
+    """Whether row and task say the same. A CREATED container may lack its task: a start makes it again."""
+    if record.status is Status.CREATED:
+        return task is None or task.status == tasks_pb2.STATUS_CREATED
+    if record.status in ALIVE:
+        return task is not None and task.status == tasks_pb2.STATUS_RUNNING
+    return True
+
+
+async def _each(records: Iterable[ContainerRecord], act: Callable[[ContainerRecord], Awaitable[None]]) -> None:
+    """Some at a time. Raises the first error after all have been tried."""
+    limit = asyncio.Semaphore(PARALLEL)
+
+    async def one(record: ContainerRecord) -> None:
+        async with limit:
+            await act(record)
+
+    for outcome in await asyncio.gather(*map(one, records), return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome

@@ -1,0 +1,185 @@
+"""Giving a container back: every leaf's part in the reverse order of making, then its row.
+
+    row REMOVING -> tasks.Delete -> images.Remove || network.Detach || cgroups.Delete -> volumes, log, row
+
+Each step is idempotent, so it is begun again wherever it stopped: by the next call, by a retry, or at the next start.
+"""
+
+import asyncio
+import shutil
+from collections.abc import Awaitable
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+
+from corral.api.cgroups.v1.cgroups_pb2 import DeleteCgroupRequest, ThawRequest
+from corral.api.images.v1.images_pb2 import RemoveSnapshotRequest
+from corral.api.network.v1.network_pb2 import DetachRequest
+from corral.api.tasks.v1.tasks_pb2 import DeleteTaskRequest, KillRequest
+from corral.api.types.v1.types_pb2 import ExitStatus
+from corral.engine import store, volume_rows
+from corral.engine.core import Core
+from corral.engine.leaves import persistently
+from corral.engine.records import ALIVE, ContainerRecord, Status
+from corral.rpc.blocking import run_blocking
+from corral.rpc.context import in_namespace
+from corral.rpc.errors import CorralError, FailedPrecondition, NotFound
+from corral.store import Transaction, failpoint
+
+log = structlog.get_logger()
+
+SIGKILL = 9
+RETRY_FIRST_S, RETRY_MOST_S = 0.5, 30.0
+# How long a container that removes itself waits for clients that still read its output.
+ATTACHED_GRACE_S = 10.0
+
+
+class Removal:
+    """See the module."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def delete(self, reference: str, *, force: bool, volumes: bool) -> ContainerRecord:
+        """Remove a container that a user named; returns its last record.
+
+        Raises NotFound, FailedPrecondition while it runs (unless force), CorralError.
+        """
+        named = self._core.resolve(reference)
+        return await self._core.background.to_the_end(self._delete(named, force=force, volumes=volumes))
+
+    async def _delete(self, named: ContainerRecord, *, force: bool, volumes: bool) -> ContainerRecord:
+        async with self._core.locks.of((named.namespace, named.id)):
+            record = self._core.get(named.namespace, named.id)
+            if record.status is Status.CREATING:
+                raise FailedPrecondition(
+                    f"container {record.name} is being created: wait until that has ended", reason="BAD_STATUS"
+                )
+            if record.status in ALIVE:
+                record = await self._end(record, force=force)
+            return await self._remove(record, volumes=volumes)
+
+    async def _end(self, record: ContainerRecord, *, force: bool) -> ContainerRecord:
+        """Delete the task of a container that runs as far as we know. Without force it must have ended meanwhile."""
+        tasks = self._core.leaves.tasks
+        if force and record.status is Status.PAUSED:
+            await self._kill_frozen(record)
+        try:
+            response = await persistently(lambda: tasks.Delete(DeleteTaskRequest(id=record.id, force=force)))
+        except FailedPrecondition as e:
+            raise FailedPrecondition(
+                f"container {record.name} is {record.status.word}: stop it first, or remove it by force",
+                reason="RUNNING",
+                metadata={"container": record.id},
+            ) from e
+        failpoint("engine.delete.after_task")
+        status = response.exit if response.HasField("exit") else lost_exit("its task was gone when it was removed")
+        return await self._core.record_exit(record, status)
+
+    async def _kill_frozen(self, record: ContainerRecord) -> None:
+        """A frozen process takes its SIGKILL when it is thawed, before it runs one more instruction."""
+        with suppress(FailedPrecondition, NotFound):  # it has ended
+            await self._core.leaves.tasks.Kill(KillRequest(id=record.id, signal=SIGKILL, all=True))
+        await persistently(lambda: self._core.leaves.cgroups.Thaw(ThawRequest(id=record.id)))
+
+    async def remove(self, record: ContainerRecord, *, volumes: bool) -> None:
+        """Remove a container whose making was begun; its lock is not needed, for nobody else can name it yet."""
+        await self._remove(record, volumes=volumes)
+
+    async def _remove(self, record: ContainerRecord, *, volumes: bool) -> ContainerRecord:
+        """Give every part back, then forget it. Raises CorralError; the row then says REMOVING."""
+        leaves, id_ = self._core.leaves, record.id
+
+        async def end_task() -> None:
+            await persistently(lambda: leaves.tasks.Delete(DeleteTaskRequest(id=id_, force=True)))
+
+        async def detach() -> None:
+            await persistently(lambda: leaves.endpoints.Detach(DetachRequest(endpoint_id=id_)))
+
+        async def delete_cgroup() -> None:
+            await persistently(lambda: leaves.cgroups.Delete(DeleteCgroupRequest(id=id_)))
+
+        async def remove_snapshot() -> None:
+            await persistently(lambda: leaves.snapshots.Remove(RemoveSnapshotRequest(key=id_)))
+
+        # That it is being removed must be on disk before the first thing is gone that a start could not make again.
+        await _all_ended(self._intend(record), end_task())
+        failpoint("engine.delete.after_intent")
+        logs = self._core.container_directory(record)
+        await _all_ended(remove_snapshot(), detach(), delete_cgroup(), run_blocking(remove_tree, logs))
+        failpoint("engine.delete.after_parts")
+        removed = await self._core.database.write(lambda tx: _forget(tx, record, volumes=volumes))
+        failpoint("engine.delete.after_row")
+        for name in removed:
+            await run_blocking(remove_tree, self._core.volume_root(record.namespace) / name)
+        self._core.watch.tell_removal((record.namespace, record.id), record.exit)
+        return record
+
+    async def _intend(self, record: ContainerRecord) -> None:
+        def write(tx: Transaction) -> None:
+            found = store.find(tx, record.namespace, record.id)
+            if found is not None and found.status is not Status.REMOVING:
+                store.set_status(tx, record.namespace, record.id, Status.REMOVING)
+
+        await self._core.database.write(write, durable=record.status is not Status.CREATING)
+
+    def postpone(self, record: ContainerRecord) -> None:
+        """Try again in the background until it is removed: for what nobody else would call again."""
+        self._core.background.spawn(self._until_removed(record))
+
+    async def _until_removed(self, record: ContainerRecord) -> None:
+        delay_s = RETRY_FIRST_S
+        while True:
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, RETRY_MOST_S)
+            try:
+                with in_namespace(record.namespace):
+                    async with self._core.locks.of((record.namespace, record.id)):
+                        await self._remove(record, volumes=True)
+                return
+            except CorralError as e:
+                log.info("removal.retry", container=record.id, error=str(e), next_s=delay_s)
+
+    def remove_when_read(self, record: ContainerRecord) -> None:
+        """Remove a container that wants it (--rm), once its last clients have read its output."""
+        self._core.background.spawn(self._remove_when_read(record))
+
+    async def _remove_when_read(self, record: ContainerRecord) -> None:
+        readers = self._core.attached.get((record.namespace, record.id))
+        if readers:
+            await asyncio.wait(set(readers), timeout=ATTACHED_GRACE_S)
+        try:
+            with in_namespace(record.namespace):
+                await self._delete(record, force=True, volumes=True)
+        except NotFound:
+            pass
+        except CorralError as e:
+            log.warning("auto_remove.postponed", container=record.id, error=str(e))
+            self.postpone(record)
+
+
+def lost_exit(reason: str) -> ExitStatus:
+    """Nobody saw how it ended; 255 by convention."""
+    status = ExitStatus(code=255, known=False, reason=reason)
+    status.exited_at.GetCurrentTime()
+    return status
+
+
+def _forget(tx: Transaction, record: ContainerRecord, *, volumes: bool) -> list[str]:
+    """Delete the row; returns the anonymous volumes that went with it."""
+    removed = volume_rows.delete_anonymous_volumes(tx, record.namespace, record.id) if volumes else []
+    store.delete_container(tx, record)
+    return removed
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory of ours with all in it. Links are not followed; what is gone already is no error."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+async def _all_ended(*steps: Awaitable[None]) -> None:
+    """All steps, at once. Raises the first error after all have ended."""
+    for outcome in await asyncio.gather(*steps, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome

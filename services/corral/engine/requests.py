@@ -1,0 +1,143 @@
+"""What the engine asks of the leaves for one container. Pure translations of its config."""
+
+from collections.abc import Iterable, Mapping
+
+from corral.api.cgroups.v1.cgroups_pb2 import CreateCgroupRequest
+from corral.api.engine.v1.engine_pb2 import ContainerConfig
+from corral.api.images.v1.images_pb2 import PrepareSnapshotRequest
+from corral.api.network.v1.network_pb2 import AttachRequest, NetworkAttachment, PortMapping
+from corral.api.tasks.v1.tasks_pb2 import CreateTaskRequest, LogOptions
+from corral.api.types.v1.types_pb2 import DeviceRule, Mount, Resources
+from corral.engine.resolve import default_hostname
+from corral.rpc.errors import InvalidArgument
+
+OWNER = "engine"
+DEFAULT_NETWORK = "bridge"
+_PLAIN_MODES = {"host": AttachRequest.MODE_HOST, "none": AttachRequest.MODE_NONE}
+
+
+def labels(namespace: str, id_: str) -> Mapping[str, str]:
+    """On everything that leaves keep for us, so that what no record describes can be found and removed."""
+    return {"corral.owner": OWNER, "corral.namespace": namespace, "corral.container": id_}
+
+
+def snapshot(config: ContainerConfig, namespace: str, id_: str) -> PrepareSnapshotRequest:
+    """The container's writable tree on top of its image."""
+    return PrepareSnapshotRequest(
+        key=id_,
+        image=config.image,
+        quota_bytes=config.storage_quota_bytes,
+        labels=labels(namespace, id_),
+    )
+
+
+def cgroup(
+    config: ContainerConfig, devices: Iterable[DeviceRule], namespace: str, id_: str, *, swap_default: bool
+) -> CreateCgroupRequest:
+    """The container's limits. With swap_default a memory limit alone also limits swap, see with_default_swap."""
+    resources = with_default_swap(config.resources) if swap_default else config.resources
+    request = CreateCgroupRequest(
+        id=id_, parent=config.cgroup_parent, resources=resources, labels=labels(namespace, id_)
+    )
+    if not request.resources.devices:
+        request.resources.devices.extend(devices)
+    return request
+
+
+def with_default_swap(resources: Resources) -> Resources:
+    """As docker's -m: with a memory limit and none for swap, memory and swap together get twice the limit."""
+    memory = resources.memory
+    if not memory.HasField("limit_bytes") or memory.limit_bytes <= 0 or memory.HasField("swap_bytes"):
+        return resources
+    filled = Resources()
+    filled.CopyFrom(resources)
+    filled.memory.swap_bytes = 2 * memory.limit_bytes
+    return filled
+
+
+def has_default_swap(resources: Resources) -> bool:
+    """Whether with_default_swap would add something."""
+    return with_default_swap(resources) is not resources
+
+
+def network(
+    config: ContainerConfig, namespace: str, id_: str, *, host_hostname: str, exposed: Iterable[str] = ()
+) -> AttachRequest:
+    """The container's place in networks. `exposed` are the image's ports, used with publish_all.
+
+    Raises InvalidArgument.
+    """
+    asked = config.network
+    hostname = host_hostname if config.uts_mode == "host" else config.hostname or default_hostname(id_)
+    request = AttachRequest(
+        endpoint_id=id_,
+        hostname=hostname,
+        domainname=config.domainname,
+        dns=asked.dns,
+        extra_hosts=asked.extra_hosts,
+        ports=asked.ports,
+        labels=labels(namespace, id_),
+    )
+    kind, _, rest = asked.mode.partition(":")
+    if kind in _PLAIN_MODES and not rest:
+        request.mode = _PLAIN_MODES[kind]
+    elif kind == "container" and rest:
+        request.mode = AttachRequest.MODE_CONTAINER
+        request.container_endpoint = rest
+    elif kind == "ns" and rest:
+        request.mode = AttachRequest.MODE_PATH
+        request.netns_path = rest
+    else:
+        request.mode = AttachRequest.MODE_NETWORKS
+        request.networks.extend(_attachments(asked.mode, asked.attachments))
+    if asked.publish_all:
+        taken = {(port.container_port, port.protocol or "tcp") for port in request.ports}
+        request.ports.extend(port for port in map(_port, exposed) if (port.container_port, port.protocol) not in taken)
+    return request
+
+
+def _attachments(mode: str, given: Iterable[NetworkAttachment]) -> list[NetworkAttachment]:
+    """`given`, the first of which is `mode`'s network."""
+    attachments = list(given) or [NetworkAttachment()]
+    if not attachments[0].network or mode not in ("", attachments[0].network):
+        first = NetworkAttachment()
+        first.CopyFrom(attachments[0])
+        first.network = mode or DEFAULT_NETWORK
+        attachments[0] = first
+    return attachments
+
+
+def _port(text: str) -> PortMapping:
+    number, _, protocol = text.partition("/")
+    if not (number.isascii() and number.isdigit()) or not 0 < int(number) < 65536:
+        raise InvalidArgument(f"the image exposes {text!r}, which is no port: publish ports one by one instead")
+    return PortMapping(container_port=int(number), protocol=protocol or "tcp")
+
+
+def task(
+    config: ContainerConfig,
+    namespace: str,
+    id_: str,
+    *,
+    spec: bytes,
+    rootfs: Iterable[Mount],
+    cgroup_paths: Iterable[str],
+    log_path: str,
+) -> CreateTaskRequest:
+    """The running side. Its log is kept over restarts, so it is ours to name and to remove."""
+    log = LogOptions()
+    log.CopyFrom(config.log)
+    if not log.path and log.driver != LogOptions.DRIVER_NONE:
+        log.path = log_path
+    return CreateTaskRequest(
+        id=id_,
+        spec=spec,
+        rootfs=rootfs,
+        user=config.user,
+        stdin=config.stdin,
+        stdin_once=config.stdin_once,
+        cgroup_paths=cgroup_paths,
+        log=log,
+        console_size=config.console_size if config.HasField("console_size") else None,
+        labels=labels(namespace, id_),
+    )

@@ -1,0 +1,263 @@
+"""corral.engine.v1: translates RPCs, nothing else."""
+# ruff: noqa: N802 (methods are named as the RPCs are)
+
+from collections.abc import AsyncIterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import grpc.aio
+
+from corral.api.engine.v1 import engine_pb2 as pb
+from corral.api.engine.v1 import engine_pb2_grpc
+from corral.api.types.v1 import types_pb2
+from corral.engine import store
+from corral.engine.config import EngineConfig
+from corral.engine.core import Core, host_facts
+from corral.engine.creation import Creation
+from corral.engine.execs import Execs
+from corral.engine.leaves import Leaves
+from corral.engine.lifecycle import Lifecycle
+from corral.engine.merge import Merger, merged_event_to_wire
+from corral.engine.records import ContainerRecord
+from corral.engine.recovery import Recovery
+from corral.engine.removal import Removal
+from corral.engine.streams import Streams, handlers
+from corral.engine.system import System
+from corral.engine.task_making import TaskMaking
+from corral.engine.updates import Updates
+from corral.engine.usage import Usage
+from corral.engine.views import Views
+from corral.engine.volumes import Volumes
+from corral.rpc.blocking import run_blocking
+from corral.rpc.channel import Channels
+from corral.rpc.events import stream_events
+from corral.store import Database
+
+STOP_GRACE_S = 5.0
+
+
+class EngineService:
+    """Hosts the engine; see corral.rpc.service.Service."""
+
+    name = "engine"
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Nothing is opened before start()."""
+        self._config = config
+        self._containers = ContainersServicer()
+        self._volumes = VolumesServicer()
+        self._system = SystemServicer()
+        self._streams: Streams | None = None
+        self._channels = Channels()
+        self._core: Core | None = None
+        self._merger: Merger | None = None
+
+    def register(self, server: grpc.aio.Server) -> Sequence[str]:
+        """Add the servicers. Attach and Logs go through unparsed, so their handlers come first."""
+        server.add_generic_rpc_handlers((handlers(self._open_streams),))
+        engine_pb2_grpc.add_ContainersServicer_to_server(self._containers, server)
+        engine_pb2_grpc.add_VolumesServicer_to_server(self._volumes, server)
+        engine_pb2_grpc.add_SystemServicer_to_server(self._system, server)
+        return [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]
+
+    def _open_streams(self) -> Streams:
+        assert self._streams is not None, "calls are let in after start()"
+        return self._streams
+
+    async def start(self) -> None:
+        """Open the records and make them and the leaves agree; leaves that are not up yet are waited for in the
+        background."""
+        config = self._config
+        database = await run_blocking(store.open_database, config.root / "engine.db", journal_keep=config.journal_keep)
+        leaves = Leaves.connect(config.addresses, self._channels)
+        core = self._core = Core(config, database, leaves, host_facts())
+        removal = Removal(core)
+        core.on_exit = lambda record: _act_on_exit(removal, record)
+        task_making = TaskMaking(core)
+        views = Views(core)
+        self._containers.serve(
+            core,
+            views,
+            Creation(core, task_making, removal),
+            Lifecycle(core, task_making),
+            removal,
+            Updates(core),
+        )
+        self._volumes.serve(Volumes(core))
+        self._system.serve(System(core, _version()), config, database)
+        self._streams = Streams(core)
+        self._merger = Merger(core)
+        recovery = Recovery(core, removal, self._merger.catch_up)
+        self._merger.on_reconnect = recovery.after_outage
+        await recovery.start()
+        self._merger.start()
+
+    async def stop(self) -> None:
+        """Let changes finish, stop following the leaves, close the database."""
+        if self._core is not None:
+            await self._core.background.stop(STOP_GRACE_S)
+        if self._merger is not None:
+            await self._merger.stop()
+        await self._channels.close()
+        if self._core is not None:
+            await run_blocking(self._core.database.close)
+
+
+def _version() -> str:
+    try:
+        return version("corral")
+    except PackageNotFoundError:
+        return "0"
+
+
+def _act_on_exit(removal: Removal, record: ContainerRecord) -> None:
+    if record.config.auto_remove:
+        removal.remove_when_read(record)
+
+
+class ContainersServicer(engine_pb2_grpc.ContainersServicer):
+    """corral.engine.v1.Containers. Attach and Logs are in corral.engine.streams."""
+
+    def serve(
+        self,
+        core: Core,
+        views: Views,
+        creation: Creation,
+        lifecycle: Lifecycle,
+        removal: Removal,
+        updates: Updates,
+    ) -> None:
+        """Called before the first RPC is let in."""
+        self._core = core
+        self._views = views
+        self._creation = creation
+        self._lifecycle = lifecycle
+        self._removal = removal
+        self._updates = updates
+        self._execs = Execs(core)
+        self._usage = Usage(core)
+
+    async def Attach(self, request_iterator: object, context: object) -> None:  # type: ignore[override]
+        raise NotImplementedError("passed on unparsed, see corral.engine.streams")
+
+    async def Logs(self, request: object, context: object) -> None:  # type: ignore[override]
+        raise NotImplementedError("passed on unparsed, see corral.engine.streams")
+
+    async def Create(self, request: pb.CreateContainerRequest, context: object) -> pb.Container:
+        return (await self._creation.create(request)).to_wire()
+
+    async def Start(self, request: pb.StartContainerRequest, context: object) -> pb.Container:
+        return (await self._lifecycle.start(request.container)).to_wire()
+
+    async def Stop(self, request: pb.StopContainerRequest, context: object) -> pb.Container:
+        record = await self._lifecycle.stop(request.container, signal=request.signal, timeout_s=_timeout_s(request))
+        return record.to_wire()
+
+    async def Restart(self, request: pb.StopContainerRequest, context: object) -> pb.Container:
+        record = await self._lifecycle.restart(request.container, signal=request.signal, timeout_s=_timeout_s(request))
+        return record.to_wire()
+
+    async def Kill(self, request: pb.KillContainerRequest, context: object) -> pb.KillContainerResponse:
+        await self._lifecycle.kill(request.container, signal=request.signal, everything=request.all)
+        return pb.KillContainerResponse()
+
+    async def Pause(self, request: pb.PauseContainerRequest, context: object) -> pb.Container:
+        return await self._views.of(await self._lifecycle.pause(request.container))
+
+    async def Resume(self, request: pb.ResumeContainerRequest, context: object) -> pb.Container:
+        return await self._views.of(await self._lifecycle.resume(request.container))
+
+    async def Delete(self, request: pb.DeleteContainerRequest, context: object) -> pb.DeleteContainerResponse:
+        record = await self._removal.delete(request.container, force=request.force, volumes=request.volumes)
+        return pb.DeleteContainerResponse(id=record.id, exit=record.exit)
+
+    async def Wait(self, request: pb.WaitContainerRequest, context: object) -> pb.WaitContainerResponse:
+        return pb.WaitContainerResponse(exit=await self._lifecycle.wait(request.container, request.condition))
+
+    async def Get(self, request: pb.GetContainerRequest, context: object) -> pb.Container:
+        return await self._views.get(request.container)
+
+    async def List(self, request: pb.ListContainersRequest, context: object) -> pb.ListContainersResponse:
+        return pb.ListContainersResponse(containers=await self._views.list(request))
+
+    async def Rename(self, request: pb.RenameContainerRequest, context: object) -> pb.Container:
+        return await self._views.of(await self._updates.rename(request.container, request.name))
+
+    async def Update(self, request: pb.UpdateContainerRequest, context: object) -> pb.Container:
+        return await self._views.of(await self._updates.update(request))
+
+    async def Exec(self, request: pb.ExecContainerRequest, context: object) -> pb.ExecContainerResponse:
+        id_, exec_id = await self._execs.make(request)
+        return pb.ExecContainerResponse(id=id_, exec_id=exec_id)
+
+    async def ExecStart(self, request: pb.ExecStartRequest, context: object) -> pb.ExecStartResponse:
+        return pb.ExecStartResponse(pid=await self._execs.start(request.container, request.exec_id))
+
+    async def ExecWait(self, request: pb.ExecWaitRequest, context: object) -> pb.WaitContainerResponse:
+        status = await self._execs.wait(request.container, request.exec_id, remove=request.remove)
+        return pb.WaitContainerResponse(exit=status)
+
+    async def Resize(self, request: pb.ResizeContainerRequest, context: object) -> pb.ResizeContainerResponse:
+        await self._execs.resize(request.container, request.exec_id, request.size)
+        return pb.ResizeContainerResponse()
+
+    async def Stats(
+        self, request: pb.ContainerStatsRequest, context: object
+    ) -> AsyncIterator[pb.ContainerStatsResponse]:
+        async for response in self._usage.stats(request.containers, request.interval_ms):
+            yield response
+
+    async def Top(self, request: pb.TopRequest, context: object) -> pb.TopResponse:
+        return pb.TopResponse(processes=await self._usage.top(request.container))
+
+
+def _timeout_s(request: pb.StopContainerRequest) -> float | None:
+    return request.timeout.ToNanoseconds() / 1e9 if request.HasField("timeout") else None
+
+
+class VolumesServicer(engine_pb2_grpc.VolumesServicer):
+    """corral.engine.v1.Volumes."""
+
+    def serve(self, volumes: Volumes) -> None:
+        """Called before the first RPC is let in."""
+        self._volumes = volumes
+
+    async def Create(self, request: pb.CreateVolumeRequest, context: object) -> pb.Volume:
+        return await self._volumes.create(request)
+
+    async def Get(self, request: pb.GetVolumeRequest, context: object) -> pb.Volume:
+        return await self._volumes.get(request.name)
+
+    async def List(self, request: pb.ListVolumesRequest, context: object) -> pb.ListVolumesResponse:
+        return pb.ListVolumesResponse(volumes=await self._volumes.every())
+
+    async def Remove(self, request: pb.RemoveVolumeRequest, context: object) -> pb.RemoveVolumeResponse:
+        await self._volumes.remove(request.name)
+        return pb.RemoveVolumeResponse()
+
+    async def Prune(self, request: pb.PruneVolumesRequest, context: object) -> pb.PruneVolumesResponse:
+        return pb.PruneVolumesResponse(removed=await self._volumes.prune(everything=request.all))
+
+
+class SystemServicer(engine_pb2_grpc.SystemServicer):
+    """corral.engine.v1.System."""
+
+    def serve(self, system: System, config: EngineConfig, database: Database) -> None:
+        """Called before the first RPC is let in."""
+        self._system = system
+        self._config = config
+        self._database = database
+
+    async def Info(self, request: pb.InfoRequest, context: object) -> pb.InfoResponse:
+        return await self._system.info()
+
+    async def Addresses(self, request: pb.AddressesRequest, context: object) -> pb.AddressesResponse:
+        return pb.AddressesResponse(addresses=self._config.addresses)
+
+    async def CheckHost(self, request: pb.CheckHostRequest, context: object) -> pb.CheckHostResponse:
+        return pb.CheckHostResponse(checks=await self._system.check_host())
+
+    async def Events(
+        self, request: types_pb2.EventsRequest, context: object
+    ) -> AsyncIterator[types_pb2.EventsResponse]:
+        async for response in stream_events(self._database.journal, request, to_wire=merged_event_to_wire):
+            yield response

@@ -1,0 +1,365 @@
+"""The engine's rows: containers, volumes and who uses them, and how far each leaf's journal has been merged.
+
+What a user would miss after a power loss is written durably: that a container was created, renamed, updated or is being
+removed. What follows from the tasks leaf (started, exited, paused) is not worth waiting for the disk, and a power loss
+ends the containers anyway.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from corral.api.engine.v1.engine_pb2 import ContainerConfig
+from corral.api.network.v1.network_pb2 import Endpoint
+from corral.api.types.v1.types_pb2 import ExitStatus
+from corral.engine.records import ALLOWED, ContainerRecord, Status
+from corral.engine.volume_rows import VolumeRecord, use_volumes
+from corral.rpc.errors import AlreadyExists, FailedPrecondition, NotFound
+from corral.store import JSON, Database, Duplicate, Row, Snapshot, Transaction
+
+MIGRATIONS: Sequence[str] = (
+    """
+CREATE TABLE namespace (name TEXT PRIMARY KEY) STRICT;
+CREATE TABLE container (
+    namespace TEXT NOT NULL REFERENCES namespace(name),
+    id TEXT NOT NULL,
+    name TEXT NOT NULL,
+    status INTEGER NOT NULL,
+    config BLOB NOT NULL,           -- corral.engine.v1.ContainerConfig
+    created_ns INTEGER NOT NULL,
+    started_ns INTEGER NOT NULL,    -- 0: never
+    finished_ns INTEGER NOT NULL,
+    pid INTEGER NOT NULL,
+    announced INTEGER NOT NULL DEFAULT 1,  -- 0: no event has told yet that the present run began
+    exit BLOB,                      -- corral.types.v1.ExitStatus
+    image_id TEXT NOT NULL,
+    endpoint BLOB,                  -- corral.network.v1.Endpoint
+    cgroup_path TEXT NOT NULL,
+    log_path TEXT NOT NULL,
+    bundle TEXT NOT NULL,
+    snapshot_driver TEXT NOT NULL,
+    restart_count INTEGER NOT NULL,
+    PRIMARY KEY (namespace, id),
+    UNIQUE (namespace, name)
+) STRICT;
+CREATE INDEX container_status ON container (status);
+CREATE TABLE volume (
+    namespace TEXT NOT NULL REFERENCES namespace(name),
+    name TEXT NOT NULL,
+    anonymous INTEGER NOT NULL,
+    labels TEXT NOT NULL,
+    options TEXT NOT NULL,
+    created_ns INTEGER NOT NULL,
+    PRIMARY KEY (namespace, name)
+) STRICT;
+CREATE TABLE volume_use (
+    namespace TEXT NOT NULL,
+    volume TEXT NOT NULL,
+    container TEXT NOT NULL,
+    PRIMARY KEY (namespace, volume, container),
+    FOREIGN KEY (namespace, volume) REFERENCES volume (namespace, name) ON DELETE RESTRICT,
+    FOREIGN KEY (namespace, container) REFERENCES container (namespace, id) ON DELETE CASCADE
+) STRICT;
+CREATE INDEX volume_use_container ON volume_use (namespace, container);
+CREATE TABLE merged (origin TEXT PRIMARY KEY, seq INTEGER NOT NULL) STRICT;
+""",
+)
+
+_COLUMNS = (
+    "namespace, id, name, status, config, created_ns, started_ns, finished_ns, pid, exit, image_id, endpoint,"
+    " cgroup_path, log_path, bundle, snapshot_driver, restart_count"
+)
+_SELECT = f"SELECT {_COLUMNS} FROM container"  # noqa: S608 (constants)
+_INSERT = f"INSERT INTO container ({_COLUMNS}) VALUES ({', '.join('?' * 17)})"  # noqa: S608
+
+
+def open_database(path: Path, *, journal_keep: int) -> Database:
+    """The engine's database, made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return Database(path, MIGRATIONS, durable=False, journal_keep=journal_keep)
+
+
+# Containers
+
+
+def insert_container(tx: Transaction, record: ContainerRecord, volumes: Iterable[VolumeRecord]) -> None:
+    """The intent to create a container, with the volumes that it uses; those that are missing are made.
+
+    Raises AlreadyExists if the id or the name is taken.
+    """
+    tx.execute("INSERT OR IGNORE INTO namespace VALUES (?)", (record.namespace,))
+    try:
+        tx.execute(
+            _INSERT,
+            (
+                record.namespace,
+                record.id,
+                record.name,
+                record.status,
+                record.config.SerializeToString(),
+                record.created_ns,
+                record.started_ns,
+                record.finished_ns,
+                record.pid,
+                None,
+                record.image_id,
+                None,
+                record.cgroup_path,
+                record.log_path,
+                record.bundle,
+                record.snapshot_driver,
+                record.restart_count,
+            ),
+        )
+    except Duplicate as e:
+        raise _taken(tx, record) from e
+    use_volumes(tx, record.namespace, record.id, volumes)
+
+
+def _taken(tx: Snapshot, record: ContainerRecord) -> AlreadyExists:
+    holder = tx.one(
+        "SELECT id, status FROM container WHERE namespace = ? AND name = ?", (record.namespace, record.name)
+    )
+    if holder is None:
+        return AlreadyExists(f"a container with id {record.id} exists already", reason="ID_TAKEN")
+    return AlreadyExists(
+        f"the name {record.name!r} is taken by container {holder['id'][:12]}"
+        f" ({Status(holder['status']).word}): remove or rename that one, or choose another name",
+        reason="NAME_TAKEN",
+        metadata={"container": holder["id"]},
+    )
+
+
+def save_created(tx: Transaction, record: ContainerRecord) -> None:
+    """CREATING -> CREATED, with all that the leaves answered."""
+    tx.execute(
+        "UPDATE container SET status = ?, config = ?, pid = ?, image_id = ?, endpoint = ?, cgroup_path = ?,"
+        " log_path = ?, bundle = ?, snapshot_driver = ? WHERE namespace = ? AND id = ?",
+        (
+            record.status,
+            record.config.SerializeToString(),
+            record.pid,
+            record.image_id,
+            record.endpoint.SerializeToString() if record.endpoint else None,
+            record.cgroup_path,
+            record.log_path,
+            record.bundle,
+            record.snapshot_driver,
+            record.namespace,
+            record.id,
+        ),
+    )
+    facts = {"name": record.name, "image": record.config.image}
+    tx.journal("container.created", record.id, facts, namespace=record.namespace)
+
+
+def set_status(tx: Transaction, namespace: str, id_: str, status: Status) -> ContainerRecord:
+    """Make a legal move; returns the record as it is then. Raises NotFound, FailedPrecondition."""
+    record = get(tx, namespace, id_)
+    check_move(record, status)
+    tx.execute("UPDATE container SET status = ? WHERE namespace = ? AND id = ?", (status, namespace, id_))
+    return get(tx, namespace, id_)
+
+
+def save_started(tx: Transaction, record: ContainerRecord) -> None:
+    """CREATED or EXITED -> RUNNING, before tasks is told to start it, so that no exit can come first."""
+    tx.execute(
+        "UPDATE container SET status = ?, started_ns = ?, finished_ns = 0, pid = ?, announced = 0, exit = NULL,"
+        " endpoint = ?, cgroup_path = ?, log_path = ?, bundle = ? WHERE namespace = ? AND id = ?",
+        (
+            Status.RUNNING,
+            record.started_ns,
+            record.pid,
+            record.endpoint.SerializeToString() if record.endpoint else None,
+            record.cgroup_path,
+            record.log_path,
+            record.bundle,
+            record.namespace,
+            record.id,
+        ),
+    )
+
+
+def announce_started(tx: Transaction, record: ContainerRecord) -> None:
+    """Journal that the present run began, once. Called when tasks tells so, or tells of its end."""
+    rows = tx.execute(
+        "UPDATE container SET announced = 1 WHERE namespace = ? AND id = ? AND announced = 0 RETURNING id",
+        (record.namespace, record.id),
+    )
+    if rows:
+        facts: dict[str, JSON] = {"name": record.name, "image": record.config.image, "pid": record.pid}
+        tx.journal("container.started", record.id, facts, namespace=record.namespace)
+
+
+def save_exit(tx: Transaction, record: ContainerRecord) -> None:
+    """Any status of life -> EXITED, and the event that tells of it."""
+    assert record.exit is not None
+    tx.execute(
+        "UPDATE container SET status = ?, finished_ns = ?, exit = ?, pid = 0, announced = 1"
+        " WHERE namespace = ? AND id = ?",
+        (
+            Status.EXITED,
+            record.finished_ns,
+            record.exit.SerializeToString(),
+            record.namespace,
+            record.id,
+        ),
+    )
+    tx.journal("container.died", record.id, exit_facts(record), namespace=record.namespace)
+
+
+def exit_facts(record: ContainerRecord) -> dict[str, str | int | bool]:
+    """What events say about how a container ended."""
+    facts: dict[str, str | int | bool] = {"name": record.name, "image": record.config.image}
+    if record.exit is not None:
+        facts |= {"exit_code": record.exit.code, "oom_killed": record.exit.oom_killed}
+        if record.exit.reason:
+            facts["reason"] = record.exit.reason
+    return facts
+
+
+def save_config(tx: Transaction, namespace: str, id_: str, config: ContainerConfig) -> None:
+    """Labels, limits or restart policy changed."""
+    tx.execute(
+        "UPDATE container SET config = ? WHERE namespace = ? AND id = ?",
+        (config.SerializeToString(), namespace, id_),
+    )
+
+
+def rename(tx: Transaction, namespace: str, id_: str, name: str) -> ContainerRecord:
+    """Raises AlreadyExists, NotFound."""
+    record = get(tx, namespace, id_)
+    try:
+        tx.execute("UPDATE container SET name = ? WHERE namespace = ? AND id = ?", (name, namespace, id_))
+    except Duplicate as e:
+        raise AlreadyExists(f"the name {name!r} is taken by another container", reason="NAME_TAKEN") from e
+    tx.journal("container.renamed", id_, {"name": name, "old_name": record.name}, namespace=namespace)
+    return get(tx, namespace, id_)
+
+
+def delete_container(tx: Transaction, record: ContainerRecord) -> None:
+    """Forget a container; its name is free again. No error if it is gone."""
+    rows = tx.execute(
+        "DELETE FROM container WHERE namespace = ? AND id = ? RETURNING id", (record.namespace, record.id)
+    )
+    # Nobody was told that a container came to be which was never created.
+    if rows and record.image_id:
+        tx.journal("container.removed", record.id, exit_facts(record), namespace=record.namespace)
+
+
+def check_move(record: ContainerRecord, to: Status) -> None:
+    """Raises FailedPrecondition unless the move is legal."""
+    if to not in ALLOWED[record.status]:
+        raise FailedPrecondition(
+            f"container {record.name} is {record.status.word}, it cannot become {to.word}",
+            reason="BAD_STATUS",
+            metadata={"container": record.id, "status": record.status.word},
+        )
+
+
+def get(view: Snapshot, namespace: str, id_: str) -> ContainerRecord:
+    """The container with exactly this id. Raises NotFound."""
+    record = find(view, namespace, id_)
+    if record is None:
+        raise _no_such(id_)
+    return record
+
+
+def find(view: Snapshot, namespace: str, id_: str) -> ContainerRecord | None:
+    """The container with exactly this id, or None."""
+    row = view.one(_SELECT + " WHERE namespace = ? AND id = ?", (namespace, id_))
+    return None if row is None else _record(row)
+
+
+def resolve(view: Snapshot, namespace: str, reference: str) -> ContainerRecord:
+    """The container meant by an id, a name, or an unambiguous prefix of an id, in this order.
+
+    Raises NotFound, FailedPrecondition when the prefix fits several.
+    """
+    rows = view.execute(
+        _SELECT + " WHERE namespace = ?1 AND (id = ?2 OR name = ?2) ORDER BY id = ?2 DESC",
+        (namespace, reference),
+    )
+    if rows:
+        return _record(rows[0])
+    if not reference:
+        raise NotFound("no container is named: give a name, an id, or the beginning of an id")
+    # A range on the key instead of LIKE: no wildcards, and the index is used.
+    rows = view.execute(
+        _SELECT + " WHERE namespace = ? AND id >= ? AND id < ? LIMIT 6",
+        (namespace, reference, reference + "\U0010ffff"),
+    )
+    if len(rows) > 1:
+        some = ", ".join(f"{row['id'][:12]} ({row['name']})" for row in rows[:5])
+        raise FailedPrecondition(
+            f"{reference!r} is the beginning of several container ids: {some}{', …' if len(rows) > 5 else ''}"
+            ": give more digits or a name",
+            reason="AMBIGUOUS",
+        )
+    if not rows:
+        raise _no_such(reference)
+    return _record(rows[0])
+
+
+def _no_such(reference: str) -> NotFound:
+    return NotFound(f"no such container: {reference}", reason="NO_CONTAINER", metadata={"container": reference})
+
+
+def containers(view: Snapshot, namespace: str) -> list[ContainerRecord]:
+    """All of a namespace, newest first."""
+    rows = view.execute(_SELECT + " WHERE namespace = ? ORDER BY created_ns DESC, id", (namespace,))
+    return [_record(row) for row in rows]
+
+
+def containers_in(view: Snapshot, statuses: Iterable[Status]) -> list[ContainerRecord]:
+    """Those of all namespaces that are in one of these statuses."""
+    wanted = tuple(statuses)
+    marks = ", ".join("?" * len(wanted))
+    rows = view.execute(f"{_SELECT} WHERE status IN ({marks})", wanted)
+    return [_record(row) for row in rows]
+
+
+def count_by_status(view: Snapshot, namespace: str) -> dict[Status, int]:
+    """How many containers of a namespace are in each status."""
+    rows = view.execute("SELECT status, count(*) FROM container WHERE namespace = ? GROUP BY status", (namespace,))
+    return {Status(row[0]): int(row[1]) for row in rows}
+
+
+def namespaces(view: Snapshot) -> list[str]:
+    """Every namespace that ever held something."""
+    return [str(row[0]) for row in view.execute("SELECT name FROM namespace ORDER BY name")]
+
+
+def _record(row: Row) -> ContainerRecord:
+    return ContainerRecord(
+        namespace=row["namespace"],
+        id=row["id"],
+        name=row["name"],
+        status=Status(row["status"]),
+        config=ContainerConfig.FromString(row["config"]),
+        created_ns=row["created_ns"],
+        started_ns=row["started_ns"],
+        finished_ns=row["finished_ns"],
+        pid=row["pid"],
+        exit=None if row["exit"] is None else ExitStatus.FromString(row["exit"]),
+        image_id=row["image_id"],
+        endpoint=None if row["endpoint"] is None else Endpoint.FromString(row["endpoint"]),
+        cgroup_path=row["cgroup_path"],
+        log_path=row["log_path"],
+        bundle=row["bundle"],
+        snapshot_driver=row["snapshot_driver"],
+        restart_count=row["restart_count"],
+    )
+
+
+# Merged journals
+
+
+def merged_up_to(view: Snapshot, origin: str) -> int:
+    """The last sequence number of a leaf's journal that is in ours."""
+    row = view.one("SELECT seq FROM merged WHERE origin = ?", (origin,))
+    return 0 if row is None else int(row[0])
+
+
+def set_merged_up_to(tx: Transaction, origin: str, seq: int) -> None:
+    """Belongs in the transaction that journals what was merged: exactly once, whatever crashes."""
+    tx.execute("INSERT INTO merged VALUES (?1, ?2) ON CONFLICT (origin) DO UPDATE SET seq = ?2", (origin, seq))

@@ -1,0 +1,94 @@
+"""Attach and Logs: passed on to tasks, byte for byte.
+
+Only the first message is read and rewritten, to name the container by its id. All others go through as they came,
+neither parsed nor copied into messages: a pipeline's speed is that of the transport.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from corral.api.tasks.v1 import tasks_pb2
+from corral.engine.core import Core
+from corral.rpc.errors import CorralError, InvalidArgument
+
+ATTACH = "/corral.tasks.v1.Tasks/Attach"
+LOGS = "/corral.tasks.v1.Tasks/Logs"
+
+type _Context = grpc.aio.ServicerContext[bytes, bytes]
+
+
+class Streams:
+    """See the module. Both methods take and give serialized messages."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._attach: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = core.leaves.tasks_channel.stream_stream(ATTACH)
+        self._logs: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = core.leaves.tasks_channel.unary_stream(LOGS)
+
+    async def attach(self, requests: AsyncIterator[bytes], context: _Context) -> None:
+        """As corral.tasks.v1.Tasks.Attach. Raises CorralError."""
+        first = await anext(aiter(requests), None)
+        message = tasks_pb2.AttachRequest.FromString(first or b"")
+        if message.WhichOneof("part") != "header":
+            raise InvalidArgument("the first message of Attach must be the header", reason="NO_HEADER")
+        record = self._core.resolve(message.header.id)
+        message.header.id = record.id
+        call = self._attach()
+        readers = self._core.attached.setdefault((record.namespace, record.id), set())
+        task = asyncio.current_task()
+        assert task is not None
+        readers.add(task)
+        sending = asyncio.ensure_future(_send(call, message.SerializeToString(), requests))
+        try:
+            async for response in call:
+                await context.write(response)
+        finally:
+            sending.cancel()
+            call.cancel()
+            readers.discard(task)
+            if not readers:
+                self._core.attached.pop((record.namespace, record.id), None)
+
+    async def logs(self, request: bytes, context: _Context) -> None:
+        """As corral.tasks.v1.Tasks.Logs. Raises CorralError."""
+        message = tasks_pb2.LogsRequest.FromString(request)
+        message.id = self._core.resolve(message.id).id
+        call = self._logs(message.SerializeToString())
+        try:
+            async for response in call:
+                await context.write(response)
+        finally:
+            call.cancel()
+
+
+async def _send(call: Any, first: bytes, requests: AsyncIterator[bytes]) -> None:
+    """Pass the client's messages on; the end of its stream is passed on too."""
+    try:
+        await call.write(first)
+        async for request in requests:
+            await call.write(request)
+        await call.done_writing()
+    except (CorralError, asyncio.InvalidStateError):
+        pass  # the call has ended, and whoever reads it says why
+
+
+def handlers(streams: Callable[[], Streams]) -> grpc.GenericRpcHandler:
+    """The two methods of corral.engine.v1.Containers, without (de)serializers. `streams` is asked at each call."""
+
+    async def attach(requests: AsyncIterator[bytes], context: _Context) -> None:
+        await streams().attach(requests, context)
+
+    async def logs(request: bytes, context: _Context) -> None:
+        await streams().logs(request, context)
+
+    return grpc.method_handlers_generic_handler(
+        "corral.engine.v1.Containers",
+        {
+            "Attach": grpc.stream_stream_rpc_method_handler(attach),
+            "Logs": grpc.unary_stream_rpc_method_handler(logs),
+        },
+    )

@@ -1,0 +1,154 @@
+"""Giving a container its cgroup and its task: when it is created, and again each time it starts after having ended."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from corral.api.cgroups.v1.cgroups_pb2 import Cgroup, CreateCgroupRequest
+from corral.api.engine.v1.engine_pb2 import ContainerConfig, VolumeMount
+from corral.api.tasks.v1.tasks_pb2 import GetTaskRequest
+from corral.api.types.v1.types_pb2 import Mount
+from corral.engine import devices, requests
+from corral.engine.core import Core, require_alive
+from corral.engine.records import ContainerRecord
+from corral.engine.spec import Facts, build
+from corral.kernel.namespaces import Kind
+from corral.oci.decode import JSON
+from corral.oci.decode import encode as encode_json
+from corral.oci.spec import Seccomp, Spec
+from corral.rpc.blocking import run_blocking
+from corral.rpc.errors import InvalidArgument, Unimplemented, from_os_error
+from corral.store import failpoint
+
+LOG_NAME = "container.log"
+
+
+class TaskMaking:
+    """See the module."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        # Becomes False on the first host that says it cannot count swap.
+        self._swap_accounting = True
+
+    async def make_cgroup(self, record: ContainerRecord) -> Cgroup:
+        """The container's cgroup with its limits; the same again gives the same."""
+        granted = devices.every_device() if record.config.privileged else devices.grant(record.config.devices)
+        rules = devices.rules(granted, privileged=record.config.privileged)
+
+        def request(*, swap_default: bool) -> CreateCgroupRequest:
+            return requests.cgroup(record.config, rules, record.namespace, record.id, swap_default=swap_default)
+
+        cgroups = self._core.leaves.cgroups
+        try:
+            return await cgroups.Create(request(swap_default=self._swap_accounting))
+        except Unimplemented:
+            if not self._swap_accounting or not requests.has_default_swap(record.config.resources):
+                raise
+            # Nobody asked for that limit: without swap accounting the memory limit stands alone, as with docker.
+            cgroup = await cgroups.Create(request(swap_default=False))
+            self._swap_accounting = False
+            return cgroup
+
+    async def make(
+        self, record: ContainerRecord, rootfs: Iterable[Mount], cgroup_paths: Iterable[str]
+    ) -> ContainerRecord:
+        """Create the task; returns the record with what is known of it. Raises CorralError."""
+        config = record.config
+        volume_paths = await self._ready_sources(record)
+        joined = await self._joined(config)
+        granted = devices.every_device() if config.privileged else devices.grant(config.devices)
+        assert record.endpoint is not None
+        facts = Facts(
+            id=record.id,
+            host=self._core.host,
+            endpoint=record.endpoint,
+            cgroup_path=record.cgroup_path,
+            volume_paths=volume_paths,
+            joined=joined,
+            devices=granted,
+        )
+        request = requests.task(
+            config,
+            record.namespace,
+            record.id,
+            spec=encode(build(config, facts)),
+            rootfs=rootfs,
+            cgroup_paths=cgroup_paths,
+            log_path=str(self._core.container_directory(record) / LOG_NAME),
+        )
+        failpoint("engine.task.before_create")
+        task = await self._core.leaves.tasks.Create(request)
+        return replace(record, pid=task.pid, log_path=task.log_path, bundle=task.bundle)
+
+    async def _joined(self, config: ContainerConfig) -> dict[Kind, str]:
+        """The namespace files of the containers whose namespaces are joined. They must run."""
+        modes = {
+            Kind.PID: config.pid_mode,
+            Kind.IPC: config.ipc_mode,
+            Kind.UTS: config.uts_mode,
+            Kind.CGROUP: config.cgroupns_mode,
+        }
+        found = {}
+        for kind, mode in modes.items():
+            if not mode.startswith("container:"):
+                continue
+            other = self._core.resolve(mode.removeprefix("container:"))
+            require_alive(other, "joined")
+            task = await self._core.leaves.tasks.Get(GetTaskRequest(id=other.id))
+            # The kernel has no name for a namespace but its process; should that end now, opening the file fails.
+            found[kind] = f"/proc/{task.pid}/ns/{_FILES[kind]}"
+        return found
+
+    async def _ready_sources(self, record: ContainerRecord) -> dict[str, str]:
+        """Make the directories of volumes, logs and, where wanted, of bind mounts; returns the volumes' paths."""
+        return await run_blocking(self._make_sources, record)
+
+    def _make_sources(self, record: ContainerRecord) -> dict[str, str]:
+        self._core.container_directory(record).mkdir(parents=True, exist_ok=True, mode=0o700)
+        volume_root = self._core.volume_root(record.namespace)
+        paths = {}
+        for mount in record.config.mounts:
+            if mount.type == VolumeMount.TYPE_VOLUME:
+                path = volume_root / mount.source / "data"
+                path.mkdir(parents=True, exist_ok=True)
+                paths[mount.source] = str(path)
+            elif mount.type == VolumeMount.TYPE_BIND:
+                _ready_bind_source(mount)
+        return paths
+
+
+_FILES = {Kind.PID: "pid", Kind.IPC: "ipc", Kind.UTS: "uts", Kind.CGROUP: "cgroup"}
+
+
+def _ready_bind_source(mount: VolumeMount) -> None:
+    source = Path(mount.source)
+    if mount.create_source and not source.exists():
+        try:
+            source.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise from_os_error(e, f"cannot make the source {mount.source} of the mount {mount.target}") from e
+    elif not source.exists():
+        raise InvalidArgument(
+            f"the source {mount.source} of the mount {mount.target} does not exist on this host",
+            reason="NO_MOUNT_SOURCE",
+            metadata={"source": mount.source},
+        )
+
+
+def encode(spec: Spec) -> bytes:
+    """config.json. The filter is by far its largest part and nearly always the same: turned into JSON values once."""
+    value = replace(spec, linux=replace(spec.linux, seccomp=None)).to_json()
+    if spec.linux.seccomp is not None:
+        assert isinstance(value, dict)
+        linux = value.setdefault("linux", {})
+        assert isinstance(linux, dict)
+        linux["seccomp"] = _seccomp_json(spec.linux.seccomp)
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+@lru_cache(maxsize=16)
+def _seccomp_json(profile: Seccomp) -> JSON:
+    return encode_json(profile)

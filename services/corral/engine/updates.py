@@ -1,0 +1,77 @@
+"""Changing a container that exists: its name, its limits, its labels."""
+
+from contextlib import suppress
+
+from corral.api.cgroups.v1.cgroups_pb2 import UpdateCgroupRequest
+from corral.api.engine.v1.engine_pb2 import ContainerConfig, UpdateContainerRequest
+from corral.api.types.v1.types_pb2 import Resources
+from corral.engine import store
+from corral.engine.core import Core
+from corral.engine.options import refuse_restart_policy
+from corral.engine.records import ContainerRecord
+from corral.engine.requests import with_default_swap
+from corral.rpc.context import check_id
+from corral.rpc.errors import NotFound
+from corral.store import Transaction, failpoint
+
+
+class Updates:
+    """See the module."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def rename(self, reference: str, name: str) -> ContainerRecord:
+        """Raises AlreadyExists, NotFound, InvalidArgument."""
+        record = self._core.resolve(reference)
+        check_id(name, "container name")
+        return await self._core.database.write(
+            lambda tx: store.rename(tx, record.namespace, record.id, name), durable=True
+        )
+
+    async def update(self, request: UpdateContainerRequest) -> ContainerRecord:
+        """Change what the request names, the rest stays; labels are laid over those there are.
+
+        Raises what corral.cgroups.v1.Cgroups.Update raises; then nothing is changed.
+        """
+        refuse_restart_policy(request.restart)
+        named = self._core.resolve(request.container)
+        return await self._core.background.to_the_end(self._update(named, request))
+
+    async def _update(self, named: ContainerRecord, request: UpdateContainerRequest) -> ContainerRecord:
+        async with self._core.locks.of((named.namespace, named.id)):
+            if request.HasField("resources"):
+                await self._limit(named, request.resources)
+                failpoint("engine.update.after_cgroup")
+
+            def write(tx: Transaction) -> ContainerRecord:
+                config = changed(store.get(tx, named.namespace, named.id).config, request)
+                store.save_config(tx, named.namespace, named.id, config)
+                return store.get(tx, named.namespace, named.id)
+
+            return await self._core.database.write(write, durable=True)
+
+    async def _limit(self, record: ContainerRecord, resources: Resources) -> None:
+        """Now, if there is a cgroup; one that is made later is made with the new limits."""
+        memory = record.config.resources.memory
+        if not memory.HasField("swap_bytes"):
+            resources = with_default_swap(resources)
+        with suppress(NotFound):
+            await self._core.leaves.cgroups.Update(UpdateCgroupRequest(id=record.id, resources=resources))
+
+
+def changed(config: ContainerConfig, request: UpdateContainerRequest) -> ContainerConfig:
+    """`config` with the request's changes. Pure."""
+    new = ContainerConfig()
+    new.CopyFrom(config)
+    if request.HasField("resources"):
+        resources = Resources()
+        resources.CopyFrom(config.resources)
+        for field in ("devices", "hugetlb"):
+            if getattr(request.resources, field):
+                resources.ClearField(field)
+        resources.MergeFrom(request.resources)
+        new.resources.CopyFrom(resources)
+    for key, value in request.labels.items():
+        new.labels[key] = value
+    return new

@@ -1,0 +1,102 @@
+"""What containers use: counters of their cgroups, and the processes inside."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+from corral.api.cgroups.v1.cgroups_pb2 import StatsRequest
+from corral.api.engine.v1.engine_pb2 import ContainerStats, ContainerStatsResponse, Process
+from corral.api.tasks.v1.tasks_pb2 import PidsRequest
+from corral.engine import store
+from corral.engine.core import Core, require_alive
+from corral.engine.records import ALIVE, ContainerRecord, from_ns
+from corral.rpc.blocking import run_blocking
+from corral.rpc.context import current_namespace
+from corral.rpc.errors import InvalidArgument, NotFound
+
+MIN_INTERVAL_MS = 100
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_NS = 1_000_000_000
+
+
+class Usage:
+    """See the module."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def stats(self, references: Sequence[str], interval_ms: int) -> AsyncIterator[ContainerStatsResponse]:
+        """One reading, or one each interval. Containers that have ended drop out.
+
+        Raises NotFound, FailedPrecondition for a named one that does not run, InvalidArgument.
+        """
+        if interval_ms and interval_ms < MIN_INTERVAL_MS:
+            raise InvalidArgument(f"an interval of {interval_ms} ms is too short: use {MIN_INTERVAL_MS} ms or more")
+        named = [self._core.resolve(reference) for reference in references]
+        for record in named:
+            require_alive(record, "measured")
+        next_time = time.monotonic()
+        while True:
+            yield await self._reading([record.id for record in named] if references else None)
+            if not interval_ms:
+                return
+            next_time = max(next_time + interval_ms / 1000, time.monotonic())
+            await asyncio.sleep(next_time - time.monotonic())
+
+    async def _reading(self, ids: Sequence[str] | None) -> ContainerStatsResponse:
+        namespace = current_namespace()
+        alive = await self._core.database.read(
+            lambda view: {r.id: r for r in store.containers(view, namespace) if r.status in ALIVE}
+        )
+        wanted: dict[str, ContainerRecord] = alive if ids is None else {id_: alive[id_] for id_ in ids if id_ in alive}
+        response = ContainerStatsResponse()
+        if not wanted:
+            return response
+        try:
+            async for answer in self._core.leaves.cgroups.Stats(StatsRequest(ids=wanted)):
+                for stats in answer.stats:
+                    if (record := wanted.get(stats.id)) is not None:
+                        response.stats.append(ContainerStats(id=record.id, name=record.name, cgroup=stats))
+                break
+        except NotFound:  # one of them was removed this moment: the next reading is without it
+            pass
+        return response
+
+    async def top(self, reference: str) -> list[Process]:
+        """The processes inside, by pid. Raises FailedPrecondition unless it runs."""
+        record = self._core.resolve(reference)
+        require_alive(record, "looked into")
+        response = await self._core.leaves.tasks.Pids(PidsRequest(id=record.id))
+        return await run_blocking(_processes, sorted(response.pids))
+
+
+def _processes(pids: Sequence[int]) -> list[Process]:
+    boot_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    found = (_process(pid, boot_ns) for pid in pids)
+    return [process for process in found if process is not None]
+
+
+def _process(pid: int, boot_ns: int) -> Process | None:
+    """One process; None if it has ended meanwhile. Source: proc_pid_stat(5)."""
+    directory = Path("/proc", str(pid))
+    try:
+        # The command's name may hold anything, ")" too; what follows the last one is numbers.
+        head, _, tail = (directory / "stat").read_bytes().rpartition(b")")
+        words = (directory / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+        uid = directory.stat().st_uid
+    except OSError:
+        return None
+    fields = tail.split()
+    name = head.partition(b"(")[2]
+    command = b" ".join(words).decode(errors="replace") or f"[{name.decode(errors='replace')}]"
+    started_ns = boot_ns + int(fields[19]) * _NS // _TICKS_PER_S
+    return Process(
+        pid=pid,
+        parent_pid=int(fields[1]),
+        uid=uid,
+        command=command,
+        started_at=from_ns(started_ns),
+        cpu_ns=(int(fields[11]) + int(fields[12])) * _NS // _TICKS_PER_S,
+    )

@@ -1,0 +1,117 @@
+"""What clients see of containers: our rows, and what tasks says now."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from corral.api.engine.v1.engine_pb2 import Container, ListContainersRequest
+from corral.api.tasks.v1.tasks_pb2 import STATUS_STOPPED, GetTaskRequest, ListTasksRequest, Task
+from corral.engine import store
+from corral.engine.core import Core
+from corral.engine.records import ALIVE, SETTLED, ContainerRecord, Status
+from corral.rpc.context import current_namespace
+from corral.rpc.errors import InvalidArgument, NotFound, Unavailable
+
+_HAS_TASK = ALIVE | {Status.CREATED}
+
+
+class Views:
+    """See the module."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def get(self, reference: str) -> Container:
+        """One container. Raises NotFound, FailedPrecondition if ambiguous."""
+        return await self.of(self._core.resolve(reference))
+
+    async def of(self, record: ContainerRecord) -> Container:
+        """The message for a record. While tasks does not answer it shows what was known last."""
+        if record.status not in _HAS_TASK:
+            return record.to_wire()
+        try:
+            task = await self._core.leaves.tasks.Get(GetTaskRequest(id=record.id))
+        except (NotFound, Unavailable):
+            return record.to_wire()
+        return merged(record, task)
+
+    async def list(self, request: ListContainersRequest) -> list[Container]:
+        """Newest first; one call to tasks, however many there are. Raises InvalidArgument for an unknown filter."""
+        namespace = current_namespace()
+        wanted = _filter(request.filters)
+        records = await self._core.database.read(lambda view: store.containers(view, namespace))
+        records = [record for record in records if record.status is not Status.CREATING]
+        tasks = await self._tasks() if any(record.status in _HAS_TASK for record in records) else {}
+        found = []
+        for record in records:
+            task = tasks.get(record.id) if record.status in _HAS_TASK else None
+            container = merged(record, task) if task is not None else record.to_wire()
+            shown = request.all or "status" in request.filters or container.status in _SHOWN
+            if shown and wanted(container):
+                found.append(container)
+        return found
+
+    async def _tasks(self) -> Mapping[str, Task]:
+        try:
+            response = await self._core.leaves.tasks.List(ListTasksRequest())
+        except Unavailable:
+            return {}
+        return {task.id: task for task in response.tasks}
+
+
+_SHOWN = frozenset(int(status) for status in ALIVE)
+
+
+def merged(record: ContainerRecord, task: Task) -> Container:
+    """The row with what tasks knows: an end that has not been merged yet, pids, execs. Pure."""
+    if task.status == STATUS_STOPPED and record.status in _HAS_TASK:
+        record = replace(record.with_exit(task.exit), started_ns=record.started_ns)
+        container = record.to_wire()
+    else:
+        container = record.to_wire(pid=task.pid, shim_pid=task.shim_pid)
+    container.exec_ids.extend(process.id for process in task.execs)
+    return container
+
+
+# Filters
+
+
+def _filter(filters: Mapping[str, object]) -> Callable[[Container], bool]:
+    tests = []
+    for key, values in filters.items():
+        test = _TESTS.get(key)
+        if test is None:
+            raise InvalidArgument(f"{key!r} is no filter: use {', '.join(sorted(_TESTS))}", reason="BAD_FILTER")
+        wanted = tuple(values.values)  # type: ignore[attr-defined]
+        if key == "status" and (unknown := set(wanted) - {status.word for status in SETTLED | {Status.REMOVING}}):
+            raise InvalidArgument(f"{min(unknown)!r} is no status of a container", reason="BAD_FILTER")
+        tests.append((test, wanted))
+    return lambda container: all(any(test(container, value) for value in wanted) for test, wanted in tests)
+
+
+def _has_label(container: Container, wanted: str) -> bool:
+    key, given, value = wanted.partition("=")
+    labels = container.config.labels
+    return key in labels and (not given or labels[key] == value)
+
+
+def _has_image(container: Container, wanted: str) -> bool:
+    image = container.config.image
+    digits = container.image_id.partition(":")[2]
+    return wanted in (image, image.partition(":")[0], container.image_id) or (
+        len(wanted) >= 4 and digits.startswith(wanted)
+    )
+
+
+def _has_network(container: Container, wanted: str) -> bool:
+    names: Iterable[str] = (interface.network for interface in container.endpoint.interfaces)
+    return wanted in names or wanted == (container.config.network.mode or "bridge")
+
+
+_TESTS: Mapping[str, Callable[[Container, str], bool]] = {
+    "name": lambda container, wanted: wanted in container.name,
+    "id": lambda container, wanted: container.id.startswith(wanted),
+    "status": lambda container, wanted: Status(container.status).word == wanted,
+    "label": _has_label,
+    "image": _has_image,
+    "network": _has_network,
+}

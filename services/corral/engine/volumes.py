@@ -1,0 +1,127 @@
+"""Volumes: directories of the engine's own that outlive containers. The one driver is `local`."""
+
+import time
+from pathlib import Path
+
+from corral.api.engine.v1.engine_pb2 import CreateVolumeRequest, Volume
+from corral.engine import volume_rows
+from corral.engine.core import Core
+from corral.engine.naming import random_id
+from corral.engine.records import from_ns
+from corral.engine.removal import remove_tree
+from corral.engine.volume_rows import VolumeRecord
+from corral.rpc.blocking import run_blocking
+from corral.rpc.context import check_id, current_namespace
+from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unimplemented
+from corral.store import Duplicate, Referenced, Transaction, failpoint
+
+DRIVER = "local"
+
+
+class Volumes:
+    """See the module. Names are unique in a namespace."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def create(self, request: CreateVolumeRequest) -> Volume:
+        """Raises AlreadyExists, InvalidArgument, Unimplemented for options of mount(8)."""
+        if request.driver not in ("", DRIVER):
+            raise InvalidArgument(f"there is no volume driver {request.driver!r}: the only one is {DRIVER!r}")
+        if request.options:
+            raise Unimplemented(
+                "volumes with mount options (type, device, o) are not there yet in this version of corral",
+                reason="NOT_YET",
+            )
+        name = check_id(request.name, "volume name") if request.name else random_id()
+        volume = VolumeRecord(current_namespace(), name, not request.name, time.time_ns(), dict(request.labels), {})
+        return await self._core.background.to_the_end(self._create(volume))
+
+    async def _create(self, volume: VolumeRecord) -> Volume:
+        try:
+            await self._core.database.write(lambda tx: volume_rows.insert_volume(tx, volume), durable=True)
+        except Duplicate as e:
+            raise AlreadyExists(f"a volume named {volume.name!r} exists already", reason="VOLUME_EXISTS") from e
+        failpoint("engine.volume.after_row")
+        # Should this not happen any more, the first container that uses the volume makes the directory.
+        await run_blocking((self._directory(volume) / "data").mkdir, parents=True, exist_ok=True)
+        return self._message(volume)
+
+    async def get(self, name: str) -> Volume:
+        """Raises NotFound."""
+        namespace = current_namespace()
+        return self._message(self._core.database.read_sync(lambda view: volume_rows.get_volume(view, namespace, name)))
+
+    async def every(self) -> list[Volume]:
+        """All of the namespace, by name."""
+        namespace = current_namespace()
+        found = await self._core.database.read(lambda view: volume_rows.volumes(view, namespace))
+        return [self._message(volume) for volume in found]
+
+    async def remove(self, name: str) -> None:
+        """Raises NotFound, FailedPrecondition while a container uses it."""
+        namespace = current_namespace()
+        volume = self._core.database.read_sync(lambda view: volume_rows.get_volume(view, namespace, name))
+        await self._core.background.to_the_end(self._remove(volume))
+
+    async def _remove(self, volume: VolumeRecord) -> None:
+        try:
+            await self._core.database.write(
+                lambda tx: volume_rows.delete_volume(tx, volume.namespace, volume.name), durable=True
+            )
+        except Referenced as e:
+            users = ", ".join(id_[:12] for id_ in volume.containers) or "a container"
+            raise FailedPrecondition(
+                f"the volume {volume.name!r} is used by {users}: remove that first", reason="VOLUME_IN_USE"
+            ) from e
+        failpoint("engine.volume.after_removal")
+        await run_blocking(remove_tree, self._directory(volume))
+
+    async def prune(self, *, everything: bool) -> list[str]:
+        """Remove anonymous volumes that no container uses, with `everything` named ones too; returns their names."""
+        namespace = current_namespace()
+
+        def forget(tx: Transaction) -> list[VolumeRecord]:
+            unused = [
+                volume
+                for volume in volume_rows.volumes(tx, namespace)
+                if not volume.containers and (volume.anonymous or everything)
+            ]
+            for volume in unused:
+                volume_rows.delete_volume(tx, namespace, volume.name)
+            return unused
+
+        removed = await self._core.database.write(forget, durable=True)
+        for volume in removed:
+            await run_blocking(remove_tree, self._directory(volume))
+        return [volume.name for volume in removed]
+
+    def _directory(self, volume: VolumeRecord) -> Path:
+        return self._core.volume_root(volume.namespace) / volume.name
+
+    def _message(self, volume: VolumeRecord) -> Volume:
+        return Volume(
+            name=volume.name,
+            driver=DRIVER,
+            mountpoint=str(self._directory(volume) / "data"),
+            created_at=from_ns(volume.created_ns),
+            labels=volume.labels,
+            options=volume.options,
+            anonymous=volume.anonymous,
+            containers=volume.containers,
+        )
+
+
+def sweep(core: Core) -> None:
+    """Remove directories of volumes that no row describes: what a crash between row and directory left.
+
+    Called at start-up, before any volume can be made.
+    """
+    known = {
+        (volume.namespace, volume.name)
+        for volume in core.database.read_sync(lambda view: volume_rows.volumes(view, None))
+    }
+    root = core.config.root / "volumes"
+    for directory in root.glob("*/*"):
+        if (directory.parent.name, directory.name) not in known:
+            remove_tree(directory)
