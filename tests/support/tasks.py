@@ -72,9 +72,9 @@ class TaskClient:
     stub: "tasks_pb2_grpc.TasksAsyncStub"
     created: list[str] = field(default_factory=list)
 
-    async def create(self, *args: str, id: str = "", terminal: bool = False, **options: object) -> str:
+    async def create(self, *args: str, task_id: str = "", terminal: bool = False, **options: object) -> str:
         """A task that waits for start; returns its id."""
-        task_id = id or f"t{os.urandom(5).hex()}"
+        task_id = task_id or f"t{os.urandom(5).hex()}"
         options = {"spec": spec(*args, terminal=terminal), **options}
         mounts = [types_pb.Mount(type="bind", source=str(self.rootfs), options=["rbind"])]
         await self.stub.Create(pb.CreateTaskRequest(id=task_id, rootfs=mounts, **options))  # type: ignore[arg-type]
@@ -87,44 +87,44 @@ class TaskClient:
         await self.start(task_id)
         return task_id
 
-    async def start(self, id: str, exec_id: str = "") -> int:
-        return (await self.stub.Start(pb.StartRequest(id=id, exec_id=exec_id))).pid
+    async def start(self, task_id: str, exec_id: str = "") -> int:
+        return (await self.stub.Start(pb.StartRequest(id=task_id, exec_id=exec_id))).pid
 
-    async def wait(self, id: str, exec_id: str = "") -> types_pb.ExitStatus:
-        return (await self.stub.Wait(pb.WaitRequest(id=id, exec_id=exec_id))).exit
+    async def wait(self, task_id: str, exec_id: str = "") -> types_pb.ExitStatus:
+        return (await self.stub.Wait(pb.WaitRequest(id=task_id, exec_id=exec_id))).exit
 
-    async def kill(self, id: str, signal: int, exec_id: str = "", *, all: bool = False) -> None:
-        await self.stub.Kill(pb.KillRequest(id=id, exec_id=exec_id, signal=signal, all=all))
+    async def kill(self, task_id: str, signal: int, exec_id: str = "", *, everything: bool = False) -> None:
+        await self.stub.Kill(pb.KillRequest(id=task_id, exec_id=exec_id, signal=signal, all=everything))
 
-    async def get(self, id: str) -> pb.Task:
-        return await self.stub.Get(pb.GetTaskRequest(id=id))
+    async def get(self, task_id: str) -> pb.Task:
+        return await self.stub.Get(pb.GetTaskRequest(id=task_id))
 
-    async def delete(self, id: str, *, force: bool = False, must_exist: bool = False) -> pb.DeleteTaskResponse:
-        return await self.stub.Delete(pb.DeleteTaskRequest(id=id, force=force, must_exist=must_exist))
+    async def delete(self, task_id: str, *, force: bool = False, must_exist: bool = False) -> pb.DeleteTaskResponse:
+        return await self.stub.Delete(pb.DeleteTaskRequest(id=task_id, force=force, must_exist=must_exist))
 
-    async def exec(self, id: str, exec_id: str, *args: str, terminal: bool = False, **options: object) -> None:
+    async def exec(self, task_id: str, exec_id: str, *args: str, terminal: bool = False, **options: object) -> None:
         process = {"args": list(args), "terminal": terminal}
         await self.stub.Exec(
-            pb.ExecRequest(id=id, exec_id=exec_id, process=json.dumps(process).encode(), **options)  # type: ignore[arg-type]
+            pb.ExecRequest(id=task_id, exec_id=exec_id, process=json.dumps(process).encode(), **options)  # type: ignore[arg-type]
         )
 
-    async def logs(self, id: str, **options: object) -> list[pb.LogEntry]:
-        responses = self.stub.Logs(pb.LogsRequest(id=id, **options))  # type: ignore[arg-type]
+    async def logs(self, task_id: str, **options: object) -> list[pb.LogEntry]:
+        responses = self.stub.Logs(pb.LogsRequest(id=task_id, **options))  # type: ignore[arg-type]
         return [entry async for response in responses for entry in response.entries]
 
-    async def events(self, id: str = "") -> list[types_pb.Event]:
+    async def events(self, task_id: str = "") -> list[types_pb.Event]:
         """All that there are of a task."""
-        request = types_pb.EventsRequest(no_follow=True, subjects=[id] if id else [])
+        request = types_pb.EventsRequest(no_follow=True, subjects=[task_id] if task_id else [])
         return [response.event async for response in self.stub.Events(request)]
 
-    async def topics(self, id: str) -> list[str]:
-        return [event.topic for event in await self.events(id)]
+    async def topics(self, task_id: str) -> list[str]:
+        return [event.topic for event in await self.events(task_id)]
 
     @asynccontextmanager
-    async def attached(self, id: str, exec_id: str = "", **options: object) -> AsyncIterator["Attached"]:
+    async def attached(self, task_id: str, exec_id: str = "", **options: object) -> AsyncIterator["Attached"]:
         """A client of a process's streams, once it is attached."""
         call = self.stub.Attach()
-        await call.write(pb.AttachRequest(header=pb.AttachHeader(id=id, exec_id=exec_id, **options)))  # type: ignore[arg-type]
+        await call.write(pb.AttachRequest(header=pb.AttachHeader(id=task_id, exec_id=exec_id, **options)))  # type: ignore[arg-type]
         first = await call.read()
         assert first.HasField("attached"), first
         try:

@@ -1,0 +1,263 @@
+"""A corrald of one's own: private directories, bridge, subnet, table and cgroup parent, in one process or in five."""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from support import sweep
+from support.leaks import TAG_VARIABLE
+
+if TYPE_CHECKING:
+    from corral.client.sync import Client
+
+SERVICES = ("images", "cgroups", "network", "tasks", "engine")
+CORRAL = Path(sys.executable).parent / "corral"
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Names that no other engine on this machine has."""
+
+    tag: str
+    directory: Path
+
+    @classmethod
+    def make(cls) -> "Place":
+        # The session's tag is part of it, so that the search for leaks knows whose it is. Short: a link's name has at
+        # most 15 characters.
+        tag = f"{os.environ.get(TAG_VARIABLE, 'corral')}{secrets.token_hex(2)}"
+        return cls(tag, Path(tempfile.mkdtemp(prefix=f"{tag}-", dir="/tmp")))
+
+    @property
+    def root(self) -> Path:
+        return self.directory / "root"
+
+    @property
+    def state(self) -> Path:
+        return self.directory / "state"
+
+    @property
+    def bridge(self) -> str:
+        return self.tag
+
+    @property
+    def nft_table(self) -> str:
+        return self.tag
+
+    @property
+    def cgroup_parent(self) -> str:
+        return f"/{self.tag}"
+
+    @property
+    def network(self) -> tuple[int, int]:
+        """The first two bytes of its private /16; different for neighbours, in practice."""
+        return 10, 128 + int(self.tag[-2:], 16) % 120
+
+    def settings(self) -> dict[str, dict[str, object]]:
+        first, second = self.network
+        return {
+            "daemon": {"socket_group": ""},
+            "cgroups": {"parent": self.cgroup_parent},
+            "network": {
+                "bridge": self.bridge,
+                "nft_table": self.nft_table,
+                "subnet": f"{first}.{second}.0.0/20",
+                "pools": [f"{first}.{second}.128.0/17"],
+            },
+        }
+
+
+@dataclass
+class Corrald:
+    """Started and stopped by tests at will; use as a context manager, which leaves nothing behind."""
+
+    split: bool = False
+    services: Sequence[str] = ()  # those wanted, if not all
+    settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # these win over the private ones
+    environment: Mapping[str, str] = field(default_factory=dict)
+    options: Sequence[str] = ()
+    command: Sequence[str] = (sys.executable, "-m", "corral.daemon")
+    place: Place = field(default_factory=Place.make)
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def address(self) -> str:
+        """Where the engine, and in one process everything else, listens."""
+        return self.address_of("engine")
+
+    def address_of(self, service: str) -> str:
+        wanted = self.services or SERVICES
+        alone = self.split or len(wanted) == 1
+        return f"unix://{self.place.state}/{service if alone else 'corrald'}.sock"
+
+    @property
+    def root(self) -> Path:
+        return self.place.root
+
+    @property
+    def state(self) -> Path:
+        return self.place.state
+
+    def log(self, name: str = "") -> str:
+        """What was logged so far, of one process or of all."""
+        logs = sorted(self.place.directory.glob(f"{name or '*'}.log"))
+        return "".join(path.read_text("utf-8", "replace") for path in logs)
+
+    def events(self, event: str) -> list[dict[str, object]]:
+        """The log's entries with this event name."""
+        lines = (json.loads(line) for line in self.log().splitlines() if line.startswith("{"))
+        return [line for line in lines if line.get("event") == event]
+
+    def start(self, *only: str, environment: Mapping[str, str] | None = None) -> None:
+        """Start what does not run, all at once, and wait until each says that it is ready.
+
+        Raises RuntimeError, with the end of its log, if one does not get there.
+        """
+        names = [name for name in only or self._names() if not self._runs(name)]
+        marks = {name: len(self.log(name)) for name in names}
+        for name in names:
+            self.processes[name] = self._spawn(name, environment or {})
+        for name in names:
+            self._await_ready(name, marks[name])
+
+    def _names(self) -> Sequence[str]:
+        wanted = self.services or SERVICES
+        return wanted if self.split else ["corrald"]
+
+    def _runs(self, name: str) -> bool:
+        process = self.processes.get(name)
+        return process is not None and process.poll() is None
+
+    def _spawn(self, name: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        config = self.place.directory / "config.toml"
+        config.write_text(to_toml(merged(self.place.settings(), self.settings)), "utf-8")
+        command = [*self.command, "--config", str(config), "--root", str(self.root), "--state", str(self.state)]
+        wanted = [name] if self.split else self.services
+        for service in wanted:
+            command += ["--service", service]
+        with (self.place.directory / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
+                [*command, *self.options],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | self.environment | environment,
+            )
+
+    def _await_ready(self, name: str, mark: int) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while '"daemon.ready"' not in self.log(name)[mark:]:
+            code = self.processes[name].poll()
+            if code is not None or time.monotonic() > deadline:
+                what = f"ended with {code}" if code is not None else "is not ready in time"
+                raise RuntimeError(f"{name} {what}:\n{self.log(name)[mark:][-4000:]}")
+            time.sleep(0.01)
+
+    def stop(self, *only: str) -> dict[str, int]:
+        """SIGTERM to all, composers first, and wait; returns their exit codes. Raises TimeoutExpired."""
+        codes = {}
+        for name in reversed(only or list(self.processes)):
+            process = self.processes.pop(name)
+            process.terminate()
+            codes[name] = process.wait(STOP_TIMEOUT_S)
+        return codes
+
+    def kill9(self, *only: str) -> None:
+        """SIGKILL to all at once, and wait until they are gone."""
+        names = only or tuple(self.processes)
+        for name in names:
+            self.processes[name].send_signal(signal.SIGKILL)
+        for name in names:
+            self.processes.pop(name).wait(STOP_TIMEOUT_S)
+
+    def restart(self, *only: str) -> None:
+        """stop() and start()."""
+        self.stop(*only)
+        self.start(*only)
+
+    def corral(
+        self, *arguments: str, stdin: bytes | None = None, timeout_s: float = 60.0, check: bool = False
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run the command `corral` against this daemon; without `stdin` it reads /dev/null."""
+        return subprocess.run(
+            [CORRAL, *arguments],
+            env=os.environ | {"CORRAL_ADDRESS": self.address},
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True,
+            timeout=timeout_s,
+            check=check,
+        )
+
+    def client(self, namespace: str | None = None) -> "Client":
+        """The typed client, connected to this daemon."""
+        from corral.client.sync import Client
+
+        return Client(self.address, namespace=namespace)
+
+    def leftovers(self) -> list[str]:
+        """What of containers is still there; empty once all were deleted."""
+        return sweep.leftovers(self.state, self.place.cgroup_parent, self.place.bridge)
+
+    def close(self) -> None:
+        """Stop, and remove every trace. Raises AssertionError naming what a clean stop should not have left."""
+        left: list[str] = []
+        try:
+            if self.processes:
+                left = sweep.delete_containers(self)
+                self.stop()
+        finally:
+            for process in self.processes.values():
+                process.kill()
+                process.wait()
+            left += self.leftovers()
+            sweep.purge(self.place.directory, self.place.cgroup_parent, self.place.bridge, self.place.nft_table)
+            shutil.rmtree(self.place.directory, ignore_errors=True)
+        assert not left, f"left behind: {left}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: object) -> None:
+        if e is None:
+            self.close()
+            return
+        sys.stderr.write(self.log()[-8000:])
+        with contextlib.suppress(AssertionError):
+            self.close()
+
+
+@contextlib.contextmanager
+def running(**options: object) -> Iterator[Corrald]:
+    """A daemon that runs within the block."""
+    with Corrald(**options) as daemon:  # type: ignore[arg-type]
+        daemon.start()
+        yield daemon
+
+
+def merged(
+    base: Mapping[str, Mapping[str, object]], more: Mapping[str, Mapping[str, object]]
+) -> dict[str, dict[str, object]]:
+    return {name: {**base.get(name, {}), **more.get(name, {})} for name in {**base, **more}}
+
+
+def to_toml(document: Mapping[str, Mapping[str, object]]) -> str:
+    """JSON's strings, numbers, booleans and lists are TOML's."""
+    lines = []
+    for section, table in document.items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+    return "\n".join(lines) + "\n"
