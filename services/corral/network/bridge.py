@@ -53,7 +53,8 @@ class BridgeDriver:
     def build(self, netlink: Netlink, network: Network, others: Sequence[Network]) -> bool:
         """Make, or mend, the bridge of a network and let it through the firewall; `others` are the networks that exist.
 
-        Returns whether packet forwarding had to be switched on. Raises FailedPrecondition if the bridge's name is taken.
+        Returns whether packet forwarding had to be switched on. Raises FailedPrecondition if the bridge's name is
+        taken.
         """
         try:
             netlink.ensure_bridge(bridge_plan(network))

@@ -3,9 +3,10 @@
     Attach   row ATTACHING, addresses  ->  veth pairs, files  ->  row READY, journal
     Detach   veth pairs off their bridges, namespace unpinned, files removed  ->  row and addresses gone, journal
 
-Failing anywhere in Attach undoes it all. A daemon that dies in between leaves an ATTACHING row, which the next start undoes,
-or a READY one whose kernel objects are gone, which the next Attach makes anew and the next Detach deletes. An address is
-free only once nothing can use it any more. Without interfaces there is nothing to undo, and one transaction does.
+Failing anywhere in Attach undoes it all. A daemon that dies in between leaves an ATTACHING row, which the next start
+undoes, or a READY one whose kernel objects are gone, which the next Attach makes anew and the next Detach deletes. An
+address is free only once nothing can use it any more. Without interfaces there is nothing to undo, and one
+transaction does.
 """
 
 import asyncio
@@ -64,6 +65,7 @@ class Endpoints:
         self._boot_id = boot_id
         self._host_prefix = host_prefix
         self._reaper = Reaper(thread)
+        self._host_files = etc.HostFiles(config.resolv_conf, config.resolved_conf)
         self.files = FileStore(config.root / "endpoints")
         self._locks: WeakValueDictionary[EndpointKey, asyncio.Lock] = WeakValueDictionary()
         self._running: set[asyncio.Task[Endpoint | None]] = set()
@@ -73,8 +75,8 @@ class Endpoints:
     async def attach(self, key: EndpointKey, request: Request) -> Endpoint:
         """Give a container its network; the same call again gives the same answer.
 
-        Raises AlreadyExists if the endpoint exists with another request, NotFound for a network or container, InvalidArgument,
-        FailedPrecondition (address taken), ResourceExhausted (no address left).
+        Raises AlreadyExists if the endpoint exists with another request, NotFound for a network or container,
+        InvalidArgument, FailedPrecondition (address taken), ResourceExhausted (no address left).
         """
         attached = await self._alone(key, lambda: self._attach(key, request))
         assert attached is not None
@@ -186,7 +188,8 @@ class Endpoints:
         self._networks.build_missing(netlink, [interface.network for interface in endpoint.interfaces])
         path = self._pool.path(endpoint.netns)
         for plan in bridge.interface_plans(endpoint.interfaces):
-            netlink.unplug(plan.host_name)  # of an earlier life, with a namespace that somebody still holds
+            if link_exists(plan.host_name):  # of an earlier life, in a namespace that somebody still holds
+                netlink.delete_link(plan.host_name)
             netlink.plug(plan, path)
             failpoint("network.attach.after_plug")
         self._make_inside(endpoint)
@@ -198,7 +201,7 @@ class Endpoints:
             if plans or parameters:
                 configure_inside(self._pool.path(endpoint.netns), plans, parameters)
         if not endpoint.owner:
-            self.files.write(endpoint.key, etc.compose(endpoint, self.host_files(), self._config.fallback_dns))
+            self.files.write(endpoint.key, etc.compose(endpoint, self._host_files, self._config.fallback_dns))
 
     def _unmake(self, netlink: Netlink, endpoint: Endpoint) -> None:
         for interface in endpoint.interfaces:
@@ -275,7 +278,8 @@ class Endpoints:
         return [endpoint for endpoint in found if endpoint.state is EndpointState.READY]
 
     def stands(self, endpoint: Endpoint) -> bool:
-        """Whether what the row describes is there: not half made, of this boot, its namespace and its links existing."""
+        """Whether what the row describes is there: not half made, of this boot, its namespace and its links
+        existing."""
         if endpoint.state is not EndpointState.READY or endpoint.boot_id != self._boot_id:
             return False
         path = self.netns_path(endpoint)
@@ -292,10 +296,6 @@ class Endpoints:
         """Where its files are: those of the container it joined, or its own."""
         owner = EndpointKey(endpoint.key.namespace, endpoint.owner) if endpoint.owner else endpoint.key
         return self.files.directory(owner)
-
-    def host_files(self) -> etc.HostFiles:
-        """What the host has, now."""
-        return etc.HostFiles.read(self._config.resolv_conf, self._config.resolved_conf)
 
     # Running
 

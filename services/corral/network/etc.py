@@ -2,10 +2,9 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Self
 
 from corral.network.model import Dns, Endpoint, Mode
 from corral.rpc.errors import FailedPrecondition
@@ -69,8 +68,8 @@ def parse_resolv_conf(text: str) -> Resolver:
 
 
 def reachable(servers: Iterable[str], *, ipv6: bool) -> tuple[str, ...]:
-    """Those name servers that can be asked from another network namespace: no loopback addresses, no link-local ones with a
-    zone, and IPv6 ones only where the endpoint has IPv6."""
+    """Those name servers that can be asked from another network namespace: no loopback addresses, no link-local ones
+    with a zone, and IPv6 ones only where the endpoint has IPv6."""
     return tuple(server for server in servers if _is_reachable(server, ipv6=ipv6))
 
 
@@ -84,19 +83,6 @@ def _is_reachable(server: str, *, ipv6: bool) -> bool:
     return address.version == 4 or ipv6
 
 
-def resolver_for(host: Resolver, resolved: Resolver, dns: Dns, *, fallback: Sequence[str], ipv6: bool) -> Resolver:
-    """What an endpoint of its own namespace gets: what it asked for, else what the host has.
-
-    `resolved` is what systemd-resolved forwards to; it counts where all the host names is a loopback address.
-    """
-    servers = dns.servers or reachable(host.servers, ipv6=ipv6) or reachable(resolved.servers, ipv6=ipv6)
-    # `search .` is the user's way to say: none.
-    search = () if dns.search == (".",) else dns.search or host.search or resolved.search
-    # Options of the stub (edns0, trust-ad) speak about it, not about the servers behind it.
-    inherited = host.options if reachable(host.servers, ipv6=ipv6) else resolved.options
-    return Resolver(tuple(servers or fallback), search, dns.options or inherited)
-
-
 def read_or_empty(path: Path) -> str:
     """A file of the host that may be missing."""
     try:
@@ -105,20 +91,42 @@ def read_or_empty(path: Path) -> str:
         return ""
 
 
-@dataclass(frozen=True, slots=True)
 class HostFiles:
-    """What the host itself has."""
+    """What the host itself has, read when asked for: it changes with the networks of the host."""
 
-    hosts: str
-    resolver: Resolver
-    resolved: Resolver  # what systemd-resolved forwards to; empty where it does not run
+    def __init__(self, resolv_conf: Path, resolved_conf: Path) -> None:
+        """`resolved_conf` is what systemd-resolved forwards to; it need not exist."""
+        self._resolv_conf = resolv_conf
+        self._resolved_conf = resolved_conf
 
-    @classmethod
-    def read(cls, resolv_conf: Path, resolved_conf: Path) -> Self:
-        """Read them now: they change with the networks of the host."""
-        resolver = parse_resolv_conf(read_or_empty(resolv_conf))
-        resolved = parse_resolv_conf(read_or_empty(resolved_conf))
-        return cls(read_or_empty(Path("/etc/hosts")), resolver, resolved)
+    def hosts(self) -> str:
+        """Its /etc/hosts."""
+        return read_or_empty(Path("/etc/hosts"))
+
+    def resolver(self) -> Resolver:
+        """Its resolver."""
+        return parse_resolv_conf(read_or_empty(self._resolv_conf))
+
+    def resolved(self) -> Resolver:
+        """What is behind its resolver, where that listens on a loopback address."""
+        return parse_resolv_conf(read_or_empty(self._resolved_conf))
+
+
+def choose_host_resolver(host: HostFiles, *, ipv6: bool) -> Resolver:
+    """The host's resolver as seen from another namespace: its servers that can be reached from there, or, where it
+    names only loopback addresses, those that systemd-resolved forwards to. Options of the stub (edns0, trust-ad)
+    speak about the stub, so they come from the same file as the servers."""
+    own = host.resolver()
+    if servers := reachable(own.servers, ipv6=ipv6):
+        return replace(own, servers=servers)
+    behind = host.resolved()
+    return Resolver(reachable(behind.servers, ipv6=ipv6), own.search or behind.search, behind.options)
+
+
+def merged(host: Resolver, dns: Dns, fallback: Sequence[str] = ()) -> Resolver:
+    """What an endpoint asked for, each empty field as the host has it. `search .` is the user's way to say: none."""
+    search = () if dns.search == (".",) else dns.search or host.search
+    return Resolver(dns.servers or host.servers or tuple(fallback), search, dns.options or host.options)
 
 
 def compose(endpoint: Endpoint, host: HostFiles, fallback: Sequence[str]) -> EtcFiles:
@@ -127,22 +135,18 @@ def compose(endpoint: Endpoint, host: HostFiles, fallback: Sequence[str]) -> Etc
     hostname = hostname_of(endpoint)
     extra = [(_resolved(address, endpoint), name) for name, address in request.extra_hosts]
     if endpoint.mode is Mode.HOST:
-        hosts = host.hosts + "".join(f"{address}\t{name}\n" for address, name in extra)
-        asked = request.dns
-        own = host.resolver
-        search = asked.search or own.search
-        resolver = Resolver(asked.servers or own.servers, search, asked.options or own.options)
-        return EtcFiles(hosts, resolver.text(), f"{hostname}\n")
+        hosts = host.hosts() + "".join(f"{address}\t{name}\n" for address, name in extra)
+        return EtcFiles(hosts, merged(host.resolver(), request.dns).text(), f"{hostname}\n")
     names = f"{hostname}.{request.domainname} {hostname}" if request.domainname else hostname
     held = [str(address) for interface in endpoint.interfaces for address, _ in interface.addresses] or ["127.0.0.1"]
-    hosts = hosts_text([*((address, names) for address in held), *extra])
     ipv6 = any(":" in address for address in held)
-    resolver = resolver_for(host.resolver, host.resolved, request.dns, fallback=fallback, ipv6=ipv6)
-    return EtcFiles(hosts, resolver.text(), f"{hostname}\n")
+    resolver = merged(choose_host_resolver(host, ipv6=ipv6), request.dns, fallback)
+    return EtcFiles(hosts_text([*((one, names) for one in held), *extra]), resolver.text(), f"{hostname}\n")
 
 
 def hostname_of(endpoint: Endpoint) -> str:
-    """The name a container calls itself: the one asked for, the host's in its namespace, else the beginning of the id."""
+    """The name a container calls itself: the one asked for, the host's in its namespace, else the beginning of the
+    id."""
     if endpoint.request.hostname:
         return endpoint.request.hostname
     return os.uname().nodename if endpoint.mode is Mode.HOST else endpoint.key.id[:12]

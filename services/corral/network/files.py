@@ -15,6 +15,7 @@ class FileStore:
     """The files of all endpoints: <root>/<namespace>/<endpoint>/{hosts,resolv.conf,hostname}.
 
     Not fsynced: they are of use only while the machine runs, and are written anew by the first Attach after a boot.
+
     """
 
     def __init__(self, root: Path) -> None:
@@ -29,9 +30,9 @@ class FileStore:
         directory = self.directory(key)
         temporary = directory.with_name(f".{key.id}.{os.urandom(4).hex()}")
         try:
-            os.mkdir(temporary, 0o755)
+            temporary.mkdir(0o755)
         except FileNotFoundError:
-            os.makedirs(temporary, 0o755)
+            temporary.mkdir(0o755, parents=True)
         try:
             for name, text in ((HOSTS, files.hosts), (RESOLV_CONF, files.resolv_conf), (HOSTNAME, files.hostname)):
                 _write(temporary / name, text)
@@ -45,9 +46,9 @@ class FileStore:
         directory = self.directory(key)
         for name in (HOSTS, RESOLV_CONF, HOSTNAME):
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(directory / name)
+                (directory / name).unlink()
         with contextlib.suppress(FileNotFoundError):
-            os.rmdir(directory)
+            directory.rmdir()
 
     def sweep(self, keep: set[EndpointKey]) -> list[EndpointKey]:
         """Remove the files of endpoints that are not to be kept, and what was half written; returns whose they were."""
@@ -72,9 +73,9 @@ def _write(path: Path, text: str) -> None:
 
 def _replace(temporary: Path, directory: Path) -> None:
     try:
-        os.rename(temporary, directory)
+        temporary.rename(directory)
     except OSError:
         if not directory.is_dir():
             raise
         shutil.rmtree(directory)  # of an earlier life of this endpoint
-        os.rename(temporary, directory)
+        temporary.rename(directory)

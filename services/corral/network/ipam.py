@@ -1,7 +1,9 @@
-"""Address arithmetic: which address of a subnet comes next. Values in, values out; what holds an address is a row elsewhere.
+"""Address arithmetic: which address of a subnet comes next. Values in, values out; what holds an address is a row
+elsewhere.
 
-A Pool is one subnet's window of addresses with a bitmap of those that are taken. Addresses are handed out round robin: one
-just freed is the last to be used again, so that what still remembers it (ARP caches, connections, logs) has time to forget.
+A Pool is one subnet's window of addresses with a bitmap of those that are taken. Addresses are handed out round
+robin: one just freed is the last to be used again, so that what still remembers it (ARP caches, connections, logs)
+has time to forget.
 """
 
 from collections.abc import Iterable
@@ -27,6 +29,7 @@ class Bitmap:
     """A set of numbers below `size`, as leaves of LEAF_BITS bits and a summary of which leaves are full.
 
     Finding a free number looks at one bit of the summary and one leaf, however many numbers are taken.
+
     """
 
     size: int
@@ -110,8 +113,8 @@ class Pool:
     def of(
         cls, subnet: Subnet, *, window: Subnet | None = None, reserved: Iterable[Address] = (), cursor: int = 0
     ) -> Self:
-        """A pool of all addresses in window, a part of the subnet (None: the whole), but the network's own, the broadcast
-        address and those reserved."""
+        """A pool of all addresses in window, a part of the subnet (None: the whole), but the network's own, the
+        broadcast address and those reserved."""
         window = window or subnet
         first = int(window.network_address)
         size = min(window.num_addresses, MAX_WINDOW)
@@ -170,8 +173,8 @@ class Pool:
 
 
 def unusable(subnet: Subnet) -> tuple[Address, ...]:
-    """Addresses of the subnet that no host may have: its own and, in IPv4, the broadcast address. None in a /31 (RFC 3021),
-    /32, /127 (RFC 6164) or /128."""
+    """Addresses of the subnet that no host may have: its own and, in IPv4, the broadcast address. None in a /31 (RFC
+    3021), /32, /127 (RFC 6164) or /128."""
     if subnet.max_prefixlen - subnet.prefixlen <= 1:
         return ()
     own, last = subnet.network_address, subnet.broadcast_address

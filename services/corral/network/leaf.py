@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import os
-from typing import Self
 
 import structlog
 
@@ -58,18 +57,13 @@ class Leaf:
         self._reconciler = recovery.Reconciler(self.db, self.networks, driver, self._firewall, prefix)
         self._reconciling: asyncio.Future[None] | None = None
 
-    @classmethod
-    async def open(cls, config: NetworkConfig) -> Self:
-        """Open the store, undo what is half done, and begin to compare rows with the kernel in the background."""
-        leaf = await run_blocking(cls, config)
-        await run_blocking(recovery.sweep, leaf.db, leaf._pool, leaf.endpoints.files)
-        leaf._pool.start()
-        if leaf._reconciler.needed():
-            leaf._reconciling = asyncio.ensure_future(leaf._thread.run(leaf._reconciler.run))
-            leaf._reconciling.add_done_callback(_log_failure)
-        else:
-            leaf._thread.warm()
-        return leaf
+    async def start(self) -> None:
+        """Undo what is half done, and begin to compare rows with the kernel in the background."""
+        await run_blocking(recovery.sweep, self.db, self._pool, self.endpoints.files)
+        self._pool.start()
+        if self._reconciler.needed():
+            self._reconciling = asyncio.ensure_future(self._thread.run(self._reconciler.run))
+            self._reconciling.add_done_callback(_log_failure)
 
     async def close(self) -> None:
         """Finish what is under way and end threads and files. Containers keep their network."""

@@ -146,7 +146,8 @@ class Networks:
 
     @staticmethod
     def _taken(existing: Iterable[Network], routes: Iterable[Route]) -> dict[Subnet, str]:
-        """Subnets that a new network must not overlap, each with its owner. Routes through our own bridges are our networks."""
+        """Subnets that a new network must not overlap, each with its owner. Routes through our own bridges are our
+        networks."""
         existing = list(existing)
         ours = {network.bridge for network in existing}
         taken = {part.subnet: f"network {network.name!r}" for network in existing for part in network.ranges}
@@ -283,7 +284,8 @@ def _claim_removal(transaction: Transaction, network: Network) -> None:
     if users:
         names = ", ".join(key.id[:12] for key in users[:3]) + (", …" if len(users) > 3 else "")
         raise FailedPrecondition(
-            f"network {network.name!r} is used by {len(users)} container{'s' * (len(users) > 1)} ({names}): remove them first",
+            f"network {network.name!r} is used by {len(users)} container{'s' * (len(users) > 1)} ({names}):"
+            " remove them first",
             reason="NETWORK_IN_USE",
             metadata={"network": network.name},
         )

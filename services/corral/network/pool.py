@@ -1,7 +1,7 @@
 """Network namespaces kept ready: making one takes a millisecond or more, taking one from here nothing.
 
-Each is pinned by a bind mount under our directory, with its loopback up. A namespace is used once; what an endpoint leaves
-behind in it is nobody's to inherit, so it is never put back.
+Each is pinned by a bind mount under our directory, with its loopback up. A namespace is used once; what an endpoint
+leaves behind in it is nobody's to inherit, so it is never put back.
 """
 
 import fcntl
@@ -9,6 +9,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from pathlib import Path
 
@@ -17,6 +18,9 @@ import structlog
 from corral.kernel.netns import create_pinned, in_namespace, remove_pinned
 
 log = structlog.get_logger()
+
+# Whoever took one is busy now: making the next would compete with it for RTNL and the interpreter.
+PAUSE_S = 0.005
 
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 0x1
@@ -31,7 +35,6 @@ class NetnsPool:
         self.directory = directory
         self._size = size
         self._ready: deque[str] = deque()
-        self._filling = threading.Lock()
         self._wanted = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._keep_filled, name="netns-pool", daemon=True)
@@ -42,7 +45,8 @@ class NetnsPool:
         self._thread.start()
 
     def take(self) -> str | None:
-        """The name of a ready namespace, the caller's from now on; None if there is none: make() one then. Never blocks."""
+        """The name of a ready namespace, the caller's from now on; None if there is none: make() one then. Never
+        blocks."""
         name = self._ready.popleft() if self._ready else None
         self._wanted.set()
         return name
@@ -61,7 +65,7 @@ class NetnsPool:
 
     def sweep(self, keep: set[str]) -> list[str]:
         """Unpin all but those to be kept and return their names; before start(), so they are those of a dead daemon."""
-        stale = [name for name in os.listdir(self.directory) if name not in keep]
+        stale = [path.name for path in self.directory.iterdir() if path.name not in keep]
         for name in stale:
             self.discard(name)
         return stale
@@ -79,6 +83,7 @@ class NetnsPool:
         while True:
             self._wanted.wait()
             self._wanted.clear()
+            time.sleep(PAUSE_S)
             while len(self._ready) < self._size and not self._stopping:
                 try:
                     self._ready.append(self.make())
@@ -104,7 +109,7 @@ class NetnsPool:
 def is_pinned(path: Path) -> bool:
     """Whether a namespace is pinned at path: it lies on the file system of namespaces."""
     try:
-        return os.stat(path).st_dev == os.stat("/proc/self/ns/net").st_dev
+        return path.stat().st_dev == Path("/proc/self/ns/net").stat().st_dev
     except OSError:
         return False
 

@@ -2,15 +2,16 @@
 
     row                                      kernel                          done
     endpoint ATTACHING                       anything                        both undone
-    endpoint READY of an earlier boot        nothing                         row kept: Attach makes it anew, Detach deletes it
+    endpoint READY of an earlier boot        nothing                         kept: Attach makes it anew
     network CREATING, REMOVING               anything                        both removed
     network READY                            bridge or rules missing         made anew, ports put back
     none                                     namespace pinned in our state   unpinned
-    none                                     veth of our prefix              deleted, if on a bridge of ours or on none
+    none                                     veth of our prefix, on our      deleted
+                                             bridge or on none
     none                                     files in our root               removed
 
-Nothing else is looked at. Rows and namespaces are done before the first RPC; links and rules on the netlink thread, ahead
-of whatever RPCs ask of it.
+Nothing else is looked at. Rows and namespaces are done before the first RPC; links and rules on the netlink thread,
+ahead of whatever RPCs ask of it.
 """
 
 from dataclasses import dataclass

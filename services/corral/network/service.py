@@ -1,4 +1,5 @@
 """The RPCs of the network leaf: Networks and Endpoints."""
+# ruff: noqa: N802 (methods are named as the RPCs are)
 
 from collections.abc import AsyncIterator, Sequence
 
@@ -10,6 +11,7 @@ from corral.network import etc, wire
 from corral.network.config import NetworkConfig
 from corral.network.leaf import Leaf
 from corral.network.model import Endpoint, EndpointKey
+from corral.rpc.blocking import run_blocking
 from corral.rpc.context import check_id, current_namespace
 from corral.rpc.errors import Unimplemented
 from corral.rpc.events import stream_events
@@ -36,7 +38,8 @@ class NetworkService:
         return [services[name].full_name for name in ("Networks", "Endpoints")]
 
     async def start(self) -> None:
-        self._leaf = await Leaf.open(self._config)
+        self._leaf = await run_blocking(Leaf, self._config)
+        await self._leaf.start()
 
     async def stop(self) -> None:
         leaf, self._leaf = self._leaf, None

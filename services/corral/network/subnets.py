@@ -68,7 +68,7 @@ def make_range(cidr: str, *, gateway: str = "", window: str = "", reserved: Sequ
 
 def check_usable(subnet: Subnet) -> None:
     """Raises InvalidArgument for subnets no network can have."""
-    if subnet.version == 4 and subnet.prefixlen > 30 or subnet.prefixlen > 126:
+    if (subnet.version == 4 and subnet.prefixlen > 30) or subnet.prefixlen > 126:
         raise InvalidArgument(f"{subnet} is too small: it must hold a gateway and a container", reason="BAD_SUBNET")
     if subnet.prefixlen < 8:
         raise InvalidArgument(f"{subnet} is too large: its prefix must be /8 or longer", reason="BAD_SUBNET")
@@ -123,13 +123,15 @@ def choose(pools: Iterable[str], prefix: int, taken: Mapping[Subnet, str]) -> Su
     for candidate in _candidates(pools, prefix, taken):
         return candidate
     raise ResourceExhausted(
-        "no free subnet is left in the address pools: name one with --subnet, or add to `pools` in [network] of config.toml",
+        "no free subnet is left in the address pools: name one with --subnet, or add to `pools` in [network] of"
+        " config.toml",
         reason="NO_FREE_SUBNET",
     )
 
 
 def _candidates(pools: Iterable[str], prefix: int, taken: Mapping[Subnet, str]) -> Iterator[Subnet]:
-    """Free subnets in order. Skips past each obstacle at once, so a pool full of small ones costs no more than their count."""
+    """Free subnets in order. Skips past each obstacle at once, so a pool full of small ones costs no more than their
+    count."""
     for text in pools:
         pool = parse_subnet(text, "pool")
         size = 1 << (pool.max_prefixlen - max(prefix, pool.prefixlen))
@@ -151,8 +153,8 @@ def _subnet_at(pool: Subnet, start: int, size: int) -> Subnet:
 
 
 def mac_of(address: Address) -> str:
-    """A locally administered Ethernet address that follows from the IP address, so that a reused address keeps its MAC and
-    no neighbour's cache goes stale. 0a:58 is what CNI's bridge plugin uses, too."""
+    """A locally administered Ethernet address that follows from the IP address, so that a reused address keeps its
+    MAC and no neighbour's cache goes stale. 0a:58 is what CNI's bridge plugin uses, too."""
     packed = address.packed[-4:] if isinstance(address, IPv4Address) else _folded(address.packed)
     return ":".join(f"{byte:02x}" for byte in (0x0A, 0x58, *packed))
 

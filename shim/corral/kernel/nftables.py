@@ -1,7 +1,7 @@
 """libnftables: lists of commands in its JSON form, each list one atomic transaction.
 
-Needs libnftables.so.1 (Debian: libnftables1), loaded when the first Nftables is made. Acts on the network namespace that
-its thread was in when the Nftables was made. Source: libnftables(3), libnftables-json(5).
+Needs libnftables.so.1 (Debian: libnftables1), loaded when the first Nftables is made. Acts on the network namespace
+that its thread was in when the Nftables was made. Source: libnftables(3), libnftables-json(5).
 """
 
 import ctypes
@@ -45,6 +45,7 @@ class Nftables:
         """Run the commands, all or none; returns what those that list something printed.
 
         Raises NftablesError with the library's words.
+
         """
         text = json.dumps({"nftables": commands}).encode()
         with self._lock:
