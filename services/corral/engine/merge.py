@@ -35,7 +35,9 @@ RETRY_FIRST_S, RETRY_MOST_S = 0.05, 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Arrived:
+class Arrived:
+    """A message of a leaf's journal."""
+
     origin: str
     response: EventsResponse
 
@@ -47,7 +49,7 @@ class Merger:
     def __init__(self, core: Core) -> None:
         self._core = core
         self.on_reconnect: Callable[[str], Awaitable[None]] | None = None
-        self._queue: asyncio.Queue[_Arrived] = asyncio.Queue(maxsize=4 * MAX_BATCH)
+        self._queue: asyncio.Queue[Arrived] = asyncio.Queue(maxsize=4 * MAX_BATCH)
         leaves = core.leaves
         self._sources: Mapping[str, Any] = {
             "images": leaves.images,
@@ -59,9 +61,9 @@ class Merger:
 
     async def catch_up(self, origin: str) -> None:
         """Merge what this leaf has journalled until now. Raises CorralError if it does not answer."""
-        batch: list[_Arrived] = []
+        batch: list[Arrived] = []
         async for response in self._sources[origin].Events(self._request(origin, no_follow=True)):
-            batch.append(_Arrived(origin, response))
+            batch.append(Arrived(origin, response))
             if len(batch) == MAX_BATCH:
                 await self._merge(batch)
                 batch = []
@@ -94,7 +96,7 @@ class Merger:
                     lost = False
                 async for response in self._sources[origin].Events(self._request(origin)):
                     delay_s = RETRY_FIRST_S
-                    await self._queue.put(_Arrived(origin, response))
+                    await self._queue.put(Arrived(origin, response))
             except CorralError as e:
                 log.debug("journal.lost", origin=origin, error=str(e), next_s=delay_s)
                 lost = True
@@ -120,9 +122,9 @@ class Merger:
                 for _ in batch:
                     self._queue.task_done()
 
-    async def _merge(self, batch: Sequence[_Arrived]) -> None:
+    async def _merge(self, batch: Sequence[Arrived]) -> None:
         failpoint("engine.merge.before_write")
-        ended, gaps = await self._core.database.write(lambda tx: _append(tx, batch))
+        ended, gaps = await self._core.database.write(lambda tx: append(tx, batch))
         failpoint("engine.merge.after_write")
         for record in ended:
             self._core.tell_exit(record)
@@ -138,7 +140,7 @@ class Merger:
             self._core.background.spawn(quietly(self.on_reconnect))
 
 
-def _append(tx: Transaction, batch: Sequence[_Arrived]) -> tuple[list[ContainerRecord], set[str]]:
+def append(tx: Transaction, batch: Sequence[Arrived]) -> tuple[list[ContainerRecord], set[str]]:
     """Append a batch; returns the containers that ended, and the leaves of which events are lost."""
     merged: dict[str, int] = {}
     ended, gaps = [], set()

@@ -86,12 +86,17 @@ def _check_host_names(config: ContainerConfig) -> None:
             )
 
 
-def _check_mount(mount: VolumeMount) -> None:
-    target = PurePosixPath(mount.target)
-    if not target.is_absolute() or ".." in target.parts or "\0" in mount.target:
-        raise InvalidArgument(f"the mount target {mount.target!r} is not an absolute path without '..'")
+def check_mount_target(path: str) -> None:
+    """Raises InvalidArgument unless something may be mounted there."""
+    target = PurePosixPath(path)
+    if not target.is_absolute() or ".." in target.parts or "\0" in path:
+        raise InvalidArgument(f"the mount target {path!r} is not an absolute path without '..'")
     if target == PurePosixPath("/"):
-        raise InvalidArgument("nothing can be mounted over '/', the container's root")
+        raise InvalidArgument("nothing can be mounted over '/', the container's root: choose another mount target")
+
+
+def _check_mount(mount: VolumeMount) -> None:
+    check_mount_target(mount.target)
     if mount.propagation and mount.propagation not in PROPAGATIONS:
         raise InvalidArgument(f"{mount.propagation!r} is no mount propagation: use one of {', '.join(PROPAGATIONS)}")
     if mount.type == VolumeMount.TYPE_BIND and not mount.source.startswith("/"):

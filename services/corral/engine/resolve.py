@@ -5,6 +5,7 @@ from pathlib import PurePosixPath
 
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, VolumeMount
 from corral.api.images.v1.images_pb2 import ImageConfig
+from corral.engine.options import check_mount_target
 from corral.rpc.errors import InvalidArgument
 
 
@@ -34,7 +35,8 @@ def resolve(
             config.labels[key] = value
     covered = {PurePosixPath(mount.target) for mount in asked.mounts}
     for path in image.volumes:
-        if PurePosixPath(path).is_absolute() and PurePosixPath(path) not in covered:
+        check_mount_target(path)
+        if PurePosixPath(path) not in covered:
             config.mounts.add(type=VolumeMount.TYPE_VOLUME, target=path)
     for mount in config.mounts:
         if mount.type == VolumeMount.TYPE_VOLUME and not mount.source:
