@@ -62,11 +62,17 @@ class Loop:
         """Serve until stop() is called."""
         self._running = True
         while self._running:
-            for fd, events in self._epoll.poll(self._timeout(), 1):
-                handler = self._handlers.get(fd)
-                if handler is not None:
-                    handler(events)
-            self._run_timers()
+            self.step(self._timeout())
+
+    def step(self, timeout_s: float) -> bool:
+        """Wait for one event, at most that long (-1: for ever), and handle it; whether there was one."""
+        ready = self._epoll.poll(timeout_s, 1)
+        for fd, events in ready:
+            handler = self._handlers.get(fd)
+            if handler is not None:
+                handler(events)
+        self._run_timers()
+        return bool(ready)
 
     def stop(self) -> None:
         """Let run() return after the current handler."""

@@ -3,23 +3,30 @@
 Imports of a running shim would mix two versions of corral after an upgrade, and cost every shim its own copy.
 """
 
+import gc
 import sys
 
 import corral.oci.runtime  # noqa: F401 - for the shims to come
-from corral.oci.spec import Spec
-from corral.shim import logs
+from corral.kernel import shared_memory
+from corral.shim.warmup import warm_up
 
 _CODECS = ("utf-8", "ascii", "latin-1")
-_SPEC: dict[str, object] = {"ociVersion": "1.2.0", "process": {"cwd": "/", "args": ["true"]}}
+WARM_UP_ROUNDS = 5
 
 
 def preload() -> None:
-    """Fill the caches that first use would fill, and close the import system."""
+    """Fill the caches that first use would fill, close the import system, and arrange that pages stay shared."""
     for codec in _CODECS:
         "".encode(codec)
-    Spec.from_json(_SPEC)
-    logs.timestamp(0)
+    shared_memory.gather_code(lambda: warm_up(1))
+    warm_up(WARM_UP_ROUNDS)
     sys.path.clear()
     sys.path_hooks.clear()
     sys.meta_path.clear()
     sys.path_importer_cache.clear()
+    gc.collect()
+    shared_memory.make_immortal()
+    gc.collect()
+    shared_memory.release_free_memory()
+    shared_memory.fill_holes()
+    gc.freeze()

@@ -43,17 +43,17 @@ class Connection:
 class Server:
     """Serves one container until it has ended and everyone was told."""
 
-    def __init__(self, listener: socket.socket, bundle: Path, *, namespace: str, container: str) -> None:
+    def __init__(self, loop: Loop, listener: socket.socket, bundle: Path, *, namespace: str, container: str) -> None:
         """listener is bound and listening already, so a client can never come too early."""
-        self._listener, self._namespace, self._container = listener, namespace, container
-        self._loop = Loop()
-        self._shim = Shim(self._loop, bundle, publish=self._publish, on_end=self._shim_ended)
+        self._loop, self._listener, self._namespace, self._container = loop, listener, namespace, container
+        self.shim = Shim(self._loop, bundle, publish=self._publish, on_end=self._shim_ended)
         self._directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._connections: dict[int, Connection] = {}
         self._waiting_for_end: list[tuple[Connection, object]] = []
+        self._signals = -1
         self._contacted = False
         self._end_by = 0.0
-        shim = self._shim
+        shim = self.shim
         self._ops: dict[str, Callable[[Connection, Message], Message | None]] = {
             "create": lambda _, m: shim.create(Create.parse(m)),
             "start": lambda _, m: shim.start(exec_id(m)),
@@ -69,14 +69,24 @@ class Server:
             "delete_exec": lambda _, m: shim.delete_exec(exec_id(m)),
         }
 
-    def run(self) -> None:
-        """Serve until the end."""
-        signals = signalfd.open_signalfd(SIGNALS)
-        self._loop.watch(signals, IN, lambda _events: self._on_signal(signals))
+    def begin(self) -> None:
+        """Serve from here on, in the loop, which is stopped in the end."""
+        self._signals = signalfd.open_signalfd(SIGNALS)
+        self._loop.watch(self._signals, IN, lambda _events: self._on_signal())
         self._listener.setblocking(False)
         self._loop.watch(self._listener.fileno(), IN, lambda _events: self._accept())
         self._loop.call_later(ABANDONED_S, self._end_if_abandoned)
-        self._loop.run()
+
+    def close(self) -> None:
+        """Hang up on everybody and release all descriptors; only for a process that goes on without this shim."""
+        for connection in tuple(self._connections.values()):
+            self._close(connection)
+        for fd in (self._listener.fileno(), self._signals):
+            self._loop.forget(fd)
+        self._listener.close()
+        os.close(self._signals)
+        os.close(self._directory)
+        self.shim.close()
 
     # Connections.
 
@@ -154,7 +164,7 @@ class Server:
             "shim": VERSION,
             "namespace": self._namespace,
             "container": self._container,
-            "state": self._shim.state.value,
+            "state": self.shim.state.value,
         }
 
     def _reply_error(self, connection: Connection, number: object, error: ShimError) -> None:
@@ -201,13 +211,13 @@ class Server:
             if connection.subscribed:
                 self._send(connection, event)
 
-    def _on_signal(self, signals: int) -> None:
-        if signal.SIGCHLD in signalfd.read_signals(signals):
-            self._shim.reap()
+    def _on_signal(self) -> None:
+        if signal.SIGCHLD in signalfd.read_signals(self._signals):
+            self.shim.reap()
 
     def _delete(self, connection: Connection, message: Message) -> Message | None:
         failpoint("shim.delete")
-        if self._shim.delete():
+        if self.shim.delete():
             self._shim_ended()
             return {}
         self._waiting_for_end.append((connection, message.get("id")))

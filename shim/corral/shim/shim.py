@@ -63,6 +63,16 @@ class Shim:
         init = self._processes.get("")
         return init.state if init else State.NEW
 
+    def close(self) -> None:
+        """Release what is held of a container that has ended or never was."""
+        for process in self._processes.values():
+            process.io.close()
+            process.release()
+        if self._oom is not None:
+            self.loop.forget(self._oom.fileno())
+            self._oom.close()
+        os.close(self._directory)
+
     # Create, start, exec.
 
     def create(self, request: Create) -> Message:

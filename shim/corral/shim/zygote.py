@@ -12,7 +12,6 @@ what sets up containers, so it runs sealed (see seal.py) and non-dumpable.
 """
 
 import contextlib
-import gc
 import os
 import signal
 import socket
@@ -24,6 +23,7 @@ from corral.kernel import process
 from corral.kernel.failpoint import failpoint
 from corral.shim import preload, report, seal
 from corral.shim.errors import ShimError, from_os_error
+from corral.shim.loop import Loop
 from corral.shim.requests import text
 from corral.shim.server import Server
 from corral.shim.wire import Channel, Message, ProtocolError
@@ -41,8 +41,6 @@ def main() -> None:
     _settle()
     control = Channel(socket.socket(fileno=CONTROL_FD))
     preload.preload()
-    gc.collect()
-    gc.freeze()
     try:
         while True:
             for message in control.receive():
@@ -119,7 +117,9 @@ def _become_shim(listener: int, bundle: Path, namespace: str, container: str) ->
         process.set_name("corral-shim")
         process.set_child_subreaper()
         _protect_from_oom()
-        Server(socket.socket(fileno=listener), bundle, namespace=namespace, container=container).run()
+        loop = Loop()
+        Server(loop, socket.socket(fileno=listener), bundle, namespace=namespace, container=container).begin()
+        loop.run()
         status = 0
     except BaseException as e:  # noqa: BLE001 - the last frame of this process
         _report(bundle, e)

@@ -1,0 +1,148 @@
+"""Keeping the pages of a process that forks shared with its children, long after the fork.
+
+A forked Python process loses shared pages to four habits of the interpreter, each stopped here before the fork:
+
+    counting references    of every object it only looks at: make_immortal(), which is what PEP 683 is for
+    writing into code      counters and caches, whenever it runs: gather_code() puts what will run side by side
+    filling holes          in half-used pages with new objects: fill_holes(), so new objects get pages of their own
+    keeping free memory    that was needed while starting: release_free_memory()
+
+All of it is an optimisation: where the interpreter is not built as expected, nothing is done.
+"""
+
+import ctypes
+import gc
+import sys
+import time
+import types
+from collections.abc import Callable, Iterable, Mapping
+
+from corral.kernel.syscalls import libc
+
+_OBJECT_SIZES = range(16, 513, 16)  # size classes of the allocator for small objects
+_POOL_SIZE = 16 << 10
+_POOL_HEADER = 48
+_BYTES_OVERHEAD = 33
+_MAX_FILL = 20_000
+_SURELY_FREE = 12
+
+
+def make_immortal() -> int:
+    """Stop counting references to every object that exists now, and return how many there are; they are never freed.
+
+    The mark is the one that None carries. It is tried on one object first: if counting goes on, nothing is marked.
+    """
+    if sys.version_info >= (3, 15) or sys.byteorder != "little" or sys.maxsize < 1 << 32 or _is_free_threaded():
+        return 0
+    mark = ctypes.c_uint32.from_address(id(None)).value
+    if not _mark_works(mark):
+        return 0
+    field_at = ctypes.c_uint32.from_address
+    count = 0
+    pending: list[object] = gc.get_objects()
+    while pending:
+        item = pending.pop()
+        field = field_at(id(item))
+        if field.value == mark or item is pending or isinstance(item, types.FrameType | types.GeneratorType):
+            continue
+        field.value = mark
+        count += 1
+        pending.extend(gc.get_referents(item))
+        if isinstance(item, types.CodeType):
+            pending.extend(_parts_of(item))
+    return count
+
+
+def _is_free_threaded() -> bool:
+    is_gil_enabled: Callable[[], bool] | None = getattr(sys, "_is_gil_enabled", None)
+    return is_gil_enabled is not None and not is_gil_enabled()
+
+
+def _mark_works(mark: int) -> bool:
+    probe = ["probe"]
+    field = ctypes.c_uint32.from_address(id(probe))
+    field.value = mark
+    holders = [probe] * 10
+    unchanged = field.value == mark
+    del holders
+    return unchanged and field.value == mark
+
+
+def _parts_of(code: types.CodeType) -> Iterable[object]:
+    """A code object hides its parts from the collector."""
+    yield from (code.co_consts, code.co_names, code.co_name, code.co_qualname, code.co_filename)
+    yield from (code.co_linetable, code.co_exceptiontable)
+
+
+def gather_code(run: Callable[[], None]) -> None:
+    """Call run(), and give every function that it executed a copy of its code, all copies close together.
+
+    The copies are as if never run: run again before the fork, so that the interpreter has done its rewriting.
+    """
+    executed: dict[int, types.CodeType] = {}
+
+    def note(frame: types.FrameType, event: str, _argument: object) -> None:
+        if event == "call":
+            executed[id(frame.f_code)] = frame.f_code
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    fill_holes()
+    copies: dict[int, types.CodeType] = {}
+    for item in gc.get_objects():
+        if isinstance(item, types.FunctionType) and id(item.__code__) in executed:
+            item.__code__ = _copy_code(item.__code__, executed, copies)
+
+
+def _copy_code(
+    code: types.CodeType, wanted: Mapping[int, types.CodeType], copies: dict[int, types.CodeType]
+) -> types.CodeType:
+    """A copy, in which the code of functions that it makes when it runs is replaced by copies too."""
+    found = copies.get(id(code))
+    if found is None:
+        constants = tuple(
+            _copy_code(item, wanted, copies) if isinstance(item, types.CodeType) and id(item) in wanted else item
+            for item in code.co_consts
+        )
+        found = copies[id(code)] = code.replace(co_consts=constants)
+    return found
+
+
+_filler: list[object] = []
+
+
+def fill_holes() -> None:
+    """Take the free blocks of half-used pages, for ever, so that objects made later lie close together elsewhere."""
+    for size in _OBJECT_SIZES:
+        taken: list[object] = []
+        at, in_order = 0, 0
+        while in_order < _SURELY_FREE and len(taken) < _MAX_FILL:
+            block = _block(size)
+            taken.append(block)
+            before, at = at, id(block)
+            # From a pool that was all free blocks come in order, from its first one on; others use up half-used pools.
+            follows = in_order and before < at <= before + 4 * size
+            in_order = in_order + 1 if follows or at % _POOL_SIZE == _POOL_HEADER else 0
+        del taken[-in_order:]
+        _filler.extend(taken)
+
+
+def _block(size: int) -> object:
+    """An object that takes one block of this size class, and no reference to any other."""
+    if size == 16:
+        return object()
+    if size == 32:
+        return time.monotonic_ns() | 1 << 40
+    return bytes(size - _BYTES_OVERHEAD)
+
+
+def release_free_memory() -> None:
+    """Give back what the C library's allocator holds but does not use."""
+    try:
+        malloc_trim = libc("malloc_trim", ctypes.c_size_t)
+    except AttributeError:  # not glibc
+        return
+    malloc_trim(0)
