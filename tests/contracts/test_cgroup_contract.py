@@ -463,6 +463,13 @@ def test_kill_takes_everything_even_while_it_forks(group: Cgroup) -> None:
         assert eventually(lambda: group.pids() == [])
 
 
+def test_a_process_can_be_born_where_others_were_killed(group: Cgroup) -> None:
+    for _ in range(2):
+        with inside(group, sleep) as child:
+            group.kill()
+            assert os.WTERMSIG(child.wait()) == signal.SIGKILL
+
+
 def test_kill_takes_a_frozen_process(group: Cgroup) -> None:
     with inside(group, sleep) as child:
         group.freeze()

@@ -159,8 +159,6 @@ class Groups:
     def _remove(self, record: Record, watch: OomWatch | None) -> int:
         with translated(f"remove cgroup {record.key.id!r}"):
             group = self.open(record)
-            if group.pids():
-                group.kill()
             kills = watch.count() if watch else 0
             group.remove(self._timeouts.remove_s)
         if watch:

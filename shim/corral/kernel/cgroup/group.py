@@ -18,6 +18,9 @@ from corral.kernel.cgroup.v2 import freezer as freezer_v2
 _V1_NAMES = {"io": "blkio"}
 _SHORTEST_S, _LONGEST_S = 0.0005, 0.05
 """Between two looks at whether killed processes are gone."""
+_FREEZE_S = 1.0
+"""For processes to stop before a signal; then they get it running, SIGKILL over and over while they fork."""
+_ROUNDS = 100
 
 
 class Cgroup:
@@ -89,7 +92,7 @@ class Cgroup:
 
     def pids(self) -> list[int]:
         """Every process in it and below it; [] if it is gone."""
-        return sorted(self._v1_pids() | self._v2_pids())
+        return sorted({pid for directory in self._trackers() for pid in membership.pids_below(directory)})
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to every process in it and below; none escapes by forking. Does not wait for their end.
@@ -98,23 +101,25 @@ class Cgroup:
         handled (on v2 a signal that is not, and so would end a process, ends it at once).
         Raises OSError(EPERM) if the caller itself is inside.
         """
-        v1, v2 = self._v1_pids(), self._v2_pids()
-        if os.getpid() in v1 | v2:
+        if self._occupied():
+            self._send(number)
+
+    def _occupied(self) -> bool:
+        found = self.pids()
+        if os.getpid() in found:
             raise OSError(errno.EPERM, "the process that was asked to do this is inside", self.path)
-        if not v1 | v2:
-            return
-        if number == signal.SIGKILL and v2 and signals.kill_v2(self._where[plans.UNIFIED][0]) and v1 <= v2:
-            self.thaw()  # what the v1 freezer holds cannot die
-            return
-        self._send(number)
+        return bool(found)
 
     def _send(self, number: int) -> None:
-        was_frozen = self.is_frozen()
+        was_frozen = frozen = self.is_frozen()
         if not was_frozen:
             with contextlib.suppress(OSError):  # no freezer, or one that is stuck: signal who can be seen
-                self.freeze(timeout_s=1.0)
-        for directory in filter(None, self._trackers()):
-            signals.send(directory, number)
+                self.freeze(_FREEZE_S)
+                frozen = True
+        trackers = [directory for directory in self._trackers() if directory]
+        for _ in range(1 if frozen else _ROUNDS):
+            if not signals.send(trackers, number) or number != signal.SIGKILL:
+                break
         if number == signal.SIGKILL or not was_frozen:
             self.thaw()
 
@@ -126,7 +131,7 @@ class Cgroup:
         deadline, pause = time.monotonic() + timeout_s, _SHORTEST_S
         left = [directory for directory in self._directories if not _remove(directory)]
         while left:
-            self.kill()
+            self._kill_for_good()
             left = [directory for directory in left if not _remove_below(directory)]
             if not left:
                 return
@@ -134,6 +139,16 @@ class Cgroup:
                 raise OSError(errno.EBUSY, f"processes {self.pids()} do not die; the cgroup stays", left[0])
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_S)
+
+    def _kill_for_good(self) -> None:
+        if not self._occupied():
+            return
+        v1, v2 = self._trackers()
+        only_in_v1 = set(membership.pids_below(v1)) - set(membership.pids_below(v2))
+        if v2 and signals.kill_v2(v2) and not only_in_v1:
+            self.thaw()  # what the v1 freezer holds cannot die
+        else:
+            self._send(signal.SIGKILL)
 
     def _freezers(self) -> tuple[str, str]:
         """The v1 and the v2 freezer's directory, "" for one that is not here."""
@@ -149,12 +164,6 @@ class Cgroup:
         any_v1 = next((directory for directory in self._directories if directory != v2), "")
         v1, version = self._where.get("freezer", (any_v1, 1))
         return v1 if version == 1 else "", v2
-
-    def _v1_pids(self) -> set[int]:
-        return set(membership.pids_below(self._trackers()[0]))
-
-    def _v2_pids(self) -> set[int]:
-        return set(membership.pids_below(self._trackers()[1]))
 
 
 def _has(directory: str, name: str) -> bool:

@@ -38,13 +38,16 @@ class Write:
 
     def apply(self) -> Self:
         """Write, having read the old content."""
-        # An empty write would never reach the kernel; a newline clears a list such as cpuset.cpus.
         try:
+            # An empty write would never reach the kernel; a newline clears a list such as cpuset.cpus.
             old = self.undo if self.undo is not None else files.read(self.path) or "\n"
             files.write(self.path, self.value)
-        except FileNotFoundError as e:
-            if not Path(self.path).parent.exists():
+        except OSError as e:
+            if e.errno not in (errno.ENOENT, errno.ENODEV) or not Path(self.path).parent.exists():
                 raise
+            # It is not the cgroup that is missing.
+            if e.errno == errno.ENODEV:
+                raise invalid(self.path, f"cannot write {self.value!r}: there is no such device") from e
             raise unsupported(self.path, f"this kernel cannot set {Path(self.path).name}") from e
         return type(self)(self.undo_path or self.path, old, self.value, self.path)
 
