@@ -1,0 +1,1 @@
+"""The images leaf: content by digest, names, snapshots, leases."""

@@ -1,0 +1,1 @@
+"""Archives that hold images: docker-archive, OCI layout, plain root file system."""

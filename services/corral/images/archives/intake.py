@@ -1,0 +1,147 @@
+"""An archive's files, each written once to a directory of its own and hashed as it comes.
+
+An archive may hold its table of contents at its end, so everything is taken first and understood afterwards. What turns
+out to be a blob is renamed to its place; the rest goes.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from corral.images.content import Ingest
+from corral.images.digest import PREFIX, Digest
+from corral.images.layers.compression import decompressed
+from corral.images.layers.errors import BadLayer
+from corral.images.layers.stream import ByteStream, prefetched
+from corral.images.layers.tar import Entry, Kind, TarReader
+from corral.images.layers.tree import components
+
+MAX_FILES = 100_000
+MAX_PEEK_BYTES = 8 << 20
+MAX_LINKS = 10
+
+# The first telling name of an archive that holds images. Others begin with a directory of a root file system.
+_OF_AN_ARCHIVE = re.compile(
+    r"oci-layout|index\.json|manifest\.json|repositories|config\.json|blobs/sha256/.+|layer\.tar|(?:.*/)?layer\.tar"
+    r"|(?:sha256:)?[0-9a-f]{64}(?:/.*|\.json|\.tar|\.tar\.gz|\.tar\.zst)?"
+)
+_SAYS_NOTHING = frozenset({"", "blobs", "blobs/sha256"})
+_BLOB = re.compile(r"blobs/sha256/([0-9a-f]{64})")
+
+
+class StoredFile(NamedTuple):
+    """A file of the archive, on disk and proven to be what its digest says."""
+
+    path: Path
+    digest: Digest
+    size_bytes: int
+
+
+@dataclass(slots=True)
+class Intake:
+    """What an archive held, by the names it has there."""
+
+    files: dict[str, StoredFile] = field(default_factory=dict)
+    links: dict[str, str] = field(default_factory=dict)
+
+    def find(self, name: str) -> StoredFile | None:
+        """The file of that name, or that a link of that name leads to."""
+        for _ in range(MAX_LINKS):
+            if name in self.files:
+                return self.files[name]
+            if name not in self.links:
+                return None
+            name = self.links[name]
+        return None
+
+    def blob(self, digest: Digest) -> StoredFile | None:
+        return self.find(f"blobs/sha256/{digest.removeprefix(PREFIX)}")
+
+
+def looks_like_archive(chunks: Iterator[bytes]) -> tuple[bool, Iterator[bytes]]:
+    """Whether the stream is an archive of images (else it is a root file system), and the whole stream again.
+
+    Raises BadLayer if it is no tar at all.
+    """
+    seen: list[bytes] = []
+    size = 0
+
+    def remembered() -> Iterator[bytes]:
+        nonlocal size
+        for chunk in chunks:
+            seen.append(chunk)
+            size += len(chunk)
+            yield chunk
+            if size > MAX_PEEK_BYTES:
+                return
+
+    found = False
+    for entry in TarReader(ByteStream(decompressed(remembered()))):
+        name = "/".join(components(entry.name))
+        if name not in _SAYS_NOTHING:
+            found = _OF_AN_ARCHIVE.fullmatch(name) is not None
+            break
+    return found, chain(seen, chunks)
+
+
+def take_in(chunks: Iterator[bytes], directory: Path) -> Intake:
+    """Write the files of an archive of images below `directory`. Raises BadLayer, OSError."""
+    intake = Intake()
+    stream = ByteStream(prefetched(decompressed(chunks)))
+    reader = TarReader(stream)
+    for number, entry in enumerate(reader):
+        if number >= MAX_FILES:
+            raise BadLayer(f"it has more than {MAX_FILES} files")
+        _take_entry(entry, reader, intake, directory / str(number))
+    stream.drain()
+    return intake
+
+
+def _take_entry(entry: Entry, reader: TarReader, intake: Intake, path: Path) -> None:
+    parts = components(entry.name)
+    name = "/".join(parts)
+    if entry.kind is Kind.FILE:
+        intake.links.pop(name, None)
+        if (old := intake.files.pop(name, None)) is not None:
+            old.path.unlink()
+        intake.files[name] = _store(reader, path, _BLOB.fullmatch(name))
+    elif entry.kind in (Kind.SYMLINK, Kind.HARDLINK):
+        # docker save once wrote a layer that two images share as a link, "../<id>/layer.tar".
+        intake.links[name] = _link_target(entry, parts)
+
+
+def _link_target(entry: Entry, parts: list[str]) -> str:
+    target = entry.link.decode("utf-8", "replace")
+    resolved = [] if entry.kind is Kind.HARDLINK or target.startswith("/") else parts[:-1]
+    for part in target.split("/"):
+        if part == "..":
+            resolved = resolved[:-1]
+        elif part not in ("", "."):
+            resolved = [*resolved, part]
+    return "/".join(resolved)
+
+
+def _store(reader: TarReader, path: Path, blob: re.Match[str] | None) -> StoredFile:
+    ingest = Ingest(path)
+    try:
+        for view in reader.payload():
+            ingest.write(view)
+    finally:
+        ingest.close()
+    if blob and ingest.digest != PREFIX + blob[1]:
+        raise BadLayer(f"its blob {PREFIX}{blob[1]} has other content ({ingest.digest}): it is damaged")
+    return StoredFile(path, ingest.digest, ingest.size_bytes)
+
+
+def take_whole(chunks: Iterator[bytes], path: Path) -> StoredFile:
+    """Write a root file system's archive as it is. Raises OSError."""
+    ingest = Ingest(path)
+    try:
+        for chunk in chunks:
+            ingest.write(chunk)
+    finally:
+        ingest.close()
+    return StoredFile(path, ingest.digest, ingest.size_bytes)

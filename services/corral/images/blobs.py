@@ -1,0 +1,177 @@
+"""Content as clients see it: blobs with their rows."""
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from corral.images import leases
+from corral.images.collector import Collector
+from corral.images.content import READ_BYTES, ContentStore, Ingest
+from corral.images.digest import Digest
+from corral.images.errors import explained
+from corral.images.store import uninterrupted
+from corral.rpc.blocking import run_blocking
+from corral.rpc.errors import FailedPrecondition, NotFound
+from corral.store import Database, Snapshot, Transaction, failpoint
+
+
+@dataclass(frozen=True, slots=True)
+class BlobRecord:
+    digest: Digest
+    size_bytes: int
+    created_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a written blob must turn out to be; None and 0: anything."""
+
+    digest: Digest | None
+    size_bytes: int
+
+
+def insert_blob(transaction: Transaction, digest: Digest, size_bytes: int, *, keep_until_ns: int = 0) -> None:
+    transaction.execute(
+        "INSERT INTO blobs (digest, size_bytes, created_ns, keep_until_ns) VALUES (?, ?, ?, ?)"
+        " ON CONFLICT DO UPDATE SET keep_until_ns = max(keep_until_ns, excluded.keep_until_ns)",
+        (digest, size_bytes, time.time_ns(), keep_until_ns),
+    )
+
+
+def is_stored(snapshot: Snapshot, content: ContentStore, digest: Digest) -> bool:
+    """Whether the blob has both its row and its file."""
+    return _find(snapshot, digest) is not None and content.path(digest).exists()
+
+
+class Blobs:
+    """See the module."""
+
+    def __init__(self, database: Database, content: ContentStore, collector: Collector, *, grace_s: float) -> None:
+        self._database = database
+        self._content = content
+        self._collector = collector
+        self._grace_ns = int(grace_s * 1e9)
+
+    def info(self, digest: Digest) -> BlobRecord:
+        """Raises NotFound."""
+        found = self._database.read_sync(lambda s: _find(s, digest))
+        if found is None:
+            raise _unknown(digest)
+        return found
+
+    async def list(self) -> Sequence[BlobRecord]:
+        return await self._database.read(_everything)
+
+    async def read(self, digest: Digest, offset: int, length: int) -> AsyncIterator[bytes]:
+        """The bytes from `offset`; length 0: to the end. Raises NotFound, also when it is gone meanwhile."""
+        size = self.info(digest).size_bytes
+        end = min(offset + length, size) if length else size
+        try:
+            file = await run_blocking(open, self._content.path(digest), "rb", 0)
+        except FileNotFoundError as e:
+            raise _unknown(digest) from e
+        try:
+            await run_blocking(file.seek, offset)
+            while offset < end and (data := await run_blocking(file.read, min(READ_BYTES, end - offset))):
+                offset += len(data)
+                yield data
+        finally:
+            file.close()
+
+    async def write(self, expected: Expected, source: AsyncIterator[bytes], namespace: str, lease: str) -> BlobRecord:
+        """Store what `source` yields. Raises InvalidArgument if it is not as expected, ResourceExhausted."""
+        try:
+            ingest = await run_blocking(self._content.begin)
+        except OSError as e:
+            raise explained(e, "cannot store the blob") from e
+        try:
+            async for data in source:
+                await run_blocking(ingest.write, data)
+            ingest.verify(expected.digest, expected.size_bytes)
+            await run_blocking(ingest.sync)
+            return await uninterrupted(self._publish(ingest, namespace, lease))
+        except OSError as e:
+            raise explained(e, "cannot store the blob") from e
+        finally:
+            await run_blocking(ingest.discard)
+
+    async def _publish(self, ingest: Ingest, namespace: str, lease: str) -> BlobRecord:
+        digest = ingest.digest
+        async with self._collector.changing:
+            known = self._database.read_sync(lambda s: is_stored(s, self._content, digest))
+            if not known:
+                await run_blocking(self._content.publish, ingest.path, digest)
+                await run_blocking(self._content.sync_names)
+            failpoint("images.write.before_row")
+            try:
+                return await self._database.write(lambda t: self._insert(t, ingest, namespace, lease))
+            except BaseException:
+                if not known:
+                    await run_blocking(self._content.remove, [digest])
+                raise
+
+    def _insert(self, transaction: Transaction, ingest: Ingest, namespace: str, lease: str) -> BlobRecord:
+        keep_until = 0 if lease else time.time_ns() + self._grace_ns
+        insert_blob(transaction, ingest.digest, ingest.size_bytes, keep_until_ns=keep_until)
+        leases.hold(transaction, namespace, lease, "blob", ingest.digest)
+        found = _find(transaction, ingest.digest)
+        assert found is not None
+        return found
+
+    async def delete(self, digest: Digest, namespace: str) -> None:
+        """Raises NotFound, FailedPrecondition."""
+        async with self._collector.changing:
+            await uninterrupted(self._delete(digest, namespace))
+
+    async def _delete(self, digest: Digest, namespace: str) -> None:
+        await self._database.write(lambda t: _delete(t, digest, namespace))
+        await run_blocking(self._content.remove, [digest])
+
+
+def _record(row: Sequence[object]) -> BlobRecord:
+    digest, size_bytes, created_ns = row
+    return BlobRecord(Digest(str(digest)), int(str(size_bytes)), int(str(created_ns)))
+
+
+def _find(snapshot: Snapshot, digest: Digest) -> BlobRecord | None:
+    row = snapshot.one("SELECT digest, size_bytes, created_ns FROM blobs WHERE digest = ?", (digest,))
+    return None if row is None else _record(tuple(row))
+
+
+def _everything(snapshot: Snapshot) -> list[BlobRecord]:
+    rows = snapshot.execute("SELECT digest, size_bytes, created_ns FROM blobs ORDER BY digest")
+    return [_record(tuple(row)) for row in rows]
+
+
+def _delete(transaction: Transaction, digest: Digest, namespace: str) -> None:
+    if _find(transaction, digest) is None:
+        raise _unknown(digest)
+    user = _user_of(transaction, digest, namespace)
+    if user:
+        raise FailedPrecondition(f"blob {digest} is used by {user}: remove that first", reason="IN_USE")
+    transaction.execute("DELETE FROM blobs WHERE digest = ?", (digest,))
+
+
+def _user_of(snapshot: Snapshot, digest: Digest, namespace: str) -> str:
+    """What refers to a blob, in words; what lies in other namespaces is not named."""
+    image = snapshot.one(
+        "SELECT namespace, coalesce(nullif(name, ''), image_id) AS name FROM images"
+        " WHERE ?1 IN (target_digest, manifest_digest) ORDER BY namespace != ?2",
+        (digest, namespace),
+    )
+    if image is not None:
+        return f"image {image['name']}" if image["namespace"] == namespace else "an image of another namespace"
+    parent = snapshot.one("SELECT parent FROM blob_edges WHERE child = ?", (digest,))
+    if parent is not None:
+        return f"manifest {parent[0]}"
+    lease = snapshot.one(
+        "SELECT namespace, lease FROM lease_resources WHERE kind = 'blob' AND key = ? ORDER BY namespace != ?",
+        (digest, namespace),
+    )
+    if lease is not None:
+        return f"lease {lease['lease']}" if lease["namespace"] == namespace else "a lease of another namespace"
+    return ""
+
+
+def _unknown(digest: Digest) -> NotFound:
+    return NotFound(f"there is no blob {digest}", reason="NO_BLOB", metadata={"digest": digest})

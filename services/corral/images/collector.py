@@ -1,0 +1,156 @@
+"""Collection: what nothing refers to goes.
+
+    lease, image ------> manifest, index ------> config, layer blobs        (blob_edges)
+    lease, image, active tree, committed by name ------> layer ------> layer below
+
+Which rows are in reach is one recursive query each. Rows go first, in one transaction; files after them, so that a
+crash in between leaves files without a row, which the next start removes.
+"""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import structlog
+
+from corral.images import leases
+from corral.images.content import ContentStore
+from corral.images.digest import Digest
+from corral.images.snapshotter import Snapshotter, TreeId
+from corral.images.trees import Kind
+from corral.rpc.blocking import run_blocking
+from corral.store import Database, Transaction, failpoint
+
+MAX_NS = (1 << 63) - 1
+
+log = structlog.get_logger()
+
+_DELETE_BLOBS = """
+WITH RECURSIVE reached(digest) AS (
+    SELECT target_digest FROM images
+    UNION SELECT manifest_digest FROM images
+    UNION SELECT key FROM lease_resources WHERE kind = 'blob'
+    UNION SELECT value FROM json_each(:pinned)
+    UNION SELECT child FROM blob_edges JOIN reached ON parent = digest
+)
+DELETE FROM blobs WHERE keep_until_ns <= :now AND digest NOT IN (SELECT digest FROM reached)
+RETURNING digest, size_bytes
+"""
+_DELETE_LAYERS = """
+WITH RECURSIVE reached(id) AS (
+    SELECT id FROM snapshots WHERE kind != :committed OR namespace != ''
+    UNION SELECT id FROM snapshots WHERE key IN (SELECT chain_id FROM images)
+    UNION SELECT id FROM snapshots WHERE key IN (SELECT key FROM lease_resources WHERE kind = 'layer')
+    UNION SELECT id FROM snapshots WHERE key IN (SELECT value FROM json_each(:pinned))
+    UNION SELECT parent FROM snapshots JOIN reached USING (id) WHERE parent IS NOT NULL
+)
+DELETE FROM snapshots WHERE kind = :committed AND namespace = '' AND id NOT IN (SELECT id FROM reached)
+RETURNING id, key, size_bytes
+"""
+
+
+@dataclass(slots=True)
+class Collected:
+    """What went."""
+
+    names: list[str] = field(default_factory=list)
+    reclaimed_bytes: int = 0
+    blobs: list[Digest] = field(default_factory=list)
+    trees: list[TreeId] = field(default_factory=list)
+
+
+class Collector:
+    """Runs when asked, and by itself when a lease ends."""
+
+    def __init__(self, database: Database, content: ContentStore, driver: Snapshotter) -> None:
+        self._database = database
+        self._content = content
+        self._driver = driver
+        self._pins: Counter[str] = Counter()
+        # Held while files and rows of content change together; what it covers takes milliseconds.
+        self.changing = asyncio.Lock()
+        self._removals: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    @contextlib.contextmanager
+    def pinned(self, names: Iterable[str]) -> Iterator[None]:
+        """Keep blobs and layers, which somebody at work counts on, whatever else becomes of them."""
+        names = list(names)
+        self._pins.update(names)
+        try:
+            yield
+        finally:
+            self._pins.subtract(names)
+            self._pins = +self._pins
+
+    async def collect(self, *, grace: bool = True) -> Collected:
+        """Remove what is out of reach. With grace, blobs written lately stay, for whoever is about to use them."""
+        async with self.changing:
+            now = time.time_ns() if grace else MAX_NS
+            pinned = json.dumps(list(self._pins))
+            collected = await self._database.write(lambda t: _collect_rows(t, now, pinned))
+            failpoint("images.collect.after_rows")
+            await run_blocking(self._content.remove, collected.blobs)
+        self.remove_trees(collected.trees)
+        if collected.names:
+            log.info("images.collected", count=len(collected.names), reclaimed_bytes=collected.reclaimed_bytes)
+        return collected
+
+    def remove_trees(self, trees: Iterable[TreeId]) -> None:
+        """Remove trees that have no row any more; in the background, since a large one takes seconds."""
+        for tree in trees:
+            task = asyncio.ensure_future(run_blocking(self._driver.remove, tree))
+            self._removals.add(task)
+            task.add_done_callback(self._removed)
+
+    def _removed(self, task: asyncio.Task[None]) -> None:
+        self._removals.discard(task)
+        if not task.cancelled() and (e := task.exception()) is not None:
+            log.warning("images.tree_not_removed", error=str(e))  # the next start tries again
+
+    async def removals_done(self) -> None:
+        while self._removals:
+            await asyncio.wait(set(self._removals))
+
+    async def end_expired(self) -> None:
+        """Delete leases whose time is over, with what they alone kept; and come back when the next one ends."""
+        ended, trees = await self._database.write(leases.end_expired)
+        self.remove_trees(trees)
+        if ended:
+            await self.collect()
+        self.schedule()
+
+    def schedule(self) -> None:
+        """Wake up when the next lease ends."""
+        self.stop_timer()
+        expiry = self._database.read_sync(leases.next_expiry_ns)
+        if expiry is not None:
+            delay = max(expiry - time.time_ns(), 0) / 1e9 + 0.001
+            self._timer = asyncio.get_running_loop().call_later(delay, self._wake)
+
+    def stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _wake(self) -> None:
+        task = asyncio.ensure_future(self.end_expired())
+        self._removals.add(task)
+        task.add_done_callback(self._removed)
+
+
+def _collect_rows(transaction: Transaction, now: int, pinned: str) -> Collected:
+    collected = Collected()
+    for row in transaction.execute(_DELETE_BLOBS, {"now": now, "pinned": pinned}):
+        collected.blobs.append(Digest(row["digest"]))
+        collected.names.append(row["digest"])
+        collected.reclaimed_bytes += row["size_bytes"]
+    for row in transaction.execute(_DELETE_LAYERS, {"committed": Kind.COMMITTED, "pinned": pinned}):
+        collected.trees.append(TreeId(row["id"]))
+        collected.names.append(row["key"])
+        collected.reclaimed_bytes += row["size_bytes"]
+    return collected

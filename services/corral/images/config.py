@@ -1,0 +1,30 @@
+"""Settings of the images leaf."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesConfig:
+    """One field per key of the [images] section."""
+
+    # Its own directory: database, blobs, layers and writable trees.
+    root: Path
+    # Run state; nothing of images lies there.
+    state: Path
+    # How layers are stacked. `corral snapshot drivers` lists them.
+    driver: str = "overlayfs"
+    # Processes that unpack layers, started when needed. 0: one per CPU, at most four.
+    unpack_workers: int = 0
+    # An idle unpacking process ends after this time.
+    unpack_idle_s: float = 5.0
+    # A layer with more is refused.
+    max_layer_entries: int = 10_000_000
+    max_layer_bytes: int = 1 << 40
+    # Stored content that no image or lease refers to yet is kept this long for whoever is about to.
+    blob_grace_s: float = 3600.0
+
+    @property
+    def workers(self) -> int:
+        return self.unpack_workers or min(len(os.sched_getaffinity(0)), 4)

@@ -1,0 +1,135 @@
+"""Blobs on disk, each a file named by its digest.
+
+    ingest/<random>        being written; removed when the daemon starts
+    blobs/sha256/<hex>     whole and proven
+
+A blob is written once, hashed as it comes, and renamed. Whether it is wanted is for the database to say: a file
+without a row is left over from a crash.
+"""
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from corral.images.digest import ALGORITHM, PREFIX, Digest, digest_of, hex_of, is_digest
+from corral.rpc.errors import InvalidArgument, NotFound
+
+READ_BYTES = 1 << 20
+
+
+class Ingest:
+    """A blob that is being written. close() or discard() it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size_bytes = 0
+        self._hash = hashlib.sha256()
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        self._hash.update(view)
+        self.size_bytes += len(view)
+        while view:
+            view = view[os.write(self._fd, view) :]
+
+    @property
+    def digest(self) -> Digest:
+        return Digest(PREFIX + self._hash.hexdigest())
+
+    def verify(self, expected: Digest | None, size_bytes: int) -> None:
+        """Raises InvalidArgument unless digest and size are as expected; None and 0 expect nothing."""
+        if size_bytes and self.size_bytes != size_bytes:
+            raise InvalidArgument(
+                f"the blob {expected or ''} has {self.size_bytes} bytes instead of {size_bytes}: nothing was stored",
+                reason="SIZE_MISMATCH",
+            )
+        if expected and self.digest != expected:
+            raise InvalidArgument(
+                f"the blob has the digest {self.digest} instead of {expected}: it is damaged, nothing was stored",
+                reason="DIGEST_MISMATCH",
+            )
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def discard(self) -> None:
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+
+class ContentStore:
+    """The files. Blocking; every method is quick but for read and write of large blobs."""
+
+    def __init__(self, root: Path) -> None:
+        self._blobs = root / "blobs" / ALGORITHM
+        self._ingests = root / "ingest"
+        self._blobs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._ingests.mkdir(exist_ok=True, mode=0o700)
+
+    def path(self, digest: Digest) -> Path:
+        return self._blobs / hex_of(digest)
+
+    def begin(self) -> Ingest:
+        return Ingest(self._ingests / secrets.token_hex(8))
+
+    def make_ingest_directory(self) -> Path:
+        """For who writes many files; its content goes when the daemon starts, if not before."""
+        path = self._ingests / secrets.token_hex(8)
+        path.mkdir(mode=0o700)
+        return path
+
+    def publish(self, path: Path, digest: Digest) -> None:
+        """Make the proven and synced file at `path` the blob `digest`."""
+        path.rename(self.path(digest))
+
+    def sync_names(self) -> None:
+        """Make what was published durable."""
+        fd = os.open(self._blobs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def read(self, digest: Digest, *, max_bytes: int) -> bytes:
+        """A small blob, proven again. Raises NotFound, InvalidArgument."""
+        path = self.path(digest)
+        try:
+            with path.open("rb") as file:
+                data = file.read(max_bytes + 1)
+        except FileNotFoundError as e:
+            raise NotFound(f"blob {digest} is not here: import or pull its image again", reason="NO_BLOB") from e
+        if digest_of(data) != digest:
+            raise InvalidArgument(
+                f"blob {digest} was changed on disk: remove its image and import or pull it again",
+                reason="DIGEST_MISMATCH",
+            )
+        return data
+
+    def remove(self, digests: Iterable[Digest]) -> None:
+        for digest in digests:
+            self.path(digest).unlink(missing_ok=True)
+
+    def stored(self) -> Iterator[Digest]:
+        """Every blob that is there."""
+        for path in self._blobs.iterdir():
+            if is_digest(PREFIX + path.name):
+                yield Digest(PREFIX + path.name)
+
+    def clean(self) -> int:
+        """Remove what an earlier process had begun; returns how much that was."""
+        left = list(self._ingests.iterdir())
+        for path in left:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        return len(left)

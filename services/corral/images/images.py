@@ -1,0 +1,190 @@
+"""Images: looked up, given names, unpacked when needed, removed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from corral.images import catalog, trees
+from corral.images.catalog import ImageRecord
+from corral.images.collector import Collected, Collector
+from corral.images.content import ContentStore
+from corral.images.details import Details, DetailsCache
+from corral.images.digest import Digest
+from corral.images.reference import parse_reference
+from corral.images.snapshotter import Snapshotter
+from corral.images.store import persist, uninterrupted
+from corral.images.unpacker import Staged, Unpacker
+from corral.rpc.blocking import run_blocking
+from corral.rpc.errors import FailedPrecondition, InvalidArgument
+from corral.store import Database, Snapshot, Transaction, failpoint
+
+
+@dataclass(frozen=True, slots=True)
+class ImageView:
+    """All that is told about an image."""
+
+    record: ImageRecord
+    details: Details
+    names: Sequence[str]
+    # Bytes of each layer when unpacked, bottom first; empty if it is not.
+    layer_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    untagged: Sequence[str]
+    collected: Collected
+
+
+class Images:
+    """See the module."""
+
+    def __init__(
+        self,
+        database: Database,
+        content: ContentStore,
+        driver: Snapshotter,
+        unpacker: Unpacker,
+        collector: Collector,
+    ) -> None:
+        self._database = database
+        self._content = content
+        self._driver = driver
+        self._unpacker = unpacker
+        self._collector = collector
+        self._details = DetailsCache(content)
+
+    def find(self, namespace: str, name: str) -> ImageRecord:
+        """Raises NotFound, InvalidArgument."""
+        return self._database.read_sync(lambda s: catalog.find(s, namespace, name))
+
+    def view(self, record: ImageRecord) -> ImageView:
+        """Everything about it. Raises NotFound if a blob of it is gone."""
+        return self._database.read_sync(lambda s: self._view(s, record))
+
+    def _view(self, snapshot: Snapshot, record: ImageRecord) -> ImageView:
+        details = self._details.get(record.manifest)
+        names = catalog.names_of(snapshot, record.namespace, record.image_id)
+        sizes: tuple[int, ...] = ()
+        if record.chain_id:
+            here = trees.layers(snapshot, details.chain, self._driver.name)
+            sizes = tuple(here[chain_id].size_bytes for chain_id in details.chain if chain_id in here)
+        return ImageView(record, details, names, sizes)
+
+    async def view_all(self, namespace: str, pattern: str) -> Sequence[ImageView]:
+        def look_up(snapshot: Snapshot) -> Sequence[ImageView]:
+            return [self._view(snapshot, record) for record in catalog.everything(snapshot, namespace, pattern)]
+
+        return await self._database.read(look_up)
+
+    async def tag(self, namespace: str, source: str, target: str) -> ImageRecord:
+        """Raises NotFound, InvalidArgument."""
+        reference = parse_reference(target)
+        if reference.digest is not None:
+            raise InvalidArgument(f"{target!r} holds a digest: a tag is given without one")
+
+        def write(transaction: Transaction) -> ImageRecord:
+            old = catalog.find(transaction, namespace, source)
+            record = replace(old, name=str(reference), updated_ns=catalog.now_ns())
+            catalog.set_name(transaction, record)
+            transaction.journal("image.tagged", record.name, {"id": record.image_id}, namespace=namespace)
+            return record
+
+        record = await self._database.write(write)
+        await persist(self._database)
+        return record
+
+    async def unpacked(self, namespace: str, name: str) -> ImageRecord:
+        """The image with all its layers committed; one that was only stored is unpacked now. Raises NotFound."""
+        record = self.find(namespace, name)
+        if record.chain_id and self._is_here(record.chain_id):
+            return record
+        details = await run_blocking(self._details.get, record.manifest)
+        if not details.chain:
+            return record
+        with self._collector.pinned((record.manifest.digest, *details.chain)):
+            await self._unpack(record, details)
+        return replace(record, chain_id=details.chain_id)
+
+    def _is_here(self, chain_id: str) -> bool:
+        return self._database.read_sync(lambda s: trees.layer(s, chain_id, self._driver.name)) is not None
+
+    async def _unpack(self, record: ImageRecord, details: Details) -> None:
+        async with self._unpacker.unpacked(details, self._blob_path, lambda *_: None) as staged:
+            await uninterrupted(self._commit(record, details, staged))
+
+    async def _commit(self, record: ImageRecord, details: Details, staged: list[Staged]) -> None:
+        def write(transaction: Transaction) -> None:
+            self._unpacker.insert(transaction, details.chain, new)
+            catalog.set_unpacked(transaction, record.image_id, details.chain_id)
+            facts = {"chain_id": details.chain_id}
+            transaction.journal("image.unpacked", record.image_id, facts, namespace=record.namespace)
+
+        async with self._collector.changing:
+            new = self._database.read_sync(lambda s: self._unpacker.wanted(s, staged))
+            await run_blocking(self._unpacker.place, new)
+            failpoint("images.unpack.before_commit")
+            await self._database.write(write)
+            staged[:] = [layer for layer in staged if layer not in new]
+
+    def _blob_path(self, digest: Digest) -> Path:
+        return self._content.path(digest)
+
+    async def remove(self, namespace: str, name: str, *, force: bool) -> Removed:
+        """Remove a name; by id, all names of the image. Raises NotFound, FailedPrecondition."""
+        records = await self._database.write(lambda t: _remove(t, namespace, name, force=force))
+        failpoint("images.image_remove.after_row")
+        await persist(self._database)
+        return Removed([record.name for record in records if record.name], await self._collector.collect())
+
+    async def prune(self, namespace: str, *, everything: bool) -> Removed:
+        """Remove nameless images that nothing uses, with `everything` named ones too; then all that is out of reach."""
+        records = await self._database.write(lambda t: _prune(t, namespace, everything=everything))
+        await self._collector.end_expired()
+        collected = await self._collector.collect(grace=False)
+        await persist(self._database)
+        return Removed([record.name for record in records if record.name], collected)
+
+
+def _remove(transaction: Transaction, namespace: str, name: str, *, force: bool) -> list[ImageRecord]:
+    record = catalog.find(transaction, namespace, name)
+    all_names = catalog.by_id(transaction, namespace, record.image_id)
+    by_name = bool(record.name) and _is_name(name, record)
+    if not by_name and len(all_names) > 1 and not force:
+        shown = ", ".join(parse_reference(r.name).familiar for r in all_names if r.name)
+        raise FailedPrecondition(
+            f"image {name!r} has several names ({shown}): remove one of them, or all by force", reason="IN_USE"
+        )
+    going = [record] if by_name else all_names
+    if len(going) == len(all_names) and not force:
+        _check_unused(transaction, namespace, name, record)
+    catalog.remove(transaction, going)
+    return going
+
+
+def _is_name(text: str, record: ImageRecord) -> bool:
+    try:
+        return str(parse_reference(text)) == record.name
+    except InvalidArgument:
+        return False
+
+
+def _check_unused(transaction: Transaction, namespace: str, name: str, record: ImageRecord) -> None:
+    users = trees.users_of_image(transaction, namespace, record.image_id)
+    if users:
+        more = f" and {len(users) - 1} more" if len(users) > 1 else ""
+        raise FailedPrecondition(
+            f"image {name!r} is used by container {users[0]}{more}: remove that first, or remove the image by force",
+            reason="IN_USE",
+            metadata={"image": name, "container": users[0]},
+        )
+
+
+def _prune(transaction: Transaction, namespace: str, *, everything: bool) -> list[ImageRecord]:
+    going = [
+        record
+        for record in catalog.everything(transaction, namespace)
+        if (everything or not record.name) and not trees.users_of_image(transaction, namespace, record.image_id)
+    ]
+    catalog.remove(transaction, going)
+    return going

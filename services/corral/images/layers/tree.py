@@ -1,0 +1,167 @@
+"""A directory tree that is being filled from an archive, seen from its root: nothing can be reached outside of it.
+
+Parents are resolved by the kernel, held inside the root (openat2 RESOLVE_IN_ROOT), and used by descriptor; the last
+component is never followed. The tree is nobody else's while it is filled, but the archive may plant links in it.
+"""
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from corral.images.layers.errors import BadLayer
+from corral.kernel.paths import open_in_root
+
+_CACHED_PARENTS = 64
+_MAX_LINKS = 40
+_IMPLICIT_MODE = 0o755
+
+
+def components(name: bytes) -> list[str]:
+    """The parts of an entry's name below the root; a leading "/" means the root. Raises BadLayer for "..": it is what
+    archives escape with, and no honest one has it."""
+    parts = [part for part in os.fsdecode(name).split("/") if part and part != "."]
+    if ".." in parts:
+        raise BadLayer(f"entry {os.fsdecode(name)[:200]!r} climbs with '..' and could leave the root file system")
+    return parts
+
+
+class Tree:
+    """An open root and the parents used last."""
+
+    def __init__(self, path: Path) -> None:
+        self.root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        # Entries come grouped by directory, so few are open at a time.
+        self._parents: dict[str, int] = {}
+        # Directories that no entry described (yet), made because something lies below them.
+        self.implicit: set[str] = set()
+
+    def close(self) -> None:
+        self.forget()
+        os.close(self.root)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def parent(self, parts: list[str]) -> int:
+        """The directory of all `parts` but the last; the descriptor stays this object's. What is missing is made."""
+        if len(parts) == 1:
+            return self.root
+        path = "/".join(parts[:-1])
+        fd = self._parents.get(path)
+        if fd is None:
+            fd = self._open_or_make(path)
+            if len(self._parents) >= _CACHED_PARENTS:
+                os.close(self._parents.pop(next(iter(self._parents))))
+            self._parents[path] = fd
+        return fd
+
+    def find_parent(self, parts: list[str]) -> int | None:
+        """As parent(), but nothing is made; None where it is missing."""
+        if len(parts) > 1 and (fd := self._parents.get("/".join(parts[:-1]))) is not None:
+            return fd
+        try:
+            with self._opened(parts[:-1]):
+                return self.parent(parts)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    @contextmanager
+    def _opened(self, parts: list[str]) -> Iterator[int]:
+        fd = open_in_root(self.root, "/".join(parts) or ".", os.O_PATH | os.O_DIRECTORY)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def forget(self) -> None:
+        """To be called when a directory or a link went away: what it was resolved to is no longer true."""
+        while self._parents:
+            os.close(self._parents.popitem()[1])
+
+    def remove(self, name: str, parent: int) -> None:
+        """Remove whatever `name` is, if it is."""
+        try:
+            mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
+        except FileNotFoundError:
+            return
+        if stat.S_ISDIR(mode):
+            # Cached descriptors may point into it, also `parent` itself: never below `name`, so it outlives this.
+            kept = os.dup(parent)
+            try:
+                self._forget_but(parent)
+                shutil.rmtree(name, dir_fd=kept)
+            finally:
+                os.close(kept)
+        else:
+            os.unlink(name, dir_fd=parent)
+            if stat.S_ISLNK(mode):
+                self._forget_but(parent)
+
+    def _forget_but(self, keep: int) -> None:
+        for path in [path for path, fd in self._parents.items() if fd != keep]:
+            os.close(self._parents.pop(path))
+
+    def _open_or_make(self, path: str) -> int:
+        try:
+            return open_in_root(self.root, path, os.O_PATH | os.O_DIRECTORY)
+        except FileNotFoundError:
+            return self._make(path)
+        except OSError as e:
+            raise _not_a_directory(e, path) from e
+
+    def _make(self, path: str) -> int:
+        """Walk from the root, making what is missing; a dangling link is followed, inside the root."""
+        for _ in range(_MAX_LINKS):
+            parts = [part for part in path.split("/") if part and part != "."]
+            for depth in range(1, len(parts) + 1):
+                target = self._make_one(parts[:depth])
+                if target is not None:
+                    base = [] if target.startswith("/") else parts[: depth - 1]
+                    path = "/".join([*base, target, *parts[depth:]])
+                    break
+            else:
+                return open_in_root(self.root, path, os.O_PATH | os.O_DIRECTORY)
+        raise BadLayer(f"the links at {path[:200]!r} lead in a circle")
+
+    def _make_one(self, parts: list[str]) -> str | None:
+        """Make one directory if it is missing. Where a dangling link is: what it says."""
+        path = "/".join(parts)
+        try:
+            with self._opened(parts):
+                return None
+        except FileNotFoundError:
+            pass
+        except OSError as e:
+            raise _not_a_directory(e, path) from e
+        with self._opened(parts[:-1]) as above:
+            try:
+                os.mkdir(parts[-1], _IMPLICIT_MODE, dir_fd=above)
+            except FileExistsError:
+                return os.readlink(parts[-1], dir_fd=above)
+        self.implicit.add(path)
+        return None
+
+
+def _not_a_directory(e: OSError, path: str) -> OSError | BadLayer:
+    if e.errno == errno.ENOTDIR:
+        return BadLayer(f"an entry lies below {path[:200]!r}, which is not a directory")
+    if e.errno == errno.ELOOP:
+        return BadLayer(f"the links at {path[:200]!r} lead in a circle")
+    if e.errno == errno.ENAMETOOLONG:
+        return BadLayer(f"the path {path[:60]!r}… has a part that is too long for a file system")
+    return e
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a tree that nobody needs; what resists (an immutable file) is left for the next attempt."""
+    with suppress(FileNotFoundError):
+        shutil.rmtree(path, ignore_errors=True)

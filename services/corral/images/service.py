@@ -1,0 +1,104 @@
+"""The images leaf as one hosted service: puts its parts together, and recovers what an earlier process left."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc.aio
+import structlog
+
+from corral.api.images.v1 import images_pb2, images_pb2_grpc
+from corral.images.blobs import Blobs
+from corral.images.collector import Collector
+from corral.images.config import ImagesConfig
+from corral.images.content import ContentStore
+from corral.images.drivers import DRIVERS, make_driver
+from corral.images.images import Images
+from corral.images.importer import Importer
+from corral.images.recovery import recover
+from corral.images.servicers.content import ContentServicer
+from corral.images.servicers.images import ImagesServicer
+from corral.images.servicers.leases import LeasesServicer
+from corral.images.servicers.snapshots import SnapshotsServicer
+from corral.images.snapshots import Snapshots
+from corral.images.store import open_database
+from corral.images.unpacker import TreeIds, Unpacker
+from corral.images.workers import Workers
+from corral.rpc.blocking import run_blocking
+from corral.rpc.errors import FailedPrecondition
+from corral.store import Lock, LockHeld
+
+log = structlog.get_logger()
+
+
+class ImagesService:
+    """See corral.rpc.service.Service."""
+
+    name = "images"
+
+    def __init__(self, config: ImagesConfig) -> None:
+        """Raises FailedPrecondition if another process has the root, or the driver cannot run there."""
+        self._config = config
+        if config.driver not in DRIVERS:
+            raise FailedPrecondition(f"there is no snapshot driver {config.driver!r}; there is {', '.join(DRIVERS)}")
+        self._drivers = {name: make_driver(name, config.root) for name in DRIVERS}
+        driver = self._drivers[config.driver]
+        if reason := driver.check():
+            raise FailedPrecondition(
+                f"snapshot driver {driver.name} cannot be used: {reason}", reason="DRIVER_UNUSABLE"
+            )
+        config.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = _locked(config.root)
+        driver.open()
+        self._driver = driver
+        self._database = open_database(config.root)
+        self._content = ContentStore(config.root)
+        self._ids = TreeIds()
+        self._collector = Collector(self._database, self._content, driver)
+        self._workers = Workers(
+            config.workers,
+            idle_s=config.unpack_idle_s,
+            max_entries=config.max_layer_entries,
+            max_bytes=config.max_layer_bytes,
+        )
+        unpacker = Unpacker(self._database, driver, self._workers, self._ids)
+        self._importer = Importer(self._database, self._content, unpacker, self._collector)
+        self._images = Images(self._database, self._content, driver, unpacker, self._collector)
+        self._snapshots = Snapshots(self._database, driver, self._images, self._collector, self._ids)
+        self._blobs = Blobs(self._database, self._content, self._collector, grace_s=config.blob_grace_s)
+
+    def register(self, server: grpc.aio.Server) -> Sequence[str]:
+        images_pb2_grpc.add_ContentServicer_to_server(ContentServicer(self._blobs), server)
+        images_pb2_grpc.add_ImagesServicer_to_server(
+            ImagesServicer(self._images, self._importer, self._database), server
+        )
+        images_pb2_grpc.add_SnapshotsServicer_to_server(
+            SnapshotsServicer(self._snapshots, self._images, self._drivers, self._config.driver), server
+        )
+        images_pb2_grpc.add_LeasesServicer_to_server(LeasesServicer(self._database, self._collector), server)
+        services = images_pb2.DESCRIPTOR.services_by_name.values()
+        return [service.full_name for service in services]
+
+    async def start(self) -> None:
+        """Remove what no row describes, repair what lacks its files, and end the leases whose time is over."""
+        recovered = await run_blocking(recover, self._database, self._content, self._driver)
+        self._ids.start_after(recovered.highest_tree)
+        self._collector.remove_trees(recovered.orphans)
+        await self._collector.end_expired()
+        await self._collector.collect()
+
+    async def stop(self) -> None:
+        self._collector.stop_timer()
+        await self._workers.stop()
+        await self._collector.removals_done()
+        self._importer.close()
+        self._database.close()
+        self._lock.release()
+
+
+def _locked(root: Path) -> Lock:
+    try:
+        return Lock(root / "lock")
+    except LockHeld as e:
+        raise FailedPrecondition(
+            f"another corral, process {e.holder}, uses {root}: stop it, or choose another --root", reason="ROOT_IN_USE"
+        ) from e

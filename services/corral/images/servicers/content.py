@@ -1,0 +1,54 @@
+"""corral.images.v1.Content."""
+# ruff: noqa: N802 (methods are named as the RPCs are)
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from corral.api.images.v1 import images_pb2 as pb
+from corral.api.images.v1 import images_pb2_grpc
+from corral.images import wire
+from corral.images.blobs import Blobs, Expected
+from corral.images.digest import parse_digest
+from corral.images.servicers.call import lease_of
+from corral.rpc.context import current_namespace
+from corral.rpc.errors import InvalidArgument
+
+type Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ContentServicer(images_pb2_grpc.ContentServicer):
+    """See the proto."""
+
+    def __init__(self, blobs: Blobs) -> None:
+        self._blobs = blobs
+
+    async def Info(self, request: pb.BlobInfoRequest, context: Context) -> pb.BlobInfo:
+        return wire.from_blob(self._blobs.info(parse_digest(request.digest)))
+
+    async def List(self, request: pb.ListBlobsRequest, context: Context) -> AsyncIterator[pb.BlobInfo]:
+        for blob in await self._blobs.list():
+            yield wire.from_blob(blob)
+
+    async def Read(self, request: pb.ReadBlobRequest, context: Context) -> AsyncIterator[pb.BlobChunk]:
+        if request.offset < 0 or request.length < 0:
+            raise InvalidArgument("offset and length are not negative")
+        async for data in self._blobs.read(parse_digest(request.digest), request.offset, request.length):
+            yield pb.BlobChunk(data=data)
+
+    async def Write(self, request_iterator: AsyncIterator[pb.WriteBlobRequest], context: Context) -> pb.BlobInfo:
+        first = await anext(aiter(request_iterator), pb.WriteBlobRequest())
+        digest = parse_digest(first.expected.digest) if first.expected.digest else None
+        expected = Expected(digest, first.expected.size_bytes)
+
+        async def data() -> AsyncIterator[bytes]:
+            yield first.data
+            async for request in request_iterator:
+                yield request.data
+
+        return wire.from_blob(await self._blobs.write(expected, data(), current_namespace(), lease_of(context)))
+
+    async def Delete(self, request: pb.DeleteBlobRequest, context: Context) -> pb.DeleteBlobResponse:
+        await self._blobs.delete(parse_digest(request.digest), current_namespace())
+        return pb.DeleteBlobResponse()

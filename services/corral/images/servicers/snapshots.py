@@ -1,0 +1,89 @@
+"""corral.images.v1.Snapshots."""
+# ruff: noqa: N802 (methods are named as the RPCs are)
+
+from typing import Any
+
+import grpc.aio
+
+from corral.api.images.v1 import images_pb2 as pb
+from corral.api.images.v1 import images_pb2_grpc
+from corral.images import wire
+from corral.images.drivers import DRIVERS
+from corral.images.images import Images
+from corral.images.servicers.call import lease_of
+from corral.images.snapshots import Snapshots, Wanted
+from corral.images.snapshotter import Snapshotter
+from corral.images.trees import Kind
+from corral.rpc.blocking import run_blocking
+from corral.rpc.context import current_namespace
+from corral.rpc.errors import Unimplemented
+
+type Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class SnapshotsServicer(images_pb2_grpc.SnapshotsServicer):
+    """See the proto."""
+
+    def __init__(self, snapshots: Snapshots, images: Images, drivers: dict[str, Snapshotter], default: str) -> None:
+        self._snapshots = snapshots
+        self._images = images
+        self._drivers = drivers
+        self._default = default
+
+    async def Prepare(self, request: pb.PrepareSnapshotRequest, context: Context) -> pb.PrepareSnapshotResponse:
+        return await self._prepare(request, context, Kind.ACTIVE)
+
+    async def View(self, request: pb.PrepareSnapshotRequest, context: Context) -> pb.PrepareSnapshotResponse:
+        return await self._prepare(request, context, Kind.VIEW)
+
+    async def _prepare(
+        self, request: pb.PrepareSnapshotRequest, context: Context, kind: Kind
+    ) -> pb.PrepareSnapshotResponse:
+        if request.quota_bytes:
+            raise Unimplemented(f"{self._default} cannot bound a writable layer yet: leave out the quota")
+        wanted = Wanted(
+            namespace=current_namespace(),
+            key=request.key,
+            kind=kind,
+            image=request.image,
+            parent=request.parent_snapshot,
+            labels=dict(request.labels),
+            lease=lease_of(context),
+        )
+        prepared = await self._snapshots.prepare(wanted)
+        image = wire.from_image(self._images.view(prepared.image)) if prepared.image else None
+        return pb.PrepareSnapshotResponse(
+            mounts=[wire.from_mount(mount) for mount in prepared.mounts], image=image, driver=prepared.record.driver
+        )
+
+    async def Mounts(self, request: pb.SnapshotRequest, context: Context) -> pb.SnapshotMounts:
+        mounts = self._snapshots.mounts(current_namespace(), request.key)
+        return pb.SnapshotMounts(mounts=[wire.from_mount(mount) for mount in mounts])
+
+    async def Get(self, request: pb.SnapshotRequest, context: Context) -> pb.Snapshot:
+        record = self._snapshots.get(current_namespace(), request.key)
+        return wire.from_tree(record, self._snapshots.parent_key(record))
+
+    async def List(self, request: pb.ListSnapshotsRequest, context: Context) -> pb.ListSnapshotsResponse:
+        found = self._snapshots.list(current_namespace(), Kind(request.kind) if request.kind else None)
+        return pb.ListSnapshotsResponse(snapshots=[wire.from_tree(record, parent) for record, parent in found])
+
+    async def Remove(self, request: pb.RemoveSnapshotRequest, context: Context) -> pb.RemoveSnapshotResponse:
+        await self._snapshots.remove(current_namespace(), request.key, must_exist=request.must_exist)
+        return pb.RemoveSnapshotResponse()
+
+    async def Commit(self, request: pb.CommitSnapshotRequest, context: Context) -> pb.Snapshot:
+        record = await self._snapshots.commit(current_namespace(), request.key, request.name)
+        return wire.from_tree(record, self._snapshots.parent_key(record))
+
+    async def Usage(self, request: pb.SnapshotRequest, context: Context) -> pb.SnapshotUsage:
+        return wire.from_usage(await self._snapshots.usage(current_namespace(), request.key))
+
+    async def Drivers(self, request: pb.DriversRequest, context: Context) -> pb.DriversResponse:
+        reasons = await run_blocking(lambda: {name: self._drivers[name].check() for name in DRIVERS})
+        return pb.DriversResponse(
+            drivers=[
+                pb.Driver(name=name, usable=not reason, reason=reason, is_default=name == self._default)
+                for name, reason in reasons.items()
+            ]
+        )

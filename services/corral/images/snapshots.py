@@ -1,0 +1,243 @@
+"""Active trees and views: made, looked up, committed, removed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from corral.images import leases, trees
+from corral.images.catalog import ImageRecord
+from corral.images.collector import Collector
+from corral.images.errors import explained
+from corral.images.images import Images
+from corral.images.snapshotter import Mount, Snapshotter, Usage
+from corral.images.store import persist, uninterrupted
+from corral.images.trees import Kind, TreeRecord
+from corral.images.unpacker import TreeIds
+from corral.rpc.blocking import run_blocking
+from corral.rpc.context import check_id
+from corral.rpc.errors import AlreadyExists, FailedPrecondition, NotFound
+from corral.store import Database, Duplicate, Referenced, Snapshot, Transaction, failpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A tree that is asked for: on an image, on a committed snapshot, or on nothing."""
+
+    namespace: str
+    key: str
+    kind: Kind
+    image: str = ""
+    parent: str = ""
+    labels: Mapping[str, str] | None = None
+    lease: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The tree, and how to mount it."""
+
+    record: TreeRecord
+    mounts: Sequence[Mount]
+    image: ImageRecord | None
+
+
+class Snapshots:
+    """See the module."""
+
+    def __init__(
+        self, database: Database, driver: Snapshotter, images: Images, collector: Collector, ids: TreeIds
+    ) -> None:
+        self._database = database
+        self._driver = driver
+        self._images = images
+        self._collector = collector
+        self._ids = ids
+
+    async def prepare(self, wanted: Wanted) -> Prepared:
+        """Make the tree; the same call again finds it. Raises NotFound, AlreadyExists."""
+        check_id(wanted.key, "snapshot key")
+        image = await self._images.unpacked(wanted.namespace, wanted.image) if wanted.image else None
+        existing, parent = self._database.read_sync(lambda s: self._look_up(s, wanted, image))
+        if existing is None:
+            existing = await uninterrupted(self._make(wanted, image, parent))
+        else:
+            self._check_same(wanted, existing, parent)
+            if not wanted.lease:
+                await self._take_from_leases(wanted)
+        return Prepared(existing, self._mounts(existing), image)
+
+    def _look_up(
+        self, snapshot: Snapshot, wanted: Wanted, image: ImageRecord | None
+    ) -> tuple[TreeRecord | None, TreeRecord | None]:
+        parent_key = image.chain_id if image else wanted.parent
+        parent = self._parent(snapshot, wanted.namespace, parent_key) if parent_key else None
+        return trees.own(snapshot, wanted.namespace, wanted.key), parent
+
+    def _parent(self, snapshot: Snapshot, namespace: str, key: str) -> TreeRecord:
+        found = trees.own(snapshot, namespace, key) or trees.layer(snapshot, key, self._driver.name)
+        if found is None:
+            raise NotFound(f"there is no committed snapshot {key[:140]!r} to build on", reason="NO_SNAPSHOT")
+        if found.kind is not Kind.COMMITTED:
+            raise FailedPrecondition(
+                f"snapshot {key!r} is still being written to: commit it before something is built on it"
+            )
+        return found
+
+    def _check_same(self, wanted: Wanted, existing: TreeRecord, parent: TreeRecord | None) -> None:
+        if existing.kind is not wanted.kind or existing.parent != (parent.id if parent else None):
+            raise AlreadyExists(
+                f"snapshot {wanted.key!r} already exists, on another parent: remove it, or choose another key",
+                reason="SNAPSHOT_EXISTS",
+            )
+
+    async def _make(self, wanted: Wanted, image: ImageRecord | None, parent: TreeRecord | None) -> TreeRecord:
+        """Directories first, then the row: a crash in between leaves directories that nothing describes."""
+        record = trees.new_record(
+            self._ids.new(),
+            namespace=wanted.namespace,
+            key=wanted.key,
+            kind=wanted.kind,
+            parent=parent,
+            driver=self._driver.name,
+            image_id=image.image_id if image else "",
+            labels=wanted.labels,
+        )
+        try:
+            await run_blocking(self._driver.prepare, record.id, record.chain, writable=wanted.kind is Kind.ACTIVE)
+            failpoint("images.prepare.before_row")
+            await self._database.write(lambda t: _insert(t, record, wanted))
+        except Duplicate:
+            self._collector.remove_trees([record.id])
+            existing = self._database.read_sync(lambda s: trees.own(s, wanted.namespace, wanted.key))
+            if existing is None:
+                raise
+            self._check_same(wanted, existing, parent)
+            return existing
+        except Referenced as e:
+            self._collector.remove_trees([record.id])
+            raise NotFound("the image was removed at the same moment: import it again", reason="NO_IMAGE") from e
+        except OSError as e:
+            self._collector.remove_trees([record.id])
+            raise explained(e, f"cannot make snapshot {wanted.key!r}") from e
+        failpoint("images.prepare.after_row")
+        return record
+
+    async def _take_from_leases(self, wanted: Wanted) -> None:
+        def release(transaction: Transaction) -> None:
+            leases.release(transaction, wanted.namespace, "snapshot", wanted.key)
+
+        await self._database.write(release)
+
+    def _mounts(self, record: TreeRecord) -> list[Mount]:
+        return self._driver.mounts(record.id, record.chain, writable=record.kind is Kind.ACTIVE)
+
+    def get(self, namespace: str, key: str) -> TreeRecord:
+        """The namespace's own snapshot, else the shared layer of that name. Raises NotFound."""
+
+        def look_up(snapshot: Snapshot) -> TreeRecord | None:
+            return trees.own(snapshot, namespace, key) or trees.layer(snapshot, key, self._driver.name)
+
+        found = self._database.read_sync(look_up)
+        if found is None:
+            raise _unknown(key)
+        return found
+
+    def mounts(self, namespace: str, key: str) -> list[Mount]:
+        """Raises NotFound, FailedPrecondition."""
+        record = self.get(namespace, key)
+        if record.kind is Kind.COMMITTED:
+            raise FailedPrecondition(f"snapshot {key!r} is committed: ask for a view of it to mount it")
+        return self._mounts(record)
+
+    async def usage(self, namespace: str, key: str) -> Usage:
+        """Raises NotFound."""
+        record = self.get(namespace, key)
+        if record.kind is Kind.COMMITTED:
+            return Usage(record.size_bytes, record.inodes)
+        if record.kind is Kind.VIEW and record.chain:
+            return Usage(0, 0)
+        return await run_blocking(self._driver.usage, record.id)
+
+    def list(self, namespace: str, kind: Kind | None) -> Sequence[tuple[TreeRecord, str]]:
+        """Each with its parent's key."""
+
+        def look_up(snapshot: Snapshot) -> Sequence[tuple[TreeRecord, str]]:
+            found = trees.everything(snapshot, namespace, kind)
+            return [(record, trees.key_of(snapshot, record.parent)) for record in found]
+
+        return self._database.read_sync(look_up)
+
+    def parent_key(self, record: TreeRecord) -> str:
+        return self._database.read_sync(lambda s: trees.key_of(s, record.parent))
+
+    async def remove(self, namespace: str, key: str, *, must_exist: bool) -> None:
+        """Raises NotFound if it must exist, FailedPrecondition if something lies on it.
+
+        The row goes at once; the files in the background.
+        """
+        removed = await self._database.write(lambda t: _delete(t, namespace, key))
+        if removed is None:
+            if must_exist:
+                raise _unknown(key)
+            return
+        failpoint("images.remove.after_row")
+        self._collector.remove_trees([removed.id])
+
+    async def commit(self, namespace: str, key: str, name: str) -> TreeRecord:
+        """Turn an active tree into a committed snapshot of the namespace. Its user must have unmounted it.
+
+        Raises NotFound, FailedPrecondition, AlreadyExists.
+        """
+        check_id(name.replace(":", "-"), "snapshot name")
+        record = self.get(namespace, key)
+        if record.kind is not Kind.ACTIVE:
+            raise FailedPrecondition(f"snapshot {key!r} is not an active one: only those can be committed")
+        return await uninterrupted(self._commit(record, name))
+
+    async def _commit(self, record: TreeRecord, name: str) -> TreeRecord:
+        usage = await run_blocking(self._driver.usage, record.id)
+        try:
+            await self._database.write(lambda t: _commit_row(t, record, name, usage))
+        except Duplicate as e:
+            raise AlreadyExists(f"snapshot {name!r} already exists") from e
+        failpoint("images.commit.after_row")
+        try:
+            await run_blocking(self._driver.adopt, record.id)
+        except OSError as e:
+            raise explained(e, f"cannot commit snapshot {record.key!r}") from e
+        await persist(self._database)
+        return self.get(record.namespace, name)
+
+
+def _insert(transaction: Transaction, record: TreeRecord, wanted: Wanted) -> None:
+    trees.insert(transaction, record)
+    leases.hold(transaction, wanted.namespace, wanted.lease, "snapshot", wanted.key)
+    facts = {"kind": record.kind.name.lower(), "image": wanted.image, "parent": wanted.parent}
+    transaction.journal("snapshot.prepared", record.key, facts, namespace=record.namespace)
+
+
+def _delete(transaction: Transaction, namespace: str, key: str) -> TreeRecord | None:
+    record = trees.own(transaction, namespace, key)
+    if record is None:
+        return None
+    try:
+        trees.delete(transaction, record.id)
+    except Referenced as e:
+        above = trees.children_of(transaction, record.id)
+        raise FailedPrecondition(
+            f"snapshot {key!r} cannot be removed while {above[0]!r} lies on it: remove that first", reason="IN_USE"
+        ) from e
+    leases.release(transaction, namespace, "snapshot", key)
+    transaction.journal("snapshot.removed", key, {}, namespace=namespace)
+    return record
+
+
+def _commit_row(transaction: Transaction, record: TreeRecord, name: str, usage: Usage) -> None:
+    trees.commit(transaction, record, name, usage.size_bytes, usage.inodes)
+    transaction.execute(
+        "UPDATE OR IGNORE lease_resources SET key = ? WHERE namespace = ? AND kind = 'snapshot' AND key = ?",
+        (name, record.namespace, record.key),
+    )
+
+
+def _unknown(key: str) -> NotFound:
+    return NotFound(f"there is no snapshot {key[:140]!r}", reason="NO_SNAPSHOT", metadata={"key": key[:140]})

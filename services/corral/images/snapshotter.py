@@ -1,0 +1,115 @@
+"""What every snapshot driver promises.
+
+Vocabulary
+
+    tree         one directory tree, known by a number that is never used twice
+    layer        a tree that was committed: nobody writes to it any more, and others may lie on top of it
+    active tree  a writable tree on top of layers
+    view         a read-only look at layers; needs no tree of its own on top of one
+    chain        the layers below a tree, the uppermost first
+
+A driver owns directories and nothing else: names, kinds, parents and who may remove what are rows of the leaf's
+database. So its methods are few, blocking and idempotent where a crash could repeat them, and it mounts nothing:
+`mounts` says what to mount, whoever wants the tree does it in his own mount namespace.
+
+Life of a layer: stage -> (filled by a worker) -> commit -> remove; or discard, if filling fails.
+Life of an active tree: prepare -> (mounted and used) -> remove; or adopt, which makes it a layer.
+
+Example: an image of two layers, a container on it, and its changes kept.
+
+    driver.stage(1)                     # a directory to unpack the first layer into
+    driver.stage(2)                     # the second, at the same time where layers are independent
+    driver.commit(1, ()); driver.commit(2, (1,))
+    driver.prepare(3, (2, 1))           # the container's own tree
+    driver.mounts(3, (2, 1), writable=True)
+    # [Mount("overlay", "overlay", options=("lowerdir=…/2:…/1", "upperdir=…/3/u", "workdir=…/3/w"))]
+    driver.adopt(3)                     # its changes are now layer 3, on (2, 1)
+    driver.remove(3)
+
+A tests/contracts suite runs on every driver, and again over gRPC.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NewType, Protocol
+
+TreeId = NewType("TreeId", int)
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One mount(2), as data; `options` in fstab form."""
+
+    type: str
+    source: str
+    options: tuple[str, ...] = ()
+    target: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one tree alone takes on disk."""
+
+    size_bytes: int
+    inodes: int
+
+
+class Snapshotter(Protocol):
+    """One driver, with its own directory. Methods raise OSError."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def max_layers(self) -> int:
+        """How many layers may lie on each other."""
+        ...
+
+    def check(self) -> str:
+        """Why this driver cannot run on this host and in this directory; empty if it can."""
+        ...
+
+    def open(self) -> None:
+        """Make what it needs below its directory."""
+        ...
+
+    def stage(self, tree: TreeId) -> Path:
+        """An empty directory to unpack a layer into. Not a layer yet: a crash leaves nothing but this directory."""
+        ...
+
+    def layer(self, tree: TreeId) -> Path:
+        """Where a committed layer's own content is, for who completes the one above it."""
+        ...
+
+    def is_layer(self, tree: TreeId) -> bool:
+        """Whether the tree is on disk as a layer."""
+        ...
+
+    def commit(self, tree: TreeId) -> None:
+        """Make the staged tree, which its caller has synced, a layer."""
+        ...
+
+    def prepare(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> None:
+        """Make an active tree, or a view, on top of `chain`."""
+        ...
+
+    def mounts(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> list[Mount]:
+        """How to mount it; pure."""
+        ...
+
+    def adopt(self, tree: TreeId) -> None:
+        """Turn an active tree, which nobody uses any more, into a layer, durably."""
+        ...
+
+    def usage(self, tree: TreeId) -> Usage:
+        """What an active tree takes; walks it."""
+        ...
+
+    def remove(self, tree: TreeId) -> None:
+        """Remove whatever there is of the tree: staged, layer or active. May take long; nothing there is no error."""
+        ...
+
+    def trees(self) -> Iterator[TreeId]:
+        """Every tree of which there is something on disk."""
+        ...

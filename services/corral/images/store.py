@@ -1,0 +1,124 @@
+"""The database of the leaf: its tables, and how durable they are.
+
+The rows of each subject are written in its own module: images in catalog, trees in snapshots, and so on.
+"""
+
+import asyncio
+import os
+from collections.abc import Coroutine
+from pathlib import Path
+
+from corral.rpc.blocking import run_blocking
+from corral.store import Database
+
+SHARED = ""  # the namespace of layers, which all share by chain id
+
+MIGRATIONS = (
+    """
+CREATE TABLE blobs (
+    digest TEXT PRIMARY KEY,
+    size_bytes INTEGER NOT NULL,
+    created_ns INTEGER NOT NULL,
+    keep_until_ns INTEGER NOT NULL  -- collected before then only by force, though nothing refers to it
+) STRICT, WITHOUT ROWID;
+
+-- What a manifest or index refers to, as far as it is here.
+CREATE TABLE blob_edges (
+    parent TEXT NOT NULL REFERENCES blobs(digest) ON DELETE CASCADE,
+    child TEXT NOT NULL REFERENCES blobs(digest),
+    PRIMARY KEY (parent, child)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX blob_edges_by_child ON blob_edges(child);
+
+-- One row per name, and one with the name '' for an image that lost its last name to another.
+CREATE TABLE images (
+    row INTEGER PRIMARY KEY,
+    namespace TEXT NOT NULL,
+    name TEXT NOT NULL,
+    image_id TEXT NOT NULL,
+    target_digest TEXT NOT NULL REFERENCES blobs(digest),
+    target_type TEXT NOT NULL,
+    target_size INTEGER NOT NULL,
+    manifest_digest TEXT NOT NULL REFERENCES blobs(digest),
+    manifest_type TEXT NOT NULL,
+    manifest_size INTEGER NOT NULL,
+    chain_id TEXT NOT NULL,         -- '' while not unpacked
+    updated_ns INTEGER NOT NULL
+) STRICT;
+CREATE UNIQUE INDEX images_by_name ON images(namespace, name) WHERE name != '';
+CREATE UNIQUE INDEX images_dangling ON images(namespace, image_id) WHERE name = '';
+CREATE INDEX images_by_id ON images(namespace, image_id);
+CREATE INDEX images_by_target ON images(target_digest);
+CREATE INDEX images_by_manifest ON images(manifest_digest);
+
+CREATE TABLE snapshots (
+    id INTEGER PRIMARY KEY,         -- also the number of its tree
+    namespace TEXT NOT NULL,        -- '' for layers, which are shared
+    key TEXT NOT NULL,
+    kind INTEGER NOT NULL,
+    parent INTEGER REFERENCES snapshots(id),
+    chain TEXT NOT NULL,            -- ids of all below, the uppermost first, "7,3,1"
+    driver TEXT NOT NULL,
+    image_id TEXT NOT NULL,         -- what an active one was made from, or ''
+    created_ns INTEGER NOT NULL,
+    size_bytes INTEGER NOT NULL,    -- of committed ones
+    inodes INTEGER NOT NULL,
+    quota_bytes INTEGER NOT NULL,
+    labels TEXT NOT NULL            -- a JSON object
+) STRICT;
+CREATE UNIQUE INDEX snapshots_by_key ON snapshots(namespace, key, driver);
+CREATE INDEX snapshots_by_parent ON snapshots(parent);
+CREATE INDEX snapshots_by_image ON snapshots(namespace, image_id) WHERE image_id != '';
+
+CREATE TABLE leases (
+    namespace TEXT NOT NULL,
+    id TEXT NOT NULL,
+    created_ns INTEGER NOT NULL,
+    expires_ns INTEGER NOT NULL,
+    labels TEXT NOT NULL,
+    PRIMARY KEY (namespace, id)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE lease_resources (
+    namespace TEXT NOT NULL,
+    lease TEXT NOT NULL,
+    kind TEXT NOT NULL CHECK (kind IN ('blob', 'layer', 'snapshot')),
+    key TEXT NOT NULL,
+    PRIMARY KEY (namespace, lease, kind, key),
+    FOREIGN KEY (namespace, lease) REFERENCES leases(namespace, id) ON DELETE CASCADE
+) STRICT, WITHOUT ROWID;
+CREATE INDEX lease_resources_by_key ON lease_resources(kind, key);
+""",
+)
+
+
+def open_database(root: Path) -> Database:
+    """WAL with NORMAL: an active tree need not outlive a power loss by the moment. What must, calls persist()."""
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return Database(root / "images.db", MIGRATIONS, durable=False)
+
+
+async def persist(database: Database) -> None:
+    """Make every committed transaction survive a power loss: image names are nothing one may lose."""
+    await run_blocking(_sync_file, database.path.with_name(database.path.name + "-wal"))
+
+
+def _sync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+async def uninterrupted[T](work: Coroutine[object, object, T]) -> T:
+    """Run `work` to its end even if the caller is cancelled meanwhile; the cancellation is raised then.
+
+    For the moment in which files and rows change together: half of it must not be undone while the rest still happens.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait((task,))
+        raise

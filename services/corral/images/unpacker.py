@@ -1,0 +1,237 @@
+"""Layers out of blobs: staged and filled side by side, then made visible all at once.
+
+    missing(details) -> unpack: stage, worker applies, worker completes in order from the bottom -> sync -> commit
+
+Nothing of it is in the database before `commit`; a crash before leaves staged trees without a row, which the next start
+removes.
+"""
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from corral.images import trees
+from corral.images.details import Details
+from corral.images.digest import Digest
+from corral.images.errors import explained
+from corral.images.layers.errors import BadLayer
+from corral.images.progress import Report, Step
+from corral.images.snapshotter import Snapshotter, TreeId
+from corral.images.store import SHARED
+from corral.images.trees import Kind, TreeRecord
+from corral.images.workers import Workers
+from corral.kernel.syncfs import syncfs
+from corral.rpc.blocking import run_blocking
+from corral.rpc.errors import InvalidArgument
+from corral.store import Database, Snapshot, Transaction, failpoint
+
+
+@dataclass(slots=True)
+class Staged:
+    """A layer that is unpacked but not committed."""
+
+    tree: TreeId
+    path: Path
+    chain_id: Digest
+    size_bytes: int = 0
+    inodes: int = 0
+    diff_id: str = ""
+    implicit: list[str] = field(default_factory=list)
+    links: list[tuple[str, str]] = field(default_factory=list)
+
+
+class TreeIds:
+    """Numbers for trees, never given out twice as long as anything of the old one is on disk."""
+
+    def __init__(self) -> None:
+        self._next = itertools.count(1)
+
+    def start_after(self, highest: int) -> None:
+        self._next = itertools.count(highest + 1)
+
+    def new(self) -> TreeId:
+        return TreeId(next(self._next))
+
+
+class Unpacker:
+    """Makes layers of one driver."""
+
+    def __init__(self, database: Database, driver: Snapshotter, workers: Workers, ids: TreeIds) -> None:
+        self._database = database
+        self._driver = driver
+        self._workers = workers
+        self._ids = ids
+
+    @asynccontextmanager
+    async def unpacked(
+        self, details: Details, blob_path: Callable[[Digest], Path], report: Report
+    ) -> AsyncIterator[list[Staged]]:
+        """The layers of an image that are not here yet, unpacked. What the block leaves in the list is removed."""
+        self._check_depth(details)
+        here = self._database.read_sync(lambda s: trees.layers(s, details.chain, self._driver.name))
+        for diff_id, chain_id in zip(details.config.diff_ids, details.chain, strict=True):
+            if chain_id in here:
+                report(diff_id, Step.EXISTS, 0, 0)
+        staged: list[Staged] = []
+        try:
+            await self._unpack_missing(details, here, blob_path, report, staged)
+            yield staged
+        finally:
+            await self.discard(staged)
+
+    def _check_depth(self, details: Details) -> None:
+        if len(details.chain) > self._driver.max_layers:
+            raise InvalidArgument(
+                f"the image has {len(details.chain)} layers; {self._driver.name} stacks only {self._driver.max_layers}"
+            )
+
+    async def discard(self, staged: Sequence[Staged]) -> None:
+        """Remove what was staged and not committed."""
+        if staged:
+            await asyncio.shield(run_blocking(self._remove, [layer.tree for layer in staged]))
+
+    async def unpack_one(self, blob: Path, what: str, report: Report) -> Staged:
+        """A bottom layer whose diff id is not known yet. The caller commits or discards it."""
+        layer = await self._stage(Digest(""))
+        try:
+            await self._apply(layer, blob, what, diff_id="", bottom=True, report=report)
+        except BaseException:
+            await asyncio.shield(run_blocking(self._driver.remove, layer.tree))
+            raise
+        return layer
+
+    async def _unpack_missing(
+        self,
+        details: Details,
+        here: dict[str, TreeRecord],
+        blob_path: Callable[[Digest], Path],
+        report: Report,
+        staged: list[Staged],
+    ) -> None:
+        jobs = []
+        for i, chain_id in enumerate(details.chain):
+            if chain_id not in here:
+                layer = await self._stage(chain_id)
+                staged.append(layer)
+                blob = blob_path(details.manifest.layers[i].digest)
+                jobs.append((layer, blob, details.config.diff_ids[i], i == 0))
+        async with _together() as group:
+            for layer, blob, diff_id, bottom in jobs:
+                group.append(
+                    asyncio.ensure_future(
+                        self._apply(layer, blob, diff_id, diff_id=diff_id, bottom=bottom, report=report)
+                    )
+                )
+        await self._complete(details, here, staged)
+        await run_blocking(self.sync, staged)
+        failpoint("images.unpack.after_sync")
+
+    async def _stage(self, chain_id: Digest) -> Staged:
+        tree = self._ids.new()
+        try:
+            path = await run_blocking(self._driver.stage, tree)
+        except OSError as e:
+            raise explained(e, "cannot unpack a layer") from e
+        return Staged(tree, path, chain_id)
+
+    async def _apply(self, layer: Staged, blob: Path, what: str, *, diff_id: str, bottom: bool, report: Report) -> None:
+        doing = f"cannot unpack layer {what}"
+        try:
+            total = await run_blocking(lambda: blob.stat().st_size)
+            job = {"op": "apply", "blob": str(blob), "target": str(layer.path), "bottom": bottom, "diff_id": diff_id}
+            answer = await self._workers.run(job, lambda done: report(what, Step.UNPACK, done, total))
+        except (OSError, BadLayer) as e:
+            raise explained(e, doing) from e
+        layer.size_bytes, layer.inodes, layer.diff_id = answer["size_bytes"], answer["inodes"], answer["diff_id"]
+        layer.implicit, layer.links = answer["implicit"], answer["links"]
+        report(what, Step.DONE, total, total)
+
+    async def _complete(self, details: Details, here: dict[str, TreeRecord], staged: Sequence[Staged]) -> None:
+        """In order from the bottom, since a layer may take from what was completed below it."""
+        paths = {layer.chain_id: layer.path for layer in staged}
+        paths |= {Digest(chain_id): self._driver.layer(record.id) for chain_id, record in here.items()}
+        for layer in staged:
+            if not layer.implicit and not layer.links:
+                continue
+            depth = details.chain.index(layer.chain_id)
+            below = [str(paths[chain_id]) for chain_id in reversed(details.chain[:depth])]
+            job = {
+                "op": "complete",
+                "layer": str(layer.path),
+                "below": below,
+                "implicit": layer.implicit,
+                "links": layer.links,
+            }
+            try:
+                answer = await self._workers.run(job, lambda _done: None)
+            except (OSError, BadLayer) as e:
+                raise explained(e, f"cannot unpack layer {layer.diff_id}") from e
+            layer.size_bytes += answer["size_bytes"]
+
+    def sync(self, staged: Sequence[Staged]) -> None:
+        """One flush for all: they lie on one file system."""
+        if not staged:
+            return
+        fd = os.open(staged[0].path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            syncfs(fd)
+        except OSError as e:
+            raise explained(e, "cannot store the image's layers") from e
+        finally:
+            os.close(fd)
+
+    def _remove(self, left: Sequence[TreeId]) -> None:
+        for tree in left:
+            self._driver.remove(tree)
+
+    def chain_id_if_here(self, snapshot: Snapshot, details: Details) -> str:
+        """The image's chain id if all its layers are committed; else empty."""
+        here = details.chain and trees.layer(snapshot, details.chain_id, self._driver.name) is not None
+        return details.chain_id if here else ""
+
+    def place(self, layers: Sequence[Staged]) -> None:
+        """Move staged trees to where layers are. Blocking; their rows follow at once."""
+        for layer in layers:
+            self._driver.commit(layer.tree)
+
+    def wanted(self, snapshot: Snapshot, layers: Sequence[Staged]) -> list[Staged]:
+        """Those that nobody else has committed in the meantime."""
+        return [layer for layer in layers if trees.layer(snapshot, layer.chain_id, self._driver.name) is None]
+
+    def insert(self, transaction: Transaction, chain: Sequence[Digest], placed: Sequence[Staged]) -> None:
+        """The rows of what was placed. Raises Referenced if a layer below went away, which pinning prevents."""
+        by_chain_id = {layer.chain_id: layer for layer in placed}
+        parent: TreeRecord | None = None
+        for chain_id in chain:
+            record = trees.layer(transaction, chain_id, self._driver.name)
+            if record is None:
+                layer = by_chain_id[chain_id]
+                record = trees.new_record(
+                    layer.tree,
+                    namespace=SHARED,
+                    key=chain_id,
+                    kind=Kind.COMMITTED,
+                    parent=parent,
+                    driver=self._driver.name,
+                    size_bytes=layer.size_bytes,
+                    inodes=layer.inodes,
+                )
+                trees.insert(transaction, record)
+            parent = record
+
+
+@asynccontextmanager
+async def _together() -> AsyncIterator[list[asyncio.Future[None]]]:
+    """Wait for all the tasks that the block starts; when one fails the others are cancelled, and its error raised."""
+    group: list[asyncio.Future[None]] = []
+    try:
+        yield group
+        await asyncio.gather(*group)
+    finally:
+        for task in group:
+            task.cancel()
+        await asyncio.gather(*group, return_exceptions=True)
