@@ -1,16 +1,16 @@
 """Create, start, wait, kill and delete over gRPC, on real containers."""
+# ruff: noqa: ASYNC110, ASYNC240 (these tests wait for the kernel, and share their loop with nobody)
 
 import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import needs
 from support.corrald import Corrald
-from support.tasks import TaskClient, make_rootfs, spec, task_client
+from support.requirements import needs
+from support.tasks import TaskClient, spec
 
 from corral.api.tasks.v1 import tasks_pb2 as pb
 from corral.api.types.v1 import types_pb2 as types_pb
@@ -25,24 +25,6 @@ from corral.rpc.errors import (
 )
 
 pytestmark = needs("root", "busybox")
-
-
-@pytest.fixture(scope="module")
-def tasks_daemon() -> Iterator[Corrald]:
-    with Corrald(services=("tasks",)) as corrald:
-        corrald.start()
-        yield corrald
-
-
-@pytest.fixture(scope="module")
-def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_rootfs(tmp_path_factory.mktemp("tasks") / "rootfs")
-
-
-@pytest.fixture
-async def tasks(tasks_daemon: Corrald, rootfs: Path) -> AsyncIterator[TaskClient]:
-    async with task_client(tasks_daemon, rootfs) as client:
-        yield client
 
 
 async def test_a_program_runs_and_its_end_is_told(tasks: TaskClient):
@@ -100,7 +82,7 @@ async def test_a_program_that_cannot_run_says_why(
 async def test_a_taken_id_is_refused_and_the_first_task_stays(tasks: TaskClient):
     task_id = await tasks.run("sleep", "100")
     with pytest.raises(AlreadyExists, match=task_id):
-        await tasks.create("true", id=task_id)
+        await tasks.create("true", task_id=task_id)
     assert (await tasks.get(task_id)).status == pb.STATUS_RUNNING
 
 
@@ -109,13 +91,13 @@ async def test_a_create_that_fails_leaves_nothing(tasks: TaskClient, tasks_daemo
     with pytest.raises(CorralError, match="/nonexistent/corral"):
         await tasks.stub.Create(pb.CreateTaskRequest(id="broken", spec=spec("true"), rootfs=nowhere))
     with pytest.raises(CorralError, match="nobodyhere"):
-        await tasks.create("true", id="broken", user="nobodyhere")
+        await tasks.create("true", task_id="broken", user="nobodyhere")
     with pytest.raises(NotFound):
         await tasks.get("broken")
     assert not list(tasks_daemon.state.glob("shim/*/broken"))
     assert not list(tasks_daemon.root.glob("tasks/logs/*/broken"))
     assert await tasks.topics("broken") == []
-    await tasks.create("true", id="broken")
+    await tasks.create("true", task_id="broken")
 
 
 @pytest.mark.parametrize("bad", [b"", b"{", b"[]", b"{}", b'{"ociVersion":"1.0.0","process":{"args":"x"}}'])
@@ -167,11 +149,11 @@ async def test_signals_reach_a_process_while_it_runs(tasks: TaskClient):
 
 
 async def test_namespaces_do_not_see_each_other(tasks: TaskClient):
-    await tasks.run("sleep", "100", id="same")
+    await tasks.run("sleep", "100", task_id="same")
     with in_namespace("blue"):
         with pytest.raises(NotFound):
             await tasks.get("same")
-        await tasks.run("sleep", "100", id="same")
+        await tasks.run("sleep", "100", task_id="same")
         blue = await tasks.get("same")
         assert [task.id for task in (await tasks.stub.List(pb.ListTasksRequest())).tasks] == ["same"]
         await tasks.delete("same", force=True)
@@ -193,7 +175,7 @@ async def test_a_caller_that_goes_away_leaves_whole_tasks_or_none(tasks: TaskCli
     """Cancelled at any moment a create is finished all the same, so that delete finds what there is."""
     for delay_ms in range(0, 16, 2):
         task_id = f"gone{delay_ms}"
-        creating = asyncio.create_task(tasks.create("sleep", "100", id=task_id))
+        creating = asyncio.create_task(tasks.create("sleep", "100", task_id=task_id))
         await asyncio.sleep(delay_ms / 1000)
         creating.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -209,7 +191,7 @@ async def test_events_follow_what_happens(tasks: TaskClient):
     task_id = "followed"
     request = types_pb.EventsRequest(subjects=[task_id])
     following = tasks.stub.Events(request)
-    await tasks.run("true", id=task_id)
+    await tasks.run("true", task_id=task_id)
     await tasks.wait(task_id)
     await tasks.delete(task_id)
     async for response in following:

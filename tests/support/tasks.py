@@ -9,12 +9,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support.corrald import Corrald
-
 from corral.api.tasks.v1 import tasks_pb2 as pb
 from corral.api.tasks.v1 import tasks_pb2_grpc
 from corral.api.types.v1 import types_pb2 as types_pb
 from corral.rpc.channel import open_channel
+from support.corrald import Corrald
 
 APPLETS = (
     *("cat", "chmod", "dd", "echo", "env", "false", "head", "id", "kill", "ls", "md5sum", "mkdir", "ps", "pwd"),

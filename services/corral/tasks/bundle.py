@@ -91,6 +91,11 @@ class Bundle:
             raise
         return connection
 
+    def process(self) -> dict[str, object]:
+        """The process object of config.json. Raises OSError."""
+        process = _read(self.path / CONFIG).get("process")
+        return process if isinstance(process, dict) else {}
+
     def exists(self) -> bool:
         return self.path.is_dir()
 
@@ -152,7 +157,7 @@ def _names(parent: Path) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, object]:
-    """The JSON object in a file of a shim; empty if there is none. They are renamed into place, so never half there."""
+    """The JSON object in a file; empty if there is none. A shim renames its files into place, so none is half there."""
     try:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):

@@ -59,9 +59,10 @@ class NewTask:
 
 @dataclass(frozen=True, slots=True)
 class NewExec:
-    """One more process. `fields` are the shim's: process, user, stdin."""
+    """One more process: an OCI process object, and the shim's further fields (user, stdin)."""
 
     exec_id: str
+    process: dict[str, object]
     fields: dict[str, object]
     args: tuple[str, ...]
     terminal: bool
@@ -187,7 +188,7 @@ class Tasks:
         async with process.lock:
             try:
                 shim = task.connected()
-                await shim.exec(new.exec_id, new.fields)
+                await shim.exec(new.exec_id, {**new.fields, "process": await task.inherited() | new.process})
                 failpoint("tasks.exec.after_shim")
                 try:
                     await self._database.write(lambda transaction: store.insert_exec(transaction, row))

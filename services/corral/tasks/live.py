@@ -3,6 +3,7 @@
 import asyncio
 
 from corral.kernel.failpoint import failpoint
+from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import NotFound, Unavailable
 from corral.store import Database, Transaction
 from corral.tasks import store
@@ -10,6 +11,8 @@ from corral.tasks.bundle import Bundle
 from corral.tasks.identity import Identity
 from corral.tasks.model import INIT, Exit, ProcessRow, Status, TaskRow
 from corral.tasks.shim import Shim
+
+OF_ONE_PROCESS = frozenset({"args", "terminal", "consoleSize"})
 
 
 class Process:
@@ -72,13 +75,21 @@ class Process:
 class Task:
     """One task and its processes, init among them. `shim` is None once its shim has ended."""
 
-    __slots__ = ("bundle", "processes", "row", "shim")
+    __slots__ = ("_inherited", "bundle", "processes", "row", "shim")
 
     def __init__(self, row: TaskRow, bundle: Bundle, processes: list[Process]) -> None:
         self.row = row
         self.bundle = bundle
         self.processes = {process.row.exec_id: process for process in processes}
         self.shim: Shim | None = None
+        self._inherited: dict[str, object] | None = None
+
+    async def inherited(self) -> dict[str, object]:
+        """The fields of an OCI process object that an exec has as init has them, unless it says otherwise."""
+        if self._inherited is None:
+            process = await run_blocking(self.bundle.process)
+            self._inherited = {name: value for name, value in process.items() if name not in OF_ONE_PROCESS}
+        return self._inherited
 
     @property
     def init(self) -> Process:

@@ -1,7 +1,7 @@
 """Reading a log that somebody else appends to and rotates: name, name.1, name.2 …, the oldest last.
 
 Open descriptors stay with a file whatever it is called, so what was opened is read to its end. Where to go on after
-that is found by looking for the file that was read last among those that are there, from the newest on. All of it blocks.
+that is found by looking for the file that was read last among those that are there, the newest first. All this blocks.
 """
 
 import os

@@ -148,7 +148,8 @@ def new_exec(request: pb.ExecRequest) -> NewExec:
         process["consoleSize"] = {"width": request.console_size.width, "height": request.console_size.height}
     return NewExec(
         exec_id=check_id(request.exec_id, "exec id"),
-        fields={"process": process, "user": request.user or None, "stdin": request.stdin},
+        process=process,
+        fields={"user": request.user or None, "stdin": request.stdin},
         args=_args(process),
         terminal=bool(process.get("terminal")),
         stdin=request.stdin,

@@ -1,0 +1,342 @@
+"""Whatever is killed, whenever: no exit is lost, none is invented, nothing is left."""
+# ruff: noqa: ASYNC110, ASYNC240 (these tests wait for the kernel, and share their loop with nobody)
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from support.corrald import Corrald
+from support.requirements import needs
+from support.sweep import shims
+from support.tasks import TaskClient, task_client
+
+from corral.api.tasks.v1 import tasks_pb2 as pb
+from corral.kernel.process import start_time
+from corral.rpc.errors import CorralError, NotFound
+
+pytestmark = needs("root", "busybox")
+
+CREATE_STEPS = (
+    *("tasks.create.after_bundle", "tasks.create.after_spawn", "tasks.create.after_row"),
+    *("zygote.spawn.before_fork", "zygote.spawn.after_fork"),
+    *("shim.spawned", "shim.create.before_clone", "shim.create.after_clone"),
+)
+START_STEPS = ("tasks.start.before_shim", "tasks.start.after_shim", "tasks.start.after_row")
+EXIT_STEPS = ("tasks.exited.before_row", "tasks.exited.after_row", "store.before_commit@3", "store.after_commit@3")
+DELETE_STEPS = ("tasks.delete.before_row", "tasks.delete.after_row", "tasks.delete.after_bundle")
+
+
+@pytest.fixture
+def own_daemon() -> Iterator[Corrald]:
+    """One for a single test, which kills it."""
+    with Corrald(services=("tasks",)) as corrald:
+        yield corrald
+
+
+@asynccontextmanager
+async def serving(daemon: Corrald, rootfs: Path, failpoints: str = "") -> AsyncIterator[TaskClient]:
+    """Start the daemon and talk to it, until the block ends."""
+    daemon.start(environment={"CORRAL_FAILPOINTS": failpoints})
+    async with task_client(daemon, rootfs) as client:
+        client.created = []  # a later incarnation cleans up
+        yield client
+        client.created.clear()
+
+
+async def eventually(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(15):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def zygotes() -> set[int]:
+    names = {int(path.parent.name): path for path in Path("/proc").glob("[0-9]*/comm")}
+    found = set()
+    for pid, path in names.items():
+        try:
+            if path.read_text().strip() == "corral-zygote":
+                found.add(pid)
+        except OSError:
+            continue
+    return found
+
+
+def zygote_of(daemon: Corrald) -> int:
+    """The child of the daemon that is a zygote."""
+    parent = daemon.processes["corrald"].pid
+    [pid] = [pid for pid in zygotes() if f"PPid:\t{parent}\n" in Path(f"/proc/{pid}/status").read_text()]
+    return pid
+
+
+def nothing_left(daemon: Corrald) -> bool:
+    return not daemon.leftovers() and not list(daemon.root.glob("tasks/logs/*/*"))
+
+
+async def test_a_task_outlives_the_daemon_and_is_adopted(own_daemon: Corrald, rootfs: Path):
+    async with serving(own_daemon, rootfs) as tasks:
+        task_id = await tasks.run("sh", "-c", "i=0; while :; do echo $((i=i+1)); usleep 10000; done")
+        before = await tasks.get(task_id)
+        await tasks.exec(task_id, "e", "sleep", "1000")
+        exec_pid = await tasks.start(task_id, "e")
+        own_daemon.kill9()
+    await asyncio.sleep(0.3)
+    async with serving(own_daemon, rootfs) as tasks:
+        after = await tasks.get(task_id)
+        assert (after.pid, after.shim_pid, after.status) == (before.pid, before.shim_pid, pb.STATUS_RUNNING)
+        assert after.started_at == before.started_at
+        [exec_process] = after.execs
+        assert (exec_process.pid, exec_process.status) == (exec_pid, pb.STATUS_RUNNING)
+        await tasks.kill(task_id, signal.SIGKILL, "e")
+        assert (await tasks.wait(task_id, "e")).code == 137
+        async with tasks.attached(task_id, stdout=True) as attached:
+            await attached.read_one()
+        await tasks.kill(task_id, signal.SIGKILL)
+        assert (await tasks.wait(task_id)).code == 137
+        numbers = [int(entry.line) for entry in await tasks.logs(task_id)]
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert len(numbers) > 25
+        await tasks.delete(task_id)
+        assert await tasks.topics(task_id) == [
+            *("task.created", "task.started", "task.exec.started", "task.exec.exited", "task.exited", "task.deleted"),
+        ]
+
+
+async def test_exits_while_the_daemon_is_down_are_known_with_their_time(own_daemon: Corrald, rootfs: Path):
+    async with serving(own_daemon, rootfs) as tasks:
+        quick = await tasks.run("sh", "-c", "usleep 200000; exit 33")
+        late = await tasks.run("sleep", "1000")
+        own_daemon.kill9()
+    await asyncio.sleep(1.0)
+    async with serving(own_daemon, rootfs) as tasks:
+        exited = await tasks.wait(quick)
+        assert (exited.code, exited.known) == (33, True)
+        stopped = await tasks.get(quick)
+        ran_ns = stopped.exit.exited_at.ToNanoseconds() - stopped.started_at.ToNanoseconds()
+        assert 0.15e9 < ran_ns < 0.8e9
+        [event] = [event for event in await tasks.events(quick) if event.topic == "task.exited"]
+        assert event.payload["code"] == 33
+        assert (await tasks.get(late)).status == pb.STATUS_RUNNING
+        own_daemon.kill9()
+    async with serving(own_daemon, rootfs) as tasks:
+        assert (await tasks.topics(quick)).count("task.exited") == 1
+        await tasks.delete(quick)
+        await tasks.delete(late, force=True)
+    assert nothing_left(own_daemon)
+
+
+async def test_a_clean_stop_harms_no_task(own_daemon: Corrald, rootfs: Path):
+    async with serving(own_daemon, rootfs) as tasks:
+        task_id = await tasks.run("sleep", "1000")
+        pid = (await tasks.get(task_id)).pid
+        zygote = zygote_of(own_daemon)
+    own_daemon.stop()
+    assert is_alive(pid)
+    assert not is_alive(zygote)
+    async with serving(own_daemon, rootfs) as tasks:
+        assert (await tasks.get(task_id)).pid == pid
+        await tasks.delete(task_id, force=True)
+
+
+async def test_a_killed_zygote_harms_nobody_and_is_replaced(own_daemon: Corrald, rootfs: Path):
+    async with serving(own_daemon, rootfs) as tasks:
+        task_id = await tasks.run("sleep", "1000")
+        for _ in range(3):
+            os.kill(zygote_of(own_daemon), signal.SIGKILL)
+            other = await tasks.run("sh", "-c", "exit 4")
+            assert (await tasks.wait(other)).code == 4
+            await tasks.delete(other)
+        assert (await tasks.get(task_id)).status == pb.STATUS_RUNNING
+        await tasks.delete(task_id, force=True)
+
+
+async def test_creates_survive_a_zygote_that_dies_meanwhile(own_daemon: Corrald, rootfs: Path):
+    async with serving(own_daemon, rootfs) as tasks:
+        creating = [asyncio.create_task(tasks.run("sh", "-c", f"exit {number}")) for number in range(30)]
+        for _ in range(4):
+            await asyncio.sleep(0.05)
+            for pid in zygotes():
+                if f"PPid:\t{own_daemon.processes['corrald'].pid}\n" in Path(f"/proc/{pid}/status").read_text():
+                    os.kill(pid, signal.SIGKILL)
+        ids = await asyncio.gather(*creating)
+        assert [(await tasks.wait(task_id)).code for task_id in ids] == list(range(30))
+        for task_id in ids:
+            await tasks.delete(task_id)
+    await eventually(lambda: nothing_left(own_daemon))
+
+
+async def test_a_killed_shim_costs_the_exit_code_and_says_so(own_daemon: Corrald, rootfs: Path):
+    async with serving(own_daemon, rootfs) as tasks:
+        task_id = await tasks.run("sleep", "1000")
+        await tasks.exec(task_id, "e", "sleep", "1000")
+        await tasks.start(task_id, "e")
+        task = await tasks.get(task_id)
+        async with tasks.attached(task_id, stdout=True) as attached:
+            os.kill(task.shim_pid, signal.SIGKILL)
+            exited = await attached.drain()
+        assert (exited.known, exited.code) == (False, 255)
+        assert "shim was killed" in exited.reason
+        assert not (await tasks.wait(task_id, "e")).known
+        assert not is_alive(task.pid)
+        assert (await tasks.get(task_id)).status == pb.STATUS_STOPPED
+        await tasks.delete(task_id)
+    await eventually(lambda: nothing_left(own_daemon))
+
+
+async def test_a_shim_killed_while_the_daemon_is_down(own_daemon: Corrald, rootfs: Path):
+    async with serving(own_daemon, rootfs) as tasks:
+        task_id = await tasks.run("sleep", "1000")
+        task = await tasks.get(task_id)
+        own_daemon.kill9()
+    os.kill(task.shim_pid, signal.SIGKILL)
+    async with serving(own_daemon, rootfs) as tasks:
+        exited = await tasks.wait(task_id)
+        assert (exited.known, exited.code) == (False, 255)
+        assert not is_alive(task.pid)
+        await tasks.delete(task_id)
+    await eventually(lambda: nothing_left(own_daemon))
+
+
+async def test_another_process_with_the_pid_of_init_is_left_alone(own_daemon: Corrald, rootfs: Path):
+    """After a reboot pids are other processes': only the start time tells."""
+    bystander = await asyncio.create_subprocess_exec("sleep", "1000")
+    try:
+        async with serving(own_daemon, rootfs) as tasks:
+            task_id = await tasks.run("sleep", "1000")
+            task = await tasks.get(task_id)
+            own_daemon.kill9()
+        os.kill(task.shim_pid, signal.SIGKILL)
+        os.kill(task.pid, signal.SIGKILL)
+        record = own_daemon.state / f"shim/default/{task_id}/record.json"
+        database = own_daemon.root / "tasks/tasks.db"
+        _rename_pid(record, database, task.pid, bystander.pid)
+        async with serving(own_daemon, rootfs) as tasks:
+            assert not (await tasks.wait(task_id)).known
+            await tasks.delete(task_id)
+        assert bystander.returncode is None
+        assert is_alive(bystander.pid)
+    finally:
+        bystander.kill()
+        await bystander.wait()
+
+
+def _rename_pid(record: Path, database: Path, old: int, new: int) -> None:
+    import sqlite3
+
+    record.write_text(record.read_text().replace(f'"init_pid":{old}', f'"init_pid":{new}'))
+    with sqlite3.connect(database) as connection:
+        changed = connection.execute("UPDATE processes SET pid = ? WHERE pid = ?", (new, old)).rowcount
+    connection.close()
+    assert changed == 1
+    assert start_time(new) > 0
+
+
+async def test_run_state_that_vanished_means_lost_tasks(own_daemon: Corrald, rootfs: Path):
+    """As after a reboot: the rows are there, the bundles and processes are not."""
+    import shutil
+
+    async with serving(own_daemon, rootfs) as tasks:
+        task_id = await tasks.run("sleep", "1000")
+        task = await tasks.get(task_id)
+        own_daemon.kill9()
+    os.kill(task.pid, signal.SIGKILL)
+    await eventually(lambda: not is_alive(task.shim_pid))
+    shutil.rmtree(own_daemon.state / "shim")
+    async with serving(own_daemon, rootfs) as tasks:
+        exited = await tasks.wait(task_id)
+        assert not exited.known
+        assert "bundle is gone" in exited.reason
+        await tasks.delete(task_id)
+
+
+@pytest.mark.parametrize("step", CREATE_STEPS)
+async def test_a_create_that_is_cut_short_is_undone_or_whole(own_daemon: Corrald, rootfs: Path, step: str):
+    async with serving(own_daemon, rootfs, f"{step}=kill") as tasks:
+        try:
+            await tasks.create("sleep", "1000", task_id="cut")
+        except CorralError:
+            pass
+        else:
+            assert step.startswith("zygote"), step  # the daemon tried again with another one
+    if own_daemon.processes["corrald"].poll() is not None:
+        own_daemon.processes.pop("corrald")
+    else:
+        own_daemon.kill9()
+    async with serving(own_daemon, rootfs) as tasks:
+        listed = (await tasks.stub.List(pb.ListTasksRequest())).tasks
+        for task in listed:
+            assert task.status == pb.STATUS_CREATED
+            await tasks.start("cut")
+            await tasks.delete("cut", force=True)
+        topics = await tasks.topics("cut")
+        assert topics == (["task.created", "task.started", "task.exited", "task.deleted"] if listed else [])
+        assert nothing_left(own_daemon)
+        assert (await tasks.wait(await tasks.run("sh", "-c", "exit 3", task_id="cut"))).code == 3
+        await tasks.delete("cut")
+    await eventually(lambda: nothing_left(own_daemon) and not shims(own_daemon.state))
+
+
+@pytest.mark.parametrize("step", [*START_STEPS, *EXIT_STEPS])
+async def test_a_kill_around_start_and_exit_loses_no_exit(own_daemon: Corrald, rootfs: Path, step: str):
+    name, _, hit = step.partition("@")
+    async with serving(own_daemon, rootfs, f"{name}=kill{'@' + hit if hit else ''}") as tasks:
+        task_id = await tasks.create("sh", "-c", "usleep 20000; exit 21", task_id="cut")
+
+        async def until_killed() -> None:
+            await tasks.start(task_id)
+            await tasks.wait(task_id)
+            await asyncio.sleep(1)
+            await tasks.get(task_id)
+
+        with pytest.raises(CorralError):
+            await until_killed()
+    own_daemon.processes.pop("corrald").wait(10)
+    async with serving(own_daemon, rootfs) as tasks:
+        if (await tasks.get(task_id)).status == pb.STATUS_CREATED:
+            await tasks.start(task_id)
+        assert (await tasks.wait(task_id)).code == 21
+        await tasks.delete(task_id)
+        assert await tasks.topics(task_id) == ["task.created", "task.started", "task.exited", "task.deleted"]
+    assert nothing_left(own_daemon)
+
+
+@pytest.mark.parametrize("step", DELETE_STEPS)
+async def test_a_delete_that_is_cut_short_can_be_repeated(own_daemon: Corrald, rootfs: Path, step: str):
+    async with serving(own_daemon, rootfs, f"{step}=kill") as tasks:
+        task_id = await tasks.run("sh", "-c", "exit 8", task_id="cut")
+        await tasks.wait(task_id)
+        with pytest.raises(CorralError):
+            await tasks.delete(task_id)
+    own_daemon.processes.pop("corrald").wait(10)
+    async with serving(own_daemon, rootfs) as tasks:
+        await tasks.delete(task_id)
+        with pytest.raises(NotFound):
+            await tasks.get(task_id)
+        assert nothing_left(own_daemon)
+        assert (await tasks.topics(task_id)).count("task.deleted") == 1
+
+
+@pytest.mark.parametrize("step", ["tasks.exec.after_shim", "tasks.exec.after_row"])
+async def test_an_exec_that_is_cut_short_is_gone_or_whole(own_daemon: Corrald, rootfs: Path, step: str):
+    async with serving(own_daemon, rootfs, f"{step}=kill") as tasks:
+        task_id = await tasks.run("sleep", "1000", task_id="cut")
+        with pytest.raises(CorralError):
+            await tasks.exec(task_id, "e", "sh", "-c", "exit 6")
+    own_daemon.processes.pop("corrald").wait(10)
+    async with serving(own_daemon, rootfs) as tasks:
+        if not (await tasks.get(task_id)).execs:
+            await tasks.exec(task_id, "e", "sh", "-c", "exit 6")
+        await tasks.start(task_id, "e")
+        assert (await tasks.wait(task_id, "e")).code == 6
+        await tasks.delete(task_id, force=True)
+    assert nothing_left(own_daemon)
