@@ -1,7 +1,6 @@
 """The images leaf as one hosted service: puts its parts together, and recovers what an earlier process left."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import grpc.aio
 import structlog
@@ -25,7 +24,6 @@ from corral.images.unpacker import TreeIds, Unpacker
 from corral.images.workers import Workers
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import FailedPrecondition
-from corral.store import Lock, LockHeld
 
 log = structlog.get_logger()
 
@@ -36,7 +34,7 @@ class ImagesService:
     name = "images"
 
     def __init__(self, config: ImagesConfig) -> None:
-        """Raises FailedPrecondition if another process has the root, or the driver cannot run there."""
+        """Raises FailedPrecondition if the driver cannot run there."""
         self._config = config
         if config.driver not in DRIVERS:
             raise FailedPrecondition(f"there is no snapshot driver {config.driver!r}; there is {', '.join(DRIVERS)}")
@@ -47,7 +45,6 @@ class ImagesService:
                 f"snapshot driver {driver.name} cannot be used: {reason}", reason="DRIVER_UNUSABLE"
             )
         config.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = _locked(config.root)
         driver.open()
         self._driver = driver
         self._database = open_database(config.root)
@@ -92,13 +89,3 @@ class ImagesService:
         await self._collector.removals_done()
         self._importer.close()
         self._database.close()
-        self._lock.release()
-
-
-def _locked(root: Path) -> Lock:
-    try:
-        return Lock(root / "lock")
-    except LockHeld as e:
-        raise FailedPrecondition(
-            f"another corral, process {e.holder}, uses {root}: stop it, or choose another --root", reason="ROOT_IN_USE"
-        ) from e
