@@ -156,8 +156,9 @@ def _remove(transaction: Transaction, namespace: str, name: str, *, force: bool)
             f"image {name!r} has several names ({shown}): remove one of them, or all by force", reason="IN_USE"
         )
     going = [record] if by_name else all_names
-    if len(going) == len(all_names) and not force:
-        _check_unused(transaction, namespace, name, record)
+    if not force:
+        # Other names of the image keep it alive, but not the name that somebody used.
+        _check_unused(transaction, name, record, last=len(going) == len(all_names))
     catalog.remove(transaction, going)
     return going
 
@@ -169,8 +170,9 @@ def _is_name(text: str, record: ImageRecord) -> bool:
         return False
 
 
-def _check_unused(transaction: Transaction, namespace: str, name: str, record: ImageRecord) -> None:
-    users = trees.users_of_image(transaction, namespace, record.image_id)
+def _check_unused(transaction: Transaction, name: str, record: ImageRecord, *, last: bool) -> None:
+    used_name = None if last else record.name
+    users = trees.users_of_image(transaction, record.namespace, record.image_id, used_name)
     if users:
         more = f" and {len(users) - 1} more" if len(users) > 1 else ""
         raise FailedPrecondition(

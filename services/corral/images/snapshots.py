@@ -99,6 +99,7 @@ class Snapshots:
             parent=parent,
             driver=self._driver.name,
             image_id=image.image_id if image else "",
+            image_name=image.name if image else "",
             labels=wanted.labels,
         )
         try:

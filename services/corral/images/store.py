@@ -60,6 +60,7 @@ CREATE TABLE snapshots (
     chain TEXT NOT NULL,            -- ids of all below, the uppermost first, "7,3,1"
     driver TEXT NOT NULL,
     image_id TEXT NOT NULL,         -- what an active one was made from, or ''
+    image_name TEXT NOT NULL,       -- under this name
     created_ns INTEGER NOT NULL,
     size_bytes INTEGER NOT NULL,    -- of committed ones
     inodes INTEGER NOT NULL,

@@ -31,6 +31,7 @@ class TreeRecord:
     chain: tuple[TreeId, ...]
     driver: str
     image_id: str
+    image_name: str
     created_ns: int
     size_bytes: int
     inodes: int
@@ -52,6 +53,7 @@ def _record(row: Row) -> TreeRecord:
         chain=tuple(TreeId(int(i)) for i in row["chain"].split(",") if i),
         driver=row["driver"],
         image_id=row["image_id"],
+        image_name=row["image_name"],
         created_ns=row["created_ns"],
         size_bytes=row["size_bytes"],
         inodes=row["inodes"],
@@ -69,6 +71,7 @@ def new_record(
     parent: TreeRecord | None,
     driver: str,
     image_id: str = "",
+    image_name: str = "",
     size_bytes: int = 0,
     inodes: int = 0,
     labels: Mapping[str, str] | None = None,
@@ -82,6 +85,7 @@ def new_record(
         chain=parent.chain_with_self if parent else (),
         driver=driver,
         image_id=image_id,
+        image_name=image_name,
         created_ns=time.time_ns(),
         size_bytes=size_bytes,
         inodes=inodes,
@@ -93,12 +97,12 @@ def new_record(
 def insert(transaction: Transaction, record: TreeRecord) -> None:
     """Raises Duplicate if the key is taken, Referenced if the parent is gone."""
     transaction.execute(
-        "INSERT INTO snapshots (id, namespace, key, kind, parent, chain, driver, image_id, created_ns, size_bytes,"
-        " inodes, quota_bytes, labels) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO snapshots (id, namespace, key, kind, parent, chain, driver, image_id, image_name, created_ns,"
+        " size_bytes, inodes, quota_bytes, labels) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             record.id, record.namespace, record.key, record.kind, record.parent, ",".join(map(str, record.chain)),
-            record.driver, record.image_id, record.created_ns, record.size_bytes, record.inodes, record.quota_bytes,
-            json.dumps(dict(record.labels)),
+            record.driver, record.image_id, record.image_name, record.created_ns,
+            record.size_bytes, record.inodes, record.quota_bytes, json.dumps(dict(record.labels)),
         ),
     )  # fmt: skip
 
@@ -137,11 +141,12 @@ def key_of(snapshot: Snapshot, tree: TreeId | None) -> str:
     return "" if row is None else str(row[0])
 
 
-def users_of_image(snapshot: Snapshot, namespace: str, image_id: str) -> list[str]:
-    """Keys of the active snapshots and views that were made from an image."""
+def users_of_image(snapshot: Snapshot, namespace: str, image_id: str, name: str | None = None) -> list[str]:
+    """Keys of the active snapshots and views that were made from an image, under a certain name or under any."""
     rows = snapshot.execute(
-        "SELECT key FROM snapshots WHERE namespace = ? AND image_id = ? AND kind != ? ORDER BY key",
-        (namespace, image_id, Kind.COMMITTED),
+        "SELECT key FROM snapshots WHERE namespace = ?1 AND image_id = ?2 AND (?3 IS NULL OR image_name = ?3)"
+        " AND kind != ?4 ORDER BY key",
+        (namespace, image_id, name, Kind.COMMITTED),
     )
     return [row[0] for row in rows]
 
@@ -158,7 +163,7 @@ def delete(transaction: Transaction, tree: TreeId) -> None:
 def commit(transaction: Transaction, record: TreeRecord, name: str, size_bytes: int, inodes: int) -> None:
     """Raises Duplicate."""
     transaction.execute(
-        "UPDATE snapshots SET key = ?, kind = ?, image_id = '', size_bytes = ?, inodes = ? WHERE id = ?",
+        "UPDATE snapshots SET key = ?, kind = ?, image_id = '', image_name = '', size_bytes = ?, inodes = ? WHERE id = ?",
         (name, Kind.COMMITTED, size_bytes, inodes, record.id),
     )
 
