@@ -1,5 +1,6 @@
 """What an image consists of, read from its blobs and kept in memory: blobs never change."""
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,16 +55,19 @@ class DetailsCache:
     def __init__(self, content: ContentStore) -> None:
         self._content = content
         self._kept: OrderedDict[Digest, Details] = OrderedDict()
+        self._lock = threading.Lock()  # lists are read on other threads
 
     def get(self, manifest: Descriptor) -> Details:
         """Reads two small files at the first time. Raises NotFound, InvalidArgument."""
-        details = self._kept.get(manifest.digest)
-        if details is None:
-            details = self._kept[manifest.digest] = self._read(manifest)
+        with self._lock:
+            if (details := self._kept.get(manifest.digest)) is not None:
+                self._kept.move_to_end(manifest.digest)
+                return details
+        details = self._read(manifest)
+        with self._lock:
+            self._kept[manifest.digest] = details
             if len(self._kept) > MAX_KEPT:
                 self._kept.popitem(last=False)
-        else:
-            self._kept.move_to_end(manifest.digest)
         return details
 
     def _read(self, descriptor: Descriptor) -> Details:

@@ -106,6 +106,10 @@ class Images:
             await self._unpack(record, details)
         return replace(record, chain_id=details.chain_id)
 
+    def is_empty(self, record: ImageRecord) -> bool:
+        """Whether the image has no layers at all. Reads its manifest, once."""
+        return not self._details.get(record.manifest).chain
+
     def _is_here(self, chain_id: str) -> bool:
         return self._database.read_sync(lambda s: trees.layer(s, chain_id, self._driver.name)) is not None
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from corral.images import leases, trees
+from corral.images import catalog, leases, trees
 from corral.images.catalog import ImageRecord
 from corral.images.collector import Collector
 from corral.images.errors import explained
@@ -40,6 +40,15 @@ class Prepared:
     image: ImageRecord | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What is here of what is wanted."""
+
+    image: ImageRecord | None
+    parent: TreeRecord | None
+    existing: TreeRecord | None
+
+
 class Snapshots:
     """See the module."""
 
@@ -55,22 +64,33 @@ class Snapshots:
     async def prepare(self, wanted: Wanted) -> Prepared:
         """Make the tree; the same call again finds it. Raises NotFound, AlreadyExists."""
         check_id(wanted.key, "snapshot key")
-        image = await self._images.unpacked(wanted.namespace, wanted.image) if wanted.image else None
-        existing, parent = self._database.read_sync(lambda s: self._look_up(s, wanted, image))
+        found = self._database.read_sync(lambda s: self._look_up(s, wanted))
+        if found is None:
+            with self._collector.pinned([(await self._images.unpacked(wanted.namespace, wanted.image)).chain_id]):
+                found = self._database.read_sync(lambda s: self._look_up(s, wanted))
+            if found is None:
+                raise _image_gone(wanted.image)
+        existing = found.existing
         if existing is None:
-            existing = await uninterrupted(self._make(wanted, image, parent))
+            existing = await uninterrupted(self._make(wanted, found))
         else:
-            self._check_same(wanted, existing, parent)
+            _check_same(wanted, existing, found.parent)
             if not wanted.lease:
                 await self._take_from_leases(wanted)
-        return Prepared(existing, self._mounts(existing), image)
+        return Prepared(existing, self._mounts(existing), found.image)
 
-    def _look_up(
-        self, snapshot: Snapshot, wanted: Wanted, image: ImageRecord | None
-    ) -> tuple[TreeRecord | None, TreeRecord | None]:
-        parent_key = image.chain_id if image else wanted.parent
-        parent = self._parent(snapshot, wanted.namespace, parent_key) if parent_key else None
-        return trees.own(snapshot, wanted.namespace, wanted.key), parent
+    def _look_up(self, snapshot: Snapshot, wanted: Wanted) -> _Found | None:
+        """All that prepare needs to know, in one read; None if the image has to be unpacked first."""
+        image = parent = None
+        if wanted.image:
+            image = catalog.find(snapshot, wanted.namespace, wanted.image)
+            if image.chain_id:
+                parent = trees.layer(snapshot, image.chain_id, self._driver.name)
+            if parent is None and not self._images.is_empty(image):
+                return None
+        elif wanted.parent:
+            parent = self._parent(snapshot, wanted.namespace, wanted.parent)
+        return _Found(image, parent, trees.own(snapshot, wanted.namespace, wanted.key))
 
     def _parent(self, snapshot: Snapshot, namespace: str, key: str) -> TreeRecord:
         found = trees.own(snapshot, namespace, key) or trees.layer(snapshot, key, self._driver.name)
@@ -82,15 +102,9 @@ class Snapshots:
             )
         return found
 
-    def _check_same(self, wanted: Wanted, existing: TreeRecord, parent: TreeRecord | None) -> None:
-        if existing.kind is not wanted.kind or existing.parent != (parent.id if parent else None):
-            raise AlreadyExists(
-                f"snapshot {wanted.key!r} already exists, on another parent: remove it, or choose another key",
-                reason="SNAPSHOT_EXISTS",
-            )
-
-    async def _make(self, wanted: Wanted, image: ImageRecord | None, parent: TreeRecord | None) -> TreeRecord:
+    async def _make(self, wanted: Wanted, found: _Found) -> TreeRecord:
         """Directories first, then the row: a crash in between leaves directories that nothing describes."""
+        image, parent = found.image, found.parent
         record = trees.new_record(
             self._ids.new(),
             namespace=wanted.namespace,
@@ -111,11 +125,11 @@ class Snapshots:
             existing = self._database.read_sync(lambda s: trees.own(s, wanted.namespace, wanted.key))
             if existing is None:
                 raise
-            self._check_same(wanted, existing, parent)
+            _check_same(wanted, existing, parent)
             return existing
         except Referenced as e:
             self._collector.remove_trees([record.id])
-            raise NotFound("the image was removed at the same moment: import it again", reason="NO_IMAGE") from e
+            raise _image_gone(wanted.image or wanted.parent) from e
         except OSError as e:
             self._collector.remove_trees([record.id])
             raise explained(e, f"cannot make snapshot {wanted.key!r}") from e
@@ -207,6 +221,18 @@ class Snapshots:
             raise explained(e, f"cannot commit snapshot {record.key!r}") from e
         await persist(self._database)
         return self.get(record.namespace, name)
+
+
+def _check_same(wanted: Wanted, existing: TreeRecord, parent: TreeRecord | None) -> None:
+    if existing.kind is not wanted.kind or existing.parent != (parent.id if parent else None):
+        raise AlreadyExists(
+            f"snapshot {wanted.key!r} already exists, on another parent: remove it, or choose another key",
+            reason="SNAPSHOT_EXISTS",
+        )
+
+
+def _image_gone(name: str) -> NotFound:
+    return NotFound(f"{name!r} was removed at the same moment: import it again", reason="NO_IMAGE")
 
 
 def _insert(transaction: Transaction, record: TreeRecord, wanted: Wanted) -> None:
