@@ -108,17 +108,13 @@ def set_propagation(path: Path, propagation: int, *, recursive: bool) -> None:
     """Make the mount at path (and those below it) private, slave, shared or unbindable."""
     attr = _MountAttr(0, 0, propagation, 0)
     flags = AT_RECURSIVE if recursive else 0
-    check(
-        _mount_setattr(AT_FDCWD, os.fsencode(path), flags, ctypes.byref(attr), _ATTR_SIZE), "mount_setattr", path
-    )
+    check(_mount_setattr(AT_FDCWD, os.fsencode(path), flags, ctypes.byref(attr), _ATTR_SIZE), "mount_setattr", path)
 
 
-def new_mount(
-    fstype: str, source: str | None = None, options: Iterable[str] = (), *, attributes: int = 0
-) -> int:
+def new_mount(fstype: str, source: str | None = None, options: Iterable[str] = (), *, attributes: int = 0) -> int:
     """A new, detached mount of a file system: an fd of its root.
 
-    options are `key=value` or `flag`, as in mount(8) -o without the per-mount ones, which are attributes (MOUNT_ATTR_*).
+    options are `key=value` or `flag` as in mount(8) -o; the per-mount ones are attributes (MOUNT_ATTR_*) instead.
     Raises OSError naming the file system and, where the kernel gave one, its reason.
     """
     context = check(_fsopen(fstype.encode(), _FSOPEN_CLOEXEC), "fsopen", fstype)

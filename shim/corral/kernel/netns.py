@@ -3,16 +3,18 @@
 Safe in a threaded process: the calling thread never changes its namespace; a thread of its own does, and ends.
 """
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from corral.kernel import mount
 from corral.kernel.namespaces import Kind, join, leave, open_namespace
-from corral.kernel.syscalls import Path
+from corral.kernel.syscalls import Path as AnyPath
 
 
-def create_pinned(path: Path) -> None:
+def create_pinned(path: AnyPath) -> None:
     """Make a new network namespace and pin it at path, which must not exist; its directory must.
 
     Raises FileExistsError where path is taken. On any failure nothing is left behind.
@@ -21,16 +23,16 @@ def create_pinned(path: Path) -> None:
     try:
         in_own_thread(lambda: _leave_and_pin(path))
     except BaseException:
-        os.unlink(path)
+        Path(os.fsdecode(path)).unlink()
         raise
 
 
-def _leave_and_pin(path: Path) -> None:
+def _leave_and_pin(path: AnyPath) -> None:
     leave(Kind.NETWORK.flag)
     mount.bind("/proc/thread-self/ns/net", path)
 
 
-def remove_pinned(path: Path) -> None:
+def remove_pinned(path: AnyPath) -> None:
     """Unpin the namespace at path and remove the file. What runs inside keeps the namespace until it ends.
 
     Removing what is not there (or not pinned) is no error.
@@ -42,13 +44,11 @@ def remove_pinned(path: Path) -> None:
     except OSError as e:
         if e.errno != 22:  # EINVAL: a plain file, not a mount: made, but never pinned
             raise
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        return
+    with contextlib.suppress(FileNotFoundError):
+        Path(os.fsdecode(path)).unlink()
 
 
-def in_namespace[T](path: Path, work: Callable[[], T]) -> T:
+def in_namespace[T](path: AnyPath, work: Callable[[], T]) -> T:
     """Run work inside the network namespace at path, on a thread of its own, and return what it returns."""
 
     def enter() -> T:
@@ -73,7 +73,7 @@ def in_own_thread[T](work: Callable[[], T]) -> T:
     def body() -> None:
         try:
             outcome.append(work())
-        except BaseException as e:
+        except BaseException as e:  # noqa: BLE001 - raised again on the caller's thread
             problem.append(e)
 
     thread = threading.Thread(target=body, name="corral-netns")

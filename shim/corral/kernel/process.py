@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from corral.kernel.syscalls import check, libc, syscall
+from corral.kernel.syscalls import check, libc
 
 CLONE_PIDFD = 0x00001000
 CLONE_CLEAR_SIGHAND = 0x100000000
@@ -131,7 +131,7 @@ _INFO_PID, _INFO_CREDS, _INFO_EXIT = 1, 2, 8
 def pidfd_info(pidfd: int) -> ProcessInfo:
     """PIDFD_GET_INFO, with the exit status even after somebody else reaped the process (Linux >= 6.15).
 
-    Raises OSError(ESRCH) when the process is gone and its status with it, ENOTTY or EINVAL on a kernel without the call.
+    Raises OSError(ESRCH) when the process is gone and its status with it; ENOTTY or EINVAL where the kernel lacks it.
     """
     request = _INFO.pack(_INFO_PID | _INFO_CREDS | _INFO_EXIT, *[0] * 13)
     fields = _INFO.unpack(fcntl.ioctl(pidfd, _PIDFD_GET_INFO, request))
@@ -155,7 +155,7 @@ def set_child_subreaper() -> None:
 
 
 def set_dumpable(dumpable: bool) -> None:
-    """Non-dumpable: nobody but a fully privileged process can ptrace this one or follow its /proc/<pid>/{exe,fd,root}."""
+    """Non-dumpable: only a fully privileged process can ptrace this one or follow its /proc/<pid>/{exe,fd,root}."""
     check(_prctl(_PR_SET_DUMPABLE, int(dumpable), 0, 0, 0), "prctl PR_SET_DUMPABLE")
 
 
@@ -180,7 +180,7 @@ def set_name(name: str) -> None:
 
 
 def reset_signals() -> None:
-    """Every signal back to its default action: what is ignored would stay ignored over exec (Python ignores SIGPIPE)."""
+    """Every signal back to its default action: an ignored one would stay so over exec (Python ignores SIGPIPE)."""
     for number in signal.valid_signals():
         if signal.getsignal(number) not in (signal.SIG_DFL, None):
             signal.signal(number, signal.SIG_DFL)

@@ -58,7 +58,8 @@ def syscall(name: str, *argument_types: object) -> Call:
     function = prototype(("syscall", _libc))
 
     def call(*arguments: object) -> int:
-        return function(number, *arguments)
+        result: int = function(number, *arguments)
+        return result
 
     return call
 

@@ -22,9 +22,7 @@ def open_master(devpts: int) -> int:
     try:
         status = os.fstat(master)
         if not (
-            stat.S_ISCHR(status.st_mode)
-            and status.st_rdev == _PTMX
-            and filesystem_magic(master) == DEVPTS_SUPER_MAGIC
+            stat.S_ISCHR(status.st_mode) and status.st_rdev == _PTMX and filesystem_magic(master) == DEVPTS_SUPER_MAGIC
         ):
             raise OSError(19, "the container's /dev/pts/ptmx is not a pseudo terminal multiplexer")
         fcntl.ioctl(master, _TIOCSPTLCK, struct.pack("i", 0))

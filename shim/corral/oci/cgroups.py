@@ -1,8 +1,8 @@
 """Putting a new process into its cgroups without waiting.
 
-Moving another process writes its pid to cgroup.procs, for which the kernel waits out an RCU grace period (milliseconds).
-Two ways need no wait: in v2 a process can be born inside (CLONE_INTO_CGROUP), and in v1 a thread may move itself by
-writing 0 to `tasks`.
+Moving another process writes its pid to cgroup.procs, for which the kernel waits out an RCU grace period, for
+milliseconds. Two ways need no wait: in v2 a process can be born inside (CLONE_INTO_CGROUP), and in v1 a thread may move
+itself by writing 0 to `tasks`.
 """
 
 import os

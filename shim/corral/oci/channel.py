@@ -1,7 +1,7 @@
 """Between the runtime and the process it sets up: one SOCK_SEQPACKET socket pair, close-on-exec on both ends.
 
-    child -> parent   {"ready": true}  +     the pty master, if there is one      set-up is done
-    child -> parent   {"error": KIND, "errno": N, "message": "…"}                  set-up or exec failed; the child exits
+    child -> parent   {"ready": true} + the pty master, if there is one            set-up is done
+    child -> parent   {"error": KIND, "errno": N, "message": "…"}                  it, or exec, failed; the child exits
     parent -> child   b"start"                                                     execute the program
     child -> parent   end of file without a message                                the program was executed
 

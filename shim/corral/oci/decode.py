@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Mapping
 from enum import Enum
 
-type JSON = None | bool | int | float | str | list[JSON] | dict[str, JSON]
+type JSON = bool | int | float | str | list[JSON] | dict[str, JSON] | None
 type _Decoder = Callable[[object, str], object]
 
 
@@ -23,14 +23,18 @@ class Range:
     high: int
 
 
-def decode[T](cls: type[T], value: object, path: str = "") -> T:
+class _Dataclass(typing.Protocol):
+    __dataclass_fields__: typing.ClassVar[dict[str, "dataclasses.Field[typing.Any]"]]
+
+
+def decode[T: _Dataclass](cls: type[T], value: object, path: str = "") -> T:
     """An instance of the dataclass cls from a JSON object. Raises ValueError naming the member that is wrong."""
     return typing.cast(T, _for_dataclass(cls)(value, path))
 
 
 def encode(value: object) -> JSON:
     """The JSON of a dataclass instance (or a part of one); members that hold their default are left out."""
-    if value is None or isinstance(value, (bool, int, float, str)) and not isinstance(value, Enum):
+    if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, Enum)):
         return value
     if isinstance(value, Enum):
         return encode(value.value)
@@ -63,7 +67,7 @@ _ACRONYMS = {"io": "IO", "oom": "OOM", "id": "ID"}
 
 
 @functools.cache
-def _for_dataclass(cls: type) -> _Decoder:
+def _for_dataclass(cls: type[_Dataclass]) -> _Decoder:
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = [(f.name, json_name(f.name), _for(hints[f.name])) for f in dataclasses.fields(cls)]
     required = [

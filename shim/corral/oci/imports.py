@@ -13,7 +13,7 @@ class _Closed:
     """A finder that refuses, so that no other is asked and no warning about an empty meta_path is tried."""
 
     @staticmethod
-    def find_spec(name: str, path: object = None, target: object = None) -> NoReturn:
+    def find_spec(name: str, _path: object = None, _target: object = None) -> NoReturn:
         raise ImportError(f"{name} can't be imported: this process is inside a container")
 
 

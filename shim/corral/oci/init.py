@@ -66,7 +66,7 @@ def run_init(
         if not channel.wait_for_start():
             os._exit(1)
         programs.execute(program)
-    except BaseException as e:
+    except BaseException as e:  # noqa: BLE001 - a fork of the runtime must not run on in its code
         report_and_exit(channel, e)
 
 

@@ -1,7 +1,7 @@
 """A process that joins a running container (exec), from its birth to execve.
 
-It is born in the container's PID namespace and the other namespaces are entered at once by the pidfd of init. Everything
-in there, /dev and /proc included, may have been exchanged by the container since.
+It is born in the container's PID namespace, and enters the others at once by the pidfd of init. Everything in there,
+/dev and /proc included, may have been exchanged by the container since.
 """
 
 import os
@@ -50,7 +50,7 @@ def run_joined(
         channel.send_ready(master)
         process.close_fds([0, 1, 2, channel.fileno()])
         programs.execute(program)
-    except BaseException as e:
+    except BaseException as e:  # noqa: BLE001 - a fork of the runtime must not run on in its code
         report_and_exit(channel, e)
 
 

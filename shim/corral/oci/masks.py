@@ -20,7 +20,7 @@ _NULL = os.makedev(1, 3)
 
 @dataclass(frozen=True, slots=True)
 class MaskedPaths(Step):
-    """Cover directories with an empty read-only tmpfs (one for all) and files with /dev/null; what is absent is skipped."""
+    """Cover directories with an empty read-only tmpfs (one for all), files with /dev/null; skip what is absent."""
 
     masked: tuple[str, ...]
 

@@ -90,7 +90,7 @@ def parse(options: Iterable[str]) -> MountOptions:
             bind, bind_recursive = True, option == "rbind"
         elif option == "tmpcopyup":
             copy_up = True
-        elif option in _PROPAGATION or option[:1] == "r" and option[1:] in _PROPAGATION:
+        elif option in _PROPAGATION or (option[:1] == "r" and option[1:] in _PROPAGATION):
             propagation_recursive = option not in _PROPAGATION
             propagation = _PROPAGATION[option[1:] if propagation_recursive else option]
         elif (changed := _changed(plain, option)) is not None:

@@ -4,11 +4,18 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from corral.kernel import mount, overlay, paths
-from corral.kernel.mount import MOUNT_ATTR__ATIME, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID
-from corral.kernel.mount import MOUNT_ATTR_RDONLY, MS_PRIVATE
+from corral.kernel.mount import (
+    MOUNT_ATTR__ATIME,
+    MOUNT_ATTR_NODEV,
+    MOUNT_ATTR_NOEXEC,
+    MOUNT_ATTR_NOSUID,
+    MOUNT_ATTR_RDONLY,
+    MS_PRIVATE,
+)
 from corral.kernel.syscalls import (
     AT_FDCWD,
     CGROUP2_SUPER_MAGIC,
@@ -127,9 +134,7 @@ class NewFilesystem(Step):
             data += _mode_of_covered(stage.root, self.destination)
         with _place(stage, self.destination, directory=True, follow=kernel_magic is None) as target:
             _check_place(target, self.destination, kernel_magic)
-            tree = _new(
-                self.fstype, self.source, data, attributes.set | (attributes.atime or 0), stage
-            )
+            tree = _new(self.fstype, self.source, data, attributes.set | (attributes.atime or 0), stage)
             mount.move_mount(tree, target, what=self.fstype, where=self.destination)
             _dress(tree, self.options.recursive, recursive=True)
         if self.options.propagation:
@@ -263,7 +268,7 @@ def _mode_of_covered(root: int, destination: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _place(stage: Stage, destination: str, *, directory: bool, follow: bool = True):  # type: ignore[no-untyped-def]
+def _place(stage: Stage, destination: str, *, directory: bool, follow: bool = True) -> Iterator[int]:
     """The mount point inside the root, made where it is missing."""
     try:
         make = paths.make_directory_in_root if directory else paths.make_file_in_root
@@ -274,12 +279,12 @@ def _place(stage: Stage, destination: str, *, directory: bool, follow: bool = Tr
                 stage.root, destination, os.O_PATH | os.O_DIRECTORY, resolve=paths.RESOLVE_NO_SYMLINKS
             )
     except OSError as e:
-        raise ExecFailed(SETUP, f"mount {destination}: {_sentence(e, destination)}") from e
+        raise ExecFailed(SETUP, f"mount {destination}: {_sentence(e)}") from e
     with paths.opened(target):
         yield target
 
 
-def _sentence(e: OSError, destination: str) -> str:
+def _sentence(e: OSError) -> str:
     match e.errno:
         case errno.ELOOP:
             return "a symbolic link stands in the way in the image"

@@ -1,8 +1,9 @@
 """From a specification to the list of steps that set a container up. Pure: nothing here touches the kernel."""
 
-import os
 from collections.abc import Sequence
+from pathlib import Path
 
+from corral.kernel.mount import MOUNT_ATTR_RDONLY
 from corral.kernel.namespaces import Kind
 from corral.oci import mount_options
 from corral.oci.devices import Console, DeviceLink, DeviceNode
@@ -11,7 +12,6 @@ from corral.oci.mount_options import Attributes
 from corral.oci.mounts import BindMount, CgroupMount, NewFilesystem, ReadonlyRoot, RootFilesystem
 from corral.oci.spec import Device, DeviceType, Mount, Spec
 from corral.oci.stage import Step
-from corral.kernel.mount import MOUNT_ATTR_RDONLY
 
 DEFAULT_DEVICES = tuple(
     Device(path=f"/dev/{name}", type=DeviceType.CHAR, major=major, minor=minor, file_mode=0o666)
@@ -57,7 +57,7 @@ def steps_of(
         steps.append(ReadonlyPaths(spec.linux.readonly_paths))
     if spec.linux.masked_paths:
         steps.append(MaskedPaths(spec.linux.masked_paths))
-    if spec.root is not None and spec.root.readonly or root.options.attributes.set & MOUNT_ATTR_RDONLY:
+    if (spec.root is not None and spec.root.readonly) or root.options.attributes.set & MOUNT_ATTR_RDONLY:
         steps.append(ReadonlyRoot())
     return steps
 
@@ -66,12 +66,12 @@ def _root(spec: Spec, bundle: str, rootfs: Sequence[Mount]) -> RootFilesystem:
     if rootfs:
         mount = rootfs[0]
         options = _options(mount, "rootfs[0]")
-        source = os.path.join(bundle, mount.source) if options.bind else mount.source
+        source = str(Path(bundle, mount.source)) if options.bind else mount.source
         return RootFilesystem(mount.type, source, options)
     if spec.root is None:
         raise ValueError("root: missing")
     options = mount_options.MountOptions(bind=True, bind_recursive=True, attributes=Attributes())
-    return RootFilesystem("bind", os.path.join(bundle, spec.root.path), options)
+    return RootFilesystem("bind", str(Path(bundle, spec.root.path)), options)
 
 
 def _options(mount: Mount, path: str) -> mount_options.MountOptions:
@@ -91,7 +91,7 @@ def _mount(mount: Mount, path: str, bundle: str, cgroups: Sequence[str]) -> Step
     if options.bind:
         if not mount.source:
             raise ValueError(f"{path}.source: missing")
-        return BindMount(mount.destination, os.path.join(bundle, mount.source), options)
+        return BindMount(mount.destination, str(Path(bundle, mount.source)), options)
     if mount.type in ("cgroup", "cgroup2"):
         return CgroupMount(mount.destination, tuple(cgroups), options)
     if not mount.type:

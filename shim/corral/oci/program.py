@@ -96,7 +96,7 @@ def capability_sets(wanted: Capabilities | None, available: int) -> CapabilitySe
 
 
 def adjust_oom_score(wanted: int | None) -> None:
-    """Write /proc/self/oom_score_adj of the host's procfs. Without CAP_SYS_RESOURCE it can only be raised: then it stays."""
+    """Set the OOM score, by the host's procfs. Without CAP_SYS_RESOURCE it can't be lowered: then it stays."""
     if wanted is None:
         return
     fd = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
@@ -132,9 +132,7 @@ def _drop_privileges(program: Program) -> None:
     os.setresgid(program.gid, program.gid, program.gid)
     os.setresuid(program.uid, program.uid, program.uid)
     process.set_keep_capabilities(False)
-    capabilities.set_process(
-        effective=sets.effective, permitted=sets.permitted, inheritable=sets.inheritable
-    )
+    capabilities.set_process(effective=sets.effective, permitted=sets.permitted, inheritable=sets.inheritable)
     capabilities.set_ambient(sets.ambient)
 
 
@@ -156,7 +154,7 @@ def enter_directory(root: int, cwd: str) -> None:
     try:
         with paths.opened(paths.open_in_root(root, cwd, os.O_PATH | os.O_DIRECTORY)) as fd:
             os.fchdir(fd)
-        inside = os.getcwd().startswith("/")
+        inside = os.getcwd().startswith("/")  # noqa: PTH109 - the string that the kernel gave is what is judged
     except FileNotFoundError as e:
         raise ExecFailed(EXEC_NOT_FOUND, f"chdir to cwd ({cwd!r}): no such file or directory") from e
     except OSError as e:
@@ -174,7 +172,7 @@ def execute(program: Program) -> NoReturn:
     denied: OSError | None = None
     for candidate in candidates(name, program.env["PATH"]):
         try:
-            os.execve(candidate, program.args, program.env)
+            os.execve(candidate, program.args, program.env)  # noqa: S606
         except (FileNotFoundError, NotADirectoryError):
             continue
         except PermissionError as e:
@@ -184,8 +182,8 @@ def execute(program: Program) -> NoReturn:
     if denied is not None:
         raise _denied(name, denied)
     if "/" in name:
-        raise ExecFailed(EXEC_NOT_FOUND, f'exec "{name}": no such file or directory')
-    raise ExecFailed(EXEC_NOT_FOUND, f'exec "{name}": executable file not found in $PATH')
+        raise ExecFailed(EXEC_NOT_FOUND, f'exec: "{name}": no such file or directory')
+    raise ExecFailed(EXEC_NOT_FOUND, f'exec: "{name}": executable file not found in $PATH')
 
 
 def candidates(name: str, path: str) -> Iterable[str]:
@@ -197,4 +195,4 @@ def candidates(name: str, path: str) -> Iterable[str]:
 
 def _denied(name: str, error: OSError) -> ExecFailed:
     reason = "exec format error" if error.errno == errno.ENOEXEC else (error.strerror or str(error)).lower()
-    return ExecFailed(EXEC_DENIED, f'exec "{name}": {reason}')
+    return ExecFailed(EXEC_DENIED, f'exec: "{name}": {reason}')

@@ -7,8 +7,9 @@
     os.waitid(os.P_PIDFD, container.init.pidfd, os.WEXITED)
 
 Everything here is synchronous and for a single-threaded process: the shim. Processes made are children of the caller,
-who reaps them. What goes wrong raises ExecFailed (about the container) or OSError (about the host), or ValueError (about
-the specification, before anything was done); then no process is left, and with it no namespace or mount.
+who must reap every one of them: init's exit waits, in the kernel, for all exec'ed processes to be reaped. What goes
+wrong raises ExecFailed (about the container), OSError (about the host) or ValueError (about the specification, before
+anything was done); then no process is left, and with it no namespace or mount.
 """
 
 import contextlib
@@ -82,7 +83,7 @@ class Container:
     def start(self) -> None:
         """Let init execute its program; returns once it did.
 
-        Raises ExecFailed (exec_not_found, exec_denied, setup) if it can't: init is ending then, and the caller's to reap.
+        Raises ExecFailed (exec_not_found, exec_denied, setup) if it can't; init is ending then, for the caller to reap.
         """
         if self._channel is None:
             raise ExecFailed(SETUP, "the container was started already")
@@ -191,9 +192,7 @@ def _init_plan(
         console_size = (box.width, box.height)
     return InitPlan(
         bundle=bundle,
-        steps=tuple(
-            plans.steps_of(spec, bundle=bundle, rootfs=rootfs, cgroups=cgroups, console_size=console_size)
-        ),
+        steps=tuple(plans.steps_of(spec, bundle=bundle, rootfs=rootfs, cgroups=cgroups, console_size=console_size)),
         program=program_of(spec.process, user=user, seccomp=filter_of(spec.linux.seccomp)),
         terminal=spec.process.terminal,
         hostname=spec.hostname,
@@ -215,9 +214,7 @@ def _children_in(pid_namespace: int, path: str) -> Iterator[None]:
         yield
 
 
-def _await_ready(
-    parent: ParentEnd, child: ChildEnd, pid: int, pidfd: int
-) -> tuple[ProcessHandle, ParentEnd]:
+def _await_ready(parent: ParentEnd, child: ChildEnd, pid: int, pidfd: int) -> tuple[ProcessHandle, ParentEnd]:
     child.close()
     try:
         console = parent.receive_ready()

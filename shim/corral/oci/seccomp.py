@@ -1,9 +1,114 @@
-"""From the seccomp section of config.json to a filter, compiled once per profile."""
+"""From the seccomp section of config.json to a filter, compiled once per profile.
 
-from corral.kernel.seccomp import Filter
-from corral.oci.spec import Seccomp
+Source: runtime-spec config-linux.md "seccomp"; what it leaves open is as runc does it.
+"""
+
+from functools import lru_cache
+
+from corral.kernel.seccomp import Architecture, Compare, Condition, Filter, Profile, Rule, compile_profile, rules
+from corral.kernel.syscalls import MACHINE
+from corral.oci.spec import Action, Operator, Seccomp, SeccompArg, SeccompSyscall
+
+EPERM, ENOSYS = 1, 38
+
+_NATIVE = {"x86_64": Architecture.X86_64, "aarch64": Architecture.AARCH64}[MACHINE]
+_ARCHITECTURES = {f"SCMP_ARCH_{architecture.name}": architecture for architecture in Architecture}
+# Of the others only these can run here; the rest of a profile's list is about other machines.
+_POSSIBLE = {
+    Architecture.X86_64: (Architecture.X86_64, Architecture.X32, Architecture.X86),
+    Architecture.AARCH64: (Architecture.AARCH64, Architecture.ARM),
+}[_NATIVE]
+_RETURNS = {
+    Action.KILL_PROCESS: rules.KILL_PROCESS,
+    Action.KILL_THREAD: rules.KILL_THREAD,
+    Action.KILL: rules.KILL_THREAD,
+    Action.TRAP: rules.TRAP,
+    Action.ERRNO: rules.ERRNO,
+    Action.TRACE: rules.TRACE,
+    Action.ALLOW: rules.ALLOW,
+    Action.LOG: rules.LOG,
+}
+_COMPARES = {
+    Operator.NE: Compare.NE,
+    Operator.LT: Compare.LT,
+    Operator.LE: Compare.LE,
+    Operator.EQ: Compare.EQ,
+    Operator.GE: Compare.GE,
+    Operator.GT: Compare.GT,
+}
 
 
+@lru_cache(maxsize=16)
 def filter_of(profile: Seccomp | None) -> Filter | None:
-    """The compiled filter of a profile."""
-    return None
+    """The compiled filter of a profile. Raises ValueError naming what can't be honoured."""
+    if profile is None:
+        return None
+    return Filter(compile_profile(to_profile(profile)), _flags(profile))
+
+
+def to_profile(profile: Seccomp) -> Profile:
+    """The profile in the compiler's terms."""
+    if profile.listener_path:
+        raise ValueError("linux.seccomp.listenerPath: a notification listener is not supported yet")
+    default = _return(profile.default_action, profile.default_errno_ret, "linux.seccomp.defaultAction")
+    # A call younger than the profile must look like one the kernel lacks, else libc can't fall back to an older one.
+    unknown = rules.ERRNO | ENOSYS if default == rules.ERRNO | EPERM else default
+    return Profile(default, unknown, _architectures(profile), tuple(_rules(profile)))
+
+
+def _architectures(profile: Seccomp) -> tuple[Architecture, ...]:
+    found = [_NATIVE]
+    for i, name in enumerate(profile.architectures):
+        if not name.startswith("SCMP_ARCH_"):
+            raise ValueError(f"linux.seccomp.architectures[{i}]: unknown architecture {name!r}")
+        architecture = _ARCHITECTURES.get(name)
+        if architecture in _POSSIBLE and architecture not in found:
+            found.append(architecture)
+    return tuple(found)
+
+
+def _rules(profile: Seccomp) -> list[Rule]:
+    found: list[Rule] = []
+    for i, rule in enumerate(profile.syscalls):
+        action = _return(rule.action, rule.errno_ret, f"linux.seccomp.syscalls[{i}].action")
+        found += [Rule(rule.names, action, conditions) for conditions in _alternatives(rule)]
+    return found
+
+
+def _alternatives(rule: SeccompSyscall) -> list[tuple[Condition, ...]]:
+    """Conditions on different arguments must all hold; two on the same argument are alternatives (as in runc)."""
+    conditions = tuple(_condition(argument) for argument in rule.args)
+    if len({condition.index for condition in conditions}) < len(conditions):
+        return [(condition,) for condition in conditions]
+    return [conditions]
+
+
+def _condition(argument: SeccompArg) -> Condition:
+    if argument.op is Operator.MASKED_EQ:
+        return Condition(argument.index, Compare.MASKED_EQ, argument.value_two, argument.value)
+    return Condition(argument.index, _COMPARES[argument.op], argument.value)
+
+
+def _return(action: Action, errno_ret: int | None, path: str) -> int:
+    value = _RETURNS.get(action)
+    if value is None:
+        raise ValueError(f"{path}: {action.value} is not supported yet")
+    if action in (Action.ERRNO, Action.TRACE):
+        data = EPERM if errno_ret is None else errno_ret
+        if data > 0xFFFF:
+            raise ValueError(f"{path}: errnoRet {data} does not fit in 16 bits")
+        return value | data
+    if errno_ret:
+        raise ValueError(f"{path}: {action.value} takes no errnoRet")
+    return value
+
+
+def _flags(profile: Seccomp) -> int:
+    if not profile.flags:
+        return rules.FLAGS["SECCOMP_FILTER_FLAG_SPEC_ALLOW"]
+    mask = 0
+    for i, flag in enumerate(profile.flags):
+        if flag not in rules.FLAGS:
+            raise ValueError(f"linux.seccomp.flags[{i}]: unknown flag {flag!r}")
+        mask |= rules.FLAGS[flag]
+    return mask & ~rules.FLAGS["SECCOMP_FILTER_FLAG_TSYNC"]  # one thread: nothing to synchronise

@@ -12,8 +12,7 @@ from corral.kernel.namespaces import Kind
 from corral.oci.errors import SETUP, ExecFailed
 
 _IPC = frozenset(
-    "kernel/" + name
-    for name in ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced")
+    "kernel/" + name for name in ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced")
 )
 
 

@@ -1,5 +1,7 @@
-"""Seccomp filters: compiled from a table of rules to BPF, and loaded."""
+"""Seccomp filters: profiles as values, compiled to BPF, and loaded."""
 
+from corral.kernel.seccomp.compiler import compile_profile
 from corral.kernel.seccomp.load import Filter, load
+from corral.kernel.seccomp.rules import Architecture, Compare, Condition, Profile, Rule
 
-__all__ = ["Filter", "load"]
+__all__ = ["Architecture", "Compare", "Condition", "Filter", "Profile", "Rule", "compile_profile", "load"]
