@@ -54,7 +54,7 @@ def parse_profile(text: str, host: Host) -> Seccomp:
 
 
 def _rules(profile: Mapping[str, object], host: Host) -> list[dict[str, object]]:
-    rules = profile.get("syscalls") or []
+    rules = profile.get("syscalls", [])
     if not isinstance(rules, list):
         raise ValueError("syscalls is no list")
     return [_plain(rule) for rule in rules if _applies(rule, host)]

@@ -20,7 +20,7 @@ from corral.engine.merge import Merger, merged_event_to_wire
 from corral.engine.records import ContainerRecord
 from corral.engine.recovery import Recovery
 from corral.engine.removal import Removal
-from corral.engine.streams import Streams, handlers
+from corral.engine.streams import Streams, register
 from corral.engine.system import System
 from corral.engine.task_making import TaskMaking
 from corral.engine.updates import Updates
@@ -52,9 +52,9 @@ class EngineService:
         self._merger: Merger | None = None
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
-        """Add the servicers. Attach and Logs go through unparsed, so their handlers come first."""
-        server.add_generic_rpc_handlers((handlers(self._open_streams),))
+        """Add the servicers; Attach and Logs go through unparsed."""
         engine_pb2_grpc.add_ContainersServicer_to_server(self._containers, server)
+        register(self._open_streams, server)
         engine_pb2_grpc.add_VolumesServicer_to_server(self._volumes, server)
         engine_pb2_grpc.add_SystemServicer_to_server(self._system, server)
         return [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]

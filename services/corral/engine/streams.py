@@ -44,7 +44,8 @@ class Streams:
         readers.add(task)
         sending = asyncio.ensure_future(_send(call, message.SerializeToString(), requests))
         try:
-            async for response in call:
+            # Not "async for": gRPC does not allow it beside write().
+            while isinstance(response := await call.read(), bytes):
                 await context.write(response)
         finally:
             sending.cancel()
@@ -76,8 +77,11 @@ async def _send(call: Any, first: bytes, requests: AsyncIterator[bytes]) -> None
         pass  # the call has ended, and whoever reads it says why
 
 
-def handlers(streams: Callable[[], Streams]) -> grpc.GenericRpcHandler:
-    """The two methods of corral.engine.v1.Containers, without (de)serializers. `streams` is asked at each call."""
+SERVICE = "corral.engine.v1.Containers"
+
+
+def register(streams: Callable[[], Streams], server: grpc.aio.Server) -> None:
+    """Put the two methods in the place of the servicer's, without (de)serializers. `streams` is asked at each call."""
 
     async def attach(requests: AsyncIterator[bytes], context: _Context) -> None:
         await streams().attach(requests, context)
@@ -85,10 +89,8 @@ def handlers(streams: Callable[[], Streams]) -> grpc.GenericRpcHandler:
     async def logs(request: bytes, context: _Context) -> None:
         await streams().logs(request, context)
 
-    return grpc.method_handlers_generic_handler(
-        "corral.engine.v1.Containers",
-        {
-            "Attach": grpc.stream_stream_rpc_method_handler(attach),
-            "Logs": grpc.unary_stream_rpc_method_handler(logs),
-        },
-    )
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Attach": grpc.stream_stream_rpc_method_handler(attach),
+        "Logs": grpc.unary_stream_rpc_method_handler(logs),
+    }
+    server.add_registered_method_handlers(SERVICE, handlers)
