@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 
 _CHUNK = 65536
+_PAGE = 4096
 
 UNLIMITED = -1
 """What this library calls "no limit", as the OCI runtime-spec does."""
@@ -27,10 +28,11 @@ def read_bytes(path: str) -> bytes:
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        # A short read does not mean the end: seq files return what fits in the kernel's own page.
-        parts = []
-        while part := os.read(fd, _CHUNK):
-            parts.append(part)
+        # A short read need not be the end: of many records the kernel gives what fits in a page of its own. But
+        # one this short is, and saves a call for most files.
+        parts = [os.read(fd, _CHUNK)]
+        while len(parts[-1]) >= _PAGE // 2:
+            parts.append(os.read(fd, _CHUNK))
         return b"".join(parts)
     except OSError as e:
         raise OSError(e.errno, f"cannot read: {e.strerror}", path) from e

@@ -2,10 +2,10 @@
 
 import contextlib
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol
 
 from corral.kernel.cgroup import files
 
@@ -17,8 +17,12 @@ class Step(Protocol):
         """What apply() would do, on one line."""
         ...
 
-    def apply(self) -> "Step":
-        """Make the change and return the step that undoes it; raises OSError if nothing was changed."""
+    def inverse(self) -> "Step | None":
+        """The step that undoes this one, asked for before it is made; None if there is none."""
+        ...
+
+    def apply(self) -> None:
+        """Make the change. Raises OSError, and then nothing has changed."""
         ...
 
 
@@ -36,33 +40,46 @@ class Write:
         """As a shell would do it."""
         return f"echo {self.value!r} > {self.path}"
 
-    def apply(self) -> Self:
-        """Write, having read the old content."""
-        try:
+    def inverse(self) -> "Write":
+        """The write of what the file holds now."""
+        with _missing(self):
             # An empty write would never reach the kernel; a newline clears a list such as cpuset.cpus.
             old = self.undo if self.undo is not None else files.read(self.path) or "\n"
+        return Write(self.undo_path or self.path, old)
+
+    def apply(self) -> None:
+        """Write."""
+        with _missing(self):
             files.write(self.path, self.value)
-        except OSError as e:
-            if e.errno not in (errno.ENOENT, errno.ENODEV) or not Path(self.path).parent.exists():
-                raise
-            # It is not the cgroup that is missing.
-            if e.errno == errno.ENODEV:
-                raise invalid(self.path, f"cannot write {self.value!r}: there is no such device") from e
-            raise unsupported(self.path, f"this kernel cannot set {Path(self.path).name}") from e
-        return type(self)(self.undo_path or self.path, old, self.value, self.path)
 
 
-def run(steps: Sequence[Step]) -> None:
-    """Make all changes or none.
+@contextlib.contextmanager
+def _missing(step: Write) -> Iterator[None]:
+    """Tell a file or device that is missing from a cgroup that is."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOENT, errno.ENODEV) or not Path(step.path).parent.exists():
+            raise
+        if e.errno == errno.ENODEV:
+            raise invalid(step.path, f"cannot write {step.value!r}: there is no such device") from e
+        raise unsupported(step.path, f"this kernel cannot set {Path(step.path).name}") from e
+
+
+def run(steps: Sequence[Step], *, undo: bool = True) -> None:
+    """Make all changes or none; with undo=False, for what is thrown away if it fails, spare the preparation.
 
     Raises the OSError of the one that was refused, after the ones before it were taken back.
     """
-    undo: list[Step] = []
+    back: list[Step] = []
     try:
         for step in steps:
-            undo.append(step.apply())  # noqa: PERF401 - what was done must be in the list when one fails
+            inverse = step.inverse() if undo else None
+            step.apply()
+            if inverse:
+                back.append(inverse)
     except OSError:
-        for step in reversed(undo):
+        for step in reversed(back):
             with contextlib.suppress(OSError):  # a cgroup removed meanwhile must not hide the cause
                 step.apply()
         raise

@@ -6,7 +6,7 @@ Source: kernel cgroup-v1/hugetlb.rst; OCI config-linux "Huge page limits".
 from collections.abc import Sequence
 from pathlib import Path
 
-from corral.kernel.cgroup import files
+from corral.kernel.cgroup import files, hugepages
 from corral.kernel.cgroup.resources import HugetlbLimit
 from corral.kernel.cgroup.stats import HugetlbStats
 from corral.kernel.cgroup.steps import Step, Write, unsupported
@@ -34,7 +34,6 @@ def plan(directory: str, wanted: Sequence[HugetlbLimit]) -> list[Step]:
 
 def read(directory: str) -> tuple[HugetlbStats, ...]:
     """Usage of each page size that this kernel has."""
-    sizes = [path.name.split(".")[1] for path in sorted(Path(directory).glob(LIMIT.format("[!.]*B")))]
     return tuple(
         HugetlbStats(
             size,
@@ -42,5 +41,5 @@ def read(directory: str) -> tuple[HugetlbStats, ...]:
             max_bytes=files.read_number(f"{directory}/{PEAK.format(size)}"),
             failures=files.read_number(f"{directory}/{FAILCNT.format(size)}"),
         )
-        for size in sizes
+        for size in hugepages.sizes()
     )

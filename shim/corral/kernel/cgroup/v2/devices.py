@@ -6,7 +6,6 @@ Source: kernel cgroup-v2.rst "Device controller"; bpf(2); include/uapi/linux/bpf
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 from corral.kernel.cgroup import bpf
 from corral.kernel.cgroup.bpf import Instruction
@@ -36,7 +35,10 @@ class AttachDevices:
         default = "allow" if self.access.allowed else "deny"
         return f"bpf device program on {self.directory}: {default}, {len(self.access.exceptions)} exceptions"
 
-    def apply(self) -> Self:
+    def inverse(self) -> None:
+        """None: see above."""
+
+    def apply(self) -> None:
         """Load, attach, then detach what was there: while both are attached, both must allow."""
         program = bpf.load_device_program(assemble(self.access))
         try:
@@ -50,7 +52,6 @@ class AttachDevices:
                 os.close(cgroup)
         finally:
             os.close(program)
-        return self
 
 
 def plan(directory: str, wanted: Sequence[DeviceRule]) -> list[Step]:

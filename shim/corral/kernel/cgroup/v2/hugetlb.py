@@ -6,7 +6,7 @@ Source: kernel cgroup-v2.rst "HugeTLB"; OCI config-linux "Huge page limits".
 from collections.abc import Sequence
 from pathlib import Path
 
-from corral.kernel.cgroup import files
+from corral.kernel.cgroup import files, hugepages
 from corral.kernel.cgroup.resources import HugetlbLimit
 from corral.kernel.cgroup.stats import HugetlbStats
 from corral.kernel.cgroup.steps import Step, Write, unsupported
@@ -32,13 +32,16 @@ def plan(directory: str, wanted: Sequence[HugetlbLimit]) -> list[Step]:
 
 
 def read(directory: str) -> tuple[HugetlbStats, ...]:
-    """Usage of each page size that this kernel has."""
-    sizes = [path.name.split(".")[1] for path in sorted(Path(directory).glob(CURRENT.format("[!.]*B")))]
-    return tuple(
-        HugetlbStats(
-            size,
-            usage_bytes=files.read_number(f"{directory}/{CURRENT.format(size)}"),
-            failures=files.flat_keyed(files.read(f"{directory}/{EVENTS.format(size)}")).get("max", 0),
-        )
-        for size in sizes
+    """Usage of each page size that this kernel has; none if the controller was not turned on for the cgroup."""
+    try:
+        return tuple(_read(directory, size) for size in hugepages.sizes())
+    except FileNotFoundError:
+        return ()
+
+
+def _read(directory: str, size: str) -> HugetlbStats:
+    return HugetlbStats(
+        size,
+        usage_bytes=files.read_number(f"{directory}/{CURRENT.format(size)}"),
+        failures=files.flat_keyed(files.read(f"{directory}/{EVENTS.format(size)}")).get("max", 0),
     )
