@@ -7,9 +7,9 @@ costs a second look at the rows and never gives an address out twice.
 from collections.abc import Iterable
 from ipaddress import ip_address
 
-from corral.network.ipam import Address, Exhausted, Pool
+from corral.network.ipam import Address, Exhausted, Pool, unusable
 from corral.network.model import Network, Range
-from corral.rpc.errors import FailedPrecondition, ResourceExhausted
+from corral.rpc.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from corral.store import Duplicate, Snapshot, Transaction
 
 
@@ -40,7 +40,13 @@ class Allocations:
         ) from problem
 
     def hold(self, transaction: Transaction, part: Range, address: Address, interface_id: int) -> None:
-        """Give the interface this very address. Raises FailedPrecondition if somebody has it or nobody may."""
+        """Give the interface this very address. Raises FailedPrecondition if somebody has it, InvalidArgument if nobody
+        may."""
+        if address in unusable(part.subnet):
+            raise InvalidArgument(
+                f"address {address} cannot be used: it is the network or broadcast address of {part.subnet}",
+                reason="BAD_ADDRESS",
+            )
         if address == part.gateway:
             raise FailedPrecondition(f"address {address} is the gateway of {part.subnet}", reason="ADDRESS_TAKEN")
         try:
