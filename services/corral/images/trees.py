@@ -163,7 +163,8 @@ def delete(transaction: Transaction, tree: TreeId) -> None:
 def commit(transaction: Transaction, record: TreeRecord, name: str, size_bytes: int, inodes: int) -> None:
     """Raises Duplicate."""
     transaction.execute(
-        "UPDATE snapshots SET key = ?, kind = ?, image_id = '', image_name = '', size_bytes = ?, inodes = ? WHERE id = ?",
+        "UPDATE snapshots SET key = ?, kind = ?, image_id = '', image_name = '', size_bytes = ?, inodes = ?"
+        " WHERE id = ?",
         (name, Kind.COMMITTED, size_bytes, inodes, record.id),
     )
 

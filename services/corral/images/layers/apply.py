@@ -34,7 +34,16 @@ USER_OVERLAY = b"user.overlay."
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FAULTS_OF_THE_ENTRY = frozenset(
-    {errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EMLINK, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
+    {
+        errno.ENAMETOOLONG,
+        errno.EINVAL,
+        errno.EILSEQ,
+        errno.EMLINK,
+        errno.ELOOP,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EFBIG,
+    }
 )
 _TYPES = {Kind.CHARACTER: stat.S_IFCHR, Kind.BLOCK: stat.S_IFBLK, Kind.FIFO: stat.S_IFIFO}
 
@@ -111,14 +120,18 @@ class Applier:
     # What can be made
 
     def _make_file(self, entry: Entry, parts: list[str], parent: int) -> None:
-        self._result.size_bytes += entry.size
+        self._result.size_bytes += entry.size if entry.extents is None else sum(n for _, n in entry.extents)
         if self._result.size_bytes > self._limits.bytes:
             raise BadLayer(f"it unpacks to more than {self._limits.bytes} bytes")
         fd = self._create(lambda name, at: os.open(name, _NEW_FILE, entry.mode & 0o777, dir_fd=at), parts, parent)
         try:
-            for view in self._reader.payload():
-                while view:
-                    view = view[os.write(fd, view) :]
+            if entry.extents is None:
+                _write_all(fd, self._reader.payload())
+            else:
+                for offset, length in entry.extents:
+                    os.lseek(fd, offset, os.SEEK_SET)
+                    _write_all(fd, self._reader.payload(length))
+                os.ftruncate(fd, entry.size)
             if entry.uid or entry.gid:
                 os.fchown(fd, entry.uid, entry.gid)
             if entry.mode & ~0o777:
@@ -281,6 +294,12 @@ class Applier:
             yield fd
         finally:
             os.close(fd)
+
+
+def _write_all(fd: int, views: Iterator[memoryview]) -> None:
+    for view in views:
+        while view:
+            view = view[os.write(fd, view) :]
 
 
 def _copy(fd: int, stack: ExitStack) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from corral.images.layers.errors import BadLayer, Truncated
+from corral.images.layers.sparse import gnu_extents, leading_extents, listed_extents
 from corral.images.layers.stream import ByteStream
 
 BLOCK = 512
@@ -20,6 +21,7 @@ MAX_EXTENSION_BYTES = 1 << 20  # a PAX header or GNU long name; Go's limit
 MAX_PATH_BYTES = 4095  # no program could name a longer one
 MAX_XATTR_BYTES = 65536  # XATTR_SIZE_MAX
 XATTR_KEY = b"SCHILY.xattr."
+SPARSE_MAP = b"GNU.sparse.map"
 
 _MAX_ID = 0xFFFF_FFFE  # -1 would mean "leave it" to chown
 _MAX_TIME_NS = 1 << 63
@@ -39,7 +41,8 @@ class Kind(Enum):
     FIFO = b"6"
 
 
-_KINDS = {kind.value: kind for kind in Kind} | {b"\0": Kind.FILE, b"7": Kind.FILE}
+_GNU_SPARSE = b"S"
+_KINDS = {kind.value: kind for kind in Kind} | {b"\0": Kind.FILE, b"7": Kind.FILE, _GNU_SPARSE: Kind.FILE}
 
 
 @dataclass(slots=True)
@@ -56,7 +59,7 @@ class Entry:
     link: bytes = b""
     device: tuple[int, int] = (0, 0)
     xattrs: dict[bytes, bytes] = field(default_factory=dict)
-    # Where the stored bytes belong, as (offset, length); size is then the file's length. None: one after another.
+    # Of a sparse file: where the stored bytes belong, as (offset, length); `size` is with the holes.
     extents: tuple[tuple[int, int], ...] | None = None
 
     @property
@@ -100,9 +103,9 @@ class TarReader:
                 pax, long_name, long_link = {}, None, None
                 yield entry
 
-    def payload(self) -> Iterator[memoryview]:
-        """What is unread of the current entry's stored bytes."""
-        for view in self._stream.views(self._unread):
+    def payload(self, size: int | None = None) -> Iterator[memoryview]:
+        """What is unread of the current entry's stored bytes, or the next `size` of it."""
+        for view in self._stream.views(self._unread if size is None else min(size, self._unread)):
             self._unread -= len(view)
             yield view
 
@@ -141,16 +144,35 @@ class TarReader:
         entry = parse_header(block)
         entry.name = entry.name if name is None else name
         entry.link = entry.link if link is None else link
+        stored = entry.size
         if pax:
             apply_pax(entry, pax)
+            stored = entry.size
         if entry.kind is Kind.FILE and entry.name.endswith(b"/"):
             entry.kind = Kind.DIRECTORY  # as tar wrote directories before 1988
         if entry.kind is not Kind.FILE:
-            entry.size = 0
+            entry.size = stored = 0
         if len(entry.name) > MAX_PATH_BYTES or len(entry.link) > MAX_PATH_BYTES:
             raise BadLayer(f"entry {entry.shown} has a path longer than {MAX_PATH_BYTES} bytes")
-        self._unread, self._padding = entry.size, -entry.size % BLOCK
+        self._unread, self._padding = stored, -stored % BLOCK
+        if block[156:157] == _GNU_SPARSE:
+            entry.extents, entry.size = gnu_extents(block, lambda: self._stream.read(BLOCK), number)
+        elif pax and entry.kind is Kind.FILE:
+            self._pax_sparse(entry, pax)
+        if entry.extents is not None and sum(length for _, length in entry.extents) != self._unread:
+            raise BadLayer(f"entry {entry.shown} is a sparse file whose map does not fit its data")
         return entry
+
+    def _pax_sparse(self, entry: Entry, pax: dict[bytes, bytes]) -> None:
+        size = pax.get(b"GNU.sparse.realsize", pax.get(b"GNU.sparse.size"))
+        if size is None:
+            return
+        entry.size = _size(_decimal(size))
+        entry.name = _pax_path(pax.get(b"GNU.sparse.name", entry.name))
+        if pax.get(b"GNU.sparse.major", b"0") == b"0":
+            entry.extents = listed_extents(pax.get(SPARSE_MAP, b""), entry.size)
+        else:
+            entry.extents = leading_extents(self.read, entry.size)
 
 
 def check_sum(block: bytes) -> None:
@@ -242,7 +264,10 @@ def parse_pax(data: bytes) -> dict[bytes, bytes]:
         key, equals, value = data[space + 1 : end - 1].partition(b"=")
         if not equals or not key:
             raise BadLayer("a PAX header is malformed")
-        records[key] = value
+        if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):  # version 0.0, in the form of 0.1
+            records[SPARSE_MAP] = records[SPARSE_MAP] + b"," + value if SPARSE_MAP in records else value
+        else:
+            records[key] = value
         position = end
     return records
 
@@ -266,8 +291,6 @@ def apply_pax(entry: Entry, records: dict[bytes, bytes]) -> None:
             if len(value) > MAX_XATTR_BYTES:
                 raise BadLayer(f"entry {entry.shown} has an extended attribute of {len(value)} bytes")
             entry.xattrs[key[len(XATTR_KEY) :]] = value
-        elif key.startswith(b"GNU.sparse."):
-            raise BadLayer(f"entry {entry.shown} is a sparse file, which this version does not unpack")
 
 
 def _pax_path(value: bytes) -> bytes:
