@@ -28,7 +28,7 @@ class AsyncTransport:
         self._metadata = ((NAMESPACE_KEY, namespace),)
 
     async def unary[Request, Answer](
-        self, method: grpc.aio.UnaryUnaryMultiCallable[Request, Answer], request: Request
+        self, method: "grpc.aio.UnaryUnaryMultiCallable[Request, Answer]", request: Request
     ) -> Answer:
         """The answer. Raises a kind of CorralError."""
         try:
@@ -37,7 +37,7 @@ class AsyncTransport:
             raise from_rpc_error(e, address=self.address) from e
 
     async def stream[Request, Answer](
-        self, method: grpc.aio.UnaryStreamMultiCallable[Request, Answer], request: Request
+        self, method: "grpc.aio.UnaryStreamMultiCallable[Request, Answer]", request: Request
     ) -> AsyncIterator[Answer]:
         """The answers as they come. Raises a kind of CorralError."""
         call = method(request, metadata=self._metadata)
@@ -50,7 +50,7 @@ class AsyncTransport:
             call.cancel()
 
     def exchange[Request, Answer](
-        self, method: grpc.aio.StreamStreamMultiCallable[Request, Answer], requests: AsyncIterator[Request]
+        self, method: "grpc.aio.StreamStreamMultiCallable[Request, Answer]", requests: AsyncIterator[Request]
     ) -> "AsyncExchange[Answer]":
         """A conversation: `requests` are sent as they come, its answers are iterated."""
         return AsyncExchange(method(requests, metadata=self._metadata), self.address)
@@ -68,7 +68,7 @@ class Transport:
         self.channel = grpc.insecure_channel(grpc_target(address), options=_OPTIONS)
         self._metadata = ((NAMESPACE_KEY, namespace),)
 
-    def unary[Request, Answer](self, method: grpc.UnaryUnaryMultiCallable[Request, Answer], request: Request) -> Answer:
+    def unary[Request, Answer](self, method: "grpc.UnaryUnaryMultiCallable[Request, Answer]", request: Request) -> Answer:
         """The answer. Raises a kind of CorralError."""
         try:
             return method(request, metadata=self._metadata)
@@ -76,7 +76,7 @@ class Transport:
             raise from_rpc_error(e, address=self.address) from e
 
     def stream[Request, Answer](
-        self, method: grpc.UnaryStreamMultiCallable[Request, Answer], request: Request
+        self, method: "grpc.UnaryStreamMultiCallable[Request, Answer]", request: Request
     ) -> Iterator[Answer]:
         """The answers as they come. Raises a kind of CorralError."""
         call = method(request, metadata=self._metadata)
@@ -88,7 +88,7 @@ class Transport:
             call.cancel()
 
     def exchange[Request, Answer](
-        self, method: grpc.StreamStreamMultiCallable[Request, Answer], requests: Iterator[Request]
+        self, method: "grpc.StreamStreamMultiCallable[Request, Answer]", requests: Iterator[Request]
     ) -> "Exchange[Answer]":
         """A conversation: `requests` are sent as they come, its answers are iterated."""
         return Exchange(method(requests, metadata=self._metadata), self.address)
@@ -101,7 +101,7 @@ class Transport:
 class AsyncExchange[Answer]:
     """The answers of a conversation. Iterating raises a kind of CorralError, but ends quietly after `cancel`."""
 
-    def __init__(self, call: grpc.aio.StreamStreamCall[Any, Answer], address: str) -> None:
+    def __init__(self, call: "grpc.aio.StreamStreamCall[Any, Answer]", address: str) -> None:
         self._call = call
         self._address = address
 
