@@ -14,10 +14,14 @@ from support.netlab import (
     address,
     command,
     eventually,
+    exists,
+    holding,
     lines,
+    permissions,
     reaches,
     tcp_call,
     tcp_server,
+    text,
 )
 from support.requirements import needs
 
@@ -140,8 +144,8 @@ async def test_detach_takes_everything_back(lab: Lab, net: Calls) -> None:
     endpoint = await net.attach("a")
     before = (await net.network("bridge")).subnets[0]
     await net.detach("a")
-    assert not Path(endpoint.netns_path).exists()
-    assert not Path(endpoint.hosts_path).parent.exists()
+    assert not exists(endpoint.netns_path)
+    assert not exists(endpoint.hosts_path.rpartition("/")[0])
     assert lab.links().get(endpoint.interfaces[0].host_name, "") == "", "it is off the bridge at once"
     assert lab.settled(), "and gone soon after"
     after = (await net.network("bridge")).subnets[0]
@@ -159,9 +163,9 @@ async def test_detaching_what_is_not_there_is_no_error_unless_it_must_exist(net:
 async def test_a_link_ends_though_somebody_holds_the_namespace(lab: Lab, net: Calls) -> None:
     endpoint = await net.attach("a")
     peer = await net.attach("b")
-    with open(endpoint.netns_path) as held:
+    with holding(endpoint.netns_path) as held:
         await net.detach("a")
-        assert not reaches(f"/proc/self/fd/{held.fileno()}", address(peer), within_s=0.3)
+        assert not reaches(held, address(peer), within_s=0.3)
         assert eventually(lambda: len(lab.veths()) == 1)
 
 
@@ -231,7 +235,7 @@ async def test_none_has_a_loopback_only(lab: Lab, net: Calls) -> None:
 async def test_host_has_the_hosts_namespace_and_files(net: Calls) -> None:
     endpoint = await net.attach("a", mode=IN_HOST)
     assert endpoint.netns_path == ""
-    assert Path(endpoint.hosts_path).read_text("utf-8") == Path("/etc/hosts").read_text("utf-8")
+    assert text(endpoint.hosts_path) == text("/etc/hosts")
     assert endpoint.hosts_path != "/etc/hosts", "a copy: the container may write to it"
 
 
@@ -281,7 +285,7 @@ async def test_the_files_say_what_was_asked_for(net: Calls) -> None:
     assert lines(endpoint.resolv_conf_path) == ["nameserver 9.9.9.9", "search example.org", "options ndots:2"]
     assert lines(endpoint.hostname_path) == ["alpha"]
     for path in (endpoint.hosts_path, endpoint.resolv_conf_path, endpoint.hostname_path):
-        assert Path(path).stat().st_mode & 0o777 == 0o644
+        assert permissions(path) == 0o644
 
 
 async def test_sysctls_are_those_of_the_namespace(lab: Lab, net: Calls) -> None:
@@ -302,7 +306,7 @@ async def test_an_attach_that_fails_leaves_nothing(lab: Lab, net: Calls) -> None
     assert await net.ids() == []
     assert lab.settled()
     assert (await net.network("bridge")).subnets[0].used == before
-    assert not (lab.place.root / "network/endpoints/default/a").exists()
+    assert not exists(lab.place.root / "network/endpoints/default/a")
     await net.attach("a")
 
 

@@ -2,7 +2,8 @@
 
     outside 203.0.113.1 --- 203.0.113.2 host (corrald --service network) --- bridges, endpoints
 
-All of it lies in network namespaces that the lab makes, so no packet, rule, route or setting of the machine is involved.
+All of it lies in network namespaces that the lab makes, so no packet, rule, route or setting of the machine is
+involved.
 """
 
 import contextlib
@@ -21,14 +22,13 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from support.corrald import Corrald, Place
-
 from corral.api.network.v1 import network_pb2 as pb
 from corral.api.network.v1.network_pb2_grpc import EndpointsStub, NetworksStub
 from corral.kernel import rtnetlink
 from corral.kernel.netlink import Socket
 from corral.kernel.netns import create_pinned, in_namespace, remove_pinned
 from corral.rpc.channel import open_channel
+from support.corrald import Corrald, Place
 
 if TYPE_CHECKING:
     import grpc.aio
@@ -60,9 +60,7 @@ class Lab:
         self._wire()
         network = {"bridge": BRIDGE, "nft_table": TABLE, "subnet": SUBNET, "pools": POOLS, **self.settings}
         command = (sys.executable, "-c", _PROGRAM, str(self.host))
-        self.corrald = Corrald(
-            services=("network",), command=command, place=self.place, settings={"network": network}
-        )
+        self.corrald = Corrald(services=("network",), command=command, place=self.place, settings={"network": network})
         self.corrald.start()
         return self
 
@@ -87,6 +85,8 @@ class Lab:
 
         in_namespace(self.outside, cable)
         in_namespace(self.host, lambda: configure("uplink", HOST, gateway=OUTSIDE))
+        # A new namespace copies some settings of the machine.
+        in_namespace(self.host, lambda: Path("/proc/sys/net/ipv4/ip_forward").write_text("0"))
 
     @property
     def host(self) -> Path:
@@ -263,5 +263,24 @@ def eventually(condition: Callable[[], object], *, within_s: float = 5.0) -> boo
     return True
 
 
+def text(path: str) -> str:
+    return Path(path).read_text("utf-8")
+
+
 def lines(path: str) -> Sequence[str]:
-    return Path(path).read_text("utf-8").splitlines()
+    return text(path).splitlines()
+
+
+def exists(path: str | Path) -> bool:
+    return Path(path).exists()
+
+
+def permissions(path: str) -> int:
+    return Path(path).stat().st_mode & 0o777
+
+
+@contextlib.contextmanager
+def holding(netns: str) -> Iterator[Path]:
+    """Somebody keeps a namespace alive within the block, and can go into it."""
+    with open(netns) as file:
+        yield Path(f"/proc/self/fd/{file.fileno()}")

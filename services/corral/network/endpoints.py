@@ -135,8 +135,8 @@ class Endpoints:
         except BaseException:
             self._pool.give_back(netns)
             raise
-        failpoint("network.attach.after_row")
         try:
+            failpoint("network.attach.after_row")
             await self._thread.run(lambda netlink: self._make(netlink, endpoint))
             failpoint("network.attach.before_ready")
             return await self._db.write(lambda transaction: _become_ready(transaction, endpoint))

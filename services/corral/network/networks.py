@@ -93,8 +93,8 @@ class Networks:
             state=NetworkState.CREATING,
         )
         network = await self._db.write(lambda transaction: self._insert(transaction, network, routes))
-        failpoint("network.create.after_row")
         try:
+            failpoint("network.create.after_row")
             await self._thread.run(lambda netlink: self._build_new(netlink, network))
         except BaseException:
             await self._db.write(lambda transaction: store.delete_network(transaction, network.id))

@@ -1,0 +1,294 @@
+"""Kills, restarts, reboots and strangers' hands: afterwards nothing is lost, has leaked or is half there."""
+
+import asyncio
+import contextlib
+import random
+import sqlite3
+from collections.abc import Iterator
+
+import pytest
+from support.netlab import BRIDGE, GATEWAY, OUTSIDE, TABLE, Calls, Lab, address, command, eventually, reaches
+from support.requirements import needs
+
+from corral.api.network.v1 import network_pb2 as pb
+from corral.kernel.netns import remove_pinned
+from corral.rpc.errors import CorralError, NotFound
+
+pytestmark = needs("root", "netns", "nft", "nsenter", "ip")
+NONE = pb.AttachRequest.MODE_NONE
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with Lab() as made:
+        yield made
+
+
+async def clean(net: Calls) -> None:
+    for name in await net.ids(all_namespaces=True):
+        await net.detach(name)
+    for name in await net.network_names():
+        if name not in ("bridge", "host", "none"):
+            await net.remove(name)
+
+
+def rows(lab: Lab, table: str) -> int:
+    with contextlib.closing(sqlite3.connect(lab.place.root / "network/network.db")) as db:
+        return int(db.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+
+
+async def nothing_leaked(lab: Lab, net: Calls, *, endpoints: int = 0) -> None:
+    """What the kernel holds, what the rows say and what is on disk agree."""
+    assert len(await net.ids()) == endpoints
+    assert rows(lab, "endpoints") == endpoints
+    assert rows(lab, "allocations") == rows(lab, "interfaces") == endpoints
+    assert eventually(lambda: len(lab.veths()) == endpoints), lab.links()
+    assert eventually(lambda: len(lab.pins) == endpoints + 8), lab.pins
+    directory = lab.place.root / "network/endpoints/default"
+    assert len(list(directory.iterdir()) if directory.is_dir() else []) == endpoints
+
+
+async def test_endpoints_outlive_the_daemon(lab: Lab) -> None:
+    async with lab.calls() as net:
+        a, b = await net.attach("a"), await net.attach("b")
+        lab.corrald.kill9()
+        assert reaches(a.netns_path, address(b))
+        assert reaches(a.netns_path, OUTSIDE)
+        lab.corrald.start()
+        assert await net.get("a") == a
+        assert await net.attach("a") == a
+        c = await net.attach("c")
+        assert address(c) not in (address(a), address(b))
+        assert reaches(c.netns_path, address(a))
+        await nothing_leaked(lab, net, endpoints=3)
+        await clean(net)
+        await nothing_leaked(lab, net)
+
+
+ATTACH_FAILPOINTS = ["network.attach.after_row", "network.attach.after_plug", "network.attach.before_ready"]
+DETACH_FAILPOINTS = ["network.detach.after_unplug", "network.detach.before_delete"]
+
+
+@pytest.mark.parametrize("action", ["kill", "error"])
+@pytest.mark.parametrize("failpoint", ATTACH_FAILPOINTS)
+async def test_an_attach_cut_short_leaves_nothing(lab: Lab, failpoint: str, action: str) -> None:
+    lab.corrald.stop()
+    lab.corrald.start(environment={"CORRAL_FAILPOINTS": f"{failpoint}={action}@1"})
+    async with lab.calls() as net:
+        with pytest.raises(CorralError):
+            await net.attach("a")
+    if action == "kill":
+        lab.corrald.kill9()
+        lab.corrald.start()
+    async with lab.calls() as net:
+        await nothing_leaked(lab, net)
+        endpoint = await net.attach("a")
+        assert reaches(endpoint.netns_path, GATEWAY)
+        await clean(net)
+        await nothing_leaked(lab, net)
+
+
+@pytest.mark.parametrize("action", ["kill", "error"])
+@pytest.mark.parametrize("failpoint", DETACH_FAILPOINTS)
+async def test_a_detach_cut_short_is_finished_by_the_next(lab: Lab, failpoint: str, action: str) -> None:
+    lab.corrald.stop()
+    lab.corrald.start(environment={"CORRAL_FAILPOINTS": f"{failpoint}={action}@1"})
+    async with lab.calls() as net:
+        await net.attach("a")
+        with pytest.raises(CorralError):
+            await net.detach("a")
+    if action == "kill":
+        lab.corrald.kill9()
+        lab.corrald.start()
+    async with lab.calls() as net:
+        await net.detach("a")
+        await nothing_leaked(lab, net)
+
+
+async def test_a_half_detached_endpoint_can_be_attached_anew(lab: Lab) -> None:
+    lab.corrald.stop()
+    lab.corrald.start(environment={"CORRAL_FAILPOINTS": "network.detach.before_delete=kill@1"})
+    async with lab.calls() as net:
+        first = await net.attach("a")
+        with pytest.raises(CorralError):
+            await net.detach("a")
+    lab.corrald.kill9()
+    lab.corrald.start()
+    async with lab.calls() as net:
+        again = await net.attach("a")
+        assert address(again) == address(first)
+        assert reaches(again.netns_path, GATEWAY)
+        await nothing_leaked(lab, net, endpoints=1)
+        await clean(net)
+
+
+async def create_and_remove(net: Calls) -> None:
+    await net.create("mine", interface="crltmine")
+    await net.remove("mine")
+
+
+@pytest.mark.parametrize(
+    "failpoint",
+    [
+        "network.create.after_row",
+        "network.build.after_bridge",
+        "network.remove.after_row",
+        "network.remove.after_bridge",
+    ],
+)
+async def test_a_network_half_made_or_half_removed_is_gone_after_a_kill(lab: Lab, failpoint: str) -> None:
+    async with lab.calls() as net:
+        await net.attach("keep")  # the default network is built, so the failpoint is met by ours only
+        await net.detach("keep")
+    lab.corrald.stop()
+    at = 2 if "build" in failpoint else 1
+    lab.corrald.start(environment={"CORRAL_FAILPOINTS": f"{failpoint}=kill@{at}"})
+    async with lab.calls() as net:
+        await net.attach("keep")
+        with pytest.raises(CorralError):
+            await create_and_remove(net)
+    lab.corrald.kill9()
+    lab.corrald.start()
+    async with lab.calls() as net:
+        assert "mine" not in await net.network_names()
+        assert eventually(lambda: "crltmine" not in lab.links())
+        assert eventually(lambda: "crltmine" not in lab.ruleset())
+        await net.create("mine", interface="crltmine")
+        assert reaches((await net.attach("a", "mine")).netns_path, OUTSIDE)
+        await clean(net)
+
+
+async def test_namespaces_and_links_that_nobody_owns_are_removed_and_strangers_are_not(lab: Lab) -> None:
+    async with lab.calls() as net:
+        endpoint = await net.attach("a")
+    lab.corrald.kill9()
+    ours = endpoint.interfaces[0].host_name[:7]
+    strays = {f"{ours}aaaaaaaa": "", f"{ours}bbbbbbbb": BRIDGE}
+    strangers = {"crl0000cccccccc": "", "crl0000dddddddd": BRIDGE, "vethstranger": BRIDGE}
+    for number, (name, bridge) in enumerate({**strays, **strangers}.items()):
+        command(lab.host, "ip", "link", "add", name, "type", "veth", "peer", "name", f"peer{number}")
+        if bridge:
+            command(lab.host, "ip", "link", "set", name, "master", bridge)
+    before = lab.pins
+    lab.corrald.start()
+    async with lab.calls() as net:
+        assert eventually(lambda: not set(strays) & set(lab.links()))
+        assert set(strangers) <= set(lab.links())
+        assert await net.get("a") == endpoint
+        assert lab.pins & before == {endpoint.netns_path.rpartition("/")[2]}
+        for name in strangers:
+            command(lab.host, "ip", "link", "del", name)
+        await clean(net)
+        await nothing_leaked(lab, net)
+
+
+async def test_a_bridge_and_a_table_that_were_removed_are_made_anew(lab: Lab) -> None:
+    async with lab.calls() as net:
+        a, b = await net.attach("a"), await net.attach("b")
+    lab.corrald.stop()
+    command(lab.host, "ip", "link", "del", BRIDGE)
+    command(lab.host, "nft", "flush", "ruleset")
+    command(lab.host, "nft", "add", "table", "inet", "stranger")
+    lab.corrald.start()
+    async with lab.calls() as net:
+        assert eventually(lambda: BRIDGE in lab.links() and TABLE in lab.ruleset())
+        assert eventually(lambda: {lab.links()[name] for name in lab.veths()} == {BRIDGE})
+        assert reaches(a.netns_path, address(b))
+        assert reaches(a.netns_path, OUTSIDE)
+        assert "stranger" in lab.ruleset()
+        await clean(net)
+
+
+async def test_a_bridge_removed_under_a_running_daemon_is_back_with_the_next_attach(lab: Lab) -> None:
+    async with lab.calls() as net:
+        await net.attach("a")
+        command(lab.host, "ip", "link", "del", BRIDGE)
+        command(lab.host, "nft", "flush", "ruleset")
+        b = await net.attach("b")
+        assert reaches(b.netns_path, OUTSIDE)
+        await clean(net)
+        await nothing_leaked(lab, net)
+
+
+async def test_after_a_reboot_endpoints_can_be_attached_again_with_their_addresses(lab: Lab) -> None:
+    async with lab.calls() as net:
+        a, b = await net.attach("a", hostname="alpha"), await net.attach("b", mode=NONE)
+        await net.attach("c")
+    lab.corrald.stop()
+    for name in lab.pins:
+        remove_pinned(lab.place.state / "netns" / name)
+    command(lab.host, "ip", "link", "del", BRIDGE)
+    command(lab.host, "nft", "flush", "ruleset")
+    with contextlib.closing(sqlite3.connect(lab.place.root / "network/network.db")) as db:
+        db.execute("UPDATE endpoints SET boot_id = 'an earlier one'")
+        db.commit()
+    lab.corrald.start()
+    async with lab.calls() as net:
+        again = await net.attach("a", hostname="alpha")
+        assert address(again) == address(a)
+        assert again.netns_path != a.netns_path
+        assert reaches(again.netns_path, OUTSIDE)
+        assert (await net.attach("b", mode=NONE)).netns_path != b.netns_path
+        await net.detach("c")
+        await clean(net)
+        await nothing_leaked(lab, net)
+
+
+async def test_many_at_once_have_addresses_of_their_own(lab: Lab) -> None:
+    held: dict[str, str] = {}
+    generator = random.Random(7)
+
+    async def client(number: int, net: Calls) -> None:
+        for turn in range(25):
+            name = f"c{number}-{turn}"
+            endpoint = await net.attach(name)
+            assert address(endpoint) not in held.values()
+            held[name] = address(endpoint)
+            if generator.random() < 0.3:
+                await asyncio.sleep(0.01)
+            del held[name]
+            await net.detach(name)
+
+    async with lab.calls() as net:
+        await asyncio.gather(*(client(number, net) for number in range(8)))
+        await nothing_leaked(lab, net)
+
+
+async def test_clients_that_give_up_leave_whole_endpoints_or_none(lab: Lab) -> None:
+    async with lab.calls() as net:
+
+        async def impatient(number: int) -> None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.0005 * number):
+                    await net.attach(f"i{number}")
+
+        await asyncio.gather(*(impatient(number) for number in range(30)))
+        lab.corrald.restart()
+        for name in await net.ids():
+            assert reaches((await net.get(name)).netns_path, GATEWAY)
+        for number in range(30):
+            await net.detach(f"i{number}")
+        await nothing_leaked(lab, net)
+
+
+async def test_kills_at_random_moments_leak_nothing(lab: Lab) -> None:
+    generator = random.Random(11)
+    for _ in range(6):
+        async with lab.calls() as net:
+
+            async def churn(number: int, net: Calls = net) -> None:
+                with contextlib.suppress(CorralError):
+                    for turn in range(1000):
+                        await net.attach(f"k{number}-{turn}")
+                        await net.detach(f"k{number}-{turn}")
+
+            tasks = [asyncio.ensure_future(churn(number)) for number in range(4)]
+            await asyncio.sleep(generator.uniform(0.02, 0.2))
+            lab.corrald.kill9()
+            await asyncio.wait(tasks)
+        lab.corrald.start()
+    async with lab.calls() as net:
+        await clean(net)
+        await nothing_leaked(lab, net)
+        with pytest.raises(NotFound):
+            await net.get("k0-0")
