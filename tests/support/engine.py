@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from support.corrald import Corrald
-
 from corral.api.engine.v1 import engine_pb2 as pb
 from corral.api.engine.v1 import engine_pb2_grpc
 from corral.api.images.v1 import images_pb2, images_pb2_grpc
@@ -19,6 +17,7 @@ from corral.api.types.v1 import types_pb2
 from corral.rpc.channel import open_channel
 from corral.rpc.context import in_namespace
 from corral.rpc.errors import NotFound
+from support.corrald import Corrald
 
 if TYPE_CHECKING:
     import grpc.aio
@@ -39,12 +38,12 @@ class EngineClient:
         self.volumes = engine_pb2_grpc.VolumesStub(self.channel)
         self.system = engine_pb2_grpc.SystemStub(self.channel)
 
-    async def create(self, *args: str, name: str = "", id: str = "", network: str = "none", **config: object) -> str:
+    async def create(self, *args: str, name: str = "", id_: str = "", network: str = "none", **config: object) -> str:
         """A created container; returns its id."""
         wanted = pb.ContainerConfig(**{"image": "busybox", "args": args} | config)  # type: ignore[arg-type]
         if not wanted.HasField("network"):
             wanted.network.mode = network
-        made = await self.containers.Create(pb.CreateContainerRequest(name=name, id=id, config=wanted))
+        made = await self.containers.Create(pb.CreateContainerRequest(name=name, id=id_, config=wanted))
         self.made.append(made.id)
         return made.id
 
@@ -81,9 +80,9 @@ class EngineClient:
         request = pb.DeleteContainerRequest(container=container, force=force, volumes=volumes)
         return await self.containers.Delete(request)
 
-    async def listed(self, *, all: bool = True, **filters: str) -> "list[pb.Container]":
+    async def listed(self, *, everything: bool = True, **filters: str) -> "list[pb.Container]":
         values = {key: pb.FilterValues(values=[value]) for key, value in filters.items()}
-        response = await self.containers.List(pb.ListContainersRequest(all=all, filters=values))
+        response = await self.containers.List(pb.ListContainersRequest(all=everything, filters=values))
         return list(response.containers)
 
     async def output(self, container: str) -> bytes:
