@@ -30,6 +30,7 @@ from corral.kernel.cgroup import (
     CpuLimits,
     DeviceRule,
     Driver,
+    HugetlbLimit,
     IoDeviceLimits,
     IoLimits,
     Kind,
@@ -37,6 +38,7 @@ from corral.kernel.cgroup import (
     OomWatch,
     PidsLimits,
     Resources,
+    hugepages,
     join,
     open_driver,
 )
@@ -401,6 +403,46 @@ def whole_disk(directory: Path) -> tuple[int, int] | None:
         entry = entry.resolve().parent
     major, minor = (entry / "dev").read_text().split(":")
     return int(major), int(minor)
+
+
+# Huge pages
+
+
+def test_huge_pages_beyond_the_limit_are_refused(driver: Driver, spare_huge_pages: str) -> None:
+    wanted = Resources(hugetlb=(HugetlbLimit(spare_huge_pages, 0),))
+    if driver.layout.of("hugetlb") is None:
+        with pytest.raises(OSError, match="no cgroup controller 'hugetlb'"):
+            driver.create(fresh_path(), wanted)
+        return
+    none, some = driver.create(fresh_path(), wanted), driver.create(fresh_path())
+    driver.enable(some.path, wanted)
+    some.apply(Resources(hugetlb=(HugetlbLimit(spare_huge_pages, 2 * MIB),)))
+    assert maps_a_huge_page(none) == errno.ENOMEM
+    assert maps_a_huge_page(some) == 0
+    [stats] = [each for each in none.read().hugetlb if each.page_size == spare_huge_pages]
+    assert stats.usage_bytes == 0
+
+
+def maps_a_huge_page(group: Cgroup) -> int:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000  # MAP_HUGETLB
+
+    def body(_: int) -> None:
+        mmap.mmap(-1, 2 * MIB, flags=flags)[0] = 1
+
+    with inside(group, body) as child:
+        return os.waitstatus_to_exitcode(child.wait())
+
+
+@pytest.fixture
+def spare_huge_pages() -> Iterator[str]:
+    """Some huge pages that anybody may take."""
+    pool = Path("/proc/sys/vm/nr_hugepages")
+    if "2MB" not in hugepages.sizes():
+        pytest.skip("needs huge pages of 2 MB in the kernel")
+    before = pool.read_text()
+    pool.write_text(str(int(before) + 4))
+    yield "2MB"
+    pool.write_text(before)
 
 
 # Freezing

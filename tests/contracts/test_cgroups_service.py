@@ -17,7 +17,7 @@ from support.requirements import needs
 from corral.api.cgroups.v1 import cgroups_pb2 as pb
 from corral.api.cgroups.v1.cgroups_pb2_grpc import CgroupsStub
 from corral.api.types.v1 import types_pb2
-from corral.kernel.cgroup import Cgroup, detect, open_driver
+from corral.kernel.cgroup import Cgroup, PidsStats, detect, open_driver
 from corral.rpc.channel import open_channel
 from corral.rpc.context import in_namespace
 from corral.rpc.errors import (
@@ -137,6 +137,23 @@ async def test_the_same_create_again_gives_the_same_answer_and_another_one_is_re
         await leaf.create("twice", types_pb2.Resources())
     assert await leaf.topics("twice") == ["cgroup.created"]
     await leaf.delete("twice")
+
+
+async def test_a_create_with_the_limits_that_updates_left_gives_what_is_there(leaf: Leaf) -> None:
+    await leaf.create("restarted")
+    after = await leaf.update("restarted", pids=types_pb2.PidsResources(limit=7))
+    assert await leaf.create("restarted", after.resources) == after
+    with pytest.raises(AlreadyExists):
+        await leaf.create("restarted", types_pb2.Resources(pids=types_pb2.PidsResources(limit=8)))
+    await leaf.delete("restarted")
+
+
+async def test_a_create_again_makes_anew_what_another_removed(leaf: Leaf) -> None:
+    made = await leaf.create("vanished")
+    leaf.kernel("vanished").remove()
+    assert await leaf.create("vanished") == made
+    assert leaf.kernel("vanished").read().pids == PidsStats(0, 50)
+    await leaf.delete("vanished")
 
 
 async def test_many_creates_of_one_name_at_once_make_one(leaf: Leaf) -> None:

@@ -76,7 +76,7 @@ class Groups:
 
     async def _create(self, record: Record, *, announce: bool) -> Record:
         if known := self._known(record.key):
-            return _same(known, record)
+            return await self._again(_same(known, record))
         if announce:
             await self._announce(record)
         try:
@@ -88,6 +88,15 @@ class Groups:
         failpoint("cgroups.create.after_make")
         await self._database.write(lambda transaction: store.put_ready(transaction, record))
         self._watcher.add(record.key, watch)
+        return record
+
+    async def _again(self, record: Record) -> Record:
+        """What create() answers for a row that is there; if somebody removed its cgroup, that is made anew."""
+        if not await run_blocking(self.open(record).exists):
+            old = await self._watcher.take(record.key)
+            if old:
+                old.close()
+            self._watcher.add(record.key, await run_blocking(self._make, record))
         return record
 
     async def _announce(self, record: Record) -> None:
@@ -249,10 +258,20 @@ class Groups:
 
 
 def _same(known: Record, asked: Record) -> Record:
-    if known.request != asked.request:
-        raise AlreadyExists(
-            f"cgroup {asked.key.id!r} exists and was made with other settings: update or delete it",
-            reason="CGROUP_EXISTS",
-            metadata={"id": asked.key.id},
-        )
-    return known
+    """The known row, if it answers a request to make one. A restart asks with the limits that updates left."""
+    if (known.path, known.labels) == (asked.path, asked.labels) and _limits_hold(known, asked.resources):
+        return known
+    raise AlreadyExists(
+        f"cgroup {asked.key.id!r} exists and was made with other settings: update or delete it",
+        reason="CGROUP_EXISTS",
+        metadata={"id": asked.key.id},
+    )
+
+
+def _limits_hold(known: Record, asked: bytes) -> bool:
+    if asked == known.first_resources:
+        return True
+    if known.resources == known.first_resources:
+        return False
+    now = types_pb2.Resources.FromString(known.resources)
+    return wire.merge(now, types_pb2.Resources.FromString(asked)) == now

@@ -98,12 +98,13 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
         parent, own = (request.parent, False) if request.parent else (f"{self._parent}/{key.namespace}", True)
         if not own:
             self._check_parent(parent)
+        resources = request.resources.SerializeToString(deterministic=True)
         record = Record(
             key=key,
             path=f"{parent}/{key.id}",
             state=State.READY,
-            request=request.SerializeToString(deterministic=True),
-            resources=request.resources.SerializeToString(deterministic=True),
+            first_resources=resources,
+            resources=resources,
             labels=dict(request.labels),
             created_ns=time.time_ns(),
         )

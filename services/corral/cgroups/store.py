@@ -19,8 +19,8 @@ MIGRATIONS: Sequence[str] = (
         id TEXT NOT NULL,
         path TEXT NOT NULL UNIQUE,
         state TEXT NOT NULL,
-        request BLOB NOT NULL,            -- the CreateCgroupRequest, to know a repeated one
-        resources BLOB NOT NULL,          -- corral.types.v1.Resources, with all updates
+        first_resources BLOB NOT NULL,    -- corral.types.v1.Resources, as it was made with
+        resources BLOB NOT NULL,          -- likewise, with all updates
         labels TEXT NOT NULL,
         created_ns INTEGER NOT NULL,
         oom_kills INTEGER NOT NULL DEFAULT 0,
@@ -52,7 +52,7 @@ class Record:
     key: Key
     path: str
     state: State
-    request: bytes
+    first_resources: bytes
     resources: bytes
     labels: Mapping[str, str]
     created_ns: int
@@ -68,7 +68,7 @@ def insert(transaction: Transaction, record: Record) -> None:
             record.key.id,
             record.path,
             record.state,
-            record.request,
+            record.first_resources,
             record.resources,
             json.dumps(record.labels),
             record.created_ns,
@@ -137,7 +137,7 @@ def _record(row: Row) -> Record:
         key=Key(row["namespace"], row["id"]),
         path=row["path"],
         state=State(row["state"]),
-        request=row["request"],
+        first_resources=row["first_resources"],
         resources=row["resources"],
         labels=json.loads(row["labels"]),
         created_ns=row["created_ns"],

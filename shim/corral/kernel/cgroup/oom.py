@@ -40,6 +40,7 @@ class OomWatch:
             self._epoll.register(eventfd, select.EPOLLIN)
         elif fd >= 0:
             self._epoll.register(fd, select.EPOLLPRI)
+            os.pread(fd, 1, 0)  # until it is read once, the file reports news
 
     @classmethod
     def open(cls, paths: Iterable[Path]) -> Self:
