@@ -1,4 +1,4 @@
-"""corrald with one small service of its own, for tests of the daemon alone. It journals, forwards and takes its time."""
+"""corrald with a small service of its own, for tests of the daemon alone. It journals, forwards and takes its time."""
 
 import asyncio
 import os
@@ -81,7 +81,7 @@ class EchoService:
     async def _block(self, request: bytes, context: object) -> bytes:
         import time
 
-        time.sleep(float(request))  # what no service may do
+        time.sleep(float(request))  # noqa: ASYNC251  # what no service may do
         return b""
 
 

@@ -87,6 +87,7 @@ class Corrald:
     split: bool = False
     services: Sequence[str] = ()  # those wanted, if not all
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # these win over the private ones
+    private_names: bool = True  # bridge, table and cgroups of its own; False where no real service is hosted
     environment: Mapping[str, str] = field(default_factory=dict)
     options: Sequence[str] = ()
     command: Sequence[str] = (sys.executable, "-m", "corral.daemon")
@@ -126,12 +127,16 @@ class Corrald:
 
         Raises RuntimeError, with the end of its log, if one does not get there.
         """
+        for name, mark in self.launch(*only, environment=environment).items():
+            self._await_ready(name, mark)
+
+    def launch(self, *only: str, environment: Mapping[str, str] | None = None) -> dict[str, int]:
+        """Start what does not run, without waiting; returns where each one's log begins."""
         names = [name for name in only or self._names() if not self._runs(name)]
         marks = {name: len(self.log(name)) for name in names}
         for name in names:
             self.processes[name] = self._spawn(name, environment or {})
-        for name in names:
-            self._await_ready(name, marks[name])
+        return marks
 
     def _names(self) -> Sequence[str]:
         wanted = self.services or SERVICES
@@ -143,7 +148,8 @@ class Corrald:
 
     def _spawn(self, name: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         config = self.place.directory / "config.toml"
-        config.write_text(to_toml(merged(self.place.settings(), self.settings)), "utf-8")
+        private = self.place.settings() if self.private_names else {"daemon": {"socket_group": ""}}
+        config.write_text(to_toml(merged(private, self.settings)), "utf-8")
         command = [*self.command, "--config", str(config), "--root", str(self.root), "--state", str(self.state)]
         wanted = [name] if self.split else self.services
         for service in wanted:
