@@ -51,10 +51,10 @@ class Bundle:
 
         Raises FileExistsError if the bundle is there already, OSError; then nothing of it is left.
         """
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.path.mkdir(mode=0o700)
+        _make_directory(self.path)
         try:
-            self.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                _make_directory(self.logs)
             (self.path / CONFIG).write_bytes(config)
             (self.path / CREATE).write_bytes(create)
             return self.listen()
@@ -141,6 +141,15 @@ class Bundles:
     def found(self) -> set[TaskKey]:
         """Every task that has a bundle or a directory of logs."""
         return set(_keys(self.state / "shim")) | set(_keys(self.root / "logs"))
+
+
+def _make_directory(path: Path) -> None:
+    """With its parents, which are there as a rule. Raises FileExistsError."""
+    try:
+        path.mkdir(mode=0o700)
+    except FileNotFoundError:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.mkdir(mode=0o700)
 
 
 def _keys(parent: Path) -> Iterator[TaskKey]:

@@ -54,21 +54,22 @@ class Spawner:
         async with self._turn:
             listener = await run_blocking(bundle.make, config, json.dumps(fields).encode())
             try:
-                failpoint("tasks.create.after_bundle")
-                return await self._spawn(bundle, listener, fields)
+                with listener:
+                    failpoint("tasks.create.after_bundle")
+                    return await self._spawn(bundle, listener, fields)
             except BaseException:
                 await undo(bundle, timeout_s=UNDO_S)
                 raise
-            finally:
-                listener.close()
 
     async def _spawn(self, bundle: Bundle, listener: socket.socket, fields: Message) -> Spawned:
         for attempt in range(ATTEMPTS):
-            spawned = await self._try(bundle, listener, fields)
+            if attempt:
+                log.warning("shim.not_forked", attempt=attempt)
+                listener = await run_blocking(bundle.listen)
+            with listener:
+                spawned = await self._try(bundle, listener, fields)
             if spawned is not None:
                 return spawned
-            log.warning("shim.not_forked", attempt=attempt)
-            listener = await run_blocking(bundle.listen)
         raise Unavailable("no shim could be started: its zygote keeps dying; see zygote.log", reason="ZYGOTE_DIES")
 
     async def _try(self, bundle: Bundle, listener: socket.socket, fields: Message) -> Spawned | None:
