@@ -53,8 +53,8 @@ class EngineService:
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """Add the servicers; Attach and Logs go through unparsed."""
-        engine_pb2_grpc.add_ContainersServicer_to_server(self._containers, server)
         register(self._open_streams, server)
+        engine_pb2_grpc.add_ContainersServicer_to_server(self._containers, server)
         engine_pb2_grpc.add_VolumesServicer_to_server(self._volumes, server)
         engine_pb2_grpc.add_SystemServicer_to_server(self._system, server)
         return [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]

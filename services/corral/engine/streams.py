@@ -81,7 +81,10 @@ SERVICE = "corral.engine.v1.Containers"
 
 
 def register(streams: Callable[[], Streams], server: grpc.aio.Server) -> None:
-    """Put the two methods in the place of the servicer's, without (de)serializers. `streams` is asked at each call."""
+    """Serve the two methods without (de)serializers; call it before the servicer is added, the first handler counts.
+
+    `streams` is asked at each call.
+    """
 
     async def attach(requests: AsyncIterator[bytes], context: _Context) -> None:
         await streams().attach(requests, context)
@@ -93,4 +96,4 @@ def register(streams: Callable[[], Streams], server: grpc.aio.Server) -> None:
         "Attach": grpc.stream_stream_rpc_method_handler(attach),
         "Logs": grpc.unary_stream_rpc_method_handler(logs),
     }
-    server.add_registered_method_handlers(SERVICE, handlers)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))

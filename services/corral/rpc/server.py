@@ -58,6 +58,7 @@ class Host:
         """`services` in the order in which they start: leaves first. Needs a running event loop."""
         gates: dict[str, Gate] = {}
         self._server = grpc.aio.server(interceptors=[CallInterceptor(gates)], options=OPTIONS)
+        _without_registered_methods(self._server)
         self._hosted = []
         for service in services:
             gate = Gate()
@@ -155,6 +156,15 @@ class Host:
         except RuntimeError as e:
             raise FailedPrecondition(f"cannot listen on {address}: is the port in use?") from e
         return TcpAddress(address.host, port)
+
+
+def _without_registered_methods(server: grpc.aio.Server) -> None:
+    """Let generated code register its methods as generic handlers only.
+
+    For registered ones grpc.aio (1.85) keeps a task each and waits for all of them anew at every call: with our hundred
+    methods that cost more than the rest of a call.
+    """
+    server.add_registered_method_handlers = lambda service_name, method_handlers: None  # type: ignore[method-assign]
 
 
 def _give_to_group(address: UnixAddress, name: str) -> None:
