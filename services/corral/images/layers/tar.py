@@ -257,9 +257,9 @@ def parse_pax(data: bytes) -> dict[bytes, bytes]:
     position = 0
     while position < len(data):
         space = data.find(b" ", position, position + 20)
-        length = data[position:space] if space > 0 else b""
+        length = data[position : max(space, position)]
         end = position + int(length) if length.isdigit() else 0
-        if end <= space or end > len(data) or data[end - 1] != 0x0A:
+        if end <= max(space, position) or end > len(data) or data[end - 1] != 0x0A:
             raise BadLayer("a PAX header is malformed")
         key, equals, value = data[space + 1 : end - 1].partition(b"=")
         if not equals or not key:
