@@ -56,6 +56,7 @@ _before_fork = _python["PyOS_BeforeFork"]
 _after_fork_parent = _python["PyOS_AfterFork_Parent"]
 _after_fork_child = _python["PyOS_AfterFork_Child"]
 _SYS_CLONE3 = 435
+_SIGNALS = tuple(int(number) for number in signal.valid_signals())
 _CLONE_ARGS_SIZE = ctypes.sizeof(_CloneArgs)
 
 
@@ -181,7 +182,7 @@ def set_name(name: str) -> None:
 
 def reset_signals() -> None:
     """Every signal back to its default action: an ignored one would stay so over exec (Python ignores SIGPIPE)."""
-    for number in signal.valid_signals():
+    for number in _SIGNALS:
         if signal.getsignal(number) not in (signal.SIG_DFL, None):
             signal.signal(number, signal.SIG_DFL)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 
 type JSON = bool | int | float | str | list[JSON] | dict[str, JSON] | None
-type _Decoder = Callable[[object, str], object]
+type _Decoder = Callable[[object], object]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,9 +27,25 @@ class _Dataclass(typing.Protocol):
     __dataclass_fields__: typing.ClassVar[dict[str, "dataclasses.Field[typing.Any]"]]
 
 
+class _Wrong(Exception):
+    """A value is wrong; the path to it grows from the inside out, so that what is right costs no path."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.path = ""
+
+    def inside(self, step: str) -> "_Wrong":
+        self.path = step + self.path
+        return self
+
+
 def decode[T: _Dataclass](cls: type[T], value: object, path: str = "") -> T:
     """An instance of the dataclass cls from a JSON object. Raises ValueError naming the member that is wrong."""
-    return typing.cast(T, _for_dataclass(cls)(value, path))
+    try:
+        return typing.cast(T, _for_dataclass(cls)(value))
+    except _Wrong as e:
+        where = (path + e.path).removeprefix(".") or "config.json"
+        raise ValueError(f"{where}: {e}") from None
 
 
 def encode(value: object) -> JSON:
@@ -76,21 +92,21 @@ def _for_dataclass(cls: type[_Dataclass]) -> _Decoder:
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
 
-    def build(value: object, path: str) -> object:
+    def build(value: object) -> object:
         if not isinstance(value, dict):
-            raise _wrong(path, "an object", value)
-        prefix = f"{path}." if path else ""
+            raise _wrong("an object", value)
         for name in required:
             if value.get(name) is None:
-                raise ValueError(f"{prefix}{name}: missing")
-        # null stands for absent, as Go's encoder writes it.
-        return cls(
-            **{
-                field: convert(item, prefix + name)
-                for field, name, convert in fields
-                if (item := value.get(name)) is not None
-            }
-        )
+                raise _Wrong("missing").inside(f".{name}")
+        members: dict[str, object] = {}
+        for field, name, convert in fields:
+            item = value.get(name)
+            if item is not None:  # null stands for absent, as Go's encoder writes it
+                try:
+                    members[field] = convert(item)
+                except _Wrong as e:
+                    raise e.inside(f".{name}") from None
+        return cls(**members)
 
     return build
 
@@ -110,29 +126,29 @@ def _for(hint: object) -> _Decoder:
     if origin is typing.Annotated:
         return _for_range(arguments[1])
     if origin is tuple:
-        return _for_tuple(_for(arguments[0]))
+        return _strings if arguments[0] is str else _for_tuple(_for(arguments[0]))
     if origin is Mapping:
         return _for_mapping(_for(arguments[1]))
     raise TypeError(f"no decoder for {hint!r}")
 
 
-def _bool(value: object, path: str) -> object:
+def _bool(value: object) -> object:
     if not isinstance(value, bool):
-        raise _wrong(path, "true or false", value)
+        raise _wrong("true or false", value)
     return value
 
 
-def _str(value: object, path: str) -> object:
+def _str(value: object) -> object:
     if not isinstance(value, str):
-        raise _wrong(path, "a string", value)
+        raise _wrong("a string", value)
     if "\0" in value:
-        raise ValueError(f"{path}: holds a NUL character")
+        raise _Wrong("holds a NUL character")
     return value
 
 
-def _int(value: object, path: str) -> object:
+def _int(value: object) -> object:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise _wrong(path, "an integer", value)
+        raise _wrong("an integer", value)
     return value
 
 
@@ -142,11 +158,11 @@ _SIMPLE: dict[type, _Decoder] = {bool: _bool, str: _str, int: _int}
 def _for_range(limits: Range) -> _Decoder:
     low, high = limits.low, limits.high
 
-    def bounded(value: object, path: str) -> object:
+    def bounded(value: object) -> object:
         if not isinstance(value, int) or isinstance(value, bool):
-            raise _wrong(path, "an integer", value)
+            raise _wrong("an integer", value)
         if not low <= value <= high:
-            raise ValueError(f"{path}: {value} is not between {low} and {high}")
+            raise _Wrong(f"{value} is not between {low} and {high}")
         return value
 
     return bounded
@@ -155,32 +171,56 @@ def _for_range(limits: Range) -> _Decoder:
 def _for_enum(cls: type[Enum]) -> _Decoder:
     members: dict[object, Enum] = {member.value: member for member in cls}
 
-    def member(value: object, path: str) -> object:
+    def member(value: object) -> object:
         found = members.get(value) if isinstance(value, str) else None
         if found is None:
-            raise ValueError(f"{path}: {value!r} is none of {', '.join(str(m) for m in members)}")
+            raise _Wrong(f"{value!r} is none of {', '.join(str(m) for m in members)}")
         return found
 
     return member
 
 
 def _for_tuple(item: _Decoder) -> _Decoder:
-    def many(value: object, path: str) -> object:
+    def many(value: object) -> object:
         if not isinstance(value, list):
-            raise _wrong(path, "an array", value)
-        return tuple([item(v, f"{path}[{i}]") for i, v in enumerate(value)])
+            raise _wrong("an array", value)
+        items = []
+        try:
+            for each in value:
+                items.append(item(each))  # noqa: PERF401 - how many are done tells where it went wrong
+        except _Wrong as e:
+            raise e.inside(f"[{len(items)}]") from None
+        return tuple(items)
 
     return many
 
 
+_any_strings = _for_tuple(_str)
+
+
+def _strings(value: object) -> object:
+    """An array of strings, looked at as a whole: a seccomp profile has hundreds."""
+    try:
+        fine = isinstance(value, list) and "\0" not in "".join(value)
+    except TypeError:
+        fine = False
+    return tuple(value) if fine and isinstance(value, list) else _any_strings(value)
+
+
 def _for_mapping(item: _Decoder) -> _Decoder:
-    def mapping(value: object, path: str) -> object:
+    def mapping(value: object) -> object:
         if not isinstance(value, dict):
-            raise _wrong(path, "an object", value)
-        return {_str(k, path): item(v, f"{path}.{k}") for k, v in value.items()}
+            raise _wrong("an object", value)
+        members: dict[object, object] = {}
+        for key, each in value.items():
+            try:
+                members[_str(key)] = item(each)
+            except _Wrong as e:
+                raise e.inside(f".{key}") from None
+        return members
 
     return mapping
 
 
-def _wrong(path: str, wanted: str, value: object) -> ValueError:
-    return ValueError(f"{path or 'config.json'}: must be {wanted}, not {type(value).__name__}")
+def _wrong(wanted: str, value: object) -> _Wrong:
+    return _Wrong(f"must be {wanted}, not {type(value).__name__}")

@@ -12,7 +12,6 @@ from typing import NoReturn
 
 from corral.kernel import hostname, keyring, mount, namespaces, paths, process
 from corral.kernel.mount import MS_PRIVATE
-from corral.kernel.syscalls import PROC_SUPER_MAGIC, filesystem_magic
 from corral.oci import program as programs
 from corral.oci.cgroups import Membership
 from corral.oci.channel import ChildEnd
@@ -97,20 +96,22 @@ def _build_root(plan: InitPlan) -> Stage:
     mount.set_propagation("/", MS_PRIVATE, recursive=True)
     for step in plan.steps:
         step.apply(stage)
-    if stage.has_proc:
-        _check_proc(stage.root)
+    _check_place(stage, "proc", stage.proc)
+    _check_place(stage, "sys", stage.sys)
     mount.pivot_root_to(stage.root)
     if plan.propagation != MS_PRIVATE:
         mount.set_propagation("/", plan.propagation, recursive=False)
     return stage
 
 
-def _check_proc(root: int) -> None:
-    """What a process in the container will find at /proc must be the root of a procfs."""
+def _check_place(stage: Stage, name: str, expected: int | None) -> None:
+    """What a process in the container will find at /proc, or /sys, must be what was mounted there."""
+    if expected is None:
+        return
     flags = os.O_PATH | os.O_DIRECTORY
-    with paths.opened(paths.open_in_root(root, "proc", flags, resolve=paths.RESOLVE_NO_SYMLINKS)) as fd:
-        if filesystem_magic(fd) != PROC_SUPER_MAGIC or os.fstat(fd).st_ino != 1:
-            raise ExecFailed(SETUP, "mount /proc: it was exchanged meanwhile")
+    with paths.opened(paths.open_in_root(stage.root, name, flags, resolve=paths.RESOLVE_NO_SYMLINKS)) as fd:
+        if not os.path.samestat(os.fstat(fd), os.fstat(expected)):
+            raise ExecFailed(SETUP, f"mount /{name}: it was exchanged meanwhile")
 
 
 def _settle(plan: InitPlan, stage: Stage, stdio: Stdio) -> Program:

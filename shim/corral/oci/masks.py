@@ -1,8 +1,8 @@
 """Hiding and write-protecting parts of /proc and /sys, as steps.
 
-A path is opened once, held inside the root; that fd is covered; then the path is opened again and what answers must be
-the cover. So a link in the image, or a /dev/null that is something else, can't leave the path bare
-(CVE-2025-31133, CVE-2019-19921).
+What lies below /proc and /sys is reached from the root of the procfs and sysfs that were just mounted, by fd and
+without links, so it is what it is called (CVE-2019-19921, CVE-2025-31133). Elsewhere the image has a say: there a path
+is opened once, held inside the root, covered by that fd, and then opened again: what answers must be the cover.
 """
 
 import os
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from corral.kernel import mount, paths
 from corral.kernel.mount import MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY
-from corral.kernel.syscalls import AT_FDCWD, PROC_SUPER_MAGIC, filesystem_magic
+from corral.kernel.syscalls import AT_FDCWD
 from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.stage import Stage, Step, normal
 
@@ -33,13 +33,14 @@ class MaskedPaths(Step):
     def apply(self, stage: Stage) -> None:
         covers = _Covers(stage, fallback_null=stage.trees.pop(id(self)))
         for path in self.masked:
-            found = _open(stage, path)
-            if found is None:
+            if (opened := _open(stage, path)) is None:
                 continue
-            with paths.opened(found):
-                cover = covers.for_target(found)
-                mount.move_mount(cover, found, what="mask", where=path)
-            _check_covered(stage, path, os.fstat(cover))
+            found, sure = opened
+            cover = covers.for_target(found)
+            mount.move_mount(cover, found, what="mask", where=path)
+            os.close(found)
+            if not sure:
+                _check_covered(stage, path, cover)
 
 
 class _Covers:
@@ -91,30 +92,33 @@ class ReadonlyPaths(Step):
 
     def apply(self, stage: Stage) -> None:
         for path in self.readonly:
-            found = _open(stage, path)
-            if found is None:
+            if (opened := _open(stage, path)) is None:
                 continue
+            found, sure = opened
             with paths.opened(found), paths.opened(mount.clone_tree(found, recursive=True)) as tree:
                 mount.set_attributes(tree, attr_set=MOUNT_ATTR_RDONLY, recursive=True, where=path)
                 mount.move_mount(tree, found, what=path, where=path)
-            _check_readonly(stage, path)
+            if not sure:
+                _check_readonly(stage, path)
 
 
-def _open(stage: Stage, path: str) -> int | None:
+def _open(stage: Stage, path: str) -> tuple[int, bool] | None:
+    """An fd of path, and whether it is surely what the path says. None if there is no such thing."""
+    name = normal(path)
     try:
-        fd = paths.open_in_root(stage.root, path)
+        for prefix, base in (("/proc/", stage.proc), ("/sys/", stage.sys)):
+            if base is not None and name.startswith(prefix):
+                resolve = paths.RESOLVE_BENEATH | paths.RESOLVE_NO_SYMLINKS
+                return paths.openat2(base, name.removeprefix(prefix), os.O_PATH, resolve=resolve), True
+        return paths.open_in_root(stage.root, name), False
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if stage.has_proc and normal(path).startswith("/proc/") and filesystem_magic(fd) != PROC_SUPER_MAGIC:
-        raise ExecFailed(SETUP, f"{path} does not lie on a procfs")
-    return fd
 
 
-def _check_covered(stage: Stage, path: str, cover: os.stat_result) -> None:
+def _check_covered(stage: Stage, path: str, cover: int) -> None:
     with paths.opened(paths.open_in_root(stage.root, path)) as fd:
-        status = os.fstat(fd)
-    if (status.st_dev, status.st_ino) != (cover.st_dev, cover.st_ino):
-        raise ExecFailed(SETUP, f"{path} can't be masked: it was exchanged meanwhile")
+        if not os.path.samestat(os.fstat(fd), os.fstat(cover)):
+            raise ExecFailed(SETUP, f"{path} can't be masked: it was exchanged meanwhile")
 
 
 def _check_readonly(stage: Stage, path: str) -> None:

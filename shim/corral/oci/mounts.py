@@ -150,8 +150,9 @@ class NewFilesystem(Step):
             case "devpts", "/dev/pts":
                 stage.devpts = tree
             case "proc", "/proc":
-                stage.has_proc = True
-                os.close(tree)
+                stage.proc = tree
+            case "sysfs", "/sys":
+                stage.sys = tree
             case _:
                 os.close(tree)
 
@@ -175,8 +176,8 @@ class CgroupMount(Step):
         attributes = self.options.attributes
         for cgroup in self.cgroups:
             tree = stage.trees[cgroup] = _clone(cgroup, self.destination, recursive=False)
-            mount.set_attributes(tree, propagation=MS_PRIVATE)
-            _dress(tree, Attributes(attributes.set | _NO_SURPRISES, attributes.clear))
+            attr_set = attributes.set | _NO_SURPRISES
+            mount.set_attributes(tree, attr_set=attr_set, propagation=MS_PRIVATE, where=cgroup)
 
     def apply(self, stage: Stage) -> None:
         with _place(stage, self.destination, directory=True) as target:

@@ -5,8 +5,8 @@ their peers, so propagation can be kept where it was asked for. `apply` sees the
 The fds of a stage are never closed one by one: they die at the latest when init executes the program.
 """
 
+import os
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 
 
 @dataclass(slots=True)
@@ -22,8 +22,10 @@ class Stage:
     """fd of the root of the container's own devpts on /dev/pts."""
     console_master: int | None = None
     console_slave: int | None = None
-    has_proc: bool = False
-    """A procfs was mounted on /proc."""
+    proc: int | None = None
+    """fd of the root of the container's own procfs on /proc."""
+    sys: int | None = None
+    """fd of the root of the container's own sysfs on /sys."""
     trees: dict[int | str, int] = field(default_factory=dict)
     """What prepare() opened: fds of detached trees, by id() of the step, or by the path of a cgroup."""
 
@@ -47,10 +49,4 @@ class Step:
 
 def normal(path: str) -> str:
     """An absolute path without `.`, `..` and doubled slashes, for comparing names; never used to open anything."""
-    parts: list[str] = []
-    for part in PurePosixPath("/", path).parts[1:]:
-        if part == "..":
-            del parts[-1:]
-        else:
-            parts.append(part)
-    return "/" + "/".join(parts)
+    return os.path.normpath("/" + path.lstrip("/"))
