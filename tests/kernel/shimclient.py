@@ -40,6 +40,7 @@ class Peer:
         self.inbox: deque[Message] = deque()
         self.events: deque[Message] = deque()
         self.last_id = 0
+        self.hello: Message = {}
 
     def receive(self) -> Message:
         while not self.inbox:
@@ -95,21 +96,17 @@ class Zygote:
         source = source or str(Path(next(iter(corral.shim.__path__))).parents[1])
         code = f"import sys; sys.path.insert(0, {source!r}); from corral.shim.zygote import main; main()"
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        fd = theirs.fileno()
-        self.process = subprocess.Popen(
-            ["/bin/sh", "-c", f'exec 3<&{fd}; exec "$0" "$@"', sys.executable, "-I", "-S", "-c", code],
-            pass_fds=[fd],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=self.stderr,
-            env={**os.environ, **(env or {})},
+        self.pid = os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-I", "-S", "-c", code],
+            {**os.environ, **(env or {})},
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, theirs.fileno(), 3),
+                (os.POSIX_SPAWN_DUP2, self.stderr.fileno(), 2),
+            ],
         )
         theirs.close()
         self.peer = Peer(ours)
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
 
     def spawn(self, bundle: Path, container: str = "c1", namespace: str = "default") -> dict[str, object]:
         with listen(bundle) as listener:
@@ -124,8 +121,8 @@ class Zygote:
     def close(self) -> None:
         """End it as a dying daemon does: its end of the socket closes."""
         self.peer.close()
-        self.process.wait(TIMEOUT_S)
         self.stderr.close()
+        os.waitpid(self.pid, 0)
 
 
 BUSYBOX = shutil.which("busybox") or "/bin/busybox"
@@ -175,7 +172,7 @@ def listen(bundle: Path) -> socket.socket:
     return listener
 
 
-def connect(bundle: Path) -> Peer:
+def connect(bundle: Path, hello: Message | None = None) -> Peer:
     """A connection after the hello."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY)
@@ -187,10 +184,8 @@ def connect(bundle: Path) -> Peer:
     finally:
         os.close(directory)
     peer = Peer(sock)
-    peer.send({"v": 1, "client": "tests"})
-    hello = peer.receive()
-    assert hello["v"] == 1, hello
-    peer.hello = hello  # type: ignore[attr-defined]
+    peer.send(hello or {"v": 1, "client": "tests"})
+    peer.hello = peer.receive()
     return peer
 
 
@@ -248,15 +243,38 @@ def wait_gone(pid: int, timeout_s: float = TIMEOUT_S) -> None:
 class Shim:
     """A spawned shim with its bundle, and one connection to it."""
 
-    def __init__(self, zygote: Zygote, directory: Path, name: str, config: dict[str, object]) -> None:
-        self.bundle = directory / name
+    def __init__(self, zygote: Zygote, directory: Path, name: str, content: Message) -> None:
+        self.name, self.bundle = name, directory / name
         self.bundle.mkdir()
-        (self.bundle / "config.json").write_text(json.dumps(config))
+        self.log = directory / f"{name}.log"
+        (self.bundle / "config.json").write_text(json.dumps(content))
         spawned = zygote.spawn(self.bundle, container=name)
+        assert isinstance(spawned["pid"], int)
         self.pid = spawned["pid"]
-        assert isinstance(self.pid, int)
         self.peer = connect(self.bundle)
         self.call = self.peer.call
+
+    def create(self, *, driver: str = "json-file", **options: object) -> int:
+        """Create the container and return the pid of its init."""
+        log = {"driver": driver, "path": str(self.log)}
+        pid = self.call("create", **{"log": log, **options})["pid"]
+        assert isinstance(pid, int)
+        return pid
+
+    def start(self, exec_id: str = "") -> dict[str, object]:
+        return self.call("start", exec=exec_id)
+
+    def exec(self, exec_id: str, *args: str, stdin: bool = False, user: str | None = None, **more: object) -> None:
+        """Register an exec; more are members of its process."""
+        self.call("exec", exec=exec_id, process=process(*args, **more), stdin=stdin, user=user)  # type: ignore[arg-type]
+
+    def run_exec(self, *args: str, **more: object) -> bytes:
+        """The output (both streams) of an exec that ends by itself."""
+        exec_id = f"run{self.peer.last_id}"
+        self.exec(exec_id, *args, **more)  # type: ignore[arg-type]
+        out, err = self.attach("stdout", "stderr", exec_id=exec_id, lossless=True)
+        self.start(exec_id)
+        return read_to_end(out) + read_to_end(err)
 
     def attach(self, *names: str, exec_id: str = "", **options: object) -> list[int]:
         """Our ends of pipes for the streams named."""
@@ -276,6 +294,28 @@ class Shim:
                 os.close(fd)
         return ours
 
+    def state(self) -> dict[str, object]:
+        return self.call("state")
+
+    def wait_state(self, wanted: str, exec_id: str = "") -> dict[str, object]:
+        """Poll until the container, or an exec, is in a state."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < deadline:
+            state = self.state()
+            execs = state["execs"]
+            assert isinstance(execs, dict)
+            found = execs.get(exec_id, {}) if exec_id else state
+            if found.get("state") == wanted:
+                assert isinstance(found, dict)
+                return found
+            time.sleep(0.005)
+        raise TimeoutError(f"never {wanted}: {state}")
+
+    def log_entries(self) -> list[tuple[str, str]]:
+        """(stream, text) of each line of the json-file log."""
+        lines = [json.loads(line) for line in self.log.read_bytes().splitlines()]
+        return [(line["stream"], line["log"]) for line in lines]
+
     def exit_file(self) -> dict[str, object]:
         content = json.loads((self.bundle / "exit.json").read_text())
         assert isinstance(content, dict)
@@ -285,6 +325,11 @@ class Shim:
         """The exit of the container, after the shim ended by itself."""
         wait_gone(self.pid)
         return self.exit_file()
+
+    def reports(self) -> str:
+        """What the shim noted in its own log: nothing, if all is well."""
+        path = self.bundle / "shim.log"
+        return path.read_text() if path.exists() else ""
 
     def close(self) -> None:
         """Whatever state it is in, end it and its container."""
@@ -299,3 +344,43 @@ class Shim:
         except TimeoutError:
             os.kill(self.pid, signal.SIGKILL)
             raise
+
+
+class Workshop:
+    """A zygote, a root file system, and the shims made with them; all gone at the end."""
+
+    def __init__(self, env: dict[str, str] | None = None) -> None:
+        self._stack = contextlib.ExitStack()
+        self.directory = self._stack.enter_context(run_directory())
+        self.root = make_root(self.directory)
+        self.zygote = Zygote(env)
+        self._stack.callback(self.zygote.close)
+        self._count = 0
+
+    def spawn(self, *args: str, terminal: bool = False, namespaces: Sequence[str] = NAMESPACES) -> Shim:
+        """A shim whose container is to run args; nothing is created yet."""
+        self._count += 1
+        content = config(self.root, *args, terminal=terminal, namespaces=namespaces)
+        shim = Shim(self.zygote, self.directory, f"c{self._count}", content)
+        self._stack.callback(shim.close)
+        return shim
+
+    def run(self, *args: str, terminal: bool = False, **options: object) -> Shim:
+        """A started container; options are those of create."""
+        shim = self.spawn(*args, terminal=terminal)
+        shim.create(**options)  # type: ignore[arg-type]
+        shim.start()
+        return shim
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@contextlib.contextmanager
+def workshop(env: dict[str, str] | None = None) -> Iterator[Workshop]:
+    """A workshop that is closed at the end."""
+    made = Workshop(env)
+    try:
+        yield made
+    finally:
+        made.close()

@@ -149,7 +149,7 @@ class LogFile:
         except OSError:
             pass
         try:
-            os.ftruncate(self._fd, self._size)
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
         except OSError:
             self._size += written
         return False

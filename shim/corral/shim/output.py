@@ -132,6 +132,7 @@ class Output:
 
     __slots__ = (
         "_clients",
+        "_dropped_bytes",
         "_ended",
         "_exited",
         "_fd",
@@ -143,7 +144,6 @@ class Output:
         "_tap",
         "_terminal",
         "_watching",
-        "dropped_bytes",
     )
 
     def __init__(self, loop: Loop, *, tap: Callable[[bytes], None], on_end: Callable[[], None]) -> None:
@@ -155,7 +155,7 @@ class Output:
         self._replay = bytearray()
         self._retry: Timer | None = None
         self._clients: list[ClientOutput] = []
-        self.dropped_bytes = 0  # by clients that are gone
+        self._dropped_bytes = 0  # by clients that are gone
 
     @property
     def ended(self) -> bool:
@@ -204,16 +204,16 @@ class Output:
         return all(client.progress_at < latest for client in self._clients)
 
     @property
-    def clients(self) -> int:
-        """How many clients are attached."""
-        return len(self._clients)
+    def dropped_bytes(self) -> int:
+        """Bytes that clients, those that are gone too, did not get because they were slow."""
+        return self._dropped_bytes + sum(client.dropped_bytes for client in self._clients)
 
     def close(self) -> None:
         """End at once, delivered or not."""
         if not self._ended:
             self._end()
         for client in tuple(self._clients):
-            self.dropped_bytes += client.backlog_bytes
+            self._dropped_bytes += client.backlog_bytes
             client.close()
 
     def _on_ready(self, _events: int) -> None:
@@ -286,7 +286,7 @@ class Output:
     def _client_changed(self, client: ClientOutput) -> None:
         if client.closed:
             self._clients.remove(client)
-            self.dropped_bytes += client.dropped_bytes
+            self._dropped_bytes += client.dropped_bytes
         self._regulate()
 
 

@@ -34,10 +34,13 @@ _CONFIG: Message = {
         {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
         {**_TMPFS, "destination": "/dev", "options": ["nosuid", "mode=755", "size=65536k"]},
         {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["newinstance", "ptmxmode=0666"]},
-        {**_TMPFS, "destination": "/dev/shm", "options": ["nosuid", "noexec", "nodev", "mode=1777"]},
+        {**_TMPFS, "destination": "/run", "options": ["nosuid", "noexec", "nodev", "mode=1777"]},
     ],
     "linux": {"namespaces": [{"type": name} for name in ("mount", "pid", "ipc", "uts")]},
 }
+
+
+_STATE: list[Message] = [{"op": "state"}] * 8
 
 
 def warm_up(rounds: int) -> None:
@@ -87,7 +90,7 @@ def _requests(log: str) -> list[Message]:
     return [
         {"op": "subscribe"},
         create,
-        *({"op": "state"},) * 8,
+        *_STATE,
         {"op": "kill", "exec": "", "signal": 0},
         {"op": "resize", "exec": "", "width": 80, "height": 24},
         {"op": "exec", "exec": "one", "process": _PROCESS},

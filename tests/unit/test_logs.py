@@ -1,0 +1,238 @@
+"""How output becomes lines of a log file, and what the file does when it is full."""
+
+import errno
+import json
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corral.shim import logs
+from corral.shim.logs import PIECE_LIMIT, FileLog, LogFile, Part, cut
+
+TIME = "2026-01-02T03:04:05.000000006Z"
+
+
+def make(path: Path, driver: str = "json-file", *, max_size: int = 0, max_files: int = 3) -> FileLog:
+    return FileLog(LogFile(str(path), max_size=max_size, max_files=max_files), driver)
+
+
+def entries(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def cri_entries(path: Path) -> list[tuple[str, str, bytes]]:
+    """(stream, tag, text) of each line."""
+    found = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        _, stream, tag, text = line.split(b" ", 3)
+        found.append((stream.decode(), tag.decode(), text))
+    return found
+
+
+@given(st.lists(st.binary(max_size=40) | st.sampled_from([b"\n", b"x" * PIECE_LIMIT, b"y" * (3 * PIECE_LIMIT)])))
+def test_cutting_loses_and_adds_no_byte_and_keeps_to_the_limit(chunks: list[bytes]) -> None:
+    data = b"".join(chunks)
+    parts = list(cut(data))
+    assert b"".join(group for _, group in parts) == data
+    for part, group in parts:
+        assert 0 < len(group) <= PIECE_LIMIT
+        assert group.endswith(b"\n") == (part is Part.LINES)
+    assert all(part is not Part.REST for part, _ in parts[:-1])
+
+
+def test_a_character_is_not_torn_by_the_limit() -> None:
+    for offset in range(4):
+        data = b"a" * offset + "\N{GRINNING FACE}".encode() * PIECE_LIMIT
+        pieces = [group for part, group in cut(data) if part is Part.PIECE]
+        assert pieces
+        for piece in pieces:
+            piece.decode()
+
+
+def test_bytes_that_are_no_characters_are_cut_at_the_limit() -> None:
+    data = b"\x80" * (2 * PIECE_LIMIT)
+    assert [len(group) for _, group in cut(data)] == [PIECE_LIMIT, PIECE_LIMIT]
+
+
+@given(st.lists(st.text(st.characters(blacklist_characters="\n", blacklist_categories=["Cs"])), min_size=1))
+def test_json_lines_decode_to_the_text_that_was_written(lines: list[str]) -> None:
+    group = "".join(f"{line}\n" for line in lines).encode()
+    framed = logs.json_lines(group, "stderr", TIME, True)
+    decoded = [json.loads(line) for line in framed.split(b"\n")[:-1]]
+    assert [entry["log"] for entry in decoded] == [f"{line}\n" for line in lines]
+    assert all(entry["stream"] == "stderr" and entry["time"] == TIME for entry in decoded)
+
+
+@pytest.mark.parametrize(
+    "text", ['\\n "quoted" \\', "tab\tand\x00nul\x1b[0m", "\x80\xff umlaut ü", "\ud7ff\ufffe", "\\\\n"]
+)
+def test_json_escapes_what_looks_like_a_seam(text: str) -> None:
+    group = f"{text}\n{text}\n".encode()
+    decoded = [json.loads(line)["log"] for line in logs.json_lines(group, "stdout", TIME, True).split(b"\n")[:-1]]
+    assert decoded == [f"{text}\n"] * 2
+
+
+def test_what_is_no_utf8_becomes_replacement_characters_in_json_and_stays_as_it_is_in_cri() -> None:
+    assert json.loads(logs.json_lines(b"a\xff\xfeb\n", "stdout", TIME, True))["log"] == "a\ufffd\ufffdb\n"
+    assert logs.cri_lines(b"a\xff\xfeb\n", "stdout", TIME, True) == f"{TIME} stdout F a".encode() + b"\xff\xfeb\n"
+
+
+def test_a_line_written_in_dribs_is_one_entry(tmp_path: Path) -> None:
+    log = make(tmp_path / "log")
+    for byte in b"hello world\n":
+        log.write("stdout", bytes([byte]))
+    assert [entry["log"] for entry in entries(tmp_path / "log")] == ["hello world\n"]
+    log.close()
+
+
+def test_streams_do_not_mix_within_a_line(tmp_path: Path) -> None:
+    log = make(tmp_path / "log")
+    log.write("stdout", b"out")
+    log.write("stderr", b"err\n")
+    log.write("stdout", b"put\n")
+    found = [(entry["stream"], entry["log"]) for entry in entries(tmp_path / "log")]
+    assert found == [("stderr", "err\n"), ("stdout", "output\n")]
+    log.close()
+
+
+def test_a_long_line_is_pieces_of_which_only_the_last_ends_it(tmp_path: Path) -> None:
+    line = b"0123456789" * 5000
+    json_log, cri_log = make(tmp_path / "json"), make(tmp_path / "cri", "cri")
+    for log in (json_log, cri_log):
+        log.write("stdout", line + b"\nnext\n")
+        log.close()
+    texts = [entry["log"] for entry in entries(tmp_path / "json")]
+    assert "".join(texts[:-1]).encode() == line + b"\n"
+    assert [text.endswith("\n") for text in texts] == [False, False, False, True, True]
+    cri = cri_entries(tmp_path / "cri")
+    assert [tag for _, tag, _ in cri] == ["P", "P", "P", "F", "F"]
+    assert b"".join(text for _, _, text in cri[:-1]) == line
+
+
+def test_the_end_of_a_stream_writes_the_line_that_had_no_end(tmp_path: Path) -> None:
+    json_log, cri_log = make(tmp_path / "json"), make(tmp_path / "cri", "cri")
+    for log in (json_log, cri_log):
+        log.write("stdout", b"one\ntwo")
+        log.end("stdout")
+        log.end("stdout")
+        log.close()
+    assert [entry["log"] for entry in entries(tmp_path / "json")] == ["one\n", "two"]
+    assert cri_entries(tmp_path / "cri") == [("stdout", "F", b"one"), ("stdout", "F", b"two")]
+
+
+def test_times_are_rfc3339_with_nanoseconds() -> None:
+    assert logs.timestamp(1_767_323_045_000_000_006) == TIME
+
+
+def test_rotation_keeps_the_newest_files_and_tears_no_line(tmp_path: Path) -> None:
+    log = make(tmp_path / "log", max_size=10_000, max_files=3)
+    for n in range(1000):
+        log.write("stdout", b"line %d\n" % n)
+    log.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "log.1", "log.2"]
+    assert all(path.stat().st_size <= 10_000 for path in tmp_path.iterdir())
+    kept = [entry["log"] for name in ("log.2", "log.1", "log") for entry in entries(tmp_path / name)]
+    assert kept == [f"line {n}\n" for n in range(1000 - len(kept), 1000)]
+    assert log.dropped_bytes == 0
+
+
+def test_rotation_with_one_file_starts_it_anew(tmp_path: Path) -> None:
+    log = make(tmp_path / "log", max_size=1000, max_files=1)
+    for n in range(100):
+        log.write("stdout", b"line %d\n" % n)
+    log.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+    assert entries(tmp_path / "log")[-1]["log"] == "line 99\n"
+
+
+def test_a_write_of_many_rotations_keeps_every_line_whole(tmp_path: Path) -> None:
+    log = make(tmp_path / "log", "cri", max_size=100_000, max_files=50)
+    data = b"".join(b"line %d\n" % n for n in range(50_000))
+    log.write("stdout", data)
+    log.close()
+    names = sorted((p.name for p in tmp_path.iterdir()), key=lambda name: -int(name.partition(".")[2] or 0))
+    assert len(names) > 10
+    assert b"".join(text + b"\n" for name in names for _, _, text in cri_entries(tmp_path / name)) == data
+
+
+def test_reopening_follows_the_name_after_somebody_else_rotated(tmp_path: Path) -> None:
+    log = make(tmp_path / "log")
+    log.write("stdout", b"before\n")
+    (tmp_path / "log").rename(tmp_path / "old")
+    log.write("stdout", b"between\n")
+    log.reopen()
+    log.write("stdout", b"after\n")
+    log.close()
+    assert [entry["log"] for entry in entries(tmp_path / "old")] == ["before\n", "between\n"]
+    assert [entry["log"] for entry in entries(tmp_path / "log")] == ["after\n"]
+
+
+def test_reopening_that_fails_keeps_the_old_file(tmp_path: Path) -> None:
+    directory = tmp_path / "logs"
+    directory.mkdir()
+    log = make(directory / "log")
+    directory.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError):
+        log.reopen()
+    log.write("stdout", b"still\n")
+    log.close()
+    assert [entry["log"] for entry in entries(tmp_path / "moved" / "log")] == ["still\n"]
+
+
+@pytest.fixture
+def file_size_limit() -> Iterator[int]:
+    """A disk that is full after 5,000 bytes: writes come back short, then fail."""
+    limit, old = 5000, resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_drops_whole_lines_and_counts_the_bytes(tmp_path: Path, file_size_limit: int) -> None:
+    log = make(tmp_path / "log", "cri")
+    lines = [b"line %d of some length\n" % n for n in range(500)]
+    for line in lines:
+        log.write("stdout", line)
+    log.close()
+    kept = [text + b"\n" for _, _, text in cri_entries(tmp_path / "log")]
+    assert kept == lines[: len(kept)]
+    assert 0 < len(kept) < len(lines)
+    assert log.dropped_bytes == sum(len(line) for line in lines[len(kept) :])
+
+
+def test_a_disk_with_room_again_is_written_again(tmp_path: Path, file_size_limit: int) -> None:
+    log = make(tmp_path / "log", "cri")
+    for _ in range(500):
+        log.write("stdout", b"something of a length\n")
+    dropped = log.dropped_bytes
+    os.truncate(tmp_path / "log", 0)
+    log.write("stdout", b"again\n")
+    log.close()
+    assert dropped > 0
+    assert log.dropped_bytes == dropped
+    assert cri_entries(tmp_path / "log")[-1] == ("stdout", "F", b"again")
+
+
+def test_a_stuck_reader_of_a_fifo_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "log")
+    reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
+    log = make(tmp_path / "log", "cri")
+    for _ in range(100):
+        log.write("stdout", b"x" * 1000 + b"\n")
+    assert log.dropped_bytes > 0
+    log.close()
+    os.close(reader)
+
+
+def test_a_log_that_cannot_be_opened_says_so(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="log") as caught:
+        logs.open_log("cri", str(tmp_path / "none" / "log"), max_size=0, max_files=1)
+    assert caught.value.errno == errno.ENOENT
