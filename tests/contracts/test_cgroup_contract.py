@@ -199,6 +199,19 @@ def test_an_oom_kill_in_a_cgroup_that_the_container_made_is_counted(driver: Driv
         assert watch.count() == 1
 
 
+def test_kills_before_a_watch_was_opened_count_only_since_creation(group: Cgroup) -> None:
+    group.apply(memory(32 * MIB))
+    for ran_before in (0, 1):
+        with (
+            OomWatch.open(group.paths()) as now,
+            OomWatch.open(group.paths(), since_creation=True) as ever,
+            inside(group, lambda _: touch(128 * MIB)) as child,
+        ):
+            assert (now.count(), ever.count()) == (0, ran_before)
+            child.wait()
+            assert (now.count(), ever.count()) == (1, ran_before + 1)
+
+
 def test_a_watch_wakes_a_selector_at_an_oom(group: Cgroup) -> None:
     group.apply(memory(32 * MIB))
     with OomWatch.open(group.paths()) as watch, selectors.DefaultSelector() as selector:

@@ -124,7 +124,7 @@ class Groups:
                     ) from e
                 leftover.remove(self._timeouts.remove_s)
                 group = self._driver.create(record.path, limits)
-            return OomWatch.open(group.paths())
+            return OomWatch.open(group.paths(), since_creation=True)
 
     async def update(self, key: Key, change: types_pb2.Resources) -> Record:
         """Change limits, all or none. Raises NotFound, InvalidArgument, Unimplemented."""

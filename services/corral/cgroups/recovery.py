@@ -42,7 +42,7 @@ def reconcile(database: Database, driver: Driver, parent: str, *, timeout_s: flo
             path = f"{parent}/{namespace}/{name}"
             if path not in paths:
                 _remove(driver, path, timeout_s)
-    return {record.key: OomWatch.open(driver.open(record.path).paths()) for record in kept}
+    return {record.key: OomWatch.open(driver.open(record.path).paths(), since_creation=True) for record in kept}
 
 
 def _settle(database: Database, driver: Driver, record: Record, timeout_s: float) -> bool:

@@ -28,31 +28,41 @@ _REMOVAL_S = 0.1
 class OomWatch:
     """A count of OOM kills that an open file keeps reachable. Close it, or use it as a context manager."""
 
-    __slots__ = ("_directory", "_epoll", "_eventfd", "_fd", "_last", "_signals")
+    __slots__ = ("_before", "_directory", "_epoll", "_eventfd", "_fd", "_last", "_signals", "_uncounted")
 
-    def __init__(self, directory: str, fd: int, eventfd: int) -> None:
+    def __init__(self, directory: str, fd: int, eventfd: int, *, since_creation: bool) -> None:
         """Take over both fds; an eventfd of -1 means v2, a fd of -1 that there is nothing to watch."""
         self._directory, self._fd, self._eventfd = directory, fd, eventfd
-        self._last = self._signals = 0
+        self._signals = 0
+        # On v2 this first look also quiets the file, which has news until it was read once.
+        self._before = self._last = self._kills() if fd >= 0 else 0
+        self._uncounted = 0 if since_creation else self._before
         # An epoll fd is itself readable when a file in it has news: any selector can wait for it.
         self._epoll = select.epoll()
         if eventfd >= 0:
             self._epoll.register(eventfd, select.EPOLLIN)
         elif fd >= 0:
             self._epoll.register(fd, select.EPOLLPRI)
-            os.pread(fd, 1, 0)  # until it is read once, the file reports news
 
     @classmethod
-    def open(cls, paths: Iterable[Path]) -> Self:
-        """Watch the one of a cgroup's directories that has a memory controller; without one count() is 0."""
+    def open(cls, paths: Iterable[Path], *, since_creation: bool = False) -> Self:
+        """Watch the one of a cgroup's directories that has a memory controller; without one count() is 0.
+
+        A cgroup may outlive those who ran in it: without since_creation only kills from now on count.
+        """
         for path in paths:
             for name in (V2_EVENTS, V1_OOM_CONTROL):
                 try:
                     fd = os.open(path / name, os.O_RDONLY | os.O_CLOEXEC)
                 except FileNotFoundError:
                     continue
-                return cls(str(path), fd, -1 if name == V2_EVENTS else _register(path, fd))
-        return cls("", -1, -1)
+                with contextlib.ExitStack() as fds:
+                    fds.callback(os.close, fd)
+                    eventfd = -1 if name == V2_EVENTS else _register(path, fd, fds)
+                    watch = cls(str(path), fd, eventfd, since_creation=since_creation)
+                    fds.pop_all()  # the watch has them now
+                return watch
+        return cls("", -1, -1, since_creation=since_creation)
 
     def fileno(self) -> int:
         """A file descriptor that is readable when count() may have changed; call count() to quiet it."""
@@ -60,19 +70,16 @@ class OomWatch:
 
     def count(self) -> int:
         """How many processes the OOM killer took here; the last known answer once the cgroup is gone."""
-        if self._fd < 0:
-            return self._last
-        self._drain()
-        try:
-            kills = files.flat_keyed(os.pread(self._fd, 4096, 0).decode()).get(OOM_KILL, 0)
-            if self._eventfd >= 0:
-                kills += self._below()
-        except OSError as e:
-            if not membership.gone(e):
-                raise
-            kills = self._after_removal()
-        self._last = max(self._last, kills)
-        return self._last
+        if self._fd >= 0:
+            self._drain()
+            try:
+                kills = self._kills()
+            except OSError as e:
+                if not membership.gone(e):
+                    raise
+                kills = self._after_removal()
+            self._last = max(self._last, kills)
+        return self._last - self._uncounted
 
     def close(self) -> None:
         """Let go of the cgroup. count() keeps its last answer."""
@@ -85,6 +92,10 @@ class OomWatch:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _kills(self) -> int:
+        kills = files.flat_keyed(os.pread(self._fd, 4096, 0).decode()).get(OOM_KILL, 0)
+        return kills + self._below() if self._eventfd >= 0 else kills
 
     def _below(self) -> int:
         """v1 counts each cgroup apart: add the sub-cgroups that the container made."""
@@ -107,9 +118,8 @@ class OomWatch:
         if self._eventfd >= 0 and self._signals < 2:
             while self._signals < 2 and self._epoll.poll(_REMOVAL_S):
                 self._drain()
-        kills = max(0, self._signals - 1)
         self._release()
-        return kills
+        return self._before + max(0, self._signals - 1)
 
     def _release(self) -> None:
         """Forget the files but keep the epoll fd, which the caller's selector may hold."""
@@ -122,16 +132,8 @@ class OomWatch:
         self._fd = self._eventfd = -1
 
 
-def _register(path: Path, fd: int) -> int:
-    try:
-        eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    except OSError:
-        os.close(fd)
-        raise
-    try:
-        files.write(f"{path}/{V1_EVENT_CONTROL}", f"{eventfd} {fd}")
-    except OSError:
-        os.close(fd)
-        os.close(eventfd)
-        raise
+def _register(path: Path, fd: int, fds: contextlib.ExitStack) -> int:
+    eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    fds.callback(os.close, eventfd)
+    files.write(f"{path}/{V1_EVENT_CONTROL}", f"{eventfd} {fd}")
     return eventfd
