@@ -10,7 +10,6 @@ class NetworkConfig:
     """Where network keeps its things, and what it calls them in the kernel.
 
     Two engines on one host need different roots, states, bridges and nft tables, and subnets that do not overlap.
-
     """
 
     # Database, and the files that containers see as /etc/hosts, /etc/resolv.conf and /etc/hostname.

@@ -15,7 +15,6 @@ class FileStore:
     """The files of all endpoints: <root>/<namespace>/<endpoint>/{hosts,resolv.conf,hostname}.
 
     Not fsynced: they are of use only while the machine runs, and are written anew by the first Attach after a boot.
-
     """
 
     def __init__(self, root: Path) -> None:

@@ -29,7 +29,6 @@ class Bitmap:
     """A set of numbers below `size`, as leaves of LEAF_BITS bits and a summary of which leaves are full.
 
     Finding a free number looks at one bit of the summary and one leaf, however many numbers are taken.
-
     """
 
     size: int

@@ -6,7 +6,7 @@ import os
 
 import structlog
 
-from corral.network import recovery
+from corral.network import recovery, subnets
 from corral.network.allocations import Allocations
 from corral.network.bridge import BridgeDriver
 from corral.network.config import NetworkConfig
@@ -34,7 +34,10 @@ class Leaf:
     """Everything that lives from start() to stop()."""
 
     def __init__(self, config: NetworkConfig) -> None:
-        """Open the store. Raises OSError."""
+        """Open the store. Raises OSError, and InvalidArgument for settings that cannot be."""
+        subnets.check_interface_name(config.bridge)
+        for text in (config.subnet, *config.pools):
+            subnets.check_usable(subnets.parse_subnet(text, "subnet or pool in [network] of the configuration"))
         netns = config.state / "netns"
         for directory in (config.root / "endpoints", netns):
             directory.mkdir(mode=0o755, parents=True, exist_ok=True)

@@ -100,7 +100,6 @@ class Netlink:
         """Make the bridge, or mend what it lacks; returns whether it had to be made.
 
         Raises OSError(EEXIST) if something else has its name.
-
         """
         made = not link_exists(plan.name)
         if made:
@@ -128,7 +127,6 @@ class Netlink:
         """Make the veth pair, one end on the bridge and up, the other inside the namespace, in one request.
 
         Raises OSError(ENODEV) if the bridge is missing, EEXIST if a name is taken.
-
         """
         with _namespace_fd(netns) as fd:
             message = rtnetlink.new_veth(
@@ -170,7 +168,6 @@ def configure_inside(netns: Path, plans: Sequence[InterfacePlan], sysctls: Seque
     """Configure the inner ends of plugged pairs, and write sysctls, inside a namespace.
 
     Sysctls are written when the interfaces are there and before they are up. Raises OSError.
-
     """
 
     def work() -> None:

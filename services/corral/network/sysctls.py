@@ -14,7 +14,6 @@ def paths(sysctls: Iterable[tuple[str, str]]) -> list[tuple[Path, str]]:
     """Where to write which value. As in sysctl(8): the first separator, "." or "/", is the separator of them all.
 
     Raises InvalidArgument for names outside of net: those belong to other namespaces, or to the host.
-
     """
     return [(_path(name), value) for name, value in sysctls]
 

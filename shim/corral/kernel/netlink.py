@@ -30,6 +30,8 @@ _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _ERRNO = struct.Struct("=i")
 _BUFFER_BYTES = 1 << 16
+# Acknowledgements of more might not fit into the socket's buffer.
+_BATCH = 64
 # A dump that the kernel marks as torn by a change is asked for again.
 _DUMP_ATTEMPTS = 5
 
@@ -89,23 +91,25 @@ class Socket:
         """Ask for all of them, in order; they are done when this returns.
 
         Raises OSError for the first that failed, naming it. The others are not undone, and those after it were tried.
-
         """
-        if not messages:
-            return
+        failures = [
+            failure
+            for start in range(0, len(messages), _BATCH)
+            for failure in self._batch(messages[start : start + _BATCH])
+        ]
+        if failures:
+            raise failures[0]
+
+    def _batch(self, messages: Sequence[Message]) -> list[OSError]:
+        """Send some and read their acknowledgements; the failures, in order."""
         first = self._send(messages, NLM_F_ACK)
-        failures: dict[int, OSError] = {}
-        answered: set[int] = set()
-        while len(answered) < len(messages):
+        outcomes: dict[int, OSError | None] = {}
+        while len(outcomes) < len(messages):
             for kind, flags, sequence, payload in self._receive():
                 number = sequence - first
-                if kind != _NLMSG_ERROR or not 0 <= number < len(messages):
-                    continue  # an answer to a request that nobody waits for any more
-                answered.add(number)
-                if (failure := _failure(payload, flags, messages[number].what)) is not None:
-                    failures[number] = failure
-        if failures:
-            raise failures[min(failures)]
+                if kind == _NLMSG_ERROR and 0 <= number < len(messages):  # else to a request nobody waits for any more
+                    outcomes[number] = _failure(payload, flags, messages[number].what)
+        return [failure for _, failure in sorted(outcomes.items()) if failure is not None]
 
     def dump(self, message: Message) -> Sequence[bytes]:
         """Bodies of all messages that answer a request for a list. Raises OSError."""

@@ -45,7 +45,6 @@ class Nftables:
         """Run the commands, all or none; returns what those that list something printed.
 
         Raises NftablesError with the library's words.
-
         """
         text = json.dumps({"nftables": commands}).encode()
         with self._lock:
