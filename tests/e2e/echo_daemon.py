@@ -13,7 +13,7 @@ import grpc.aio
 from corral.daemon import table
 from corral.daemon.main import main
 from corral.rpc.channel import Channels
-from corral.rpc.context import current_namespace
+from corral.rpc.context import current_namespace, only_follows
 from corral.rpc.errors import FailedPrecondition
 from corral.store import Database
 
@@ -75,6 +75,7 @@ class EchoService:
         return f"{self._config.greeting} {request.decode()} in {namespace}, number {count}".encode()
 
     async def _follow(self, request: bytes, context: object) -> AsyncIterator[bytes]:
+        only_follows()
         async for event in self._db.journal.follow(0):
             yield event.subject.encode()
 

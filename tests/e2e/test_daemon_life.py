@@ -170,9 +170,11 @@ async def test_a_signal_stops_it_cleanly_and_followers_learn_why(echo: Corrald, 
         assert await call.read() == b"one"
         process = echo.processes.pop("corrald")
         process.send_signal(number)
+        began = time.monotonic()
         with pytest.raises(errors.Unavailable, match="corral is stopping"):
             await call.read()
         assert await asyncio.to_thread(process.wait, 10) == 0
+    assert time.monotonic() - began < 1.5  # who only follows gets no grace
     assert (echo.root / "echo" / "echo-stopped").read_text() == str(process.pid)
     assert echo.events("daemon.stopped")
 

@@ -4,12 +4,14 @@ Both travel as gRPC metadata. The server interceptor sets them once per call; co
 corral.rpc.channel forward them, so one request id names the whole tree of calls that a user's command caused.
 """
 
+import asyncio
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 from corral.rpc.errors import InvalidArgument
 
@@ -30,6 +32,20 @@ class Call:
 
 # The log processor of corral.daemon reads this too: one variable set per call costs less than binding each key.
 current_call: ContextVar[Call | None] = ContextVar("corral_call", default=None)
+
+
+# The calls of the same service that only_follows() was called in; set by the server interceptor.
+current_followers: ContextVar[set[asyncio.Task[Any]] | None] = ContextVar("corral_followers", default=None)
+
+
+def only_follows() -> None:
+    """Say of the call being served that it merely watches, for as long as the client likes: events, logs, a wait.
+
+    Such a call is ended at once when its service is asked to stop; other calls get time to finish their work.
+    """
+    followers, task = current_followers.get(), asyncio.current_task()
+    if followers is not None and task is not None:
+        followers.add(task)
 
 
 def current_namespace() -> str:

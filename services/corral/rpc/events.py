@@ -7,7 +7,7 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from corral.api.types.v1 import types_pb2
-from corral.rpc.context import current_namespace
+from corral.rpc.context import current_namespace, only_follows
 from corral.store import Event, Journal
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ async def stream_events(
 
     `until` ends the stream at the first later event, or when that moment has passed if nothing happens.
     """
+    only_follows()
     to_wire = to_wire or event_to_wire
     namespace = None if request.all_namespaces else current_namespace()
     since_ns = nanoseconds(request.since) if request.HasField("since") else 0

@@ -18,6 +18,7 @@ from corral.rpc.context import (
     check_id,
     check_namespace,
     current_call,
+    current_followers,
     new_request_id,
 )
 from corral.rpc.errors import CorralError, Internal, Unavailable, Unimplemented, from_os_error, to_status
@@ -39,6 +40,7 @@ class Gate:
         self._refusal = "not started"
         self.is_open = False
         self.inside: set[asyncio.Task[Any]] = set()
+        self.followers: set[asyncio.Task[Any]] = set()
 
     def open(self) -> None:
         self.is_open = True
@@ -57,7 +59,9 @@ class Gate:
             raise Unavailable(self._refusal, reason="STOPPING")
 
     async def drain(self, seconds: float) -> None:
-        """Wait for the calls inside; cancel those that are still there after `seconds`."""
+        """Wait for the calls inside; cancel those that only follow now, and what is still there after `seconds`."""
+        for task in self.followers:
+            task.cancel()
         if self.inside:
             await asyncio.wait(self.inside, timeout=seconds)
         remaining = set(self.inside)
@@ -120,7 +124,7 @@ class _Around:
         """Around a method that returns its response, or writes its responses to the context."""
         if not inspect.iscoroutinefunction(fn):
             fn = self._unimplemented(fn)
-        inside = self._gate.inside
+        inside, followers = self._gate.inside, self._gate.followers
 
         async def behaviour(request: Any, context: _Context) -> Any:
             task = asyncio.current_task()
@@ -133,12 +137,13 @@ class _Around:
                 await self._fail(context, e)
             finally:
                 inside.discard(task)
+                followers.discard(task)
 
         return behaviour
 
     def generator(self, fn: Any) -> Callable[[Any, _Context], AsyncIterator[Any]]:
         """Around a method that yields its responses."""
-        inside = self._gate.inside
+        inside, followers = self._gate.inside, self._gate.followers
 
         async def behaviour(request: Any, context: _Context) -> AsyncIterator[Any]:
             task = asyncio.current_task()
@@ -153,6 +158,7 @@ class _Around:
                 await self._fail(context, e)
             finally:
                 inside.discard(task)
+                followers.discard(task)
 
         return behaviour
 
@@ -176,6 +182,7 @@ class _Around:
                 request_id = check_id(str(value), "request id")
         # Never reset: the task, and its context with it, ends with the call.
         current_call.set(Call(namespace, request_id or new_request_id(), self._method))
+        current_followers.set(self._gate.followers)
         if not self._gate.is_open:
             await self._gate.wait()
 
