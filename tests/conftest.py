@@ -15,9 +15,7 @@ import pytest
 from support.corrald import Corrald
 from support.images import write_busybox
 from support.leaks import TAG_VARIABLE, Watch
-from support.requirements import lacking, needs
-
-__all__ = ["needs"]
+from support.requirements import lacking
 
 ALLOWED_SKIPS = Path(__file__).parent / "allowed-skips.txt"
 WATCH = pytest.StashKey[Watch]()

@@ -102,6 +102,26 @@ def _process(directory: Path, tag: str) -> str:
     return f"process {directory.name} {command[:160]}{mark}" if ours or tagged else ""
 
 
+def _runs_corral(directory: Path, tag: str) -> bool:
+    """Whether this is a daemon, a bench or a zygote that is not of this session."""
+    try:
+        command = (directory / "cmdline").read_bytes()
+        mine = tag.encode() in (directory / "environ").read_bytes() or int(directory.name) == os.getpid()
+        parent = int((directory / "stat").read_text("utf-8").rpartition(")")[2].split()[1])
+    except OSError:
+        return False
+    if b"corral.shim.zygote" in command:  # it has no environment; a shim is an orphan, a zygote has its daemon
+        return parent not in (1, os.getpid()) and not _runs_corral_of(parent, tag)
+    return not mine and any(word in command for word in (b"corral.daemon", b"corrald\0", b"pytest", b"tests/bench"))
+
+
+def _runs_corral_of(pid: int, tag: str) -> bool:
+    try:
+        return tag.encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return True
+
+
 def _open_files(directory: Path) -> str:
     """What the process has open: a shim, whose environment says nothing, has the FIFOs of its bundle."""
     try:
@@ -131,12 +151,12 @@ class Watch:
             time.sleep(0.1)
 
     def _alone(self) -> bool:
-        """Whether no other session runs, whose things would look like ours."""
+        """Whether no other test session and no corral of somebody else runs, whose things would look like ours."""
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        return True
+        return not any(_runs_corral(directory, self._tag) for directory in Path("/proc").glob("[0-9]*"))
 
     def close(self) -> None:
         os.close(self._lock)
