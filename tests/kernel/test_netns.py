@@ -60,6 +60,8 @@ def test_a_taken_name_is_refused_and_stays_as_it_is(directory: Path) -> None:
 def test_a_pin_that_cannot_be_made_leaves_no_file(directory: Path) -> None:
     with pytest.raises(FileNotFoundError):
         create_pinned(directory / "missing/a")
+    with pytest.raises(ZeroDivisionError):
+        create_pinned(directory / "b", lambda: 1 // 0)
     assert list(directory.iterdir()) == []
 
 

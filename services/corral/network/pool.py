@@ -15,7 +15,7 @@ from pathlib import Path
 
 import structlog
 
-from corral.kernel.netns import create_pinned, in_namespace, remove_pinned
+from corral.kernel.netns import create_pinned, remove_pinned
 
 log = structlog.get_logger()
 
@@ -97,12 +97,7 @@ class NetnsPool:
     def make(self) -> str:
         """A new namespace, pinned, for the caller. Raises OSError."""
         name = f"ns-{os.urandom(6).hex()}"
-        create_pinned(self.path(name))
-        try:
-            in_namespace(self.path(name), _prepare)
-        except BaseException:
-            self.discard(name)
-            raise
+        create_pinned(self.path(name), _prepare)
         return name
 
 

@@ -14,21 +14,23 @@ from corral.kernel.namespaces import Kind, join, leave, open_namespace
 from corral.kernel.syscalls import Path as AnyPath
 
 
-def create_pinned(path: AnyPath) -> None:
+def create_pinned(path: AnyPath, prepare: Callable[[], object] | None = None) -> None:
     """Make a new network namespace and pin it at path, which must not exist; its directory must.
 
-    Raises FileExistsError where path is taken. On any failure nothing is left behind.
+    `prepare` runs inside it first. Raises FileExistsError where path is taken. On any failure nothing is left behind.
     """
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDONLY | os.O_CLOEXEC, 0o444))
     try:
-        in_own_thread(lambda: _leave_and_pin(path))
+        in_own_thread(lambda: _leave_and_pin(path, prepare))
     except BaseException:
         Path(os.fsdecode(path)).unlink()
         raise
 
 
-def _leave_and_pin(path: AnyPath) -> None:
+def _leave_and_pin(path: AnyPath, prepare: Callable[[], object] | None) -> None:
     leave(Kind.NETWORK.flag)
+    if prepare is not None:
+        prepare()
     mount.bind("/proc/thread-self/ns/net", path)
 
 
