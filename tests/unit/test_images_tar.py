@@ -62,7 +62,7 @@ def test_every_kind_of_entry() -> None:
     members = archive(
         member(b"d/", kind=b"5"), member(b"s", kind=b"2", link=b"to"), member(b"h", kind=b"1", link=b"d/x"),
         member(b"c", kind=b"3", device=(5, 1)), member(b"b", kind=b"4", device=(8, 300)), member(b"f", kind=b"6"),
-        member(b"old/"), member(b"seven", b"1", kind=b"7"), member(b"nul", b"2", kind=b"\0"),
+        member(b"old/", kind=b"\0"), member(b"seven", b"1", kind=b"7"), member(b"nul", b"2", kind=b"\0"),
     )  # fmt: skip
     kinds = [entry.kind for entry, _ in read(members)]
     assert kinds == [

@@ -106,6 +106,8 @@ class Applier:
         if not parts:
             self._root(entry)
             return
+        if any(part.startswith(WHITEOUT_META) for part in parts) and parts[-1] != OPAQUE:
+            return  # aufs' own bookkeeping
         with _explained(entry):
             if parts[-1].startswith(WHITEOUT):
                 self._whiteout(entry, parts)
@@ -181,6 +183,8 @@ class Applier:
                 self._link_below(entry, parts, target)
                 return
             above = _copy(found, fds)
+            if stat.S_ISDIR(os.stat(target[-1], dir_fd=above, follow_symlinks=False).st_mode):
+                raise BadLayer(f"entry {entry.shown} is a hard link to a directory")
             self._create(
                 lambda name, at: os.link(target[-1], name, src_dir_fd=above, dst_dir_fd=at, follow_symlinks=False),
                 parts,
@@ -223,8 +227,6 @@ class Applier:
             self._opaque.add("/".join(parts[:-1]))
             self._tree.parent(parts)
             return
-        if parts[-1].startswith(WHITEOUT_META):
-            return  # aufs' own bookkeeping
         name = parts[-1].removeprefix(WHITEOUT)
         if name in ("", ".", ".."):
             raise BadLayer(f"entry {entry.shown} hides no name that can exist")

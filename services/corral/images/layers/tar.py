@@ -148,7 +148,7 @@ class TarReader:
         if pax:
             apply_pax(entry, pax)
             stored = entry.size
-        if entry.kind is Kind.FILE and entry.name.endswith(b"/"):
+        if block[156:157] == b"\0" and entry.name.endswith(b"/"):
             entry.kind = Kind.DIRECTORY  # as tar wrote directories before 1988
         if entry.kind is not Kind.FILE:
             entry.size = stored = 0
