@@ -4,7 +4,20 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from support.netlab import BRIDGE, GATEWAY, OUTSIDE, SUBNET, Calls, Lab, address, command, reaches
+from support.netlab import (
+    BRIDGE,
+    GATEWAY,
+    OUTSIDE,
+    SUBNET,
+    Calls,
+    Lab,
+    address,
+    command,
+    lines,
+    reaches,
+    tcp_call,
+    tcp_server,
+)
 from support.requirements import needs
 
 from corral.api.network.v1 import network_pb2 as pb
@@ -236,3 +249,18 @@ async def test_the_journal_tells_what_happened(net: Calls) -> None:
         ("endpoint.detached", "a"),
         ("network.removed", "mine"),
     ]
+
+
+async def test_a_network_of_both_ip_versions(lab: Lab, net: Calls) -> None:
+    made = await net.create("both", "10.231.200.0/24", "fd00:231::/64", ipv6=True)
+    assert made.ipv6
+    a, b = await net.attach("a", "both"), await net.attach("b", "both")
+    [interface] = a.interfaces
+    assert (interface.ipv6_address, interface.ipv6_gateway) == ("fd00:231::2/64", "fd00:231::1")
+    own, other = "fd00:231::2", b.interfaces[0].ipv6_address.partition("/")[0]
+    with tcp_server(b.netns_path, other):
+        assert tcp_call(a.netns_path, other) == own
+    with tcp_server(lab.host, "fd00:231::1"):
+        assert tcp_call(a.netns_path, "fd00:231::1") == own
+    assert "default via fd00:231::1" in command(a.netns_path, "ip", "-6", "route")
+    assert f"{own}\ta" in lines(a.hosts_path)

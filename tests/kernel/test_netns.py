@@ -108,11 +108,12 @@ def test_a_ready_namespace_has_its_loopback_up_and_no_ipv6_for_what_comes(pool: 
 
 def test_the_pool_fills_itself_again(pool: NetnsPool, directory: Path) -> None:
     pool.start()
-    assert eventually(lambda: len(list(directory.iterdir())) == SIZE)
+    assert eventually(lambda: pool.ready == SIZE)
     taken = [pool.take() for _ in range(SIZE)]
     assert None not in taken
     assert len(set(taken)) == SIZE
-    assert eventually(lambda: len(list(directory.iterdir())) == 2 * SIZE)
+    assert eventually(lambda: pool.ready == SIZE)
+    assert len(list(directory.iterdir())) == 2 * SIZE
 
 
 def test_an_empty_pool_says_so_at_once(pool: NetnsPool) -> None:
@@ -140,7 +141,7 @@ def test_a_sweep_keeps_what_is_owned_only(directory: Path) -> None:
 
 def test_closing_leaves_those_taken_and_removes_the_rest(pool: NetnsPool, directory: Path) -> None:
     pool.start()
-    assert eventually(lambda: len(list(directory.iterdir())) == SIZE)
+    assert eventually(lambda: pool.ready == SIZE)
     taken = pool.take()
     pool.close()
     assert [path.name for path in directory.iterdir()] == [taken]

@@ -223,12 +223,13 @@ def _echo_request(identifier: int) -> bytes:
 def tcp_server(where: str | Path, own: str, port: int = 7) -> Iterator[list[str]]:
     """Listens inside a namespace; the list fills with the addresses of those who came, as seen from there."""
     came: list[str] = []
-    listener = in_namespace(Path(where), lambda: socket.create_server((own, port)))
+    family = socket.AF_INET6 if ":" in own else socket.AF_INET
+    listener = in_namespace(Path(where), lambda: socket.create_server((own, port), family=family))
 
     def serve() -> None:
         with contextlib.suppress(OSError):
             while True:
-                connection, (source, _) = listener.accept()
+                connection, (source, *_) = listener.accept()
                 came.append(source)
                 connection.sendall(source.encode())
                 connection.close()

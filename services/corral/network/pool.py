@@ -55,6 +55,11 @@ class NetnsPool:
         """A namespace that was taken and then not used."""
         self._ready.append(name)
 
+    @property
+    def ready(self) -> int:
+        """How many can be taken now."""
+        return len(self._ready)
+
     def path(self, name: str) -> Path:
         """Where a namespace is pinned."""
         return self.directory / name
