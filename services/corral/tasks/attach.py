@@ -74,14 +74,9 @@ class Attachment:
             await task.connected().attach(process.row.exec_id, fields, theirs)
         except (FailedPrecondition, NotFound, Unavailable):
             self.close()
-            try:
-                async with asyncio.timeout(JUST_ENDED_S):
-                    await process.ended.wait()  # it ended at this moment, and that is not an error
-            except TimeoutError:
-                pass
-            else:
-                return
-            raise
+            if not await process.has_ended(within_s=JUST_ENDED_S):
+                raise
+            # It ended at this moment, and that is no error.
 
     def _make_pipes(self, process: Process, wanted: Wanted, fields: dict[str, object]) -> list[int]:
         """Make the pipes wanted; returns the shim's ends in the order of the wire."""

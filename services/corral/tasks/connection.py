@@ -4,6 +4,7 @@ A request is on its way as soon as request() returns, so requests can be pipelin
 """
 
 import asyncio
+import contextvars
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +70,8 @@ class Connection:
         self._next_id = 0
         self._unsent_fds: list[int] = []
         self.is_open = True
-        self._loop.add_reader(self._fd, self._readable)
+        # What comes in belongs to no call, least of all to the one that happened to connect.
+        contextvars.Context().run(self._loop.add_reader, self._fd, self._readable)
 
     def request(self, op: str, fields: Message, fds: Sequence[int] = ()) -> asyncio.Future[Message]:
         """Send a request; the future holds what its reply calls `ok`. Takes over `fds` and closes them in any case.

@@ -1,6 +1,9 @@
 """Tasks as they live in this process: the rows, who waits for them, and the connection to the shim."""
 
 import asyncio
+from contextlib import suppress
+
+import structlog
 
 from corral.kernel.failpoint import failpoint
 from corral.rpc.blocking import run_blocking
@@ -11,6 +14,8 @@ from corral.tasks.bundle import Bundle
 from corral.tasks.identity import Identity
 from corral.tasks.model import INIT, Exit, ProcessRow, Status, TaskRow
 from corral.tasks.shim import Shim
+
+log = structlog.get_logger()
 
 OF_ONE_PROCESS = frozenset({"args", "terminal", "consoleSize"})
 
@@ -34,17 +39,40 @@ class Process:
     def identity(self) -> Identity | None:
         return Identity(self.row.pid, self.row.start_time) if self.row.pid else None
 
+    @property
+    def what(self) -> str:
+        """For sentences."""
+        init = f"container {self.row.task.id}"
+        return init if self.row.is_init else f"exec {self.row.exec_id!r} of {init}"
+
+    def _facts(self) -> dict[str, str]:
+        facts = {"namespace": self.row.task.namespace, "container_id": self.row.task.id}
+        return facts if self.row.is_init else {**facts, "exec_id": self.row.exec_id}
+
     async def wait(self) -> Exit:
         """How it ended, once it has."""
         await self.ended.wait()
         assert self.row.exit is not None
         return self.row.exit
 
+    async def has_ended(self, *, within_s: float) -> bool:
+        """Wait for its end, but not for long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self.ended.wait()
+        return self.ended.is_set()
+
+    def release(self, how: Exit) -> None:
+        """Nothing is written any more; whoever waits is told this."""
+        self.row = self.row.ended(how)
+        self.ended.set()
+
     async def mark_started(self, database: Database, identity: Identity, at_ns: int) -> None:
         """It runs. The caller holds the lock."""
         if not self.row.may(Status.RUNNING):
             return
         row = self.row = self.row.started(pid=identity.pid, start_time=identity.start_time, at_ns=at_ns)
+        log.info("task.started", **self._facts(), pid=row.pid)
         await database.write(lambda transaction: store.started(transaction, row))
 
     async def mark_ended(self, database: Database, how: Exit) -> None:
@@ -69,6 +97,7 @@ class Process:
                 # True whatever the database says; exit.json brings it there at the latest at the next start.
                 self.row = row
                 self.ended.set()
+            log.info("task.exited", **self._facts(), code=how.code, oom=how.oom, reason=how.reason)
             failpoint("tasks.exited.after_row")
 
 

@@ -1,15 +1,17 @@
 """Finding the truth about a task without having watched: when the service starts, and when a shim hangs up.
 
-shim answers            adopt it: state, and every move that it saw and we did not
+shim answers            adopt it: its state, and every move that it saw and we did not
 exit.json               that is how it ended
 neither                 kill init if it lives (named by pid and start time); the task is lost, with the reason
 
-bundle without row      a create that was cut short: end its shim, remove it
+bundle without row      a creation that was cut short: end its shim, remove it
 row without bundle      lost, with the reason
 """
 
+import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import Coroutine
+from typing import Any
 
 import structlog
 
@@ -17,105 +19,165 @@ from corral.kernel.failpoint import failpoint
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import CorralError
 from corral.store import Database
+from corral.tasks import store
+from corral.tasks.bundle import Bundles
 from corral.tasks.identity import Identity
 from corral.tasks.live import Process, Task
-from corral.tasks.model import Exit, Status
+from corral.tasks.model import Exit, TaskKey
 from corral.tasks.processes import members
+from corral.tasks.registry import Registry
 from corral.tasks.shim import ProcessReport, Shim, StateReport
+from corral.tasks.spawning import UNDO_S, undo
 
 log = structlog.get_logger()
 
+AT_ONCE = 32
 KILL_S = 10.0
 SHIM_KILLED = "the shim was killed; exit code unknown"
 BUNDLE_GONE = "the bundle is gone (the machine was restarted, or its run state removed); exit code unknown"
 NOT_SEEN = "the container ended before this exec's exit was seen; exit code unknown"
+NOT_EXECUTED = "its program could not be executed"
 
 
-@dataclass(frozen=True, slots=True)
 class Recovery:
-    """Brings tasks in line with the world."""
+    """Keeps tasks in line with the world."""
 
-    database: Database
-    timeout_s: float
+    def __init__(self, registry: Registry, database: Database, bundles: Bundles, *, timeout_s: float) -> None:
+        self._registry = registry
+        self._database = database
+        self._bundles = bundles
+        self._timeout_s = timeout_s
 
-    async def adopt(self, task: Task) -> Shim | None:
+    async def recover_all(self) -> None:
+        """Take over what an earlier process left; nothing else may happen before this is done."""
+        for stored in self._database.read_sync(store.load):
+            bundle = self._bundles.of(stored.task.key)
+            self._registry.add(Task(stored.task, bundle, [Process(row) for row in stored.processes]))
+        tasks = list(self._registry.of(None))
+        strays = await run_blocking(self._bundles.found) - {task.row.key for task in tasks}
+        turn = asyncio.Semaphore(AT_ONCE)
+
+        async def in_turn(work: Coroutine[Any, Any, None]) -> None:
+            async with turn:
+                await work
+
+        async with asyncio.TaskGroup() as group:
+            for task in tasks:
+                group.create_task(in_turn(self._recover(task)))
+            for key in strays:
+                group.create_task(in_turn(self._remove_stray(key)))
+        log.info("tasks.recovered", tasks=len(tasks), removed=len(strays))
+
+    async def _remove_stray(self, key: TaskKey) -> None:
+        """A creation that was cut short, or a deletion that has only its files left to remove."""
+        try:
+            await undo(self._bundles.of(key), timeout_s=UNDO_S)
+        except (CorralError, OSError) as e:
+            log.error("bundle.not_removed", namespace=key.namespace, container_id=key.id, error=str(e))
+
+    def follow(self, task: Task) -> None:
+        """Write down every end that the task's shim reports, and find out the truth should it hang up."""
+        shim = task.shim
+        assert shim is not None
+
+        def exited(exec_id: str, how: Exit) -> None:
+            process = task.processes.get(exec_id)
+            if process is not None:
+                self._registry.in_background(process.mark_ended(self._database, how))
+
+        def closed() -> None:
+            if not self._registry.is_stopping:
+                task.shim = None
+                self._registry.in_background(self._recover(task))
+
+        shim.follow(exited, closed)
+
+    async def _recover(self, task: Task) -> None:
+        for process in tuple(task.processes.values()):
+            async with process.lock:  # what was reported is being written
+                pass
+        if all(process.ended.is_set() for process in task.processes.values()):
+            return
+        shim = await self._adopt(task)
+        if shim is None:
+            await self._settle(task)
+            return
+        task.shim = shim
+        self.follow(task)
+
+    # There is a shim
+
+    async def _adopt(self, task: Task) -> Shim | None:
         """Connect to the task's shim and catch up with it; None if there is none or it is not this task's."""
         try:
             sock = task.bundle.connect()
         except (ConnectionRefusedError, FileNotFoundError):
             return None
-        shim = Shim(sock, timeout_s=self.timeout_s)
+        shim = Shim(sock, timeout_s=self._timeout_s)
         try:
             report = await shim.state()
             failpoint("tasks.adopt.after_state")
-            if not _is_of(report, task):
-                log.error("task.foreign_shim", container_id=task.row.key.id, shim_pid=report.shim_pid)
-                shim.close()
-                return None
-            await self._catch_up(task, shim, report)
+            if _is_of(report, task):
+                await self._catch_up(task, shim, report)
+                return shim
+            log.error("task.foreign_shim", container_id=task.row.key.id, shim_pid=report.shim_pid)
         except CorralError as e:
             log.warning("task.not_adopted", container_id=task.row.key.id, error=str(e))
-            shim.close()
-            return None
         except BaseException:
             shim.close()
             raise
-        return shim
+        shim.close()
+        return None
 
     async def _catch_up(self, task: Task, shim: Shim, report: StateReport) -> None:
         started_at_ns = (await run_blocking(task.bundle.record)).started_at_ns
-        for exec_id, process in task.processes.items():
+        for exec_id, process in tuple(task.processes.items()):
             known = report.processes.get(exec_id)
             if known is None:
                 await self._settle_exec(task, process)
             else:
-                await self._follow(process, known, started_at_ns or time.time_ns())
+                await self._catch_up_process(process, known, started_at_ns or time.time_ns())
         for exec_id in report.processes.keys() - task.processes.keys():
             await _forget_exec(shim, exec_id, report.processes[exec_id])
 
-    async def _follow(self, process: Process, known: ProcessReport, started_at_ns: int) -> None:
+    async def _catch_up_process(self, process: Process, known: ProcessReport, started_at_ns: int) -> None:
         if known.exit is not None:
-            await process.mark_ended(self.database, known.exit)
+            await process.mark_ended(self._database, known.exit)
         elif known.state == "running" and known.identity is not None:
             async with process.lock:
-                await process.mark_started(self.database, known.identity, started_at_ns)
+                await process.mark_started(self._database, known.identity, started_at_ns)
         elif known.state == "stopped":
-            how = Exit.unknown("its program could not be executed", exited_at_ns=time.time_ns())
-            await process.mark_ended(self.database, how)
+            await process.mark_ended(self._database, Exit.unknown(NOT_EXECUTED, exited_at_ns=time.time_ns()))
 
-    async def settle(self, task: Task) -> None:
-        """The task has no shim: whatever of it has not ended ends now, one way or the other."""
-        if not await run_blocking(task.bundle.exists):
-            await self._end(task, BUNDLE_GONE)
-            return
+    # There is none
+
+    async def _settle(self, task: Task) -> None:
+        """Whatever of the task has not ended ends now, one way or the other."""
+        how, reason = await self._find_exit(task)
+        if how is None and not task.init.ended.is_set():
+            log.warning("task.lost", container_id=task.row.key.id, reason=reason)
+        for process in tuple(task.processes.values()):
+            if not process.row.is_init:
+                await self._settle_exec(task, process)
+        await task.init.mark_ended(self._database, how or Exit.unknown(reason, exited_at_ns=time.time_ns()))
+
+    async def _find_exit(self, task: Task) -> tuple[Exit | None, str]:
+        """How init ended, or why nobody knows. Afterwards nothing of it lives."""
+        if task.init.ended.is_set():
+            return task.init.row.exit, ""
+        reason = SHIM_KILLED if await run_blocking(task.bundle.exists) else BUNDLE_GONE
         how = await run_blocking(task.bundle.exit)
         if how is None:
-            # It is killed before it is called dead: a shim that only hung up would still write its exit.
+            # Killed before it is called dead: a shim that only hung up may be writing its exit just now.
             await self._end_processes(task)
             how = await run_blocking(task.bundle.exit)
-        if how is None:
-            await self._end(task, SHIM_KILLED)
-            return
-        for process in task.processes.values():
-            if not process.row.is_init:
-                await self._settle_exec(task, process)
-        await task.init.mark_ended(self.database, how)
-
-    async def _end(self, task: Task, reason: str) -> None:
-        if task.init.row.status is Status.STOPPED:
-            return
-        await self._end_processes(task)
-        log.warning("task.lost", container_id=task.row.key.id, reason=reason)
-        for process in task.processes.values():
-            if not process.row.is_init:
-                await self._settle_exec(task, process)
-        await task.init.mark_ended(self.database, Exit.unknown(reason, exited_at_ns=time.time_ns()))
+        return how, reason
 
     async def _settle_exec(self, task: Task, process: Process) -> None:
-        if process.row.status is Status.STOPPED:
+        if process.ended.is_set():
             return
         how = await run_blocking(task.bundle.exec_exit, process.row.exec_id)
-        await process.mark_ended(self.database, how or Exit.unknown(NOT_SEEN, exited_at_ns=time.time_ns()))
+        await process.mark_ended(self._database, how or Exit.unknown(NOT_SEEN, exited_at_ns=time.time_ns()))
 
     async def _end_processes(self, task: Task) -> None:
         """Kill the shim, init, and every process in the task's cgroups."""

@@ -22,11 +22,13 @@ from corral.tasks import translate
 from corral.tasks.attach import Attachment, Stream
 from corral.tasks.bundle import Bundles
 from corral.tasks.config import TasksConfig
+from corral.tasks.execs import Execs
 from corral.tasks.lifecycle import Tasks
 from corral.tasks.logs import stream_log
 from corral.tasks.model import TaskKey
 from corral.tasks.processes import pids
 from corral.tasks.recovery import Recovery
+from corral.tasks.registry import Registry
 from corral.tasks.spawning import Spawner
 from corral.tasks.store import MIGRATIONS
 from corral.tasks.watch import DirectoryWatch
@@ -49,7 +51,7 @@ class TasksService:
         self._servicer = TasksServicer(config)
         self._database: Database | None = None
         self._zygote: Zygote | None = None
-        self._tasks: Tasks | None = None
+        self._registry = Registry()
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         tasks_pb2_grpc.add_TasksServicer_to_server(self._servicer, server)
@@ -62,20 +64,17 @@ class TasksService:
         database = self._database = Database(config.root / "tasks.db", MIGRATIONS, durable=False)
         zygote = self._zygote = Zygote(config.root / "zygote.log")
         zygote.start()
+        bundles = Bundles(config.state, config.root)
         parallel = config.parallel_creates or CREATES_PER_CPU * (os.cpu_count() or 1)
-        self._tasks = Tasks(
-            database,
-            Bundles(config.state, config.root),
-            Spawner(zygote, parallel=parallel, timeout_s=config.shim_timeout_s),
-            Recovery(database, config.shim_timeout_s),
-        )
-        self._servicer.serve(self._tasks, database)
-        await self._tasks.recover()
+        spawner = Spawner(zygote, parallel=parallel, timeout_s=config.shim_timeout_s)
+        recovery = Recovery(self._registry, database, bundles, timeout_s=config.shim_timeout_s)
+        await recovery.recover_all()
+        tasks = Tasks(self._registry, database, bundles, spawner, recovery)
+        self._servicer.serve(tasks, Execs(self._registry, database), database)
 
     async def stop(self) -> None:
         self._servicer.close()
-        if self._tasks is not None:
-            await self._tasks.stop()
+        await self._registry.stop()
         if self._zygote is not None:
             await self._zygote.stop()
         if self._database is not None:
@@ -99,8 +98,10 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
         """Release what the calls used."""
         self._watch.close()
 
-    def serve(self, tasks: Tasks, database: Database) -> None:
+    def serve(self, tasks: Tasks, execs: Execs, database: Database) -> None:
+        self._registry = tasks.registry
         self._tasks = tasks
+        self._execs = execs
         self._database = database
 
     async def Create(self, request: pb.CreateTaskRequest, context: Context[pb.CreateTaskRequest, pb.Task]) -> pb.Task:
@@ -114,7 +115,7 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
         return pb.StartResponse(pid=process.row.pid)
 
     async def Exec(self, request: pb.ExecRequest, context: Context[pb.ExecRequest, pb.ExecResponse]) -> pb.ExecResponse:
-        await self._tasks.exec(_key(request.id), translate.new_exec(request))
+        await self._execs.create(_key(request.id), translate.new_exec(request))
         return pb.ExecResponse()
 
     async def Kill(self, request: pb.KillRequest, context: Context[pb.KillRequest, pb.KillResponse]) -> pb.KillResponse:
@@ -139,12 +140,12 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
         return pb.WaitResponse(exit=translate.exit_status(how))
 
     async def Get(self, request: pb.GetTaskRequest, context: Context[pb.GetTaskRequest, pb.Task]) -> pb.Task:
-        return translate.task_message(self._tasks.get(_key(request.id)))
+        return translate.task_message(self._registry.get(_key(request.id)))
 
     async def List(
         self, request: pb.ListTasksRequest, context: Context[pb.ListTasksRequest, pb.ListTasksResponse]
     ) -> pb.ListTasksResponse:
-        tasks = self._tasks.list(None if request.all_namespaces else current_namespace())
+        tasks = self._registry.of(None if request.all_namespaces else current_namespace())
         return pb.ListTasksResponse(tasks=[translate.task_message(task) for task in tasks])
 
     async def Delete(
@@ -156,11 +157,11 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
     async def DeleteExec(
         self, request: pb.DeleteExecRequest, context: Context[pb.DeleteExecRequest, pb.DeleteExecResponse]
     ) -> pb.DeleteExecResponse:
-        await self._tasks.delete_exec(_key(request.id), request.exec_id, force=request.force)
+        await self._execs.delete(_key(request.id), request.exec_id, force=request.force)
         return pb.DeleteExecResponse()
 
     async def Pids(self, request: pb.PidsRequest, context: Context[pb.PidsRequest, pb.PidsResponse]) -> pb.PidsResponse:
-        task = self._tasks.get(_key(request.id))
+        task = self._registry.get(_key(request.id))
         return pb.PidsResponse(pids=await run_blocking(pids, task.row.cgroup_paths, task.init.row))
 
     async def Attach(  # type: ignore[override]
@@ -170,7 +171,7 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
     ) -> None:
         # Writes to the context instead of yielding: a generator is closed when it is collected, this one ends at once.
         header = await _header(request_iterator)
-        task = self._tasks.get(_key(header.id))
+        task = self._registry.get(_key(header.id))
         process = task.process(header.exec_id)
         with await Attachment.open(task, process, translate.wanted(header)) as attachment:
             await context.write(pb.AttachResponse(attached=pb.Attached(terminal=process.row.terminal)))
@@ -202,7 +203,7 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
     async def Logs(
         self, request: pb.LogsRequest, context: Context[pb.LogsRequest, pb.LogsResponse]
     ) -> AsyncIterator[pb.LogsResponse]:
-        task = self._tasks.get(_key(request.id))
+        task = self._registry.get(_key(request.id))
         selection = translate.selection(request)
         async with aclosing(stream_log(task, selection, self._watch, follow=request.follow)) as batches:
             async for batch in batches:

@@ -54,6 +54,7 @@ class Shim:
         self._exits: list[tuple[str, Exit]] = []
         self._on_exit: Callable[[str, Exit], None] | None = None
         self._on_close: Callable[[], None] | None = None
+        self.closed = asyncio.Event()
         self._connection = Connection(sock, on_event=self._event, on_close=self._closed)
         self._connection.send({"v": VERSION, "client": "tasks"})
         self._connection.request("subscribe", {})
@@ -142,6 +143,7 @@ class Shim:
             self._on_exit(exec_id, how)
 
     def _closed(self) -> None:
+        self.closed.set()
         if self._on_close is not None:
             self._on_close()
 

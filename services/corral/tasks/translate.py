@@ -14,7 +14,8 @@ from corral.tasks.attach import Wanted
 from corral.tasks.bundle import LOG, Bundles
 from corral.tasks.config import TasksConfig
 from corral.tasks.entries import Entry, Selection
-from corral.tasks.lifecycle import NewExec, NewTask
+from corral.tasks.execs import NewExec
+from corral.tasks.lifecycle import NewTask
 from corral.tasks.live import Process, Task
 from corral.tasks.model import Exit, LogRow, Status, TaskKey, mapping
 

@@ -1,0 +1,117 @@
+"""Further processes in a running container, from their registration until they are forgotten.
+
+They are started, signalled and waited for as init is: see lifecycle.
+"""
+
+import asyncio
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from signal import SIGKILL
+
+from corral.kernel.failpoint import failpoint
+from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, NotFound, Unavailable
+from corral.store import Database
+from corral.tasks import store
+from corral.tasks.live import Process, Task
+from corral.tasks.model import Exit, ProcessRow, Status, TaskKey
+from corral.tasks.registry import Registry, uncancelled
+
+KILL_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class NewExec:
+    """One more process: an OCI process object, and the shim's further fields (user, stdin)."""
+
+    exec_id: str
+    process: dict[str, object]
+    fields: dict[str, object]
+    args: tuple[str, ...]
+    terminal: bool
+    stdin: bool
+
+
+class Execs:
+    """The execs of all tasks."""
+
+    def __init__(self, registry: Registry, database: Database) -> None:
+        self.registry = registry
+        self._database = database
+
+    @uncancelled
+    async def create(self, key: TaskKey, new: NewExec) -> None:
+        """Register a process.
+
+        Raises NotFound, AlreadyExists, FailedPrecondition if the task does not run, CorralError.
+        """
+        task = self.registry.get(key)
+        if task.init.row.status is not Status.RUNNING:
+            raise FailedPrecondition(
+                f"container {key.id} is not running: {task.init.row.status.name.lower()}", reason="NOT_RUNNING"
+            )
+        if new.exec_id in task.processes:
+            raise AlreadyExists(f"container {key.id} has an exec {new.exec_id!r} already", reason="EXEC_EXISTS")
+        row = ProcessRow(
+            task=key,
+            exec_id=new.exec_id,
+            args=new.args,
+            terminal=new.terminal,
+            stdin=new.stdin,
+            stdin_once=True,
+        )
+        process = task.processes[new.exec_id] = Process(row)
+        async with process.lock:
+            try:
+                await self._register(task, new, row)
+            except BaseException:
+                del task.processes[new.exec_id]
+                raise
+
+    async def _register(self, task: Task, new: NewExec, row: ProcessRow) -> None:
+        shim = task.connected()
+        await shim.exec(new.exec_id, {**new.fields, "process": await task.inherited() | new.process})
+        failpoint("tasks.exec.after_shim")
+        try:
+            await self._database.write(lambda transaction: store.insert_exec(transaction, row))
+        except BaseException:
+            with suppress(CorralError):
+                await shim.delete_exec(new.exec_id)
+            raise
+        failpoint("tasks.exec.after_row")
+
+    @uncancelled
+    async def delete(self, key: TaskKey, exec_id: str, *, force: bool) -> None:
+        """Forget an exec; one that is not there is fine.
+
+        Raises FailedPrecondition if it runs and force is not given.
+        """
+        task = self.registry.find(key)
+        process = None if task is None else task.processes.get(exec_id)
+        if task is None or process is None or process.row.is_init:
+            return
+        if process.row.status is Status.RUNNING:
+            await self._end(task, process, force=force)
+        async with process.lock:
+            if task.processes.get(exec_id) is not process:
+                return
+            if task.shim is not None:
+                with suppress(NotFound, Unavailable):
+                    await task.shim.delete_exec(exec_id)
+            failpoint("tasks.delete_exec.after_shim")
+            await self._database.write(lambda transaction: store.delete_exec(transaction, process.row))
+            del task.processes[exec_id]
+        if not process.ended.is_set():
+            # It was never started; whoever waits for it would wait for ever.
+            process.release(Exit.unknown("deleted before it was started", exited_at_ns=time.time_ns()))
+
+    async def _end(self, task: Task, process: Process, *, force: bool) -> None:
+        if not force:
+            raise FailedPrecondition(f"{process.what} is running; kill it first", reason="RUNNING")
+        with suppress(FailedPrecondition):  # it has just ended
+            await task.connected().kill(process.row.exec_id, SIGKILL, everything=False)
+        try:
+            async with asyncio.timeout(KILL_S):
+                await process.ended.wait()
+        except TimeoutError as e:
+            raise Unavailable(f"{process.what} cannot be killed", reason="UNKILLABLE") from e
