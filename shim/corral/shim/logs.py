@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from json.encoder import encode_basestring
+from json.encoder import encode_basestring, encode_basestring_ascii
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -25,6 +25,7 @@ type Format = Callable[[bytes, StreamName, str, bool], bytes]
 
 PIECE_LIMIT = 16 << 10
 _LONGEST_UTF8 = 4
+_MARK = "\ud800"
 
 
 class Part(Enum):
@@ -73,10 +74,13 @@ def json_lines(group: bytes, stream: StreamName, timestamp: str, whole: bool) ->
     tail = f',"stream":"{stream}","time":"{timestamp}"}}\n'
     if not whole:
         return f'{{"log":{encode_basestring(text)}{tail}'.encode()
-    # A newline would be escaped to the two characters \n, which cannot be told from an escaped backslash followed by n.
-    # So newlines become a mark that decoded text cannot contain, and the marks become the seams between lines.
-    mark = "\x80" if text.isascii() else "\ud800"
-    body = encode_basestring(text[:-1].replace("\n", mark))[:-1].replace(mark, f'\\n"{tail}{{"log":"')
+    seam = f'\\n"{tail}{{"log":"'
+    if "\\" not in text and text.isascii():
+        body = encode_basestring_ascii(text[:-1])[:-1].replace("\\n", seam)
+    else:
+        # An escaped newline can't be told from an escaped backslash that an n follows. So newlines become a mark that
+        # decoded text does not contain. (And encode_basestring is the slower of the two by far.)
+        body = encode_basestring(text[:-1].replace("\n", _MARK))[:-1].replace(_MARK, seam)
     return f'{{"log":{body}\\n"{tail}'.encode()
 
 

@@ -188,7 +188,10 @@ class Attach:
     def parse(cls, fields: Fields) -> Self:
         """Raises ShimError(invalid_argument)."""
         names = ("stdin", "stdout", "stderr", "lossless", "replay", "stdin_once")
-        return cls(exec_id(fields), *(flag(fields, name) for name in names))
+        request = cls(exec_id(fields), *(flag(fields, name) for name in names))
+        if not request.fd_count:
+            raise ShimError("invalid_argument", "at least one of stdin, stdout and stderr must be attached")
+        return request
 
     @property
     def fd_count(self) -> int:

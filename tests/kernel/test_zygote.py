@@ -1,0 +1,250 @@
+"""The process that forks shims: sealed, quick, frugal, and no loss when it dies."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.requirements import needs
+from shimclient import (
+    RequestError,
+    Shim,
+    Workshop,
+    Zygote,
+    config,
+    connect,
+    listen,
+    make_root,
+    read_to_end,
+    read_until,
+    run_directory,
+    wait_gone,
+    workshop,
+)
+
+pytestmark = needs("root", "busybox")
+
+# Generous: other work may go on on the machine. The bench has the exact figures.
+MAX_PSS_KIB = 2048
+MAX_SPAWN_MS = 10.0
+MAX_REQUEST_US = 500.0
+
+
+@pytest.fixture(scope="module")
+def shop() -> Iterator[Workshop]:
+    with workshop() as made:
+        yield made
+
+
+def pss_kib(pid: int) -> int:
+    match = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    assert match is not None
+    return int(match[1])
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_spawned_shim_is_named_by_pid_and_start_time(shop: Workshop) -> None:
+    bundle = shop.directory / "spawned"
+    bundle.mkdir()
+    spawned = shop.zygote.spawn(bundle)
+    stat = Path(f"/proc/{spawned['pid']}/stat").read_text().rpartition(")")[2].split()
+    assert int(stat[19]) == spawned["start_time"]
+    assert Path(f"/proc/{spawned['pid']}/comm").read_text() == "corral-shim\n"
+    peer = connect(bundle)
+    peer.call("delete")
+    peer.close()
+
+
+def test_a_client_that_connects_before_the_shim_runs_is_served(shop: Workshop) -> None:
+    bundle = shop.directory / "early"
+    bundle.mkdir()
+    listener = listen(bundle)
+    early = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    early.connect(str(bundle / "socket"))
+    shop.zygote.peer.call("spawn", [listener.fileno()], bundle=str(bundle), namespace="n", container="early")
+    listener.close()
+    early.close()
+    peer = connect(bundle)
+    assert peer.hello["container"] == "early"
+    peer.call("delete")
+    peer.close()
+
+
+def test_a_shim_is_a_session_of_its_own_at_the_root_with_nothing_of_the_daemon(shop: Workshop) -> None:
+    shim = shop.spawn("true")
+    stat = Path(f"/proc/{shim.pid}/stat").read_text().rpartition(")")[2].split()
+    assert int(stat[3]) == shim.pid
+    assert str(Path(f"/proc/{shim.pid}/cwd").readlink()) == "/"
+    targets = sorted(str(link.readlink()) for link in Path(f"/proc/{shim.pid}/fd").iterdir())
+    assert [target for target in targets if target.startswith("/")] == ["/dev/null"] * 3 + [str(shim.bundle)] * 2
+    kinds = sorted(target.partition(":")[0] for target in targets if not target.startswith("/"))
+    assert kinds == ["anon_inode", "anon_inode", "socket", "socket"]  # epoll, signalfd; listener, this client
+
+
+def test_the_interpreter_cannot_be_written_through_proc(shop: Workshop) -> None:
+    shim = shop.spawn("true")
+    for pid in (shop.zygote.pid, shim.pid):
+        for flags in (os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC):
+            with pytest.raises(OSError, match="exe"):
+                os.close(os.open(f"/proc/{pid}/exe", flags))
+    assert sys.executable
+    assert os.access(Path(sys.executable).resolve(), os.R_OK)
+
+
+def test_its_image_cannot_be_made_writable_again(shop: Workshop) -> None:
+    from corral.kernel import mount
+
+    fd = os.open(f"/proc/{shop.zygote.pid}/exe", os.O_PATH)
+    try:
+        with pytest.raises(OSError, match="mount_setattr"):
+            mount.set_attributes(fd, attr_clr=mount.MOUNT_ATTR_RDONLY)
+    finally:
+        os.close(fd)
+
+
+def test_it_is_not_dumpable_and_neither_is_a_shim(shop: Workshop) -> None:
+    # The files in /proc of a process that is not dumpable belong to root whoever runs it; ask the kernel itself.
+    shim = shop.spawn("true")
+    for pid in (shop.zygote.pid, shim.pid):
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                os.setresuid(65534, 65534, 65534)
+                try:
+                    Path(f"/proc/{pid}/exe").readlink()
+                except PermissionError:
+                    os._exit(0)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_killing_the_zygote_harms_no_container(shop: Workshop) -> None:
+    with workshop() as own:
+        shim = own.run("sh", "-c", "while read x; do echo got $x; done; exit 5", stdin=True)
+        os.kill(own.zygote.pid, signal.SIGKILL)
+        stdin, out = shim.attach("stdin", "stdout", lossless=True)
+        os.write(stdin, b"one\n")
+        read_until(out, b"got one\n")
+        shim.exec("e", "echo", "also exec")
+        (exec_out,) = shim.attach("stdout", exec_id="e")
+        shim.start("e")
+        assert read_to_end(exec_out) == b"also exec\n"
+        shim.call("close_stdin")
+        assert shim.wait()["code"] == 5
+        for fd in (stdin, out):
+            os.close(fd)
+
+
+def test_a_daemon_that_dies_takes_the_zygote_along_and_no_shim() -> None:
+    with run_directory() as directory:
+        root = make_root(directory)
+        zygote = Zygote()
+        shim = Shim(zygote, directory, "c1", config(root, "sleep", "100"))
+        shim.create()
+        shim.start()
+        zygote.close()
+        assert shim.state()["state"] == "running"
+        shim.close()
+        assert shim.exit_file()["code"] == 137
+
+
+def test_shims_that_end_do_not_stay_zombies(shop: Workshop) -> None:
+    shims = [shop.run("true") for _ in range(5)]
+    for shim in shims:
+        wait_gone(shim.pid)
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        if not any(Path(f"/proc/{shim.pid}").exists() for shim in shims):
+            return
+        time.sleep(0.01)
+    raise AssertionError([state_of(shim.pid) for shim in shims])
+
+
+def test_requests_it_cannot_serve_are_answered(shop: Workshop) -> None:
+    peer = shop.zygote.peer
+    with pytest.raises(RequestError, match="unimplemented"):
+        peer.call("dance")
+    with pytest.raises(RequestError, match="invalid_argument: bundle: missing"):
+        peer.call("spawn")
+    with pytest.raises(RequestError, match=r"invalid_argument: .*1 file descriptors"):
+        peer.call("spawn", bundle="/tmp", namespace="n", container="c")
+    before = len(list(Path(f"/proc/{shop.zygote.pid}/fd").iterdir()))
+    with open("/dev/null") as null, pytest.raises(RequestError, match="invalid_argument"):
+        peer.call("spawn", [null.fileno(), null.fileno()], bundle=5, namespace="n", container="c")
+    assert len(list(Path(f"/proc/{shop.zygote.pid}/fd").iterdir())) == before
+
+
+def test_a_shim_whose_bundle_is_missing_says_so_by_ending(shop: Workshop) -> None:
+    directory = shop.directory / "vanishing"
+    directory.mkdir()
+    with listen(directory) as listener:
+        spawned = shop.zygote.peer.call(
+            "spawn", [listener.fileno()], bundle=str(shop.directory / "none"), namespace="n", container="c"
+        )
+    assert isinstance(spawned["pid"], int)
+    wait_gone(spawned["pid"])
+
+
+def test_nothing_of_the_host_leaks_into_a_container_by_descriptor(shop: Workshop) -> None:
+    shim = shop.spawn("sh", "-c", "ls -l /proc/self/fd | wc -l")
+    shim.create()
+    (out,) = shim.attach("stdout")
+    shim.start()
+    assert read_to_end(out) == b"5\n"  # total, 0, 1, 2 and the directory itself
+
+
+def test_a_hundred_shims_at_once(shop: Workshop) -> None:
+    shims = [shop.spawn("sh", "-c", f"exit {n}") for n in range(100)]
+    for shim in shims:
+        shim.create(driver="none")
+    for shim in shims:
+        shim.start()
+    assert [shim.wait()["code"] for shim in shims] == list(range(100))
+
+
+def test_an_idle_shim_costs_little(shop: Workshop) -> None:
+    with workshop() as own:
+        took = []
+        shims = []
+        for _ in range(20):
+            started = time.perf_counter()
+            shims.append(own.spawn("sleep", "1000"))
+            took.append((time.perf_counter() - started) * 1000)
+        for shim in shims:
+            shim.create()
+            shim.start()
+        started = time.perf_counter()
+        for _ in range(100):
+            shims[0].state()
+        request_us = (time.perf_counter() - started) / 100 * 1e6
+        pss = statistics.mean(pss_kib(shim.pid) for shim in shims)
+        print(f"pss {pss:.0f} KiB, spawn to hello {statistics.median(took):.2f} ms, request {request_us:.0f} us")
+        assert pss < MAX_PSS_KIB
+        assert statistics.median(took) < MAX_SPAWN_MS
+        assert request_us < MAX_REQUEST_US
+
+
+def test_a_shim_imports_nothing_after_the_fork(shop: Workshop) -> None:
+    """Whatever it is asked, also what fails: its import system is closed, so an import would be an error."""
+    shim = shop.run("cat", stdin=True, terminal=True)
+    shim.exec("e", "sh", "-c", "echo x; exit 1", terminal=True)
+    (out,) = shim.attach("stdout", exec_id="e")
+    shim.start("e")
+    read_to_end(out)
+    for op in ("dance", "create", "start", "kill", "exec", "attach", "resize", "delete_exec"):
+        with pytest.raises(RequestError) as caught:
+            shim.call(op)
+        assert caught.value.kind != "internal"
+    shim.call("delete")
+    wait_gone(shim.pid)
+    assert shim.reports() == ""
