@@ -164,7 +164,7 @@ def _without_registered_methods(server: grpc.aio.Server) -> None:
     For registered ones grpc.aio (1.85) keeps a task each and waits for all of them anew at every call: with our hundred
     methods that cost more than the rest of a call.
     """
-    server.add_registered_method_handlers = lambda _name, _handlers: None  # type: ignore[method-assign]
+    server.add_registered_method_handlers = lambda *_: None  # type: ignore[method-assign]
 
 
 def _give_to_group(address: UnixAddress, name: str) -> None:
