@@ -1,0 +1,123 @@
+"""What a killed process, or a full disk, leaves of a database."""
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.requirements import needs
+
+from corral.store import Database, atomic_write
+
+SCHEMA = ["CREATE TABLE t (k INTEGER PRIMARY KEY, v BLOB) STRICT"]
+
+WRITER = """
+import sys
+from pathlib import Path
+from corral.store import Database
+
+db = Database(Path(sys.argv[1]), ["CREATE TABLE t (k INTEGER PRIMARY KEY, v BLOB) STRICT"], durable=False)
+
+def fn(tx):
+    key = tx.one("SELECT coalesce(max(k), 0) + 1 FROM t")[0]
+    tx.execute("INSERT INTO t VALUES (?, ?)", (key, b""))
+    tx.journal("t.made", str(key), namespace="default")
+    return key
+
+while True:
+    print(db.write_sync(fn), flush=True)
+"""
+
+
+def write_until_killed(path: Path, failpoints: str) -> list[int]:
+    """Run the writer until the failpoint kills it; returns the keys it reported as written."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        "CORRAL_FAILPOINTS": failpoints,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", WRITER, str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == -9, done.stderr
+    return [int(line) for line in done.stdout.split()]
+
+
+def contents(path: Path) -> tuple[list[int], list[int]]:
+    """The rows, and the rows that the journal tells of."""
+    with Database(path, SCHEMA, durable=False) as db:
+        rows = db.read_sync(lambda s: [row[0] for row in s.execute("SELECT k FROM t ORDER BY k")])
+        told = db.read_sync(lambda s: [int(row[0]) for row in s.execute("SELECT subject FROM journal ORDER BY seq")])
+    return rows, told
+
+
+def test_killed_before_the_commit_neither_row_nor_event_is_there(tmp_path: Path):
+    reported = write_until_killed(tmp_path / "x.db", "store.before_commit=kill@3")
+    assert reported == [1, 2]
+    assert contents(tmp_path / "x.db") == ([1, 2], [1, 2])
+
+
+def test_killed_after_the_commit_both_are_there_although_nobody_was_told(tmp_path: Path):
+    reported = write_until_killed(tmp_path / "x.db", "store.after_commit=kill@3")
+    assert reported == [1, 2]
+    assert contents(tmp_path / "x.db") == ([1, 2, 3], [1, 2, 3])
+
+
+def test_nothing_reported_is_lost_over_many_kills(tmp_path: Path):
+    reported: list[int] = []
+    for n in range(2, 8):
+        reported += write_until_killed(tmp_path / "x.db", f"store.after_commit=kill@{n * 3}")
+    rows, told = contents(tmp_path / "x.db")
+    assert rows == told == list(range(1, len(rows) + 1))
+    assert set(reported) <= set(rows)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "corral-test", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@needs("root", "mount")
+def test_a_full_disk_refuses_the_write_and_the_database_goes_on_when_there_is_room(small_disk: Path):
+    filler = small_disk / "filler"
+    with Database(small_disk / "x.db", SCHEMA, durable=True) as db:
+        db.write_sync(lambda tx: tx.execute("INSERT INTO t VALUES (1, ?)", (b"kept",)))
+        fill(filler)
+        with pytest.raises(OSError, match="database") as caught:
+            db.write_sync(lambda tx: tx.execute("INSERT INTO t VALUES (2, ?)", (b"x" * 300_000,)))
+        assert caught.value.errno in (errno.ENOSPC, errno.EIO)
+        assert keys(db) == [1]
+        filler.unlink()
+        db.write_sync(lambda tx: tx.execute("INSERT INTO t VALUES (3, ?)", (b"x" * 100_000,)))
+        assert keys(db) == [1, 3]
+
+
+@needs("root", "mount")
+def test_a_full_disk_leaves_no_half_written_file(small_disk: Path):
+    atomic_write(small_disk / "f", b"old")
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write(small_disk / "f", b"x" * 2_000_000)
+    assert [path.name for path in small_disk.iterdir()] == ["f"]
+    assert (small_disk / "f").read_bytes() == b"old"
+
+
+def keys(db: Database) -> list[int]:
+    return [row[0] for row in db.read_sync(lambda s: s.execute("SELECT k FROM t ORDER BY k"))]
+
+
+def fill(path: Path) -> None:
+    """Leave no free page."""
+    with path.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        file.writelines(iter(lambda: b"x" * 4096, b""))
