@@ -199,9 +199,9 @@ def test_a_volume_keeps_what_it_was_made_with(database: Database) -> None:
 # Merging
 
 
-def arrived(seq: int, topic: str = "task.created", subject: str = "a" * 64, **payload: JSON) -> merge.Arrived:
-    event = Event(seq=seq, namespace=NS, topic=topic, subject=subject)
-    event.time.FromNanoseconds(seq * 1000)
+def arrived(seq: int, topic: str = "task.created", *, time_us: int = 0, **payload: JSON) -> merge.Arrived:
+    event = Event(seq=seq, namespace=NS, topic=topic, subject="a" * 64)
+    event.time.FromMicroseconds(time_us or seq)
     event.payload.update(payload)
     return merge.Arrived("tasks", EventsResponse(event=event))
 
@@ -215,7 +215,7 @@ def test_an_event_is_merged_exactly_once(database: Database) -> None:
     append(database, arrived(1), arrived(2), arrived(3))
     rows = database.read_sync(lambda view: view.execute("SELECT count(*) FROM journal"))
     assert rows[0][0] == 3
-    assert database.read_sync(lambda view: store.merged_up_to(view, "tasks")) == 3
+    assert database.read_sync(lambda view: store.cursor(view, "tasks").seq) == 3
 
 
 def test_a_merged_event_keeps_its_time_facts_and_origin(database: Database) -> None:
@@ -250,10 +250,15 @@ def test_a_gap_is_reported_and_never_silent(database: Database) -> None:
     _, gaps = append(database, merge.Arrived("tasks", EventsResponse(gap=Gap(resumes_at=100))), arrived(100))
     assert gaps == {"tasks"}
     assert topics(database) == ["task.created", "journal.gap", "task.created"]
-    assert database.read_sync(lambda view: store.merged_up_to(view, "tasks")) == 100
+    assert database.read_sync(lambda view: store.cursor(view, "tasks").seq) == 100
 
 
-def test_a_journal_that_began_anew_is_merged_from_its_beginning(database: Database) -> None:
-    append(database, arrived(100))
-    append(database, merge.Arrived("tasks", EventsResponse(gap=Gap(resumes_at=1))), arrived(1))
-    assert database.read_sync(lambda view: store.merged_up_to(view, "tasks")) == 1
+def test_a_journal_that_began_anew_is_merged_but_for_what_is_known(database: Database) -> None:
+    append(database, arrived(99), arrived(100))
+    _, gaps = append(database, merge.Arrived("tasks", EventsResponse(gap=Gap(resumes_at=1))))
+    assert gaps == {"tasks"}
+    old = [arrived(1, time_us=99), arrived(2, time_us=100)]
+    append(database, *old, arrived(3, "task.exited", time_us=101))
+    append(database, arrived(4, "task.deleted", time_us=102))
+    assert topics(database) == ["task.created"] * 2 + ["journal.gap", "task.exited", "task.deleted"]
+    assert database.read_sync(lambda view: store.cursor(view, "tasks").seq) == 4

@@ -101,20 +101,29 @@ class Background:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._endless: set[asyncio.Task[Any]] = set()
 
     async def to_the_end[T](self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`; if the caller is cancelled it still runs to its end: half of a change must never be left."""
         return await asyncio.shield(self.spawn(work))
 
     def spawn[T](self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Begin `work` and keep a reference to it."""
+        """Begin `work`, which changes something and ends soon."""
+        return self._begin(work, self._tasks)
+
+    def spawn_endless(self, work: Coroutine[Any, Any, None]) -> None:
+        """Begin `work`, which tries until it succeeds and may be interrupted at any time."""
+        self._begin(work, self._endless)
+
+    def _begin[T](self, work: Coroutine[Any, Any, T], kept_in: set[asyncio.Task[Any]]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
+        kept_in.add(task)
         task.add_done_callback(self._ended)
         return task
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
+        self._endless.discard(task)
         if not task.cancelled():
             task.exception()  # a cancelled caller cannot take it; asyncio would complain
 
@@ -122,9 +131,10 @@ class Background:
         """Let what changes something finish, then cancel the rest."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=grace_s)
-        for task in tuple(self._tasks):
+        left = self._tasks | self._endless
+        for task in left:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*left, return_exceptions=True)
 
 
 @dataclass(slots=True)

@@ -21,6 +21,7 @@ from corral.api.images.v1.images_pb2 import GetImageRequest, PrepareSnapshotResp
 from corral.api.network.v1.network_pb2 import Endpoint
 from corral.engine import requests, store, volume_rows
 from corral.engine.core import Core, require_alive
+from corral.engine.leaves import persistently
 from corral.engine.naming import random_id, random_name
 from corral.engine.options import check
 from corral.engine.records import ContainerRecord, Status
@@ -134,10 +135,11 @@ class Creation:
         if config.network.publish_all:
             exposed = tuple((await leaves.images.Get(GetImageRequest(name=config.image))).config.exposed_ports)
         attach = requests.network(config, namespace, id_, host_hostname=self._core.host.hostname, exposed=exposed)
+        snapshot = requests.snapshot(config, namespace, id_)
         prepared, endpoint, cgroup = await _all_or_error(
-            leaves.snapshots.Prepare(requests.snapshot(config, namespace, id_)),
-            leaves.endpoints.Attach(attach),
-            self._tasks.make_cgroup(record),
+            persistently(lambda: leaves.snapshots.Prepare(snapshot)),
+            persistently(lambda: leaves.endpoints.Attach(attach)),
+            persistently(lambda: self._tasks.make_cgroup(record)),
         )
         return prepared, endpoint, cgroup
 
@@ -155,7 +157,7 @@ class Creation:
         """Give everything back. What cannot be given back now is tried again later; the caller's error goes on."""
         try:
             await self._removal.remove(record, volumes=True)
-        except CorralError as e:
+        except (CorralError, OSError) as e:
             log.warning("create.undo_postponed", container=record.id, error=str(e))
             self._removal.postpone(record)
 

@@ -77,9 +77,9 @@ class Lifecycle:
             del attach.ports[:]
             attach.ports.extend(record.endpoint.ports)
         mounts, endpoint, cgroup = await asyncio.gather(
-            leaves.snapshots.Mounts(SnapshotRequest(key=id_)),
-            leaves.endpoints.Attach(attach),
-            self._tasks.make_cgroup(record),
+            persistently(lambda: leaves.snapshots.Mounts(SnapshotRequest(key=id_))),
+            persistently(lambda: leaves.endpoints.Attach(attach)),
+            persistently(lambda: self._tasks.make_cgroup(record)),
         )
         record = replace(record, endpoint=endpoint, cgroup_path=cgroup.path)
         record = await self._tasks.make(record, mounts.mounts, cgroup.join_paths)

@@ -8,7 +8,7 @@ an end is acted on in the same transaction: the container's row and `container.d
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
@@ -82,7 +82,7 @@ class Merger:
         await asyncio.gather(*self._running, return_exceptions=True)
 
     def _request(self, origin: str, *, no_follow: bool = False) -> EventsRequest:
-        after = self._core.database.read_sync(lambda view: store.merged_up_to(view, origin))
+        after = self._core.database.read_sync(lambda view: store.cursor(view, origin)).seq
         return EventsRequest(after=after, all_namespaces=True, no_follow=no_follow)
 
     async def _follow(self, origin: str) -> None:
@@ -142,29 +142,38 @@ class Merger:
 
 def append(tx: Transaction, batch: Sequence[Arrived]) -> tuple[list[ContainerRecord], set[str]]:
     """Append a batch; returns the containers that ended, and the leaves of which events are lost."""
-    merged: dict[str, int] = {}
+    cursors = {origin: store.cursor(tx, origin) for origin in {arrived.origin for arrived in batch}}
     ended, gaps = [], set()
     for arrived in batch:
-        origin = arrived.origin
-        if origin not in merged:
-            merged[origin] = store.merged_up_to(tx, origin)
-        if arrived.response.HasField("gap"):
+        origin, response = arrived.origin, arrived.response
+        at = cursors[origin]
+        if response.HasField("gap"):
             gaps.add(origin)
-            merged[origin] = int(arrived.response.gap.resumes_at) - 1
-            tx.journal(GAP_TOPIC, origin, {"origin": origin, "resumes_at": merged[origin] + 1}, namespace="")
+            cursors[origin] = _over_gap(at, int(response.gap.resumes_at))
+            tx.journal(GAP_TOPIC, origin, {"origin": origin, "resumes_at": response.gap.resumes_at}, namespace="")
             continue
-        event = arrived.response.event
-        if event.seq <= merged[origin]:  # followed anew, and it was merged meanwhile
+        event = response.event
+        if event.seq <= at.seq:  # followed anew, and it was merged meanwhile
             continue
-        merged[origin] = event.seq
+        time_ns = to_ns(event.time)
+        cursors[origin] = replace(at, seq=event.seq, time_ns=time_ns)
+        if time_ns <= at.known_until_ns:
+            continue
         payload = struct_to_json(event.payload)
-        source: list[JSON] = [origin, event.seq, to_ns(event.time)]
+        source: list[JSON] = [origin, event.seq, time_ns]
         tx.journal(event.topic, event.subject, {**payload, ORIGIN: source}, namespace=event.namespace)
         if origin == "tasks" and (record := _act(tx, event, payload)) is not None:
             ended.append(record)
-    for origin, seq in merged.items():
-        store.set_merged_up_to(tx, origin, seq)
+    for origin, at in cursors.items():
+        store.save_cursor(tx, origin, at)
     return ended, gaps
+
+
+def _over_gap(at: store.Cursor, resumes_at: int) -> store.Cursor:
+    """Where to go on. A journal that begins anew lost its newest rows to a power loss, or was replaced: either way all
+    that it has from before its last merged event is known."""
+    known_until_ns = at.time_ns if resumes_at <= at.seq else at.known_until_ns
+    return replace(at, seq=resumes_at - 1, known_until_ns=known_until_ns)
 
 
 def _act(tx: Transaction, event: Event, payload: Mapping[str, JSON]) -> ContainerRecord | None:

@@ -56,7 +56,7 @@ class Recovery:
             await self.run()
         except Unavailable as e:
             log.warning("recovery.waits", error=str(e))
-            self._core.background.spawn(self._until_done())
+            self._core.background.spawn_endless(self._until_done())
 
     async def _until_done(self) -> None:
         delay_s = RETRY_FIRST_S
@@ -75,6 +75,8 @@ class Recovery:
         await self.compare_tasks()
         await self._compare_frozen()
         await self._sweep()
+        for record in self._records(Status.EXITED):  # a --rm container whose end we did not live to act on
+            self._core.on_exit(record)
 
     async def after_outage(self, origin: str) -> None:
         """A leaf was away and its journal is merged again: ask it what no event told. Raises Unavailable."""
@@ -93,10 +95,11 @@ class Recovery:
             now = self._core.database.read_sync(lambda view: store.find(view, *key))
             if now is None or key in self._core.being_made:
                 return
+            volumes = self._core.database.read_sync(lambda view: store.is_removing_volumes(view, *key))
             if now.status in (Status.CREATING, Status.REMOVING):
                 log.info("recovery.removed", container=now.id, was=now.status.word)
                 with in_namespace(now.namespace):
-                    await self._removal.remove(now, volumes=now.status is Status.CREATING)
+                    await self._removal.remove(now, volumes=volumes or now.status is Status.CREATING)
 
     def _records(self, *statuses: Status) -> list[ContainerRecord]:
         found = self._core.database.read_sync(lambda view: store.containers_in(view, statuses))
@@ -110,7 +113,7 @@ class Recovery:
         states = {(task.labels["corral.namespace"], task.id): task for task in tasks.tasks if _ours(task.labels)}
         doubtful = [
             record
-            for record in self._records(Status.CREATED, *ALIVE)
+            for record in self._records(Status.CREATED, Status.EXITED, *ALIVE)
             if not _agree(record, states.get((record.namespace, record.id)))
         ]
         await _each(doubtful, self._settle)
@@ -126,7 +129,9 @@ class Recovery:
                     task = None
             if _agree(now, task):
                 return
-            if task is None:
+            if now.status is Status.EXITED:
+                await self._undo_new_task(now, task)
+            elif task is None:
                 log.warning("recovery.task_lost", container=now.id)
                 await self._core.record_exit(now, lost_exit("its task was lost; the exit code is not known"))
             elif task.status == tasks_pb2.STATUS_STOPPED:
@@ -134,6 +139,13 @@ class Recovery:
             elif now.status is Status.RUNNING:  # we died between the intent to start and the start
                 log.info("recovery.not_started", container=now.id)
                 await self._core.database.write(lambda tx: store.set_status(tx, now.namespace, now.id, Status.CREATED))
+
+    async def _undo_new_task(self, record: ContainerRecord, task: tasks_pb2.Task | None) -> None:
+        """We died between the new task of an ended container and its start: a next start makes one."""
+        if task is not None and task.status == tasks_pb2.STATUS_CREATED:
+            log.info("recovery.not_started", container=record.id)
+            with in_namespace(record.namespace):
+                await self._core.leaves.tasks.Delete(tasks_pb2.DeleteTaskRequest(id=record.id, force=True))
 
     async def _compare_frozen(self) -> None:
         """A container is frozen if and only if its row says PAUSED; else we died between the two."""
@@ -210,7 +222,7 @@ def _agree(record: ContainerRecord, task: tasks_pb2.Task | None) -> bool:
         return task is None or task.status == tasks_pb2.STATUS_CREATED
     if record.status in ALIVE:
         return task is not None and task.status == tasks_pb2.STATUS_RUNNING
-    return True
+    return task is None or task.status == tasks_pb2.STATUS_STOPPED
 
 
 async def _each(records: Iterable[ContainerRecord], act: Callable[[ContainerRecord], Awaitable[None]]) -> None:

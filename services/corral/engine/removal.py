@@ -104,7 +104,7 @@ class Removal:
             await persistently(lambda: leaves.snapshots.Remove(RemoveSnapshotRequest(key=id_)))
 
         # That it is being removed must be on disk before the first thing is gone that a start could not make again.
-        await _all_ended(self._intend(record), end_task())
+        await _all_ended(self._intend(record, volumes=volumes), end_task())
         failpoint("engine.delete.after_intent")
         logs = self._core.container_directory(record)
         await _all_ended(remove_snapshot(), detach(), delete_cgroup(), run_blocking(remove_tree, logs))
@@ -116,17 +116,17 @@ class Removal:
         self._core.watch.tell_removal((record.namespace, record.id), record.exit)
         return record
 
-    async def _intend(self, record: ContainerRecord) -> None:
+    async def _intend(self, record: ContainerRecord, *, volumes: bool) -> None:
         def write(tx: Transaction) -> None:
             found = store.find(tx, record.namespace, record.id)
             if found is not None and found.status is not Status.REMOVING:
-                store.set_status(tx, record.namespace, record.id, Status.REMOVING)
+                store.set_removing(tx, record.namespace, record.id, volumes=volumes)
 
         await self._core.database.write(write, durable=record.status is not Status.CREATING)
 
     def postpone(self, record: ContainerRecord) -> None:
         """Try again in the background until it is removed: for what nobody else would call again."""
-        self._core.background.spawn(self._until_removed(record))
+        self._core.background.spawn_endless(self._until_removed(record))
 
     async def _until_removed(self, record: ContainerRecord) -> None:
         delay_s = RETRY_FIRST_S
@@ -138,7 +138,7 @@ class Removal:
                     async with self._core.locks.of((record.namespace, record.id)):
                         await self._remove(record, volumes=True)
                 return
-            except CorralError as e:
+            except (CorralError, OSError) as e:
                 log.info("removal.retry", container=record.id, error=str(e), next_s=delay_s)
 
     def remove_when_read(self, record: ContainerRecord) -> None:
@@ -154,7 +154,7 @@ class Removal:
                 await self._delete(record, force=True, volumes=True)
         except NotFound:
             pass
-        except CorralError as e:
+        except (CorralError, OSError) as e:
             log.warning("auto_remove.postponed", container=record.id, error=str(e))
             self.postpone(record)
 

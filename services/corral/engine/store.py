@@ -6,6 +6,7 @@ ends the containers anyway.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from corral.api.engine.v1.engine_pb2 import ContainerConfig
@@ -38,6 +39,7 @@ CREATE TABLE container (
     bundle TEXT NOT NULL,
     snapshot_driver TEXT NOT NULL,
     restart_count INTEGER NOT NULL,
+    removing_volumes INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (namespace, id),
     UNIQUE (namespace, name)
 ) STRICT;
@@ -60,7 +62,12 @@ CREATE TABLE volume_use (
     FOREIGN KEY (namespace, container) REFERENCES container (namespace, id) ON DELETE CASCADE
 ) STRICT;
 CREATE INDEX volume_use_container ON volume_use (namespace, container);
-CREATE TABLE merged (origin TEXT PRIMARY KEY, seq INTEGER NOT NULL) STRICT;
+CREATE TABLE merged (
+    origin TEXT PRIMARY KEY,
+    seq INTEGER NOT NULL,           -- the last one that is in our journal
+    time_ns INTEGER NOT NULL,       -- when that happened
+    known_until_ns INTEGER NOT NULL -- after a power loss cost the leaf its newest rows: older events are known already
+) STRICT;
 """,
 )
 
@@ -158,6 +165,20 @@ def set_status(tx: Transaction, namespace: str, id_: str, status: Status) -> Con
     check_move(record, status)
     tx.execute("UPDATE container SET status = ? WHERE namespace = ? AND id = ?", (status, namespace, id_))
     return get(tx, namespace, id_)
+
+
+def set_removing(tx: Transaction, namespace: str, id_: str, *, volumes: bool) -> None:
+    """Any status -> REMOVING, with its anonymous volumes or without. Raises NotFound."""
+    set_status(tx, namespace, id_, Status.REMOVING)
+    tx.execute(
+        "UPDATE container SET removing_volumes = ? WHERE namespace = ? AND id = ?", (int(volumes), namespace, id_)
+    )
+
+
+def is_removing_volumes(view: Snapshot, namespace: str, id_: str) -> bool:
+    """Whether a removal that was begun takes the anonymous volumes with it."""
+    row = view.one("SELECT removing_volumes FROM container WHERE namespace = ? AND id = ?", (namespace, id_))
+    return row is not None and bool(row[0])
 
 
 def save_started(tx: Transaction, record: ContainerRecord) -> None:
@@ -354,12 +375,21 @@ def _record(row: Row) -> ContainerRecord:
 # Merged journals
 
 
-def merged_up_to(view: Snapshot, origin: str) -> int:
-    """The last sequence number of a leaf's journal that is in ours."""
-    row = view.one("SELECT seq FROM merged WHERE origin = ?", (origin,))
-    return 0 if row is None else int(row[0])
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """How far a leaf's journal has been merged; see the table."""
+
+    seq: int = 0
+    time_ns: int = 0
+    known_until_ns: int = 0
 
 
-def set_merged_up_to(tx: Transaction, origin: str, seq: int) -> None:
+def cursor(view: Snapshot, origin: str) -> Cursor:
+    """Of one leaf."""
+    row = view.one("SELECT seq, time_ns, known_until_ns FROM merged WHERE origin = ?", (origin,))
+    return Cursor() if row is None else Cursor(*row)
+
+
+def save_cursor(tx: Transaction, origin: str, at: Cursor) -> None:
     """Belongs in the transaction that journals what was merged: exactly once, whatever crashes."""
-    tx.execute("INSERT INTO merged VALUES (?1, ?2) ON CONFLICT (origin) DO UPDATE SET seq = ?2", (origin, seq))
+    tx.execute("INSERT OR REPLACE INTO merged VALUES (?, ?, ?, ?)", (origin, at.seq, at.time_ns, at.known_until_ns))

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from corral.api.cgroups.v1.cgroups_pb2 import Cgroup, CreateCgroupRequest
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, VolumeMount
-from corral.api.tasks.v1.tasks_pb2 import GetTaskRequest
+from corral.api.tasks.v1.tasks_pb2 import CreateTaskRequest, GetTaskRequest, Task
 from corral.api.types.v1.types_pb2 import Mount
 from corral.engine import devices, requests
 from corral.engine.core import Core, require_alive
+from corral.engine.leaves import persistently
 from corral.engine.records import ContainerRecord
 from corral.engine.spec import Facts, build
 from corral.kernel.namespaces import Kind
@@ -19,7 +20,7 @@ from corral.oci.decode import JSON
 from corral.oci.decode import encode as encode_json
 from corral.oci.spec import Seccomp, Spec
 from corral.rpc.blocking import run_blocking
-from corral.rpc.errors import InvalidArgument, Unimplemented, from_os_error
+from corral.rpc.errors import InvalidArgument, NotFound, Unavailable, Unimplemented, from_os_error
 from corral.store import failpoint
 
 LOG_NAME = "container.log"
@@ -80,8 +81,23 @@ class TaskMaking:
             log_path=str(self._core.container_directory(record) / LOG_NAME),
         )
         failpoint("engine.task.before_create")
-        task = await self._core.leaves.tasks.Create(request)
+        task = await self._create(request)
         return replace(record, pid=task.pid, log_path=task.log_path, bundle=task.bundle)
+
+    async def _create(self, request: CreateTaskRequest) -> Task:
+        """tasks.Create, over a restart of tasks: it may or may not have been done before the answer was lost."""
+        tasks = self._core.leaves.tasks
+
+        async def get_or_create() -> Task:
+            try:
+                return await tasks.Get(GetTaskRequest(id=request.id))
+            except NotFound:
+                return await tasks.Create(request)
+
+        try:
+            return await tasks.Create(request)
+        except Unavailable:
+            return await persistently(get_or_create)
 
     async def _joined(self, config: ContainerConfig) -> dict[Kind, str]:
         """The namespace files of the containers whose namespaces are joined. They must run."""
