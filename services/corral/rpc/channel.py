@@ -24,8 +24,9 @@ OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.default_authority", "localhost"),  # else a unix path becomes an authority that Go servers refuse
     # A daemon that restarts is back within a second; gRPC's own default waits for up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 500),
+    # In spite of its name this is how long one attempt to connect may take; a busy machine needs its time.
+    ("grpc.min_reconnect_backoff_ms", 5000),
 )
 
 type _Metadata = Iterable[tuple[str, str | bytes]]
