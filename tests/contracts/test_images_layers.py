@@ -304,6 +304,13 @@ def test_a_directory_without_an_entry_is_as_it_is_below(layers: Layers) -> None:
     assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_mtime) == (0o1777, 3, 4, 77)
 
 
+def test_the_root_directory_without_an_entry_is_as_it_is_below(layers: Layers) -> None:
+    layers.add(Entry("./", mode=0o711, kind=b"5", uid=3, gid=4, pax={"mtime": "77"}))
+    layers.add(Entry("f", b"x"))
+    status = layers.add(Entry("g", b"x")).stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_mtime) == (0o711, 3, 4, 77)
+
+
 def test_a_hidden_directory_gives_nothing_to_the_one_above(layers: Layers) -> None:
     layers.add(directory("d", 0o700, uid=9))
     layers.add(Entry(".wh.d"))

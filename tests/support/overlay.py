@@ -1,11 +1,15 @@
 """Mounts that a snapshotter describes, made and unmade by a test."""
 
 import os
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
+
+from corral.kernel import mount
+from corral.kernel.overlay import new_overlay
+
+READ_ONLY = 1  # MOUNT_ATTR_RDONLY
 
 
 class Described(Protocol):
@@ -21,19 +25,31 @@ class Described(Protocol):
 
 @contextmanager
 def mounted(mounts: Sequence[Described], target: Path) -> Iterator[Path]:
-    """The tree, mounted at `target` as a host would; unmounted at the end."""
+    """The tree, mounted at `target` as init would do it; unmounted at the end."""
     target.mkdir(exist_ok=True)
-    # mount(8) hands options over one by one where it can, and each may have 255 bytes then; mount(2) takes a page.
-    environment = {**os.environ, "LIBMOUNT_FORCE_MOUNT2": "always"}
     done = 0
     try:
-        for mount in mounts:
-            command = ["mount", "-t", mount.type, "-o", ",".join(mount.options), mount.source, str(target)]
-            if mount.type == "bind":
-                command[1:3] = []
-            subprocess.run(command, check=True, env=environment)
+        for described in mounts:
+            _attach(described, target)
             done += 1
         yield target
     finally:
         for _ in range(done):
-            subprocess.run(["umount", str(target)], check=True)
+            mount.umount(target)
+
+
+def _attach(described: Described, target: Path) -> None:
+    attributes = READ_ONLY if "ro" in described.options else 0
+    if described.type == "bind":
+        tree = mount.clone_tree(-100, described.source)
+        mount.set_attributes(tree, attr_set=attributes)
+    else:
+        assert described.type == "overlay"
+        options = [option for option in described.options if option not in ("ro", "rw")]
+        tree = new_overlay(options, attributes=attributes, scratch=str(target))
+    where = os.open(target, os.O_PATH | os.O_DIRECTORY)
+    try:
+        mount.move_mount(tree, where)
+    finally:
+        os.close(where)
+        os.close(tree)

@@ -155,9 +155,9 @@ class Unpacker:
         paths = {layer.chain_id: layer.path for layer in staged}
         paths |= {Digest(chain_id): self._driver.layer(record.id) for chain_id, record in here.items()}
         for layer in staged:
-            if not layer.implicit and not layer.links:
-                continue
             depth = details.chain.index(layer.chain_id)
+            if not depth or not (layer.implicit or layer.links):
+                continue
             below = [str(paths[chain_id]) for chain_id in reversed(details.chain[:depth])]
             job = {
                 "op": "complete",

@@ -8,6 +8,7 @@ Source: Documentation/filesystems/overlayfs.rst.
 """
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -64,9 +65,12 @@ class Overlayfs:
             return
         base = self._active / str(tree)
         base.mkdir(0o700)
-        (base / "u").mkdir(0o755)
+        upper = base / "u"
+        upper.mkdir(0o755)
         if chain:
             (base / "w").mkdir(0o700)
+            # The root of the merged tree is the upper directory, so it has to look as the root below it does.
+            _resemble(upper, self.layer(chain[0]).stat())
 
     def mounts(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> list[Mount]:
         if not chain:
@@ -101,6 +105,14 @@ class Overlayfs:
             for path in above.iterdir():
                 if path.name.isdigit():
                     yield TreeId(int(path.name))
+
+
+def _resemble(directory: Path, status: os.stat_result) -> None:
+    if status.st_uid or status.st_gid:
+        os.chown(directory, status.st_uid, status.st_gid)
+    mode = stat.S_IMODE(status.st_mode)
+    if mode != 0o755:
+        directory.chmod(mode)
 
 
 def _filesystem_of(path: Path) -> str:

@@ -62,7 +62,7 @@ class Applied:
 
     size_bytes: int = 0
     inodes: int = 0
-    # Directories that no entry describes: they take owner and mode from below.
+    # Directories that no entry describes, "" being the root: they take owner and mode from below.
     implicit: list[str] = field(default_factory=list)
     # (name, target) of hard links to files of layers below.
     links: list[tuple[str, str]] = field(default_factory=list)
@@ -255,6 +255,8 @@ class Applier:
         for path, entry in sorted(self._directories.items(), key=lambda item: item[0].count("/"), reverse=True):
             self._finish_directory(path, entry)
         self._result.implicit = sorted(self._tree.implicit)
+        if "" not in self._directories:
+            self._result.implicit.insert(0, "")
         self._result.inodes += len(self._tree.implicit)
 
     def _mark_opaque(self) -> None:

@@ -29,9 +29,14 @@ def complete(layer: Path, below: Sequence[Path], implicit: Sequence[str], links:
         roots = [_opened_root(path, stack) for path in below]
         tree = stack.enter_context(Tree(layer))
         added = sum(_link(tree, roots, name, target) for name, target in links)
-        for path in sorted({*implicit, *tree.implicit}, key=lambda path: path.count("/"), reverse=True):
+        # Deepest first, the root last: what happens in a directory changes its time.
+        for path in sorted({*implicit, *tree.implicit}, key=_depth, reverse=True):
             _inherit(tree, roots, path)
     return added
+
+
+def _depth(path: str) -> int:
+    return len(path.split("/")) if path else 0
 
 
 def _opened_root(path: Path, stack: ExitStack) -> int:
@@ -96,9 +101,9 @@ def _is_opaque(fd: int) -> bool:
 
 
 def _inherit(tree: Tree, roots: Sequence[int], path: str) -> None:
-    parts = path.split("/")
+    parts = path.split("/") if path else ["."]
     parent = tree.find_parent(parts)
-    with visible(roots, path) as source:
+    with visible(roots, path or ".") as source:
         if parent is None or source is None:
             return
         status = os.fstat(source)

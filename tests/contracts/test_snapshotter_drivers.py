@@ -1,0 +1,61 @@
+"""What is promised of a driver's own directory."""
+
+from pathlib import Path
+
+import pytest
+from support.requirements import needs
+
+from corral.images.drivers import DRIVERS, make_driver
+from corral.images.drivers.overlayfs import Overlayfs
+from corral.images.snapshotter import Snapshotter, TreeId
+
+pytestmark = needs("root")
+
+
+@pytest.fixture(params=list(DRIVERS))
+def driver(request: pytest.FixtureRequest, tmp_path: Path) -> Snapshotter:
+    made = make_driver(request.param, tmp_path)
+    if reason := made.check():
+        pytest.skip(f"{request.param}: {reason}")
+    made.open()
+    made.open()  # again, as at every start
+    return made
+
+
+def test_a_staged_tree_becomes_a_layer(driver: Snapshotter) -> None:
+    path = driver.stage(TreeId(7))
+    (path / "f").write_text("x")
+    assert not driver.is_layer(TreeId(7))
+    driver.commit(TreeId(7))
+    assert driver.is_layer(TreeId(7))
+    assert (driver.layer(TreeId(7)) / "f").read_text() == "x"
+
+
+def test_everything_on_disk_is_told_and_can_be_removed(driver: Snapshotter) -> None:
+    driver.stage(TreeId(1))
+    driver.stage(TreeId(2))
+    driver.commit(TreeId(2))
+    driver.prepare(TreeId(3), (TreeId(2),), writable=True)
+    driver.prepare(TreeId(4), (), writable=True)
+    assert set(driver.trees()) == {1, 2, 3, 4}
+    for tree in (1, 2, 3, 4, 5):
+        driver.remove(TreeId(tree))
+        driver.remove(TreeId(tree))
+    assert set(driver.trees()) == set()
+
+
+def test_a_view_on_layers_takes_nothing(driver: Snapshotter) -> None:
+    driver.stage(TreeId(1))
+    driver.commit(TreeId(1))
+    driver.prepare(TreeId(2), (TreeId(1),), writable=False)
+    assert set(driver.trees()) == {1}
+
+
+def test_overlayfs_refuses_a_root_that_its_options_cannot_hold(tmp_path: Path) -> None:
+    assert "':'" in Overlayfs(tmp_path / "a:b").check()
+    assert Overlayfs(tmp_path / "not/yet/there").check() == ""
+
+
+def test_the_path_of_a_layer_is_short(tmp_path: Path) -> None:
+    overlay = Overlayfs(Path("/var/lib/corral/images/overlay"))
+    assert len(str(overlay.layer(TreeId(123_456)))) < 45

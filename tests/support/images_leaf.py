@@ -1,0 +1,113 @@
+"""The images leaf in the test's own process, with a client of every service of it."""
+
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc.aio
+
+from corral.api.images.v1 import images_pb2 as pb
+from corral.api.images.v1.images_pb2_grpc import ContentStub, ImagesStub, LeasesStub, SnapshotsStub
+from corral.images.config import ImagesConfig
+from corral.images.service import ImagesService
+from corral.rpc.address import parse_address
+from corral.rpc.channel import open_channel
+from corral.rpc.server import hosted
+
+CHUNK = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesLeaf:
+    """`service` is for looking inside; what tests do goes over the wire."""
+
+    service: ImagesService
+    channel: grpc.aio.Channel
+    root: Path
+
+    @property
+    def images(self) -> ImagesStub:
+        return ImagesStub(self.channel)
+
+    @property
+    def content(self) -> ContentStub:
+        return ContentStub(self.channel)
+
+    @property
+    def snapshots(self) -> SnapshotsStub:
+        return SnapshotsStub(self.channel)
+
+    @property
+    def leases(self) -> LeasesStub:
+        return LeasesStub(self.channel)
+
+    async def load(
+        self, archive: Path | bytes, *, metadata: Sequence[tuple[str, str]] = (), **header: object
+    ) -> list[pb.Image]:
+        """Import an archive; returns its images."""
+        [*_, last] = await self.load_all(archive, metadata=metadata, **header)
+        return list(last.result.images)
+
+    async def load_all(
+        self, archive: Path | bytes, *, metadata: Sequence[tuple[str, str]] = (), **header: object
+    ) -> list[pb.ImportResponse]:
+        """Import an archive; returns everything that was said meanwhile."""
+        requests = import_requests(archive, **header)
+        return [response async for response in self.images.Import(requests, metadata=tuple(metadata))]
+
+    async def prepare(
+        self, key: str, *, image: str = "", parent: str = "", lease: str = ""
+    ) -> pb.PrepareSnapshotResponse:
+        request = pb.PrepareSnapshotRequest(key=key)
+        if image:
+            request.image = image
+        if parent:
+            request.parent_snapshot = parent
+        return await self.snapshots.Prepare(request, metadata=lease_metadata(lease))
+
+    async def names(self) -> list[str]:
+        """Familiar names of all images."""
+        found = await self.images.List(pb.ListImagesRequest())
+        return [image.familiar_name for image in found.images]
+
+    async def settled(self) -> None:
+        """Wait for what goes on in the background."""
+        await self.service._collector.removals_done()
+
+    def disk(self) -> set[str]:
+        """Blobs, layers, writable trees and everything unfinished that is on disk, database and lock aside."""
+        found = set()
+        for above in ("blobs/sha256", "ingest", "overlay/tmp", "overlay/l", "overlay/s"):
+            found |= {f"{above}/{path.name}" for path in (self.root / above).iterdir()}
+        return found
+
+
+def lease_metadata(lease: str) -> tuple[tuple[str, str], ...]:
+    return (("corral-lease", lease),) if lease else ()
+
+
+def import_requests(archive: Path | bytes, **header: object) -> AsyncIterator[pb.ImportRequest]:
+    """The messages of an import, as a client sends them."""
+    return _import_requests(archive if isinstance(archive, bytes) else archive.read_bytes(), header)
+
+
+async def _import_requests(data: bytes, header: dict[str, object]) -> AsyncIterator[pb.ImportRequest]:
+    yield pb.ImportRequest(header=pb.ImportHeader(total_bytes=len(data), **header))  # type: ignore[arg-type]
+    for start in range(0, len(data), CHUNK):
+        yield pb.ImportRequest(data=data[start : start + CHUNK])
+
+
+@asynccontextmanager
+async def images_leaf(root: Path, **settings: object) -> AsyncIterator[ImagesLeaf]:
+    """Serve the leaf from `root`, which outlives the block: start it there again, and it recovers."""
+    config = ImagesConfig(root=root, state=root / "run", **settings)  # type: ignore[arg-type]
+    service = ImagesService(config)
+    with tempfile.TemporaryDirectory(prefix="corral-im-") as directory:
+        async with hosted([service], parse_address(f"unix://{directory}/s")) as address:
+            channel = open_channel(str(address))
+            try:
+                yield ImagesLeaf(service, channel, root)
+            finally:
+                await channel.close()
