@@ -12,9 +12,10 @@ class NetworkConfig:
     Two engines on one host need different roots, states, bridges and nft tables, and subnets that do not overlap.
     """
 
-    # Database, and the files that containers see as /etc/hosts, /etc/resolv.conf and /etc/hostname.
+    # Database.
     root: Path = Path("/var/lib/corral/network")
-    # Network namespaces are pinned in its directory `netns`; run state.
+    # Run state: network namespaces are pinned in its directory `netns`, and `endpoints` has the files that containers
+    # see as /etc/hosts, /etc/resolv.conf and /etc/hostname.
     state: Path = Path("/run/corral")
     # Bridge of the default network; at most 15 characters.
     bridge: str = "corral0"

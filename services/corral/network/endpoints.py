@@ -66,7 +66,7 @@ class Endpoints:
         self._host_prefix = host_prefix
         self._reaper = Reaper(thread)
         self._host_files = etc.HostFiles(config.resolv_conf, config.resolved_conf)
-        self.files = FileStore(config.root / "endpoints")
+        self.files = FileStore(config.state / "endpoints")
         self._locks: WeakValueDictionary[EndpointKey, asyncio.Lock] = WeakValueDictionary()
         self._running: set[asyncio.Task[Endpoint | None]] = set()
 

@@ -39,7 +39,7 @@ class Leaf:
         for text in (config.subnet, *config.pools):
             subnets.check_usable(subnets.parse_subnet(text, "subnet or pool in [network] of the configuration"))
         netns = config.state / "netns"
-        for directory in (config.root / "endpoints", netns):
+        for directory in (config.root, config.state / "endpoints", netns):
             directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         self.db = Database(config.root / "network.db", MIGRATIONS, durable=False)
         self._thread = NetlinkThread()
