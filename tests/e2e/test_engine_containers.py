@@ -88,7 +88,7 @@ async def test_the_image_and_its_defaults_are_shown(engine: EngineClient) -> Non
 
 async def test_a_taken_name_is_refused_and_free_again_after_removal(engine: EngineClient) -> None:
     first = await engine.create("true", name="one")
-    with pytest.raises(AlreadyExists, match=f"'one' is taken by container {first[:12]}"):
+    with pytest.raises(AlreadyExists, match=f"'one' is already in use by container {first[:12]}"):
         await engine.create("true", name="one")
     with pytest.raises(AlreadyExists, match="id"):
         await engine.create("true", id_=first)

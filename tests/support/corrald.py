@@ -194,6 +194,19 @@ class Corrald:
         self.stop(*only)
         self.start(*only)
 
+    def restart_with(self, environment: Mapping[str, str]) -> None:
+        """Stop, and start with more in the environment, failpoints say."""
+        self.stop()
+        self.start(environment=environment)
+
+    def revive(self) -> None:
+        """Start again what died, failpoints off. Raises AssertionError if nothing did."""
+        deadline = time.monotonic() + 5
+        while not (dead := [name for name in self.processes if not self._runs(name)]):
+            assert time.monotonic() < deadline, "nothing died"
+            time.sleep(0.01)
+        self.start(*dead)
+
     def corral(
         self, *arguments: str, stdin: bytes | None = None, timeout_s: float = 60.0, check: bool = False
     ) -> subprocess.CompletedProcess[bytes]:

@@ -62,7 +62,7 @@ def topics(database: Database) -> list[str]:
 
 def test_a_name_is_unique_in_its_namespace_and_free_again_after_removal(database: Database) -> None:
     insert(database, record(), record(namespace="other"))
-    with pytest.raises(AlreadyExists, match="'web' is taken by container aaaaaaaaaaaa"):
+    with pytest.raises(AlreadyExists, match="'web' is already in use by container aaaaaaaaaaaa"):
         insert(database, record("b" * 64))
     database.write_sync(lambda tx: store.delete_container(tx, record()))
     insert(database, record("b" * 64))

@@ -83,8 +83,8 @@ class Creation:
 
     async def _make(self, record: ContainerRecord) -> ContainerRecord:
         record = await self._intend(record)
-        failpoint("engine.create.after_intent")
         try:
+            failpoint("engine.create.after_intent")
             return await self._make_all(record)
         except BaseException:
             await self._undo(record)

@@ -129,7 +129,7 @@ def _taken(tx: Snapshot, record: ContainerRecord) -> AlreadyExists:
     if holder is None:
         return AlreadyExists(f"a container with id {record.id} exists already", reason="ID_TAKEN")
     return AlreadyExists(
-        f"the name {record.name!r} is taken by container {holder['id'][:12]}"
+        f"the name {record.name!r} is already in use by container {holder['id'][:12]}"
         f" ({Status(holder['status']).word}): remove or rename that one, or choose another name",
         reason="NAME_TAKEN",
         metadata={"container": holder["id"]},
