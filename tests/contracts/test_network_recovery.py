@@ -210,6 +210,18 @@ async def test_a_bridge_removed_under_a_running_daemon_is_back_with_the_next_att
         await nothing_leaked(lab, net)
 
 
+async def test_an_endpoint_whose_link_somebody_deleted_is_made_anew_by_the_same_call(lab: Lab) -> None:
+    async with lab.calls() as net:
+        first = await net.attach("a")
+        command(lab.host, "ip", "link", "del", first.interfaces[0].host_name)
+        again = await net.attach("a")
+        assert address(again) == address(first)
+        assert reaches(again.netns_path, OUTSIDE)
+        await nothing_leaked(lab, net, endpoints=1)
+        await clean(net)
+        await nothing_leaked(lab, net)
+
+
 async def test_after_a_reboot_endpoints_can_be_attached_again_with_their_addresses(lab: Lab) -> None:
     async with lab.calls() as net:
         a, b = await net.attach("a", hostname="alpha"), await net.attach("b", mode=NONE)

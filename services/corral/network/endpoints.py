@@ -93,6 +93,8 @@ class Endpoints:
         if existing is not None and existing.request != request:
             await self._detach(existing)
             existing = None
+        if existing is not None:
+            await run_blocking(self._discard, existing)  # what may be left of it
         if request.mode is Mode.NETWORKS:
             return await self._attach_networks(key, request, existing)
         endpoint = await self._without_interfaces(key, request)
