@@ -184,8 +184,12 @@ def connect(bundle: Path, hello: Message | None = None) -> Peer:
     finally:
         os.close(directory)
     peer = Peer(sock)
-    peer.send(hello or {"v": 1, "client": "tests"})
-    peer.hello = peer.receive()
+    try:
+        peer.send(hello or {"v": 1, "client": "tests"})
+        peer.hello = peer.receive()
+    except BaseException:
+        peer.close()
+        raise
     return peer
 
 

@@ -8,6 +8,7 @@ new --> created --> running --> stopped
 import os
 from dataclasses import dataclass
 from enum import Enum
+from typing import Self
 
 from corral.kernel import process as kernel_process
 from corral.oci.runtime import ProcessHandle
@@ -41,6 +42,13 @@ class Ended:
 
     status: int
     at_ns: int
+
+    @classmethod
+    def from_waitid(cls, info: os.waitid_result, at_ns: int) -> Self:
+        """From what waitid(2) says of a child that ended."""
+        if info.si_code == os.CLD_EXITED:
+            return cls(info.si_status << 8, at_ns)
+        return cls(info.si_status, at_ns)
 
     @property
     def signal(self) -> int | None:
@@ -76,6 +84,7 @@ class ContainerProcess:
     ended: Ended | None = None
     exit: Exit | None = None
     drain_timer: Timer | None = None
+    _reaped: bool = False
 
     def move(self, state: State) -> None:
         """Change the state; any move that ALLOWED does not list is a bug."""
@@ -131,6 +140,12 @@ class ContainerProcess:
             dropped_bytes=dropped_bytes,
             reason=failure.reason if failure else "",
         )
+
+    def reap(self) -> None:
+        """Let the kernel forget the process; its end is known and on disk."""
+        if not self._reaped:
+            self._reaped = True
+            os.waitpid(self.pid, 0)
 
     def release(self) -> None:
         """Let go of the descriptors of a process that has ended or was never started."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from corral.kernel.failpoint import failpoint
 
@@ -42,6 +43,27 @@ class Record:
             "terminal": self.terminal,
         }
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, object]) -> Self:
+        """Raises ValueError if something is missing or is no number."""
+        started_at_ns = content.get("started_at_ns")
+        return cls(
+            shim_pid=_number(content, "shim_pid"),
+            shim_start_time=_number(content, "shim_start_time"),
+            init_pid=_number(content, "init_pid"),
+            init_start_time=_number(content, "init_start_time"),
+            created_at_ns=_number(content, "created_at_ns"),
+            started_at_ns=started_at_ns if isinstance(started_at_ns, int) else None,
+            terminal=content.get("terminal") is True,
+        )
+
+
+def _number(content: Mapping[str, object], name: str) -> int:
+    value = content.get(name)
+    if not isinstance(value, int):
+        raise ValueError(f"{RECORD}: {name} is {value!r}")
+    return value
+
 
 @dataclass(frozen=True, slots=True)
 class Exit:
@@ -75,13 +97,12 @@ class Exit:
         }
 
 
-def write_json(directory: int, name: str, content: Mapping[str, object]) -> None:
+def write_json(directory: int, name: str, content: Mapping[str, object], *, step: str) -> None:
     """Make `name` in the directory (an fd) hold exactly this, durably: a reader sees the old or the new content.
 
-    Raises OSError; then the old content stands.
+    step names the failpoints. Raises OSError; then the old content stands.
     """
     temporary = f"{name}.tmp"
-    label = "exec" if name.startswith(EXECS) else name.removesuffix(".json")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=directory)
     try:
         try:
@@ -89,14 +110,14 @@ def write_json(directory: int, name: str, content: Mapping[str, object]) -> None
             os.fsync(fd)
         finally:
             os.close(fd)
-        failpoint(f"shim.{label}.before_rename")
+        failpoint(f"{step}.before_rename")
         os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(temporary, dir_fd=directory)
         raise
     _fsync_directory(directory, os.fspath(Path(name).parent))
-    failpoint(f"shim.{label}.after_rename")
+    failpoint(f"{step}.after_rename")
 
 
 def _fsync_directory(directory: int, name: str) -> None:
@@ -112,6 +133,15 @@ def _write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+
+
+def exists(directory: int, name: str) -> bool:
+    """Whether the directory has such a file."""
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def remove(directory: int, name: str) -> None:

@@ -2,7 +2,8 @@
 
 The order at an exit is what the crash contract rests on:
 
-    reap --> take the rest of the output --> exit.json (fsync) --> event to subscribers --> deliver to clients --> end
+    see the zombie --> take the rest of the output --> exit.json (fsync) --> reap --> tell subscribers
+                   --> deliver to clients --> end
 
 Nobody above is needed for any of it.
 """
@@ -11,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from corral.kernel.cgroup import OomWatch
@@ -82,9 +84,11 @@ class Shim:
         spec = Spec.from_json(records.read_json(self._directory, "config.json"))
         if spec.process is None:
             raise ShimError("invalid_argument", "process: config.json has none")
+        program = _with_oom_score(spec.process)
+        spec = replace(spec, process=program)
         wanted = request.log
         log = open_log(wanted.driver, wanted.path, max_size=wanted.max_size, max_files=wanted.max_files)
-        io = self._io("", log, terminal=spec.process.terminal, stdin=request.stdin)
+        io = self._io("", log, terminal=program.terminal, stdin=request.stdin)
         try:
             with io.child_ends() as stdio:
                 failpoint("shim.create.before_clone")
@@ -102,7 +106,7 @@ class Shim:
             raise
         failpoint("shim.create.after_clone")
         self._log, self._container, self._cgroup_paths = log, container, request.cgroup_paths
-        return self._created(ContainerProcess("", io, spec.process), container)
+        return self._created(ContainerProcess("", io, program), container)
 
     def _created(self, init: ContainerProcess, container: Container) -> Message:
         self._created_at_ns = time.time_ns()
@@ -141,7 +145,7 @@ class Shim:
         self._running()
         if request.exec_id in self._processes:
             raise ShimError("already_exists", f"exec {request.exec_id!r} already exists")
-        spec = Process.from_json(request.process)
+        spec = _with_oom_score(Process.from_json(request.process))
         (self.bundle / records.EXECS).mkdir(mode=0o700, exist_ok=True)
         io = self._io(request.exec_id, NoLog(), terminal=spec.terminal, stdin=request.stdin)
         process = ContainerProcess(request.exec_id, io, spec, request.user)
@@ -221,7 +225,7 @@ class Shim:
             started_at_ns=init.started_at_ns,
             terminal=init.io.terminal,
         )
-        records.write_json(self._directory, records.RECORD, record.to_json())
+        records.write_json(self._directory, records.RECORD, record.to_json(), step="shim.record")
 
     # While it lives.
 
@@ -319,15 +323,18 @@ class Shim:
         """Collect every child that has ended: init, execs, and orphans of theirs."""
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                # Looked at only: should this process be killed now, its heir finds a zombie and reads the same status.
+                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
-            if pid == 0:
+            if info is None:
                 return
-            failpoint("shim.exit.reaped")
-            process = self._by_pid.pop(pid, None)
-            if process is not None:
-                self._ended(process, Ended(status, time.time_ns()))
+            failpoint("shim.exit.seen")
+            process = self._by_pid.pop(info.si_pid, None)
+            if process is None:
+                os.waitpid(info.si_pid, 0)
+            else:
+                self._ended(process, Ended.from_waitid(info, time.time_ns()))
 
     def _ended(self, process: ContainerProcess, ended: Ended) -> None:
         process.ended = ended
@@ -362,11 +369,13 @@ class Shim:
         exit_record = process.exit_record(
             oom=is_init and self._count_ooms() > 0, dropped_bytes=self._log.dropped_bytes if is_init else 0
         )
+        step = "shim.exit" if is_init else "shim.exec_exit"
         try:
-            records.write_json(self._directory, _exit_file(process.exec_id), exit_record.to_json())
+            records.write_json(self._directory, _exit_file(process.exec_id), exit_record.to_json(), step=step)
         except OSError as e:
             # The event still tells; without a disk there is nothing better.
             report.write(self._directory, f"{_exit_file(process.exec_id)}: {e}")
+        process.reap()
         return exit_record
 
     def _init_finished(self) -> None:
@@ -391,6 +400,11 @@ class Shim:
 
 def _not_created() -> ShimError:
     return ShimError("failed_precondition", "the container is not created")
+
+
+def _with_oom_score(process: Process) -> Process:
+    """Unless it says otherwise a process has an ordinary score, not the lowered one of its shim."""
+    return process if process.oom_score_adj is not None else replace(process, oom_score_adj=0)
 
 
 def _start_failure(error: ExecFailed) -> StartFailure:

@@ -7,8 +7,10 @@
     EOF on fd 3 ends the zygote.
 
 Each shim is a session of its own, so killing the zygote, or its ending, harms none of them: they become init's. Until
-then the zygote reaps them, which not every init does. It holds host privilege and its children are
-what sets up containers, so it runs sealed (see seal.py) and non-dumpable.
+then the zygote reaps them, which not every init does, and inherits what a shim that was killed leaves behind: should
+that be a container's own process, its exit is written to the bundle in the shim's place.
+
+It holds host privilege and its children are what sets up containers, so it runs sealed (see seal.py) and non-dumpable.
 """
 
 import contextlib
@@ -16,14 +18,16 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
-from corral.kernel import process
+from corral.kernel import process, signalfd
 from corral.kernel.failpoint import failpoint
-from corral.shim import preload, report, seal
+from corral.shim import orphans, preload, report, seal
 from corral.shim.errors import ShimError, from_os_error
-from corral.shim.loop import Loop
+from corral.shim.loop import IN, Loop
+from corral.shim.process import Ended
 from corral.shim.requests import text
 from corral.shim.server import Server
 from corral.shim.wire import Channel, Message, ProtocolError
@@ -39,14 +43,8 @@ def main() -> None:
     if not seal.is_sealed():
         raise SystemExit("corral zygote: the interpreter could not be sealed")
     _settle()
-    control = Channel(socket.socket(fileno=CONTROL_FD))
     preload.preload()
-    try:
-        while True:
-            for message in control.receive():
-                control.send(_answer(control, message))
-    except EOFError:
-        return
+    Zygote(Channel(socket.socket(fileno=CONTROL_FD))).run()
 
 
 def _settle() -> None:
@@ -61,50 +59,81 @@ def _settle() -> None:
     os.chdir("/")
     process.set_dumpable(False)
     process.set_name("corral-zygote")
+    process.set_child_subreaper()
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, _reap)
 
 
-def _answer(control: Channel, message: Message) -> Message:
-    number = message.get("id")
-    try:
-        if message.get("op") != "spawn":
-            raise ShimError("unimplemented", f"the zygote has no operation {message.get('op')!r}")
-        return {"id": number, "ok": _spawn(control, message)}
-    except ShimError as e:
-        error = e
-    except ProtocolError as e:
-        error = ShimError("invalid_argument", str(e))
-    except OSError as e:
-        error = from_os_error(e)
-    return {"id": number, "error": {"kind": error.kind, "message": str(error)}}
+class Zygote:
+    """Forks shims until the other end of its control socket is closed."""
 
+    def __init__(self, control: Channel) -> None:
+        self._control = control
+        self._loop = Loop()
+        self._signals = signalfd.open_signalfd((signal.SIGCHLD,))
+        self._bundles: dict[int, Path] = {}  # of living shims, by pid
+        self._orphaned: list[Path] = []  # of shims that were killed
 
-def _spawn(control: Channel, message: Message) -> Message:
-    bundle = Path(text(message, "bundle"))
-    namespace, container = text(message, "namespace"), text(message, "container")
-    (listener,) = control.take_fds(1)
-    try:
-        failpoint("zygote.spawn.before_fork")
-        # Until its start time was read, a shim must stay at least a zombie, else the pid could be somebody else's.
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))
-        pid = process.fork()
-        if pid == 0:
-            _become_shim(listener, bundle, namespace, container)
-        start_time = process.start_time(pid)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGCHLD,))
-        os.close(listener)
-    failpoint("zygote.spawn.after_fork")
-    return {"pid": pid, "start_time": start_time}
+    def run(self) -> None:
+        """Serve until the end."""
+        self._loop.watch(self._control.sock.fileno(), IN, lambda _events: self._on_control())
+        self._loop.watch(self._signals, IN, lambda _events: self._on_child())
+        self._loop.run()
 
+    def _on_control(self) -> None:
+        try:
+            for message in self._control.receive():
+                self._control.send(self._answer(message))
+        except EOFError:
+            self._loop.stop()
 
-def _reap(_signal: int, _frame: object) -> None:
-    """Shims that ended while the zygote lives; the others are init's."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+    def _answer(self, message: Message) -> Message:
+        number = message.get("id")
+        try:
+            if message.get("op") != "spawn":
+                raise ShimError("unimplemented", f"the zygote has no operation {message.get('op')!r}")
+            return {"id": number, "ok": self._spawn(message)}
+        except ShimError as e:
+            error = e
+        except ProtocolError as e:
+            error = ShimError("invalid_argument", str(e))
+        except OSError as e:
+            error = from_os_error(e)
+        return {"id": number, "error": {"kind": error.kind, "message": str(error)}}
+
+    def _spawn(self, message: Message) -> Message:
+        bundle = Path(text(message, "bundle"))
+        namespace, container = text(message, "namespace"), text(message, "container")
+        (listener,) = self._control.take_fds(1)
+        try:
+            failpoint("zygote.spawn.before_fork")
+            pid = process.fork()
+            if pid == 0:
+                _become_shim(listener, bundle, namespace, container)
+            # Not reaped before this handler returns, so the pid is the shim's even if that is dead already.
+            start_time = process.start_time(pid)
+            self._bundles[pid] = bundle
+        finally:
+            os.close(listener)
+        failpoint("zygote.spawn.after_fork")
+        return {"pid": pid, "start_time": start_time}
+
+    def _on_child(self) -> None:
+        """Reap shims that have ended, and orphans of those that were killed."""
+        signalfd.read_signals(self._signals)
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            bundle = self._bundles.pop(pid, None)
+            if bundle is None:
+                # Its shim may be dying only just now, and not be in the second list yet.
+                orphans.write_exit([*self._bundles.values(), *self._orphaned], pid, Ended(status, time.time_ns()))
+            elif os.WIFSIGNALED(status) or os.WEXITSTATUS(status):
+                self._orphaned.append(bundle)
 
 
 def _become_shim(listener: int, bundle: Path, namespace: str, container: str) -> NoReturn:
@@ -129,14 +158,12 @@ def _become_shim(listener: int, bundle: Path, namespace: str, container: str) ->
 
 def _protect_from_oom() -> None:
     """The container should be killed before its shim is; a host may not allow to ask for that."""
-    try:
+    with contextlib.suppress(OSError):
         fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.write(fd, b"-998")
         finally:
             os.close(fd)
-    except OSError:
-        pass
 
 
 def _report(bundle: Path, error: BaseException) -> None:
