@@ -65,8 +65,8 @@ def parse_reference(text: str) -> Reference:
 
     Raises InvalidArgument, saying what is wrong with it.
     """
-    if _HEX64.fullmatch(text):
-        raise _refusal(text, "64 hex digits are an image id, not a name")
+    if _HEX64.fullmatch(text) or is_digest(text):
+        raise _refusal(text, "this is an image id")
     rest, at, digest = text.partition("@")
     if at and not is_digest(digest):
         raise _refusal(text, "what follows '@' is not sha256:<64 hex digits>")

@@ -1,0 +1,344 @@
+"""Bad archives, bad blobs and a full disk: one sentence that names the thing, and nothing left of it."""
+
+import gzip
+import io
+import json
+import re
+import subprocess
+import tarfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from support.images import (
+    Entry,
+    busybox_layer,
+    digest,
+    image_config,
+    layer,
+    write_busybox,
+    write_docker_archive,
+    write_oci_archive,
+)
+from support.images_leaf import ImagesLeaf, images_leaf
+from support.requirements import needs
+from support.tars import archive, member, packed
+
+from corral.api.images.v1 import images_pb2 as pb
+from corral.api.types.v1 import types_pb2 as types
+from corral.rpc.errors import (
+    CorralError,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unimplemented,
+)
+
+pytestmark = needs("root", "overlayfs")
+
+
+@pytest.fixture
+async def leaf(tmp_path: Path) -> AsyncIterator[ImagesLeaf]:
+    async with images_leaf(tmp_path / "images") as made:
+        yield made
+
+
+async def refused(
+    leaf: ImagesLeaf, data: bytes | Path, kind: type[CorralError] = InvalidArgument, **header: object
+) -> str:
+    """The one sentence with which the import is refused; nothing of it may be left."""
+    before = leaf.disk()
+    with pytest.raises(kind) as caught:
+        await leaf.load(data, **({"name": "bad:1"} | header))
+    await leaf.settled()
+    assert leaf.disk() == before
+    assert "bad:1" not in await leaf.names()
+    sentence = caught.value.message
+    assert sentence.isprintable(), sentence
+    assert len(sentence) < 600
+    return sentence
+
+
+async def test_what_is_no_archive(leaf: ImagesLeaf) -> None:
+    assert "not a tar archive" in await refused(leaf, b"this is no archive" * 100)
+    assert "cut off" in await refused(leaf, b"")
+    assert "bzip2 or xz" in await refused(leaf, b"BZh91AY&SY" + bytes(1000))
+
+
+@pytest.mark.parametrize("part", [0.01, 0.3, 0.6, 0.95, 0.999])
+@pytest.mark.parametrize("form", ["docker", "oci"])
+async def test_a_truncated_archive(leaf: ImagesLeaf, tmp_path: Path, form: str, part: float) -> None:
+    data = write_busybox(tmp_path / "x.tar", form=form).read_bytes()
+    sentence = await refused(leaf, data[: int(len(data.rstrip(b"\0")) * part)])
+    assert "cut off" in sentence
+
+
+async def test_a_truncated_compressed_archive(leaf: ImagesLeaf, tmp_path: Path) -> None:
+    data = gzip.compress(write_busybox(tmp_path / "x.tar").read_bytes(), 1)
+    assert "cut off" in await refused(leaf, data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+async def test_a_truncated_root_file_system(leaf: ImagesLeaf, pack: Callable[[bytes], bytes]) -> None:
+    data = pack(packed({"bin/a": b"x" * 5000, "bin/b": b"y" * 5000}).rstrip(b"\0"))
+    assert "cut off" in await refused(leaf, data[:-20])
+
+
+@pytest.mark.parametrize("where", [0.2, 0.5, 0.8])
+async def test_a_damaged_blob_is_named(leaf: ImagesLeaf, tmp_path: Path, where: float) -> None:
+    layers = [busybox_layer()]
+    data = bytearray(write_oci_archive(tmp_path / "x.tar", "x:1", layers, image_config(layers)).read_bytes())
+    data[int(len(data) * where)] ^= 0x55
+    assert re.search(r"blob sha256:[0-9a-f]{64} has other content", await refused(leaf, bytes(data)))
+
+
+async def test_a_damaged_layer_of_a_docker_archive_is_named(leaf: ImagesLeaf, tmp_path: Path) -> None:
+    layers = [layer([Entry("f", b"x" * 1000)]), layer([Entry("g", b"y" * 1000)])]
+    config = image_config(layers)
+    other = [layers[0], layers[1].replace(b"yyyy", b"yyyz", 1)]
+    sentence = await refused(leaf, write_docker_archive(tmp_path / "x.tar", "x:1", other, config))
+    assert f"cannot unpack layer {digest(layers[1])}" in sentence
+    assert digest(other[1]) in sentence
+
+
+async def test_a_config_that_is_not_what_its_name_says(leaf: ImagesLeaf, tmp_path: Path) -> None:
+    layers = [layer([Entry("f", b"x")])]
+    data = write_docker_archive(tmp_path / "x.tar", "x:1", layers, image_config(layers)).read_bytes()
+    sentence = await refused(leaf, data.replace(b"corral tests", b"corral_tests"))
+    assert "has the digest" in sentence
+
+
+async def test_the_members_of_an_archive_may_be_missing(leaf: ImagesLeaf, tmp_path: Path) -> None:
+    layers = [layer([Entry("f", b"x")])]
+    config = image_config(layers)
+    whole = write_docker_archive(tmp_path / "d.tar", "x:1", layers, config)
+    for missing in ("layer.tar", f"{digest(config)[7:]}.json"):
+        assert "incomplete" in await refused(leaf, without(whole, missing))
+    assert "no manifest.json" in await refused(leaf, without(whole, "manifest.json"))
+    oci = write_oci_archive(tmp_path / "o.tar", "x:1", layers, config)
+    assert "lacks blob" in await refused(leaf, without(oci, digest(config)[7:]))
+    assert "lacks layer" in await refused(leaf, without(oci, digest(gzip.compress(layers[0], 6, mtime=0))[7:]))
+
+
+def without(path: Path, ending: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(path) as source, tarfile.open(fileobj=buffer, mode="w") as target:
+        for info in source:
+            if not info.name.endswith(ending):
+                target.addfile(info, source.extractfile(info))
+    return buffer.getvalue()
+
+
+def layout(index: object, blobs: dict[str, bytes] | None = None, version: str = "1.0.0") -> bytes:
+    files = {"oci-layout": json.dumps({"imageLayoutVersion": version}).encode()}
+    files |= {f"blobs/sha256/{name}": data for name, data in (blobs or {}).items()}
+    return packed({**files, "index.json": json.dumps(index).encode()})
+
+
+def described(data: bytes, media_type: str) -> dict[str, object]:
+    return {"mediaType": media_type, "digest": digest(data), "size": len(data)}
+
+
+INDEX = "application/vnd.oci.image.index.v1+json"
+
+
+async def test_indexes_that_are_too_deep_or_circle(leaf: ImagesLeaf) -> None:
+    blobs = {}
+    inner = b'{"schemaVersion":2,"manifests":[]}'
+    for _ in range(8):
+        blobs[digest(inner)[7:]] = inner
+        entry = described(inner, INDEX) | {"platform": {"os": "linux", "architecture": "amd64"}}
+        inner = json.dumps({"schemaVersion": 2, "manifests": [entry, entry]}).encode()
+    host = types.Platform(os="linux", architecture="amd64")
+    sentence = await refused(leaf, layout(json.loads(inner), blobs), platform=host)
+    assert "nested more than" in sentence
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (layout({"schemaVersion": 2, "manifests": []}), "lists no image"),
+        (layout({"schemaVersion": 2, "manifests": [described(b"x", INDEX)]}), "lacks blob"),
+        (layout({"schemaVersion": 2, "manifests": [{"digest": "../../../etc/passwd"}]}), "64 hex digits"),
+        (layout({"schemaVersion": 2, "manifests": [{"digest": "sha256:" + "A" * 64}]}), "64 hex digits"),
+        (layout({"schemaVersion": 2, "manifests": {}}, version="2.0"), "version '2.0'"),
+        (layout([]), "not a JSON object"),
+        (packed({"index.json": b"{" * 100_000}), "not JSON"),
+        (packed({"index.json": b'{"a":' * 100_000}), "nested too deeply"),
+        (packed({"manifest.json": b"[" + b" " * (5 << 20) + b"]"}), "at most"),
+        (packed({"manifest.json": b'[{"Config":"../../etc/passwd","Layers":[]}]'}), "lacks '../../etc/passwd'"),
+        (packed({"manifest.json": b'[{"Config":1}]'}), "Config is not a string"),
+        (packed({"manifest.json": b'{"Config":"x"}'}), "is not a list"),
+    ],
+)
+async def test_descriptions_that_are_wrong(leaf: ImagesLeaf, data: bytes, why: str) -> None:
+    assert why in await refused(leaf, data)
+
+
+async def test_a_descriptor_that_lies_about_the_size(leaf: ImagesLeaf, tmp_path: Path) -> None:
+    layers = [layer([Entry("f", b"x")])]
+    config = image_config(layers)
+    data = write_oci_archive(tmp_path / "x.tar", "x:1", layers, config).read_bytes()
+    # The manifest is a blob whose digest must fit, so the lie is told in the index.
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        index = tar.extractfile("index.json")
+        assert index is not None
+        top = json.loads(index.read())
+    top["manifests"][0]["size"] += 1
+    sentence = await refused(leaf, replace_member(data, "index.json", json.dumps(top).encode()))
+    assert "its descriptor says" in sentence
+
+
+def replace_member(archive_data: bytes, name: str, data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=io.BytesIO(archive_data)) as source, tarfile.open(fileobj=buffer, mode="w") as target:
+        for info in source:
+            if info.name == name:
+                info.size = len(data)
+                target.addfile(info, io.BytesIO(data))
+            else:
+                target.addfile(info, source.extractfile(info))
+    return buffer.getvalue()
+
+
+def escaped(directory: Path) -> list[Path]:
+    return list(directory.rglob("escaped"))
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        archive(member(b"../../escaped", b"x")),
+        archive(member(b"d/../../escaped", b"x")),
+        archive(member(b"x", kind=b"1", link=b"../../../../etc/passwd")),
+        archive(member(b".wh...")),
+    ],
+)
+async def test_a_layer_that_climbs_is_refused_in_every_form(leaf: ImagesLeaf, tmp_path: Path, evil: bytes) -> None:
+    for data in (
+        evil,
+        write_docker_archive(tmp_path / "d.tar", "x:1", [evil], image_config([evil])),
+        write_oci_archive(tmp_path / "o.tar", "x:1", [evil], image_config([evil])),
+    ):
+        sentence = await refused(leaf, data)
+        assert "climbs" in sentence or "hides no name" in sentence
+    assert not escaped(tmp_path)
+
+
+async def test_an_outer_archive_that_climbs_is_refused(leaf: ImagesLeaf) -> None:
+    data = packed({"manifest.json": b"[]"})[:1024] + archive(member(b"../../escaped", b"x"))
+    assert "climbs" in await refused(leaf, data)
+
+
+async def test_too_many_layers_are_refused(leaf: ImagesLeaf, tmp_path: Path) -> None:
+    layers = [layer([])] * 501
+    sentence = await refused(leaf, write_docker_archive(tmp_path / "x.tar", "x:1", layers, image_config(layers)))
+    assert "at most 500" in sentence
+
+
+async def test_an_encrypted_layer_is_refused(leaf: ImagesLeaf, tmp_path: Path) -> None:
+    layers = [layer([])]
+    write_oci_archive(tmp_path / "x.tar", "x:1", layers, image_config(layers))
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        files = {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
+    top = json.loads(files["index.json"])
+    name = f"blobs/sha256/{top['manifests'][0]['digest'][7:]}"
+    manifest = files.pop(name).replace(b"tar+gzip", b"tar+gzip+encrypted")
+    top["manifests"][0] |= {"digest": digest(manifest), "size": len(manifest)}
+    files[f"blobs/sha256/{digest(manifest)[7:]}"] = manifest
+    files["index.json"] = json.dumps(top).encode()
+    assert "not a tar" in await refused(leaf, packed(files))
+
+
+@pytest.mark.parametrize("name", ["Bad", "a b", "x:", "../x", "sha256:" + "0" * 64])
+async def test_a_bad_name_is_refused_before_anything_is_read(leaf: ImagesLeaf, name: str) -> None:
+    with pytest.raises(InvalidArgument, match="is not an image name"):
+        await leaf.load(b"", name=name)
+
+
+async def test_an_unknown_image_is_named_with_what_to_do(leaf: ImagesLeaf) -> None:
+    for call in (
+        leaf.images.Get(pb.GetImageRequest(name="nginx")),
+        leaf.images.Remove(pb.RemoveImageRequest(name="nginx")),
+        leaf.images.Tag(pb.TagImageRequest(source="nginx", target="x")),
+        leaf.prepare("c", image="nginx"),
+    ):
+        with pytest.raises(NotFound, match=r"no image 'nginx' \(docker.io/library/nginx:latest\).*corral image import"):
+            await call
+    assert leaf.disk() == set()
+
+
+async def test_a_blob_that_is_not_what_was_expected(leaf: ImagesLeaf) -> None:
+    async def write(data: bytes, expected: types.Descriptor) -> pb.BlobInfo:
+        async def requests() -> AsyncIterator[pb.WriteBlobRequest]:
+            yield pb.WriteBlobRequest(expected=expected)
+            yield pb.WriteBlobRequest(data=data)
+
+        return await leaf.content.Write(requests())
+
+    with pytest.raises(InvalidArgument, match="has the digest sha256:"):
+        await write(b"other", types.Descriptor(digest=digest(b"data")))
+    with pytest.raises(InvalidArgument, match="has 4 bytes instead of 5"):
+        await write(b"data", types.Descriptor(digest=digest(b"data"), size_bytes=5))
+    with pytest.raises(InvalidArgument, match="64 hex digits"):
+        await write(b"data", types.Descriptor(digest="sha256:../../x"))
+    assert leaf.disk() == set()
+
+
+async def test_what_comes_later_says_so(leaf: ImagesLeaf) -> None:
+    for call in (
+        leaf.images.Pull(pb.PullRequest(name="x")),
+        leaf.images.Push(pb.PushRequest(name="x")),
+        leaf.images.Export(pb.ExportRequest(names=["x"])),
+    ):
+        with pytest.raises(Unimplemented, match="corral cannot"):
+            await anext(aiter(call))
+    with pytest.raises(Unimplemented, match="quota"):
+        await leaf.snapshots.Prepare(pb.PrepareSnapshotRequest(key="c", quota_bytes=1))
+
+
+# A full disk
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A root of four mebibytes."""
+    root = tmp_path / "small"
+    root.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "corral-test", root], check=True)
+    yield root
+    subprocess.run(["umount", root], check=True)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"f": 6 << 20}, {"f": 2_600_000}, {f"f{i}": 4096 for i in range(520)}], ids=["take-in", "unpack", "many"]
+)
+async def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+    small: Path, sizes: dict[str, int], tmp_path: Path
+) -> None:
+    data = packed({name: bytes(size) for name, size in sizes.items()})
+    layers = [data]
+    async with images_leaf(small / "images") as leaf:
+        for archived in (write_docker_archive(tmp_path / "x.tar", "x:1", layers, image_config(layers)), data):
+            sentence = await refused(leaf, archived, ResourceExhausted)
+            assert "no space is left on the disk" in sentence
+            assert "corral image prune" in sentence
+        tiny = packed({"f": b"x"})
+        await leaf.load(tiny, name="tiny:1")
+        assert await leaf.names() == ["tiny:1"]
+
+
+async def test_a_disk_that_is_full_to_the_last_byte(small: Path) -> None:
+    async with images_leaf(small / "images") as leaf:
+        await leaf.load(packed({"f": b"x"}), name="tiny:1")
+        await leaf.prepare("before", image="tiny:1")
+        with pytest.raises(OSError, match="No space"):
+            (small / "ballast").write_bytes(bytes(5 << 20))
+        for attempt in range(30):
+            with suppress(ResourceExhausted):  # a directory more may still fit
+                await leaf.prepare(f"c{attempt}", image="tiny:1")
+        await refused(leaf, packed({"g": b"y" * 10_000}), ResourceExhausted)
+        (small / "ballast").unlink()
+        await leaf.prepare("after", image="tiny:1")
+        await leaf.snapshots.Remove(pb.RemoveSnapshotRequest(key="before", must_exist=True))
