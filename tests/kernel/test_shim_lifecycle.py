@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from conftest import needs
 from shimclient import RequestError, Shim, Workshop, connect, process, read_to_end, wait_gone, workshop
+from support.requirements import needs
 
 from corral.kernel.cgroup import detect
 

@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from conftest import needs
 from shimclient import RequestError, Workshop, connect, read_to_end, read_until, workshop
+from support.requirements import needs
 
 pytestmark = needs("root", "busybox")
 
