@@ -31,8 +31,26 @@ _COMMON = {
     "mount_setattr": 442,
 }
 _NUMBERS = {
-    "x86_64": {"pivot_root": 155, "keyctl": 250, "capget": 125, "capset": 126, "seccomp": 317},
-    "aarch64": {"pivot_root": 41, "keyctl": 219, "capget": 90, "capset": 91, "seccomp": 277},
+    "x86_64": {
+        "setgroups": 116,
+        "setresuid": 117,
+        "setresgid": 119,
+        "capget": 125,
+        "capset": 126,
+        "pivot_root": 155,
+        "keyctl": 250,
+        "seccomp": 317,
+    },
+    "aarch64": {
+        "pivot_root": 41,
+        "capget": 90,
+        "capset": 91,
+        "setresuid": 147,
+        "setresgid": 149,
+        "setgroups": 159,
+        "keyctl": 219,
+        "seccomp": 277,
+    },
 }
 
 MACHINE = os.uname().machine

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from corral.kernel.syscalls import CGROUP2_SUPER_MAGIC, failure, filesystem_magic
+from corral.oci.errors import SETUP, ExecFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +24,17 @@ class Membership:
 
     @classmethod
     def open(cls, cgroups: Sequence[str]) -> "Membership":
-        """Sort cgroup directories by version. The caller closes `unified`."""
+        """Sort cgroup directories by version; the caller closes them with close().
+
+        Raises ExecFailed for a frozen one, in which a process would stop in the middle of its set-up.
+        """
         unified: int | None = None
         tasks: list[str] = []
         for cgroup in cgroups:
             fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            if _is_frozen(fd):
+                os.close(fd)
+                raise ExecFailed(SETUP, "the container is paused")
             if filesystem_magic(fd) == CGROUP2_SUPER_MAGIC and unified is None:
                 unified = fd
             else:
@@ -51,3 +58,17 @@ class Membership:
         """Close what open() opened."""
         if self.unified is not None:
             os.close(self.unified)
+
+
+def _is_frozen(directory: int) -> bool:
+    """Whether a cgroup that can be frozen (a v1 freezer, or v2) is."""
+    for name, frozen in (("cgroup.events", b"frozen 1"), ("freezer.state", b"FR")):
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+        except FileNotFoundError:
+            continue
+        try:
+            return frozen in os.read(fd, 256)
+        finally:
+            os.close(fd)
+    return False

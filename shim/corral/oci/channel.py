@@ -26,6 +26,10 @@ def make_pair() -> tuple["ParentEnd", "ChildEnd"]:
     return ParentEnd(parent), ChildEnd(child)
 
 
+class EndedEarly(Exception):
+    """The child ended without a word: killed, most likely."""
+
+
 class ChildEnd:
     """The end of the process that is set up."""
 
@@ -82,7 +86,7 @@ class ParentEnd:
     def receive_ready(self) -> int | None:
         """Wait for the end of the set-up: the pty master, or None without a terminal.
 
-        Raises what the child reported: ExecFailed, or the OSError of a host that can't do it.
+        Raises what the child reported: ExecFailed, or the OSError of a host that can't do it; or EndedEarly.
         """
         data, ancillary, _, _ = self._socket.recvmsg(_MAX_MESSAGE, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
         console = None
@@ -90,7 +94,7 @@ class ParentEnd:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 (console,) = array.array("i", payload)
         if not data:
-            raise ExecFailed(SETUP, "the process ended during its set-up")
+            raise EndedEarly
         _raise_if_error(data)
         return console
 

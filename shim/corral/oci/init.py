@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
-from corral.kernel import hostname, keyring, mount, namespaces, paths, process
+from corral.kernel import hostname, keyring, loopback, mount, namespaces, paths, process
 from corral.kernel.mount import MS_PRIVATE
 from corral.oci import program as programs
 from corral.oci.cgroups import Membership
@@ -38,6 +38,8 @@ class InitPlan:
     """MS_* of the root mount in the end."""
     unshare: int
     """CLONE_NEW* that init leaves by itself, once it is in its cgroup."""
+    loopback: bool
+    """The network namespace is new, so nobody has brought up its loopback interface."""
 
 
 def run_init(
@@ -57,8 +59,10 @@ def run_init(
             os.close(fd)
         if plan.unshare:
             namespaces.leave(plan.unshare)
+        if plan.loopback:
+            loopback.bring_up()
         keyring.join_new_session()
-        stage = _build_root(plan)
+        stage = _build_root(plan) if plan.steps else _joined_root(plan)
         program = _settle(plan, stage, stdio)
         channel.send_ready(stage.console_master)
         process.close_fds([0, 1, 2, channel.fileno()])
@@ -86,6 +90,11 @@ def report_and_exit(channel: ChildEnd, error: BaseException) -> NoReturn:
         channel.send_error(error)
     finally:
         os._exit(1)
+
+
+def _joined_root(plan: InitPlan) -> Stage:
+    """The root of a mount namespace that was joined: its owner has set it up."""
+    return Stage(plan.bundle, root=os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
 
 
 def _build_root(plan: InitPlan) -> Stage:

@@ -83,6 +83,23 @@ class ReadonlyRoot(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class WorkingDirectory(Step):
+    """Make the directory the process begins in, where the image lacks it (as runc does).
+
+    Where it can't be made nothing is said here: entering it will.
+    """
+
+    cwd: str
+
+    def describe(self) -> str:
+        return f"{self.cwd}: working directory"
+
+    def apply(self, stage: Stage) -> None:
+        with contextlib.suppress(OSError):
+            os.close(paths.make_directory_in_root(stage.root, self.cwd))
+
+
+@dataclass(frozen=True, slots=True)
 class BindMount(Step):
     """A file or directory of the host."""
 

@@ -3,15 +3,28 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from corral.kernel.mount import MOUNT_ATTR_RDONLY
+from corral.kernel.mount import MOUNT_ATTR_RDONLY, MS_PRIVATE, MS_SHARED, MS_SLAVE, MS_UNBINDABLE
 from corral.kernel.namespaces import Kind
 from corral.oci import mount_options
 from corral.oci.devices import Console, DeviceLink, DeviceNode
 from corral.oci.masks import MaskedPaths, ReadonlyPaths
 from corral.oci.mount_options import Attributes
-from corral.oci.mounts import BindMount, CgroupMount, NewFilesystem, ReadonlyRoot, RootFilesystem
+from corral.oci.mounts import BindMount, CgroupMount, NewFilesystem, ReadonlyRoot, RootFilesystem, WorkingDirectory
 from corral.oci.spec import Device, DeviceType, Mount, Spec
 from corral.oci.stage import Step
+
+PROPAGATION = {
+    "": MS_PRIVATE,
+    "private": MS_PRIVATE,
+    "rprivate": MS_PRIVATE,
+    "slave": MS_SLAVE,
+    "rslave": MS_SLAVE,
+    "shared": MS_SHARED,
+    "rshared": MS_SHARED,
+    "unbindable": MS_UNBINDABLE,
+    "runbindable": MS_UNBINDABLE,
+}
+
 
 DEFAULT_DEVICES = tuple(
     Device(path=f"/dev/{name}", type=DeviceType.CHAR, major=major, minor=minor, file_mode=0o666)
@@ -53,6 +66,8 @@ def steps_of(
     steps += DEV_LINKS
     if spec.process is not None and spec.process.terminal:
         steps.append(Console(console_size))
+    if spec.process is not None:
+        steps.append(WorkingDirectory(spec.process.cwd))
     if spec.linux.readonly_paths:
         steps.append(ReadonlyPaths(spec.linux.readonly_paths))
     if spec.linux.masked_paths:

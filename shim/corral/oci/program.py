@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-from corral.kernel import capabilities, paths, process, rlimits
+from corral.kernel import capabilities, credentials, paths, process, rlimits
 from corral.kernel.seccomp import Filter, load
 from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, ExecFailed
 from corral.oci.spec import Capabilities, Process, Rlimit
@@ -128,9 +128,9 @@ def _drop_privileges(program: Program) -> None:
     sets = program.capabilities
     capabilities.limit_bounding(sets.bounding)
     process.set_keep_capabilities(True)
-    os.setgroups(program.groups)
-    os.setresgid(program.gid, program.gid, program.gid)
-    os.setresuid(program.uid, program.uid, program.uid)
+    credentials.set_groups(program.groups)
+    credentials.set_gid(program.gid)
+    credentials.set_uid(program.uid)
     process.set_keep_capabilities(False)
     capabilities.set_process(effective=sets.effective, permitted=sets.permitted, inheritable=sets.inheritable)
     capabilities.set_ambient(sets.ambient)

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from corral.kernel import namespaces, process
-from corral.kernel.mount import MS_PRIVATE, MS_SHARED, MS_SLAVE, MS_UNBINDABLE
 from corral.kernel.namespaces import Kind
 from corral.oci import plan as plans
 from corral.oci.cgroups import Membership
@@ -32,6 +31,7 @@ from corral.oci.program import program_of
 from corral.oci.seccomp import filter_of
 from corral.oci.spec import Mount, Process, Spec
 from corral.oci.stdio import Stdio
+from corral.oci.support import check_process, check_spec
 from corral.oci.sysctl import check_sysctl
 
 __all__ = [
@@ -44,18 +44,6 @@ __all__ = [
     "Stdio",
     "create",
 ]
-
-_PROPAGATION = {
-    "": MS_PRIVATE,
-    "private": MS_PRIVATE,
-    "rprivate": MS_PRIVATE,
-    "slave": MS_SLAVE,
-    "rslave": MS_SLAVE,
-    "shared": MS_SHARED,
-    "rshared": MS_SHARED,
-    "unbindable": MS_UNBINDABLE,
-    "runbindable": MS_UNBINDABLE,
-}
 
 
 @dataclass(slots=True)
@@ -95,6 +83,12 @@ class Container:
             raise ExecFailed(SETUP, "the container's init ended before it was started") from e
         finally:
             channel.close()
+
+    def close(self) -> None:
+        """Let go of a container that is not to be started: its init ends. No effect on a started one."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
 
     def exec(
         self,
@@ -147,8 +141,6 @@ def create(
     spec.root.path. user (`name|uid[:group|gid]`, looked up in the container) overrides spec.process.user. cgroup_paths:
     the directories to be a member of, one per hierarchy, below /sys/fs/cgroup. console_size: (columns, rows).
     """
-    if spec.process is None:
-        raise ValueError("process: missing")
     plan = _init_plan(spec, os.fspath(bundle), rootfs, user, [os.fspath(path) for path in cgroup_paths], console_size)
     new, joined = plans.created(spec), plans.joined(spec)
     flags = namespaces.flags_of(new - {Kind.CGROUP})
@@ -178,16 +170,9 @@ def _init_plan(
     cgroups: Sequence[str],
     console_size: tuple[int, int] | None,
 ) -> InitPlan:
+    check_spec(spec)
     assert spec.process is not None
-    if Kind.MOUNT not in plans.created(spec):
-        raise ValueError("linux.namespaces: a new mount namespace is needed")
-    if Kind.USER in {namespace.type for namespace in spec.linux.namespaces}:
-        raise ValueError("linux.namespaces: user namespaces are not supported yet")
-    if spec.linux.rootfs_propagation not in _PROPAGATION:
-        raise ValueError(f"linux.rootfsPropagation: {spec.linux.rootfs_propagation!r} is not a propagation")
-    kinds = [namespace.type for namespace in spec.linux.namespaces]
-    if (spec.hostname or spec.domainname) and Kind.UTS not in kinds:
-        raise ValueError("hostname: the container shares the host's uts namespace")
+    new = plans.created(spec)
     if console_size is None and (box := spec.process.console_size) is not None:
         console_size = (box.width, box.height)
     return InitPlan(
@@ -197,9 +182,10 @@ def _init_plan(
         terminal=spec.process.terminal,
         hostname=spec.hostname,
         domainname=spec.domainname,
-        sysctl=check_sysctl(spec.linux.sysctl, kinds),
-        propagation=_PROPAGATION[spec.linux.rootfs_propagation],
-        unshare=Kind.CGROUP.flag if Kind.CGROUP in plans.created(spec) else 0,
+        sysctl=check_sysctl(spec.linux.sysctl, [namespace.type for namespace in spec.linux.namespaces]),
+        propagation=plans.PROPAGATION[spec.linux.rootfs_propagation],
+        unshare=Kind.CGROUP.flag if Kind.CGROUP in new else 0,
+        loopback=Kind.NETWORK in new,
     )
 
 
@@ -224,13 +210,18 @@ def _await_ready(parent: ParentEnd, child: ChildEnd, pid: int, pidfd: int) -> tu
         raise
 
 
-def _kill_and_reap(parent: ParentEnd, pidfd: int) -> None:
+def _kill_and_reap(parent: ParentEnd, pidfd: int) -> int | None:
+    """End a child. Its exit code or, if it was killed, the signal; None where somebody else reaped it."""
     parent.close()
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(pidfd, signal.SIGKILL)
-    with contextlib.suppress(ChildProcessError):
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-    os.close(pidfd)
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(pidfd, signal.SIGKILL)
+        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        return result.si_status if result else None
+    except ChildProcessError:
+        return None
+    finally:
+        os.close(pidfd)
 
 
 def _exec(
@@ -240,6 +231,7 @@ def _exec(
     stdio: Stdio,
     cgroup_paths: Sequence[Path],
 ) -> ProcessHandle:
+    check_process(spec)
     own = container.spec.process
     if spec.capabilities is None and own is not None:
         spec = replace(spec, capabilities=own.capabilities)

@@ -1,0 +1,36 @@
+"""What a specification may ask of the runtime core. What is not in here yet is refused by name, never ignored."""
+
+from corral.kernel.namespaces import Kind
+from corral.oci import plan as plans
+from corral.oci.spec import Process, Spec
+
+
+def check_spec(spec: Spec) -> None:
+    """Raise ValueError that begins with the JSON path of what can't be honoured."""
+    kinds = {namespace.type for namespace in spec.linux.namespaces}
+    if spec.process is None:
+        raise ValueError("process: missing")
+    if Kind.MOUNT not in kinds:
+        raise ValueError("linux.namespaces: a container needs a mount namespace, a new one or one by path")
+    for kind in (Kind.USER, Kind.TIME):
+        if kind in kinds:
+            raise ValueError(f"linux.namespaces: {kind.value} namespaces are not supported yet")
+    if spec.linux.uid_mappings or spec.linux.gid_mappings:
+        raise ValueError("linux.uidMappings: user namespaces are not supported yet")
+    if (spec.hostname or spec.domainname) and Kind.UTS not in kinds:
+        raise ValueError("hostname: the container shares the host's uts namespace")
+    if spec.linux.rootfs_propagation not in plans.PROPAGATION:
+        raise ValueError(f"linux.rootfsPropagation: {spec.linux.rootfs_propagation!r} is no propagation")
+    if spec.linux.mount_label:
+        raise ValueError("linux.mountLabel: SELinux labels are not supported yet")
+    if spec.hooks is not None:
+        raise ValueError("hooks: not supported yet")
+    check_process(spec.process)
+
+
+def check_process(process: Process) -> None:
+    """The same for a process object."""
+    if process.apparmor_profile:
+        raise ValueError("process.apparmorProfile: AppArmor profiles are not supported yet")
+    if process.selinux_label:
+        raise ValueError("process.selinuxLabel: SELinux labels are not supported yet")
