@@ -31,6 +31,9 @@ from corral.rpc.service import Service
 log = structlog.get_logger()
 
 SLOW_CALLBACK_S = 0.05
+# The loop gives the GIL away at every SQLite statement and system call, and gets it back only when a busy thread is told
+# to let go. With Python's 5 ms a container's life took 1.6 times as long on two busy cores as with this.
+SWITCH_INTERVAL_S = 0.0001
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -58,6 +61,7 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code; a start that fails prints one sentence."""
     options = arguments().parse_args(argv)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # "where does it hang?"
     try:
