@@ -27,6 +27,9 @@ CREATE_STEPS = (
 )
 START_STEPS = ("tasks.start.before_shim", "tasks.start.after_shim", "tasks.start.after_row")
 EXIT_STEPS = ("tasks.exited.before_row", "tasks.exited.after_row", "store.before_commit@3", "store.after_commit@3")
+SHIM_EXIT_STEPS = tuple(
+    f"shim.exit.{step}" for step in ("seen", "before_rename", "after_rename", "before_event", "after_event")
+)
 DELETE_STEPS = ("tasks.delete.before_row", "tasks.delete.after_row", "tasks.delete.after_bundle")
 
 
@@ -308,6 +311,18 @@ async def test_a_kill_around_start_and_exit_loses_no_exit(own_daemon: Corrald, r
         await tasks.delete(task_id)
         assert await tasks.topics(task_id) == ["task.created", "task.started", "task.exited", "task.deleted"]
     assert nothing_left(own_daemon)
+
+
+@pytest.mark.parametrize("step", SHIM_EXIT_STEPS)
+async def test_an_exit_is_known_although_its_shim_was_killed_over_it(own_daemon: Corrald, rootfs: Path, step: str):
+    async with serving(own_daemon, rootfs, f"{step}=kill") as tasks:
+        task_id = await tasks.run("sh", "-c", "exit 21")
+        async with asyncio.timeout(10):
+            exited = await tasks.wait(task_id)
+        assert (exited.known, exited.code) == (True, 21)
+        await tasks.delete(task_id)
+        assert (await tasks.topics(task_id)).count("task.exited") == 1
+    await eventually(lambda: nothing_left(own_daemon))
 
 
 @pytest.mark.parametrize("step", DELETE_STEPS)

@@ -27,6 +27,7 @@ CONFIG, CREATE, SOCKET = "config.json", "create.json", "socket"
 RECORD, EXIT, EXECS = "record.json", "exit.json", "execs"
 LOG = "log.json"
 BACKLOG = 128
+REMOVE_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +116,7 @@ class Bundle:
     def remove(self) -> None:
         """Remove both directories; harmless when they are gone."""
         for path in (self.logs, self.path):
-            with suppress(FileNotFoundError):
-                shutil.rmtree(path)
+            _remove_tree(path)
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
@@ -150,6 +150,20 @@ def _make_directory(path: Path) -> None:
     except FileNotFoundError:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.mkdir(mode=0o700)
+
+
+def _remove_tree(path: Path) -> None:
+    for attempt in range(1, REMOVE_ATTEMPTS + 1):
+        try:
+            shutil.rmtree(path)
+        except FileNotFoundError:
+            if not path.exists():
+                return
+        except OSError as e:
+            if e.errno != errno.ENOTEMPTY or attempt == REMOVE_ATTEMPTS:  # somebody just wrote its last file
+                raise
+        else:
+            return
 
 
 def _keys(parent: Path) -> Iterator[TaskKey]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import select
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +39,16 @@ class Identity:
             yield pidfd if self.lives else None
         finally:
             os.close(pidfd)
+
+    @property
+    def runs(self) -> bool:
+        """Whether the process has not ended; one that only nobody reaped yet has."""
+        with self.held() as pidfd:
+            if pidfd is None:
+                return False
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            return not poll.poll(0)
 
     async def kill(self, *, within_s: float) -> bool:
         """SIGKILL it and wait for its end; whether it has ended. A process that is already gone is fine."""

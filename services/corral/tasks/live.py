@@ -97,7 +97,7 @@ class Process:
                 # True whatever the database says; exit.json brings it there at the latest at the next start.
                 self.row = row
                 self.ended.set()
-            log.info("task.exited", **self._facts(), code=how.code, oom=how.oom, reason=how.reason)
+            log.info("task.exited", **self._facts(), code=how.code, **({"reason": how.reason} if how.reason else {}))
             failpoint("tasks.exited.after_row")
 
 

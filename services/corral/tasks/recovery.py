@@ -33,6 +33,9 @@ log = structlog.get_logger()
 
 AT_ONCE = 32
 KILL_S = 10.0
+# The zygote inherits the processes of a shim that was killed, and writes the exit in its place within this.
+HEIR_S = 1.0
+LOOK_S = 0.005
 SHIM_KILLED = "the shim was killed; exit code unknown"
 BUNDLE_GONE = "the bundle is gone (the machine was restarted, or its run state removed); exit code unknown"
 NOT_SEEN = "the container ended before this exec's exit was seen; exit code unknown"
@@ -88,11 +91,11 @@ class Recovery:
         def closed() -> None:
             if not self._registry.is_stopping:
                 task.shim = None
-                self._registry.in_background(self._recover(task))
+                self._registry.in_background(self._recover(task, heir_s=HEIR_S))
 
         shim.follow(exited, closed)
 
-    async def _recover(self, task: Task) -> None:
+    async def _recover(self, task: Task, *, heir_s: float = 0.0) -> None:
         for process in tuple(task.processes.values()):
             async with process.lock:  # what was reported is being written
                 pass
@@ -100,7 +103,7 @@ class Recovery:
             return
         shim = await self._adopt(task)
         if shim is None:
-            await self._settle(task)
+            await self._settle(task, heir_s)
             return
         task.shim = shim
         self.follow(task)
@@ -151,9 +154,9 @@ class Recovery:
 
     # There is none
 
-    async def _settle(self, task: Task) -> None:
+    async def _settle(self, task: Task, heir_s: float) -> None:
         """Whatever of the task has not ended ends now, one way or the other."""
-        how, reason = await self._find_exit(task)
+        how, reason = await self._find_exit(task, heir_s)
         if how is None and not task.init.ended.is_set():
             log.warning("task.lost", container_id=task.row.key.id, reason=reason)
         for process in tuple(task.processes.values()):
@@ -161,17 +164,28 @@ class Recovery:
                 await self._settle_exec(task, process)
         await task.init.mark_ended(self._database, how or Exit.unknown(reason, exited_at_ns=time.time_ns()))
 
-    async def _find_exit(self, task: Task) -> tuple[Exit | None, str]:
+    async def _find_exit(self, task: Task, heir_s: float) -> tuple[Exit | None, str]:
         """How init ended, or why nobody knows. Afterwards nothing of it lives."""
         if task.init.ended.is_set():
             return task.init.row.exit, ""
         reason = SHIM_KILLED if await run_blocking(task.bundle.exists) else BUNDLE_GONE
         how = await run_blocking(task.bundle.exit)
-        if how is None:
-            # Killed before it is called dead: a shim that only hung up may be writing its exit just now.
-            await self._end_processes(task)
+        if how is not None:
+            return how, ""
+        # Killed before it is called dead: a shim that only hung up may be writing its exit just now.
+        was_running = task.init.identity is not None and task.init.identity.runs
+        await self._end_processes(task)
+        how = await self._written_exit(task, heir_s)
+        # What the heir saw of a process that still ran is only our own kill.
+        return (None if was_running and how is not None and how.reason else how), reason
+
+    async def _written_exit(self, task: Task, within_s: float) -> Exit | None:
+        for _ in range(int(within_s / LOOK_S)):
             how = await run_blocking(task.bundle.exit)
-        return how, reason
+            if how is not None:
+                return how
+            await asyncio.sleep(LOOK_S)
+        return await run_blocking(task.bundle.exit)
 
     async def _settle_exec(self, task: Task, process: Process) -> None:
         if process.ended.is_set():
