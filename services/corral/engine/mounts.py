@@ -10,7 +10,7 @@ from corral.oci import defaults
 from corral.oci.spec import Mount
 
 DEFAULT_SHM_BYTES = 64 << 20
-SHM, MQUEUE, SYS, CGROUP = "/dev/shm", "/dev/mqueue", "/sys", "/sys/fs/cgroup"  # noqa: S108
+SHM = "/dev/shm"  # noqa: S108 (a mount point)
 _HOST_BIND = ("rbind", "nosuid", "noexec", "nodev")
 
 
@@ -33,8 +33,6 @@ def _system_mounts(config: ContainerConfig) -> list[Mount]:
         match mount.destination:
             case "/dev/shm":  # noqa: S108
                 found.append(_shm(config, mount))
-            case "/dev/mqueue" if config.ipc_mode == "host":
-                found.append(Mount(MQUEUE, "bind", MQUEUE, _HOST_BIND))
             case "/sys" | "/sys/fs/cgroup" if config.privileged:
                 found.append(_writable(mount))
             case _:
@@ -43,7 +41,7 @@ def _system_mounts(config: ContainerConfig) -> list[Mount]:
 
 
 def _shm(config: ContainerConfig, default: Mount) -> Mount:
-    if config.ipc_mode == "host":
+    if config.ipc_mode == "host":  # a mqueue shows its namespace's queues by itself, a tmpfs does not
         return Mount(SHM, "bind", SHM, _HOST_BIND)
     size = config.shm_size_bytes or DEFAULT_SHM_BYTES
     kept = tuple(option for option in default.options if not option.startswith("size="))
