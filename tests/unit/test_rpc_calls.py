@@ -1,9 +1,12 @@
 """Real servers and channels over unix sockets, one method of each kind of call."""
 
 import asyncio
+import contextvars
+import gc
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,7 +60,8 @@ class Echo:
     async def stop(self) -> None:
         self.log.append("stop")
 
-    async def one(self, request: bytes, context_: object) -> bytes:
+    async def one(self, request: bytes, context_: grpc.aio.ServicerContext) -> bytes:
+        self.peer = context_.peer()
         await self.hook(request)
         return b"%s/%s" % (context.current_namespace().encode(), context.current_request_id().encode())
 
@@ -100,6 +104,14 @@ async def stream(*items: bytes) -> AsyncIterator[bytes]:
         yield item
 
 
+@pytest.fixture(params=["wire", "local"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Unary calls within a process do not take the wire, and nobody may be able to tell."""
+    if request.param == "wire":
+        monkeypatch.setattr("corral.rpc.local.find", lambda address, method: None)
+    return request.param
+
+
 @pytest.fixture
 def directory():
     path = Path(tempfile.mkdtemp(prefix="corral-rpc-", dir="/tmp"))
@@ -131,6 +143,71 @@ async def test_streams_can_also_be_read_and_written_message_by_message(echo: Ech
     assert await call.read() == b"a"
     await call.done_writing()
     assert await call.read() is grpc.aio.EOF
+
+
+async def test_a_call_within_the_process_takes_the_short_cut(echo: Echo, path: str):
+    await echo.stub.one(b"")
+    assert (echo.peer == "local") is (path == "local")
+
+
+async def test_what_the_caller_has_bound_does_not_travel(echo: Echo):
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="")
+    seen = []
+
+    async def look(request: bytes) -> None:
+        seen.append(variable.get())
+
+    echo.hook = look
+    variable.set("mine")
+    await echo.stub.one(b"")
+    assert seen == [""]
+
+
+async def test_a_caller_that_is_cancelled_leaves_at_once_and_the_call_is_cancelled(echo: Echo):
+    ended = asyncio.Event()
+
+    async def linger(request: bytes) -> None:
+        try:
+            await asyncio.sleep(SLOW_S)
+        except asyncio.CancelledError:
+            await asyncio.sleep(0.2)
+            ended.set()
+            raise
+
+    echo.hook = linger
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(wait_for(echo.stub.one(b"")), 0.1)
+    assert time.monotonic() - began < 0.25
+    await asyncio.wait_for(ended.wait(), 5)
+
+
+async def wait_for(call: Awaitable[bytes]) -> bytes:
+    return await call
+
+
+async def test_a_call_can_be_cancelled(echo: Echo):
+    async def sleep(request: bytes) -> None:
+        await asyncio.sleep(SLOW_S)
+
+    echo.hook = sleep
+    call = echo.stub.one(b"")
+    await asyncio.sleep(0.05)
+    assert call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert call.cancelled()
+    assert call.done()
+
+
+async def test_a_failed_call_that_nobody_awaits_is_silent(echo: Echo):
+    async def fail(request: bytes) -> None:
+        raise errors.NotFound("gone")
+
+    echo.hook = fail
+    echo.stub.one(b"")
+    await asyncio.sleep(0.1)
+    gc.collect()
 
 
 async def test_the_namespace_travels_and_is_default_otherwise(echo: Echo):

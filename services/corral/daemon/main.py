@@ -31,7 +31,7 @@ from corral.rpc.service import Service
 log = structlog.get_logger()
 
 SLOW_CALLBACK_S = 0.05
-# The loop gives the GIL away at every SQLite statement and system call, and gets it back only when a busy thread is told
+# The loop gives the GIL away at every SQLite statement and system call, and gets it back when a busy thread is told
 # to let go. With Python's 5 ms a container's life took 1.6 times as long on two busy cores as with this.
 SWITCH_INTERVAL_S = 0.0001
 

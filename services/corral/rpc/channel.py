@@ -10,6 +10,7 @@ from typing import Any, Self, cast
 import grpc
 import grpc.aio
 
+from corral.rpc import local
 from corral.rpc.address import Target, Tls, parse_address
 from corral.rpc.context import NAMESPACE_KEY, REQUEST_ID_KEY, current_call
 from corral.rpc.errors import from_rpc_error
@@ -35,16 +36,19 @@ type _Metadata = Iterable[tuple[str, str | bytes]]
 def open_channel(address: str, *, tls: Tls | None = None) -> grpc.aio.Channel:
     """A channel to `unix:///PATH` or `tcp://HOST:PORT`; connects when first used. Use within one event loop.
 
+    Unary calls to an address that this process itself serves take a short cut, see corral.rpc.local.
+
     Calls raise subclasses of CorralError instead of AioRpcError, and carry the current namespace and request id
     unless the caller passes metadata with those keys. Raises InvalidArgument for a malformed address.
     """
-    target = Target(parse_address(address))
+    parsed = parse_address(address)
+    target = Target(parsed)
     if tls is None:
         inner = grpc.aio.insecure_channel(target.name, OPTIONS)
     else:
         options = [option for option in OPTIONS if option[0] != "grpc.default_authority"]
         inner = grpc.aio.secure_channel(target.name, tls.channel_credentials(), options)
-    return CorralChannel(inner, target, address)
+    return CorralChannel(inner, target, str(parsed))
 
 
 class Channels:
@@ -76,8 +80,27 @@ class CorralChannel(grpc.aio.Channel):
         self._target = target
         self._address = address
 
-    def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
-        return self._wrapped(self._inner.unary_unary(*args, **kwargs))
+    def unary_unary(
+        self,
+        method: str,
+        request_serializer: Callable[[Any], bytes] | None = None,
+        response_deserializer: Callable[[bytes], Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        inner = self._inner.unary_unary(method, request_serializer, response_deserializer, **options)
+        over_the_wire, address = self._wrapped(inner), self._address
+
+        def call(
+            request: Any, *, timeout: float | None = None, metadata: _Metadata | None = None, **options: Any
+        ) -> _Call:
+            handler = local.find(address, method)
+            if handler is None:
+                return over_the_wire(request, timeout=timeout, metadata=metadata, **options)
+            data = request_serializer(request) if request_serializer else request
+            here = local.LocalCall(handler, data, response_deserializer, _with_context(metadata), timeout)
+            return _Call(here, address)
+
+        return call
 
     def unary_stream(self, *args: Any, **kwargs: Any) -> Any:
         return self._wrapped(self._inner.unary_stream(*args, **kwargs))

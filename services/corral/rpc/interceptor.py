@@ -85,14 +85,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         method = handler_call_details.method
-        wrapped = self._wrapped.get(method)
-        if wrapped is None:
-            handler = await continuation(handler_call_details)
-            if handler is None:  # no such method: gRPC answers UNIMPLEMENTED
-                return None
+        # None means no such method: gRPC answers UNIMPLEMENTED.
+        return self.known(method) or self.wrapped(method, await continuation(handler_call_details))
+
+    def known(self, method: str) -> _Handler | None:
+        """The handler if the method was called before."""
+        return self._wrapped.get(method)
+
+    def wrapped(self, method: str, handler: _Handler | None) -> _Handler | None:
+        """The handler with all that this module promises around it; the same one each time."""
+        known = self._wrapped.get(method)
+        if known is None and handler is not None:
             gate = self._gates.get(method.split("/")[1])
-            wrapped = self._wrapped[method] = wrap(handler, method, gate)
-        return wrapped
+            known = self._wrapped[method] = wrap(handler, method, gate)
+        return known
 
 
 def wrap(handler: _Handler, method: str, gate: Gate | None) -> _Handler:

@@ -19,6 +19,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
+from corral.rpc import local
 from corral.rpc.address import Address, Target, TcpAddress, Tls, UnixAddress
 from corral.rpc.channel import MAX_MESSAGE_BYTES
 from corral.rpc.errors import FailedPrecondition
@@ -57,8 +58,8 @@ class Host:
     def __init__(self, services: Sequence[Service], *, extra: Extra | None = None) -> None:
         """`services` in the order in which they start: leaves first. Needs a running event loop."""
         gates: dict[str, Gate] = {}
-        self._server = grpc.aio.server(interceptors=[CallInterceptor(gates)], options=OPTIONS)
-        _without_registered_methods(self._server)
+        self._interceptor = CallInterceptor(gates)
+        self._server = local.Recorder(grpc.aio.server(interceptors=[self._interceptor], options=OPTIONS))
         self._hosted = []
         for service in services:
             gate = Gate()
@@ -86,6 +87,7 @@ class Host:
         await self._health.set("", NOT_SERVING)
         bound = [self._bind(address, tls, socket_group) for address in addresses]
         await self._server.start()
+        local.announce(map(str, bound), self)
         try:
             for hosted in self._hosted:
                 self._started.append(hosted)
@@ -115,9 +117,14 @@ class Host:
                 # The others must still be stopped; a next start recovers what this one left.
                 log.exception("service.stop_failed", service=hosted.service.name)
         self._started.clear()
+        local.withdraw(self)
         await self._server.stop(LAST_CALLS_S)
         for target in self._targets:
             target.close()
+
+    def find(self, method: str) -> "local.Handler | None":
+        """What callers in this process may call without the wire; see corral.rpc.local."""
+        return self._interceptor.known(method) or self._interceptor.wrapped(method, self._server.find(method))
 
     async def _set_health(self, hosted: _Hosted, status: int) -> None:
         for name in (hosted.service.name, *hosted.full_names):
@@ -156,15 +163,6 @@ class Host:
         except RuntimeError as e:
             raise FailedPrecondition(f"cannot listen on {address}: is the port in use?") from e
         return TcpAddress(address.host, port)
-
-
-def _without_registered_methods(server: grpc.aio.Server) -> None:
-    """Let generated code register its methods as generic handlers only.
-
-    For registered ones grpc.aio (1.85) keeps a task each and waits for all of them anew at every call: with our hundred
-    methods that cost more than the rest of a call.
-    """
-    server.add_registered_method_handlers = lambda *_: None  # type: ignore[method-assign]
 
 
 def _give_to_group(address: UnixAddress, name: str) -> None:
