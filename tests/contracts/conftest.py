@@ -4,8 +4,30 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from support.cgroups import fresh_path, layouts, parent
 from support.corrald import Corrald
 from support.tasks import TaskClient, make_rootfs, task_client
+
+from corral.kernel.cgroup import Cgroup, Driver, open_driver
+
+CGROUP_LAYOUTS = layouts()
+
+
+@pytest.fixture(params=CGROUP_LAYOUTS)
+def cgroup_driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
+    """The driver of each cgroup layout that this host can show; what was made with it is removed."""
+    driver = open_driver(CGROUP_LAYOUTS[request.param])
+    yield driver
+    for name in driver.list(f"{parent()}/ns"):
+        driver.open(f"{parent()}/ns/{name}").remove()
+    driver.prune(f"{parent()}/ns")
+    assert driver.list(parent()) == set()
+
+
+@pytest.fixture
+def group(cgroup_driver: Driver) -> Cgroup:
+    """A cgroup of one's own, without limits."""
+    return cgroup_driver.create(fresh_path())
 
 
 @pytest.fixture(scope="module")

@@ -1,28 +1,22 @@
-"""The cgroups leaf over gRPC: a corrald that hosts it alone, real cgroups, real crashes."""
+"""The cgroups leaf over gRPC: a corrald that hosts it alone, real cgroups."""
 
 import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
-from support.cgroups import eventually, inside, sleep
+from support.cgroups import inside, sleep
+from support.cgroups_leaf import LIMITS, MIB, Leaf, connected
 from support.corrald import Corrald
 from support.requirements import needs
 
 from corral.api.cgroups.v1 import cgroups_pb2 as pb
-from corral.api.cgroups.v1.cgroups_pb2_grpc import CgroupsStub
 from corral.api.types.v1 import types_pb2
-from corral.kernel.cgroup import Cgroup, PidsStats, detect, open_driver
-from corral.rpc.channel import open_channel
+from corral.kernel.cgroup import PidsStats, detect, open_driver
 from corral.rpc.context import in_namespace
 from corral.rpc.errors import (
     AlreadyExists,
-    CorralError,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
@@ -30,70 +24,7 @@ from corral.rpc.errors import (
     Unimplemented,
 )
 
-if TYPE_CHECKING:
-    from corral.api.cgroups.v1.cgroups_pb2_grpc import CgroupsAsyncStub
-
 pytestmark = needs("root", "cgroup")
-MIB = 1 << 20
-LIMITS = types_pb2.Resources(
-    cpu=types_pb2.CpuResources(shares=512, quota_us=50_000, period_us=100_000),
-    memory=types_pb2.MemoryResources(limit_bytes=32 * MIB, swap_bytes=32 * MIB),
-    pids=types_pb2.PidsResources(limit=50),
-)
-
-
-@dataclass(slots=True)
-class Leaf:
-    """Calls to the leaf, and a look at what it does in the kernel."""
-
-    stub: "CgroupsAsyncStub"
-    corrald: Corrald
-
-    async def create(
-        self, name: str, resources: types_pb2.Resources = LIMITS, parent: str = "", **labels: str
-    ) -> pb.Cgroup:
-        request = pb.CreateCgroupRequest(id=name, parent=parent, resources=resources, labels=labels)
-        return await self.stub.Create(request)
-
-    async def get(self, name: str) -> pb.Cgroup:
-        return await self.stub.Get(pb.GetCgroupRequest(id=name))
-
-    async def update(self, name: str, **parts: object) -> pb.Cgroup:
-        change = types_pb2.Resources(**parts)  # type: ignore[arg-type]
-        return await self.stub.Update(pb.UpdateCgroupRequest(id=name, resources=change))
-
-    async def delete(self, name: str, *, must_exist: bool = False) -> None:
-        await self.stub.Delete(pb.DeleteCgroupRequest(id=name, must_exist=must_exist))
-
-    async def stats(self, *names: str) -> list[pb.Stats]:
-        [answer] = [each async for each in self.stub.Stats(pb.StatsRequest(ids=names))]
-        return list(answer.stats)
-
-    async def names(self, *, all_namespaces: bool = False) -> list[str]:
-        listed = await self.stub.List(pb.ListCgroupsRequest(all_namespaces=all_namespaces))
-        return [each.id for each in listed.cgroups]
-
-    async def oom(self, subject: str) -> None:
-        """Wait until an OOM is journalled."""
-        async with asyncio.timeout(5):
-            async for _ in self.stub.Events(types_pb2.EventsRequest(subjects=[subject], topics=["cgroup.oom"])):
-                return
-
-    async def topics(self, subject: str) -> list[str]:
-        request = types_pb2.EventsRequest(no_follow=True, subjects=[subject])
-        return [each.event.topic async for each in self.stub.Events(request)]
-
-    def kernel(self, name: str, namespace: str = "default") -> Cgroup:
-        return open_driver(detect()).open(f"{self.corrald.place.cgroup_parent}/{namespace}/{name}")
-
-
-@asynccontextmanager
-async def connected(corrald: Corrald) -> AsyncIterator[Leaf]:
-    channel = open_channel(corrald.address_of("cgroups"))
-    try:
-        yield Leaf(CgroupsStub(channel), corrald)
-    finally:
-        await channel.close()
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +38,6 @@ def shared() -> Iterator[Corrald]:
 async def leaf(shared: Corrald) -> AsyncIterator[Leaf]:
     async with connected(shared) as leaf:
         yield leaf
-
-
-@pytest.fixture
-def own() -> Iterator[Corrald]:
-    """A daemon that the test may kill."""
-    with Corrald(services=("cgroups",)) as corrald:
-        yield corrald
 
 
 async def test_a_cgroup_is_made_with_its_limits_and_removed_again(leaf: Leaf) -> None:
@@ -330,101 +254,6 @@ async def test_the_host_is_described(leaf: Leaf) -> None:
     assert memory is not None
     [found] = [each for each in host.controllers if each.name == "memory"]
     assert (found.version, found.mountpoint) == (memory.version, memory.mount_point)
-
-
-# Crashes and restarts
-
-
-async def test_a_restart_keeps_the_cgroup_of_a_running_process_and_still_sees_its_oom(own: Corrald) -> None:
-    own.start()
-    async with connected(own) as leaf:
-        made = await leaf.create("kept")
-
-        def body(say: int) -> None:
-            signal.signal(signal.SIGUSR1, lambda *_: bytearray(128 * MIB))
-            os.write(say, b"r")
-            signal.pause()
-
-        with inside(leaf.kernel("kept"), body) as child:
-            assert child.hear() == b"r"
-            own.kill9()
-            own.start()
-            assert child.alive()
-            assert await leaf.get("kept") == made
-            os.kill(child.pid, signal.SIGUSR1)
-            assert os.WTERMSIG(child.wait()) == signal.SIGKILL
-        await leaf.oom("kept")
-        await leaf.delete("kept")
-
-
-async def test_a_cgroup_without_a_row_is_removed_at_the_start_with_what_is_inside(own: Corrald) -> None:
-    own.start()
-    async with connected(own) as leaf:
-        await leaf.create("known")
-        own.kill9()
-        stray = open_driver(detect()).create(f"{leaf.kernel('stray').path}/nested")
-        with inside(stray, sleep) as child:
-            own.start()
-            assert os.WTERMSIG(child.wait()) == signal.SIGKILL
-        assert not leaf.kernel("stray").exists()
-        assert await leaf.names() == ["known"]
-        await leaf.delete("known")
-
-
-async def test_a_row_without_a_cgroup_is_deleted_at_the_start_with_an_event(own: Corrald) -> None:
-    own.start()
-    async with connected(own) as leaf:
-        await leaf.create("lost")
-        own.kill9()
-        leaf.kernel("lost").remove()
-        own.start()
-        assert await leaf.names() == []
-        assert await leaf.topics("lost") == ["cgroup.created", "cgroup.removed"]
-
-
-@pytest.mark.parametrize("parent", ["", "x"])
-@pytest.mark.parametrize(
-    "point", ["cgroups.create.after_announce", "cgroups.create.after_make", "cgroups.delete.after_remove"]
-)
-async def test_a_crash_leaves_a_cgroup_fully_there_or_fully_gone(own: Corrald, point: str, parent: str) -> None:
-    chosen = f"{own.place.cgroup_parent}{parent}" if parent else ""
-    if not chosen and point == "cgroups.create.after_announce":
-        return
-    own.start(environment={"CORRAL_FAILPOINTS": f"{point}=kill"})
-    async with connected(own) as leaf:
-        path = f"{chosen}/crash" if chosen else leaf.kernel("crash").path
-        with pytest.raises(CorralError):
-            await make_and_delete(leaf, "crash", chosen)
-        assert eventually(lambda: own.processes["corrald"].poll() is not None)
-        own.start()
-        assert await leaf.names() == []
-        assert not open_driver(detect()).open(path).exists()
-        await make_and_delete(leaf, "crash", chosen)
-    if chosen:
-        open_driver(detect()).prune(chosen)
-
-
-async def make_and_delete(leaf: Leaf, name: str, parent: str) -> None:
-    await leaf.create(name, parent=parent)
-    await leaf.delete(name)
-
-
-def test_a_second_engine_on_the_same_parent_does_not_start_while_the_first_has_cgroups(own: Corrald) -> None:
-    own.start()
-    driver = open_driver(detect())
-    group = driver.create(f"{own.place.cgroup_parent}/default/mine")
-    with Corrald(services=("cgroups",), settings={"cgroups": {"parent": own.place.cgroup_parent}}) as other:
-        with pytest.raises(RuntimeError, match=str(own.root / "cgroups")):
-            other.start()
-        assert group.exists()
-        group.remove()
-
-
-def test_a_stop_leaves_no_empty_parents(own: Corrald) -> None:
-    own.start()
-    assert any(Path(h.mount_point + own.place.cgroup_parent).exists() for h in detect().hierarchies)
-    own.stop()
-    assert not any(Path(h.mount_point + own.place.cgroup_parent).exists() for h in detect().hierarchies)
 
 
 def test_an_error_of_permission_is_one() -> None:

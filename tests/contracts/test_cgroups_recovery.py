@@ -1,0 +1,118 @@
+"""The cgroups leaf over crashes and restarts: a cgroup is fully there or fully gone, and no live one is touched."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.cgroups import eventually, inside, sleep
+from support.cgroups_leaf import MIB, Leaf, connected
+from support.corrald import Corrald
+from support.requirements import needs
+
+from corral.kernel.cgroup import detect, open_driver
+from corral.rpc.errors import (
+    CorralError,
+)
+
+pytestmark = needs("root", "cgroup")
+
+
+@pytest.fixture
+def own() -> Iterator[Corrald]:
+    """A daemon that the test may kill."""
+    with Corrald(services=("cgroups",)) as corrald:
+        yield corrald
+
+
+async def test_a_restart_keeps_the_cgroup_of_a_running_process_and_still_sees_its_oom(own: Corrald) -> None:
+    own.start()
+    async with connected(own) as leaf:
+        made = await leaf.create("kept")
+
+        def body(say: int) -> None:
+            signal.signal(signal.SIGUSR1, lambda *_: bytearray(128 * MIB))
+            os.write(say, b"r")
+            signal.pause()
+
+        with inside(leaf.kernel("kept"), body) as child:
+            assert child.hear() == b"r"
+            own.kill9()
+            own.start()
+            assert child.alive()
+            assert await leaf.get("kept") == made
+            os.kill(child.pid, signal.SIGUSR1)
+            assert os.WTERMSIG(child.wait()) == signal.SIGKILL
+        await leaf.oom("kept")
+        await leaf.delete("kept")
+
+
+async def test_a_cgroup_without_a_row_is_removed_at_the_start_with_what_is_inside(own: Corrald) -> None:
+    own.start()
+    async with connected(own) as leaf:
+        await leaf.create("known")
+        own.kill9()
+        stray = open_driver(detect()).create(f"{leaf.kernel('stray').path}/nested")
+        with inside(stray, sleep) as child:
+            own.start()
+            assert os.WTERMSIG(child.wait()) == signal.SIGKILL
+        assert not leaf.kernel("stray").exists()
+        assert await leaf.names() == ["known"]
+        await leaf.delete("known")
+
+
+async def test_a_row_without_a_cgroup_is_deleted_at_the_start_with_an_event(own: Corrald) -> None:
+    own.start()
+    async with connected(own) as leaf:
+        await leaf.create("lost")
+        own.kill9()
+        leaf.kernel("lost").remove()
+        own.start()
+        assert await leaf.names() == []
+        assert await leaf.topics("lost") == ["cgroup.created", "cgroup.removed"]
+
+
+@pytest.mark.parametrize("parent", ["", "x"])
+@pytest.mark.parametrize(
+    "point", ["cgroups.create.after_announce", "cgroups.create.after_make", "cgroups.delete.after_remove"]
+)
+async def test_a_crash_leaves_a_cgroup_fully_there_or_fully_gone(own: Corrald, point: str, parent: str) -> None:
+    chosen = f"{own.place.cgroup_parent}{parent}" if parent else ""
+    if not chosen and point == "cgroups.create.after_announce":
+        return
+    own.start(environment={"CORRAL_FAILPOINTS": f"{point}=kill"})
+    async with connected(own) as leaf:
+        path = f"{chosen}/crash" if chosen else leaf.kernel("crash").path
+        with pytest.raises(CorralError):
+            await make_and_delete(leaf, "crash", chosen)
+        assert eventually(lambda: own.processes["corrald"].poll() is not None)
+        own.start()
+        assert await leaf.names() == []
+        assert not open_driver(detect()).open(path).exists()
+        await make_and_delete(leaf, "crash", chosen)
+    if chosen:
+        open_driver(detect()).prune(chosen)
+
+
+async def make_and_delete(leaf: Leaf, name: str, parent: str) -> None:
+    await leaf.create(name, parent=parent)
+    await leaf.delete(name)
+
+
+def test_a_second_engine_on_the_same_parent_does_not_start_while_the_first_has_cgroups(own: Corrald) -> None:
+    own.start()
+    driver = open_driver(detect())
+    group = driver.create(f"{own.place.cgroup_parent}/default/mine")
+    with Corrald(services=("cgroups",), settings={"cgroups": {"parent": own.place.cgroup_parent}}) as other:
+        with pytest.raises(RuntimeError, match=str(own.root / "cgroups")):
+            other.start()
+        assert group.exists()
+        group.remove()
+
+
+def test_a_stop_leaves_no_empty_parents(own: Corrald) -> None:
+    own.start()
+    assert any(Path(h.mount_point + own.place.cgroup_parent).exists() for h in detect().hierarchies)
+    own.stop()
+    assert not any(Path(h.mount_point + own.place.cgroup_parent).exists() for h in detect().hierarchies)
