@@ -21,11 +21,16 @@ CHUNK = 256 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ImagesLeaf:
-    """`service` is for looking inside; what tests do goes over the wire."""
+    """What tests do goes over the wire; `own` is for looking inside, if it runs in this process."""
 
-    service: ImagesService
     channel: grpc.aio.Channel
     root: Path
+    own: ImagesService | None = None
+
+    @property
+    def service(self) -> ImagesService:
+        assert self.own is not None
+        return self.own
 
     @property
     def images(self) -> ImagesStub:
@@ -108,6 +113,6 @@ async def images_leaf(root: Path, **settings: object) -> AsyncIterator[ImagesLea
         async with hosted([service], parse_address(f"unix://{directory}/s")) as address:
             channel = open_channel(str(address))
             try:
-                yield ImagesLeaf(service, channel, root)
+                yield ImagesLeaf(channel, root, service)
             finally:
                 await channel.close()

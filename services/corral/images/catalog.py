@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from corral.images.digest import PREFIX, Digest, is_digest
 from corral.images.model import Descriptor
-from corral.images.reference import Reference, parse_reference
+from corral.images.reference import DEFAULT_DOMAIN, Reference, parse_reference
 from corral.rpc.errors import CorralError, InvalidArgument, NotFound
 from corral.store import Row, Snapshot, Transaction
 
@@ -127,7 +127,9 @@ def _fits(record: ImageRecord, pattern: str) -> bool:
     if not record.name:
         return False
     reference = parse_reference(record.name)
-    forms = (reference.familiar, reference.familiar_repository, record.name)
+    forms = [reference.familiar, reference.familiar_repository]
+    if pattern.startswith(f"{DEFAULT_DOMAIN}/"):
+        forms = [record.name, reference.repository]
     return any(fnmatch.fnmatchcase(form, pattern) for form in forms)
 
 

@@ -118,9 +118,9 @@ class Collector:
 
     async def end_expired(self) -> None:
         """Delete leases whose time is over, with what they alone kept; and come back when the next one ends."""
-        ended, trees = await self._database.write(leases.end_expired)
-        self.remove_trees(trees)
-        if ended:
+        expiry = self._database.read_sync(leases.next_expiry_ns)
+        if expiry is not None and expiry <= time.time_ns():
+            self.remove_trees(await self._database.write(leases.end_expired))
             await self.collect()
         self.schedule()
 

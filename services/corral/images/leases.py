@@ -105,13 +105,13 @@ def end(transaction: Transaction, namespace: str, lease_id: str) -> list[TreeId]
     return ended
 
 
-def end_expired(transaction: Transaction) -> tuple[int, list[TreeId]]:
-    """End every lease whose time is over; returns how many, and the trees to remove."""
+def end_expired(transaction: Transaction) -> list[TreeId]:
+    """End every lease whose time is over; returns the trees to remove."""
     rows = transaction.execute("SELECT namespace, id FROM leases WHERE expires_ns <= ?", (time.time_ns(),))
     trees: list[TreeId] = []
     for row in rows:
         trees += end(transaction, row["namespace"], row["id"])
-    return len(rows), trees
+    return trees
 
 
 def hold(transaction: Transaction, namespace: str, lease_id: str, kind: Held, key: str) -> None:

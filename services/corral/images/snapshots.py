@@ -69,7 +69,7 @@ class Snapshots:
             with self._collector.pinned([(await self._images.unpacked(wanted.namespace, wanted.image)).chain_id]):
                 found = self._database.read_sync(lambda s: self._look_up(s, wanted))
             if found is None:
-                raise _image_gone(wanted.image)
+                raise _gone(wanted.image)
         existing = found.existing
         if existing is None:
             existing = await uninterrupted(self._make(wanted, found))
@@ -117,24 +117,30 @@ class Snapshots:
             labels=wanted.labels,
         )
         try:
+            await self._make_tree(record, wanted)
+        except BaseException as e:
+            self._collector.remove_trees([record.id])
+            if not isinstance(e, Duplicate):
+                raise
+        else:
+            return record
+        # Somebody else made it at the same moment.
+        existing = self._database.read_sync(lambda s: trees.own(s, wanted.namespace, wanted.key))
+        if existing is None:
+            raise _gone(wanted.key)
+        _check_same(wanted, existing, parent)
+        return existing
+
+    async def _make_tree(self, record: TreeRecord, wanted: Wanted) -> None:
+        try:
             await run_blocking(self._driver.prepare, record.id, record.chain, writable=wanted.kind is Kind.ACTIVE)
             failpoint("images.prepare.before_row")
             await self._database.write(lambda t: _insert(t, record, wanted))
-        except Duplicate:
-            self._collector.remove_trees([record.id])
-            existing = self._database.read_sync(lambda s: trees.own(s, wanted.namespace, wanted.key))
-            if existing is None:
-                raise
-            _check_same(wanted, existing, parent)
-            return existing
+            failpoint("images.prepare.after_row")
         except Referenced as e:
-            self._collector.remove_trees([record.id])
-            raise _image_gone(wanted.image or wanted.parent) from e
+            raise _gone(wanted.image or wanted.parent) from e
         except OSError as e:
-            self._collector.remove_trees([record.id])
             raise explained(e, f"cannot make snapshot {wanted.key!r}") from e
-        failpoint("images.prepare.after_row")
-        return record
 
     async def _take_from_leases(self, wanted: Wanted) -> None:
         def release(transaction: Transaction) -> None:
@@ -231,8 +237,8 @@ def _check_same(wanted: Wanted, existing: TreeRecord, parent: TreeRecord | None)
         )
 
 
-def _image_gone(name: str) -> NotFound:
-    return NotFound(f"{name!r} was removed at the same moment: import it again", reason="NO_IMAGE")
+def _gone(name: str) -> NotFound:
+    return NotFound(f"{name!r} was removed at the same moment: make it again, and try once more", reason="REMOVED")
 
 
 def _insert(transaction: Transaction, record: TreeRecord, wanted: Wanted) -> None:
