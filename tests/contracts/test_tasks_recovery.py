@@ -129,6 +129,7 @@ async def test_exits_while_the_daemon_is_down_are_known_with_their_time(own_daem
         assert 0.15e9 < ran_ns < 0.8e9
         [event] = [event for event in await tasks.events(quick) if event.topic == "task.exited"]
         assert event.payload["code"] == 33
+        assert event.time == stopped.exit.exited_at
         assert (await tasks.get(late)).status == pb.STATUS_RUNNING
         own_daemon.kill9()
     async with serving(own_daemon, rootfs) as tasks:

@@ -14,6 +14,7 @@ import asyncio
 import contextvars
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -63,10 +64,21 @@ class Transaction(Snapshot):
         super().__init__(connection)
         self.journalled = 0
 
-    def journal(self, topic: str, subject: str, payload: Mapping[str, JSON] | None = None, *, namespace: str) -> int:
-        """Append an event that becomes visible with this transaction; returns its sequence number."""
+    def journal(
+        self,
+        topic: str,
+        subject: str,
+        payload: Mapping[str, JSON] | None = None,
+        *,
+        namespace: str,
+        time_ns: int | None = None,
+    ) -> int:
+        """Append an event that becomes visible with this transaction; returns its sequence number.
+
+        time_ns: when it happened, if that was not just now.
+        """
         self.journalled += 1
-        return append(self._connection, namespace, topic, subject, payload or {})
+        return append(self._connection, namespace, topic, subject, payload or {}, time_ns or time.time_ns())
 
 
 class Database:

@@ -57,13 +57,18 @@ class Event:
 
 
 def append(
-    connection: sqlite3.Connection, namespace: str, topic: str, subject: str, payload: Mapping[str, JSON]
+    connection: sqlite3.Connection,
+    namespace: str,
+    topic: str,
+    subject: str,
+    payload: Mapping[str, JSON],
+    time_ns: int,
 ) -> int:
     """Insert one event; returns its sequence number."""
     [row] = execute(
         connection,
         "INSERT INTO journal (time_ns, namespace, topic, subject, payload) VALUES (?, ?, ?, ?, ?) RETURNING seq",
-        (time.time_ns(), namespace, topic, subject, json.dumps(payload, separators=(",", ":"))),
+        (time_ns, namespace, topic, subject, json.dumps(payload, separators=(",", ":"))),
     )
     return int(row[0])
 

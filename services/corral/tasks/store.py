@@ -86,7 +86,7 @@ def started(transaction: Transaction, process: ProcessRow) -> None:
     if not _move(transaction, process):
         return
     payload: dict[str, JSON] = {"pid": process.pid, "started_at_ns": process.started_at_ns}
-    _journal_process(transaction, process, "started", payload)
+    _journal_process(transaction, process, "started", payload, process.started_at_ns)
 
 
 def ended(transaction: Transaction, process: ProcessRow) -> None:
@@ -96,9 +96,9 @@ def ended(transaction: Transaction, process: ProcessRow) -> None:
     if not _move(transaction, process):
         return
     if how.oom:
-        _journal(transaction, process.task, "task.oom", _exec_of(process))
+        _journal(transaction, process.task, "task.oom", _exec_of(process), how.exited_at_ns)
     payload: dict[str, JSON] = {"pid": process.pid} | {name: getattr(how, name) for name in Exit.__slots__}
-    _journal_process(transaction, process, "exited", payload)
+    _journal_process(transaction, process, "exited", payload, how.exited_at_ns)
 
 
 def delete_task(transaction: Transaction, key: TaskKey) -> None:
@@ -168,17 +168,22 @@ def _move(transaction: Transaction, process: ProcessRow) -> bool:
     return bool(rows)
 
 
-def _journal_process(transaction: Transaction, process: ProcessRow, happened: str, payload: Mapping[str, JSON]) -> None:
+def _journal_process(
+    transaction: Transaction, process: ProcessRow, happened: str, payload: Mapping[str, JSON], at_ns: int | None
+) -> None:
     topic = f"task.{happened}" if process.is_init else f"task.exec.{happened}"
-    _journal(transaction, process.task, topic, {**_exec_of(process), **payload})
+    _journal(transaction, process.task, topic, {**_exec_of(process), **payload}, at_ns)
 
 
 def _exec_of(process: ProcessRow) -> dict[str, JSON]:
     return {} if process.is_init else {"exec_id": process.exec_id}
 
 
-def _journal(transaction: Transaction, key: TaskKey, topic: str, payload: Mapping[str, JSON]) -> None:
-    transaction.journal(topic, key.id, payload, namespace=key.namespace)
+def _journal(
+    transaction: Transaction, key: TaskKey, topic: str, payload: Mapping[str, JSON], at_ns: int | None = None
+) -> None:
+    """`at_ns`: when it happened, which may have been while this service was down."""
+    transaction.journal(topic, key.id, payload, namespace=key.namespace, time_ns=at_ns)
 
 
 def _task(row: Row) -> TaskRow:
