@@ -6,13 +6,13 @@ import re
 import signal
 import socket
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.requirements import needs
 from shimclient import (
     RequestError,
     Shim,
@@ -28,6 +28,9 @@ from shimclient import (
     wait_gone,
     workshop,
 )
+from support.requirements import needs
+
+from corral.shim import seal
 
 pytestmark = needs("root", "busybox")
 
@@ -49,6 +52,10 @@ def pss_kib(pid: int) -> int:
     return int(match[1])
 
 
+def descriptors_of(pid: int) -> list[str]:
+    return sorted(str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir())
+
+
 def state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
@@ -59,8 +66,8 @@ def test_a_spawned_shim_is_named_by_pid_and_start_time(shop: Workshop) -> None:
     spawned = shop.zygote.spawn(bundle)
     stat = Path(f"/proc/{spawned['pid']}/stat").read_text().rpartition(")")[2].split()
     assert int(stat[19]) == spawned["start_time"]
-    assert Path(f"/proc/{spawned['pid']}/comm").read_text() == "corral-shim\n"
     peer = connect(bundle)
+    assert Path(f"/proc/{spawned['pid']}/comm").read_text() == "corral-shim\n"
     peer.call("delete")
     peer.close()
 
@@ -178,10 +185,10 @@ def test_requests_it_cannot_serve_are_answered(shop: Workshop) -> None:
         peer.call("spawn")
     with pytest.raises(RequestError, match=r"invalid_argument: .*1 file descriptors"):
         peer.call("spawn", bundle="/tmp", namespace="n", container="c")
-    before = len(list(Path(f"/proc/{shop.zygote.pid}/fd").iterdir()))
+    before = descriptors_of(shop.zygote.pid)
     with open("/dev/null") as null, pytest.raises(RequestError, match="invalid_argument"):
         peer.call("spawn", [null.fileno(), null.fileno()], bundle=5, namespace="n", container="c")
-    assert len(list(Path(f"/proc/{shop.zygote.pid}/fd").iterdir())) == before
+    assert descriptors_of(shop.zygote.pid) == before
 
 
 def test_a_shim_whose_bundle_is_missing_says_so_by_ending(shop: Workshop) -> None:
@@ -248,3 +255,27 @@ def test_a_shim_imports_nothing_after_the_fork(shop: Workshop) -> None:
     shim.call("delete")
     wait_gone(shim.pid)
     assert shim.reports() == ""
+
+
+def test_a_sealed_copy_in_memory_serves_where_mounts_cannot() -> None:
+    """The other way to run from what nobody can write; it must find its standard library too."""
+    source = str(Path(seal.__file__).parents[2])
+    code = (
+        f"import sys; sys.path.insert(0, {source!r})\n"
+        "from corral.shim import seal\n"
+        "if 'again' not in sys.argv:\n"
+        "    def refuse(path): raise OSError('no mounts here')\n"
+        "    seal.read_only_mount = refuse\n"
+        "    seal.execute_sealed('again')\n"
+        "import json, ctypes\n"
+        "print(seal.is_sealed(), sys.prefix, open('/proc/self/maps').readline().split()[-2:])\n"
+    )
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
+    sealed, prefix, *mapped = done.stdout.split(maxsplit=2)
+    assert sealed == "True"
+    assert prefix == sys.base_prefix
+    assert "memfd:corral-python" in mapped[0]
+
+
+def test_an_interpreter_on_an_ordinary_mount_is_not_sealed() -> None:
+    assert not seal.is_sealed()

@@ -29,9 +29,14 @@ class Loop:
     epoll is level-triggered and asked for one event at a time: so no event can be stale, whatever a handler closed.
     """
 
-    __slots__ = ("_epoll", "_handlers", "_running", "_sequence", "_timers")
+    __slots__ = ("_epoll", "_handlers", "_running", "_sequence", "_timers", "on_error")
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_error: Callable[[Exception], None] | None = None) -> None:
+        """on_error gets what a handler or timer raises; without it run() raises that.
+
+        The failed handler's descriptor is watched no more, so that it can't fail for ever.
+        """
+        self.on_error = on_error
         self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._timers: list[tuple[float, int, Timer]] = []
@@ -70,9 +75,18 @@ class Loop:
         for fd, events in ready:
             handler = self._handlers.get(fd)
             if handler is not None:
-                handler(events)
+                try:
+                    handler(events)
+                except Exception as e:  # noqa: BLE001 - passed on
+                    self._failed(e)
+                    self.forget(fd)
         self._run_timers()
         return bool(ready)
+
+    def _failed(self, error: Exception) -> None:
+        if self.on_error is None:
+            raise error
+        self.on_error(error)
 
     def stop(self) -> None:
         """Let run() return after the current handler."""
@@ -92,4 +106,7 @@ class Loop:
         while self._timers and self._timers[0][0] <= now:
             callback = heapq.heappop(self._timers)[2].callback
             if callback is not None:
-                callback()
+                try:
+                    callback()
+                except Exception as e:  # noqa: BLE001 - passed on
+                    self._failed(e)

@@ -24,6 +24,7 @@ from corral.shim.wire import Channel, Message, ProtocolError
 
 PROTOCOL = 1
 ABANDONED_S = 60.0
+ACCEPT_PAUSE_S = 0.5
 MAX_CONNECTIONS = 256
 _EXEC_FAILED: dict[str, Kind] = {"exec_not_found": "exec_not_found", "exec_denied": "exec_denied"}
 # Whatever is sent to the shim itself must not end it: it is not the container.
@@ -74,8 +75,12 @@ class Server:
         self._signals = signalfd.open_signalfd(SIGNALS)
         self._loop.watch(self._signals, IN, lambda _events: self._on_signal())
         self._listener.setblocking(False)
-        self._loop.watch(self._listener.fileno(), IN, lambda _events: self._accept())
+        self._watch_listener()
         self._loop.call_later(ABANDONED_S, self._end_if_abandoned)
+        self._loop.on_error = self._report
+
+    def _watch_listener(self) -> None:
+        self._loop.watch(self._listener.fileno(), IN, lambda _events: self._accept())
 
     def close(self) -> None:
         """Hang up on everybody and release all descriptors; only for a process that goes on without this shim."""
@@ -93,7 +98,13 @@ class Server:
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:
+        except BlockingIOError:
+            return
+        except OSError as e:
+            # Most likely too many descriptors are open, which would be so again at once.
+            report.write(self._directory, f"accept: {e}")
+            self._loop.forget(self._listener.fileno())
+            self._loop.call_later(ACCEPT_PAUSE_S, self._watch_listener)
             return
         if len(self._connections) >= MAX_CONNECTIONS:
             sock.close()
@@ -213,7 +224,14 @@ class Server:
 
     def _on_signal(self) -> None:
         if signal.SIGCHLD in signalfd.read_signals(self._signals):
-            self.shim.reap()
+            try:
+                self.shim.reap()
+            except Exception as e:  # noqa: BLE001 - the next child must be reaped all the same
+                self._report(e)
+
+    def _report(self, error: Exception) -> None:
+        """A bug; the container goes on."""
+        report.write(self._directory, report.describe(error))
 
     def _delete(self, connection: Connection, message: Message) -> Message | None:
         failpoint("shim.delete")

@@ -121,8 +121,10 @@ class Shim:
     def start(self, exec_id: str) -> Message:
         """Run the program of the container, or of a registered exec."""
         process = self._find(exec_id)
-        if process.state is not State.CREATED or process.ended is not None:
+        if process.state is not State.CREATED:
             raise ShimError("failed_precondition", f"{process.what} was already started")
+        if process.ended is not None:
+            raise ShimError("failed_precondition", f"{process.what} has ended before it was started")
         return self._start_exec(process) if exec_id else self._start_init(process)
 
     def _start_init(self, init: ContainerProcess) -> Message:
@@ -302,19 +304,18 @@ class Shim:
         except OSError as e:
             report.write(self._directory, f"OOM kills are not watched: {e}")
             return
-        self.loop.watch(self._oom.fileno(), IN, lambda _events: self._report_oom())
-
-    def _report_oom(self) -> None:
-        before = self._ooms
-        if self._count_ooms() > before:
-            self._publish({"event": "oom", "exec": "", "oom_kills": self._ooms})
+        self.loop.watch(self._oom.fileno(), IN, lambda _events: self._count_ooms())
 
     def _count_ooms(self) -> int:
+        """How many there were; subscribers are told of new ones."""
         if self._oom is not None:
+            before = self._ooms
             try:
                 self._ooms = self._oom.count()
             except OSError as e:
                 report.write(self._directory, f"OOM kills: {e}")
+            if self._ooms > before:
+                self._publish({"event": "oom", "exec": "", "oom_kills": self._ooms})
         return self._ooms
 
     # The end.
