@@ -90,7 +90,7 @@ def test_the_core_imports_nothing_outside_the_standard_library() -> None:
         "    for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.'):\n"
         "        if not m.name.endswith('__main__'): importlib.import_module(m.name)\n"
         "top = {n.split('.')[0] for n in sys.modules} - set(sys.stdlib_module_names) - {'corral', '__main__'}\n"
-        "sys.exit(', '.join(sorted(top)))\n"
+        "sys.exit(', '.join(sorted(top)) or None)\n"
     )
     result = subprocess.run(
         [sys.executable, "-I", "-S", "-c", program, str(REPO / "shim")], capture_output=True, text=True, check=False
