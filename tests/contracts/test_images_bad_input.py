@@ -102,6 +102,18 @@ async def test_a_damaged_layer_of_a_docker_archive_is_named(leaf: ImagesLeaf, tm
     assert digest(other[1]) in sentence
 
 
+@pytest.mark.parametrize("form", [write_docker_archive, write_oci_archive])
+async def test_a_layer_that_is_here_does_not_vouch_for_other_data(
+    leaf: ImagesLeaf, tmp_path: Path, form: Callable[..., Path]
+) -> None:
+    layers = [layer([Entry("f", b"x" * 1000)])]
+    await leaf.load(write_docker_archive(tmp_path / "good.tar", "good:1", layers, image_config(layers)))
+    other = [layer([Entry("f", b"y" * 1000)])]
+    sentence = await refused(leaf, form(tmp_path / "x.tar", "x:1", other, image_config(layers)))
+    assert f"cannot take layer {digest(layers[0])}" in sentence
+    await leaf.load(write_oci_archive(tmp_path / "good2.tar", "good:2", layers, image_config(layers)))
+
+
 async def test_a_config_that_is_not_what_its_name_says(leaf: ImagesLeaf, tmp_path: Path) -> None:
     layers = [layer([Entry("f", b"x")])]
     data = write_docker_archive(tmp_path / "x.tar", "x:1", layers, image_config(layers)).read_bytes()
@@ -338,6 +350,7 @@ async def test_a_disk_that_is_full_to_the_last_byte(small: Path) -> None:
         for attempt in range(30):
             with suppress(ResourceExhausted):  # a directory more may still fit
                 await leaf.prepare(f"c{attempt}", image="tiny:1")
+        await leaf.settled()
         await refused(leaf, packed({"g": b"y" * 10_000}), ResourceExhausted)
         (small / "ballast").unlink()
         await leaf.prepare("after", image="tiny:1")

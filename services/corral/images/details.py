@@ -34,6 +34,11 @@ class Details:
         return chain_ids(self.config.diff_ids)
 
     @property
+    def layers(self) -> list[tuple[Digest, Digest, Descriptor]]:
+        """Chain id, diff id and blob of each layer, bottom first."""
+        return list(zip(self.chain, self.config.diff_ids, self.manifest.layers, strict=True))
+
+    @property
     def chain_id(self) -> str:
         return self.chain[-1] if self.chain else ""
 

@@ -215,7 +215,7 @@ class Importer:
             for parent, child in image.edges:
                 transaction.execute("INSERT OR IGNORE INTO blob_edges (parent, child) VALUES (?, ?)", (parent, child))
             if options.unpack:
-                self._unpacker.insert(transaction, image.details.chain, layers)
+                self._unpacker.insert(transaction, image.details, layers)
                 transaction.journal(
                     "image.unpacked", image.image_id, {"chain_id": image.details.chain_id}, namespace=options.namespace
                 )

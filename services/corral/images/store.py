@@ -30,6 +30,12 @@ CREATE TABLE blob_edges (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX blob_edges_by_child ON blob_edges(child);
 
+-- What a layer's blob was proven to unpack to.
+CREATE TABLE diff_ids (
+    digest TEXT PRIMARY KEY REFERENCES blobs(digest) ON DELETE CASCADE,
+    diff_id TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+
 -- One row per name, and one with the name '' for an image that lost its last name to another.
 CREATE TABLE images (
     row INTEGER PRIMARY KEY,

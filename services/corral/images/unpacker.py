@@ -9,7 +9,7 @@ removes.
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,23 +112,35 @@ class Unpacker:
         report: Report,
         staged: list[Staged],
     ) -> None:
-        jobs = []
-        for i, chain_id in enumerate(details.chain):
-            if chain_id not in here:
+        jobs: list[Coroutine[None, None, None]] = []
+        for i, (chain_id, diff_id, descriptor) in enumerate(details.layers):
+            blob = blob_path(descriptor.digest)
+            if chain_id in here:
+                if not self._is_proven(descriptor.digest, diff_id):
+                    jobs.append(self._measure(blob, diff_id))
+            else:
                 layer = await self._stage(chain_id)
                 staged.append(layer)
-                blob = blob_path(details.manifest.layers[i].digest)
-                jobs.append((layer, blob, details.config.diff_ids[i], i == 0))
+                jobs.append(self._apply(layer, blob, diff_id, diff_id=diff_id, bottom=i == 0, report=report))
         async with _together() as group:
-            for layer, blob, diff_id, bottom in jobs:
-                group.append(
-                    asyncio.ensure_future(
-                        self._apply(layer, blob, diff_id, diff_id=diff_id, bottom=bottom, report=report)
-                    )
-                )
+            group += [asyncio.ensure_future(job) for job in jobs]
         await self._complete(details, here, staged)
         await run_blocking(self.sync, staged)
         failpoint("images.unpack.after_sync")
+
+    def _is_proven(self, blob: Digest, diff_id: Digest) -> bool:
+        """Whether the blob is known to unpack to that: being it, or from an earlier time."""
+        if blob == diff_id:
+            return True
+        row = self._database.read_sync(lambda s: s.one("SELECT diff_id FROM diff_ids WHERE digest = ?", (blob,)))
+        return row is not None and row[0] == diff_id
+
+    async def _measure(self, blob: Path, diff_id: Digest) -> None:
+        """That the layer is here does not make what came with this image the same."""
+        try:
+            await self._workers.run({"op": "measure", "blob": str(blob), "diff_id": diff_id}, lambda _done: None)
+        except (OSError, BadLayer) as e:
+            raise explained(e, f"cannot take layer {diff_id}") from e
 
     async def _stage(self, chain_id: Digest) -> Staged:
         tree = self._ids.new()
@@ -202,11 +214,15 @@ class Unpacker:
         """Those that nobody else has committed in the meantime."""
         return [layer for layer in layers if trees.layer(snapshot, layer.chain_id, self._driver.name) is None]
 
-    def insert(self, transaction: Transaction, chain: Sequence[Digest], placed: Sequence[Staged]) -> None:
+    def insert(self, transaction: Transaction, details: Details, placed: Sequence[Staged]) -> None:
         """The rows of what was placed. Raises Referenced if a layer below went away, which pinning prevents."""
+        for _, diff_id, descriptor in details.layers:
+            transaction.execute(
+                "INSERT OR IGNORE INTO diff_ids (digest, diff_id) VALUES (?, ?)", (descriptor.digest, diff_id)
+            )
         by_chain_id = {layer.chain_id: layer for layer in placed}
         parent: TreeRecord | None = None
-        for chain_id in chain:
+        for chain_id in details.chain:
             record = trees.layer(transaction, chain_id, self._driver.name)
             if record is None:
                 layer = by_chain_id[chain_id]

@@ -1,6 +1,7 @@
 """The process that unpacks layers: JSON lines in, JSON lines out, one job after the other, until its input ends.
 
     in   {"op": "apply", "blob": PATH, "target": DIR, "bottom": BOOL, "diff_id": "sha256:…" or ""}
+         {"op": "measure", "blob": PATH, "diff_id": "sha256:…"}
          {"op": "complete", "layer": DIR, "below": [DIR, …], "implicit": […], "links": [[…], …]}
     out  {"progress": BYTES of the blob read}…, then {"ok": {…}} or {"error": KIND, "errno": N, "message": SENTENCE}
          KIND: "bad" (the data), "os" (the machine), "bug"
@@ -44,18 +45,34 @@ class Blob:
                 yield data
 
 
+class Hashed:
+    """Chunks, and the digest of those that were passed on."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._hash = hashlib.sha256()
+
+    def __iter__(self) -> Iterator[bytes]:
+        for chunk in self._chunks:
+            self._hash.update(chunk)
+            yield chunk
+
+    @property
+    def digest(self) -> str:
+        return f"sha256:{self._hash.hexdigest()}"
+
+    def prove(self, diff_id: str) -> None:
+        """Raises BadLayer."""
+        if self.digest != diff_id:
+            raise BadLayer(f"its content is {self.digest}, but the image's config says {diff_id}")
+
+
 def unpack(
     blob: Blob, target: Path, *, bottom: bool, diff_id: str, limits: Limits, report: TextIO
 ) -> dict[str, object]:
     """Apply the layer in `blob` to the empty directory `target`, and prove its diff id if one is given."""
-    digest = hashlib.sha256()
-
-    def hashed() -> Iterator[bytes]:
-        for chunk in decompressed(blob.chunks()):
-            digest.update(chunk)
-            yield chunk
-
-    stream = ByteStream(prefetched(hashed()))
+    plain = Hashed(decompressed(blob.chunks()))
+    stream = ByteStream(prefetched(iter(plain)))
     reported = 0
 
     def on_entry() -> None:
@@ -67,10 +84,18 @@ def unpack(
     with Tree(target) as tree:
         applied = Applier(tree, bottom=bottom, limits=limits).apply(TarReader(stream, needs_end=not diff_id), on_entry)
         stream.drain()
-    found = f"sha256:{digest.hexdigest()}"
-    if diff_id and found != diff_id:
-        raise BadLayer(f"its content is {found}, but the image's config says {diff_id}")
-    return {**_as_json(applied), "diff_id": found}
+    if diff_id:
+        plain.prove(diff_id)
+    return {**_as_json(applied), "diff_id": plain.digest}
+
+
+def measure(blob: Blob, diff_id: str) -> dict[str, object]:
+    """Prove the diff id of a layer that is here already, and need not be unpacked again."""
+    plain = Hashed(decompressed(blob.chunks()))
+    for _ in plain:
+        pass
+    plain.prove(diff_id)
+    return {"diff_id": plain.digest}
 
 
 def _as_json(applied: Applied) -> dict[str, object]:
@@ -94,6 +119,8 @@ def run_job(job: dict[str, object], limits: Limits, report: TextIO) -> dict[str,
                 limits=limits,
                 report=report,
             )
+        elif job["op"] == "measure":
+            answer = measure(Blob(str(job["blob"])), str(job["diff_id"]))
         else:
             answer = {"size_bytes": _complete(job)}
     except BadLayer as e:
