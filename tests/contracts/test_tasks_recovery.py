@@ -83,7 +83,8 @@ def zygote_of(daemon: Corrald) -> int:
 
 
 def nothing_left(daemon: Corrald) -> bool:
-    return not daemon.leftovers() and not list(daemon.root.glob("tasks/logs/*/*"))
+    places = (*daemon.root.glob("tasks/logs/*/*"), *daemon.root.glob("tasks/trash/*"), *daemon.state.glob("trash/*"))
+    return not daemon.leftovers() and not places
 
 
 async def test_a_task_outlives_the_daemon_and_is_adopted(own_daemon: Corrald, rootfs: Path):
@@ -136,7 +137,7 @@ async def test_exits_while_the_daemon_is_down_are_known_with_their_time(own_daem
         assert (await tasks.topics(quick)).count("task.exited") == 1
         await tasks.delete(quick)
         await tasks.delete(late, force=True)
-    assert nothing_left(own_daemon)
+    await eventually(lambda: nothing_left(own_daemon))
 
 
 async def test_a_clean_stop_harms_no_task(own_daemon: Corrald, rootfs: Path):
@@ -284,7 +285,7 @@ async def test_a_create_that_is_cut_short_is_undone_or_whole(own_daemon: Corrald
             await tasks.delete("cut", force=True)
         topics = await tasks.topics("cut")
         assert topics == (["task.created", "task.started", "task.exited", "task.deleted"] if listed else [])
-        assert nothing_left(own_daemon)
+        await eventually(lambda: nothing_left(own_daemon))
         assert (await tasks.wait(await tasks.run("sh", "-c", "exit 3", task_id="cut"))).code == 3
         await tasks.delete("cut")
     await eventually(lambda: nothing_left(own_daemon) and not shims(own_daemon.state))
@@ -311,7 +312,7 @@ async def test_a_kill_around_start_and_exit_loses_no_exit(own_daemon: Corrald, r
         assert (await tasks.wait(task_id)).code == 21
         await tasks.delete(task_id)
         assert await tasks.topics(task_id) == ["task.created", "task.started", "task.exited", "task.deleted"]
-    assert nothing_left(own_daemon)
+    await eventually(lambda: nothing_left(own_daemon))
 
 
 @pytest.mark.parametrize("step", SHIM_EXIT_STEPS)
@@ -338,7 +339,7 @@ async def test_a_delete_that_is_cut_short_can_be_repeated(own_daemon: Corrald, r
         await tasks.delete(task_id)
         with pytest.raises(NotFound):
             await tasks.get(task_id)
-        assert nothing_left(own_daemon)
+        await eventually(lambda: nothing_left(own_daemon))
         assert (await tasks.topics(task_id)).count("task.deleted") == 1
 
 
@@ -355,4 +356,4 @@ async def test_an_exec_that_is_cut_short_is_gone_or_whole(own_daemon: Corrald, r
         await tasks.start(task_id, "e")
         assert (await tasks.wait(task_id, "e")).code == 6
         await tasks.delete(task_id, force=True)
-    assert nothing_left(own_daemon)
+    await eventually(lambda: nothing_left(own_daemon))

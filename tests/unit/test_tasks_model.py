@@ -15,6 +15,7 @@ TASK = TaskRow(
     created_at_ns=1,
     shim_pid=10,
     shim_start_time=11,
+    create="{}",
     log=LogRow("json-file", "/log", 1, 2),
     cgroup_paths=("/sys/fs/cgroup/x",),
     labels={"a": "b"},

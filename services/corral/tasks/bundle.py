@@ -1,9 +1,10 @@
 """Bundles: the directory that a task and its shim share, and the task's directory of logs.
 
-    <state>/shim/<namespace>/<id>/   config.json create.json       written here, before the shim is spawned
+    <state>/shim/<namespace>/<id>/   config.json                   written here, before the shim is spawned
                                      socket                        listening before the shim runs
                                      record.json exit.json execs/  written by the shim
     <root>/logs/<namespace>/<id>/    log.json, log.json.1 …        written by the shim
+    <state>/trash/ <root>/trash/     either of them, on its way out
 
 The directory is also the intent to create: it is made first, and one that no row describes is undone at the next start.
 Everything here blocks; it belongs on a thread.
@@ -12,9 +13,10 @@ Everything here blocks; it belongs on a thread.
 import errno
 import json
 import os
+import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from corral.rpc.context import ID_PATTERN
 from corral.tasks.identity import Identity
 from corral.tasks.model import Exit, TaskKey, optional_int
 
-CONFIG, CREATE, SOCKET = "config.json", "create.json", "socket"
+CONFIG, SOCKET = "config.json", "socket"
 RECORD, EXIT, EXECS = "record.json", "exit.json", "execs"
 LOG = "log.json"
 BACKLOG = 128
@@ -46,9 +48,11 @@ class Bundle:
     key: TaskKey
     path: Path
     logs: Path
+    trash: Path
+    logs_trash: Path
 
-    def make(self, config: bytes, create: bytes) -> socket.socket:
-        """Create both directories with their files; returns the socket that the shim shall listen on.
+    def make(self, config: bytes) -> socket.socket:
+        """Create both directories and config.json; returns the socket that the shim shall listen on.
 
         Raises FileExistsError if the bundle is there already, OSError; then nothing of it is left.
         """
@@ -57,7 +61,6 @@ class Bundle:
             with suppress(FileExistsError):
                 _make_directory(self.logs)
             (self.path / CONFIG).write_bytes(config)
-            (self.path / CREATE).write_bytes(create)
             return self.listen()
         except BaseException:
             self.remove()
@@ -115,8 +118,12 @@ class Bundle:
 
     def remove(self) -> None:
         """Remove both directories; harmless when they are gone."""
-        for path in (self.logs, self.path):
-            _remove_tree(path)
+        empty_trash(self.discard())
+
+    def discard(self) -> list[Path]:
+        """Free both names for a new task at once; returns what is then to be given to empty_trash()."""
+        thrown = [_discard(self.logs, self.logs_trash), _discard(self.path, self.trash)]
+        return [path for path in thrown if path is not None]
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
@@ -136,7 +143,16 @@ class Bundles:
     root: Path
 
     def of(self, key: TaskKey) -> Bundle:
-        return Bundle(key, self.state / "shim" / key.namespace / key.id, self.root / "logs" / key.namespace / key.id)
+        path, logs = self.state / "shim" / key.namespace / key.id, self.root / "logs" / key.namespace / key.id
+        return Bundle(key, path, logs, *self._trashes)
+
+    @property
+    def _trashes(self) -> tuple[Path, Path]:
+        return self.state / "trash", self.root / "trash"
+
+    def leftovers(self) -> list[Path]:
+        """What an earlier process threw away and did not get to remove."""
+        return [trash / name for trash in self._trashes for name in _names(trash)]
 
     def found(self) -> set[TaskKey]:
         """Every task that has a bundle or a directory of logs."""
@@ -164,6 +180,24 @@ def _remove_tree(path: Path) -> None:
                 raise
         else:
             return
+
+
+def _discard(path: Path, trash: Path) -> Path | None:
+    target = trash / secrets.token_hex(8)
+    try:
+        path.rename(target)
+    except FileNotFoundError:
+        if not path.exists():
+            return None
+        trash.mkdir(mode=0o700, exist_ok=True)
+        path.rename(target)
+    return target
+
+
+def empty_trash(thrown: Iterable[Path]) -> None:
+    """Remove what was discarded."""
+    for path in thrown:
+        _remove_tree(path)
 
 
 def _keys(parent: Path) -> Iterator[TaskKey]:

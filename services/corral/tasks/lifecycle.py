@@ -4,6 +4,7 @@ What changes something runs to its end once it has begun, whether or not the cal
 """
 
 import asyncio
+import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,7 +18,7 @@ from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, Unavailable, from_os_error
 from corral.store import Database, Transaction
 from corral.tasks import store
-from corral.tasks.bundle import Bundle, Bundles
+from corral.tasks.bundle import Bundle, Bundles, empty_trash
 from corral.tasks.live import Process, Task
 from corral.tasks.model import INIT, Exit, LogRow, ProcessRow, Status, TaskKey, TaskRow
 from corral.tasks.recovery import NOT_SEEN, Recovery
@@ -103,6 +104,7 @@ class Tasks:
             created_at_ns=time.time_ns(),
             shim_pid=spawned.identity.pid,
             shim_start_time=spawned.identity.start_time,
+            create=json.dumps(new.fields),
             log=new.log,
             cgroup_paths=new.cgroup_paths,
             labels=new.labels,
@@ -240,8 +242,9 @@ class Tasks:
         failpoint("tasks.delete.after_row")
         self.registry.remove(task)
         await self._let_go(task)
-        await run_blocking(task.bundle.remove)
+        thrown = await run_blocking(task.bundle.discard)
         failpoint("tasks.delete.after_bundle")
+        self.registry.in_background(run_blocking(empty_trash, thrown))
 
     async def _let_go(self, task: Task) -> None:
         """The shim ends by itself, at once unless clients still have to get their output."""

@@ -151,12 +151,16 @@ class LogRow:
 
 @dataclass(frozen=True, slots=True)
 class TaskRow:
-    """What of a task never changes. A process is named by pid and start time: also the shim."""
+    """What of a task never changes. A process is named by pid and start time: also the shim.
+
+    `create`: the request that made it, as JSON; another shim that is to take the container over has to know it.
+    """
 
     key: TaskKey
     created_at_ns: int
     shim_pid: int
     shim_start_time: int
+    create: str
     log: LogRow
     cgroup_paths: tuple[str, ...]
     labels: Mapping[str, str]

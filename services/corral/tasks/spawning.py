@@ -6,7 +6,6 @@ it: then no shim lives, and none is about to.
 """
 
 import asyncio
-import json
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ class Spawner:
         Raises FileExistsError if there is such a bundle, CorralError, OSError; then nothing is left behind.
         """
         async with self._turn:
-            listener = await run_blocking(bundle.make, config, json.dumps(fields).encode())
+            listener = await run_blocking(bundle.make, config)
             try:
                 with listener:
                     failpoint("tasks.create.after_bundle")

@@ -18,6 +18,7 @@ MIGRATIONS = (
         created_at_ns INTEGER NOT NULL,
         shim_pid INTEGER NOT NULL,
         shim_start_time INTEGER NOT NULL,
+        create_request TEXT NOT NULL,
         log TEXT NOT NULL,
         cgroup_paths TEXT NOT NULL,
         labels TEXT NOT NULL,
@@ -42,7 +43,7 @@ MIGRATIONS = (
     """,
 )
 
-_TASK_COLUMNS = "namespace, id, created_at_ns, shim_pid, shim_start_time, log, cgroup_paths, labels"
+_TASK_COLUMNS = "namespace, id, created_at_ns, shim_pid, shim_start_time, create_request, log, cgroup_paths, labels"
 _PROCESS_COLUMNS = (
     "namespace, task_id, exec_id, status, pid, start_time, args, terminal, stdin, stdin_once, started_at_ns, exit"
 )
@@ -60,13 +61,14 @@ def insert_task(transaction: Transaction, task: TaskRow, init: ProcessRow) -> No
     """A task that was created. Raises corral.store.Duplicate."""
     log = {name: getattr(task.log, name) for name in LogRow.__slots__}
     transaction.execute(
-        f"INSERT INTO tasks ({_TASK_COLUMNS}) VALUES (?,?,?,?,?,?,?,?)",  # noqa: S608 (a constant)
+        f"INSERT INTO tasks ({_TASK_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?)",  # noqa: S608 (a constant)
         (
             task.key.namespace,
             task.key.id,
             task.created_at_ns,
             task.shim_pid,
             task.shim_start_time,
+            task.create,
             json.dumps(log),
             json.dumps(task.cgroup_paths),
             json.dumps(dict(task.labels)),
@@ -192,6 +194,7 @@ def _task(row: Row) -> TaskRow:
         created_at_ns=row["created_at_ns"],
         shim_pid=row["shim_pid"],
         shim_start_time=row["shim_start_time"],
+        create=row["create_request"],
         log=LogRow(**json.loads(row["log"])),
         cgroup_paths=tuple(json.loads(row["cgroup_paths"])),
         labels=json.loads(row["labels"]),
