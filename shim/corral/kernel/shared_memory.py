@@ -19,12 +19,15 @@ from collections.abc import Callable, Iterable, Mapping
 
 from corral.kernel.syscalls import libc
 
-_OBJECT_SIZES = range(16, 513, 16)  # size classes of the allocator for small objects
+_GRANULE = 16
+_OBJECT_SIZES = range(16, 513, _GRANULE)  # size classes of the allocator for small objects
+_LARGER_SIZES = range(1104, 512, -_GRANULE)  # of code; what is larger still finds larger holes, one after the other
 _POOL_SIZE = 16 << 10
 _POOL_HEADER = 48
 _BYTES_OVERHEAD = 33
 _MAX_FILL = 20_000
 _SURELY_FREE = 12
+_SURELY_AT_THE_TOP = 3
 
 
 def make_immortal() -> int:
@@ -91,10 +94,13 @@ def gather_code(run: Callable[[], None]) -> None:
     finally:
         sys.setprofile(None)
     fill_holes()
+    held = _take_large_holes()
+    functions = [f for f in gc.get_objects() if isinstance(f, types.FunctionType) and id(f.__code__) in executed]
+    functions.sort(key=lambda function: -sys.getsizeof(function.__code__))  # so that holes left between them get used
     copies: dict[int, types.CodeType] = {}
-    for item in gc.get_objects():
-        if isinstance(item, types.FunctionType) and id(item.__code__) in executed:
-            item.__code__ = _copy_code(item.__code__, executed, copies)
+    for function in functions:
+        function.__code__ = _copy_code(function.__code__, executed, copies)
+    del held
 
 
 def _copy_code(
@@ -128,6 +134,19 @@ def fill_holes() -> None:
             in_order = in_order + 1 if follows or at % _POOL_SIZE == _POOL_HEADER else 0
         del taken[-in_order:]
         _filler.extend(taken)
+
+
+def _take_large_holes() -> list[object]:
+    """Blocks for the holes among what is too large for pools: while they are held, new ones come from one place."""
+    taken: list[object] = []
+    for size in _LARGER_SIZES:
+        at, in_order = 0, 0
+        while in_order < _SURELY_AT_THE_TOP and len(taken) < _MAX_FILL:
+            block = bytes(size - _BYTES_OVERHEAD)
+            taken.append(block)
+            before, at = at, id(block)
+            in_order = in_order + 1 if before < at <= before + size + 2 * _GRANULE else 0
+    return taken
 
 
 def _block(size: int) -> object:
