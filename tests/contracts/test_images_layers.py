@@ -416,7 +416,7 @@ def test_ten_thousand_levels_are_refused(layers: Layers) -> None:
 
 
 def test_as_deep_as_a_path_may_be_is_unpacked_and_removed(layers: Layers) -> None:
-    from corral.images.layers.tree import remove_tree
+    from corral.images.layers.removal import remove_tree
 
     tree = layers.add_tar(archive(pax({b"path": b"d/" * 2000 + b"f"}), member(b"x", b"1")))
     remove_tree(tree)

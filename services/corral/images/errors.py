@@ -3,7 +3,7 @@
 import errno
 
 from corral.images.layers.errors import BadLayer
-from corral.rpc.errors import CorralError, InvalidArgument, ResourceExhausted, from_os_error
+from corral.rpc.errors import CorralError, InvalidArgument, PermissionDenied, ResourceExhausted, from_os_error
 
 _FULL = {
     errno.ENOSPC: "no space is left on the disk",
@@ -15,6 +15,8 @@ def explained(e: OSError | BadLayer, doing: str) -> CorralError:
     """The error for the user: what was being done, what went wrong, what helps."""
     if isinstance(e, BadLayer):
         return InvalidArgument(f"{doing}: {e}", reason="BAD_DATA")
+    if e.errno in (errno.EPERM, errno.EACCES):
+        return PermissionDenied(f"{doing}: {e.strerror or e}: corral needs to be root for that", reason="NOT_PERMITTED")
     problem = _FULL.get(e.errno or 0)
     if problem is None:
         return from_os_error(e, doing)

@@ -96,6 +96,8 @@ class Importer:
 
     async def run(self, options: ImportOptions, source: AsyncIterator[bytes], report: Report) -> list[ImageRecord]:
         """Import what `source` yields. Raises InvalidArgument, NotFound, ResourceExhausted."""
+        if options.lease:
+            self._database.read_sync(lambda s: leases.check_alive(s, options.namespace, options.lease))
         try:
             directory = await run_blocking(self._content.make_ingest_directory)
         except OSError as e:

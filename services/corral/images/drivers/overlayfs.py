@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from corral.images.layers.tree import remove_tree
+from corral.images.layers.removal import remove_tree
 from corral.images.snapshotter import Mount, TreeId, Usage
 from corral.kernel.syncfs import syncfs
 
@@ -66,11 +66,16 @@ class Overlayfs:
         base = self._active / str(tree)
         base.mkdir(0o700)
         upper = base / "u"
-        upper.mkdir(0o755)
-        if chain:
-            (base / "w").mkdir(0o700)
-            # The root of the merged tree is the upper directory, so it has to look as the root below it does.
-            _resemble(upper, self.layer(chain[0]).stat())
+        upper.mkdir()
+        if not chain:
+            upper.chmod(0o755)
+            return
+        (base / "w").mkdir(0o700)
+        # The root of the merged tree is the upper directory, so it has to look as the root below it does.
+        below = self.layer(chain[0]).stat()
+        if below.st_uid or below.st_gid:
+            os.chown(upper, below.st_uid, below.st_gid)
+        upper.chmod(stat.S_IMODE(below.st_mode))
 
     def mounts(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> list[Mount]:
         if not chain:
@@ -105,14 +110,6 @@ class Overlayfs:
             for path in above.iterdir():
                 if path.name.isdigit():
                     yield TreeId(int(path.name))
-
-
-def _resemble(directory: Path, status: os.stat_result) -> None:
-    if status.st_uid or status.st_gid:
-        os.chown(directory, status.st_uid, status.st_gid)
-    mode = stat.S_IMODE(status.st_mode)
-    if mode != 0o755:
-        directory.chmod(mode)
 
 
 def _filesystem_of(path: Path) -> str:

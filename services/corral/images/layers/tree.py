@@ -6,15 +6,15 @@ component is never followed. The tree is nobody else's while it is filled, but t
 
 import errno
 import os
-import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from corral.images.layers.errors import BadLayer
+from corral.images.layers.removal import remove_below
 from corral.kernel.paths import open_in_root
 
 _CACHED_PARENTS = 64
@@ -98,7 +98,7 @@ class Tree:
             kept = os.dup(parent)
             try:
                 self._forget_but(parent)
-                shutil.rmtree(name, dir_fd=kept)
+                remove_below(name, kept)
             finally:
                 os.close(kept)
         else:
@@ -159,9 +159,3 @@ def _not_a_directory(e: OSError, path: str) -> OSError | BadLayer:
     if e.errno == errno.ENAMETOOLONG:
         return BadLayer(f"the path {path[:60]!r}… has a part that is too long for a file system")
     return e
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a tree that nobody needs; what resists (an immutable file) is left for the next attempt."""
-    with suppress(FileNotFoundError):
-        shutil.rmtree(path, ignore_errors=True)
