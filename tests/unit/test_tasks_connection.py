@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from corral.rpc.errors import FailedPrecondition, Internal, NotFound
+from corral.rpc.errors import FailedPrecondition, Internal, InvalidArgument, NotFound
 from corral.shim.wire import Channel, Message, encode
 from corral.tasks.connection import Connection, ConnectionLostError
 
@@ -138,6 +138,18 @@ async def test_descriptors_are_passed_on_and_never_kept(pair: tuple[socket.socke
     with pytest.raises(ConnectionLostError):
         await connection.request("attach", {}, dead)
     assert open_files() == before - 1  # the connection's own socket
+
+
+async def test_a_request_that_is_too_large_fails_alone(pair: tuple[socket.socket, Peer]):
+    sock, peer = pair
+    connection = Connection(sock)
+    with pytest.raises(InvalidArgument, match="too much"):
+        await connection.request("exec", {"data": "x" * (5 << 20)}, [os.open("/dev/null", os.O_RDONLY)])
+    asked = connection.request("next", {})
+    assert peer.receive() == {"id": 2, "op": "next"}
+    peer.answer({"id": 2, "ok": {}})
+    assert await asked == {}
+    connection.close()
 
 
 async def test_a_peer_that_does_not_read_gets_everything_later(pair: tuple[socket.socket, Peer]):

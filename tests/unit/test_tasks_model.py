@@ -91,6 +91,14 @@ def test_each_move_is_journalled_once_however_often_it_is_told(db: Database):
     assert topics(db) == ["task.created", "task.started", "task.oom", "task.exited", "task.deleted"]
 
 
+def test_a_task_that_survives_running_out_of_memory_is_told_about_each_time(db: Database):
+    db.write_sync(lambda tx: store.insert_task(tx, TASK, INIT))
+    for kills in (1, 1, 3, 2):
+        db.write_sync(lambda tx, kills=kills: store.out_of_memory(tx, KEY, kills=kills, at_ns=5))
+    db.write_sync(lambda tx: store.ended(tx, INIT.ended(replace(HOW, oom=True))))
+    assert topics(db) == ["task.created", "task.oom", "task.oom", "task.exited"]
+
+
 def test_execs_go_with_their_task(db: Database):
     db.write_sync(lambda tx: store.insert_task(tx, TASK, INIT))
     exec_row = ProcessRow(task=KEY, exec_id="e")

@@ -82,19 +82,30 @@ class Connection:
         future: asyncio.Future[Message] = self._loop.create_future()
         future.add_done_callback(_retrieve)
         self._replies[self._next_id] = future
-        self.send({"id": self._next_id, "op": op, **fields}, fds)
+        try:
+            self.send({"id": self._next_id, "op": op, **fields}, fds)
+        except ProtocolError as e:
+            del self._replies[self._next_id]
+            future.set_exception(InvalidArgument(f"this is too much for one {op!r}: {e}", reason="TOO_LARGE"))
         return future
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Send a message that has no reply; if that fails the connection is lost."""
+        """Send a message that has no reply; if that fails the connection is lost.
+
+        Raises ProtocolError, with nothing sent, if the message is too large.
+        """
         self._unsent_fds += fds
         try:
             if not self.is_open:
                 raise EOFError
             self._channel.send(message, fds)
-        except (EOFError, ProtocolError) as e:
+        except EOFError as e:
             self._lose(str(e))
             return
+        except ProtocolError:
+            if not self._channel.unsent:
+                self._close_sent_fds()
+            raise
         if self._channel.unsent:
             self._loop.add_writer(self._fd, self._writable)
         else:

@@ -11,6 +11,7 @@ row without bundle      lost, with the reason
 import asyncio
 import time
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 import structlog
@@ -94,7 +95,12 @@ class Recovery:
                 task.shim = None
                 self._registry.in_background(self._recover(task, heir_s=HEIR_S))
 
-        shim.follow(exited, closed)
+        def out_of_memory(kills: int) -> None:
+            log.warning("task.oom", namespace=task.row.key.namespace, container_id=task.row.key.id, kills=kills)
+            record = partial(store.out_of_memory, key=task.row.key, kills=kills, at_ns=time.time_ns())
+            self._registry.in_background(self._database.write(record))
+
+        shim.follow(exited, closed, out_of_memory)
 
     async def _recover(self, task: Task, *, heir_s: float = 0.0) -> None:
         for process in tuple(task.processes.values()):

@@ -13,6 +13,8 @@ from corral.tasks.model import TaskKey
 
 log = structlog.get_logger()
 
+STOP_S = 10.0
+
 
 class Registry:
     """Tasks by key. A task is in it from when its row was written until its row is gone."""
@@ -73,10 +75,14 @@ class Registry:
             log.error("tasks.work_failed", exc_info=e)
 
     async def stop(self) -> None:
-        """Finish what has begun and hang up; containers go on."""
+        """Finish what has begun and hang up; containers go on.
+
+        What takes longer than STOP_S is left as a crash would leave it, for the next start.
+        """
         self.is_stopping = True
-        while self._background:
-            await asyncio.wait(self._background)
+        deadline = asyncio.get_running_loop().time() + STOP_S
+        while self._background and (left_s := deadline - asyncio.get_running_loop().time()) > 0:
+            await asyncio.wait(self._background, timeout=left_s)
         for task in self._tasks.values():
             task.close()
 

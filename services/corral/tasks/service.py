@@ -183,7 +183,7 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
                 how = await process.wait()
             finally:
                 feeding.cancel()
-                await asyncio.wait((feeding,))
+                await asyncio.gather(feeding, return_exceptions=True)
             await context.write(pb.AttachResponse(exited=translate.exit_status(how)))
 
     async def _feed(

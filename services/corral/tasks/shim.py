@@ -42,6 +42,10 @@ class StateReport:
         return self.processes.get(INIT)
 
 
+def _ignore(_kills: int) -> None:
+    """Nobody asked."""
+
+
 class Shim:
     """A connection to one shim.
 
@@ -51,21 +55,27 @@ class Shim:
     def __init__(self, sock: socket.socket, *, timeout_s: float) -> None:
         """`sock` is a connection to it; taken over."""
         self._timeout_s = timeout_s
-        self._exits: list[tuple[str, Exit]] = []
+        self._early: list[Message] = []
         self._on_exit: Callable[[str, Exit], None] | None = None
+        self._on_oom: Callable[[int], None] = _ignore
         self._on_close: Callable[[], None] | None = None
         self.closed = asyncio.Event()
         self._connection = Connection(sock, on_event=self._event, on_close=self._closed)
         self._connection.send({"v": VERSION, "client": "tasks"})
         self._connection.request("subscribe", {})
 
-    def follow(self, on_exit: Callable[[str, Exit], None], on_close: Callable[[], None]) -> None:
-        """From now on on_exit gets the exec id and the end of each process, first those that were reported already;
-        on_close is called when the shim has gone away."""
-        self._on_exit, self._on_close = on_exit, on_close
-        exits, self._exits = self._exits, []
-        for exec_id, how in exits:
-            on_exit(exec_id, how)
+    def follow(
+        self,
+        on_exit: Callable[[str, Exit], None],
+        on_close: Callable[[], None],
+        on_oom: Callable[[int], None] = _ignore,
+    ) -> None:
+        """From now on on_exit gets the exec id and the end of each process, on_oom the number of processes killed for
+        memory so far, both first what was reported already; on_close is called when the shim has gone away."""
+        self._on_exit, self._on_oom, self._on_close = on_exit, on_oom, on_close
+        early, self._early = self._early, []
+        for message in early:
+            self._event(message)
         if not self.is_open:
             on_close()
 
@@ -134,13 +144,14 @@ class Shim:
             ) from e
 
     def _event(self, message: Message) -> None:
-        if message.get("event") != "exited":
-            return
-        exec_id, how = str(message.get("exec") or INIT), Exit.from_shim(message)
         if self._on_exit is None:
-            self._exits.append((exec_id, how))
-        else:
-            self._on_exit(exec_id, how)
+            self._early.append(message)
+            return
+        match message.get("event"):
+            case "exited":
+                self._on_exit(str(message.get("exec") or INIT), Exit.from_shim(message))
+            case "oom":
+                self._on_oom(optional_int(message, "oom_kills") or 1)
 
     def _closed(self) -> None:
         self.closed.set()

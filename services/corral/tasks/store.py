@@ -18,6 +18,7 @@ MIGRATIONS = (
         created_at_ns INTEGER NOT NULL,
         shim_pid INTEGER NOT NULL,
         shim_start_time INTEGER NOT NULL,
+        ooms INTEGER NOT NULL DEFAULT 0,
         create_request TEXT NOT NULL,
         log TEXT NOT NULL,
         cgroup_paths TEXT NOT NULL,
@@ -98,9 +99,19 @@ def ended(transaction: Transaction, process: ProcessRow) -> None:
     if not _move(transaction, process):
         return
     if how.oom:
-        _journal(transaction, process.task, "task.oom", _exec_of(process), how.exited_at_ns)
+        out_of_memory(transaction, process.task, kills=1, at_ns=how.exited_at_ns)
     payload: dict[str, JSON] = {"pid": process.pid} | {name: getattr(how, name) for name in Exit.__slots__}
     _journal_process(transaction, process, "exited", payload, how.exited_at_ns)
+
+
+def out_of_memory(transaction: Transaction, key: TaskKey, *, kills: int, at_ns: int) -> None:
+    """The kernel has killed so many processes of the task for memory by now; journalled if that is news."""
+    rows = transaction.execute(
+        "UPDATE tasks SET ooms = ? WHERE namespace = ? AND id = ? AND ooms < ? RETURNING ooms",
+        (kills, key.namespace, key.id, kills),
+    )
+    if rows:
+        _journal(transaction, key, "task.oom", {"kills": kills}, at_ns)
 
 
 def delete_task(transaction: Transaction, key: TaskKey) -> None:

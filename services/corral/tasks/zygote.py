@@ -26,6 +26,7 @@ log = structlog.get_logger()
 
 SOCKET_FD = 3
 OUTPUT_MAX_BYTES = 1 << 20
+END_S = 5.0
 LIVED_LONG_S = 1.0
 RESTART_MIN_S, RESTART_MAX_S = 0.05, 5.0
 _PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from corral.shim.zygote import main; main()"
@@ -53,7 +54,10 @@ class Zygote:
         if self._connection is not None:
             self._connection.close()
         if self._supervisor is not None:
-            await self._supervisor
+            await asyncio.wait((self._supervisor,), timeout=END_S)
+            if not self._supervisor.done():
+                os.kill(self.pid, signal.SIGKILL)  # our child, which only the supervisor reaps
+                await self._supervisor
 
     async def spawn(self, bundle: Bundle, listener: socket.socket) -> Identity:
         """Fork a shim for the bundle, serving `listener`, which stays the caller's.
