@@ -1,11 +1,13 @@
 """`corral run -it` in a real terminal: tmux types, and reads the screen."""
 
+import contextlib
 import os
 import shlex
 import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from support.corrald import CORRAL, Corrald
@@ -72,6 +74,8 @@ def test_the_size_is_the_terminals_and_follows_it(box: Corrald, terminal: Termin
     time.sleep(0.5)
     terminal.type("stty size\n")
     terminal.wait_for("37 101")
+    terminal.type("exit\n")
+    terminal.wait_for("code=0")
 
 
 def test_ctrl_c_is_typed_to_the_container_not_to_corral(box: Corrald, terminal: Terminal) -> None:
@@ -82,6 +86,8 @@ def test_ctrl_c_is_typed_to_the_container_not_to_corral(box: Corrald, terminal: 
     terminal.press("C-c")
     terminal.type("echo still-$((1+1))-here\n")
     terminal.wait_for("still-2-here")
+    terminal.type("exit\n")
+    terminal.wait_for("code=0")
 
 
 def test_ctrl_p_ctrl_q_detaches_and_attach_comes_back(box: Corrald, terminal: Terminal, name: str) -> None:
@@ -124,7 +130,30 @@ def test_exec_with_a_terminal(box: Corrald, terminal: Terminal, name: str) -> No
 
 
 def test_t_without_a_terminal_is_refused_with_the_remedy(box: Corrald) -> None:
+    before = box.corral("ps", "-aq").stdout
     result = box.corral("run", "--rm", "-it", "busybox", "true")
     assert result.returncode == 125
     assert b"-t" in result.stderr
-    assert box.corral("ps", "-aq").stdout == b""
+    assert box.corral("ps", "-aq").stdout == before
+
+
+def test_a_terminal_that_goes_away_takes_the_command_along_but_not_the_container(
+    box: Corrald, terminal: Terminal, name: str
+) -> None:
+    terminal.open([str(CORRAL), "run", "--name", name, "-it", "busybox", "sh"], box.address)
+    terminal.wait_for("/ #")
+    client = int(terminal.tmux("list-panes", "-F", "#{pane_pid}"))
+    terminal.tmux("kill-server")
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{client}").exists() or name.encode() in attached_commands():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert name in box.corral("ps").stdout.decode()
+
+
+def attached_commands() -> bytes:
+    commands = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            commands.append((entry / "cmdline").read_bytes())
+    return b"\n".join(c for c in commands if b"corral\0run" in c)

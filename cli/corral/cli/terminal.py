@@ -177,8 +177,7 @@ class Session:
             self._room.acquire()
             self._queue.put(tasks_pb2.AttachRequest(stdin=passed))
         if detach:
-            assert self._answers is not None
-            self._answers.cancel()
+            self._detach()
         return not detach
 
     def _on_wake(self) -> bool:
@@ -188,10 +187,18 @@ class Session:
                 return False
             if number == signal.SIGWINCH:
                 self._send_size()
+            elif number == signal.SIGHUP and self.terminal:
+                # The terminal is gone, and with it whoever sat there; the container goes on, as after a detach.
+                self._detach()
+                return False
             else:
                 with contextlib.suppress(CorralError):  # it may just have ended
                     self.client.containers.kill(self.attachment.container, str(number))
         return True
+
+    def _detach(self) -> None:
+        if self._answers is not None:
+            self._answers.cancel()
 
     def _send_size(self) -> None:
         if size := window_size():

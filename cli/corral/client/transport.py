@@ -68,7 +68,9 @@ class Transport:
         self.channel = grpc.insecure_channel(grpc_target(address), options=_OPTIONS)
         self._metadata = ((NAMESPACE_KEY, namespace),)
 
-    def unary[Request, Answer](self, method: "grpc.UnaryUnaryMultiCallable[Request, Answer]", request: Request) -> Answer:
+    def unary[Request, Answer](
+        self, method: "grpc.UnaryUnaryMultiCallable[Request, Answer]", request: Request
+    ) -> Answer:
         """The answer. Raises a kind of CorralError."""
         try:
             return method(request, metadata=self._metadata)
