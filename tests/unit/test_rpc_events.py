@@ -67,12 +67,13 @@ async def test_a_follow_ends_when_until_has_passed(db: Database):
     assert 0.1 < time.monotonic() - started < 3
 
 
-async def test_a_gap_says_where_it_resumes(db: Database):
-    for i in range(6):
-        add(db, "t", str(i))
-    db.prune_journal(2)
-    db.write_sync(lambda tx: None)
-    gap, *rest = await ask(db, after=1, no_follow=True)
+async def test_a_gap_says_where_it_resumes(tmp_path: Path):
+    with Database(tmp_path / "y.db", [], durable=False) as db:
+        for i in range(6):
+            add(db, "t", str(i))
+        db.prune_journal(2)
+    with Database(tmp_path / "y.db", [], durable=False) as db:
+        gap, *rest = await ask(db, after=1, no_follow=True)
     assert gap.gap.resumes_at == 5
     assert [response.event.seq for response in rest] == [5, 6]
 

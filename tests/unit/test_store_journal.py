@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from corral.store import GAP_TOPIC, Database, Event
+from corral.store import GAP_TOPIC, Database, Event, Transaction
 
 
 @pytest.fixture
@@ -57,17 +57,41 @@ async def test_a_long_replay_comes_in_pages_without_loss(db: Database):
     assert [e.seq for e in await take(db, 744, after=256)] == list(range(257, 1001))
 
 
-async def test_pruned_events_are_reported_as_a_gap(db: Database):
-    for i in range(10):
-        add(db, str(i))
-    db.prune_journal(4)
-    db.write_sync(lambda tx: None)  # the pruning came before it
-    gap, *rest = await take(db, 5, after=2)
-    assert gap.topic == GAP_TOPIC
-    assert gap.is_gap
-    assert (gap.seq, gap.payload) == (6, {"after": 2, "next": 7, "last": 10})
-    assert [e.seq for e in rest] == [7, 8, 9, 10]
-    assert not (await take(db, 1, after=6))[0].is_gap
+async def test_pruned_events_are_reported_as_a_gap(tmp_path: Path):
+    with Database(tmp_path / "y.db", [], durable=False) as db:
+        for i in range(10):
+            add(db, str(i))
+        db.prune_journal(4)
+    with Database(tmp_path / "y.db", [], durable=False) as db:
+        gap, *rest = await take(db, 5, after=2)
+        assert gap.topic == GAP_TOPIC
+        assert gap.is_gap
+        assert (gap.seq, gap.payload) == (6, {"after": 2, "next": 7, "last": 10})
+        assert [e.seq for e in rest] == [7, 8, 9, 10]
+        assert not (await take(db, 1, after=6))[0].is_gap
+
+
+async def test_followers_far_behind_and_up_to_date_see_the_same(db: Database):
+    first = asyncio.ensure_future(take(db, 400))
+    for n in range(400):
+        await db.write(lambda tx, n=n: tx.journal("t", str(n), {"list": (1, 2)}, namespace="default"))
+    from_table = await take(db, 400)
+    assert await first == from_table
+    assert await take(db, 30, after=370) == from_table[370:]
+    assert from_table[0].payload == {"list": [1, 2]}
+
+
+async def test_a_transaction_that_fails_leaves_no_event_in_memory_either(db: Database):
+    add(db, "a")
+
+    def fail(tx: Transaction) -> None:
+        tx.journal("t", "never", namespace="default")
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        await db.write(fail)
+    add(db, "b")
+    assert [(e.seq, e.subject) for e in await take(db, 2)] == [(1, "a"), (2, "b")]
 
 
 async def test_the_journal_prunes_itself(tmp_path: Path):

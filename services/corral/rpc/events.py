@@ -1,17 +1,12 @@
 """The RPC `Events` that every service has: its journal on the wire."""
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING
 
-from google.protobuf.json_format import ParseDict
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from corral.api.types.v1 import types_pb2
 from corral.rpc.context import current_namespace, only_follows
 from corral.store import Event, Journal
-
-if TYPE_CHECKING:
-    from google.protobuf.struct_pb2 import Struct
 
 NS_PER_S = 1_000_000_000
 
@@ -67,8 +62,7 @@ def event_to_wire(event: Event) -> types_pb2.Event:
         topic=event.topic,
         subject=event.subject,
     )
-    payload: Struct = message.payload
-    ParseDict(dict(event.payload), payload)
+    message.payload.update(dict(event.payload))
     return message
 
 

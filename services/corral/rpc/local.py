@@ -4,7 +4,7 @@ A composer calls its leaves by address, always through a channel. Where the addr
 call goes straight to the handler that the server would run: the same messages (serialised, so that nobody shares one),
 metadata, gate, interceptor and errors, only no HTTP/2 in between. Streams take the wire, as do other processes.
 
-Measured on 2 cores: 80 us a call instead of 480; ten such calls make one container's life.
+Measured on 2 cores: 14 us a call instead of 460; ten such calls make one container's life.
 """
 
 import asyncio

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from corral.kernel.failpoint import failpoint
-from corral.store.journal import BASE_SCHEMA, JSON, Journal, append, prune
+from corral.store.journal import BASE_SCHEMA, JSON, Event, Journal, append, prune
 from corral.store.pending import Pending
 from corral.store.sql import ConstraintError, Duplicate, Referenced, Row, SqlValue, execute, opened, translated
 
@@ -62,7 +62,7 @@ class Transaction(Snapshot):
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         super().__init__(connection)
-        self.journalled = 0
+        self.events: list[Event] = []
 
     def journal(
         self,
@@ -77,8 +77,9 @@ class Transaction(Snapshot):
 
         time_ns: when it happened, if that was not just now.
         """
-        self.journalled += 1
-        return append(self._connection, namespace, topic, subject, payload or {}, time_ns or time.time_ns())
+        event = append(self._connection, namespace, topic, subject, payload or {}, time_ns or time.time_ns())
+        self.events.append(event)
+        return event.seq
 
 
 class Database:
@@ -159,12 +160,12 @@ class Database:
     def _run_group(self, group: list[Pending]) -> None:
         """One transaction for the group. A member that fails is undone alone; a failing commit fails them all."""
         started = [pending for pending in group if pending.begin()]
-        journalled = 0
+        events: list[Event] = []
         try:
             self._set_synchronous(any(self._durable if p.durable is None else p.durable for p in started))
             execute(self._writer, "BEGIN IMMEDIATE", ())
             for pending in started:
-                journalled += self._run_member(pending, alone=len(started) == 1)
+                events += self._run_member(pending, alone=len(started) == 1)
             if self._writer.in_transaction:
                 failpoint("store.before_commit")
                 execute(self._writer, "COMMIT", ())
@@ -175,11 +176,11 @@ class Database:
                     self._writer.execute("ROLLBACK")
             for pending in started:
                 pending.fail(e)
-            journalled = 0
+            events.clear()
+        if events:  # before anybody learns of the commit: who then asks the journal must find it there
+            self.journal.committed(events)
         for pending in started:
             pending.settle()
-        if journalled:
-            self.journal.written(journalled)
 
     def _set_synchronous(self, durable: bool) -> None:
         """Whether the next commit waits for the disk; SQLite takes it between transactions only."""
@@ -187,8 +188,8 @@ class Database:
             self._writer.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._synchronous = durable
 
-    def _run_member(self, pending: Pending, *, alone: bool) -> int:
-        """Run one member's function; returns how many events it journalled."""
+    def _run_member(self, pending: Pending, *, alone: bool) -> list[Event]:
+        """Run one member's function; returns the events it journalled."""
         transaction = Transaction(self._writer)
         if not alone:
             self._writer.execute("SAVEPOINT member")
@@ -202,10 +203,10 @@ class Database:
             else:
                 self._writer.execute("ROLLBACK")
             pending.fail(e)
-            transaction.journalled = 0
+            transaction.events.clear()
         if not alone:
             self._writer.execute("RELEASE member")
-        return transaction.journalled
+        return transaction.events
 
     # Reading
 

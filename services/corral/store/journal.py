@@ -36,6 +36,10 @@ CREATE TABLE IF NOT EXISTS journal (
 
 GAP_TOPIC = "journal.gap"
 PAGE = 128
+TAIL = 128
+
+# Some events, the sequence number after which to go on, and whether there may be more already.
+type Page = tuple[list[Event], int, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +67,15 @@ def append(
     subject: str,
     payload: Mapping[str, JSON],
     time_ns: int,
-) -> int:
-    """Insert one event; returns its sequence number."""
+) -> Event:
+    """Insert one event; returns it as a reader of the table would see it."""
+    text = json.dumps(payload, separators=(",", ":"))
     [row] = execute(
         connection,
         "INSERT INTO journal (time_ns, namespace, topic, subject, payload) VALUES (?, ?, ?, ?, ?) RETURNING seq",
-        (time_ns, namespace, topic, subject, json.dumps(payload, separators=(",", ":"))),
+        (time_ns, namespace, topic, subject, text),
     )
-    return int(row[0])
+    return Event(row[0], time_ns, namespace, topic, subject, json.loads(text))
 
 
 def prune(run: Callable[[str, tuple[int]], object], keep: int) -> None:
@@ -89,6 +94,8 @@ class Journal:
         self._lock = threading.Lock()
         self._followers: set[_Follower] = set()
         self._closed = False
+        # Every event from tail[0] on, so that those who keep up need not read the table. Replaced, never changed.
+        self._tail: tuple[Event, ...] = ()
 
     def last_seq(self) -> int:
         """The number of the newest event ever written; 0 if there was none."""
@@ -109,8 +116,7 @@ class Journal:
         try:
             while not self._closed:
                 follower.woken.clear()
-                read = partial(_page, after=after, namespace=namespace)
-                events, after, more = self._database.read_sync(read)
+                events, after, more = self._newest(after, namespace) or self._page(after, namespace)
                 for event in events:
                     yield event
                 if not more and (until_now or not await follower.sleep(deadline_ns)):
@@ -119,10 +125,22 @@ class Journal:
             with self._lock:
                 self._followers.discard(follower)
 
-    def written(self, count: int) -> None:
-        """Called by the writer thread after a commit that appended `count` events."""
+    def _newest(self, after: int, namespace: str | None) -> "Page | None":
+        """What follows `after`, from memory; None if that does not reach back so far."""
+        tail = self._tail
+        if not tail or not tail[0].seq - 1 <= after <= tail[-1].seq:
+            return None
+        events = [event for event in tail if event.seq > after and namespace in (None, event.namespace)]
+        return events, tail[-1].seq, False
+
+    def _page(self, after: int, namespace: str | None) -> "Page":
+        return self._database.read_sync(partial(_page, after=after, namespace=namespace))
+
+    def committed(self, events: Sequence[Event]) -> None:
+        """Called by the writer thread after a commit that appended these."""
+        self._tail = (*self._tail, *events)[-TAIL:]
         self._wake()
-        self._since_pruning += count
+        self._since_pruning += len(events)
         if self._since_pruning > max(self._keep // 10, 100):
             self._since_pruning = 0
             self._database.prune_journal(self._keep)
@@ -165,8 +183,7 @@ def _last_seq(snapshot: "Snapshot") -> int:
     return 0 if row is None else int(row[0])
 
 
-def _page(snapshot: "Snapshot", after: int, namespace: str | None) -> tuple[list[Event], int, bool]:
-    """Some events after `after`, where to go on, and whether there may be more already."""
+def _page(snapshot: "Snapshot", after: int, namespace: str | None) -> "Page":
     last = _last_seq(snapshot)
     events = []
     if (gap := _gap(snapshot, after, last)) is not None:
