@@ -150,6 +150,8 @@ class Core:
     background: Background = field(default_factory=Background)
     # Containers that are being made now: recovery must leave them alone.
     being_made: set[Key] = field(default_factory=set)
+    # Those that a restart ends: they do not remove themselves then.
+    restarting: set[Key] = field(default_factory=set)
     # Streams of output that are being passed on, by container.
     attached: dict[Key, set[asyncio.Task[Any]]] = field(default_factory=dict)
     # Called with a record after its exit was written. Set once, by whoever acts on exits.

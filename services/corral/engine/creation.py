@@ -57,12 +57,7 @@ class Creation:
                 mount.source = random_id()
         name = check_id(request.name, "container name") if request.name else ""
         record = ContainerRecord(namespace, id_, name, Status.CREATING, config, created_ns=time.time_ns())
-        key = (namespace, id_)
-        self._core.being_made.add(key)
-        try:
-            return await self._core.background.to_the_end(self._make(record))
-        finally:
-            self._core.being_made.discard(key)
+        return await self._core.background.to_the_end(self._make(record))
 
     def _with_full_ids(self, asked: ContainerConfig) -> ContainerConfig:
         """A copy in which containers to join are named by their ids. Raises NotFound, FailedPrecondition."""
@@ -82,13 +77,18 @@ class Creation:
         return f"container:{other.id}"
 
     async def _make(self, record: ContainerRecord) -> ContainerRecord:
-        record = await self._intend(record)
+        key = (record.namespace, record.id)
+        self._core.being_made.add(key)
         try:
-            failpoint("engine.create.after_intent")
-            return await self._make_all(record)
-        except BaseException:
-            await self._undo(record)
-            raise
+            record = await self._intend(record)
+            try:
+                failpoint("engine.create.after_intent")
+                return await self._make_all(record)
+            except BaseException:
+                await self._undo(record)
+                raise
+        finally:
+            self._core.being_made.discard(key)
 
     async def _intend(self, record: ContainerRecord) -> ContainerRecord:
         """Write the intent down, under a free name if none was given."""
@@ -136,10 +136,11 @@ class Creation:
             exposed = tuple((await leaves.images.Get(GetImageRequest(name=config.image))).config.exposed_ports)
         attach = requests.network(config, namespace, id_, host_hostname=self._core.host.hostname, exposed=exposed)
         snapshot = requests.snapshot(config, namespace, id_)
-        prepared, endpoint, cgroup = await _all_or_error(
+        prepared, endpoint, cgroup, _ = await _all_or_error(
             persistently(lambda: leaves.snapshots.Prepare(snapshot)),
             persistently(lambda: leaves.endpoints.Attach(attach)),
             persistently(lambda: self._tasks.make_cgroup(record)),
+            self._tasks.make_log_directory(record),
         )
         return prepared, endpoint, cgroup
 

@@ -147,7 +147,8 @@ def check_network() -> list[Check]:
 
 def _check_nftables() -> Check:
     NETLINK_NETFILTER = 12  # noqa: N806 - linux/netlink.h
-    library = next((path for root in ("/usr/lib", "/lib") for path in Path(root).glob("**/libnftables.so.1")), None)
+    places = ("/usr/lib/*", "/usr/lib64", "/usr/lib", "/lib/*", "/lib")
+    library = next((path for place in places for path in Path("/").glob(f"{place[1:]}/libnftables.so.1")), None)
     try:
         socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER).close()
     except OSError as e:

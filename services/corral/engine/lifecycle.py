@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import structlog
@@ -95,7 +96,9 @@ class Lifecycle:
             return_exceptions=True,
         )
         failpoint("engine.start.after_task")
-        if isinstance(saved, BaseException):
+        if isinstance(saved, BaseException):  # a full disk, say
+            with suppress(CorralError):  # nobody knows that it runs, so it must not
+                await self._core.leaves.tasks.Kill(tasks_pb2.KillRequest(id=record.id, signal=SIGKILL))
             raise saved
         if isinstance(started, NotFound) and started.reason not in _NOT_STARTED and not again:
             return await self._run_new_task(running)
@@ -188,8 +191,18 @@ class Lifecycle:
 
     async def restart(self, reference: str, *, signal: str, timeout_s: float | None) -> ContainerRecord:
         """Stop it if it runs, then start it."""
-        record = await self.stop(reference, signal=signal, timeout_s=timeout_s)
-        return await self._core.background.to_the_end(self._start(record))
+        record = self._core.resolve(reference)
+        return await self._core.background.to_the_end(self._restart(record, signal=signal, timeout_s=timeout_s))
+
+    async def _restart(self, record: ContainerRecord, *, signal: str, timeout_s: float | None) -> ContainerRecord:
+        key = (record.namespace, record.id)
+        self._core.restarting.add(key)
+        try:
+            if record.status in ALIVE:
+                await self._stop(record, signal=signal, timeout_s=timeout_s)
+        finally:
+            self._core.restarting.discard(key)
+        return await self._start(record)
 
     async def kill(self, reference: str, *, signal: str, everything: bool) -> None:
         """Send a signal, SIGKILL if none is named. SIGKILL also ends a paused container."""
@@ -255,6 +268,8 @@ class Lifecycle:
         record = self._core.resolve(reference)
         key = (record.namespace, record.id)
         if condition == WaitContainerRequest.CONDITION_REMOVED:
+            if record.config.auto_remove and record.status in ALIVE:
+                self._core.background.spawn_endless(self._end_early(record))
             return await self._core.watch.removal(key)
         if condition == WaitContainerRequest.CONDITION_NEXT_EXIT:
             return await self._next_exit(record)
@@ -262,8 +277,14 @@ class Lifecycle:
             return await self._exit_of(record)
         return record.exit
 
+    async def _end_early(self, record: ContainerRecord) -> None:
+        """Act on the exit of a container that removes itself before its event comes: somebody waits."""
+        await self._core.record_exit(record, await self._exit_of(record))
+
     async def _next_exit(self, record: ContainerRecord) -> ExitStatus:
         """From our own record, or, quicker while there is a task, from tasks."""
+        if record.status in ALIVE:  # an end that is not merged yet is no next one
+            record = await self._true_state(record)
         told = self._core.watch.next_exit((record.namespace, record.id))
         if record.status not in ALIVE | {Status.CREATED}:
             return await told

@@ -8,6 +8,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import structlog
@@ -19,13 +20,13 @@ from corral.api.tasks.v1 import tasks_pb2
 from corral.engine import store
 from corral.engine.core import Core, Key
 from corral.engine.leaves import persistently
-from corral.engine.records import ALIVE, ContainerRecord, Status
+from corral.engine.records import ALIVE, ContainerRecord, Status, to_ns
 from corral.engine.removal import Removal, lost_exit
 from corral.engine.requests import OWNER
 from corral.engine.volumes import sweep as sweep_volumes
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import in_namespace
-from corral.rpc.errors import CorralError, NotFound, Unavailable
+from corral.rpc.errors import CorralError, NotFound
 from corral.store import failpoint
 
 log = structlog.get_logger()
@@ -50,11 +51,11 @@ class Recovery:
         self._catch_up = catch_up
 
     async def start(self) -> None:
-        """Recover now, or, if a leaf does not answer yet, in the background as soon as all do."""
+        """Recover now, or, if a leaf does not answer yet or fails, in the background until it is done."""
         await run_blocking(sweep_volumes, self._core)
         try:
             await self.run()
-        except Unavailable as e:
+        except (CorralError, OSError) as e:
             log.warning("recovery.waits", error=str(e))
             self._core.background.spawn_endless(self._until_done())
 
@@ -65,7 +66,7 @@ class Recovery:
             delay_s = min(delay_s * 2, RETRY_MOST_S)
             try:
                 return await self.run()
-            except CorralError as e:
+            except (CorralError, OSError) as e:
                 log.info("recovery.retry", error=str(e), next_s=delay_s)
 
     async def run(self) -> None:
@@ -84,6 +85,7 @@ class Recovery:
             await self.compare_tasks()
         elif origin == "cgroups":
             await self._compare_frozen()
+        await self._finish_halves()
 
     async def _finish_halves(self) -> None:
         halves = self._records(Status.CREATING, Status.REMOVING)
@@ -92,7 +94,7 @@ class Recovery:
     async def _finish(self, record: ContainerRecord) -> None:
         key = (record.namespace, record.id)
         async with self._core.locks.of(key):
-            now = self._core.database.read_sync(lambda view: store.find(view, *key))
+            now = self._find(key)
             if now is None or key in self._core.being_made:
                 return
             volumes = self._core.database.read_sync(lambda view: store.is_removing_volumes(view, *key))
@@ -121,7 +123,9 @@ class Recovery:
     async def _settle(self, record: ContainerRecord) -> None:
         """Under the container's lock, so that no start is on its way, ask again and write down what is."""
         async with self._core.locks.of((record.namespace, record.id)):
-            now = self._core.get(record.namespace, record.id)
+            now = self._find((record.namespace, record.id))
+            if now is None:
+                return
             with in_namespace(now.namespace):
                 try:
                     task = await self._core.leaves.tasks.Get(tasks_pb2.GetTaskRequest(id=now.id))
@@ -136,6 +140,9 @@ class Recovery:
                 await self._core.record_exit(now, lost_exit("its task was lost; the exit code is not known"))
             elif task.status == tasks_pb2.STATUS_STOPPED:
                 await self._core.record_exit(now, task.exit)
+            elif now.status is Status.CREATED:  # it was started, and the disk was too full to write that down
+                running = replace(now, status=Status.RUNNING, started_ns=to_ns(task.started_at))
+                await self._core.database.write(lambda tx: store.save_started(tx, running))
             elif now.status is Status.RUNNING:  # we died between the intent to start and the start
                 log.info("recovery.not_started", container=now.id)
                 await self._core.database.write(lambda tx: store.set_status(tx, now.namespace, now.id, Status.CREATED))
@@ -160,7 +167,8 @@ class Recovery:
             if frozen.get(key, False) == (record.status is Status.PAUSED):
                 continue
             async with self._core.locks.of(key):
-                await self._settle_frozen(self._core.get(*key), frozen=frozen.get(key, False))
+                if (now := self._find(key)) is not None:
+                    await self._settle_frozen(now, frozen=frozen.get(key, False))
 
     async def _settle_frozen(self, record: ContainerRecord, *, frozen: bool) -> None:
         if record.status is Status.RUNNING and frozen:  # nobody was told that it is paused
@@ -198,13 +206,13 @@ class Recovery:
             for labels in (resource.labels for resource in resources)
             if _ours(labels)
         ]
-        return [key for key in ours if not self._has_record(key)]
+        return [key for key in ours if self._find(key) is None]
 
-    def _has_record(self, key: Key) -> bool:
-        return self._core.database.read_sync(lambda view: store.find(view, *key)) is not None
+    def _find(self, key: Key) -> ContainerRecord | None:
+        return self._core.database.read_sync(lambda view: store.find(view, *key))
 
     async def _swept(self, what: str, key: Key, call: Callable[..., Awaitable[object]], request: object) -> None:
-        if self._has_record(key):  # made since we looked
+        if self._find(key) is not None:  # made since we looked
             return
         failpoint("engine.recovery.before_sweep")
         log.warning("recovery.swept", what=what, namespace=key[0], container=key[1])

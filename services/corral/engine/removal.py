@@ -19,7 +19,7 @@ from corral.api.network.v1.network_pb2 import DetachRequest
 from corral.api.tasks.v1.tasks_pb2 import DeleteTaskRequest, KillRequest
 from corral.api.types.v1.types_pb2 import ExitStatus
 from corral.engine import store, volume_rows
-from corral.engine.core import Core
+from corral.engine.core import Core, apply_exit
 from corral.engine.leaves import persistently
 from corral.engine.records import ALIVE, ContainerRecord, Status
 from corral.rpc.blocking import run_blocking
@@ -56,11 +56,10 @@ class Removal:
                 raise FailedPrecondition(
                     f"container {record.name} is being created: wait until that has ended", reason="BAD_STATUS"
                 )
-            if record.status in ALIVE:
-                record = await self._end(record, force=force)
-            return await self._remove(record, volumes=volumes)
+            status = await self._end(record, force=force) if record.status in ALIVE else None
+            return await self._remove(record, volumes=volumes, status=status)
 
-    async def _end(self, record: ContainerRecord, *, force: bool) -> ContainerRecord:
+    async def _end(self, record: ContainerRecord, *, force: bool) -> ExitStatus:
         """Delete the task of a container that runs as far as we know. Without force it must have ended meanwhile."""
         tasks = self._core.leaves.tasks
         if force and record.status is Status.PAUSED:
@@ -74,8 +73,7 @@ class Removal:
                 metadata={"container": record.id},
             ) from e
         failpoint("engine.delete.after_task")
-        status = response.exit if response.HasField("exit") else lost_exit("its task was gone when it was removed")
-        return await self._core.record_exit(record, status)
+        return response.exit if response.HasField("exit") else lost_exit("its task was gone when it was removed")
 
     async def _kill_frozen(self, record: ContainerRecord) -> None:
         """A frozen process takes its SIGKILL when it is thawed, before it runs one more instruction."""
@@ -87,8 +85,14 @@ class Removal:
         """Remove a container whose making was begun; its lock is not needed, for nobody else can name it yet."""
         await self._remove(record, volumes=volumes)
 
-    async def _remove(self, record: ContainerRecord, *, volumes: bool) -> ContainerRecord:
-        """Give every part back, then forget it. Raises CorralError; the row then says REMOVING."""
+    async def _remove(
+        self, record: ContainerRecord, *, volumes: bool, status: ExitStatus | None = None
+    ) -> ContainerRecord:
+        """Give every part back, then forget it; returns its last record.
+
+        Raises CorralError; the row then says REMOVING.
+        `status`: its task is gone already, and how it ended is still to be written down.
+        """
         leaves, id_ = self._core.leaves, record.id
 
         async def end_task() -> None:
@@ -101,28 +105,43 @@ class Removal:
             await persistently(lambda: leaves.cgroups.Delete(DeleteCgroupRequest(id=id_)))
 
         async def remove_snapshot() -> None:
+            # That it is being removed must be on disk before that is gone which no start could make again.
+            await intent
+            failpoint("engine.delete.after_intent")
             await persistently(lambda: leaves.snapshots.Remove(RemoveSnapshotRequest(key=id_)))
 
-        # That it is being removed must be on disk before the first thing is gone that a start could not make again.
-        await _all_ended(self._intend(record, volumes=volumes), end_task())
-        failpoint("engine.delete.after_intent")
+        intent = self._core.background.spawn(self._intend(record, status, volumes=volumes))
+        if status is None:
+            await _all_ended(intent, end_task())
         logs = self._core.container_directory(record)
         await _all_ended(remove_snapshot(), detach(), delete_cgroup(), run_blocking(remove_tree, logs))
         failpoint("engine.delete.after_parts")
-        removed = await self._core.database.write(lambda tx: _forget(tx, record, volumes=volumes))
+        last = intent.result()
+        removed = await self._core.database.write(lambda tx: _forget(tx, last, volumes=volumes))
         failpoint("engine.delete.after_row")
         for name in removed:
             await run_blocking(remove_tree, self._core.volume_root(record.namespace) / name)
-        self._core.watch.tell_removal((record.namespace, record.id), record.exit)
-        return record
+        self._core.watch.tell_removal((record.namespace, record.id), last.exit)
+        return last
 
-    async def _intend(self, record: ContainerRecord, *, volumes: bool) -> None:
-        def write(tx: Transaction) -> None:
+    async def _intend(self, record: ContainerRecord, status: ExitStatus | None, *, volumes: bool) -> ContainerRecord:
+        """Write down how it ended, if that is news, and that it is being removed."""
+
+        def write(tx: Transaction) -> ContainerRecord:
+            if status is not None:
+                apply_exit(tx, record.namespace, record.id, status, pid=record.pid)
             found = store.find(tx, record.namespace, record.id)
-            if found is not None and found.status is not Status.REMOVING:
-                store.set_removing(tx, record.namespace, record.id, volumes=volumes)
+            if found is None or found.status is Status.REMOVING:
+                return found or record
+            store.set_removing(tx, record.namespace, record.id, volumes=volumes)
+            return found
 
-        await self._core.database.write(write, durable=record.status is not Status.CREATING)
+        if record.status is Status.CREATING:  # which the next start would undo as well
+            return record
+        last = await self._core.database.write(write, durable=True)
+        if status is not None:
+            self._core.watch.tell_exit((record.namespace, record.id), last.exit or status)
+        return last
 
     def postpone(self, record: ContainerRecord) -> None:
         """Try again in the background until it is removed: for what nobody else would call again."""
@@ -178,7 +197,7 @@ def remove_tree(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-async def _all_ended(*steps: Awaitable[None]) -> None:
+async def _all_ended(*steps: Awaitable[object]) -> None:
     """All steps, at once. Raises the first error after all have ended."""
     for outcome in await asyncio.gather(*steps, return_exceptions=True):
         if isinstance(outcome, BaseException):

@@ -71,7 +71,7 @@ class EngineService:
         leaves = Leaves.connect(config.addresses, self._channels)
         core = self._core = Core(config, database, leaves, host_facts())
         removal = Removal(core)
-        core.on_exit = lambda record: _act_on_exit(removal, record)
+        core.on_exit = lambda record: _act_on_exit(core, removal, record)
         task_making = TaskMaking(core)
         views = Views(core)
         self._containers.serve(
@@ -109,8 +109,8 @@ def _version() -> str:
         return "0"
 
 
-def _act_on_exit(removal: Removal, record: ContainerRecord) -> None:
-    if record.config.auto_remove:
+def _act_on_exit(core: Core, removal: Removal, record: ContainerRecord) -> None:
+    if record.config.auto_remove and (record.namespace, record.id) not in core.restarting:
         removal.remove_when_read(record)
 
 

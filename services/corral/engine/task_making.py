@@ -58,7 +58,7 @@ class TaskMaking:
     ) -> ContainerRecord:
         """Create the task; returns the record with what is known of it. Raises CorralError."""
         config = record.config
-        volume_paths = await self._ready_sources(record)
+        volume_paths = await run_blocking(self._ready_sources, record) if config.mounts else {}
         joined = await self._joined(config)
         granted = devices.every_device() if config.privileged else devices.grant(config.devices)
         assert record.endpoint is not None
@@ -118,12 +118,12 @@ class TaskMaking:
             found[kind] = f"/proc/{task.pid}/ns/{_FILES[kind]}"
         return found
 
-    async def _ready_sources(self, record: ContainerRecord) -> dict[str, str]:
-        """Make the directories of volumes, logs and, where wanted, of bind mounts; returns the volumes' paths."""
-        return await run_blocking(self._make_sources, record)
+    async def make_log_directory(self, record: ContainerRecord) -> None:
+        """Where the shim will write the log."""
+        await run_blocking(self._core.container_directory(record).mkdir, parents=True, exist_ok=True, mode=0o700)
 
-    def _make_sources(self, record: ContainerRecord) -> dict[str, str]:
-        self._core.container_directory(record).mkdir(parents=True, exist_ok=True, mode=0o700)
+    def _ready_sources(self, record: ContainerRecord) -> dict[str, str]:
+        """Make the directories of volumes and, where wanted, of bind mounts; returns the volumes' paths."""
         volume_root = self._core.volume_root(record.namespace)
         paths = {}
         for mount in record.config.mounts:
