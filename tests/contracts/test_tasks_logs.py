@@ -1,12 +1,12 @@
 """Logs over gRPC, of containers that write, rotate and end."""
 
-
 import asyncio
 import time
 from pathlib import Path
 
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
+from support.corrald import Corrald
 from support.requirements import needs
 from support.tasks import TaskClient
 
@@ -110,3 +110,18 @@ async def test_a_log_at_a_path_of_the_callers_choice(tasks: TaskClient, tmp_path
     assert lines(await tasks.logs(task_id)) == ["hello"]
     await tasks.delete(task_id)
     assert path.exists()  # the caller's file is the caller's
+
+
+async def test_followers_that_go_away_leave_no_descriptors(tasks: TaskClient, tasks_daemon: Corrald):
+    def open_files() -> int:
+        return len(list(Path(f"/proc/{tasks_daemon.processes['corrald'].pid}/fd").iterdir()))
+
+    task_id = await tasks.run("sh", "-c", "echo here; sleep 1000")
+    before = open_files()
+    for _ in range(20):
+        call = tasks.stub.Logs(pb.LogsRequest(id=task_id, follow=True))
+        assert (await call.read()).entries
+        call.cancel()
+    async with asyncio.timeout(5):
+        while open_files() > before + 1:  # inotify's own stays
+            await asyncio.sleep(0.02)
