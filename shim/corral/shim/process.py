@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Self
 
 from corral.kernel import process as kernel_process
+from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, ExecFailed
 from corral.oci.runtime import ProcessHandle
 from corral.oci.spec import Process
 from corral.shim.errors import ShimError
@@ -34,6 +35,10 @@ ALLOWED = {
     State.RUNNING: {State.STOPPED},
     State.STOPPED: set(),
 }
+
+
+_FAILURE_CODES = {EXEC_NOT_FOUND: 127, EXEC_DENIED: 126}
+_OTHER_FAILURE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,11 @@ class StartFailure:
 
     code: int
     reason: str
+
+    @classmethod
+    def of(cls, error: ExecFailed) -> Self:
+        """With the exit code that docker reports for it."""
+        return cls(_FAILURE_CODES.get(error.kind, _OTHER_FAILURE), error.message)
 
 
 @dataclass(slots=True, eq=False)
@@ -146,6 +156,16 @@ class ContainerProcess:
         if not self._reaped:
             self._reaped = True
             os.waitpid(self.pid, 0)
+
+    def describe(self) -> dict[str, object]:
+        """What the state request tells about it."""
+        return {
+            "state": self.state.value,
+            "pid": self.pid,
+            "start_time": self.start_time,
+            "exit": self.exit.to_json() if self.exit else None,
+            "client_dropped_bytes": self.io.dropped_bytes,
+        }
 
     def release(self) -> None:
         """Let go of the descriptors of a process that has ended or was never started."""

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from corral.kernel.cgroup import OomWatch
 from corral.kernel.failpoint import failpoint
 from corral.kernel.namespaces import Kind
 from corral.kernel.process import start_time
@@ -27,7 +26,8 @@ from corral.shim import records, report
 from corral.shim.errors import ShimError
 from corral.shim.leftovers import kill_leftovers
 from corral.shim.logs import Log, NoLog, open_log
-from corral.shim.loop import IN, Loop
+from corral.shim.loop import Loop
+from corral.shim.oom import OomCounter, with_ordinary_score
 from corral.shim.process import ContainerProcess, Ended, StartFailure, State
 from corral.shim.requests import Attach, Create, Exec
 from corral.shim.stdio import ProcessIO
@@ -36,8 +36,6 @@ from corral.shim.wire import Message
 DRAIN_S = 2.0
 STUCK_S = 5.0
 END_CHECK_S = 0.01
-_START_FAILURE_CODES = {"exec_not_found": 127, "exec_denied": 126}
-_OTHER_START_FAILURE = 128  # as docker reports it
 
 
 class Shim:
@@ -54,8 +52,7 @@ class Shim:
         self._processes: dict[str, ContainerProcess] = {}
         self._by_pid: dict[int, ContainerProcess] = {}
         self._cgroup_paths: tuple[Path, ...] = ()
-        self._oom: OomWatch | None = None
-        self._ooms = 0
+        self._oom: OomCounter | None = None
         self._created_at_ns = 0
         self._wait_until = 0.0
 
@@ -71,7 +68,6 @@ class Shim:
             process.io.close()
             process.release()
         if self._oom is not None:
-            self.loop.forget(self._oom.fileno())
             self._oom.close()
         os.close(self._directory)
 
@@ -84,7 +80,7 @@ class Shim:
         spec = Spec.from_json(records.read_json(self._directory, "config.json"))
         if spec.process is None:
             raise ShimError("invalid_argument", "process: config.json has none")
-        program = _with_oom_score(spec.process)
+        program = with_ordinary_score(spec.process)
         spec = replace(spec, process=program)
         wanted = request.log
         log = open_log(wanted.driver, wanted.path, max_size=wanted.max_size, max_files=wanted.max_files)
@@ -114,7 +110,7 @@ class Shim:
         init.move(State.CREATED)
         self._processes[""] = self._by_pid[init.pid] = init
         init.io.begin(container.init.console)
-        self._watch_oom()
+        self._oom = self._watch_oom()
         self._write_record(init)
         return {"pid": init.pid, "start_time": init.start_time}
 
@@ -134,7 +130,7 @@ class Shim:
             self._made().start()
         except ExecFailed as e:
             # init is dead; its exit is reported as any other, with this reason.
-            init.failure = _start_failure(e)
+            init.failure = StartFailure.of(e)
             raise
         failpoint("shim.start.after_exec")
         self._started(init, started_at_ns)
@@ -147,7 +143,7 @@ class Shim:
         self._running()
         if request.exec_id in self._processes:
             raise ShimError("already_exists", f"exec {request.exec_id!r} already exists")
-        spec = _with_oom_score(Process.from_json(request.process))
+        spec = with_ordinary_score(Process.from_json(request.process))
         (self.bundle / records.EXECS).mkdir(mode=0o700, exist_ok=True)
         io = self._io(request.exec_id, NoLog(), terminal=spec.terminal, stdin=request.stdin)
         process = ContainerProcess(request.exec_id, io, spec, request.user)
@@ -268,10 +264,10 @@ class Shim:
             "start_time": init.start_time if init else 0,
             "shim_pid": os.getpid(),
             "exit": init.exit.to_json() if init and init.exit else None,
-            "execs": {exec_id: _describe(process) for exec_id, process in self._processes.items() if exec_id},
+            "execs": {exec_id: process.describe() for exec_id, process in self._processes.items() if exec_id},
             "dropped_bytes": self._log.dropped_bytes,
             "client_dropped_bytes": init.io.dropped_bytes if init else 0,
-            "oom_kills": self._ooms,
+            "oom_kills": self._oom.kills if self._oom else 0,
         }
 
     def delete_exec(self, exec_id: str) -> Message:
@@ -297,26 +293,13 @@ class Shim:
                 process.signal(signal.SIGKILL)
         return False
 
-    def _watch_oom(self) -> None:
-        """Count OOM kills from here on; a host where they can't be watched reports none."""
-        try:
-            self._oom = OomWatch.open(self._cgroup_paths)
-        except OSError as e:
-            report.write(self._directory, f"OOM kills are not watched: {e}")
-            return
-        self.loop.watch(self._oom.fileno(), IN, lambda _events: self._count_ooms())
-
-    def _count_ooms(self) -> int:
-        """How many there were; subscribers are told of new ones."""
-        if self._oom is not None:
-            before = self._ooms
-            try:
-                self._ooms = self._oom.count()
-            except OSError as e:
-                report.write(self._directory, f"OOM kills: {e}")
-            if self._ooms > before:
-                self._publish({"event": "oom", "exec": "", "oom_kills": self._ooms})
-        return self._ooms
+    def _watch_oom(self) -> OomCounter:
+        return OomCounter(
+            self.loop,
+            self._cgroup_paths,
+            on_kill=lambda kills: self._publish({"event": "oom", "exec": "", "oom_kills": kills}),
+            report=lambda e: report.write(self._directory, f"OOM kills: {e}"),
+        )
 
     # The end.
 
@@ -368,7 +351,8 @@ class Shim:
     def _write_exit(self, process: ContainerProcess) -> records.Exit:
         is_init = not process.exec_id
         exit_record = process.exit_record(
-            oom=is_init and self._count_ooms() > 0, dropped_bytes=self._log.dropped_bytes if is_init else 0
+            oom=is_init and self._oom is not None and self._oom.count() > 0,
+            dropped_bytes=self._log.dropped_bytes if is_init else 0,
         )
         step = "shim.exit" if is_init else "shim.exec_exit"
         try:
@@ -403,28 +387,9 @@ def _not_created() -> ShimError:
     return ShimError("failed_precondition", "the container is not created")
 
 
-def _with_oom_score(process: Process) -> Process:
-    """Unless it says otherwise a process has an ordinary score, not the lowered one of its shim."""
-    return process if process.oom_score_adj is not None else replace(process, oom_score_adj=0)
-
-
-def _start_failure(error: ExecFailed) -> StartFailure:
-    return StartFailure(_START_FAILURE_CODES.get(error.kind, _OTHER_START_FAILURE), error.message)
-
-
 def _has_private_pids(spec: Spec) -> bool:
     return any(namespace.type is Kind.PID and not namespace.path for namespace in spec.linux.namespaces)
 
 
 def _exit_file(exec_id: str) -> str:
     return f"{records.EXECS}/{exec_id}.json" if exec_id else records.EXIT
-
-
-def _describe(process: ContainerProcess) -> Message:
-    return {
-        "state": process.state.value,
-        "pid": process.pid,
-        "start_time": process.start_time,
-        "exit": process.exit.to_json() if process.exit else None,
-        "client_dropped_bytes": process.io.dropped_bytes,
-    }

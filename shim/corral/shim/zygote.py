@@ -24,7 +24,7 @@ from typing import NoReturn
 
 from corral.kernel import process, signalfd
 from corral.kernel.failpoint import failpoint
-from corral.shim import orphans, preload, report, seal
+from corral.shim import oom, orphans, preload, report, seal
 from corral.shim.errors import ShimError, from_os_error
 from corral.shim.loop import IN, Loop
 from corral.shim.process import Ended
@@ -145,7 +145,7 @@ def _become_shim(listener: int, bundle: Path, namespace: str, container: str) ->
         process.close_fds((0, 1, 2, listener))
         process.set_name("corral-shim")
         process.set_child_subreaper()
-        _protect_from_oom()
+        oom.protect_this_process()
         loop = Loop()
         Server(loop, socket.socket(fileno=listener), bundle, namespace=namespace, container=container).begin()
         loop.run()
@@ -154,16 +154,6 @@ def _become_shim(listener: int, bundle: Path, namespace: str, container: str) ->
         _report(bundle, e)
     finally:
         os._exit(status)
-
-
-def _protect_from_oom() -> None:
-    """The container should be killed before its shim is; a host may not allow to ask for that."""
-    with contextlib.suppress(OSError):
-        fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(fd, b"-998")
-        finally:
-            os.close(fd)
 
 
 def _report(bundle: Path, error: BaseException) -> None:
