@@ -1,4 +1,5 @@
 """Logs over gRPC, of containers that write, rotate and end."""
+# ruff: noqa: ASYNC110 (the test waits for the kernel, and shares its loop with nobody)
 
 import asyncio
 import time
