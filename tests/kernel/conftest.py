@@ -99,9 +99,17 @@ class Lab:
 
     def run(self, *args: str, user: str | None = None, options: dict[str, object] | None = None, **changes) -> Result:
         """Create, start, and see a container to its end. changes: as for spec()."""
+        return self.run_spec(self.spec(*args, **changes), user=user, **(options or {}))
+
+    def run_process(self, *args: str, **changes: object) -> Result:
+        """run(), but a user among the changes is that of the process object."""
+        return self.run_spec(self.spec(*args, **changes))
+
+    def run_spec(self, spec: Spec, **options: object) -> Result:
+        """Create, start, and see a container to its end."""
         with pipe() as (reader, writer):
             stdio = Stdio(None, writer, writer)
-            container = self.create(self.spec(*args, **changes), stdio=stdio, user=user, **(options or {}))
+            container = self.create(spec, stdio=stdio, **options)
             container.start()
             os.close(writer)
             output = read_all(reader)

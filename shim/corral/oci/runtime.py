@@ -23,13 +23,14 @@ from corral.kernel import namespaces, process
 from corral.kernel.namespaces import Kind
 from corral.oci import plan as plans
 from corral.oci.cgroups import Membership
-from corral.oci.channel import ChildEnd, ParentEnd, make_pair
+from corral.oci.channel import ChildEnd, EndedEarly, ParentEnd, make_pair
 from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, ExecFailed
 from corral.oci.init import InitPlan, run_init
 from corral.oci.join import run_joined
 from corral.oci.program import program_of
 from corral.oci.seccomp import filter_of
 from corral.oci.spec import Mount, Process, Spec
+from corral.oci.stage import Step
 from corral.oci.stdio import Stdio
 from corral.oci.support import check_process, check_spec
 from corral.oci.sysctl import check_sysctl
@@ -175,9 +176,12 @@ def _init_plan(
     new = plans.created(spec)
     if console_size is None and (box := spec.process.console_size) is not None:
         console_size = (box.width, box.height)
+    steps: list[Step] = []
+    if Kind.MOUNT in new:
+        steps = plans.steps_of(spec, bundle=bundle, rootfs=rootfs, cgroups=cgroups, console_size=console_size)
     return InitPlan(
         bundle=bundle,
-        steps=tuple(plans.steps_of(spec, bundle=bundle, rootfs=rootfs, cgroups=cgroups, console_size=console_size)),
+        steps=tuple(steps),
         program=program_of(spec.process, user=user, seccomp=filter_of(spec.linux.seccomp)),
         terminal=spec.process.terminal,
         hostname=spec.hostname,
@@ -205,9 +209,18 @@ def _await_ready(parent: ParentEnd, child: ChildEnd, pid: int, pidfd: int) -> tu
     try:
         console = parent.receive_ready()
         return ProcessHandle(pid, pidfd, process.start_time(pid), console), parent
+    except EndedEarly as e:
+        raise ExecFailed(SETUP, _how_it_ended(_kill_and_reap(parent, pidfd))) from e
     except BaseException:
         _kill_and_reap(parent, pidfd)
         raise
+
+
+def _how_it_ended(status: int | None) -> str:
+    """A sentence about a process that ended before it could say why."""
+    if status == signal.SIGKILL:
+        return "the process was killed during its set-up: the memory limit may be too small to start in"
+    return f"the process ended during its set-up (status {status})"
 
 
 def _kill_and_reap(parent: ParentEnd, pidfd: int) -> int | None:

@@ -1,0 +1,147 @@
+"""Filters as a container feels them."""
+
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.requirements import needs
+
+from corral.oci import defaults
+from corral.oci.spec import Action, Operator, Seccomp, SeccompArg, SeccompSyscall
+
+pytestmark = needs("root", "overlayfs", "busybox")
+
+NATIVE = ("SCMP_ARCH_X86_64",) if os.uname().machine == "x86_64" else ("SCMP_ARCH_AARCH64",)
+
+
+def deny(*names: str, errno: int | None = None, args: tuple[SeccompArg, ...] = ()) -> Seccomp:
+    rule = SeccompSyscall(names, Action.ERRNO, errno, args)
+    return Seccomp(Action.ALLOW, architectures=NATIVE, syscalls=(rule,))
+
+
+def test_a_denied_call_fails_with_its_errno(lab):
+    seen = lab.run("mkdir /x", linux={"seccomp": deny("mkdir", "mkdirat", errno=28)}).output
+    assert "No space left" in seen
+
+
+def test_arguments_are_looked_at(lab):
+    """kill(2) is denied for one signal only."""
+    rule = SeccompArg(1, 12, Operator.EQ)
+    script = "sleep 60 & kill -12 $! || echo refused; kill -9 $! && echo sent"
+    assert lab.run(script, linux={"seccomp": deny("kill", args=(rule,))}).output.splitlines()[1:] == ["refused", "sent"]
+
+
+def test_a_killing_action_kills(lab):
+    rule = SeccompSyscall(("mkdir", "mkdirat"), Action.KILL_PROCESS)
+    profile = Seccomp(Action.ALLOW, architectures=NATIVE, syscalls=(rule,))
+    assert lab.run("mkdir", "/x", linux={"seccomp": profile}).code == -31
+
+
+class TestDefault:
+    @pytest.mark.parametrize(
+        "command",
+        [
+            "mount -t tmpfs none /tmp",
+            "umount /proc",
+            "unshare -m true",
+            "unshare -U true",
+            "hostname evil",
+            "chroot / true; swapoff -a; reboot -f",
+            "nsenter -t 1 -m true",
+            "dmesg",
+            "insmod /x",
+            "pivot_root /tmp /tmp",
+        ],
+    )
+    def test_refuses_what_would_reach_the_host(self, lab, command):
+        result = lab.run(f"{command}; echo code=$?")
+        assert "code=0" not in result.output
+
+    def test_lets_ordinary_work_pass(self, lab):
+        script = """
+            set -e; cd /tmp; echo 1 > a; ln -s a b; mv a c; chmod 600 c; dd if=/dev/zero of=d bs=1k count=4 2>/dev/null
+            sleep 0.01; (exit 3) || true; kill -0 $$; tar cf e.tar c d; tar xf e.tar; sync
+            find / -xdev > f; su bob -c id; timeout 1 true; mkfifo p; (echo x > p &); cat p; wait; echo fine
+        """
+        assert lab.run(script).output.splitlines()[-1] == "fine"
+
+    def test_with_every_capability_allows_to_mount(self, lab):
+        held = ("CAP_SYS_ADMIN", *defaults.CAPABILITIES)
+        spec = lab.spec("mount -t tmpfs none /tmp && echo mounted")
+        capabilities = replace(spec.process.capabilities, bounding=held, effective=held, permitted=held)
+        spec = replace(
+            spec,
+            process=replace(spec.process, capabilities=capabilities),
+            linux=replace(spec.linux, seccomp=defaults.seccomp(held)),
+        )
+        assert lab.run_spec(spec).output == "mounted\n"
+
+
+PROBE = r"""
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int main(int argc, char **argv) {
+    long result = -2;
+    if (!strcmp(argv[1], "x32")) result = syscall(0x40000000 | SYS_getpid);
+    if (!strcmp(argv[1], "int80")) __asm__ volatile("int $0x80" : "=a"(result) : "a"(20) : "memory");
+    if (!strcmp(argv[1], "alg")) result = socket(38, SOCK_SEQPACKET, 0);
+    if (!strcmp(argv[1], "vsock")) result = socket(40, SOCK_STREAM, 0);
+    if (!strcmp(argv[1], "unix")) result = socket(AF_UNIX, SOCK_STREAM, 0);
+    if (!strcmp(argv[1], "young")) result = syscall(600);
+    if (!strcmp(argv[1], "clone3")) result = syscall(435, 0, 0);
+    if (!strcmp(argv[1], "keyctl")) result = syscall(SYS_keyctl, 0, -3, 0);
+    if (!strcmp(argv[1], "io_uring")) result = syscall(425, 1, 0);
+    if (!strcmp(argv[1], "userns")) result = syscall(SYS_clone, 0x10000000 | 17, 0, 0, 0, 0);
+    printf("%d %d\n", result < 0 ? -1 : 1, result < 0 ? errno : 0);
+    return 0;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A static program that makes one odd call."""
+    if os.uname().machine != "x86_64" or shutil.which("gcc") is None:
+        pytest.skip("needs gcc on x86_64")
+    directory = tmp_path_factory.mktemp("probe")
+    (directory / "probe.c").write_text(PROBE)
+    command = ["gcc", "-static", "-O1", "-o", str(directory / "probe"), str(directory / "probe.c")]
+    subprocess.run(command, check=True, capture_output=True)
+    return directory / "probe"
+
+
+class TestOddCalls:
+    def call(self, lab, probe: Path, name: str, **linux: object):
+        shutil.copy(probe, lab.plant / "probe")
+        return lab.run("/probe", name, linux=linux or None)
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("alg", "-1 1"),  # AF_ALG
+            ("vsock", "-1 1"),
+            ("unix", "1 0"),
+            ("young", "-1 38"),  # unknown to the profile: ENOSYS, so that libc falls back
+            ("clone3", "-1 38"),
+            ("keyctl", "-1 1"),
+            ("io_uring", "-1 1"),
+            ("userns", "-1 1"),
+        ],
+    )
+    def test_get_their_errno(self, lab, probe, name, expected):
+        assert self.call(lab, probe, name).output.strip() == expected
+
+    def test_x32_kills(self, lab, probe):
+        assert self.call(lab, probe, "x32").code == -31
+
+    def test_32_bit_entry_kills_unless_listed(self, lab, probe):
+        profile = defaults.seccomp(defaults.CAPABILITIES)
+        assert self.call(lab, probe, "int80", seccomp=replace(profile, architectures=NATIVE)).code == -31
+        assert self.call(lab, probe, "int80").code == 0
