@@ -18,14 +18,13 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from pyroute2.iproute.linux import IPRoute
+
 from corral.api.network.v1 import network_pb2 as pb
 from corral.api.network.v1.network_pb2_grpc import EndpointsStub, NetworksStub
-from corral.kernel import rtnetlink
-from corral.kernel.netlink import Socket
 from corral.kernel.netns import create_pinned, in_namespace, remove_pinned
 from corral.rpc.channel import open_channel
 from support.corrald import Corrald, Place
@@ -73,14 +72,9 @@ class Lab:
 
     def _wire(self) -> None:
         def cable() -> None:
-            fd = os.open(self.host, os.O_RDONLY | os.O_CLOEXEC)
-            with Socket(rtnetlink.NETLINK_ROUTE) as netlink:
-                netlink.request(
-                    rtnetlink.new_veth(
-                        "world", master=0, mtu=1500, peer="uplink", peer_netns=fd, peer_mac="02:00:00:00:00:02"
-                    )
-                )
-            os.close(fd)
+            with IPRoute() as netlink, self.host.open() as host:
+                peer = {"ifname": "uplink", "net_ns_fd": host.fileno()}
+                netlink.link("add", ifname="world", kind="veth", peer=peer)
             configure("world", OUTSIDE)
 
         in_namespace(self.outside, cable)
@@ -173,13 +167,12 @@ def address(endpoint: pb.Endpoint, number: int = 0) -> str:
 def configure(name: str, own: str, *, gateway: str = "") -> None:
     """Give a link of the calling thread's namespace a /24 address and a default route."""
     index = socket.if_nametoindex(name)
-    with Socket(rtnetlink.NETLINK_ROUTE) as netlink:
-        netlink.request(
-            rtnetlink.new_address(index, ip_address(own), 24, what="address"),
-            rtnetlink.set_link(socket.if_nametoindex("lo"), up=True, what="lo"),
-            rtnetlink.set_link(index, up=True, what="up"),
-            *([rtnetlink.new_default_route(ip_address(gateway), index)] if gateway else []),
-        )
+    with IPRoute() as netlink:
+        netlink.addr("add", index=index, address=own, prefixlen=24)
+        netlink.link("set", index=socket.if_nametoindex("lo"), state="up")
+        netlink.link("set", index=index, state="up")
+        if gateway:
+            netlink.route("add", dst="default", gateway=gateway, oif=index)
 
 
 def command(where: str | Path, *arguments: str) -> str:

@@ -2,13 +2,17 @@
 
 import errno
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from corral.network import subnets
 from corral.network.firewall import Firewall, switch_on_forwarding
+from corral.network.links import BridgePlan, InterfacePlan
 from corral.network.model import Interface, Network
-from corral.network.netlink import BridgePlan, InterfacePlan, Netlink
 from corral.rpc.errors import FailedPrecondition
 from corral.store import failpoint
+
+if TYPE_CHECKING:
+    from corral.network.netlink import Netlink
 
 DRIVER = "bridge"
 
@@ -50,7 +54,7 @@ class BridgeDriver:
     def __init__(self, firewall: Firewall) -> None:
         self._firewall = firewall
 
-    def build(self, netlink: Netlink, network: Network, others: Sequence[Network]) -> bool:
+    def build(self, netlink: "Netlink", network: Network, others: Sequence[Network]) -> bool:
         """Make, or mend, the bridge of a network and let it through the firewall; `others` are the networks that exist.
 
         Returns whether packet forwarding had to be switched on. Raises FailedPrecondition if the bridge's name is
@@ -69,7 +73,7 @@ class BridgeDriver:
         self._firewall.add(network, others)
         return not network.internal and switch_on_forwarding(ipv6=network.ipv6)
 
-    def remove(self, netlink: Netlink, network: Network) -> None:
+    def remove(self, netlink: "Netlink", network: Network) -> None:
         """Remove the bridge and what the firewall knows of it; no error for what is gone."""
         netlink.delete_link(network.bridge)
         failpoint("network.remove.after_bridge")

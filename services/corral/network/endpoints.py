@@ -14,12 +14,14 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from corral.network import bridge, etc, planning, store, sysctls
 from corral.network.allocations import Allocations
 from corral.network.config import NetworkConfig
 from corral.network.files import FileStore
+from corral.network.links import NetlinkThread, link_exists
 from corral.network.model import (
     DEFAULT_NETWORK,
     Attachment,
@@ -30,13 +32,15 @@ from corral.network.model import (
     Network,
     Request,
 )
-from corral.network.netlink import Netlink, NetlinkThread, configure_inside, link_exists
 from corral.network.networks import Networks
 from corral.network.pool import NetnsPool, is_pinned
 from corral.network.reaper import Reaper
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from corral.store import Database, Transaction, failpoint
+
+if TYPE_CHECKING:
+    from corral.network.netlink import Netlink
 
 type Wanted = Sequence[tuple[Attachment, Network]]
 
@@ -185,27 +189,26 @@ class Endpoints:
 
     # On the netlink thread, or a blocking one where there are no interfaces
 
-    def _make(self, netlink: Netlink, endpoint: Endpoint) -> None:
+    def _make(self, netlink: "Netlink", endpoint: Endpoint) -> None:
         """Make everything that the row describes."""
         self._networks.build_missing(netlink, [interface.network for interface in endpoint.interfaces])
         path = self._pool.path(endpoint.netns)
-        for plan in bridge.interface_plans(endpoint.interfaces):
+        plans = bridge.interface_plans(endpoint.interfaces)
+        for plan in plans:
             if link_exists(plan.host_name):  # of an earlier life, in a namespace that somebody still holds
                 netlink.delete_link(plan.host_name)
             netlink.plug(plan, path)
             failpoint("network.attach.after_plug")
-        self._make_inside(endpoint)
+        self._make_inside(endpoint)  # sysctls find the interfaces there, and not yet up
+        netlink.configure_inside(path, plans)
 
     def _make_inside(self, endpoint: Endpoint) -> None:
         if endpoint.mode.has_own_namespace:
-            plans = bridge.interface_plans(endpoint.interfaces)
-            parameters = sysctls.paths(endpoint.request.sysctls)
-            if plans or parameters:
-                configure_inside(self._pool.path(endpoint.netns), plans, parameters)
+            sysctls.write(self._pool.path(endpoint.netns), endpoint.request.sysctls)
         if not endpoint.owner:
             self.files.write(endpoint.key, etc.compose(endpoint, self._host_files, self._config.fallback_dns))
 
-    def _unmake(self, netlink: Netlink, endpoint: Endpoint) -> None:
+    def _unmake(self, netlink: "Netlink", endpoint: Endpoint) -> None:
         for interface in endpoint.interfaces:
             netlink.unplug(interface.host_name)
         failpoint("network.detach.after_unplug")

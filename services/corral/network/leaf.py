@@ -12,7 +12,7 @@ from corral.network.bridge import BridgeDriver
 from corral.network.config import NetworkConfig
 from corral.network.endpoints import Endpoints
 from corral.network.firewall import Firewall
-from corral.network.netlink import NetlinkThread
+from corral.network.links import NetlinkThread
 from corral.network.networks import Networks
 from corral.network.pool import NetnsPool
 from corral.network.store import MIGRATIONS
@@ -23,6 +23,8 @@ log = structlog.get_logger()
 
 PREFIX = "crl"
 TAG_CHARS = 4
+# Opening netlink takes 0.1 s of CPU, for imports: not while the daemon starts, and before the first container wants it.
+WARM_AFTER_S = 0.2
 
 
 def host_prefix(config: NetworkConfig) -> str:
@@ -59,17 +61,21 @@ class Leaf:
         )
         self._reconciler = recovery.Reconciler(self.db, self.networks, driver, self._firewall, prefix)
         self._reconciling: asyncio.Future[None] | None = None
+        self._warming: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
         """Undo what is half done, and begin to compare rows with the kernel in the background."""
         await run_blocking(recovery.sweep, self.db, self._pool, self.endpoints.files)
         self._pool.start()
+        self._warming = asyncio.get_running_loop().call_later(WARM_AFTER_S, self._thread.warm)
         if self._reconciler.needed():
             self._reconciling = asyncio.ensure_future(self._thread.run(self._reconciler.run))
             self._reconciling.add_done_callback(_log_failure)
 
     async def close(self) -> None:
         """Finish what is under way and end threads and files. Containers keep their network."""
+        if self._warming is not None:
+            self._warming.cancel()
         await self.endpoints.close()
         if self._reconciling is not None:
             await asyncio.wait((self._reconciling,))

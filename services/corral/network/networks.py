@@ -12,16 +12,20 @@ import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from corral.network import allocations, bridge, store, subnets
 from corral.network.allocations import Allocations
 from corral.network.bridge import BridgeDriver
 from corral.network.config import NetworkConfig
 from corral.network.ipam import Subnet
+from corral.network.links import NetlinkThread, Route, link_exists
 from corral.network.model import BUILTIN_NAMESPACE, DEFAULT_NETWORK, EndpointKey, Network, NetworkState, Range
-from corral.network.netlink import Netlink, NetlinkThread, Route, link_exists
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
 from corral.store import Database, Duplicate, Snapshot, Transaction, failpoint
+
+if TYPE_CHECKING:
+    from corral.network.netlink import Netlink
 
 ID_HEX_CHARS = 64
 FORWARDING_FACT = "ip_forward_switched_on"
@@ -123,7 +127,7 @@ class Networks:
         assert found is not None
         return found
 
-    def _build_new(self, netlink: Netlink, network: Network) -> None:
+    def _build_new(self, netlink: "Netlink", network: Network) -> None:
         """Build a network that never stood; what exists under its interface's name is not ours."""
         if link_exists(network.bridge):
             raise FailedPrecondition(
@@ -135,13 +139,13 @@ class Networks:
             self._driver.remove(netlink, network)
             raise
 
-    def _build(self, netlink: Netlink, network: Network) -> None:
+    def _build(self, netlink: "Netlink", network: Network) -> None:
         others = [one for one in self._db.read_sync(store.networks) if one.state is NetworkState.READY]
         if self._driver.build(netlink, network, others):
             self._db.write_sync(lambda transaction: store.remember(transaction, FORWARDING_FACT, str(time.time_ns())))
         self._built.add(network.id)
 
-    def _mtu(self, netlink: Netlink) -> int:
+    def _mtu(self, netlink: "Netlink") -> int:
         return self._config.mtu or netlink.default_mtu()
 
     @staticmethod
@@ -231,7 +235,7 @@ class Networks:
 
     # Use and removal
 
-    def build_missing(self, netlink: Netlink, networks: Iterable[Network]) -> None:
+    def build_missing(self, netlink: "Netlink", networks: Iterable[Network]) -> None:
         """Make sure that these stand in the kernel. On the netlink thread."""
         for network in networks:
             if network.id not in self._built or not link_exists(network.bridge):

@@ -6,8 +6,12 @@ corral.network.netlink). What is still there after a while is deleted here.
 
 import asyncio
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from corral.network.netlink import Netlink, NetlinkThread, link_exists
+from corral.network.links import NetlinkThread, link_exists
+
+if TYPE_CHECKING:
+    from corral.network.netlink import Netlink
 
 GRACE_S = 0.5
 
@@ -41,7 +45,7 @@ class Reaper:
     async def _delete(self) -> None:
         names, self._dying = self._dying, []
 
-        def delete(netlink: Netlink) -> None:
+        def delete(netlink: "Netlink") -> None:
             for name in names:
                 if link_exists(name):
                     netlink.delete_link(name)

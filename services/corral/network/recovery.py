@@ -16,6 +16,7 @@ ahead of whatever RPCs ask of it.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -24,10 +25,12 @@ from corral.network.bridge import BridgeDriver
 from corral.network.files import FileStore
 from corral.network.firewall import Firewall
 from corral.network.model import Endpoint, EndpointState, Network, NetworkState
-from corral.network.netlink import Netlink
 from corral.network.networks import Networks
 from corral.network.pool import NetnsPool
 from corral.store import Database, Transaction
+
+if TYPE_CHECKING:
+    from corral.network.netlink import Netlink
 
 log = structlog.get_logger()
 
@@ -71,7 +74,7 @@ class Reconciler:
         """Whether there is anything to compare with the kernel. Without networks no link can be ours."""
         return bool(self.db.read_sync(store.networks))
 
-    def run(self, netlink: Netlink) -> None:
+    def run(self, netlink: "Netlink") -> None:
         """Make the kernel what the rows say. Failures are logged, and met again by whoever uses the network."""
         found = self.db.read_sync(store.networks)
         self.firewall.rebuild([network for network in found if network.state is NetworkState.READY])
@@ -82,7 +85,7 @@ class Reconciler:
                 log.warning("network.not_reconciled", network=network.name, error=str(e))
         self._reconcile_links(netlink, {network.bridge for network in found})
 
-    def _reconcile(self, netlink: Netlink, network: Network) -> None:
+    def _reconcile(self, netlink: "Netlink", network: Network) -> None:
         if network.state is NetworkState.READY:
             self.networks.build_missing(netlink, [network])
             return
@@ -90,7 +93,7 @@ class Reconciler:
         self.db.write_sync(lambda transaction: _finish_removal(transaction, network))
         log.info("network.undone", network=network.name, state=network.state)
 
-    def _reconcile_links(self, netlink: Netlink, bridges: set[str]) -> None:
+    def _reconcile_links(self, netlink: "Netlink", bridges: set[str]) -> None:
         links = [link for link in netlink.links("veth") if link[0].startswith(self.host_prefix)]
         # Read after the links: an Attach meanwhile has its row before its link.
         endpoints = self.db.read_sync(store.endpoints)

@@ -1,9 +1,10 @@
-"""Kernel parameters of a network namespace, `net.…`: checked here, written inside the namespace."""
+"""Kernel parameters of a network namespace, `net.…`: checked, and written inside the namespace."""
 
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from corral.kernel.netns import in_namespace
 from corral.rpc.errors import InvalidArgument
 
 _PART = re.compile(r"[a-zA-Z0-9_-][a-zA-Z0-9_.-]*")
@@ -16,6 +17,18 @@ def paths(sysctls: Iterable[tuple[str, str]]) -> list[tuple[Path, str]]:
     Raises InvalidArgument for names outside of net: those belong to other namespaces, or to the host.
     """
     return [(_path(name), value) for name, value in sysctls]
+
+
+def write(netns: Path, parameters: Iterable[tuple[str, str]]) -> None:
+    """Write them inside a namespace. Raises InvalidArgument as paths() does, and OSError."""
+    found = paths(parameters)
+
+    def work() -> None:
+        for path, value in found:
+            path.write_text(value)
+
+    if found:
+        in_namespace(netns, work)
 
 
 def _path(name: str) -> Path:
