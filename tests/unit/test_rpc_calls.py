@@ -43,6 +43,7 @@ class Echo:
         handlers = {
             "One": grpc.unary_unary_rpc_method_handler(self.one),
             "Many": grpc.unary_stream_rpc_method_handler(self.many),
+            "Fill": grpc.unary_stream_rpc_method_handler(self._fill),
             "Written": grpc.unary_stream_rpc_method_handler(self.written),
             "Sum": grpc.stream_unary_rpc_method_handler(self.sum),
             "Both": grpc.stream_stream_rpc_method_handler(self.both),
@@ -73,6 +74,10 @@ class Echo:
         finally:
             self.log.append("many ended")
 
+    async def _fill(self, request: bytes, context_: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        async for item in self.fill(request, context_):
+            yield item
+
     async def written(self, request: bytes, context_: grpc.aio.ServicerContext) -> None:
         await context_.write(request)
         await self.hook(request)
@@ -92,6 +97,7 @@ def stub(channel: grpc.aio.Channel, full_name: str = NAME) -> SimpleNamespace:
     return SimpleNamespace(
         one=channel.unary_unary(f"/{full_name}/One"),
         many=channel.unary_stream(f"/{full_name}/Many"),
+        fill=channel.unary_stream(f"/{full_name}/Fill"),
         written=channel.unary_stream(f"/{full_name}/Written"),
         sum=channel.stream_unary(f"/{full_name}/Sum"),
         both=channel.stream_stream(f"/{full_name}/Both"),
@@ -148,6 +154,72 @@ async def test_streams_can_also_be_read_and_written_message_by_message(echo: Ech
 async def test_a_call_within_the_process_takes_the_short_cut(echo: Echo, path: str):
     await echo.stub.one(b"")
     assert (echo.peer == "local") is (path == "local")
+
+
+async def test_a_slow_reader_holds_the_stream_up(echo: Echo, path: str):
+    if path == "wire":
+        return  # there the buffers of HTTP/2 and the socket decide
+    sent = []
+
+    async def fill(request: bytes, context_: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        for n in range(100):
+            sent.append(n)
+            yield b"x" * 100_000
+
+    echo.fill = fill
+    call = echo.stub.fill(b"")
+    await call.read()
+    await asyncio.sleep(0.2)
+    assert len(sent) < 100
+    assert len(await collect(call)) == 99
+
+
+async def test_a_stream_that_nobody_reads_any_more_ends(echo: Echo, path: str):
+    if path == "wire":
+        return  # gRPC's channel keeps the call
+
+    async def sleep(request: bytes) -> None:
+        await asyncio.sleep(SLOW_S)
+
+    echo.hook = sleep
+    call = echo.stub.many(b"x")
+    assert await call.read() == b"x"
+    del call
+    gc.collect()
+    async with asyncio.timeout(5):
+        while "many ended" not in echo.log:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_a_cancelled_read_cancels_the_stream(echo: Echo):
+    async def sleep(request: bytes) -> None:
+        await asyncio.sleep(SLOW_S)
+
+    echo.hook = sleep
+    call = echo.stub.many(b"x")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(collect(call), 0.1)
+    async with asyncio.timeout(5):
+        while "many ended" not in echo.log:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_closing_the_channel_cancels_its_calls(echo: Echo):
+    async def sleep(request: bytes) -> None:
+        await asyncio.sleep(SLOW_S)
+
+    echo.hook = sleep
+    channel = open_channel(echo.address)
+    calls = [asyncio.ensure_future(collect(stub(channel).many(b"x"))), asyncio.ensure_future(one(channel))]
+    await asyncio.sleep(0.1)
+    await channel.close()
+    done, pending = await asyncio.wait(calls, timeout=5)
+    assert not pending
+    assert all(call.cancelled() or call.exception() for call in done)
+
+
+async def one(channel: grpc.aio.Channel) -> bytes:
+    return await stub(channel).one(b"")
 
 
 async def test_what_the_caller_has_bound_does_not_travel(echo: Echo):

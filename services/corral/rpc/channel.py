@@ -6,6 +6,7 @@ A thin wrapper around the multi-callables instead of grpc.aio interceptors: thos
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, cast
+from weakref import WeakSet
 
 import grpc
 import grpc.aio
@@ -14,6 +15,7 @@ from corral.rpc import local
 from corral.rpc.address import Target, Tls, parse_address
 from corral.rpc.context import NAMESPACE_KEY, REQUEST_ID_KEY, current_call
 from corral.rpc.errors import from_rpc_error
+from corral.rpc.local_call import LocalStreamCall, LocalUnaryCall
 
 MAX_MESSAGE_BYTES = 16 << 20
 
@@ -30,13 +32,15 @@ OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.min_reconnect_backoff_ms", 5000),
 )
 
+type _Serializer = Callable[[Any], bytes]
+type _Deserializer = Callable[[bytes], Any]
 type _Metadata = Iterable[tuple[str, str | bytes]]
 
 
 def open_channel(address: str, *, tls: Tls | None = None) -> grpc.aio.Channel:
     """A channel to `unix:///PATH` or `tcp://HOST:PORT`; connects when first used. Use within one event loop.
 
-    Unary calls to an address that this process itself serves take a short cut, see corral.rpc.local.
+    Calls with one request to an address that this process itself serves take a short cut, see corral.rpc.local.
 
     Calls raise subclasses of CorralError instead of AioRpcError, and carry the current namespace and request id
     unless the caller passes metadata with those keys. Raises InvalidArgument for a malformed address.
@@ -79,16 +83,38 @@ class CorralChannel(grpc.aio.Channel):
         self._inner = inner
         self._target = target
         self._address = address
+        self._here: WeakSet[LocalUnaryCall | LocalStreamCall] = WeakSet()
 
     def unary_unary(
         self,
         method: str,
-        request_serializer: Callable[[Any], bytes] | None = None,
-        response_deserializer: Callable[[bytes], Any] | None = None,
+        request_serializer: _Serializer | None = None,
+        response_deserializer: _Deserializer | None = None,
         **options: Any,
     ) -> Any:
         inner = self._inner.unary_unary(method, request_serializer, response_deserializer, **options)
-        over_the_wire, address = self._wrapped(inner), self._address
+        return self._short_cut(inner, LocalUnaryCall, method, request_serializer, response_deserializer)
+
+    def unary_stream(
+        self,
+        method: str,
+        request_serializer: _Serializer | None = None,
+        response_deserializer: _Deserializer | None = None,
+        **options: Any,
+    ) -> Any:
+        inner = self._inner.unary_stream(method, request_serializer, response_deserializer, **options)
+        return self._short_cut(inner, LocalStreamCall, method, request_serializer, response_deserializer)
+
+    def _short_cut(
+        self,
+        inner: Callable[..., Any],
+        kind: type[LocalUnaryCall | LocalStreamCall],
+        method: str,
+        serialize: _Serializer | None,
+        deserialize: _Deserializer | None,
+    ) -> Callable[..., "_Call"]:
+        """A call that takes the wire only where it must."""
+        over_the_wire, address, here = self._wrapped(inner), self._address, self._here
 
         def call(
             request: Any, *, timeout: float | None = None, metadata: _Metadata | None = None, **options: Any
@@ -96,14 +122,12 @@ class CorralChannel(grpc.aio.Channel):
             handler = local.find(address, method)
             if handler is None:
                 return over_the_wire(request, timeout=timeout, metadata=metadata, **options)
-            data = request_serializer(request) if request_serializer else request
-            here = local.LocalCall(handler, data, response_deserializer, _with_context(metadata), timeout)
-            return _Call(here, address)
+            data = serialize(request) if serialize else request
+            made = kind(handler, data, deserialize, _with_context(metadata), timeout)
+            here.add(made)
+            return _Call(made, address)
 
         return call
-
-    def unary_stream(self, *args: Any, **kwargs: Any) -> Any:
-        return self._wrapped(self._inner.unary_stream(*args, **kwargs))
 
     def stream_unary(self, *args: Any, **kwargs: Any) -> Any:
         return self._wrapped(self._inner.stream_unary(*args, **kwargs))
@@ -120,6 +144,8 @@ class CorralChannel(grpc.aio.Channel):
         return call
 
     async def close(self, grace: float | None = None) -> None:
+        for call in tuple(self._here):
+            call.cancel()
         await self._inner.close(grace)
         self._target.close()
 

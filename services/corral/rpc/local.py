@@ -1,17 +1,17 @@
 """Calls to a service that this very process hosts, without the wire.
 
-A composer calls its leaves by address, always through a channel. Where the address is one of our own process, a unary
-call goes straight to the handler that the server would run: the same messages (serialised, so that nobody shares one),
-metadata, gate, interceptor and errors, only no HTTP/2 in between. Streams take the wire, as do other processes.
+A composer calls its leaves by address, always through a channel. Where the address is one of our own process, a call
+with one request goes straight to the handler that the server would run: the same messages (serialised, so that nobody
+shares one), metadata, gate, interceptor and errors, only no HTTP/2 in between (see local_call). Streams of requests
+take the wire, as do all calls to other processes.
 
 Measured on 2 cores: 14 us a call instead of 460; ten such calls make one container's life.
 """
 
 import asyncio
-import contextvars
-from collections.abc import Awaitable, Callable, Generator, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
@@ -94,113 +94,3 @@ class Recorder(grpc.aio.Server):
         details = CallDetails(method)
         handlers = (handler.service(details) for handler in self._generic)
         return next((handler for handler in handlers if handler is not None), None)
-
-
-class LocalContext:
-    """The part of grpc.aio.ServicerContext that unary methods use."""
-
-    def __init__(self, metadata: Metadata, deadline: float | None) -> None:
-        self._metadata = metadata
-        self._deadline = deadline
-        self.gone = False
-
-    def invocation_metadata(self) -> Metadata:
-        return self._metadata
-
-    def peer(self) -> str:
-        return "local"
-
-    def cancelled(self) -> bool:
-        return self.gone
-
-    def time_remaining(self) -> float | None:
-        return None if self._deadline is None else max(0.0, self._deadline - asyncio.get_running_loop().time())
-
-    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
-        raise Aborted(code, details, trailing_metadata)
-
-
-class Aborted(grpc.aio.AbortError):
-    """How a handler ends its call with a status."""
-
-    def __init__(self, code: grpc.StatusCode, details: str, trailers: Metadata) -> None:
-        super().__init__(details)
-        self.code = code
-        self.details = details
-        self.trailers = trailers
-
-
-class LocalCall:
-    """A unary call in flight; behaves as grpc.aio.UnaryUnaryCall where that is used."""
-
-    def __init__(
-        self,
-        handler: Handler,
-        request: bytes,
-        deserialize: Callable[[bytes], Any] | None,
-        metadata: Metadata,
-        timeout_s: float | None,
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        deadline = None if timeout_s is None else loop.time() + timeout_s
-        self._context = LocalContext(metadata, deadline)
-        # An empty context: what the caller bound to its own does not travel over the wire either.
-        run = self._run(handler, request, deserialize, timeout_s)
-        self._task = loop.create_task(run, context=contextvars.Context())
-        self._task.add_done_callback(_looked_at)
-
-    async def _run(
-        self, handler: Handler, request: bytes, deserialize: Callable[[bytes], Any] | None, timeout_s: float | None
-    ) -> Any:
-        parse, behaviour = handler.request_deserializer, handler.unary_unary
-        assert behaviour is not None
-        try:
-            async with asyncio.timeout(timeout_s):
-                message = parse(request) if parse else request
-                reply: Any = await _as_awaitable(behaviour(message, self._context))  # type: ignore[arg-type]
-        except TimeoutError as e:
-            raise _status(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from e
-        except Aborted as e:
-            raise _status(e.code, e.details, e.trailers) from None
-        data: bytes = handler.response_serializer(reply) if handler.response_serializer else reply
-        return deserialize(data) if deserialize else data
-
-    def __await__(self) -> Generator[Any, None, Any]:
-        return self._wait().__await__()
-
-    async def _wait(self) -> Any:
-        try:
-            # Not awaited directly: a caller that is cancelled leaves at once, whatever the handler still has to undo.
-            await asyncio.wait((self._task,))
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
-        return self._task.result()
-
-    def cancel(self) -> bool:
-        self._context.gone = True
-        return self._task.cancel()
-
-    def cancelled(self) -> bool:
-        return self._task.cancelled()
-
-    def done(self) -> bool:
-        return self._task.done()
-
-    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
-        self._task.add_done_callback(lambda _: callback(self))
-
-
-def _as_awaitable(value: object) -> Awaitable[object]:
-    assert isinstance(value, Awaitable)
-    return value
-
-
-def _looked_at(task: asyncio.Task[Any]) -> None:
-    """A failed call that nobody awaits is nobody's problem, as it is over the wire."""
-    if not task.cancelled():
-        task.exception()
-
-
-def _status(code: grpc.StatusCode, details: str, trailers: Metadata = ()) -> grpc.aio.AioRpcError:
-    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailers), details)

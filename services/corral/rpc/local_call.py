@@ -1,0 +1,234 @@
+"""Calls without the wire, see corral.rpc.local: what the handler and what the caller get instead of gRPC's objects."""
+
+import asyncio
+import contextvars
+import inspect
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+
+from corral.rpc.local import Handler, Metadata
+
+# Responses a handler may be ahead of its caller.
+AHEAD = 16
+
+
+class LocalContext:
+    """The part of grpc.aio.ServicerContext that methods with one request use."""
+
+    def __init__(self, metadata: Metadata, timeout_s: float | None) -> None:
+        self._metadata = metadata
+        self._deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        self.gone = False
+
+    def invocation_metadata(self) -> Metadata:
+        return self._metadata
+
+    def peer(self) -> str:
+        return "local"
+
+    def cancelled(self) -> bool:
+        return self.gone
+
+    def time_remaining(self) -> float | None:
+        return None if self._deadline is None else max(0.0, self._deadline - asyncio.get_running_loop().time())
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
+        raise Aborted(code, details, trailing_metadata)
+
+
+class Aborted(grpc.aio.AbortError):
+    """How a handler ends its call with a status."""
+
+    def __init__(self, code: grpc.StatusCode, details: str, trailers: Metadata) -> None:
+        super().__init__(details)
+        self.code = code
+        self.details = details
+        self.trailers = trailers
+
+
+async def _within[T](timeout_s: float | None, work: Coroutine[Any, Any, T]) -> T:
+    """Run the handler; its end becomes the AioRpcError that the wire would bring."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await work
+    except TimeoutError as e:
+        raise _status(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from e
+    except Aborted as e:
+        raise _status(e.code, e.details, e.trailers) from None
+
+
+def _status(code: grpc.StatusCode, details: str, trailers: Metadata = ()) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailers), details)
+
+
+def _begun[T](work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    # An empty context: what the caller bound to its own does not travel over the wire either.
+    task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+    task.add_done_callback(_looked_at)
+    return task
+
+
+def _looked_at(task: asyncio.Task[Any]) -> None:
+    """A failed call that nobody awaits is nobody's problem, as it is over the wire."""
+    if not task.cancelled():
+        task.exception()
+
+
+class _InFlight:
+    """What both kinds of call share."""
+
+    def __init__(self, context: LocalContext, task: asyncio.Task[Any]) -> None:
+        self._context = context
+        self._task = task
+
+    def cancel(self) -> bool:
+        self._context.gone = True
+        return self._task.cancel()
+
+    def cancelled(self) -> bool:
+        return self._task.cancelled()
+
+    def done(self) -> bool:
+        return self._task.done()
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        self._task.add_done_callback(lambda _: callback(self))
+
+
+class LocalUnaryCall(_InFlight):
+    """A call for one response; behaves as grpc.aio.UnaryUnaryCall where that is used."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        request: bytes,
+        deserialize: Callable[[bytes], Any] | None,
+        metadata: Metadata,
+        timeout_s: float | None,
+    ) -> None:
+        self._deserialize = deserialize
+        context = LocalContext(metadata, timeout_s)
+        super().__init__(context, _begun(_within(timeout_s, _respond(handler, request, context))))
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Any:
+        try:
+            # Not awaited directly: a caller that is cancelled leaves at once, whatever the handler still has to undo.
+            await asyncio.wait((self._task,))
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        data = self._task.result()
+        return self._deserialize(data) if self._deserialize else data
+
+
+async def _respond(handler: Handler, request: bytes, context: LocalContext) -> bytes:
+    behaviour: Any = handler.unary_unary
+    reply = await behaviour(_parsed(handler, request), context)
+    return _serialised(handler, reply)
+
+
+def _parsed(handler: Handler, request: bytes) -> Any:
+    return handler.request_deserializer(request) if handler.request_deserializer else request
+
+
+def _serialised(handler: Handler, reply: Any) -> bytes:
+    data: bytes = handler.response_serializer(reply) if handler.response_serializer else reply
+    return data
+
+
+class Responses:
+    """Responses on their way from a handler to its caller. The handler waits when it is too far ahead."""
+
+    def __init__(self) -> None:
+        self._items: deque[bytes] = deque()
+        self._ended = False
+        self._news = asyncio.Event()
+        self._room = asyncio.Event()
+
+    async def put(self, item: bytes) -> None:
+        while len(self._items) >= AHEAD:
+            self._room.clear()
+            await self._room.wait()
+        self._items.append(item)
+        self._news.set()
+
+    def end(self) -> None:
+        self._ended = True
+        self._news.set()
+
+    async def get(self) -> bytes | None:
+        """The next one, or None at the end."""
+        while not self._items:
+            if self._ended:
+                return None
+            self._news.clear()
+            await self._news.wait()
+        self._room.set()
+        return self._items.popleft()
+
+
+class StreamContext(LocalContext):
+    """For handlers that write their responses instead of yielding them."""
+
+    def __init__(self, metadata: Metadata, timeout_s: float | None, handler: Handler, responses: Responses) -> None:
+        super().__init__(metadata, timeout_s)
+        self._handler = handler
+        self._responses = responses
+
+    async def write(self, message: Any) -> None:
+        await self._responses.put(_serialised(self._handler, message))
+
+
+class LocalStreamCall(_InFlight):
+    """A call for a stream of responses; behaves as grpc.aio.UnaryStreamCall where that is used."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        request: bytes,
+        deserialize: Callable[[bytes], Any] | None,
+        metadata: Metadata,
+        timeout_s: float | None,
+    ) -> None:
+        self._deserialize = deserialize
+        self._responses = responses = Responses()
+        context = StreamContext(metadata, timeout_s, handler, responses)
+        # The task knows the responses but not this object, which is dropped by a caller that lost interest.
+        super().__init__(context, _begun(_within(timeout_s, _stream(handler, request, context, responses))))
+        self._task.add_done_callback(lambda _: responses.end())
+
+    def __del__(self) -> None:
+        if not self._task.done() and not self._task.get_loop().is_closed():
+            self._task.cancel()
+
+    async def read(self) -> Any:
+        try:
+            data = await self._responses.get()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        if data is not None:
+            return self._deserialize(data) if self._deserialize else data
+        self._task.result()  # raises the status, if it is not OK
+        return grpc.aio.EOF
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        while (message := await self.read()) is not grpc.aio.EOF:
+            yield message
+
+
+async def _stream(handler: Handler, request: bytes, context: StreamContext, responses: Responses) -> None:
+    behaviour: Any = handler.unary_stream
+    result = behaviour(_parsed(handler, request), context)
+    if inspect.isasyncgen(result):
+        async for reply in result:
+            await responses.put(_serialised(handler, reply))
+    else:
+        await result
