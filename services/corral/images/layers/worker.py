@@ -8,8 +8,8 @@
 
 Why a process: zlib, sha256 and file writes release the GIL, but a layer of small files is Python code all the way.
 Measured with 20,000 files on a busy 2-core machine: in a thread of the daemon 13 s, with the event loop held up for
-14 ms (p99) and 79 ms (worst); in a process 5 s, 4 ms and 8 ms, no more than an idle loop has there. Taking in an archive
-is large reads, hashes and writes, and stays in a thread.
+14 ms (p99) and 79 ms (worst); in a process 5 s, 4 ms and 8 ms, no more than an idle loop has there. Taking an archive
+in is large reads, hashes and writes, and stays in a thread.
 """
 
 import hashlib
