@@ -197,8 +197,9 @@ class Session:
         return True
 
     def _detach(self) -> None:
-        if self._answers is not None:
-            self._answers.cancel()
+        """What was typed before still arrives; then the call ends without an exit status."""
+        self._queue.put(tasks_pb2.AttachRequest(detach=tasks_pb2.Detach()))
+        self._queue.put(None)
 
     def _send_size(self) -> None:
         if size := window_size():

@@ -9,7 +9,7 @@ Each step waits for the next one, so it is the process that waits for a lossless
 import asyncio
 import fcntl
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -49,6 +49,8 @@ class Attachment:
         self._loop = asyncio.get_running_loop()
         self._outputs: dict[Stream, int] = {}
         self._stdin = -1
+        self._wake: Callable[[], None] = _nobody
+        self.detached = False
 
     @classmethod
     async def open(cls, task: Task, process: Process, wanted: Wanted) -> Self:
@@ -102,7 +104,7 @@ class Attachment:
 
     async def output(self) -> AsyncGenerator[tuple[Stream, bytes]]:
         """Chunks as they come, up to 256 KiB each, until the shim has closed every stream."""
-        while self._outputs:
+        while self._outputs and not self.detached:
             idle = True
             for stream, fd in tuple(self._outputs.items()):
                 try:
@@ -128,9 +130,11 @@ class Attachment:
         fds = tuple(self._outputs.values())
         for fd in fds:
             self._loop.add_reader(fd, wake)
+        self._wake = wake
         try:
             await ready
         finally:
+            self._wake = _nobody
             for fd in fds:
                 self._loop.remove_reader(fd)
 
@@ -160,8 +164,14 @@ class Attachment:
         if fd >= 0:
             os.close(fd)
 
+    def detach(self) -> None:
+        """What was written to stdin still arrives; output() ends."""
+        self.detached = True
+        self.close_stdin()
+        self._wake()
+
     def close(self) -> None:
-        """Detach; harmless when repeated."""
+        """Close our ends; harmless when repeated."""
         self.close_stdin()
         while self._outputs:
             os.close(self._outputs.popitem()[1])
@@ -171,6 +181,10 @@ class Attachment:
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _nobody() -> None:
+    """Nobody waits for output."""
 
 
 def _pipe() -> tuple[int, int]:

@@ -180,6 +180,8 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
                 async with aclosing(attachment.output()) as output:
                     async for stream, data in output:
                         await context.write(_OUTPUT[stream](data))
+                if attachment.detached:
+                    return
                 how = await process.wait()
             finally:
                 feeding.cancel()
@@ -198,6 +200,9 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
                     with suppress(CorralError):  # it may have no terminal, or not any more
                         size = request.resize
                         await self._tasks.resize(_key(header.id), header.exec_id, size.width, size.height)
+                case "detach":
+                    attachment.detach()
+                    return
         attachment.close_stdin()
 
     async def Logs(

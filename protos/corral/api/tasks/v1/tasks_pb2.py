@@ -26,7 +26,7 @@ from corral.api.types.v1 import types_pb2 as corral_dot_api_dot_types_dot_v1_dot
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63orral/api/tasks/v1/tasks.proto\x12\x0f\x63orral.tasks.v1\x1a\x1f\x63orral/api/types/v1/types.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xce\x03\n\x04Task\x12\n\n\x02id\x18\x01 \x01(\t\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.corral.tasks.v1.Status\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x10\n\x08shim_pid\x18\x04 \x01(\r\x12.\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstarted_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x04\x65xit\x18\x07 \x01(\x0b\x32\x1b.corral.types.v1.ExitStatus\x12\x0e\n\x06\x62undle\x18\x08 \x01(\t\x12\x10\n\x08log_path\x18\t \x01(\t\x12\x10\n\x08terminal\x18\n \x01(\x08\x12\r\n\x05stdin\x18\x0b \x01(\x08\x12+\n\x05\x65xecs\x18\x0c \x03(\x0b\x32\x1c.corral.tasks.v1.ExecProcess\x12\x31\n\x06labels\x18\r \x03(\x0b\x32!.corral.tasks.v1.Task.LabelsEntry\x12\x15\n\rdropped_bytes\x18\x0e \x01(\x04\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9a\x01\n\x0b\x45xecProcess\x12\n\n\x02id\x18\x01 \x01(\t\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.corral.tasks.v1.Status\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12)\n\x04\x65xit\x18\x04 \x01(\x0b\x32\x1b.corral.types.v1.ExitStatus\x12\x0c\n\x04\x61rgs\x18\x05 \x03(\t\x12\x10\n\x08terminal\x18\x06 \x01(\x08\"\xe8\x02\n\x11\x43reateTaskRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04spec\x18\x02 \x01(\x0c\x12&\n\x06rootfs\x18\x03 \x03(\x0b\x32\x16.corral.types.v1.Mount\x12\x0c\n\x04user\x18\x04 \x01(\t\x12\r\n\x05stdin\x18\x05 \x01(\x08\x12\x14\n\x0c\x63group_paths\x18\x06 \x03(\t\x12(\n\x03log\x18\x07 \x01(\x0b\x32\x1b.corral.tasks.v1.LogOptions\x12\x31\n\x0c\x63onsole_size\x18\x08 \x01(\x0b\x32\x1b.corral.types.v1.WindowSize\x12>\n\x06labels\x18\t \x03(\x0b\x32..corral.tasks.v1.CreateTaskRequest.LabelsEntry\x12\x12\n\nstdin_once\x18\n \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd2\x01\n\nLogOptions\x12\x32\n\x06\x64river\x18\x01 \x01(\x0e\x32\".corral.tasks.v1.LogOptions.Driver\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x16\n\x0emax_size_bytes\x18\x03 \x01(\x03\x12\x11\n\tmax_files\x18\x04 \x01(\r\"W\n\x06\x44river\x12\x16\n\x12\x44RIVER_UNSPECIFIED\x10\x00\x12\x14\n\x10\x44RIVER_JSON_FILE\x10\x01\x12\x0e\n\nDRIVER_CRI\x10\x02\x12\x0f\n\x0b\x44RIVER_NONE\x10\x03\"+\n\x0cStartRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\"\x1c\n\rStartResponse\x12\x0b\n\x03pid\x18\x01 \x01(\r\"\x8b\x01\n\x0b\x45xecRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\x12\x0f\n\x07process\x18\x03 \x01(\x0c\x12\x0c\n\x04user\x18\x04 \x01(\t\x12\r\n\x05stdin\x18\x05 \x01(\x08\x12\x31\n\x0c\x63onsole_size\x18\x06 \x01(\x0b\x32\x1b.corral.types.v1.WindowSize\"\x0e\n\x0c\x45xecResponse\"G\n\x0bKillRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\x12\x0e\n\x06signal\x18\x03 \x01(\r\x12\x0b\n\x03\x61ll\x18\x04 \x01(\x08\"\x0e\n\x0cKillResponse\"W\n\rResizeRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\x12)\n\x04size\x18\x03 \x01(\x0b\x32\x1b.corral.types.v1.WindowSize\"\x10\n\x0eResizeResponse\"0\n\x11\x43loseStdinRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\"\x14\n\x12\x43loseStdinResponse\"\x88\x01\n\rAttachRequest\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1d.corral.tasks.v1.AttachHeaderH\x00\x12\x0f\n\x05stdin\x18\x02 \x01(\x0cH\x00\x12-\n\x06resize\x18\x03 \x01(\x0b\x32\x1b.corral.types.v1.WindowSizeH\x00\x42\x06\n\x04part\"|\n\x0c\x41ttachHeader\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\x12\r\n\x05stdin\x18\x03 \x01(\x08\x12\x0e\n\x06stdout\x18\x04 \x01(\x08\x12\x0e\n\x06stderr\x18\x05 \x01(\x08\x12\x10\n\x08lossless\x18\x06 \x01(\x08\x12\x0e\n\x06replay\x18\x07 \x01(\x08\"\x9a\x01\n\x0e\x41ttachResponse\x12-\n\x08\x61ttached\x18\x01 \x01(\x0b\x32\x19.corral.tasks.v1.AttachedH\x00\x12\x10\n\x06stdout\x18\x02 \x01(\x0cH\x00\x12\x10\n\x06stderr\x18\x03 \x01(\x0cH\x00\x12-\n\x06\x65xited\x18\x04 \x01(\x0b\x32\x1b.corral.types.v1.ExitStatusH\x00\x42\x06\n\x04part\"\x1c\n\x08\x41ttached\x12\x10\n\x08terminal\x18\x01 \x01(\x08\"*\n\x0bWaitRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\"9\n\x0cWaitResponse\x12)\n\x04\x65xit\x18\x01 \x01(\x0b\x32\x1b.corral.types.v1.ExitStatus\"\x1c\n\x0eGetTaskRequest\x12\n\n\x02id\x18\x01 \x01(\t\"*\n\x10ListTasksRequest\x12\x16\n\x0e\x61ll_namespaces\x18\x01 \x01(\x08\"9\n\x11ListTasksResponse\x12$\n\x05tasks\x18\x01 \x03(\x0b\x32\x15.corral.tasks.v1.Task\"B\n\x11\x44\x65leteTaskRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x12\n\nmust_exist\x18\x03 \x01(\x08\"?\n\x12\x44\x65leteTaskResponse\x12)\n\x04\x65xit\x18\x01 \x01(\x0b\x32\x1b.corral.types.v1.ExitStatus\"?\n\x11\x44\x65leteExecRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"\x14\n\x12\x44\x65leteExecResponse\"\xbb\x01\n\x0bLogsRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\x12)\n\x05since\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\x04tail\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06stdout\x18\x06 \x01(\x08\x12\x0e\n\x06stderr\x18\x07 \x01(\x08\x42\x07\n\x05_tail\":\n\x0cLogsResponse\x12*\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x19.corral.tasks.v1.LogEntry\"\xcd\x01\n\x08LogEntry\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x06stream\x18\x02 \x01(\x0e\x32 .corral.tasks.v1.LogEntry.Stream\x12\x0c\n\x04line\x18\x03 \x01(\x0c\x12\x0f\n\x07partial\x18\x04 \x01(\x08\"F\n\x06Stream\x12\x16\n\x12STREAM_UNSPECIFIED\x10\x00\x12\x11\n\rSTREAM_STDOUT\x10\x01\x12\x11\n\rSTREAM_STDERR\x10\x02\"\x19\n\x0bPidsRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x1c\n\x0cPidsResponse\x12\x0c\n\x04pids\x18\x01 \x03(\r*\\\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATUS_CREATED\x10\x01\x12\x12\n\x0eSTATUS_RUNNING\x10\x02\x12\x12\n\x0eSTATUS_STOPPED\x10\x03\x32\xe5\x08\n\x05Tasks\x12\x43\n\x06\x43reate\x12\".corral.tasks.v1.CreateTaskRequest\x1a\x15.corral.tasks.v1.Task\x12\x46\n\x05Start\x12\x1d.corral.tasks.v1.StartRequest\x1a\x1e.corral.tasks.v1.StartResponse\x12\x43\n\x04\x45xec\x12\x1c.corral.tasks.v1.ExecRequest\x1a\x1d.corral.tasks.v1.ExecResponse\x12\x43\n\x04Kill\x12\x1c.corral.tasks.v1.KillRequest\x1a\x1d.corral.tasks.v1.KillResponse\x12I\n\x06Resize\x12\x1e.corral.tasks.v1.ResizeRequest\x1a\x1f.corral.tasks.v1.ResizeResponse\x12U\n\nCloseStdin\x12\".corral.tasks.v1.CloseStdinRequest\x1a#.corral.tasks.v1.CloseStdinResponse\x12M\n\x06\x41ttach\x12\x1e.corral.tasks.v1.AttachRequest\x1a\x1f.corral.tasks.v1.AttachResponse(\x01\x30\x01\x12\x43\n\x04Wait\x12\x1c.corral.tasks.v1.WaitRequest\x1a\x1d.corral.tasks.v1.WaitResponse\x12=\n\x03Get\x12\x1f.corral.tasks.v1.GetTaskRequest\x1a\x15.corral.tasks.v1.Task\x12M\n\x04List\x12!.corral.tasks.v1.ListTasksRequest\x1a\".corral.tasks.v1.ListTasksResponse\x12Q\n\x06\x44\x65lete\x12\".corral.tasks.v1.DeleteTaskRequest\x1a#.corral.tasks.v1.DeleteTaskResponse\x12U\n\nDeleteExec\x12\".corral.tasks.v1.DeleteExecRequest\x1a#.corral.tasks.v1.DeleteExecResponse\x12\x45\n\x04Logs\x12\x1c.corral.tasks.v1.LogsRequest\x1a\x1d.corral.tasks.v1.LogsResponse0\x01\x12\x43\n\x04Pids\x12\x1c.corral.tasks.v1.PidsRequest\x1a\x1d.corral.tasks.v1.PidsResponse\x12K\n\x06\x45vents\x12\x1e.corral.types.v1.EventsRequest\x1a\x1f.corral.types.v1.EventsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63orral/api/tasks/v1/tasks.proto\x12\x0f\x63orral.tasks.v1\x1a\x1f\x63orral/api/types/v1/types.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xce\x03\n\x04Task\x12\n\n\x02id\x18\x01 \x01(\t\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.corral.tasks.v1.Status\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x10\n\x08shim_pid\x18\x04 \x01(\r\x12.\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstarted_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x04\x65xit\x18\x07 \x01(\x0b\x32\x1b.corral.types.v1.ExitStatus\x12\x0e\n\x06\x62undle\x18\x08 \x01(\t\x12\x10\n\x08log_path\x18\t \x01(\t\x12\x10\n\x08terminal\x18\n \x01(\x08\x12\r\n\x05stdin\x18\x0b \x01(\x08\x12+\n\x05\x65xecs\x18\x0c \x03(\x0b\x32\x1c.corral.tasks.v1.ExecProcess\x12\x31\n\x06labels\x18\r \x03(\x0b\x32!.corral.tasks.v1.Task.LabelsEntry\x12\x15\n\rdropped_bytes\x18\x0e \x01(\x04\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9a\x01\n\x0b\x45xecProcess\x12\n\n\x02id\x18\x01 \x01(\t\x12\'\n\x06status\x18\x02 \x01(\x0e\x32\x17.corral.tasks.v1.Status\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12)\n\x04\x65xit\x18\x04 \x01(\x0b\x32\x1b.corral.types.v1.ExitStatus\x12\x0c\n\x04\x61rgs\x18\x05 \x03(\t\x12\x10\n\x08terminal\x18\x06 \x01(\x08\"\xe8\x02\n\x11\x43reateTaskRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04spec\x18\x02 \x01(\x0c\x12&\n\x06rootfs\x18\x03 \x03(\x0b\x32\x16.corral.types.v1.Mount\x12\x0c\n\x04user\x18\x04 \x01(\t\x12\r\n\x05stdin\x18\x05 \x01(\x08\x12\x14\n\x0c\x63group_paths\x18\x06 \x03(\t\x12(\n\x03log\x18\x07 \x01(\x0b\x32\x1b.corral.tasks.v1.LogOptions\x12\x31\n\x0c\x63onsole_size\x18\x08 \x01(\x0b\x32\x1b.corral.types.v1.WindowSize\x12>\n\x06labels\x18\t \x03(\x0b\x32..corral.tasks.v1.CreateTaskRequest.LabelsEntry\x12\x12\n\nstdin_once\x18\n \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd2\x01\n\nLogOptions\x12\x32\n\x06\x64river\x18\x01 \x01(\x0e\x32\".corral.tasks.v1.LogOptions.Driver\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x16\n\x0emax_size_bytes\x18\x03 \x01(\x03\x12\x11\n\tmax_files\x18\x04 \x01(\r\"W\n\x06\x44river\x12\x16\n\x12\x44RIVER_UNSPECIFIED\x10\x00\x12\x14\n\x10\x44RIVER_JSON_FILE\x10\x01\x12\x0e\n\nDRIVER_CRI\x10\x02\x12\x0f\n\x0b\x44RIVER_NONE\x10\x03\"+\n\x0cStartRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\"\x1c\n\rStartResponse\x12\x0b\n\x03pid\x18\x01 \x01(\r\"\x8b\x01\n\x0b\x45xecRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\x12\x0f\n\x07process\x18\x03 \x01(\x0c\x12\x0c\n\x04user\x18\x04 \x01(\t\x12\r\n\x05stdin\x18\x05 \x01(\x08\x12\x31\n\x0c\x63onsole_size\x18\x06 \x01(\x0b\x32\x1b.corral.types.v1.WindowSize\"\x0e\n\x0c\x45xecResponse\"G\n\x0bKillRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\x12\x0e\n\x06signal\x18\x03 \x01(\r\x12\x0b\n\x03\x61ll\x18\x04 \x01(\x08\"\x0e\n\x0cKillResponse\"W\n\rResizeRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\x12)\n\x04size\x18\x03 \x01(\x0b\x32\x1b.corral.types.v1.WindowSize\"\x10\n\x0eResizeResponse\"0\n\x11\x43loseStdinRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\"\x14\n\x12\x43loseStdinResponse\"\xb3\x01\n\rAttachRequest\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1d.corral.tasks.v1.AttachHeaderH\x00\x12\x0f\n\x05stdin\x18\x02 \x01(\x0cH\x00\x12-\n\x06resize\x18\x03 \x01(\x0b\x32\x1b.corral.types.v1.WindowSizeH\x00\x12)\n\x06\x64\x65tach\x18\x04 \x01(\x0b\x32\x17.corral.tasks.v1.DetachH\x00\x42\x06\n\x04part\"\x08\n\x06\x44\x65tach\"|\n\x0c\x41ttachHeader\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\x12\r\n\x05stdin\x18\x03 \x01(\x08\x12\x0e\n\x06stdout\x18\x04 \x01(\x08\x12\x0e\n\x06stderr\x18\x05 \x01(\x08\x12\x10\n\x08lossless\x18\x06 \x01(\x08\x12\x0e\n\x06replay\x18\x07 \x01(\x08\"\x9a\x01\n\x0e\x41ttachResponse\x12-\n\x08\x61ttached\x18\x01 \x01(\x0b\x32\x19.corral.tasks.v1.AttachedH\x00\x12\x10\n\x06stdout\x18\x02 \x01(\x0cH\x00\x12\x10\n\x06stderr\x18\x03 \x01(\x0cH\x00\x12-\n\x06\x65xited\x18\x04 \x01(\x0b\x32\x1b.corral.types.v1.ExitStatusH\x00\x42\x06\n\x04part\"\x1c\n\x08\x41ttached\x12\x10\n\x08terminal\x18\x01 \x01(\x08\"*\n\x0bWaitRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\"9\n\x0cWaitResponse\x12)\n\x04\x65xit\x18\x01 \x01(\x0b\x32\x1b.corral.types.v1.ExitStatus\"\x1c\n\x0eGetTaskRequest\x12\n\n\x02id\x18\x01 \x01(\t\"*\n\x10ListTasksRequest\x12\x16\n\x0e\x61ll_namespaces\x18\x01 \x01(\x08\"9\n\x11ListTasksResponse\x12$\n\x05tasks\x18\x01 \x03(\x0b\x32\x15.corral.tasks.v1.Task\"B\n\x11\x44\x65leteTaskRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\x12\x12\n\nmust_exist\x18\x03 \x01(\x08\"?\n\x12\x44\x65leteTaskResponse\x12)\n\x04\x65xit\x18\x01 \x01(\x0b\x32\x1b.corral.types.v1.ExitStatus\"?\n\x11\x44\x65leteExecRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x65xec_id\x18\x02 \x01(\t\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\"\x14\n\x12\x44\x65leteExecResponse\"\xbb\x01\n\x0bLogsRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\x12)\n\x05since\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\x04tail\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06stdout\x18\x06 \x01(\x08\x12\x0e\n\x06stderr\x18\x07 \x01(\x08\x42\x07\n\x05_tail\":\n\x0cLogsResponse\x12*\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x19.corral.tasks.v1.LogEntry\"\xcd\x01\n\x08LogEntry\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x06stream\x18\x02 \x01(\x0e\x32 .corral.tasks.v1.LogEntry.Stream\x12\x0c\n\x04line\x18\x03 \x01(\x0c\x12\x0f\n\x07partial\x18\x04 \x01(\x08\"F\n\x06Stream\x12\x16\n\x12STREAM_UNSPECIFIED\x10\x00\x12\x11\n\rSTREAM_STDOUT\x10\x01\x12\x11\n\rSTREAM_STDERR\x10\x02\"\x19\n\x0bPidsRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x1c\n\x0cPidsResponse\x12\x0c\n\x04pids\x18\x01 \x03(\r*\\\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATUS_CREATED\x10\x01\x12\x12\n\x0eSTATUS_RUNNING\x10\x02\x12\x12\n\x0eSTATUS_STOPPED\x10\x03\x32\xe5\x08\n\x05Tasks\x12\x43\n\x06\x43reate\x12\".corral.tasks.v1.CreateTaskRequest\x1a\x15.corral.tasks.v1.Task\x12\x46\n\x05Start\x12\x1d.corral.tasks.v1.StartRequest\x1a\x1e.corral.tasks.v1.StartResponse\x12\x43\n\x04\x45xec\x12\x1c.corral.tasks.v1.ExecRequest\x1a\x1d.corral.tasks.v1.ExecResponse\x12\x43\n\x04Kill\x12\x1c.corral.tasks.v1.KillRequest\x1a\x1d.corral.tasks.v1.KillResponse\x12I\n\x06Resize\x12\x1e.corral.tasks.v1.ResizeRequest\x1a\x1f.corral.tasks.v1.ResizeResponse\x12U\n\nCloseStdin\x12\".corral.tasks.v1.CloseStdinRequest\x1a#.corral.tasks.v1.CloseStdinResponse\x12M\n\x06\x41ttach\x12\x1e.corral.tasks.v1.AttachRequest\x1a\x1f.corral.tasks.v1.AttachResponse(\x01\x30\x01\x12\x43\n\x04Wait\x12\x1c.corral.tasks.v1.WaitRequest\x1a\x1d.corral.tasks.v1.WaitResponse\x12=\n\x03Get\x12\x1f.corral.tasks.v1.GetTaskRequest\x1a\x15.corral.tasks.v1.Task\x12M\n\x04List\x12!.corral.tasks.v1.ListTasksRequest\x1a\".corral.tasks.v1.ListTasksResponse\x12Q\n\x06\x44\x65lete\x12\".corral.tasks.v1.DeleteTaskRequest\x1a#.corral.tasks.v1.DeleteTaskResponse\x12U\n\nDeleteExec\x12\".corral.tasks.v1.DeleteExecRequest\x1a#.corral.tasks.v1.DeleteExecResponse\x12\x45\n\x04Logs\x12\x1c.corral.tasks.v1.LogsRequest\x1a\x1d.corral.tasks.v1.LogsResponse0\x01\x12\x43\n\x04Pids\x12\x1c.corral.tasks.v1.PidsRequest\x1a\x1d.corral.tasks.v1.PidsResponse\x12K\n\x06\x45vents\x12\x1e.corral.types.v1.EventsRequest\x1a\x1f.corral.types.v1.EventsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,8 +37,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TASK_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_CREATETASKREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_CREATETASKREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_STATUS']._serialized_start=3240
-  _globals['_STATUS']._serialized_end=3332
+  _globals['_STATUS']._serialized_start=3293
+  _globals['_STATUS']._serialized_end=3385
   _globals['_TASK']._serialized_start=119
   _globals['_TASK']._serialized_end=581
   _globals['_TASK_LABELSENTRY']._serialized_start=536
@@ -74,43 +74,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLOSESTDINRESPONSE']._serialized_start=1795
   _globals['_CLOSESTDINRESPONSE']._serialized_end=1815
   _globals['_ATTACHREQUEST']._serialized_start=1818
-  _globals['_ATTACHREQUEST']._serialized_end=1954
-  _globals['_ATTACHHEADER']._serialized_start=1956
-  _globals['_ATTACHHEADER']._serialized_end=2080
-  _globals['_ATTACHRESPONSE']._serialized_start=2083
-  _globals['_ATTACHRESPONSE']._serialized_end=2237
-  _globals['_ATTACHED']._serialized_start=2239
-  _globals['_ATTACHED']._serialized_end=2267
-  _globals['_WAITREQUEST']._serialized_start=2269
-  _globals['_WAITREQUEST']._serialized_end=2311
-  _globals['_WAITRESPONSE']._serialized_start=2313
-  _globals['_WAITRESPONSE']._serialized_end=2370
-  _globals['_GETTASKREQUEST']._serialized_start=2372
-  _globals['_GETTASKREQUEST']._serialized_end=2400
-  _globals['_LISTTASKSREQUEST']._serialized_start=2402
-  _globals['_LISTTASKSREQUEST']._serialized_end=2444
-  _globals['_LISTTASKSRESPONSE']._serialized_start=2446
-  _globals['_LISTTASKSRESPONSE']._serialized_end=2503
-  _globals['_DELETETASKREQUEST']._serialized_start=2505
-  _globals['_DELETETASKREQUEST']._serialized_end=2571
-  _globals['_DELETETASKRESPONSE']._serialized_start=2573
-  _globals['_DELETETASKRESPONSE']._serialized_end=2636
-  _globals['_DELETEEXECREQUEST']._serialized_start=2638
-  _globals['_DELETEEXECREQUEST']._serialized_end=2701
-  _globals['_DELETEEXECRESPONSE']._serialized_start=2703
-  _globals['_DELETEEXECRESPONSE']._serialized_end=2723
-  _globals['_LOGSREQUEST']._serialized_start=2726
-  _globals['_LOGSREQUEST']._serialized_end=2913
-  _globals['_LOGSRESPONSE']._serialized_start=2915
-  _globals['_LOGSRESPONSE']._serialized_end=2973
-  _globals['_LOGENTRY']._serialized_start=2976
-  _globals['_LOGENTRY']._serialized_end=3181
-  _globals['_LOGENTRY_STREAM']._serialized_start=3111
-  _globals['_LOGENTRY_STREAM']._serialized_end=3181
-  _globals['_PIDSREQUEST']._serialized_start=3183
-  _globals['_PIDSREQUEST']._serialized_end=3208
-  _globals['_PIDSRESPONSE']._serialized_start=3210
-  _globals['_PIDSRESPONSE']._serialized_end=3238
-  _globals['_TASKS']._serialized_start=3335
-  _globals['_TASKS']._serialized_end=4460
+  _globals['_ATTACHREQUEST']._serialized_end=1997
+  _globals['_DETACH']._serialized_start=1999
+  _globals['_DETACH']._serialized_end=2007
+  _globals['_ATTACHHEADER']._serialized_start=2009
+  _globals['_ATTACHHEADER']._serialized_end=2133
+  _globals['_ATTACHRESPONSE']._serialized_start=2136
+  _globals['_ATTACHRESPONSE']._serialized_end=2290
+  _globals['_ATTACHED']._serialized_start=2292
+  _globals['_ATTACHED']._serialized_end=2320
+  _globals['_WAITREQUEST']._serialized_start=2322
+  _globals['_WAITREQUEST']._serialized_end=2364
+  _globals['_WAITRESPONSE']._serialized_start=2366
+  _globals['_WAITRESPONSE']._serialized_end=2423
+  _globals['_GETTASKREQUEST']._serialized_start=2425
+  _globals['_GETTASKREQUEST']._serialized_end=2453
+  _globals['_LISTTASKSREQUEST']._serialized_start=2455
+  _globals['_LISTTASKSREQUEST']._serialized_end=2497
+  _globals['_LISTTASKSRESPONSE']._serialized_start=2499
+  _globals['_LISTTASKSRESPONSE']._serialized_end=2556
+  _globals['_DELETETASKREQUEST']._serialized_start=2558
+  _globals['_DELETETASKREQUEST']._serialized_end=2624
+  _globals['_DELETETASKRESPONSE']._serialized_start=2626
+  _globals['_DELETETASKRESPONSE']._serialized_end=2689
+  _globals['_DELETEEXECREQUEST']._serialized_start=2691
+  _globals['_DELETEEXECREQUEST']._serialized_end=2754
+  _globals['_DELETEEXECRESPONSE']._serialized_start=2756
+  _globals['_DELETEEXECRESPONSE']._serialized_end=2776
+  _globals['_LOGSREQUEST']._serialized_start=2779
+  _globals['_LOGSREQUEST']._serialized_end=2966
+  _globals['_LOGSRESPONSE']._serialized_start=2968
+  _globals['_LOGSRESPONSE']._serialized_end=3026
+  _globals['_LOGENTRY']._serialized_start=3029
+  _globals['_LOGENTRY']._serialized_end=3234
+  _globals['_LOGENTRY_STREAM']._serialized_start=3164
+  _globals['_LOGENTRY_STREAM']._serialized_end=3234
+  _globals['_PIDSREQUEST']._serialized_start=3236
+  _globals['_PIDSREQUEST']._serialized_end=3261
+  _globals['_PIDSRESPONSE']._serialized_start=3263
+  _globals['_PIDSRESPONSE']._serialized_end=3291
+  _globals['_TASKS']._serialized_start=3388
+  _globals['_TASKS']._serialized_end=4513
 # @@protoc_insertion_point(module_scope)

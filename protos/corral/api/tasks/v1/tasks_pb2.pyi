@@ -531,6 +531,7 @@ class AttachRequest(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     STDIN_FIELD_NUMBER: _builtins.int
     RESIZE_FIELD_NUMBER: _builtins.int
+    DETACH_FIELD_NUMBER: _builtins.int
     stdin: _builtins.bytes
     """up to 1 MiB each"""
     @_builtins.property
@@ -539,22 +540,42 @@ class AttachRequest(_message.Message):
 
     @_builtins.property
     def resize(self) -> _types_pb2.WindowSize: ...
+    @_builtins.property
+    def detach(self) -> Global___Detach:
+        """Ends the call without `exited`, once everything sent before has arrived. The process goes on."""
+
     def __init__(
         self,
         *,
         header: Global___AttachHeader | None = ...,
         stdin: _builtins.bytes = ...,
         resize: _types_pb2.WindowSize | None = ...,
+        detach: Global___Detach | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "part", b"part", "resize", b"resize", "stdin", b"stdin"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["detach", b"detach", "header", b"header", "part", b"part", "resize", b"resize", "stdin", b"stdin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "part", b"part", "resize", b"resize", "stdin", b"stdin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detach", b"detach", "header", b"header", "part", b"part", "resize", b"resize", "stdin", b"stdin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "stdin", "resize"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "stdin", "resize", "detach"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
 Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
+
+@_typing.final
+class Detach(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Detach: _TypeAlias = Detach  # noqa: Y015
 
 @_typing.final
 class AttachHeader(_message.Message):
