@@ -169,6 +169,10 @@ class Session:
             data = os.read(0, _CHUNK)
         except OSError:
             data = b""
+        if not data and self.terminal:
+            # A raw terminal only ends when it hangs up; the container goes on, as after a detach.
+            self._detach()
+            return False
         if not data:
             self._queue.put(None)
             return False
@@ -188,7 +192,6 @@ class Session:
             if number == signal.SIGWINCH:
                 self._send_size()
             elif number == signal.SIGHUP and self.terminal:
-                # The terminal is gone, and with it whoever sat there; the container goes on, as after a detach.
                 self._detach()
                 return False
             else:
