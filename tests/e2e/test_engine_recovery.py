@@ -13,7 +13,7 @@ from support.engine import EngineClient, engine_of, eventually, import_image
 from support.requirements import needs
 
 from corral.api.engine.v1 import engine_pb2 as pb
-from corral.rpc.errors import CorralError, NotFound, Unavailable
+from corral.rpc.errors import AlreadyExists, CorralError, NotFound, Unavailable
 
 pytestmark = needs("root", "overlayfs", "busybox", "netns")
 
@@ -365,11 +365,15 @@ def test_a_create_without_a_leaf_says_so_and_is_undone_when_it_is_back(five: Cor
             await engine.create("true", name="half")
 
     async def after(engine: EngineClient) -> None:
-        async def gone() -> bool:
-            return await engine.listed() == [] and five.leftovers() == []
+        async def possible() -> bool:
+            try:
+                return bool(await engine.create("true", name="half"))
+            except AlreadyExists:
+                return False
 
-        await eventually(gone, timeout_s=20)
-        await engine.create("true", name="half")
+        await eventually(possible, timeout_s=20)
+        await engine.delete("half")
+        assert five.leftovers() == []
 
     five.kill9("images")
     play(five, without)
