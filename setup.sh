@@ -60,5 +60,7 @@ fi
 say "installing Python packages"
 .venv/bin/python -m pip install -q --disable-pip-version-check --upgrade 'pip>=25.1'
 .venv/bin/python -m pip install -q --disable-pip-version-check --group dev --editable .
+# Compiled now rather than at the first start of each command.
+.venv/bin/python -m compileall -q protos shim services cli >/dev/null || true
 echo "$want" >"$STAMP"
 say "done: .venv/bin/corral, .venv/bin/corrald"

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+
 from support.corrald import Corrald
 from support.engine import EngineClient, engine_of, import_image
 
