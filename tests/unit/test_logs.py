@@ -70,7 +70,17 @@ def test_json_lines_decode_to_the_text_that_was_written(lines: list[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ['\\n "quoted" \\', "tab\tand\x00nul\x1b[0m", "\x80\xff umlaut ü", "\ud7ff\ufffe", "\\\\n"]
+    "text",
+    [
+        '\\n "quoted" \\',
+        "tab\tand\x00nul\x1b[0m",
+        "\x80\xff umlaut ü",
+        "\ud7ff\ufffe",
+        "\\\\n",
+        "\x01 mark",
+        "\\\\u0001",
+        "\\u0001",
+    ],
 )
 def test_json_escapes_what_looks_like_a_seam(text: str) -> None:
     group = f"{text}\n{text}\n".encode()

@@ -25,7 +25,10 @@ type Format = Callable[[bytes, StreamName, str, bool], bytes]
 
 PIECE_LIMIT = 16 << 10
 _LONGEST_UTF8 = 4
-_MARK = "\ud800"
+_MARK, _ESCAPED_MARK = "\x01", "\\u0001"
+_SURROGATE = "\ud800"
+_PLAIN = frozenset(range(0x20, 0x7F)) - frozenset(b'"\\') | frozenset(b"\n")
+_ESCAPED_AS_NUL = bytes(byte if byte in _PLAIN else 0 for byte in range(256))
 
 
 class Part(Enum):
@@ -70,18 +73,27 @@ def _before_split_character(data: bytes, start: int, end: int) -> int:
 
 def json_lines(group: bytes, stream: StreamName, timestamp: str, whole: bool) -> bytes:
     """Docker's json-file framing of whole lines, or of one piece of a line. What is not UTF-8 becomes U+FFFD."""
-    text = group.decode("utf-8", "replace")
     tail = f',"stream":"{stream}","time":"{timestamp}"}}\n'
     if not whole:
-        return f'{{"log":{encode_basestring(text)}{tail}'.encode()
+        return f'{{"log":{encode_basestring(group.decode("utf-8", "replace"))}{tail}'.encode()
     seam = f'\\n"{tail}{{"log":"'
-    if "\\" not in text and text.isascii():
-        body = encode_basestring_ascii(text[:-1])[:-1].replace("\\n", seam)
+    if b"\0" not in group.translate(_ESCAPED_AS_NUL):
+        lines = group[:-1].replace(b"\n", seam.encode())
     else:
-        # An escaped newline can't be told from an escaped backslash that an n follows. So newlines become a mark that
-        # decoded text does not contain. (And encode_basestring is the slower of the two by far.)
-        body = encode_basestring(text[:-1].replace("\n", _MARK))[:-1].replace(_MARK, seam)
-    return f'{{"log":{body}\\n"{tail}'.encode()
+        lines = _escape_lines(group[:-1].decode("utf-8", "replace"), seam).encode()
+    return b'{"log":"' + lines + f'\\n"{tail}'.encode()
+
+
+def _escape_lines(text: str, seam: str) -> str:
+    """Lines escaped for JSON, without quotes, and joined by seam.
+
+    An escaped newline can't be told from an escaped backslash that an n follows. So newlines first become a mark that
+    the text does not contain, and whose escaped form it can't result in either.
+    """
+    if text.isascii() and _MARK not in text and _ESCAPED_MARK not in text:
+        return encode_basestring_ascii(text.replace("\n", _MARK))[1:-1].replace(_ESCAPED_MARK, seam)
+    # Decoded text has no surrogates, and this function, the slower one by far, leaves them as they are.
+    return encode_basestring(text.replace("\n", _SURROGATE))[1:-1].replace(_SURROGATE, seam)
 
 
 def cri_lines(group: bytes, stream: StreamName, timestamp: str, whole: bool) -> bytes:
