@@ -158,9 +158,9 @@ def _test(program: "_Program", condition: Condition, yes: int, no: int) -> int:
     if compare in (Compare.EQ, Compare.MASKED_EQ, Compare.NE):
         if compare is Compare.NE:
             yes, no = no, yes
-        masks = condition.mask & 0xFFFFFFFF, condition.mask >> 32
-        second = _equal(program, low_offset, low, masks[0], yes, no)
-        return _equal(program, low_offset + 4, high, masks[1], second, no)
+        mask = condition.mask if compare is Compare.MASKED_EQ else 2**64 - 1
+        second = _equal(program, low_offset, low, mask & 0xFFFFFFFF, yes, no)
+        return _equal(program, low_offset + 4, high, mask >> 32, second, no)
     if compare in (Compare.LT, Compare.LE):
         yes, no = no, yes
     jump = _JGE if compare in (Compare.GE, Compare.LT) else _JGT
