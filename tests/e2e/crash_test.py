@@ -120,7 +120,7 @@ def kill_at_random(daemon: Corrald, workers: list[Worker]) -> None:
     """The kills, each followed by a restart."""
     chance = random.Random(SEED)
     for number in range(1, KILLS + 1):
-        time.sleep(chance.uniform(0, 0.5) if chance.random() < 0.7 else chance.uniform(0, 0.02))
+        time.sleep(chance.uniform(0, 1.5) if chance.random() < 0.8 else chance.uniform(0, 0.05))
         victim = chance.choice(SERVICES) if SPLIT else "corrald"
         daemon.kill9(victim)
         daemon.start()
