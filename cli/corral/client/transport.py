@@ -16,6 +16,9 @@ _OPTIONS = (
     ("grpc.max_send_message_length", 64 * 1024 * 1024),
     # A local socket has no proxy, and the look-up for one costs time at every start.
     ("grpc.enable_http_proxy", 0),
+    # A daemon that is restarted is back in less than a second; gRPC would wait for up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 20),
+    ("grpc.max_reconnect_backoff_ms", 200),
 )
 
 
