@@ -62,8 +62,8 @@ def run_init(
         if plan.loopback:
             loopback.bring_up()
         keyring.join_new_session()
-        stage = _build_root(plan) if plan.steps else _joined_root(plan)
-        program = _settle(plan, stage, stdio)
+        stage = build_root(plan) if plan.steps else _joined_root(plan)
+        program = settle(plan, stage, stdio)
         channel.send_ready(stage.console_master)
         process.close_fds([0, 1, 2, channel.fileno()])
         if not channel.wait_for_start():
@@ -97,7 +97,8 @@ def _joined_root(plan: InitPlan) -> Stage:
     return Stage(plan.bundle, root=os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
 
 
-def _build_root(plan: InitPlan) -> Stage:
+def build_root(plan: InitPlan) -> Stage:
+    """Mount everything and make it the root: what follows sees the container's view only."""
     stage = Stage(plan.bundle)
     for step in plan.steps:
         step.prepare(stage)
@@ -123,7 +124,8 @@ def _check_place(stage: Stage, name: str, expected: int | None) -> None:
             raise ExecFailed(SETUP, f"mount /{name}: it was exchanged meanwhile")
 
 
-def _settle(plan: InitPlan, stage: Stage, stdio: Stdio) -> Program:
+def settle(plan: InitPlan, stage: Stage, stdio: Stdio) -> Program:
+    """What is left to do inside, up to giving up all privilege; what is returned is ready for execute()."""
     write_sysctl(plan.sysctl)
     if plan.hostname:
         socket.sethostname(plan.hostname)

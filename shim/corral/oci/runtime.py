@@ -142,11 +142,12 @@ def create(
     spec.root.path. user (`name|uid[:group|gid]`, looked up in the container) overrides spec.process.user. cgroup_paths:
     the directories to be a member of, one per hierarchy, below /sys/fs/cgroup. console_size: (columns, rows).
     """
-    plan = _init_plan(spec, os.fspath(bundle), rootfs, user, [os.fspath(path) for path in cgroup_paths], console_size)
+    cgroups = [os.fspath(path) for path in cgroup_paths]
+    plan = plan_of(spec, bundle=os.fspath(bundle), rootfs=rootfs, user=user, cgroups=cgroups, console_size=console_size)
     new, joined = plans.created(spec), plans.joined(spec)
     flags = namespaces.flags_of(new - {Kind.CGROUP})
     with contextlib.ExitStack() as stack:
-        membership = Membership.open([os.fspath(path) for path in cgroup_paths])
+        membership = Membership.open(cgroups)
         stack.callback(membership.close)
         joins: list[tuple[int, int, str]] = []
         for kind, path in joined.items():
@@ -163,14 +164,16 @@ def create(
     return Container(spec, *_await_ready(parent, child, pid, pidfd))
 
 
-def _init_plan(
+def plan_of(
     spec: Spec,
+    *,
     bundle: str,
     rootfs: Sequence[Mount],
     user: str | None,
     cgroups: Sequence[str],
     console_size: tuple[int, int] | None,
 ) -> InitPlan:
+    """All that init needs to know. Raises ValueError naming the member that can't be honoured."""
     check_spec(spec)
     assert spec.process is not None
     new = plans.created(spec)

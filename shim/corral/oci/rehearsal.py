@@ -1,0 +1,98 @@
+"""Running init's code in the zygote, so that the inits to come find it warm.
+
+The interpreter rewrites code while it first runs it. What only ever runs in init would be rewritten in every init anew,
+and each rewritten page is one that is no longer shared with the zygote: a copy, and a page fault of microseconds. So
+the zygote itself goes through the motions of init once or twice, on a thread whose mounts, names, descriptors,
+credentials and filter are its own (to the kernel all of these are a thread's, not a process's) and end with it.
+"""
+
+import _thread
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+
+from corral.kernel import mount, namespaces, process
+from corral.kernel.mount import MS_PRIVATE
+from corral.kernel.namespaces import Kind
+from corral.oci import defaults, init, program, runtime
+from corral.oci.errors import ExecFailed
+from corral.oci.spec import Capabilities, Linux, Mount, Namespace, Process, Spec
+from corral.oci.stdio import Stdio, take_places
+
+_CLONE_FS, _CLONE_FILES = 0x200, 0x400
+_PLACE = "/sys"
+"""Any directory that is always there: it is covered, in the thread's own mount namespace."""
+_KINDS = (Kind.MOUNT, Kind.IPC, Kind.UTS)
+
+
+def rehearse() -> None:
+    """Set up a container that has no program, in this process, which must be single-threaded before and is so after.
+
+    What this host does not allow stays cold.
+    """
+    done = _thread.allocate_lock()
+    done.acquire()
+    profile = sys.getprofile()  # who watches what runs in this thread wants to know of that one too
+
+    def body() -> None:
+        sys.setprofile(profile)
+        try:
+            with contextlib.suppress(OSError, ExecFailed):
+                _go_through_the_motions()
+        finally:
+            done.release()
+
+    _thread.start_new_thread(body, ())
+    done.acquire()
+    while len(list(Path("/proc/self/task").iterdir())) > 1:
+        time.sleep(0.0002)
+
+
+def _go_through_the_motions() -> None:
+    namespaces.leave(_CLONE_FS | _CLONE_FILES | namespaces.flags_of(_KINDS))
+    mount.set_propagation("/", MS_PRIVATE, recursive=True)
+    tree = mount.new_mount("tmpfs", "tmpfs", ("size=4m",))
+    place = os.open(_PLACE, os.O_PATH)
+    mount.move_mount(tree, place)
+    rootfs = _overlay()
+    spec = _spec()
+    plan = runtime.plan_of(spec, bundle=_PLACE, rootfs=[rootfs], user=None, cgroups=[], console_size=None)
+    take_places(Stdio())
+    os.umask(0)
+    stage = init.build_root(plan)
+    ready = init.settle(plan, stage, Stdio())
+    process.close_fds(range(3))
+    program.execute(ready)
+
+
+def _overlay() -> Mount:
+    directories = [f"{_PLACE}/{name}" for name in ("lower", "upper", "work", "more")]
+    for directory in directories:
+        Path(directory).mkdir()
+    lower, upper, work, more = directories
+    options = (f"lowerdir={lower}:{more}", f"upperdir={upper}", f"workdir={work}")
+    return Mount(type="overlay", source="overlay", options=options)
+
+
+def _spec() -> Spec:
+    held = defaults.CAPABILITIES
+    return Spec(
+        oci_version="1.2.0",
+        process=Process(
+            cwd="/",
+            args=("/nothing",),
+            env=("A=B",),
+            capabilities=Capabilities(bounding=held, effective=held, permitted=held),
+            no_new_privileges=True,
+        ),
+        hostname="rehearsal",
+        mounts=defaults.MOUNTS,
+        linux=Linux(
+            namespaces=tuple(Namespace(kind) for kind in _KINDS),
+            masked_paths=defaults.MASKED_PATHS,
+            readonly_paths=defaults.READONLY_PATHS,
+            seccomp=defaults.seccomp(held),
+        ),
+    )

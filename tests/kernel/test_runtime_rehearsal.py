@@ -1,0 +1,50 @@
+"""Going through the motions of init in the runtime's own process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from support.requirements import needs
+
+pytestmark = needs("root", "overlayfs")
+
+SCRIPT = """
+import json, os, sys, time
+sys.path[:0] = json.loads(sys.argv[1])
+from pathlib import Path
+from corral.oci import program, rehearsal
+from corral.oci.errors import ExecFailed
+
+def facts():
+    status = dict(line.split(":\\t", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    names = "Umask Uid Gid Groups Threads NoNewPrivs Seccomp CapInh CapPrm CapEff CapBnd CapAmb SigBlk SigIgn"
+    links = {p.name: str(p.readlink()) for p in Path("/proc/self/ns").iterdir()}
+    fds = {p.name: str(p.readlink()) for p in Path("/proc/self/fd").iterdir() if p.name < "3"}
+    count = len(list(Path("/proc/self/fd").iterdir()))
+    mounts = len(Path("/proc/self/mountinfo").read_text().splitlines())
+    place = [os.getcwd(), str(Path("/proc/self/root").readlink()), os.uname().nodename]
+    return {name: status[name] for name in names.split()} | links | fds | dict(n=count, m=mounts, p=place)
+
+reached = []
+def execute(ready, original=program.execute):
+    try:
+        original(ready)
+    except ExecFailed as e:
+        reached.append(e.kind)
+        raise
+program.execute = execute
+before = facts()
+for _ in range(3):
+    rehearsal.rehearse()
+print(json.dumps([before, facts(), reached]))
+"""
+
+
+def test_it_reaches_the_end_and_changes_nothing():
+    roots = [path for path in sys.path if path.startswith("/") and (Path(path) / "corral").is_dir()]
+    command = [sys.executable, "-I", "-c", SCRIPT, json.dumps(roots)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout
+    before, after, reached = json.loads(output)
+    assert after == before
+    assert reached == ["exec_not_found"] * 3
