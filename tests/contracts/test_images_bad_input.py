@@ -22,6 +22,7 @@ from support.images import (
     write_oci_archive,
 )
 from support.images_leaf import ImagesLeaf, images_leaf
+from support.overlay import mounted
 from support.requirements import needs
 from support.tars import archive, member, packed
 
@@ -336,9 +337,11 @@ async def test_a_full_disk_is_one_sentence_and_leaves_nothing(
             sentence = await refused(leaf, archived, ResourceExhausted)
             assert "no space is left on the disk" in sentence
             assert "corral image prune" in sentence
-        tiny = packed({"f": b"x"})
-        await leaf.load(tiny, name="tiny:1")
+        await leaf.load(packed({"f": b"x"}), name="tiny:1")
         assert await leaf.names() == ["tiny:1"]
+        made = await leaf.prepare("c", image="tiny:1")
+        with mounted(made.mounts, tmp_path / "m") as root:  # a tmpfs holds upper directories too
+            (root / "f").write_text("changed")
 
 
 async def test_a_disk_that_is_full_to_the_last_byte(small: Path) -> None:

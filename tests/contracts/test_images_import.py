@@ -348,6 +348,23 @@ async def test_a_cancelled_import_leaves_nothing(leaf: ImagesLeaf, tmp_path: Pat
     stuck.set()
 
 
+async def test_a_stop_in_the_middle_of_an_import_is_quick_and_leaves_nothing(tmp_path: Path) -> None:
+    data = write_busybox(tmp_path / "b.tar").read_bytes()
+
+    async def half() -> AsyncIterator[pb.ImportRequest]:
+        async for request in import_requests(data[: len(data) // 2]):
+            yield request
+        await asyncio.Event().wait()
+
+    async with images_leaf(tmp_path / "images") as leaf:
+        call = leaf.images.Import(half())
+        await call.read()
+    begun = asyncio.get_running_loop().time()
+    call.cancel()
+    assert leaf.disk() == set()
+    assert asyncio.get_running_loop().time() - begun < 1
+
+
 async def test_the_first_message_has_to_be_the_header(leaf: ImagesLeaf) -> None:
     async def requests() -> AsyncIterator[pb.ImportRequest]:
         yield pb.ImportRequest(data=b"x")

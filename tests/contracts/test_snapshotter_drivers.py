@@ -26,7 +26,7 @@ def test_a_staged_tree_becomes_a_layer(driver: Snapshotter) -> None:
     path = driver.stage(TreeId(7))
     (path / "f").write_text("x")
     assert not driver.is_layer(TreeId(7))
-    driver.commit(TreeId(7))
+    driver.commit([TreeId(7)])
     assert driver.is_layer(TreeId(7))
     assert (driver.layer(TreeId(7)) / "f").read_text() == "x"
 
@@ -34,7 +34,7 @@ def test_a_staged_tree_becomes_a_layer(driver: Snapshotter) -> None:
 def test_everything_on_disk_is_told_and_can_be_removed(driver: Snapshotter) -> None:
     driver.stage(TreeId(1))
     driver.stage(TreeId(2))
-    driver.commit(TreeId(2))
+    driver.commit([TreeId(2)])
     driver.prepare(TreeId(3), (TreeId(2),), writable=True)
     driver.prepare(TreeId(4), (), writable=True)
     assert set(driver.trees()) == {1, 2, 3, 4}
@@ -46,7 +46,7 @@ def test_everything_on_disk_is_told_and_can_be_removed(driver: Snapshotter) -> N
 
 def test_a_view_on_layers_takes_nothing(driver: Snapshotter) -> None:
     driver.stage(TreeId(1))
-    driver.commit(TreeId(1))
+    driver.commit([TreeId(1)])
     driver.prepare(TreeId(2), (TreeId(1),), writable=False)
     assert set(driver.trees()) == {1}
 

@@ -53,6 +53,16 @@ def test_a_tree_deeper_than_any_path_and_than_there_are_descriptors(tmp_path: Pa
     assert {path.name for path in tmp_path.iterdir()} == {"f"}
 
 
+def test_a_removal_can_be_ended_and_gone_on_with(tmp_path: Path) -> None:
+    for i in range(20):
+        (tmp_path / f"t/d{i}/e").mkdir(parents=True)
+    asked = iter([True] * 10)
+    remove_tree(tmp_path / "t", go_on=lambda: next(asked, False))
+    assert 0 < len(list((tmp_path / "t").iterdir())) < 20
+    remove_tree(tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+
+
 def test_by_descriptor_only_the_named_one_goes(tmp_path: Path) -> None:
     for name in ("a/b/c/d", "other"):
         (tmp_path / name).mkdir(parents=True)

@@ -74,6 +74,7 @@ class Collector:
         # Held while files and rows of content change together; what it covers takes milliseconds.
         self.changing = asyncio.Lock()
         self._removals: set[asyncio.Task[None]] = set()
+        self._stopping = False
         self._timer: asyncio.TimerHandle | None = None
 
     @contextlib.contextmanager
@@ -103,7 +104,7 @@ class Collector:
     def remove_trees(self, trees: Iterable[TreeId]) -> None:
         """Remove trees that have no row any more; in the background, since a large one takes seconds."""
         for tree in trees:
-            task = asyncio.ensure_future(run_blocking(self._driver.remove, tree))
+            task = asyncio.ensure_future(run_blocking(self._driver.remove, tree, go_on=self._goes_on))
             self._removals.add(task)
             task.add_done_callback(self._removed)
 
@@ -111,6 +112,15 @@ class Collector:
         self._removals.discard(task)
         if not task.cancelled() and (e := task.exception()) is not None:
             log.warning("images.tree_not_removed", error=str(e))  # the next start tries again
+
+    def _goes_on(self) -> bool:
+        return not self._stopping
+
+    async def stop(self) -> None:
+        """End what runs in the background; what is left of a large tree is removed after the next start."""
+        self._stopping = True
+        self.stop_timer()
+        await self.removals_done()
 
     async def removals_done(self) -> None:
         while self._removals:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from corral.images.digest import ALGORITHM, PREFIX, Digest, digest_of, hex_of, is_digest
 from corral.rpc.errors import InvalidArgument, NotFound
+from corral.store.files import fsync_directory
 
 READ_BYTES = 1 << 20
 
@@ -93,11 +94,7 @@ class ContentStore:
 
     def sync_names(self) -> None:
         """Make what was published durable."""
-        fd = os.open(self._blobs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        fsync_directory(self._blobs)
 
     def read(self, digest: Digest, *, max_bytes: int) -> bytes:
         """A small blob, proven again. Raises NotFound, InvalidArgument."""

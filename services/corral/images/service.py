@@ -84,8 +84,7 @@ class ImagesService:
         await self._collector.collect()
 
     async def stop(self) -> None:
-        self._collector.stop_timer()
         await self._workers.stop()
-        await self._collector.removals_done()
+        await self._collector.stop()
         self._importer.close()
         self._database.close()

@@ -178,14 +178,14 @@ class Snapshots:
             return Usage(0, 0)
         return await run_blocking(self._driver.usage, record.id)
 
-    def list(self, namespace: str, kind: Kind | None) -> Sequence[tuple[TreeRecord, str]]:
+    async def list(self, namespace: str, kind: Kind | None) -> Sequence[tuple[TreeRecord, str]]:
         """Each with its parent's key."""
 
         def look_up(snapshot: Snapshot) -> Sequence[tuple[TreeRecord, str]]:
             found = trees.everything(snapshot, namespace, kind)
             return [(record, trees.key_of(snapshot, record.parent)) for record in found]
 
-        return self._database.read_sync(look_up)
+        return await self._database.read(look_up)
 
     def parent_key(self, record: TreeRecord) -> str:
         return self._database.read_sync(lambda s: trees.key_of(s, record.parent))

@@ -19,7 +19,7 @@ Example: an image of two layers, a container on it, and its changes kept.
 
     driver.stage(1)                     # a directory to unpack the first layer into
     driver.stage(2)                     # the second, at the same time where layers are independent
-    driver.commit(1, ()); driver.commit(2, (1,))
+    driver.commit([1, 2])
     driver.prepare(3, (2, 1))           # the container's own tree
     driver.mounts(3, (2, 1), writable=True)
     # [Mount("overlay", "overlay", options=("lowerdir=…/2:…/1", "upperdir=…/3/u", "workdir=…/3/w"))]
@@ -33,6 +33,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NewType, Protocol
+
+from corral.images.layers.removal import GoOn, always
 
 TreeId = NewType("TreeId", int)
 
@@ -86,8 +88,8 @@ class Snapshotter(Protocol):
         """Whether the tree is on disk as a layer."""
         ...
 
-    def commit(self, tree: TreeId) -> None:
-        """Make the staged tree, which its caller has synced, a layer."""
+    def commit(self, trees: Sequence[TreeId]) -> None:
+        """Make staged trees, whose content the caller has synced, layers, durably."""
         ...
 
     def prepare(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> None:
@@ -106,8 +108,11 @@ class Snapshotter(Protocol):
         """What an active tree takes; walks it."""
         ...
 
-    def remove(self, tree: TreeId) -> None:
-        """Remove whatever there is of the tree: staged, layer or active. May take long; nothing there is no error."""
+    def remove(self, tree: TreeId, *, go_on: GoOn = always) -> None:
+        """Remove whatever there is of the tree: staged, layer or active. Nothing there is no error.
+
+        May take long; ends early, with a part of it done, when `go_on` says no.
+        """
         ...
 
     def trees(self) -> Iterator[TreeId]:

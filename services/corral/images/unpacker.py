@@ -207,8 +207,8 @@ class Unpacker:
 
     def place(self, layers: Sequence[Staged]) -> None:
         """Move staged trees to where layers are. Blocking; their rows follow at once."""
-        for layer in layers:
-            self._driver.commit(layer.tree)
+        if layers:
+            self._driver.commit([layer.tree for layer in layers])
 
     def wanted(self, snapshot: Snapshot, layers: Sequence[Staged]) -> list[Staged]:
         """Those that nobody else has committed in the meantime."""

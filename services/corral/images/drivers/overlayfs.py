@@ -12,9 +12,10 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from corral.images.layers.removal import remove_tree
+from corral.images.layers.removal import GoOn, always, remove_tree
 from corral.images.snapshotter import Mount, TreeId, Usage
 from corral.kernel.syncfs import syncfs
+from corral.store.files import fsync_directory
 
 # Defaults that a kernel may be built with and that would tie an upper directory to its first lower ones.
 _OFF_BY_PARAMETER = {"index": "index=off", "metacopy": "metacopy=off"}
@@ -57,8 +58,10 @@ class Overlayfs:
     def is_layer(self, tree: TreeId) -> bool:
         return self.layer(tree).is_dir()
 
-    def commit(self, tree: TreeId) -> None:
-        (self._tmp / str(tree)).rename(self._layers / str(tree))
+    def commit(self, trees: Sequence[TreeId]) -> None:
+        for tree in trees:
+            (self._tmp / str(tree)).rename(self._layers / str(tree))
+        fsync_directory(self._layers)
 
     def prepare(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> None:
         if chain and not writable:
@@ -96,14 +99,15 @@ class Overlayfs:
         finally:
             os.close(fd)
         upper.rename(self._layers / str(tree))
+        fsync_directory(self._layers)
         remove_tree(self._active / str(tree))
 
     def usage(self, tree: TreeId) -> Usage:
         return _usage(self._active / str(tree) / "u")
 
-    def remove(self, tree: TreeId) -> None:
+    def remove(self, tree: TreeId, *, go_on: GoOn = always) -> None:
         for above in (self._active, self._tmp, self._layers):
-            remove_tree(above / str(tree))
+            remove_tree(above / str(tree), go_on=go_on)
 
     def trees(self) -> Iterator[TreeId]:
         for above in (self._active, self._tmp, self._layers):

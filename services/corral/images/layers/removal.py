@@ -16,8 +16,17 @@ _RESISTANCE = frozenset({errno.EPERM, errno.EACCES, errno.ENOTEMPTY, errno.EEXIS
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def remove_tree(path: Path) -> None:
+type GoOn = Callable[[], bool]
+
+
+def always() -> bool:
+    return True
+
+
+def remove_tree(path: Path, *, go_on: GoOn = always) -> None:
     """Remove the tree at `path`; nothing there is no error. What resists (an immutable file) is left for another time.
+
+    So is the rest once `go_on`, which is asked now and then, says no.
 
     Raises OSError for what is no such resistance, an I/O error say.
     """
@@ -26,7 +35,7 @@ def remove_tree(path: Path) -> None:
     except FileNotFoundError:
         return
     try:
-        _empty(top)
+        _empty(top, go_on)
     finally:
         os.close(top)
     _tolerating(os.rmdir, path)
@@ -36,28 +45,30 @@ def remove_below(name: str, parent: int) -> None:
     """Remove the directory `name` of `parent`, an open directory, and all in it. Raises OSError."""
     top = os.open(name, _DIRECTORY, dir_fd=parent)
     try:
-        _empty(top)
+        _empty(top, always)
     finally:
         os.close(top)
     os.rmdir(name, dir_fd=parent)
 
 
-def _empty(top: int) -> None:
+def _empty(top: int, go_on: GoOn) -> None:
     """Remove all in `top`, pass after pass, as long as that gets somewhere."""
     count = 0
     moved = True
     while moved:
         moved = False
         for name, is_directory in _entries(top):
+            if not go_on():
+                return
             if not is_directory:
                 _tolerating(partial(os.unlink, name, dir_fd=top))
             elif not _tolerating(partial(os.rmdir, name, dir_fd=top)):
-                count, some = _flatten(name, top, count)
+                count, some = _flatten(name, top, count, go_on)
                 moved = moved or some
                 _tolerating(partial(os.rmdir, name, dir_fd=top))
 
 
-def _flatten(name: str, top: int, count: int) -> tuple[int, bool]:
+def _flatten(name: str, top: int, count: int, go_on: GoOn) -> tuple[int, bool]:
     """Remove what is in the directory `name`, moving up what is not empty; whether there was any such."""
     try:
         directory = os.open(name, _DIRECTORY, dir_fd=top)
@@ -66,6 +77,8 @@ def _flatten(name: str, top: int, count: int) -> tuple[int, bool]:
     moved = False
     try:
         for below, is_directory in _entries(directory):
+            if not go_on():
+                return count, False
             if not is_directory:
                 _tolerating(partial(os.unlink, below, dir_fd=directory))
             elif not _tolerating(partial(os.rmdir, below, dir_fd=directory)):

@@ -12,6 +12,7 @@ from corral.images import wire
 from corral.images.blobs import Blobs, Expected
 from corral.images.digest import parse_digest
 from corral.images.servicers.call import lease_of
+from corral.images.servicers.inflow import Inflow
 from corral.rpc.context import current_namespace
 from corral.rpc.errors import InvalidArgument
 
@@ -38,17 +39,19 @@ class ContentServicer(images_pb2_grpc.ContentServicer):
             yield pb.BlobChunk(data=data)
 
     async def Write(self, request_iterator: AsyncIterator[pb.WriteBlobRequest], context: Context) -> pb.BlobInfo:
-        first = await anext(aiter(request_iterator), pb.WriteBlobRequest())
-        digest = parse_digest(first.expected.digest) if first.expected.digest else None
-        expected = Expected(digest, first.expected.size_bytes)
-
-        async def data() -> AsyncIterator[bytes]:
-            yield first.data
-            async for request in request_iterator:
-                yield request.data
-
-        return wire.from_blob(await self._blobs.write(expected, data(), current_namespace(), lease_of(context)))
+        async with Inflow(request_iterator) as requests:
+            first = await anext(requests, pb.WriteBlobRequest())
+            digest = parse_digest(first.expected.digest) if first.expected.digest else None
+            expected = Expected(digest, first.expected.size_bytes)
+            data = _data(first, requests)
+            return wire.from_blob(await self._blobs.write(expected, data, current_namespace(), lease_of(context)))
 
     async def Delete(self, request: pb.DeleteBlobRequest, context: Context) -> pb.DeleteBlobResponse:
         await self._blobs.delete(parse_digest(request.digest), current_namespace())
         return pb.DeleteBlobResponse()
+
+
+async def _data(first: pb.WriteBlobRequest, rest: AsyncIterator[pb.WriteBlobRequest]) -> AsyncIterator[bytes]:
+    yield first.data
+    async for request in rest:
+        yield request.data

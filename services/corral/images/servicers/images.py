@@ -17,6 +17,7 @@ from corral.images.importer import Format, Importer, ImportOptions
 from corral.images.progress import Step
 from corral.images.reference import parse_reference
 from corral.images.servicers.call import lease_of
+from corral.images.servicers.inflow import Inflow
 from corral.rpc.context import current_namespace
 from corral.rpc.errors import InvalidArgument, Unimplemented
 from corral.rpc.events import stream_events
@@ -38,21 +39,21 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
     async def Import(
         self, request_iterator: AsyncIterator[pb.ImportRequest], context: Context
     ) -> AsyncIterator[pb.ImportResponse]:
-        requests = aiter(request_iterator)
-        first = await anext(requests, None)
-        if first is None or first.WhichOneof("part") != "header":
-            raise InvalidArgument("the first message of an import is its header")
-        options = import_options(first.header, current_namespace(), lease_of(context))
-        progress = ProgressQueue()
-        work = asyncio.ensure_future(self._importer.run(options, _data(requests), progress.report))
-        try:
-            async for item in progress.until_done(work):
-                yield pb.ImportResponse(progress=item)
-            records = await work
-        finally:
-            if not work.done():
-                work.cancel()
-                await asyncio.wait((work,))
+        async with Inflow(request_iterator) as requests:
+            first = await anext(requests, None)
+            if first is None or first.WhichOneof("part") != "header":
+                raise InvalidArgument("the first message of an import is its header")
+            options = import_options(first.header, current_namespace(), lease_of(context))
+            progress = ProgressQueue()
+            work = asyncio.ensure_future(self._importer.run(options, _data(requests), progress.report))
+            try:
+                async for item in progress.until_done(work):
+                    yield pb.ImportResponse(progress=item)
+                records = await work
+            finally:
+                if not work.done():
+                    work.cancel()
+                    await asyncio.wait((work,))
         yield pb.ImportResponse(result=pb.ImportResult(images=[self._message(record) for record in records]))
 
     async def Export(self, request: pb.ExportRequest, context: Context) -> AsyncIterator[pb.ExportResponse]:

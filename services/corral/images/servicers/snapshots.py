@@ -65,7 +65,7 @@ class SnapshotsServicer(images_pb2_grpc.SnapshotsServicer):
         return wire.from_tree(record, self._snapshots.parent_key(record))
 
     async def List(self, request: pb.ListSnapshotsRequest, context: Context) -> pb.ListSnapshotsResponse:
-        found = self._snapshots.list(current_namespace(), Kind(request.kind) if request.kind else None)
+        found = await self._snapshots.list(current_namespace(), Kind(request.kind) if request.kind else None)
         return pb.ListSnapshotsResponse(snapshots=[wire.from_tree(record, parent) for record, parent in found])
 
     async def Remove(self, request: pb.RemoveSnapshotRequest, context: Context) -> pb.RemoveSnapshotResponse:
