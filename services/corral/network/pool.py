@@ -9,7 +9,6 @@ import os
 import socket
 import struct
 import threading
-import time
 from collections import deque
 from pathlib import Path
 
@@ -19,8 +18,9 @@ from corral.kernel.netns import create_pinned, remove_pinned
 
 log = structlog.get_logger()
 
-# Whoever took one is busy now: making the next would compete with it for RTNL and the interpreter.
-PAUSE_S = 0.005
+# Whoever took one starts a container now, and making the next would compete with it for RTNL and the interpreter. So
+# that waits, while half of them are still there.
+PAUSE_S = 0.05
 
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 0x1
@@ -36,12 +36,14 @@ class NetnsPool:
         self._size = size
         self._ready: deque[str] = deque()
         self._wanted = threading.Event()
+        self._urgent = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._keep_filled, name="netns-pool", daemon=True)
 
     def start(self) -> None:
         """Begin to fill it, in the background."""
         self._wanted.set()
+        self._urgent.set()
         self._thread.start()
 
     def take(self) -> str | None:
@@ -49,6 +51,8 @@ class NetnsPool:
         blocks."""
         name = self._ready.popleft() if self._ready else None
         self._wanted.set()
+        if len(self._ready) <= self._size // 2:
+            self._urgent.set()
         return name
 
     def give_back(self, name: str) -> None:
@@ -79,6 +83,7 @@ class NetnsPool:
         """Stop filling and unpin what is ready."""
         self._stopping = True
         self._wanted.set()
+        self._urgent.set()
         if self._thread.is_alive():
             self._thread.join()
         while self._ready:
@@ -87,8 +92,9 @@ class NetnsPool:
     def _keep_filled(self) -> None:
         while True:
             self._wanted.wait()
+            self._urgent.wait(PAUSE_S)
             self._wanted.clear()
-            time.sleep(PAUSE_S)
+            self._urgent.clear()
             while len(self._ready) < self._size and not self._stopping:
                 try:
                     self._ready.append(self.make())
