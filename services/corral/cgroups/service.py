@@ -57,7 +57,7 @@ class CgroupsService:
     def _open(self) -> dict[Key, OomWatch]:
         config = self.config
         config.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._database = Database(config.root / "cgroups.db", store.MIGRATIONS, durable=False)
+        self._database = Database(config.root / "cgroups.db", store.MIGRATIONS, durable=False, on_loop=True)
         self._driver = open_driver(detect())
         with translated(f"use the cgroup parent {config.parent}"):
             recovery.claim(self._driver, config.parent, config.root)

@@ -43,7 +43,7 @@ class Leaf:
         netns = config.state / "netns"
         for directory in (config.root, config.state / "endpoints", netns):
             directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        self.db = Database(config.root / "network.db", MIGRATIONS, durable=False)
+        self.db = Database(config.root / "network.db", MIGRATIONS, durable=False, on_loop=True)
         self._thread = NetlinkThread()
         self._firewall = Firewall(config.nft_table)
         self._pool = NetnsPool(netns, config.netns_pool_size)

@@ -61,7 +61,7 @@ class TasksService:
         config = self._config
         await run_blocking(config.root.mkdir, mode=0o700, parents=True, exist_ok=True)
         _allow_many_files()
-        database = self._database = Database(config.root / "tasks.db", MIGRATIONS, durable=False)
+        database = self._database = Database(config.root / "tasks.db", MIGRATIONS, durable=False, on_loop=True)
         zygote = self._zygote = Zygote(config.root / "zygote.log")
         zygote.start()
         bundles = Bundles(config.state, config.root)
