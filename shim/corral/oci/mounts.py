@@ -191,6 +191,7 @@ class CgroupMount(Step):
 
     def prepare(self, stage: Stage) -> None:
         attributes = self.options.attributes
+        stage.unified = _unified_only(self.cgroups)
         for cgroup in self.cgroups:
             tree = stage.trees[cgroup] = _clone(cgroup, self.destination, recursive=False)
             attr_set = attributes.set | _NO_SURPRISES
@@ -198,7 +199,7 @@ class CgroupMount(Step):
 
     def apply(self, stage: Stage) -> None:
         with _place(stage, self.destination, directory=True) as target:
-            if _unified_only(self.cgroups):
+            if stage.unified:
                 self._mount_unified(stage, target)
             else:
                 self._mount_hierarchies(stage, target)

@@ -22,7 +22,7 @@ from corral.oci.spec import Capabilities, Linux, Mount, Namespace, Process, Spec
 from corral.oci.stdio import Stdio, take_places
 
 _CLONE_FS, _CLONE_FILES = 0x200, 0x400
-_PLACE = "/sys"
+_PLACE = "/proc"
 """Any directory that is always there: it is covered, in the thread's own mount namespace."""
 _KINDS = (Kind.MOUNT, Kind.IPC, Kind.UTS)
 

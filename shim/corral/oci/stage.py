@@ -20,6 +20,8 @@ class Stage:
     """fd of the root of our own tmpfs on /dev; None where the user put something else there."""
     devpts: int | None = None
     """fd of the root of the container's own devpts on /dev/pts."""
+    unified: bool = False
+    """This host has cgroup v2 alone."""
     console_master: int | None = None
     console_slave: int | None = None
     proc: int | None = None
