@@ -8,6 +8,7 @@ import sys
 
 import corral.oci.runtime  # noqa: F401 - for the shims to come
 from corral.kernel import shared_memory
+from corral.oci.rehearsal import rehearse
 from corral.shim.warmup import warm_up
 
 _CODECS = ("utf-8", "ascii", "latin-1")
@@ -18,8 +19,8 @@ def preload() -> None:
     """Fill the caches that first use would fill, close the import system, and arrange that pages stay shared."""
     for codec in _CODECS:
         "".encode(codec)
-    shared_memory.gather_code(lambda: warm_up(1))
-    warm_up(WARM_UP_ROUNDS)
+    shared_memory.gather_code(lambda: _exercise(1))
+    _exercise(WARM_UP_ROUNDS)
     sys.path.clear()
     sys.path_hooks.clear()
     sys.meta_path.clear()
@@ -30,3 +31,10 @@ def preload() -> None:
     shared_memory.release_free_memory()
     shared_memory.fill_holes()
     gc.freeze()
+
+
+def _exercise(rounds: int) -> None:
+    """The shim's part in this process, and init's, which otherwise runs in forks only, where it leaves no trace."""
+    warm_up(rounds)
+    for _ in range(rounds):
+        rehearse()
