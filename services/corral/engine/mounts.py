@@ -16,9 +16,11 @@ _HOST_BIND = ("rbind", "nosuid", "noexec", "nodev")
 
 def build_mounts(config: ContainerConfig, endpoint: Endpoint, volume_paths: Mapping[str, str]) -> tuple[Mount, ...]:
     """All mounts in the order in which they are made; one that was asked for replaces ours at the same place."""
+    own = (*_system_mounts(config), *_network_files(endpoint))
+    if not config.mounts:
+        return own
     asked = sorted((_asked(mount, volume_paths) for mount in config.mounts), key=_depth)
     targets = {PurePosixPath(mount.destination) for mount in asked}
-    own = (*_system_mounts(config), *_network_files(endpoint))
     return (*(mount for mount in own if PurePosixPath(mount.destination) not in targets), *asked)
 
 

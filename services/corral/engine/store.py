@@ -6,7 +6,7 @@ ends the containers anyway.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from corral.api.engine.v1.engine_pb2 import ContainerConfig
@@ -164,7 +164,7 @@ def set_status(tx: Transaction, namespace: str, id_: str, status: Status) -> Con
     record = get(tx, namespace, id_)
     check_move(record, status)
     tx.execute("UPDATE container SET status = ? WHERE namespace = ? AND id = ?", (status, namespace, id_))
-    return get(tx, namespace, id_)
+    return replace(record, status=status)
 
 
 def set_removing(tx: Transaction, namespace: str, id_: str, *, volumes: bool) -> None:

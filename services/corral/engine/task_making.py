@@ -18,7 +18,8 @@ from corral.engine.spec import Facts, build
 from corral.kernel.namespaces import Kind
 from corral.oci.decode import JSON
 from corral.oci.decode import encode as encode_json
-from corral.oci.spec import Seccomp, Spec
+from corral.oci.spec import Capabilities, Seccomp, Spec
+from corral.oci.spec import Mount as SpecMount
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import InvalidArgument, NotFound, Unavailable, Unimplemented, from_os_error
 from corral.store import failpoint
@@ -155,16 +156,34 @@ def _ready_bind_source(mount: VolumeMount) -> None:
 
 
 def encode(spec: Spec) -> bytes:
-    """config.json. The filter is by far its largest part and nearly always the same: turned into JSON values once."""
-    value = replace(spec, linux=replace(spec.linux, seccomp=None)).to_json()
+    """config.json. Its largest parts, the filter above all, are nearly always the same: turned into text once."""
+    assert spec.process is not None
+    rest = replace(
+        spec,
+        process=replace(spec.process, capabilities=None),
+        linux=replace(spec.linux, seccomp=None),
+        mounts=(),
+    ).to_json()
+    assert isinstance(rest, dict)
+    process, linux = _dumps(rest.pop("process")), _dumps(rest.pop("linux"))
+    if spec.process.capabilities is not None:
+        process = _with_member(process, "capabilities", _part(spec.process.capabilities))
     if spec.linux.seccomp is not None:
-        assert isinstance(value, dict)
-        linux = value.setdefault("linux", {})
-        assert isinstance(linux, dict)
-        linux["seccomp"] = _seccomp_json(spec.linux.seccomp)
-    return json.dumps(value, separators=(",", ":")).encode()
+        linux = _with_member(linux, "seccomp", _part(spec.linux.seccomp))
+    text = _with_member(_dumps(rest), "process", process)
+    text = _with_member(text, "mounts", f"[{','.join(map(_part, spec.mounts))}]")
+    return _with_member(text, "linux", linux).encode()
 
 
-@lru_cache(maxsize=16)
-def _seccomp_json(profile: Seccomp) -> JSON:
-    return encode_json(profile)
+def _dumps(value: JSON) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+@lru_cache(maxsize=256)
+def _part(part: SpecMount | Capabilities | Seccomp) -> str:
+    return _dumps(encode_json(part))
+
+
+def _with_member(text: str, name: str, value: str) -> str:
+    """The text of a JSON object that has members, with one more. The value is JSON text."""
+    return f'{text[:-1]},"{name}":{value}}}'
