@@ -97,17 +97,19 @@ class Exit:
         }
 
 
-def write_json(directory: int, name: str, content: Mapping[str, object], *, step: str) -> None:
-    """Make `name` in the directory (an fd) hold exactly this, durably: a reader sees the old or the new content.
+def write_json(directory: int, name: str, content: Mapping[str, object], *, step: str, durable: bool = True) -> None:
+    """Make `name` in the directory (an fd) hold exactly this: a reader sees the old or the new content.
 
-    step names the failpoints. Raises OSError; then the old content stands.
+    durable: also after a power loss; not needed for what only tells of living processes. step names the failpoints.
+    Raises OSError; then the old content stands.
     """
     temporary = f"{name}.tmp"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=directory)
     try:
         try:
             _write_all(fd, _to_json(content).encode())
-            os.fsync(fd)
+            if durable:
+                os.fsync(fd)
         finally:
             os.close(fd)
         failpoint(f"{step}.before_rename")
@@ -116,7 +118,8 @@ def write_json(directory: int, name: str, content: Mapping[str, object], *, step
         with contextlib.suppress(OSError):
             os.unlink(temporary, dir_fd=directory)
         raise
-    _fsync_directory(directory, os.fspath(Path(name).parent))
+    if durable:
+        _fsync_directory(directory, os.fspath(Path(name).parent))
     failpoint(f"{step}.after_rename")
 
 

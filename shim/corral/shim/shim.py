@@ -223,7 +223,7 @@ class Shim:
             started_at_ns=init.started_at_ns,
             terminal=init.io.terminal,
         )
-        records.write_json(self._directory, records.RECORD, record.to_json(), step="shim.record")
+        records.write_json(self._directory, records.RECORD, record.to_json(), step="shim.record", durable=False)
 
     # While it lives.
 
