@@ -25,6 +25,34 @@ def leftovers(state: Path, cgroup_parent: str, bridge: str) -> list[str]:
     return found
 
 
+def forgotten(daemon: "Corrald") -> list[str]:
+    """What is there although every container was deleted; asked of the services and of the kernel."""
+    from corral.api.cgroups.v1 import cgroups_pb2, cgroups_pb2_grpc
+    from corral.api.images.v1 import images_pb2, images_pb2_grpc
+    from corral.api.network.v1 import network_pb2, network_pb2_grpc
+    from corral.api.tasks.v1 import tasks_pb2, tasks_pb2_grpc
+
+    with daemon.client() as client:
+        found = [f"container {c.name}" for c in client.containers.list(all=True)]
+        leaf = client.leaf("images")
+        snapshots = leaf.unary(images_pb2_grpc.SnapshotsStub(leaf.channel).List, images_pb2.ListSnapshotsRequest())
+        found += [f"snapshot {s.key}" for s in snapshots.snapshots if s.kind != images_pb2.Snapshot.KIND_COMMITTED]
+        leaf = client.leaf("tasks")
+        tasks = leaf.unary(tasks_pb2_grpc.TasksStub(leaf.channel).List, tasks_pb2.ListTasksRequest(all_namespaces=True))
+        found += [f"task {t.id}" for t in tasks.tasks]
+        leaf = client.leaf("network")
+        stub = network_pb2_grpc.EndpointsStub(leaf.channel)
+        endpoints = leaf.unary(stub.List, network_pb2.ListEndpointsRequest(all_namespaces=True))
+        found += [f"endpoint {e.id}" for e in endpoints.endpoints]
+        used = sum(s.used for n in client.networks.list() for s in n.subnets)
+        found += [f"{used} addresses"] if used else []
+        leaf = client.leaf("cgroups")
+        stub = cgroups_pb2_grpc.CgroupsStub(leaf.channel)
+        cgroups = leaf.unary(stub.List, cgroups_pb2.ListCgroupsRequest(all_namespaces=True))
+        found += [f"cgroup {c.path}" for c in cgroups.cgroups]
+    return found + daemon.leftovers()
+
+
 def delete_containers(daemon: "Corrald") -> list[str]:
     """Delete what tests left, through the engine; returns what could not be deleted."""
     if "engine" not in (daemon.services or ("engine",)):

@@ -1,0 +1,265 @@
+"""At every failpoint of every service: killed there, nothing is lost and nothing is left.
+
+One daemon lives through all of it. For each failpoint it is killed and started again with that one armed, led through
+the whole life of images, networks, volumes and containers, started again where it died, and looked through in the end.
+The names are read from the sources: a new failpoint is tested as soon as it is there, and one that the life below does
+not reach fails.
+"""
+
+import os
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import pytest
+from support.corrald import Corrald, running
+from support.images import Entry, busybox_layer, image_config, layer, write_docker_archive
+from support.requirements import needs
+from support.sweep import cgroups, depth_below, forgotten
+
+from corral.api.cgroups.v1 import cgroups_pb2, cgroups_pb2_grpc
+from corral.api.engine.v1 import engine_pb2, engine_pb2_grpc
+from corral.api.images.v1 import images_pb2, images_pb2_grpc
+from corral.api.network.v1 import network_pb2
+from corral.api.types.v1 import types_pb2
+from corral.client.sync import Client
+from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, NotFound, Unavailable, from_rpc_error
+
+pytestmark = needs("root", "overlayfs", "busybox", "netns")
+
+SERVICES = Path(__file__).resolve().parents[2] / "services"
+CALL = re.compile(r'\bfailpoint\(("(?P<name>[^"]*)")?')
+# Reached at every commit of every service, so that one hit would always be at the start.
+HITS = {"store.before_commit": (3, 20, 40, 60), "store.after_commit": (3, 20, 40, 60)}
+# Runs until somebody puts /v/go there, as often as it is started.
+SCRIPT = "while [ ! -e /v/go ]; do sleep 0.01; done; rm /v/go; exit 7"
+
+
+def calls() -> list[re.Match[str]]:
+    sources = [path.read_text("utf-8") for path in SERVICES.rglob("*.py")]
+    return [match for source in sources for match in CALL.finditer(source)]
+
+
+def triggers() -> list[str]:
+    names = sorted({match["name"] for match in calls() if match["name"]})
+    return [f"{name}=kill{f'@{hit}' if hit else ''}" for name in names for hit in HITS.get(name, (0,))]
+
+
+@dataclass
+class Life:
+    """A daemon, what happens to it while one failpoint is armed, and what must be true of it afterwards."""
+
+    daemon: Corrald
+    archive: Path
+    client: Client
+    died: int = 0
+    kept: engine_pb2.Container = field(default_factory=engine_pb2.Container)
+    lost: engine_pb2.Container = field(default_factory=engine_pb2.Container)
+
+    # Calls that a kill may break
+
+    def call[T](self, work: Callable[[], T], *done: type[CorralError]) -> T | None:
+        """Repeat a call that a kill broke; `done` is what a repetition says if the broken call had been carried out."""
+        broken = False
+        while True:
+            try:
+                return work()
+            except Unavailable:
+                broken = True
+                self.revive()
+            except done:
+                if not broken:
+                    raise
+                return None
+
+    def revive(self) -> None:
+        process = self.daemon.processes["corrald"]
+        assert process.wait(5) == -signal.SIGKILL, f"it was not killed: {self.daemon.log()[-4000:]}"
+        self.died += 1
+        assert self.died == 1, "it died again without a failpoint"
+        self.daemon.start()
+
+    # Before: what a start finds
+
+    def prepare(self) -> None:
+        """A container that runs, one whose shim dies while no daemon looks, and a cgroup that no container has."""
+        containers = self.client.containers
+        self.kept = containers.run("busybox", ["sleep", "1000"], name="kept", network="bridge")
+        self.lost = containers.run("busybox", ["sleep", "1000"], name="lost", network="none")
+        shim = containers.get("lost").shim_pid
+        labels = {"corral.owner": "engine", "corral.namespace": "default", "corral.container": "stray"}
+        leaf = self.client.leaf("cgroups")
+        stub = cgroups_pb2_grpc.CgroupsStub(leaf.channel)
+        leaf.unary(stub.Create, cgroups_pb2.CreateCgroupRequest(id="stray", labels=labels))
+        self.daemon.kill9()
+        os.kill(shim, signal.SIGKILL)
+
+    def start(self, trigger: str) -> None:
+        self.died = 0
+        try:
+            self.daemon.start(environment={"CORRAL_FAILPOINTS": trigger})
+        except RuntimeError:
+            self.revive()
+
+    # Meanwhile: everything that can be done
+
+    def live(self) -> None:
+        self.make()
+        self.run_once()
+        self.run_once()
+        self.build()
+        self.unmake()
+
+    def make(self) -> None:
+        client = self.client
+        header = images_pb2.ImportHeader(name="img", no_unpack=True)
+        self.call(lambda: list(client.images.load_stream(header, [self.archive.read_bytes()])))
+        self.call(lambda: client.volumes.create("vol"), AlreadyExists)
+        first, second = self.daemon.place.network
+        subnet = network_pb2.Subnet(cidr=f"{first}.{second}.128.0/24")
+        network = network_pb2.CreateNetworkRequest(name="net", subnets=[subnet])
+        self.call(lambda: client.networks.create(network), AlreadyExists)
+        with pytest.raises(CorralError, match="nobody-here"):
+            self.call(lambda: client.containers.create("busybox", ["true"], name="no", user="nobody-here"))
+        parent = f"{self.daemon.place.cgroup_parent}-own"
+        self.call(
+            lambda: client.containers.create(
+                "img",
+                ["sh", "-c", SCRIPT],
+                name="one",
+                network="net",
+                volumes=["vol:/v", "/anonymous"],
+                cgroup_parent=parent,
+                memory="64m",
+            ),
+            AlreadyExists,
+        )
+
+    def run_once(self) -> None:
+        containers = self.client.containers
+        self.call(lambda: containers.start("one"))
+        self.call(self.update)
+        self.call(lambda: containers.pause("one"), FailedPrecondition)
+        # The pause of a daemon that died before it said so is undone.
+        if self.call(lambda: containers.get("one")).status == engine_pb2.STATUS_PAUSED:
+            self.call(lambda: containers.resume("one"), FailedPrecondition)
+        self.call(lambda: containers.exec("one", ["touch", "/v/go"]), FailedPrecondition, NotFound)
+        status = self.call(lambda: containers.wait("one"))
+        assert (status.code, status.known) == (7, True), status
+
+    def update(self) -> None:
+        resources = types_pb2.Resources(memory=types_pb2.MemoryResources(limit_bytes=48 << 20))
+        engine = self.client.engine()
+        stub = engine_pb2_grpc.ContainersStub(engine.channel)
+        engine.unary(stub.Update, engine_pb2.UpdateContainerRequest(container="one", resources=resources))
+
+    def build(self) -> None:
+        """What a builder does: blobs and committed snapshots."""
+        leaf = self.client.leaf("images")
+        content = images_pb2_grpc.ContentStub(leaf.channel)
+        snapshots = images_pb2_grpc.SnapshotsStub(leaf.channel)
+
+        def write() -> None:
+            try:
+                content.Write(iter([images_pb2.WriteBlobRequest(data=b"blob")]))
+            except grpc.RpcError as e:
+                raise from_rpc_error(e) from e
+
+        self.call(write)
+        prepare = images_pb2.PrepareSnapshotRequest(key="step", image="img")
+        self.call(lambda: leaf.unary(snapshots.Prepare, prepare))
+        commit = images_pb2.CommitSnapshotRequest(key="step", name="stage")
+        self.call(lambda: leaf.unary(snapshots.Commit, commit), NotFound)
+        self.call(lambda: leaf.unary(snapshots.Remove, images_pb2.RemoveSnapshotRequest(key="stage")))
+
+    def unmake(self) -> None:
+        client = self.client
+        for name in ("one", "kept", "lost"):
+            self.call(lambda name=name: client.containers.remove(name, force=True, volumes=True), NotFound)
+        self.call(lambda: client.networks.remove("net"), NotFound)
+        self.call(lambda: client.volumes.remove("vol"), NotFound)
+        self.call(lambda: client.images.remove("img"), NotFound)
+
+    # Afterwards
+
+    def check(self, after: int) -> None:
+        """Nothing is left, and the journal tells each thing once."""
+        assert eventually_empty(lambda: forgotten(self.daemon) + self.strays()) == []
+        assert eventually_empty(lambda: self.mistold(after)) == []
+
+    def strays(self) -> list[str]:
+        """What the services do not list."""
+        place = self.daemon.place
+        own = f"{place.cgroup_parent}-own"
+        found = [f"cgroup {path}" for path in cgroups(own) if depth_below(path, own) > 0]
+        for what, root in {
+            "volume": place.root / "engine" / "volumes",
+            "log of": place.root / "engine" / "containers",
+            "files of": place.state / "endpoints",
+        }.items():
+            found += [f"{what} {path.name}" for path in root.glob("*/*")]
+        return found
+
+    def mistold(self, after: int) -> list[str]:
+        """What the journal tells of the three containers that it should not, and the other way round."""
+        request = types_pb2.EventsRequest(after=after, no_follow=True, all_namespaces=True)
+        events = [answer.event for answer in self.client.system.events(request)]
+        told = Counter(
+            (event.payload["name"], event.topic) for event in events if event.topic in TOLD and not event.origin
+        )
+        wrong = [f"{key}: {told[key]} times" for key in told.keys() | EXPECTED.keys() if told[key] != EXPECTED.get(key)]
+        for origin in ("tasks", "images", "network", "cgroups"):
+            numbers = [event.origin_seq for event in events if event.origin == origin]
+            if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+                wrong.append(f"the journal of {origin}, merged: {numbers}")
+        return wrong
+
+
+TOLD = ("container.created", "container.started", "container.died", "container.removed")
+EXPECTED = {(name, topic): 1 for name in ("kept", "lost", "one") for topic in TOLD}
+EXPECTED |= {("one", "container.started"): 2, ("one", "container.died"): 2}
+
+
+def eventually_empty(look: Callable[[], list[str]]) -> list[str]:
+    """What is still found after a while."""
+    deadline = time.monotonic() + 5
+    while (found := look()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture(scope="module")
+def life(tmp_path_factory: pytest.TempPathFactory, busybox_archive: Path) -> Iterator[Life]:
+    layers = [busybox_layer(), layer([Entry("etc/more", b"a layer that busybox does not have")])]
+    archive = tmp_path_factory.mktemp("image") / "img.tar"
+    write_docker_archive(archive, "img", layers, image_config(layers))
+    with running() as daemon, daemon.client() as client:
+        client.images.load(busybox_archive, name="busybox")
+        yield Life(daemon, archive, client)
+        for path in cgroups(f"{daemon.place.cgroup_parent}-own"):  # as with docker, a parent that was asked for stays
+            path.rmdir()
+
+
+def test_every_failpoint_has_its_name_where_it_stands() -> None:
+    assert [match.string[match.start() :][:60] for match in calls() if not match["name"]] == []
+
+
+@pytest.mark.parametrize("trigger", triggers())
+def test_killed_there_nothing_is_lost_and_nothing_is_left(life: Life, trigger: str) -> None:
+    life.daemon.start()
+    after = last_event(life.client)
+    life.prepare()
+    life.start(trigger)
+    life.live()
+    assert life.died, "it was not reached: extend the life above"
+    life.check(after)
+
+
+def last_event(client: Client) -> int:
+    request = types_pb2.EventsRequest(no_follow=True, all_namespaces=True)
+    return max((answer.event.seq for answer in client.system.events(request)), default=0)
