@@ -1,10 +1,12 @@
 """Whatever dies, at whatever step: nothing is lost, nothing is left, and a container is fully there or fully gone."""
 
 import asyncio
+import contextlib
 import os
 import signal
+import subprocess
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from support.engine import EngineClient, engine_of, eventually, import_image
 from support.requirements import needs
 
 from corral.api.engine.v1 import engine_pb2 as pb
-from corral.rpc.errors import AlreadyExists, CorralError, NotFound, Unavailable
+from corral.rpc.errors import AlreadyExists, CorralError, NotFound, ResourceExhausted, Unavailable
 
 pytestmark = needs("root", "overlayfs", "busybox", "netns")
 
@@ -456,3 +458,50 @@ async def patiently(call: Callable[[], Awaitable[object]], *, exists: bool = Fal
                 return None
             raise
     raise AssertionError("the daemon did not come back")
+
+
+@contextlib.contextmanager
+def small_disk(daemon: Corrald, size: str) -> Iterator[Path]:
+    """A daemon's data root on a disk of its own; yields a file that fills it when asked."""
+    daemon.root.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "corral-test", daemon.root], check=True)
+    try:
+        yield daemon.root / "junk"
+    finally:
+        subprocess.run(["umount", "-l", "-q", daemon.root], check=False)  # a failing test left it mounted
+
+
+def fill(junk: Path) -> None:
+    with contextlib.suppress(OSError), junk.open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+
+
+def test_a_full_disk_refuses_with_a_sentence_and_leaves_nothing_half_made(busybox_archive: Path) -> None:
+    daemon = Corrald(split=False)
+
+    async def scene(engine: EngineClient) -> None:
+        await engine.run("sleep", "100", name="before", network="bridge")
+        await asyncio.to_thread(fill, junk)
+        for _ in range(2):
+            with pytest.raises(ResourceExhausted, match="full"):
+                await engine.create("true", name="half", network="bridge")
+        assert (await engine.get("before")).status == pb.STATUS_RUNNING
+        await asyncio.to_thread(junk.unlink)
+
+        async def possible() -> bool:
+            try:
+                return bool(await engine.create("true", name="half"))
+            except AlreadyExists:  # it is still being undone
+                return False
+
+        await eventually(possible, timeout_s=20)
+        assert [container.name for container in await engine.listed()] == ["half", "before"]
+        for name in ("half", "before"):
+            await engine.delete(name, force=True)
+        assert daemon.leftovers() == []
+
+    with small_disk(daemon, "48m") as junk, daemon:
+        daemon.start()
+        asyncio.run(import_image(daemon, busybox_archive))
+        play(daemon, scene)
