@@ -284,6 +284,23 @@ def test_events_are_merged_exactly_once_over_a_kill_at_each_side_of_the_write(on
         play(one, after)
 
 
+def test_a_batch_of_events_that_could_not_be_written_is_written_later(one: Corrald) -> None:
+    async def scene(engine: EngineClient) -> None:
+        for _ in range(6):
+            id_ = await engine.run("true")
+            await engine.wait(id_)
+            await engine.delete(id_)
+
+        async def merged() -> bool:
+            return Counter(event.topic for event in await engine.events())["cgroup.removed"] == 6
+
+        await eventually(merged)
+        await assert_told_once(engine)
+
+    one.restart_with(failing("engine.merge.before_write", "error@3"))
+    play(one, scene)
+
+
 # Five processes: any may be away
 
 

@@ -97,7 +97,7 @@ class Merger:
                 async for response in self._sources[origin].Events(self._request(origin)):
                     delay_s = RETRY_FIRST_S
                     await self._queue.put(Arrived(origin, response))
-            except CorralError as e:
+            except (CorralError, OSError) as e:
                 log.debug("journal.lost", origin=origin, error=str(e), next_s=delay_s)
                 lost = True
             # What is queued still must be written before the cursor says where to go on.
@@ -111,15 +111,18 @@ class Merger:
             await asyncio.sleep(BATCH_S)
             while len(batch) < MAX_BATCH and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
+            await self._merge_at_last(batch)
+            for _ in batch:
+                self._queue.task_done()
+
+    async def _merge_at_last(self, batch: Sequence[Arrived]) -> None:
+        """Nothing that follows may be merged before it: the cursor would then pass over what it holds."""
+        while True:
             try:
-                await self._merge(batch)
-            except OSError as e:
-                # A full disk, say. The cursor has not moved, so following anew brings them again.
-                log.error("journal.merge_failed", error=str(e))
+                return await self._merge(batch)
+            except OSError as e:  # a full disk, say
+                log.error("journal.merge_failed", error=str(e), next_s=RETRY_MOST_S)
                 await asyncio.sleep(RETRY_MOST_S)
-            finally:
-                for _ in batch:
-                    self._queue.task_done()
 
     async def _merge(self, batch: Sequence[Arrived]) -> None:
         failpoint("engine.merge.before_write")
