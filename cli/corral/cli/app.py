@@ -34,19 +34,24 @@ def pass_app(function: Callable[..., object]) -> Callable[..., object]:
     return click.make_pass_decorator(App)(function)
 
 
-def each(names: tuple[str, ...], act: Callable[[str], object]) -> int:
-    """Does `act` for every name, printing the name or the error; 0 if all went well, else 1."""
+def each[T](
+    names: tuple[str, ...], act: Callable[[str], T], *, show: Callable[[str, T], str] = lambda name, _: name
+) -> int:
+    """Does `act` for every name, printing the name (or what `show` makes of the answer) or the error.
+
+    0 if all went well, else 1.
+    """
     from corral.rpc.errors import CorralError
 
     failed = 0
     for name in names:
         try:
-            act(name)
+            answer = act(name)
         except CorralError as e:
             click.echo(f"corral: {e}", err=True)
             failed = 1
         else:
-            click.echo(name)
+            click.echo(show(name, answer))
     return failed
 
 

@@ -111,10 +111,9 @@ def unpause_command(app: App, containers: tuple[str, ...]) -> int:
 )
 @_names
 @pass_app
-def wait_command(app: App, containers: tuple[str, ...], condition: str) -> None:
+def wait_command(app: App, containers: tuple[str, ...], condition: str) -> int:
     """Wait until containers end; print their exit codes."""
-    for container in containers:
-        click.echo(app.client.containers.wait(container, condition).code)
+    return each(containers, lambda c: app.client.containers.wait(c, condition), show=lambda _, exit_: str(exit_.code))
 
 
 @click.command("rename")

@@ -77,6 +77,7 @@ def cli(ctx: click.Context, address: str | None, namespace: str | None, debug: b
 def main(argv: "Sequence[str] | None" = None) -> None:
     """Runs one command and exits with its code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    _open_standard_streams()
     try:
         code = cli.main(args, prog_name="corral", standalone_mode=False)
     except click.exceptions.Exit as e:
@@ -93,10 +94,25 @@ def main(argv: "Sequence[str] | None" = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except Exception as e:
-        if "--debug" in args:
+        if _wants_traceback(args):
             raise
         code = _report(e, args)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_standard_streams() -> None:
+    """A stream that the caller has closed reads and writes nothing; else the next file opened would be in its place."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _wants_traceback(args: "Sequence[str]") -> bool:
+    """--debug before the verb; after it, it may be the container's."""
+    verb = _verb(args)
+    return "--debug" in (args[: args.index(verb)] if verb else args)
 
 
 def _report(error: Exception, args: "Sequence[str]") -> int:
@@ -107,6 +123,8 @@ def _report(error: Exception, args: "Sequence[str]") -> int:
             f"corral: {type(error).__name__}: {error} (this is a fault of corral; --debug shows where)", err=True
         )
         return ENGINE_FAILED if _verb(args) in ("run", "create") else 1
+    if isinstance(error, UnicodeEncodeError):
+        error = ValueError(f"{error.object!r} is not UTF-8: names, arguments and variables must be")
     click.echo(f"corral: {error}", err=True)
     if _verb(args) not in ("run", "create", "exec"):
         return 1

@@ -1,5 +1,6 @@
 """`corral run` and `corral create`."""
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -120,6 +121,7 @@ def run_command(
         click.echo(made.id)
         return 0
     from corral.client.execution import Attachment
+    from corral.rpc.errors import NotFound, Unavailable
 
     session = terminal.Session(
         app.client,
@@ -132,7 +134,8 @@ def run_command(
     if status is None:
         return 0
     if flags["auto_remove"]:
-        app.client.containers.wait(made.id, "removed")
+        with contextlib.suppress(NotFound, Unavailable):  # it is gone already; or whoever removes it is
+            app.client.containers.wait(made.id, "removed")
     return exit_code(status)
 
 
@@ -167,7 +170,7 @@ def _options_from_flags(flags: dict[str, Any]) -> "ContainerOptions":
 
     flags = dict(flags)
     lines = [line for file in flags.pop("env_file") for line in _env_file(file)]
-    flags["env"] = [_env_value(e) for e in (*lines, *flags["env"]) if "=" in e or e in os.environ]
+    flags["env"] = [_env_value(e) for e in (*lines, *flags["env"]) if "=" in e or not e or e in os.environ]
     for key in _PAIRS:
         flags[key] = dict(_pair(key, text) for text in flags[key])
     if flags["terminal"] and (size := window_size()):
@@ -190,7 +193,7 @@ def _env_file(path: str) -> list[str]:
 
 def _env_value(text: str) -> str:
     """NAME alone passes this process's own value on."""
-    return text if "=" in text else f"{text}={os.environ[text]}"
+    return text if "=" in text or not text else f"{text}={os.environ[text]}"
 
 
 def _pair(what: str, text: str) -> tuple[str, str]:

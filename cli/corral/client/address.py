@@ -3,9 +3,12 @@
 import os
 from pathlib import Path
 
+from corral.rpc.address import Tls
+
 ADDRESS_VARIABLE = "CORRAL_ADDRESS"
 NAMESPACE_VARIABLE = "CORRAL_NAMESPACE"
 DEFAULT_NAMESPACE = "default"
+TLS_VARIABLES = ("CORRAL_TLS_CERT", "CORRAL_TLS_KEY", "CORRAL_TLS_CA")
 STATE = Path("/run/corral")
 
 
@@ -22,9 +25,15 @@ def default_namespace() -> str:
     return os.environ.get(NAMESPACE_VARIABLE) or DEFAULT_NAMESPACE
 
 
-def grpc_target(address: str) -> str:
-    """The address as gRPC writes it. Raises ValueError for a form that is not `unix://` or `tcp://`."""
-    scheme, found, rest = address.partition("://")
-    if not found or not rest or scheme not in ("unix", "tcp"):
-        raise ValueError(f"address {address!r} is not understood: give unix:///path/to/corrald.sock or tcp://host:port")
-    return rest if scheme == "tcp" else f"unix:{rest}"
+def default_tls() -> Tls | None:
+    """The files named by $CORRAL_TLS_CERT, $CORRAL_TLS_KEY and $CORRAL_TLS_CA; None if none of them is set.
+
+    Raises ValueError if only some are.
+    """
+    given = [os.environ.get(name, "") for name in TLS_VARIABLES]
+    if not any(given):
+        return None
+    if not all(given):
+        raise ValueError(f"TLS needs all of {', '.join(TLS_VARIABLES)}")
+    cert, key, ca = map(Path, given)
+    return Tls(cert, key, ca)

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Self, Unpack
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from corral.client.address import default_address, default_namespace
+from corral.client.address import default_address, default_namespace, default_tls
 from corral.client.execution import Attachment, Collected, ExecResult, async_attach_requests
 from corral.client.options import ContainerOptions, container_config
 from corral.client.transport import AsyncExchange, AsyncTransport
+from corral.rpc.address import Tls
 
 if TYPE_CHECKING:
     from corral.api.network.v1 import network_pb2
@@ -27,12 +28,14 @@ _CHUNK = 256 * 1024
 class AsyncClient:
     """One corral, in one namespace. Use it as a context manager, or call `close`.
 
-    `address` is unix:///path or tcp://host:port; by default $CORRAL_ADDRESS, else the system's daemon.
+    `address` is unix:///path or tcp://host:port; by default $CORRAL_ADDRESS, else the system's daemon. `tls`, for
+    tcp, is what this side shows and whom it trusts; by default $CORRAL_TLS_CERT, $CORRAL_TLS_KEY and $CORRAL_TLS_CA.
     """
 
-    def __init__(self, address: str | None = None, *, namespace: str | None = None) -> None:
+    def __init__(self, address: str | None = None, *, namespace: str | None = None, tls: Tls | None = None) -> None:
         self.address = address or default_address()
         self.namespace = namespace or default_namespace()
+        self._tls = tls or default_tls()
         self._transports: dict[str, AsyncTransport] = {}
         self._addresses: dict[str, str] | None = None
         self.containers = Containers(self)
@@ -68,7 +71,9 @@ class AsyncClient:
 
     def _transport(self, address: str) -> AsyncTransport:
         if address not in self._transports:
-            self._transports[address] = AsyncTransport(address, self.namespace)
+            self._transports[address] = AsyncTransport(
+                address, self.namespace, self._tls if address.startswith("tcp:") else None
+            )
         return self._transports[address]
 
 

@@ -1,33 +1,29 @@
 """Calls over one gRPC channel: the namespace goes along, and every failure is a kind of CorralError."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from corral.client.address import grpc_target
+from corral.rpc.address import OPTIONS, Target, Tls, UnixAddress, parse_address
 from corral.rpc.context import NAMESPACE_KEY
 from corral.rpc.errors import from_rpc_error
-
-_OPTIONS = (
-    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
-    ("grpc.max_send_message_length", 64 * 1024 * 1024),
-    # A local socket has no proxy, and the look-up for one costs time at every start.
-    ("grpc.enable_http_proxy", 0),
-    # A daemon that is restarted is back in less than a second; gRPC would wait for up to two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 20),
-    ("grpc.max_reconnect_backoff_ms", 200),
-)
 
 
 class AsyncTransport:
     """A channel for asyncio."""
 
-    def __init__(self, address: str, namespace: str) -> None:
+    def __init__(self, address: str, namespace: str, tls: Tls | None) -> None:
+        """Raises InvalidArgument for a malformed address, OSError if a file of `tls` cannot be read."""
         self.address = address
-        self.channel = grpc.aio.insecure_channel(grpc_target(address), options=_OPTIONS)
+        parsed = parse_address(address)
+        self._target = Target(parsed)
+        if tls is None or isinstance(parsed, UnixAddress):
+            self.channel = grpc.aio.insecure_channel(self._target.name, OPTIONS)
+        else:
+            self.channel = grpc.aio.secure_channel(self._target.name, tls.channel_credentials(), _secure(OPTIONS))
         self._metadata = ((NAMESPACE_KEY, namespace),)
 
     async def unary[Request, Answer](
@@ -61,14 +57,21 @@ class AsyncTransport:
     async def close(self) -> None:
         """Ends the channel and what still runs on it."""
         await self.channel.close()
+        self._target.close()
 
 
 class Transport:
     """A channel for ordinary code."""
 
-    def __init__(self, address: str, namespace: str) -> None:
+    def __init__(self, address: str, namespace: str, tls: Tls | None) -> None:
+        """Raises InvalidArgument for a malformed address, OSError if a file of `tls` cannot be read."""
         self.address = address
-        self.channel = grpc.insecure_channel(grpc_target(address), options=_OPTIONS)
+        parsed = parse_address(address)
+        self._target = Target(parsed)
+        if tls is None or isinstance(parsed, UnixAddress):
+            self.channel = grpc.insecure_channel(self._target.name, OPTIONS)
+        else:
+            self.channel = grpc.secure_channel(self._target.name, tls.channel_credentials(), _secure(OPTIONS))
         self._metadata = ((NAMESPACE_KEY, namespace),)
 
     def unary[Request, Answer](
@@ -101,6 +104,7 @@ class Transport:
     def close(self) -> None:
         """Ends the channel and what still runs on it."""
         self.channel.close()
+        self._target.close()
 
 
 class AsyncExchange[Answer]:
@@ -148,3 +152,8 @@ class Exchange[Answer]:
         """Ends the conversation; any thread may call it."""
         self._cancelled = True
         self._call.cancel()
+
+
+def _secure(options: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """With TLS the server's name is what its certificate is checked for."""
+    return [option for option in options if option[0] != "grpc.default_authority"]

@@ -2,13 +2,31 @@
 
 import ipaddress
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
 
 from corral.rpc.errors import InvalidArgument, Unavailable
+
+MAX_MESSAGE_BYTES = 16 << 20
+
+# Of every channel, whoever opens it.
+OPTIONS: Sequence[tuple[str, Any]] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),  # an http_proxy variable must not redirect local calls
+    ("grpc.default_authority", "localhost"),  # else a unix path becomes an authority that Go servers refuse
+    # A daemon that restarts is back within a second; gRPC's own default waits for up to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    # In spite of its name this is how long one attempt to connect may take; a busy machine needs its time.
+    ("grpc.min_reconnect_backoff_ms", 5000),
+)
 
 # sockaddr_un.sun_path is 108 bytes with its NUL. Source: unix(7).
 MAX_SOCKET_PATH = 107

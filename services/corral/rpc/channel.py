@@ -3,7 +3,7 @@
 A thin wrapper around the multi-callables instead of grpc.aio interceptors: those run each call in a task of its own.
 """
 
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable
 from types import TracebackType
 from typing import Any, Self, cast
 from weakref import WeakSet
@@ -12,25 +12,10 @@ import grpc
 import grpc.aio
 
 from corral.rpc import local
-from corral.rpc.address import Target, Tls, parse_address
+from corral.rpc.address import OPTIONS, Target, Tls, parse_address
 from corral.rpc.context import NAMESPACE_KEY, REQUEST_ID_KEY, current_call
 from corral.rpc.errors import from_rpc_error
 from corral.rpc.local_call import LocalStreamCall, LocalUnaryCall
-
-MAX_MESSAGE_BYTES = 16 << 20
-
-OPTIONS: Sequence[tuple[str, Any]] = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.enable_retries", 0),
-    ("grpc.enable_http_proxy", 0),  # an http_proxy variable must not redirect local calls
-    ("grpc.default_authority", "localhost"),  # else a unix path becomes an authority that Go servers refuse
-    # A daemon that restarts is back within a second; gRPC's own default waits for up to two minutes.
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 500),
-    # In spite of its name this is how long one attempt to connect may take; a busy machine needs its time.
-    ("grpc.min_reconnect_backoff_ms", 5000),
-)
 
 type _Serializer = Callable[[Any], bytes]
 type _Deserializer = Callable[[bytes], Any]

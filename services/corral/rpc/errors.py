@@ -172,7 +172,9 @@ def from_rpc_error(error: grpc.RpcError, *, address: str = "") -> CorralError:
         return kind(message, reason=info.reason, metadata=dict(info.metadata))
     if code is grpc.StatusCode.UNAVAILABLE and _came_from_library(message):
         where = f" at {address}" if address else ""
-        return Unavailable(f"cannot reach corral{where}: is corrald running? ({message})", reason="UNREACHABLE")
+        # "failed to connect to all addresses; last error: …; error: No such file or directory"
+        why = message.rpartition("error: ")[2].rstrip(")").strip()
+        return Unavailable(f"cannot reach corral{where} ({why}): is corrald running?", reason="UNREACHABLE")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Unavailable(f"no answer within the deadline{f' from {address}' if address else ''}", reason=code.name)
     return kind(message, reason="" if kind.code is code else code.name)

@@ -20,8 +20,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from corral.rpc import local
-from corral.rpc.address import Address, Target, TcpAddress, Tls, UnixAddress
-from corral.rpc.channel import MAX_MESSAGE_BYTES
+from corral.rpc.address import MAX_MESSAGE_BYTES, Address, Target, TcpAddress, Tls, UnixAddress
 from corral.rpc.errors import FailedPrecondition
 from corral.rpc.interceptor import CallInterceptor, Gate
 from corral.rpc.service import Service
