@@ -1,14 +1,16 @@
 """Mutual TLS over TCP: who has no certificate of our CA gets nowhere."""
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.corrald import Corrald
+from support.corrald import CORRAL, Corrald
 from support.requirements import needs
 from test_daemon_life import ECHO, SAY
 
+from corral.client.sync import Client
 from corral.rpc import errors
 from corral.rpc.address import Tls
 from corral.rpc.channel import open_channel
@@ -77,3 +79,20 @@ async def test_a_client_does_not_trust_a_server_of_another_ca(address: str, tmp_
     async with open_channel(address, tls=certificate(tmp_path, "client", authority(tmp_path, "other"))) as channel:
         with pytest.raises(errors.Unavailable):
             await channel.unary_unary(SAY)(b"you", timeout=5)
+
+
+def test_the_typed_client_shows_its_certificate(ours: Path, address: str):
+    with Client(address, tls=certificate(ours.parent, "typed", ours)) as client:
+        assert client.system.version().services == ["echo"]
+
+
+def test_the_command_takes_its_certificate_from_the_environment(ours: Path, address: str):
+    tls = certificate(ours.parent, "command", ours)
+    files = {"CORRAL_TLS_CERT": str(tls.cert), "CORRAL_TLS_KEY": str(tls.key), "CORRAL_TLS_CA": str(tls.ca)}
+    command = [CORRAL, "--address", address, "version"]
+    served = subprocess.run(command, env=os.environ | files, capture_output=True, text=True, check=False)
+    assert "Services: echo" in served.stdout, served.stderr
+    some = subprocess.run(
+        command, env=os.environ | dict([files.popitem()]), capture_output=True, text=True, check=False
+    )
+    assert "TLS needs all of" in some.stderr

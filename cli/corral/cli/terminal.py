@@ -30,6 +30,8 @@ DEFAULT_DETACH_KEYS = "ctrl-p,ctrl-q"
 _CHUNK = 256 * 1024
 # At most this many chunks wait between stdin and the wire.
 _QUEUED_CHUNKS = 16
+# After so many SIGINT or SIGTERM the session ends, whatever the container does; docker's number.
+_PATIENCE = 3
 # Signals that are about this process, not about the container.
 _OWN_SIGNALS = {signal.SIGCHLD, signal.SIGPIPE, signal.SIGURG, signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT}
 _OWN_SIGNALS |= {
@@ -105,11 +107,12 @@ class Session:
     _queue: "SimpleQueue[tasks_pb2.AttachRequest | None]" = field(default_factory=SimpleQueue)
     _room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_QUEUED_CHUNKS))
     _wake: tuple[int, int] = (-1, -1)
+    _asked_to_end: int = 0
 
     def run(self, on_attached: Callable[[], object]) -> types_pb2.ExitStatus | None:
         """Joins the streams; calls `on_attached` when no output can be missed any more.
 
-        Returns how the process ended, or None after a detach.
+        Returns how the process ended, or None after a detach. Raises KeyboardInterrupt when asked often to end.
         """
         self._wake = os.pipe()
         for fd in self._wake:
@@ -224,7 +227,7 @@ class Session:
         before = {}
         for number in wanted:
             with contextlib.suppress(OSError, ValueError):
-                before[number] = signal.signal(number, _nothing)
+                before[number] = signal.signal(number, self._on_signal)
         previous_wakeup = signal.set_wakeup_fd(self._wake[1], warn_on_full_buffer=False)
         try:
             yield
@@ -232,6 +235,14 @@ class Session:
             signal.set_wakeup_fd(previous_wakeup)
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        """The pump passes it on. A program that does not end, or a daemon that hangs, must not hold the terminal."""
+        if number in (signal.SIGINT, signal.SIGTERM):
+            self._asked_to_end += 1
+            if self._asked_to_end == _PATIENCE:
+                sys.stderr.write(f"corral: asked {_PATIENCE} times to end: the container is left as it is\n")
+                raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -262,7 +273,3 @@ def require_terminal() -> None:
     """Raises ValueError where -t cannot work."""
     if not sys.stdin.isatty():
         raise ValueError("the input device is not a terminal: leave out -t, or run from a terminal")
-
-
-def _nothing(number: int, frame: object) -> None:
-    """A handler, so that the wake-up pipe is told and the default action does not happen."""

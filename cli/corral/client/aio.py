@@ -67,7 +67,10 @@ class AsyncClient:
         if self._addresses is None:
             answer = await self.system.addresses()
             self._addresses = dict(answer.addresses)
-        return self._transport(self._addresses.get(service, self.address))
+        address = self._addresses.get(service, self.address)
+        # A socket file of another host is of no use here; that host's engine then serves the leaf at its own address.
+        elsewhere = self.address.startswith("tcp:") and address.startswith("unix:")
+        return self._transport(self.address if elsewhere else address)
 
     def _transport(self, address: str) -> AsyncTransport:
         if address not in self._transports:
