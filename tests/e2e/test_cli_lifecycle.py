@@ -46,6 +46,13 @@ def test_an_exited_container_starts_again_on_its_own_files(box: Corrald, name: s
     assert ok(box, "logs", name) == "1\n2\n"
 
 
+def test_wait_tells_of_every_container_though_one_is_unknown(box: Corrald, name: str) -> None:
+    ok(box, "run", "-d", "--name", name, "busybox", "sh", "-c", "exit 3")
+    result = box.corral("wait", "nobody", name)
+    assert (result.returncode, result.stdout) == (1, b"3\n")
+    assert b"nobody" in result.stderr
+
+
 def test_stop_sends_sigterm_and_waits(box: Corrald, name: str) -> None:
     script = "trap 'echo bye; exit 5' TERM; echo ready; while :; do sleep 0.1; done"
     ok(box, "run", "-d", "--name", name, "busybox", "sh", "-c", script)

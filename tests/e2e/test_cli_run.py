@@ -183,16 +183,50 @@ def test_d_prints_the_id_and_leaves_it_running(box: Corrald, name: str) -> None:
 
 
 def test_signals_to_the_command_reach_the_container(box: Corrald) -> None:
-    script = "trap 'echo caught; exit 7' TERM; echo ready; while :; do sleep 0.1; done"
-    process = subprocess.Popen(
-        [CORRAL, "run", "--rm", "busybox", "sh", "-c", script],
-        env=os.environ | {"CORRAL_ADDRESS": box.address}, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
+    process = started(box, "trap 'echo caught; exit 7' TERM; echo ready; while :; do sleep 0.1; done")
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=20)[0] == b"caught\n"
     assert process.returncode == 7
+
+
+def started(box: Corrald, script: str, *options: str) -> "subprocess.Popen[bytes]":
+    """`corral run --rm` of a script that has printed its first line, "ready"."""
+    process = subprocess.Popen(
+        [CORRAL, "run", "--rm", *options, "busybox", "sh", "-c", script],
+        env=os.environ | {"CORRAL_ADDRESS": box.address},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+def test_the_third_interrupt_ends_the_command_though_the_container_ignores_them(box: Corrald, name: str) -> None:
+    process = started(box, "trap '' INT; echo ready; sleep 100", "--name", name)
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    assert b"asked 3 times" in process.communicate(timeout=20)[1]
+    assert process.returncode == 130
+    assert inspect(box, name)["status"] == "running"
+
+
+def test_the_exit_code_is_told_though_the_container_is_gone_before_the_command_asks(box: Corrald, name: str) -> None:
+    process = started(box, "echo ready; sleep 0.5; exit 4", "--name", name)
+    process.send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + 20
+    while box.corral("inspect", name).returncode == 0:
+        assert time.monotonic() < deadline
+    process.send_signal(signal.SIGCONT)
+    assert (process.communicate(timeout=20)[1], process.returncode) == (b"", 4)
+
+
+def test_closed_standard_streams_are_nobodys(box: Corrald) -> None:
+    command = f"{CORRAL} run --rm -i busybox sh -c 'cat; echo x; echo y >&2; exit 3' <&- >&- 2>&-"
+    environment = os.environ | {"CORRAL_ADDRESS": box.address}
+    assert subprocess.run(["sh", "-c", command], env=environment, check=False).returncode == 3
 
 
 @pytest.mark.parametrize(
