@@ -155,10 +155,16 @@ class Removal:
             try:
                 with in_namespace(record.namespace):
                     async with self._core.locks.of((record.namespace, record.id)):
-                        await self._remove(record, volumes=True)
+                        if self._is_there(record):
+                            await self._remove(record, volumes=True)
                 return
             except (CorralError, OSError) as e:
                 log.info("removal.retry", container=record.id, error=str(e), next_s=delay_s)
+
+    def _is_there(self, record: ContainerRecord) -> bool:
+        """Whether nobody else has removed it meanwhile. Another one with the same id must not go in its place."""
+        now = self._core.database.read_sync(lambda view: store.find(view, record.namespace, record.id))
+        return now is not None and now.created_ns == record.created_ns
 
     def remove_when_read(self, record: ContainerRecord) -> None:
         """Remove a container that wants it (--rm), once its last clients have read its output."""
