@@ -203,7 +203,7 @@ class TestExec:
         container = lab.create(lab.spec("true"))
         container.start()
         os.waitid(os.P_PIDFD, container.init.pidfd, os.WEXITED | os.WNOWAIT)
-        with pytest.raises((ExecFailed, OSError)):
+        with pytest.raises(ExecFailed, match="the container is not running"):
             container.exec(lab.process("true"), stdio=Stdio())
 
     def test_without_capabilities_of_its_own_it_gets_those_of_init(self, lab, running):

@@ -92,6 +92,29 @@ class TestDev:
         seen = lab.run("stat -c %F:%a:%u:%g:%t:%T /dev/deep/loop7", linux={"devices": (device,)}).output
         assert seen.strip() == "block special file:640:3:4:7:7"
 
+    def test_may_be_read_only(self, lab):
+        """Nodes and mount points are made in it first."""
+        spec = lab.spec("touch /dev/x; ls /dev/null /dev/shm/ && echo x > /dev/null && touch /dev/shm/x && echo fine")
+        mounts = [replace(m, options=(*m.options, "ro")) if m.destination == "/dev" else m for m in spec.mounts]
+        seen = lab.run_spec(replace(spec, mounts=tuple(mounts))).output
+        assert "Read-only file system" in seen
+        assert seen.endswith("fine\n")
+
+    def test_may_be_the_images_own(self, lab):
+        spec = lab.spec("stat -c %F /dev/null; stat -f -c %T /dev")
+        mounts = tuple(m for m in spec.mounts if not m.destination.startswith("/dev"))
+        assert lab.run_spec(replace(spec, mounts=mounts)).output.splitlines()[0] == "character special file"
+
+    def test_of_the_host_is_left_as_it_is(self, lab):
+        directory = lab.directory / "hostdev"
+        directory.mkdir()
+        (directory / "null").write_text("")
+        spec = lab.spec("true", mounts=[Mount("/dev", "bind", str(directory), ("rbind",))])
+        mounts = tuple(m for m in spec.mounts if m.type == "bind" or not m.destination.startswith("/dev"))
+        with pytest.raises(ExecFailed, match="not the null device"):
+            lab.run_spec(replace(spec, mounts=mounts, process=replace(spec.process, args=("true",))))
+        assert [entry.name for entry in directory.iterdir()] == ["null"]
+
     def test_the_hosts_devices_are_not_seen(self, lab):
         assert lab.run("ls /dev/vda /dev/kmsg /dev/mem 2>&1 | grep -vc 'No such file'").output == "0\n"
 

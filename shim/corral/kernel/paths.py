@@ -71,9 +71,10 @@ def make_directory_in_root(root: int, path: str, mode: int = 0o755) -> int:
 def make_file_in_root(root: int, path: str, mode: int = 0o644) -> int:
     """An O_PATH fd of the non-directory at path inside root; created as an empty file where nothing is."""
     fd = _create(root, path, mode, directory=False)
-    if stat.S_ISDIR(os.fstat(fd).st_mode):
+    kind = stat.S_IFMT(os.fstat(fd).st_mode)
+    if kind in (stat.S_IFDIR, stat.S_IFLNK):  # a link: put there between making the file and opening it
         os.close(fd)
-        raise failure(errno.EISDIR, "openat2", path)
+        raise failure(errno.EISDIR if kind == stat.S_IFDIR else errno.ELOOP, "openat2", path)
     return fd
 
 

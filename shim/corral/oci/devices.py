@@ -36,7 +36,7 @@ class DeviceNode(Step):
             raise ExecFailed(SETUP, f"device {device.path!r}: not a device node")
         if stage.dev is not None and directory == "/dev":
             self._make(name, stage.dev)
-        elif stage.dev is not None or not path.startswith("/dev/"):
+        elif not (stage.dev_is_the_hosts and path.startswith("/dev/")):
             with paths.opened(paths.make_directory_in_root(stage.root, directory)) as parent:
                 self._make(name, parent)
 

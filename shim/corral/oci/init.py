@@ -30,7 +30,6 @@ class InitPlan:
     bundle: str
     steps: tuple[Step, ...]
     program: Program
-    terminal: bool
     hostname: str
     domainname: str
     sysctl: Mapping[str, str]

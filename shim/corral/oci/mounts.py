@@ -83,6 +83,19 @@ class ReadonlyRoot(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class ReadonlyTmpfs(Step):
+    """Make read-only what was asked to be, but had to hold mount points and device nodes first."""
+
+    def describe(self) -> str:
+        return "tmpfs mounts: read-only where asked"
+
+    def apply(self, stage: Stage) -> None:
+        for tree in stage.read_only_last:
+            mount.set_attributes(tree, attr_set=MOUNT_ATTR_RDONLY)
+            os.close(tree)
+
+
+@dataclass(frozen=True, slots=True)
 class WorkingDirectory(Step):
     """Make the directory the process begins in, where the image lacks it (as runc does).
 
@@ -129,7 +142,7 @@ class BindMount(Step):
             _check_place(target, self.destination, filesystem_magic(tree))
             mount.move_mount(tree, target, what=self.source, where=self.destination)
         if normal(self.destination) == "/dev":
-            stage.dev = None
+            stage.dev, stage.dev_is_the_hosts = None, True
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,17 +160,23 @@ class NewFilesystem(Step):
     def apply(self, stage: Stage) -> None:
         kernel_magic = _KERNEL_MAGIC.get(self.fstype)
         attributes, data = self.options.attributes, self.options.data
+        flags = attributes.set | (attributes.atime or 0)
+        late = flags & MOUNT_ATTR_RDONLY and self.fstype == "tmpfs"
+        if late:
+            flags &= ~MOUNT_ATTR_RDONLY
         if self.fstype == "tmpfs" and not any(option.startswith("mode=") for option in data):
             data += _mode_of_covered(stage.root, self.destination)
         with _place(stage, self.destination, directory=True, follow=kernel_magic is None) as target:
             _check_place(target, self.destination, kernel_magic)
-            tree = _new(self.fstype, self.source, data, attributes.set | (attributes.atime or 0), stage)
+            tree = _new(self.fstype, self.source, data, flags, stage)
             mount.move_mount(tree, target, what=self.fstype, where=self.destination)
             _dress(tree, self.options.recursive, recursive=True)
         if self.options.propagation:
             mount.set_attributes(
                 tree, propagation=self.options.propagation, recursive=self.options.propagation_recursive
             )
+        if late:
+            stage.read_only_last.append(os.dup(tree))
         self._record(stage, tree)
 
     def _record(self, stage: Stage, tree: int) -> None:

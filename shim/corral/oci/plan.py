@@ -9,7 +9,15 @@ from corral.oci import mount_options
 from corral.oci.devices import Console, DeviceLink, DeviceNode
 from corral.oci.masks import MaskedPaths, ReadonlyPaths
 from corral.oci.mount_options import Attributes
-from corral.oci.mounts import BindMount, CgroupMount, NewFilesystem, ReadonlyRoot, RootFilesystem, WorkingDirectory
+from corral.oci.mounts import (
+    BindMount,
+    CgroupMount,
+    NewFilesystem,
+    ReadonlyRoot,
+    ReadonlyTmpfs,
+    RootFilesystem,
+    WorkingDirectory,
+)
 from corral.oci.spec import Device, DeviceType, Mount, Spec
 from corral.oci.stage import Step
 
@@ -72,6 +80,7 @@ def steps_of(
         steps.append(ReadonlyPaths(spec.linux.readonly_paths))
     if spec.linux.masked_paths:
         steps.append(MaskedPaths(spec.linux.masked_paths))
+    steps.append(ReadonlyTmpfs())
     if (spec.root is not None and spec.root.readonly) or root.options.attributes.set & MOUNT_ATTR_RDONLY:
         steps.append(ReadonlyRoot())
     return steps

@@ -49,6 +49,8 @@ class Program:
     rlimits: tuple[Rlimit, ...]
     oom_score_adj: int | None
     seccomp: Filter | None
+    terminal: bool
+    """0, 1 and 2 are a pty of the container."""
 
     def start_as(self, identity: Identity) -> "Program":
         """The same program, run by identity."""
@@ -77,6 +79,7 @@ def program_of(spec: Process, *, user: str | None, seccomp: Filter | None) -> Pr
         rlimits=spec.rlimits,
         oom_score_adj=spec.oom_score_adj,
         seccomp=seccomp,
+        terminal=spec.terminal,
     )
 
 
@@ -111,7 +114,7 @@ def adjust_oom_score(wanted: int | None) -> None:
 def become(program: Program, root: int) -> Program:
     """Give up everything but what the program is to have; what is returned is ready for execute()."""
     program = program.start_as(identify(root, program.user, program.uid, program.gid, program.groups))
-    hand_over_stdio(program.uid)
+    hand_over_stdio(program.uid, terminal=program.terminal)
     enter_directory(root, program.cwd)
     for limit in program.rlimits:
         rlimits.set_limit(limit.type, soft=limit.soft, hard=limit.hard)
@@ -136,14 +139,14 @@ def _drop_privileges(program: Program) -> None:
     capabilities.set_ambient(sets.ambient)
 
 
-def hand_over_stdio(uid: int) -> None:
-    """Make the pipes and the terminal on 0, 1 and 2 the user's, so that it can reopen /dev/stdout.
+def hand_over_stdio(uid: int, *, terminal: bool) -> None:
+    """Make the pipes on 0, 1 and 2, or the container's own terminal, the user's, so that it can reopen /dev/stdout.
 
-    Only those: a character device like /dev/null may be the host's own.
+    Only those: any other character device, /dev/null say, may be the host's own.
     """
     for fd in range(3):
         status = os.fstat(fd)
-        if status.st_uid != uid and (stat.S_ISFIFO(status.st_mode) or os.isatty(fd)):
+        if status.st_uid != uid and (stat.S_ISFIFO(status.st_mode) or terminal):
             # A pipe of a peer that may not be given away is not worth failing for.
             with contextlib.suppress(PermissionError):
                 os.fchown(fd, uid, -1)

@@ -104,7 +104,10 @@ class Container:
         user (`name|uid[:group|gid]`, looked up in the container) overrides process_spec.user. Without capabilities of
         its own the process gets those of init. cgroup_paths: as for create(). Raises ExecFailed; then it was reaped.
         """
-        return _exec(self, process_spec, user, stdio, cgroup_paths)
+        try:
+            return _exec(self, process_spec, user, stdio, cgroup_paths)
+        except ProcessLookupError as e:
+            raise ExecFailed(SETUP, "the container is not running") from e
 
     @classmethod
     def adopt(cls, spec: Spec, *, pid: int, start_time: int) -> "Container":
@@ -157,11 +160,11 @@ def create(
                 stack.enter_context(_children_in(fd, path))
             else:
                 joins.append((fd, kind.flag, path))
-        parent, child = make_pair()
+        parent, child = stack.enter_context(_channel())
         pid, pidfd = process.clone(flags, cgroup=membership.unified)
         if pid == 0:
             run_init(plan, child, stdio, membership, joins)
-    return Container(spec, *_await_ready(parent, child, pid, pidfd))
+    return Container(spec, *_await_ready(parent, pid, pidfd))
 
 
 def plan_of(
@@ -186,7 +189,6 @@ def plan_of(
         bundle=bundle,
         steps=tuple(steps),
         program=program_of(spec.process, user=user, seccomp=filter_of(spec.linux.seccomp)),
-        terminal=spec.process.terminal,
         hostname=spec.hostname,
         domainname=spec.domainname,
         sysctl=check_sysctl(spec.linux.sysctl, [namespace.type for namespace in spec.linux.namespaces]),
@@ -194,6 +196,19 @@ def plan_of(
         unshare=Kind.CGROUP.flag if Kind.CGROUP in new else 0,
         loopback=Kind.NETWORK in new,
     )
+
+
+@contextlib.contextmanager
+def _channel() -> Iterator[tuple[ParentEnd, ChildEnd]]:
+    """A channel; the parent's end outlives the block if all went well."""
+    parent, child = make_pair()
+    try:
+        yield parent, child
+    except BaseException:
+        parent.close()
+        raise
+    finally:
+        child.close()
 
 
 @contextlib.contextmanager
@@ -207,8 +222,7 @@ def _children_in(pid_namespace: int, path: str) -> Iterator[None]:
         yield
 
 
-def _await_ready(parent: ParentEnd, child: ChildEnd, pid: int, pidfd: int) -> tuple[ProcessHandle, ParentEnd]:
-    child.close()
+def _await_ready(parent: ParentEnd, pid: int, pidfd: int) -> tuple[ProcessHandle, ParentEnd]:
     try:
         console = parent.receive_ready()
         return ProcessHandle(pid, pidfd, process.start_time(pid), console), parent
@@ -262,12 +276,12 @@ def _exec(
         stack.callback(membership.close)
         if Kind.PID in kinds:
             stack.enter_context(_children_in(init, "the container's init"))
-        parent, child = make_pair()
+        parent, child = stack.enter_context(_channel())
         pid, pidfd = process.clone(0, cgroup=membership.unified)
         if pid == 0:
             flags = namespaces.flags_of(kinds - {Kind.PID})
             run_joined(program, child, stdio, membership, init=init, flags=flags, terminal=terminal)
-    handle, _ = _await_ready(parent, child, pid, pidfd)
+    handle, _ = _await_ready(parent, pid, pidfd)
     try:
         parent.wait_for_exec()
     except BaseException:

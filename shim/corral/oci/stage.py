@@ -18,6 +18,10 @@ class Stage:
     """fd of the root of the container's root mount, once there is one."""
     dev: int | None = None
     """fd of the root of our own tmpfs on /dev; None where the user put something else there."""
+    dev_is_the_hosts: bool = False
+    """A directory of the host lies on /dev: nothing is made in it."""
+    read_only_last: list[int] = field(default_factory=list)
+    """fds of mounts that become read-only when all is in place: others may have mount points in them."""
     devpts: int | None = None
     """fd of the root of the container's own devpts on /dev/pts."""
     unified: bool = False

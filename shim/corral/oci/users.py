@@ -132,7 +132,11 @@ def _memberships(account: Account | None, data: bytes) -> tuple[int, ...]:
 def read_database(root: int, path: str, *, required: bool) -> bytes:
     """/etc/passwd or /etc/group inside root. Where it can't be used: b"", or if required ExecFailed saying why."""
     try:
-        # O_NONBLOCK: opening a FIFO planted there must not wait for a writer.
+        # Looked at before it is opened, for opening a device can do things; and O_NONBLOCK, for it may be exchanged for
+        # a FIFO meanwhile, which must not make us wait for a writer.
+        with paths.opened(paths.open_in_root(root, path)) as found:
+            if not stat.S_ISREG(os.fstat(found).st_mode):
+                return _unusable(path, "it is not a plain file", required)
         fd = paths.open_in_root(root, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except FileNotFoundError:
         return b""

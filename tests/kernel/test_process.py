@@ -1,0 +1,163 @@
+"""Processes as the kernel layer makes and names them."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from support.requirements import needs
+
+from corral.kernel import process
+
+pytestmark = pytest.mark.timeout(60, method="signal")
+
+
+def child_of(body) -> tuple[int, int]:
+    pid, pidfd = process.clone(0)
+    if pid == 0:
+        try:
+            body()
+        finally:
+            os._exit(0)
+    return pid, pidfd
+
+
+def reap(pidfd: int) -> None:
+    os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+
+
+def test_the_exit_status_outlives_the_reaping():
+    _, pidfd = child_of(lambda: os._exit(7))
+    reap(pidfd)
+    try:
+        info = process.pidfd_info(pidfd)
+    except OSError:
+        pytest.skip("needs PIDFD_INFO_EXIT (Linux 6.15)")
+    assert os.waitstatus_to_exitcode(info.exit_status) == 7
+    os.close(pidfd)
+
+
+def test_a_signal_is_told_from_an_exit():
+    _, pidfd = child_of(lambda: time.sleep(60))
+    process.send_signal(pidfd, signal.SIGTERM)
+    reap(pidfd)
+    try:
+        info = process.pidfd_info(pidfd)
+    except OSError:
+        pytest.skip("needs PIDFD_INFO_EXIT (Linux 6.15)")
+    assert os.waitstatus_to_exitcode(info.exit_status) == -signal.SIGTERM
+    os.close(pidfd)
+
+
+def test_a_live_process_has_no_status():
+    pid, pidfd = child_of(lambda: time.sleep(60))
+    try:
+        info = process.pidfd_info(pidfd)
+        assert (info.pid, info.ppid, info.exit_status) == (pid, os.getpid(), None)
+    finally:
+        process.send_signal(pidfd, signal.SIGKILL)
+        reap(pidfd)
+        os.close(pidfd)
+
+
+def test_a_reaped_process_gets_no_signal():
+    _, pidfd = child_of(lambda: None)
+    reap(pidfd)
+    with pytest.raises(ProcessLookupError):
+        process.send_signal(pidfd, signal.SIGTERM)
+    os.close(pidfd)
+
+
+def test_the_start_time_is_that_of_proc_whatever_the_name():
+    pid, pidfd = child_of(lambda: (process.set_name("a) b (c) 1 2"), time.sleep(60)))
+    while "a) b" not in Path(f"/proc/{pid}/stat").read_text():
+        time.sleep(0.001)
+    ticks = os.sysconf("SC_CLK_TCK")
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - process.start_time(pid) / ticks
+    assert -1 < age < 10
+    process.send_signal(pidfd, signal.SIGKILL)
+    reap(pidfd)
+    os.close(pidfd)
+    with pytest.raises(FileNotFoundError):
+        process.start_time(pid)
+
+
+def test_only_what_is_kept_stays_open():
+    reader, writer = os.pipe()
+
+    def body():
+        kept = os.dup(writer)
+        os.dup(reader)
+        process.close_fds([0, 1, 2, kept])
+        os.write(kept, " ".join(entry.name for entry in Path("/proc/self/fd").iterdir()).encode())
+        os._exit(kept)
+
+    _, pidfd = child_of(body)
+    result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    left = os.read(reader, 100).decode().split()
+    assert len(left) == 5  # and one to list them with
+    assert {"0", "1", "2", str(result.si_status)} < set(left)
+    for fd in (reader, writer, pidfd):
+        os.close(fd)
+
+
+def test_ignored_signals_are_not_inherited():
+    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    reader, writer = os.pipe()
+
+    def body():
+        process.reset_signals()
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("SigIgn"))
+        os.write(writer, line.split()[1].encode())
+
+    _, pidfd = child_of(body)
+    reap(pidfd)
+    signal.signal(signal.SIGUSR2, before)
+    assert int(os.read(reader, 100), 16) == 0
+    for fd in (reader, writer, pidfd):
+        os.close(fd)
+
+
+@needs("root")
+def test_a_subreaper_gets_orphans():
+    reader, writer = os.pipe()
+
+    def body():
+        process.set_child_subreaper()
+        middle, _ = process.clone(0)
+        if middle == 0:
+            process.clone(0)
+            os._exit(0)
+        os.waitpid(middle, 0)
+        pid, _ = os.waitpid(-1, 0)
+        os.write(writer, b"reaped" if pid > 0 else b"")
+
+    _, pidfd = child_of(body)
+    reap(pidfd)
+    assert os.read(reader, 10) == b"reaped"
+    for fd in (reader, writer, pidfd):
+        os.close(fd)
+
+
+@needs("root")
+def test_a_process_can_be_born_in_a_cgroup():
+    lines = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    mount = next((Path(fields[4]) for fields in lines if fields[fields.index("-") + 1] == "cgroup2"), None)
+    if mount is None:
+        pytest.skip("needs a mounted cgroup2")
+    place = mount / f"corral-born-{os.getpid()}"
+    place.mkdir()
+    fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    pid, pidfd = process.clone(0, cgroup=fd)
+    if pid == 0:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        assert (place / "cgroup.procs").read_text().split() == [str(pid)]
+    finally:
+        process.send_signal(pidfd, signal.SIGKILL)
+        reap(pidfd)
+        os.close(pidfd)
+        os.close(fd)
+        place.rmdir()
