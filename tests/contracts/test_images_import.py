@@ -1,6 +1,7 @@
 """Archives become images, over gRPC."""
 
 import asyncio
+import gc
 import gzip
 import io
 import json
@@ -327,6 +328,8 @@ async def test_a_layer_takes_directories_and_links_from_those_below(leaf: Images
 async def test_a_cancelled_import_leaves_nothing(leaf: ImagesLeaf, tmp_path: Path) -> None:
     data = write_busybox(tmp_path / "b.tar").read_bytes()
     stuck = asyncio.Event()
+    complaints: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
 
     async def half() -> AsyncIterator[pb.ImportRequest]:
         count = 0
@@ -346,6 +349,9 @@ async def test_a_cancelled_import_leaves_nothing(leaf: ImagesLeaf, tmp_path: Pat
         await asyncio.sleep(0.02)
     assert leaf.disk() == set()
     stuck.set()
+    await asyncio.sleep(0.1)
+    gc.collect()
+    assert complaints == []
 
 
 async def test_a_stop_in_the_middle_of_an_import_is_quick_and_leaves_nothing(tmp_path: Path) -> None:

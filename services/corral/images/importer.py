@@ -149,6 +149,8 @@ class Importer:
             feeding.cancel()
             pipe.abort()
             await asyncio.wait((reading, feeding))
+            if not reading.cancelled():
+                reading.exception()  # told already, or the client that would be told has gone
 
     async def _rootfs(
         self, options: ImportOptions, layer: StoredFile, report: Report, directory: Path, stack: AsyncExitStack

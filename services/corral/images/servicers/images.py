@@ -151,8 +151,10 @@ class ProgressQueue:
         """What is reported until `work` ends, and the last of it then."""
         while not work.done():
             waiting = asyncio.ensure_future(self._changed.wait())
-            await asyncio.wait((work, waiting), return_when=asyncio.FIRST_COMPLETED)
-            waiting.cancel()
+            try:
+                await asyncio.wait((work, waiting), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                waiting.cancel()
             self._changed.clear()
             for message in self._take():
                 yield message
