@@ -6,6 +6,9 @@
         --> {"id":1,"ok":{"pid":PID,"start_time":TICKS}}
     EOF on fd 3 ends the zygote.
 
+One shim is always ready ahead, forked and waiting for its bundle, so that a request waits neither for fork(2) nor for a
+newborn's page faults. It takes its orders over a socketpair and ends with the zygote while it has none.
+
 Each shim is a session of its own, so killing the zygote, or its ending, harms none of them: they become init's. Until
 then the zygote reaps them, which not every init does, and inherits what a shim that was killed leaves behind: should
 that be a container's own process, its exit is written to the bundle in the shim's place.
@@ -19,6 +22,7 @@ import signal
 import socket
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -64,6 +68,30 @@ def _settle() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+# The next spare is forked once the shim that was asked for has had the processors to itself.
+SPARE_PAUSE_S = 0.015
+
+
+@dataclass(slots=True)
+class Spare:
+    """A shim that has no bundle yet."""
+
+    pid: int
+    start_time: int
+    orders: Channel
+
+    def assign(self, listener: int, bundle: Path, namespace: str, container: str) -> bool:
+        """Make it the shim of this bundle; False if it is dead."""
+        try:
+            order = {"bundle": str(bundle), "namespace": namespace, "container": container}
+            self.orders.send(order, (listener,))
+        except EOFError:
+            return False
+        finally:
+            self.orders.sock.close()
+        return True
+
+
 class Zygote:
     """Forks shims until the other end of its control socket is closed."""
 
@@ -73,9 +101,11 @@ class Zygote:
         self._signals = signalfd.open_signalfd((signal.SIGCHLD,))
         self._bundles: dict[int, Path] = {}  # of living shims, by pid
         self._orphaned: list[Path] = []  # of shims that were killed
+        self._spare: Spare | None = None
 
     def run(self) -> None:
         """Serve until the end."""
+        self._loop.call_later(SPARE_PAUSE_S, self._make_spare)
         self._loop.watch(self._control.sock.fileno(), IN, lambda _events: self._on_control())
         self._loop.watch(self._signals, IN, lambda _events: self._on_child())
         self._loop.run()
@@ -107,16 +137,34 @@ class Zygote:
         (listener,) = self._control.take_fds(1)
         try:
             failpoint("zygote.spawn.before_fork")
-            pid = process.fork()
-            if pid == 0:
-                _become_shim(listener, bundle, namespace, container)
-            # Not reaped before this handler returns, so the pid is the shim's even if that is dead already.
-            start_time = process.start_time(pid)
-            self._bundles[pid] = bundle
+            spare, self._spare = self._spare, None
+            if spare is None or not spare.assign(listener, bundle, namespace, container):
+                spare = self._fork_spare()
+                spare.assign(listener, bundle, namespace, container)
+            self._bundles[spare.pid] = bundle
         finally:
             os.close(listener)
         failpoint("zygote.spawn.after_fork")
-        return {"pid": pid, "start_time": start_time}
+        self._loop.call_later(SPARE_PAUSE_S, self._make_spare)
+        return {"pid": spare.pid, "start_time": spare.start_time}
+
+    def _make_spare(self) -> None:
+        if self._spare is None:
+            with contextlib.suppress(OSError):  # a request will meet the same error and tell it
+                self._spare = self._fork_spare()
+
+    def _fork_spare(self) -> Spare:
+        ours, its = socket.socketpair()
+        with its:
+            try:
+                pid = process.fork()
+            except BaseException:
+                ours.close()
+                raise
+            if pid == 0:
+                _become_shim(its)
+        # Not reaped before the handler that calls this returns, so the pid is the shim's even if that is dead already.
+        return Spare(pid, process.start_time(pid), Channel(ours))
 
     def _on_child(self) -> None:
         """Reap shims that have ended, and orphans of those that were killed."""
@@ -128,6 +176,10 @@ class Zygote:
                 return
             if pid == 0:
                 return
+            if self._spare is not None and pid == self._spare.pid:
+                self._spare.orders.sock.close()
+                self._spare = None
+                continue
             bundle = self._bundles.pop(pid, None)
             if bundle is None:
                 # Its shim may be dying only just now, and not be in the second list yet.
@@ -136,24 +188,40 @@ class Zygote:
                 self._orphaned.append(bundle)
 
 
-def _become_shim(listener: int, bundle: Path, namespace: str, container: str) -> NoReturn:
-    status = 1
+def _become_shim(orders: socket.socket) -> NoReturn:
+    status, bundle = 1, None
     try:
-        failpoint("shim.spawned")
         os.setsid()
         os.dup2(0, 2)
-        process.close_fds((0, 1, 2, listener))
+        process.close_fds((0, 1, 2, orders.fileno()))
         process.set_name("corral-shim")
         process.set_child_subreaper()
         oom.protect_this_process()
         loop = Loop()
+        try:
+            order, listener = _receive_order(Channel(orders))
+        except EOFError:  # the zygote has ended
+            os._exit(0)
+        bundle = Path(text(order, "bundle"))
+        failpoint("shim.spawned")
+        namespace, container = text(order, "namespace"), text(order, "container")
         Server(loop, socket.socket(fileno=listener), bundle, namespace=namespace, container=container).begin()
         loop.run()
         status = 0
     except BaseException as e:  # noqa: BLE001 - the last frame of this process
-        _report(bundle, e)
+        if bundle is not None:
+            _report(bundle, e)
     finally:
         os._exit(status)
+
+
+def _receive_order(orders: Channel) -> tuple[Message, int]:
+    """What to be the shim of, and its listening socket. Raises EOFError once the zygote has ended."""
+    while True:
+        for message in orders.receive():
+            (listener,) = orders.take_fds(1)
+            orders.sock.close()
+            return message, listener
 
 
 def _report(bundle: Path, error: BaseException) -> None:
