@@ -12,7 +12,7 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 
 import structlog
@@ -77,11 +77,15 @@ class Collector:
         self._stopping = False
         self._timer: asyncio.TimerHandle | None = None
 
-    @contextlib.contextmanager
-    def pinned(self, names: Iterable[str]) -> Iterator[None]:
-        """Keep blobs and layers, which somebody at work counts on, whatever else becomes of them."""
+    @contextlib.asynccontextmanager
+    async def pinned(self, names: Iterable[str]) -> AsyncIterator[None]:
+        """Keep blobs and layers, which somebody at work counts on, whatever else becomes of them.
+
+        What is here within the block stays: a collection that had not heard of the names is over when it begins.
+        """
         names = list(names)
-        self._pins.update(names)
+        async with self.changing:
+            self._pins.update(names)
         try:
             yield
         finally:

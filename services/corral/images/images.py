@@ -102,7 +102,7 @@ class Images:
         details = await run_blocking(self._details.get, record.manifest)
         if not details.chain:
             return record
-        with self._collector.pinned((record.manifest.digest, *details.chain)):
+        async with self._collector.pinned((record.manifest.digest, *details.chain)):
             await self._unpack(record, details)
         return replace(record, chain_id=details.chain_id)
 

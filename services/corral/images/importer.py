@@ -123,7 +123,7 @@ class Importer:
                 assert taken.intake is not None
                 images = await run_blocking(_understand, options, taken.intake, directory)
                 staged = []
-            stack.enter_context(self._collector.pinned(_everything_of(images)))
+            await stack.enter_async_context(self._collector.pinned(_everything_of(images)))
             paths = blob_paths(images)
             if options.unpack and taken.layer is None:
                 for image in images:

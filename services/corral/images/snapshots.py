@@ -66,7 +66,7 @@ class Snapshots:
         check_id(wanted.key, "snapshot key")
         found = self._database.read_sync(lambda s: self._look_up(s, wanted))
         if found is None:
-            with self._collector.pinned([(await self._images.unpacked(wanted.namespace, wanted.image)).chain_id]):
+            async with self._collector.pinned([(await self._images.unpacked(wanted.namespace, wanted.image)).chain_id]):
                 found = self._database.read_sync(lambda s: self._look_up(s, wanted))
             if found is None:
                 raise _gone(wanted.image)
