@@ -11,9 +11,9 @@ from signal import SIGKILL
 
 from corral.kernel.failpoint import failpoint
 from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, NotFound, Unavailable
-from corral.store import Database
+from corral.store import Database, Referenced
 from corral.tasks import store
-from corral.tasks.live import Process, Task
+from corral.tasks.live import Process, Task, told
 from corral.tasks.model import Exit, ProcessRow, Status, TaskKey
 from corral.tasks.registry import Registry, uncancelled
 
@@ -61,12 +61,14 @@ class Execs:
             stdin_once=True,
         )
         process = task.processes[new.exec_id] = Process(row)
-        async with process.lock:
-            try:
+        try:
+            async with process.lock:
                 await self._register(task, new, row)
-            except BaseException:
-                del task.processes[new.exec_id]
-                raise
+        except BaseException as e:
+            del task.processes[new.exec_id]
+            if isinstance(e, CorralError | Referenced):
+                raise await told(e, task) from e
+            raise
 
     async def _register(self, task: Task, new: NewExec, row: ProcessRow) -> None:
         shim = task.connected()

@@ -19,7 +19,7 @@ from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, Un
 from corral.store import Database, Transaction
 from corral.tasks import store
 from corral.tasks.bundle import Bundle, Bundles, empty_trash
-from corral.tasks.live import Process, Task
+from corral.tasks.live import JUST_ENDED_S, Process, Task, told
 from corral.tasks.model import INIT, Exit, LogRow, ProcessRow, Status, TaskKey, TaskRow
 from corral.tasks.recovery import NOT_SEEN, Recovery
 from corral.tasks.registry import Registry, uncancelled
@@ -30,7 +30,6 @@ log = structlog.get_logger()
 KILL_S = 10.0
 # A shim that is about to hang up, because everything has ended, does so within this.
 HANG_UP_S = 0.1
-JUST_ENDED_S = 2.0
 # What a shim's refusal to start means as an exit code, as docker has it.
 _NOT_STARTED_CODES: Mapping[str, int] = {"EXEC_NOT_FOUND": 127, "EXEC_DENIED": 126}
 _NOT_STARTED = 128
@@ -149,7 +148,7 @@ class Tasks:
                 failpoint("tasks.start.after_row")
                 return process
         await self._not_started(process, failure)
-        raise failure
+        raise failure if process.row.is_init else await told(failure, task)
 
     async def _not_started(self, process: Process, failure: CorralError) -> None:
         """A refused exec has ended without having been; that of init the shim reports itself."""
@@ -227,7 +226,7 @@ class Tasks:
             raise Unavailable(f"container {task.row.key.id} cannot be killed", reason="UNKILLABLE")
 
     async def _forget(self, task: Task) -> None:
-        for process in task.processes.values():
+        for process in tuple(task.processes.values()):  # also one that is just being registered
             if not process.ended.is_set():  # an exec that died with init, before its shim could tell
                 await process.mark_ended(self._database, Exit.unknown(NOT_SEEN, exited_at_ns=time.time_ns()))
         rows = [process.row for process in task.processes.values()]

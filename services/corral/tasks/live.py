@@ -7,8 +7,8 @@ import structlog
 
 from corral.kernel.failpoint import failpoint
 from corral.rpc.blocking import run_blocking
-from corral.rpc.errors import NotFound, Unavailable
-from corral.store import Database, Transaction
+from corral.rpc.errors import FailedPrecondition, NotFound, Unavailable
+from corral.store import Database, Referenced, Transaction
 from corral.tasks import store
 from corral.tasks.bundle import Bundle
 from corral.tasks.identity import Identity
@@ -17,6 +17,7 @@ from corral.tasks.shim import Shim
 
 log = structlog.get_logger()
 
+JUST_ENDED_S = 2.0
 OF_ONE_PROCESS = frozenset({"args", "terminal", "consoleSize"})
 
 
@@ -146,3 +147,13 @@ class Task:
         if self.shim is not None:
             self.shim.close()
             self.shim = None
+
+
+async def told(error: Exception, task: Task) -> Exception:
+    """What to tell of an exec's failure: that its container has just ended explains a shim that went away.
+
+    The caller holds no process's lock: an end is written under it.
+    """
+    if isinstance(error, Unavailable | Referenced) and await task.init.has_ended(within_s=JUST_ENDED_S):
+        return FailedPrecondition(f"container {task.row.key.id} is not running: it has ended", reason="NOT_RUNNING")
+    return error
