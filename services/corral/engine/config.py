@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-LEAVES = ("images", "tasks", "network", "cgroups")
-
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:

@@ -42,8 +42,6 @@ _FLAGS = {
 }
 _FILES = {Kind.MOUNT: "mnt", Kind.NETWORK: "net"}
 
-NSFS_MAGIC = 0x6E736673
-
 
 def flags_of(kinds: Iterable[Kind]) -> int:
     """The kinds as one CLONE_NEW* mask."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from corral.kernel.syscalls import check, libc
 
 CLONE_PIDFD = 0x00001000
-CLONE_CLEAR_SIGHAND = 0x100000000
 CLONE_INTO_CGROUP = 0x200000000
 
 _PR_SET_PDEATHSIG = 1

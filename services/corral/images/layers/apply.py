@@ -341,15 +341,7 @@ def _explained(entry: Entry) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno in (
-            errno.ENAMETOOLONG,
-            errno.EINVAL,
-            errno.EILSEQ,
-            errno.EMLINK,
-            errno.ELOOP,
-            errno.ENOTDIR,
-            errno.EISDIR,
-        ):
+        if e.errno in _FAULTS_OF_THE_ENTRY:
             raise BadLayer(f"entry {entry.shown} cannot be made: {e.strerror}") from e
         if e.errno in (errno.EPERM, errno.EACCES):
             raise PermissionError(e.errno, f"entry {entry.shown} cannot be made: {e.strerror}") from e
