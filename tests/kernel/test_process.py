@@ -13,6 +13,10 @@ from corral.kernel import process
 pytestmark = pytest.mark.timeout(60, method="signal")
 
 
+KERNEL = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
+pidfd_info = pytest.mark.skipif(KERNEL < (6, 15), reason="needs PIDFD_INFO_EXIT (Linux 6.15)")
+
+
 def child_of(body) -> tuple[int, int]:
     pid, pidfd = process.clone(0)
     if pid == 0:
@@ -27,29 +31,26 @@ def reap(pidfd: int) -> None:
     os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
 
 
+@pidfd_info
 def test_the_exit_status_outlives_the_reaping():
     _, pidfd = child_of(lambda: os._exit(7))
     reap(pidfd)
-    try:
-        info = process.pidfd_info(pidfd)
-    except OSError:
-        pytest.skip("needs PIDFD_INFO_EXIT (Linux 6.15)")
+    info = process.pidfd_info(pidfd)
     assert os.waitstatus_to_exitcode(info.exit_status) == 7
     os.close(pidfd)
 
 
+@pidfd_info
 def test_a_signal_is_told_from_an_exit():
     _, pidfd = child_of(lambda: time.sleep(60))
     process.send_signal(pidfd, signal.SIGTERM)
     reap(pidfd)
-    try:
-        info = process.pidfd_info(pidfd)
-    except OSError:
-        pytest.skip("needs PIDFD_INFO_EXIT (Linux 6.15)")
+    info = process.pidfd_info(pidfd)
     assert os.waitstatus_to_exitcode(info.exit_status) == -signal.SIGTERM
     os.close(pidfd)
 
 
+@pidfd_info
 def test_a_live_process_has_no_status():
     pid, pidfd = child_of(lambda: time.sleep(60))
     try:

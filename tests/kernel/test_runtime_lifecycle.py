@@ -60,7 +60,7 @@ def test_the_handle_names_the_process_for_good(lab):
     container = lab.create(lab.spec("sleep", "60"))
     handle = container.init
     assert kernel_process.start_time(handle.pid) == handle.start_time
-    assert kernel_process.pidfd_info(handle.pidfd).pid == handle.pid
+    assert f"Pid:\t{handle.pid}\n" in Path(f"/proc/self/fdinfo/{handle.pidfd}").read_text()
     assert os.get_inheritable(handle.pidfd) is False
 
 

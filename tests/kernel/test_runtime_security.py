@@ -2,10 +2,11 @@
 
 import contextlib
 import os
-import threading
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from support.requirements import needs
@@ -98,10 +99,10 @@ class TestLinksInTheImage:
         volume = lab.directory / "volume"
         (volume / "real").mkdir(parents=True)
         (volume / "trap").symlink_to(lab.directory / "bundle")
-        stop = threading.Event()
-        swap = threading.Thread(target=_exchange, args=(volume / "real", volume / "trap", stop))
         before = names(lab.directory / "bundle")
-        swap.start()
+        pid, pidfd = process.clone(0)
+        if pid == 0:
+            _exchange_for_ever(volume / "real", volume / "trap")
         try:
             for _ in range(30):
                 mounts = [
@@ -111,18 +112,22 @@ class TestLinksInTheImage:
                 with contextlib.suppress(ExecFailed, OSError):
                     lab.run("true", mounts=mounts)
         finally:
-            stop.set()
-            swap.join()
+            process.send_signal(pidfd, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+            os.close(pidfd)
         assert names(lab.directory / "bundle") == before
 
 
-def _exchange(a: Path, b: Path, stop: threading.Event) -> None:
+def _exchange_for_ever(a: Path, b: Path) -> NoReturn:
     spare = a.with_name("spare")
-    while not stop.is_set():
-        a.rename(spare)
-        b.rename(a)
-        spare.rename(b)
-        time.sleep(0.0002)
+    try:
+        while True:
+            a.rename(spare)
+            b.rename(a)
+            spare.rename(b)
+            time.sleep(0.0002)
+    finally:
+        os._exit(1)
 
 
 class TestProc:
@@ -293,7 +298,7 @@ class TestHostileContainer:
             lab.exec(running, "id -u", user="evil")
         assert failed.value.kind == SETUP
         assert "1234" in lab.exec(running, "grep Uid /proc/self/status", user="1234").output
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
 
     def test_a_number_is_never_a_name(self, lab, running):
         lab.exec(running, "echo '1000:x:0:0:::/bin/sh' > /etc/passwd")

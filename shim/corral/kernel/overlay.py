@@ -1,14 +1,13 @@
 """Mounting overlayfs with any number of layers, whose paths may have any length."""
 
 import contextlib
-import ctypes
 import errno
 import os
 import re
 from collections.abc import Iterable, Iterator
 
 from corral.kernel import mount
-from corral.kernel.syscalls import failure
+from corral.kernel.syscalls import AT_FDCWD, failure
 
 
 def new_overlay(options: Iterable[str], *, attributes: int = 0, scratch: str) -> int:
@@ -63,9 +62,8 @@ def _by_old_call(options: Iterable[str], attributes: int, scratch: str) -> int:
             raise failure(errno.E2BIG, "mount overlay: too many layers for this kernel (Linux 6.8 has no limit)")
         mount.mount("overlay", scratch, "overlay", 0, text)
         try:
-            tree = mount.clone_tree(-100, scratch)
+            tree = mount.clone_tree(AT_FDCWD, scratch)
         finally:
-            ctypes.set_errno(0)
             mount.umount(scratch, mount.MNT_DETACH)
     mount.set_attributes(tree, attr_set=attributes)
     return tree

@@ -12,11 +12,16 @@ import array
 import json
 import os
 import socket
+from collections.abc import Callable
 from typing import NoReturn
 
 from corral.oci.errors import SETUP, ExecFailed
 
 _MAX_MESSAGE = 32768
+_MAX_TEXT = 2048
+"""Characters of a sentence: the container has a say in it, and in JSON each may take six bytes."""
+LOOK_S = 0.05
+"""The child is looked after this often while nothing is heard of it."""
 _START = b"start"
 
 
@@ -60,7 +65,9 @@ class ChildEnd:
             message = {"error": SETUP, "errno": error.errno or 0, "message": _os_error_text(error)}
         else:
             message = {"error": SETUP, "message": f"{type(error).__name__}: {error}"}
-        self._socket.send(json.dumps(message).encode()[:_MAX_MESSAGE])
+        text = str(message["message"])
+        message["message"] = text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"
+        self._socket.send(json.dumps(message).encode())
 
     def wait_for_start(self) -> bool:
         """False if the runtime is gone."""
@@ -74,21 +81,22 @@ def _os_error_text(error: OSError) -> str:
 
 
 class ParentEnd:
-    """The runtime's end."""
+    """The runtime's end. Where it waits, it asks `patience` every LOOK_S, which raises to give up."""
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
+        end.settimeout(LOOK_S)
 
     def close(self) -> None:
         """Close it; a child that waits for start then exits."""
         self._socket.close()
 
-    def receive_ready(self) -> int | None:
+    def receive_ready(self, patience: Callable[[], None]) -> int | None:
         """Wait for the end of the set-up: the pty master, or None without a terminal.
 
         Raises what the child reported: ExecFailed, or the OSError of a host that can't do it; or EndedEarly.
         """
-        data, ancillary, _, _ = self._socket.recvmsg(_MAX_MESSAGE, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+        data, ancillary = self._receive(patience)
         console = None
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -102,10 +110,22 @@ class ParentEnd:
         """Let the child execute its program. Raises BrokenPipeError if it is gone."""
         self._socket.send(_START, socket.MSG_NOSIGNAL)
 
-    def wait_for_exec(self) -> None:
+    def wait_for_exec(self, patience: Callable[[], None]) -> None:
         """Return when the program was executed; raise ExecFailed if it can't be."""
-        if data := self._socket.recv(_MAX_MESSAGE):
+        data, _ = self._receive(patience)
+        if data:
             _raise_if_error(data)
+
+    def _receive(self, patience: Callable[[], None]) -> tuple[bytes, list[tuple[int, int, bytes]]]:
+        while True:
+            try:
+                data, ancillary, _, _ = self._socket.recvmsg(
+                    _MAX_MESSAGE, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
+                )
+            except TimeoutError:
+                patience()
+            else:
+                return data, ancillary
 
 
 def _raise_if_error(data: bytes) -> None:

@@ -63,8 +63,7 @@ def run_init(
         keyring.join_new_session()
         stage = build_root(plan) if plan.steps else _joined_root(plan)
         program = settle(plan, stage, stdio)
-        channel.send_ready(stage.console_master)
-        process.close_fds([0, 1, 2, channel.fileno()])
+        hand_back(channel, stage.console_master)
         if not channel.wait_for_start():
             os._exit(1)
         programs.execute(program)
@@ -81,6 +80,15 @@ def enter_privately(channel: ChildEnd, stdio: Stdio, keep: Iterable[int]) -> Non
     os.setsid()
     os.umask(0)
     close_imports()
+
+
+def hand_back(channel: ChildEnd, console: int | None) -> None:
+    """Keep nothing but 0, 1, 2 and the channel; give the runtime the pty master and tell it that all is ready."""
+    kept = [] if console is None else [console]
+    process.close_fds([0, 1, 2, channel.fileno(), *kept])
+    channel.send_ready(console)
+    for fd in kept:
+        os.close(fd)
 
 
 def report_and_exit(channel: ChildEnd, error: BaseException) -> NoReturn:

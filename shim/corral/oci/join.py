@@ -7,13 +7,13 @@ It is born in the container's PID namespace, and enters the others at once by th
 import os
 from typing import NoReturn
 
-from corral.kernel import keyring, namespaces, paths, process, tty
+from corral.kernel import keyring, namespaces, paths, tty
 from corral.kernel.syscalls import DEVPTS_SUPER_MAGIC, filesystem_magic
 from corral.oci import program as programs
 from corral.oci.cgroups import Membership
 from corral.oci.channel import ChildEnd
 from corral.oci.errors import SETUP, ExecFailed
-from corral.oci.init import enter_privately, report_and_exit
+from corral.oci.init import enter_privately, hand_back, report_and_exit
 from corral.oci.program import Program
 from corral.oci.stdio import Stdio, use_own_null, use_terminal
 
@@ -47,8 +47,7 @@ def run_joined(
         else:
             use_own_null(root, stdio)
         program = programs.become(program, root)
-        channel.send_ready(master)
-        process.close_fds([0, 1, 2, channel.fileno()])
+        hand_back(channel, master)
         programs.execute(program)
     except BaseException as e:  # noqa: BLE001 - a fork of the runtime must not run on in its code
         report_and_exit(channel, e)

@@ -10,7 +10,13 @@ import stat
 from dataclasses import dataclass
 
 from corral.kernel import mount, paths
-from corral.kernel.mount import MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY
+from corral.kernel.mount import (
+    MOUNT_ATTR_NODEV,
+    MOUNT_ATTR_NOEXEC,
+    MOUNT_ATTR_NOSUID,
+    MOUNT_ATTR_RDONLY,
+    MS_PRIVATE,
+)
 from corral.kernel.syscalls import AT_FDCWD
 from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.stage import Stage, Step, normal
@@ -44,24 +50,35 @@ class MaskedPaths(Step):
 
 
 class _Covers:
-    """Makes the covers: clones of one empty tmpfs, and of one null device."""
+    """Makes the covers: clones of one null device, and of one empty tmpfs.
+
+    Only an attached mount can be cloned (before Linux 6.15). So where there is none yet the first cover is the detached
+    mount itself, and the others are clones of that.
+    """
 
     def __init__(self, stage: Stage, fallback_null: int) -> None:
-        self._null = _own_null(stage) or fallback_null
+        self._own_null = _own_null(stage)
+        self._fallback_null = fallback_null
+        self._file: int | None = None
         self._directory: int | None = None
 
     def for_target(self, target: int) -> int:
-        if not stat.S_ISDIR(os.fstat(target).st_mode):
-            cover = mount.clone_tree(self._null)
-            mount.set_attributes(cover, attr_set=MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_RDONLY)
-            return cover
-        if self._directory is None:
-            # The first one is attached itself: only an attached mount can be cloned (before Linux 6.15).
-            attributes = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
-            options = ("size=0", "nr_inodes=1", "mode=755")
-            self._directory = mount.new_mount("tmpfs", "tmpfs", options, attributes=attributes)
-            return self._directory
-        return mount.clone_tree(self._directory)
+        if stat.S_ISDIR(os.fstat(target).st_mode):
+            if self._directory is None:
+                self._directory = _empty_directory()
+                return self._directory
+            return mount.clone_tree(self._directory)
+        if self._file is None:
+            self._file = self._fallback_null if self._own_null is None else mount.clone_tree(self._own_null)
+            attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_RDONLY
+            mount.set_attributes(self._file, attr_set=attributes, propagation=MS_PRIVATE)
+            return self._file
+        return mount.clone_tree(self._file)
+
+
+def _empty_directory() -> int:
+    attributes = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
+    return mount.new_mount("tmpfs", "tmpfs", ("size=0", "nr_inodes=1", "mode=755"), attributes=attributes)
 
 
 def _own_null(stage: Stage) -> int | None:

@@ -15,7 +15,8 @@ anything was done); then no process is left, and with it no namespace or mount.
 import contextlib
 import os
 import signal
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,6 +46,10 @@ __all__ = [
     "Stdio",
     "create",
 ]
+
+SETUP_S = 60.0
+"""How long init may take to set itself up: its root may lie on a slow disk."""
+EXEC_SETUP_S = 10.0
 
 
 @dataclass(slots=True)
@@ -79,9 +84,14 @@ class Container:
         channel, self._channel = self._channel, None
         try:
             channel.send_start()
-            channel.wait_for_exec()
+            channel.wait_for_exec(_patience(self.init.pidfd, SETUP_S))
         except (BrokenPipeError, ConnectionResetError) as e:
             raise ExecFailed(SETUP, "the container's init ended before it was started") from e
+        except ExecFailed:
+            # As a rule it is ending by itself, but it may be stopped.
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(self.init.pidfd, signal.SIGKILL)
+            raise
         finally:
             channel.close()
 
@@ -222,9 +232,26 @@ def _children_in(pid_namespace: int, path: str) -> Iterator[None]:
         yield
 
 
-def _await_ready(parent: ParentEnd, pid: int, pidfd: int) -> tuple[ProcessHandle, ParentEnd]:
+def _patience(pidfd: int, limit_s: float) -> Callable[[], None]:
+    """What to ask while a child is waited for: raises ExecFailed once it is stopped, or takes too long.
+
+    Who is root in its PID namespace can signal it while it is not yet one of theirs. It must not hold up the caller,
+    who has the container to look after.
+    """
+    give_up_at = time.monotonic() + limit_s
+
+    def check() -> None:
+        if os.waitid(os.P_PIDFD, pidfd, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None:
+            raise ExecFailed(SETUP, "the process was stopped by a signal during its set-up")
+        if time.monotonic() > give_up_at:
+            raise ExecFailed(SETUP, f"the process was not set up within {limit_s:g} seconds")
+
+    return check
+
+
+def _await_ready(parent: ParentEnd, pid: int, pidfd: int, limit_s: float = SETUP_S) -> tuple[ProcessHandle, ParentEnd]:
     try:
-        console = parent.receive_ready()
+        console = parent.receive_ready(_patience(pidfd, limit_s))
         return ProcessHandle(pid, pidfd, process.start_time(pid), console), parent
     except EndedEarly as e:
         raise ExecFailed(SETUP, _how_it_ended(_kill_and_reap(parent, pidfd))) from e
@@ -281,9 +308,9 @@ def _exec(
         if pid == 0:
             flags = namespaces.flags_of(kinds - {Kind.PID})
             run_joined(program, child, stdio, membership, init=init, flags=flags, terminal=terminal)
-    handle, _ = _await_ready(parent, pid, pidfd)
+    handle, _ = _await_ready(parent, pid, pidfd, EXEC_SETUP_S)
     try:
-        parent.wait_for_exec()
+        parent.wait_for_exec(_patience(pidfd, EXEC_SETUP_S))
     except BaseException:
         _kill_and_reap(parent, pidfd)
         if handle.console is not None:
