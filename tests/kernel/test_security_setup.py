@@ -1,0 +1,69 @@
+"""What a container can do to the processes that are being set up inside it, and to who waits for them."""
+
+import contextlib
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+from support.requirements import needs
+
+from corral.kernel.namespaces import Kind
+from corral.oci.errors import EXEC_DENIED, SETUP, ExecFailed
+from corral.oci.runtime import Stdio
+from corral.oci.spec import Mount, Namespace
+
+pytestmark = needs("root", "overlayfs", "busybox")
+
+STOP_EVERYBODY = """
+trap "" TERM
+while :; do
+    for process in /proc/[0-9]*; do
+        pid=${process#/proc/}
+        [ $pid -gt 1 ] && [ $pid != $$ ] && kill -STOP $pid 2>/dev/null
+    done
+done
+"""
+
+
+class TestAContainerThatStopsWhateverEntersIt:
+    """The runtime waits for what it sets up, and is who has to kill the container: it must not wait for ever."""
+
+    def test_does_not_hold_up_an_exec(self, lab):
+        container = lab.create(lab.spec(STOP_EVERYBODY))
+        container.start()
+        began = time.monotonic()
+        stopped = 0
+        while not stopped and time.monotonic() - began < 15:
+            try:
+                handle = container.exec(lab.process("true"), stdio=Stdio())
+            except ExecFailed as failed:
+                stopped += failed.kind == SETUP
+            else:
+                signal.pidfd_send_signal(handle.pidfd, signal.SIGKILL)
+                lab.made.append(handle)
+                lab.wait(handle)
+        assert stopped, "the container never met a process during its set-up"
+
+    def test_does_not_hold_up_a_container_that_shares_its_pids(self, lab):
+        first = lab.create(lab.spec(STOP_EVERYBODY))
+        first.start()
+        spec = lab.spec("sleep", "60")
+        joined = Namespace(Kind.PID, f"/proc/{first.init.pid}/ns/pid")
+        kinds = tuple(joined if n.type is Kind.PID else n for n in spec.linux.namespaces)
+        spec = replace(spec, linux=replace(spec.linux, namespaces=kinds))
+        root = Mount(type="bind", source=str(lab.busybox), options=("rbind", "ro"))
+        # Whether create() or start() is caught, or neither, is a matter of luck; that both return is not.
+        for _ in range(5):
+            with contextlib.suppress(ExecFailed):
+                lab.create(spec, rootfs=[root]).start()
+
+
+@pytest.mark.parametrize("program", ["x" * 100_000, "/" + "x" * 100_000])
+def test_an_endless_name_is_told_in_a_short_sentence(lab, program):
+    """The image chooses it; the report of an error must stay one message that can be read."""
+    container = lab.create(lab.spec(program, "argument"))
+    with pytest.raises(ExecFailed, match="xxx") as failed:
+        container.start()
+    assert failed.value.kind == EXEC_DENIED
+    assert len(failed.value.message) < 3000
