@@ -87,11 +87,6 @@ class Container:
             channel.wait_for_exec(_patience(self.init.pidfd, SETUP_S))
         except (BrokenPipeError, ConnectionResetError) as e:
             raise ExecFailed(SETUP, "the container's init ended before it was started") from e
-        except ExecFailed:
-            # As a rule it is ending by itself, but it may be stopped.
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(self.init.pidfd, signal.SIGKILL)
-            raise
         finally:
             channel.close()
 
@@ -233,7 +228,7 @@ def _children_in(pid_namespace: int, path: str) -> Iterator[None]:
 
 
 def _patience(pidfd: int, limit_s: float) -> Callable[[], None]:
-    """What to ask while a child is waited for: raises ExecFailed once it is stopped, or takes too long.
+    """What to ask while a child is waited for: once it is stopped, or takes too long, kills it and raises ExecFailed.
 
     Who is root in its PID namespace can signal it while it is not yet one of theirs. It must not hold up the caller,
     who has the container to look after.
@@ -242,9 +237,14 @@ def _patience(pidfd: int, limit_s: float) -> Callable[[], None]:
 
     def check() -> None:
         if os.waitid(os.P_PIDFD, pidfd, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None:
-            raise ExecFailed(SETUP, "the process was stopped by a signal during its set-up")
-        if time.monotonic() > give_up_at:
-            raise ExecFailed(SETUP, f"the process was not set up within {limit_s:g} seconds")
+            reason = "the process was stopped by a signal during its set-up"
+        elif time.monotonic() > give_up_at:
+            reason = f"the process was not set up within {limit_s:g} seconds"
+        else:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(pidfd, signal.SIGKILL)
+        raise ExecFailed(SETUP, reason)
 
     return check
 
