@@ -42,7 +42,7 @@ def test_bind(option, recursive):
     assert (parse([option]).bind, parse([option]).bind_recursive) == (True, recursive)
 
 
-@pytest.mark.parametrize("option", ["remount", "idmap", "ridmap"])
+@pytest.mark.parametrize("option", ["remount", "idmap", "ridmap", "tmpcopyup"])
 def test_what_is_not_supported_is_refused_by_name(option):
     with pytest.raises(ValueError, match=option):
         parse([option])

@@ -48,7 +48,7 @@ _ATIME = {
 }
 _PROPAGATION = {"private": MS_PRIVATE, "slave": MS_SLAVE, "shared": MS_SHARED, "unbindable": MS_UNBINDABLE}
 _IGNORED = frozenset(("defaults", "async", "nomand", "loud", "silent", "nolazytime", "noiversion", "mand", "iversion"))
-_UNSUPPORTED = frozenset(("remount", "idmap", "ridmap", "move"))
+_UNSUPPORTED = frozenset(("remount", "idmap", "ridmap", "move", "tmpcopyup"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,6 @@ class MountOptions:
     propagation_recursive: bool = False
     bind: bool = False
     bind_recursive: bool = False
-    copy_up: bool = False
     data: tuple[str, ...] = ()
 
 
@@ -81,15 +80,13 @@ def parse(options: Iterable[str]) -> MountOptions:
     """Sort options; later ones win over earlier ones. Raises ValueError naming one that is not supported."""
     plain, recursive = Attributes(), Attributes()
     propagation, propagation_recursive = 0, False
-    bind = bind_recursive = copy_up = False
+    bind = bind_recursive = False
     data: list[str] = []
     for option in options:
         if option in _UNSUPPORTED:
             raise ValueError(f"mount option {option!r} is not supported")
         if option in ("bind", "rbind"):
             bind, bind_recursive = True, option == "rbind"
-        elif option == "tmpcopyup":
-            copy_up = True
         elif option in _PROPAGATION or (option[:1] == "r" and option[1:] in _PROPAGATION):
             propagation_recursive = option not in _PROPAGATION
             propagation = _PROPAGATION[option[1:] if propagation_recursive else option]
@@ -99,9 +96,7 @@ def parse(options: Iterable[str]) -> MountOptions:
             recursive = changed
         elif option and option not in _IGNORED:
             data.append(option)
-    return MountOptions(
-        plain, recursive, propagation, propagation_recursive, bind, bind_recursive, copy_up, tuple(data)
-    )
+    return MountOptions(plain, recursive, propagation, propagation_recursive, bind, bind_recursive, tuple(data))
 
 
 def _changed(attributes: Attributes, option: str) -> Attributes | None:
