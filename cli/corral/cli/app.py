@@ -34,6 +34,20 @@ def pass_app(function: Callable[..., object]) -> Callable[..., object]:
     return click.make_pass_decorator(App)(function)
 
 
+def readable(text: str) -> str:
+    """Text that an image or a container may have chosen, for a terminal: what would steer that is shown as \\xNN."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def complain(error: object) -> None:
+    """Say on stderr what went wrong, in one line."""
+    click.echo(f"corral: {readable(str(error))}", err=True)
+
+
 def each[T](
     names: tuple[str, ...], act: Callable[[str], T], *, show: Callable[[str, T], str] = lambda name, _: name
 ) -> int:
@@ -48,7 +62,7 @@ def each[T](
         try:
             answer = act(name)
         except CorralError as e:
-            click.echo(f"corral: {e}", err=True)
+            complain(e)
             failed = 1
         else:
             click.echo(show(name, answer))

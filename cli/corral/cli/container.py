@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from corral.cli.app import App, ContainerName, each, pass_app
+from corral.cli.app import App, ContainerName, complain, each, pass_app
 from corral.cli.output import enum_word, format_option, human_age, human_size, show_json, show_rows
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def inspect_command(app: App, containers: tuple[str, ...]) -> int:
         try:
             found.append(app.client.containers.get(name))
         except CorralError as e:
-            click.echo(f"corral: {e}", err=True)
+            complain(e)
             failed = 1
     show_json(found)
     return failed

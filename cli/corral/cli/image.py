@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import click
 
-from corral.cli.app import App, ImageName, pass_app
+from corral.cli.app import App, ImageName, complain, pass_app
 from corral.cli.output import format_option, human_age, human_size, show_json, show_rows
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def rm_command(app: App, names: tuple[str, ...], force: bool) -> int:
         try:
             answer = app.client.images.remove(name, force=force)
         except CorralError as e:
-            click.echo(f"corral: {e}", err=True)
+            complain(e)
             failed = 1
             continue
         for untagged in answer.untagged:

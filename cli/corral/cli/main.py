@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from corral.cli.app import App
+from corral.cli.app import App, complain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -119,13 +119,11 @@ def _report(error: Exception, args: "Sequence[str]") -> int:
     from corral.rpc.errors import CorralError
 
     if not isinstance(error, CorralError | ValueError | OSError):
-        click.echo(
-            f"corral: {type(error).__name__}: {error} (this is a fault of corral; --debug shows where)", err=True
-        )
+        complain(f"{type(error).__name__}: {error} (this is a fault of corral; --debug shows where)")
         return ENGINE_FAILED if _verb(args) in ("run", "create") else 1
     if isinstance(error, UnicodeEncodeError):
         error = ValueError(f"{error.object!r} is not UTF-8: names, arguments and variables must be")
-    click.echo(f"corral: {error}", err=True)
+    complain(error)
     if _verb(args) not in ("run", "create", "exec"):
         return 1
     match getattr(error, "reason", ""):

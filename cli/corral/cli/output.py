@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
+from corral.cli.app import readable
+
 if TYPE_CHECKING:
     from google.protobuf.descriptor import FieldDescriptor
     from google.protobuf.message import Message
@@ -34,6 +36,7 @@ def show_rows(
     keys: Sequence[str] | None,
 ) -> None:
     """A list in the form asked for; `keys` are what -q prints, or None without it."""
+    rows = [[readable(cell) for cell in row] for row in rows]
     if keys is not None:
         for key in keys:
             click.echo(key)

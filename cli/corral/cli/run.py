@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from corral.cli.app import App, ImageName, pass_app
+from corral.cli.app import App, ImageName, complain, pass_app
 
 if TYPE_CHECKING:
     from corral.api.engine.v1 import engine_pb2
@@ -144,7 +144,7 @@ def exit_code(status: "types_pb2.ExitStatus") -> int:
     if status.oom_killed:
         click.echo("corral: the container was killed: out of memory (OOM)", err=True)
     elif not status.known:
-        click.echo(f"corral: {status.reason or 'how the container ended is not known'}", err=True)
+        complain(status.reason or "how the container ended is not known")
     return status.code
 
 
