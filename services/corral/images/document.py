@@ -132,6 +132,8 @@ def _parse(data: bytes, what: str, max_bytes: int) -> object:
         raise InvalidArgument(f"{what} has {len(data)} bytes; at most {max_bytes} are taken", reason="BAD_DOCUMENT")
     try:
         value: object = json.loads(data)
+        if b"\\u" in data:  # only an escape can name half a character, which no answer of ours could carry
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as e:
         raise InvalidArgument(f"{what} is nested too deeply", reason="BAD_DOCUMENT") from e
     except ValueError as e:  # JSONDecodeError and UnicodeDecodeError alike
