@@ -319,6 +319,9 @@ def _place(stage: Stage, destination: str, *, directory: bool, follow: bool = Tr
     except OSError as e:
         raise ExecFailed(SETUP, f"mount {destination}: {_sentence(e)}") from e
     with paths.opened(target):
+        if os.path.samestat(os.fstat(target), os.fstat(stage.root)):
+            # Whoever joins the mount namespace later would land in the mount, and not in the root.
+            raise ExecFailed(SETUP, f"mount {destination}: it is the root itself in the image")
         yield target
 
 
