@@ -167,7 +167,7 @@ def test_a_mount_that_was_asked_for_replaces_ours_and_parents_come_first() -> No
     order = [mount.destination for mount in found.mounts]
     assert order.index("/srv") < order.index("/srv/deep")
     assert mount_at("/srv", found) == Mount("/srv", "bind", "/v/data", ("rbind", "rslave"))
-    assert mount_at("/srv/deep", found).options == ("rbind", "rprivate", "ro")
+    assert mount_at("/srv/deep", found).options == ("rbind", "rprivate", "ro", "rro")
     assert mount_at("/etc/hosts", found).source == "/my/hosts"
     shm = mount_at("/dev/shm", found)
     assert {"noexec", "nosuid", "nodev", "size=4096", "mode=1777"} <= set(shm.options)

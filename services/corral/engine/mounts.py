@@ -72,7 +72,9 @@ def _asked(mount: VolumeMount, volume_paths: Mapping[str, str]) -> Mount:
         options = (*_tmpfs_defaults(mount), *sizes, *mode, *access, *mount.options)
         return Mount(mount.target, "tmpfs", "tmpfs", options)
     source = volume_paths[mount.source] if mount.type == VolumeMount.TYPE_VOLUME else mount.source
-    options = ("rbind", mount.propagation or "rprivate", *access, *mount.options)
+    # What the source brings along is read-only too (as docker does from 25 on): a mount in it is easily overlooked.
+    below = ("rro",) if mount.read_only else ()
+    options = ("rbind", mount.propagation or "rprivate", *access, *below, *mount.options)
     return Mount(mount.target, "bind", source, options)
 
 

@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, VolumeMount
 from corral.api.images.v1.images_pb2 import ImageConfig
 from corral.engine.options import check_mount_target
+from corral.engine.signals import parse_signal
 from corral.rpc.errors import InvalidArgument
 
 
@@ -27,7 +28,7 @@ def resolve(
     config.env.extend(lay_env(image.env, asked.env))
     config.user = asked.user or image.user
     config.working_dir = asked.working_dir or image.working_dir or "/"
-    config.stop_signal = asked.stop_signal or image.stop_signal
+    config.stop_signal = asked.stop_signal or _stop_signal(image)
     if asked.uts_mode != "host":
         config.hostname = asked.hostname or default_hostname(id_)
     for key, value in image.labels.items():
@@ -42,6 +43,15 @@ def resolve(
         if mount.type == VolumeMount.TYPE_VOLUME and not mount.source:
             mount.source = new_volume_name()
     return config
+
+
+def _stop_signal(image: ImageConfig) -> str:
+    """The image's, if there is such a signal: else its containers could not be stopped."""
+    try:
+        parse_signal(image.stop_signal)
+    except InvalidArgument:
+        return ""
+    return image.stop_signal
 
 
 def default_hostname(id_: str) -> str:
