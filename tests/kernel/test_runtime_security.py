@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -202,6 +203,7 @@ class TestImports:
 
         def become(plan, root, original=program.become):
             for name in ("wsgiref", "colorsys", "xml.dom"):
+                sys.modules.pop(name, None)  # other tests of this process may have needed it
                 with contextlib.suppress(ImportError):
                     __import__(name)
                     os.close(os.open("/imported", os.O_CREAT | os.O_WRONLY))
