@@ -3,6 +3,9 @@
 It allows what docker's default profile allows. Calls that only make sense with a capability come with that capability.
 Left out on purpose, although an ordinary process may use them: keyrings (not namespaced), io_uring and userfaultfd (a
 history of holes), AF_ALG and AF_VSOCK sockets (reach past the container's network), new user namespaces.
+A 32-bit program still gets such a socket by socketcall, whose arguments lie in memory, out of a filter's reach; without
+that call 32-bit programs built with glibc have no sockets at all. As with docker, only a security module can tell them
+apart (CVE-2026-31431).
 Names that an architecture lacks are skipped there.
 """
 
