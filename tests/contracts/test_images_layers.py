@@ -1,5 +1,6 @@
 """What a layer's tar becomes on disk, and what it never does."""
 
+import gc
 import io
 import os
 import stat
@@ -235,12 +236,13 @@ def open_fds() -> int:
 
 
 def test_many_directories_and_their_replacement_close_every_descriptor(layers: Layers) -> None:
+    gc.collect()  # what earlier tests forgot must not be closed just now
     before = open_fds()
     entries = [Entry(f"d{i}/e{j}/f", b"x") for i in range(30) for j in range(5)]
     entries += [Entry(f"d{i}", b"now a file") for i in range(0, 30, 2)]
     entries += [Entry(f"h{i}", kind=b"1", link=f"d{i}/e1/f") for i in range(1, 30, 2)]
     tree = layers.add(*entries)
-    assert open_fds() == before
+    assert open_fds() <= before
     assert (tree / "d2").is_file()
     assert (tree / "h3").read_bytes() == b"x"
 

@@ -129,7 +129,7 @@ async def test_the_same_call_again_gives_the_same_answer(lab: Lab, net: Calls) -
     first = await net.attach("a", hostname="alpha")
     veths = lab.veths()
     assert await net.attach("a", hostname="alpha") == first
-    assert lab.veths() == veths
+    assert lab.veths() <= veths  # others may be going, in the kernel's own time; none has come
     assert await net.get("a") == first
 
 
