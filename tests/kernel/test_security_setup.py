@@ -2,8 +2,10 @@
 
 import contextlib
 import signal
+import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from support.requirements import needs
@@ -67,3 +69,35 @@ def test_an_endless_name_is_told_in_a_short_sentence(lab, program):
         container.start()
     assert failed.value.kind == EXEC_DENIED
     assert len(failed.value.message) < 3000
+
+
+@pytest.fixture
+def shared_mount(lab):
+    """Where the bundle lies, as on every host that systemd started: what is mounted there shows up in all peers."""
+    place = lab.directory / "bundle"
+    subprocess.run(["mount", "-t", "tmpfs", "corral-test", str(place)], check=True)
+    subprocess.run(["mount", "--make-shared", str(place)], check=True)
+    yield place
+    lab.close()
+    subprocess.run(["umount", "-R", str(place)], check=True)
+
+
+def test_what_init_mounts_does_not_reach_a_host_whose_mounts_are_shared(lab, shared_mount):
+    before = Path("/proc/self/mountinfo").read_text()
+    assert lab.run("true").code == 0
+    assert Path("/proc/self/mountinfo").read_text() == before
+
+
+def test_the_session_keyring_of_an_exec_is_a_new_one(lab):
+    """The shim's own would be the host's."""
+    container = lab.create(lab.spec("sleep", "60"))
+    container.start()
+    before = session_keyrings()
+    handle = container.exec(lab.process("sleep", "60"), stdio=Stdio())
+    lab.made.append(handle)
+    assert len(session_keyrings() - before) == 1
+
+
+def session_keyrings() -> set[str]:
+    lines = Path("/proc/keys").read_text().splitlines()
+    return {line.split()[0] for line in lines if " keyring   _ses:" in line}

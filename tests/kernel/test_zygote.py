@@ -1,6 +1,7 @@
 """The process that forks shims: sealed, quick, frugal, and no loss when it dies."""
 
 import contextlib
+import fcntl
 import os
 import re
 import signal
@@ -30,6 +31,7 @@ from shimclient import (
 )
 from support.requirements import needs
 
+from corral.kernel.paths import opened
 from corral.shim import seal
 
 pytestmark = needs("root", "busybox")
@@ -104,8 +106,10 @@ def test_the_interpreter_cannot_be_written_through_proc(shop: Workshop) -> None:
         for flags in (os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC):
             with pytest.raises(OSError, match="exe"):
                 os.close(os.open(f"/proc/{pid}/exe", flags))
-    assert sys.executable
-    assert os.access(Path(sys.executable).resolve(), os.R_OK)
+        # Now it is in use, which alone forbids it. What forbids it afterwards: CVE-2019-5736 kept it open until then.
+        with opened(os.open(f"/proc/{pid}/exe", os.O_RDONLY)) as exe:
+            sealed = fcntl.F_SEAL_WRITE
+            assert os.fstatvfs(exe).f_flag & os.ST_RDONLY or fcntl.fcntl(exe, fcntl.F_GET_SEALS) & sealed
 
 
 def test_its_image_cannot_be_made_writable_again(shop: Workshop) -> None:
