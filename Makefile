@@ -22,7 +22,7 @@ check: setup
 	$(PY) cli/generate_sync.py --check
 
 test: setup
-	$(PY) -m pytest tests --numprocesses auto --dist loadfile $(PYTEST_ARGS)
+	$(PY) -m pytest tests $(PYTEST_ARGS)
 
 demo: setup
 	@$(PY) tests/e2e/demo.py
