@@ -61,6 +61,30 @@ class TestAContainerThatStopsWhateverEntersIt:
                 lab.create(spec, rootfs=[root]).start()
 
 
+LOOK_OUT = """
+while :; do
+    for process in /proc/[0-9]*; do
+        pid=${process#/proc/}
+        [ $pid -gt 1 ] && [ $pid != $$ ] && read seen < $process/root$1 && echo "$seen" > /seen
+    done
+done 2>/dev/null
+"""
+
+
+def test_an_exec_shows_nothing_of_the_host_even_to_who_may_trace_it(lab):
+    """CVE-2016-9962: the runtime's process is visible in the container before it has entered it."""
+    secret = lab.directory / "secret"
+    secret.write_text("host\n")
+    held = ("CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE")
+    spec = lab.spec("sh", "-c", LOOK_OUT, "sh", str(secret))
+    capabilities = replace(spec.process.capabilities, bounding=held, effective=held, permitted=held)
+    container = lab.create(replace(spec, process=replace(spec.process, capabilities=capabilities)))
+    container.start()
+    for _ in range(60):
+        assert lab.exec(container, "true").code == 0
+    assert not (lab.upper / "seen").exists()
+
+
 @pytest.mark.parametrize("program", ["x" * 100_000, "/" + "x" * 100_000])
 def test_an_endless_name_is_told_in_a_short_sentence(lab, program):
     """The image chooses it; the report of an error must stay one message that can be read."""

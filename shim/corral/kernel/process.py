@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from corral.kernel.syscalls import check, libc
 
 CLONE_PIDFD = 0x00001000
+CLONE_PARENT = 0x00008000
 CLONE_INTO_CGROUP = 0x200000000
 
 _PR_SET_PDEATHSIG = 1
@@ -68,10 +69,12 @@ def clone(flags: int, *, cgroup: int | None = None) -> tuple[int, int]:
     """Fork with CLONE_NEW* flags: (pid, pidfd) in the parent, (0, -1) in the child.
 
     The caller must be single-threaded. cgroup: an fd of a cgroup v2 directory in which the child is born, which saves
-    the wait for an RCU grace period that moving a process there costs.
+    the wait for an RCU grace period that moving a process there costs. With CLONE_PARENT it is a sibling, not a child.
     """
     pidfd = ctypes.c_int(-1)
-    args = _CloneArgs(flags=flags | CLONE_PIDFD, pidfd=ctypes.addressof(pidfd), exit_signal=signal.SIGCHLD)
+    args = _CloneArgs(flags=flags | CLONE_PIDFD, pidfd=ctypes.addressof(pidfd))
+    if not flags & CLONE_PARENT:  # a sibling's exit signals as the caller's own does
+        args.exit_signal = signal.SIGCHLD
     if cgroup is not None:
         args.flags |= CLONE_INTO_CGROUP
         args.cgroup = cgroup

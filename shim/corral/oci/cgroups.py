@@ -44,15 +44,21 @@ class Membership:
 
     def join_v1(self) -> None:
         """Move the calling, single-threaded process."""
-        for path in self.tasks:
+        self.join_opened(self.open_v1())
+
+    def open_v1(self) -> list[int]:
+        """The `tasks` files, for join_opened() where they are out of sight; the caller owns them."""
+        return [os.open(path, os.O_WRONLY | os.O_CLOEXEC) for path in self.tasks]
+
+    def join_opened(self, tasks: Sequence[int]) -> None:
+        """Move the calling, single-threaded process, by what open_v1() gave, and close that."""
+        for fd, path in zip(tasks, self.tasks, strict=True):
             try:
-                fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-                try:
-                    os.write(fd, b"0")
-                finally:
-                    os.close(fd)
+                os.write(fd, b"0")
             except OSError as e:
                 raise failure(e.errno or 0, "join cgroup", path) from e
+            finally:
+                os.close(fd)
 
     def close(self) -> None:
         """Close what open() opened."""

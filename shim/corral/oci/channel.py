@@ -1,5 +1,7 @@
 """Between the runtime and the process it sets up: one SOCK_SEQPACKET socket pair, close-on-exec on both ends.
 
+    child -> parent   {"born": PID}                                an exec's: the process that goes on is another one
+    parent -> child   b"start"                                     it was seen: go on
     child -> parent   {"ready": true} + the pty master, if there is one            set-up is done
     child -> parent   {"error": KIND, "errno": N, "message": "…"}                  it, or exec, failed; the child exits
     parent -> child   b"start"                                                     execute the program
@@ -49,6 +51,10 @@ class ChildEnd:
         """Close it, in the parent."""
         self._socket.close()
 
+    def send_born(self, pid: int) -> None:
+        """Say who goes on in this process's place."""
+        self._socket.send(b'{"born":%d}' % pid)
+
     def send_ready(self, console: int | None) -> None:
         """Say that the set-up is done, and hand over the pty master."""
         ancillary = []
@@ -90,6 +96,14 @@ class ParentEnd:
     def close(self) -> None:
         """Close it; a child that waits for start then exits."""
         self._socket.close()
+
+    def receive_born(self, patience: Callable[[], None]) -> int:
+        """Wait for the process that goes on: its pid. Raises as receive_ready() does."""
+        data, _ = self._receive(patience)
+        if not data:
+            raise EndedEarly
+        _raise_if_error(data)
+        return int(json.loads(data)["born"])
 
     def receive_ready(self, patience: Callable[[], None]) -> int | None:
         """Wait for the end of the set-up: the pty master, or None without a terminal.

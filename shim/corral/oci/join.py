@@ -1,13 +1,15 @@
 """A process that joins a running container (exec), from its birth to execve.
 
-It is born in the container's PID namespace, and enters the others at once by the pidfd of init. Everything in there,
-/dev and /proc included, may have been exchanged by the container since.
+Two processes, one after the other. The first one is born outside and enters the container by the pidfd of init; nobody
+inside sees it. Its last act is to make the second one, in the container's PID namespace: from birth that has but the
+container's own view, for whoever holds CAP_SYS_PTRACE in there can look through its eyes and guide its hands
+(CVE-2016-9962). Everything in there, /dev and /proc included, may have been exchanged by the container since.
 """
 
 import os
 from typing import NoReturn
 
-from corral.kernel import keyring, namespaces, paths, tty
+from corral.kernel import keyring, namespaces, paths, process, tty
 from corral.kernel.syscalls import DEVPTS_SUPER_MAGIC, filesystem_magic
 from corral.oci import program as programs
 from corral.oci.cgroups import Membership
@@ -31,13 +33,24 @@ def run_joined(
     """Be a process in the container of the pidfd init; never returns.
 
     flags: CLONE_NEW* of the namespaces to enter. terminal: the size of the pty to make, (0, 0) for no particular one.
+    The caller is told who goes on, a sibling of this process, and has to answer by send_start().
     """
     try:
-        enter_privately(channel, stdio, [*stdio.given(), init])
-        membership.join_v1()
+        kept = [] if membership.unified is None else [membership.unified]
+        enter_privately(channel, stdio, [*stdio.given(), init, *kept])
+        tasks = membership.open_v1()
         programs.adjust_oom_score(program.oom_score_adj)
         if flags:
             namespaces.join(init, flags, what="the container's init")
+        pid, _ = process.clone(process.CLONE_PARENT, cgroup=membership.unified)
+        if pid:
+            channel.send_born(pid)
+            os._exit(0)
+        membership.join_opened(tasks)
+        process.close_fds([0, 1, 2, channel.fileno()])
+        if not channel.wait_for_start():
+            os._exit(1)
+        os.setsid()
         keyring.join_new_session()
         root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         master: int | None = None

@@ -260,6 +260,26 @@ def _await_ready(parent: ParentEnd, pid: int, pidfd: int, limit_s: float = SETUP
         raise
 
 
+def _follow(parent: ParentEnd, pidfd: int) -> tuple[int, int]:
+    """From the process that entered the container to the one that goes on there, by pid and pidfd."""
+    try:
+        pid = parent.receive_born(_patience(pidfd, EXEC_SETUP_S))
+    except EndedEarly as e:
+        raise ExecFailed(SETUP, _how_it_ended(_kill_and_reap(parent, pidfd))) from e
+    except BaseException:
+        _kill_and_reap(parent, pidfd)
+        raise
+    os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    os.close(pidfd)
+    # Our own child, not reaped yet: the pid is still its.
+    follower = process.pidfd_open(pid)
+    try:
+        parent.send_start()
+    except (BrokenPipeError, ConnectionResetError) as e:
+        raise ExecFailed(SETUP, _how_it_ended(_kill_and_reap(parent, follower))) from e
+    return pid, follower
+
+
 def _how_it_ended(status: int | None) -> str:
     """A sentence about a process that ended before it could say why."""
     if status == signal.SIGKILL:
@@ -301,13 +321,12 @@ def _exec(
     with contextlib.ExitStack() as stack:
         membership = Membership.open([os.fspath(path) for path in cgroup_paths])
         stack.callback(membership.close)
-        if Kind.PID in kinds:
-            stack.enter_context(_children_in(init, "the container's init"))
         parent, child = stack.enter_context(_channel())
-        pid, pidfd = process.clone(0, cgroup=membership.unified)
+        pid, pidfd = process.clone(0)
         if pid == 0:
-            flags = namespaces.flags_of(kinds - {Kind.PID})
+            flags = namespaces.flags_of(kinds)
             run_joined(program, child, stdio, membership, init=init, flags=flags, terminal=terminal)
+    pid, pidfd = _follow(parent, pidfd)
     handle, _ = _await_ready(parent, pid, pidfd, EXEC_SETUP_S)
     try:
         parent.wait_for_exec(_patience(pidfd, EXEC_SETUP_S))
