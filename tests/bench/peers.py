@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,9 +22,15 @@ _numbers = itertools.count()
 
 def quiet(command: list[str], **env: str) -> None:
     """Runs a command; its output only shows when it fails."""
-    result = subprocess.run(command, env=os.environ | env, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)}: exit code {result.returncode}: {result.stderr.decode()[-2000:]}")
+    # A file, not a pipe: a detached container inherits it, and would be waited for.
+    with tempfile.TemporaryFile() as said:
+        result = subprocess.run(
+            command, env=os.environ | env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, check=False
+        )
+        if result.returncode:
+            said.seek(0)
+            words = said.read().decode(errors="replace")[-2000:]
+            raise RuntimeError(f"{' '.join(command)}: exit code {result.returncode}: {words}")
 
 
 class Peer:
