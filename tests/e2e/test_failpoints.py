@@ -6,9 +6,11 @@ The names are read from the sources: a new failpoint is tested as soon as it is 
 not reach fails.
 """
 
+import contextlib
 import os
 import re
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from support.corrald import Corrald, running
+from support.corrald import Corrald
 from support.images import Entry, busybox_layer, image_config, layer, write_docker_archive
 from support.requirements import needs
 from support.sweep import cgroups, depth_below, forgotten
@@ -58,6 +60,8 @@ class Life:
     archive: Path
     client: Client
     died: int = 0
+    sound: bool = True
+    """The last test ended well."""
     kept: engine_pb2.Container = field(default_factory=engine_pb2.Container)
     lost: engine_pb2.Container = field(default_factory=engine_pb2.Container)
 
@@ -233,16 +237,52 @@ def eventually_empty(look: Callable[[], list[str]]) -> list[str]:
     return found
 
 
+@dataclass
+class Lives:
+    """The life that goes on from test to test; after a test that failed, which may have left anything, a new one."""
+
+    archive: Path
+    busybox: Path
+    life: Life | None = None
+    _end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def __call__(self) -> Life:
+        if self.life is None or not self.life.sound:
+            self.end()
+            self.life = self._begin()
+        return self.life
+
+    def _begin(self) -> Life:
+        daemon = Corrald()
+        parent = f"{daemon.place.cgroup_parent}-own"
+        self._end.callback(lambda: [path.rmdir() for path in cgroups(parent)])  # as with docker, one asked for stays
+        self._end.enter_context(daemon)
+        daemon.start()
+        client = self._end.enter_context(daemon.client())
+        client.images.load(self.busybox, name="busybox")
+        return Life(daemon, self.archive, client)
+
+    def end(self) -> None:
+        with contextlib.ExitStack() as tolerant:
+            if self.life is not None and not self.life.sound:
+                print(self.life.daemon.log()[-8000:])
+                tolerant.enter_context(contextlib.suppress(AssertionError, OSError, subprocess.TimeoutExpired))
+            self._end.close()
+
+
 @pytest.fixture(scope="module")
-def life(tmp_path_factory: pytest.TempPathFactory, busybox_archive: Path) -> Iterator[Life]:
-    layers = [busybox_layer(), layer([Entry("etc/more", b"a layer that busybox does not have")])]
+def lives(tmp_path_factory: pytest.TempPathFactory, busybox_archive: Path) -> Iterator[Lives]:
     archive = tmp_path_factory.mktemp("image") / "img.tar"
+    layers = [busybox_layer(), layer([Entry("etc/more", b"a layer that busybox does not have")])]
     write_docker_archive(archive, "img", layers, image_config(layers))
-    with running() as daemon, daemon.client() as client:
-        client.images.load(busybox_archive, name="busybox")
-        yield Life(daemon, archive, client)
-        for path in cgroups(f"{daemon.place.cgroup_parent}-own"):  # as with docker, a parent that was asked for stays
-            path.rmdir()
+    lives = Lives(archive, busybox_archive)
+    yield lives
+    lives.end()
+
+
+@pytest.fixture
+def life(lives: Lives) -> Life:
+    return lives()
 
 
 def test_every_failpoint_has_its_name_where_it_stands() -> None:
@@ -251,6 +291,7 @@ def test_every_failpoint_has_its_name_where_it_stands() -> None:
 
 @pytest.mark.parametrize("trigger", triggers())
 def test_killed_there_nothing_is_lost_and_nothing_is_left(life: Life, trigger: str) -> None:
+    life.sound = False
     life.daemon.start()
     after = last_event(life.client)
     life.prepare()
@@ -258,6 +299,7 @@ def test_killed_there_nothing_is_lost_and_nothing_is_left(life: Life, trigger: s
     life.live()
     assert life.died, "it was not reached: extend the life above"
     life.check(after)
+    life.sound = True
 
 
 def last_event(client: Client) -> int:
