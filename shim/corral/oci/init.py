@@ -6,7 +6,7 @@ from the host is opened first; then imports are closed; from pivot_root on there
 
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -16,6 +16,7 @@ from corral.oci import program as programs
 from corral.oci.cgroups import Membership
 from corral.oci.channel import ChildEnd
 from corral.oci.errors import SETUP, ExecFailed
+from corral.oci.gate import wait_at
 from corral.oci.imports import close_imports
 from corral.oci.program import Program
 from corral.oci.stage import Stage, Step
@@ -39,6 +40,7 @@ class InitPlan:
     """CLONE_NEW* that init leaves by itself, once it is in its cgroup."""
     loopback: bool
     """The network namespace is new, so nobody has brought up its loopback interface."""
+    new_keyring: bool
 
 
 def run_init(
@@ -47,10 +49,15 @@ def run_init(
     stdio: Stdio,
     membership: Membership,
     joins: Iterable[tuple[int, int, str]],
+    gate: int | None = None,
 ) -> NoReturn:
-    """Be the init of a container; never returns. joins: (fd, CLONE_NEW* flag, path) of namespaces to enter."""
+    """Be the init of a container; never returns. joins: (fd, CLONE_NEW* flag, path) of namespaces to enter.
+
+    gate: where to wait for start, if not for the runtime that made this process.
+    """
+    gates = [] if gate is None else [gate]
     try:
-        enter_privately(channel, stdio, [*stdio.given(), *(fd for fd, _, _ in joins)])
+        enter_privately(channel, stdio, [*stdio.given(), *gates, *(fd for fd, _, _ in joins)])
         membership.join_v1()
         programs.adjust_oom_score(plan.program.oom_score_adj)
         for fd, flag, path in joins:
@@ -60,11 +67,16 @@ def run_init(
             namespaces.leave(plan.unshare)
         if plan.loopback:
             loopback.bring_up()
-        keyring.join_new_session()
+        if plan.new_keyring:
+            keyring.join_new_session()
         stage = build_root(plan) if plan.steps else _joined_root(plan)
         program = settle(plan, stage, stdio)
-        hand_back(channel, stage.console_master)
-        if not channel.wait_for_start():
+        if gate is not None:  # who starts it may not be there to be told
+            programs.check_executable(program)
+        hand_back(channel, stage.console_master, [*stdio.kept, *gates])
+        if gate is not None:
+            channel = wait_at(gate, channel)
+        elif not channel.wait_for_start():
             os._exit(1)
         programs.execute(program)
     except BaseException as e:  # noqa: BLE001 - a fork of the runtime must not run on in its code
@@ -82,12 +94,12 @@ def enter_privately(channel: ChildEnd, stdio: Stdio, keep: Iterable[int]) -> Non
     close_imports()
 
 
-def hand_back(channel: ChildEnd, console: int | None) -> None:
-    """Keep nothing but 0, 1, 2 and the channel; give the runtime the pty master and tell it that all is ready."""
-    kept = [] if console is None else [console]
-    process.close_fds([0, 1, 2, channel.fileno(), *kept])
+def hand_back(channel: ChildEnd, console: int | None, keep: Sequence[int] = ()) -> None:
+    """Have nothing but 0, 1, 2, the channel and keep; give the runtime the pty master and tell it that all is ready."""
+    consoles = [] if console is None else [console]
+    process.close_fds([0, 1, 2, channel.fileno(), *keep, *consoles])
     channel.send_ready(console)
-    for fd in kept:
+    for fd in consoles:
         os.close(fd)
 
 

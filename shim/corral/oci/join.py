@@ -47,7 +47,7 @@ def run_joined(
             channel.send_born(pid)
             os._exit(0)
         membership.join_opened(tasks)
-        process.close_fds([0, 1, 2, channel.fileno()])
+        process.close_fds([0, 1, 2, channel.fileno(), *stdio.kept])
         if not channel.wait_for_start():
             os._exit(1)
         os.setsid()
@@ -60,7 +60,7 @@ def run_joined(
         else:
             use_own_null(root, stdio)
         program = programs.become(program, root)
-        hand_back(channel, master)
+        hand_back(channel, master, stdio.kept)
         programs.execute(program)
     except BaseException as e:  # noqa: BLE001 - a fork of the runtime must not run on in its code
         report_and_exit(channel, e)

@@ -184,9 +184,26 @@ def execute(program: Program) -> NoReturn:
             raise _denied(name, e) from e
     if denied is not None:
         raise _denied(name, denied)
-    if "/" in name:
-        raise ExecFailed(EXEC_NOT_FOUND, f'exec: "{name}": no such file or directory')
-    raise ExecFailed(EXEC_NOT_FOUND, f'exec: "{name}": executable file not found in $PATH')
+    raise _not_found(name)
+
+
+def check_executable(program: Program) -> None:
+    """Raise the ExecFailed that execute() would, as far as file modes tell it."""
+    name, denied = program.args[0], ""
+    for candidate in candidates(name, program.env["PATH"]):
+        try:
+            mode = os.stat(candidate).st_mode  # noqa: PTH116 - a path of the container, as execve takes it
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as e:
+            denied = denied or (e.strerror or str(e)).lower()
+            continue
+        if not stat.S_ISDIR(mode) and mode & 0o111:
+            return
+        denied = denied or "permission denied"
+    if denied:
+        raise ExecFailed(EXEC_DENIED, f'exec: "{name}": {denied}')
+    raise _not_found(name)
 
 
 def candidates(name: str, path: str) -> Iterable[str]:
@@ -194,6 +211,12 @@ def candidates(name: str, path: str) -> Iterable[str]:
     if "/" in name:
         return (name,)
     return (f"{directory}/{name}" for directory in path.split(":") if directory)
+
+
+def _not_found(name: str) -> ExecFailed:
+    if "/" in name:
+        return ExecFailed(EXEC_NOT_FOUND, f'exec: "{name}": no such file or directory')
+    return ExecFailed(EXEC_NOT_FOUND, f'exec: "{name}": executable file not found in $PATH')
 
 
 def _denied(name: str, error: OSError) -> ExecFailed:

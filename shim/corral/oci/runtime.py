@@ -22,6 +22,7 @@ from pathlib import Path
 
 from corral.kernel import namespaces, process
 from corral.kernel.namespaces import Kind
+from corral.oci import gate as gates
 from corral.oci import plan as plans
 from corral.oci.cgroups import Membership
 from corral.oci.channel import ChildEnd, EndedEarly, ParentEnd, make_pair
@@ -115,10 +116,11 @@ class Container:
             raise ExecFailed(SETUP, "the container is not running") from e
 
     @classmethod
-    def adopt(cls, spec: Spec, *, pid: int, start_time: int) -> "Container":
-        """A started container whose init was made by somebody else, for exec.
+    def adopt(cls, spec: Spec, *, pid: int, start_time: int, gate: str | None = None) -> "Container":
+        """A container whose init was made by somebody else: for exec or, with the path of the gate it waits at, start.
 
-        Raises ProcessLookupError if pid is no longer the process that began at start_time.
+        Raises ProcessLookupError if pid is no longer the process that began at start_time; FileNotFoundError or
+        ConnectionRefusedError if nobody waits at the gate.
         """
         pidfd = process.pidfd_open(pid)
         try:
@@ -130,7 +132,12 @@ class Container:
         except BaseException:
             os.close(pidfd)
             raise
-        return cls(spec, ProcessHandle(pid, pidfd, start_time, None), None)
+        try:
+            channel = None if gate is None else ParentEnd(gates.connect(gate))
+        except BaseException:
+            os.close(pidfd)
+            raise
+        return cls(spec, ProcessHandle(pid, pidfd, start_time, None), channel)
 
 
 def create(
@@ -142,6 +149,8 @@ def create(
     cgroup_paths: Sequence[Path] = (),
     stdio: Stdio,
     console_size: tuple[int, int] | None = None,
+    new_keyring: bool = True,
+    gate: int | None = None,
 ) -> Container:
     """Make a container: returns when init has finished its set-up and waits for start().
 
@@ -149,9 +158,20 @@ def create(
     namespace only. rootfs: how to make the root (the first one, typically overlay) and what else to mount in it; empty:
     spec.root.path. user (`name|uid[:group|gid]`, looked up in the container) overrides spec.process.user. cgroup_paths:
     the directories to be a member of, one per hierarchy, below /sys/fs/cgroup. console_size: (columns, rows).
+
+    gate: the fd of a gate (corral.oci.gate), at which init waits for start once this process lets go of it: close() and
+    the end of this process then leave it alone.
     """
     cgroups = [os.fspath(path) for path in cgroup_paths]
-    plan = plan_of(spec, bundle=os.fspath(bundle), rootfs=rootfs, user=user, cgroups=cgroups, console_size=console_size)
+    plan = plan_of(
+        spec,
+        bundle=os.fspath(bundle),
+        rootfs=rootfs,
+        user=user,
+        cgroups=cgroups,
+        console_size=console_size,
+        new_keyring=new_keyring,
+    )
     new, joined = plans.created(spec), plans.joined(spec)
     flags = namespaces.flags_of(new - {Kind.CGROUP})
     with contextlib.ExitStack() as stack:
@@ -168,7 +188,7 @@ def create(
         parent, child = stack.enter_context(_channel())
         pid, pidfd = process.clone(flags, cgroup=membership.unified)
         if pid == 0:
-            run_init(plan, child, stdio, membership, joins)
+            run_init(plan, child, stdio, membership, joins, gate)
     return Container(spec, *_await_ready(parent, pid, pidfd))
 
 
@@ -180,6 +200,7 @@ def plan_of(
     user: str | None,
     cgroups: Sequence[str],
     console_size: tuple[int, int] | None,
+    new_keyring: bool = True,
 ) -> InitPlan:
     """All that init needs to know. Raises ValueError naming the member that can't be honoured."""
     check_spec(spec)
@@ -200,6 +221,7 @@ def plan_of(
         propagation=plans.PROPAGATION[spec.linux.rootfs_propagation],
         unshare=Kind.CGROUP.flag if Kind.CGROUP in new else 0,
         loopback=Kind.NETWORK in new,
+        new_keyring=new_keyring,
     )
 
 

@@ -19,10 +19,12 @@ class Stdio:
     stdin: int | None = None
     stdout: int | None = None
     stderr: int | None = None
+    kept: tuple[int, ...] = ()
+    """Further fds, inheritable, which the process has under the same numbers."""
 
     def given(self) -> list[int]:
         """The fds that are there."""
-        return [fd for fd in (self.stdin, self.stdout, self.stderr) if fd is not None]
+        return [*(fd for fd in (self.stdin, self.stdout, self.stderr) if fd is not None), *self.kept]
 
 
 def take_places(stdio: Stdio) -> None:

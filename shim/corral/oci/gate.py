@@ -1,0 +1,47 @@
+"""Where the init of a container waits for start once the runtime that made it has ended.
+
+A gate is a listening socket, bound by whoever creates the container where only the host's root gets at it. init keeps
+it over the entry into the container, without a name there. Whoever connects and says so starts the container, and hears
+over that connection, as over a channel, how it went.
+"""
+
+import os
+import socket
+
+from corral.oci.channel import ChildEnd
+
+
+def make_gate(path: str) -> socket.socket:
+    """Bind a gate to a path of at most 107 bytes. The caller closes it once init has it; its name stays."""
+    gate = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        gate.bind(path)
+        gate.listen(1)
+    except BaseException:
+        gate.close()
+        raise
+    return gate
+
+
+def connect(path: str) -> socket.socket:
+    """Go to a gate. Raises FileNotFoundError or ConnectionRefusedError if nobody waits there."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.connect(path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def wait_at(gate: int, channel: ChildEnd) -> ChildEnd:
+    """Let go of the channel to the runtime and wait for who starts this process: the channel to that one."""
+    channel.close()
+    listener = socket.socket(fileno=gate)
+    while True:
+        connection, _ = listener.accept()
+        started_by = ChildEnd(connection)
+        if started_by.wait_for_start():
+            os.close(listener.detach())
+            return started_by
+        started_by.close()
