@@ -34,6 +34,8 @@ from corral.kernel.cgroup import (
     HugetlbLimit,
     IoDeviceLimits,
     IoLimits,
+    Kind,
+    Layout,
     MemoryLimits,
     OomWatch,
     PidsLimits,
@@ -285,6 +287,22 @@ def test_device_rules_can_be_changed_while_a_process_runs(devices: Cgroup) -> No
     devices.apply(Resources(devices=(DeviceRule(allow=True), DeviceRule(allow=False, type="c", major=1, minor=11))))
     assert opens(devices, "/dev/kmsg") == errno.EPERM
     assert opens(devices, "/dev/null") == 0
+
+
+@pytest.mark.parametrize("above", [(), (*DEFAULT_RULES, KMSG)])
+def test_a_new_cgroup_has_the_rules_it_was_made_with_whatever_it_has_from_its_parent(
+    devices: Cgroup, above: tuple[DeviceRule, ...]
+) -> None:
+    devices.apply(Resources(devices=above or None))
+    driver = Driver(Layout(Kind.HYBRID, devices._hierarchies))
+    below = driver.create(f"{devices.path}/below", Resources(devices=DEFAULT_RULES))
+    try:
+        assert opens(below, "/dev/kmsg") == errno.EPERM
+        assert opens(below, "/dev/null") == 0
+    finally:
+        below.remove()
+    if above:
+        assert opens(devices, "/dev/kmsg") == 0
 
 
 def test_a_node_may_be_made_that_may_not_be_opened(devices: Cgroup, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -19,7 +20,7 @@ from corral.cgroups import store, wire
 from corral.cgroups.errors import translated
 from corral.cgroups.store import Key, Record, State
 from corral.cgroups.watch import OomWatcher
-from corral.kernel.cgroup import DEFAULT_RULES, Cgroup, Driver, OomWatch, Stats
+from corral.kernel.cgroup import DEFAULT_RULES, Cgroup, Driver, OomWatch, Resources, Stats
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, NotFound
 from corral.store import Database, Duplicate, failpoint
@@ -109,9 +110,7 @@ class Groups:
 
     def _make(self, record: Record) -> OomWatch:
         """Make it in the kernel. An empty one at its place is a leftover; one with processes is not ours."""
-        limits = wire.resources(types_pb2.Resources.FromString(record.resources))
-        if limits.devices is None:
-            limits = replace(limits, devices=DEFAULT_RULES)
+        limits = _limits_at_creation(record.resources)
         with translated(f"make the cgroup {record.path}"):
             try:
                 group = self._driver.create(record.path, limits)
@@ -124,7 +123,7 @@ class Groups:
                     ) from e
                 leftover.remove(self._timeouts.remove_s)
                 group = self._driver.create(record.path, limits)
-            return OomWatch.open(group.paths(), since_creation=True)
+            return group.watch_oom()
 
     async def update(self, key: Key, change: types_pb2.Resources) -> Record:
         """Change limits, all or none. Raises NotFound, InvalidArgument, Unimplemented."""
@@ -255,6 +254,12 @@ class Groups:
         self._changes.discard(task)
         if not task.cancelled():
             task.exception()  # seen, whether or not the caller is still there
+
+
+@lru_cache(maxsize=64)  # most containers have the same few
+def _limits_at_creation(resources: bytes) -> Resources:
+    limits = wire.resources(types_pb2.Resources.FromString(resources))
+    return limits if limits.devices is not None else replace(limits, devices=DEFAULT_RULES)
 
 
 def _same(known: Record, asked: Record) -> Record:

@@ -191,7 +191,7 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
         message = cgroups_pb2.Cgroup(
             id=record.key.id,
             path=record.path,
-            join_paths=[str(path) for path in self._groups.open(record).paths()],
+            join_paths=self._groups.open(record).directories,
             frozen=frozen,
             created_at=timestamp(record.created_ns),
             oom_kills=record.oom_kills,

@@ -5,6 +5,7 @@ The result is what a v1 device cgroup can hold: a default, and exceptions from i
 Source: OCI config-linux "Allowed Device list"; kernel cgroup-v1/devices.rst.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -70,6 +71,11 @@ def fold(rules: Iterable[DeviceRule]) -> Access:
     Raises ValueError for a malformed rule, and for one that would cut a hole into an earlier, wider one: no v1
     kernel can hold that.
     """
+    return _fold(tuple(rules))
+
+
+@functools.lru_cache(maxsize=64)  # most cgroups have the same few rules
+def _fold(rules: tuple[DeviceRule, ...]) -> Access:
     access = Access()
     for rule in rules:
         _check(rule)

@@ -52,12 +52,12 @@ class Driver:
         group = Cgroup(path, self._hierarchies)
         made: list[str] = []
         try:
-            for hierarchy in self._hierarchies:
-                self._make(hierarchy, path)
-                made.append(f"{hierarchy.mount_point}{path}")
+            for hierarchy, directory in zip(self._hierarchies, group.directories, strict=True):
+                self._make(hierarchy, path, directory)
+                made.append(directory)
             if resources is not None:
                 self.enable(path, resources)
-                group.apply(resources, undo=False)
+                group.apply(resources, fresh=True)
         except OSError:
             for directory in reversed(made):
                 with contextlib.suppress(OSError):
@@ -120,6 +120,8 @@ class Driver:
         unified = self.layout.unified
         if unified is None or unified.read_only:
             return
+        if not (resources.unified or resources.hugetlb or resources.rdma):
+            return
         asked = {name.partition(".")[0] for name in resources.unified}
         asked |= {"hugetlb"} if resources.hugetlb else set()
         asked |= {"rdma"} if resources.rdma else set()
@@ -127,9 +129,8 @@ class Driver:
             for ancestor in ancestors(path):
                 _enable(f"{unified.mount_point}{ancestor}", wanted)
 
-    def _make(self, hierarchy: Hierarchy, path: str) -> None:
+    def _make(self, hierarchy: Hierarchy, path: str, directory: str) -> None:
         """One directory, and on the way the missing ones above it."""
-        directory = f"{hierarchy.mount_point}{path}"
         for _ in range(_ATTEMPTS):
             try:
                 os.mkdir(directory, 0o755)  # noqa: PTH102 - ten for each container, and Path takes a tenth of the time

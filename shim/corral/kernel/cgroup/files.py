@@ -4,7 +4,7 @@ Source: kernel cgroup-v2.rst "Interface Files", cgroup-v1/cgroups.rst "Usage Exa
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 _CHUNK = 65536
 _PAGE = 4096
@@ -45,16 +45,26 @@ def write(path: str, value: str) -> None:
 
     Raises OSError with the kernel's errno, the value and the path in its message.
     """
+    write_each(path, (value,))
+
+
+def write_each(path: str, values: Iterable[str]) -> None:
+    """Write the values one after the other, each in one write(2), to a file that is opened once.
+
+    Raises as write() does, for the first that is refused; those before it were written.
+    """
+    value = ""
+    fd = -1
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    except OSError as e:
-        raise _refused(e, path, value) from e
-    try:
-        os.write(fd, value.encode())
+        for value in values:
+            if fd < 0:
+                fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            os.write(fd, value.encode())
     except OSError as e:
         raise _refused(e, path, value) from e
     finally:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
 
 
 def _refused(error: OSError, path: str, value: str) -> OSError:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from corral.kernel.cgroup import counters, membership, plans, signals, steps
 from corral.kernel.cgroup.layout import Hierarchy
+from corral.kernel.cgroup.oom import OomWatch
 from corral.kernel.cgroup.resources import Resources
 from corral.kernel.cgroup.stats import Stats
 from corral.kernel.cgroup.v1 import freezer as freezer_v1
@@ -26,37 +27,51 @@ _ROUNDS = 100
 class Cgroup:
     """A named cgroup. The object holds no kernel state: any number of them may stand for the same one."""
 
-    __slots__ = ("_directories", "_where", "path")
+    __slots__ = ("_found", "_hierarchies", "directories", "path")
 
     def __init__(self, path: str, hierarchies: Sequence[Hierarchy]) -> None:
         """Name a cgroup by its path below each hierarchy's root; see Driver for how to make one."""
         self.path = path
-        self._directories = tuple(f"{h.mount_point}{path}" for h in hierarchies)
-        self._where: dict[str, tuple[str, int]] = {}
-        for hierarchy, directory in zip(hierarchies, self._directories, strict=True):
-            for name in hierarchy.controllers:
-                self._where[_V1_NAMES.get(name, name)] = (directory, hierarchy.version)
-            if hierarchy.version == 2:
-                self._where[plans.UNIFIED] = (directory, 2)
+        self.directories = tuple([f"{h.mount_point}{path}" for h in hierarchies])
+        """Those of paths(), as strings."""
+        self._hierarchies = hierarchies
+        self._found: dict[str, tuple[str, int]] | None = None
+
+    @property
+    def _where(self) -> dict[str, tuple[str, int]]:
+        if self._found is None:
+            self._found = {}
+            for hierarchy, directory in zip(self._hierarchies, self.directories, strict=True):
+                for name in hierarchy.controllers:
+                    self._found[_V1_NAMES.get(name, name)] = (directory, hierarchy.version)
+                if hierarchy.version == 2:
+                    self._found[plans.UNIFIED] = (directory, 2)
+        return self._found
 
     def __repr__(self) -> str:
         return f"Cgroup({self.path!r})"
 
     def paths(self) -> list[Path]:
         """The directories that a process joins, one per hierarchy. See membership.birthplace()."""
-        return [Path(directory) for directory in self._directories]
+        return [Path(directory) for directory in self.directories]
 
     def exists(self) -> bool:
         """Whether any hierarchy still has it."""
-        return any(Path(directory).exists() for directory in self._directories)
+        return any(Path(directory).exists() for directory in self.directories)
 
-    def apply(self, wanted: Resources, *, undo: bool = True) -> None:
-        """Set limits, all or none: one that is refused leaves the others as they were, but with undo=False.
+    def watch_oom(self) -> OomWatch:
+        """Count the OOM kills of a cgroup that was just made; without a memory controller there are none."""
+        return OomWatch.of(*self._where.get("memory", ("", 2)))
+
+    def apply(self, wanted: Resources, *, fresh: bool = False) -> None:
+        """Set limits, all or none: one that is refused leaves the others as they were.
+
+        fresh: the cgroup was just made, and is thrown away if this fails; then nothing is restored.
 
         Raises OSError naming the file and the value: EINVAL, EBUSY or the like if the kernel refuses it,
         EOPNOTSUPP if this host cannot give it, ENOENT if the cgroup is gone.
         """
-        steps.run(plans.plan(self.path, self._where, wanted), undo=undo)
+        steps.run(plans.plan(self.path, self._where, wanted, fresh=fresh), undo=not fresh)
 
     def read(self) -> Stats:
         """One reading of every counter. Raises OSError(ENOENT or ENODEV) if the cgroup is gone."""
@@ -129,7 +144,7 @@ class Cgroup:
         Raises OSError(EBUSY) if processes outlive SIGKILL by timeout_s, as one stuck in the kernel does.
         """
         deadline, pause = time.monotonic() + timeout_s, _SHORTEST_S
-        left = [directory for directory in self._directories if not _remove(directory)]
+        left = [directory for directory in self.directories if not _remove(directory)]
         while left:
             self._kill_for_good()
             left = [directory for directory in left if not _remove_below(directory)]
@@ -161,7 +176,7 @@ class Cgroup:
         A process joins all hierarchies or none, so of v1 one is enough: the freezer's, if it is mounted.
         """
         v2, _ = self._where.get(plans.UNIFIED, ("", 2))
-        any_v1 = next((directory for directory in self._directories if directory != v2), "")
+        any_v1 = next((directory for directory in self.directories if directory != v2), "")
         v1, version = self._where.get("freezer", (any_v1, 1))
         return v1 if version == 1 else "", v2
 

@@ -79,7 +79,7 @@ def subtree(directory: str) -> list[str]:
     """A cgroup directory and everything below it, parents before children; [] if it is gone or ""."""
     try:
         # The kernel counts sub-cgroups in st_nlink, which saves listing the files of a leaf.
-        if Path(directory).stat().st_nlink <= 2:
+        if os.stat(directory).st_nlink <= 2:  # noqa: PTH116 - a string
             return [directory]
         below = sorted(entry.path for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False))
     except OSError as e:

@@ -50,18 +50,27 @@ class OomWatch:
 
         A cgroup may outlive those who ran in it: without since_creation only kills from now on count.
         """
-        for path in paths:
-            for name in (V2_EVENTS, V1_OOM_CONTROL):
-                try:
-                    fd = os.open(path / name, os.O_RDONLY | os.O_CLOEXEC)
-                except FileNotFoundError:
-                    continue
-                with contextlib.ExitStack() as fds:
-                    fds.callback(os.close, fd)
-                    eventfd = -1 if name == V2_EVENTS else _register(path, fd, fds)
-                    watch = cls(str(path), fd, eventfd, since_creation=since_creation)
-                    fds.pop_all()  # the watch has them now
-                return watch
+        names = ((str(path), name) for path in paths for name in (V2_EVENTS, V1_OOM_CONTROL))
+        return cls._first(names, since_creation=since_creation)
+
+    @classmethod
+    def of(cls, directory: str, version: int) -> Self:
+        """Watch a new cgroup, where the directory and the version of its memory controller are known."""
+        return cls._first([(directory, V2_EVENTS if version == 2 else V1_OOM_CONTROL)], since_creation=True)
+
+    @classmethod
+    def _first(cls, names: Iterable[tuple[str, str]], *, since_creation: bool) -> Self:
+        for directory, name in names:
+            try:
+                fd = os.open(f"{directory}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            with contextlib.ExitStack() as fds:
+                fds.callback(os.close, fd)
+                eventfd = -1 if name == V2_EVENTS else _register(directory, fd, fds)
+                watch = cls(directory, fd, eventfd, since_creation=since_creation)
+                fds.pop_all()  # the watch has them now
+            return watch
         return cls("", -1, -1, since_creation=since_creation)
 
     def fileno(self) -> int:
@@ -132,7 +141,7 @@ class OomWatch:
         self._fd = self._eventfd = -1
 
 
-def _register(path: Path, fd: int, fds: contextlib.ExitStack) -> int:
+def _register(path: str, fd: int, fds: contextlib.ExitStack) -> int:
     eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     fds.callback(os.close, eventfd)
     files.write(f"{path}/{V1_EVENT_CONTROL}", f"{eventfd} {fd}")

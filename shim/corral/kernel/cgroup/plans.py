@@ -26,6 +26,7 @@ type Directories = Mapping[str, tuple[str, int]]
 UNIFIED = "unified"
 """In Directories: the v2 directory, whatever controllers it has."""
 
+_NO_CPU, _NO_MEMORY, _NO_PIDS, _NO_IO = CpuLimits(), MemoryLimits(), PidsLimits(), IoLimits()
 _RAW_KEY = re.compile(r"([a-z]+)\.[a-z0-9_.]+")
 
 
@@ -40,7 +41,7 @@ class _Part:
 _PARTS = (
     _Part(
         "cpu",
-        lambda r: replace(r.cpu, cpus=None, mems=None) != CpuLimits(),
+        lambda r: r.cpu != _NO_CPU and replace(r.cpu, cpus=None, mems=None) != _NO_CPU,
         lambda d, r: cpu_v1.plan(d, r.cpu),
         lambda d, r: cpu_v2.plan(d, r.cpu),
     ),
@@ -52,19 +53,19 @@ _PARTS = (
     ),
     _Part(
         "memory",
-        lambda r: r.memory != MemoryLimits(),
+        lambda r: r.memory != _NO_MEMORY,
         lambda d, r: memory_v1.plan(d, r.memory),
         lambda d, r: memory_v2.plan(d, r.memory),
     ),
     _Part(
         "pids",
-        lambda r: r.pids != PidsLimits(),
+        lambda r: r.pids != _NO_PIDS,
         lambda d, r: pids.plan(d, r.pids),
         lambda d, r: pids.plan(d, r.pids),
     ),
     _Part(
         "blkio",
-        lambda r: r.io != IoLimits(),
+        lambda r: r.io != _NO_IO,
         lambda d, r: blkio.plan(d, r.io),
         lambda d, r: io.plan(d, r.io),
     ),
@@ -83,8 +84,8 @@ _PARTS = (
 )
 
 
-def plan(path: str, where: Directories, wanted: Resources) -> list[Step]:
-    """Every step that the limits need, with nothing changed yet.
+def plan(path: str, where: Directories, wanted: Resources, *, fresh: bool = False) -> list[Step]:
+    """Every step that the limits need, with nothing changed yet. fresh: the cgroup was just made.
 
     Raises OSError: EOPNOTSUPP if a controller is not here, EINVAL for a value that no kernel takes.
     """
@@ -100,7 +101,8 @@ def plan(path: str, where: Directories, wanted: Resources) -> list[Step]:
         return planned
     # Last of all: a device program on v2 has no undo.
     if "devices" in where:
-        return planned + devices_v1.plan(where["devices"][0], wanted.devices)
+        planner = devices_v1.plan_fresh if fresh else devices_v1.plan
+        return planned + planner(where["devices"][0], wanted.devices)
     if UNIFIED in where:
         return planned + devices_v2.plan(where[UNIFIED][0], wanted.devices)
     raise steps.unsupported(path, "this host has neither the cgroup controller 'devices' nor cgroup v2")

@@ -2,9 +2,10 @@
 
 import contextlib
 import errno
+import itertools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from corral.kernel.cgroup import files
@@ -59,11 +60,19 @@ def _missing(step: Write) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno not in (errno.ENOENT, errno.ENODEV) or not Path(step.path).parent.exists():
-            raise
-        if e.errno == errno.ENODEV:
-            raise invalid(step.path, f"cannot write {step.value!r}: there is no such device") from e
-        raise unsupported(step.path, f"this kernel cannot set {Path(step.path).name}") from e
+        if (meaning := _meaning(step, e)) is not None:
+            raise meaning from e
+        raise
+
+
+def _meaning(step: Write, e: OSError) -> OSError | None:
+    """What a refusal means; None: what it says."""
+    directory, _, name = step.path.rpartition("/")
+    if e.errno not in (errno.ENOENT, errno.ENODEV) or not os.path.exists(directory):  # noqa: PTH110 - a string
+        return None
+    if e.errno == errno.ENODEV:
+        return invalid(step.path, f"cannot write {step.value!r}: there is no such device")
+    return unsupported(step.path, f"this kernel cannot set {name}")
 
 
 def run(steps: Sequence[Step], *, undo: bool = True) -> None:
@@ -71,10 +80,13 @@ def run(steps: Sequence[Step], *, undo: bool = True) -> None:
 
     Raises the OSError of the one that was refused, after the ones before it were taken back.
     """
+    if not undo:
+        _run_once(steps)
+        return
     back: list[Step] = []
     try:
         for step in steps:
-            inverse = step.inverse() if undo else None
+            inverse = step.inverse()
             step.apply()
             if inverse:
                 back.append(inverse)
@@ -82,6 +94,33 @@ def run(steps: Sequence[Step], *, undo: bool = True) -> None:
         for step in reversed(back):
             with contextlib.suppress(OSError):  # a cgroup removed meanwhile must not hide the cause
                 step.apply()
+        raise
+
+
+def _run_once(steps: Sequence[Step]) -> None:
+    """Make the changes, in order. A file that several of them write one after the other is opened once."""
+    for path, group in itertools.groupby(steps, lambda step: step.path if isinstance(step, Write) else ""):
+        if path:
+            _write_each(path, [step for step in group if isinstance(step, Write)])
+        else:
+            for step in group:
+                step.apply()
+
+
+def _write_each(path: str, writes: Sequence[Write]) -> None:
+    """Apply writes to one file."""
+    reached = writes[0]
+
+    def values() -> Iterator[str]:
+        nonlocal reached
+        for reached in writes:
+            yield reached.value
+
+    try:
+        files.write_each(path, values())
+    except OSError as e:
+        if (meaning := _meaning(reached, e)) is not None:
+            raise meaning from e
         raise
 
 

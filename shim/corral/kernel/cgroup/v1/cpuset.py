@@ -14,9 +14,10 @@ CLONE_CHILDREN = "cgroup.clone_children"
 
 def inherit(directory: str, parent: str) -> None:
     """Give a new cpuset its parent's memory nodes and CPUs, where cgroup.clone_children has not done so."""
+    if files.read(f"{directory}/{MEMS}"):  # the kernel fills both, or neither
+        return
     for name in (MEMS, CPUS):
-        if not files.read(f"{directory}/{name}"):
-            files.write(f"{directory}/{name}", files.read(f"{parent}/{name}"))
+        files.write(f"{directory}/{name}", files.read(f"{parent}/{name}"))
 
 
 def bequeath(directory: str) -> None:

@@ -19,11 +19,23 @@ EVERYTHING = "a"
 def plan(directory: str, wanted: Sequence[DeviceRule]) -> list[Step]:
     """The writes that lead from the present rules to the wanted ones; what both allow is allowed throughout."""
     path = f"{directory}/{LIST}"
-    try:
-        target = fold(wanted)
-    except ValueError as e:
-        raise invalid(path, str(e)) from e
+    target = _target(directory, wanted)
     return transition(directory, parse_list(files.read(path)), target)
+
+
+def plan_fresh(directory: str, wanted: Sequence[DeviceRule]) -> list[Step]:
+    """The same for a cgroup that nothing is in yet, whatever rules it has from its parent: the default clears them."""
+    target = _target(directory, wanted)
+    exceptions = target.exceptions.items()
+    sets = [_set(directory, node, bits, allow=not target.allowed) for node, bits in exceptions]
+    return [_default(directory, allow=target.allowed), *sets]
+
+
+def _target(directory: str, wanted: Sequence[DeviceRule]) -> Access:
+    try:
+        return fold(wanted)
+    except ValueError as e:
+        raise invalid(f"{directory}/{LIST}", str(e)) from e
 
 
 def transition(directory: str, now: Access, target: Access) -> list[Step]:
