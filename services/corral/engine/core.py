@@ -21,7 +21,7 @@ from corral.engine.spec import HostFacts
 from corral.kernel import capabilities
 from corral.rpc.context import current_namespace
 from corral.rpc.errors import FailedPrecondition
-from corral.store import Database, Transaction
+from corral.store import Database, Transaction, Trash
 
 log = structlog.get_logger()
 
@@ -111,7 +111,7 @@ class Background:
         """Begin `work`, which changes something and ends soon."""
         return self._begin(work, self._tasks)
 
-    def spawn_endless(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn_endless(self, work: Coroutine[Any, Any, object]) -> None:
         """Begin `work`, which tries until it succeeds and may be interrupted at any time."""
         self._begin(work, self._endless)
 
@@ -145,6 +145,7 @@ class Core:
     database: Database
     leaves: Leaves
     host: HostFacts
+    trash: Trash
     locks: Locks = field(default_factory=Locks)
     watch: Watch = field(default_factory=Watch)
     background: Background = field(default_factory=Background)
@@ -173,6 +174,17 @@ class Core:
     def container_directory(self, record: ContainerRecord) -> Path:
         """Where the container's log is, whatever becomes of its tasks."""
         return self.config.root / "containers" / record.namespace / record.id
+
+    def make_container_directory(self, record: ContainerRecord) -> Path:
+        """The same, made where it is missing. No thread: it waits for the disk as little as an ordinary row does."""
+        directory = self.container_directory(record)
+        try:
+            directory.mkdir(mode=0o700)
+        except FileExistsError:
+            pass
+        except FileNotFoundError:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return directory
 
     async def record_exit(
         self, record: ContainerRecord, status: ExitStatus, *, started: bool = True

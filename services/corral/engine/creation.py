@@ -136,11 +136,10 @@ class Creation:
             exposed = tuple((await leaves.images.Get(GetImageRequest(name=config.image))).config.exposed_ports)
         attach = requests.network(config, namespace, id_, host_hostname=self._core.host.hostname, exposed=exposed)
         snapshot = requests.snapshot(config, namespace, id_)
-        prepared, endpoint, cgroup, _ = await _all_or_error(
+        prepared, endpoint, cgroup = await _all_or_error(
             persistently(lambda: leaves.snapshots.Prepare(snapshot)),
             persistently(lambda: leaves.endpoints.Attach(attach)),
             persistently(lambda: self._tasks.make_cgroup(record)),
-            self._tasks.make_log_directory(record),
         )
         return prepared, endpoint, cgroup
 

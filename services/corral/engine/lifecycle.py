@@ -269,17 +269,20 @@ class Lifecycle:
         key = (record.namespace, record.id)
         if condition == WaitContainerRequest.CONDITION_REMOVED:
             if record.config.auto_remove and record.status in ALIVE:
-                self._core.background.spawn_endless(self._end_early(record))
+                self._core.background.spawn_endless(self._recorded_exit_of(record))
             return await self._core.watch.removal(key)
         if condition == WaitContainerRequest.CONDITION_NEXT_EXIT:
             return await self._next_exit(record)
         if record.status in ALIVE:
-            return await self._exit_of(record)
+            return await self._recorded_exit_of(record)
         return record.exit
 
-    async def _end_early(self, record: ContainerRecord) -> None:
-        """Act on the exit of a container that removes itself before its event comes: somebody waits."""
-        await self._core.record_exit(record, await self._exit_of(record))
+    async def _recorded_exit_of(self, record: ContainerRecord) -> ExitStatus:
+        """Written down and acted on before anybody is told, not only when its event comes: who then asks for the
+        container finds it ended."""
+        status = await self._exit_of(record)
+        await self._core.record_exit(record, status)
+        return status
 
     async def _next_exit(self, record: ContainerRecord) -> ExitStatus:
         """From our own record, or, quicker while there is a task, from tasks."""

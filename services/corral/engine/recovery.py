@@ -53,6 +53,7 @@ class Recovery:
     async def start(self) -> None:
         """Recover now, or, if a leaf does not answer yet or fails, in the background until it is done."""
         await run_blocking(sweep_volumes, self._core)
+        await run_blocking(self._core.trash.empty)
         try:
             await self.run()
         except (CorralError, OSError) as e:

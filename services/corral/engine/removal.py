@@ -6,10 +6,8 @@ Each step is idempotent, so it is begun again wherever it stopped: by the next c
 """
 
 import asyncio
-import shutil
 from collections.abc import Awaitable
 from contextlib import suppress
-from pathlib import Path
 
 import structlog
 
@@ -25,7 +23,7 @@ from corral.engine.records import ALIVE, ContainerRecord, Status
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import in_namespace
 from corral.rpc.errors import CorralError, FailedPrecondition, NotFound
-from corral.store import Transaction, failpoint
+from corral.store import Transaction, failpoint, remove_tree
 
 log = structlog.get_logger()
 
@@ -113,8 +111,8 @@ class Removal:
         intent = self._core.background.spawn(self._intend(record, status, volumes=volumes))
         if status is None:
             await _all_ended(intent, end_task())
-        logs = self._core.container_directory(record)
-        await _all_ended(remove_snapshot(), detach(), delete_cgroup(), run_blocking(remove_tree, logs))
+        await _all_ended(remove_snapshot(), detach(), delete_cgroup())
+        self._core.trash.throw(self._core.container_directory(record))
         failpoint("engine.delete.after_parts")
         last = intent.result()
         removed = await self._core.database.write(lambda tx: _forget(tx, last, volumes=volumes))
@@ -196,11 +194,6 @@ def _forget(tx: Transaction, record: ContainerRecord, *, volumes: bool) -> list[
     removed = volume_rows.delete_anonymous_volumes(tx, record.namespace, record.id) if volumes else []
     store.delete_container(tx, record)
     return removed
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a directory of ours with all in it. Links are not followed; what is gone already is no error."""
-    shutil.rmtree(path, ignore_errors=True)
 
 
 async def _all_ended(*steps: Awaitable[object]) -> None:

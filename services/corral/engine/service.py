@@ -30,7 +30,7 @@ from corral.engine.volumes import Volumes
 from corral.rpc.blocking import run_blocking
 from corral.rpc.channel import Channels
 from corral.rpc.events import stream_events
-from corral.store import Database
+from corral.store import Database, Trash
 
 STOP_GRACE_S = 5.0
 
@@ -69,7 +69,7 @@ class EngineService:
         config = self._config
         database = await run_blocking(store.open_database, config.root / "engine.db", journal_keep=config.journal_keep)
         leaves = Leaves.connect(config.addresses, self._channels)
-        core = self._core = Core(config, database, leaves, host_facts())
+        core = self._core = Core(config, database, leaves, host_facts(), Trash(config.root / "trash"))
         removal = Removal(core)
         core.on_exit = lambda record: _act_on_exit(core, removal, record)
         task_making = TaskMaking(core)
@@ -95,6 +95,7 @@ class EngineService:
         """Let changes finish, stop following the leaves, close the database."""
         if self._core is not None:
             await self._core.background.stop(STOP_GRACE_S)
+            await self._core.trash.close()
         if self._merger is not None:
             await self._merger.stop()
         await self._channels.close()

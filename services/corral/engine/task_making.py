@@ -59,6 +59,7 @@ class TaskMaking:
     ) -> ContainerRecord:
         """Create the task; returns the record with what is known of it. Raises CorralError."""
         config = record.config
+        directory = self._core.make_container_directory(record)
         volume_paths = await run_blocking(self._ready_sources, record) if config.mounts else {}
         joined = await self._joined(config)
         granted = devices.every_device() if config.privileged else devices.grant(config.devices)
@@ -79,7 +80,7 @@ class TaskMaking:
             spec=encode(build(config, facts)),
             rootfs=rootfs,
             cgroup_paths=cgroup_paths,
-            log_path=str(self._core.container_directory(record) / LOG_NAME),
+            log_path=f"{directory}/{LOG_NAME}",
         )
         failpoint("engine.task.before_create")
         task = await self._create(request)
@@ -118,10 +119,6 @@ class TaskMaking:
             # The kernel has no name for a namespace but its process; should that end now, opening the file fails.
             found[kind] = f"/proc/{task.pid}/ns/{_FILES[kind]}"
         return found
-
-    async def make_log_directory(self, record: ContainerRecord) -> None:
-        """Where the shim will write the log."""
-        await run_blocking(self._core.container_directory(record).mkdir, parents=True, exist_ok=True, mode=0o700)
 
     def _ready_sources(self, record: ContainerRecord) -> dict[str, str]:
         """Make the directories of volumes and, where wanted, of bind mounts; returns the volumes' paths."""

@@ -8,12 +8,11 @@ from corral.engine import volume_rows
 from corral.engine.core import Core
 from corral.engine.naming import random_id
 from corral.engine.records import from_ns
-from corral.engine.removal import remove_tree
 from corral.engine.volume_rows import VolumeRecord
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import check_id, current_namespace
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unimplemented
-from corral.store import Duplicate, Referenced, Transaction, failpoint
+from corral.store import Duplicate, Referenced, Transaction, failpoint, remove_tree
 
 DRIVER = "local"
 

@@ -4,6 +4,7 @@ from corral.kernel.failpoint import failpoint
 from corral.store.database import ConstraintError, Database, Duplicate, Referenced, Row, Snapshot, Transaction
 from corral.store.files import Lock, LockHeld, atomic_write
 from corral.store.journal import GAP_TOPIC, JSON, Event, Journal
+from corral.store.trash import Trash, remove_tree
 
 __all__ = [
     "GAP_TOPIC",
@@ -19,6 +20,8 @@ __all__ = [
     "Row",
     "Snapshot",
     "Transaction",
+    "Trash",
     "atomic_write",
     "failpoint",
+    "remove_tree",
 ]

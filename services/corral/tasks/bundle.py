@@ -7,29 +7,33 @@
     <state>/trash/ <root>/trash/     either of them, on its way out
 
 The directory is also the intent to create: it is made first, and one that no row describes is undone at the next start.
-Everything here blocks; it belongs on a thread.
+The state directory is a tmpfs as a rule, and nothing in it waits for a disk in any case: making and discarding a bundle
+is done on the event loop. What reads whole files, or is about logs, belongs on a thread.
 """
 
 import errno
 import json
 import os
-import secrets
-import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from corral.rpc.context import ID_PATTERN
+from corral.store import Trash
 from corral.tasks.identity import Identity
 from corral.tasks.model import Exit, TaskKey, optional_int
 
 CONFIG, SOCKET = "config.json", "socket"
 RECORD, EXIT, EXECS = "record.json", "exit.json", "execs"
-LOG = "log.json"
+LOGS, LOG = "logs", "log.json"
 BACKLOG = 128
-REMOVE_ATTEMPTS = 3
+
+
+def default_log(root: Path, key: TaskKey) -> str:
+    """The log of a task whose maker named no place for it."""
+    return f"{root}/{LOGS}/{key.namespace}/{key.id}/{LOG}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +52,25 @@ class Bundle:
     key: TaskKey
     path: Path
     logs: Path
-    trash: Path
-    logs_trash: Path
+    trash: Trash
+    logs_trash: Trash
 
     def make(self, config: bytes) -> socket.socket:
-        """Create both directories and config.json; returns the socket that the shim shall listen on.
+        """Create the directory and config.json; returns the socket that the shim shall listen on.
 
         Raises FileExistsError if the bundle is there already, OSError; then nothing of it is left.
         """
         _make_directory(self.path)
         try:
-            with suppress(FileExistsError):
-                _make_directory(self.logs)
             (self.path / CONFIG).write_bytes(config)
             return self.listen()
         except BaseException:
-            self.remove()
+            self.discard()
             raise
+
+    def make_logs(self) -> None:
+        """Create the directory of logs. Blocks."""
+        self.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def listen(self) -> socket.socket:
         """Bind the bundle's socket anew and listen on it."""
@@ -116,14 +122,10 @@ class Bundle:
         """How an exec ended, if the shim wrote that down."""
         return _exit(self.path / EXECS / f"{exec_id}.json")
 
-    def remove(self) -> None:
-        """Remove both directories; harmless when they are gone."""
-        empty_trash(self.discard())
-
-    def discard(self) -> list[Path]:
-        """Free both names for a new task at once; returns what is then to be given to empty_trash()."""
-        thrown = [_discard(self.logs, self.logs_trash), _discard(self.path, self.trash)]
-        return [path for path in thrown if path is not None]
+    def discard(self) -> None:
+        """Free both names for a new task at once; harmless when they are gone."""
+        self.logs_trash.throw(self.logs)
+        self.trash.throw(self.path)
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
@@ -135,28 +137,30 @@ class Bundle:
             os.close(fd)
 
 
-@dataclass(frozen=True, slots=True)
 class Bundles:
     """Where all bundles are."""
 
-    state: Path
-    root: Path
+    def __init__(self, state: Path, root: Path) -> None:
+        self._shims, self._logs = state / "shim", root / LOGS
+        self._trash, self._logs_trash = Trash(state / "trash"), Trash(root / "trash")
 
     def of(self, key: TaskKey) -> Bundle:
-        path, logs = self.state / "shim" / key.namespace / key.id, self.root / "logs" / key.namespace / key.id
-        return Bundle(key, path, logs, *self._trashes)
+        path, logs = self._shims / key.namespace / key.id, self._logs / key.namespace / key.id
+        return Bundle(key, path, logs, self._trash, self._logs_trash)
 
-    @property
-    def _trashes(self) -> tuple[Path, Path]:
-        return self.state / "trash", self.root / "trash"
+    def empty_trash(self) -> None:
+        """Remove what an earlier process threw away and did not get to remove. Blocks."""
+        self._trash.empty()
+        self._logs_trash.empty()
 
-    def leftovers(self) -> list[Path]:
-        """What an earlier process threw away and did not get to remove."""
-        return [trash / name for trash in self._trashes for name in _names(trash)]
+    async def close(self) -> None:
+        """Remove what was thrown away just now."""
+        await self._trash.close()
+        await self._logs_trash.close()
 
     def found(self) -> set[TaskKey]:
         """Every task that has a bundle or a directory of logs."""
-        return set(_keys(self.state / "shim")) | set(_keys(self.root / "logs"))
+        return set(_keys(self._shims)) | set(_keys(self._logs))
 
 
 def _make_directory(path: Path) -> None:
@@ -166,38 +170,6 @@ def _make_directory(path: Path) -> None:
     except FileNotFoundError:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.mkdir(mode=0o700)
-
-
-def _remove_tree(path: Path) -> None:
-    for attempt in range(1, REMOVE_ATTEMPTS + 1):
-        try:
-            shutil.rmtree(path)
-        except FileNotFoundError:
-            if not path.exists():
-                return
-        except OSError as e:
-            if e.errno != errno.ENOTEMPTY or attempt == REMOVE_ATTEMPTS:  # somebody just wrote its last file
-                raise
-        else:
-            return
-
-
-def _discard(path: Path, trash: Path) -> Path | None:
-    target = trash / secrets.token_hex(8)
-    try:
-        path.rename(target)
-    except FileNotFoundError:
-        if not path.exists():
-            return None
-        trash.mkdir(mode=0o700, exist_ok=True)
-        path.rename(target)
-    return target
-
-
-def empty_trash(thrown: Iterable[Path]) -> None:
-    """Remove what was discarded."""
-    for path in thrown:
-        _remove_tree(path)
 
 
 def _keys(parent: Path) -> Iterator[TaskKey]:

@@ -18,7 +18,7 @@ from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, Unavailable, from_os_error
 from corral.store import Database, Transaction
 from corral.tasks import store
-from corral.tasks.bundle import Bundle, Bundles, empty_trash
+from corral.tasks.bundle import Bundle, Bundles
 from corral.tasks.live import JUST_ENDED_S, Process, Task, told
 from corral.tasks.model import INIT, Exit, LogRow, ProcessRow, Status, TaskKey, TaskRow
 from corral.tasks.recovery import NOT_SEEN, Recovery
@@ -90,6 +90,8 @@ class Tasks:
         return task
 
     async def _spawn(self, new: NewTask, bundle: Bundle) -> Spawned:
+        if new.log.path.startswith(f"{bundle.logs}/"):
+            await run_blocking(bundle.make_logs)
         try:
             return await self._spawner.spawn(bundle, new.config, new.fields)
         except FileExistsError:
@@ -241,9 +243,8 @@ class Tasks:
         failpoint("tasks.delete.after_row")
         self.registry.remove(task)
         await self._let_go(task)
-        thrown = await run_blocking(task.bundle.discard)
+        task.bundle.discard()
         failpoint("tasks.delete.after_bundle")
-        self.registry.in_background(run_blocking(empty_trash, thrown))
 
     async def _let_go(self, task: Task) -> None:
         """The shim ends by itself, at once unless clients still have to get their output."""

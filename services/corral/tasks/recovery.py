@@ -21,7 +21,7 @@ from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import CorralError
 from corral.store import Database
 from corral.tasks import store
-from corral.tasks.bundle import Bundles, empty_trash
+from corral.tasks.bundle import Bundles
 from corral.tasks.identity import Identity
 from corral.tasks.live import Process, Task
 from corral.tasks.model import Exit, TaskKey
@@ -70,7 +70,7 @@ class Recovery:
                 group.create_task(in_turn(self._recover(task)))
             for key in strays:
                 group.create_task(in_turn(self._remove_stray(key)))
-        await run_blocking(lambda: empty_trash(self._bundles.leftovers()))
+        await run_blocking(self._bundles.empty_trash)
         log.info("tasks.recovered", tasks=len(tasks), removed=len(strays))
 
     async def _remove_stray(self, key: TaskKey) -> None:

@@ -51,6 +51,7 @@ class TasksService:
         self._servicer = TasksServicer(config)
         self._database: Database | None = None
         self._zygote: Zygote | None = None
+        self._bundles: Bundles | None = None
         self._registry = Registry()
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
@@ -64,7 +65,7 @@ class TasksService:
         database = self._database = Database(config.root / "tasks.db", MIGRATIONS, durable=False, on_loop=True)
         zygote = self._zygote = Zygote(config.root / "zygote.log")
         zygote.start()
-        bundles = Bundles(config.state, config.root)
+        bundles = self._bundles = Bundles(config.state, config.root)
         parallel = config.parallel_creates or CREATES_PER_CPU * (os.cpu_count() or 1)
         spawner = Spawner(zygote, parallel=parallel, timeout_s=config.shim_timeout_s)
         recovery = Recovery(self._registry, database, bundles, timeout_s=config.shim_timeout_s)
@@ -75,6 +76,8 @@ class TasksService:
     async def stop(self) -> None:
         self._servicer.close()
         await self._registry.stop()
+        if self._bundles is not None:
+            await self._bundles.close()
         if self._zygote is not None:
             await self._zygote.stop()
         if self._database is not None:

@@ -51,7 +51,7 @@ class Spawner:
         Raises FileExistsError if there is such a bundle, CorralError, OSError; then nothing is left behind.
         """
         async with self._turn:
-            listener = await run_blocking(bundle.make, config)
+            listener = bundle.make(config)
             try:
                 with listener:
                     failpoint("tasks.create.after_bundle")
@@ -64,7 +64,7 @@ class Spawner:
         for attempt in range(ATTEMPTS):
             if attempt:
                 log.warning("shim.not_forked", attempt=attempt)
-                listener = await run_blocking(bundle.listen)
+                listener = bundle.listen()
             with listener:
                 spawned = await self._try(bundle, listener, fields)
             if spawned is not None:
@@ -126,7 +126,7 @@ async def undo(bundle: Bundle, *, timeout_s: float) -> None:
     for identity in (record.shim, record.init):
         if identity is not None and not await identity.kill(within_s=timeout_s):
             raise Unavailable(f"process {identity.pid} cannot be killed; it is in the kernel", reason="UNKILLABLE")
-    await run_blocking(bundle.remove)
+    bundle.discard()
     failpoint("tasks.undo.after")
 
 

@@ -11,7 +11,7 @@ from corral.rpc.context import check_id
 from corral.rpc.errors import InvalidArgument
 from corral.rpc.events import nanoseconds, timestamp
 from corral.tasks.attach import Wanted
-from corral.tasks.bundle import LOG, Bundles
+from corral.tasks.bundle import default_log
 from corral.tasks.config import TasksConfig
 from corral.tasks.entries import Entry, Selection
 from corral.tasks.execs import NewExec
@@ -178,11 +178,7 @@ def _log(options: pb.LogOptions, config: TasksConfig, key: TaskKey) -> LogRow:
         raise InvalidArgument(f"log.driver: {options.driver} is no driver of this version", reason="BAD_LOG")
     if options.max_size_bytes < 0:
         raise InvalidArgument("log.max_size_bytes must not be negative", reason="BAD_LOG")
-    path = (
-        _absolute(options.path, "log.path")
-        if options.path
-        else str(Bundles(config.state, config.root).of(key).logs / LOG)
-    )
+    path = _absolute(options.path, "log.path") if options.path else default_log(config.root, key)
     return LogRow(
         driver=driver,
         path="" if driver == "none" else path,
