@@ -53,7 +53,7 @@ def run_init(
 ) -> NoReturn:
     """Be the init of a container; never returns. joins: (fd, CLONE_NEW* flag, path) of namespaces to enter.
 
-    gate: where to wait for start, if not for the runtime that made this process.
+    gate: where to wait for start, once the runtime that made this process has left it there.
     """
     gates = [] if gate is None else [gate]
     try:
@@ -74,10 +74,10 @@ def run_init(
         if gate is not None:  # who starts it may not be there to be told
             programs.check_executable(program)
         hand_back(channel, stage.console_master, [*stdio.kept, *gates])
+        if not channel.wait_for_start():
+            os._exit(1)
         if gate is not None:
             channel = wait_at(gate, channel)
-        elif not channel.wait_for_start():
-            os._exit(1)
         programs.execute(program)
     except BaseException as e:  # noqa: BLE001 - a fork of the runtime must not run on in its code
         report_and_exit(channel, e)

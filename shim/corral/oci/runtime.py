@@ -97,6 +97,18 @@ class Container:
             self._channel.close()
             self._channel = None
 
+    def leave_at_gate(self) -> None:
+        """Let init wait for start at the gate it was created with, which this process then may leave to others.
+
+        Raises ExecFailed if it has ended.
+        """
+        try:
+            if self._channel is not None:
+                self._channel.send_start()
+        except (BrokenPipeError, ConnectionResetError) as e:
+            raise ExecFailed(SETUP, "the container's init ended before it was started") from e
+        self.close()
+
     def exec(
         self,
         process_spec: Process,
@@ -159,8 +171,7 @@ def create(
     spec.root.path. user (`name|uid[:group|gid]`, looked up in the container) overrides spec.process.user. cgroup_paths:
     the directories to be a member of, one per hierarchy, below /sys/fs/cgroup. console_size: (columns, rows).
 
-    gate: the fd of a gate (corral.oci.gate), at which init waits for start once this process lets go of it: close() and
-    the end of this process then leave it alone.
+    gate: the fd of a gate (corral.oci.gate), for leave_at_gate().
     """
     cgroups = [os.fspath(path) for path in cgroup_paths]
     plan = plan_of(

@@ -12,6 +12,7 @@ from typing import Annotated
 from corral.kernel.namespaces import Kind
 from corral.oci.decode import JSON, Range, decode, encode
 
+U16 = Annotated[int, Range(0, 2**16 - 1)]
 U32 = Annotated[int, Range(0, 2**32 - 1)]
 U64 = Annotated[int, Range(0, 2**64 - 1)]
 I64 = Annotated[int, Range(-(2**63), 2**63 - 1)]
@@ -195,7 +196,53 @@ class Cpu:
 class Pids:
     """Largest number of processes; -1 is unlimited."""
 
-    limit: I64
+    limit: I64 | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightDevice:
+    """The share of a block device."""
+
+    major: I64
+    minor: I64
+    weight: U16 | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ThrottleDevice:
+    """The largest rate of a block device, in bytes or operations per second."""
+
+    major: I64
+    minor: I64
+    rate: U64
+
+
+@dataclass(frozen=True, slots=True)
+class BlockIO:
+    """Input and output of block devices; weights are 10 to 1000."""
+
+    weight: U16 | None = None
+    weight_device: tuple[WeightDevice, ...] = ()
+    throttle_read_bps_device: tuple[ThrottleDevice, ...] = ()
+    throttle_write_bps_device: tuple[ThrottleDevice, ...] = ()
+    throttle_read_iops_device: tuple[ThrottleDevice, ...] = ()
+    throttle_write_iops_device: tuple[ThrottleDevice, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HugepageLimit:
+    """Bytes of huge pages of one size, which is named as the kernel does: 2MB."""
+
+    page_size: str
+    limit: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Rdma:
+    """What of an RDMA device."""
+
+    hca_handles: U32 | None = None
+    hca_objects: U32 | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +253,9 @@ class Resources:
     memory: Memory | None = None
     cpu: Cpu | None = None
     pids: Pids | None = None
+    block_io: BlockIO | None = None
+    hugepage_limits: tuple[HugepageLimit, ...] = ()
+    rdma: Mapping[str, Rdma] = field(default_factory=dict)
     unified: Mapping[str, str] = field(default_factory=dict)
 
 
