@@ -42,8 +42,8 @@ class Driver:
         self.layout = layout
         self._hierarchies = tuple(h for h in layout.hierarchies if not h.read_only)
 
-    def create(self, path: str, resources: Resources | None = None) -> Cgroup:
-        """Make a cgroup with its limits; all or nothing.
+    def create(self, path: str, resources: Resources | None = None, *, adopt: bool = False) -> Cgroup:
+        """Make a cgroup with its limits; all or nothing. adopt: what is there already is taken over.
 
         Raises OSError: EEXIST if it is there already; EINVAL and the like, naming file and value, for a limit that
         the kernel refuses; EOPNOTSUPP for one that this host cannot give.
@@ -53,11 +53,16 @@ class Driver:
         made: list[str] = []
         try:
             for hierarchy, directory in zip(self._hierarchies, group.directories, strict=True):
-                self._make(hierarchy, path, directory)
-                made.append(directory)
+                try:
+                    self._make(hierarchy, path, directory)
+                except FileExistsError:
+                    if not adopt:
+                        raise
+                else:
+                    made.append(directory)
             if resources is not None:
                 self.enable(path, resources)
-                group.apply(resources, fresh=True)
+                group.apply(resources, fresh=not adopt)
         except OSError:
             for directory in reversed(made):
                 with contextlib.suppress(OSError):
