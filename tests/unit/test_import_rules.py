@@ -85,8 +85,8 @@ def test_the_core_imports_nothing_outside_the_standard_library() -> None:
     """What import-linter cannot say: not "none of these", but "nothing else"."""
     program = (
         "import sys, pkgutil, importlib; sys.path.insert(0, sys.argv[1])\n"
-        "import corral.kernel, corral.oci, corral.shim\n"
-        "for p in (corral.kernel, corral.oci, corral.shim):\n"
+        "import corral.kernel, corral.oci, corral.shim, corral.runtime\n"
+        "for p in (corral.kernel, corral.oci, corral.shim, corral.runtime):\n"
         "    for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.'):\n"
         "        if not m.name.endswith('__main__'): importlib.import_module(m.name)\n"
         "top = {n.split('.')[0] for n in sys.modules} - set(sys.stdlib_module_names) - {'corral', '__main__'}\n"

@@ -1,0 +1,18 @@
+"""Why a command failed, as one sentence."""
+
+USAGE_CODE = 1
+EXEC_CODE = 255
+"""What exec ends with if its program never ran, as clients of runc expect."""
+
+
+class CommandError(Exception):
+    """The sentence for the user, and the exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def not_there(container_id: str) -> CommandError:
+    """There is no container of this id; clients look for these words."""
+    return CommandError(f"container {container_id!r} does not exist")

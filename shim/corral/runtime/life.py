@@ -1,0 +1,63 @@
+"""Whether a container lives, and its cgroup: what the kernel knows."""
+
+import os
+
+from corral.kernel import process
+from corral.kernel.cgroup import Cgroup, Driver, detect
+from corral.runtime.errors import CommandError
+from corral.runtime.state import Place, Record, Status
+
+
+def init_lives(record: Record) -> bool:
+    """Whether the container's init has not ended. One that nobody reaped yet has."""
+    if not record.pid:
+        return False
+    try:
+        fd = os.open(f"/proc/{record.pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            stat = os.read(fd, 4096)
+        finally:
+            os.close(fd)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    return int(fields[19]) == record.start_time and fields[0] not in (b"Z", b"X")
+
+
+def status_of(place: Place, record: Record) -> Status:
+    """The container's status now."""
+    if not init_lives(record):
+        return Status.STOPPED
+    if place.has_gate():
+        return Status.CREATED
+    if (group := cgroup_of(record)) is not None and group.is_frozen():
+        return Status.PAUSED
+    return Status.RUNNING
+
+
+def cgroup_of(record: Record) -> Cgroup | None:
+    """Its cgroup, if it has one."""
+    return Driver(detect()).open(record.cgroup) if record.cgroup else None
+
+
+def needed_cgroup(record: Record) -> Cgroup:
+    """Its cgroup, for what can't be done without."""
+    group = cgroup_of(record)
+    if group is None:
+        raise CommandError(f"container {record.id!r} has no cgroup of its own")
+    return group
+
+
+def open_init(record: Record) -> int:
+    """A pidfd of a living init; the caller closes it. Raises CommandError if it has ended."""
+    gone = CommandError("container not running")
+    if not init_lives(record):
+        raise gone
+    try:
+        pidfd = process.pidfd_open(record.pid)
+    except ProcessLookupError:
+        raise gone from None
+    if not init_lives(record):
+        os.close(pidfd)
+        raise gone
+    return pidfd

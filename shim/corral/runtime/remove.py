@@ -1,0 +1,116 @@
+"""kill, delete."""
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+
+from corral.kernel import process
+from corral.runtime import groups, life, state
+from corral.runtime.context import Context
+from corral.runtime.errors import CommandError
+from corral.runtime.flags import SWITCH, Flags, Options
+from corral.runtime.state import Place, Record, Status
+
+KILL_FLAGS: Flags = {"all,a": SWITCH}
+DELETE_FLAGS: Flags = {"force,f": SWITCH}
+_DIE_S = 10.0
+
+
+def parse_signal(text: str) -> int:
+    """A signal by number or name, with or without SIG, RTMIN+N and RTMAX-N included."""
+    if text.isascii() and text.isdigit():
+        number = int(text)
+        if 0 < number < signal.NSIG:
+            return number
+    name = text.upper().removeprefix("SIG")
+    for base, sign in ((signal.SIGRTMIN, "+"), (signal.SIGRTMAX, "-")):
+        left, found, offset = name.partition(sign)
+        if left == base.name.removeprefix("SIG") and found and offset.isascii() and offset.isdigit():
+            number = base + int(sign + offset)
+            if signal.SIGRTMIN <= number <= signal.SIGRTMAX:
+                return number
+    with contextlib.suppress(KeyError):
+        return signal.Signals[f"SIG{name}"]
+    raise CommandError(f"unknown signal {text!r}")
+
+
+def kill(context: Context, options: Options, arguments: list[str]) -> int:
+    """Send a signal to init or, with --all, to every process."""
+    number = parse_signal(arguments[1] if len(arguments) > 1 else "TERM")
+    everybody = options.on("all")
+    # Not locked: a pidfd can't hit another process, and whoever hangs in a locked command must be killable.
+    with state.opened(context.root, arguments[0], lock=None) as place:
+        record = place.record()
+        group = life.cgroup_of(record)
+        alive = life.init_lives(record)
+        # Without a PID namespace of its own nobody else ends what init leaves behind.
+        if everybody or (number == signal.SIGKILL and not record.own_pids):
+            if group is not None:
+                group.kill(number)
+                return 0
+            if everybody and not alive:
+                return 0
+        pidfd = life.open_init(record)
+        try:
+            process.send_signal(pidfd, number)
+        except ProcessLookupError:
+            raise CommandError("container not running") from None
+        finally:
+            os.close(pidfd)
+        if number == signal.SIGKILL and group is not None and group.is_frozen():
+            group.thaw()  # who is frozen can't die
+    return 0
+
+
+def delete(context: Context, options: Options, arguments: list[str]) -> int:
+    """Remove what a stopped container left."""
+    remove(context, arguments[0], force=options.on("force"))
+    return 0
+
+
+def remove(context: Context, container_id: str, *, force: bool) -> None:
+    """delete; force ends it first, and does not mind if there is none."""
+    try:
+        with state.opened(context.root, container_id, lock=fcntl.LOCK_EX) as place:
+            _remove(place, force=force)
+    except CommandError:
+        if force and container_id not in state.ids(context.root):
+            return
+        raise
+
+
+def _remove(place: Place, *, force: bool) -> None:
+    try:
+        record = place.record()
+    except CommandError:
+        if force:  # a create that was killed at its very beginning
+            place.remove()
+            return
+        raise
+    status = life.status_of(place, record)
+    if status not in (Status.STOPPED, Status.CREATED) and not force:
+        raise CommandError(f"cannot delete container {record.id} that is not stopped: {status.value}")
+    if status is not Status.STOPPED:
+        _end(record)
+    if record.cgroup:
+        groups.remove(record.cgroup)
+    place.remove()
+
+
+def _end(record: Record) -> None:
+    """Kill init and wait until it is dead."""
+    try:
+        pidfd = life.open_init(record)
+    except CommandError:
+        return
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(pidfd, signal.SIGKILL)
+        if (group := life.cgroup_of(record)) is not None and group.is_frozen():
+            group.thaw()
+        if not select.select([pidfd], [], [], _DIE_S)[0]:
+            raise CommandError("container init still running")
+    finally:
+        os.close(pidfd)

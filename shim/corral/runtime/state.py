@@ -1,0 +1,224 @@
+"""What is known of a container from one command to the next.
+
+    ROOT/ID/              locked (flock) by each command that changes something
+    ROOT/ID/state.json    the record below; replaced as a whole
+    ROOT/ID/config.json   the specification that the container was made from, whatever becomes of the bundle's
+    ROOT/ID/gate          there until start: where init waits
+
+A record names init by pid and start time, so one that was left by a container that ended, or before a reboot, is seen
+to be stale. The directory lies where a reboot empties it: nothing needs to be synced to a disk.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from enum import Enum
+
+from corral.oci.spec import Spec
+from corral.runtime.errors import CommandError, not_there
+
+STATE, CONFIG, GATE = "state.json", "config.json", "gate"
+_ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-.")
+_ID_LONGEST = 200
+
+
+class Status(Enum):
+    """Source: OCI runtime-spec runtime.md "State", and paused, which every runtime adds."""
+
+    CREATING = "creating"
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+
+
+class Record:
+    """state.json: the state of the specification, less what changes by itself, and what we need."""
+
+    __slots__ = ("annotations", "bundle", "cgroup", "created", "id", "own_pids", "owner", "pid", "rootfs", "start_time")
+
+    def __init__(
+        self,
+        *,
+        id: str,  # noqa: A002 - its name in the specification
+        bundle: str,
+        rootfs: str,
+        created: str,
+        owner: int,
+        annotations: dict[str, str],
+        cgroup: str = "",
+        own_pids: bool = True,
+        pid: int = 0,
+        start_time: int = 0,
+    ) -> None:
+        self.id, self.bundle, self.rootfs, self.created, self.owner = id, bundle, rootfs, created, owner
+        self.annotations = annotations
+        self.cgroup = cgroup
+        """Path of its cgroup in every hierarchy; "" for none."""
+        self.own_pids = own_pids
+        """Its processes end with init, for it has a PID namespace of its own."""
+        self.pid, self.start_time = pid, start_time
+        """0 until init exists."""
+
+    def to_json(self) -> dict[str, object]:
+        """The object that the file holds."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def state(self, status: Status) -> dict[str, object]:
+        """The object that `state` prints. Source: OCI runtime-spec runtime.md "State"; rootfs, created: as runc."""
+        state: dict[str, object] = {
+            "ociVersion": OCI_VERSION,
+            "id": self.id,
+            "pid": 0 if status is Status.STOPPED else self.pid,
+            "status": status.value,
+            "bundle": self.bundle,
+            "rootfs": self.rootfs,
+            "created": self.created,
+        }
+        if self.annotations:
+            state["annotations"] = self.annotations
+        return state | {"owner": ""}
+
+
+OCI_VERSION = "1.2.0"
+
+
+def check_id(container_id: str) -> None:
+    """An id is the name of a directory, so it must be nothing else."""
+    if not container_id or container_id in (".", "..") or not _ID_CHARACTERS.issuperset(container_id):
+        raise CommandError(f"invalid container id {container_id!r}: letters, digits and _ + - . make one")
+    if len(container_id) > _ID_LONGEST:
+        raise CommandError(f"invalid container id: it is longer than {_ID_LONGEST} characters")
+
+
+class Place:
+    """The state directory of a container, held open."""
+
+    def __init__(self, root: str, container_id: str, fd: int) -> None:
+        self.id, self.path, self.fd = container_id, f"{root}/{container_id}", fd
+
+    def close(self) -> None:
+        """Release it, and with it the lock."""
+        os.close(self.fd)
+
+    @property
+    def gate(self) -> str:
+        """The path of the gate, short enough for a socket however deep the root lies."""
+        return f"/proc/self/fd/{self.fd}/{GATE}"
+
+    def write(self, name: str, value: object) -> None:
+        """Replace a file as a whole."""
+        temporary = f".{name}.tmp"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+        try:
+            with open(fd, "w", encoding="utf-8") as file:
+                json.dump(value, file)
+            os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except BaseException:
+            os.unlink(temporary, dir_fd=self.fd)
+            raise
+
+    def _read(self, name: str) -> object:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)
+        with open(fd, encoding="utf-8") as file:
+            return json.load(file)
+
+    def record(self) -> Record:
+        """The record; the container does not exist without one."""
+        try:
+            value = self._read(STATE)
+        except FileNotFoundError:
+            raise not_there(self.id) from None
+        assert isinstance(value, dict)
+        return Record(**value)
+
+    def spec(self) -> Spec:
+        """What the container was made from."""
+        return Spec.from_json(self._read(CONFIG))
+
+    def has_gate(self) -> bool:
+        """Whether nobody started the container yet."""
+        try:
+            os.stat(GATE, dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def remove_gate(self) -> None:
+        """Note that it was started."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(GATE, dir_fd=self.fd)
+
+    def remove(self) -> None:
+        """The container is no more. What may lie in the directory are files."""
+        for name in os.listdir(self.fd):  # noqa: PTH208 - by fd
+            os.unlink(name, dir_fd=self.fd)
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(self.path)  # noqa: PTH106 - a string, as everything here
+
+
+@contextlib.contextmanager
+def opened(root: str, container_id: str, *, lock: int | None = fcntl.LOCK_EX) -> Iterator[Place]:
+    """The directory of a container that exists; locked meanwhile, unless lock is None."""
+    check_id(container_id)
+    while True:
+        try:
+            fd = os.open(f"{root}/{container_id}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            raise not_there(container_id) from None
+        place = Place(root, container_id, fd)
+        try:
+            if lock is not None:
+                fcntl.flock(fd, lock)
+            if _is_still(place):
+                yield place
+                return
+        finally:
+            place.close()
+
+
+@contextlib.contextmanager
+def made(root: str, container_id: str) -> Iterator[Place]:
+    """A new directory, locked meanwhile. Removed if the block fails."""
+    check_id(container_id)
+    os.makedirs(root, 0o700, exist_ok=True)  # noqa: PTH103 - a string, as everything here
+    while True:
+        try:
+            os.mkdir(f"{root}/{container_id}", 0o700)  # noqa: PTH102 - likewise
+        except FileExistsError:
+            raise CommandError(f"container with id {container_id!r} already exists") from None
+        try:
+            fd = os.open(f"{root}/{container_id}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        place = Place(root, container_id, fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if not _is_still(place):  # a forced delete took it for a leftover
+                continue
+            try:
+                yield place
+            except BaseException:
+                place.remove()
+                raise
+            return
+        finally:
+            place.close()
+
+
+def _is_still(place: Place) -> bool:
+    try:
+        return os.path.samestat(os.stat(place.path), os.fstat(place.fd))  # noqa: PTH116 - likewise
+    except FileNotFoundError:
+        return False
+
+
+def ids(root: str) -> list[str]:
+    """Every container there."""
+    try:
+        entries = os.listdir(root)  # noqa: PTH208 - likewise
+    except FileNotFoundError:
+        return []
+    return sorted(entries)
