@@ -79,7 +79,7 @@ class ImagesLeaf:
 
     async def settled(self) -> None:
         """Wait for what goes on in the background."""
-        await self.service._collector.removals_done()
+        await self.service._tending.done()
 
     def disk(self) -> set[str]:
         """Blobs, layers, writable trees and everything unfinished that is on disk, database and lock aside."""

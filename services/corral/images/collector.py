@@ -20,7 +20,9 @@ import structlog
 from corral.images import leases
 from corral.images.content import ContentStore
 from corral.images.digest import Digest
-from corral.images.snapshotter import Snapshotter, TreeId
+from corral.images.snapshotter import TreeId
+from corral.images.store import write_much
+from corral.images.tending import Tending
 from corral.images.trees import Kind
 from corral.rpc.blocking import run_blocking
 from corral.store import Database, Transaction, failpoint
@@ -66,15 +68,14 @@ class Collected:
 class Collector:
     """Runs when asked, and by itself when a lease ends."""
 
-    def __init__(self, database: Database, content: ContentStore, driver: Snapshotter) -> None:
+    def __init__(self, database: Database, content: ContentStore, tending: Tending) -> None:
         self._database = database
         self._content = content
-        self._driver = driver
+        self._tending = tending
         self._pins: Counter[str] = Counter()
         # Held while files and rows of content change together; what it covers takes milliseconds.
         self.changing = asyncio.Lock()
-        self._removals: set[asyncio.Task[None]] = set()
-        self._stopping = False
+        self._ending: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     @contextlib.asynccontextmanager
@@ -97,44 +98,25 @@ class Collector:
         async with self.changing:
             now = time.time_ns() if grace else MAX_NS
             pinned = json.dumps(list(self._pins))
-            collected = await self._database.write(lambda t: _collect_rows(t, now, pinned))
+            collected = await write_much(self._database, lambda t: _collect_rows(t, now, pinned))
             failpoint("images.collect.after_rows")
             await run_blocking(self._content.remove, collected.blobs)
-        self.remove_trees(collected.trees)
+        self._tending.remove(collected.trees)
         if collected.names:
             log.info("images.collected", count=len(collected.names), reclaimed_bytes=collected.reclaimed_bytes)
         return collected
 
-    def remove_trees(self, trees: Iterable[TreeId]) -> None:
-        """Remove trees that have no row any more; in the background, since a large one takes seconds."""
-        for tree in trees:
-            task = asyncio.ensure_future(run_blocking(self._driver.remove, tree, go_on=self._goes_on))
-            self._removals.add(task)
-            task.add_done_callback(self._removed)
-
-    def _removed(self, task: asyncio.Task[None]) -> None:
-        self._removals.discard(task)
-        if not task.cancelled() and (e := task.exception()) is not None:
-            log.warning("images.tree_not_removed", error=str(e))  # the next start tries again
-
-    def _goes_on(self) -> bool:
-        return not self._stopping
-
     async def stop(self) -> None:
-        """End what runs in the background; what is left of a large tree is removed after the next start."""
-        self._stopping = True
+        """End what runs in the background."""
         self.stop_timer()
-        await self.removals_done()
-
-    async def removals_done(self) -> None:
-        while self._removals:
-            await asyncio.wait(set(self._removals))
+        while self._ending:
+            await asyncio.wait(set(self._ending))
 
     async def end_expired(self) -> None:
         """Delete leases whose time is over, with what they alone kept; and come back when the next one ends."""
         expiry = self._database.read_sync(leases.next_expiry_ns)
         if expiry is not None and expiry <= time.time_ns():
-            self.remove_trees(await self._database.write(leases.end_expired))
+            self._tending.remove(await write_much(self._database, leases.end_expired))
             await self.collect()
         self.schedule()
 
@@ -153,8 +135,13 @@ class Collector:
 
     def _wake(self) -> None:
         task = asyncio.ensure_future(self.end_expired())
-        self._removals.add(task)
-        task.add_done_callback(self._removed)
+        self._ending.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._ending.discard(task)
+        if not task.cancelled() and (e := task.exception()) is not None:
+            log.warning("images.leases_not_ended", error=str(e))
 
 
 def _collect_rows(transaction: Transaction, now: int, pinned: str) -> Collected:

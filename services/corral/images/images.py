@@ -12,7 +12,7 @@ from corral.images.details import Details, DetailsCache
 from corral.images.digest import Digest
 from corral.images.reference import parse_reference
 from corral.images.snapshotter import Snapshotter
-from corral.images.store import persist, uninterrupted
+from corral.images.store import persist, uninterrupted, write_much
 from corral.images.unpacker import Staged, Unpacker
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import FailedPrecondition, InvalidArgument
@@ -128,7 +128,7 @@ class Images:
             new = self._database.read_sync(lambda s: self._unpacker.wanted(s, staged))
             await run_blocking(self._unpacker.place, new)
             failpoint("images.unpack.before_commit")
-            await self._database.write(write)
+            await write_much(self._database, write)
             staged[:] = [layer for layer in staged if layer not in new]
 
     def _blob_path(self, digest: Digest) -> Path:
@@ -143,7 +143,7 @@ class Images:
 
     async def prune(self, namespace: str, *, everything: bool) -> Removed:
         """Remove nameless images that nothing uses, with `everything` named ones too; then all that is out of reach."""
-        records = await self._database.write(lambda t: _prune(t, namespace, everything=everything))
+        records = await write_much(self._database, lambda t: _prune(t, namespace, everything=everything))
         await self._collector.end_expired()
         collected = await self._collector.collect(grace=False)
         await persist(self._database)

@@ -38,7 +38,7 @@ from corral.images.model import ImageConfig, Platform
 from corral.images.platforms import host_platform
 from corral.images.progress import Report, Step
 from corral.images.reference import Reference
-from corral.images.store import persist, uninterrupted
+from corral.images.store import persist, uninterrupted, write_much
 from corral.images.unpacker import Staged, Unpacker
 from corral.kernel.syncfs import syncfs
 from corral.rpc.blocking import run_blocking
@@ -183,7 +183,9 @@ class Importer:
             try:
                 await run_blocking(self._place, new_blobs, new_layers)
                 failpoint("images.import.before_commit")
-                records = await self._database.write(lambda t: self._insert(t, options, images, new_blobs, new_layers))
+                records = await write_much(
+                    self._database, lambda t: self._insert(t, options, images, new_blobs, new_layers)
+                )
             except BaseException:
                 await asyncio.shield(run_blocking(self._content.remove, list(new_blobs)))
                 raise

@@ -20,6 +20,7 @@ from corral.images.servicers.leases import LeasesServicer
 from corral.images.servicers.snapshots import SnapshotsServicer
 from corral.images.snapshots import Snapshots
 from corral.images.store import open_database
+from corral.images.tending import Tending
 from corral.images.unpacker import TreeIds, Unpacker
 from corral.images.workers import Workers
 from corral.rpc.blocking import run_blocking
@@ -50,7 +51,8 @@ class ImagesService:
         self._database = open_database(config.root)
         self._content = ContentStore(config.root)
         self._ids = TreeIds()
-        self._collector = Collector(self._database, self._content, driver)
+        self._tending = Tending(driver, self._ids)
+        self._collector = Collector(self._database, self._content, self._tending)
         self._workers = Workers(
             config.workers,
             idle_s=config.unpack_idle_s,
@@ -60,7 +62,7 @@ class ImagesService:
         unpacker = Unpacker(self._database, driver, self._workers, self._ids)
         self._importer = Importer(self._database, self._content, unpacker, self._collector)
         self._images = Images(self._database, self._content, driver, unpacker, self._collector)
-        self._snapshots = Snapshots(self._database, driver, self._images, self._collector, self._ids)
+        self._snapshots = Snapshots(self._database, driver, self._images, self._tending, self._collector, self._ids)
         self._blobs = Blobs(self._database, self._content, self._collector, grace_s=config.blob_grace_s)
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
@@ -71,7 +73,9 @@ class ImagesService:
         images_pb2_grpc.add_SnapshotsServicer_to_server(
             SnapshotsServicer(self._snapshots, self._images, self._drivers, self._config.driver), server
         )
-        images_pb2_grpc.add_LeasesServicer_to_server(LeasesServicer(self._database, self._collector), server)
+        images_pb2_grpc.add_LeasesServicer_to_server(
+            LeasesServicer(self._database, self._collector, self._tending), server
+        )
         services = images_pb2.DESCRIPTOR.services_by_name.values()
         return [service.full_name for service in services]
 
@@ -79,12 +83,14 @@ class ImagesService:
         """Remove what no row describes, repair what lacks its files, and end the leases whose time is over."""
         recovered = await run_blocking(recover, self._database, self._content, self._driver)
         self._ids.start_after(recovered.highest_tree)
-        self._collector.remove_trees(recovered.orphans)
+        self._tending.start()
+        self._tending.remove(recovered.orphans)
         await self._collector.end_expired()
         await self._collector.collect()
 
     async def stop(self) -> None:
         await self._workers.stop()
         await self._collector.stop()
+        await self._tending.stop()
         self._importer.close()
         self._database.close()

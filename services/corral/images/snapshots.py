@@ -10,6 +10,7 @@ from corral.images.errors import explained
 from corral.images.images import Images
 from corral.images.snapshotter import Mount, Snapshotter, Usage
 from corral.images.store import persist, uninterrupted
+from corral.images.tending import Tending
 from corral.images.trees import Kind, TreeRecord
 from corral.images.unpacker import TreeIds
 from corral.rpc.blocking import run_blocking
@@ -53,11 +54,18 @@ class Snapshots:
     """See the module."""
 
     def __init__(
-        self, database: Database, driver: Snapshotter, images: Images, collector: Collector, ids: TreeIds
+        self,
+        database: Database,
+        driver: Snapshotter,
+        images: Images,
+        tending: Tending,
+        collector: Collector,
+        ids: TreeIds,
     ) -> None:
         self._database = database
         self._driver = driver
         self._images = images
+        self._tending = tending
         self._collector = collector
         self._ids = ids
 
@@ -105,8 +113,9 @@ class Snapshots:
     async def _make(self, wanted: Wanted, found: _Found) -> TreeRecord:
         """Directories first, then the row: a crash in between leaves directories that nothing describes."""
         image, parent = found.image, found.parent
+        ready = self._tending.take() if wanted.kind is Kind.ACTIVE else None
         record = trees.new_record(
-            self._ids.new(),
+            ready or self._ids.new(),
             namespace=wanted.namespace,
             key=wanted.key,
             kind=wanted.kind,
@@ -117,9 +126,9 @@ class Snapshots:
             labels=wanted.labels,
         )
         try:
-            await self._make_tree(record, wanted)
+            await self._make_tree(record, wanted, is_ready=ready is not None)
         except BaseException as e:
-            self._collector.remove_trees([record.id])
+            self._tending.remove([record.id])
             if not isinstance(e, Duplicate):
                 raise
         else:
@@ -131,9 +140,13 @@ class Snapshots:
         _check_same(wanted, existing, parent)
         return existing
 
-    async def _make_tree(self, record: TreeRecord, wanted: Wanted) -> None:
+    async def _make_tree(self, record: TreeRecord, wanted: Wanted, *, is_ready: bool) -> None:
+        writable = wanted.kind is Kind.ACTIVE
         try:
-            await run_blocking(self._driver.prepare, record.id, record.chain, writable=wanted.kind is Kind.ACTIVE)
+            if (is_ready or not writable) and self._driver.is_quick(record.chain, writable=writable):
+                self._driver.prepare(record.id, record.chain, writable=writable)
+            else:
+                await run_blocking(self._driver.prepare, record.id, record.chain, writable=writable)
             failpoint("images.prepare.before_row")
             await self._database.write(lambda t: _insert(t, record, wanted))
             failpoint("images.prepare.after_row")
@@ -201,7 +214,7 @@ class Snapshots:
                 raise _unknown(key)
             return
         failpoint("images.remove.after_row")
-        self._collector.remove_trees([removed.id])
+        self._tending.remove([removed.id])
 
     async def commit(self, namespace: str, key: str, name: str) -> TreeRecord:
         """Turn an active tree into a committed snapshot of the namespace. Its user must have unmounted it.

@@ -92,6 +92,14 @@ class Snapshotter(Protocol):
         """Make staged trees, whose content the caller has synced, layers, durably."""
         ...
 
+    def make_ready(self, tree: TreeId) -> None:
+        """Do ahead what prepare() of this tree will need, whatever it is put on."""
+        ...
+
+    def is_quick(self, chain: Sequence[TreeId], *, writable: bool) -> bool:
+        """Whether prepare(), of a tree that was made ready if it is to be writable, waits for no disk."""
+        ...
+
     def prepare(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> None:
         """Make an active tree, or a view, on top of `chain`."""
         ...
@@ -109,7 +117,7 @@ class Snapshotter(Protocol):
         ...
 
     def remove(self, tree: TreeId, *, go_on: GoOn = always) -> None:
-        """Remove whatever there is of the tree: staged, layer or active. Nothing there is no error.
+        """Remove whatever there is of the tree: staged, layer, ready or active. Nothing there is no error.
 
         May take long; ends early, with a part of it done, when `go_on` says no.
         """

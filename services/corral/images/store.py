@@ -5,11 +5,11 @@ The rows of each subject are written in its own module: images in catalog, trees
 
 import asyncio
 import os
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 from corral.rpc.blocking import run_blocking
-from corral.store import Database
+from corral.store import Database, Transaction
 
 SHARED = ""  # the namespace of layers, which all share by chain id
 
@@ -102,7 +102,12 @@ CREATE INDEX lease_resources_by_key ON lease_resources(kind, key);
 def open_database(root: Path) -> Database:
     """WAL with NORMAL: an active tree need not outlive a power loss by the moment. What must, calls persist()."""
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return Database(root / "images.db", MIGRATIONS, durable=False)
+    return Database(root / "images.db", MIGRATIONS, durable=False, on_loop=True)
+
+
+async def write_much[T](database: Database, fn: Callable[[Transaction], T]) -> T:
+    """Database.write() for what touches many rows: never on the event loop. A cancelled caller's write is done."""
+    return await run_blocking(database.write_sync, fn)
 
 
 async def persist(database: Database) -> None:
@@ -123,7 +128,7 @@ async def uninterrupted[T](work: Coroutine[object, object, T]) -> T:
 
     For the moment in which files and rows change together: half of it must not be undone while the rest still happens.
     """
-    task = asyncio.ensure_future(work)
+    task = asyncio.Task(work, loop=asyncio.get_running_loop(), eager_start=True)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:

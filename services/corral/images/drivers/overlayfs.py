@@ -3,13 +3,16 @@
     overlay/tmp/<tree>      being unpacked
     overlay/l/<tree>        a layer; this short name is its path in lowerdir=, so that hundreds fit
     overlay/s/<tree>/u, w   an active tree's upper and work directory
+    overlay/r/<tree>/u, w   likewise, made before anybody asked for it
 
 Source: Documentation/filesystems/overlayfs.rst.
 """
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from corral.images.layers.removal import GoOn, always, remove_tree
@@ -22,6 +25,18 @@ _OFF_BY_PARAMETER = {"index": "index=off", "metacopy": "metacopy=off"}
 _PARAMETERS = Path("/sys/module/overlay/parameters")
 
 
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """Of a directory."""
+
+    mode: int
+    uid: int
+    gid: int
+
+
+_PLAIN = _Look(0o755, 0, 0)
+
+
 class Overlayfs:
     """See Snapshotter. Layers are independent of each other until they are mounted."""
 
@@ -30,7 +45,8 @@ class Overlayfs:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._tmp, self._layers, self._active = root / "tmp", root / "l", root / "s"
+        self._tmp, self._layers, self._active, self._ready = root / "tmp", root / "l", root / "s", root / "r"
+        self._looks: dict[TreeId, _Look] = {}  # of layers, which do not change
         self._options = tuple(option for name, option in _OFF_BY_PARAMETER.items() if (_PARAMETERS / name).exists())
 
     def check(self) -> str:
@@ -43,7 +59,7 @@ class Overlayfs:
         return ""
 
     def open(self) -> None:
-        for path in (self._root, self._tmp, self._layers, self._active):
+        for path in (self._root, self._tmp, self._layers, self._active, self._ready):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def stage(self, tree: TreeId) -> Path:
@@ -66,19 +82,29 @@ class Overlayfs:
     def prepare(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> None:
         if chain and not writable:
             return
-        base = self._active / str(tree)
-        base.mkdir(0o700)
-        upper = base / "u"
-        upper.mkdir()
-        if not chain:
-            upper.chmod(0o755)
-            return
-        (base / "w").mkdir(0o700)
+        base = f"{self._active}/{tree}"
+        try:
+            os.rename(f"{self._ready}/{tree}", base)  # noqa: PTH104 - a string
+        except FileNotFoundError:
+            _make(base)
         # The root of the merged tree is the upper directory, so it has to look as the root below it does.
-        below = self.layer(chain[0]).stat()
-        if below.st_uid or below.st_gid:
-            os.chown(upper, below.st_uid, below.st_gid)
-        upper.chmod(stat.S_IMODE(below.st_mode))
+        look = self._look(chain[0]) if chain else _PLAIN
+        if look != _PLAIN:
+            os.chown(f"{base}/u", look.uid, look.gid)
+            os.chmod(f"{base}/u", look.mode)  # noqa: PTH101 - a string
+
+    def make_ready(self, tree: TreeId) -> None:
+        _make(f"{self._ready}/{tree}")
+
+    def is_quick(self, chain: Sequence[TreeId], *, writable: bool) -> bool:
+        return chain[0] in self._looks if chain and writable else bool(chain) or writable
+
+    def _look(self, layer: TreeId) -> "_Look":
+        look = self._looks.get(layer)
+        if look is None:
+            status = self.layer(layer).stat()
+            look = self._looks[layer] = _Look(stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
+        return look
 
     def mounts(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> list[Mount]:
         if not chain:
@@ -106,14 +132,39 @@ class Overlayfs:
         return _usage(self._active / str(tree) / "u")
 
     def remove(self, tree: TreeId, *, go_on: GoOn = always) -> None:
-        for above in (self._active, self._tmp, self._layers):
+        self._looks.pop(tree, None)
+        if _remove_untouched(f"{self._active}/{tree}") or _remove_untouched(f"{self._ready}/{tree}"):
+            return
+        for above in (self._active, self._ready, self._tmp, self._layers):
             remove_tree(above / str(tree), go_on=go_on)
 
     def trees(self) -> Iterator[TreeId]:
-        for above in (self._active, self._tmp, self._layers):
+        for above in (self._active, self._ready, self._tmp, self._layers):
             for path in above.iterdir():
                 if path.name.isdigit():
                     yield TreeId(int(path.name))
+
+
+def _make(base: str) -> None:
+    """The directories of an active tree, whose root looks plain whatever the umask."""
+    os.mkdir(base, 0o700)  # noqa: PTH102 - a string
+    os.mkdir(f"{base}/w", 0o700)  # noqa: PTH102
+    os.mkdir(f"{base}/u", 0o755)  # noqa: PTH102
+    os.chmod(f"{base}/u", _PLAIN.mode)  # noqa: PTH101
+
+
+def _remove_untouched(base: str) -> bool:
+    """Remove an active tree that nothing was written to, with what the kernel left in its work directory; False if it
+    is not such a one. What is named here is ours, never the container's."""
+    try:
+        os.rmdir(f"{base}/u")  # noqa: PTH106 - a string
+        with contextlib.suppress(FileNotFoundError):  # it was never mounted
+            os.rmdir(f"{base}/w/work")  # noqa: PTH106
+        os.rmdir(f"{base}/w")  # noqa: PTH106
+        os.rmdir(base)  # noqa: PTH106
+    except OSError:
+        return False
+    return True
 
 
 def _filesystem_of(path: Path) -> str:

@@ -9,6 +9,8 @@ from corral.api.images.v1 import images_pb2 as pb
 from corral.api.images.v1 import images_pb2_grpc
 from corral.images import leases, wire
 from corral.images.collector import Collector
+from corral.images.store import write_much
+from corral.images.tending import Tending
 from corral.rpc.context import current_namespace
 from corral.store import Database
 
@@ -18,9 +20,10 @@ type Context = grpc.aio.ServicerContext[Any, Any]
 class LeasesServicer(images_pb2_grpc.LeasesServicer):
     """See the proto."""
 
-    def __init__(self, database: Database, collector: Collector) -> None:
+    def __init__(self, database: Database, collector: Collector, tending: Tending) -> None:
         self._database = database
         self._collector = collector
+        self._tending = tending
 
     async def Create(self, request: pb.CreateLeaseRequest, context: Context) -> pb.Lease:
         namespace, ttl_ns, labels = current_namespace(), wire.duration_ns(request.ttl), dict(request.labels)
@@ -36,7 +39,7 @@ class LeasesServicer(images_pb2_grpc.LeasesServicer):
 
     async def Delete(self, request: pb.DeleteLeaseRequest, context: Context) -> pb.DeleteLeaseResponse:
         namespace = current_namespace()
-        self._collector.remove_trees(await self._database.write(lambda t: leases.end(t, namespace, request.id)))
+        self._tending.remove(await write_much(self._database, lambda t: leases.end(t, namespace, request.id)))
         await self._collector.collect()
         self._collector.schedule()
         return pb.DeleteLeaseResponse()
