@@ -43,6 +43,7 @@ MNT_DETACH = 2
 
 _OPEN_TREE_CLONE = 1
 _MOVE_MOUNT_F_EMPTY_PATH = 0x4
+_MOVE_MOUNT_T_SYMLINKS = 0x10
 _MOVE_MOUNT_T_EMPTY_PATH = 0x40
 _FSOPEN_CLOEXEC = 1
 _FSMOUNT_CLOEXEC = 1
@@ -78,10 +79,17 @@ def clone_tree(dirfd: int, path: Path = "", *, recursive: bool = False, follow: 
     return check(_open_tree(dirfd, name, flags), "open_tree", path or f"fd {dirfd}")
 
 
-def move_mount(mount: int, target: int, *, what: Path = "", where: Path = "") -> None:
-    """Put a detached (or attached) mount on what target, an fd, refers to. what and where are for the message."""
-    flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH
-    check(_move_mount(mount, b"", target, b"", flags), "move_mount", what, where)
+def move_mount(
+    mount: int, target: int, name: Path = "", *, follow: bool = False, what: Path = "", where: Path = ""
+) -> None:
+    """Put a detached (or attached) mount on what target, an fd, refers to; or on name in that directory.
+
+    A link at the end of name is only followed if asked for: else it is itself what is covered. what and where are for
+    the message.
+    """
+    flags = _MOVE_MOUNT_F_EMPTY_PATH | (0 if name else _MOVE_MOUNT_T_EMPTY_PATH)
+    flags |= _MOVE_MOUNT_T_SYMLINKS if follow else 0
+    check(_move_mount(mount, b"", target, os.fsencode(name), flags), "move_mount", what, where)
 
 
 def set_attributes(
@@ -188,14 +196,9 @@ def umount(target: Path, flags: int = 0) -> None:
 def pivot_root_to(new_root: int) -> None:
     """Make new_root, an fd of a mount's root, the root of this mount namespace, and drop the old one.
 
-    Needs no directory for the old root: it is stacked on the new one and detached by fd.
+    Needs no directory for the old root: it is stacked on the new one, where "." finds it, as pivot_root(2) describes.
     """
-    old_root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fchdir(new_root)
-        check(_pivot_root(b".", b"."), "pivot_root", f"fd {new_root}")
-        os.fchdir(old_root)
-        umount(".", MNT_DETACH)
-    finally:
-        os.close(old_root)
+    os.fchdir(new_root)
+    check(_pivot_root(b".", b"."), "pivot_root", f"fd {new_root}")
+    umount(".", MNT_DETACH)
     os.chdir("/")

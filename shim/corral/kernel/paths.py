@@ -61,6 +61,8 @@ def make_directory_in_root(root: int, path: str, mode: int = 0o755) -> int:
 
     Dangling links are followed inside the root, as runc does (/var/run -> /run where the image lacks /run).
     """
+    with contextlib.suppress(FileNotFoundError):
+        return open_in_root(root, path, os.O_PATH | os.O_DIRECTORY)
     fd = _create(root, path, mode, directory=True)
     if not stat.S_ISDIR(os.fstat(fd).st_mode):
         os.close(fd)
@@ -70,7 +72,10 @@ def make_directory_in_root(root: int, path: str, mode: int = 0o755) -> int:
 
 def make_file_in_root(root: int, path: str, mode: int = 0o644) -> int:
     """An O_PATH fd of the non-directory at path inside root; created as an empty file where nothing is."""
-    fd = _create(root, path, mode, directory=False)
+    try:
+        fd = open_in_root(root, path)
+    except FileNotFoundError:
+        fd = _create(root, path, mode, directory=False)
     kind = stat.S_IFMT(os.fstat(fd).st_mode)
     if kind in (stat.S_IFDIR, stat.S_IFLNK):  # a link: put there between making the file and opening it
         os.close(fd)
@@ -79,8 +84,16 @@ def make_file_in_root(root: int, path: str, mode: int = 0o644) -> int:
 
 
 def _create(root: int, path: str, mode: int, *, directory: bool) -> int:
-    with contextlib.suppress(FileNotFoundError):
-        return open_in_root(root, path)
+    """Make what is missing: most often it is the last name only."""
+    parent, _, name = path.rstrip("/").rpartition("/")
+    if name not in ("", ".", ".."):
+        with (
+            contextlib.suppress(FileNotFoundError),
+            opened(open_in_root(root, parent or "/", os.O_PATH | os.O_DIRECTORY)) as at,
+        ):
+            made = _make(at, name, mode, directory=directory)
+            if isinstance(made, int):
+                return made
     for _ in range(_MAX_LINKS):
         link = _create_walking(root, path, mode, directory=directory)
         if isinstance(link, int):

@@ -5,11 +5,12 @@ milliseconds. Two ways need no wait: in v2 a process can be born inside (CLONE_I
 itself by writing 0 to `tasks`.
 """
 
+import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from corral.kernel.syscalls import CGROUP2_SUPER_MAGIC, failure, filesystem_magic
+from corral.kernel.syscalls import failure
 from corral.oci.errors import SETUP, ExecFailed
 
 
@@ -19,8 +20,8 @@ class Membership:
 
     unified: int | None
     """fd of the v2 cgroup's directory."""
-    tasks: tuple[str, ...]
-    """The `tasks` files of v1."""
+    tasks: tuple[tuple[int, str], ...]
+    """fd and path of the `tasks` files of v1, which a child inherits to move itself by, out of sight of the host."""
 
     @classmethod
     def open(cls, cgroups: Sequence[str]) -> "Membership":
@@ -29,52 +30,58 @@ class Membership:
         Raises ExecFailed for a frozen one, in which a process would stop in the middle of its set-up.
         """
         unified: int | None = None
-        tasks: list[str] = []
-        for cgroup in cgroups:
-            fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            if _is_frozen(fd):
-                os.close(fd)
-                raise ExecFailed(SETUP, "the container is paused")
-            if filesystem_magic(fd) == CGROUP2_SUPER_MAGIC and unified is None:
-                unified = fd
-            else:
-                os.close(fd)
-                tasks.append(f"{cgroup}/tasks")
+        tasks: list[tuple[int, str]] = []
+        try:
+            for cgroup in cgroups:
+                path = f"{cgroup}/tasks"
+                if (fd := _open(path, os.O_WRONLY)) is not None:
+                    tasks.append((fd, path))
+                elif unified is None:  # v2 has no such file
+                    unified = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                    _check_thawed(f"{cgroup}/cgroup.events", b"frozen 1")
+                else:
+                    raise failure(errno.EINVAL, "join a second cgroup of v2", cgroup)
+            # A v1 hierarchy is called after its controllers: where one is called after the freezer no other has it.
+            v1 = [path.removesuffix("tasks") for _, path in tasks]
+            for directory in [path for path in v1 if "freezer" in path] or v1:
+                _check_thawed(f"{directory}freezer.state", b"FR")
+        except BaseException:
+            cls(unified, tuple(tasks)).close()
+            raise
         return cls(unified, tuple(tasks))
+
+    @property
+    def fds(self) -> list[int]:
+        """All that is open, for the list of fds to keep."""
+        return [*([] if self.unified is None else [self.unified]), *(fd for fd, _ in self.tasks)]
 
     def join_v1(self) -> None:
         """Move the calling, single-threaded process."""
-        self.join_opened(self.open_v1())
-
-    def open_v1(self) -> list[int]:
-        """The `tasks` files, for join_opened() where they are out of sight; the caller owns them."""
-        return [os.open(path, os.O_WRONLY | os.O_CLOEXEC) for path in self.tasks]
-
-    def join_opened(self, tasks: Sequence[int]) -> None:
-        """Move the calling, single-threaded process, by what open_v1() gave, and close that."""
-        for fd, path in zip(tasks, self.tasks, strict=True):
+        for fd, path in self.tasks:
             try:
                 os.write(fd, b"0")
             except OSError as e:
                 raise failure(e.errno or 0, "join cgroup", path) from e
-            finally:
-                os.close(fd)
 
     def close(self) -> None:
         """Close what open() opened."""
-        if self.unified is not None:
-            os.close(self.unified)
-
-
-def _is_frozen(directory: int) -> bool:
-    """Whether a cgroup that can be frozen (a v1 freezer, or v2) is."""
-    for name, frozen in (("cgroup.events", b"frozen 1"), ("freezer.state", b"FR")):
-        try:
-            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
-        except FileNotFoundError:
-            continue
-        try:
-            return frozen in os.read(fd, 256)
-        finally:
+        for fd in self.fds:
             os.close(fd)
-    return False
+
+
+def _open(path: str, flags: int) -> int | None:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+
+
+def _check_thawed(path: str, frozen: bytes) -> None:
+    """Raise ExecFailed if a file, where there is one, says that its cgroup is frozen."""
+    if (fd := _open(path, os.O_RDONLY)) is None:
+        return
+    try:
+        if frozen in os.read(fd, 256):
+            raise ExecFailed(SETUP, "the container is paused")
+    finally:
+        os.close(fd)

@@ -57,12 +57,11 @@ def run_init(
     """
     gates = [] if gate is None else [gate]
     try:
-        enter_privately(channel, stdio, [*stdio.given(), *gates, *(fd for fd, _, _ in joins)])
+        enter_privately(channel, stdio, [*stdio.given(), *gates, *membership.fds, *(fd for fd, _, _ in joins)])
         membership.join_v1()
         programs.adjust_oom_score(plan.program.oom_score_adj)
         for fd, flag, path in joins:
             namespaces.join(fd, flag, what=path)
-            os.close(fd)
         if plan.unshare:
             namespaces.leave(plan.unshare)
         if plan.loopback:

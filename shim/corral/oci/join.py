@@ -36,9 +36,7 @@ def run_joined(
     The caller is told who goes on, a sibling of this process, and has to answer by send_start().
     """
     try:
-        kept = [] if membership.unified is None else [membership.unified]
-        enter_privately(channel, stdio, [*stdio.given(), init, *kept])
-        tasks = membership.open_v1()
+        enter_privately(channel, stdio, [*stdio.given(), init, *membership.fds])
         programs.adjust_oom_score(program.oom_score_adj)
         if flags:
             namespaces.join(init, flags, what="the container's init")
@@ -46,7 +44,7 @@ def run_joined(
         if pid:
             channel.send_born(pid)
             os._exit(0)
-        membership.join_opened(tasks)
+        membership.join_v1()
         process.close_fds([0, 1, 2, channel.fileno(), *stdio.kept])
         if not channel.wait_for_start():
             os._exit(1)

@@ -5,6 +5,7 @@ without links, so it is what it is called (CVE-2019-19921, CVE-2025-31133). Else
 is opened once, held inside the root, covered by that fd, and then opened again: what answers must be the cover.
 """
 
+import errno
 import os
 import stat
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.stage import Stage, Step, normal
 
 _NULL = os.makedev(1, 3)
+_LINKS_IN_PROC = frozenset(("self", "thread-self", "net", "mounts"))
+"""To cover one would hide only one of its names, so that is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +42,41 @@ class MaskedPaths(Step):
     def apply(self, stage: Stage) -> None:
         covers = _Covers(stage, fallback_null=stage.trees.pop(id(self)))
         for path in self.masked:
+            if (place := _kernel_entry(stage, path)) and _cover_by_name(covers, *place, path):
+                continue
             if (opened := _open(stage, path)) is None:
                 continue
             found, sure = opened
-            cover = covers.for_target(found)
+            cover = covers.directory() if stat.S_ISDIR(os.fstat(found).st_mode) else covers.file()
             mount.move_mount(cover, found, what="mask", where=path)
-            os.close(found)
             if not sure:
                 _check_covered(stage, path, cover)
+
+
+def _kernel_entry(stage: Stage, path: str) -> tuple[int, str] | None:
+    """What lies directly in our own procfs or sysfs: that directory, and the name there. None for everything else."""
+    directory, name = os.path.split(normal(path))
+    base = {"/proc": stage.proc, "/sys": stage.sys}.get(directory)
+    return None if base is None or name in _LINKS_IN_PROC else (base, name)
+
+
+def _cover_by_name(covers: "_Covers", base: int, name: str, path: str) -> bool:
+    """Cover an entry as if it were a file; False if it is a directory, which the kernel refuses to cover so.
+
+    The directory is the root of a file system of the kernel's that was just mounted, and is held by an fd. Nobody else
+    can make or exchange a name in there, so it need not be opened first to know what it is.
+    """
+    cover = covers.file()
+    try:
+        mount.move_mount(cover, base, name, what="mask", where=path)
+    except FileNotFoundError:
+        covers.give_back(cover)
+    except OSError as e:
+        covers.give_back(cover)
+        if e.errno not in (errno.EINVAL, errno.ENOTDIR):
+            raise
+        return False
+    return True
 
 
 class _Covers:
@@ -61,19 +91,30 @@ class _Covers:
         self._fallback_null = fallback_null
         self._file: int | None = None
         self._directory: int | None = None
+        self._unused: int | None = None
 
-    def for_target(self, target: int) -> int:
-        if stat.S_ISDIR(os.fstat(target).st_mode):
-            if self._directory is None:
-                self._directory = _empty_directory()
-                return self._directory
-            return mount.clone_tree(self._directory)
+    def directory(self) -> int:
+        """A cover for a directory."""
+        if self._directory is None:
+            self._directory = _empty_directory()
+            return self._directory
+        return mount.clone_tree(self._directory)
+
+    def file(self) -> int:
+        """A cover for anything else."""
+        if self._unused is not None:
+            cover, self._unused = self._unused, None
+            return cover
         if self._file is None:
             self._file = self._fallback_null if self._own_null is None else mount.clone_tree(self._own_null)
             attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_RDONLY
             mount.set_attributes(self._file, attr_set=attributes, propagation=MS_PRIVATE)
             return self._file
         return mount.clone_tree(self._file)
+
+    def give_back(self, cover: int) -> None:
+        """A cover of a file that was not used after all."""
+        self._unused = cover
 
 
 def _empty_directory() -> int:
@@ -112,9 +153,9 @@ class ReadonlyPaths(Step):
             if (opened := _open(stage, path)) is None:
                 continue
             found, sure = opened
-            with paths.opened(found), paths.opened(mount.clone_tree(found, recursive=True)) as tree:
-                mount.set_attributes(tree, attr_set=MOUNT_ATTR_RDONLY, recursive=True, where=path)
-                mount.move_mount(tree, found, what=path, where=path)
+            tree = mount.clone_tree(found, recursive=True)
+            mount.set_attributes(tree, attr_set=MOUNT_ATTR_RDONLY, recursive=True, where=path)
+            mount.move_mount(tree, found, what=path, where=path)
             if not sure:
                 _check_readonly(stage, path)
 

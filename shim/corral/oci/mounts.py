@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from corral.kernel import mount, overlay, paths
@@ -66,8 +65,7 @@ class RootFilesystem(Step):
         else:
             flags = (attributes.set | (attributes.atime or 0)) & ~MOUNT_ATTR_RDONLY
             tree = _new(self.fstype, self.source, self.options.data, flags, stage)
-        with paths.opened(os.open(stage.bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as place:
-            mount.move_mount(tree, place, what=self.source, where=stage.bundle)
+        mount.move_mount(tree, AT_FDCWD, stage.bundle, follow=True, what=self.source, where=stage.bundle)
         stage.root = tree
 
 
@@ -138,7 +136,7 @@ class BindMount(Step):
         )
         _dress(tree, options.attributes)
         _dress(tree, options.recursive, recursive=True)
-        with _place(stage, self.destination, directory=stat.S_ISDIR(os.fstat(tree).st_mode)) as target:
+        with paths.opened(_place(stage, self.destination, directory=stat.S_ISDIR(os.fstat(tree).st_mode))) as target:
             _check_place(target, self.destination, filesystem_magic(tree))
             mount.move_mount(tree, target, what=self.source, where=self.destination)
         if normal(self.destination) == "/dev":
@@ -158,19 +156,20 @@ class NewFilesystem(Step):
         return f"{self.destination}: new {self.fstype} ({','.join(self.options.data)})"
 
     def apply(self, stage: Stage) -> None:
-        kernel_magic = _KERNEL_MAGIC.get(self.fstype)
         attributes, data = self.options.attributes, self.options.data
         flags = attributes.set | (attributes.atime or 0)
         late = flags & MOUNT_ATTR_RDONLY and self.fstype == "tmpfs"
         if late:
             flags &= ~MOUNT_ATTR_RDONLY
-        if self.fstype == "tmpfs" and not any(option.startswith("mode=") for option in data):
-            data += _mode_of_covered(stage.root, self.destination)
-        with _place(stage, self.destination, directory=True, follow=kernel_magic is None) as target:
-            _check_place(target, self.destination, kernel_magic)
+        if name := stage.make_in_dev(self.destination):
+            # An empty directory of a tmpfs that nobody else has seen: nothing has to be asked about it, and a link that
+            # was put there all the same would not be followed.
+            assert stage.dev is not None
             tree = _new(self.fstype, self.source, data, flags, stage)
-            mount.move_mount(tree, target, what=self.fstype, where=self.destination)
-            _dress(tree, self.options.recursive, recursive=True)
+            mount.move_mount(tree, stage.dev, name, what=self.fstype, where=self.destination)
+        else:
+            tree = self._mount_in_root(stage, data, flags)
+        _dress(tree, self.options.recursive, recursive=True)
         if self.options.propagation:
             mount.set_attributes(
                 tree, propagation=self.options.propagation, recursive=self.options.propagation_recursive
@@ -178,6 +177,16 @@ class NewFilesystem(Step):
         if late:
             stage.read_only_last.append(os.dup(tree))
         self._record(stage, tree)
+
+    def _mount_in_root(self, stage: Stage, data: tuple[str, ...], flags: int) -> int:
+        kernel_magic = _KERNEL_MAGIC.get(self.fstype)
+        if self.fstype == "tmpfs" and not any(option.startswith("mode=") for option in data):
+            data += _mode_of_covered(stage.root, self.destination)
+        with paths.opened(_place(stage, self.destination, directory=True, follow=kernel_magic is None)) as target:
+            _check_place(target, self.destination, kernel_magic)
+            tree = _new(self.fstype, self.source, data, flags, stage)
+            mount.move_mount(tree, target, what=self.fstype, where=self.destination)
+        return tree
 
     def _record(self, stage: Stage, tree: int) -> None:
         match self.fstype, normal(self.destination):
@@ -209,45 +218,39 @@ class CgroupMount(Step):
         return f"{self.destination}: cgroup {', '.join(self.cgroups)}"
 
     def prepare(self, stage: Stage) -> None:
-        attributes = self.options.attributes
         stage.unified = _unified_only(self.cgroups)
         for cgroup in self.cgroups:
-            tree = stage.trees[cgroup] = _clone(cgroup, self.destination, recursive=False)
-            attr_set = attributes.set | _NO_SURPRISES
-            mount.set_attributes(tree, attr_set=attr_set, propagation=MS_PRIVATE, where=cgroup)
+            stage.trees[cgroup] = _clone(cgroup, self.destination, recursive=False)
 
     def apply(self, stage: Stage) -> None:
-        with _place(stage, self.destination, directory=True) as target:
-            if stage.unified:
-                self._mount_unified(stage, target)
-            else:
-                self._mount_hierarchies(stage, target)
+        target = _place(stage, self.destination, directory=True)
+        if stage.unified:
+            self._mount_unified(stage, target)
+        else:
+            self._mount_hierarchies(stage, target)
 
     def _mount_unified(self, stage: Stage, target: int) -> None:
-        if self.cgroups:
-            tree = stage.trees.pop(self.cgroups[0])
-        else:
-            attributes = self.options.attributes.set | _NO_SURPRISES
-            tree = mount.new_mount("cgroup2", "cgroup2", attributes=attributes)
+        tree = stage.trees.pop(self.cgroups[0]) if self.cgroups else mount.new_mount("cgroup2", "cgroup2")
+        self._dress(tree)
         mount.move_mount(tree, target, what="cgroup2", where=self.destination)
-        os.close(tree)
 
     def _mount_hierarchies(self, stage: Stage, target: int) -> None:
-        base = mount.new_mount("tmpfs", "tmpfs", ("mode=755", "size=64k"), attributes=_NO_SURPRISES)
+        base = mount.new_mount("tmpfs", "tmpfs", ("mode=755", "size=64k"))
         mount.move_mount(base, target, what="tmpfs", where=self.destination)
         for cgroup in self.cgroups:
             name = hierarchy_name(cgroup)
-            tree = stage.trees.pop(cgroup)
             os.mkdir(name, 0o755, dir_fd=base)
-            with paths.opened(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=base)) as place:
-                mount.move_mount(tree, place, what=cgroup, where=f"{self.destination}/{name}")
-            os.close(tree)
+            # By name: this tmpfs is new, and holds nothing but these directories.
+            mount.move_mount(stage.trees.pop(cgroup), base, name, what=cgroup, where=f"{self.destination}/{name}")
             if "," in name:
                 for controller in name.split(","):
                     os.symlink(name, controller, dir_fd=base)
-        if self.options.attributes.set & MOUNT_ATTR_RDONLY:
-            mount.set_attributes(base, attr_set=MOUNT_ATTR_RDONLY)
-        os.close(base)
+        # Once for all of them. Until here nothing can have been mounted below one to be passed on to its peers outside.
+        self._dress(base)
+
+    def _dress(self, tree: int) -> None:
+        attr_set = self.options.attributes.set | _NO_SURPRISES
+        mount.set_attributes(tree, attr_set=attr_set, propagation=MS_PRIVATE, recursive=True, where=self.destination)
 
 
 _NO_SURPRISES = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
@@ -305,24 +308,29 @@ def _mode_of_covered(root: int, destination: str) -> tuple[str, ...]:
         return (f"mode={stat.S_IMODE(os.fstat(fd).st_mode):o}",)
 
 
-@contextlib.contextmanager
-def _place(stage: Stage, destination: str, *, directory: bool, follow: bool = True) -> Iterator[int]:
-    """The mount point inside the root, made where it is missing."""
+def _place(stage: Stage, destination: str, *, directory: bool, follow: bool = True) -> int:
+    """An fd of the mount point inside the root, made where it is missing."""
     try:
-        make = paths.make_directory_in_root if directory else paths.make_file_in_root
-        target = make(stage.root, destination)
         if not follow:
-            os.close(target)
-            target = paths.open_in_root(
-                stage.root, destination, os.O_PATH | os.O_DIRECTORY, resolve=paths.RESOLVE_NO_SYMLINKS
-            )
+            target = _directory_without_links(stage.root, destination)
+        elif directory:
+            target = paths.make_directory_in_root(stage.root, destination)
+        else:
+            target = paths.make_file_in_root(stage.root, destination)
     except OSError as e:
         raise ExecFailed(SETUP, f"mount {destination}: {_sentence(e)}") from e
-    with paths.opened(target):
-        if os.path.samestat(os.fstat(target), os.fstat(stage.root)):
-            # Whoever joins the mount namespace later would land in the mount, and not in the root.
-            raise ExecFailed(SETUP, f"mount {destination}: it is the root itself in the image")
-        yield target
+    if stage.is_root(target):
+        # Whoever joins the mount namespace later would land in the mount, and not in the root.
+        raise ExecFailed(SETUP, f"mount {destination}: it is the root itself in the image")
+    return target
+
+
+def _directory_without_links(root: int, path: str) -> int:
+    flags = os.O_PATH | os.O_DIRECTORY
+    with contextlib.suppress(FileNotFoundError):
+        return paths.open_in_root(root, path, flags, resolve=paths.RESOLVE_NO_SYMLINKS)
+    os.close(paths.make_directory_in_root(root, path))
+    return paths.open_in_root(root, path, flags, resolve=paths.RESOLVE_NO_SYMLINKS)
 
 
 def _sentence(e: OSError) -> str:

@@ -74,7 +74,7 @@ def steps_of(
     steps += DEV_LINKS
     if spec.process is not None and spec.process.terminal:
         steps.append(Console(console_size))
-    if spec.process is not None:
+    if spec.process is not None and spec.process.cwd != "/":
         steps.append(WorkingDirectory(spec.process.cwd))
     if spec.linux.readonly_paths:
         steps.append(ReadonlyPaths(spec.linux.readonly_paths))

@@ -2,9 +2,11 @@
 
 Steps run inside init, in two rounds. `prepare` sees the host: sources are opened there, while the mounts still have
 their peers, so propagation can be kept where it was asked for. `apply` sees the root that is being built, only by fd.
-The fds of a stage are never closed one by one: they die at the latest when init executes the program.
+The fds of a stage are never closed one by one: init closes all of them at once when its set-up is done. Only where a
+specification can ask for any number of things is an fd closed when it is no longer needed.
 """
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 
@@ -34,6 +36,26 @@ class Stage:
     """fd of the root of the container's own sysfs on /sys."""
     trees: dict[int | str, int] = field(default_factory=dict)
     """What prepare() opened: fds of detached trees, by id() of the step, or by the path of a cgroup."""
+    _root_status: os.stat_result | None = None
+
+    def is_root(self, fd: int) -> bool:
+        """Whether an fd refers to the directory that is the root."""
+        if self._root_status is None:
+            self._root_status = os.fstat(self.root)
+        return os.path.samestat(os.fstat(fd), self._root_status)
+
+    def make_in_dev(self, destination: str) -> str | None:
+        """Make a directory right below our own tmpfs on /dev: its name there.
+
+        None if destination lies elsewhere, or if something is there already.
+        """
+        directory, name = os.path.split(normal(destination))
+        if self.dev is None or directory != "/dev":
+            return None
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o755, dir_fd=self.dev)
+            return name
+        return None
 
 
 class Step:

@@ -29,12 +29,15 @@ class Stdio:
 
 def take_places(stdio: Stdio) -> None:
     """Put the fds on 0, 1 and 2; for those not given the host's /dev/null holds the place."""
+    given = (stdio.stdin, stdio.stdout, stdio.stderr)
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    if null > 2 and all(fd is None or fd > 2 for fd in given):
+        for place, fd in enumerate(given):
+            os.dup2(null if fd is None else fd, place, inheritable=True)
+        os.close(null)
+        return
     # Copied out of the way first: one of them may itself be 0, 1 or 2.
-    wanted = [
-        fcntl.fcntl(null if fd is None else fd, fcntl.F_DUPFD_CLOEXEC, 10)
-        for fd in (stdio.stdin, stdio.stdout, stdio.stderr)
-    ]
+    wanted = [fcntl.fcntl(null if fd is None else fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in given]
     for place, fd in enumerate(wanted):
         os.dup2(fd, place, inheritable=True)
         os.close(fd)
