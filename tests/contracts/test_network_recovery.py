@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import Iterator
 
 import pytest
+from support.databases import copied
 from support.netlab import BRIDGE, GATEWAY, OUTSIDE, TABLE, Calls, Lab, address, command, eventually, reaches
 from support.requirements import needs
 
@@ -33,7 +34,7 @@ async def clean(net: Calls) -> None:
 
 
 def rows(lab: Lab, table: str) -> int:
-    with contextlib.closing(sqlite3.connect(lab.place.root / "network/network.db")) as db:
+    with copied(lab.place.root / "network/network.db") as db:
         return int(db.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
 
 

@@ -1,6 +1,8 @@
 import asyncio
 import contextvars
 import sqlite3
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -154,6 +156,40 @@ def test_readers_cannot_write(db: Database):
     with pytest.raises((OSError, sqlite3.OperationalError)):
         db.read_sync(lambda s: s.execute("INSERT INTO box VALUES ('a', 1)"))
     assert names(db) == []
+
+
+def test_a_glance_is_one_statement(db: Database):
+    db.write_sync(put("a"))
+    assert db.glance(lambda s: s.one("SELECT size FROM box"))["size"] == 1
+    with pytest.raises(RuntimeError, match="one statement"):
+        db.glance(lambda s: (s.one("SELECT 1"), s.one("SELECT 2")))
+    with pytest.raises((OSError, sqlite3.OperationalError)):
+        db.glance(lambda s: s.execute("INSERT INTO box VALUES ('a', 1)"))
+
+
+async def test_a_failing_write_on_the_loop_undoes_only_itself(tmp_path: Path):
+    with Database(tmp_path / "y.db", MIGRATIONS, durable=False, on_loop=True) as db:
+        await db.write(put("a"))
+
+        def half(tx: Transaction) -> None:
+            put("half")(tx)
+            tx.journal("box.made", "half", namespace="default")
+            raise KeyError("stop")
+
+        with pytest.raises(KeyError):
+            await db.write(half)
+        assert names(db) == ["a"]
+        assert await db.write(lambda tx: tx.journal("box.made", "b", namespace="default")) == 1
+        await db.write(put("b"), durable=True)
+        assert names(db) == ["a", "b"]
+
+
+def test_no_other_process_takes_part(db: Database):
+    db.write_sync(put("a"))
+    other = "import sqlite3, sys; sqlite3.connect(sys.argv[1], timeout=0.1).execute('SELECT * FROM box')"
+    done = subprocess.run([sys.executable, "-c", other, str(db.path)], capture_output=True, text=True, check=False)
+    assert "database is locked" in done.stderr
+    assert names(db) == ["a"]
 
 
 def test_reopening_runs_only_new_migrations(tmp_path: Path):

@@ -1,4 +1,6 @@
 import asyncio
+import enum
+import time
 from pathlib import Path
 
 import pytest
@@ -117,12 +119,75 @@ async def test_numbers_are_not_reused_after_pruning(db: Database):
     assert db.journal.last_seq() == 2
 
 
+async def test_numbers_go_on_after_pruning_and_reopening(tmp_path: Path):
+    for expected in (1, 2, 3):
+        with Database(tmp_path / "y.db", [], durable=False) as db:
+            assert db.journal.last_seq() == expected - 1
+            assert add(db, "a") == expected
+            db.prune_journal(0)
+
+
 async def test_a_replay_until_now_ends_by_itself(db: Database):
     for i in range(300):
         add(db, str(i))
     async with asyncio.timeout(5):
         assert len([event async for event in db.journal.follow(0, until_now=True)]) == 300
         assert [event async for event in db.journal.follow(300, until_now=True)] == []
+
+
+async def test_a_burst_of_commits_wakes_followers_once(db: Database):
+    pages: list[list[str]] = []
+
+    async def follow() -> None:
+        async for page in db.journal.pages(0):
+            subjects = [event.subject for event in page]
+            pages.append(subjects)
+
+    follower = asyncio.ensure_future(follow())
+    await asyncio.sleep(0.05)
+    for subject in "abc":
+        await db.write(lambda tx, s=subject: tx.journal("box.made", s, namespace="default"))
+    assert pages == []
+    await asyncio.sleep(0.2)
+    assert pages == [["a", "b", "c"]]
+    follower.cancel()
+
+
+async def test_without_a_delay_followers_are_woken_at_once(tmp_path: Path):
+    with Database(tmp_path / "y.db", [], durable=False, on_loop=True, journal_delay_s=0) as db:
+        follower = asyncio.ensure_future(take(db, 1))
+        await asyncio.sleep(0.05)
+        await db.write(lambda tx: tx.journal("box.made", "a", namespace="default"))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert follower.done()
+
+
+async def test_what_was_committed_right_before_the_deadline_is_told(db: Database):
+    async def follow() -> list[str]:
+        deadline_ns = time.time_ns() + 200_000_000
+        return [event.subject async for event in db.journal.follow(0, deadline_ns=deadline_ns)]
+
+    follower = asyncio.ensure_future(follow())
+    await asyncio.sleep(0.195)
+    add(db, "late")
+    assert await follower == ["late"]
+
+
+async def test_a_payload_is_told_as_it_is_kept(db: Database):
+    class Colour(enum.IntEnum):
+        RED = 3
+
+    facts = {"colour": Colour.RED, "pair": (1, {"deep": (2.5, None)}), "yes": True, "text": "\u2028\U0001f40e"}
+    follower = asyncio.ensure_future(take(db, 1))
+    await asyncio.sleep(0.05)
+    db.write_sync(lambda tx: tx.journal("t", "s", facts, namespace="default"))
+    facts["yes"] = False
+    [told] = await follower
+    assert told.payload == {"colour": 3, "pair": [1, {"deep": [2.5, None]}], "yes": True, "text": facts["text"]}
+    assert type(told.payload["colour"]) is int
+    kept = db.journal._page(0, None)[0]
+    assert kept == [told]
 
 
 async def test_following_ends_when_the_database_closes(tmp_path: Path):

@@ -9,6 +9,9 @@ the loop itself; durable 285 and 197; 2,000 at once 32 us each. A database of sm
 (`on_loop`) therefore writes right on the loop while nothing else waits; what takes as long as the disk likes, the
 checkpoint and its fsync, is a reader thread's work. Reads never wait for a disk, so small ones run right on the loop
 too: read_sync 7 us, read() 95.
+
+sqlite3 gives up the GIL in every call, and on a busy machine another thread then takes it: statements cost more than
+they seem to. Events are therefore inserted together at the end of a transaction, and glance() begins none.
 """
 
 import asyncio
@@ -25,7 +28,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from corral.kernel.failpoint import failpoint
-from corral.store.journal import BASE_SCHEMA, JSON, Event, Journal, append, prune
+from corral.store.journal import BASE_SCHEMA, GATHER_S, JSON, Event, Journal, as_read, insert, newest_seq, prune
 from corral.store.pending import Pending
 from corral.store.sql import ConstraintError, Duplicate, Referenced, Row, SqlValue, execute, opened, translated
 
@@ -59,11 +62,25 @@ class Snapshot:
         return rows[0] if rows else None
 
 
+class _Glance(Snapshot):
+    """A view for one statement: a second one might see another moment."""
+
+    _used = False
+
+    def execute(self, sql: str, params: Params = ()) -> list[Row]:
+        if self._used:
+            raise RuntimeError("a glance is one statement: use read_sync() for several")
+        self._used = True
+        return execute(self._connection, sql, params)
+
+
 class Transaction(Snapshot):
     """A snapshot that may also write; all of it happens, or, if the function raises, none."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, newest_seq: int) -> None:
+        """newest_seq: of the journal, as this transaction finds it."""
         super().__init__(connection)
+        self._newest_seq = newest_seq
         self.events: list[Event] = []
 
     def journal(
@@ -79,9 +96,15 @@ class Transaction(Snapshot):
 
         time_ns: when it happened, if that was not just now.
         """
-        event = append(self._connection, namespace, topic, subject, payload or {}, time_ns or time.time_ns())
-        self.events.append(event)
-        return event.seq
+        self._newest_seq = seq = self._newest_seq + 1
+        facts = as_read(payload) if payload else {}
+        self.events.append(Event(seq, time_ns or time.time_ns(), namespace, topic, subject, facts))
+        return seq
+
+    def finish(self) -> None:
+        """The function is done: insert what it journalled."""
+        if self.events:
+            insert(self._connection, self.events)
 
 
 class Database:
@@ -95,11 +118,13 @@ class Database:
         durable: bool,
         on_loop: bool = False,
         journal_keep: int = 100_000,
+        journal_delay_s: float = GATHER_S,
     ) -> None:
         """Open or create the file and bring its schema up to date: `migrations[n]` takes version n to n + 1.
 
         durable=False survives any kill of the process but may lose the last moments at a power loss.
         on_loop: every write() is a few indexed rows, so it may run on the loop itself.
+        journal_keep, journal_delay_s: see Journal.
         Raises OSError if it cannot be opened, ValueError if a newer corral wrote it.
         """
         self.path = path
@@ -118,7 +143,7 @@ class Database:
         self._idle_readers: list[sqlite3.Connection] = []
         self._reading = ThreadPoolExecutor(READER_THREADS, thread_name_prefix=f"read-{path.stem}")
         self._open = True
-        self.journal = Journal(self, keep=journal_keep)
+        self.journal = Journal(self, newest_seq(self._writer), keep=journal_keep, delay_s=journal_delay_s)
         self._thread = threading.Thread(target=self._run_writer, name=f"write-{path.stem}", daemon=True)
         self._thread.start()
 
@@ -143,11 +168,20 @@ class Database:
         return await future
 
     def _write_here[T](self, fn: Callable[[Transaction], T]) -> T:
+        """A group of one, whose caller waits right here. The turn must be held."""
         self._require_open()
-        pending, future = Pending.for_thread(fn)
-        pending.durable = False
-        self._run_group([pending])
-        return future.result()
+        transaction = Transaction(self._writer, self.journal.last_seq())
+        try:
+            self._begin(durable=False)
+            result = fn(transaction)
+            transaction.finish()
+            self._commit()
+        except BaseException:
+            self._roll_back()
+            raise
+        if transaction.events:
+            self.journal.committed(transaction.events)
+        return result
 
     def write_sync[T](self, fn: Callable[[Transaction], T]) -> T:
         """write() for start-up code and other threads; blocks the caller."""
@@ -191,19 +225,14 @@ class Database:
         started = [pending for pending in group if pending.begin()]
         events: list[Event] = []
         try:
-            self._set_synchronous(any(self._durable if p.durable is None else p.durable for p in started))
-            execute(self._writer, "BEGIN IMMEDIATE", ())
+            self._begin(durable=any(self._durable if p.durable is None else p.durable for p in started))
+            seq = self.journal.last_seq()
             for pending in started:
-                events += self._run_member(pending, alone=len(started) == 1)
+                events += self._run_member(pending, seq + len(events), alone=len(started) == 1)
             if self._writer.in_transaction:
-                failpoint("store.before_commit")
-                execute(self._writer, "COMMIT", ())
-                failpoint("store.after_commit")
-                self._count_commit()
+                self._commit()
         except BaseException as e:  # noqa: BLE001  # this thread must live, and every caller must hear
-            if self._writer.in_transaction:
-                with suppress(sqlite3.Error):
-                    self._writer.execute("ROLLBACK")
+            self._roll_back()
             for pending in started:
                 pending.fail(e)
             events.clear()
@@ -211,6 +240,21 @@ class Database:
             self.journal.committed(events)
         for pending in started:
             pending.settle()
+
+    def _begin(self, *, durable: bool) -> None:
+        self._set_synchronous(durable)
+        execute(self._writer, "BEGIN IMMEDIATE", ())
+
+    def _commit(self) -> None:
+        failpoint("store.before_commit")
+        execute(self._writer, "COMMIT", ())
+        failpoint("store.after_commit")
+        self._count_commit()
+
+    def _roll_back(self) -> None:
+        if self._writer.in_transaction:
+            with suppress(sqlite3.Error):
+                self._writer.execute("ROLLBACK")
 
     def _count_commit(self) -> None:
         """Now and then the log is carried over into the file, beside the writes that go on."""
@@ -229,13 +273,14 @@ class Database:
             self._writer.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._synchronous = durable
 
-    def _run_member(self, pending: Pending, *, alone: bool) -> list[Event]:
+    def _run_member(self, pending: Pending, newest_seq: int, *, alone: bool) -> list[Event]:
         """Run one member's function; returns the events it journalled."""
-        transaction = Transaction(self._writer)
+        transaction = Transaction(self._writer, newest_seq)
         if not alone:
             self._writer.execute("SAVEPOINT member")
         try:
             pending.run(transaction)
+            transaction.finish()
         except BaseException as e:
             if not self._writer.in_transaction:  # a full disk makes SQLite roll everything back
                 raise
@@ -267,6 +312,14 @@ class Database:
                 return fn(Snapshot(connection))
             finally:
                 connection.execute("ROLLBACK")
+
+    def glance[T](self, fn: Callable[[Snapshot], T]) -> T:
+        """read_sync() for a function of at most one statement, which sees one moment without a transaction around it.
+
+        Source: SQLite, "Isolation In SQLite" and lang_transaction.html: a statement outside of BEGIN is a transaction.
+        """
+        with self._reader() as connection:
+            return fn(_Glance(connection))
 
     @contextmanager
     def _reader(self) -> "Iterator[sqlite3.Connection]":

@@ -2,6 +2,7 @@
 
 An event is appended in the transaction that makes it true (Transaction.journal), so none is lost and none describes
 what did not happen. Followers replay from a sequence number and are then woken by the commit itself; nothing polls.
+Events come in bursts, so followers are woken a moment after the first one, all those of one event loop together.
 """
 
 import asyncio
@@ -9,11 +10,12 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from functools import cache, partial
+from typing import TYPE_CHECKING, cast
+from weakref import WeakKeyDictionary
 
 from corral.store.sql import Row, execute
 
@@ -22,10 +24,11 @@ if TYPE_CHECKING:
 
 type JSON = bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None
 
-# AUTOINCREMENT: a number is never used twice, not even after the newest rows were pruned.
+# A number is never used twice: it is one more than the newest row's, and that row is never pruned. (AUTOINCREMENT would
+# cost a page of a second table in every transaction.)
 BASE_SCHEMA = """
 CREATE TABLE IF NOT EXISTS journal (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    seq INTEGER PRIMARY KEY,
     time_ns INTEGER NOT NULL,
     namespace TEXT NOT NULL,
     topic TEXT NOT NULL,
@@ -37,6 +40,10 @@ CREATE TABLE IF NOT EXISTS journal (
 GAP_TOPIC = "journal.gap"
 PAGE = 128
 TAIL = 128
+# How long the first event of a burst waits for others before followers are woken.
+GATHER_S = 0.02
+# Rows per INSERT.
+INSERTED_AT_ONCE = 16
 
 # Some events, the sequence number after which to go on, and whether there may be more already.
 type Page = tuple[list[Event], int, bool]
@@ -60,36 +67,64 @@ class Event:
         return self.topic == GAP_TOPIC
 
 
-def append(
-    connection: sqlite3.Connection,
-    namespace: str,
-    topic: str,
-    subject: str,
-    payload: Mapping[str, JSON],
-    time_ns: int,
-) -> Event:
-    """Insert one event; returns it as a reader of the table would see it."""
-    text = json.dumps(payload, separators=(",", ":"))
-    [row] = execute(
-        connection,
-        "INSERT INTO journal (time_ns, namespace, topic, subject, payload) VALUES (?, ?, ?, ?, ?) RETURNING seq",
-        (time_ns, namespace, topic, subject, text),
-    )
-    return Event(row[0], time_ns, namespace, topic, subject, json.loads(text))
+def as_read(payload: Mapping[str, JSON]) -> dict[str, JSON]:
+    """The payload as a reader of the table would see it: a copy, of plain dicts, lists and scalars."""
+    return {key if type(key) is str else _odd_key(key): _plain(value) for key, value in payload.items()}
+
+
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+
+
+def _plain(value: JSON) -> JSON:
+    kind = type(value)
+    if kind in _SCALARS:
+        return value
+    if kind is list or kind is tuple:
+        return [_plain(item) for item in cast("Sequence[JSON]", value)]
+    if kind is dict:
+        return as_read(cast("Mapping[str, JSON]", value))
+    plain: JSON = json.loads(json.dumps(value))  # an enum, say
+    return plain
+
+
+def _odd_key(key: object) -> str:
+    [text] = json.loads(json.dumps({key: 0}))
+    return cast("str", text)
+
+
+_text = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def insert(connection: sqlite3.Connection, events: Sequence[Event]) -> None:
+    """Insert events whose numbers follow the newest row's."""
+    for at in range(0, len(events), INSERTED_AT_ONCE):
+        some = events[at : at + INSERTED_AT_ONCE]
+        params: list[str | int] = []
+        for event in some:
+            text = _text(event.payload)
+            params += (event.seq, event.time_ns, event.namespace, event.topic, event.subject, text)
+        execute(connection, _insertion(len(some)), params)
+
+
+@cache
+def _insertion(rows: int) -> str:
+    return f"INSERT INTO journal VALUES {', '.join(['(?, ?, ?, ?, ?, ?)'] * rows)}"  # noqa: S608 (constants)
 
 
 def prune(run: Callable[[str, tuple[int]], object], keep: int) -> None:
-    """Delete all but the newest `keep` events."""
-    run("DELETE FROM journal WHERE seq <= (SELECT max(seq) FROM journal) - ?", (keep,))
+    """Delete all but the newest `keep` events, and always keep one: its number says which the next one has."""
+    run("DELETE FROM journal WHERE seq <= (SELECT max(seq) FROM journal) - ?", (max(keep, 1),))
 
 
 class Journal:
     """The journal of one Database."""
 
-    def __init__(self, database: "Database", *, keep: int) -> None:
-        """Of the events at least the newest `keep` stay."""
+    def __init__(self, database: "Database", newest_seq: int, *, keep: int, delay_s: float) -> None:
+        """Of the events at least the newest `keep` stay. Followers are woken within `delay_s` of a commit."""
         self._database = database
+        self._newest_seq = newest_seq
         self._keep = keep
+        self._delay_s = delay_s
         self._since_pruning = 0
         self._lock = threading.Lock()
         self._followers: set[_Follower] = set()
@@ -99,28 +134,43 @@ class Journal:
 
     def last_seq(self) -> int:
         """The number of the newest event ever written; 0 if there was none."""
-        return self._database.read_sync(_last_seq)
+        return self._newest_seq
 
     async def follow(
         self, after: int, *, namespace: str | None = None, until_now: bool = False, deadline_ns: int | None = None
     ) -> AsyncIterator[Event]:
-        """The events numbered above `after`, oldest first, then each new one as it is committed.
+        """pages(), one event at a time."""
+        pages = self.pages(after, namespace=namespace, until_now=until_now, deadline_ns=deadline_ns)
+        async with aclosing(pages):
+            async for page in pages:
+                for event in page:
+                    yield event
+
+    async def pages(
+        self, after: int, *, namespace: str | None = None, until_now: bool = False, deadline_ns: int | None = None
+    ) -> AsyncGenerator[Sequence[Event]]:
+        """The events numbered above `after`, oldest first, then the new ones as they are committed; never none.
 
         namespace=None means all. Ends when the database is closed; with until_now=True after the newest that there is;
         with deadline_ns, a time since the epoch, when that has passed. What is missing, because it was pruned or
-        because `after` is from another life of this file, is reported in its place by an Event that is_gap.
+        because `after` is from another life of this file, is reported in its place by an Event that is_gap, which can
+        only be the first of its page.
         """
-        follower = _Follower(asyncio.get_running_loop())
+        follower = _Follower(asyncio.get_running_loop(), self._delay_s)
         with self._lock:
             self._followers.add(follower)
         try:
             while not self._closed:
-                follower.woken.clear()
+                follower.look()
                 events, after, more = self._newest(after, namespace) or self._page(after, namespace)
-                for event in events:
-                    yield event
-                if not more and (until_now or not await follower.sleep(deadline_ns)):
+                if events:
+                    yield events
+                if more:
+                    continue
+                if until_now:
                     return
+                # Once the time has come it looks a last time: it may not have been woken yet for what is there.
+                until_now = not await follower.sleep(deadline_ns)
         finally:
             with self._lock:
                 self._followers.discard(follower)
@@ -130,16 +180,18 @@ class Journal:
         tail = self._tail
         if not tail or not tail[0].seq - 1 <= after <= tail[-1].seq:
             return None
-        events = [event for event in tail if event.seq > after and namespace in (None, event.namespace)]
+        events = [e for e in tail[after + 1 - tail[0].seq :] if namespace is None or e.namespace == namespace]
         return events, tail[-1].seq, False
 
     def _page(self, after: int, namespace: str | None) -> "Page":
         return self._database.read_sync(partial(_page, after=after, namespace=namespace))
 
     def committed(self, events: Sequence[Event]) -> None:
-        """Called by the writer thread after a commit that appended these."""
+        """Called by who writes, after a commit that appended these."""
+        self._newest_seq = events[-1].seq
         self._tail = (*self._tail, *events)[-TAIL:]
-        self._wake()
+        for follower in self._all_followers():
+            follower.wake()
         self._since_pruning += len(events)
         if self._since_pruning > max(self._keep // 10, 100):
             self._since_pruning = 0
@@ -148,43 +200,87 @@ class Journal:
     def close(self) -> None:
         """End every follow()."""
         self._closed = True
-        self._wake()
+        for follower in self._all_followers():
+            follower.wake_now()
 
-    def _wake(self) -> None:
+    def _all_followers(self) -> "Sequence[_Follower]":
+        if not self._followers:  # one that is just being added has not looked yet
+            return ()
         with self._lock:
-            followers = tuple(self._followers)
-        for follower in followers:
-            follower.wake()
+            return tuple(self._followers)
 
 
 class _Follower:
-    """One follow() that may be asleep."""
+    """One pages() that may be asleep."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, delay_s: float) -> None:
         self._loop = loop
-        self.woken = asyncio.Event()
+        self._delay_s = delay_s
+        self._woken = asyncio.Event()
+        self._told = False  # it will look, and find what was committed before
+
+    def look(self) -> None:
+        """Called right before it looks for events."""
+        self._told = False
+        self._woken.clear()
 
     async def sleep(self, deadline_ns: int | None) -> bool:
         """Whether it was woken, rather than the time having come."""
-        timeout = None if deadline_ns is None else max(0.0, (deadline_ns - time.time_ns()) / 1e9)
+        if deadline_ns is None:
+            return await self._woken.wait()
         try:
-            await asyncio.wait_for(self.woken.wait(), timeout)
+            await asyncio.wait_for(self._woken.wait(), max(0.0, (deadline_ns - time.time_ns()) / 1e9))
         except TimeoutError:
             return False
         return True
 
     def wake(self) -> None:
-        with suppress(RuntimeError):  # its loop is closed
-            self._loop.call_soon_threadsafe(self.woken.set)
+        """Something was committed. From any thread."""
+        if self._told:
+            return
+        self._told = True
+        if not self._delay_s:
+            self.wake_now()
+        elif asyncio._get_running_loop() is self._loop:  # noqa: SLF001  # without an exception where none runs
+            self._wake_soon()
+        else:
+            self._in_loop(self._wake_soon)
+
+    def wake_now(self) -> None:
+        """From any thread."""
+        if asyncio._get_running_loop() is self._loop:  # noqa: SLF001
+            self._woken.set()
+        else:
+            self._in_loop(self._woken.set)
+
+    def _in_loop(self, fn: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # it is closed
+            self._loop.call_soon_threadsafe(fn)
+
+    def _wake_soon(self) -> None:
+        asleep = _asleep.setdefault(self._loop, [])
+        if not asleep:
+            self._loop.call_later(self._delay_s, _wake_all, self._loop)
+        asleep.append(self._woken)
 
 
-def _last_seq(snapshot: "Snapshot") -> int:
-    row = snapshot.one("SELECT seq FROM sqlite_sequence WHERE name = 'journal'")
-    return 0 if row is None else int(row[0])
+# Those who are to be woken soon, by event loop, whatever journal they follow: one timer, and they run in one iteration.
+_asleep: WeakKeyDictionary[asyncio.AbstractEventLoop, list[asyncio.Event]] = WeakKeyDictionary()
+
+
+def _wake_all(loop: asyncio.AbstractEventLoop) -> None:
+    for woken in _asleep.pop(loop):
+        woken.set()
+
+
+def newest_seq(connection: sqlite3.Connection) -> int:
+    """The number of the newest event; 0 if there never was one."""
+    [row] = execute(connection, "SELECT coalesce(max(seq), 0) FROM journal", ())
+    return int(row[0])
 
 
 def _page(snapshot: "Snapshot", after: int, namespace: str | None) -> "Page":
-    last = _last_seq(snapshot)
+    [[last]] = snapshot.execute("SELECT coalesce(max(seq), 0) FROM journal")
     events = []
     if (gap := _gap(snapshot, after, last)) is not None:
         events.append(gap)
