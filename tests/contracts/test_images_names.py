@@ -238,7 +238,7 @@ async def test_events_tell_what_happened_and_nothing_else(leaf: ImagesLeaf, tmp_
     with pytest.raises(InvalidArgument):
         await leaf.load(b"bad", name="bad:1")
     request = types.EventsRequest(no_follow=True)
-    events = [response.event async for response in leaf.images.Events(request)]
+    events = [event async for response in leaf.images.Events(request) for event in response.events]
     name = "docker.io/library/"
     assert [(event.topic, event.subject) for event in events] == [
         ("image.unpacked", (await get(leaf, "one:1")).id),

@@ -234,7 +234,7 @@ async def test_an_unknown_driver_is_not_there_yet(net: Calls) -> None:
 async def test_the_journal_tells_what_happened(net: Calls) -> None:
     async def events() -> list[tuple[str, str]]:
         answers = net.networks.Events(types_pb2.EventsRequest(no_follow=True))
-        return [(answer.event.topic, answer.event.subject) async for answer in answers]
+        return [(event.topic, event.subject) async for answer in answers for event in answer.events]
 
     before = len(await events())
     await net.create("mine")

@@ -195,8 +195,8 @@ async def test_events_follow_what_happens(tasks: TaskClient):
     await tasks.wait(task_id)
     await tasks.delete(task_id)
     async for response in following:
-        seen.append(response.event)
-        if response.event.topic == "task.deleted":
+        seen += response.events
+        if seen[-1].topic == "task.deleted":
             break
     assert [event.topic for event in seen] == ["task.created", "task.started", "task.exited", "task.deleted"]
     assert [event.seq for event in seen] == sorted(event.seq for event in seen)

@@ -61,8 +61,8 @@ async def test_events_are_replayed_from_any_number_and_then_followed(engine: Eng
     followed = []
     async with asyncio.timeout(5):
         async for response in stream:
-            followed.append(response.event)
-            if response.event.topic == "container.removed":
+            followed += response.events
+            if followed[-1].topic == "container.removed":
                 break
     assert [event.topic for event in followed] == [
         "container.created",

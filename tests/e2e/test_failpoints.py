@@ -212,7 +212,7 @@ class Life:
     def mistold(self, after: int) -> list[str]:
         """What the journal tells of the three containers that it should not, and the other way round."""
         request = types_pb2.EventsRequest(after=after, no_follow=True, all_namespaces=True)
-        events = [answer.event for answer in self.client.system.events(request)]
+        events = [event for answer in self.client.system.events(request) for event in answer.events]
         told = Counter(
             (event.payload["name"], event.topic) for event in events if event.topic in TOLD and not event.origin
         )
@@ -304,4 +304,4 @@ def test_killed_there_nothing_is_lost_and_nothing_is_left(life: Life, trigger: s
 
 def last_event(client: Client) -> int:
     request = types_pb2.EventsRequest(no_follow=True, all_namespaces=True)
-    return max((answer.event.seq for answer in client.system.events(request)), default=0)
+    return max((event.seq for answer in client.system.events(request) for event in answer.events), default=0)

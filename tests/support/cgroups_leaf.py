@@ -63,7 +63,7 @@ class Leaf:
 
     async def topics(self, subject: str) -> list[str]:
         request = types_pb2.EventsRequest(no_follow=True, subjects=[subject])
-        return [each.event.topic async for each in self.stub.Events(request)]
+        return [event.topic async for each in self.stub.Events(request) for event in each.events]
 
     def kernel(self, name: str, namespace: str = "default") -> Cgroup:
         return open_driver(detect()).open(f"{self.corrald.place.cgroup_parent}/{namespace}/{name}")

@@ -126,7 +126,7 @@ class EngineClient:
     async def events(self, after: int = 0, topics: Sequence[str] = ()) -> list[types_pb2.Event]:
         """What the merged journal holds after a sequence number."""
         request = types_pb2.EventsRequest(after=after, no_follow=True, topics=topics)
-        return [response.event async for response in self.system.Events(request) if response.HasField("event")]
+        return [event async for response in self.system.Events(request) for event in response.events]
 
     async def topics_of(self, container: str, *, prefix: str = "container.") -> list[str]:
         """Of one container, in order."""

@@ -114,7 +114,7 @@ class TaskClient:
     async def events(self, task_id: str = "") -> list[types_pb.Event]:
         """All that there are of a task."""
         request = types_pb.EventsRequest(no_follow=True, subjects=[task_id] if task_id else [])
-        return [response.event async for response in self.stub.Events(request)]
+        return [event async for response in self.stub.Events(request) for event in response.events]
 
     async def topics(self, task_id: str) -> list[str]:
         return [event.topic for event in await self.events(task_id)]

@@ -10,7 +10,7 @@ from corral.api.engine.v1.engine_pb2 import ContainerConfig
 from corral.api.types.v1.types_pb2 import Event, EventsResponse, ExitStatus, Gap
 from corral.engine import merge, store, volume_rows
 from corral.engine.core import apply_exit
-from corral.engine.merge import merged_event_to_wire
+from corral.engine.merge import write_merged_event
 from corral.engine.records import ALLOWED, ContainerRecord, Status
 from corral.engine.volume_rows import VolumeRecord
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, NotFound
@@ -203,7 +203,7 @@ def arrived(seq: int, topic: str = "task.created", *, time_us: int = 0, **payloa
     event = Event(seq=seq, namespace=NS, topic=topic, subject="a" * 64)
     event.time.FromMicroseconds(time_us or seq)
     event.payload.update(payload)
-    return merge.Arrived("tasks", EventsResponse(event=event))
+    return merge.Arrived("tasks", EventsResponse(events=[event]))
 
 
 def append(database: Database, *batch: merge.Arrived) -> tuple[list[ContainerRecord], set[str]]:
@@ -218,6 +218,15 @@ def test_an_event_is_merged_exactly_once(database: Database) -> None:
     assert database.read_sync(lambda view: store.cursor(view, "tasks").seq) == 3
 
 
+def test_a_message_of_several_events_is_merged_in_order_after_its_gap(database: Database) -> None:
+    events = [arrived(seq, f"task.t{seq}").response.events[0] for seq in (7, 8)]
+    response = EventsResponse(events=events, gap=Gap(resumes_at=7))
+    for _ in range(2):
+        append(database, merge.Arrived("tasks", response))
+    assert topics(database)[:3] == ["journal.gap", "task.t7", "task.t8"]
+    assert topics(database).count("task.t8") == 1
+
+
 def test_a_merged_event_keeps_its_time_facts_and_origin(database: Database) -> None:
     append(database, arrived(5, pid=7, ratio=0.5, nested={"list": [1, None, True]}))
     [row] = database.read_sync(lambda view: view.execute("SELECT * FROM journal"))
@@ -225,7 +234,8 @@ def test_a_merged_event_keeps_its_time_facts_and_origin(database: Database) -> N
 
     from corral.store import Event as Row
 
-    event = merged_event_to_wire(Row(*row[:5], payload=json.loads(row["payload"])))
+    event = Event()
+    write_merged_event(event, Row(*row[:5], payload=json.loads(row["payload"])))
     assert (event.seq, event.origin, event.origin_seq, event.time.ToNanoseconds()) == (1, "tasks", 5, 5000)
     assert merge.struct_to_json(event.payload) == {"pid": 7, "ratio": 0.5, "nested": {"list": [1, None, True]}}
 

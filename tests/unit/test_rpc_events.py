@@ -3,10 +3,11 @@ import time
 from pathlib import Path
 
 import pytest
+from google.protobuf.struct_pb2 import Struct
 
 from corral.api.types.v1 import types_pb2
 from corral.rpc.context import in_namespace
-from corral.rpc.events import event_to_wire, nanoseconds, stream_events, timestamp
+from corral.rpc.events import nanoseconds, stream_events, timestamp, write_event, write_facts
 from corral.store import Database
 
 
@@ -27,7 +28,8 @@ async def ask(db: Database, **fields: object) -> list[types_pb2.EventsResponse]:
 
 
 def subjects(responses: list[types_pb2.EventsResponse]) -> list[str]:
-    return [response.event.subject for response in responses]
+    assert all(response.events for response in responses)
+    return [event.subject for response in responses for event in response.events]
 
 
 async def test_topics_are_exact_or_prefixes(db: Database):
@@ -36,7 +38,14 @@ async def test_topics_are_exact_or_prefixes(db: Database):
     assert subjects(await ask(db, no_follow=True, topics=["task.*"])) == ["task.created", "task.exited"]
     assert subjects(await ask(db, no_follow=True, topics=["tasks.x", "net*"])) == ["tasks.x", "network.created"]
     assert subjects(await ask(db, no_follow=True, topics=["task"])) == []
-    assert len(await ask(db, no_follow=True)) == 4
+    assert len(subjects(await ask(db, no_follow=True))) == 4
+
+
+async def test_a_burst_is_one_message_and_a_long_replay_several(db: Database):
+    db.write_sync(lambda tx: [tx.journal("t", str(i), namespace="default") for i in range(300)])
+    responses = await ask(db, no_follow=True)
+    assert subjects(responses) == [str(i) for i in range(300)]
+    assert len(responses) < 10
 
 
 async def test_subjects_and_namespaces_select(db: Database):
@@ -73,17 +82,31 @@ async def test_a_gap_says_where_it_resumes(tmp_path: Path):
             add(db, "t", str(i))
         db.prune_journal(2)
     with Database(tmp_path / "y.db", [], durable=False) as db:
-        gap, *rest = await ask(db, after=1, no_follow=True)
-    assert gap.gap.resumes_at == 5
-    assert [response.event.seq for response in rest] == [5, 6]
+        [response] = await ask(db, after=1, no_follow=True)
+        assert not (await ask(db, after=4, no_follow=True))[0].HasField("gap")
+    assert response.gap.resumes_at == 5
+    assert [event.seq for event in response.events] == [5, 6]
 
 
 async def test_an_event_arrives_whole(db: Database):
     add(db, "task.exited", "c1", "blue")
     [event] = [event async for event in db.journal.follow(0, until_now=True)]
-    message = event_to_wire(event)
+    message = types_pb2.Event()
+    write_event(message, event)
     assert (message.seq, message.namespace, message.topic, message.subject) == (1, "blue", "task.exited", "c1")
     assert nanoseconds(message.time) == event.time_ns
     assert message.payload["code"] == 3
     assert message.payload["why"] is None
     assert list(message.payload["l"]) == ["a"]
+    again = types_pb2.Event()
+    again.payload.update(dict(event.payload))
+    assert message.payload == again.payload
+
+
+def test_facts_of_every_kind_are_written_as_protobuf_would():
+    facts = {"t": True, "f": 1.5, "none": None, "no": [], "nothing": {}, "deep": {"l": [1, [False, {"k": "v"}]]}}
+    mine, theirs = Struct(), Struct()
+    write_facts(mine, facts)
+    theirs.update(facts)
+    assert mine == theirs
+    assert mine.SerializeToString(deterministic=True) == theirs.SerializeToString(deterministic=True)

@@ -2,11 +2,15 @@
 
 import json
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from corral.cli.app import App, pass_app
 from corral.cli.output import plain
+
+if TYPE_CHECKING:
+    from corral.api.types.v1 import types_pb2
 
 
 @click.command("events")
@@ -39,13 +43,13 @@ def events_command(
     for answer in app.client.system.events(request):
         if answer.HasField("gap"):
             click.echo(f"corral: events before {answer.gap.resumes_at} are no longer kept", err=True)
-            continue
-        event = answer.event
-        if form == "json":
-            click.echo(json.dumps(plain(event), ensure_ascii=False))
-        else:
-            payload = plain(event.payload)
-            assert isinstance(payload, dict)
-            facts = " ".join(f"{k}={v}" for k, v in payload.items())
-            click.echo(f"{event.seq} {event.time.ToJsonString()} {event.topic} {event.subject} {facts}".rstrip())
+        for event in answer.events:
+            click.echo(json.dumps(plain(event), ensure_ascii=False) if form == "json" else _line(event))
         sys.stdout.flush()
+
+
+def _line(event: "types_pb2.Event") -> str:
+    payload = plain(event.payload)
+    assert isinstance(payload, dict)
+    facts = " ".join(f"{k}={v}" for k, v in payload.items())
+    return f"{event.seq} {event.time.ToJsonString()} {event.topic} {event.subject} {facts}".rstrip()

@@ -161,11 +161,12 @@ class Core:
     def resolve(self, reference: str) -> ContainerRecord:
         """The container that a call in its namespace means. Raises NotFound, FailedPrecondition if ambiguous."""
         namespace = current_namespace()
-        return self.database.read_sync(lambda view: store.resolve(view, namespace, reference))
+        found = self.database.glance(lambda view: store.named(view, namespace, reference))
+        return found or self.database.read_sync(lambda view: store.resolve(view, namespace, reference))
 
     def get(self, namespace: str, id_: str) -> ContainerRecord:
         """The container with this id. Raises NotFound."""
-        return self.database.read_sync(lambda view: store.get(view, namespace, id_))
+        return self.database.glance(lambda view: store.get(view, namespace, id_))
 
     def volume_root(self, namespace: str) -> Path:
         """Where the volumes of a namespace are."""

@@ -19,7 +19,7 @@ from corral.engine import store
 from corral.engine.core import Core, apply_exit
 from corral.engine.records import ContainerRecord, from_ns, to_ns
 from corral.rpc.errors import CorralError
-from corral.rpc.events import event_to_wire
+from corral.rpc.events import write_event
 from corral.store import GAP_TOPIC, JSON, Transaction, failpoint
 from corral.store import Event as Row
 
@@ -27,10 +27,12 @@ log = structlog.get_logger()
 
 # In the payload of a merged event: where it comes from. No leaf's facts have such a name.
 ORIGIN = "@origin"
-MAX_BATCH = 256
-# An event waits this long for others to share its transaction: a container's life makes a dozen of them within some
-# 20 ms. Whoever waits for an exit is told by tasks itself, not from here.
-BATCH_S = 0.025
+# Messages, of one or a few events each, in a transaction on the loop.
+MAX_BATCH = 32
+# A message waits this long for those of other leaves, to share its transaction: a container's life makes a dozen events
+# within some 20 ms, for as long as which each leaf's journal gathers them. Whoever waits for an exit is told by tasks
+# itself, not from here.
+BATCH_S = 0.005
 RETRY_FIRST_S, RETRY_MOST_S = 0.05, 1.0
 
 
@@ -82,7 +84,7 @@ class Merger:
         await asyncio.gather(*self._running, return_exceptions=True)
 
     def _request(self, origin: str, *, no_follow: bool = False) -> EventsRequest:
-        after = self._core.database.read_sync(lambda view: store.cursor(view, origin)).seq
+        after = self._core.database.glance(lambda view: store.cursor(view, origin)).seq
         return EventsRequest(after=after, all_namespaces=True, no_follow=no_follow)
 
     async def _follow(self, origin: str) -> None:
@@ -144,30 +146,31 @@ class Merger:
 
 def append(tx: Transaction, batch: Sequence[Arrived]) -> tuple[list[ContainerRecord], set[str]]:
     """Append a batch; returns the containers that ended, and the leaves of which events are lost."""
-    cursors = {origin: store.cursor(tx, origin) for origin in {arrived.origin for arrived in batch}}
+    known = store.cursors(tx)
+    moved: dict[str, store.Cursor] = {}
     ended, gaps = [], set()
     for arrived in batch:
         origin, response = arrived.origin, arrived.response
-        at = cursors[origin]
+        at = moved.get(origin) or known.get(origin, store.Cursor())
         if response.HasField("gap"):
             gaps.add(origin)
-            cursors[origin] = _over_gap(at, int(response.gap.resumes_at))
+            at = _over_gap(at, int(response.gap.resumes_at))
             tx.journal(GAP_TOPIC, origin, {"origin": origin, "resumes_at": response.gap.resumes_at}, namespace="")
-            continue
-        event = response.event
-        if event.seq <= at.seq:  # followed anew, and it was merged meanwhile
-            continue
-        time_ns = to_ns(event.time)
-        cursors[origin] = replace(at, seq=event.seq, time_ns=time_ns)
-        if time_ns <= at.known_until_ns:
-            continue
-        payload = struct_to_json(event.payload)
-        source: list[JSON] = [origin, event.seq, time_ns]
-        tx.journal(event.topic, event.subject, {**payload, ORIGIN: source}, namespace=event.namespace)
-        if origin == "tasks" and (record := _act(tx, event, payload)) is not None:
-            ended.append(record)
-    for origin, at in cursors.items():
-        store.save_cursor(tx, origin, at)
+        for event in response.events:
+            if event.seq <= at.seq:  # followed anew, and it was merged meanwhile
+                continue
+            time_ns = to_ns(event.time)
+            at = store.Cursor(event.seq, time_ns, at.known_until_ns)
+            if time_ns <= at.known_until_ns:
+                continue
+            payload = struct_to_json(event.payload)
+            source: list[JSON] = [origin, event.seq, time_ns]
+            tx.journal(event.topic, event.subject, {**payload, ORIGIN: source}, namespace=event.namespace)
+            if origin == "tasks" and (record := _act(tx, event, payload)) is not None:
+                ended.append(record)
+        moved[origin] = at
+    if moved:
+        store.save_cursors(tx, moved)
     return ended, gaps
 
 
@@ -233,14 +236,12 @@ def _value_to_json(value: Value) -> JSON:
             return None
 
 
-def merged_event_to_wire(row: Row) -> Event:
+def write_merged_event(message: Event, row: Row) -> None:
     """A row of the engine's journal as clients see it: a merged one with its origin and its own time."""
     source = row.payload.get(ORIGIN)
     if not isinstance(source, list):
-        return event_to_wire(row)
-    origin, origin_seq, time_ns = source
+        write_event(message, row)
+        return
+    message.origin, message.origin_seq, time_ns = source
     payload = {key: value for key, value in row.payload.items() if key != ORIGIN}
-    event = event_to_wire(Row(row.seq, time_ns, row.namespace, row.topic, row.subject, payload))
-    event.origin = origin
-    event.origin_seq = origin_seq
-    return event
+    write_event(message, Row(row.seq, time_ns, row.namespace, row.topic, row.subject, payload))

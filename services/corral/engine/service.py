@@ -16,7 +16,7 @@ from corral.engine.creation import Creation
 from corral.engine.execs import Execs
 from corral.engine.leaves import Leaves
 from corral.engine.lifecycle import Lifecycle
-from corral.engine.merge import Merger, merged_event_to_wire
+from corral.engine.merge import Merger, write_merged_event
 from corral.engine.records import ContainerRecord
 from corral.engine.recovery import Recovery
 from corral.engine.removal import Removal
@@ -260,5 +260,5 @@ class SystemServicer(engine_pb2_grpc.SystemServicer):
     async def Events(
         self, request: types_pb2.EventsRequest, context: object
     ) -> AsyncIterator[types_pb2.EventsResponse]:
-        async for response in stream_events(self._database.journal, request, to_wire=merged_event_to_wire):
+        async for response in stream_events(self._database.journal, request, write=write_merged_event):
             yield response

@@ -5,7 +5,7 @@ removed. What follows from the tasks leaf (started, exited, paused) is not worth
 ends the containers anyway.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,9 +80,9 @@ _INSERT = f"INSERT INTO container ({_COLUMNS}) VALUES ({', '.join('?' * 17)})"  
 
 
 def open_database(path: Path, *, journal_keep: int) -> Database:
-    """The engine's database, made if it is not there."""
+    """The engine's database, made if it is not there. Its followers are told at once: what is merged has waited."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return Database(path, MIGRATIONS, durable=False, journal_keep=journal_keep)
+    return Database(path, MIGRATIONS, durable=False, on_loop=True, journal_keep=journal_keep, journal_delay_s=0)
 
 
 # Containers
@@ -291,17 +291,22 @@ def find(view: Snapshot, namespace: str, id_: str) -> ContainerRecord | None:
     return None if row is None else _record(row)
 
 
+def named(view: Snapshot, namespace: str, reference: str) -> ContainerRecord | None:
+    """The container with exactly this id, else with this name, or None; one statement."""
+    row = view.one(
+        _SELECT + " WHERE namespace = ?1 AND (id = ?2 OR name = ?2) ORDER BY id = ?2 DESC", (namespace, reference)
+    )
+    return None if row is None else _record(row)
+
+
 def resolve(view: Snapshot, namespace: str, reference: str) -> ContainerRecord:
     """The container meant by an id, a name, or an unambiguous prefix of an id, in this order.
 
     Raises NotFound, FailedPrecondition when the prefix fits several.
     """
-    rows = view.execute(
-        _SELECT + " WHERE namespace = ?1 AND (id = ?2 OR name = ?2) ORDER BY id = ?2 DESC",
-        (namespace, reference),
-    )
-    if rows:
-        return _record(rows[0])
+    found = named(view, namespace, reference)
+    if found is not None:
+        return found
     if not reference:
         raise NotFound("no container is named: give a name, an id, or the beginning of an id")
     # A range on the key instead of LIKE: no wildcards, and the index is used.
@@ -390,6 +395,14 @@ def cursor(view: Snapshot, origin: str) -> Cursor:
     return Cursor() if row is None else Cursor(*row)
 
 
-def save_cursor(tx: Transaction, origin: str, at: Cursor) -> None:
+def cursors(view: Snapshot) -> dict[str, Cursor]:
+    """Of every leaf that anything was merged from."""
+    rows = view.execute("SELECT origin, seq, time_ns, known_until_ns FROM merged")
+    return {origin: Cursor(seq, time_ns, known_until_ns) for origin, seq, time_ns, known_until_ns in rows}
+
+
+def save_cursors(tx: Transaction, cursors: Mapping[str, Cursor]) -> None:
     """Belongs in the transaction that journals what was merged: exactly once, whatever crashes."""
-    tx.execute("INSERT OR REPLACE INTO merged VALUES (?, ?, ?, ?)", (origin, at.seq, at.time_ns, at.known_until_ns))
+    values = [x for origin, at in cursors.items() for x in (origin, at.seq, at.time_ns, at.known_until_ns)]
+    rows = ", ".join(["(?, ?, ?, ?)"] * len(cursors))
+    tx.execute(f"INSERT OR REPLACE INTO merged VALUES {rows}", values)  # noqa: S608 (constants)

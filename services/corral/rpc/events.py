@@ -1,12 +1,14 @@
 """The RPC `Events` that every service has: its journal on the wire."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
 
+from google.protobuf.struct_pb2 import NULL_VALUE, Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from corral.api.types.v1 import types_pb2
 from corral.rpc.context import current_namespace, only_follows
-from corral.store import Event, Journal
+from corral.store import JSON, Event, Journal
 
 NS_PER_S = 1_000_000_000
 
@@ -15,26 +17,36 @@ async def stream_events(
     journal: Journal,
     request: types_pb2.EventsRequest,
     *,
-    to_wire: "Callable[[Event], types_pb2.Event] | None" = None,
+    write: "Callable[[types_pb2.Event, Event], None] | None" = None,
 ) -> AsyncIterator[types_pb2.EventsResponse]:
     """Answer an EventsRequest, in the namespace of the caller, as its fields promise.
 
-    `until` ends the stream at the first later event, or when that moment has passed if nothing happens.
+    `until` ends the stream at the first later event, or when that moment has passed if nothing happens. `write` fills
+    the message for an event, if write_event() does not do.
     """
     only_follows()
-    to_wire = to_wire or event_to_wire
+    write = write or write_event
     namespace = None if request.all_namespaces else current_namespace()
     since_ns = nanoseconds(request.since) if request.HasField("since") else 0
     until_ns = nanoseconds(request.until) if request.HasField("until") else None
-    events = journal.follow(request.after, namespace=namespace, until_now=request.no_follow, deadline_ns=until_ns)
+    pages = journal.pages(request.after, namespace=namespace, until_now=request.no_follow, deadline_ns=until_ns)
     wanted = Filter(request.topics, request.subjects, since_ns)
-    async for event in events:
-        if event.is_gap:
-            yield types_pb2.EventsResponse(gap=types_pb2.Gap(resumes_at=event.seq + 1))
-        elif until_ns is not None and event.time_ns > until_ns:
-            return
-        elif wanted.has(event):
-            yield types_pb2.EventsResponse(event=to_wire(event))
+    async with aclosing(pages):
+        async for page in pages:
+            response = types_pb2.EventsResponse()
+            ended = False
+            for event in page:
+                if event.is_gap:
+                    response.gap.resumes_at = event.seq + 1
+                elif until_ns is not None and event.time_ns > until_ns:
+                    ended = True
+                    break
+                elif wanted.has(event):
+                    write(response.events.add(), event)
+            if response.events or response.HasField("gap"):
+                yield response
+            if ended:
+                return
 
 
 class Filter:
@@ -45,25 +57,51 @@ class Filter:
         self._prefixes = tuple(topic[:-1] for topic in topics if topic.endswith("*"))
         self._subjects = frozenset(subjects)
         self._since_ns = since_ns
+        self._all = not (topics or subjects or since_ns)
 
     def has(self, event: Event) -> bool:
+        if self._all:
+            return True
         if event.time_ns < self._since_ns or (self._subjects and event.subject not in self._subjects):
             return False
         any_topic = not self._exact and not self._prefixes
         return any_topic or event.topic in self._exact or event.topic.startswith(self._prefixes)
 
 
-def event_to_wire(event: Event) -> types_pb2.Event:
-    """The message for one event; `origin` stays empty."""
-    message = types_pb2.Event(
-        seq=event.seq,
-        time=timestamp(event.time_ns),
-        namespace=event.namespace,
-        topic=event.topic,
-        subject=event.subject,
-    )
-    message.payload.update(dict(event.payload))
-    return message
+def write_event(message: types_pb2.Event, event: Event) -> None:
+    """Fill the message for one event; `origin` stays empty."""
+    message.seq = event.seq
+    message.time.seconds, message.time.nanos = divmod(event.time_ns, NS_PER_S)
+    message.namespace = event.namespace
+    message.topic = event.topic
+    message.subject = event.subject
+    write_facts(message.payload, event.payload)
+
+
+def write_facts(struct: Struct, facts: Mapping[str, JSON]) -> None:
+    """Fill a Struct; by hand, which takes half the time of Struct.update()."""
+    fields = struct.fields
+    for key, fact in facts.items():
+        _write_value(fields[key], fact)
+
+
+def _write_value(value: Value, fact: JSON) -> None:
+    match fact:
+        case str():
+            value.string_value = fact
+        case bool():
+            value.bool_value = fact
+        case int() | float():
+            value.number_value = fact
+        case None:
+            value.null_value = NULL_VALUE
+        case Mapping():
+            value.struct_value.SetInParent()
+            write_facts(value.struct_value, fact)
+        case _:
+            value.list_value.SetInParent()
+            for item in fact:
+                _write_value(value.list_value.values.add(), item)
 
 
 def timestamp(time_ns: int) -> Timestamp:
