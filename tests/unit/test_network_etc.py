@@ -1,5 +1,6 @@
 """The texts of /etc/hosts, /etc/resolv.conf and /etc/hostname."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ def test_extra_hosts_and_the_gateway(tmp_path: Path) -> None:
 
 
 def test_files_appear_together_are_replaced_together_and_go_together(tmp_path: Path) -> None:
-    store, key = FileStore(tmp_path), EndpointKey("default", "a")
+    store, key = FileStore(tmp_path / "endpoints"), EndpointKey("default", "a")
     store.write(key, etc.EtcFiles("h", "r", "n"))
     store.write(key, etc.EtcFiles("h2", "r2", "n2"))
     assert {path.name: path.read_text() for path in store.directory(key).iterdir()} == {
@@ -94,16 +95,49 @@ def test_files_appear_together_are_replaced_together_and_go_together(tmp_path: P
         "resolv.conf": "r2",
         "hostname": "n2",
     }
-    assert [path.name for path in (tmp_path / "default").iterdir()] == ["a"]
+    assert [path.name for path in (tmp_path / "endpoints/default").iterdir()] == ["a"]
     store.remove(key)
     store.remove(key)
-    assert list((tmp_path / "default").iterdir()) == []
+    assert list((tmp_path / "endpoints/default").iterdir()) == []
+
+
+def test_files_made_ready_are_used_once_readable_by_all_and_swept_if_they_are_not(tmp_path: Path) -> None:
+    store, key = FileStore(tmp_path / "endpoints"), EndpointKey("default", "a")
+    previous = os.umask(0o077)
+    try:
+        for name in ("one", "two", "three"):
+            store.make_ready(name)
+        store.write(key, etc.EtcFiles("h", "r", "n"), ready="one")
+    finally:
+        os.umask(previous)
+    assert (store.is_ready("one"), store.is_ready("two")) == (False, True)
+    assert {(path.name, path.read_text(), path.stat().st_mode & 0o777) for path in store.directory(key).iterdir()} == {
+        ("hosts", "h", 0o644),
+        ("resolv.conf", "r", 0o644),
+        ("hostname", "n", 0o644),
+    }
+    store.drop_ready("two")
+    ready = tmp_path / "endpoints-ready"
+    assert [path.name for path in ready.iterdir()] == ["three"]
+    FileStore(tmp_path / "endpoints").sweep({key})
+    assert not ready.exists()
+    assert store.directory(key).is_dir()
+
+
+def test_what_the_host_changes_is_seen_by_the_next(tmp_path: Path) -> None:
+    own = host(tmp_path, "nameserver 10.0.0.1\n")
+    assert etc.compose(endpoint(), own, FALLBACK).resolv_conf == "nameserver 10.0.0.1\n"
+    (tmp_path / "resolv.conf").write_text("nameserver 10.0.0.2\n")
+    assert etc.compose(endpoint(), own, FALLBACK).resolv_conf == "nameserver 10.0.0.2\n"
+    (tmp_path / "resolv.conf").unlink()
+    assert etc.compose(endpoint(), own, ["9.9.9.9"]).resolv_conf == "nameserver 9.9.9.9\n"
 
 
 def test_a_sweep_removes_what_nobody_owns(tmp_path: Path) -> None:
-    store, kept, stale = FileStore(tmp_path), EndpointKey("default", "a"), EndpointKey("other", "b")
+    root = tmp_path / "endpoints"
+    store, kept, stale = FileStore(root), EndpointKey("default", "a"), EndpointKey("other", "b")
     for key in (kept, stale):
         store.write(key, etc.EtcFiles("h", "r", "n"))
-    (tmp_path / "default/.c.1234").mkdir()
+    (root / "default/.c.1234").mkdir()
     assert {(key.namespace, key.id) for key in store.sweep({kept})} == {("other", "b"), ("default", ".c.1234")}
-    assert [path.name for path in (tmp_path / "default").iterdir()] == ["a"]
+    assert [path.name for path in (root / "default").iterdir()] == ["a"]

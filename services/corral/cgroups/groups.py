@@ -240,7 +240,7 @@ class Groups:
 
     async def _change[T](self, key: Key, change: Coroutine[Any, Any, T]) -> T:
         """Run a change alone on its cgroup and to its end, even if the caller goes away."""
-        task = asyncio.create_task(self._locked(key, change))
+        task = asyncio.Task(self._locked(key, change), loop=asyncio.get_running_loop(), eager_start=True)
         self._changes.add(task)
         task.add_done_callback(self._ended)
         return await asyncio.shield(task)

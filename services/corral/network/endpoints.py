@@ -13,7 +13,6 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -55,6 +54,7 @@ class Endpoints:
         thread: NetlinkThread,
         networks: Networks,
         pool: NetnsPool,
+        files: FileStore,
         held: Allocations,
         *,
         boot_id: str,
@@ -70,7 +70,7 @@ class Endpoints:
         self._host_prefix = host_prefix
         self._reaper = Reaper(thread)
         self._host_files = etc.HostFiles(config.resolv_conf, config.resolved_conf)
-        self.files = FileStore(config.state / "endpoints")
+        self.files = files
         self._locks: WeakValueDictionary[EndpointKey, asyncio.Lock] = WeakValueDictionary()
         self._running: set[asyncio.Task[Endpoint | None]] = set()
 
@@ -98,15 +98,18 @@ class Endpoints:
             await self._detach(existing)
             existing = None
         if existing is not None:
-            await run_blocking(self._discard, existing)  # what may be left of it
+            await self._discard(existing)  # what may be left of it
         if request.mode is Mode.NETWORKS:
             return await self._attach_networks(key, request, existing)
         endpoint = await self._without_interfaces(key, request)
         try:
-            await run_blocking(self._make_inside, endpoint)
-            return await self._db.write(lambda transaction: _insert_ready(transaction, endpoint))
+            if self.files.is_ready(endpoint.netns) and not request.sysctls:
+                self._make_inside(endpoint)
+            else:
+                await run_blocking(self._make_inside, endpoint)
+            return await self._db.write(lambda transaction: _insert_ready(transaction, endpoint, existing))
         except BaseException:
-            await run_blocking(self._discard, endpoint)
+            await self._discard(endpoint)
             raise
 
     async def _without_interfaces(self, key: EndpointKey, request: Request) -> Endpoint:
@@ -115,7 +118,7 @@ class Endpoints:
             netns = await self._take_namespace()
         elif request.mode is Mode.PATH:
             netns = request.netns_path
-            if not is_pinned(Path(netns)):
+            if not is_pinned(netns):
                 raise NotFound(f"{netns} is not a network namespace", reason="NETNS_NOT_FOUND")
         elif request.mode is Mode.CONTAINER:
             netns, owner = self._join(key, request.container)
@@ -130,8 +133,7 @@ class Endpoints:
             raise InvalidArgument("a container cannot join its own network", reason="JOINS_ITSELF")
         if not self.stands(other):
             raise FailedPrecondition(f"the network of container {container!r} is down: start it first", reason="NOT_UP")
-        path = self.netns_path(other)
-        return str(path or ""), other.owner or other.key.id
+        return self.netns_path(other), other.owner or other.key.id
 
     async def _attach_networks(self, key: EndpointKey, request: Request, existing: Endpoint | None) -> Endpoint:
         wanted = await self._wanted(key.namespace, request.attachments)
@@ -187,7 +189,7 @@ class Endpoints:
         ready = self._pool.take()
         return await run_blocking(self._pool.make) if ready is None else ready
 
-    # On the netlink thread, or a blocking one where there are no interfaces
+    # On the netlink thread, or where there are no interfaces a blocking one, or the loop if nothing there waits
 
     def _make(self, netlink: "Netlink", endpoint: Endpoint) -> None:
         """Make everything that the row describes."""
@@ -206,19 +208,14 @@ class Endpoints:
         if endpoint.mode.has_own_namespace:
             sysctls.write(self._pool.path(endpoint.netns), endpoint.request.sysctls)
         if not endpoint.owner:
-            self.files.write(endpoint.key, etc.compose(endpoint, self._host_files, self._config.fallback_dns))
+            files = etc.compose(endpoint, self._host_files, self._config.fallback_dns)
+            self.files.write(endpoint.key, files, ready=endpoint.netns)
 
     def _unmake(self, netlink: "Netlink", endpoint: Endpoint) -> None:
         for interface in endpoint.interfaces:
             netlink.unplug(interface.host_name)
         failpoint("network.detach.after_unplug")
-        self._discard(endpoint)
-
-    def _discard(self, endpoint: Endpoint) -> None:
-        if endpoint.mode.has_own_namespace:
-            self._pool.discard(endpoint.netns)
-        if not endpoint.owner:
-            self.files.remove(endpoint.key)
+        self._pool.discard(endpoint.netns)
 
     # Detaching
 
@@ -252,9 +249,19 @@ class Endpoints:
         if endpoint.interfaces:
             await self._thread.run(lambda netlink: self._unmake(netlink, endpoint))
             self._reaper.watch(interface.host_name for interface in endpoint.interfaces)
+            self._throw_files(endpoint)
         else:
-            await run_blocking(self._discard, endpoint)
+            await self._discard(endpoint)
         failpoint("network.detach.before_delete")
+
+    async def _discard(self, endpoint: Endpoint) -> None:
+        if endpoint.mode.has_own_namespace:
+            await run_blocking(self._pool.discard, endpoint.netns)
+        self._throw_files(endpoint)
+
+    def _throw_files(self, endpoint: Endpoint) -> None:
+        if not endpoint.owner:
+            self.files.throw(endpoint.key)
 
     def _delete(self, transaction: Transaction, endpoint: Endpoint) -> None:
         store.delete_endpoint(transaction, endpoint.key)
@@ -289,18 +296,15 @@ class Endpoints:
             return False
         path = self.netns_path(endpoint)
         links = (link_exists(interface.host_name) for interface in endpoint.interfaces)
-        return (path is None or is_pinned(path)) and all(links)
+        return (not path or is_pinned(path)) and all(links)
 
-    def netns_path(self, endpoint: Endpoint) -> Path | None:
-        """Where the namespace can be joined; None: it is the host's."""
-        if endpoint.mode.has_own_namespace:
-            return self._pool.path(endpoint.netns)
-        return Path(endpoint.netns) if endpoint.netns else None
+    def netns_path(self, endpoint: Endpoint) -> str:
+        """Where the namespace can be joined; empty: it is the host's."""
+        return f"{self._pool.directory}/{endpoint.netns}" if endpoint.mode.has_own_namespace else endpoint.netns
 
-    def files_directory(self, endpoint: Endpoint) -> Path:
+    def files_directory(self, endpoint: Endpoint) -> str:
         """Where its files are: those of the container it joined, or its own."""
-        owner = EndpointKey(endpoint.key.namespace, endpoint.owner) if endpoint.owner else endpoint.key
-        return self.files.directory(owner)
+        return self.files.path(endpoint.key.namespace, endpoint.owner or endpoint.key.id)
 
     # Running
 
@@ -312,7 +316,7 @@ class Endpoints:
             async with lock:
                 return await work()
 
-        task = asyncio.ensure_future(locked())
+        task = asyncio.Task(locked(), loop=asyncio.get_running_loop(), eager_start=True)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         try:
@@ -326,10 +330,12 @@ class Endpoints:
         while self._running:
             await asyncio.wait(tuple(self._running))
         await self._reaper.close()
+        await self.files.trash.close()
 
 
-def _insert_ready(transaction: Transaction, endpoint: Endpoint) -> Endpoint:
-    store.delete_endpoint(transaction, endpoint.key)  # of an earlier boot
+def _insert_ready(transaction: Transaction, endpoint: Endpoint, existing: Endpoint | None) -> Endpoint:
+    if existing is not None:  # of an earlier boot
+        store.delete_endpoint(transaction, endpoint.key)
     store.insert_endpoint(transaction, endpoint)
     return _journalled(transaction, endpoint)
 

@@ -1,5 +1,6 @@
 """/etc/hosts, /etc/resolv.conf and /etc/hostname of an endpoint, as texts. Pure, but for reading the host's own."""
 
+import functools
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -73,6 +74,7 @@ def reachable(servers: Iterable[str], *, ipv6: bool) -> tuple[str, ...]:
     return tuple(server for server in servers if _is_reachable(server, ipv6=ipv6))
 
 
+@functools.lru_cache(maxsize=64)
 def _is_reachable(server: str, *, ipv6: bool) -> bool:
     try:
         address = ip_address(server)
@@ -91,13 +93,17 @@ def read_or_empty(path: Path) -> str:
         return ""
 
 
+type _Stamp = tuple[int, int, int, int, int]
+
+
 class HostFiles:
-    """What the host itself has, read when asked for: it changes with the networks of the host."""
+    """What the host itself has, read when asked for if it has changed: it does with the networks of the host."""
 
     def __init__(self, resolv_conf: Path, resolved_conf: Path) -> None:
         """`resolved_conf` is what systemd-resolved forwards to; it need not exist."""
-        self._resolv_conf = resolv_conf
-        self._resolved_conf = resolved_conf
+        self._resolv_conf = str(resolv_conf)
+        self._resolved_conf = str(resolved_conf)
+        self._read: dict[str, tuple[_Stamp | None, Resolver]] = {}
 
     def hosts(self) -> str:
         """Its /etc/hosts."""
@@ -105,11 +111,28 @@ class HostFiles:
 
     def resolver(self) -> Resolver:
         """Its resolver."""
-        return parse_resolv_conf(read_or_empty(self._resolv_conf))
+        return self._resolver(self._resolv_conf)
 
     def resolved(self) -> Resolver:
         """What is behind its resolver, where that listens on a loopback address."""
-        return parse_resolv_conf(read_or_empty(self._resolved_conf))
+        return self._resolver(self._resolved_conf)
+
+    def _resolver(self, path: str) -> Resolver:
+        stamp = _stamp(path)
+        known = self._read.get(path)
+        if known is None or known[0] != stamp:
+            # Stamped before it was read: what is written meanwhile is read at the next time.
+            known = self._read[path] = stamp, parse_resolv_conf(read_or_empty(Path(path)))
+        return known[1]
+
+
+def _stamp(path: str) -> _Stamp | None:
+    """Differs after every change of a file; None: it cannot be read."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 - a string
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def choose_host_resolver(host: HostFiles, *, ipv6: bool) -> Resolver:

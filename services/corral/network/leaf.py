@@ -11,6 +11,7 @@ from corral.network.allocations import Allocations
 from corral.network.bridge import BridgeDriver
 from corral.network.config import NetworkConfig
 from corral.network.endpoints import Endpoints
+from corral.network.files import FileStore
 from corral.network.firewall import Firewall
 from corral.network.links import NetlinkThread
 from corral.network.networks import Networks
@@ -46,7 +47,8 @@ class Leaf:
         self.db = Database(config.root / "network.db", MIGRATIONS, durable=False, on_loop=True)
         self._thread = NetlinkThread()
         self._firewall = Firewall(config.nft_table)
-        self._pool = NetnsPool(netns, config.netns_pool_size)
+        files = FileStore(config.state / "endpoints")
+        self._pool = NetnsPool(netns, config.netns_pool_size, files)
         driver, held, prefix = BridgeDriver(self._firewall), Allocations(), host_prefix(config)
         self.networks = Networks(config, self.db, self._thread, driver, held)
         self.endpoints = Endpoints(
@@ -55,6 +57,7 @@ class Leaf:
             self._thread,
             self.networks,
             self._pool,
+            files,
             held,
             boot_id=recovery.boot_id(),
             host_prefix=prefix,

@@ -5,35 +5,40 @@ leaves behind in it is nobody's to inherit, so it is never put back.
 """
 
 import fcntl
+import functools
 import os
 import socket
 import struct
 import threading
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import structlog
 
-from corral.kernel.netns import create_pinned, remove_pinned
+from corral.kernel.netns import create_each_pinned, create_pinned, remove_pinned
+from corral.network.files import FileStore
 
 log = structlog.get_logger()
 
 # Whoever took one starts a container now, and making the next would compete with it for RTNL and the interpreter. So
 # that waits, while half of them are still there.
-PAUSE_S = 0.05
+PAUSE_S = 0.1
 
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 0x1
 # Interfaces get IPv6 only in networks that have it: no link-local addresses, no router solicitations on the bridge.
-_NO_IPV6 = Path("/proc/sys/net/ipv6/conf/default/disable_ipv6")
+_NO_IPV6 = "/proc/sys/net/ipv6/conf/default/disable_ipv6"
 
 
 class NetnsPool:
     """Ready namespaces in `directory`. All methods may be called from any thread; they block."""
 
-    def __init__(self, directory: Path, size: int) -> None:
+    def __init__(self, directory: Path, size: int, files: FileStore | None = None) -> None:
+        """`files`: with each namespace, the files of an endpoint are made ready there, under its name."""
         self.directory = directory
         self._size = size
+        self._files = files
         self._ready: deque[str] = deque()
         self._wanted = threading.Event()
         self._urgent = threading.Event()
@@ -70,7 +75,9 @@ class NetnsPool:
 
     def discard(self, name: str) -> None:
         """Unpin a namespace; it ends with the last process in it. No error if it is gone."""
-        remove_pinned(self.path(name))
+        remove_pinned(f"{self.directory}/{name}")
+        if self._files is not None:
+            self._files.drop_ready(name)
 
     def sweep(self, keep: set[str]) -> list[str]:
         """Unpin all but those to be kept and return their names; before start(), so they are those of a dead daemon."""
@@ -95,34 +102,63 @@ class NetnsPool:
             self._urgent.wait(PAUSE_S)
             self._wanted.clear()
             self._urgent.clear()
-            while len(self._ready) < self._size and not self._stopping:
-                try:
-                    self._ready.append(self.make())
-                except OSError as e:
-                    # make() meets the same error and tells the one who asked.
-                    log.warning("netns.pool_not_filled", error=str(e))
-                    break
+            try:
+                create_each_pinned(self._missing(), _prepare)
+            except OSError as e:
+                # make() meets the same error and tells the one who asked.
+                log.warning("netns.pool_not_filled", error=str(e))
             if self._stopping:
                 return
 
+    def _missing(self) -> Iterator[str]:
+        """Where to make one, as long as there is one to be made; who asks for the next has made the one before."""
+        while len(self._ready) < self._size and not self._stopping:
+            name = _new_name()
+            yield f"{self.directory}/{name}"
+            self._add_files(name)
+            self._ready.append(name)
+
     def make(self) -> str:
         """A new namespace, pinned, for the caller. Raises OSError."""
-        name = f"ns-{os.urandom(6).hex()}"
-        create_pinned(self.path(name), _prepare)
+        name = _new_name()
+        create_pinned(f"{self.directory}/{name}", _prepare)
+        self._add_files(name)
         return name
 
+    def _add_files(self, name: str) -> None:
+        if self._files is not None:
+            try:
+                self._files.make_ready(name)
+            except OSError as e:  # who writes them meets the same error, and tells the one who asked
+                log.warning("netns.files_not_ready", error=str(e))
 
-def is_pinned(path: Path) -> bool:
+
+def is_pinned(path: Path | str) -> bool:
     """Whether a namespace is pinned at path: it lies on the file system of namespaces."""
     try:
-        return path.stat().st_dev == Path("/proc/self/ns/net").stat().st_dev
+        return os.stat(path).st_dev == _namespaces_device()  # noqa: PTH116 - a string
     except OSError:
         return False
+
+
+@functools.cache
+def _namespaces_device() -> int:
+    return Path("/proc/self/ns/net").stat().st_dev
+
+
+def _new_name() -> str:
+    return f"ns-{os.urandom(6).hex()}"
 
 
 def _prepare() -> None:
     """Inside a new namespace: loopback up, IPv6 off for interfaces to come."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", _IFF_UP))
-    if _NO_IPV6.exists():
-        _NO_IPV6.write_text("1")
+    try:
+        fd = os.open(_NO_IPV6, os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError:  # a kernel without IPv6
+        return
+    try:
+        os.write(fd, b"1")
+    finally:
+        os.close(fd)

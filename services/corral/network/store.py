@@ -8,6 +8,7 @@ interfaces 1--n allocations n--1 ranges       deleting an endpoint row frees its
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from ipaddress import ip_address, ip_network
 from typing import Any
 
@@ -208,12 +209,15 @@ def _network(snapshot: Snapshot, row: Row) -> Network:
     )
 
 
+_subnet, _address = lru_cache(maxsize=256)(ip_network), lru_cache(maxsize=1024)(ip_address)
+
+
 def _range(row: Row) -> Range:
     return Range(
-        subnet=ip_network(row["subnet"]),
-        gateway=ip_address(row["gateway"]),
-        window=ip_network(row["part"]) if row["part"] else None,
-        reserved=tuple(ip_address(text) for text in json.loads(row["reserved"])),
+        subnet=_subnet(row["subnet"]),
+        gateway=_address(row["gateway"]),
+        window=_subnet(row["part"]) if row["part"] else None,
+        reserved=tuple(_address(text) for text in json.loads(row["reserved"])),
         id=row["id"],
     )
 
@@ -324,16 +328,18 @@ def _interface(snapshot: Snapshot, row: Row, known: ByNetwork) -> Interface:
         name=row["name"],
         host_name=row["host_name"],
         mac=row["mac"],
-        addresses=tuple((ip_address(held["address"]), ranges[held["range"]]) for held in rows),
+        addresses=tuple((_address(held["address"]), ranges[held["range"]]) for held in rows),
         aliases=tuple(json.loads(row["aliases"])),
     )
 
 
+@lru_cache(maxsize=64)  # many containers ask for the same
 def encode_request(request: Request) -> str:
     """Equal requests have equal texts."""
     return json.dumps(asdict(request), sort_keys=True, separators=(",", ":"))
 
 
+@lru_cache(maxsize=256)
 def decode_request(text: str) -> Request:
     """The request that encode_request wrote."""
     raw = json.loads(text)

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -176,17 +175,17 @@ def _host_entry(entry: network_pb2.HostEntry) -> tuple[str, str]:
     return name, str(subnets.parse_address(entry.address, f"address of {name}"))
 
 
-def endpoint(value: Endpoint, *, netns_path: Path | None, files: Path, own_hostname: str) -> network_pb2.Endpoint:
-    """An endpoint as answered."""
+def endpoint(value: Endpoint, *, netns_path: str, files: str, own_hostname: str) -> network_pb2.Endpoint:
+    """An endpoint as answered; `files` is the directory of its files."""
     return network_pb2.Endpoint(
         id=value.key.id,
-        netns_path=str(netns_path or ""),
+        netns_path=netns_path,
         mode=_WIRE_MODES[value.mode],
         interfaces=[_interface(one) for one in value.interfaces],
         hostname=own_hostname,
-        hosts_path=str(files / HOSTS),
-        resolv_conf_path=str(files / RESOLV_CONF),
-        hostname_path=str(files / HOSTNAME),
+        hosts_path=f"{files}/{HOSTS}",
+        resolv_conf_path=f"{files}/{RESOLV_CONF}",
+        hostname_path=f"{files}/{HOSTNAME}",
         created_at=timestamp(value.created_ns),
         labels=dict(value.request.labels),
     )

@@ -6,8 +6,7 @@ Safe in a threaded process: the calling thread never changes its namespace; a th
 import contextlib
 import os
 import threading
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 from corral.kernel import mount
 from corral.kernel.namespaces import Kind, join, leave, open_namespace
@@ -19,19 +18,32 @@ def create_pinned(path: AnyPath, prepare: Callable[[], object] | None = None) ->
 
     `prepare` runs inside it first. Raises FileExistsError where path is taken. On any failure nothing is left behind.
     """
+    create_each_pinned((path,), prepare)
+
+
+def create_each_pinned(paths: Iterable[AnyPath], prepare: Callable[[], object] | None = None) -> None:
+    """create_pinned() for one path after the other, all on one thread, which also asks for them.
+
+    Raises for the first that fails; those before it stay.
+    """
+
+    def work() -> None:
+        for path in paths:
+            _create_pinned_here(path, prepare)
+
+    in_own_thread(work)
+
+
+def _create_pinned_here(path: AnyPath, prepare: Callable[[], object] | None) -> None:
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDONLY | os.O_CLOEXEC, 0o444))
     try:
-        in_own_thread(lambda: _leave_and_pin(path, prepare))
+        leave(Kind.NETWORK.flag)
+        if prepare is not None:
+            prepare()
+        mount.bind("/proc/thread-self/ns/net", path)
     except BaseException:
-        Path(os.fsdecode(path)).unlink()
+        os.unlink(path)  # noqa: PTH108 - whatever kind of path it is
         raise
-
-
-def _leave_and_pin(path: AnyPath, prepare: Callable[[], object] | None) -> None:
-    leave(Kind.NETWORK.flag)
-    if prepare is not None:
-        prepare()
-    mount.bind("/proc/thread-self/ns/net", path)
 
 
 def remove_pinned(path: AnyPath) -> None:
@@ -47,7 +59,7 @@ def remove_pinned(path: AnyPath) -> None:
         if e.errno != 22:  # EINVAL: a plain file, not a mount: made, but never pinned
             raise
     with contextlib.suppress(FileNotFoundError):
-        Path(os.fsdecode(path)).unlink()
+        os.unlink(path)  # noqa: PTH108 - likewise
 
 
 def in_namespace[T](path: AnyPath, work: Callable[[], T]) -> T:
