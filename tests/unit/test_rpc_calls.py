@@ -5,6 +5,7 @@ import contextvars
 import gc
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from corral.rpc import context, errors
 from corral.rpc.address import TcpAddress, UnixAddress
-from corral.rpc.blocking import run_blocking
+from corral.rpc.blocking import MAX_THREADS, run_blocking
 from corral.rpc.channel import Channels, open_channel
 from corral.rpc.server import Host, hosted, serve
 
@@ -547,3 +548,23 @@ async def test_serve_ends_when_asked_even_while_starting(directory: Path):
 async def test_blocking_work_sees_the_context_of_its_caller():
     with context.in_namespace("green"):
         assert await run_blocking(context.current_namespace) == "green"
+
+
+async def test_blocking_work_raises_to_its_caller_and_is_not_begun_for_one_that_left():
+    def fail() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        await run_blocking(fail)
+    gate, begun = threading.Event(), []
+    waiting = [asyncio.ensure_future(run_blocking(gate.wait, 5)) for _ in range(MAX_THREADS)]
+    await asyncio.sleep(0.05)
+    late = asyncio.ensure_future(run_blocking(begun.append, 1))
+    await asyncio.sleep(0.05)
+    late.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await late
+    gate.set()
+    assert await asyncio.gather(*waiting) == [True] * MAX_THREADS
+    await run_blocking(begun.append, 2)
+    assert begun == [2]

@@ -169,9 +169,10 @@ def set_status(tx: Transaction, namespace: str, id_: str, status: Status) -> Con
 
 def set_removing(tx: Transaction, namespace: str, id_: str, *, volumes: bool) -> None:
     """Any status -> REMOVING, with its anonymous volumes or without. Raises NotFound."""
-    set_status(tx, namespace, id_, Status.REMOVING)
+    check_move(get(tx, namespace, id_), Status.REMOVING)
     tx.execute(
-        "UPDATE container SET removing_volumes = ? WHERE namespace = ? AND id = ?", (int(volumes), namespace, id_)
+        "UPDATE container SET status = ?, removing_volumes = ? WHERE namespace = ? AND id = ?",
+        (Status.REMOVING, int(volumes), namespace, id_),
     )
 
 

@@ -9,6 +9,8 @@ import asyncio
 import contextvars
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 
 MAX_THREADS = 16
 
@@ -18,7 +20,37 @@ _threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="blocking")
 async def run_blocking[**P, T](fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run `fn` in a bounded pool of threads, with the caller's context variables.
 
-    A cancelled caller stops waiting; `fn` itself still runs to its end.
+    A cancelled caller stops waiting; `fn` itself, once it has begun, still runs to its end.
     """
-    context = contextvars.copy_context()
-    return await asyncio.get_running_loop().run_in_executor(_threads, lambda: context.run(fn, *args, **kwargs))
+    # loop.run_in_executor() does the same with a future more on either side.
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+    work = partial(contextvars.copy_context().run, fn, *args, **kwargs)
+    _threads.submit(_run, work, future, loop)
+    return await future
+
+
+def _run[T](work: Callable[[], T], future: asyncio.Future[T], loop: asyncio.AbstractEventLoop) -> None:
+    if future.cancelled():  # before its turn
+        return
+    try:
+        result = work()
+    except BaseException as e:  # noqa: BLE001  # the caller must hear of it
+        _tell(loop, partial(_set_exception, future, e))
+    else:
+        _tell(loop, partial(_set_result, future, result))
+
+
+def _tell(loop: asyncio.AbstractEventLoop, outcome: Callable[[], None]) -> None:
+    with suppress(RuntimeError):  # it is closed: nobody waits any more
+        loop.call_soon_threadsafe(outcome)
+
+
+def _set_result[T](future: asyncio.Future[T], result: T) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _set_exception[T](future: asyncio.Future[T], error: BaseException) -> None:
+    if not future.done():
+        future.set_exception(error)

@@ -109,7 +109,8 @@ class CorralChannel(grpc.aio.Channel):
                 return over_the_wire(request, timeout=timeout, metadata=metadata, **options)
             data = serialize(request) if serialize else request
             made = kind(handler, data, deserialize, _with_context(metadata), timeout)
-            here.add(made)
+            if not made.done():
+                here.add(made)
             return _Call(made, address)
 
         return call

@@ -5,6 +5,7 @@ import contextvars
 import inspect
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from functools import partial
 from typing import Any, NoReturn
 
 import grpc
@@ -53,6 +54,8 @@ class Aborted(grpc.aio.AbortError):
 async def _within[T](timeout_s: float | None, work: Coroutine[Any, Any, T]) -> T:
     """Run the handler; its end becomes the AioRpcError that the wire would bring."""
     try:
+        if timeout_s is None:
+            return await work
         async with asyncio.timeout(timeout_s):
             return await work
     except TimeoutError as e:
@@ -66,9 +69,13 @@ def _status(code: grpc.StatusCode, details: str, trailers: Metadata = ()) -> grp
 
 
 def _begun[T](work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    # An empty context: what the caller bound to its own does not travel over the wire either.
-    task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
-    task.add_done_callback(_looked_at)
+    # An empty context: what the caller bound to its own does not travel over the wire either. It runs at once as far as
+    # it can: a call that only reads is over before its caller would have begun to wait.
+    task = asyncio.Task(work, loop=asyncio.get_running_loop(), context=contextvars.Context(), eager_start=True)
+    if task.done():
+        _looked_at(task)
+    else:
+        task.add_done_callback(_looked_at)
     return task
 
 
@@ -118,14 +125,23 @@ class LocalUnaryCall(_InFlight):
         return self._wait().__await__()
 
     async def _wait(self) -> Any:
-        try:
+        task = self._task
+        if not task.done():
             # Not awaited directly: a caller that is cancelled leaves at once, whatever the handler still has to undo.
-            await asyncio.wait((self._task,))
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
-        data = self._task.result()
+            ended = task.get_loop().create_future()
+            task.add_done_callback(partial(_tell, ended))
+            try:
+                await ended
+            except asyncio.CancelledError:
+                self.cancel()
+                raise
+        data = task.result()
         return self._deserialize(data) if self._deserialize else data
+
+
+def _tell(ended: asyncio.Future[None], _task: asyncio.Task[Any]) -> None:
+    if not ended.done():
+        ended.set_result(None)
 
 
 async def _respond(handler: Handler, request: bytes, context: LocalContext) -> bytes:

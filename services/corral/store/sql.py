@@ -77,6 +77,8 @@ def opened(path: Path, *, durable: bool, read_only: bool = False) -> sqlite3.Con
     try:
         connection.row_factory = sqlite3.Row
         with translated():
+            # Of a new file: a small write copies and sums up whole pages, and 2 KiB ones cost it a quarter less than 4.
+            connection.execute("PRAGMA page_size = 2048")
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             connection.execute("PRAGMA foreign_keys = ON")
