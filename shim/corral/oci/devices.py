@@ -18,6 +18,29 @@ _FILE_TYPE = {
 }
 
 
+DEFAULT_DEVICES = tuple(
+    Device(path=f"/dev/{name}", type=DeviceType.CHAR, major=major, minor=minor, file_mode=0o666)
+    for name, major, minor in (
+        ("null", 1, 3),
+        ("zero", 1, 5),
+        ("full", 1, 7),
+        ("random", 1, 8),
+        ("urandom", 1, 9),
+        ("tty", 5, 0),
+    )
+)
+"""What every container has, whatever config.json says. Source: runtime-spec config-linux.md "default devices"."""
+
+DEFAULT_LINKS = {
+    "fd": "/proc/self/fd",
+    "stdin": "/proc/self/fd/0",
+    "stdout": "/proc/self/fd/1",
+    "stderr": "/proc/self/fd/2",
+    "ptmx": "pts/ptmx",
+}
+"""Names in /dev, and where they lead."""
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceNode(Step):
     """A device node; one that is there already is left as it is (a bind mount of the user's wins)."""
@@ -35,34 +58,56 @@ class DeviceNode(Step):
         if not name or device.type is DeviceType.ALL:
             raise ExecFailed(SETUP, f"device {device.path!r}: not a device node")
         if stage.dev is not None and directory == "/dev":
-            self._make(name, stage.dev)
+            _make(device, name, stage.dev)
         elif not (stage.dev_is_the_hosts and path.startswith("/dev/")):
             with paths.opened(paths.make_directory_in_root(stage.root, directory)) as parent:
-                self._make(name, parent)
+                _make(device, name, parent)
 
-    def _make(self, name: str, parent: int) -> None:
-        device = self.device
-        mode = _FILE_TYPE[device.type] | (0o666 if device.file_mode is None else device.file_mode & 0o7777)
-        with contextlib.suppress(FileExistsError):
-            os.mknod(name, mode, os.makedev(device.major, device.minor), dir_fd=parent)
-            if device.uid or device.gid:
-                os.chown(name, device.uid, device.gid, dir_fd=parent, follow_symlinks=False)
+
+def _make(device: Device, name: str, parent: int) -> None:
+    mode = _FILE_TYPE[device.type] | (0o666 if device.file_mode is None else device.file_mode & 0o7777)
+    with contextlib.suppress(FileExistsError):
+        os.mknod(name, mode, os.makedev(device.major, device.minor), dir_fd=parent)
+        if device.uid or device.gid:
+            os.chown(name, device.uid, device.gid, dir_fd=parent, follow_symlinks=False)
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceLink(Step):
-    """A symbolic link in /dev."""
-
-    name: str
-    target: str
+class DefaultDevices(Step):
+    """The device nodes that every container has."""
 
     def describe(self) -> str:
-        return f"/dev/{self.name}: link to {self.target}"
+        return f"default devices: {' '.join(device.path for device in DEFAULT_DEVICES)}"
 
     def apply(self, stage: Stage) -> None:
-        if stage.dev is not None:
-            with contextlib.suppress(FileExistsError):
-                os.symlink(self.target, self.name, dir_fd=stage.dev)
+        if not stage.dev_is_ready:
+            for device in DEFAULT_DEVICES:
+                DeviceNode(device).apply(stage)
+
+
+@dataclass(frozen=True, slots=True)
+class DefaultLinks(Step):
+    """Symbolic links in /dev; a name that is taken stays as it is."""
+
+    def describe(self) -> str:
+        return f"links in /dev: {' '.join(DEFAULT_LINKS)}"
+
+    def apply(self, stage: Stage) -> None:
+        if stage.dev is not None and not stage.dev_is_ready:
+            _make_links(stage.dev)
+
+
+def make_default_devices(dev: int) -> None:
+    """The default nodes and links in a tmpfs that is new. The caller's umask counts."""
+    for device in DEFAULT_DEVICES:
+        _make(device, device.path.removeprefix("/dev/"), dev)
+    _make_links(dev)
+
+
+def _make_links(dev: int) -> None:
+    for name, target in DEFAULT_LINKS.items():
+        with contextlib.suppress(FileExistsError):
+            os.symlink(target, name, dir_fd=dev)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from corral.oci.channel import ChildEnd
 from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.gate import wait_at
 from corral.oci.imports import close_imports
+from corral.oci.larder import Larder
 from corral.oci.program import Program
 from corral.oci.stage import Stage, Step
 from corral.oci.stdio import Stdio, take_places, use_own_null, use_terminal
@@ -50,14 +51,17 @@ def run_init(
     membership: Membership,
     joins: Iterable[tuple[int, int, str]],
     gate: int | None = None,
+    larder: Larder | None = None,
 ) -> NoReturn:
     """Be the init of a container; never returns. joins: (fd, CLONE_NEW* flag, path) of namespaces to enter.
 
-    gate: where to wait for start, once the runtime that made this process has left it there.
+    gate: where to wait for start, once the runtime that made this process has left it there. larder: mounts made ahead.
     """
     gates = [] if gate is None else [gate]
+    ready = [] if larder is None else larder.fds
     try:
-        enter_privately(channel, stdio, [*stdio.given(), *gates, *membership.fds, *(fd for fd, _, _ in joins)])
+        given = [*stdio.given(), *gates, *membership.fds, *ready, *(fd for fd, _, _ in joins)]
+        enter_privately(channel, stdio, given)
         membership.join_v1()
         programs.adjust_oom_score(plan.program.oom_score_adj)
         for fd, flag, path in joins:
@@ -68,7 +72,7 @@ def run_init(
             loopback.bring_up()
         if plan.new_keyring:
             keyring.join_new_session()
-        stage = build_root(plan) if plan.steps else _joined_root(plan)
+        stage = build_root(plan, larder) if plan.steps else _joined_root(plan)
         program = settle(plan, stage, stdio)
         if gate is not None:  # who starts it may not be there to be told
             programs.check_executable(program)
@@ -115,9 +119,11 @@ def _joined_root(plan: InitPlan) -> Stage:
     return Stage(plan.bundle, root=os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
 
 
-def build_root(plan: InitPlan) -> Stage:
+def build_root(plan: InitPlan, larder: Larder | None = None) -> Stage:
     """Mount everything and make it the root: what follows sees the container's view only."""
     stage = Stage(plan.bundle)
+    if larder is not None:
+        larder.serve(stage, plan.steps)
     for step in plan.steps:
         step.prepare(stage)
     # Only now: what prepare() cloned keeps its peers where the mount asks for that; nothing else of ours gets out.

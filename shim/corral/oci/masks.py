@@ -88,6 +88,7 @@ class _Covers:
 
     def __init__(self, stage: Stage, fallback_null: int) -> None:
         self._own_null = _own_null(stage)
+        self._ready = stage.ready
         self._fallback_null = fallback_null
         self._file: int | None = None
         self._directory: int | None = None
@@ -96,7 +97,8 @@ class _Covers:
     def directory(self) -> int:
         """A cover for a directory."""
         if self._directory is None:
-            self._directory = _empty_directory()
+            ready = self._ready.pop(EMPTY_DIRECTORY, None)
+            self._directory = new_empty_directory() if ready is None else ready
             return self._directory
         return mount.clone_tree(self._directory)
 
@@ -117,7 +119,12 @@ class _Covers:
         self._unused = cover
 
 
-def _empty_directory() -> int:
+EMPTY_DIRECTORY = "empty directory"
+"""What new_empty_directory() makes, in a larder."""
+
+
+def new_empty_directory() -> int:
+    """A detached tmpfs that holds nothing and never will."""
     attributes = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
     return mount.new_mount("tmpfs", "tmpfs", ("size=0", "nr_inodes=1", "mode=755"), attributes=attributes)
 

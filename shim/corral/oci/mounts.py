@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from corral.kernel import mount, overlay, paths
@@ -155,8 +156,15 @@ class NewFilesystem(Step):
     def describe(self) -> str:
         return f"{self.destination}: new {self.fstype} ({','.join(self.options.data)})"
 
+    def new(self) -> int:
+        """The file system, detached, as it is before it has a place."""
+        attributes = self.options.attributes
+        flags = attributes.set | (attributes.atime or 0)
+        return mount.new_mount(self.fstype, self.source, self.options.data, attributes=flags)
+
     def apply(self, stage: Stage) -> None:
         attributes, data = self.options.attributes, self.options.data
+        ready = self in stage.ready
         flags = attributes.set | (attributes.atime or 0)
         late = flags & MOUNT_ATTR_RDONLY and self.fstype == "tmpfs"
         if late:
@@ -165,7 +173,7 @@ class NewFilesystem(Step):
             # An empty directory of a tmpfs that nobody else has seen: nothing has to be asked about it, and a link that
             # was put there all the same would not be followed.
             assert stage.dev is not None
-            tree = _new(self.fstype, self.source, data, flags, stage)
+            tree = self._ready_or_new(stage, data, flags)
             mount.move_mount(tree, stage.dev, name, what=self.fstype, where=self.destination)
         else:
             tree = self._mount_in_root(stage, data, flags)
@@ -176,7 +184,11 @@ class NewFilesystem(Step):
             )
         if late:
             stage.read_only_last.append(os.dup(tree))
-        self._record(stage, tree)
+        self._record(stage, tree, ready=ready)
+
+    def _ready_or_new(self, stage: Stage, data: tuple[str, ...], flags: int) -> int:
+        tree = stage.ready.pop(self, None)
+        return _new(self.fstype, self.source, data, flags, stage) if tree is None else tree
 
     def _mount_in_root(self, stage: Stage, data: tuple[str, ...], flags: int) -> int:
         kernel_magic = _KERNEL_MAGIC.get(self.fstype)
@@ -184,14 +196,14 @@ class NewFilesystem(Step):
             data += _mode_of_covered(stage.root, self.destination)
         with paths.opened(_place(stage, self.destination, directory=True, follow=kernel_magic is None)) as target:
             _check_place(target, self.destination, kernel_magic)
-            tree = _new(self.fstype, self.source, data, flags, stage)
+            tree = self._ready_or_new(stage, data, flags)
             mount.move_mount(tree, target, what=self.fstype, where=self.destination)
         return tree
 
-    def _record(self, stage: Stage, tree: int) -> None:
+    def _record(self, stage: Stage, tree: int, *, ready: bool) -> None:
         match self.fstype, normal(self.destination):
             case "tmpfs", "/dev":
-                stage.dev = tree
+                stage.take_dev(tree, ready=ready)
             case "devpts", "/dev/pts":
                 stage.devpts = tree
             case "proc", "/proc":
@@ -235,22 +247,35 @@ class CgroupMount(Step):
         mount.move_mount(tree, target, what="cgroup2", where=self.destination)
 
     def _mount_hierarchies(self, stage: Stage, target: int) -> None:
-        base = mount.new_mount("tmpfs", "tmpfs", ("mode=755", "size=64k"))
+        names = [hierarchy_name(cgroup) for cgroup in self.cgroups]
+        ready = stage.ready.pop(hierarchies_key(names), None)
+        base = new_hierarchies(names) if ready is None else ready
         mount.move_mount(base, target, what="tmpfs", where=self.destination)
-        for cgroup in self.cgroups:
-            name = hierarchy_name(cgroup)
-            os.mkdir(name, 0o755, dir_fd=base)
+        for name, cgroup in zip(names, self.cgroups, strict=True):
             # By name: this tmpfs is new, and holds nothing but these directories.
             mount.move_mount(stage.trees.pop(cgroup), base, name, what=cgroup, where=f"{self.destination}/{name}")
-            if "," in name:
-                for controller in name.split(","):
-                    os.symlink(name, controller, dir_fd=base)
         # Once for all of them. Until here nothing can have been mounted below one to be passed on to its peers outside.
         self._dress(base)
 
     def _dress(self, tree: int) -> None:
         attr_set = self.options.attributes.set | _NO_SURPRISES
         mount.set_attributes(tree, attr_set=attr_set, propagation=MS_PRIVATE, recursive=True, where=self.destination)
+
+
+def hierarchies_key(names: Iterable[str]) -> str:
+    """What new_hierarchies() makes of these, in a larder."""
+    return f"cgroups: {' '.join(sorted(names))}"
+
+
+def new_hierarchies(names: Iterable[str]) -> int:
+    """A detached tmpfs with a directory per hierarchy, and a link per controller to one that holds several."""
+    base = mount.new_mount("tmpfs", "tmpfs", ("mode=755", "size=64k"))
+    for name in names:
+        os.mkdir(name, 0o755, dir_fd=base)
+        if "," in name:
+            for controller in name.split(","):
+                os.symlink(name, controller, dir_fd=base)
+    return base
 
 
 _NO_SURPRISES = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC

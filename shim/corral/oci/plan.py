@@ -6,7 +6,7 @@ from pathlib import Path
 from corral.kernel.mount import MOUNT_ATTR_RDONLY, MS_PRIVATE, MS_SHARED, MS_SLAVE, MS_UNBINDABLE
 from corral.kernel.namespaces import Kind
 from corral.oci import mount_options
-from corral.oci.devices import Console, DeviceLink, DeviceNode
+from corral.oci.devices import Console, DefaultDevices, DefaultLinks, DeviceNode
 from corral.oci.masks import MaskedPaths, ReadonlyPaths
 from corral.oci.mount_options import Attributes
 from corral.oci.mounts import (
@@ -18,7 +18,7 @@ from corral.oci.mounts import (
     RootFilesystem,
     WorkingDirectory,
 )
-from corral.oci.spec import Device, DeviceType, Mount, Spec
+from corral.oci.spec import Mount, Spec
 from corral.oci.stage import Step
 
 PROPAGATION = {
@@ -34,28 +34,6 @@ PROPAGATION = {
 }
 
 
-DEFAULT_DEVICES = tuple(
-    Device(path=f"/dev/{name}", type=DeviceType.CHAR, major=major, minor=minor, file_mode=0o666)
-    for name, major, minor in (
-        ("null", 1, 3),
-        ("zero", 1, 5),
-        ("full", 1, 7),
-        ("random", 1, 8),
-        ("urandom", 1, 9),
-        ("tty", 5, 0),
-    )
-)
-"""What every container has, whatever config.json says. Source: runtime-spec config-linux.md "default devices"."""
-
-DEV_LINKS = (
-    DeviceLink("fd", "/proc/self/fd"),
-    DeviceLink("stdin", "/proc/self/fd/0"),
-    DeviceLink("stdout", "/proc/self/fd/1"),
-    DeviceLink("stderr", "/proc/self/fd/2"),
-    DeviceLink("ptmx", "pts/ptmx"),
-)
-
-
 def steps_of(
     spec: Spec,
     *,
@@ -69,9 +47,9 @@ def steps_of(
     steps: list[Step] = [root]
     steps += [_mount(mount, f"rootfs[{i}]", bundle, cgroups) for i, mount in enumerate(rootfs) if i > 0]
     steps += [_mount(mount, f"mounts[{i}]", bundle, cgroups) for i, mount in enumerate(spec.mounts)]
-    steps += [DeviceNode(device) for device in DEFAULT_DEVICES]
+    steps.append(DefaultDevices())
     steps += [DeviceNode(device) for device in spec.linux.devices]
-    steps += DEV_LINKS
+    steps.append(DefaultLinks())
     if spec.process is not None and spec.process.terminal:
         steps.append(Console(console_size))
     if spec.process is not None and spec.process.cwd != "/":
@@ -121,6 +99,11 @@ def _mount(mount: Mount, path: str, bundle: str, cgroups: Sequence[str]) -> Step
     if not mount.type:
         raise ValueError(f"{path}.type: missing")
     return NewFilesystem(mount.destination, mount.type, mount.source, options)
+
+
+def mount_step(mount: Mount) -> NewFilesystem:
+    """The step of a file system of the container's own."""
+    return NewFilesystem(mount.destination, mount.type, mount.source, _options(mount, mount.destination))
 
 
 def joined(spec: Spec) -> dict[Kind, str]:

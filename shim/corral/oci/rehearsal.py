@@ -18,6 +18,7 @@ from corral.kernel.mount import MS_PRIVATE
 from corral.kernel.namespaces import Kind
 from corral.oci import defaults, init, program, runtime
 from corral.oci.errors import ExecFailed
+from corral.oci.larder import Larder
 from corral.oci.spec import Capabilities, Linux, Mount, Namespace, Process, Spec
 from corral.oci.stdio import Stdio, take_places
 
@@ -58,13 +59,23 @@ def _go_through_the_motions() -> None:
     mount.move_mount(tree, place)
     rootfs = _overlay()
     spec = _spec()
-    plan = runtime.plan_of(spec, bundle=_PLACE, rootfs=[rootfs], user=None, cgroups=[], console_size=None)
+    plan = runtime.plan_of(spec, bundle=_PLACE, rootfs=[rootfs], user=None, cgroups=_cgroups(), console_size=None)
     take_places(Stdio())
     os.umask(0)
-    stage = init.build_root(plan)
+    larder = Larder()
+    larder.stock()
+    stage = init.build_root(plan, larder)
     ready = init.settle(plan, stage, Stdio())
     process.close_fds(range(3))
     program.execute(ready)
+
+
+def _cgroups() -> list[str]:
+    """Something to bind where the cgroups of a container would be."""
+    root = Path("/sys/fs/cgroup")
+    if (root / "cgroup.controllers").exists():
+        return [os.fspath(root)]
+    return [os.fspath(path) for path in root.iterdir() if path.is_dir() and not path.is_symlink()]
 
 
 def _overlay() -> Mount:

@@ -29,6 +29,7 @@ from corral.oci.channel import ChildEnd, EndedEarly, ParentEnd, make_pair
 from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, ExecFailed
 from corral.oci.init import InitPlan, run_init
 from corral.oci.join import run_joined
+from corral.oci.larder import Larder
 from corral.oci.program import program_of
 from corral.oci.seccomp import filter_of
 from corral.oci.spec import Mount, Process, Spec
@@ -163,6 +164,7 @@ def create(
     console_size: tuple[int, int] | None = None,
     new_keyring: bool = True,
     gate: int | None = None,
+    larder: Larder | None = None,
 ) -> Container:
     """Make a container: returns when init has finished its set-up and waits for start().
 
@@ -171,7 +173,7 @@ def create(
     spec.root.path. user (`name|uid[:group|gid]`, looked up in the container) overrides spec.process.user. cgroup_paths:
     the directories to be a member of, one per hierarchy, below /sys/fs/cgroup. console_size: (columns, rows).
 
-    gate: the fd of a gate (corral.oci.gate), for leave_at_gate().
+    gate: the fd of a gate (corral.oci.gate), for leave_at_gate(). larder: mounts made ahead; the caller closes it.
     """
     cgroups = [os.fspath(path) for path in cgroup_paths]
     plan = plan_of(
@@ -199,7 +201,7 @@ def create(
         parent, child = stack.enter_context(_channel())
         pid, pidfd = process.clone(flags, cgroup=membership.unified)
         if pid == 0:
-            run_init(plan, child, stdio, membership, joins, gate)
+            run_init(plan, child, stdio, membership, joins, gate, larder)
     return Container(spec, *_await_ready(parent, pid, pidfd))
 
 

@@ -36,7 +36,20 @@ class Stage:
     """fd of the root of the container's own sysfs on /sys."""
     trees: dict[int | str, int] = field(default_factory=dict)
     """What prepare() opened: fds of detached trees, by id() of the step, or by the path of a cgroup."""
+    ready: dict["Step | str", int] = field(default_factory=dict)
+    """Detached mounts that were made ahead, by the step that would make them (see corral.oci.larder)."""
+    ready_places_in_dev: frozenset[str] = frozenset()
+    """The directories that a ready /dev holds."""
+    dev_is_ready: bool = False
+    """dev is such a one: it has the default nodes and links."""
+    places_in_dev: set[str] = field(default_factory=set)
+    """Directories of dev that wait for their mount."""
     _root_status: os.stat_result | None = None
+
+    def take_dev(self, tree: int, *, ready: bool) -> None:
+        """Our own tmpfs is on /dev now."""
+        self.dev, self.dev_is_ready = tree, ready
+        self.places_in_dev = set(self.ready_places_in_dev) if ready else set()
 
     def is_root(self, fd: int) -> bool:
         """Whether an fd refers to the directory that is the root."""
@@ -45,13 +58,16 @@ class Stage:
         return os.path.samestat(os.fstat(fd), self._root_status)
 
     def make_in_dev(self, destination: str) -> str | None:
-        """Make a directory right below our own tmpfs on /dev: its name there.
+        """Have an empty directory right below our own tmpfs on /dev: its name there.
 
         None if destination lies elsewhere, or if something is there already.
         """
         directory, name = os.path.split(normal(destination))
         if self.dev is None or directory != "/dev":
             return None
+        if name in self.places_in_dev:
+            self.places_in_dev.remove(name)
+            return name
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o755, dir_fd=self.dev)
             return name

@@ -15,6 +15,7 @@ from pathlib import Path
 from corral.kernel import signalfd
 from corral.kernel.failpoint import failpoint
 from corral.oci.errors import ExecFailed
+from corral.oci.larder import Larder
 from corral.shim import VERSION, report
 from corral.shim.errors import Kind, ShimError, from_os_error
 from corral.shim.loop import IN, OUT, Loop
@@ -44,10 +45,19 @@ class Connection:
 class Server:
     """Serves one container until it has ended and everyone was told."""
 
-    def __init__(self, loop: Loop, listener: socket.socket, bundle: Path, *, namespace: str, container: str) -> None:
-        """listener is bound and listening already, so a client can never come too early."""
+    def __init__(
+        self,
+        loop: Loop,
+        listener: socket.socket,
+        bundle: Path,
+        *,
+        namespace: str,
+        container: str,
+        larder: Larder | None = None,
+    ) -> None:
+        """listener is bound and listening already, so a client can never come too early. larder: as for Shim."""
         self._loop, self._listener, self._namespace, self._container = loop, listener, namespace, container
-        self.shim = Shim(self._loop, bundle, publish=self._publish, on_end=self._shim_ended)
+        self.shim = Shim(self._loop, bundle, publish=self._publish, on_end=self._shim_ended, larder=larder)
         self._directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._connections: dict[int, Connection] = {}
         self._waiting_for_end: list[tuple[Connection, object]] = []

@@ -20,6 +20,7 @@ from corral.kernel.namespaces import Kind
 from corral.kernel.process import start_time
 from corral.oci import runtime
 from corral.oci.errors import ExecFailed
+from corral.oci.larder import Larder
 from corral.oci.runtime import Container
 from corral.oci.spec import Process, Spec
 from corral.shim import records, report
@@ -42,9 +43,19 @@ class Shim:
     """The container of one bundle. Requests fail with ShimError, OSError, ValueError or ExecFailed."""
 
     def __init__(
-        self, loop: Loop, bundle: Path, *, publish: Callable[[Message], None], on_end: Callable[[], None]
+        self,
+        loop: Loop,
+        bundle: Path,
+        *,
+        publish: Callable[[Message], None],
+        on_end: Callable[[], None],
+        larder: Larder | None = None,
     ) -> None:
-        """publish sends an event to every subscriber; on_end is called once nothing is left to do but to tell them."""
+        """publish sends an event to every subscriber; on_end is called once nothing is left to do but to tell them.
+
+        larder: mounts made ahead, owned from here on.
+        """
+        self._larder = larder or Larder()
         self.loop, self.bundle, self._publish, self._on_end = loop, bundle, publish, on_end
         self._directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._log: Log = NoLog()
@@ -54,6 +65,7 @@ class Shim:
         self._cgroup_paths: tuple[Path, ...] = ()
         self._oom: OomCounter | None = None
         self._created_at_ns = 0
+        self._own: tuple[int, int] | None = None  # this process's pid and start time
         self._wait_until = 0.0
 
     @property
@@ -69,6 +81,7 @@ class Shim:
             process.release()
         if self._oom is not None:
             self._oom.close()
+        self._larder.close()
         os.close(self._directory)
 
     # Create, start, exec.
@@ -96,10 +109,13 @@ class Shim:
                     cgroup_paths=request.cgroup_paths,
                     stdio=stdio,
                     console_size=request.console_size,
+                    larder=self._larder,
                 )
         except BaseException:
             log.close()
             raise
+        finally:
+            self._larder.close()
         failpoint("shim.create.after_clone")
         self._log, self._container, self._cgroup_paths = log, container, request.cgroup_paths
         return self._created(ContainerProcess("", io, program), container)
@@ -213,10 +229,12 @@ class Shim:
         )
 
     def _write_record(self, init: ContainerProcess) -> None:
-        own_pid = os.getpid()
+        if self._own is None:
+            self._own = os.getpid(), start_time("self")
+        own_pid, own_start_time = self._own
         record = records.Record(
             shim_pid=own_pid,
-            shim_start_time=start_time(own_pid),
+            shim_start_time=own_start_time,
             init_pid=init.pid,
             init_start_time=init.start_time,
             created_at_ns=self._created_at_ns,

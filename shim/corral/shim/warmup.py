@@ -16,6 +16,7 @@ from pathlib import Path
 
 from corral.kernel import mount
 from corral.kernel.failpoint import VARIABLE
+from corral.oci.larder import Larder
 from corral.shim import records
 from corral.shim.loop import Loop
 from corral.shim.server import Server
@@ -72,7 +73,9 @@ def _round(bundle: int) -> None:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(os.fspath(path / "socket"))
         listener.listen()
-        server = Server(loop, listener, path, namespace="warm-up", container="warm-up")
+        larder = Larder()
+        larder.stock()
+        server = Server(loop, listener, path, namespace="warm-up", container="warm-up", larder=larder)
         stack.callback(server.close)
         server.shim.bundle = _MOUNT_POINT
         server.begin()

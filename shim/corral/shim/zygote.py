@@ -7,7 +7,8 @@
     EOF on fd 3 ends the zygote.
 
 One shim is always ready ahead, forked and waiting for its bundle, so that a request waits neither for fork(2) nor for a
-newborn's page faults. It takes its orders over a socketpair and ends with the zygote while it has none.
+newborn's page faults, nor for the mounts that every container has. It takes its orders over a socketpair and ends with
+the zygote while it has none.
 
 Each shim is a session of its own, so killing the zygote, or its ending, harms none of them: they become init's. Until
 then the zygote reaps them, which not every init does, and inherits what a shim that was killed leaves behind: should
@@ -28,6 +29,7 @@ from typing import NoReturn
 
 from corral.kernel import process, signalfd
 from corral.kernel.failpoint import failpoint
+from corral.oci.larder import Larder
 from corral.shim import oom, orphans, preload, report, seal
 from corral.shim.errors import ShimError, from_os_error
 from corral.shim.loop import IN, Loop
@@ -198,6 +200,9 @@ def _become_shim(orders: socket.socket) -> NoReturn:
         process.set_child_subreaper()
         oom.protect_this_process()
         loop = Loop()
+        larder = Larder()
+        with contextlib.suppress(OSError):  # init will meet the same error and tell it
+            larder.stock()
         try:
             order, listener = _receive_order(Channel(orders))
         except EOFError:  # the zygote has ended
@@ -205,7 +210,8 @@ def _become_shim(orders: socket.socket) -> NoReturn:
         bundle = Path(text(order, "bundle"))
         failpoint("shim.spawned")
         namespace, container = text(order, "namespace"), text(order, "container")
-        Server(loop, socket.socket(fileno=listener), bundle, namespace=namespace, container=container).begin()
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, listener)
+        Server(loop, sock, bundle, namespace=namespace, container=container, larder=larder).begin()
         loop.run()
         status = 0
     except BaseException as e:  # noqa: BLE001 - the last frame of this process
