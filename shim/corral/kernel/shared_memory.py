@@ -4,7 +4,8 @@ A forked Python process loses shared pages to four habits of the interpreter, ea
 
     counting references    of every object it only looks at: make_immortal(), which is what PEP 683 is for
     writing into code      counters and caches, whenever it runs: gather_code() puts what will run side by side
-    filling holes          in half-used pages with new objects: fill_holes(), so new objects get pages of their own
+    filling holes          in half-used pages with new objects: fill_holes() and fill_heap_holes(), so that new
+                           objects get pages of their own
     keeping free memory    that was needed while starting: release_free_memory()
 
 All of it is an optimisation: where the interpreter is not built as expected, nothing is done.
@@ -22,12 +23,25 @@ from corral.kernel.syscalls import libc
 _GRANULE = 16
 _OBJECT_SIZES = range(16, 513, _GRANULE)  # size classes of the allocator for small objects
 _LARGER_SIZES = range(1104, 512, -_GRANULE)  # of code; what is larger still finds larger holes, one after the other
+_HOLE_SIZES = range((64 << 10) - 8, 23, -_GRANULE)  # of chunks without their header
 _POOL_SIZE = 16 << 10
 _POOL_HEADER = 48
 _BYTES_OVERHEAD = 33
 _MAX_FILL = 20_000
 _SURELY_FREE = 12
 _SURELY_AT_THE_TOP = 3
+
+
+class _MallocInfo(ctypes.Structure):
+    """struct mallinfo2; keepcost is the size of the free chunk on top of the heap."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks"),
+            "keepcost",
+        )
+    )
 
 
 def make_immortal() -> int:
@@ -134,6 +148,28 @@ def fill_holes() -> None:
             in_order = in_order + 1 if follows or at % _POOL_SIZE == _POOL_HEADER else 0
         del taken[-in_order:]
         _filler.extend(taken)
+
+
+def fill_heap_holes() -> None:
+    """Take the free chunks between used ones on the C library's heap, for ever: what comes later lies on top of it.
+
+    Only their headers are written, so memory given back before stays so.
+    """
+    own = ctypes.CDLL(None)
+    try:
+        malloc = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t)(("malloc", own))
+        free = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(("free", own))
+        sbrk = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_ssize_t)(("sbrk", own))
+        mallinfo = ctypes.CFUNCTYPE(_MallocInfo)(("mallinfo2", own))
+    except AttributeError:  # not glibc, or one before 2.33
+        return
+    top = sbrk(0) - mallinfo().keepcost
+    for size in _HOLE_SIZES:
+        for _ in range(_MAX_FILL):
+            chunk = malloc(size)
+            if chunk is None or chunk >= top:
+                free(chunk)
+                break
 
 
 def _take_large_holes() -> list[object]:

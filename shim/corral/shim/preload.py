@@ -30,6 +30,7 @@ def preload() -> None:
     gc.collect()
     shared_memory.release_free_memory()
     shared_memory.fill_holes()
+    shared_memory.fill_heap_holes()
     gc.freeze()
 
 

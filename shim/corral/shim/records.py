@@ -14,6 +14,7 @@ RECORD = "record.json"
 EXIT = "exit.json"
 EXECS = "execs"
 VERSION = 1
+_READ_SIZE = 64 << 10
 
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -156,8 +157,13 @@ def remove(directory: int, name: str) -> None:
 def read_json(directory: int, name: str) -> dict[str, object]:
     """The JSON object in a file of the directory. Raises OSError, ValueError."""
     fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
-    with open(fd, encoding="utf-8") as file:
-        content = json.load(file)
+    try:
+        parts = []
+        while part := os.read(fd, _READ_SIZE):
+            parts.append(part)
+    finally:
+        os.close(fd)
+    content = json.loads(b"".join(parts).decode())
     if not isinstance(content, dict):
         raise ValueError(f"{name} is not a JSON object")
     return content

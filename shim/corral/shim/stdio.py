@@ -179,9 +179,11 @@ class ProcessIO:
         return Stdio(reader, stdout, stderr)
 
     def _open_fifo(self, name: str) -> tuple[int, int]:
-        with contextlib.suppress(FileNotFoundError):
+        try:
+            os.mkfifo(name, 0o600, dir_fd=self._directory)
+        except FileExistsError:  # of a create that failed, or of a shim before this one
             os.unlink(name, dir_fd=self._directory)
-        os.mkfifo(name, 0o600, dir_fd=self._directory)
+            os.mkfifo(name, 0o600, dir_fd=self._directory)
         reader = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._directory)
         try:
             os.fchmod(reader, _ANYBODY)
