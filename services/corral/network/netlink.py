@@ -1,4 +1,4 @@
-"""Links, addresses and routes: the only module that speaks netlink, through pyroute2.
+"""Links, addresses and routes, through netlink: changes are packed by rtnetlink, lists are read by pyroute2.
 
 One thread of ours holds one socket for the host's side; the kernel serialises these requests anyway (RTNL). Inside
 another namespace a short-lived thread does setns and opens a socket of its own there; IPRoute(netns=…) would fork.
@@ -8,8 +8,8 @@ tight loop. So nothing here deletes one on the way of a request: `unplug` takes 
 down, 0.3 ms, after which no packet passes; the pair then dies with its namespace, in the kernel's time and in batches.
 
 Which pyroute2: its plain socket, IPRSocket, with its message classes. An IPRoute has an event loop of its own and
-rewrites each request through filters, which cost an Attach 2 ms more. Importing any of pyroute2 takes 0.1 s and
-12 MiB: only links.NetlinkThread imports this module, when it is first needed.
+rewrites each request through filters. Importing any of pyroute2 takes 0.1 s and 12 MiB: only links.NetlinkThread
+imports this module, when it is first needed. This is the only module that imports it.
 """
 
 import contextlib
@@ -22,65 +22,48 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
-from pyroute2.netlink import (
-    NLM_F_ACK,
-    NLM_F_CREATE,
-    NLM_F_DUMP,
-    NLM_F_DUMP_INTR,
-    NLM_F_EXCL,
-    NLM_F_REQUEST,
-    NLMSG_DONE,
-)
-from pyroute2.netlink.rtnl import (
-    RTM_DELLINK,
-    RTM_GETADDR,
-    RTM_GETLINK,
-    RTM_GETROUTE,
-    RTM_NEWADDR,
-    RTM_NEWLINK,
-    RTM_NEWROUTE,
-    rt_proto,
-    rt_type,
-)
-from pyroute2.netlink.rtnl.ifaddrmsg import IFA_F_NODAD, ifaddrmsg
-from pyroute2.netlink.rtnl.ifinfmsg import IFF_UP, ifinfmsg
+from pyroute2.netlink import NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE
+from pyroute2.netlink.rtnl import RTM_GETADDR, RTM_GETLINK, RTM_GETROUTE, rt_type
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.iprsocket import IPRSocket
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from corral.kernel.netns import in_namespace
+from corral.network import rtnetlink
 from corral.network.ipam import Address
 from corral.network.links import BridgePlan, InterfacePlan, Route, index_of, link_exists, name_of
 
 DEFAULT_MTU = 1500
 
-_CHANGE = NLM_F_REQUEST | NLM_F_ACK
-_CREATE = _CHANGE | NLM_F_CREATE | NLM_F_EXCL
 _LIST = NLM_F_REQUEST | NLM_F_DUMP
 # A list that the kernel marks as torn by a change is asked for again.
 _LIST_ATTEMPTS = 5
-_RT_TABLE_MAIN, _RT_TABLE_LOCAL = 254, 255
+_RT_TABLE_LOCAL = 255
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
-    """A message of pyroute2 (untyped), what to do with it, and in words what it asks for."""
+class _Question:
+    """A message of pyroute2 (untyped) that asks for a list, its kind, and in words what it asks for."""
 
     message: Any
     kind: int
-    flags: int
     what: str
 
 
 class Netlink:
-    """A netlink socket in the namespace of the thread that made it. For that thread only."""
+    """Netlink sockets in the namespace of the thread that made it. For that thread only."""
 
     def __init__(self) -> None:
         """Raises OSError."""
-        self._socket = IPRSocket(ext_ack=True, groups=0)
+        self._requests = rtnetlink.Requests()
+        self._lists: Any = None  # opened when first needed
         self._sequence = 0
 
     def close(self) -> None:
-        self._socket.close()
+        self._requests.close()
+        if self._lists is not None:
+            self._lists.close()
 
     # Looking
 
@@ -133,22 +116,22 @@ class Netlink:
         """
         made = not link_exists(plan.name)
         if made:
-            self._ask(_new_bridge(plan))
+            self._requests.ask(rtnetlink.new_bridge(plan))
         elif plan.name not in dict(self.links("bridge")):
             raise OSError(errno.EEXIST, f"netlink: {plan.name} exists and is not a bridge")
         index = index_of(plan.name)
         present = [] if made else self._addresses(index)
         missing = [held for held in plan.addresses if held not in present]
-        self._ask(
-            *(_new_address(index, address, length, plan.name) for address, length in missing),
-            _set_link(index, up=True, what=f"set {plan.name} up"),
+        self._requests.ask(
+            *(rtnetlink.new_address(index, address, length, plan.name) for address, length in missing),
+            rtnetlink.set_link(index, up=True, what=f"set {plan.name} up"),
         )
         return made
 
     def delete_link(self, name: str) -> bool:
         """Delete a link (a veth with its peer); False if there is none. May take 20 ms and more, see above."""
         with _missing_is_fine() as outcome:
-            self._ask(_delete_link(name))
+            self._requests.ask(rtnetlink.delete_link(name))
         return outcome.found
 
     # Endpoints
@@ -159,20 +142,20 @@ class Netlink:
         Raises OSError(ENODEV) if the bridge is missing, EEXIST if a name is taken.
         """
         with _namespace_fd(netns) as fd:
-            self._ask(_new_veth(plan, index_of(plan.bridge), fd))
+            self._requests.ask(rtnetlink.new_veth(plan, index_of(plan.bridge), fd))
 
     def unplug(self, host_name: str) -> bool:
         """Cut the pair off the bridge at once; False if it is gone already. It is deleted with its namespace."""
         with _missing_is_fine() as outcome:
             index = index_of(host_name)
             what = f"take {host_name} off its bridge"
-            self._ask(_set_link(index, up=False, master=0, what=what))
+            self._requests.ask(rtnetlink.set_link(index, up=False, master=0, what=what))
         return outcome.found
 
     def enslave(self, host_name: str, bridge: str) -> None:
         """Put the host's end back on a bridge that was made anew. Raises OSError(ENODEV)."""
         what = f"put {host_name} on {bridge}"
-        self._ask(_set_link(index_of(host_name), up=True, master=index_of(bridge), what=what))
+        self._requests.ask(rtnetlink.set_link(index_of(host_name), up=True, master=index_of(bridge), what=what))
 
     @staticmethod
     def configure_inside(netns: Path, plans: Sequence[InterfacePlan]) -> None:
@@ -190,33 +173,15 @@ class Netlink:
         index = index_of(plan.name)
         if any(address.version == 6 for address, _ in plan.addresses):
             Path(f"/proc/sys/net/ipv6/conf/{plan.name}/disable_ipv6").write_text("0")
-        self._ask(
-            *(_new_address(index, address, length, plan.name) for address, length in plan.addresses),
-            _set_link(index, up=True, what=f"set {plan.name} up"),
-            *(_new_default_route(gateway, index) for gateway in plan.gateways),
+        self._requests.ask(
+            *(rtnetlink.new_address(index, address, length, plan.name) for address, length in plan.addresses),
+            rtnetlink.set_link(index, up=True, what=f"set {plan.name} up"),
+            *(rtnetlink.new_default_route(gateway, index) for gateway in plan.gateways),
         )
 
-    # Asking
+    # Lists
 
-    def _ask(self, *requests: _Request) -> None:
-        """Have a few requests done, in order; they are when this returns.
-
-        Raises OSError for the first that failed, naming it. The others are not undone, and those after it were tried.
-        """
-        first = self._send(requests)
-        failures: dict[int, OSError] = {}
-        waiting = set(range(len(requests)))
-        while waiting:
-            for answer in self._socket.get():
-                number = answer["header"]["sequence_number"] - first
-                if number in waiting:  # else to a request nobody waits for any more
-                    waiting.remove(number)
-                    if (failure := _failure(answer, requests[number].what)) is not None:
-                        failures[number] = failure
-        if failures:
-            raise failures[min(failures)]
-
-    def _list(self, request: _Request) -> list[Any]:
+    def _list(self, request: _Question) -> list[Any]:
         """The messages that answer a request for a list. Raises OSError."""
         for _ in range(_LIST_ATTEMPTS):
             found, torn = self._dump(request)
@@ -224,12 +189,16 @@ class Netlink:
                 return found
         raise OSError(errno.EAGAIN, f"netlink: {request.what}: it changes too fast to be read")
 
-    def _dump(self, request: _Request) -> tuple[list[Any], bool]:
-        sequence = self._send([request])
+    def _dump(self, request: _Question) -> tuple[list[Any], bool]:
+        if self._lists is None:
+            self._lists = IPRSocket(groups=0)
+        self._sequence += 1
+        sequence = self._sequence
+        self._lists.put(request.message, request.kind, _LIST, msg_seq=sequence)
         found: list[Any] = []
         torn = False
         while True:
-            for answer in self._socket.get():
+            for answer in self._lists.get():
                 header = answer["header"]
                 if header["sequence_number"] != sequence:
                     continue
@@ -239,14 +208,6 @@ class Netlink:
                 if header["type"] == NLMSG_DONE:
                     return found, torn
                 found.append(answer)
-
-    def _send(self, requests: Sequence[_Request]) -> int:
-        """Send them; returns the sequence number of the first."""
-        first = self._sequence + 1
-        for request in requests:
-            self._sequence += 1
-            self._socket.put(request.message, request.kind, request.flags, msg_seq=self._sequence)
-        return first
 
 
 class _Outcome:
@@ -285,93 +246,20 @@ def _failure(answer: Any, what: str) -> OSError | None:
     return OSError(abs(code), f"netlink: {what}: {words}")
 
 
-# Messages. Source: rtnetlink(7), linux/if_link.h, linux/if_addr.h, linux/rtnetlink.h, linux/veth.h.
+# Questions. Source: rtnetlink(7).
 
 
-def _new_bridge(plan: BridgePlan) -> _Request:
-    """A bridge, down, with a MAC of its own: else it takes that of its lowest port, which come and go."""
-    attributes = [("IFLA_IFNAME", plan.name), ("IFLA_ADDRESS", plan.mac), ("IFLA_MTU", plan.mtu), _kind("bridge")]
-    return _Request(_link(attributes), RTM_NEWLINK, _CREATE, f"add bridge {plan.name}")
+def _list_links(kind: str = "") -> _Question:
+    message = ifinfmsg()
+    message["attrs"] = [("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", kind)]})] if kind else []
+    return _Question(message, RTM_GETLINK, "list links")
 
 
-def _new_veth(plan: InterfacePlan, master: int, netns_fd: int) -> _Request:
-    peer = [
-        ("IFLA_IFNAME", plan.name),
-        ("IFLA_ADDRESS", plan.mac),
-        ("IFLA_MTU", plan.mtu),
-        ("IFLA_NET_NS_FD", netns_fd),
-    ]
-    attributes = [
-        ("IFLA_IFNAME", plan.host_name),
-        ("IFLA_MTU", plan.mtu),
-        ("IFLA_MASTER", master),
-        _kind("veth", {"attrs": [("VETH_INFO_PEER", {"attrs": peer})]}),
-    ]
-    what = f"add veth {plan.host_name} to {plan.bridge}"
-    return _Request(_link(attributes, up=True), RTM_NEWLINK, _CREATE, what)
+def _list_addresses() -> _Question:
+    return _Question(ifaddrmsg(), RTM_GETADDR, "list addresses")
 
 
-def _set_link(index: int, *, up: bool, what: str, master: int | None = None) -> _Request:
-    """Set a link up or down, and put it into a bridge (0: out of any)."""
-    attributes = [] if master is None else [("IFLA_MASTER", master)]
-    return _Request(_link(attributes, index, up=up), RTM_NEWLINK, _CHANGE, what)
-
-
-def _delete_link(name: str) -> _Request:
-    return _Request(_link([("IFLA_IFNAME", name)]), RTM_DELLINK, _CHANGE, f"delete {name}")
-
-
-def _list_links(kind: str = "") -> _Request:
-    return _Request(_link([_kind(kind)] if kind else []), RTM_GETLINK, _LIST, "list links")
-
-
-def _new_address(index: int, address: Address, length: int, where: str) -> _Request:
-    """An address on a link. Ours are unique by allocation; duplicate address detection would keep IPv6 ones unusable
-    for a second."""
-    message = ifaddrmsg()
-    message.update(
-        family=_family(address),
-        prefixlen=length,
-        flags=IFA_F_NODAD if address.version == 6 else 0,
-        index=index,
-        attrs=[("IFA_LOCAL", str(address)), ("IFA_ADDRESS", str(address))],
-    )
-    return _Request(message, RTM_NEWADDR, _CREATE, f"add address {address}/{length} to {where}")
-
-
-def _list_addresses() -> _Request:
-    return _Request(ifaddrmsg(), RTM_GETADDR, _LIST, "list addresses")
-
-
-def _new_default_route(gateway: Address, index: int) -> _Request:
-    message = rtmsg()
-    message.update(
-        family=_family(gateway),
-        table=_RT_TABLE_MAIN,
-        proto=rt_proto["static"],
-        type=rt_type["unicast"],
-        attrs=[("RTA_GATEWAY", str(gateway)), ("RTA_OIF", index)],
-    )
-    return _Request(message, RTM_NEWROUTE, _CREATE, f"add default route via {gateway}")
-
-
-def _list_routes(family: int) -> _Request:
+def _list_routes(family: int) -> _Question:
     message = rtmsg()
     message["family"] = family
-    return _Request(message, RTM_GETROUTE, _LIST, "list routes")
-
-
-def _link(attributes: Sequence[tuple[str, Any]], index: int = 0, *, up: bool | None = None) -> Any:
-    """A message about a link; up=None leaves its flags alone."""
-    message = ifinfmsg()
-    message.update(index=index, flags=IFF_UP if up else 0, change=0 if up is None else IFF_UP, attrs=list(attributes))
-    return message
-
-
-def _kind(kind: str, data: Any = None) -> tuple[str, Any]:
-    info = [("IFLA_INFO_KIND", kind)]
-    return "IFLA_LINKINFO", {"attrs": info if data is None else [*info, ("IFLA_INFO_DATA", data)]}
-
-
-def _family(address: Address) -> int:
-    return socket.AF_INET if address.version == 4 else socket.AF_INET6
+    return _Question(message, RTM_GETROUTE, "list routes")
