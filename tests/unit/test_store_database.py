@@ -88,6 +88,25 @@ async def test_nobody_learns_of_a_result_whose_commit_fails(db: Database, monkey
     assert await db.write(put("b")) == 1
 
 
+@pytest.mark.parametrize("on_loop", [False, True])
+async def test_a_failure_after_the_commit_costs_no_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_loop: bool
+):
+    def refuse(name: str) -> None:
+        if name == "store.after_commit":
+            raise OSError(5, "failpoint")
+
+    with Database(tmp_path / "y.db", MIGRATIONS, durable=False, on_loop=on_loop) as db:
+        assert await db.write(lambda tx: tx.journal("t", "a", namespace="default")) == 1
+        monkeypatch.setattr("corral.store.database.failpoint", refuse)
+        with pytest.raises(OSError, match="failpoint"):
+            await db.write(lambda tx: tx.journal("t", "b", namespace="default"))
+        monkeypatch.undo()
+        assert await db.write(lambda tx: tx.journal("t", "c", namespace="default")) == 3
+        told = [event.subject async for event in db.journal.follow(0, until_now=True)]
+        assert told == ["a", "b", "c"]
+
+
 async def test_a_single_write_may_wait_for_the_disk_or_not(db: Database):
     levels = [
         await db.write(lambda tx: tx.one("PRAGMA synchronous")[0], durable=durable)

@@ -252,9 +252,10 @@ class Database:
         self._count_commit()
 
     def _roll_back(self) -> None:
-        if self._writer.in_transaction:
-            with suppress(sqlite3.Error):
+        with suppress(sqlite3.Error, OSError):
+            if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
+            self.journal.recount(newest_seq(self._writer))  # what failed may have been the last step of a commit
 
     def _count_commit(self) -> None:
         """Now and then the log is carried over into the file, beside the writes that go on."""

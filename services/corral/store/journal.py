@@ -197,6 +197,13 @@ class Journal:
             self._since_pruning = 0
             self._database.prune_journal(self._keep)
 
+    def recount(self, newest_seq: int) -> None:
+        """Called by who writes, after a failure, with what the table says."""
+        if newest_seq != self._newest_seq:
+            self._newest_seq, self._tail = newest_seq, ()
+            for follower in self._all_followers():
+                follower.wake()
+
     def close(self) -> None:
         """End every follow()."""
         self._closed = True
