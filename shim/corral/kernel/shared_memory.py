@@ -6,17 +6,20 @@ A forked Python process loses shared pages to four habits of the interpreter, ea
     writing into code      counters and caches, whenever it runs: gather_code() puts what will run side by side
     filling holes          in half-used pages with new objects: fill_holes() and fill_heap_holes(), so that new
                            objects get pages of their own
+    finding code again     a fork inherits no page table of the interpreter's own code: inherit_code_pages()
     keeping free memory    that was needed while starting: release_free_memory()
 
 All of it is an optimisation: where the interpreter is not built as expected, nothing is done.
 """
 
+import contextlib
 import ctypes
 import gc
 import sys
 import time
 import types
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 from corral.kernel.syscalls import libc
 
@@ -25,6 +28,7 @@ _OBJECT_SIZES = range(16, 513, _GRANULE)  # size classes of the allocator for sm
 _LARGER_SIZES = range(1104, 512, -_GRANULE)  # of code; what is larger still finds larger holes, one after the other
 _HOLE_SIZES = range((64 << 10) - 8, 23, -_GRANULE)  # of chunks without their header
 _POOL_SIZE = 16 << 10
+_WORTH_COPYING = 64 << 10
 _POOL_HEADER = 48
 _BYTES_OVERHEAD = 33
 _MAX_FILL = 20_000
@@ -170,6 +174,31 @@ def fill_heap_holes() -> None:
             if chunk is None or chunk >= top:
                 free(chunk)
                 break
+
+
+def inherit_code_pages() -> None:
+    """Let a fork inherit the page tables of programs and libraries, instead of faulting them in anew, a few at a time.
+
+    fork(2) copies them only where a mapping has a private page. So each gets one: a byte is written over itself.
+    """
+    with contextlib.suppress(OSError):  # a kernel may be set to refuse it
+        maps = Path("/proc/self/maps").read_text()
+        with open("/proc/self/mem", "r+b", buffering=0) as memory:
+            for start, end in _code_mappings(maps):
+                if end - start >= _WORTH_COPYING:
+                    memory.seek(start)
+                    byte = memory.read(1)
+                    memory.seek(start)
+                    memory.write(byte)
+
+
+def _code_mappings(maps: str) -> Iterable[tuple[int, int]]:
+    """Where files are mapped, private and not to be written."""
+    for line in maps.splitlines():
+        addresses, mode, _, _, inode, *_ = line.split()
+        if mode in ("r-xp", "r--p") and inode != "0":
+            start, _, end = addresses.partition("-")
+            yield int(start, 16), int(end, 16)
 
 
 def _take_large_holes() -> list[object]:

@@ -31,6 +31,7 @@ def preload() -> None:
     shared_memory.release_free_memory()
     shared_memory.fill_holes()
     shared_memory.fill_heap_holes()
+    shared_memory.inherit_code_pages()
     gc.freeze()
 
 
