@@ -99,6 +99,12 @@ def parse(options: Iterable[str]) -> MountOptions:
     return MountOptions(plain, recursive, propagation, propagation_recursive, bind, bind_recursive, tuple(data))
 
 
+def known() -> set[str]:
+    """Every option that parse() does not leave to the file system."""
+    attributes = {*_SET, *_CLEAR, *_ATIME, *_PROPAGATION, "bind"}
+    return attributes | {f"r{name}" for name in attributes} | _IGNORED
+
+
 def _changed(attributes: Attributes, option: str) -> Attributes | None:
     """attributes with one more option, or None if it is no attribute."""
     if bit := _SET.get(option):

@@ -34,8 +34,17 @@ COMMANDS: dict[str, tuple[str, str, str, int, int | None, str]] = {
     "state": ("show", "print_state", "", 1, 1, "ID"),
     "list": ("show", "print_list", "LIST_FLAGS", 0, 0, ""),
     "ps": ("show", "print_processes", "PS_FLAGS", 1, None, "ID [PS OPTION...]"),
+    "exec": ("execute", "execute", "EXEC_FLAGS", 1, None, "ID [COMMAND ARGUMENT...]"),
     "kill": ("remove", "kill", "KILL_FLAGS", 1, 2, "ID [SIGNAL]"),
     "delete": ("remove", "delete", "DELETE_FLAGS", 1, 1, "ID"),
+    "pause": ("control", "pause", "", 1, 1, "ID"),
+    "resume": ("control", "resume", "", 1, 1, "ID"),
+    "update": ("control", "update", "UPDATE_FLAGS", 1, 1, "ID"),
+    "events": ("events", "events", "EVENTS_FLAGS", 1, 1, "ID"),
+    "spec": ("template", "print_spec", "SPEC_FLAGS", 0, 0, ""),
+    "features": ("template", "print_features", "", 0, 0, ""),
+    "checkpoint": ("template", "checkpoint", "CHECKPOINT_FLAGS", 0, None, "ID"),
+    "restore": ("template", "restore", "CHECKPOINT_FLAGS", 0, None, "ID"),
 }
 
 

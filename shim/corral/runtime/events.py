@@ -1,0 +1,121 @@
+"""events."""
+
+import select
+import time
+
+from corral.kernel.cgroup import Cgroup, OomWatch, Stats
+from corral.kernel.cgroup.files import UNLIMITED
+from corral.runtime import life, state
+from corral.runtime.context import Context
+from corral.runtime.errors import CommandError
+from corral.runtime.flags import SWITCH, VALUE, Flags, Options
+from corral.runtime.show import print_json
+from corral.runtime.state import Record
+
+EVENTS_FLAGS: Flags = {"interval": VALUE, "stats": SWITCH}
+_NO_LIMIT = 2**64 - 1
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def events(context: Context, options: Options, arguments: list[str]) -> int:
+    """Print a reading of the counters; without --stats again and again, and each OOM kill, until the container ends."""
+    interval_s = _seconds(options.text("interval", "5s"))
+    with state.opened(context.root, arguments[0], lock=None) as place:
+        record = place.record()
+    if not life.init_lives(record):
+        raise CommandError("container not running")
+    group = life.needed_cgroup(record)
+    if options.on("stats"):
+        _print_stats(record, group)
+        return 0
+    _follow(record, group, interval_s)
+    return 0
+
+
+def _follow(record: Record, group: Cgroup, interval_s: float) -> None:
+    pidfd = life.open_init(record)
+    with OomWatch.open(group.paths()) as oom:
+        seen = oom.count()
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        poller.register(oom.fileno(), select.POLLIN)
+        due = time.monotonic()
+        while True:
+            if time.monotonic() >= due:
+                _print_stats(record, group)
+                due += interval_s
+            ready = dict(poller.poll(max(0.0, due - time.monotonic()) * 1000))
+            count = oom.count()
+            for _ in range(count - seen):
+                print_json({"type": "oom", "id": record.id})
+            seen = count
+            if pidfd in ready:
+                return
+
+
+def _seconds(text: str) -> float:
+    """A duration as Go writes it: 5s, 500ms, 1m."""
+    for unit, factor in _UNITS.items():
+        number = text.removesuffix(unit)
+        if number != text and number.replace(".", "", 1).isdigit() and float(number) > 0:
+            return float(number) * factor
+    raise CommandError(f"--interval: {text!r} is not a duration like 5s or 500ms")
+
+
+def _print_stats(record: Record, group: Cgroup) -> None:
+    try:
+        reading = group.read()
+    except OSError:
+        if life.init_lives(record):
+            raise
+        return
+    print_json({"type": "stats", "id": record.id, "data": data_of(reading)})
+
+
+def data_of(stats: Stats) -> dict[str, object]:
+    """One reading in the members that runc has, and clients read. Source: runc types/events.go."""
+    data: dict[str, object] = {"cpu": {}, "memory": {}, "pids": {}, "blkio": {}, "hugetlb": {}, "intel_rdt": {}}
+    if (cpu := stats.cpu) is not None:
+        data["cpu"] = {
+            "usage": {"total": cpu.usage_ns, "kernel": cpu.system_ns, "user": cpu.user_ns},
+            "throttling": {
+                "periods": cpu.periods,
+                "throttledPeriods": cpu.throttled_periods,
+                "throttledTime": cpu.throttled_ns,
+            },
+        }
+    if (memory := stats.memory) is not None:
+        limit = _NO_LIMIT if memory.limit_bytes == UNLIMITED else memory.limit_bytes
+        usage = {"limit": limit, "usage": memory.usage_bytes, "max": memory.peak_bytes, "failcnt": memory.limit_hits}
+        raw = {
+            "anon": memory.anon_bytes,
+            "file": memory.file_bytes,
+            "shmem": memory.shmem_bytes,
+            "inactive_file": max(0, memory.usage_bytes - memory.working_set_bytes),
+            "total_inactive_file": max(0, memory.usage_bytes - memory.working_set_bytes),
+            "pgfault": memory.page_faults,
+            "pgmajfault": memory.major_page_faults,
+        }
+        data["memory"] = {
+            "cache": memory.file_bytes,
+            "usage": usage,
+            "swap": {"limit": _NO_LIMIT, "usage": memory.swap_bytes, "max": 0, "failcnt": 0},
+            "kernel": {"limit": _NO_LIMIT, "usage": memory.kernel_bytes, "max": 0, "failcnt": 0},
+            "raw": raw,
+        }
+    if (pids := stats.pids) is not None:
+        data["pids"] = {"current": pids.current} | ({} if pids.limit == UNLIMITED else {"limit": pids.limit})
+    data["blkio"] = {"ioServiceBytesRecursive": _io(stats, "bytes"), "ioServicedRecursive": _io(stats, "ops")}
+    data["hugetlb"] = {
+        each.page_size: {"usage": each.usage_bytes, "max": each.max_bytes, "failcnt": each.failures}
+        for each in stats.hugetlb
+    }
+    return data
+
+
+def _io(stats: Stats, what: str) -> list[dict[str, object]]:
+    return [
+        {"major": io.major, "minor": io.minor, "op": op, "value": getattr(io, f"{op.lower()}_{what}")}
+        for io in stats.io
+        for op in ("Read", "Write")
+    ]

@@ -1,0 +1,165 @@
+"""exec."""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from corral.kernel import process as processes
+from corral.kernel.cgroup import Cgroup
+from corral.oci.decode import encode
+from corral.oci.runtime import Container, ProcessHandle
+from corral.oci.spec import Capabilities, Process, Spec
+from corral.runtime import foreground, life, making, state
+from corral.runtime.context import Context
+from corral.runtime.errors import EXEC_CODE, CommandError
+from corral.runtime.flags import MANY, SWITCH, VALUE, Flags, Options
+from corral.runtime.sealing import ensure_sealed
+from corral.runtime.state import Record, Status
+from corral.runtime.terminal import send_descriptor
+
+EXEC_FLAGS: Flags = {
+    "console-socket": VALUE,
+    "cwd": VALUE,
+    "env,e": MANY,
+    "tty,t": SWITCH,
+    "user,u": VALUE,
+    "additional-gids,g": MANY,
+    "process,p": VALUE,
+    "detach,d": SWITCH,
+    "pid-file": VALUE,
+    "pidfd-socket": VALUE,
+    "process-label": VALUE,
+    "apparmor": VALUE,
+    "no-new-privs": SWITCH,
+    "cap,c": MANY,
+    "preserve-fds": VALUE,
+    "cgroup": MANY,
+    "ignore-paused": SWITCH,
+}
+_LOOK_S = 0.02
+
+
+def execute(context: Context, options: Options, arguments: list[str]) -> int:
+    """Run one more process in a container; its exit code, or with --detach 0 once its program runs."""
+    ensure_sealed()
+    kept = making.kept_fds(options)
+    detach = options.on("detach")
+    if options.on("ignore-paused"):
+        _wait_until_thawed(context, arguments[0])
+    # Any number of them at a time, but none while the container is being started or deleted.
+    with state.opened(context.root, arguments[0], lock=fcntl.LOCK_SH) as place:
+        record, spec = place.record(), place.spec()
+        status = life.status_of(place, record)
+        if status is Status.STOPPED:
+            raise CommandError("cannot exec in a stopped container", EXEC_CODE)
+        group = life.cgroup_of(record)
+        if status is Status.PAUSED:
+            raise CommandError("cannot exec in a paused container (use --ignore-paused to override)", EXEC_CODE)
+        wanted = making.with_listen_fds(_process(spec, options, arguments[1:]))
+        making.check_terminal(wanted, options, detached=detach)
+        signals = -1 if detach else foreground.hold_signals()
+        handle = _run(record, spec, wanted, options, kept, group)
+        _report(handle, options)
+    if detach:
+        return 0
+    return foreground.stay(handle, signals)
+
+
+def _run(
+    record: Record, spec: Spec, wanted: Process, options: Options, kept: tuple[int, ...], group: Cgroup | None
+) -> ProcessHandle:
+    try:
+        container = Container.adopt(spec, pid=record.pid, start_time=record.start_time)
+    except ProcessLookupError:
+        raise CommandError("cannot exec in a stopped container", EXEC_CODE) from None
+    paths = _within(group.paths() if group is not None else [], options.texts("cgroup"))
+    user = None if options.has("process") else options.text("user") or None
+    return container.exec(wanted, user=user, stdio=making.own_stdio(wanted, kept), cgroup_paths=paths)
+
+
+def _wait_until_thawed(context: Context, container_id: str) -> None:
+    """A process set up in a frozen cgroup would stop in the middle: it begins once the container runs again.
+
+    Nothing is locked meanwhile, or nobody could resume it.
+    """
+    with state.opened(context.root, container_id, lock=None) as place:
+        while life.status_of(place, place.record()) is Status.PAUSED:
+            time.sleep(_LOOK_S)
+
+
+def _within(paths: list[Path], wanted: list[str]) -> list[Path]:
+    """The directories of the container's cgroup, or of one below it that is there already."""
+    for each in wanted:
+        if ":" in each or ".." in each.split("/"):
+            raise CommandError(f"--cgroup: {each!r} is not the path of a cgroup below the container's")
+        paths = [path / each.lstrip("/") for path in paths]
+    return paths
+
+
+def _process(spec: Spec, options: Options, words: list[str]) -> Process:
+    """The process that is asked for: a whole object, or the container's own with other arguments."""
+    if options.has("process"):
+        with open(options.text("process"), encoding="utf-8") as file:
+            return Process.from_json(json.load(file))
+    assert spec.process is not None
+    if not words:
+        raise CommandError("process args cannot be empty", EXEC_CODE)
+    process = replace(
+        spec.process,
+        args=tuple(words),
+        terminal=options.on("tty"),
+        cwd=options.text("cwd") or spec.process.cwd,
+        env=(*spec.process.env, *options.texts("env")),
+        apparmor_profile=options.text("apparmor") or spec.process.apparmor_profile,
+        selinux_label=options.text("process-label") or spec.process.selinux_label,
+    )
+    if options.has("no-new-privs"):
+        process = replace(process, no_new_privileges=options.on("no-new-privs"))
+    if names := options.texts("cap"):
+        process = replace(process, capabilities=_with_capabilities(process.capabilities or Capabilities(), names))
+    if options.has("additional-gids"):
+        groups = (*process.user.additional_gids, *map(_group, options.texts("additional-gids")))
+        process = replace(process, user=replace(process.user, additional_gids=groups))
+    _check(process)
+    return process
+
+
+def _check(process: Process) -> None:
+    """What came from flags is as good as what comes from a file."""
+    Process.from_json(encode(process))
+
+
+def _with_capabilities(own: Capabilities, names: list[str]) -> Capabilities:
+    def more(held: tuple[str, ...]) -> tuple[str, ...]:
+        return (*held, *(name for name in names if name not in held))
+
+    return replace(own, bounding=more(own.bounding), effective=more(own.effective), permitted=more(own.permitted))
+
+
+def _group(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise CommandError(f"--additional-gids: {text!r} is not a number")
+    return int(text)
+
+
+def _report(handle: ProcessHandle, options: Options) -> None:
+    if handle.console is not None and options.has("console-socket"):
+        send_descriptor(options.text("console-socket"), handle.console, b"/dev/ptmx")
+        os.close(handle.console)
+        handle.console = None
+    if options.has("pidfd-socket"):
+        send_descriptor(options.text("pidfd-socket"), handle.pidfd, b"pidfd")
+    if options.has("pid-file"):
+        with contextlib.ExitStack() as undo:
+            undo.callback(_kill, handle)
+            making.write_pid_file(options.text("pid-file"), handle.pid)
+            undo.pop_all()
+
+
+def _kill(handle: ProcessHandle) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        processes.send_signal(handle.pidfd, 9)
