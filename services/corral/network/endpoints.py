@@ -103,7 +103,7 @@ class Endpoints:
             return await self._attach_networks(key, request, existing)
         endpoint = await self._without_interfaces(key, request)
         try:
-            if self.files.is_ready(endpoint.netns) and not request.sysctls:
+            if (endpoint.owner or self.files.is_ready(endpoint.netns)) and not request.sysctls:
                 self._make_inside(endpoint)
             else:
                 await run_blocking(self._make_inside, endpoint)
