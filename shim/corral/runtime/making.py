@@ -76,6 +76,7 @@ def made(
     context: Context, bundle: Bundle, options: Options, container_id: str, *, stdio: Stdio, with_gate: bool
 ) -> Iterator[Made]:
     """Make a container. If the block fails, it never was; its init is then the block's to reap."""
+    state.check_id(container_id)
     spec = bundle.spec
     if spec.process is None:
         raise CommandError("process: config.json has none")

@@ -1,0 +1,314 @@
+"""corral-oci: the life of a container over several commands, seen as runc's clients see it."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.ocicommand import Runtime, runtime_in, wait_until
+from support.requirements import needs
+
+pytestmark = needs("root", "busybox", "cgroup")
+
+
+@pytest.fixture
+def oci(tmp_path: Path) -> Iterator[Runtime]:
+    with runtime_in(tmp_path) as runtime:
+        yield runtime
+
+
+def cgroups(name: str) -> list[Path]:
+    return list(Path("/sys/fs/cgroup").glob(f"**/corral-oci/{name}"))
+
+
+def test_create_leaves_an_init_that_waits_and_start_lets_it_go(oci: Runtime, tmp_path: Path) -> None:
+    name = oci.new_id()
+    oci.write("echo started > /started; sleep 1000")
+    oci.detached("create", "--pid-file", str(tmp_path / "pid"), name)
+    state = oci.state(name)
+    assert state["status"] == "created"
+    assert state["pid"] == int((tmp_path / "pid").read_text())
+    assert not (oci.bundle / "rootfs/started").exists()
+    oci.ok("start", name)
+    assert oci.status(name) == "running"
+    wait_until((oci.bundle / "rootfs/started").exists)
+    assert "already running" in oci.call("start", name).stderr
+
+
+def test_state_has_what_the_specification_wants(oci: Runtime) -> None:
+    name = oci.new_id()
+    spec = oci.spec("sleep", "1000")
+    oci.write_spec(spec | {"annotations": {"a": "b"}})
+    oci.detached("create", name)
+    state = oci.state(name)
+    assert {key: state[key] for key in ("ociVersion", "id", "status", "bundle", "annotations")} == {
+        "ociVersion": "1.2.0", "id": name, "status": "created", "bundle": str(oci.bundle), "annotations": {"a": "b"},
+    }  # fmt: skip
+
+
+def test_a_stopped_container_is_told_apart_and_deleted_with_its_cgroups(oci: Runtime) -> None:
+    name = oci.sleeping()
+    assert cgroups(name)
+    refused = oci.call("delete", name)
+    assert refused.returncode == 1
+    assert "is not stopped" in refused.stderr
+    oci.ok("kill", name, "9")
+    wait_until(lambda: oci.status(name) == "stopped")
+    assert oci.state(name)["pid"] == 0
+    late = oci.call("kill", name, "TERM")
+    assert late.returncode == 1
+    assert "not running" in late.stderr
+    oci.ok("delete", name)
+    assert not cgroups(name)
+    gone = oci.call("delete", name)
+    assert gone.returncode == 1
+    assert "does not exist" in gone.stderr
+    oci.ok("delete", "--force", name)
+
+
+def test_a_created_container_can_be_deleted(oci: Runtime) -> None:
+    name = oci.new_id()
+    oci.write("true")
+    oci.detached("create", name)
+    pid = oci.state(name)["pid"]
+    oci.ok("delete", name)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+    assert not cgroups(name)
+
+
+def test_a_recycled_pid_is_not_taken_for_the_container(oci: Runtime) -> None:
+    name = oci.sleeping()
+    file = oci.root / name / "state.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"start_time": record["start_time"] - 1}))
+    assert oci.status(name) == "stopped"
+    assert oci.call("kill", name, "9").returncode == 1
+    assert Path(f"/proc/{record['pid']}").exists()
+    file.write_text(json.dumps(record))
+
+
+def test_an_id_is_taken_once_and_never_leads_out_of_the_root(oci: Runtime) -> None:
+    name = oci.sleeping()
+    again = oci.call("run", name)
+    assert again.returncode == 1
+    assert "already exists" in again.stderr
+    assert oci.status(name) == "running"
+    for bad in ("", "..", "a/b", "a b", "x" * 300):
+        assert "invalid container id" in oci.call("state", bad).stderr
+        assert "invalid container id" in oci.call("create", bad).stderr
+
+
+def test_run_passes_output_and_exit_code_on_and_leaves_nothing(oci: Runtime) -> None:
+    name = oci.new_id()
+    oci.write("echo out; echo err >&2; cat; exit 7")
+    result = oci.call("run", name, stdin=None, input="in\n")
+    assert (result.returncode, result.stdout, result.stderr) == (7, "out\nin\n", "err\n")
+    assert oci.ok("list", "-q") == ""
+    assert not cgroups(name)
+
+
+def test_run_of_what_is_killed_ends_with_128_and_the_signal(oci: Runtime) -> None:
+    name = oci.new_id()
+    oci.write("sleep", "1000")
+    process = subprocess.Popen(oci.words("run", name), cwd=oci.bundle, stdin=subprocess.DEVNULL)
+    wait_until(lambda: oci.call("state", name).stdout.count("running") == 1)
+    oci.ok("kill", name, "SIGKILL")
+    assert process.wait(10) == 137
+
+
+def test_run_passes_signals_on(oci: Runtime) -> None:
+    name = oci.new_id()
+    oci.write("trap 'exit 42' TERM; echo ready; while :; do sleep 0.05; done")
+    process = subprocess.Popen(oci.words("run", name), cwd=oci.bundle, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 42
+    process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("nope", 'exec: "nope": executable file not found in $PATH'),
+        ("/nope", 'exec: "/nope": no such file or directory'),
+        ("/etc", 'exec: "/etc": permission denied'),
+    ],
+)
+def test_a_program_that_cannot_run_fails_create_in_words_that_clients_know(
+    oci: Runtime, program: str, reason: str
+) -> None:
+    name = oci.new_id()
+    oci.write(program, "x")
+    for command in ("create", "run"):
+        result = oci.call(command, name)
+        assert result.returncode == 1
+        assert json.dumps(reason)[1:-1] in result.stderr
+        assert oci.ok("list", "-q") == ""
+        assert not cgroups(name)
+    running = oci.sleeping()
+    result = oci.call("exec", running, program)
+    assert result.returncode == 255
+    assert json.dumps(reason)[1:-1] in result.stderr
+
+
+def test_the_log_file_has_the_reason_as_json(oci: Runtime, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    result = oci.call(f"--log={log}", "--log-format", "json", "state", "nope")
+    assert result.returncode == 1
+    entry = json.loads(log.read_text())
+    assert entry["level"] == "error"
+    assert "does not exist" in entry["msg"]
+    assert entry["time"]
+    assert entry["msg"] in result.stderr
+
+
+def test_kill_all_reaches_every_process(oci: Runtime) -> None:
+    name = oci.new_id()
+    oci.write("sleep 1000 & sleep 1000 & wait")
+    oci.detached("run", "-d", name)
+    wait_until(lambda: len(json.loads(oci.ok("ps", "--format", "json", name))) == 3)
+    oci.ok("kill", "--all", name, "KILL")
+    wait_until(lambda: oci.status(name) == "stopped")
+    oci.ok("kill", "--all", name, "KILL")
+    oci.ok("delete", name)
+
+
+def test_a_container_in_the_hosts_pid_namespace_dies_as_a_whole(oci: Runtime) -> None:
+    name = oci.new_id()
+    spec = oci.spec("sleep 1000 & sleep 1000")
+    spec["linux"]["namespaces"] = [{"type": "mount"}]  # type: ignore[index]
+    del spec["hostname"]
+    oci.write_spec(spec)
+    oci.detached("run", "-d", name)
+    wait_until(lambda: len(json.loads(oci.ok("ps", "--format=json", name))) == 2)
+    pids = json.loads(oci.ok("ps", "--format=json", name))
+    oci.ok("kill", name, "KILL")
+    wait_until(lambda: not any(Path(f"/proc/{pid}/exe").is_symlink() and _alive(pid) for pid in pids))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_commands_on_one_container_wait_for_each_other(oci: Runtime) -> None:
+    name = oci.new_id()
+    oci.write("sleep", "1000")
+    oci.detached("create", name)
+    starts = [
+        subprocess.Popen(oci.words("start", name), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(4)
+    ]
+    codes = []
+    for start in starts:
+        _, said = start.communicate(timeout=20)
+        codes.append(start.returncode)
+        assert start.returncode == 0 or b"already running" in said
+    assert sorted(codes) == [0, 1, 1, 1]
+
+
+def test_what_a_killed_create_left_can_be_deleted_by_force(oci: Runtime) -> None:
+    name = oci.new_id()
+    (oci.root / name).mkdir(parents=True)
+    assert oci.call("state", name).returncode == 1
+    oci.ok("delete", "--force", name)
+    assert not (oci.root / name).exists()
+
+
+def test_a_cgroup_that_is_in_use_or_frozen_is_refused_and_left_alone(oci: Runtime) -> None:
+    first = oci.sleeping()
+    oci.write_spec(oci.spec("true") | {"linux": oci.spec("true")["linux"] | {"cgroupsPath": f"/corral-oci/{first}"}})
+    result = oci.call("run", oci.new_id())
+    assert result.returncode == 1
+    assert "is not empty" in result.stderr
+    assert oci.status(first) == "running"
+    empty = oci.new_id()
+    directory = Path("/sys/fs/cgroup/freezer/corral-oci") / empty
+    if not directory.parent.exists():
+        return  # cgroup v2 alone: its empty cgroups are frozen by the same file, seen by is_frozen()
+    directory.mkdir()
+    (directory / "freezer.state").write_text("FROZEN")
+    try:
+        oci.write("true")
+        result = oci.call("run", empty)
+        assert result.returncode == 1
+        assert "frozen" in result.stderr
+        assert (directory / "freezer.state").read_text() == "FROZEN\n"
+    finally:
+        (directory / "freezer.state").write_text("THAWED")
+        directory.rmdir()
+
+
+def test_an_empty_cgroup_that_is_there_already_is_taken_over(oci: Runtime) -> None:
+    name = oci.new_id()
+    made = [Path(root) / "corral-oci" / name for root in _hierarchies()]
+    for directory in made:
+        directory.mkdir(parents=True)
+    oci.write("echo fine")
+    result = oci.call("run", name)
+    assert (result.returncode, result.stdout) == (0, "fine\n")
+    assert not any(directory.exists() for directory in made)
+
+
+def _hierarchies() -> list[str]:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [line.split()[4] for line in lines if " - cgroup cgroup rw,memory" in line or " - cgroup2 " in line]
+
+
+def test_preserved_descriptors_arrive_and_no_other_does(oci: Runtime, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("kept\n")
+    oci.write("cat <&3; for fd in /proc/self/fd/*; do [ -e $fd ] && echo ${fd##*/}; done; true")
+    script = f'exec 3<{kept} 4<{kept} 5<{kept}; exec "$@"'
+    words = oci.words("run", "--preserve-fds", "1", oci.new_id())
+    result = subprocess.run(
+        ["sh", "-c", script, "sh", *words], cwd=oci.bundle, capture_output=True, text=True, check=False, timeout=20
+    )
+    assert (result.returncode, result.stdout) == (0, "kept\n0\n1\n2\n3\n"), result.stderr
+    assert "is not open" in oci.call("run", "--preserve-fds", "4", oci.new_id()).stderr
+
+
+def test_flags_are_taken_in_both_spellings_and_unknown_ones_are_refused(oci: Runtime) -> None:
+    assert oci.call("--log-format=text", "--rootless", "auto", "list").returncode == 0
+    assert "not defined" in oci.call("list", "--nope").stderr
+    assert "needs an argument" in oci.call("create", "--bundle").stderr
+    assert oci.call("nope").returncode == 3
+    assert "usage" in oci.ok("checkpoint", "--help")
+    assert "CRIU" in oci.call("checkpoint", "x").stderr
+    assert "--systemd-cgroup" in oci.call("--systemd-cgroup", "list").stderr
+    assert "corral-oci version" in oci.ok("--version")
+
+
+def test_spec_writes_a_bundle_that_runs_and_features_is_json(oci: Runtime) -> None:
+    oci.ok("spec")
+    assert "exists" in oci.call("spec").stderr
+    spec = json.loads((oci.bundle / "config.json").read_text())
+    spec["process"] |= {"terminal": False, "args": ["echo", "ran"]}
+    oci.write_spec(spec)
+    assert oci.ok("run", oci.new_id()) == "ran\n"
+    assert json.loads(oci.ok("features"))["ociVersionMax"] == "1.2.0"
+
+
+def test_the_interpreter_cannot_be_written_to_by_way_of_its_processes_cve_2019_5736(oci: Runtime) -> None:
+    """/proc/PID/exe of what is to become a container's process, and of the exec that makes one, kept until it may."""
+    name = oci.new_id()
+    oci.write("sleep", "1000")
+    oci.detached("create", name)
+    held = [os.open(f"/proc/{oci.state(name)['pid']}/exe", os.O_RDONLY)]
+    oci.ok("start", name)
+    process = subprocess.Popen(oci.words("exec", name, "sleep", "1000"), stdin=subprocess.DEVNULL)
+    wait_until(lambda: len(json.loads(oci.ok("ps", "--format", "json", name))) == 2)
+    held.append(os.open(f"/proc/{process.pid}/exe", os.O_RDONLY))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 143
+    for fd in held:
+        with pytest.raises(OSError) as refused:  # noqa: PT011 - the number is looked at
+            os.open(f"/proc/self/fd/{fd}", os.O_WRONLY)
+        assert refused.value.errno in (errno.EROFS, errno.EPERM)
+        os.close(fd)
