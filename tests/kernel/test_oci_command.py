@@ -1,6 +1,5 @@
 """corral-oci: the life of a container over several commands, seen as runc's clients see it."""
 
-import errno
 import json
 import os
 import signal
@@ -308,7 +307,6 @@ def test_the_interpreter_cannot_be_written_to_by_way_of_its_processes_cve_2019_5
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 143
     for fd in held:
-        with pytest.raises(OSError) as refused:  # noqa: PT011 - the number is looked at
-            os.open(f"/proc/self/fd/{fd}", os.O_WRONLY)
-        assert refused.value.errno in (errno.EROFS, errno.EPERM)
+        # Not tried out: as long as some Python runs on this host, the answer is ETXTBSY whatever the mount says.
+        assert os.fstatvfs(fd).f_flag & os.ST_RDONLY
         os.close(fd)
