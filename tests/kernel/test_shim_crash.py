@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def wait_for(path: Path, timeout_s: float = 5.0) -> None:
 
 def create_until_killed(shop: Workshop) -> Shim:
     shim = shop.spawn("sleep", "100")
-    with pytest.raises(EOFError):
+    with suppress(EOFError):  # the reply may be out already, before the record is written
         shim.create()
     wait_gone(shim.pid)
     return shim

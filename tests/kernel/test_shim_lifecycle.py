@@ -115,10 +115,12 @@ def test_exit_times_are_in_order_and_name_the_process(shop: Workshop) -> None:
 def test_the_record_names_shim_and_init(shop: Workshop) -> None:
     shim = shop.spawn("sleep", "100")
     pid = shim.create()
+    shim.call("state")  # it is written after the reply, before the next request
     record = json.loads((shim.bundle / "record.json").read_text())
     assert (record["v"], record["shim_pid"], record["init_pid"]) == (1, shim.pid, pid)
     assert (record["started_at_ns"], record["terminal"]) == (None, False)
     shim.start()
+    shim.call("state")
     started = json.loads((shim.bundle / "record.json").read_text())
     assert started["started_at_ns"] > started["created_at_ns"]
     assert {**started, "started_at_ns": None} == record

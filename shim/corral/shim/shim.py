@@ -127,7 +127,7 @@ class Shim:
         self._processes[""] = self._by_pid[init.pid] = init
         init.io.begin(container.init.console)
         self._oom = self._watch_oom()
-        self._write_record(init)
+        self._write_record_soon(init)
         return {"pid": init.pid, "start_time": init.start_time}
 
     def start(self, exec_id: str) -> Message:
@@ -150,7 +150,7 @@ class Shim:
             raise
         failpoint("shim.start.after_exec")
         self._started(init, started_at_ns)
-        self._write_record(init)
+        self._write_record_soon(init)
         self._publish_started(init)
         return {}
 
@@ -227,6 +227,11 @@ class Shim:
                 "started_at_ns": process.started_at_ns,
             }
         )
+
+    def _write_record_soon(self, init: ContainerProcess) -> None:
+        """Once the reply is out: should this process be killed before, init ends unstarted, by its channel; or it has
+        a record that lacks no more than the time of the start."""
+        self.loop.call_later(0, lambda: self._write_record(init))
 
     def _write_record(self, init: ContainerProcess) -> None:
         if self._own is None:

@@ -143,6 +143,10 @@ class ProcessIO:
         for output in self._outputs.values():
             output.close()
         self._hang_up()
+        if not self.terminal:
+            for name in STREAMS:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._prefix + name, dir_fd=self._directory)
 
     def _output(self, name: StreamName) -> Output:
         log = self._log
@@ -158,10 +162,6 @@ class ProcessIO:
         if self.console >= 0:
             os.close(self.console)
             self.console = -1
-        if not self.terminal:
-            for name in STREAMS:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._prefix + name, dir_fd=self._directory)
 
     def _open_pipes(self, inherited: list[int]) -> Stdio:
         for name, output in self._outputs.items():
