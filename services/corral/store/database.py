@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["ConstraintError", "Database", "Duplicate", "Referenced", "Row", "Snapshot", "Transaction"]
 
 MAX_GROUP = 128
-COMMITS_PER_CHECKPOINT = 100
+COMMITS_PER_CHECKPOINT = 400
 READER_THREADS = 4
 type Params = Sequence[SqlValue] | Mapping[str, SqlValue]
 

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 # Long enough for the directories of one container, and of its neighbours, to go together.
-PAUSE_S = 0.05
+PAUSE_S = 0.15
 REMOVE_ATTEMPTS = 3
 
 
