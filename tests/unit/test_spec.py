@@ -12,7 +12,20 @@ from hypothesis import strategies as st
 
 from corral.kernel.namespaces import Kind
 from corral.oci.decode import decode, encode, json_name
-from corral.oci.spec import Capabilities, Device, DeviceType, Linux, Memory, Mount, Namespace, Process, Seccomp, Spec
+from corral.oci.spec import (
+    LARGEST_NUMBER,
+    Capabilities,
+    Device,
+    DeviceType,
+    Linux,
+    Memory,
+    Mount,
+    Namespace,
+    Process,
+    Seccomp,
+    Spec,
+    number_set,
+)
 
 MINIMAL = {"ociVersion": "1.2.0", "process": {"cwd": "/", "args": ["sh"]}}
 
@@ -69,6 +82,39 @@ def test_unknown_members_are_ignored():
         ("linux.sysctl", {"a": 1}, "linux.sysctl.a: must be a string"),
         ("linux.seccomp", {"defaultAction": "ALLOW"}, "linux.seccomp.defaultAction: 'ALLOW' is none of"),
         ("annotations", [], "annotations: must be an object, not list"),
+        ("process.scheduler", {}, "process.scheduler.policy: missing"),
+        ("process.scheduler", {"policy": "SCHED_FAIR"}, "process.scheduler.policy: 'SCHED_FAIR' is none of"),
+        ("process.scheduler", {"policy": "SCHED_BATCH", "nice": 20}, "process.scheduler.nice: 20 is not between"),
+        ("process.scheduler", {"policy": "SCHED_OTHER", "priority": 1}, "process.scheduler.priority: SCHED_OTHER has"),
+        ("process.scheduler", {"policy": "SCHED_RR", "runtime": 1}, "process.scheduler.runtime: SCHED_RR has none"),
+        ("process.scheduler", {"policy": "SCHED_RR", "flags": ["X"]}, r"process.scheduler.flags\[0\]: 'X' is none of"),
+        ("process.ioPriority", {"class": "IOPRIO_CLASS_BE", "priority": 8}, "process.ioPriority.priority: 8 is not"),
+        ("process.ioPriority", {"priority": 1}, "process.ioPriority.class: missing"),
+        ("process.execCPUAffinity", {"initial": "0-"}, "process.execCPUAffinity.initial: '0-' is not a list"),
+        ("process.execCPUAffinity", {"final": "3-1"}, "process.execCPUAffinity.final: '3-1' is not a range"),
+        ("linux.memoryPolicy", {"mode": "MPOL_LOCAL", "nodes": "0"}, "linux.memoryPolicy.nodes: MPOL_LOCAL takes none"),
+        ("linux.memoryPolicy", {"mode": "MPOL_BIND"}, "linux.memoryPolicy.nodes: MPOL_BIND needs at least one"),
+        ("linux.memoryPolicy", {"mode": "MPOL_BIND", "nodes": "99999"}, "linux.memoryPolicy.nodes: '99999' is not"),
+        ("linux.memoryPolicy", {"mode": "MPOL_BIND", "flags": ["A"]}, r"linux.memoryPolicy.flags\[0\]: 'A' is none of"),
+        ("linux.personality", {"domain": "BSD"}, "linux.personality.domain: 'BSD' is none of"),
+        (
+            "linux.personality",
+            {"domain": "LINUX", "flags": ["F"]},
+            r"linux.personality.flags\[0\]: there is no flag 'F'",
+        ),
+        ("hooks", {"prestart": [{}]}, r"hooks.prestart\[0\].path: missing"),
+        ("hooks", {"poststop": [{"path": "bin/x"}]}, r"hooks.poststop\[0\].path: 'bin/x' is not an absolute path"),
+        ("hooks", {"createRuntime": [{"path": "/x", "timeout": 0}]}, r"hooks.createRuntime\[0\].timeout: 0 is not"),
+        (
+            "linux.seccomp",
+            {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": [], "action": "SCMP_ACT_LOG"}]},
+            r"linux.seccomp.syscalls\[0\].names: names no system call",
+        ),
+        (
+            "linux.seccomp",
+            {"defaultAction": "SCMP_ACT_ALLOW", "listenerMetadata": "x"},
+            "linux.seccomp.listenerMetadata: must not be set",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(path, value, message):
@@ -111,6 +157,36 @@ def test_names_are_those_of_the_specification(field, name):
 def test_encoding_leaves_out_defaults():
     process = Process(cwd="/", args=("sh",), capabilities=Capabilities(bounding=("CAP_KILL",)))
     assert encode(process) == {"cwd": "/", "args": ["sh"], "capabilities": {"bounding": ["CAP_KILL"]}}
+
+
+def test_members_of_the_process_have_the_specifications_names():
+    process = {
+        "scheduler": {"policy": "SCHED_DEADLINE", "flags": ["SCHED_FLAG_RECLAIM"], "runtime": 1, "deadline": 2},
+        "ioPriority": {"class": "IOPRIO_CLASS_IDLE", "priority": 7},
+        "execCPUAffinity": {"initial": "0", "final": "0-1"},
+        "commandLine": "for Windows",
+        "user": {"username": "for Windows, too"},
+    }
+    spec = Spec.from_json(with_member("process", {"cwd": "/", "args": ["sh"]} | process))
+    assert spec.process.scheduler.runtime == 1
+    assert spec.process.io_priority.class_.value == "IOPRIO_CLASS_IDLE"
+    assert spec.process.exec_cpu_affinity.final == "0-1"
+    assert Spec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+@given(st.sets(st.integers(0, LARGEST_NUMBER), max_size=20))
+def test_a_list_of_numbers_is_read_as_a_set(numbers):
+    assert number_set(",".join(map(str, sorted(numbers))), "x") == numbers
+
+
+def test_a_list_of_numbers_may_hold_ranges():
+    assert number_set("0-3, 7,2-4\n", "x") == {0, 1, 2, 3, 4, 7}
+
+
+@given(st.text("0123456789-, x٣", max_size=12))
+def test_a_list_of_numbers_is_a_set_or_a_sentence(text):
+    with contextlib.suppress(ValueError):
+        number_set(text, "x")
 
 
 @given(

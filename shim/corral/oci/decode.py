@@ -79,7 +79,7 @@ def json_name(field: str) -> str:
     return head + "".join(_ACRONYMS.get(word, word.capitalize()) for word in rest)
 
 
-_ACRONYMS = {"io": "IO", "oom": "OOM", "id": "ID", "iops": "IOPS"}
+_ACRONYMS = {"io": "IO", "oom": "OOM", "id": "ID", "iops": "IOPS", "cpu": "CPU"}
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from corral.oci.decode import JSON, Range, decode, encode
 U16 = Annotated[int, Range(0, 2**16 - 1)]
 U32 = Annotated[int, Range(0, 2**32 - 1)]
 U64 = Annotated[int, Range(0, 2**64 - 1)]
+I32 = Annotated[int, Range(-(2**31), 2**31 - 1)]
 I64 = Annotated[int, Range(-(2**63), 2**63 - 1)]
 Uid = Annotated[int, Range(0, 2**32 - 2)]
 """(uid_t) -1 means "leave as it is" to the kernel, so it can't be anybody's."""
@@ -59,6 +60,67 @@ class Rlimit:
     hard: U64
 
 
+class SchedulerPolicy(Enum):
+    """How the kernel picks the process among others. Source: sched(7)."""
+
+    OTHER = "SCHED_OTHER"
+    FIFO = "SCHED_FIFO"
+    RR = "SCHED_RR"
+    BATCH = "SCHED_BATCH"
+    ISO = "SCHED_ISO"
+    IDLE = "SCHED_IDLE"
+    DEADLINE = "SCHED_DEADLINE"
+
+
+class SchedulerFlag(Enum):
+    """Source: sched_setattr(2)."""
+
+    RESET_ON_FORK = "SCHED_FLAG_RESET_ON_FORK"
+    RECLAIM = "SCHED_FLAG_RECLAIM"
+    DL_OVERRUN = "SCHED_FLAG_DL_OVERRUN"
+    KEEP_POLICY = "SCHED_FLAG_KEEP_POLICY"
+    KEEP_PARAMS = "SCHED_FLAG_KEEP_PARAMS"
+    UTIL_CLAMP_MIN = "SCHED_FLAG_UTIL_CLAMP_MIN"
+    UTIL_CLAMP_MAX = "SCHED_FLAG_UTIL_CLAMP_MAX"
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduler:
+    """nice counts for OTHER and BATCH, priority for FIFO and RR; the times, in nanoseconds, for DEADLINE."""
+
+    policy: SchedulerPolicy
+    nice: I32 = 0
+    priority: I32 = 0
+    flags: tuple[SchedulerFlag, ...] = ()
+    runtime: U64 = 0
+    deadline: U64 = 0
+    period: U64 = 0
+
+
+class IOPriorityClass(Enum):
+    """Source: ioprio_set(2)."""
+
+    RT = "IOPRIO_CLASS_RT"
+    BE = "IOPRIO_CLASS_BE"
+    IDLE = "IOPRIO_CLASS_IDLE"
+
+
+@dataclass(frozen=True, slots=True)
+class IOPriority:
+    """0 is the highest priority of a class."""
+
+    class_: IOPriorityClass
+    priority: Annotated[int, Range(0, 7)]
+
+
+@dataclass(frozen=True, slots=True)
+class CPUAffinity:
+    """Lists of CPUs (0-3,7) for a process that joins: before it is in the container's cgroup, and once it is."""
+
+    initial: str = ""
+    final: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Process:
     """What to run, and as whom. cwd is a path inside the container."""
@@ -75,6 +137,9 @@ class Process:
     oom_score_adj: Annotated[int, Range(-1000, 1000)] | None = None
     apparmor_profile: str = ""
     selinux_label: str = ""
+    scheduler: Scheduler | None = None
+    io_priority: IOPriority | None = None
+    exec_cpu_affinity: CPUAffinity | None = None
 
     @classmethod
     def from_json(cls, value: object, path: str = "process") -> "Process":
@@ -104,7 +169,7 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """A program the runtime runs at a point of the container's life."""
+    """A program the runtime runs at a point of the container's life, for at most timeout seconds."""
 
     path: str
     args: tuple[str, ...] = ()
@@ -122,6 +187,17 @@ class Hooks:
     start_container: tuple[Hook, ...] = ()
     poststart: tuple[Hook, ...] = ()
     poststop: tuple[Hook, ...] = ()
+
+
+HOOK_POINTS = {
+    "prestart": "prestart",
+    "create_runtime": "createRuntime",
+    "create_container": "createContainer",
+    "start_container": "startContainer",
+    "poststart": "poststart",
+    "poststop": "poststop",
+}
+"""Field of Hooks: its name in JSON; in the order in which they are run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,6 +403,50 @@ class IdMapping:
     size: U32 = 0
 
 
+class MemoryPolicyMode(Enum):
+    """Where memory comes from. Source: set_mempolicy(2)."""
+
+    DEFAULT = "MPOL_DEFAULT"
+    BIND = "MPOL_BIND"
+    INTERLEAVE = "MPOL_INTERLEAVE"
+    WEIGHTED_INTERLEAVE = "MPOL_WEIGHTED_INTERLEAVE"
+    PREFERRED = "MPOL_PREFERRED"
+    PREFERRED_MANY = "MPOL_PREFERRED_MANY"
+    LOCAL = "MPOL_LOCAL"
+
+
+class MemoryPolicyFlag(Enum):
+    """Source: set_mempolicy(2)."""
+
+    NUMA_BALANCING = "MPOL_F_NUMA_BALANCING"
+    RELATIVE_NODES = "MPOL_F_RELATIVE_NODES"
+    STATIC_NODES = "MPOL_F_STATIC_NODES"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPolicy:
+    """The NUMA policy of the container's processes; nodes is a list (0-3,7)."""
+
+    mode: MemoryPolicyMode
+    nodes: str = ""
+    flags: tuple[MemoryPolicyFlag, ...] = ()
+
+
+class PersonalityDomain(Enum):
+    """Source: personality(2)."""
+
+    LINUX = "LINUX"
+    LINUX32 = "LINUX32"
+
+
+@dataclass(frozen=True, slots=True)
+class Personality:
+    """The execution domain: with LINUX32 uname shows a 32-bit machine. There are no flags."""
+
+    domain: PersonalityDomain
+    flags: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Linux:
     """What only Linux has."""
@@ -343,6 +463,8 @@ class Linux:
     masked_paths: tuple[str, ...] = ()
     readonly_paths: tuple[str, ...] = ()
     mount_label: str = ""
+    memory_policy: MemoryPolicy | None = None
+    personality: Personality | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,6 +504,22 @@ def _check_process(process: Process, path: str) -> None:
     types = [limit.type for limit in process.rlimits]
     if len(set(types)) != len(types):
         raise ValueError(f"{path}.rlimits: one limit is given twice")
+    if process.scheduler is not None:
+        _check_scheduler(process.scheduler, f"{path}.scheduler")
+    if process.exec_cpu_affinity is not None:
+        number_set(process.exec_cpu_affinity.initial, f"{path}.execCPUAffinity.initial")
+        number_set(process.exec_cpu_affinity.final, f"{path}.execCPUAffinity.final")
+
+
+def _check_scheduler(scheduler: Scheduler, path: str) -> None:
+    policy = scheduler.policy
+    if policy in (SchedulerPolicy.OTHER, SchedulerPolicy.BATCH) and not -20 <= scheduler.nice <= 19:
+        raise ValueError(f"{path}.nice: {scheduler.nice} is not between -20 and 19")
+    if scheduler.priority and policy not in (SchedulerPolicy.FIFO, SchedulerPolicy.RR):
+        raise ValueError(f"{path}.priority: {policy.value} has none")
+    for name in ("runtime", "deadline", "period"):
+        if getattr(scheduler, name) and policy is not SchedulerPolicy.DEADLINE:
+            raise ValueError(f"{path}.{name}: {policy.value} has none")
 
 
 def _check_spec(spec: Spec) -> None:
@@ -396,3 +534,55 @@ def _check_spec(spec: Spec) -> None:
     kinds = [namespace.type for namespace in spec.linux.namespaces]
     if len(set(kinds)) != len(kinds):
         raise ValueError("linux.namespaces: one type is given twice")
+    if spec.hooks is not None:
+        _check_hooks(spec.hooks)
+    if spec.linux.seccomp is not None:
+        _check_seccomp(spec.linux.seccomp)
+    if spec.linux.memory_policy is not None:
+        _check_memory_policy(spec.linux.memory_policy)
+    if spec.linux.personality is not None and spec.linux.personality.flags:
+        raise ValueError(f"linux.personality.flags[0]: there is no flag {spec.linux.personality.flags[0]!r}")
+
+
+def _check_hooks(hooks: Hooks) -> None:
+    for name, path in HOOK_POINTS.items():
+        for i, hook in enumerate(getattr(hooks, name)):
+            if not hook.path.startswith("/"):
+                raise ValueError(f"hooks.{path}[{i}].path: {hook.path!r} is not an absolute path")
+            if hook.timeout is not None and hook.timeout <= 0:
+                raise ValueError(f"hooks.{path}[{i}].timeout: {hook.timeout} is not greater than zero")
+
+
+def _check_seccomp(profile: Seccomp) -> None:
+    for i, rule in enumerate(profile.syscalls):
+        if not rule.names:
+            raise ValueError(f"linux.seccomp.syscalls[{i}].names: names no system call")
+    if profile.listener_metadata and not profile.listener_path:
+        raise ValueError("linux.seccomp.listenerMetadata: must not be set without listenerPath")
+
+
+def _check_memory_policy(policy: MemoryPolicy) -> None:
+    nodes, mode = number_set(policy.nodes, "linux.memoryPolicy.nodes"), policy.mode
+    if nodes and mode in (MemoryPolicyMode.DEFAULT, MemoryPolicyMode.LOCAL):
+        raise ValueError(f"linux.memoryPolicy.nodes: {mode.value} takes none")
+    if not nodes and mode not in (MemoryPolicyMode.DEFAULT, MemoryPolicyMode.LOCAL, MemoryPolicyMode.PREFERRED):
+        raise ValueError(f"linux.memoryPolicy.nodes: {mode.value} needs at least one")
+
+
+LARGEST_NUMBER = 8191
+"""Of a CPU or memory node: what the kernel can be built for."""
+
+
+def number_set(text: str, path: str) -> frozenset[int]:
+    """The numbers of a list like 0-3,7, of CPUs or memory nodes. Raises ValueError that begins with path."""
+    numbers: set[int] = set()
+    for part in text.split(",") if text.strip() else ():
+        first, dash, last = part.strip().partition("-")
+        ends = (first, last if dash else first)
+        if not all(end.isascii() and end.isdigit() and len(end) < 9 for end in ends):
+            raise ValueError(f"{path}: {text!r} is not a list of numbers and ranges, like 0-3,7")
+        low, high = map(int, ends)
+        if low > high or high > LARGEST_NUMBER:
+            raise ValueError(f"{path}: {part.strip()!r} is not a range within 0-{LARGEST_NUMBER}")
+        numbers.update(range(low, high + 1))
+    return frozenset(numbers)
