@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from corral.kernel.syscalls import (
     AT_EMPTY_PATH,
@@ -118,16 +118,26 @@ def set_propagation(path: Path, propagation: int, *, recursive: bool) -> None:
     check(_mount_setattr(AT_FDCWD, os.fsencode(path), flags, ctypes.byref(attr), _ATTR_SIZE), "mount_setattr", path)
 
 
-def new_mount(fstype: str, source: str | None = None, options: Iterable[str] = (), *, attributes: int = 0) -> int:
+def new_mount(
+    fstype: str,
+    source: str | None = None,
+    options: Iterable[str] = (),
+    *,
+    attributes: int = 0,
+    descriptors: Mapping[str, int] | None = None,
+) -> int:
     """A new, detached mount of a file system: an fd of its root.
 
     options are `key=value` or `flag` as in mount(8) -o; the per-mount ones are attributes (MOUNT_ATTR_*) instead.
+    descriptors are options whose value is an fd.
     Raises OSError naming the file system and, where the kernel gave one, its reason.
     """
     context = check(_fsopen(fstype.encode(), _FSOPEN_CLOEXEC), "fsopen", fstype)
     try:
         if source is not None:
             _configure(context, fstype, "source", source)
+        for key, fd in (descriptors or {}).items():
+            _check_context(_fsconfig(context, _SET_FD, key.encode(), None, fd), context, f"fsconfig {key}", fstype)
         for option in options:
             key, equals, value = option.partition("=")
             _configure(context, fstype, key, value if equals else None)

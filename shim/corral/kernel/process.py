@@ -4,6 +4,7 @@ The only place of corral that forks.
 """
 
 import ctypes
+import errno
 import fcntl
 import os
 import signal
@@ -11,7 +12,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from corral.kernel.syscalls import check, libc
+from corral.kernel.syscalls import MACHINE, check, libc
 
 CLONE_PIDFD = 0x00001000
 CLONE_PARENT = 0x00008000
@@ -52,10 +53,14 @@ _python = ctypes.PyDLL(None, use_errno=True)
 _clone3 = _python["syscall"]
 _clone3.argtypes = (ctypes.c_long, ctypes.POINTER(_CloneArgs), ctypes.c_size_t)
 _clone3.restype = ctypes.c_long
+_older_clone = _python["syscall"]
+_older_clone.argtypes = (ctypes.c_long, _ulong, _ulong, ctypes.c_void_p, _ulong, _ulong)
+_older_clone.restype = ctypes.c_long
 _before_fork = _python["PyOS_BeforeFork"]
 _after_fork_parent = _python["PyOS_AfterFork_Parent"]
 _after_fork_child = _python["PyOS_AfterFork_Child"]
 _SYS_CLONE3 = 435
+_SYS_CLONE = {"x86_64": 56, "aarch64": 220}[MACHINE]
 _SIGNALS = tuple(int(number) for number in signal.valid_signals())
 _CLONE_ARGS_SIZE = ctypes.sizeof(_CloneArgs)
 
@@ -70,6 +75,7 @@ def clone(flags: int, *, cgroup: int | None = None) -> tuple[int, int]:
 
     The caller must be single-threaded. cgroup: an fd of a cgroup v2 directory in which the child is born, which saves
     the wait for an RCU grace period that moving a process there costs. With CLONE_PARENT it is a sibling, not a child.
+    Where a filter refuses clone3, whose flags it can't see, clone(2) is tried.
     """
     pidfd = ctypes.c_int(-1)
     args = _CloneArgs(flags=flags | CLONE_PIDFD, pidfd=ctypes.addressof(pidfd))
@@ -80,6 +86,8 @@ def clone(flags: int, *, cgroup: int | None = None) -> tuple[int, int]:
         args.cgroup = cgroup
     _before_fork()
     pid = _clone3(_SYS_CLONE3, ctypes.byref(args), _CLONE_ARGS_SIZE)
+    if pid < 0 and cgroup is None and ctypes.get_errno() in (errno.ENOSYS, errno.EPERM):
+        pid = _older_clone(_SYS_CLONE, args.flags | args.exit_signal, 0, args.pidfd, 0, 0)
     if pid == 0:
         _after_fork_child()
         return 0, -1

@@ -1,13 +1,15 @@
 """Between the runtime and the process it sets up: one SOCK_SEQPACKET socket pair, close-on-exec on both ends.
 
-    child -> parent   {"born": PID}                                an exec's: the process that goes on is another one
-    parent -> child   b"start"                                     it was seen: go on
     child -> parent   {"ready": true} + the pty master, if there is one            set-up is done
+    child -> parent   {"ready": true, "successor": PID} + the same                 another process goes on from there
     child -> parent   {"error": KIND, "errno": N, "message": "…"}                  it, or exec, failed; the child exits
     parent -> child   b"start"                                                     execute the program
     child -> parent   end of file without a message                                the program was executed
 
 End of file at the child's side: the runtime is gone, and the child exits.
+
+A successor may be in the hands of the container it was born into, so what comes after it is taken for no more than a
+sentence, whatever it is.
 """
 
 import array
@@ -17,13 +19,14 @@ import socket
 from collections.abc import Callable
 from typing import NoReturn
 
-from corral.oci.errors import SETUP, ExecFailed
+from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, ExecFailed
 
 _MAX_MESSAGE = 32768
 _MAX_TEXT = 2048
 """Characters of a sentence: the container has a say in it, and in JSON each may take six bytes."""
 LOOK_S = 0.05
 """The child is looked after this often while nothing is heard of it."""
+_MAX_ERRNO = 4096
 _START = b"start"
 
 
@@ -51,16 +54,13 @@ class ChildEnd:
         """Close it, in the parent."""
         self._socket.close()
 
-    def send_born(self, pid: int) -> None:
-        """Say who goes on in this process's place."""
-        self._socket.send(b'{"born":%d}' % pid)
-
-    def send_ready(self, console: int | None) -> None:
-        """Say that the set-up is done, and hand over the pty master."""
+    def send_ready(self, console: int | None, *, successor: int | None = None) -> None:
+        """Say that the set-up is done and who goes on in this process's place, and hand over the pty master."""
         ancillary = []
         if console is not None:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [console]))]
-        self._socket.sendmsg([b'{"ready":true}'], ancillary)
+        message = b'{"ready":true}' if successor is None else b'{"ready":true,"successor":%d}' % successor
+        self._socket.sendmsg([message], ancillary)
 
     def send_error(self, error: BaseException) -> None:
         """Say why it went wrong."""
@@ -97,28 +97,19 @@ class ParentEnd:
         """Close it; a child that waits for start then exits."""
         self._socket.close()
 
-    def receive_born(self, patience: Callable[[], None]) -> int:
-        """Wait for the process that goes on: its pid. Raises as receive_ready() does."""
-        data, _ = self._receive(patience)
-        if not data:
-            raise EndedEarly
-        _raise_if_error(data)
-        return int(json.loads(data)["born"])
-
-    def receive_ready(self, patience: Callable[[], None]) -> int | None:
-        """Wait for the end of the set-up: the pty master, or None without a terminal.
+    def receive_ready(self, patience: Callable[[], None]) -> tuple[int | None, int | None]:
+        """Wait for the end of the set-up: the pty master, or None without a terminal; and the pid of the successor.
 
         Raises what the child reported: ExecFailed, or the OSError of a host that can't do it; or EndedEarly.
         """
-        data, ancillary = self._receive(patience)
-        console = None
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                (console,) = array.array("i", payload)
+        data, fds = self._receive(patience)
         if not data:
             raise EndedEarly
-        _raise_if_error(data)
-        return console
+        message = _parse(data)
+        if "error" in message:
+            _raise(message)
+        successor = message.get("successor")
+        return (fds[0] if fds else None), (successor if isinstance(successor, int) else None)
 
     def send_start(self) -> None:
         """Let the child execute its program. Raises BrokenPipeError if it is gone."""
@@ -126,11 +117,13 @@ class ParentEnd:
 
     def wait_for_exec(self, patience: Callable[[], None]) -> None:
         """Return when the program was executed; raise ExecFailed if it can't be."""
-        data, _ = self._receive(patience)
+        data, fds = self._receive(patience)
+        for fd in fds:
+            os.close(fd)
         if data:
-            _raise_if_error(data)
+            _raise(_parse(data))
 
-    def _receive(self, patience: Callable[[], None]) -> tuple[bytes, list[tuple[int, int, bytes]]]:
+    def _receive(self, patience: Callable[[], None]) -> tuple[bytes, list[int]]:
         while True:
             try:
                 data, ancillary, _, _ = self._socket.recvmsg(
@@ -139,16 +132,27 @@ class ParentEnd:
             except TimeoutError:
                 patience()
             else:
-                return data, ancillary
+                fds = array.array("i")
+                for level, kind, payload in ancillary:
+                    if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                        fds.frombytes(payload)
+                return data, list(fds)
 
 
-def _raise_if_error(data: bytes) -> None:
-    message = json.loads(data)
-    if kind := message.get("error"):
-        _raise(kind, message)
+def _parse(data: bytes) -> dict[str, object]:
+    try:
+        message = json.loads(data)
+    except (ValueError, RecursionError):
+        message = None
+    if not isinstance(message, dict):
+        raise ExecFailed(SETUP, "the process said what makes no sense during its set-up")
+    return message
 
 
-def _raise(kind: str, message: dict[str, object]) -> NoReturn:
-    if isinstance(code := message.get("errno"), int) and code:
-        raise OSError(code, str(message["message"]))
-    raise ExecFailed(kind, str(message["message"]))
+def _raise(message: dict[str, object]) -> NoReturn:
+    """Raise what a message tells of. The message may be anybody's: it must not be able to raise anything else."""
+    text = str(message.get("message", ""))[: _MAX_TEXT + 1]
+    kind, code = message.get("error"), message.get("errno")
+    if isinstance(code, int) and 0 < code < _MAX_ERRNO:
+        raise OSError(code, text)
+    raise ExecFailed(kind if kind in (SETUP, EXEC_NOT_FOUND, EXEC_DENIED) else SETUP, text)

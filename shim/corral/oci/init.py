@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from corral.kernel import hostname, keyring, loopback, mount, namespaces, paths, process
+from corral.kernel import hostname, keyring, loopback, mount, namespaces, paths, process, tty
 from corral.kernel.mount import MS_PRIVATE
+from corral.kernel.namespaces import Kind
 from corral.oci import program as programs
 from corral.oci.cgroups import Membership
 from corral.oci.channel import ChildEnd
@@ -20,7 +21,7 @@ from corral.oci.gate import wait_at
 from corral.oci.imports import close_imports
 from corral.oci.larder import Larder
 from corral.oci.program import Program
-from corral.oci.stage import Stage, Step
+from corral.oci.stage import PidNamespace, Stage, Step
 from corral.oci.stdio import Stdio, take_places, use_own_null, use_terminal
 from corral.oci.sysctl import write_sysctl
 
@@ -52,15 +53,18 @@ def run_init(
     joins: Iterable[tuple[int, int, str]],
     gate: int | None = None,
     larder: Larder | None = None,
+    pids: PidNamespace | None = None,
 ) -> NoReturn:
     """Be the init of a container; never returns. joins: (fd, CLONE_NEW* flag, path) of namespaces to enter.
 
     gate: where to wait for start, once the runtime that made this process has left it there. larder: mounts made ahead.
+    pids: the PID namespace to enter, by a successor.
     """
     gates = [] if gate is None else [gate]
     ready = [] if larder is None else larder.fds
     try:
-        given = [*stdio.given(), *gates, *membership.fds, *ready, *(fd for fd, _, _ in joins)]
+        joined = [*(fd for fd, _, _ in joins), *([] if pids is None else [pids.fd])]
+        given = [*stdio.given(), *gates, *membership.fds, *ready, *joined]
         enter_privately(channel, stdio, given)
         membership.join_v1()
         programs.adjust_oom_score(plan.program.oom_score_adj)
@@ -72,11 +76,13 @@ def run_init(
             loopback.bring_up()
         if plan.new_keyring:
             keyring.join_new_session()
-        stage = build_root(plan, larder) if plan.steps else _joined_root(plan)
-        program = settle(plan, stage, stdio)
+        stage = build_root(plan, larder, pids) if plan.steps else _joined_root(plan)
+        if pids is not None:
+            namespaces.join(pids.fd, Kind.PID.flag, what=pids.path)
+        program = settle(plan, stage, stdio, controlling=pids is None)
         if gate is not None:  # who starts it may not be there to be told
             programs.check_executable(program)
-        hand_back(channel, stage.console_master, [*stdio.kept, *gates])
+        (hand_back if pids is None else go_on)(channel, stage.console_master, [*stdio.kept, *gates])
         if not channel.wait_for_start():
             os._exit(1)
         if gate is not None:
@@ -106,6 +112,25 @@ def hand_back(channel: ChildEnd, console: int | None, keep: Sequence[int] = ()) 
         os.close(fd)
 
 
+def go_on(channel: ChildEnd, console: int | None, keep: Sequence[int] = ()) -> None:
+    """Have a successor, in the PID namespace that was joined, and tell the runtime of it; only the successor returns.
+
+    Whoever holds CAP_SYS_PTRACE in that namespace can look through its eyes and guide its hands as soon as it is born
+    (CVE-2016-9962). So by then it has but the program's own view, identity and capabilities, and can do no more than
+    the program could.
+    """
+    consoles = [] if console is None else [console]
+    process.close_fds([0, 1, 2, channel.fileno(), *keep, *consoles])
+    pid, _ = process.clone(process.CLONE_PARENT)
+    if pid:
+        channel.send_ready(console, successor=pid)
+        os._exit(0)
+    os.setsid()
+    for fd in consoles:
+        os.close(fd)
+        tty.make_controlling(0)
+
+
 def report_and_exit(channel: ChildEnd, error: BaseException) -> NoReturn:
     """Tell the runtime what went wrong, and end."""
     try:
@@ -119,9 +144,9 @@ def _joined_root(plan: InitPlan) -> Stage:
     return Stage(plan.bundle, root=os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
 
 
-def build_root(plan: InitPlan, larder: Larder | None = None) -> Stage:
+def build_root(plan: InitPlan, larder: Larder | None = None, pids: PidNamespace | None = None) -> Stage:
     """Mount everything and make it the root: what follows sees the container's view only."""
-    stage = Stage(plan.bundle)
+    stage = Stage(plan.bundle, pids=pids)
     if larder is not None:
         larder.serve(stage, plan.steps)
     for step in plan.steps:
@@ -148,15 +173,18 @@ def _check_place(stage: Stage, name: str, expected: int | None) -> None:
             raise ExecFailed(SETUP, f"mount /{name}: it was exchanged meanwhile")
 
 
-def settle(plan: InitPlan, stage: Stage, stdio: Stdio) -> Program:
-    """What is left to do inside, up to giving up all privilege; what is returned is ready for execute()."""
+def settle(plan: InitPlan, stage: Stage, stdio: Stdio, *, controlling: bool = True) -> Program:
+    """What is left to do inside, up to giving up all privilege; what is returned is ready for execute().
+
+    controlling: this process takes the terminal, if there is one.
+    """
     write_sysctl(plan.sysctl)
     if plan.hostname:
         socket.sethostname(plan.hostname)
     if plan.domainname:
         hostname.set_domain_name(plan.domainname)
     if stage.console_slave is not None:
-        use_terminal(stage.console_slave)
+        use_terminal(stage.console_slave, controlling=controlling)
     else:
         use_own_null(stage.root, stdio)
     return programs.become(plan.program, stage.root)

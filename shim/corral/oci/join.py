@@ -1,21 +1,21 @@
 """A process that joins a running container (exec), from its birth to execve.
 
 Two processes, one after the other. The first one is born outside and enters the container by the pidfd of init; nobody
-inside sees it. Its last act is to make the second one, in the container's PID namespace: from birth that has but the
-container's own view, for whoever holds CAP_SYS_PTRACE in there can look through its eyes and guide its hands
-(CVE-2016-9962). Everything in there, /dev and /proc included, may have been exchanged by the container since.
+inside sees it. It does all there is to do, and its last act is to make the second one, in the container's PID
+namespace (see corral.oci.init.go_on). Everything in there, /dev and /proc included, may have been exchanged by the
+container since.
 """
 
 import os
 from typing import NoReturn
 
-from corral.kernel import keyring, namespaces, paths, process, tty
+from corral.kernel import keyring, namespaces, paths, tty
 from corral.kernel.syscalls import DEVPTS_SUPER_MAGIC, filesystem_magic
 from corral.oci import program as programs
 from corral.oci.cgroups import Membership
 from corral.oci.channel import ChildEnd
 from corral.oci.errors import SETUP, ExecFailed
-from corral.oci.init import enter_privately, hand_back, report_and_exit
+from corral.oci.init import enter_privately, go_on, report_and_exit
 from corral.oci.program import Program
 from corral.oci.stdio import Stdio, use_own_null, use_terminal
 
@@ -33,32 +33,25 @@ def run_joined(
     """Be a process in the container of the pidfd init; never returns.
 
     flags: CLONE_NEW* of the namespaces to enter. terminal: the size of the pty to make, (0, 0) for no particular one.
-    The caller is told who goes on, a sibling of this process, and has to answer by send_start().
     """
     try:
         enter_privately(channel, stdio, [*stdio.given(), init, *membership.fds])
+        membership.join_v1()
         programs.adjust_oom_score(program.oom_score_adj)
         if flags:
             namespaces.join(init, flags, what="the container's init")
-        pid, _ = process.clone(process.CLONE_PARENT, cgroup=membership.unified)
-        if pid:
-            channel.send_born(pid)
-            os._exit(0)
-        membership.join_v1()
-        process.close_fds([0, 1, 2, channel.fileno(), *stdio.kept])
-        if not channel.wait_for_start():
-            os._exit(1)
-        os.setsid()
         keyring.join_new_session()
         root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         master: int | None = None
         if terminal is not None:
             master, slave = _open_terminal(root, terminal)
-            use_terminal(slave)
+            use_terminal(slave, controlling=False)
         else:
             use_own_null(root, stdio)
         program = programs.become(program, root)
-        hand_back(channel, master, stdio.kept)
+        go_on(channel, master, stdio.kept)
+        if not channel.wait_for_start():
+            os._exit(1)
         programs.execute(program)
     except BaseException as e:  # noqa: BLE001 - a fork of the runtime must not run on in its code
         report_and_exit(channel, e)

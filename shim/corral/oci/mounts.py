@@ -23,6 +23,7 @@ from corral.kernel.syscalls import (
     SYSFS_MAGIC,
     filesystem_magic,
 )
+from corral.oci import procfs
 from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.mount_options import Attributes, MountOptions
 from corral.oci.stage import Stage, Step, normal
@@ -161,6 +162,13 @@ class NewFilesystem(Step):
         attributes = self.options.attributes
         flags = attributes.set | (attributes.atime or 0)
         return mount.new_mount(self.fstype, self.source, self.options.data, attributes=flags)
+
+    def prepare(self, stage: Stage) -> None:
+        if self.fstype == "proc" and stage.pids is not None:
+            attributes = self.options.attributes
+            tree = procfs.new_procfs(stage.pids, self.source, self.options.data)
+            _dress(tree, attributes)
+            stage.ready[self] = tree
 
     def apply(self, stage: Stage) -> None:
         attributes, data = self.options.attributes, self.options.data

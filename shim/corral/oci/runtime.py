@@ -33,7 +33,7 @@ from corral.oci.larder import Larder
 from corral.oci.program import program_of
 from corral.oci.seccomp import filter_of
 from corral.oci.spec import Mount, Process, Spec
-from corral.oci.stage import Step
+from corral.oci.stage import PidNamespace, Step
 from corral.oci.stdio import Stdio
 from corral.oci.support import check_process, check_spec
 from corral.oci.sysctl import check_sysctl
@@ -191,17 +191,18 @@ def create(
         membership = Membership.open(cgroups)
         stack.callback(membership.close)
         joins: list[tuple[int, int, str]] = []
+        pids: PidNamespace | None = None
         for kind, path in joined.items():
             fd = namespaces.open_namespace(path)
             stack.callback(os.close, fd)
             if kind is Kind.PID:
-                stack.enter_context(_children_in(fd, path))
+                pids = PidNamespace(fd, path)
             else:
                 joins.append((fd, kind.flag, path))
         parent, child = stack.enter_context(_channel())
         pid, pidfd = process.clone(flags, cgroup=membership.unified)
         if pid == 0:
-            run_init(plan, child, stdio, membership, joins, gate, larder)
+            run_init(plan, child, stdio, membership, joins, gate, larder, pids)
     return Container(spec, *_await_ready(parent, pid, pidfd))
 
 
@@ -251,17 +252,6 @@ def _channel() -> Iterator[tuple[ParentEnd, ChildEnd]]:
         child.close()
 
 
-@contextlib.contextmanager
-def _children_in(pid_namespace: int, path: str) -> Iterator[None]:
-    """Make the caller's next children in another PID namespace."""
-    with contextlib.ExitStack() as stack:
-        own = namespaces.open_namespace("/proc/self/ns/pid")
-        stack.callback(os.close, own)
-        namespaces.join(pid_namespace, Kind.PID.flag, what=path)
-        stack.callback(namespaces.join, own, Kind.PID.flag)
-        yield
-
-
 def _patience(pidfd: int, limit_s: float) -> Callable[[], None]:
     """What to ask while a child is waited for: once it is stopped, or takes too long, kills it and raises ExecFailed.
 
@@ -285,34 +275,21 @@ def _patience(pidfd: int, limit_s: float) -> Callable[[], None]:
 
 
 def _await_ready(parent: ParentEnd, pid: int, pidfd: int, limit_s: float = SETUP_S) -> tuple[ProcessHandle, ParentEnd]:
+    """See a child to the end of its set-up, and where it has a successor go on with that."""
     try:
-        console = parent.receive_ready(_patience(pidfd, limit_s))
+        console, successor = parent.receive_ready(_patience(pidfd, limit_s))
+        if successor is not None:
+            # Our own child, not reaped yet: the pid is still its.
+            follower = process.pidfd_open(successor)
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+            os.close(pidfd)
+            pid, pidfd = successor, follower
         return ProcessHandle(pid, pidfd, process.start_time(pid), console), parent
     except EndedEarly as e:
         raise ExecFailed(SETUP, _how_it_ended(_kill_and_reap(parent, pidfd))) from e
     except BaseException:
         _kill_and_reap(parent, pidfd)
         raise
-
-
-def _follow(parent: ParentEnd, pidfd: int) -> tuple[int, int]:
-    """From the process that entered the container to the one that goes on there, by pid and pidfd."""
-    try:
-        pid = parent.receive_born(_patience(pidfd, EXEC_SETUP_S))
-    except EndedEarly as e:
-        raise ExecFailed(SETUP, _how_it_ended(_kill_and_reap(parent, pidfd))) from e
-    except BaseException:
-        _kill_and_reap(parent, pidfd)
-        raise
-    os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-    os.close(pidfd)
-    # Our own child, not reaped yet: the pid is still its.
-    follower = process.pidfd_open(pid)
-    try:
-        parent.send_start()
-    except (BrokenPipeError, ConnectionResetError) as e:
-        raise ExecFailed(SETUP, _how_it_ended(_kill_and_reap(parent, follower))) from e
-    return pid, follower
 
 
 def _how_it_ended(status: int | None) -> str:
@@ -357,16 +334,17 @@ def _exec(
         membership = Membership.open([os.fspath(path) for path in cgroup_paths])
         stack.callback(membership.close)
         parent, child = stack.enter_context(_channel())
-        pid, pidfd = process.clone(0)
+        pid, pidfd = process.clone(0, cgroup=membership.unified)
         if pid == 0:
             flags = namespaces.flags_of(kinds)
             run_joined(program, child, stdio, membership, init=init, flags=flags, terminal=terminal)
-    pid, pidfd = _follow(parent, pidfd)
     handle, _ = _await_ready(parent, pid, pidfd, EXEC_SETUP_S)
     try:
-        parent.wait_for_exec(_patience(pidfd, EXEC_SETUP_S))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is gone: what follows finds out why
+            parent.send_start()
+        parent.wait_for_exec(_patience(handle.pidfd, EXEC_SETUP_S))
     except BaseException:
-        _kill_and_reap(parent, pidfd)
+        _kill_and_reap(parent, handle.pidfd)
         if handle.console is not None:
             os.close(handle.console)
         raise

@@ -11,6 +11,14 @@ import os
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True, slots=True)
+class PidNamespace:
+    """One that is joined, where a procfs must show its processes: its fd, and the path it was opened by."""
+
+    fd: int
+    path: str
+
+
 @dataclass(slots=True)
 class Stage:
     """The root being built."""
@@ -44,6 +52,8 @@ class Stage:
     """dev is such a one: it has the default nodes and links."""
     places_in_dev: set[str] = field(default_factory=set)
     """Directories of dev that wait for their mount."""
+    pids: PidNamespace | None = None
+    """The PID namespace of the container, where this process is not in it."""
     _root_status: os.stat_result | None = None
 
     def take_dev(self, tree: int, *, ready: bool) -> None:

@@ -61,9 +61,10 @@ def use_own_null(root: int, stdio: Stdio) -> None:
             os.dup2(fd, place, inheritable=True)
 
 
-def use_terminal(slave: int) -> None:
-    """Make a pty slave the controlling terminal and all of 0, 1 and 2."""
-    tty.make_controlling(slave)
+def use_terminal(slave: int, *, controlling: bool = True) -> None:
+    """Make a pty slave all of 0, 1 and 2, and the controlling terminal of this session leader."""
+    if controlling:
+        tty.make_controlling(slave)
     for place in range(3):
         os.dup2(slave, place, inheritable=True)
     os.close(slave)
