@@ -152,7 +152,8 @@ class ContainersServicer:
 
     def Create(self, request, context):
         """Makes a container with everything it needs, not started. All or nothing.
-        NOT_FOUND: image, network, container to join. ALREADY_EXISTS: name. INVALID_ARGUMENT: options, user.
+        NOT_FOUND: image, network, container to join. ALREADY_EXISTS: name. INVALID_ARGUMENT: options.
+        FAILED_PRECONDITION: a user that the image does not know.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

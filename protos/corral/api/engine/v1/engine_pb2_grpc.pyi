@@ -46,7 +46,8 @@ class ContainersStub:
     def __new__(cls, channel: _aio.Channel) -> ContainersAsyncStub: ...
     Create: _grpc.UnaryUnaryMultiCallable[_engine_pb2.CreateContainerRequest, _engine_pb2.Container]
     """Makes a container with everything it needs, not started. All or nothing.
-    NOT_FOUND: image, network, container to join. ALREADY_EXISTS: name. INVALID_ARGUMENT: options, user.
+    NOT_FOUND: image, network, container to join. ALREADY_EXISTS: name. INVALID_ARGUMENT: options.
+    FAILED_PRECONDITION: a user that the image does not know.
     """
     Start: _grpc.UnaryUnaryMultiCallable[_engine_pb2.StartContainerRequest, _engine_pb2.Container]
     """Starts a created or exited container. Starting a running one is no error.
@@ -89,7 +90,8 @@ class ContainersAsyncStub(ContainersStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Create: _aio.UnaryUnaryMultiCallable[_engine_pb2.CreateContainerRequest, _engine_pb2.Container]  # type: ignore[assignment]
     """Makes a container with everything it needs, not started. All or nothing.
-    NOT_FOUND: image, network, container to join. ALREADY_EXISTS: name. INVALID_ARGUMENT: options, user.
+    NOT_FOUND: image, network, container to join. ALREADY_EXISTS: name. INVALID_ARGUMENT: options.
+    FAILED_PRECONDITION: a user that the image does not know.
     """
     Start: _aio.UnaryUnaryMultiCallable[_engine_pb2.StartContainerRequest, _engine_pb2.Container]  # type: ignore[assignment]
     """Starts a created or exited container. Starting a running one is no error.
@@ -135,7 +137,8 @@ class ContainersServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_engine_pb2.Container, _abc.Awaitable[_engine_pb2.Container]]:
         """Makes a container with everything it needs, not started. All or nothing.
-        NOT_FOUND: image, network, container to join. ALREADY_EXISTS: name. INVALID_ARGUMENT: options, user.
+        NOT_FOUND: image, network, container to join. ALREADY_EXISTS: name. INVALID_ARGUMENT: options.
+        FAILED_PRECONDITION: a user that the image does not know.
         """
 
     @_abc_1.abstractmethod
