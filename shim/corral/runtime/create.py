@@ -11,7 +11,6 @@ from corral.runtime.flags import SWITCH, Flags, Options
 from corral.runtime.making import BUNDLE_FLAGS, Bundle
 from corral.runtime.sealing import ensure_sealed
 from corral.runtime.state import Status
-from corral.runtime.terminal import send_descriptor
 
 CREATE_FLAGS: Flags = BUNDLE_FLAGS
 RUN_FLAGS: Flags = {**BUNDLE_FLAGS, "detach,d": SWITCH, "keep": SWITCH, "no-subreaper": SWITCH}
@@ -91,6 +90,8 @@ def run(context: Context, options: Options, arguments: list[str]) -> int:
 def _hand_over_console(container: Container, options: Options) -> None:
     console = container.init.console
     if console is not None and options.has("console-socket"):
+        from corral.runtime.terminal import send_descriptor
+
         send_descriptor(options.text("console-socket"), console, b"/dev/ptmx")
         os.close(console)
         container.init.console = None

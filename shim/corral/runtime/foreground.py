@@ -5,10 +5,13 @@ import os
 import select
 import signal
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from corral.kernel import process, signalfd
 from corral.oci.runtime import ProcessHandle
-from corral.runtime.terminal import Joined, raw
+
+if TYPE_CHECKING:
+    from corral.runtime.terminal import Joined
 
 _OURS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP)
 _NOT_PASSED_ON = (signal.SIGCHLD, signal.SIGURG, signal.SIGPIPE, signal.SIGWINCH)
@@ -38,15 +41,17 @@ def stay(handle: ProcessHandle, signals: int) -> int:
 
 
 @contextlib.contextmanager
-def _joined(handle: ProcessHandle, poller: "select.poll") -> Iterator[Joined | None]:
+def _joined(handle: ProcessHandle, poller: "select.poll") -> "Iterator[Joined | None]":
     if handle.console is None:
         yield None
         return
+    from corral.runtime.terminal import Joined, raw
+
     with raw():
         yield Joined(handle.console, poller)
 
 
-def _on_signal(number: int, handle: ProcessHandle, terminal: Joined | None) -> None:
+def _on_signal(number: int, handle: ProcessHandle, terminal: "Joined | None") -> None:
     if number == signal.SIGCHLD:
         _reap_others(handle.pid)
     elif number == signal.SIGWINCH and terminal is not None:
@@ -68,7 +73,7 @@ def _reap_others(init: int) -> None:
         os.waitpid(ended.si_pid, 0)
 
 
-def _end(handle: ProcessHandle, terminal: Joined | None) -> int:
+def _end(handle: ProcessHandle, terminal: "Joined | None") -> int:
     while terminal is not None and terminal.copy_output():
         pass
     ended = os.waitid(os.P_PIDFD, handle.pidfd, os.WEXITED)

@@ -15,9 +15,9 @@ _SCRIPT = """\
 import sys
 
 sys.path.insert(0, {place!r})
-from corral.runtime.main import main
+from corral.runtime.main import main_and_exit
 
-sys.exit(main())
+main_and_exit()
 """
 
 

@@ -1,6 +1,5 @@
 """The log that a client reads the reason of a failure from, in runc's two forms."""
 
-import json
 import os
 import sys
 import time
@@ -14,11 +13,11 @@ class Log:
     def __init__(self, path: str = "", *, form: str = "text", debug: bool = False) -> None:
         if form not in ("text", "json"):
             raise CommandError(f"--log-format: {form!r} is neither text nor json")
-        self._path, self._form, self._debug = path, form, debug
+        self._path, self._form, self.debugging = path, form, debug
 
     def debug(self, message: str) -> None:
         """For --debug only."""
-        if self._debug:
+        if self.debugging:
             self._write("debug", message)
 
     def error(self, message: str) -> None:
@@ -31,6 +30,8 @@ class Log:
             sys.stderr.write(f"{message}\n")
 
     def _write(self, level: str, message: str) -> None:
+        import json
+
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         if self._form == "json":
             line = json.dumps({"level": level, "msg": message, "time": now})

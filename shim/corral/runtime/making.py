@@ -18,7 +18,6 @@ from corral.runtime.context import Context
 from corral.runtime.errors import CommandError
 from corral.runtime.flags import SWITCH, VALUE, Flags, Options
 from corral.runtime.state import Place, Record
-from corral.runtime.terminal import send_descriptor
 
 BUNDLE_FLAGS: Flags = {
     "bundle,b": VALUE,
@@ -106,6 +105,8 @@ def made(
         record.pid, record.start_time = container.init.pid, container.init.start_time
         place.write(state.STATE, record.to_json())
         if options.has("pidfd-socket"):
+            from corral.runtime.terminal import send_descriptor
+
             send_descriptor(options.text("pidfd-socket"), container.init.pidfd, b"pidfd")
         if options.has("pid-file"):
             write_pid_file(options.text("pid-file"), record.pid)

@@ -4,32 +4,39 @@ Only what makes processes in a container needs it. The way there is to execute o
 done; an option of the interpreter, which no argument of the command can imitate, tells that it was tried.
 """
 
-import contextlib
 import os
 import sys
-from pathlib import Path
 
-from corral.kernel import process
-from corral.runtime.errors import CommandError
-from corral.shim import seal
+from corral.kernel import mount
+from corral.kernel.syscalls import AT_FDCWD
 
 _MARK = "corral_sealed"
+_SELF = "/proc/self/exe"
+
+
+def begin() -> None:
+    """Become a process whose interpreter is on a read-only mount, or else sealed in memory, unless it is already."""
+    if _MARK in sys._xoptions:  # noqa: SLF001 - the documented name
+        return
+    # By its first argument, not by the file that is executed, does the interpreter find its library.
+    arguments = [sys.orig_argv[0], "-X", _MARK, *sys.orig_argv[1:]]
+    try:
+        fd = mount.clone_tree(AT_FDCWD, os.readlink(_SELF))  # noqa: PTH115 - pathlib takes long to load
+        mount.set_attributes(fd, attr_set=mount.MOUNT_ATTR_RDONLY, where=_SELF)
+        os.execve(fd, arguments, os.environ)  # noqa: S606 - no shell is wanted
+    except OSError:  # an ordinary user may not mount
+        from corral.shim import seal
+
+        os.execve(seal.sealed_copy(_SELF), arguments, os.environ)  # noqa: S606 - no shell is wanted
 
 
 def ensure_sealed() -> None:
-    """Return in a sealed process that nobody can look into; raises CommandError where that can't be had."""
+    """Return in a process that is sealed, and that nobody can look into; else raise CommandError."""
+    from corral.kernel import process
+    from corral.runtime.errors import CommandError
+    from corral.shim import seal
+
     if not seal.is_sealed():
-        if _MARK in sys._xoptions:  # noqa: SLF001 - the documented name
-            raise CommandError("the interpreter could not be sealed against the container")
-        _execute_sealed()
+        raise CommandError("the interpreter could not be sealed against the container")
     if os.geteuid() == 0:  # an ordinary user's /proc/self would no longer be theirs
         process.set_dumpable(False)
-
-
-def _execute_sealed() -> None:
-    interpreter = os.fspath(Path("/proc/self/exe").readlink())
-    # By its first argument, not by the file that is executed, does the interpreter find its library.
-    arguments = [sys.orig_argv[0], "-X", _MARK, *sys.orig_argv[1:]]
-    with contextlib.suppress(OSError):
-        os.execve(seal.read_only_mount(interpreter), arguments, os.environ)  # noqa: S606 - no shell is wanted
-    os.execve(seal.sealed_copy(interpreter), arguments, os.environ)  # noqa: S606 - no shell is wanted
