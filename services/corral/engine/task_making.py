@@ -1,7 +1,9 @@
 """Giving a container its cgroup and its task: when it is created, and again each time it starts after having ended."""
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,13 +17,14 @@ from corral.engine.core import Core, require_alive
 from corral.engine.leaves import persistently
 from corral.engine.records import ContainerRecord
 from corral.engine.spec import Facts, build
-from corral.kernel.namespaces import Kind
+from corral.kernel.namespaces import Kind, open_namespace
+from corral.kernel.process import start_time
 from corral.oci.decode import JSON
 from corral.oci.decode import encode as encode_json
 from corral.oci.spec import Capabilities, Seccomp, Spec
 from corral.oci.spec import Mount as SpecMount
 from corral.rpc.blocking import run_blocking
-from corral.rpc.errors import InvalidArgument, NotFound, Unavailable, Unimplemented, from_os_error
+from corral.rpc.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable, Unimplemented, from_os_error
 from corral.store import failpoint
 
 LOG_NAME = "container.log"
@@ -61,7 +64,23 @@ class TaskMaking:
         config = record.config
         directory = self._core.make_container_directory(record)
         volume_paths = await run_blocking(self._ready_sources, record) if config.mounts else {}
-        joined = await self._joined(config)
+        with ExitStack() as opened:
+            joined = await self._joined(config, opened)
+            request = self._request(record, rootfs, cgroup_paths, volume_paths, joined, f"{directory}/{LOG_NAME}")
+            failpoint("engine.task.before_create")
+            task = await self._create(request)
+        return replace(record, pid=task.pid, log_path=task.log_path, bundle=task.bundle)
+
+    def _request(
+        self,
+        record: ContainerRecord,
+        rootfs: Iterable[Mount],
+        cgroup_paths: Iterable[str],
+        volume_paths: Mapping[str, str],
+        joined: Mapping[Kind, str],
+        log_path: str,
+    ) -> CreateTaskRequest:
+        config = record.config
         granted = devices.every_device() if config.privileged else devices.grant(config.devices)
         assert record.endpoint is not None
         facts = Facts(
@@ -73,18 +92,15 @@ class TaskMaking:
             joined=joined,
             devices=granted,
         )
-        request = requests.task(
+        return requests.task(
             config,
             record.namespace,
             record.id,
             spec=encode(build(config, facts)),
             rootfs=rootfs,
             cgroup_paths=cgroup_paths,
-            log_path=f"{directory}/{LOG_NAME}",
+            log_path=log_path,
         )
-        failpoint("engine.task.before_create")
-        task = await self._create(request)
-        return replace(record, pid=task.pid, log_path=task.log_path, bundle=task.bundle)
 
     async def _create(self, request: CreateTaskRequest) -> Task:
         """tasks.Create, over a restart of tasks: it may or may not have been done before the answer was lost."""
@@ -101,8 +117,8 @@ class TaskMaking:
         except Unavailable:
             return await persistently(get_or_create)
 
-    async def _joined(self, config: ContainerConfig) -> dict[Kind, str]:
-        """The namespace files of the containers whose namespaces are joined. They must run."""
+    async def _joined(self, config: ContainerConfig, opened: ExitStack) -> dict[Kind, str]:
+        """The namespaces of other containers that are joined, as paths that hold while `opened` does. They must run."""
         modes = {
             Kind.PID: config.pid_mode,
             Kind.IPC: config.ipc_mode,
@@ -116,8 +132,9 @@ class TaskMaking:
             other = self._core.resolve(mode.removeprefix("container:"))
             require_alive(other, "joined")
             task = await self._core.leaves.tasks.Get(GetTaskRequest(id=other.id))
-            # The kernel has no name for a namespace but its process; should that end now, opening the file fails.
-            found[kind] = f"/proc/{task.pid}/ns/{_FILES[kind]}"
+            fd = open_namespace_of(task, kind)
+            opened.callback(os.close, fd)
+            found[kind] = f"/proc/{os.getpid()}/fd/{fd}"
         return found
 
     def _ready_sources(self, record: ContainerRecord) -> dict[str, str]:
@@ -134,7 +151,21 @@ class TaskMaking:
         return paths
 
 
-_FILES = {Kind.PID: "pid", Kind.IPC: "ipc", Kind.UTS: "uts", Kind.CGROUP: "cgroup"}
+def open_namespace_of(task: Task, kind: Kind) -> int:
+    """An fd of a namespace of a task's init. Raises FailedPrecondition if that has ended, whoever has its pid now."""
+    ended = FailedPrecondition(f"container {task.id} has ended, and can't be joined", reason="NOT_RUNNING")
+    try:
+        fd = open_namespace(f"/proc/{task.pid}/ns/{kind.file}")
+    except (FileNotFoundError, ProcessLookupError):
+        raise ended from None
+    try:
+        # Only now: had the pid been another's when the file was opened, it would not be this process's afterwards.
+        if start_time(task.pid) == task.start_time:
+            return fd
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    os.close(fd)
+    raise ended
 
 
 def _ready_bind_source(mount: VolumeMount) -> None:

@@ -49,6 +49,7 @@ def task_message(task: Task) -> pb.Task:
         id=task.row.key.id,
         status=cast(pb.Status.ValueType, int(init.status)),
         pid=0 if init.status is Status.STOPPED else init.pid,
+        start_time=0 if init.status is Status.STOPPED else init.start_time,
         shim_pid=task.row.shim_pid if task.shim is not None else 0,
         created_at=timestamp(task.row.created_at_ns),
         bundle=str(task.bundle.path),

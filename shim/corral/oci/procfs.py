@@ -2,14 +2,15 @@
 
 A procfs shows the processes of its maker's PID namespace. To enter a joined one just for that would show a fully
 privileged process to all who live there, and to their CAP_SYS_PTRACE (CVE-2016-9962). From Linux 6.18 on the namespace
-can be named; before, a copy of the mount that the namespace's own container has does.
+can be named; before, a copy of the mount that its members have does.
 """
 
 import errno
 import os
-import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
 
 from corral.kernel import mount, namespaces, paths, process
 from corral.kernel.namespaces import Kind
@@ -18,7 +19,7 @@ from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.stage import PidNamespace
 
 _PROC_ROOT_INODE = 1
-_OF_A_PROCESS = re.compile(r"/proc/([0-9]+)/ns/pid")
+_TRIES = 16
 
 
 def new_procfs(pids: PidNamespace, source: str, options: Sequence[str]) -> int:
@@ -32,19 +33,30 @@ def new_procfs(pids: PidNamespace, source: str, options: Sequence[str]) -> int:
 
 
 def copy_procfs(pids: PidNamespace) -> int:
-    """A detached copy of the /proc of the process whose namespace file was opened, if it shows that namespace.
+    """A detached copy of the /proc of a process in the namespace, without what is mounted over parts of it.
 
-    What is mounted over parts of it is left behind. Whose /proc it is has a say in what is found there: so that is
-    checked on what was found.
+    Whose /proc it is has a say in what lies there: so what was found is checked, and is kept if it shows the namespace.
     """
-    holder = _OF_A_PROCESS.fullmatch(pids.path)
-    if holder is None:
-        raise ExecFailed(SETUP, "mount /proc: before Linux 6.18 a PID namespace is joined by /proc/PID/ns/pid only")
-    tree = _copy_from(int(holder[1]))
-    if not _is_whole_procfs(tree) or not _shows(tree, pids.fd):
+    for pid in islice(_members(pids.fd), _TRIES):
+        try:
+            tree = _copy_from(pid)
+        except OSError:  # it has ended, or has nothing there
+            continue
+        if _is_whole_procfs(tree) and _shows(tree, pids.fd):
+            return tree
         os.close(tree)
-        raise ExecFailed(SETUP, f"mount /proc: the /proc of process {holder[1]} is not that of its PID namespace")
-    return tree
+    raise ExecFailed(SETUP, f"mount /proc: before Linux 6.18, somebody in {pids.path} must have a procfs on /proc")
+
+
+def _members(namespace: int) -> Iterator[int]:
+    """Processes that are right in a PID namespace, the oldest first."""
+    own = os.fstat(namespace)
+    for pid in sorted(int(entry.name) for entry in os.scandir("/proc") if entry.name.isdecimal()):
+        try:
+            if os.path.samestat(Path(f"/proc/{pid}/ns/pid").stat(), own):
+                yield pid
+        except OSError:
+            continue
 
 
 def _copy_from(pid: int) -> int:

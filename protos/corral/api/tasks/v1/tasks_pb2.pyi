@@ -86,6 +86,7 @@ class Task(_message.Message):
     EXECS_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     DROPPED_BYTES_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     status: Global___Status.ValueType
     pid: _builtins.int
@@ -98,6 +99,8 @@ class Task(_message.Message):
     stdin: _builtins.bool
     dropped_bytes: _builtins.int
     """Output bytes that were dropped (full disk, stuck reader), counted."""
+    start_time: _builtins.int
+    """When init began, in clock ticks after boot: with pid it names the process for good. 0 when stopped."""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -127,10 +130,11 @@ class Task(_message.Message):
         execs: _abc.Iterable[Global___ExecProcess] | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         dropped_bytes: _builtins.int = ...,
+        start_time: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "exit", b"exit", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "created_at", b"created_at", "dropped_bytes", b"dropped_bytes", "execs", b"execs", "exit", b"exit", "id", b"id", "labels", b"labels", "log_path", b"log_path", "pid", b"pid", "shim_pid", b"shim_pid", "started_at", b"started_at", "status", b"status", "stdin", b"stdin", "terminal", b"terminal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "created_at", b"created_at", "dropped_bytes", b"dropped_bytes", "execs", b"execs", "exit", b"exit", "id", b"id", "labels", b"labels", "log_path", b"log_path", "pid", b"pid", "shim_pid", b"shim_pid", "start_time", b"start_time", "started_at", b"started_at", "status", b"status", "stdin", b"stdin", "terminal", b"terminal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
