@@ -306,7 +306,7 @@ async def test_an_attach_that_fails_leaves_nothing(lab: Lab, net: Calls) -> None
     assert await net.ids() == []
     assert lab.settled()
     assert (await net.network("bridge")).subnets[0].used == before
-    assert not exists(lab.place.state / "endpoints/default/a")
+    assert not exists(lab.place.root / "network/endpoints/default/a")
     await net.attach("a")
 
 

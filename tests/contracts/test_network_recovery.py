@@ -45,7 +45,7 @@ async def nothing_leaked(lab: Lab, net: Calls, *, endpoints: int = 0) -> None:
     assert rows(lab, "allocations") == rows(lab, "interfaces") == endpoints
     assert eventually(lambda: len(lab.veths()) == endpoints), lab.links()
     assert eventually(lambda: len(lab.pins) == endpoints + 8), lab.pins
-    directory = lab.place.state / "endpoints/default"
+    directory = lab.place.root / "network/endpoints/default"
     assert len(list(directory.iterdir()) if directory.is_dir() else []) == endpoints
 
 

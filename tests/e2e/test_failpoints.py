@@ -204,7 +204,7 @@ class Life:
         for what, root in {
             "volume": place.root / "engine" / "volumes",
             "log of": place.root / "engine" / "containers",
-            "files of": place.state / "endpoints",
+            "files of": place.root / "network" / "endpoints",
         }.items():
             found += [f"{what} {path.name}" for path in root.glob("*/*")]
         return found

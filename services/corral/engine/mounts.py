@@ -16,7 +16,7 @@ _HOST_BIND = ("rbind", "nosuid", "noexec", "nodev")
 
 def build_mounts(config: ContainerConfig, endpoint: Endpoint, volume_paths: Mapping[str, str]) -> tuple[Mount, ...]:
     """All mounts in the order in which they are made; one that was asked for replaces ours at the same place."""
-    own = (*_system_mounts(config), *_network_files(endpoint))
+    own = (*_system_mounts(config), *_network_files(config, endpoint))
     if not config.mounts:
         return own
     asked = sorted((_asked(mount, volume_paths) for mount in config.mounts), key=_depth)
@@ -54,14 +54,15 @@ def _writable(mount: Mount) -> Mount:
     return replace(mount, options=tuple(option for option in mount.options if option != "ro"))
 
 
-def _network_files(endpoint: Endpoint) -> list[Mount]:
-    """Writable, as docker mounts them: programs inside edit /etc/hosts."""
+def _network_files(config: ContainerConfig, endpoint: Endpoint) -> list[Mount]:
+    """Writable where the root is, as docker mounts them: programs inside edit /etc/hosts."""
+    options = ("rbind", "rprivate", *(["ro"] if config.read_only_rootfs else []))
     files = {
         "/etc/resolv.conf": endpoint.resolv_conf_path,
         "/etc/hostname": endpoint.hostname_path,
         "/etc/hosts": endpoint.hosts_path,
     }
-    return [Mount(target, "bind", source, ("rbind", "rprivate")) for target, source in files.items() if source]
+    return [Mount(target, "bind", source, options) for target, source in files.items() if source]
 
 
 def _asked(mount: VolumeMount, volume_paths: Mapping[str, str]) -> Mount:

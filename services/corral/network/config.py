@@ -12,10 +12,9 @@ class NetworkConfig:
     Two engines on one host need different roots, states, bridges and nft tables, and subnets that do not overlap.
     """
 
-    # Database.
+    # Database; and `endpoints`, the files that containers see as /etc/hosts, /etc/resolv.conf and /etc/hostname.
     root: Path = Path("/var/lib/corral/network")
-    # Run state: network namespaces are pinned in its directory `netns`, and `endpoints` has the files that containers
-    # see as /etc/hosts, /etc/resolv.conf and /etc/hostname.
+    # Run state: network namespaces are pinned in its directory `netns`.
     state: Path = Path("/run/corral")
     # Bridge of the default network; at most 15 characters.
     bridge: str = "corral0"

@@ -4,7 +4,9 @@
     endpoints-ready/<name>/…            the three, empty, made before anybody needs them
     endpoints-trash/…                   on their way out
 
-Run state, not fsynced: they are of use only while the machine runs, and the first Attach after a boot writes them anew.
+They are run state, and not fsynced: the first Attach after a boot writes them anew. But a container may write to them,
+and no limit of its own holds there. So they lie on the disk on which its root file system lies, which it can fill
+anyway, and not on the small tmpfs that /run is: that belongs to the host, and to the records of all containers.
 What costs time is not the writing but the making and removing of files, on a disk above all (an ext4 without journal
 searches past every inode freed in the last minute, 4 ms): so a request only fills what is there, and renames it.
 """

@@ -42,12 +42,12 @@ class Leaf:
         for text in (config.subnet, *config.pools):
             subnets.check_usable(subnets.parse_subnet(text, "subnet or pool in [network] of the configuration"))
         netns = config.state / "netns"
-        for directory in (config.root, config.state / "endpoints", netns):
+        for directory in (config.root, config.root / "endpoints", netns):
             directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         self.db = Database(config.root / "network.db", MIGRATIONS, durable=False, on_loop=True)
         self._thread = NetlinkThread()
         self._firewall = Firewall(config.nft_table)
-        files = FileStore(config.state / "endpoints")
+        files = FileStore(config.root / "endpoints")
         self._pool = NetnsPool(netns, config.netns_pool_size, files)
         driver, held, prefix = BridgeDriver(self._firewall), Allocations(), host_prefix(config)
         self.networks = Networks(config, self.db, self._thread, driver, held)
