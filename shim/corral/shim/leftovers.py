@@ -3,38 +3,66 @@
 import contextlib
 import os
 import signal
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from corral.kernel import process
 from corral.kernel.cgroup import membership
+from corral.kernel.cgroup.v1 import freezer as freezer_v1
+from corral.kernel.cgroup.v2 import freezer as freezer_v2
+
+_FREEZE_S = 0.5
+_KILL_S = 1.0
+"""The shim has more to do than to chase a container that forks faster than it is killed: who removes the cgroup ends
+it."""
 
 
 def kill_leftovers(cgroup_paths: Iterable[Path], number: int, *, spare: int = 0) -> None:
-    """Signal every process in the container's cgroup, but `spare`; a SIGKILL is repeated until none is left to fork.
+    """Signal every process in the container's cgroup, but `spare`.
 
-    A cgroup that also holds the shim is not the container's own, and is left alone.
+    For a SIGKILL they are frozen meanwhile, so that none escapes by forking; where that can't be had it is repeated,
+    for a second at most. A cgroup that also holds the shim is not the container's own, and is left alone.
     """
-    path = next(iter(cgroup_paths), None)
-    if path is None:
+    directories = [str(path) for path in cgroup_paths]
+    if not directories:
         return
-    signalled = {spare}
-    while True:
-        pids = membership.pids_below(str(path))
-        fresh = [pid for pid in pids if pid not in signalled]
-        if os.getpid() in pids or not fresh:
+    directory = next((each for each in directories if Path(each, freezer_v1.STATE).exists()), directories[0])
+    pids = membership.pids_below(directory)
+    if os.getpid() in pids:
+        return
+    if number != signal.SIGKILL:
+        _signal(pids, number, spare)
+        return
+    give_up_at = time.monotonic() + _KILL_S
+    while set(pids) - {spare} and time.monotonic() < give_up_at:
+        with _frozen(directory) as frozen:
+            _signal(membership.pids_below(directory), number, spare)
+        if frozen:
             return
-        for pid in fresh:
-            _signal(pid, number)
-        signalled.update(fresh)
-        if number != signal.SIGKILL:
-            return
+        pids = membership.pids_below(directory)
 
 
-def _signal(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        pidfd = process.pidfd_open(pid)
-        try:
-            process.send_signal(pidfd, number)
-        finally:
-            os.close(pidfd)
+@contextlib.contextmanager
+def _frozen(directory: str) -> Iterator[bool]:
+    """Stop everything in a cgroup for the length of a block; whether that could be had."""
+    is_v1, is_v2 = (Path(directory, name).exists() for name in (freezer_v1.STATE, freezer_v2.FREEZE))
+    if not is_v1 and not is_v2:
+        yield False
+        return
+    freeze, thaw = (freezer_v1.freeze, freezer_v1.thaw) if is_v1 else (freezer_v2.freeze, freezer_v2.thaw)
+    try:
+        yield freeze(directory, time.monotonic() + _FREEZE_S)
+    finally:
+        thaw(directory)
+
+
+def _signal(pids: Iterable[int], number: int, spare: int) -> None:
+    for pid in pids:
+        if pid != spare:
+            with contextlib.suppress(ProcessLookupError):
+                pidfd = process.pidfd_open(pid)
+                try:
+                    process.send_signal(pidfd, number)
+                finally:
+                    os.close(pidfd)
