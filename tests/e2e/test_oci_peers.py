@@ -90,7 +90,7 @@ def podman(stack: contextlib.ExitStack, scratch: Path, archive: Path) -> Client:
 
 def docker(stack: contextlib.ExitStack, scratch: Path, archive: Path) -> Client:
     base = Path(tempfile.mkdtemp(prefix="cdk", dir="/tmp"))  # dockerd's sockets need a short path
-    stack.callback(shutil.rmtree, base, ignore_errors=True)
+    stack.callback(lambda: wait_until(lambda: removed(base)))
     (base / "daemon.json").write_text(json.dumps({"runtimes": {"corral": {"path": str(COMMAND)}}}))
     daemon = [
         "dockerd", "--data-root", f"{base}/root", "--exec-root", f"{base}/exec", "--pidfile", f"{base}/pid",
@@ -104,6 +104,12 @@ def docker(stack: contextlib.ExitStack, scratch: Path, archive: Path) -> Client:
     wait_until(lambda: client.call("version").returncode == 0, 30)
     assert client.call("load", "--input", str(archive)).returncode == 0
     return client
+
+
+def removed(directory: Path) -> bool:
+    """Remove a directory; dockerd lets go of what it mounted there a moment after its end."""
+    shutil.rmtree(directory, ignore_errors=True)
+    return not directory.exists()
 
 
 def ctr(stack: contextlib.ExitStack, scratch: Path, archive: Path) -> Client:
