@@ -74,7 +74,8 @@ class Lab:
 
     def spec(self, *args: str, mounts: Sequence[Mount] = (), linux: dict[str, object] | None = None, **changes: object):
         """A specification with docker's defaults. changes go to the process, or the spec if it has such a member."""
-        whole = {name: changes.pop(name) for name in ("hostname", "root", "domainname") if name in changes}
+        members = ("hostname", "root", "domainname", "hooks", "annotations")
+        whole = {name: changes.pop(name) for name in members if name in changes}
         spec = Spec(
             oci_version="1.2.0",
             process=self.process(*args, **changes),

@@ -201,7 +201,7 @@ class TestImports:
             for name in ("json", "idna", "traceback", "wsgiref", "colorsys"):
                 (lab.plant / directory / f"{name}.py").write_text(evil)
 
-        def become(plan, root, original=program.become):
+        def become(plan, root, *rest, original=program.become):
             for name in ("wsgiref", "colorsys", "xml.dom"):
                 sys.modules.pop(name, None)  # other tests of this process may have needed it
                 with contextlib.suppress(ImportError):
@@ -209,7 +209,7 @@ class TestImports:
                     os.close(os.open("/imported", os.O_CREAT | os.O_WRONLY))
             with contextlib.suppress(LookupError):
                 "x".encode("idna")
-            return original(plan, root)
+            return original(plan, root, *rest)
 
         monkeypatch.setattr(program, "become", become)
         assert lab.run("true").code == 0

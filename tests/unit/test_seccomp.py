@@ -14,7 +14,7 @@ from corral.kernel.seccomp.compiler import decode, fates
 from corral.kernel.seccomp.tables import numbers
 from corral.kernel.syscalls import MACHINE
 from corral.oci import defaults, seccomp_profile
-from corral.oci.seccomp import filter_of, to_profile
+from corral.oci.seccomp import KNOWN_ARCHITECTURES, filter_of, to_profile
 from corral.oci.spec import Action, Operator, Seccomp, SeccompArg, SeccompSyscall
 
 X32_BIT = 0x40000000
@@ -234,10 +234,15 @@ class TestSection:
         [
             ({"flags": ("NONSENSE",)}, r"linux\.seccomp\.flags\[0\]"),
             ({"architectures": ("x86",)}, r"linux\.seccomp\.architectures\[0\]"),
-            ({"default_action": Action.NOTIFY}, "defaultAction: SCMP_ACT_NOTIFY"),
+            ({"architectures": ("SCMP_ARCH_VAX",)}, r"linux\.seccomp\.architectures\[0\]"),
+            ({"default_action": Action.NOTIFY}, "listenerPath: missing"),
+            ({"default_action": Action.NOTIFY, "listener_path": "/x"}, "defaultAction: SCMP_ACT_NOTIFY"),
+            (
+                {"listener_path": "/x", "syscalls": (SeccompSyscall(("mkdir", "sendmsg"), Action.NOTIFY),)},
+                r"linux\.seccomp\.syscalls\[0\]\.action: SCMP_ACT_NOTIFY can't be had for sendmsg",
+            ),
             ({"default_errno_ret": 1 << 16}, "does not fit"),
             ({"default_action": Action.ALLOW, "default_errno_ret": 1}, "takes no errnoRet"),
-            ({"listener_path": "/x"}, "listenerPath"),
         ],
     )
     def test_what_cannot_be_honoured_is_refused(self, changes, message):
@@ -247,6 +252,18 @@ class TestSection:
     def test_flags_are_passed_on(self):
         assert filter_of(profile_of(flags=("SECCOMP_FILTER_FLAG_LOG",))).flags == 2
         assert filter_of(profile_of()).flags == 4  # SPEC_ALLOW, as runc does
+
+    def test_a_listener_is_asked_for_only_if_there_is_something_to_ask(self):
+        rule = SeccompSyscall(("mkdir",), Action.NOTIFY)
+        profile = profile_of(listener_path="/x", syscalls=(rule,), flags=("SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV",))
+        assert filter_of(profile).flags == 8 | 32
+        assert filter_of(profile).has_listener
+        assert filter_of(replace(profile, syscalls=())).flags == 0
+
+    @settings(max_examples=50)
+    @given(st.sampled_from(sorted(KNOWN_ARCHITECTURES)))
+    def test_architectures_of_other_machines_are_passed_over(self, name):
+        assert set(to_profile(profile_of(architectures=(name,))).architectures) <= set(Architecture)
 
 
 DOCKER = Path("/usr/share/containers/seccomp.json")

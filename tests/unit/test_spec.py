@@ -103,6 +103,11 @@ def test_unknown_members_are_ignored():
             r"linux.personality.flags\[0\]: there is no flag 'F'",
         ),
         ("hooks", {"prestart": [{}]}, r"hooks.prestart\[0\].path: missing"),
+        (
+            "hooks",
+            {"poststart": [{"path": "/x", "env": ["A"]}]},
+            r"hooks.poststart\[0\].env\[0\]: 'A' is not NAME=VALUE",
+        ),
         ("hooks", {"poststop": [{"path": "bin/x"}]}, r"hooks.poststop\[0\].path: 'bin/x' is not an absolute path"),
         ("hooks", {"createRuntime": [{"path": "/x", "timeout": 0}]}, r"hooks.createRuntime\[0\].timeout: 0 is not"),
         (
@@ -169,7 +174,7 @@ def test_members_of_the_process_have_the_specifications_names():
     }
     spec = Spec.from_json(with_member("process", {"cwd": "/", "args": ["sh"]} | process))
     assert spec.process.scheduler.runtime == 1
-    assert spec.process.io_priority.class_.value == "IOPRIO_CLASS_IDLE"
+    assert spec.process.io_priority.class_ == "IOPRIO_CLASS_IDLE"
     assert spec.process.exec_cpu_affinity.final == "0-1"
     assert Spec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 

@@ -2,6 +2,9 @@
 
     child -> parent   {"ready": true} + the pty master, if there is one            set-up is done
     child -> parent   {"ready": true, "successor": PID} + the same                 another process goes on from there
+    child -> parent   {"hooks": true}                                              before ready: run the runtime's
+    parent -> child   b"start"                                                     that was done
+    child -> parent   {"listener": true} + an fd                                   before ready: for a seccomp listener
     child -> parent   {"error": KIND, "errno": N, "message": "…"}                  it, or exec, failed; the child exits
     parent -> child   b"start"                                                     execute the program
     child -> parent   end of file without a message                                the program was executed
@@ -62,6 +65,14 @@ class ChildEnd:
         message = b'{"ready":true}' if successor is None else b'{"ready":true,"successor":%d}' % successor
         self._socket.sendmsg([message], ancillary)
 
+    def send_hooks(self) -> None:
+        """Say that it is time for the runtime's hooks."""
+        self._socket.send(b'{"hooks":true}')
+
+    def send_listener(self, fd: int) -> None:
+        """Hand over the descriptor by which a listener is to answer calls of the child."""
+        self._socket.sendmsg([b'{"listener":true}'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+
     def send_error(self, error: BaseException) -> None:
         """Say why it went wrong."""
         message: dict[str, str | int]
@@ -97,15 +108,32 @@ class ParentEnd:
         """Close it; a child that waits for start then exits."""
         self._socket.close()
 
-    def receive_ready(self, patience: Callable[[], None]) -> tuple[int | None, int | None]:
+    def receive_ready(
+        self,
+        patience: Callable[[], None],
+        pass_listener: Callable[[int], None] | None = None,
+        run_hooks: Callable[[], None] | None = None,
+    ) -> tuple[int | None, int | None]:
         """Wait for the end of the set-up: the pty master, or None without a terminal; and the pid of the successor.
 
-        Raises what the child reported: ExecFailed, or the OSError of a host that can't do it; or EndedEarly.
+        pass_listener gets the fd for a seccomp listener, and run_hooks is called, when it is time. Raises what they do,
+        or what the child reported: ExecFailed, or the OSError of a host that can't do it; or EndedEarly.
         """
-        data, fds = self._receive(patience)
-        if not data:
-            raise EndedEarly
-        message = _parse(data)
+        while True:
+            data, fds = self._receive(patience)
+            if not data:
+                raise EndedEarly
+            message = _parse(data)
+            if "listener" in message and pass_listener is not None and fds:
+                try:
+                    pass_listener(fds[0])
+                finally:
+                    os.close(fds[0])
+            elif "hooks" in message and run_hooks is not None:
+                run_hooks()
+                self.send_start()
+            else:
+                break
         if "error" in message:
             _raise(message)
         successor = message.get("successor")

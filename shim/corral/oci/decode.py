@@ -23,6 +23,15 @@ class Range:
     high: int
 
 
+class Choice:
+    """Annotated[str, Choice(…)]: one of these strings."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, *values: str) -> None:
+        self.values = values
+
+
 class _Dataclass(typing.Protocol):
     __dataclass_fields__: typing.ClassVar[dict[str, "dataclasses.Field[typing.Any]"]]
 
@@ -124,7 +133,8 @@ def _for(hint: object) -> _Decoder:
         (inner,) = (a for a in arguments if a is not types.NoneType)
         return _for(inner)
     if origin is typing.Annotated:
-        return _for_range(arguments[1])
+        limits = arguments[1]
+        return _for_choice(limits) if isinstance(limits, Choice) else _for_range(limits)
     if origin is tuple:
         return _strings if arguments[0] is str else _for_tuple(_for(arguments[0]))
     if origin is Mapping:
@@ -166,6 +176,15 @@ def _for_range(limits: Range) -> _Decoder:
         return value
 
     return bounded
+
+
+def _for_choice(choice: Choice) -> _Decoder:
+    def chosen(value: object) -> object:
+        if value not in choice.values:
+            raise _Wrong(f"{value!r} is none of {', '.join(choice.values)}")
+        return value
+
+    return chosen
 
 
 def _for_enum(cls: type[Enum]) -> _Decoder:

@@ -6,11 +6,11 @@ from the host is opened first; then imports are closed; from pivot_root on there
 
 import os
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from corral.kernel import hostname, keyring, loopback, mount, namespaces, paths, process, tty
+from corral.kernel import hostname, loopback, mount, namespaces, paths, process, tty
 from corral.kernel.mount import MS_PRIVATE
 from corral.kernel.namespaces import Kind
 from corral.oci import program as programs
@@ -24,6 +24,9 @@ from corral.oci.program import Program
 from corral.oci.stage import PidNamespace, Stage, Step
 from corral.oci.stdio import Stdio, take_places, use_own_null, use_terminal
 from corral.oci.sysctl import write_sysctl
+
+if TYPE_CHECKING:  # loaded for those who ask for it
+    from corral.oci.hooks import InitHooks
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class InitPlan:
     loopback: bool
     """The network namespace is new, so nobody has brought up its loopback interface."""
     new_keyring: bool
+    hooks: "InitHooks | None" = None
 
 
 def run_init(
@@ -67,7 +71,7 @@ def run_init(
         given = [*stdio.given(), *gates, *membership.fds, *ready, *joined]
         enter_privately(channel, stdio, given)
         membership.join_v1()
-        programs.adjust_oom_score(plan.program.oom_score_adj)
+        programs.begin(plan.program)
         for fd, flag, path in joins:
             namespaces.join(fd, flag, what=path)
         if plan.unshare:
@@ -75,11 +79,13 @@ def run_init(
         if plan.loopback:
             loopback.bring_up()
         if plan.new_keyring:
-            keyring.join_new_session()
+            programs.leave_keyring(plan.program)
+        if plan.hooks is not None:
+            plan.hooks.take(channel)
         stage = build_root(plan, larder, pids) if plan.steps else _joined_root(plan)
         if pids is not None:
             namespaces.join(pids.fd, Kind.PID.flag, what=pids.path)
-        program = settle(plan, stage, stdio, controlling=pids is None)
+        program = settle(plan, stage, stdio, channel.send_listener, controlling=pids is None)
         if gate is not None:  # who starts it may not be there to be told
             programs.check_executable(program)
         (hand_back if pids is None else go_on)(channel, stage.console_master, [*stdio.kept, *gates])
@@ -87,6 +93,9 @@ def run_init(
             os._exit(1)
         if gate is not None:
             channel = wait_at(gate, channel)
+        if plan.hooks is not None and plan.hooks.at_start:
+            program = programs.filtered(program)
+            plan.hooks.start(program.env)
         programs.execute(program)
     except BaseException as e:  # noqa: BLE001 - a fork of the runtime must not run on in its code
         report_and_exit(channel, e)
@@ -141,7 +150,10 @@ def report_and_exit(channel: ChildEnd, error: BaseException) -> NoReturn:
 
 def _joined_root(plan: InitPlan) -> Stage:
     """The root of a mount namespace that was joined: its owner has set it up."""
-    return Stage(plan.bundle, root=os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    stage = Stage(plan.bundle, root=os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    if plan.hooks is not None:
+        plan.hooks.apply(stage)
+    return stage
 
 
 def build_root(plan: InitPlan, larder: Larder | None = None, pids: PidNamespace | None = None) -> Stage:
@@ -173,10 +185,12 @@ def _check_place(stage: Stage, name: str, expected: int | None) -> None:
             raise ExecFailed(SETUP, f"mount /{name}: it was exchanged meanwhile")
 
 
-def settle(plan: InitPlan, stage: Stage, stdio: Stdio, *, controlling: bool = True) -> Program:
+def settle(
+    plan: InitPlan, stage: Stage, stdio: Stdio, tell_listener: Callable[[int], None], *, controlling: bool = True
+) -> Program:
     """What is left to do inside, up to giving up all privilege; what is returned is ready for execute().
 
-    controlling: this process takes the terminal, if there is one.
+    tell_listener: as for become(). controlling: this process takes the terminal, if there is one.
     """
     write_sysctl(plan.sysctl)
     if plan.hostname:
@@ -187,4 +201,4 @@ def settle(plan: InitPlan, stage: Stage, stdio: Stdio, *, controlling: bool = Tr
         use_terminal(stage.console_slave, controlling=controlling)
     else:
         use_own_null(stage.root, stdio)
-    return programs.become(plan.program, stage.root)
+    return programs.become(plan.program, stage.root, tell_listener)

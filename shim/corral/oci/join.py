@@ -7,9 +7,9 @@ container since.
 """
 
 import os
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from corral.kernel import keyring, namespaces, paths, tty
+from corral.kernel import namespaces, paths, tty
 from corral.kernel.syscalls import DEVPTS_SUPER_MAGIC, filesystem_magic
 from corral.oci import program as programs
 from corral.oci.cgroups import Membership
@@ -18,6 +18,9 @@ from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.init import enter_privately, go_on, report_and_exit
 from corral.oci.program import Program
 from corral.oci.stdio import Stdio, use_own_null, use_terminal
+
+if TYPE_CHECKING:  # loaded for those who ask for it
+    from corral.oci.allotment import Affinity
 
 
 def run_joined(
@@ -29,18 +32,22 @@ def run_joined(
     init: int,
     flags: int,
     terminal: tuple[int, int] | None,
+    affinity: "Affinity | None" = None,
 ) -> NoReturn:
     """Be a process in the container of the pidfd init; never returns.
 
     flags: CLONE_NEW* of the namespaces to enter. terminal: the size of the pty to make, (0, 0) for no particular one.
+    affinity: of which the final CPUs are still to be set.
     """
     try:
         enter_privately(channel, stdio, [*stdio.given(), init, *membership.fds])
         membership.join_v1()
-        programs.adjust_oom_score(program.oom_score_adj)
+        if affinity is not None:
+            affinity.set_final()
+        programs.begin(program)
         if flags:
             namespaces.join(init, flags, what="the container's init")
-        keyring.join_new_session()
+        programs.leave_keyring(program)
         root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         master: int | None = None
         if terminal is not None:
@@ -48,7 +55,7 @@ def run_joined(
             use_terminal(slave, controlling=False)
         else:
             use_own_null(root, stdio)
-        program = programs.become(program, root)
+        program = programs.become(program, root, channel.send_listener)
         go_on(channel, master, stdio.kept)
         if not channel.wait_for_start():
             os._exit(1)

@@ -41,8 +41,12 @@ def steps_of(
     rootfs: Sequence[Mount],
     cgroups: Sequence[str],
     console_size: tuple[int, int] | None,
+    hooks: Step | None = None,
 ) -> list[Step]:
-    """The steps of a container's root, in order. Raises ValueError naming the member that can't be honoured."""
+    """The steps of a container's root, in order. Raises ValueError naming the member that can't be honoured.
+
+    hooks: what is to be done once all is mounted; what it puts there is masked, or made read-only, as all else.
+    """
     root = _root(spec, bundle, rootfs)
     steps: list[Step] = [root]
     steps += [_mount(mount, f"rootfs[{i}]", bundle, cgroups) for i, mount in enumerate(rootfs) if i > 0]
@@ -54,6 +58,8 @@ def steps_of(
         steps.append(Console(console_size))
     if spec.process is not None and spec.process.cwd != "/":
         steps.append(WorkingDirectory(spec.process.cwd))
+    if hooks is not None:
+        steps.append(hooks)
     if spec.linux.readonly_paths:
         steps.append(ReadonlyPaths(spec.linux.readonly_paths))
     if spec.linux.masked_paths:

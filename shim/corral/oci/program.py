@@ -1,22 +1,27 @@
 """What a container process becomes, computed before it exists; and its last steps until execve.
 
 Order: user found, stdio handed over, working directory, limits, no_new_privs, capabilities and ids dropped, seccomp,
-execve. Only without no_new_privs does seccomp come before the drop, since loading it needs CAP_SYS_ADMIN then.
+execve. Only without no_new_privs does seccomp come before the drop, since loading it needs CAP_SYS_ADMIN then. A filter
+with a listener comes before the runtime is told that all is ready: the listener must be reached by then.
 """
 
 import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from corral.kernel import capabilities, credentials, paths, process, rlimits
+from corral.kernel import capabilities, credentials, keyring, paths, process, rlimits
 from corral.kernel.seccomp import Filter, load
 from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, ExecFailed
-from corral.oci.spec import Capabilities, Process, Rlimit
+from corral.oci.spec import Capabilities, Linux, Process, Rlimit
 from corral.oci.users import Identity, identify
+
+if TYPE_CHECKING:  # loaded for those who ask for it
+    from corral.oci.allotment import Allotment
+    from corral.oci.labels import Labels
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -51,6 +56,8 @@ class Program:
     seccomp: Filter | None
     terminal: bool
     """0, 1 and 2 are a pty of the container."""
+    allotment: "Allotment | None" = None
+    labels: "Labels | None" = None
 
     def start_as(self, identity: Identity) -> "Program":
         """The same program, run by identity."""
@@ -58,7 +65,7 @@ class Program:
         return replace(self, uid=identity.uid, gid=identity.gid, groups=identity.groups, env=env)
 
 
-def program_of(spec: Process, *, user: str | None, seccomp: Filter | None) -> Program:
+def program_of(spec: Process, linux: Linux, *, user: str | None, seccomp: Filter | None) -> Program:
     """The program that a process object describes. Raises ValueError for names the kernel does not know."""
     env = dict(assignment.split("=", 1) for assignment in spec.env)
     env.setdefault("PATH", DEFAULT_PATH)
@@ -80,7 +87,30 @@ def program_of(spec: Process, *, user: str | None, seccomp: Filter | None) -> Pr
         oom_score_adj=spec.oom_score_adj,
         seccomp=seccomp,
         terminal=spec.terminal,
+        allotment=_allotment(spec, linux),
+        labels=_labels(spec),
     )
+
+
+def _allotment(spec: Process, linux: Linux) -> "Allotment | None":
+    if (
+        spec.scheduler is None
+        and spec.io_priority is None
+        and linux.personality is None
+        and linux.memory_policy is None
+    ):
+        return None
+    from corral.oci.allotment import allotment_of
+
+    return allotment_of(spec, linux)
+
+
+def _labels(spec: Process) -> "Labels | None":
+    if not spec.apparmor_profile and not spec.selinux_label:
+        return None
+    from corral.oci.labels import labels_of
+
+    return labels_of(spec)
 
 
 def capability_sets(wanted: Capabilities | None, available: int) -> CapabilitySets:
@@ -111,20 +141,57 @@ def adjust_oom_score(wanted: int | None) -> None:
         os.close(fd)
 
 
-def become(program: Program, root: int) -> Program:
-    """Give up everything but what the program is to have; what is returned is ready for execute()."""
+def begin(program: Program) -> None:
+    """What is done first of all, while only the host is in sight."""
+    adjust_oom_score(program.oom_score_adj)
+    if program.labels is not None:
+        program.labels.take_hold()
+
+
+def leave_keyring(program: Program) -> None:
+    """Have a new session keyring, with the label of the container."""
+    if program.labels is not None:
+        program.labels.label_keyrings(yes=True)
+    keyring.join_new_session()
+    if program.labels is not None:
+        program.labels.label_keyrings(yes=False)
+
+
+def become(program: Program, root: int, tell_listener: Callable[[int], None]) -> Program:
+    """Give up everything but what the program is to have; what is returned is ready for execute().
+
+    tell_listener gets the descriptor by which a listener answers calls, and must return once it is on its way there.
+    """
     program = program.start_as(identify(root, program.user, program.uid, program.gid, program.groups))
     hand_over_stdio(program.uid, terminal=program.terminal)
     enter_directory(root, program.cwd)
     for limit in program.rlimits:
         rlimits.set_limit(limit.type, soft=limit.soft, hard=limit.hard)
     os.umask(program.umask)
+    if program.allotment is not None:
+        program.allotment.apply()
+    if program.labels is not None:
+        program.labels.apply()
     if program.no_new_privs:
         process.set_no_new_privs()
-    elif program.seccomp is not None:
-        load(program.seccomp)
+    else:
+        program = filtered(program, tell_listener)
     _drop_privileges(program)
+    if program.seccomp is not None and program.seccomp.has_listener:
+        program = filtered(program, tell_listener)
     return program
+
+
+def filtered(program: Program, tell_listener: Callable[[int], None] | None = None) -> Program:
+    """Load seccomp, if it is not yet: the same program, with nothing left to load."""
+    if program.seccomp is None:
+        return program
+    listener = load(program.seccomp)
+    if program.seccomp.has_listener:
+        assert tell_listener is not None
+        tell_listener(listener)
+        os.close(listener)
+    return replace(program, seccomp=None)
 
 
 def _drop_privileges(program: Program) -> None:
@@ -168,7 +235,7 @@ def enter_directory(root: int, cwd: str) -> None:
 
 def execute(program: Program) -> NoReturn:
     """Load seccomp, if it is not yet, and become the program. Raises ExecFailed if it can't be executed."""
-    if program.no_new_privs and program.seccomp is not None:
+    if program.seccomp is not None:
         load(program.seccomp)
     process.unblock_signals()
     name = program.args[0]

@@ -65,7 +65,7 @@ def _go_through_the_motions() -> None:
     larder = Larder()
     larder.stock()
     stage = init.build_root(plan, larder)
-    ready = init.settle(plan, stage, Stdio())
+    ready = init.settle(plan, stage, Stdio(), os.close)
     process.close_fds(range(3))
     program.execute(ready)
 

@@ -13,12 +13,14 @@ anything was done); then no process is left, and with it no namespace or mount.
 """
 
 import contextlib
+import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from corral.kernel import namespaces, process
 from corral.kernel.namespaces import Kind
@@ -30,13 +32,17 @@ from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, ExecFailed
 from corral.oci.init import InitPlan, run_init
 from corral.oci.join import run_joined
 from corral.oci.larder import Larder
-from corral.oci.program import program_of
+from corral.oci.program import Program, program_of
 from corral.oci.seccomp import filter_of
-from corral.oci.spec import Mount, Process, Spec
+from corral.oci.spec import Hooks, Mount, Process, Spec
 from corral.oci.stage import PidNamespace, Step
+from corral.oci.state import CREATING, RUNNING, State
 from corral.oci.stdio import Stdio
 from corral.oci.support import check_process, check_spec
 from corral.oci.sysctl import check_sysctl
+
+if TYPE_CHECKING:  # loaded for those who ask for it
+    from corral.oci.hooks import InitHooks
 
 __all__ = [
     "EXEC_DENIED",
@@ -75,22 +81,45 @@ class Container:
     spec: Spec
     init: ProcessHandle
     _channel: ParentEnd | None
+    id: str = ""
+    """What hooks and seccomp listeners are told it is called."""
+    bundle: str = ""
+
+    @property
+    def state(self) -> State:
+        """What it is, for hooks and seccomp listeners."""
+        return State(self.id, self.bundle, self.spec.annotations)
 
     def start(self) -> None:
-        """Let init execute its program; returns once it did.
+        """Let init execute its program; returns once it did, and its poststart hooks were run.
 
-        Raises ExecFailed (exec_not_found, exec_denied, setup) if it can't; init is ending then, for the caller to reap.
+        Raises ExecFailed (exec_not_found, exec_denied, setup) if it can't, or a hook failed; init is ending then, for
+        the caller to reap.
         """
         if self._channel is None:
             raise ExecFailed(SETUP, "the container was started already")
         channel, self._channel = self._channel, None
         try:
             channel.send_start()
-            channel.wait_for_exec(_patience(self.init.pidfd, SETUP_S))
+            slow = self.spec.hooks is not None and self.spec.hooks.start_container
+            channel.wait_for_exec(_patience(self.init.pidfd, math.inf if slow else SETUP_S))
         except (BrokenPipeError, ConnectionResetError) as e:
             raise ExecFailed(SETUP, "the container's init ended before it was started") from e
         finally:
             channel.close()
+        if self.spec.hooks is not None and self.spec.hooks.poststart:
+            self._run_poststart(self.spec.hooks)
+
+    def _run_poststart(self, hooks: Hooks) -> None:
+        from corral.oci.hooks import run_hooks
+
+        try:
+            state = self.state.at(RUNNING, self.init.pid)
+            run_hooks(hooks, "poststart", state, env=os.environ, directory=self.bundle)
+        except ExecFailed:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(self.init.pidfd, signal.SIGKILL)
+            raise
 
     def close(self) -> None:
         """Let go of a container that is not to be started: its init ends. No effect on a started one."""
@@ -129,9 +158,19 @@ class Container:
             raise ExecFailed(SETUP, "the container is not running") from e
 
     @classmethod
-    def adopt(cls, spec: Spec, *, pid: int, start_time: int, gate: str | None = None) -> "Container":
+    def adopt(
+        cls,
+        spec: Spec,
+        *,
+        pid: int,
+        start_time: int,
+        gate: str | None = None,
+        container_id: str = "",
+        bundle: str = "/",
+    ) -> "Container":
         """A container whose init was made by somebody else: for exec or, with the path of the gate it waits at, start.
 
+        container_id, bundle: what hooks and seccomp listeners are told.
         Raises ProcessLookupError if pid is no longer the process that began at start_time; FileNotFoundError or
         ConnectionRefusedError if nobody waits at the gate.
         """
@@ -150,7 +189,7 @@ class Container:
         except BaseException:
             os.close(pidfd)
             raise
-        return cls(spec, ProcessHandle(pid, pidfd, start_time, None), channel)
+        return cls(spec, ProcessHandle(pid, pidfd, start_time, None), channel, container_id, bundle)
 
 
 def create(
@@ -165,6 +204,7 @@ def create(
     new_keyring: bool = True,
     gate: int | None = None,
     larder: Larder | None = None,
+    container_id: str = "",
 ) -> Container:
     """Make a container: returns when init has finished its set-up and waits for start().
 
@@ -174,6 +214,10 @@ def create(
     the directories to be a member of, one per hierarchy, below /sys/fs/cgroup. console_size: (columns, rows).
 
     gate: the fd of a gate (corral.oci.gate), for leave_at_gate(). larder: mounts made ahead; the caller closes it.
+    container_id: what hooks and seccomp listeners are told; without one, the name of the bundle.
+
+    If this fails, the specification's poststop hooks (corral.oci.hooks.run_poststop) are the caller's to run, once it
+    has undone what it did.
     """
     cgroups = [os.fspath(path) for path in cgroup_paths]
     plan = plan_of(
@@ -184,6 +228,7 @@ def create(
         cgroups=cgroups,
         console_size=console_size,
         new_keyring=new_keyring,
+        container_id=container_id,
     )
     new, joined = plans.created(spec), plans.joined(spec)
     flags = namespaces.flags_of(new - {Kind.CGROUP})
@@ -202,8 +247,16 @@ def create(
         parent, child = stack.enter_context(_channel())
         pid, pidfd = process.clone(flags, cgroup=membership.unified)
         if pid == 0:
+            if pids is not None:
+                plan = replace(plan, program=_ancestor(plan.program))
             run_init(plan, child, stdio, membership, joins, gate, larder, pids)
-    return Container(spec, *_await_ready(parent, pid, pidfd))
+    where = os.fspath(bundle)
+    container = Container(
+        spec, ProcessHandle(pid, pidfd, 0, None), parent, container_id or where.rpartition("/")[2], where
+    )
+    limit_s = math.inf if plan.hooks is not None and plan.hooks.has_patience else SETUP_S
+    container.init = _await_ready(container, plan.program, parent, pid, pidfd, limit_s, creating=True)
+    return container
 
 
 def plan_of(
@@ -215,6 +268,7 @@ def plan_of(
     cgroups: Sequence[str],
     console_size: tuple[int, int] | None,
     new_keyring: bool = True,
+    container_id: str = "",
 ) -> InitPlan:
     """All that init needs to know. Raises ValueError naming the member that can't be honoured."""
     check_spec(spec)
@@ -223,12 +277,15 @@ def plan_of(
     if console_size is None and (box := spec.process.console_size) is not None:
         console_size = (box.width, box.height)
     steps: list[Step] = []
+    hooks, place = (None, bundle) if spec.hooks is None else _hooks(spec, spec.hooks, bundle, container_id)
     if Kind.MOUNT in new:
-        steps = plans.steps_of(spec, bundle=bundle, rootfs=rootfs, cgroups=cgroups, console_size=console_size)
+        steps = plans.steps_of(
+            spec, bundle=bundle, rootfs=rootfs, cgroups=cgroups, console_size=console_size, hooks=hooks
+        )
     return InitPlan(
-        bundle=bundle,
+        bundle=place,
         steps=tuple(steps),
-        program=program_of(spec.process, user=user, seccomp=filter_of(spec.linux.seccomp)),
+        program=program_of(spec.process, spec.linux, user=user, seccomp=filter_of(spec.linux.seccomp)),
         hostname=spec.hostname,
         domainname=spec.domainname,
         sysctl=check_sysctl(spec.linux.sysctl, [namespace.type for namespace in spec.linux.namespaces]),
@@ -236,7 +293,17 @@ def plan_of(
         unshare=Kind.CGROUP.flag if Kind.CGROUP in new else 0,
         loopback=Kind.NETWORK in new,
         new_keyring=new_keyring,
+        hooks=hooks,
     )
+
+
+def _hooks(spec: Spec, hooks: Hooks, bundle: str, container_id: str) -> "tuple[InitHooks, str]":
+    """What init has to do with hooks; and where the root is put for them to see, which is where config.json says."""
+    from corral.oci.hooks import InitHooks
+
+    place = os.path.join(bundle, spec.root.path) if spec.root is not None else bundle  # noqa: PTH118 - as config.json
+    state = State(container_id or os.path.basename(bundle), bundle, spec.annotations)  # noqa: PTH119 - likewise
+    return InitHooks(hooks, state), place if os.path.isdir(place) else bundle  # noqa: PTH112 - likewise
 
 
 @contextlib.contextmanager
@@ -274,22 +341,49 @@ def _patience(pidfd: int, limit_s: float) -> Callable[[], None]:
     return check
 
 
-def _await_ready(parent: ParentEnd, pid: int, pidfd: int, limit_s: float = SETUP_S) -> tuple[ProcessHandle, ParentEnd]:
+def _await_ready(
+    container: Container, program: Program, parent: ParentEnd, pid: int, pidfd: int, limit_s: float, *, creating: bool
+) -> ProcessHandle:
     """See a child to the end of its set-up, and where it has a successor go on with that."""
+
+    def pass_listener(fd: int) -> None:
+        from corral.oci.listener import pass_to_listener
+
+        state = container.state.at(CREATING, pid) if creating else container.state.at(RUNNING, container.init.pid)
+        assert container.spec.linux.seccomp is not None
+        pass_to_listener(container.spec.linux.seccomp, fd, pid, state)
+
+    def run_hooks() -> None:
+        from corral.oci import hooks
+
+        assert container.spec.hooks is not None
+        for point in ("prestart", "create_runtime"):
+            state = container.state.at(CREATING, pid)
+            hooks.run_hooks(container.spec.hooks, point, state, env=os.environ, directory=container.bundle)
+
     try:
-        console, successor = parent.receive_ready(_patience(pidfd, limit_s))
+        console, successor = parent.receive_ready(_patience(pidfd, limit_s), pass_listener, run_hooks)
         if successor is not None:
             # Our own child, not reaped yet: the pid is still its.
             follower = process.pidfd_open(successor)
             os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
             os.close(pidfd)
             pid, pidfd = successor, follower
-        return ProcessHandle(pid, pidfd, process.start_time(pid), console), parent
+            if program.allotment is not None:
+                program.allotment.schedule(pid)
+        return ProcessHandle(pid, pidfd, process.start_time(pid), console)
     except EndedEarly as e:
         raise ExecFailed(SETUP, _how_it_ended(_kill_and_reap(parent, pidfd))) from e
     except BaseException:
         _kill_and_reap(parent, pidfd)
         raise
+
+
+def _ancestor(program: Program) -> Program:
+    """The program for a process that has a successor: less what it can't leave to that."""
+    if program.allotment is None:
+        return program
+    return replace(program, allotment=program.allotment.inherited())
 
 
 def _how_it_ended(status: int | None) -> str:
@@ -324,8 +418,16 @@ def _exec(
     own = container.spec.process
     if spec.capabilities is None and own is not None:
         spec = replace(spec, capabilities=own.capabilities)
-    program = program_of(spec, user=user, seccomp=filter_of(container.spec.linux.seccomp))
-    kinds = {namespace.type for namespace in container.spec.linux.namespaces}
+    if spec.exec_cpu_affinity is None and own is not None and own.exec_cpu_affinity is not None:
+        spec = replace(spec, exec_cpu_affinity=own.exec_cpu_affinity)
+    linux = container.spec.linux
+    program = program_of(spec, linux, user=user, seccomp=filter_of(linux.seccomp))
+    affinity = None
+    if spec.exec_cpu_affinity is not None:
+        from corral.oci.allotment import affinity_of
+
+        affinity = affinity_of(spec)
+    kinds = {namespace.type for namespace in linux.namespaces}
     terminal = None
     if spec.terminal:
         terminal = (spec.console_size.width, spec.console_size.height) if spec.console_size else (0, 0)
@@ -334,11 +436,22 @@ def _exec(
         membership = Membership.open([os.fspath(path) for path in cgroup_paths])
         stack.callback(membership.close)
         parent, child = stack.enter_context(_channel())
+        if affinity is not None:
+            stack.enter_context(affinity.children_begin())
         pid, pidfd = process.clone(0, cgroup=membership.unified)
         if pid == 0:
             flags = namespaces.flags_of(kinds)
-            run_joined(program, child, stdio, membership, init=init, flags=flags, terminal=terminal)
-    handle, _ = _await_ready(parent, pid, pidfd, EXEC_SETUP_S)
+            run_joined(
+                _ancestor(program),
+                child,
+                stdio,
+                membership,
+                init=init,
+                flags=flags,
+                terminal=terminal,
+                affinity=affinity,
+            )
+    handle = _await_ready(container, program, parent, pid, pidfd, EXEC_SETUP_S, creating=False)
     try:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is gone: what follows finds out why
             parent.send_start()

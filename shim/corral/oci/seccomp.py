@@ -10,6 +10,18 @@ from corral.kernel.syscalls import MACHINE
 from corral.oci.spec import Action, Operator, Seccomp, SeccompArg, SeccompSyscall
 
 EPERM, ENOSYS = 1, 38
+TELLING = "sendmsg"
+"""The call by which a listener gets its descriptor."""
+
+KNOWN_ARCHITECTURES = frozenset(
+    f"SCMP_ARCH_{name}"
+    for name in (
+        *("X86", "X86_64", "X32", "ARM", "AARCH64", "MIPS", "MIPS64", "MIPS64N32", "MIPSEL", "MIPSEL64", "MIPSEL64N32"),
+        *("PPC", "PPC64", "PPC64LE", "S390", "S390X", "PARISC", "PARISC64", "RISCV64", "LOONGARCH64"),
+        *("M68K", "SH", "SHEB"),
+    )
+)
+"""Those of the specification; most of them are about other machines."""
 
 _NATIVE = {"x86_64": Architecture.X86_64, "aarch64": Architecture.AARCH64}[MACHINE]
 _ARCHITECTURES = {f"SCMP_ARCH_{architecture.name}": architecture for architecture in Architecture}
@@ -27,6 +39,7 @@ _RETURNS = {
     Action.TRACE: rules.TRACE,
     Action.ALLOW: rules.ALLOW,
     Action.LOG: rules.LOG,
+    Action.NOTIFY: rules.NOTIFY,
 }
 _COMPARES = {
     Operator.NE: Compare.NE,
@@ -48,18 +61,36 @@ def filter_of(profile: Seccomp | None) -> Filter | None:
 
 def to_profile(profile: Seccomp) -> Profile:
     """The profile in the compiler's terms."""
-    if profile.listener_path:
-        raise ValueError("linux.seccomp.listenerPath: a notification listener is not supported yet")
+    if notifies(profile):
+        _check_listener(profile)
     default = _return(profile.default_action, profile.default_errno_ret, "linux.seccomp.defaultAction")
     # A call younger than the profile must look like one the kernel lacks, else libc can't fall back to an older one.
     unknown = rules.ERRNO | ENOSYS if default == rules.ERRNO | EPERM else default
     return Profile(default, unknown, _architectures(profile), tuple(_rules(profile)))
 
 
+def notifies(profile: Seccomp | None) -> bool:
+    """Whether a listener is to answer some of the calls."""
+    if profile is None:
+        return False
+    return profile.default_action is Action.NOTIFY or any(rule.action is Action.NOTIFY for rule in profile.syscalls)
+
+
+def _check_listener(profile: Seccomp) -> None:
+    if not profile.listener_path:
+        raise ValueError("linux.seccomp.listenerPath: missing, for SCMP_ACT_NOTIFY")
+    # The listener is told of the filter by a process that is under it: it can't be asked before it knows.
+    if profile.default_action is Action.NOTIFY:
+        raise ValueError("linux.seccomp.defaultAction: SCMP_ACT_NOTIFY can't be the default")
+    for i, rule in enumerate(profile.syscalls):
+        if rule.action is Action.NOTIFY and TELLING in rule.names:
+            raise ValueError(f"linux.seccomp.syscalls[{i}].action: SCMP_ACT_NOTIFY can't be had for {TELLING}")
+
+
 def _architectures(profile: Seccomp) -> tuple[Architecture, ...]:
     found = [_NATIVE]
     for i, name in enumerate(profile.architectures):
-        if not name.startswith("SCMP_ARCH_"):
+        if name not in KNOWN_ARCHITECTURES:
             raise ValueError(f"linux.seccomp.architectures[{i}]: unknown architecture {name!r}")
         architecture = _ARCHITECTURES.get(name)
         if architecture in _POSSIBLE and architecture not in found:
@@ -90,9 +121,7 @@ def _condition(argument: SeccompArg) -> Condition:
 
 
 def _return(action: Action, errno_ret: int | None, path: str) -> int:
-    value = _RETURNS.get(action)
-    if value is None:
-        raise ValueError(f"{path}: {action.value} is not supported yet")
+    value = _RETURNS[action]
     if action in (Action.ERRNO, Action.TRACE):
         data = EPERM if errno_ret is None else errno_ret
         if data > 0xFFFF:
@@ -104,11 +133,14 @@ def _return(action: Action, errno_ret: int | None, path: str) -> int:
 
 
 def _flags(profile: Seccomp) -> int:
+    listener = rules.NEW_LISTENER if notifies(profile) else 0
     if not profile.flags:
-        return rules.FLAGS["SECCOMP_FILTER_FLAG_SPEC_ALLOW"]
-    mask = 0
+        return rules.FLAGS["SECCOMP_FILTER_FLAG_SPEC_ALLOW"] | listener
+    mask = listener
     for i, flag in enumerate(profile.flags):
         if flag not in rules.FLAGS:
             raise ValueError(f"linux.seccomp.flags[{i}]: unknown flag {flag!r}")
         mask |= rules.FLAGS[flag]
+    if not listener:  # nobody to wait for, and the kernel would not have it
+        mask &= ~rules.FLAGS["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"]
     return mask & ~rules.FLAGS["SECCOMP_FILTER_FLAG_TSYNC"]  # one thread: nothing to synchronise

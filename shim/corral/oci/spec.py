@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Annotated
 
 from corral.kernel.namespaces import Kind
-from corral.oci.decode import JSON, Range, decode, encode
+from corral.oci.decode import JSON, Choice, Range, decode, encode
 
 U16 = Annotated[int, Range(0, 2**16 - 1)]
 U32 = Annotated[int, Range(0, 2**32 - 1)]
@@ -60,28 +60,25 @@ class Rlimit:
     hard: U64
 
 
-class SchedulerPolicy(Enum):
-    """How the kernel picks the process among others. Source: sched(7)."""
-
-    OTHER = "SCHED_OTHER"
-    FIFO = "SCHED_FIFO"
-    RR = "SCHED_RR"
-    BATCH = "SCHED_BATCH"
-    ISO = "SCHED_ISO"
-    IDLE = "SCHED_IDLE"
-    DEADLINE = "SCHED_DEADLINE"
+SchedulerPolicy = Annotated[
+    str, Choice("SCHED_OTHER", "SCHED_FIFO", "SCHED_RR", "SCHED_BATCH", "SCHED_ISO", "SCHED_IDLE", "SCHED_DEADLINE")
+]
+"""How the kernel picks the process among others. Source: sched(7)."""
 
 
-class SchedulerFlag(Enum):
-    """Source: sched_setattr(2)."""
-
-    RESET_ON_FORK = "SCHED_FLAG_RESET_ON_FORK"
-    RECLAIM = "SCHED_FLAG_RECLAIM"
-    DL_OVERRUN = "SCHED_FLAG_DL_OVERRUN"
-    KEEP_POLICY = "SCHED_FLAG_KEEP_POLICY"
-    KEEP_PARAMS = "SCHED_FLAG_KEEP_PARAMS"
-    UTIL_CLAMP_MIN = "SCHED_FLAG_UTIL_CLAMP_MIN"
-    UTIL_CLAMP_MAX = "SCHED_FLAG_UTIL_CLAMP_MAX"
+SchedulerFlag = Annotated[
+    str,
+    Choice(
+        "SCHED_FLAG_RESET_ON_FORK",
+        "SCHED_FLAG_RECLAIM",
+        "SCHED_FLAG_DL_OVERRUN",
+        "SCHED_FLAG_KEEP_POLICY",
+        "SCHED_FLAG_KEEP_PARAMS",
+        "SCHED_FLAG_UTIL_CLAMP_MIN",
+        "SCHED_FLAG_UTIL_CLAMP_MAX",
+    ),
+]
+"""Source: sched_setattr(2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +94,8 @@ class Scheduler:
     period: U64 = 0
 
 
-class IOPriorityClass(Enum):
-    """Source: ioprio_set(2)."""
-
-    RT = "IOPRIO_CLASS_RT"
-    BE = "IOPRIO_CLASS_BE"
-    IDLE = "IOPRIO_CLASS_IDLE"
+IOPriorityClass = Annotated[str, Choice("IOPRIO_CLASS_RT", "IOPRIO_CLASS_BE", "IOPRIO_CLASS_IDLE")]
+"""Source: ioprio_set(2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,24 +396,23 @@ class IdMapping:
     size: U32 = 0
 
 
-class MemoryPolicyMode(Enum):
-    """Where memory comes from. Source: set_mempolicy(2)."""
+MemoryPolicyMode = Annotated[
+    str,
+    Choice(
+        "MPOL_DEFAULT",
+        "MPOL_BIND",
+        "MPOL_INTERLEAVE",
+        "MPOL_WEIGHTED_INTERLEAVE",
+        "MPOL_PREFERRED",
+        "MPOL_PREFERRED_MANY",
+        "MPOL_LOCAL",
+    ),
+]
+"""Where memory comes from. Source: set_mempolicy(2)."""
 
-    DEFAULT = "MPOL_DEFAULT"
-    BIND = "MPOL_BIND"
-    INTERLEAVE = "MPOL_INTERLEAVE"
-    WEIGHTED_INTERLEAVE = "MPOL_WEIGHTED_INTERLEAVE"
-    PREFERRED = "MPOL_PREFERRED"
-    PREFERRED_MANY = "MPOL_PREFERRED_MANY"
-    LOCAL = "MPOL_LOCAL"
 
-
-class MemoryPolicyFlag(Enum):
-    """Source: set_mempolicy(2)."""
-
-    NUMA_BALANCING = "MPOL_F_NUMA_BALANCING"
-    RELATIVE_NODES = "MPOL_F_RELATIVE_NODES"
-    STATIC_NODES = "MPOL_F_STATIC_NODES"
+MemoryPolicyFlag = Annotated[str, Choice("MPOL_F_NUMA_BALANCING", "MPOL_F_RELATIVE_NODES", "MPOL_F_STATIC_NODES")]
+"""Source: set_mempolicy(2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,11 +424,8 @@ class MemoryPolicy:
     flags: tuple[MemoryPolicyFlag, ...] = ()
 
 
-class PersonalityDomain(Enum):
-    """Source: personality(2)."""
-
-    LINUX = "LINUX"
-    LINUX32 = "LINUX32"
+PersonalityDomain = Annotated[str, Choice("LINUX", "LINUX32")]
+"""Source: personality(2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -498,9 +487,7 @@ def _check_process(process: Process, path: str) -> None:
         raise ValueError(f"{path}.cwd: {process.cwd!r} is not an absolute path")
     if not process.args or not process.args[0]:
         raise ValueError(f"{path}.args: names no program")
-    for i, assignment in enumerate(process.env):
-        if assignment.startswith("=") or "=" not in assignment:
-            raise ValueError(f"{path}.env[{i}]: {assignment!r} is not NAME=VALUE")
+    _check_env(process.env, f"{path}.env")
     types = [limit.type for limit in process.rlimits]
     if len(set(types)) != len(types):
         raise ValueError(f"{path}.rlimits: one limit is given twice")
@@ -511,15 +498,21 @@ def _check_process(process: Process, path: str) -> None:
         number_set(process.exec_cpu_affinity.final, f"{path}.execCPUAffinity.final")
 
 
+def _check_env(env: tuple[str, ...], path: str) -> None:
+    for i, assignment in enumerate(env):
+        if assignment.startswith("=") or "=" not in assignment:
+            raise ValueError(f"{path}[{i}]: {assignment!r} is not NAME=VALUE")
+
+
 def _check_scheduler(scheduler: Scheduler, path: str) -> None:
     policy = scheduler.policy
-    if policy in (SchedulerPolicy.OTHER, SchedulerPolicy.BATCH) and not -20 <= scheduler.nice <= 19:
+    if policy in ("SCHED_OTHER", "SCHED_BATCH") and not -20 <= scheduler.nice <= 19:
         raise ValueError(f"{path}.nice: {scheduler.nice} is not between -20 and 19")
-    if scheduler.priority and policy not in (SchedulerPolicy.FIFO, SchedulerPolicy.RR):
-        raise ValueError(f"{path}.priority: {policy.value} has none")
+    if scheduler.priority and policy not in ("SCHED_FIFO", "SCHED_RR"):
+        raise ValueError(f"{path}.priority: {policy} has none")
     for name in ("runtime", "deadline", "period"):
-        if getattr(scheduler, name) and policy is not SchedulerPolicy.DEADLINE:
-            raise ValueError(f"{path}.{name}: {policy.value} has none")
+        if getattr(scheduler, name) and policy != "SCHED_DEADLINE":
+            raise ValueError(f"{path}.{name}: {policy} has none")
 
 
 def _check_spec(spec: Spec) -> None:
@@ -551,6 +544,7 @@ def _check_hooks(hooks: Hooks) -> None:
                 raise ValueError(f"hooks.{path}[{i}].path: {hook.path!r} is not an absolute path")
             if hook.timeout is not None and hook.timeout <= 0:
                 raise ValueError(f"hooks.{path}[{i}].timeout: {hook.timeout} is not greater than zero")
+            _check_env(hook.env, f"hooks.{path}[{i}].env")
 
 
 def _check_seccomp(profile: Seccomp) -> None:
@@ -563,10 +557,10 @@ def _check_seccomp(profile: Seccomp) -> None:
 
 def _check_memory_policy(policy: MemoryPolicy) -> None:
     nodes, mode = number_set(policy.nodes, "linux.memoryPolicy.nodes"), policy.mode
-    if nodes and mode in (MemoryPolicyMode.DEFAULT, MemoryPolicyMode.LOCAL):
-        raise ValueError(f"linux.memoryPolicy.nodes: {mode.value} takes none")
-    if not nodes and mode not in (MemoryPolicyMode.DEFAULT, MemoryPolicyMode.LOCAL, MemoryPolicyMode.PREFERRED):
-        raise ValueError(f"linux.memoryPolicy.nodes: {mode.value} needs at least one")
+    if nodes and mode in ("MPOL_DEFAULT", "MPOL_LOCAL"):
+        raise ValueError(f"linux.memoryPolicy.nodes: {mode} takes none")
+    if not nodes and mode not in ("MPOL_DEFAULT", "MPOL_LOCAL", "MPOL_PREFERRED"):
+        raise ValueError(f"linux.memoryPolicy.nodes: {mode} needs at least one")
 
 
 LARGEST_NUMBER = 8191

@@ -22,15 +22,15 @@ def check_spec(spec: Spec) -> None:
     if spec.linux.rootfs_propagation not in plans.PROPAGATION:
         raise ValueError(f"linux.rootfsPropagation: {spec.linux.rootfs_propagation!r} is no propagation")
     if spec.linux.mount_label:
-        raise ValueError("linux.mountLabel: SELinux labels are not supported yet")
-    if spec.hooks is not None:
-        raise ValueError("hooks: not supported yet")
+        from corral.oci.labels import check_mount_label
+
+        check_mount_label(spec.linux.mount_label)
     check_process(spec.process)
 
 
 def check_process(process: Process) -> None:
     """The same for a process object."""
-    if process.apparmor_profile:
-        raise ValueError("process.apparmorProfile: AppArmor profiles are not supported yet")
-    if process.selinux_label:
-        raise ValueError("process.selinuxLabel: SELinux labels are not supported yet")
+    if process.apparmor_profile or process.selinux_label:
+        from corral.oci.labels import check_labels
+
+        check_labels(process)

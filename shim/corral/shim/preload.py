@@ -6,7 +6,11 @@ Imports of a running shim would mix two versions of corral after an upgrade, and
 import gc
 import sys
 
-import corral.oci.runtime  # noqa: F401 - for the shims to come
+import corral.oci.allotment  # for the shims to come, as the three below
+import corral.oci.hooks
+import corral.oci.labels
+import corral.oci.listener
+import corral.oci.runtime  # noqa: F401 - likewise
 from corral.kernel import shared_memory
 from corral.oci.rehearsal import rehearse
 from corral.shim.warmup import warm_up

@@ -6,6 +6,7 @@ Source: seccomp(2).
 import ctypes
 from dataclasses import dataclass
 
+from corral.kernel.seccomp.rules import NEW_LISTENER
 from corral.kernel.syscalls import check, syscall
 
 _SET_MODE_FILTER = 1
@@ -25,12 +26,18 @@ class Filter:
     instructions: bytes
     flags: int = 0
 
+    @property
+    def has_listener(self) -> bool:
+        """Whether somebody is to answer some of the calls."""
+        return bool(self.flags & NEW_LISTENER)
 
-def load(program: Filter) -> None:
-    """Filter this process's system calls from here on.
+
+def load(program: Filter) -> int:
+    """Filter this process's system calls from here on. With NEW_LISTENER: the fd, close-on-exec, to answer calls by.
 
     Needs no_new_privs or CAP_SYS_ADMIN: else OSError(EACCES).
     """
     code = program.instructions
     arguments = _Program(len(code) // 8, code)
-    check(_seccomp(_SET_MODE_FILTER, program.flags, ctypes.byref(arguments)), "seccomp SECCOMP_SET_MODE_FILTER")
+    result = _seccomp(_SET_MODE_FILTER, program.flags, ctypes.byref(arguments))
+    return check(result, "seccomp SECCOMP_SET_MODE_FILTER")

@@ -1,0 +1,38 @@
+"""Telling a seccomp listener of a container: it gets the descriptor by which it answers calls, and whose they are.
+
+Source: OCI runtime-spec config-linux.md "Seccomp" (listenerPath) and "The Container Process State".
+"""
+
+import array
+import json
+import socket
+
+from corral.oci.errors import SETUP, ExecFailed
+from corral.oci.spec import Seccomp
+from corral.oci.state import OCI_VERSION, State
+
+_PATIENCE_S = 10.0
+
+
+def pass_to_listener(profile: Seccomp, fd: int, pid: int, state: State) -> None:
+    """Connect to the listener of a profile, give it fd, the container process state, and hang up.
+
+    pid is that of the process whose calls they are. Raises ExecFailed.
+    """
+    message = {
+        "ociVersion": OCI_VERSION,
+        "fds": ["seccompFd"],
+        "pid": pid,
+        "metadata": profile.listener_metadata,
+        "state": state.to_json(),
+    }
+    data = json.dumps(message).encode()
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(_PATIENCE_S)  # a listener that takes nothing must not hold up its container for ever
+            connection.connect(profile.listener_path)
+            sent = connection.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+            connection.sendall(data[sent:])
+    except OSError as e:
+        reason = e.strerror or str(e)
+        raise ExecFailed(SETUP, f"linux.seccomp.listenerPath: {profile.listener_path}: {reason}") from e
