@@ -291,7 +291,7 @@ def test_spec_writes_a_bundle_that_runs_and_features_is_json(oci: Runtime) -> No
     spec["process"] |= {"terminal": False, "args": ["echo", "ran"]}
     oci.write_spec(spec)
     assert oci.ok("run", oci.new_id()) == "ran\n"
-    assert json.loads(oci.ok("features"))["ociVersionMax"] == "1.2.0"
+    assert json.loads(oci.ok("features"))["ociVersionMax"] == "1.3.0"
 
 
 def test_the_interpreter_cannot_be_written_to_by_way_of_its_processes_cve_2019_5736(oci: Runtime) -> None:

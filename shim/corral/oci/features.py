@@ -1,12 +1,20 @@
-"""What the runtime core can do, as runtime-spec's features document. Source: OCI runtime-spec features.md."""
+"""What the runtime core can do, as runtime-spec's features document.
+
+It is about this code and not about this kernel. Source: OCI runtime-spec features.md, features-linux.md.
+"""
+
+from typing import get_args
 
 from corral.kernel.capabilities import NAMES
 from corral.kernel.namespaces import Kind
-from corral.kernel.seccomp import Architecture, rules
+from corral.kernel.seccomp import rules
+from corral.oci.decode import Choice
 from corral.oci.mount_options import known
-from corral.oci.spec import Action, Operator
+from corral.oci.seccomp import KNOWN_ARCHITECTURES
+from corral.oci.spec import HOOK_POINTS, Action, MemoryPolicyFlag, MemoryPolicyMode, Operator
+from corral.oci.state import OCI_VERSION
 
-OCI_VERSION_MIN, OCI_VERSION_MAX = "1.0.0", "1.2.0"
+OCI_VERSION_MIN, OCI_VERSION_MAX = "1.0.0", OCI_VERSION
 _NOT_YET = (Kind.USER, Kind.TIME)
 
 
@@ -15,7 +23,7 @@ def features_document() -> dict[str, object]:
     return {
         "ociVersionMin": OCI_VERSION_MIN,
         "ociVersionMax": OCI_VERSION_MAX,
-        "hooks": [],
+        "hooks": list(HOOK_POINTS.values()),
         "mountOptions": sorted(known()),
         "linux": {
             "namespaces": sorted(kind.value for kind in Kind if kind not in _NOT_YET),
@@ -23,16 +31,24 @@ def features_document() -> dict[str, object]:
             "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False, "rdma": True},
             "seccomp": {
                 "enabled": True,
-                "actions": [action.value for action in Action if action is not Action.NOTIFY],
+                "actions": [action.value for action in Action],
                 "operators": [operator.value for operator in Operator],
-                "archs": sorted(f"SCMP_ARCH_{architecture.name}" for architecture in Architecture),
+                "archs": sorted(KNOWN_ARCHITECTURES),
                 "knownFlags": sorted(rules.FLAGS),
                 "supportedFlags": sorted(rules.FLAGS),
             },
-            "apparmor": {"enabled": False},
-            "selinux": {"enabled": False},
+            "apparmor": {"enabled": True},
+            "selinux": {"enabled": True},
+            "memoryPolicy": {"modes": _choices(MemoryPolicyMode), "flags": _choices(MemoryPolicyFlag)},
             "intelRdt": {"enabled": False},
             "mountExtensions": {"idmap": {"enabled": False}},
         },
         "annotations": {},
+        "potentiallyUnsafeConfigAnnotations": [],
     }
+
+
+def _choices(kind: object) -> list[str]:
+    """What a member of config.json may say, whose type is Annotated[str, Choice(…)]."""
+    (choice,) = (each for each in get_args(kind) if isinstance(each, Choice))
+    return list(choice.values)

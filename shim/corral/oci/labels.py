@@ -4,10 +4,14 @@ What the kernel lacks is refused: a container that was to be confined must not r
 """
 
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
-from corral.kernel import labels
+from corral.kernel import labels, paths
 from corral.oci.errors import SETUP, ExecFailed
+from corral.oci.mounts import NewFilesystem, RootFilesystem
 from corral.oci.spec import Process
+from corral.oci.stage import Stage, Step
 
 
 def check_labels(process: Process, path: str = "process") -> None:
@@ -22,6 +26,40 @@ def check_mount_label(label: str) -> None:
     """The same for linux.mountLabel."""
     if label and not labels.has_selinux():
         raise ValueError("linux.mountLabel: this kernel has no SELinux, or it is switched off")
+
+
+def labelled(steps: Iterable[Step], label: str) -> list[Step]:
+    """The steps of a container, its own file systems with linux.mountLabel as their SELinux context."""
+    found: list[Step] = []
+    for step in steps:
+        if isinstance(step, NewFilesystem) and step.fstype == "mqueue":
+            found += [step, LabelledQueues(step.destination, label)]
+        elif isinstance(step, NewFilesystem | RootFilesystem) and step.fstype not in _OWN_LABELS:
+            options = replace(step.options, data=(*step.options.data, f"context={label}"))
+            found.append(step if step.options.bind else replace(step, options=options))
+        else:
+            found.append(step)
+    return found
+
+
+_OWN_LABELS = frozenset(("proc", "sysfs", "cgroup", "cgroup2"))
+"""The policy says how these are labelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledQueues(Step):
+    """Label a mqueue: it belongs to its namespace, which was there before it was mounted, so it takes no context."""
+
+    destination: str
+    label: str
+
+    def describe(self) -> str:
+        return f"{self.destination}: labelled {self.label}"
+
+    def apply(self, stage: Stage) -> None:
+        flags = os.O_RDONLY | os.O_DIRECTORY
+        with paths.opened(paths.open_in_root(stage.root, self.destination, flags)) as fd:
+            os.setxattr(fd, "security.selinux", self.label.encode() + b"\0")
 
 
 class Labels:

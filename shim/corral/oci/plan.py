@@ -58,6 +58,10 @@ def steps_of(
         steps.append(Console(console_size))
     if spec.process is not None and spec.process.cwd != "/":
         steps.append(WorkingDirectory(spec.process.cwd))
+    if spec.linux.mount_label:
+        from corral.oci.labels import labelled
+
+        steps = labelled(steps, spec.linux.mount_label)
     if hooks is not None:
         steps.append(hooks)
     if spec.linux.readonly_paths:

@@ -437,6 +437,13 @@ class Personality:
 
 
 @dataclass(frozen=True, slots=True)
+class IntelRdt:
+    """A share of the processor's caches and its memory's bandwidth."""
+
+    clos_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Linux:
     """What only Linux has."""
 
@@ -454,6 +461,7 @@ class Linux:
     mount_label: str = ""
     memory_policy: MemoryPolicy | None = None
     personality: Personality | None = None
+    intel_rdt: IntelRdt | None = None
 
 
 @dataclass(frozen=True, slots=True)

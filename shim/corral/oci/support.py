@@ -21,6 +21,8 @@ def check_spec(spec: Spec) -> None:
         raise ValueError("hostname: the container shares the host's uts namespace")
     if spec.linux.rootfs_propagation not in plans.PROPAGATION:
         raise ValueError(f"linux.rootfsPropagation: {spec.linux.rootfs_propagation!r} is no propagation")
+    if spec.linux.intel_rdt is not None:
+        raise ValueError("linux.intelRdt: Intel RDT is not supported")
     if spec.linux.mount_label:
         from corral.oci.labels import check_mount_label
 
