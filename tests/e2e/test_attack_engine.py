@@ -103,6 +103,10 @@ async def test_a_read_only_container_grows_nothing(engine: EngineClient) -> None
     assert output.count(b"Read-only file system") == 3
 
 
+def open_fds() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 async def test_a_namespace_is_not_joined_by_a_pid_that_is_another_process(engine: EngineClient) -> None:
     """A pid is used again. Here it is this test's process, in the host's namespaces."""
     made = await engine.run("sleep", "60")
@@ -113,10 +117,10 @@ async def test_a_namespace_is_not_joined_by_a_pid_that_is_another_process(engine
             open_namespace_of(task, Kind.PID)
     with pytest.raises(FailedPrecondition, match="has ended"):
         open_namespace_of(Task(id=made, pid=2**22, start_time=1), Kind.PID)
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_fds()
     fd = open_namespace_of(Task(id=made, pid=own, start_time=process.start_time(own)), Kind.PID)
     os.close(fd)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert open_fds() == before
 
 
 def reachable_by_an_ordinary_user(top: Path) -> list[str]:
