@@ -50,7 +50,14 @@ def start(context: Context, _options: Options, arguments: list[str]) -> int:
 
 def _at_its_gate(place: state.Place, record: state.Record) -> Container:
     try:
-        return Container.adopt(place.spec(), pid=record.pid, start_time=record.start_time, gate=place.gate)
+        return Container.adopt(
+            place.spec(),
+            pid=record.pid,
+            start_time=record.start_time,
+            gate=place.gate,
+            container_id=record.id,
+            bundle=record.bundle,
+        )
     except ConnectionRefusedError:  # the start that let it through was killed before it could note that
         place.remove_gate()
         raise CommandError("cannot start an already running container") from None

@@ -73,7 +73,9 @@ def _run(
     record: Record, spec: Spec, wanted: Process, options: Options, kept: tuple[int, ...], group: Cgroup | None
 ) -> ProcessHandle:
     try:
-        container = Container.adopt(spec, pid=record.pid, start_time=record.start_time)
+        container = Container.adopt(
+            spec, pid=record.pid, start_time=record.start_time, container_id=record.id, bundle=record.bundle
+        )
     except ProcessLookupError:
         raise CommandError("cannot exec in a stopped container", EXEC_CODE) from None
     paths = _within(group.paths() if group is not None else [], options.texts("cgroup"))

@@ -20,6 +20,10 @@ class Log:
         if self.debugging:
             self._write("debug", message)
 
+    def warning(self, message: str) -> None:
+        """What went wrong without consequence."""
+        self._write("warning", message)
+
     def error(self, message: str) -> None:
         """Why the command fails. Goes to stderr too, for whoever looks there."""
         try:

@@ -59,6 +59,7 @@ class Bundle:
             owner=os.geteuid(),
             annotations=dict(self.spec.annotations),
             cgroup=groups.path_of(self.spec.linux, container_id),
+            poststop=self.spec.hooks is not None and bool(self.spec.hooks.poststop),
             own_pids=any(each.type is namespaces.Kind.PID and not each.path for each in self.spec.linux.namespaces),
         )
 
@@ -86,6 +87,8 @@ def made(
         place.write(state.STATE, record.to_json())
         place.write(state.CONFIG, bundle.document)
         group = groups.make(spec.linux, record.cgroup)
+        if record.poststop:
+            undo.callback(_run_poststop, context, spec, record)
         if group is None:
             record.cgroup = ""
         else:
@@ -100,6 +103,7 @@ def made(
                 stdio=stdio,
                 new_keyring=not options.on("no-new-keyring"),
                 gate=None if gate is None else gate.fileno(),
+                container_id=container_id,
             )
         undo.callback(_end, container)
         record.pid, record.start_time = container.init.pid, container.init.start_time
@@ -112,6 +116,12 @@ def made(
             write_pid_file(options.text("pid-file"), record.pid)
         yield Made(place, record, container)
         undo.pop_all()
+
+
+def _run_poststop(context: Context, spec: Spec, record: Record) -> None:
+    from corral.runtime.remove import run_poststop
+
+    run_poststop(context, spec, record)
 
 
 def _end(container: Container) -> None:

@@ -5,6 +5,7 @@ import fcntl
 import os
 import select
 import signal
+from typing import TYPE_CHECKING
 
 from corral.kernel import process
 from corral.runtime import groups, life, state
@@ -12,6 +13,9 @@ from corral.runtime.context import Context
 from corral.runtime.errors import CommandError
 from corral.runtime.flags import SWITCH, Flags, Options
 from corral.runtime.state import Place, Record, Status
+
+if TYPE_CHECKING:
+    from corral.oci.spec import Spec
 
 KILL_FLAGS: Flags = {"all,a": SWITCH}
 DELETE_FLAGS: Flags = {"force,f": SWITCH}
@@ -74,14 +78,14 @@ def remove(context: Context, container_id: str, *, force: bool) -> None:
     """delete; force ends it first, and does not mind if there is none."""
     try:
         with state.opened(context.root, container_id, lock=fcntl.LOCK_EX) as place:
-            _remove(place, force=force)
+            _remove(context, place, force=force)
     except CommandError:
         if force and container_id not in state.ids(context.root):
             return
         raise
 
 
-def _remove(place: Place, *, force: bool) -> None:
+def _remove(context: Context, place: Place, *, force: bool) -> None:
     try:
         record = place.record()
     except CommandError:
@@ -96,7 +100,19 @@ def _remove(place: Place, *, force: bool) -> None:
         _end(record)
     if record.cgroup:
         groups.remove(record.cgroup)
+    spec = place.spec() if record.poststop else None
     place.remove()
+    if spec is not None:
+        run_poststop(context, spec, record)
+
+
+def run_poststop(context: Context, spec: "Spec", record: Record) -> None:
+    """Run the hooks of a container that is no more. What they do wrong is a warning."""
+    from corral.oci import hooks
+    from corral.oci.state import State
+
+    for warning in hooks.run_poststop(spec.hooks, State(record.id, record.bundle, record.annotations)):
+        context.log.warning(warning)
 
 
 def _end(record: Record) -> None:

@@ -37,7 +37,19 @@ class Status(Enum):
 class Record:
     """state.json: the state of the specification, less what changes by itself, and what we need."""
 
-    __slots__ = ("annotations", "bundle", "cgroup", "created", "id", "own_pids", "owner", "pid", "rootfs", "start_time")
+    __slots__ = (
+        "annotations",
+        "bundle",
+        "cgroup",
+        "created",
+        "id",
+        "own_pids",
+        "owner",
+        "pid",
+        "poststop",
+        "rootfs",
+        "start_time",
+    )
 
     def __init__(
         self,
@@ -50,6 +62,7 @@ class Record:
         annotations: dict[str, str],
         cgroup: str = "",
         own_pids: bool = True,
+        poststop: bool = False,
         pid: int = 0,
         start_time: int = 0,
     ) -> None:
@@ -59,6 +72,8 @@ class Record:
         """Path of its cgroup in every hierarchy; "" for none."""
         self.own_pids = own_pids
         """Its processes end with init, for it has a PID namespace of its own."""
+        self.poststop = poststop
+        """It has hooks to be run once it is deleted."""
         self.pid, self.start_time = pid, start_time
         """0 until init exists."""
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from corral.kernel.failpoint import failpoint
 from corral.kernel.namespaces import Kind
 from corral.kernel.process import start_time
-from corral.oci import runtime
+from corral.oci import hooks, runtime
+from corral.oci import state as oci_state
 from corral.oci.errors import ExecFailed
 from corral.oci.larder import Larder
 from corral.oci.runtime import Container
@@ -111,8 +112,10 @@ class Shim:
                     console_size=request.console_size,
                     larder=self._larder,
                 )
-        except BaseException:
+        except BaseException as e:
             log.close()
+            if not isinstance(e, ValueError):  # then nothing was made
+                self._run_poststop(spec)
             raise
         finally:
             self._larder.close()
@@ -403,7 +406,16 @@ class Shim:
             self.loop.call_later(END_CHECK_S, self._check_end)
             return
         self._log.close()
+        self._run_poststop(self._made().spec)
         self._on_end()
+
+    def _run_poststop(self, spec: Spec) -> None:
+        """The hooks of a container that is no more: nobody but this process knows for sure when that is."""
+        if spec.hooks is None:
+            return
+        state = oci_state.State(self.bundle.name, str(self.bundle), spec.annotations)
+        for warning in hooks.run_poststop(spec.hooks, state):
+            report.write(self._directory, warning)
 
 
 def _not_created() -> ShimError:
