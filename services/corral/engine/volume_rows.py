@@ -78,7 +78,8 @@ def volumes(view: Snapshot, namespace: str | None) -> list[VolumeRecord]:
     for row in view.execute("SELECT namespace, volume, container FROM volume_use ORDER BY container"):
         users.setdefault((row["namespace"], row["volume"]), []).append(row["container"])
     rows = view.execute(
-        "SELECT * FROM volume WHERE ?1 IS NULL OR namespace = ?1 ORDER BY namespace, name", (namespace,)
+        "SELECT * FROM volume WHERE :namespace IS NULL OR namespace = :namespace ORDER BY namespace, name",
+        {"namespace": namespace},
     )
     return [_volume(row, users.get((row["namespace"], row["name"]), ())) for row in rows]
 

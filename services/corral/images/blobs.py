@@ -156,7 +156,7 @@ def _user_of(snapshot: Snapshot, digest: Digest, namespace: str) -> str:
     """What refers to a blob, in words; what lies in other namespaces is not named."""
     image = snapshot.one(
         "SELECT namespace, coalesce(nullif(name, ''), image_id) AS name FROM images"
-        " WHERE ?1 IN (target_digest, manifest_digest) ORDER BY namespace != ?2",
+        " WHERE ? IN (target_digest, manifest_digest) ORDER BY namespace != ?",
         (digest, namespace),
     )
     if image is not None:

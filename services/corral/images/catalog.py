@@ -71,8 +71,8 @@ def by_reference(snapshot: Snapshot, namespace: str, reference: Reference) -> Im
     if row is None and reference.digest is not None:
         repository = _glob_quoted(reference.repository)
         row = snapshot.one(
-            "SELECT * FROM images WHERE namespace = ?1 AND ?2 IN (target_digest, manifest_digest)"
-            " AND (name GLOB ?3 OR name GLOB ?4) ORDER BY name",
+            "SELECT * FROM images WHERE namespace = ? AND ? IN (target_digest, manifest_digest)"
+            " AND (name GLOB ? OR name GLOB ?) ORDER BY name",
             (
                 namespace,
                 reference.digest,

@@ -90,10 +90,10 @@ def end(transaction: Transaction, namespace: str, lease_id: str) -> list[TreeId]
     """Delete the lease, with the snapshots it alone kept; their trees are to be removed. No such lease is no error."""
     rows = transaction.execute(
         "SELECT s.id, s.key FROM lease_resources r JOIN snapshots s ON s.namespace = r.namespace AND s.key = r.key"
-        " WHERE r.namespace = ?1 AND r.lease = ?2 AND r.kind = 'snapshot' AND NOT EXISTS"
-        " (SELECT 1 FROM lease_resources o WHERE o.kind = 'snapshot' AND o.namespace = ?1 AND o.key = r.key"
-        " AND o.lease != ?2) ORDER BY s.id DESC",
-        (namespace, lease_id),
+        " WHERE r.namespace = :namespace AND r.lease = :lease AND r.kind = 'snapshot' AND NOT EXISTS"
+        " (SELECT 1 FROM lease_resources o WHERE o.kind = 'snapshot' AND o.namespace = :namespace AND o.key = r.key"
+        " AND o.lease != :lease) ORDER BY s.id DESC",
+        {"namespace": namespace, "lease": lease_id},
     )
     transaction.execute("DELETE FROM leases WHERE namespace = ? AND id = ?", (namespace, lease_id))
     ended = []

@@ -130,8 +130,9 @@ def own(snapshot: Snapshot, namespace: str, key: str) -> TreeRecord | None:
 def everything(snapshot: Snapshot, namespace: str, kind: Kind | None) -> list[TreeRecord]:
     """The namespace's own, and the layers all share; by age."""
     rows = snapshot.execute(
-        "SELECT * FROM snapshots WHERE namespace IN (?1, ?2) AND (?3 IS NULL OR kind = ?3) ORDER BY created_ns, id",
-        (namespace, SHARED, kind),
+        "SELECT * FROM snapshots WHERE namespace IN (:own, :shared) AND (:kind IS NULL OR kind = :kind)"
+        " ORDER BY created_ns, id",
+        {"own": namespace, "shared": SHARED, "kind": kind},
     )
     return [_record(row) for row in rows]
 
@@ -144,9 +145,9 @@ def key_of(snapshot: Snapshot, tree: TreeId | None) -> str:
 def users_of_image(snapshot: Snapshot, namespace: str, image_id: str, name: str | None = None) -> list[str]:
     """Keys of the active snapshots and views that were made from an image, under a certain name or under any."""
     rows = snapshot.execute(
-        "SELECT key FROM snapshots WHERE namespace = ?1 AND image_id = ?2 AND (?3 IS NULL OR image_name = ?3)"
-        " AND kind != ?4 ORDER BY key",
-        (namespace, image_id, name, Kind.COMMITTED),
+        "SELECT key FROM snapshots WHERE namespace = :namespace AND image_id = :image"
+        " AND (:name IS NULL OR image_name = :name) AND kind != :committed ORDER BY key",
+        {"namespace": namespace, "image": image_id, "name": name, "committed": Kind.COMMITTED},
     )
     return [row[0] for row in rows]
 
