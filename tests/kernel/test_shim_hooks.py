@@ -83,7 +83,7 @@ def test_what_the_machine_gives_is_set(shop: Workshop) -> None:
     shim.create()
     shim.start()
     assert shim.run_exec("grep", "Cpus_allowed_list", "/proc/self/status").split()[-1] == b"0"
-    assert [text for _, text in shim.log_entries()][0] == "7\n"
+    assert shim.log_entries() == [("stdout", "7\n")]
 
 
 def test_labels_that_the_kernel_cannot_give_are_refused(shop: Workshop) -> None:
