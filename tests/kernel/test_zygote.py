@@ -196,6 +196,9 @@ def test_requests_it_cannot_serve_are_answered(shop: Workshop) -> None:
     before = descriptors_of(shop.zygote.pid)
     with open("/dev/null") as null, pytest.raises(RequestError, match="invalid_argument"):
         peer.call("spawn", [null.fileno(), null.fileno()], bundle=5, namespace="n", container="c")
+    deadline = time.monotonic() + 2  # they are closed after the answer
+    while descriptors_of(shop.zygote.pid) != before and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert descriptors_of(shop.zygote.pid) == before
 
 
