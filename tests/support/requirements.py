@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from corral.kernel import labels
+
 
 def needs(*what: str) -> pytest.MarkDecorator:
     """Skip the test, with its reason, where the machine lacks one of these: a key of PROBES, or a program."""
@@ -103,6 +105,11 @@ def _any_cgroup() -> str | None:
     return None if _cgroup(1)() is None or _cgroup(2)() is None else _cgroup(1)()
 
 
+def _apparmor() -> str | None:
+    found = labels.has_apparmor() and shutil.which("apparmor_parser")
+    return _root() or (None if found else "needs AppArmor and apparmor_parser")
+
+
 PROBES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "overlayfs": _overlayfs,
@@ -110,6 +117,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "netns": _namespace("net"),
     "userns": _namespace("user"),
     "nft": _nft,
+    "apparmor": _apparmor,
     "cgroup": _any_cgroup,
     "cgroup1": _cgroup(1),
     "cgroup2": _cgroup(2),

@@ -60,17 +60,19 @@ def set_context(fd: int, context: str) -> None:
     _write(fd, context, f"SELinux context {context!r}")
 
 
-def label_new_keys(context: str) -> None:
+def open_key_label() -> int:
+    """An fd of what label_new_keys() writes to; to be opened in the host's view."""
+    return os.open(f"{_OWN}/keycreate", os.O_WRONLY | os.O_CLOEXEC)
+
+
+def label_new_keys(fd: int, context: str) -> None:
     """Keyrings made from here on have this SELinux context; "" for the usual one."""
-    fd = os.open(f"{_OWN}/keycreate", os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        _write(fd, context, f"SELinux context {context!r} of keys")
-    finally:
-        os.close(fd)
+    # An empty write would not get through to the kernel's function: a newline stands for it.
+    _write(fd, context or "\n", f"SELinux context {context!r} of keys")
 
 
 def _write(fd: int, text: str, what: str) -> None:
     try:
         os.write(fd, text.encode())
     except OSError as e:
-        raise failure(e.errno or 0, "set the label of the next exec", what) from e
+        raise failure(e.errno or 0, "set a label", what) from e

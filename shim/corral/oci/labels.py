@@ -65,35 +65,39 @@ class LabelledQueues(Step):
 class Labels:
     """What the next exec of a process is labelled with. Belongs to the one process that uses it."""
 
-    __slots__ = ("_apparmor", "_fds", "_selinux")
+    __slots__ = ("_apparmor", "_fds", "_keys", "_selinux")
 
     def __init__(self, apparmor: str, selinux: str) -> None:
         self._apparmor, self._selinux = apparmor, selinux
         self._fds: list[int] = []
+        self._keys = -1
 
     def take_hold(self) -> None:
-        """Open what apply() will write to, while nothing but the host's procfs is in sight."""
+        """Open what the rest will write to, while nothing but the host's procfs is in sight."""
+        if self._selinux:
+            self._keys = labels.open_key_label()
         self._fds = [labels.open_apparmor() if self._apparmor else -1, labels.open_selinux() if self._selinux else -1]
 
     def label_keyrings(self, *, yes: bool) -> None:
         """Whether keyrings that are made from here on are the container's."""
         if self._selinux:
-            labels.label_new_keys(self._selinux if yes else "")
+            labels.label_new_keys(self._keys, self._selinux if yes else "")
 
     def apply(self) -> None:
         """Have the labels from the next exec on. Raises ExecFailed for one that isn't known."""
         apparmor, selinux = self._fds
+        member = "process.apparmorProfile"
         try:
             if apparmor >= 0:
                 labels.set_profile(apparmor, self._apparmor)
+            member = "process.selinuxLabel"
             if selinux >= 0:
                 labels.set_context(selinux, self._selinux)
         except OSError as e:
-            raise ExecFailed(SETUP, f"{e.filename or ''}: {e.strerror or e}".removeprefix(": ")) from e
-        for fd in self._fds:
+            raise ExecFailed(SETUP, f"{member}: {e.filename}: {e.strerror}") from e
+        for fd in (*self._fds, self._keys):
             if fd >= 0:
                 os.close(fd)
-        self._fds = []
 
 
 def labels_of(process: Process) -> Labels | None:
