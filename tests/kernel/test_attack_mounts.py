@@ -275,7 +275,7 @@ class TestCve202552565:
         script = "umount -l /dev/pts; rmdir /dev/pts; ln -s /bait /dev/pts; ln -s file /bait/ptmx"
         assert lab.exec(container, script, capabilities=None).code == 0
         with pytest.raises(ExecFailed, match="devpts"):
-            container.exec(lab.process("sh", "-i", terminal=True), stdio=Stdio())
+            lab.made.append(container.exec(lab.process("sh", "-i", terminal=True), stdio=Stdio()))
         (bait.directory / "ptmx").unlink()
         assert bait.untouched()
 
@@ -376,7 +376,7 @@ def test_cve_2026_88265_null_as_a_link_at_exec(lab, bait):
     container.start()
     lab.exec(container, "rm /dev/null; ln -s /bait/file /dev/null")
     with pytest.raises(ExecFailed, match="null"):
-        container.exec(lab.process("echo written"), user="bob", stdio=Stdio())
+        lab.made.append(container.exec(lab.process("echo written"), user="bob", stdio=Stdio()))
     assert bait.untouched()
 
 

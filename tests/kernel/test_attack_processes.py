@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support import elf
 from support.requirements import needs
 
 from corral.kernel.namespaces import Kind
@@ -364,28 +365,9 @@ def test_cve_2022_29162_exec_with_more_capabilities_makes_none_inheritable(lab):
     assert int(seen["CapInh"], 16) == int(seen["CapAmb"], 16) == 0
 
 
-GET_EUID = {  # geteuid(); exit(it)
-    "x86_64": "b86b0000000f0589c7b83c0000000f05",
-    "aarch64": "e81580d2010000d4a80b80d2010000d4",
-}
-INT80 = "b814000000cd8031ffb83c0000000f05"  # int $0x80 with 20, getpid; exit(0)
-X32 = "b8270000400f0531ffb83c0000000f05"  # getpid of x32; exit(0)
-MACHINES = {"x86_64": 62, "aarch64": 183}
-
-
-def elf(code: str) -> bytes:
-    """The smallest program: a header, one segment, and the code."""
-    text, base = bytes.fromhex(code), 0x400000
-    header = b"\x7fELF\x02\x01\x01".ljust(16, b"\0") + struct.pack(
-        "<HHIQQQIHHHHHH", 2, MACHINES[os.uname().machine], 1, base + 120, 64, 0, 0, 64, 56, 1, 0, 0, 0
-    )
-    size = 120 + len(text)
-    return header + struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, size, size, 0x1000) + text
-
-
-def plant(lab, name: str, code: str, mode: int = 0o755) -> None:
+def plant(lab, name: str, code: dict[str, str], mode: int = 0o755) -> None:
     path = lab.plant / name
-    path.write_bytes(elf(code))
+    path.write_bytes(elf.program(code))
     path.chmod(mode)
 
 
@@ -406,7 +388,7 @@ def output_of(lab, how: str, *args: str, **options: object) -> str:
 
 
 def test_a_setuid_program_of_the_image_makes_nobody_root(lab, how):
-    plant(lab, "suid", GET_EUID[os.uname().machine], 0o4755)
+    plant(lab, "suid", elf.GET_EUID, 0o4755)
     assert code_of(lab, how, "/suid", "x", user="bob") == 1000 & 0xFF
     assert code_of(lab, how, "/suid", "x", user="bob", no_new_privileges=False) == 0, "the test itself is wrong"
 
@@ -414,8 +396,8 @@ def test_a_setuid_program_of_the_image_makes_nobody_root(lab, how):
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="needs x86_64")
 def test_the_other_entries_into_the_kernel_are_filtered_too(lab, how):
     """Numbers mean other calls there: a filter that looks at numbers alone lets through what it never meant."""
-    plant(lab, "x32", X32)
-    plant(lab, "int80", INT80)
+    plant(lab, "x32", elf.X32)
+    plant(lab, "int80", elf.INT80)
     assert code_of(lab, how, "/x32", "x") == -31
     native = replace(lab.spec("x").linux.seccomp, architectures=("SCMP_ARCH_X86_64",))
     assert code_of(lab, how, "/int80", "x", linux={"seccomp": native}) == -31
