@@ -25,7 +25,6 @@ NEEDS = {
     "docker": ("root", "cgroup", "busybox", "docker", "dockerd", "containerd"),
     "ctr": ("root", "cgroup", "busybox", "ctr", "containerd", "containerd-shim-runc-v2"),
 }
-HOOKS = "docker sets its network up by a prestart hook, and hooks are not supported yet"
 
 
 @dataclass
@@ -60,7 +59,7 @@ class Client:
         return self.call("run", "--rm", *self.options, *options, self.image, *name, *words)
 
 
-PARAMETERS = ("podman", pytest.param("docker", marks=pytest.mark.xfail(reason=HOOKS, strict=True)), "ctr")
+PARAMETERS = ("podman", "docker", "ctr")
 
 
 @pytest.fixture(scope="module", params=PARAMETERS)
