@@ -40,6 +40,49 @@ def test_a_killing_action_kills(lab):
     assert lab.run("mkdir", "/x", linux={"seccomp": profile}).code == -31
 
 
+@pytest.mark.parametrize(
+    ("action", "code"),
+    [
+        (Action.KILL_PROCESS, -31),
+        (Action.KILL_THREAD, -31),
+        (Action.KILL, -31),
+        (Action.TRAP, -31),
+        (Action.ERRNO, 1),
+        (Action.TRACE, 1),  # nobody traces: ENOSYS
+        (Action.LOG, 0),
+        (Action.ALLOW, 0),
+    ],
+)
+def test_every_action_does_what_its_name_says(lab, action, code):
+    rule = SeccompSyscall(("mkdir", "mkdirat"), action)
+    profile = Seccomp(Action.LOG, architectures=NATIVE, syscalls=(rule,))
+    assert lab.run("mkdir", "/x", linux={"seccomp": profile}).code == code
+    assert (lab.upper / "x").exists() is (code == 0)
+
+
+@pytest.mark.parametrize(
+    ("operator", "values", "refused"),
+    [
+        (Operator.NE, (10, 0), {8, 9, 11, 12}),
+        (Operator.LT, (10, 0), {8, 9}),
+        (Operator.LE, (10, 0), {8, 9, 10}),
+        (Operator.EQ, (10, 0), {10}),
+        (Operator.GE, (10, 0), {10, 11, 12}),
+        (Operator.GT, (10, 0), {11, 12}),
+        (Operator.MASKED_EQ, (9, 9), {9, 11}),
+    ],
+)
+def test_every_operator_compares_as_its_name_says(lab, operator, values, refused):
+    """kill(2) of a process that is not there, with signals 8 to 12."""
+    profile = deny("kill", errno=28, args=(SeccompArg(1, values[0], operator, values[1]),))
+    script = "for n in 8 9 10 11 12; do kill -$n 4000000 2>&1 | grep -q 'No space' && echo $n; done; true"
+    assert set(map(int, lab.run(script, linux={"seccomp": profile}).output.split())) == refused
+
+
+def test_a_call_that_nobody_knows_is_passed_over(lab):
+    assert lab.run("echo fine", linux={"seccomp": deny("no_such_call", "mkdir")}).output == "fine\n"
+
+
 class TestDefault:
     @pytest.mark.parametrize(
         "command",

@@ -14,7 +14,7 @@ from corral.kernel.seccomp.compiler import decode, fates
 from corral.kernel.seccomp.tables import numbers
 from corral.kernel.syscalls import MACHINE
 from corral.oci import defaults, seccomp_profile
-from corral.oci.seccomp import KNOWN_ARCHITECTURES, filter_of, to_profile
+from corral.oci.seccomp import _RETURNS, KNOWN_ARCHITECTURES, filter_of, to_profile
 from corral.oci.spec import Action, Operator, Seccomp, SeccompArg, SeccompSyscall
 
 X32_BIT = 0x40000000
@@ -218,6 +218,31 @@ class TestSection:
 
     def test_the_native_machine_is_always_listed(self):
         assert to_profile(profile_of(architectures=("SCMP_ARCH_S390X",))).architectures[0].name.lower() == MACHINE
+
+    @pytest.mark.parametrize("first", [0, 1])
+    @pytest.mark.parametrize(
+        ("always", "sometimes", "then"),
+        [
+            (Action.ERRNO, Action.ALLOW, EPERM),
+            (Action.ERRNO, Action.LOG, EPERM),
+            (Action.KILL_PROCESS, Action.ERRNO, rules.KILL_PROCESS),
+            (Action.KILL_PROCESS, Action.KILL, rules.KILL_PROCESS),
+            (Action.KILL, Action.TRAP, rules.KILL_THREAD),
+            (Action.ALLOW, Action.ERRNO, EPERM),
+            (Action.ERRNO, Action.KILL_PROCESS, rules.KILL_PROCESS),
+        ],
+    )
+    def test_of_a_rule_with_conditions_and_one_without_the_stricter_counts(self, first, always, sometimes, then):
+        """Whatever their order: a profile never allows more than under a runtime that uses libseccomp."""
+        both = [
+            SeccompSyscall((READ,), always),
+            SeccompSyscall((READ,), sometimes, args=(SeccompArg(0, 7, Operator.EQ),)),
+        ]
+        profile = profile_of(default_action=Action.ALLOW, syscalls=(both[first], both[1 - first]))
+        program, native = filter_of(profile).instructions, Architecture[MACHINE.upper()]
+        number = numbers(MACHINE)[READ]
+        assert run(program, native.value, number, (7,)) == then
+        assert run(program, native.value, number, (8,)) == {Action.ERRNO: EPERM}.get(always, _RETURNS[always])
 
     def test_two_conditions_on_one_argument_are_alternatives(self):
         arguments = (SeccompArg(0, 1, Operator.EQ), SeccompArg(0, 2, Operator.EQ))

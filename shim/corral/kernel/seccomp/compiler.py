@@ -62,7 +62,17 @@ def fates(profile: Profile, architecture: Architecture) -> dict[int, _Fate]:
                 conditional[number].append((rule.conditions, rule.action))
             else:
                 certain.setdefault(number, rule.action)
-    return {number: (*rules, ((), certain.get(number, profile.default))) for number, rules in conditional.items()}
+    found: dict[int, _Fate] = {}
+    for number, choices in conditional.items():
+        if (always := certain.get(number)) is not None:
+            choices = [choice for choice in choices if _leniency(choice[1]) <= _leniency(always)]
+        found[number] = (*choices, ((), profile.default if always is None else always))
+    return found
+
+
+def _leniency(action: int) -> int:
+    """The order in which the kernel takes one action before another: the strictest first."""
+    return (action & 0xFFFF0000) ^ KILL_PROCESS
 
 
 def _tree(program: "_Program", profile: Profile, architecture: Architecture) -> int:

@@ -70,6 +70,8 @@ class Rule:
 class Profile:
     """What a filter does. Of the rules for one call, those with conditions are asked first, in their order.
 
+    But one without conditions takes the place of those that would be more lenient (with libseccomp, that of all).
+
     A call of an architecture that is not listed, x32 included, kills the process. A number above all that the rules
     name is a call younger than the profile and gets `unknown`.
     """
