@@ -5,7 +5,7 @@ allocated is not searched for garbage.
 """
 
 import gc
-import os
+import posix
 import sys
 
 _MAKE_PROCESSES = frozenset(("create", "run", "exec"))
@@ -16,7 +16,7 @@ def main_and_exit() -> None:
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    posix._exit(code)  # noqa: SLF001 - os._exit, without loading os
 
 
 def main() -> int:

@@ -4,30 +4,29 @@ Only what makes processes in a container needs it. The way there is to execute o
 done; an option of the interpreter, which no argument of the command can imitate, tells that it was tried.
 """
 
-import os
+import posix
 import sys
-
-from corral.kernel import mount
-from corral.kernel.syscalls import AT_FDCWD
 
 _MARK = "corral_sealed"
 _SELF = "/proc/self/exe"
 
 
 def begin() -> None:
-    """Become a process whose interpreter is on a read-only mount, or else sealed in memory, unless it is already."""
+    """Become a process whose interpreter is on a read-only mount, or else sealed in memory, unless it is already.
+
+    Loads next to nothing, not even os: it is all loaded once more by the process that this becomes.
+    """
     if _MARK in sys._xoptions:  # noqa: SLF001 - the documented name
         return
-    # By its first argument, not by the file that is executed, does the interpreter find its library.
-    arguments = [sys.orig_argv[0], "-X", _MARK, *sys.orig_argv[1:]]
-    try:
-        fd = mount.clone_tree(AT_FDCWD, os.readlink(_SELF))  # noqa: PTH115 - pathlib takes long to load
-        mount.set_attributes(fd, attr_set=mount.MOUNT_ATTR_RDONLY, where=_SELF)
-        os.execve(fd, arguments, os.environ)  # noqa: S606 - no shell is wanted
-    except OSError:  # an ordinary user may not mount
+    from corral.kernel import bare
+
+    fd = bare.read_only(posix.readlink(_SELF.encode()))
+    if fd < 0:  # an ordinary user may not mount
         from corral.shim import seal
 
-        os.execve(seal.sealed_copy(_SELF), arguments, os.environ)  # noqa: S606 - no shell is wanted
+        fd = seal.sealed_copy(_SELF)
+    # By its first argument, not by the file that is executed, does the interpreter find its library.
+    posix.execve(fd, [sys.orig_argv[0], "-X", _MARK, *sys.orig_argv[1:]], posix.environ)
 
 
 def ensure_sealed() -> None:
@@ -38,5 +37,5 @@ def ensure_sealed() -> None:
 
     if not seal.is_sealed():
         raise CommandError("the interpreter could not be sealed against the container")
-    if os.geteuid() == 0:  # an ordinary user's /proc/self would no longer be theirs
+    if posix.geteuid() == 0:  # an ordinary user's /proc/self would no longer be theirs
         process.set_dumpable(False)
