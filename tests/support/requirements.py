@@ -116,6 +116,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "busybox": _busybox,
     "netns": _namespace("net"),
     "userns": _namespace("user"),
+    "timens": _namespace("time"),
     "nft": _nft,
     "apparmor": _apparmor,
     "cgroup": _any_cgroup,

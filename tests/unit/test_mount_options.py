@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from corral.kernel import mount
 from corral.kernel.overlay import split_lower
-from corral.oci.mount_options import Attributes, MountOptions, parse
+from corral.oci.mount_options import Attributes, MountOptions, known, parse
 from corral.oci.stage import normal
 
 
@@ -42,7 +42,46 @@ def test_bind(option, recursive):
     assert (parse([option]).bind, parse([option]).bind_recursive) == (True, recursive)
 
 
-@pytest.mark.parametrize("option", ["remount", "idmap", "ridmap", "tmpcopyup"])
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        (["sync"], ("sync",)),
+        (["sync", "async"], ()),
+        (["async", "sync"], ("sync",)),
+        (["lazytime", "dirsync", "nolazytime"], ("dirsync",)),
+    ],
+)
+def test_flags_of_the_file_system(options, flags):
+    assert parse(options) == MountOptions(superblock=flags)
+
+
+def test_ids_of_a_mount():
+    assert (parse(["idmap"]).idmap, parse(["idmap"]).idmap_recursive) == (True, False)
+    assert (parse(["ridmap"]).idmap, parse(["ridmap"]).idmap_recursive) == (True, True)
+
+
+def test_what_is_done_instead_of_a_mount():
+    assert parse(["remount", "ro"]).remount
+    assert parse(["tmpcopyup"]).copy_up
+
+
+def test_every_option_of_the_specification_is_known():
+    """Source: runtime-spec config.md "Linux mount options"."""
+    plain = """
+        async atime bind defaults dev diratime dirsync exec iversion lazytime loud mand noatime nodev nodiratime noexec
+        noiversion nolazytime nomand norelatime nostrictatime nosuid nosymfollow private relatime remount ro rw shared
+        silent slave strictatime suid symfollow sync tmpcopyup unbindable idmap
+    """
+    recursive = """
+        ratime rbind rdev rdiratime rexec rnoatime rnodev rnodiratime rnoexec rnorelatime rnostrictatime rnosuid
+        rnosymfollow rprivate rrelatime rro rrw rshared rslave rstrictatime rsuid rsymfollow runbindable ridmap
+    """
+    options = {*plain.split(), *recursive.split()}
+    assert options <= known()
+    assert all(parse([option]).data == () for option in options)
+
+
+@pytest.mark.parametrize("option", ["move", "rmove"])
 def test_what_is_not_supported_is_refused_by_name(option):
     with pytest.raises(ValueError, match=option):
         parse([option])

@@ -20,6 +20,11 @@ NAMES = (
 
 _NUMBERS = {f"CAP_{name}": number for number, name in enumerate(NAMES)}
 
+ALL = (1 << len(NAMES)) - 1
+"""What the first process of a user namespace has, in it."""
+
+SETGID = _NUMBERS["CAP_SETGID"]
+SETUID = _NUMBERS["CAP_SETUID"]
 SYS_ADMIN = _NUMBERS["CAP_SYS_ADMIN"]
 SYS_RESOURCE = _NUMBERS["CAP_SYS_RESOURCE"]
 

@@ -22,6 +22,12 @@ def set_groups(groups: Sequence[int]) -> None:
     check(_setgroups(len(data), data.buffer_info()[0] if data else None), "setgroups")
 
 
+def become_root() -> None:
+    """Take the ids 0 of the user namespace that was entered: what is made from here on belongs to them."""
+    set_gid(0)
+    set_uid(0)
+
+
 def set_gid(gid: int) -> None:
     """Set the real, effective and saved group id."""
     check(_setresgid(gid, gid, gid), f"setresgid {gid}")

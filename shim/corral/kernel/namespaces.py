@@ -65,7 +65,7 @@ def join(fd: int, flags: int, *, what: Path = "") -> None:
 
 
 def leave(flags: int) -> None:
-    """unshare(2): leave the namespaces in flags for new ones."""
+    """unshare(2): leave the namespaces in flags for new ones; of a new time namespace only children are members."""
     try:
         os.unshare(flags)
     except OSError as e:

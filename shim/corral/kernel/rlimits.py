@@ -1,5 +1,6 @@
 """Resource limits, clamped to what this process may set."""
 
+import contextlib
 import resource
 
 NAMES = {
@@ -31,6 +32,15 @@ def set_limit(name: str, *, soft: int, hard: int) -> None:
         _, allowed = resource.getrlimit(number)
         ceiling = UNLIMITED if allowed < 0 else allowed
         resource.setrlimit(number, (_signed(min(soft, ceiling)), _signed(min(hard, ceiling))))
+
+
+def raise_hard(name: str, hard: int) -> None:
+    """Raise the hard limit, where that is possible and it is lower: who enters a user namespace can't any more."""
+    number = NAMES[name]
+    soft, allowed = resource.getrlimit(number)
+    if 0 <= allowed < hard:
+        with contextlib.suppress(ValueError, PermissionError):
+            resource.setrlimit(number, (soft, _signed(hard)))
 
 
 def _signed(value: int) -> int:

@@ -2,6 +2,9 @@
 
     child -> parent   {"ready": true} + the pty master, if there is one            set-up is done
     child -> parent   {"ready": true, "successor": PID} + the same                 another process goes on from there
+    child -> parent   {"entered": true}, {"born": PID}                             see corral.oci.passage
+    child -> parent   {"devices": […]}                                             see corral.oci.net_devices
+    parent -> child   in JSON, what answers these
     child -> parent   {"hooks": true}                                              before ready: run the runtime's
     parent -> child   b"start"                                                     that was done
     child -> parent   {"listener": true} + an fd                                   before ready: for a seccomp listener
@@ -65,6 +68,15 @@ class ChildEnd:
         message = b'{"ready":true}' if successor is None else b'{"ready":true,"successor":%d}' % successor
         self._socket.sendmsg([message], ancillary)
 
+    def send(self, member: str, value: object = True) -> None:
+        """Say one thing, which receive() waits for."""
+        self._socket.send(json.dumps({member: value}).encode())
+
+    def receive_answer(self) -> object:
+        """What answers it; None if the runtime is gone."""
+        data = self._socket.recv(_MAX_MESSAGE)
+        return json.loads(data) if data else None
+
     def send_hooks(self) -> None:
         """Say that it is time for the runtime's hooks."""
         self._socket.send(b'{"hooks":true}')
@@ -107,6 +119,24 @@ class ParentEnd:
     def close(self) -> None:
         """Close it; a child that waits for start then exits."""
         self._socket.close()
+
+    def receive(self, member: str, patience: Callable[[], None]) -> object:
+        """Wait for one thing that the child says, and nothing else: what it is. Raises as receive_ready() does."""
+        data, fds = self._receive(patience)
+        for fd in fds:
+            os.close(fd)
+        if not data:
+            raise EndedEarly
+        message = _parse(data)
+        if "error" in message:
+            _raise(message)
+        if member not in message:
+            raise ExecFailed(SETUP, "the process said what makes no sense during its set-up")
+        return message[member]
+
+    def send_answer(self, value: object) -> None:
+        """Answer it. Raises BrokenPipeError if the child is gone."""
+        self._socket.send(json.dumps(value).encode(), socket.MSG_NOSIGNAL)
 
     def receive_ready(
         self,

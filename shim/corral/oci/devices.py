@@ -1,6 +1,7 @@
 """The container's /dev: nodes, links and the console, as steps."""
 
 import contextlib
+import functools
 import os
 import stat
 from dataclasses import dataclass
@@ -51,17 +52,56 @@ class DeviceNode(Step):
         device = self.device
         return f"{device.path}: device {device.type.value} {device.major}:{device.minor}"
 
+    def prepare(self, stage: Stage) -> None:
+        if stage.own is not None and (node := _of_the_host(self.device)) is not None:
+            stage.trees[_key(self.device)] = node
+
     def apply(self, stage: Stage) -> None:
         device = self.device
         path = normal(device.path)
         directory, name = os.path.split(path)
         if not name or device.type is DeviceType.ALL:
             raise ExecFailed(SETUP, f"device {device.path!r}: not a device node")
+        make = _make if stage.own is None or device.type is DeviceType.FIFO else functools.partial(_bind, stage)
         if stage.dev is not None and directory == "/dev":
-            _make(device, name, stage.dev)
+            make(device, name, stage.dev)
         elif not (stage.dev_is_the_hosts and path.startswith("/dev/")):
             with paths.opened(paths.make_directory_in_root(stage.root, directory)) as parent:
-                _make(device, name, parent)
+                make(device, name, parent)
+
+
+def _key(device: Device) -> str:
+    return f"device {device.path}"
+
+
+def _of_the_host(device: Device) -> int | None:
+    """A detached mount of the host's node for a device, for in a user namespace none can be made; None if it has none.
+
+    Mode and owner are the host's, and stay so.
+    """
+    kind = _FILE_TYPE.get(device.type)
+    numbers = f"{device.major}:{device.minor}"
+    for path in (device.path, f"/dev/{'block' if kind == stat.S_IFBLK else 'char'}/{numbers}"):
+        with contextlib.suppress(OSError), paths.opened(os.open(path, os.O_PATH | os.O_CLOEXEC)) as fd:
+            status = os.fstat(fd)
+            if stat.S_IFMT(status.st_mode) == kind and status.st_rdev == os.makedev(device.major, device.minor):
+                return mount.clone_tree(fd)
+    return None
+
+
+def _bind(stage: Stage, device: Device, name: str, parent: int) -> None:
+    try:
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666, dir_fd=parent))
+    except FileExistsError:
+        return
+    node = stage.trees.pop(_key(device), None)
+    if node is None:
+        raise ExecFailed(
+            SETUP,
+            f"device {device.path}: in a user namespace it is that of the host, which has no such device there "
+            f"({device.type.value} {device.major}:{device.minor})",
+        )
+    mount.move_mount(node, parent, name, what=device.path, where=device.path)
 
 
 def _make(device: Device, name: str, parent: int) -> None:
@@ -78,6 +118,11 @@ class DefaultDevices(Step):
 
     def describe(self) -> str:
         return f"default devices: {' '.join(device.path for device in DEFAULT_DEVICES)}"
+
+    def prepare(self, stage: Stage) -> None:
+        if stage.own is not None:
+            for device in DEFAULT_DEVICES:
+                DeviceNode(device).prepare(stage)
 
     def apply(self, stage: Stage) -> None:
         if not stage.dev_is_ready:

@@ -15,7 +15,6 @@ from corral.oci.spec import HOOK_POINTS, Action, MemoryPolicyFlag, MemoryPolicyM
 from corral.oci.state import OCI_VERSION
 
 OCI_VERSION_MIN, OCI_VERSION_MAX = "1.0.0", OCI_VERSION
-_NOT_YET = (Kind.USER, Kind.TIME)
 
 
 def features_document() -> dict[str, object]:
@@ -26,7 +25,7 @@ def features_document() -> dict[str, object]:
         "hooks": list(HOOK_POINTS.values()),
         "mountOptions": sorted(known()),
         "linux": {
-            "namespaces": sorted(kind.value for kind in Kind if kind not in _NOT_YET),
+            "namespaces": sorted(kind.value for kind in Kind),
             "capabilities": [f"CAP_{name}" for name in NAMES],
             "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False, "rdma": True},
             "seccomp": {
@@ -41,7 +40,8 @@ def features_document() -> dict[str, object]:
             "selinux": {"enabled": True},
             "memoryPolicy": {"modes": _choices(MemoryPolicyMode), "flags": _choices(MemoryPolicyFlag)},
             "intelRdt": {"enabled": False},
-            "mountExtensions": {"idmap": {"enabled": False}},
+            "mountExtensions": {"idmap": {"enabled": True}},
+            "netDevices": {"enabled": True},
         },
         "annotations": {},
         "potentiallyUnsafeConfigAnnotations": [],

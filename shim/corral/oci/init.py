@@ -7,7 +7,7 @@ from the host is opened first; then imports are closed; from pivot_root on there
 import os
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
 from corral.kernel import hostname, loopback, mount, namespaces, paths, process, tty
@@ -21,7 +21,7 @@ from corral.oci.gate import wait_at
 from corral.oci.imports import close_imports
 from corral.oci.larder import Larder
 from corral.oci.program import Program
-from corral.oci.stage import PidNamespace, Stage, Step
+from corral.oci.stage import IdMap, PidNamespace, Stage, Step
 from corral.oci.stdio import Stdio, take_places, use_own_null, use_terminal
 from corral.oci.sysctl import write_sysctl
 
@@ -41,12 +41,42 @@ class InitPlan:
     sysctl: Mapping[str, str]
     propagation: int
     """MS_* of the root mount in the end."""
+    propagation_recursive: bool
     unshare: int
     """CLONE_NEW* that init leaves by itself, once it is in its cgroup."""
     loopback: bool
     """The network namespace is new, so nobody has brought up its loopback interface."""
     new_keyring: bool
+    own: frozenset[Kind] | None = None
+    """With a user namespace: the kinds of namespaces that are made with it."""
+    devices: bool = False
+    """Network devices are moved in."""
+    idmaps: tuple[IdMap, ...] = ()
+    """Those of the steps."""
     hooks: "InitHooks | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """What init is given by fd."""
+
+    joins: Sequence[tuple[int, int, str]] = ()
+    """(fd, CLONE_NEW* flag, path) of namespaces to enter."""
+    gate: int | None = None
+    """Where to wait for start, once the runtime that made this process has left it there."""
+    larder: Larder | None = None
+    """Mounts made ahead."""
+    pids: PidNamespace | None = None
+    """The PID namespace to enter, by a successor."""
+    idmaps: Mapping[IdMap, int] = field(default_factory=dict)
+    """User namespaces for id-mapped mounts."""
+
+    def given(self, stdio: Stdio, membership: Membership) -> list[int]:
+        """All fds that are needed."""
+        gates = [] if self.gate is None else [self.gate]
+        ready = [] if self.larder is None else self.larder.fds
+        joined = [*(fd for fd, _, _ in self.joins), *([] if self.pids is None else [self.pids.fd])]
+        return [*stdio.given(), *gates, *membership.fds, *ready, *joined, *self.idmaps.values()]
 
 
 def run_init(
@@ -54,56 +84,63 @@ def run_init(
     channel: ChildEnd,
     stdio: Stdio,
     membership: Membership,
-    joins: Iterable[tuple[int, int, str]],
-    gate: int | None = None,
-    larder: Larder | None = None,
-    pids: PidNamespace | None = None,
+    way: Way,
 ) -> NoReturn:
-    """Be the init of a container; never returns. joins: (fd, CLONE_NEW* flag, path) of namespaces to enter.
-
-    gate: where to wait for start, once the runtime that made this process has left it there. larder: mounts made ahead.
-    pids: the PID namespace to enter, by a successor.
-    """
-    gates = [] if gate is None else [gate]
-    ready = [] if larder is None else larder.fds
+    """Be the init of a container; never returns."""
     try:
-        joined = [*(fd for fd, _, _ in joins), *([] if pids is None else [pids.fd])]
-        given = [*stdio.given(), *gates, *membership.fds, *ready, *joined]
-        enter_privately(channel, stdio, given)
+        enter_privately(channel, stdio, way.given(stdio, membership))
         membership.join_v1()
         programs.begin(plan.program)
-        for fd, flag, path in joins:
+        for fd, flag, path in way.joins:
             namespaces.join(fd, flag, what=path)
         if plan.unshare:
             namespaces.leave(plan.unshare)
-        if plan.loopback:
-            loopback.bring_up()
-        if plan.new_keyring:
-            programs.leave_keyring(plan.program)
-        if plan.hooks is not None:
-            plan.hooks.take(channel)
-        stage = build_root(plan, larder, pids) if plan.steps else _joined_root(plan)
-        if pids is not None:
-            namespaces.join(pids.fd, Kind.PID.flag, what=pids.path)
-        program = settle(plan, stage, stdio, channel.send_listener, controlling=pids is None)
-        if gate is not None:  # who starts it may not be there to be told
-            programs.check_executable(program)
-        (hand_back if pids is None else go_on)(channel, stage.console_master, [*stdio.kept, *gates])
-        if not channel.wait_for_start():
-            os._exit(1)
-        if gate is not None:
-            channel = wait_at(gate, channel)
-        if plan.hooks is not None and plan.hooks.at_start:
-            program = programs.filtered(program)
-            plan.hooks.start(program.env)
-        programs.execute(program)
+        proceed(plan, channel, stdio, way)
     except BaseException as e:  # noqa: BLE001 - a fork of the runtime must not run on in its code
         report_and_exit(channel, e)
 
 
-def enter_privately(channel: ChildEnd, stdio: Stdio, keep: Iterable[int]) -> None:
-    """The first steps of a newborn: no signal handler, fd or session of the runtime is left, and nobody may look in."""
-    process.set_dumpable(False)
+def proceed(plan: InitPlan, channel: ChildEnd, stdio: Stdio, way: Way, stage: Stage | None = None) -> NoReturn:
+    """Go on as init, in the namespaces of the container; the caller reports what this raises.
+
+    stage: one for which all of the steps are prepared.
+    """
+    gate, pids = way.gate, way.pids
+    gates = [] if gate is None else [gate]
+    if plan.loopback:
+        loopback.bring_up()
+    if plan.devices:
+        from corral.oci.net_devices import take_devices  # loaded before by who had them moved
+
+        take_devices(channel)
+    if plan.new_keyring:
+        programs.leave_keyring(plan.program)
+    if plan.hooks is not None:
+        plan.hooks.take(channel)
+    stage = build_root(plan, way, stage) if plan.steps else _joined_root(plan)
+    if pids is not None:
+        namespaces.join(pids.fd, Kind.PID.flag, what=pids.path)
+    program = settle(plan, stage, stdio, channel.send_listener, controlling=pids is None)
+    if gate is not None:  # who starts it may not be there to be told
+        programs.check_executable(program)
+    (hand_back if pids is None else go_on)(channel, stage.console_master, [*stdio.kept, *gates])
+    if not channel.wait_for_start():
+        os._exit(1)
+    if gate is not None:
+        channel = wait_at(gate, channel)
+    if plan.hooks is not None and plan.hooks.at_start:
+        program = programs.filtered(program)
+        plan.hooks.start(program.env)
+    programs.execute(program)
+
+
+def enter_privately(channel: ChildEnd, stdio: Stdio, keep: Iterable[int], *, visible: bool = False) -> None:
+    """The first steps of a newborn: no signal handler, fd or session of the runtime is left, and nobody may look in.
+
+    visible: but for that last thing, which is to be done later.
+    """
+    if not visible:
+        process.set_dumpable(False)
     process.reset_signals()
     process.close_fds([*keep, channel.fileno(), *range(3)])
     take_places(stdio)
@@ -156,22 +193,32 @@ def _joined_root(plan: InitPlan) -> Stage:
     return stage
 
 
-def build_root(plan: InitPlan, larder: Larder | None = None, pids: PidNamespace | None = None) -> Stage:
-    """Mount everything and make it the root: what follows sees the container's view only."""
-    stage = Stage(plan.bundle, pids=pids)
-    if larder is not None:
-        larder.serve(stage, plan.steps)
+def prepare_root(plan: InitPlan, way: Way) -> Stage:
+    """Take what the host gives."""
+    stage = Stage(plan.bundle, pids=way.pids, own=plan.own, idmaps=way.idmaps)
+    if way.larder is not None:
+        way.larder.serve(stage, plan.steps)
     for step in plan.steps:
         step.prepare(stage)
     # Only now: what prepare() cloned keeps its peers where the mount asks for that; nothing else of ours gets out.
     mount.set_propagation("/", MS_PRIVATE, recursive=True)
+    return stage
+
+
+def build_root(plan: InitPlan, way: Way, stage: Stage | None = None) -> Stage:
+    """Mount everything and make it the root: what follows sees the container's view only.
+
+    stage: what prepare_root() gave.
+    """
+    if stage is None:
+        stage = prepare_root(plan, way)
     for step in plan.steps:
         step.apply(stage)
     _check_place(stage, "proc", stage.proc)
     _check_place(stage, "sys", stage.sys)
     mount.pivot_root_to(stage.root)
     if plan.propagation != MS_PRIVATE:
-        mount.set_propagation("/", plan.propagation, recursive=False)
+        mount.set_propagation("/", plan.propagation, recursive=plan.propagation_recursive)
     return stage
 
 

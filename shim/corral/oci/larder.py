@@ -2,8 +2,8 @@
 
 Whoever waits for an order (a spare shim) stocks a larder meanwhile, with detached mounts that depend on no namespace.
 Each is kept under the step that would make it, so that a plan with an equal step is served; one that asks for anything
-else makes its own, as all do without a larder. All that tells them apart is the order of lines in mountinfo, which is by
-age.
+else makes its own, as all do without a larder. All that tells them apart is the order of lines in mountinfo, which is
+by age.
 
 These mounts are new and were never attached anywhere: nobody has seen them but their maker and the one init that takes
 them. What init does not take is closed with all the rest.
@@ -14,9 +14,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 from corral.oci import defaults
+from corral.oci.cgroup_mounts import hierarchies_key, new_hierarchies
 from corral.oci.devices import DEFAULT_DEVICES, DEFAULT_LINKS, DeviceNode, make_default_devices
 from corral.oci.masks import EMPTY_DIRECTORY, new_empty_directory
-from corral.oci.mounts import BindMount, NewFilesystem, hierarchies_key, new_hierarchies
+from corral.oci.mounts import BindMount, NewFilesystem
 from corral.oci.plan import mount_step
 from corral.oci.stage import Stage, Step, normal
 

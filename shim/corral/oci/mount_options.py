@@ -4,7 +4,7 @@ Source: runtime-spec config.md "mounts", mount_setattr(2).
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from corral.kernel.mount import (
     MOUNT_ATTR_NOATIME,
@@ -47,8 +47,19 @@ _ATIME = {
     "nostrictatime": 0,
 }
 _PROPAGATION = {"private": MS_PRIVATE, "slave": MS_SLAVE, "shared": MS_SHARED, "unbindable": MS_UNBINDABLE}
-_IGNORED = frozenset(("defaults", "async", "nomand", "loud", "silent", "nolazytime", "noiversion", "mand", "iversion"))
-_UNSUPPORTED = frozenset(("remount", "idmap", "ridmap", "move", "tmpcopyup"))
+# Flags of the file system itself: set by fsconfig(2), and the same for all mounts of it, so nothing to a bind mount.
+_SUPERBLOCK = {
+    "sync": ("sync", True),
+    "async": ("sync", False),
+    "dirsync": ("dirsync", True),
+    "lazytime": ("lazytime", True),
+    "nolazytime": ("lazytime", False),
+}
+# No kernel we run on prints a message or takes a mandatory lock; i_version is each file system's own affair.
+_IGNORED = frozenset(("defaults", "nomand", "mand", "loud", "silent", "noiversion", "iversion"))
+# For mount(8) and fstab(5) only.
+_FSTAB = frozenset(("auto", "noauto", "nouser", "_netdev"))
+_UNSUPPORTED = frozenset(("move", "rmove"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +85,14 @@ class MountOptions:
     bind: bool = False
     bind_recursive: bool = False
     data: tuple[str, ...] = ()
+    superblock: tuple[str, ...] = ()
+    """Flags of the file system, in the form of data."""
+    copy_up: bool = False
+    """A tmpfs is to begin with what it covers."""
+    remount: bool = False
+    """What is mounted there is to be changed, not covered."""
+    idmap: bool = False
+    idmap_recursive: bool = False
 
 
 def parse(options: Iterable[str]) -> MountOptions:
@@ -82,9 +101,8 @@ def parse(options: Iterable[str]) -> MountOptions:
     propagation, propagation_recursive = 0, False
     bind = bind_recursive = False
     data: list[str] = []
+    rare: list[str] = []
     for option in options:
-        if option in _UNSUPPORTED:
-            raise ValueError(f"mount option {option!r} is not supported")
         if option in ("bind", "rbind"):
             bind, bind_recursive = True, option == "rbind"
         elif option in _PROPAGATION or (option[:1] == "r" and option[1:] in _PROPAGATION):
@@ -94,15 +112,42 @@ def parse(options: Iterable[str]) -> MountOptions:
             plain = changed
         elif option[:1] == "r" and (changed := _changed(recursive, option[1:])) is not None:
             recursive = changed
-        elif option and option not in _IGNORED:
+        elif option in _RARE:
+            rare.append(option)
+        elif option and option not in _IGNORED and option not in _FSTAB and not option.startswith("x-"):
             data.append(option)
-    return MountOptions(plain, recursive, propagation, propagation_recursive, bind, bind_recursive, tuple(data))
+    parsed = MountOptions(plain, recursive, propagation, propagation_recursive, bind, bind_recursive, tuple(data))
+    return _with_rare(parsed, rare) if rare else parsed
+
+
+_RARE = frozenset((*_SUPERBLOCK, *_UNSUPPORTED, "remount", "idmap", "ridmap", "tmpcopyup"))
+
+
+def _with_rare(options: MountOptions, rare: list[str]) -> MountOptions:
+    """options with more of them, which few mounts have."""
+    superblock: dict[str, None] = {}
+    for option in rare:
+        if option in _UNSUPPORTED:
+            raise ValueError(f"mount option {option!r} is not supported")
+        if option in _SUPERBLOCK:
+            flag, on = _SUPERBLOCK[option]
+            superblock.pop(flag, None)
+            if on:
+                superblock[flag] = None
+    return replace(
+        options,
+        superblock=tuple(superblock),
+        copy_up="tmpcopyup" in rare,
+        remount="remount" in rare,
+        idmap="idmap" in rare or "ridmap" in rare,
+        idmap_recursive="ridmap" in rare,
+    )
 
 
 def known() -> set[str]:
     """Every option that parse() does not leave to the file system."""
-    attributes = {*_SET, *_CLEAR, *_ATIME, *_PROPAGATION, "bind"}
-    return attributes | {f"r{name}" for name in attributes} | _IGNORED
+    recursive = {*_SET, *_CLEAR, *_ATIME, *_PROPAGATION, "bind", "idmap"}
+    return recursive | {f"r{name}" for name in recursive} | _IGNORED | (_RARE - _UNSUPPORTED)
 
 
 def _changed(attributes: Attributes, option: str) -> Attributes | None:

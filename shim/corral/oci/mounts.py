@@ -4,21 +4,18 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from corral.kernel import mount, overlay, paths
 from corral.kernel.mount import (
     MOUNT_ATTR__ATIME,
-    MOUNT_ATTR_NODEV,
-    MOUNT_ATTR_NOEXEC,
-    MOUNT_ATTR_NOSUID,
+    MOUNT_ATTR_IDMAP,
     MOUNT_ATTR_RDONLY,
     MS_PRIVATE,
 )
+from corral.kernel.namespaces import Kind
 from corral.kernel.syscalls import (
     AT_FDCWD,
-    CGROUP2_SUPER_MAGIC,
     PROC_SUPER_MAGIC,
     SYSFS_MAGIC,
     filesystem_magic,
@@ -26,7 +23,7 @@ from corral.kernel.syscalls import (
 from corral.oci import procfs
 from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.mount_options import Attributes, MountOptions
-from corral.oci.stage import Stage, Step, normal
+from corral.oci.stage import IdMap, Stage, Step, normal
 
 # What lxcfs and its like put over single files of procfs. Everything else in there is the kernel's own voice.
 _MAY_COVER_IN_PROC = frozenset(
@@ -37,6 +34,8 @@ _MAY_COVER_IN_PROC = frozenset(
     )
 )
 _KERNEL_MAGIC = {"proc": PROC_SUPER_MAGIC, "sysfs": SYSFS_MAGIC}
+# What shows a namespace can be mounted anew only by who owns that: whose it shows, and where the host has it.
+_LENT = {"proc": (Kind.PID, "/proc"), "sysfs": (Kind.NETWORK, "/sys"), "mqueue": (Kind.IPC, "/dev/mqueue")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,24 +48,39 @@ class RootFilesystem(Step):
     fstype: str
     source: str
     options: MountOptions
+    propagation: int = MS_PRIVATE
+    """Of a tree of the host while it is put in place. MS_SLAVE: what the host mounts there later is seen inside."""
+    idmap: IdMap | None = None
 
     def describe(self) -> str:
         return f"root: {self.fstype} from {self.source}"
 
     def prepare(self, stage: Stage) -> None:
         if self.options.bind:
-            stage.trees[id(self)] = _clone(self.source, "/", recursive=self.options.bind_recursive)
+            tree = stage.trees[id(self)] = clone(self.source, "/", recursive=self.options.bind_recursive)
+            if self.idmap is not None:
+                _map_ids(tree, self.idmap, stage, "/")
+
+    def make(self, stage: Stage) -> None:
+        """Make a new file system before apply(): by who may, in the caller's own mount namespace."""
+        if not self.options.bind:
+            stage.trees[id(self)] = self._new(stage)
+
+    def _new(self, stage: Stage) -> int:
+        attributes, data = self.options.attributes, self.options.data + self.options.superblock
+        flags = (attributes.set | (attributes.atime or 0)) & ~MOUNT_ATTR_RDONLY
+        return _new(self.fstype, self.source, data, flags, stage)
 
     def apply(self, stage: Stage) -> None:
         attributes = self.options.attributes
         if self.options.bind:
             tree = stage.trees.pop(id(self))
-            mount.set_attributes(tree, propagation=MS_PRIVATE, recursive=True)
+            mount.set_attributes(tree, propagation=self.propagation, recursive=True)
             # Read-only comes last of all: mount points are still to be made.
             _dress(tree, Attributes(attributes.set & ~MOUNT_ATTR_RDONLY, attributes.clear, attributes.atime))
         else:
-            flags = (attributes.set | (attributes.atime or 0)) & ~MOUNT_ATTR_RDONLY
-            tree = _new(self.fstype, self.source, self.options.data, flags, stage)
+            made = stage.trees.pop(id(self), None)
+            tree = self._new(stage) if made is None else made
         mount.move_mount(tree, AT_FDCWD, stage.bundle, follow=True, what=self.source, where=stage.bundle)
         stage.root = tree
 
@@ -119,12 +133,16 @@ class BindMount(Step):
     destination: str
     source: str
     options: MountOptions
+    idmap: IdMap | None = None
 
     def describe(self) -> str:
         return f"{self.destination}: bind of {self.source}"
 
     def prepare(self, stage: Stage) -> None:
-        stage.trees[id(self)] = _clone(self.source, self.destination, recursive=self.options.bind_recursive)
+        tree = clone(self.source, self.destination, recursive=self.options.bind_recursive)
+        stage.trees[id(self)] = tree
+        if self.idmap is not None:
+            _map_ids(tree, self.idmap, stage, self.destination)
 
     def apply(self, stage: Stage) -> None:
         tree, options = stage.trees.pop(id(self)), self.options
@@ -138,7 +156,7 @@ class BindMount(Step):
         )
         _dress(tree, options.attributes)
         _dress(tree, options.recursive, recursive=True)
-        with paths.opened(_place(stage, self.destination, directory=stat.S_ISDIR(os.fstat(tree).st_mode))) as target:
+        with paths.opened(place(stage, self.destination, directory=stat.S_ISDIR(os.fstat(tree).st_mode))) as target:
             _check_place(target, self.destination, filesystem_magic(tree))
             mount.move_mount(tree, target, what=self.source, where=self.destination)
         if normal(self.destination) == "/dev":
@@ -161,7 +179,7 @@ class NewFilesystem(Step):
         """The file system, detached, as it is before it has a place."""
         attributes = self.options.attributes
         flags = attributes.set | (attributes.atime or 0)
-        return mount.new_mount(self.fstype, self.source, self.options.data, attributes=flags)
+        return mount.new_mount(self.fstype, self.source, self.options.data + self.options.superblock, attributes=flags)
 
     def prepare(self, stage: Stage) -> None:
         if self.fstype == "proc" and stage.pids is not None:
@@ -169,9 +187,12 @@ class NewFilesystem(Step):
             tree = procfs.new_procfs(stage.pids, self.source, self.options.data)
             _dress(tree, attributes)
             stage.ready[self] = tree
+        elif stage.own is not None and (lent := _LENT.get(self.fstype)) and lent[0] not in stage.own:
+            with contextlib.suppress(FileNotFoundError):
+                stage.trees[id(self)] = mount.clone_tree(AT_FDCWD, lent[1], recursive=True)
 
     def apply(self, stage: Stage) -> None:
-        attributes, data = self.options.attributes, self.options.data
+        attributes, data = self.options.attributes, self.options.data + self.options.superblock
         ready = self in stage.ready
         flags = attributes.set | (attributes.atime or 0)
         late = flags & MOUNT_ATTR_RDONLY and self.fstype == "tmpfs"
@@ -196,15 +217,39 @@ class NewFilesystem(Step):
 
     def _ready_or_new(self, stage: Stage, data: tuple[str, ...], flags: int) -> int:
         tree = stage.ready.pop(self, None)
-        return _new(self.fstype, self.source, data, flags, stage) if tree is None else tree
+        if tree is not None:
+            return tree
+        try:
+            return _new(self.fstype, self.source, data, flags, stage)
+        except PermissionError:
+            if id(self) not in stage.trees:
+                raise
+        return self._borrow(stage, flags)
+
+    def _borrow(self, stage: Stage, flags: int) -> int:
+        """The host's own, where the namespace that a new one would show belongs to another user namespace."""
+        if self.options.data:  # hidepid, say: the host's can't be made to honour that
+            kind = _LENT[self.fstype][0].value
+            raise ExecFailed(
+                SETUP,
+                f"mount {self.destination}: with {self.options.data[0]!r} it would have to be new, "
+                f"which takes a {kind} namespace of the container's own",
+            )
+        tree = stage.trees.pop(id(self))
+        mount.set_attributes(tree, attr_set=flags, propagation=MS_PRIVATE, recursive=True, where=self.destination)
+        return tree
 
     def _mount_in_root(self, stage: Stage, data: tuple[str, ...], flags: int) -> int:
         kernel_magic = _KERNEL_MAGIC.get(self.fstype)
         if self.fstype == "tmpfs" and not any(option.startswith("mode=") for option in data):
             data += _mode_of_covered(stage.root, self.destination)
-        with paths.opened(_place(stage, self.destination, directory=True, follow=kernel_magic is None)) as target:
+        with paths.opened(place(stage, self.destination, directory=True, follow=kernel_magic is None)) as target:
             _check_place(target, self.destination, kernel_magic)
             tree = self._ready_or_new(stage, data, flags)
+            if self.options.copy_up:
+                from corral.oci.copy_up import copy_directory  # loaded before, by who asked for it
+
+                copy_directory(target, tree)
             mount.move_mount(tree, target, what=self.fstype, where=self.destination)
         return tree
 
@@ -223,94 +268,51 @@ class NewFilesystem(Step):
 
 
 @dataclass(frozen=True, slots=True)
-class CgroupMount(Step):
-    """The container's own cgroup as /sys/fs/cgroup: one cgroup2, or on v1 and hybrid hosts a directory per hierarchy.
-
-    The directories of the host are bound, not mounted anew: the result is the same as a mount inside the cgroup
-    namespace, without the kernel's global lock that a new mount takes.
-    """
+class Remount(Step):
+    """Change the attributes of what is mounted there already."""
 
     destination: str
-    cgroups: tuple[str, ...]
     options: MountOptions
 
     def describe(self) -> str:
-        return f"{self.destination}: cgroup {', '.join(self.cgroups)}"
-
-    def prepare(self, stage: Stage) -> None:
-        stage.unified = _unified_only(self.cgroups)
-        for cgroup in self.cgroups:
-            stage.trees[cgroup] = _clone(cgroup, self.destination, recursive=False)
+        return f"{self.destination}: changed"
 
     def apply(self, stage: Stage) -> None:
-        target = _place(stage, self.destination, directory=True)
-        if stage.unified:
-            self._mount_unified(stage, target)
-        else:
-            self._mount_hierarchies(stage, target)
-
-    def _mount_unified(self, stage: Stage, target: int) -> None:
-        tree = stage.trees.pop(self.cgroups[0]) if self.cgroups else mount.new_mount("cgroup2", "cgroup2")
-        self._dress(tree)
-        mount.move_mount(tree, target, what="cgroup2", where=self.destination)
-
-    def _mount_hierarchies(self, stage: Stage, target: int) -> None:
-        names = [hierarchy_name(cgroup) for cgroup in self.cgroups]
-        ready = stage.ready.pop(hierarchies_key(names), None)
-        base = new_hierarchies(names) if ready is None else ready
-        mount.move_mount(base, target, what="tmpfs", where=self.destination)
-        for name, cgroup in zip(names, self.cgroups, strict=True):
-            # By name: this tmpfs is new, and holds nothing but these directories.
-            mount.move_mount(stage.trees.pop(cgroup), base, name, what=cgroup, where=f"{self.destination}/{name}")
-        # Once for all of them. Until here nothing can have been mounted below one to be passed on to its peers outside.
-        self._dress(base)
-
-    def _dress(self, tree: int) -> None:
-        attr_set = self.options.attributes.set | _NO_SURPRISES
-        mount.set_attributes(tree, attr_set=attr_set, propagation=MS_PRIVATE, recursive=True, where=self.destination)
+        options = self.options
+        if options.data or options.superblock:
+            name = (*options.data, *options.superblock)[0]
+            raise ExecFailed(SETUP, f"mount {self.destination}: {name!r} can't be changed by a remount")
+        try:
+            with paths.opened(paths.open_in_root(stage.root, self.destination)) as mounted:
+                _dress(mounted, options.attributes)
+                _dress(mounted, options.recursive, recursive=True)
+        except OSError as e:
+            reason = "nothing is mounted there" if e.errno == errno.EINVAL else (e.strerror or str(e)).lower()
+            raise ExecFailed(SETUP, f"remount {self.destination}: {reason}") from e
 
 
-def hierarchies_key(names: Iterable[str]) -> str:
-    """What new_hierarchies() makes of these, in a larder."""
-    return f"cgroups: {' '.join(sorted(names))}"
-
-
-def new_hierarchies(names: Iterable[str]) -> int:
-    """A detached tmpfs with a directory per hierarchy, and a link per controller to one that holds several."""
-    base = mount.new_mount("tmpfs", "tmpfs", ("mode=755", "size=64k"))
-    for name in names:
-        os.mkdir(name, 0o755, dir_fd=base)
-        if "," in name:
-            for controller in name.split(","):
-                os.symlink(name, controller, dir_fd=base)
-    return base
-
-
-_NO_SURPRISES = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
-_CGROUP_ROOT = "/sys/fs/cgroup"
-
-
-def hierarchy_name(cgroup: str) -> str:
-    """`memory` for /sys/fs/cgroup/memory/…: what the hierarchy is called inside too."""
-    head, _, rest = cgroup.partition(_CGROUP_ROOT + "/")
-    if head or not rest:
-        raise ExecFailed(SETUP, f"the cgroup {cgroup} does not lie below {_CGROUP_ROOT}")
-    return rest.partition("/")[0]
-
-
-def _unified_only(cgroups: tuple[str, ...]) -> bool:
-    if len(cgroups) > 1:
-        return False
-    with paths.opened(os.open(_CGROUP_ROOT, os.O_PATH | os.O_CLOEXEC)) as fd:
-        return filesystem_magic(fd) == CGROUP2_SUPER_MAGIC
-
-
-def _clone(source: str, destination: str, *, recursive: bool) -> int:
+def clone(source: str, destination: str, *, recursive: bool) -> int:
+    """A detached copy of a mount of the host, for destination."""
     try:
         return mount.clone_tree(AT_FDCWD, source, recursive=recursive)
     except OSError as e:
         if e.errno in (errno.ENOENT, errno.ENOTDIR):
             raise ExecFailed(SETUP, f"mount {destination}: the source {source} does not exist") from e
+        if e.errno == errno.EINVAL and not recursive:
+            reason = "other mounts below it may not be taken off by this user, so it takes rbind"
+            raise ExecFailed(SETUP, f"mount {destination}: the source {source}: {reason}") from e
+        raise
+
+
+def _map_ids(tree: int, idmap: IdMap, stage: Stage, destination: str) -> None:
+    """Make a tree that nobody has seen an id-mapped one."""
+    userns = stage.idmaps[idmap]
+    try:
+        mount.set_attributes(tree, attr_set=MOUNT_ATTR_IDMAP, userns=userns, recursive=idmap.recursive)
+    except OSError as e:
+        if e.errno in (errno.EINVAL, errno.EPERM):
+            text = f"mount {destination}: its ids can't be mapped ({e.strerror}): its file system or this kernel can't"
+            raise ExecFailed(SETUP, text) from e
         raise
 
 
@@ -341,7 +343,7 @@ def _mode_of_covered(root: int, destination: str) -> tuple[str, ...]:
         return (f"mode={stat.S_IMODE(os.fstat(fd).st_mode):o}",)
 
 
-def _place(stage: Stage, destination: str, *, directory: bool, follow: bool = True) -> int:
+def place(stage: Stage, destination: str, *, directory: bool, follow: bool = True) -> int:
     """An fd of the mount point inside the root, made where it is missing."""
     try:
         if not follow:

@@ -6,20 +6,21 @@ from pathlib import Path
 from corral.kernel.mount import MOUNT_ATTR_RDONLY, MS_PRIVATE, MS_SHARED, MS_SLAVE, MS_UNBINDABLE
 from corral.kernel.namespaces import Kind
 from corral.oci import mount_options
+from corral.oci.cgroup_mounts import CgroupMount
 from corral.oci.devices import Console, DefaultDevices, DefaultLinks, DeviceNode
 from corral.oci.masks import MaskedPaths, ReadonlyPaths
 from corral.oci.mount_options import Attributes
 from corral.oci.mounts import (
     BindMount,
-    CgroupMount,
     NewFilesystem,
     ReadonlyRoot,
     ReadonlyTmpfs,
+    Remount,
     RootFilesystem,
     WorkingDirectory,
 )
-from corral.oci.spec import Mount, Spec
-from corral.oci.stage import Step
+from corral.oci.spec import IdMapping, Mount, Spec
+from corral.oci.stage import IdMap, Step
 
 PROPAGATION = {
     "": MS_PRIVATE,
@@ -49,8 +50,8 @@ def steps_of(
     """
     root = _root(spec, bundle, rootfs)
     steps: list[Step] = [root]
-    steps += [_mount(mount, f"rootfs[{i}]", bundle, cgroups) for i, mount in enumerate(rootfs) if i > 0]
-    steps += [_mount(mount, f"mounts[{i}]", bundle, cgroups) for i, mount in enumerate(spec.mounts)]
+    steps += [_mount(mount, f"rootfs[{i}]", bundle, cgroups, spec) for i, mount in enumerate(rootfs) if i > 0]
+    steps += [_mount(mount, f"mounts[{i}]", bundle, cgroups, spec) for i, mount in enumerate(spec.mounts)]
     steps.append(DefaultDevices())
     steps += [DeviceNode(device) for device in spec.linux.devices]
     steps.append(DefaultLinks())
@@ -75,15 +76,16 @@ def steps_of(
 
 
 def _root(spec: Spec, bundle: str, rootfs: Sequence[Mount]) -> RootFilesystem:
+    propagation = MS_SLAVE if PROPAGATION[spec.linux.rootfs_propagation] == MS_SLAVE else MS_PRIVATE
     if rootfs:
         mount = rootfs[0]
         options = _options(mount, "rootfs[0]")
         source = str(Path(bundle, mount.source)) if options.bind else mount.source
-        return RootFilesystem(mount.type, source, options)
+        return RootFilesystem(mount.type, source, options, propagation, _idmap(mount, options, spec, "rootfs[0]"))
     if spec.root is None:
         raise ValueError("root: missing")
     options = mount_options.MountOptions(bind=True, bind_recursive=True, attributes=Attributes())
-    return RootFilesystem("bind", str(Path(bundle, spec.root.path)), options)
+    return RootFilesystem("bind", str(Path(bundle, spec.root.path)), options, propagation)
 
 
 def _options(mount: Mount, path: str) -> mount_options.MountOptions:
@@ -96,19 +98,62 @@ def _options(mount: Mount, path: str) -> mount_options.MountOptions:
         raise ValueError(f"{path}.options: {e}") from e
 
 
-def _mount(mount: Mount, path: str, bundle: str, cgroups: Sequence[str]) -> Step:
+def _mount(mount: Mount, path: str, bundle: str, cgroups: Sequence[str], spec: Spec) -> Step:
     options = _options(mount, path)
     if not mount.destination:
         raise ValueError(f"{path}.destination: missing")
     if options.bind:
         if not mount.source:
             raise ValueError(f"{path}.source: missing")
-        return BindMount(mount.destination, str(Path(bundle, mount.source)), options)
+        source = str(Path(bundle, mount.source))
+        return BindMount(mount.destination, source, options, _idmap(mount, options, spec, path))
+    if mount.uid_mappings or mount.gid_mappings or options.idmap:
+        raise ValueError(f"{path}: only a bind mount can have ids of its own")
+    if options.remount:
+        return Remount(mount.destination, options)
+    if options.copy_up:
+        if mount.type != "tmpfs":
+            raise ValueError(f"{path}.options: tmpcopyup is for a tmpfs")
+        import corral.oci.copy_up  # noqa: F401 - for init, which imports nothing
     if mount.type in ("cgroup", "cgroup2"):
         return CgroupMount(mount.destination, tuple(cgroups), options)
     if not mount.type:
         raise ValueError(f"{path}.type: missing")
     return NewFilesystem(mount.destination, mount.type, mount.source, options)
+
+
+def _idmap(mount: Mount, options: mount_options.MountOptions, spec: Spec, path: str) -> IdMap | None:
+    """The ids of an id-mapped bind mount: its own or, where it has none, those of the container's user namespace."""
+    if not (mount.uid_mappings or mount.gid_mappings or options.idmap):
+        return None
+    from corral.oci.confinement import check_ranges
+
+    uids, gids, namespace = mount.uid_mappings, mount.gid_mappings, ""
+    if not uids and not gids:
+        uids, gids = spec.linux.uid_mappings, spec.linux.gid_mappings
+        namespace = joined(spec).get(Kind.USER, "")
+        if not namespace and not uids:
+            raise ValueError(f"{path}.options: idmap without uidMappings takes a user namespace of the container's own")
+    elif not uids or not gids:
+        raise ValueError(f"{path}.{'gidMappings' if uids else 'uidMappings'}: missing")
+    for name, mappings in (("uidMappings", uids), ("gidMappings", gids)):
+        check_ranges(mappings, f"{path}.{name}")
+    if namespace:
+        return IdMap((), (), namespace, options.idmap_recursive, path)
+    return IdMap(ranges(uids), ranges(gids), "", options.idmap_recursive, path)
+
+
+def idmaps_of(steps: Sequence[Step]) -> tuple[IdMap, ...]:
+    """All that the steps need."""
+    return tuple(each.idmap for each in steps if isinstance(each, _CLONES) and each.idmap is not None)
+
+
+_CLONES = (BindMount, RootFilesystem)
+
+
+def ranges(mappings: Sequence[IdMapping]) -> tuple[tuple[int, int, int], ...]:
+    """As the kernel takes them."""
+    return tuple((each.container_id, each.host_id, each.size) for each in mappings)
 
 
 def mount_step(mount: Mount) -> NewFilesystem:

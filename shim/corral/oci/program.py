@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from corral.kernel import capabilities, credentials, keyring, paths, process, rlimits
+from corral.kernel.namespaces import Kind
 from corral.kernel.seccomp import Filter, load
-from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, ExecFailed
+from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, ExecFailed
 from corral.oci.spec import Capabilities, Linux, Process, Rlimit
 from corral.oci.users import Identity, identify
 
@@ -56,6 +57,8 @@ class Program:
     seccomp: Filter | None
     terminal: bool
     """0, 1 and 2 are a pty of the container."""
+    in_user_namespace: bool = False
+    """Of the container's own, or a joined one."""
     allotment: "Allotment | None" = None
     labels: "Labels | None" = None
 
@@ -72,6 +75,9 @@ def program_of(spec: Process, linux: Linux, *, user: str | None, seccomp: Filter
     for limit in spec.rlimits:
         if limit.type not in rlimits.NAMES:
             raise ValueError(f"process.rlimits: unknown resource limit {limit.type!r}")
+    # A user namespace is entered with all capabilities, whatever the runtime has.
+    inside = any(namespace.type is Kind.USER for namespace in linux.namespaces)
+    available = capabilities.ALL if inside else capabilities.permitted()
     return Program(
         args=spec.args,
         env=env,
@@ -81,12 +87,13 @@ def program_of(spec: Process, linux: Linux, *, user: str | None, seccomp: Filter
         uid=spec.user.uid,
         gid=spec.user.gid,
         groups=spec.user.additional_gids,
-        capabilities=capability_sets(spec.capabilities, capabilities.permitted()),
+        capabilities=capability_sets(spec.capabilities, available),
         no_new_privs=spec.no_new_privileges,
         rlimits=spec.rlimits,
         oom_score_adj=spec.oom_score_adj,
         seccomp=seccomp,
         terminal=spec.terminal,
+        in_user_namespace=inside,
         allotment=_allotment(spec, linux),
         labels=_labels(spec),
     )
@@ -132,7 +139,10 @@ def adjust_oom_score(wanted: int | None) -> None:
     """Set the OOM score, by the host's procfs. Without CAP_SYS_RESOURCE it can't be lowered: then it stays."""
     if wanted is None:
         return
-    fd = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fd = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:  # an ordinary user's process that nobody may look into
+        return
     try:
         os.write(fd, b"%d" % wanted)
     except PermissionError:
@@ -198,7 +208,15 @@ def _drop_privileges(program: Program) -> None:
     sets = program.capabilities
     capabilities.limit_bounding(sets.bounding)
     process.set_keep_capabilities(True)
-    credentials.set_groups(program.groups)
+    try:
+        credentials.set_groups(program.groups)
+    except PermissionError as e:
+        # An ordinary user's namespace may forbid it: groups that take rights away must not be left behind.
+        if not program.in_user_namespace:
+            raise
+        if program.groups:
+            groups = " ".join(map(str, program.groups))
+            raise ExecFailed(SETUP, f"supplementary groups ({groups}) can't be had in this user namespace") from e
     credentials.set_gid(program.gid)
     credentials.set_uid(program.uid)
     process.set_keep_capabilities(False)

@@ -64,7 +64,7 @@ def _go_through_the_motions() -> None:
     os.umask(0)
     larder = Larder()
     larder.stock()
-    stage = init.build_root(plan, larder)
+    stage = init.build_root(plan, init.Way(larder=larder))
     ready = init.settle(plan, stage, Stdio(), os.close)
     process.close_fds(range(3))
     program.execute(ready)

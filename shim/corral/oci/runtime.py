@@ -22,20 +22,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from corral.kernel import namespaces, process
+from corral.kernel import capabilities, namespaces, process
 from corral.kernel.namespaces import Kind
 from corral.oci import gate as gates
 from corral.oci import plan as plans
 from corral.oci.cgroups import Membership
 from corral.oci.channel import ChildEnd, EndedEarly, ParentEnd, make_pair
 from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, ExecFailed
-from corral.oci.init import InitPlan, run_init
+from corral.oci.init import InitPlan, Way, run_init
 from corral.oci.join import run_joined
 from corral.oci.larder import Larder
 from corral.oci.program import Program, program_of
 from corral.oci.seccomp import filter_of
 from corral.oci.spec import Hooks, Mount, Process, Spec
-from corral.oci.stage import PidNamespace, Step
+from corral.oci.stage import IdMap, PidNamespace, Step
 from corral.oci.state import CREATING, RUNNING, State
 from corral.oci.stdio import Stdio
 from corral.oci.support import check_process, check_spec
@@ -231,25 +231,43 @@ def create(
         container_id=container_id,
     )
     new, joined = plans.created(spec), plans.joined(spec)
+    guided = plan.own is not None or Kind.TIME in new
     flags = namespaces.flags_of(new - {Kind.CGROUP})
     with contextlib.ExitStack() as stack:
         membership = Membership.open(cgroups)
         stack.callback(membership.close)
         joins: list[tuple[int, int, str]] = []
         pids: PidNamespace | None = None
+        entered: tuple[int, str] | None = None
         for kind, path in joined.items():
             fd = namespaces.open_namespace(path)
             stack.callback(os.close, fd)
             if kind is Kind.PID:
                 pids = PidNamespace(fd, path)
+            elif kind is Kind.USER:
+                entered = fd, path
             else:
                 joins.append((fd, kind.flag, path))
+        idmaps = _idmaps(plan, stack) if plan.idmaps else {}
+        way = Way(joins, gate, None if guided else larder, pids, idmaps)
         parent, child = stack.enter_context(_channel())
-        pid, pidfd = process.clone(flags, cgroup=membership.unified)
+        if plan.devices:
+            import corral.oci.net_devices  # noqa: F401 - for init
+        if guided:
+            from corral.oci.passage import passage_of, run_guide
+
+            passage = passage_of(new, entered)
+        pid, pidfd = process.clone(0 if guided else flags, cgroup=membership.unified)
         if pid == 0:
             if pids is not None:
                 plan = replace(plan, program=_ancestor(plan.program))
-            run_init(plan, child, stdio, membership, joins, gate, larder, pids)
+            if guided:
+                run_guide(plan, way, passage, child, stdio, membership)
+            run_init(plan, child, stdio, membership, way)
+    if guided:
+        pid, pidfd = _follow_guide(parent, pid, pidfd, spec, stdio)
+    if plan.devices:
+        _move_devices(parent, pid, pidfd, spec)
     where = os.fspath(bundle)
     container = Container(
         spec, ProcessHandle(pid, pidfd, 0, None), parent, container_id or where.rpartition("/")[2], where
@@ -290,9 +308,13 @@ def plan_of(
         domainname=spec.domainname,
         sysctl=check_sysctl(spec.linux.sysctl, [namespace.type for namespace in spec.linux.namespaces]),
         propagation=plans.PROPAGATION[spec.linux.rootfs_propagation],
+        propagation_recursive=spec.linux.rootfs_propagation[:1] == "r",
         unshare=Kind.CGROUP.flag if Kind.CGROUP in new else 0,
         loopback=Kind.NETWORK in new,
         new_keyring=new_keyring,
+        own=frozenset(new) if any(each.type is Kind.USER for each in spec.linux.namespaces) else None,
+        devices=bool(spec.linux.net_devices),
+        idmaps=plans.idmaps_of(steps),
         hooks=hooks,
     )
 
@@ -304,6 +326,65 @@ def _hooks(spec: Spec, hooks: Hooks, bundle: str, container_id: str) -> "tuple[I
     place = os.path.join(bundle, spec.root.path) if spec.root is not None else bundle  # noqa: PTH118 - as config.json
     state = State(container_id or os.path.basename(bundle), bundle, spec.annotations)  # noqa: PTH119 - likewise
     return InitHooks(hooks, state), place if os.path.isdir(place) else bundle  # noqa: PTH112 - likewise
+
+
+def _idmaps(plan: InitPlan, stack: contextlib.ExitStack) -> dict[IdMap, int]:
+    """User namespaces for the id-mapped mounts of a plan; the stack closes them."""
+    from corral.kernel import user_namespaces
+
+    if not capabilities.effective() >> capabilities.SYS_ADMIN & 1:
+        raise ValueError(f"{plan.idmaps[0].where}: an ordinary user can't map the ids of a mount")
+    made: dict[object, int] = {}
+    for idmap in plan.idmaps:
+        key = idmap.uids, idmap.gids, idmap.path
+        if key not in made:
+            if idmap.path:
+                made[key] = namespaces.open_namespace(idmap.path)
+            else:
+                made[key] = user_namespaces.new_uninhabited(idmap.uids, idmap.gids)
+            stack.callback(os.close, made[key])
+    return {idmap: made[idmap.uids, idmap.gids, idmap.path] for idmap in plan.idmaps}
+
+
+@contextlib.contextmanager
+def _heeded(parent: ParentEnd, pidfd: int) -> Iterator[None]:
+    """Talk with a child; if that fails it is ended, and ExecFailed says how it ended if it did by itself."""
+    try:
+        yield
+    except (EndedEarly, BrokenPipeError, ConnectionResetError) as e:
+        raise ExecFailed(SETUP, _how_it_ended(_kill_and_reap(parent, pidfd))) from e
+    except BaseException:
+        _kill_and_reap(parent, pidfd)
+        raise
+
+
+def _follow_guide(parent: ParentEnd, pid: int, pidfd: int, spec: Spec, stdio: Stdio) -> tuple[int, int]:
+    """Serve a guide (see corral.oci.passage), and go on with init: its pid and pidfd."""
+    from corral.oci.passage import serve_guide
+
+    with _heeded(parent, pidfd):
+        patience = _patience(pidfd, SETUP_S)
+        parent.receive("entered", patience)
+        serve_guide(pid, spec, stdio)
+        parent.send_answer(True)
+        born = parent.receive("born", patience)
+        assert isinstance(born, int)
+        # Our own child, not reaped yet: the pid is still its.
+        follower = process.pidfd_open(born)
+    os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    os.close(pidfd)
+    with _heeded(parent, follower):
+        parent.send_answer(True)
+    return born, follower
+
+
+def _move_devices(parent: ParentEnd, pid: int, pidfd: int, spec: Spec) -> None:
+    """Give init the network devices it is to have."""
+    from corral.oci.net_devices import move_devices
+
+    with _heeded(parent, pidfd):
+        present = parent.receive("devices", _patience(pidfd, SETUP_S))
+        parent.send_answer(move_devices(spec.linux.net_devices, pid, present))
 
 
 @contextlib.contextmanager
@@ -431,6 +512,10 @@ def _exec(
     terminal = None
     if spec.terminal:
         terminal = (spec.console_size.width, spec.console_size.height) if spec.console_size else (0, 0)
+    if Kind.USER in kinds:
+        from corral.oci.passage import give_stdio
+
+        give_stdio(container.init.pid, stdio)
     init = container.init.pidfd
     with contextlib.ExitStack() as stack:
         membership = Membership.open([os.fspath(path) for path in cgroup_paths])

@@ -151,6 +151,15 @@ class Root:
 
 
 @dataclass(frozen=True, slots=True)
+class IdMapping:
+    """A range of ids of a user namespace."""
+
+    container_id: U32
+    host_id: U32
+    size: U32
+
+
+@dataclass(frozen=True, slots=True)
 class Mount:
     """One mount; destination is a path inside the container ("" for the root file system itself)."""
 
@@ -158,6 +167,8 @@ class Mount:
     type: str = ""
     source: str = ""
     options: tuple[str, ...] = ()
+    uid_mappings: tuple[IdMapping, ...] = ()
+    gid_mappings: tuple[IdMapping, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,15 +398,6 @@ class Seccomp:
     syscalls: tuple[SeccompSyscall, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class IdMapping:
-    """A range of ids of a user namespace."""
-
-    container_id: U32 = 0
-    host_id: U32 = 0
-    size: U32 = 0
-
-
 MemoryPolicyMode = Annotated[
     str,
     Choice(
@@ -437,6 +439,21 @@ class Personality:
 
 
 @dataclass(frozen=True, slots=True)
+class TimeOffset:
+    """How far a clock of a time namespace is ahead of the host's."""
+
+    secs: I64 = 0
+    nanosecs: Annotated[int, Range(0, 10**9 - 1)] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NetDevice:
+    """What a network device of the host is called inside; "" is the same."""
+
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class IntelRdt:
     """A share of the processor's caches and its memory's bandwidth."""
 
@@ -450,7 +467,9 @@ class Linux:
     namespaces: tuple[Namespace, ...] = ()
     uid_mappings: tuple[IdMapping, ...] = ()
     gid_mappings: tuple[IdMapping, ...] = ()
+    time_offsets: Mapping[str, TimeOffset] = field(default_factory=dict)
     devices: tuple[Device, ...] = ()
+    net_devices: Mapping[str, NetDevice] = field(default_factory=dict)
     sysctl: Mapping[str, str] = field(default_factory=dict)
     resources: Resources | None = None
     cgroups_path: str = ""

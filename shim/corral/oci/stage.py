@@ -8,7 +8,10 @@ specification can ask for any number of things is an fd closed when it is no lon
 
 import contextlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from corral.kernel.namespaces import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +22,26 @@ class PidNamespace:
     path: str
 
 
+@dataclass(frozen=True, slots=True)
+class IdMap:
+    """The ids of an id-mapped mount: ranges of (id in the file system, id in the mount, how many).
+
+    path: those of a user namespace that has a file. where: the member of config.json that asks for it.
+    """
+
+    uids: tuple[tuple[int, int, int], ...]
+    gids: tuple[tuple[int, int, int], ...]
+    path: str
+    recursive: bool
+    where: str
+
+
 @dataclass(slots=True)
 class Stage:
     """The root being built."""
 
     bundle: str
+    """The directory the root is put on; "" is the working directory."""
     root: int = -1
     """fd of the root of the container's root mount, once there is one."""
     dev: int | None = None
@@ -52,6 +70,10 @@ class Stage:
     """dev is such a one: it has the default nodes and links."""
     places_in_dev: set[str] = field(default_factory=set)
     """Directories of dev that wait for their mount."""
+    own: frozenset[Kind] | None = None
+    """With a user namespace: the kinds of namespaces that were made with it, and so belong to it."""
+    idmaps: Mapping["IdMap", int] = field(default_factory=dict)
+    """fds of user namespaces, for id-mapped mounts."""
     pids: PidNamespace | None = None
     """The PID namespace of the container, where this process is not in it."""
     _root_status: os.stat_result | None = None

@@ -12,11 +12,11 @@ def check_spec(spec: Spec) -> None:
         raise ValueError("process: missing")
     if Kind.MOUNT not in kinds:
         raise ValueError("linux.namespaces: a container needs a mount namespace, a new one or one by path")
-    for kind in (Kind.USER, Kind.TIME):
-        if kind in kinds:
-            raise ValueError(f"linux.namespaces: {kind.value} namespaces are not supported yet")
-    if spec.linux.uid_mappings or spec.linux.gid_mappings:
-        raise ValueError("linux.uidMappings: user namespaces are not supported yet")
+    linux = spec.linux
+    if Kind.USER in kinds or linux.uid_mappings or linux.gid_mappings or linux.time_offsets or linux.net_devices:
+        from corral.oci.confinement import check_confinement
+
+        check_confinement(spec)
     if (spec.hostname or spec.domainname) and Kind.UTS not in kinds:
         raise ValueError("hostname: the container shares the host's uts namespace")
     if spec.linux.rootfs_propagation not in plans.PROPAGATION:

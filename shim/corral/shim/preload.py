@@ -6,10 +6,14 @@ Imports of a running shim would mix two versions of corral after an upgrade, and
 import gc
 import sys
 
-import corral.oci.allotment  # for the shims to come, as the three below
+import corral.oci.allotment  # for the shims to come, as the others
+import corral.oci.confinement
+import corral.oci.copy_up
 import corral.oci.hooks
 import corral.oci.labels
 import corral.oci.listener
+import corral.oci.net_devices
+import corral.oci.passage
 import corral.oci.runtime  # noqa: F401 - likewise
 from corral.kernel import shared_memory
 from corral.oci.rehearsal import rehearse
