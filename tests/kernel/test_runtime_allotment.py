@@ -15,6 +15,7 @@ from corral.kernel.syscalls import MACHINE
 from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.spec import (
     CPUAffinity,
+    IdMapping,
     IOPriority,
     MemoryPolicy,
     Namespace,
@@ -22,7 +23,7 @@ from corral.oci.spec import (
     Scheduler,
 )
 
-pytestmark = needs("root", "overlayfs", "busybox")
+pytestmark = needs("root", "overlayfs", "busybox", "userns")
 
 # Tells the scheduler, the priority of I/O, the memory policy and the CPUs of the process that runs it.
 PROBE = r"""
@@ -116,6 +117,16 @@ class TestScheduler:
         kinds = tuple(joined if n.type is Kind.PID else n for n in spec.linux.namespaces)
         result = lab.run_spec(replace(spec, linux=replace(spec.linux, namespaces=kinds)))
         assert json.loads(result.output)["policy"] == 6
+
+    def test_is_there_in_a_user_namespace(self, lab, probe):
+        """Where nobody has the right to it: the runtime sets it."""
+        shutil.copy(probe, lab.plant / "probe")
+        spec = lab.spec("/probe", "x", linux={"seccomp": None}, scheduler=Scheduler("SCHED_FIFO", priority=3))
+        mapping = (IdMapping(0, 100_000, 65536),)
+        kinds = (*spec.linux.namespaces, Namespace(Kind.USER))
+        linux = replace(spec.linux, namespaces=kinds, uid_mappings=mapping, gid_mappings=mapping)
+        result = lab.run_spec(replace(spec, linux=linux))
+        assert json.loads(result.output)["policy"] == 1
 
     def test_the_kernel_lacks_is_refused_by_name(self, lab):
         with pytest.raises(ExecFailed, match=r"^process\.scheduler: sched_setattr SCHED_ISO: ") as failed:

@@ -16,10 +16,10 @@ from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.gate import make_gate
 from corral.oci.hooks import run_poststop
 from corral.oci.runtime import Container
-from corral.oci.spec import HOOK_POINTS, Hook, Hooks, Namespace, Root
+from corral.oci.spec import HOOK_POINTS, Hook, Hooks, IdMapping, Namespace, Root
 from corral.oci.state import State
 
-pytestmark = needs("root", "overlayfs", "busybox")
+pytestmark = needs("root", "overlayfs", "busybox", "userns")
 
 KINDS = ("mnt", "pid", "ipc", "uts", "net", "cgroup")
 
@@ -199,6 +199,29 @@ class TestWhatTheySee:
         lab.run_spec(replace(spec, linux=replace(spec.linux, namespaces=kinds)))
         assert json.loads((tmp_path / "state").read_text())["status"] == "creating"
         assert json.loads((lab.upper / "state").read_text())["pid"] > 1
+
+    def test_with_a_user_namespace_they_are_where_they_are_without(self, lab, on_host, tmp_path):
+        """Those of createContainer are root of the container's user namespace; those of the runtime the host's."""
+        hooks = Hooks(
+            create_runtime=(on_host("createRuntime", look(tmp_path)),),
+            create_container=(Hook("/bin/sh", ("sh", "-c", "cat /proc/self/uid_map > from-inside")),),
+            start_container=(in_container(look(Path("/tmp"))),),
+            poststart=(on_host("poststart", look(tmp_path)),),
+        )
+        (lab.plant / "tmp").mkdir(mode=0o777)
+        (lab.plant / "tmp").chmod(0o777)
+        os.chown(lab.upper, 100_000, 100_000)
+        spec = hooked(lab, hooks, "sleep", "60")
+        mapping = (IdMapping(0, 100_000, 65536),)
+        kinds = (*spec.linux.namespaces, Namespace(Kind.USER))
+        linux = replace(spec.linux, namespaces=kinds, uid_mappings=mapping, gid_mappings=mapping)
+        container = lab.create(replace(spec, linux=linux))
+        container.start()
+        for name in ("createRuntime", "poststart"):
+            assert seen(tmp_path, name)["mnt"] == own("mnt")
+            assert json.loads(seen(tmp_path, name)["state"])["pid"] == container.init.pid
+        assert (lab.upper / "from-inside").read_text().split() == ["0", "100000", "65536"]
+        assert json.loads(seen(lab.upper / "tmp", "inside")["state"])["pid"] == 1
 
 
 class TestStandardInput:

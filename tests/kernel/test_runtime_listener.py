@@ -21,9 +21,9 @@ from corral.kernel.seccomp.tables import numbers
 from corral.kernel.syscalls import MACHINE
 from corral.oci import defaults
 from corral.oci.errors import ExecFailed
-from corral.oci.spec import Action, Namespace, Seccomp, SeccompSyscall
+from corral.oci.spec import Action, IdMapping, Namespace, Seccomp, SeccompSyscall
 
-pytestmark = needs("root", "overlayfs", "busybox")
+pytestmark = needs("root", "overlayfs", "busybox", "userns")
 
 # struct seccomp_notif: id, pid, flags, data (nr, arch, instruction pointer, six arguments); seccomp_notif_resp: id,
 # val, error, flags. Source: include/uapi/linux/seccomp.h.
@@ -178,6 +178,21 @@ def test_in_a_joined_pid_namespace(lab, tmp_path):
         kinds = tuple(joined if n.type is Kind.PID else n for n in spec.linux.namespaces)
         spec = replace(spec, linux=replace(spec.linux, namespaces=kinds))
         assert "No space left" in lab.run_spec(spec).output
+
+
+@pytest.mark.parametrize("no_new_privileges", [True, False])
+def test_in_a_user_namespace(lab, tmp_path, no_new_privileges):
+    os.chown(lab.upper, 100_000, 100_000)
+    with listening(tmp_path / "listener", error=28) as listener:
+        profile = notifying(tmp_path / "listener", *MKDIR)
+        spec = lab.spec("mkdir /x", linux={"seccomp": profile}, no_new_privileges=no_new_privileges)
+        mapping = (IdMapping(0, 100_000, 65536),)
+        kinds = (*spec.linux.namespaces, Namespace(Kind.USER))
+        linux = replace(spec.linux, namespaces=kinds, uid_mappings=mapping, gid_mappings=mapping)
+        container = lab.create(replace(spec, linux=linux))
+        container.start()
+        assert lab.wait(container.init) == 1
+        assert [told["pid"] for told in listener.told] == [container.init.pid]
 
 
 def test_the_program_does_not_get_the_descriptor(lab, tmp_path):

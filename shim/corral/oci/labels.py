@@ -78,6 +78,26 @@ class Labels:
             self._keys = labels.open_key_label()
         self._fds = [labels.open_apparmor() if self._apparmor else -1, labels.open_selinux() if self._selinux else -1]
 
+    def take_hold_again(self, *, hosts_procfs: bool) -> None:
+        """The same for a child, for which what its parent opened is of no use.
+
+        hosts_procfs: it still is in sight. Raises ExecFailed if not.
+        """
+        if not hosts_procfs:
+            member = "process.apparmorProfile" if self._apparmor else "process.selinuxLabel"
+            raise ExecFailed(
+                SETUP, f"{member}: can't be had in a user namespace together with a joined mount namespace"
+            )
+        self.close()
+        self.take_hold()
+
+    def close(self) -> None:
+        """Let go."""
+        for fd in (*self._fds, self._keys):
+            if fd >= 0:
+                os.close(fd)
+        self._fds, self._keys = [], -1
+
     def label_keyrings(self, *, yes: bool) -> None:
         """Whether keyrings that are made from here on are the container's."""
         if self._selinux:
@@ -95,9 +115,7 @@ class Labels:
                 labels.set_context(selinux, self._selinux)
         except OSError as e:
             raise ExecFailed(SETUP, f"{member}: {e.filename}: {e.strerror}") from e
-        for fd in (*self._fds, self._keys):
-            if fd >= 0:
-                os.close(fd)
+        self.close()
 
 
 def labels_of(process: Process) -> Labels | None:

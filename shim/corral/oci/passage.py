@@ -94,6 +94,8 @@ def run_guide(
         if channel.receive_answer() is None:
             os._exit(1)
         os.setsid()
+        if plan.program.labels is not None:
+            plan.program.labels.take_hold_again(hosts_procfs=bool(plan.steps))
         proceed(plan, channel, stdio, way, stage)
     except BaseException as e:  # noqa: BLE001 - a fork of the runtime must not run on in its code
         report_and_exit(channel, e)

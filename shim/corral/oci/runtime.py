@@ -42,6 +42,7 @@ from corral.oci.support import check_process, check_spec
 from corral.oci.sysctl import check_sysctl
 
 if TYPE_CHECKING:  # loaded for those who ask for it
+    from corral.oci.allotment import Allotment
     from corral.oci.hooks import InitHooks
 
 __all__ = [
@@ -253,13 +254,15 @@ def create(
         parent, child = stack.enter_context(_channel())
         if plan.devices:
             import corral.oci.net_devices  # noqa: F401 - for init
+        from_here = pids is not None
         if guided:
             from corral.oci.passage import passage_of, run_guide
 
             passage = passage_of(new, entered)
+            from_here = from_here or passage.privileged
         pid, pidfd = process.clone(0 if guided else flags, cgroup=membership.unified)
         if pid == 0:
-            if pids is not None:
+            if from_here:
                 plan = replace(plan, program=_ancestor(plan.program))
             if guided:
                 run_guide(plan, way, passage, child, stdio, membership)
@@ -273,7 +276,8 @@ def create(
         spec, ProcessHandle(pid, pidfd, 0, None), parent, container_id or where.rpartition("/")[2], where
     )
     limit_s = math.inf if plan.hooks is not None and plan.hooks.has_patience else SETUP_S
-    container.init = _await_ready(container, plan.program, parent, pid, pidfd, limit_s, creating=True)
+    allotment = plan.program.allotment if from_here else None
+    container.init = _await_ready(container, allotment, parent, pid, pidfd, limit_s, creating=True)
     return container
 
 
@@ -423,9 +427,19 @@ def _patience(pidfd: int, limit_s: float) -> Callable[[], None]:
 
 
 def _await_ready(
-    container: Container, program: Program, parent: ParentEnd, pid: int, pidfd: int, limit_s: float, *, creating: bool
+    container: Container,
+    allotment: "Allotment | None",
+    parent: ParentEnd,
+    pid: int,
+    pidfd: int,
+    limit_s: float,
+    *,
+    creating: bool,
 ) -> ProcessHandle:
-    """See a child to the end of its set-up, and where it has a successor go on with that."""
+    """See a child to the end of its set-up, and where it has a successor go on with that.
+
+    allotment: whose scheduler is set from here.
+    """
 
     def pass_listener(fd: int) -> None:
         from corral.oci.listener import pass_to_listener
@@ -450,8 +464,8 @@ def _await_ready(
             os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
             os.close(pidfd)
             pid, pidfd = successor, follower
-            if program.allotment is not None:
-                program.allotment.schedule(pid)
+        if allotment is not None:
+            allotment.schedule(pid)
         return ProcessHandle(pid, pidfd, process.start_time(pid), console)
     except EndedEarly as e:
         raise ExecFailed(SETUP, _how_it_ended(_kill_and_reap(parent, pidfd))) from e
@@ -461,7 +475,7 @@ def _await_ready(
 
 
 def _ancestor(program: Program) -> Program:
-    """The program for a process that has a successor: less what it can't leave to that."""
+    """The program for a process that has a successor, or little power: less what the runtime does for it."""
     if program.allotment is None:
         return program
     return replace(program, allotment=program.allotment.inherited())
@@ -536,7 +550,7 @@ def _exec(
                 terminal=terminal,
                 affinity=affinity,
             )
-    handle = _await_ready(container, program, parent, pid, pidfd, EXEC_SETUP_S, creating=False)
+    handle = _await_ready(container, program.allotment, parent, pid, pidfd, EXEC_SETUP_S, creating=False)
     try:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is gone: what follows finds out why
             parent.send_start()
