@@ -3,14 +3,16 @@
 import secrets
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.requirements import needs
 
 from corral.kernel import labels
+from corral.kernel.namespaces import Kind
 from corral.oci.errors import SETUP, ExecFailed
-from corral.oci.spec import Hook, Hooks, Root
+from corral.oci.spec import Hook, Hooks, IdMapping, Namespace, Root
 
 pytestmark = needs("root", "overlayfs", "busybox")
 
@@ -66,6 +68,13 @@ class TestAppArmor:
         container = lab.create(lab.spec("sleep", "60"))
         container.start()
         assert lab.exec(container, CURRENT, apparmor_profile=profile).output.startswith(f"{profile} (enforce)")
+
+    def test_confines_the_program_in_a_user_namespace(self, lab, profile):
+        spec = lab.spec(CURRENT, apparmor_profile=profile)
+        mapping = (IdMapping(0, 100_000, 65536),)
+        kinds = (*spec.linux.namespaces, Namespace(Kind.USER))
+        linux = replace(spec.linux, namespaces=kinds, uid_mappings=mapping, gid_mappings=mapping)
+        assert lab.run_spec(replace(spec, linux=linux)).output.startswith(f"{profile} (enforce)")
 
     def test_confines_hooks_of_the_container_and_not_those_of_the_host(self, lab, profile, tmp_path):
         hook = tmp_path / "hook"

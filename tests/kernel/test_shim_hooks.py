@@ -55,6 +55,16 @@ def test_are_run_at_their_moments_and_poststop_when_the_container_is_no_more(sho
     assert shim.reports() == ""
 
 
+def test_get_no_signal_mask_of_the_shims(shop: Workshop, log: Path) -> None:
+    shim = with_hooks(shop, log, "true")
+    hook = log.parent / "hook"
+    hook.write_text(hook.read_text() + f"grep SigBlk /proc/self/status >> {log}.mask\n")
+    shim.create()
+    shim.start()
+    shim.wait()
+    assert set(Path(f"{log}.mask").read_text().split()) == {"SigBlk:", "0000000000000000"}
+
+
 def test_that_fail_at_create_leave_no_container_and_the_shim_can_be_asked_again(shop: Workshop, log: Path) -> None:
     shim = with_hooks(shop, log, "true", failing="createRuntime")
     with pytest.raises(RequestError, match=r"hooks\.createRuntime\[0\]: .*exit status 1"):
