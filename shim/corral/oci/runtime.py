@@ -16,16 +16,24 @@ import contextlib
 import math
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from corral.kernel import capabilities, namespaces, process
+from corral.kernel import namespaces, process
 from corral.kernel.namespaces import Kind
 from corral.oci import gate as gates
 from corral.oci import plan as plans
+from corral.oci.attendance import (
+    SETUP_S,
+    follow_guide,
+    give_devices,
+    how_it_ended,
+    idmap_namespaces,
+    kill_and_reap,
+    patience,
+)
 from corral.oci.cgroups import Membership
 from corral.oci.channel import ChildEnd, EndedEarly, ParentEnd, make_pair
 from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, ExecFailed
@@ -35,7 +43,7 @@ from corral.oci.larder import Larder
 from corral.oci.program import Program, program_of
 from corral.oci.seccomp import filter_of
 from corral.oci.spec import Hooks, Mount, Process, Spec
-from corral.oci.stage import IdMap, PidNamespace, Step
+from corral.oci.stage import PidNamespace, Step
 from corral.oci.state import CREATING, RUNNING, State
 from corral.oci.stdio import Stdio
 from corral.oci.support import check_process, check_spec
@@ -56,8 +64,6 @@ __all__ = [
     "create",
 ]
 
-SETUP_S = 60.0
-"""How long init may take to set itself up: its root may lie on a slow disk."""
 EXEC_SETUP_S = 10.0
 
 
@@ -103,7 +109,7 @@ class Container:
         try:
             channel.send_start()
             slow = self.spec.hooks is not None and self.spec.hooks.start_container
-            channel.wait_for_exec(_patience(self.init.pidfd, math.inf if slow else SETUP_S))
+            channel.wait_for_exec(patience(self.init.pidfd, math.inf if slow else SETUP_S))
         except (BrokenPipeError, ConnectionResetError) as e:
             raise ExecFailed(SETUP, "the container's init ended before it was started") from e
         finally:
@@ -249,7 +255,7 @@ def create(
                 entered = fd, path
             else:
                 joins.append((fd, kind.flag, path))
-        idmaps = _idmaps(plan, stack) if plan.idmaps else {}
+        idmaps = idmap_namespaces(plan, stack) if plan.idmaps else {}
         way = Way(joins, gate, None if guided else larder, pids, idmaps)
         parent, child = stack.enter_context(_channel())
         if plan.devices:
@@ -268,9 +274,9 @@ def create(
                 run_guide(plan, way, passage, child, stdio, membership)
             run_init(plan, child, stdio, membership, way)
     if guided:
-        pid, pidfd = _follow_guide(parent, pid, pidfd, spec, stdio)
+        pid, pidfd = follow_guide(parent, pid, pidfd, spec, stdio)
     if plan.devices:
-        _move_devices(parent, pid, pidfd, spec)
+        give_devices(parent, pid, pidfd, spec)
     where = os.fspath(bundle)
     container = Container(
         spec, ProcessHandle(pid, pidfd, 0, None), parent, container_id or where.rpartition("/")[2], where
@@ -332,65 +338,6 @@ def _hooks(spec: Spec, hooks: Hooks, bundle: str, container_id: str) -> "tuple[I
     return InitHooks(hooks, state), place if os.path.isdir(place) else bundle  # noqa: PTH112 - likewise
 
 
-def _idmaps(plan: InitPlan, stack: contextlib.ExitStack) -> dict[IdMap, int]:
-    """User namespaces for the id-mapped mounts of a plan; the stack closes them."""
-    from corral.kernel import user_namespaces
-
-    if not capabilities.effective() >> capabilities.SYS_ADMIN & 1:
-        raise ValueError(f"{plan.idmaps[0].where}: an ordinary user can't map the ids of a mount")
-    made: dict[object, int] = {}
-    for idmap in plan.idmaps:
-        key = idmap.uids, idmap.gids, idmap.path
-        if key not in made:
-            if idmap.path:
-                made[key] = namespaces.open_namespace(idmap.path)
-            else:
-                made[key] = user_namespaces.new_uninhabited(idmap.uids, idmap.gids)
-            stack.callback(os.close, made[key])
-    return {idmap: made[idmap.uids, idmap.gids, idmap.path] for idmap in plan.idmaps}
-
-
-@contextlib.contextmanager
-def _heeded(parent: ParentEnd, pidfd: int) -> Iterator[None]:
-    """Talk with a child; if that fails it is ended, and ExecFailed says how it ended if it did by itself."""
-    try:
-        yield
-    except (EndedEarly, BrokenPipeError, ConnectionResetError) as e:
-        raise ExecFailed(SETUP, _how_it_ended(_kill_and_reap(parent, pidfd))) from e
-    except BaseException:
-        _kill_and_reap(parent, pidfd)
-        raise
-
-
-def _follow_guide(parent: ParentEnd, pid: int, pidfd: int, spec: Spec, stdio: Stdio) -> tuple[int, int]:
-    """Serve a guide (see corral.oci.passage), and go on with init: its pid and pidfd."""
-    from corral.oci.passage import serve_guide
-
-    with _heeded(parent, pidfd):
-        patience = _patience(pidfd, SETUP_S)
-        parent.receive("entered", patience)
-        serve_guide(pid, spec, stdio)
-        parent.send_answer(True)
-        born = parent.receive("born", patience)
-        assert isinstance(born, int)
-        # Our own child, not reaped yet: the pid is still its.
-        follower = process.pidfd_open(born)
-    os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-    os.close(pidfd)
-    with _heeded(parent, follower):
-        parent.send_answer(True)
-    return born, follower
-
-
-def _move_devices(parent: ParentEnd, pid: int, pidfd: int, spec: Spec) -> None:
-    """Give init the network devices it is to have."""
-    from corral.oci.net_devices import move_devices
-
-    with _heeded(parent, pidfd):
-        present = parent.receive("devices", _patience(pidfd, SETUP_S))
-        parent.send_answer(move_devices(spec.linux.net_devices, pid, present))
-
-
 @contextlib.contextmanager
 def _channel() -> Iterator[tuple[ParentEnd, ChildEnd]]:
     """A channel; the parent's end outlives the block if all went well."""
@@ -402,28 +349,6 @@ def _channel() -> Iterator[tuple[ParentEnd, ChildEnd]]:
         raise
     finally:
         child.close()
-
-
-def _patience(pidfd: int, limit_s: float) -> Callable[[], None]:
-    """What to ask while a child is waited for: once it is stopped, or takes too long, kills it and raises ExecFailed.
-
-    Who is root in its PID namespace can signal it while it is not yet one of theirs. It must not hold up the caller,
-    who has the container to look after.
-    """
-    give_up_at = time.monotonic() + limit_s
-
-    def check() -> None:
-        if os.waitid(os.P_PIDFD, pidfd, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None:
-            reason = "the process was stopped by a signal during its set-up"
-        elif time.monotonic() > give_up_at:
-            reason = f"the process was not set up within {limit_s:g} seconds"
-        else:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(pidfd, signal.SIGKILL)
-        raise ExecFailed(SETUP, reason)
-
-    return check
 
 
 def _await_ready(
@@ -457,7 +382,7 @@ def _await_ready(
             hooks.run_hooks(container.spec.hooks, point, state, env=os.environ, directory=container.bundle)
 
     try:
-        console, successor = parent.receive_ready(_patience(pidfd, limit_s), pass_listener, run_hooks)
+        console, successor = parent.receive_ready(patience(pidfd, limit_s), pass_listener, run_hooks)
         if successor is not None:
             # Our own child, not reaped yet: the pid is still its.
             follower = process.pidfd_open(successor)
@@ -468,9 +393,9 @@ def _await_ready(
             allotment.schedule(pid)
         return ProcessHandle(pid, pidfd, process.start_time(pid), console)
     except EndedEarly as e:
-        raise ExecFailed(SETUP, _how_it_ended(_kill_and_reap(parent, pidfd))) from e
+        raise ExecFailed(SETUP, how_it_ended(kill_and_reap(parent, pidfd))) from e
     except BaseException:
-        _kill_and_reap(parent, pidfd)
+        kill_and_reap(parent, pidfd)
         raise
 
 
@@ -479,27 +404,6 @@ def _ancestor(program: Program) -> Program:
     if program.allotment is None:
         return program
     return replace(program, allotment=program.allotment.inherited())
-
-
-def _how_it_ended(status: int | None) -> str:
-    """A sentence about a process that ended before it could say why."""
-    if status == signal.SIGKILL:
-        return "the process was killed during its set-up: the memory limit may be too small to start in"
-    return f"the process ended during its set-up (status {status})"
-
-
-def _kill_and_reap(parent: ParentEnd, pidfd: int) -> int | None:
-    """End a child. Its exit code or, if it was killed, the signal; None where somebody else reaped it."""
-    parent.close()
-    try:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(pidfd, signal.SIGKILL)
-        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-        return result.si_status if result else None
-    except ChildProcessError:
-        return None
-    finally:
-        os.close(pidfd)
 
 
 def _exec(
@@ -554,9 +458,9 @@ def _exec(
     try:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is gone: what follows finds out why
             parent.send_start()
-        parent.wait_for_exec(_patience(handle.pidfd, EXEC_SETUP_S))
+        parent.wait_for_exec(patience(handle.pidfd, EXEC_SETUP_S))
     except BaseException:
-        _kill_and_reap(parent, handle.pidfd)
+        kill_and_reap(parent, handle.pidfd)
         if handle.console is not None:
             os.close(handle.console)
         raise

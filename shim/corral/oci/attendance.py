@@ -1,0 +1,120 @@
+"""Attending a child of the runtime while it is set up, and doing for it what only the host can."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+from corral.kernel import capabilities, namespaces, process
+from corral.oci.channel import EndedEarly, ParentEnd
+from corral.oci.errors import SETUP, ExecFailed
+from corral.oci.init import InitPlan
+from corral.oci.spec import Spec
+from corral.oci.stage import IdMap
+from corral.oci.stdio import Stdio
+
+SETUP_S = 60.0
+"""How long init may take to set itself up: its root may lie on a slow disk."""
+
+
+def patience(pidfd: int, limit_s: float) -> Callable[[], None]:
+    """What to ask while a child is waited for: once it is stopped, or takes too long, kills it and raises ExecFailed.
+
+    Who is root in its PID namespace can signal it while it is not yet one of theirs. It must not hold up the caller,
+    who has the container to look after.
+    """
+    give_up_at = time.monotonic() + limit_s
+
+    def check() -> None:
+        if os.waitid(os.P_PIDFD, pidfd, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None:
+            reason = "the process was stopped by a signal during its set-up"
+        elif time.monotonic() > give_up_at:
+            reason = f"the process was not set up within {limit_s:g} seconds"
+        else:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(pidfd, signal.SIGKILL)
+        raise ExecFailed(SETUP, reason)
+
+    return check
+
+
+def how_it_ended(status: int | None) -> str:
+    """A sentence about a process that ended before it could say why."""
+    if status == signal.SIGKILL:
+        return "the process was killed during its set-up: the memory limit may be too small to start in"
+    return f"the process ended during its set-up (status {status})"
+
+
+def kill_and_reap(parent: ParentEnd, pidfd: int) -> int | None:
+    """End a child. Its exit code or, if it was killed, the signal; None where somebody else reaped it."""
+    parent.close()
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(pidfd, signal.SIGKILL)
+        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        return result.si_status if result else None
+    except ChildProcessError:
+        return None
+    finally:
+        os.close(pidfd)
+
+
+@contextlib.contextmanager
+def heeded(parent: ParentEnd, pidfd: int) -> Iterator[None]:
+    """Talk with a child; if that fails it is ended, and ExecFailed says how it ended if it did by itself."""
+    try:
+        yield
+    except (EndedEarly, BrokenPipeError, ConnectionResetError) as e:
+        raise ExecFailed(SETUP, how_it_ended(kill_and_reap(parent, pidfd))) from e
+    except BaseException:
+        kill_and_reap(parent, pidfd)
+        raise
+
+
+def follow_guide(parent: ParentEnd, pid: int, pidfd: int, spec: Spec, stdio: Stdio) -> tuple[int, int]:
+    """Serve a guide (see corral.oci.passage), and go on with init: its pid and pidfd."""
+    from corral.oci.passage import serve_guide
+
+    with heeded(parent, pidfd):
+        patient = patience(pidfd, SETUP_S)
+        parent.receive("entered", patient)
+        serve_guide(pid, spec, stdio)
+        parent.send_answer(True)
+        born = parent.receive("born", patient)
+        assert isinstance(born, int)
+        # Our own child, not reaped yet: the pid is still its.
+        follower = process.pidfd_open(born)
+    os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    os.close(pidfd)
+    with heeded(parent, follower):
+        parent.send_answer(True)
+    return born, follower
+
+
+def give_devices(parent: ParentEnd, pid: int, pidfd: int, spec: Spec) -> None:
+    """Give init the network devices it is to have."""
+    from corral.oci.net_devices import move_devices
+
+    with heeded(parent, pidfd):
+        present = parent.receive("devices", patience(pidfd, SETUP_S))
+        parent.send_answer(move_devices(spec.linux.net_devices, pid, present))
+
+
+def idmap_namespaces(plan: InitPlan, stack: contextlib.ExitStack) -> dict[IdMap, int]:
+    """User namespaces for the id-mapped mounts of a plan; the stack closes them."""
+    from corral.kernel import user_namespaces
+
+    if not capabilities.effective() >> capabilities.SYS_ADMIN & 1:
+        raise ValueError(f"{plan.idmaps[0].where}: an ordinary user can't map the ids of a mount")
+    made: dict[object, int] = {}
+    for idmap in plan.idmaps:
+        key = idmap.uids, idmap.gids, idmap.path
+        if key not in made:
+            if idmap.path:
+                made[key] = namespaces.open_namespace(idmap.path)
+            else:
+                made[key] = user_namespaces.new_uninhabited(idmap.uids, idmap.gids)
+            stack.callback(os.close, made[key])
+    return {idmap: made[idmap.uids, idmap.gids, idmap.path] for idmap in plan.idmaps}
