@@ -4,6 +4,7 @@ Everything raises ValueError that begins with the JSON path of what is wrong.
 Source: runtime-spec config-linux.md, user_namespaces(7), time_namespaces(7).
 """
 
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -109,7 +110,7 @@ def _is_device_name(name: str) -> bool:
     """As the kernel's dev_valid_name(); %d, once, stands for a number that it picks."""
     rest = name.replace("%d", "", 1)
     return (
-        0 < len(name.encode()) <= _LONGEST_DEVICE_NAME
+        0 < len(os.fsencode(name)) <= _LONGEST_DEVICE_NAME
         and name not in (".", "..")
         and not any(c in "/:%" or c.isspace() for c in rest)
     )

@@ -6,6 +6,7 @@ value is refused by a ValueError that begins with its JSON path (`process.user.u
 
 import dataclasses
 import functools
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -153,7 +154,20 @@ def _str(value: object) -> object:
         raise _wrong("a string", value)
     if "\0" in value:
         raise _Wrong("holds a NUL character")
+    if not _has_bytes(value):
+        raise _Wrong("holds half a character")
     return value
+
+
+def _has_bytes(text: str) -> bool:
+    """Whether the kernel can be given it: JSON may name halves of UTF-16 pairs, most of which are no character."""
+    if text.isascii():
+        return True
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _int(value: object) -> object:
@@ -220,7 +234,7 @@ _any_strings = _for_tuple(_str)
 def _strings(value: object) -> object:
     """An array of strings, looked at as a whole: a seccomp profile has hundreds."""
     try:
-        fine = isinstance(value, list) and "\0" not in "".join(value)
+        fine = isinstance(value, list) and "\0" not in (whole := "".join(value)) and _has_bytes(whole)
     except TypeError:
         fine = False
     return tuple(value) if fine and isinstance(value, list) else _any_strings(value)

@@ -124,14 +124,20 @@ def capability_sets(wanted: Capabilities | None, available: int) -> CapabilitySe
     """The sets as masks, as far as the runtime itself has them: it can't give what it lacks."""
     if wanted is None:
         return CapabilitySets(0, 0, 0, 0, 0)
-    permitted = capabilities.mask_of(wanted.permitted) & available
-    inheritable = capabilities.mask_of(wanted.inheritable) & available
+
+    def mask(name: str, names: tuple[str, ...]) -> int:
+        try:
+            return capabilities.mask_of(names) & available
+        except ValueError as e:
+            raise ValueError(f"process.capabilities.{name}: {e}") from None
+
+    permitted, inheritable = mask("permitted", wanted.permitted), mask("inheritable", wanted.inheritable)
     return CapabilitySets(
-        bounding=capabilities.mask_of(wanted.bounding) & available,
-        effective=capabilities.mask_of(wanted.effective) & permitted,
+        bounding=mask("bounding", wanted.bounding),
+        effective=mask("effective", wanted.effective) & permitted,
         permitted=permitted,
         inheritable=inheritable,
-        ambient=capabilities.mask_of(wanted.ambient) & permitted & inheritable,
+        ambient=mask("ambient", wanted.ambient) & permitted & inheritable,
     )
 
 
