@@ -201,6 +201,42 @@ class TestDevices:
         assert "Operation not permitted" in run(lab, "mknod /dev/mem c 1 1").output
 
 
+@pytest.fixture
+def cgroup():
+    """A cgroup of v2."""
+    roots = (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup"))
+    root = next((path for path in roots if (path / "cgroup.procs").exists()), None)
+    if root is None:
+        pytest.skip("needs cgroup v2")
+    path = root / f"corral-test-{os.getpid()}"
+    path.mkdir()
+    yield path
+    for attempt in range(100):
+        try:
+            path.rmdir()
+            break
+        except OSError:
+            time.sleep(0.02 * bool(attempt < 99))
+
+
+class TestCgroup:
+    def owners(self, lab, cgroup: Path, *options: str, user: User | None = None) -> tuple[int, int, int]:
+        """Of the directory, of what moves processes, and of what tells events."""
+        spec = in_user_namespace(lab.spec("sleep", "60", user=user or User()))
+        mounts = tuple(replace(m, options=options) if m.type == "cgroup" else m for m in spec.mounts)
+        container = lab.create(replace(spec, mounts=mounts), cgroup_paths=[cgroup])
+        owners = tuple((cgroup / name).stat().st_uid for name in ("", "cgroup.procs", "cgroup.events"))
+        container.close()
+        lab.wait(container.init)
+        return owners
+
+    def test_mounted_for_writing_is_the_processs_users(self, lab, cgroup):
+        assert self.owners(lab, cgroup, "rw", user=User(uid=7)) == (FIRST + 7, FIRST + 7, 0)
+
+    def test_mounted_read_only_stays_the_hosts(self, lab, cgroup):
+        assert self.owners(lab, cgroup, "ro") == (0, 0, 0)
+
+
 class TestConfinement:
     """The container's root is nobody on the host, whatever capabilities it has inside."""
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from corral.kernel import capabilities, namespaces, process
 from corral.oci.channel import EndedEarly, ParentEnd
@@ -73,14 +73,16 @@ def heeded(parent: ParentEnd, pidfd: int) -> Iterator[None]:
         raise
 
 
-def follow_guide(parent: ParentEnd, pid: int, pidfd: int, spec: Spec, stdio: Stdio) -> tuple[int, int]:
+def follow_guide(
+    parent: ParentEnd, pid: int, pidfd: int, spec: Spec, stdio: Stdio, cgroups: Sequence[str]
+) -> tuple[int, int]:
     """Serve a guide (see corral.oci.passage), and go on with init: its pid and pidfd."""
     from corral.oci.passage import serve_guide
 
     with heeded(parent, pidfd):
         patient = patience(pidfd, SETUP_S)
         parent.receive("entered", patient)
-        serve_guide(pid, spec, stdio)
+        serve_guide(pid, spec, stdio, cgroups)
         parent.send_answer(True)
         born = parent.receive("born", patient)
         assert isinstance(born, int)

@@ -33,7 +33,7 @@ from corral.oci.init import InitPlan, Way, enter_privately, prepare_root, procee
 from corral.oci.mounts import RootFilesystem
 from corral.oci.plan import ranges
 from corral.oci.spec import Spec
-from corral.oci.stage import Stage
+from corral.oci.stage import Stage, normal
 from corral.oci.stdio import Stdio
 
 
@@ -128,9 +128,10 @@ def _take_from_host(plan: InitPlan, way: Way) -> Stage:
     return stage
 
 
-def serve_guide(pid: int, spec: Spec, stdio: Stdio) -> None:
+def serve_guide(pid: int, spec: Spec, stdio: Stdio, cgroups: Sequence[str]) -> None:
     """Do what only the host can for the guide, process pid, once it has entered its namespaces.
 
+    cgroups: the directories of its cgroups.
     Raises OSError, or ValueError where config.json says other ids of a joined user namespace than it has.
     """
     kinds = {namespace.type: namespace for namespace in spec.linux.namespaces}
@@ -141,6 +142,8 @@ def serve_guide(pid: int, spec: Spec, stdio: Stdio) -> None:
         else:
             user_namespaces.write_mappings(pid, *wanted)
         give_stdio(pid, stdio)
+        if len(cgroups) == 1 and _may_have_cgroup(spec):
+            _give_cgroup(pid, spec, cgroups[0])
     if spec.linux.time_offsets:
         offsets = [(clock, each.secs, each.nanosecs) for clock, each in spec.linux.time_offsets.items()]
         try:
@@ -155,6 +158,33 @@ def _check_mappings(pid: int, *wanted: user_namespaces.Ranges) -> None:
     for name, asked, found in zip(("uid", "gid"), wanted, user_namespaces.read_mappings(pid), strict=True):
         if asked and sorted(asked) != sorted(found):
             raise ValueError(f"linux.{name}Mappings: the user namespace that is joined has others: {found}")
+
+
+def _may_have_cgroup(spec: Spec) -> bool:
+    """Whether the container is to manage its own cgroup. Source: runtime-spec config-linux.md "Cgroup ownership"."""
+    return any(each.type is Kind.CGROUP and not each.path for each in spec.linux.namespaces) and any(
+        mount.type in ("cgroup", "cgroup2") and normal(mount.destination) == _CGROUPS and "ro" not in mount.options
+        for mount in spec.mounts
+    )
+
+
+def _give_cgroup(pid: int, spec: Spec, cgroup: str) -> None:
+    """Give a cgroup of v2 to the user of the container's process; the files that hold limits stay the host's."""
+    uids, _ = user_namespaces.read_mappings(pid)
+    uid = user_namespaces.to_outside(uids, spec.process.user.uid if spec.process is not None else 0)
+    if uid is None or os.path.exists(f"{cgroup}/tasks"):  # noqa: PTH110 - a string; v1 can't be given away safely
+        return
+    with open(_DELEGATE, encoding="ascii") as file:
+        names = file.read().split()
+    with contextlib.suppress(PermissionError):  # an ordinary user's, who has it already or can't
+        os.chown(cgroup, uid, -1)
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.chown(f"{cgroup}/{name}", uid, -1)
+
+
+_CGROUPS = "/sys/fs/cgroup"
+_DELEGATE = "/sys/kernel/cgroup/delegate"
 
 
 def give_stdio(pid: int, stdio: Stdio) -> None:

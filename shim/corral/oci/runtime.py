@@ -274,7 +274,7 @@ def create(
                 run_guide(plan, way, passage, child, stdio, membership)
             run_init(plan, child, stdio, membership, way)
     if guided:
-        pid, pidfd = follow_guide(parent, pid, pidfd, spec, stdio)
+        pid, pidfd = follow_guide(parent, pid, pidfd, spec, stdio, cgroups)
     if plan.devices:
         give_devices(parent, pid, pidfd, spec)
     where = os.fspath(bundle)
