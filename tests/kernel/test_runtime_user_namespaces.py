@@ -369,6 +369,13 @@ class TestSharedWithTheHost:
         output = lab.run_spec(spec).output
         assert int(output) > 1
 
+    def test_processes_kernel_parameters_of_its_own_namespaces_are_set(self, lab):
+        linux = {"sysctl": {"net.ipv4.ip_unprivileged_port_start": "81"}}
+        script = "cat /proc/sys/net/ipv4/ip_unprivileged_port_start; echo 1 > /proc/sys/net/ipv4/ip_forward"
+        output = lab.run_spec(with_namespaces(in_user_namespace(lab.spec(script), **linux), pid=None)).output
+        assert output.startswith("81\n")
+        assert "Read-only file system" in output
+
     def test_processes_with_hidepid_is_refused(self, lab):
         spec = with_namespaces(in_user_namespace(lab.spec("true")), pid=None)
         mounts = tuple(replace(m, options=(*m.options, "hidepid=2")) if m.type == "proc" else m for m in spec.mounts)

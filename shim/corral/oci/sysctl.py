@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 from corral.kernel import paths
-from corral.kernel.mount import new_mount
+from corral.kernel.mount import clone_tree, new_mount
 from corral.kernel.namespaces import Kind
 from corral.oci.errors import SETUP, ExecFailed
 
@@ -52,11 +52,14 @@ def _kind_of(path: str) -> Kind | None:
     return None
 
 
-def write_sysctl(sysctl: Mapping[str, str]) -> None:
-    """Write parameters, by path, in the namespaces of the caller."""
+def write_sysctl(sysctl: Mapping[str, str], proc: int | None = None) -> None:
+    """Write parameters, by path, in the namespaces of the caller.
+
+    proc: the container's procfs, for where a new one can't be made.
+    """
     if not sysctl:
         return
-    with paths.opened(new_mount("proc", "proc")) as procfs:
+    with paths.opened(_procfs(proc)) as procfs:
         for path, value in sysctl.items():
             try:
                 resolve = paths.RESOLVE_BENEATH | paths.RESOLVE_NO_SYMLINKS
@@ -64,3 +67,13 @@ def write_sysctl(sysctl: Mapping[str, str]) -> None:
                     os.write(fd, value.encode())
             except OSError as e:
                 raise ExecFailed(SETUP, f"sysctl {path}={value}: {(e.strerror or str(e)).lower()}") from e
+
+
+def _procfs(proc: int | None) -> int:
+    try:
+        return new_mount("proc", "proc")
+    except PermissionError:  # the PID namespace belongs to another user namespace
+        if proc is None:
+            raise
+    # Without what was mounted over parts of it to make them read-only.
+    return clone_tree(proc)
