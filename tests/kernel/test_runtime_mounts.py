@@ -306,3 +306,15 @@ class TestSysctl:
     def test_that_does_not_exist_is_named(self, lab):
         with pytest.raises(ExecFailed, match="net/nonsense"):
             lab.run("true", linux={"sysctl": {"net.nonsense": "1"}})
+
+
+def test_mountinfo_has_them_in_the_order_of_the_specification(lab, tmp_path):
+    names = ("/a", "/b", "/c")
+    mounts = (
+        Mount("/a", "bind", str(tmp_path), ("bind", "mode=755")),
+        Mount("/b", "tmpfs", "tmpfs"),
+        Mount("/c", "bind", str(tmp_path), ("rbind", "rshared")),
+    )
+    seen = lab.run("cat", "/proc/self/mountinfo", mounts=mounts).output
+    places = [line.split()[4] for line in seen.splitlines()]
+    assert [place for place in places if place in names] == list(names)

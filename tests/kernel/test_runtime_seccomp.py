@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from support.requirements import needs
 
+from corral.kernel.namespaces import Kind
 from corral.oci import defaults
-from corral.oci.spec import Action, Operator, Seccomp, SeccompArg, SeccompSyscall
+from corral.oci.spec import Action, Mount, Namespace, Operator, Seccomp, SeccompArg, SeccompSyscall
 
 pytestmark = needs("root", "overlayfs", "busybox")
 
@@ -188,3 +189,18 @@ class TestOddCalls:
         profile = defaults.seccomp(defaults.CAPABILITIES)
         assert self.call(lab, probe, "int80", seccomp=replace(profile, architectures=NATIVE)).code == -31
         assert self.call(lab, probe, "int80").code == 0
+
+
+def test_a_filter_on_what_the_set_up_uses_last_does_not_stop_it(lab):
+    """Without no_new_privs it is there before descriptors are closed and, in a joined PID namespace, before a fork."""
+    first = lab.create(lab.spec("sleep", "60"))
+    first.start()
+    spec = lab.spec("echo", "there", no_new_privileges=False, linux={"seccomp": deny("close_range", "clone3")})
+    joined = Namespace(Kind.PID, f"/proc/{first.init.pid}/ns/pid")
+    namespaces = tuple(joined if n.type is Kind.PID else n for n in spec.linux.namespaces)
+    spec = replace(spec, linux=replace(spec.linux, namespaces=namespaces))
+    for name in ("upper2", "work2"):  # two overlays may not share an upper directory
+        (lab.directory / name).mkdir()
+    options = (f"lowerdir={lab.busybox}", f"upperdir={lab.directory}/upper2", f"workdir={lab.directory}/work2")
+    root = Mount(type="overlay", source="overlay", options=options)
+    assert lab.run_spec(spec, rootfs=[root]).output == "there\n"

@@ -128,7 +128,7 @@ class WorkingDirectory(Step):
 
 @dataclass(frozen=True, slots=True)
 class BindMount(Step):
-    """A file or directory of the host."""
+    """A file or directory of the host. What options say to a file system is ignored, as mount(2) does with MS_BIND."""
 
     destination: str
     source: str
@@ -146,8 +146,10 @@ class BindMount(Step):
 
     def apply(self, stage: Stage) -> None:
         tree, options = stage.trees.pop(id(self)), self.options
-        if options.data:
-            raise ExecFailed(SETUP, f"mount {self.destination}: a bind mount has no option {options.data[0]!r}")
+        with contextlib.suppress(OSError):
+            # mountinfo goes by age, and is expected to go by the order in config.json. A detached tree can be copied
+            # since Linux 6.15.
+            tree = mount.clone_tree(tree, recursive=True)
         mount.set_attributes(
             tree,
             propagation=options.propagation or MS_PRIVATE,
