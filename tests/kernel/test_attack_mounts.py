@@ -407,3 +407,42 @@ def test_a_source_below_the_bundle_does_not_lead_out_of_the_specification(lab):
     spec = with_mounts(lab.spec("cat /etc/climbed"), Mount("/../../../etc/climbed", "bind", "given", ("bind",)))
     assert attempt(lab, spec) == "given"
     assert not Path("/etc/climbed").exists()
+
+
+class TestCopiedUp:
+    """tmpcopyup puts what the image holds into the runtime's own tmpfs: what lies there is the image's word again."""
+
+    def spec(self, lab, place: str, *args: str, **changes: object) -> Spec:
+        spec = lab.spec(*args, **changes)
+        copied = tuple(
+            replace(mount, options=(*mount.options, "tmpcopyup")) if mount.destination == place else mount
+            for mount in spec.mounts
+        )
+        return replace(spec, mounts=copied)
+
+    @pytest.mark.parametrize("name", ["console", "null", "ptmx", "shm", "pts", "mqueue", "fd", "stdout", "zero"])
+    def test_cve_2025_52565_and_cve_2026_88264_names_in_dev_that_lead_out(self, lab, bait, name):
+        for way in bait.ways():
+            (lab.plant / "dev" / name).unlink(missing_ok=True)
+            link(lab.plant / "dev" / name, way if name in ("shm", "pts", "mqueue") else f"{way}/file")
+            for terminal in (False, True):
+                with contextlib.suppress(*REFUSED):
+                    container = lab.create(self.spec(lab, "/dev", "true", "", terminal=terminal), user="bob")
+                    # Where something is mounted may be called so, inside the image; what is mounted may not.
+                    lines = Path(f"/proc/{container.init.pid}/mountinfo").read_text().splitlines()
+                    assert not [line for line in lines if str(bait.directory) in line.split()[3]]
+                    container.start()
+                    lab.wait(container.init)
+                assert bait.untouched()
+
+    def test_links_of_the_image_are_copied_and_not_followed(self, lab, bait):
+        (lab.plant / "copied").mkdir()
+        for number, way in enumerate(bait.ways()):
+            link(lab.plant / f"copied/file{number}", f"{way}/file")
+            link(lab.plant / f"copied/directory{number}", way)
+        copied = Mount("/copied", "tmpfs", "tmpfs", ("tmpcopyup",))
+        assert "bait" not in attempt(lab, with_mounts(lab.spec("cat /copied/file* /copied/*/file"), copied))
+        link(lab.plant / "whole", bait.directory)
+        seen = attempt(lab, with_mounts(lab.spec("cat /whole/file"), replace(copied, destination="/whole")))
+        assert "bait" not in (seen or "")
+        assert bait.untouched()

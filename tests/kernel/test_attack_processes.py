@@ -18,11 +18,12 @@ import pytest
 from support import elf
 from support.requirements import needs
 
+from corral.kernel import capabilities
 from corral.kernel.namespaces import Kind
 from corral.oci import procfs, program
 from corral.oci.channel import ParentEnd
 from corral.oci.runtime import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, Container, ExecFailed, Stdio
-from corral.oci.spec import Capabilities, Mount, Namespace, Rlimit, Spec
+from corral.oci.spec import Capabilities, IdMapping, Mount, Namespace, Rlimit, Spec
 from corral.runtime.execute import _with_capabilities
 
 pytestmark = needs("root", "overlayfs", "busybox")
@@ -391,6 +392,70 @@ def test_a_setuid_program_of_the_image_makes_nobody_root(lab, how):
     plant(lab, "suid", elf.GET_EUID, 0o4755)
     assert code_of(lab, how, "/suid", "x", user="bob") == 1000 & 0xFF
     assert code_of(lab, how, "/suid", "x", user="bob", no_new_privileges=False) == 0, "the test itself is wrong"
+
+
+class TestUserNamespace:
+    """root of a user namespace, with every capability in it and no filter, is an ordinary user of the host."""
+
+    FIRST = 300000
+
+    @pytest.fixture
+    def spec(self, lab) -> Callable[..., Spec]:
+        for directory in (lab.upper, lab.plant):
+            os.chown(directory, self.FIRST, self.FIRST)
+        mappings = (IdMapping(0, self.FIRST, 65536),)
+        every = tuple(f"CAP_{name}" for name in capabilities.NAMES)
+
+        def make(*args: str, **changes: object) -> Spec:
+            spec = holding(lab, lab.spec(*args, no_new_privileges=False, **changes), *every)
+            kinds = (*spec.linux.namespaces, Namespace(Kind.USER))
+            linux = replace(
+                spec.linux,
+                namespaces=kinds,
+                uid_mappings=mappings,
+                gid_mappings=mappings,
+                seccomp=None,
+                masked_paths=(),
+            )
+            return replace(spec, linux=linux)
+
+        return make
+
+    def test_a_setuid_program_of_the_hosts_root_gives_nothing(self, lab, spec):
+        """It is owned by nobody of the container's."""
+        plant(lab, "suid", elf.GET_EUID, 0o6755)
+        assert lab.run_spec(spec("/suid", "x"), user="bob").code == 1000 & 0xFF
+
+    def test_one_of_the_containers_root_gives_that_and_no_more(self, lab, spec):
+        plant(lab, "suid", elf.GET_EUID, 0o4755)
+        os.chown(lab.plant / "suid", self.FIRST, self.FIRST)
+        (lab.plant / "suid").chmod(0o4755)
+        assert lab.run_spec(spec("/suid", "x"), user="bob").code == 0
+        container = lab.create(spec("sleep", "60"))
+        container.start()
+        ids = status(Path(f"/proc/{container.init.pid}/status").read_text())["Uid"].split()
+        assert ids == [str(self.FIRST)] * 4
+
+    def test_what_is_the_hosts_stays_so(self, lab, spec):
+        secret = lab.directory / "secret"
+        secret.write_text("secret")
+        secret.chmod(0o600)
+        before = Path("/proc/sys/kernel/core_pattern").read_text()
+        script = (
+            "cat /secret; chown 0 /secret; echo x > /secret; mknod /disk b 7 0; mknod /mem c 1 1; head -c1 /mem; "
+            "echo '|/x' > /proc/sys/kernel/core_pattern; mount -o remount,rw /proc/sys; "
+            "echo '|/x' > /proc/sys/kernel/core_pattern; mount -t proc proc /tmp && echo '|/x' > "
+            "/tmp/sys/kernel/core_pattern; true"
+        )
+        seen = lab.run_spec(
+            replace(spec(script), mounts=(*spec(script).mounts, Mount("/secret", "bind", str(secret), ("rbind",))))
+        )
+        assert seen.code == 0
+        assert "Permission denied" in seen.output
+        assert (secret.read_text(), secret.stat().st_uid) == ("secret", 0)
+        assert Path("/proc/sys/kernel/core_pattern").read_text() == before
+        assert not (lab.upper / "disk").exists()
+        assert not (lab.upper / "mem").exists()
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="needs x86_64")
