@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import re
 from collections.abc import Iterable, Iterator
 
 from corral.kernel import mount
@@ -27,7 +26,16 @@ def new_overlay(options: Iterable[str], *, attributes: int = 0, scratch: str) ->
 
 def split_lower(value: str) -> list[str]:
     """The directories of a lowerdir= value; `\\:` is a colon and `\\\\` a backslash."""
-    return [re.sub(r"\\(.)", r"\1", part) for part in re.findall(r"(?:[^:\\]|\\.)+", value)]
+    if "\\" not in value:
+        return [part for part in value.split(":") if part]
+    parts = [""]
+    characters = iter(value)
+    for character in characters:
+        if character == ":":
+            parts.append("")
+        else:
+            parts[-1] += next(characters, "") if character == "\\" else character
+    return [part for part in parts if part]
 
 
 def _one_by_one(options: Iterable[str]) -> Iterator[str]:

@@ -6,15 +6,19 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from corral.kernel.cgroup import counters, membership, plans, signals, steps
+from corral.kernel.cgroup import membership, plans, signals, steps
 from corral.kernel.cgroup.layout import Hierarchy
 from corral.kernel.cgroup.oom import OomWatch
 from corral.kernel.cgroup.resources import Resources
-from corral.kernel.cgroup.stats import Stats
 from corral.kernel.cgroup.v1 import freezer as freezer_v1
 from corral.kernel.cgroup.v2 import freezer as freezer_v2
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from corral.kernel.cgroup.stats import Stats
 
 _V1_NAMES = {"io": "blkio"}
 _SHORTEST_S, _LONGEST_S = 0.0005, 0.05
@@ -51,13 +55,15 @@ class Cgroup:
     def __repr__(self) -> str:
         return f"Cgroup({self.path!r})"
 
-    def paths(self) -> list[Path]:
+    def paths(self) -> "list[Path]":
         """The directories that a process joins, one per hierarchy. See membership.birthplace()."""
+        from pathlib import Path
+
         return [Path(directory) for directory in self.directories]
 
     def exists(self) -> bool:
         """Whether any hierarchy still has it."""
-        return any(Path(directory).exists() for directory in self.directories)
+        return any(os.path.exists(directory) for directory in self.directories)  # noqa: PTH110 - see _remove()
 
     def watch_oom(self) -> OomWatch:
         """Count the OOM kills of a cgroup that was just made; without a memory controller there are none."""
@@ -73,8 +79,10 @@ class Cgroup:
         """
         steps.run(plans.plan(self.path, self._where, wanted, fresh=fresh), undo=not fresh)
 
-    def read(self) -> Stats:
+    def read(self) -> "Stats":
         """One reading of every counter. Raises OSError(ENOENT or ENODEV) if the cgroup is gone."""
+        from corral.kernel.cgroup import counters
+
         return counters.read(self._where)
 
     def freeze(self, timeout_s: float = 10.0) -> None:
@@ -182,7 +190,7 @@ class Cgroup:
 
 
 def _has(directory: str, name: str) -> bool:
-    return bool(directory) and Path(directory, name).exists()
+    return bool(directory) and os.path.exists(f"{directory}/{name}")  # noqa: PTH110 - see _remove()
 
 
 def _remove(directory: str) -> bool:

@@ -9,10 +9,8 @@ Source: proc_pid_mountinfo(5); kernel cgroup-v2.rst "Mounting".
 
 import enum
 import errno
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from corral.kernel.cgroup import files
 
@@ -73,7 +71,8 @@ def detect() -> Layout:
 
     Raises OSError(ENOENT) when no cgroup file system is mounted at all.
     """
-    layout = parse(Path(MOUNTINFO).read_text(), v2_controllers=_enabled)
+    with open(MOUNTINFO, encoding="utf-8", errors="surrogateescape") as file:
+        layout = parse(file.read(), v2_controllers=_enabled)
     if not layout.hierarchies:
         remedy = "mount -t cgroup2 cgroup2 /sys/fs/cgroup"
         raise OSError(errno.ENOENT, f"no cgroup file system is mounted: {remedy}", MOUNTINFO)
@@ -123,4 +122,6 @@ def _mounts(mountinfo: str) -> Iterator[tuple[Hierarchy, bool]]:
 
 
 def _unescape(path: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
+    """Every backslash begins an escape of three octal digits."""
+    head, *rest = path.split("\\")
+    return head + "".join(chr(int(part[:3], 8)) + part[3:] for part in rest)

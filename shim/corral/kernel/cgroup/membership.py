@@ -14,16 +14,19 @@ Source: kernel/cgroup/cgroup.c cgroup_procs_write_start(); clone(2) CLONE_INTO_C
 import errno
 import os
 from collections.abc import Iterable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from corral.kernel.cgroup import files
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PROCS = "cgroup.procs"
 TASKS = "tasks"  # v1 alone has it
 SELF = 0
 
 
-def birthplace(paths: Iterable[Path]) -> tuple[Path | None, list[Path]]:
+def birthplace(paths: "Iterable[Path]") -> "tuple[Path | None, list[Path]]":
     """Split a cgroup's directories: the v2 one, for CLONE_INTO_CGROUP, and those to join() from inside."""
     v2: Path | None = None
     rest = []
@@ -35,7 +38,7 @@ def birthplace(paths: Iterable[Path]) -> tuple[Path | None, list[Path]]:
     return v2, rest
 
 
-def join(paths: Iterable[Path], pid: int = SELF) -> None:
+def join(paths: "Iterable[Path]", pid: int = SELF) -> None:
     """Move a process into the given directories, one per hierarchy.
 
     pid SELF (0) is the caller, who must have a single thread; it is quick but for a v2 directory that the

@@ -11,10 +11,12 @@ import contextlib
 import os
 import select
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from corral.kernel.cgroup import files, membership
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 V2_EVENTS = "memory.events"
 V1_OOM_CONTROL = "memory.oom_control"
@@ -45,7 +47,7 @@ class OomWatch:
             self._epoll.register(fd, select.EPOLLPRI)
 
     @classmethod
-    def open(cls, paths: Iterable[Path], *, since_creation: bool = False) -> Self:
+    def open(cls, paths: "Iterable[Path]", *, since_creation: bool = False) -> Self:
         """Watch the one of a cgroup's directories that has a memory controller; without one count() is 0.
 
         A cgroup may outlive those who ran in it: without since_creation only kills from now on count.

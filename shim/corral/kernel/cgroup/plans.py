@@ -1,23 +1,12 @@
 """From limits to steps: which planner answers for which limit, in which version. A table, and its one reader."""
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 
-from corral.kernel.cgroup import pids, rdma, steps
+from corral.kernel.cgroup import steps
 from corral.kernel.cgroup.resources import CpuLimits, IoLimits, MemoryLimits, PidsLimits, Resources
 from corral.kernel.cgroup.steps import Step, Write
-from corral.kernel.cgroup.v1 import blkio, cpuset
-from corral.kernel.cgroup.v1 import cpu as cpu_v1
-from corral.kernel.cgroup.v1 import devices as devices_v1
-from corral.kernel.cgroup.v1 import hugetlb as hugetlb_v1
-from corral.kernel.cgroup.v1 import memory as memory_v1
-from corral.kernel.cgroup.v2 import cpu as cpu_v2
-from corral.kernel.cgroup.v2 import cpuset as cpuset_v2
-from corral.kernel.cgroup.v2 import devices as devices_v2
-from corral.kernel.cgroup.v2 import hugetlb as hugetlb_v2
-from corral.kernel.cgroup.v2 import io
-from corral.kernel.cgroup.v2 import memory as memory_v2
 
 type Planner = Callable[[str, Resources], list[Step]]
 type Directories = Mapping[str, tuple[str, int]]
@@ -27,7 +16,8 @@ UNIFIED = "unified"
 """In Directories: the v2 directory, whatever controllers it has."""
 
 _NO_CPU, _NO_MEMORY, _NO_PIDS, _NO_IO = CpuLimits(), MemoryLimits(), PidsLimits(), IoLimits()
-_RAW_KEY = re.compile(r"([a-z]+)\.[a-z0-9_.]+")
+_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz")
+_IN_NAMES = _LETTERS | frozenset("0123456789_.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,49 +28,44 @@ class _Part:
     v2: Planner
 
 
+def _of(module: str, part: Callable[[Resources], object]) -> Planner:
+    """The planner of a module that is loaded once there is a limit for it: most containers have few."""
+
+    def plan(directory: str, wanted: Resources) -> list[Step]:
+        planner: Callable[[str, object], list[Step]] = import_module(f"corral.kernel.cgroup.{module}").plan
+        return planner(directory, part(wanted))
+
+    return plan
+
+
 _PARTS = (
     _Part(
         "cpu",
         lambda r: r.cpu != _NO_CPU and replace(r.cpu, cpus=None, mems=None) != _NO_CPU,
-        lambda d, r: cpu_v1.plan(d, r.cpu),
-        lambda d, r: cpu_v2.plan(d, r.cpu),
+        _of("v1.cpu", lambda r: r.cpu),
+        _of("v2.cpu", lambda r: r.cpu),
     ),
     _Part(
         "cpuset",
         lambda r: bool(r.cpu.cpus or r.cpu.mems),
-        lambda d, r: cpuset.plan(d, r.cpu),
-        lambda d, r: cpuset_v2.plan(d, r.cpu),
+        _of("v1.cpuset", lambda r: r.cpu),
+        _of("v2.cpuset", lambda r: r.cpu),
     ),
     _Part(
         "memory",
         lambda r: r.memory != _NO_MEMORY,
-        lambda d, r: memory_v1.plan(d, r.memory),
-        lambda d, r: memory_v2.plan(d, r.memory),
+        _of("v1.memory", lambda r: r.memory),
+        _of("v2.memory", lambda r: r.memory),
     ),
-    _Part(
-        "pids",
-        lambda r: r.pids != _NO_PIDS,
-        lambda d, r: pids.plan(d, r.pids),
-        lambda d, r: pids.plan(d, r.pids),
-    ),
-    _Part(
-        "blkio",
-        lambda r: r.io != _NO_IO,
-        lambda d, r: blkio.plan(d, r.io),
-        lambda d, r: io.plan(d, r.io),
-    ),
+    _Part("pids", lambda r: r.pids != _NO_PIDS, _of("pids", lambda r: r.pids), _of("pids", lambda r: r.pids)),
+    _Part("blkio", lambda r: r.io != _NO_IO, _of("v1.blkio", lambda r: r.io), _of("v2.io", lambda r: r.io)),
     _Part(
         "hugetlb",
         lambda r: bool(r.hugetlb),
-        lambda d, r: hugetlb_v1.plan(d, r.hugetlb),
-        lambda d, r: hugetlb_v2.plan(d, r.hugetlb),
+        _of("v1.hugetlb", lambda r: r.hugetlb),
+        _of("v2.hugetlb", lambda r: r.hugetlb),
     ),
-    _Part(
-        "rdma",
-        lambda r: bool(r.rdma),
-        lambda d, r: rdma.plan(d, r.rdma),
-        lambda d, r: rdma.plan(d, r.rdma),
-    ),
+    _Part("rdma", lambda r: bool(r.rdma), _of("rdma", lambda r: r.rdma), _of("rdma", lambda r: r.rdma)),
 )
 
 
@@ -101,19 +86,23 @@ def plan(path: str, where: Directories, wanted: Resources, *, fresh: bool = Fals
         return planned
     # Last of all: a device program on v2 has no undo.
     if "devices" in where:
+        from corral.kernel.cgroup.v1 import devices as devices_v1
+
         planner = devices_v1.plan_fresh if fresh else devices_v1.plan
         return planned + planner(where["devices"][0], wanted.devices)
     if UNIFIED in where:
+        from corral.kernel.cgroup.v2 import devices as devices_v2
+
         return planned + devices_v2.plan(where[UNIFIED][0], wanted.devices)
     raise steps.unsupported(path, "this host has neither the cgroup controller 'devices' nor cgroup v2")
 
 
 def _raw(path: str, where: Directories, name: str, value: str) -> Step:
-    match = _RAW_KEY.fullmatch(name)
-    if match is None or match[1] == "cgroup":
+    owner, _, rest = name.partition(".")
+    if not owner or not rest or not _LETTERS.issuperset(owner) or not _IN_NAMES.issuperset(rest) or owner == "cgroup":
         raise steps.invalid(path, f"{name!r} is not the name of a controller's file")
-    controller = {"io": "blkio"}.get(match[1], match[1])
+    controller = {"io": "blkio"}.get(owner, owner)
     directory, version = where.get(controller, ("", 0))
     if version != 2:
-        raise steps.unsupported(path, f"{name}: controller {match[1]!r} is not in cgroup v2 on this host")
+        raise steps.unsupported(path, f"{name}: controller {owner!r} is not in cgroup v2 on this host")
     return Write(f"{directory}/{name}", value)
