@@ -347,6 +347,14 @@ def second_root(lab) -> list[Mount]:
     return [Mount(type="overlay", source="overlay", options=options)]
 
 
+PORT_START = "net/ipv4/ip_unprivileged_port_start"
+
+
+def rebound(mount: Mount, place: str) -> Mount:
+    """The host's, where it would be a new one."""
+    return Mount(place, "bind", place, ("rbind",)) if mount.destination == place else mount
+
+
 class TestSharedWithTheHost:
     """What shows a namespace that belongs to the host can't be mounted anew: the host's is bound."""
 
@@ -375,6 +383,16 @@ class TestSharedWithTheHost:
         output = lab.run_spec(with_namespaces(in_user_namespace(lab.spec(script), **linux), pid=None)).output
         assert output.startswith("81\n")
         assert "Read-only file system" in output
+
+    def test_processes_the_same_where_proc_is_a_bind_mount(self, lab):
+        """As podman has it; what else lies there is not written to."""
+        linux = {"sysctl": {"net.ipv4.ip_unprivileged_port_start": "81"}}
+        spec = with_namespaces(in_user_namespace(lab.spec("cat", f"/proc/sys/{PORT_START}"), **linux), pid=None)
+        bound = replace(spec, mounts=tuple(rebound(m, "/proc") for m in spec.mounts))
+        assert lab.run_spec(bound).output == "81\n"
+        none = replace(spec, mounts=tuple(m for m in spec.mounts if m.destination != "/proc"))
+        with pytest.raises(ExecFailed, match="not a procfs"):
+            lab.create(none, rootfs=second_root(lab))
 
     def test_processes_with_hidepid_is_refused(self, lab):
         spec = with_namespaces(in_user_namespace(lab.spec("true")), pid=None)

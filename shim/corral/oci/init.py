@@ -239,7 +239,7 @@ def settle(
 
     tell_listener: as for become(). controlling: this process takes the terminal, if there is one.
     """
-    write_sysctl(plan.sysctl, stage.proc)
+    write_sysctl(plan.sysctl, stage.root)
     if plan.hostname:
         socket.sethostname(plan.hostname)
     if plan.domainname:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from corral.kernel import paths
 from corral.kernel.mount import clone_tree, new_mount
 from corral.kernel.namespaces import Kind
+from corral.kernel.syscalls import PROC_SUPER_MAGIC, filesystem_magic
 from corral.oci.errors import SETUP, ExecFailed
 
 _IPC = frozenset(
@@ -52,14 +53,14 @@ def _kind_of(path: str) -> Kind | None:
     return None
 
 
-def write_sysctl(sysctl: Mapping[str, str], proc: int | None = None) -> None:
+def write_sysctl(sysctl: Mapping[str, str], root: int | None = None) -> None:
     """Write parameters, by path, in the namespaces of the caller.
 
-    proc: the container's procfs, for where a new one can't be made.
+    root: of the container, whose procfs will do where a new one can't be made.
     """
     if not sysctl:
         return
-    with paths.opened(_procfs(proc)) as procfs:
+    with paths.opened(_procfs(root)) as procfs:
         for path, value in sysctl.items():
             try:
                 resolve = paths.RESOLVE_BENEATH | paths.RESOLVE_NO_SYMLINKS
@@ -69,11 +70,18 @@ def write_sysctl(sysctl: Mapping[str, str], proc: int | None = None) -> None:
                 raise ExecFailed(SETUP, f"sysctl {path}={value}: {(e.strerror or str(e)).lower()}") from e
 
 
-def _procfs(proc: int | None) -> int:
+def _procfs(root: int | None) -> int:
     try:
         return new_mount("proc", "proc")
     except PermissionError:  # the PID namespace belongs to another user namespace
-        if proc is None:
+        if root is None:
             raise
-    # Without what was mounted over parts of it to make them read-only.
-    return clone_tree(proc)
+    flags = os.O_PATH | os.O_DIRECTORY
+    with paths.opened(paths.open_in_root(root, "proc", flags, resolve=paths.RESOLVE_NO_SYMLINKS)) as proc:
+        if filesystem_magic(proc) != PROC_SUPER_MAGIC or os.fstat(proc).st_ino != _ROOT_INODE:
+            raise ExecFailed(SETUP, "sysctl: what is mounted on /proc is not a procfs")
+        # Without what was mounted over parts of it to make them read-only.
+        return clone_tree(proc)
+
+
+_ROOT_INODE = 1
