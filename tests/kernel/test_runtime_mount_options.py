@@ -104,10 +104,6 @@ class TestNewFileSystems:
         with pytest.raises(OSError, match="nonsense"):
             lab.create(lab.spec("true", mounts=[Mount("/data", "tmpfs", "tmpfs", ("nonsense=1",))]))
 
-    def test_data_for_a_bind_mount_is_an_error_that_names_it(self, lab, source):
-        with pytest.raises(ExecFailed, match="size=1k"):
-            lab.create(lab.spec("true", mounts=[Mount("/data", "bind", str(source), ("bind", "size=1k"))]))
-
     def test_an_unknown_type_is_an_error_that_names_it(self, lab):
         with pytest.raises(OSError, match="nonsensefs"):
             lab.create(lab.spec("true", mounts=[Mount("/data", "nonsensefs", "none")]))
