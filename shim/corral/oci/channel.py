@@ -19,13 +19,13 @@ sentence, whatever it is.
 """
 
 import array
-import json
 import os
 import socket
 from collections.abc import Callable
 from typing import NoReturn
 
 from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, ExecFailed
+from corral.oci.json_text import dumps, loads
 
 _MAX_MESSAGE = 32768
 _MAX_TEXT = 2048
@@ -70,12 +70,12 @@ class ChildEnd:
 
     def send(self, member: str, value: object = True) -> None:
         """Say one thing, which receive() waits for."""
-        self._socket.send(json.dumps({member: value}).encode())
+        self._socket.send(dumps({member: value}).encode())
 
     def receive_answer(self) -> object:
         """What answers it; None if the runtime is gone."""
         data = self._socket.recv(_MAX_MESSAGE)
-        return json.loads(data) if data else None
+        return loads(data) if data else None
 
     def send_hooks(self) -> None:
         """Say that it is time for the runtime's hooks."""
@@ -96,7 +96,7 @@ class ChildEnd:
             message = {"error": SETUP, "message": f"{type(error).__name__}: {error}"}
         text = str(message["message"])
         message["message"] = text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"
-        self._socket.send(json.dumps(message).encode())
+        self._socket.send(dumps(message).encode())
 
     def wait_for_start(self) -> bool:
         """False if the runtime is gone."""
@@ -136,7 +136,7 @@ class ParentEnd:
 
     def send_answer(self, value: object) -> None:
         """Answer it. Raises BrokenPipeError if the child is gone."""
-        self._socket.send(json.dumps(value).encode(), socket.MSG_NOSIGNAL)
+        self._socket.send(dumps(value).encode(), socket.MSG_NOSIGNAL)
 
     def receive_ready(
         self,
@@ -199,7 +199,7 @@ class ParentEnd:
 
 def _parse(data: bytes) -> dict[str, object]:
     try:
-        message = json.loads(data)
+        message = loads(data)
     except (ValueError, RecursionError):
         message = None
     if not isinstance(message, dict):

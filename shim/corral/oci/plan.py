@@ -1,7 +1,6 @@
 """From a specification to the list of steps that set a container up. Pure: nothing here touches the kernel."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from corral.kernel.mount import MOUNT_ATTR_RDONLY, MS_PRIVATE, MS_SHARED, MS_SLAVE, MS_UNBINDABLE
 from corral.kernel.namespaces import Kind
@@ -80,12 +79,17 @@ def _root(spec: Spec, bundle: str, rootfs: Sequence[Mount]) -> RootFilesystem:
     if rootfs:
         mount = rootfs[0]
         options = _options(mount, "rootfs[0]")
-        source = str(Path(bundle, mount.source)) if options.bind else mount.source
+        source = _from(bundle, mount.source) if options.bind else mount.source
         return RootFilesystem(mount.type, source, options, propagation, _idmap(mount, options, spec, "rootfs[0]"))
     if spec.root is None:
         raise ValueError("root: missing")
     options = mount_options.MountOptions(bind=True, bind_recursive=True, attributes=Attributes())
-    return RootFilesystem("bind", str(Path(bundle, spec.root.path)), options, propagation)
+    return RootFilesystem("bind", _from(bundle, spec.root.path), options, propagation)
+
+
+def _from(bundle: str, path: str) -> str:
+    """A path of config.json, which may be relative to the bundle."""
+    return (path if path.startswith("/") else f"{bundle}/{path}").rstrip("/") or "/"
 
 
 def _options(mount: Mount, path: str) -> mount_options.MountOptions:
@@ -105,7 +109,7 @@ def _mount(mount: Mount, path: str, bundle: str, cgroups: Sequence[str], spec: S
     if options.bind:
         if not mount.source:
             raise ValueError(f"{path}.source: missing")
-        source = str(Path(bundle, mount.source))
+        source = _from(bundle, mount.source)
         return BindMount(mount.destination, source, options, _idmap(mount, options, spec, path))
     if mount.uid_mappings or mount.gid_mappings or options.idmap:
         raise ValueError(f"{path}: only a bind mount can have ids of its own")

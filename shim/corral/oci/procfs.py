@@ -10,7 +10,6 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 
 from corral.kernel import mount, namespaces, paths, process
 from corral.kernel.namespaces import Kind
@@ -53,7 +52,7 @@ def _members(namespace: int) -> Iterator[int]:
     own = os.fstat(namespace)
     for pid in sorted(int(entry.name) for entry in os.scandir("/proc") if entry.name.isdecimal()):
         try:
-            if os.path.samestat(Path(f"/proc/{pid}/ns/pid").stat(), own):
+            if os.path.samestat(os.stat(f"/proc/{pid}/ns/pid"), own):  # noqa: PTH116 - pathlib takes long to load
                 yield pid
         except OSError:
             continue

@@ -18,7 +18,6 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from corral.kernel import namespaces, process
@@ -152,7 +151,7 @@ class Container:
         *,
         user: str | None = None,
         stdio: Stdio,
-        cgroup_paths: Sequence[Path] = (),
+        cgroup_paths: Sequence[str | os.PathLike[str]] = (),
     ) -> ProcessHandle:
         """Run one more process inside; returns once its program was executed.
 
@@ -202,10 +201,10 @@ class Container:
 def create(
     spec: Spec,
     *,
-    bundle: Path,
+    bundle: str | os.PathLike[str],
     rootfs: Sequence[Mount] = (),
     user: str | None = None,
-    cgroup_paths: Sequence[Path] = (),
+    cgroup_paths: Sequence[str | os.PathLike[str]] = (),
     stdio: Stdio,
     console_size: tuple[int, int] | None = None,
     new_keyring: bool = True,
@@ -411,7 +410,7 @@ def _exec(
     spec: Process,
     user: str | None,
     stdio: Stdio,
-    cgroup_paths: Sequence[Path],
+    cgroup_paths: Sequence[str | os.PathLike[str]],
 ) -> ProcessHandle:
     check_process(spec)
     own = container.spec.process

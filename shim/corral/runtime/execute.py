@@ -2,15 +2,14 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import time
 from dataclasses import replace
-from pathlib import Path
 
 from corral.kernel import process as processes
 from corral.kernel.cgroup import Cgroup
 from corral.oci.decode import encode
+from corral.oci.json_text import loads
 from corral.oci.runtime import Container, ProcessHandle
 from corral.oci.spec import Capabilities, Process, Spec
 from corral.runtime import foreground, life, making, state
@@ -78,7 +77,7 @@ def _run(
         )
     except ProcessLookupError:
         raise CommandError("cannot exec in a stopped container", EXEC_CODE) from None
-    paths = _within(group.paths() if group is not None else [], options.texts("cgroup"))
+    paths = _within(group.directories if group is not None else (), options.texts("cgroup"))
     user = None if options.has("process") else options.text("user") or None
     return container.exec(wanted, user=user, stdio=making.own_stdio(wanted, kept), cgroup_paths=paths)
 
@@ -93,12 +92,12 @@ def _wait_until_thawed(context: Context, container_id: str) -> None:
             time.sleep(_LOOK_S)
 
 
-def _within(paths: list[Path], wanted: list[str]) -> list[Path]:
+def _within(paths: tuple[str, ...], wanted: list[str]) -> tuple[str, ...]:
     """The directories of the container's cgroup, or of one below it that is there already."""
     for each in wanted:
         if ":" in each or ".." in each.split("/"):
             raise CommandError(f"--cgroup: {each!r} is not the path of a cgroup below the container's")
-        paths = [path / each.lstrip("/") for path in paths]
+        paths = tuple([f"{path}/{each.lstrip('/')}" for path in paths])
     return paths
 
 
@@ -106,7 +105,7 @@ def _process(spec: Spec, options: Options, words: list[str]) -> Process:
     """The process that is asked for: a whole object, or the container's own with other arguments."""
     if options.has("process"):
         with open(options.text("process"), encoding="utf-8") as file:
-            return Process.from_json(json.load(file))
+            return Process.from_json(loads(file.read()))
     assert spec.process is not None
     if not words:
         raise CommandError("process args cannot be empty", EXEC_CODE)

@@ -1,16 +1,15 @@
 """From a bundle to a container whose init waits: what create and run share."""
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from corral.kernel import namespaces, process
 from corral.oci import runtime
 from corral.oci.gate import make_gate
+from corral.oci.json_text import loads
 from corral.oci.runtime import Container, Stdio
 from corral.oci.spec import Process, Spec
 from corral.runtime import groups, state
@@ -39,7 +38,7 @@ class Bundle:
         self.path = os.path.realpath(path or ".")
         try:
             with open(f"{self.path}/config.json", encoding="utf-8") as file:
-                self.document = json.load(file)
+                self.document = loads(file.read())
         except (FileNotFoundError, NotADirectoryError):
             raise CommandError(f"JSON specification file {self.path}/config.json not found") from None
         except ValueError as e:
@@ -98,8 +97,8 @@ def made(
             context.log.debug(f"creating {container_id} in cgroup {record.cgroup or '(none)'}")
             container = runtime.create(
                 spec,
-                bundle=Path(bundle.path),
-                cgroup_paths=group.paths() if group is not None else (),
+                bundle=bundle.path,
+                cgroup_paths=group.directories if group is not None else (),
                 stdio=stdio,
                 new_keyring=not options.on("no-new-keyring"),
                 gate=None if gate is None else gate.fileno(),

@@ -11,11 +11,11 @@ to be stale. The directory lies where a reboot empties it: nothing needs to be s
 
 import contextlib
 import fcntl
-import json
 import os
 from collections.abc import Iterator
 from enum import Enum
 
+from corral.oci.json_text import dumps, loads
 from corral.oci.spec import Spec
 from corral.runtime.errors import CommandError, not_there
 
@@ -129,7 +129,7 @@ class Place:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
         try:
             with open(fd, "w", encoding="utf-8") as file:
-                json.dump(value, file)
+                file.write(dumps(value))
             os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         except BaseException:
             os.unlink(temporary, dir_fd=self.fd)
@@ -138,7 +138,7 @@ class Place:
     def _read(self, name: str) -> object:
         fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)
         with open(fd, encoding="utf-8") as file:
-            return json.load(file)
+            return loads(file.read())
 
     def record(self) -> Record:
         """The record; the container does not exist without one."""

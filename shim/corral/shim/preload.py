@@ -4,6 +4,7 @@ Imports of a running shim would mix two versions of corral after an upgrade, and
 """
 
 import gc
+import json  # noqa: F401 - corral.oci.json_text may ask for it
 import sys
 
 import corral.oci.allotment  # for the shims to come, as the others

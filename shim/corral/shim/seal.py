@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import os
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 from corral.kernel import mount
@@ -21,7 +20,7 @@ _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_S
 
 def execute_sealed(marker: str) -> NoReturn:
     """Replace this process by the same one, sealed, with `marker` as one more argument. Raises OSError."""
-    interpreter = os.fspath(Path("/proc/self/exe").readlink())
+    interpreter = os.readlink("/proc/self/exe")  # noqa: PTH115 - pathlib takes long to load
     arguments = [interpreter, *sys.orig_argv[1:], marker]
     # argv[0] is the real path: from it the interpreter finds its standard library.
     with contextlib.suppress(OSError):
