@@ -175,7 +175,7 @@ def test_memory_user_read_only_and_bind_mount(client: Client, tmp_path: Path) ->
     tmp_path.chmod(0o755)
     script = "id -u; touch /x 2>/dev/null || echo read-only; cat /vol/file; touch /vol/y 2>/dev/null || echo no"
     options = {
-        "podman": ("-m", "64m", "--read-only", "--read-only-tmpfs=false", "--user", "5", "-v", f"{tmp_path}:/vol:ro"),
+        "podman": ("-m", "64m", "--read-only", "--user", "5", "-v", f"{tmp_path}:/vol:ro"),
         "docker": ("-m", "64m", "--read-only", "--user", "5", "-v", f"{tmp_path}:/vol:ro"),
         "ctr": (
             "--memory-limit", "67108864", "--read-only", "--user", "5",
@@ -184,6 +184,13 @@ def test_memory_user_read_only_and_bind_mount(client: Client, tmp_path: Path) ->
     }[client.name]  # fmt: skip
     result = client.run("sh", "-c", script, options=options)
     assert result.stdout == "5\nread-only\nfrom the hostno\n", result.stderr
+
+
+def test_a_memory_limit_holds(client: Client) -> None:
+    option = "--memory-limit" if client.name == "ctr" else "--memory"
+    script = "dd if=/dev/zero of=/dev/shm/x bs=1M count=60 2>/dev/null; echo $?"
+    result = client.run("sh", "-c", script, options=(option, str(32 << 20)))
+    assert result.stdout == "137\n", result.stderr
 
 
 def test_a_running_container_takes_exec_pause_and_an_end(client: Client) -> None:
