@@ -37,6 +37,8 @@ class Client:
     image: str
     inside: list[str] = field(default_factory=list)
     """Words before a command that is to run in its network namespace."""
+    directory: Path | None = None
+    """Where it runs: conmon leaves a file `oom` there."""
 
     def call(self, *words: str, **options: object) -> "subprocess.CompletedProcess[str]":
         # Into files, not pipes: a container that stays would hold them.
@@ -44,6 +46,7 @@ class Client:
             result = subprocess.run(
                 [*self.command, *words],
                 stdin=subprocess.DEVNULL,
+                cwd=self.directory,
                 stdout=out,
                 stderr=err,
                 timeout=TIMEOUT_S,
@@ -71,7 +74,9 @@ def client(
         pytest.skip(missing[0])
     scratch = tmp_path_factory.mktemp(name)
     with contextlib.ExitStack() as stack:
-        yield {"podman": podman, "docker": docker, "ctr": ctr}[name](stack, scratch, busybox_archive)
+        client = {"podman": podman, "docker": docker, "ctr": ctr}[name](stack, scratch, busybox_archive)
+        client.directory = scratch
+        yield client
 
 
 def podman(stack: contextlib.ExitStack, scratch: Path, archive: Path) -> Client:
