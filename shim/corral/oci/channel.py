@@ -18,9 +18,9 @@ A successor may be in the hands of the container it was born into, so what comes
 sentence, whatever it is.
 """
 
+import _socket as socket  # the part in C, which has all that is used here and takes a tenth of the time to load
 import array
 import os
-import socket
 from collections.abc import Callable
 from typing import NoReturn
 

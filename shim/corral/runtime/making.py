@@ -93,7 +93,7 @@ def made(
         else:
             undo.callback(groups.remove, record.cgroup)
         with contextlib.ExitStack() as block:
-            gate = block.enter_context(make_gate(place.gate)) if with_gate else None
+            gate = block.enter_context(contextlib.closing(make_gate(place.gate))) if with_gate else None
             context.log.debug(f"creating {container_id} in cgroup {record.cgroup or '(none)'}")
             container = runtime.create(
                 spec,
