@@ -4,12 +4,12 @@ import fcntl
 import os
 import stat
 import struct
-import termios
 
 from corral.kernel.syscalls import DEVPTS_SUPER_MAGIC, filesystem_magic
 
 _TIOCSPTLCK = 0x40045431
 _TIOCGPTPEER = 0x5441
+_TIOCSCTTY, _TIOCGWINSZ, _TIOCSWINSZ = 0x540E, 0x5413, 0x5414
 _PTMX = os.makedev(5, 2)
 
 
@@ -39,15 +39,15 @@ def open_slave(master: int) -> int:
 
 def set_window_size(fd: int, *, width: int, height: int) -> None:
     """Columns and rows of a terminal; its foreground processes get SIGWINCH."""
-    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+    fcntl.ioctl(fd, _TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
 
 
 def window_size(fd: int) -> tuple[int, int]:
     """(columns, rows) of a terminal."""
-    height, width, _, _ = struct.unpack("HHHH", fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8)))
+    height, width, _, _ = struct.unpack("HHHH", fcntl.ioctl(fd, _TIOCGWINSZ, bytes(8)))
     return width, height
 
 
 def make_controlling(slave: int) -> None:
     """Make a terminal the controlling one of this session leader."""
-    fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+    fcntl.ioctl(slave, _TIOCSCTTY, 0)

@@ -19,7 +19,6 @@ from corral.oci.channel import ChildEnd
 from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.gate import wait_at
 from corral.oci.imports import close_imports
-from corral.oci.larder import Larder
 from corral.oci.program import Program
 from corral.oci.stage import IdMap, PidNamespace, Stage, Step
 from corral.oci.stdio import Stdio, take_places, use_own_null, use_terminal
@@ -27,6 +26,7 @@ from corral.oci.sysctl import write_sysctl
 
 if TYPE_CHECKING:  # loaded for those who ask for it
     from corral.oci.hooks import InitHooks
+    from corral.oci.larder import Larder
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Way:
     """(fd, CLONE_NEW* flag, path) of namespaces to enter."""
     gate: int | None = None
     """Where to wait for start, once the runtime that made this process has left it there."""
-    larder: Larder | None = None
+    larder: "Larder | None" = None
     """Mounts made ahead."""
     pids: PidNamespace | None = None
     """The PID namespace to enter, by a successor."""

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from corral.kernel import capabilities, credentials, keyring, paths, process, rlimits
 from corral.kernel.namespaces import Kind
-from corral.kernel.seccomp import Filter, load
 from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, ExecFailed
 from corral.oci.spec import Capabilities, Linux, Process, Rlimit
 from corral.oci.users import Identity, identify
 
 if TYPE_CHECKING:  # loaded for those who ask for it
+    from corral.kernel.seccomp import Filter
     from corral.oci.allotment import Allotment
     from corral.oci.labels import Labels
 
@@ -54,7 +54,7 @@ class Program:
     no_new_privs: bool
     rlimits: tuple[Rlimit, ...]
     oom_score_adj: int | None
-    seccomp: Filter | None
+    seccomp: "Filter | None"
     terminal: bool
     """0, 1 and 2 are a pty of the container."""
     in_user_namespace: bool = False
@@ -68,7 +68,7 @@ class Program:
         return replace(self, uid=identity.uid, gid=identity.gid, groups=identity.groups, env=env)
 
 
-def program_of(spec: Process, linux: Linux, *, user: str | None, seccomp: Filter | None) -> Program:
+def program_of(spec: Process, linux: Linux, *, user: str | None, seccomp: "Filter | None") -> Program:
     """The program that a process object describes. Raises ValueError for names the kernel does not know."""
     env = dict(assignment.split("=", 1) for assignment in spec.env)
     env.setdefault("PATH", DEFAULT_PATH)
@@ -202,6 +202,8 @@ def filtered(program: Program, tell_listener: Callable[[int], None] | None = Non
     """Load seccomp, if it is not yet: the same program, with nothing left to load."""
     if program.seccomp is None:
         return program
+    from corral.kernel.seccomp import load  # whoever made the filter has loaded it
+
     listener = load(program.seccomp)
     if program.seccomp.has_listener:
         assert tell_listener is not None
@@ -260,6 +262,8 @@ def enter_directory(root: int, cwd: str) -> None:
 def execute(program: Program) -> NoReturn:
     """Load seccomp, if it is not yet, and become the program. Raises ExecFailed if it can't be executed."""
     if program.seccomp is not None:
+        from corral.kernel.seccomp import load  # likewise
+
         load(program.seccomp)
     process.unblock_signals()
     name = program.args[0]

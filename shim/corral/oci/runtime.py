@@ -38,10 +38,8 @@ from corral.oci.channel import ChildEnd, EndedEarly, ParentEnd, make_pair
 from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, ExecFailed
 from corral.oci.init import InitPlan, Way, run_init
 from corral.oci.join import run_joined
-from corral.oci.larder import Larder
 from corral.oci.program import Program, program_of
-from corral.oci.seccomp import filter_of
-from corral.oci.spec import Hooks, Mount, Process, Spec
+from corral.oci.spec import Hooks, Mount, Process, Seccomp, Spec
 from corral.oci.stage import PidNamespace, Step
 from corral.oci.state import CREATING, RUNNING, State
 from corral.oci.stdio import Stdio
@@ -49,8 +47,10 @@ from corral.oci.support import check_process, check_spec
 from corral.oci.sysctl import check_sysctl
 
 if TYPE_CHECKING:  # loaded for those who ask for it
+    from corral.kernel.seccomp import Filter
     from corral.oci.allotment import Allotment
     from corral.oci.hooks import InitHooks
+    from corral.oci.larder import Larder
 
 __all__ = [
     "EXEC_DENIED",
@@ -209,7 +209,7 @@ def create(
     console_size: tuple[int, int] | None = None,
     new_keyring: bool = True,
     gate: int | None = None,
-    larder: Larder | None = None,
+    larder: "Larder | None" = None,
     container_id: str = "",
 ) -> Container:
     """Make a container: returns when init has finished its set-up and waits for start().
@@ -312,7 +312,7 @@ def plan_of(
     return InitPlan(
         bundle=place,
         steps=tuple(steps),
-        program=program_of(spec.process, spec.linux, user=user, seccomp=filter_of(spec.linux.seccomp)),
+        program=program_of(spec.process, spec.linux, user=user, seccomp=_filter(spec.linux.seccomp)),
         hostname=spec.hostname,
         domainname=spec.domainname,
         sysctl=check_sysctl(spec.linux.sysctl, [namespace.type for namespace in spec.linux.namespaces]),
@@ -335,6 +335,14 @@ def _hooks(spec: Spec, hooks: Hooks, bundle: str, container_id: str) -> "tuple[I
     place = os.path.join(bundle, spec.root.path) if spec.root is not None else bundle  # noqa: PTH118 - as config.json
     state = State(container_id or os.path.basename(bundle), bundle, spec.annotations)  # noqa: PTH119 - likewise
     return InitHooks(hooks, state), place if os.path.isdir(place) else bundle  # noqa: PTH112 - likewise
+
+
+def _filter(profile: Seccomp | None) -> "Filter | None":
+    if profile is None:
+        return None
+    from corral.oci.seccomp import filter_of
+
+    return filter_of(profile)
 
 
 @contextlib.contextmanager
@@ -419,7 +427,7 @@ def _exec(
     if spec.exec_cpu_affinity is None and own is not None and own.exec_cpu_affinity is not None:
         spec = replace(spec, exec_cpu_affinity=own.exec_cpu_affinity)
     linux = container.spec.linux
-    program = program_of(spec, linux, user=user, seccomp=filter_of(linux.seccomp))
+    program = program_of(spec, linux, user=user, seccomp=_filter(linux.seccomp))
     affinity = None
     if spec.exec_cpu_affinity is not None:
         from corral.oci.allotment import affinity_of

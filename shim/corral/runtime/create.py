@@ -85,12 +85,12 @@ def run(context: Context, options: Options, arguments: list[str]) -> int:
         made.container.start()
     if detach:
         return 0
+    from corral.runtime import remove  # while the program runs
+
     try:
         return foreground.stay(made.container.init, signals)
     finally:
         if not options.on("keep"):
-            from corral.runtime import remove
-
             remove.remove(context, arguments[0], force=True)
 
 

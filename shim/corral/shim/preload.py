@@ -15,7 +15,8 @@ import corral.oci.labels
 import corral.oci.listener
 import corral.oci.net_devices
 import corral.oci.passage
-import corral.oci.runtime  # noqa: F401 - likewise
+import corral.oci.runtime
+import corral.oci.seccomp  # noqa: F401 - likewise
 from corral.kernel import shared_memory
 from corral.oci.rehearsal import rehearse
 from corral.shim.warmup import warm_up
