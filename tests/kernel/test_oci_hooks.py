@@ -72,6 +72,18 @@ def test_are_run_by_the_command_whose_moment_it_is(oci: Runtime, log: Path) -> N
     assert lines(log)[4] == ("poststop", lines(log)[0][1] | {"status": "stopped", "pid": 0})
 
 
+def test_start_waits_for_those_that_take_their_time(oci: Runtime) -> None:
+    spec = oci.spec("sleep", "1000")
+    slow = {"path": "/bin/busybox", "args": ["busybox", "sh", "-c", "sleep 0.5; echo done > /log"]}
+    spec["hooks"] = {"startContainer": [slow]}
+    oci.write_spec(spec)
+    name = oci.new_id()
+    oci.detached("create", name)
+    oci.ok("start", name)
+    assert (oci.bundle / "rootfs/log").read_text() == "done\n"
+    assert oci.status(name) == "running"
+
+
 @pytest.mark.parametrize("point", ["prestart", "createRuntime", "createContainer"])
 def test_that_fail_undo_the_creation_and_poststop_follows(oci: Runtime, log: Path, tmp_path: Path, point: str) -> None:
     (tmp_path / f"fail-{point}").touch()

@@ -22,12 +22,12 @@ def patience(pidfd: int, limit_s: float) -> Callable[[], None]:
     """What to ask while a child is waited for: once it is stopped, or takes too long, kills it and raises ExecFailed.
 
     Who is root in its PID namespace can signal it while it is not yet one of theirs. It must not hold up the caller,
-    who has the container to look after.
+    who has the container to look after. Somebody else's child, such as an init left at its gate, has but its time.
     """
     give_up_at = time.monotonic() + limit_s
 
     def check() -> None:
-        if os.waitid(os.P_PIDFD, pidfd, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None:
+        if _is_stopped(pidfd):
             reason = "the process was stopped by a signal during its set-up"
         elif time.monotonic() > give_up_at:
             reason = f"the process was not set up within {limit_s:g} seconds"
@@ -38,6 +38,13 @@ def patience(pidfd: int, limit_s: float) -> Callable[[], None]:
         raise ExecFailed(SETUP, reason)
 
     return check
+
+
+def _is_stopped(pidfd: int) -> bool:
+    try:
+        return os.waitid(os.P_PIDFD, pidfd, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # only its parent is told
+        return False
 
 
 def how_it_ended(status: int | None) -> str:
