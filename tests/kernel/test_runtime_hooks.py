@@ -110,6 +110,12 @@ class TestMoments:
         assert "from-container" in output
         assert "Read-only file system" in output
 
+    @pytest.mark.parametrize("point", ["prestart", "create_runtime", "create_container"])
+    def test_the_time_they_take_is_not_the_set_ups(self, lab, on_host, monkeypatch, point):
+        monkeypatch.setattr("corral.oci.runtime.SETUP_S", 0.2)
+        monkeypatch.setattr("corral.oci.channel.LOOK_S", 0.001)
+        lab.create(hooked(lab, Hooks(**{point: (on_host("slow", "sleep 0.3"),)})))
+
     def test_a_container_started_at_its_gate_is_no_exception(self, lab, on_host, tmp_path):
         log = tmp_path / "log"
         hooks = Hooks(start_container=(in_container("echo start > /log"),), poststart=(on_host("p", f"cat > {log}"),))

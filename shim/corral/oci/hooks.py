@@ -77,8 +77,8 @@ class InitHooks(Step):
 
     @property
     def has_patience(self) -> bool:
-        """Whether init may take as long as it likes: how long a hook may take is for the hook to say."""
-        return bool(self._hooks.create_container or self._hooks.start_container)
+        """Whether the set-up may take as long as it likes: how long a hook may take is for the hook to say."""
+        return bool(self._hooks.prestart or self._hooks.create_runtime or self._hooks.create_container)
 
     def take(self, channel: ChildEnd) -> None:
         """The channel to the runtime, from init's side."""
