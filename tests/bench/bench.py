@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import memory
-from peers import Peer, installed_peers, quiet
+from peers import CorralOci, Peer, Runc, installed_peers, quiet
 from support.corrald import CORRAL, Corrald, running
 from support.images import write_busybox
 
@@ -66,6 +66,10 @@ def bench_cold(daemon: Corrald, peers: list[Peer]) -> None:
             if peer.runs_with(network):
                 jobs[peer.name] = lambda peer=peer, network=network: peer.run(network)  # type: ignore[misc]
         table(f"cold start: run --rm IMAGE true, network {network}", interleaved(jobs), "ms", "corral")
+    with tempfile.TemporaryDirectory(prefix="corral-bench-") as scratch, contextlib.ExitStack() as stack:
+        runtimes = [CorralOci(Path(scratch), Path(), stack), *(peer for peer in peers if isinstance(peer, Runc))]
+        jobs = {f"{each.name} run": lambda each=each: each.run("none") for each in runtimes}  # type: ignore[misc]
+        table("an OCI runtime alone: run of true", interleaved(jobs, ROUNDS * 2), "ms", f"{runtimes[-1].name} run")
 
 
 def bench_api(daemon: Corrald, peers: list[Peer]) -> None:

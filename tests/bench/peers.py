@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import memory
+from support.corrald import CORRAL
 from support.images import busybox_layer
 
 _numbers = itertools.count()
@@ -70,38 +71,47 @@ class Runc(Peer):
 
     name = "runc"
     needs = ("runc",)
+    program = "runc"
 
     def __init__(self, scratch: Path, archive: Path, stack: contextlib.ExitStack) -> None:
-        self.bundle = scratch / "runc-bundle"
+        self.bundle = scratch / f"{self.name}-bundle"
         rootfs = self.bundle / "rootfs"
         rootfs.mkdir(parents=True)
         with tarfile.open(fileobj=io.BytesIO(busybox_layer())) as tar:
             tar.extractall(rootfs, filter="tar")
-        quiet(["runc", "spec", "--bundle", str(self.bundle)])
+        quiet([self.program, "spec", "--bundle", str(self.bundle)])
         self._spec = json.loads((self.bundle / "config.json").read_text())
         self._write(["true"])
-        self.root = ["--root", str(scratch / "runc")]
+        self.command = [self.program, "--root", str(scratch / self.name)]
 
     def _write(self, args: list[str]) -> None:
         self._spec["process"] |= {"terminal": False, "args": args}
         (self.bundle / "config.json").write_text(json.dumps(self._spec))
 
     def run(self, network: str) -> None:
-        quiet(["runc", *self.root, "run", "--bundle", str(self.bundle), self.new_name()])
+        quiet([*self.command, "run", "--bundle", str(self.bundle), self.new_name()])
 
     @contextlib.contextmanager
     def running(self) -> Iterator[str]:
         name = self.new_name()
         self._write(["sleep", "1000"])
-        quiet(["runc", *self.root, "run", "--detach", "--bundle", str(self.bundle), name])
+        quiet([*self.command, "run", "--detach", "--bundle", str(self.bundle), name])
         self._write(["true"])
         try:
             yield name
         finally:
-            quiet(["runc", *self.root, "delete", "--force", name])
+            quiet([*self.command, "delete", "--force", name])
 
     def exec(self, container: str) -> None:
-        quiet(["runc", *self.root, "exec", container, "true"])
+        quiet([*self.command, "exec", container, "true"])
+
+
+class CorralOci(Runc):
+    """Corral's own runtime as a command, on a bundle of the same kind."""
+
+    name = "corral-oci"
+    needs = ()
+    program = str(CORRAL.with_name("corral-oci"))
 
 
 class Ctr(Peer):
