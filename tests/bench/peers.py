@@ -82,7 +82,7 @@ class Runc(Peer):
         quiet([self.program, "spec", "--bundle", str(self.bundle)])
         self._spec = json.loads((self.bundle / "config.json").read_text())
         self._write(["true"])
-        self.command = [self.program, "--root", str(scratch / self.name)]
+        self.command = [self.program, "--root", str(run_directory(stack))]
 
     def _write(self, args: list[str]) -> None:
         self._spec["process"] |= {"terminal": False, "args": args}
@@ -126,7 +126,7 @@ class Ctr(Peer):
         base.mkdir()
         config = base / "config.toml"
         config.write_text(
-            f'version = 2\nroot = "{base}/root"\nstate = "{base}/state"\n'
+            f'version = 2\nroot = "{base}/root"\nstate = "{run_directory(stack)}/state"\n'
             'disabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
             f'[grpc]\naddress = "{base}/c.sock"\n'
         )
@@ -172,8 +172,8 @@ class Docker(Peer):
         stack.callback(shutil.rmtree, base, ignore_errors=True)
         command = [
             *in_own_network(stack),
-            "dockerd", "--data-root", f"{base}/root", "--exec-root", f"{base}/exec", "--pidfile", f"{base}/pid",
-            "--host", f"unix://{base}/d.sock", "--ip-forward=false",
+            "dockerd", "--data-root", f"{base}/root", "--exec-root", f"{run_directory(stack)}/exec",
+            "--pidfile", f"{base}/pid", "--host", f"unix://{base}/d.sock", "--ip-forward=false",
             "--userland-proxy=false", "--config-file", "/dev/null",
         ]  # fmt: skip
         (base / "empty.json").write_text("{}")
@@ -219,8 +219,8 @@ class Podman(Peer):
         base = scratch / "podman"
         self.command = [
             *in_own_network(stack),
-            "podman", "--root", f"{base}/root", "--runroot", f"{base}/run", "--cgroup-manager", "cgroupfs",
-            "--runtime", "runc", "--tmpdir", f"{base}/tmp", "--network-config-dir", f"{base}/net",
+            "podman", "--root", f"{base}/root", "--runroot", f"{run_directory(stack)}/run",
+            "--cgroup-manager", "cgroupfs", "--runtime", "runc", "--tmpdir", f"{base}/tmp", "--network-config-dir", f"{base}/net",
         ]  # fmt: skip
         quiet([*self.command, "load", "--input", str(archive)])
         stack.callback(
@@ -272,6 +272,18 @@ def installed_peers(stack: contextlib.ExitStack, scratch: Path, archive: Path) -
         else:
             peers.append(peer)
     return peers
+
+
+def memory_directory() -> str:
+    """A directory on a tmpfs, as /run is on most hosts; /tmp where there is none."""
+    mounts = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
+    tmpfs = {place for _, place, kind, *_ in mounts if kind == "tmpfs"}
+    return next((place for place in ("/run", "/dev/shm") if place in tmpfs), "/tmp")
+
+
+def run_directory(stack: contextlib.ExitStack) -> Path:
+    """Where a peer keeps its run state, as corral keeps its own; removed with the stack."""
+    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="corral-run-", dir=memory_directory())))
 
 
 def start(stack: contextlib.ExitStack, command: list[str], log: Path) -> "subprocess.Popen[bytes]":

@@ -33,13 +33,16 @@ class Place:
 
     tag: str
     directory: Path
+    run: Path | None = None
+    """Where the run state is, if not in the directory."""
 
     @classmethod
-    def make(cls) -> "Place":
+    def make(cls, run_in: str = "") -> "Place":
+        """run_in: where to have the run state, say on a tmpfs, as /run is on most hosts."""
         # The session's tag is part of it, so that the search for leaks knows whose it is. Short: a link's name has at
         # most 15 characters.
         tag = f"{os.environ.get(TAG_VARIABLE, 'corral')}{secrets.token_hex(2)}"
-        return cls(tag, Path(tempfile.mkdtemp(prefix=f"{tag}-", dir="/tmp")))
+        return cls(tag, Path(tempfile.mkdtemp(prefix=f"{tag}-", dir="/tmp")), Path(run_in, tag) if run_in else None)
 
     @property
     def root(self) -> Path:
@@ -47,7 +50,7 @@ class Place:
 
     @property
     def state(self) -> Path:
-        return self.directory / "state"
+        return self.run or self.directory / "state"
 
     @property
     def bridge(self) -> str:
@@ -243,8 +246,10 @@ class Corrald:
                 process.kill()
                 process.wait()
             left += self.leftovers()
-            sweep.purge(self.place.directory, self.place.cgroup_parent, self.place.bridge, self.place.nft_table)
-            shutil.rmtree(self.place.directory, ignore_errors=True)
+            place = self.place
+            sweep.purge(place.directory, place.state, place.cgroup_parent, place.bridge, place.nft_table)
+            for directory in (place.directory, place.state):
+                shutil.rmtree(directory, ignore_errors=True)
         assert not left, f"left behind: {left}"
 
     def __enter__(self) -> Self:

@@ -127,12 +127,13 @@ def ports(bridge: str) -> list[str]:
     return sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
 
 
-def purge(directory: Path, cgroup_parent: str, bridge: str, nft_table: str) -> None:
+def purge(directory: Path, state: Path, cgroup_parent: str, bridge: str, nft_table: str) -> None:
     """Remove all of it, whatever state it is in."""
-    kill(shims(directory / "state"), lambda: shims(directory / "state"))
+    kill(shims(state), lambda: shims(state))
     thaw(cgroup_parent)
     kill(pids(cgroup_parent), lambda: pids(cgroup_parent))
     unmount_below(directory)
+    unmount_below(state)
     for name in (*ports(bridge), bridge):
         if (Path("/sys/class/net") / name).exists():
             subprocess.run(["ip", "link", "delete", name], capture_output=True, check=False)
