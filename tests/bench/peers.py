@@ -220,7 +220,8 @@ class Podman(Peer):
         self.command = [
             *in_own_network(stack),
             "podman", "--root", f"{base}/root", "--runroot", f"{run_directory(stack)}/run",
-            "--cgroup-manager", "cgroupfs", "--runtime", "runc", "--tmpdir", f"{base}/tmp", "--network-config-dir", f"{base}/net",
+            "--cgroup-manager", "cgroupfs", "--runtime", "runc",
+            "--tmpdir", f"{base}/tmp", "--network-config-dir", f"{base}/net",
         ]  # fmt: skip
         quiet([*self.command, "load", "--input", str(archive)])
         stack.callback(
