@@ -1,6 +1,7 @@
 """The stand-in for dataclasses does what the standard module does, for what the core uses of it."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,45 @@ class Named(Point):
     def norm(self):
         return self.x + self.y + 1
 '''
+
+
+RICH = {
+    "ociVersion": "1.2.0",
+    "process": {
+        "cwd": "/", "args": ["a"], "consoleSize": {"height": 1, "width": 2}, "oomScoreAdj": -5, "ioPriority": None,
+        "user": {"uid": 1, "umask": 18, "additionalGids": [3, 4]},
+        "scheduler": {"policy": "SCHED_BATCH", "flags": ["SCHED_FLAG_RESET_ON_FORK"]},
+        "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 1, "hard": 2**64 - 1}],
+    },
+    "annotations": {"a": "b"},
+    "hooks": {"poststop": [{"path": "/bin/true", "args": ["true"], "timeout": 3}]},
+    "linux": {
+        "sysctl": {"net.ipv4.ip_forward": "1"},
+        "namespaces": [{"type": "network", "path": "/proc/1/ns/net"}],
+        "uidMappings": [{"containerID": 0, "hostID": 1000, "size": 1}],
+        "devices": [{"path": "/dev/x", "type": "c", "major": 1, "minor": 3, "fileMode": 438}],
+        "resources": {
+            "devices": [{"allow": True, "type": "c", "major": 1, "access": "rw"}],
+            "memory": {"limit": 2**30, "swap": -1}, "cpu": {"shares": 100, "cpus": "0"}, "unified": {"a.b": "c"},
+            "blockIO": {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]},
+        },
+        "seccomp": {
+            "defaultAction": "SCMP_ACT_ERRNO", "architectures": ["SCMP_ARCH_X86_64"],
+            "syscalls": [
+                {"names": ["read"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 1, "value": 2, "op": "SCMP_CMP_EQ"}]}
+            ],
+        },
+    },
+}  # fmt: skip
+"""Something of every kind that an annotation can tell."""
+WRONG = [
+    {"root": {}},
+    {"process": {"cwd": "/", "user": {"uid": -1}}},
+    {"process": {"cwd": "/", "user": {"umask": "x"}}},
+    {"process": {"cwd": "/", "scheduler": {"policy": "SCHED_NONE"}}},
+    {"linux": {"namespaces": [{"type": "none"}]}},
+    {"linux": {"sysctl": {"a": 1}}},
+]
 
 
 @pytest.fixture(params=[dataclasses, records], ids=["standard", "ours"])
@@ -102,21 +142,23 @@ def test_the_core_reads_and_writes_a_specification_the_same_with_ours() -> None:
     program = (
         "import sys, json; sys.path.insert(0, sys.argv[1])\n"
         "if sys.argv[2] == 'ours':\n"
+        "    from corral.runtime import hints; hints.install()\n"
         "    from corral.runtime import records; records.install()\n"
         "from corral.oci.spec import Spec\n"
         "from corral.runtime.template import default_spec, rootless_spec\n"
-        "for value in (default_spec(), rootless_spec(1, 2)):\n"
+        "for value in (default_spec(), rootless_spec(1, 2), json.loads(sys.argv[3])):\n"
         "    spec = Spec.from_json(value); print(spec); print(json.dumps(spec.to_json()))\n"
-        "try:\n    Spec.from_json({'ociVersion': '1.0.0', 'root': {}})\n"
-        "except ValueError as e:\n    print(e)\n"
-        "print('inspect' in sys.modules, file=sys.stderr)\n"
+        "for wrong in json.loads(sys.argv[4]):\n"
+        "    try:\n        Spec.from_json({'ociVersion': '1.0.0', **wrong})\n"
+        "    except ValueError as e:\n        print(e)\n"
+        "print('inspect' in sys.modules, hasattr(sys.modules['typing'], '__file__'), file=sys.stderr)\n"
     )
     results = [
         subprocess.run(
-            [sys.executable, "-IS", "-c", program, str(REPO / "shim"), which],
+            [sys.executable, "-IS", "-c", program, str(REPO / "shim"), which, json.dumps(RICH), json.dumps(WRONG)],
             capture_output=True, text=True, check=True,
         )
         for which in ("standard", "ours")
     ]  # fmt: skip
     assert results[0].stdout == results[1].stdout
-    assert results[1].stderr == "False\n"
+    assert results[1].stderr == "False False\n"

@@ -48,7 +48,7 @@ def script(interpreter: str, place: str) -> str:
 
 def index(place: Path) -> bytes:
     """The index, see corral.runtime.index, of what the commands load: of ours, and of the standard library."""
-    for name in ("main", "sealing", "records", "commands", *_COMMANDS):
+    for name in ("main", "sealing", "hints", "records", "commands", *_COMMANDS):
         import_module(f"corral.runtime.{name}")
     for name in ("corral.kernel.bare", "corral.shim.seal"):
         import_module(name)
