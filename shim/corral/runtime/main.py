@@ -1,8 +1,7 @@
 """The entry. What happens here is in the order it is for the time it takes to start: a command is over in milliseconds.
 
-Nothing is imported before it is known that this process stays; for the modules of the
-standard library that are slow to load there are stand-ins; and what is
-allocated is not searched for garbage.
+Nothing is imported before it is known that this process stays; for the modules of the standard library that are slow to
+load there are stand-ins; and what is allocated is not searched for garbage.
 """
 
 import gc
