@@ -220,6 +220,18 @@ def test_what_a_killed_create_left_can_be_deleted_by_force(oci: Runtime) -> None
     assert not (oci.root / name).exists()
 
 
+def test_what_a_killed_create_left_takes_nobody_elses_cgroup_along(oci: Runtime) -> None:
+    """Killed before it looked whether the cgroup that config.json names is another container's."""
+    first, second = oci.sleeping(), oci.new_id()
+    record = json.loads((oci.root / first / "state.json").read_text())
+    left = record | {"id": second, "pid": 0, "start_time": 0, "cgroup_is_own": False}
+    (oci.root / second).mkdir()
+    (oci.root / second / "state.json").write_text(json.dumps(left))
+    oci.ok("delete", "--force", second)
+    assert oci.status(first) == "running"
+    assert cgroups(first)
+
+
 def test_a_cgroup_that_is_in_use_or_frozen_is_refused_and_left_alone(oci: Runtime) -> None:
     first = oci.sleeping()
     oci.write_spec(oci.spec("true") | {"linux": oci.spec("true")["linux"] | {"cgroupsPath": f"/corral-oci/{first}"}})

@@ -66,7 +66,8 @@ def run_guide(
     try:
         joined = [] if passage.user is None else [passage.user[0]]
         # The files by which an ordinary user maps ids belong to root as long as nobody may look in.
-        enter_privately(channel, stdio, [*way.given(stdio, membership), *joined], visible=os.geteuid() != 0)
+        visible = os.geteuid() != 0 and bool(passage.unshare)
+        enter_privately(channel, stdio, [*way.given(stdio, membership), *joined], visible=visible)
         membership.join_v1()
         programs.begin(plan.program)
         for limit in plan.program.rlimits:

@@ -148,17 +148,18 @@ def _group(text: str) -> int:
 
 
 def _report(handle: ProcessHandle, options: Options) -> None:
-    if handle.console is not None and options.has("console-socket"):
-        send_descriptor(options.text("console-socket"), handle.console, b"/dev/ptmx")
-        os.close(handle.console)
-        handle.console = None
-    if options.has("pidfd-socket"):
-        send_descriptor(options.text("pidfd-socket"), handle.pidfd, b"pidfd")
-    if options.has("pid-file"):
-        with contextlib.ExitStack() as undo:
-            undo.callback(_kill, handle)
+    """Tell the caller of the process; who can't be told must not find it running."""
+    with contextlib.ExitStack() as undo:
+        undo.callback(_kill, handle)
+        if handle.console is not None and options.has("console-socket"):
+            send_descriptor(options.text("console-socket"), handle.console, b"/dev/ptmx")
+            os.close(handle.console)
+            handle.console = None
+        if options.has("pidfd-socket"):
+            send_descriptor(options.text("pidfd-socket"), handle.pidfd, b"pidfd")
+        if options.has("pid-file"):
             making.write_pid_file(options.text("pid-file"), handle.pid)
-            undo.pop_all()
+        undo.pop_all()
 
 
 def _kill(handle: ProcessHandle) -> None:

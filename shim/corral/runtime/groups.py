@@ -49,6 +49,13 @@ def make(linux: Linux, path: str) -> Cgroup | None:
         raise
 
 
+def remove_empty(path: str) -> None:
+    """Remove what a create that was killed may have made, unless somebody is in there: that is another container's."""
+    for directory in Driver(detect()).open(path).paths():
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)  # noqa: PTH106 - whatever kind of path it is
+
+
 def remove(path: str) -> None:
     """Remove a cgroup with whatever is left in it, and our own parent of it once that is empty."""
     driver = Driver(detect())

@@ -92,6 +92,8 @@ def made(
             record.cgroup = ""
         else:
             undo.callback(groups.remove, record.cgroup)
+            record.cgroup_is_own = True
+            place.write(state.STATE, record.to_json())
         with contextlib.ExitStack() as block:
             gate = block.enter_context(contextlib.closing(make_gate(place.gate))) if with_gate else None
             context.log.debug(f"creating {container_id} in cgroup {record.cgroup or '(none)'}")
@@ -141,10 +143,16 @@ def check_terminal(process: Process, options: Options, *, detached: bool) -> Non
         raise CommandError("--console-socket is given, but the process has no terminal")
 
 
+def _listen_fds() -> int:
+    """How many sockets systemd gave to this command. Source: sd_listen_fds(3); podman names pid 1."""
+    number = os.environ.get("LISTEN_FDS", "")
+    given = os.environ.get("LISTEN_PID", "") in ("", "1", str(os.getpid()))
+    return int(number) if given and number.isascii() and number.isdecimal() else 0
+
+
 def kept_fds(options: Options) -> tuple[int, ...]:
     """The fds that --preserve-fds and systemd's $LISTEN_FDS name. Called before anything was opened."""
-    listening = os.environ.get("LISTEN_FDS", "")
-    count = options.number("preserve-fds") + (int(listening) if listening.isdecimal() else 0)
+    count = options.number("preserve-fds") + _listen_fds()
     if count < 0:
         raise CommandError(f"--preserve-fds: {options.text('preserve-fds')} is negative")
     kept = tuple(range(_FIRST_KEPT, _FIRST_KEPT + count))
@@ -158,8 +166,8 @@ def kept_fds(options: Options) -> tuple[int, ...]:
 
 def with_listen_fds(process: Process) -> Process:
     """Tell the process of the sockets it is given."""
-    listening = os.environ.get("LISTEN_FDS", "")
-    if not listening.isdecimal():
+    listening = _listen_fds()
+    if not listening:
         return process
     return replace(process, env=(*process.env, f"LISTEN_FDS={listening}", "LISTEN_PID=1"))
 

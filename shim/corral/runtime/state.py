@@ -41,6 +41,7 @@ class Record:
         "annotations",
         "bundle",
         "cgroup",
+        "cgroup_is_own",
         "created",
         "id",
         "own_pids",
@@ -61,6 +62,7 @@ class Record:
         owner: int,
         annotations: dict[str, str],
         cgroup: str = "",
+        cgroup_is_own: bool = False,
         own_pids: bool = True,
         poststop: bool = False,
         pid: int = 0,
@@ -70,6 +72,8 @@ class Record:
         self.annotations = annotations
         self.cgroup = cgroup
         """Path of its cgroup in every hierarchy; "" for none."""
+        self.cgroup_is_own = cgroup_is_own
+        """It was made or taken over; before that, who is in there may be another container."""
         self.own_pids = own_pids
         """Its processes end with init, for it has a PID namespace of its own."""
         self.poststop = poststop
