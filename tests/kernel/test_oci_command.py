@@ -220,6 +220,20 @@ def test_what_a_killed_create_left_can_be_deleted_by_force(oci: Runtime) -> None
     assert not (oci.root / name).exists()
 
 
+def test_a_start_that_was_killed_behind_the_gate_has_started_the_container(oci: Runtime) -> None:
+    name = oci.new_id()
+    oci.write("sleep 1000")
+    oci.detached("create", name)
+    kept = oci.root / name / "kept"
+    os.link(oci.root / name / "gate", kept)
+    assert [oci.status(name) for _ in range(3)] == ["created"] * 3  # to look does not start it
+    oci.ok("start", name)
+    kept.rename(oci.root / name / "gate")  # as if it had not come to removing it
+    assert oci.status(name) == "running"
+    assert "not stopped" in oci.call("delete", name).stderr
+    oci.ok("delete", "--force", name)
+
+
 def test_what_a_killed_create_left_takes_nobody_elses_cgroup_along(oci: Runtime) -> None:
     """Killed before it looked whether the cgroup that config.json names is another container's."""
     first, second = oci.sleeping(), oci.new_id()

@@ -34,6 +34,21 @@ def connect(path: str) -> socket.socket:
     return connection
 
 
+def is_attended(path: str) -> bool:
+    """Whether somebody waits at the gate, who does not mind. Its name outlives that where a start was killed."""
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        probe.setblocking(False)
+        probe.connect(path)
+    except BlockingIOError:  # others have just knocked
+        return True
+    except (FileNotFoundError, ConnectionRefusedError):
+        return False
+    finally:
+        probe.close()
+    return True
+
+
 def wait_at(gate: int, channel: ChildEnd) -> ChildEnd:
     """Let go of the channel to the runtime and wait for who starts this process: the channel to that one."""
     channel.close()

@@ -4,6 +4,7 @@ import os
 
 from corral.kernel import process
 from corral.kernel.cgroup import Cgroup, Driver, detect
+from corral.oci import gate
 from corral.runtime.errors import CommandError
 from corral.runtime.state import Place, Record, Status
 
@@ -28,7 +29,7 @@ def status_of(place: Place, record: Record) -> Status:
     """The container's status now."""
     if not init_lives(record):
         return Status.STOPPED
-    if place.has_gate():
+    if gate.is_attended(place.gate):
         return Status.CREATED
     if (group := cgroup_of(record)) is not None and group.is_frozen():
         return Status.PAUSED

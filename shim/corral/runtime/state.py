@@ -157,14 +157,6 @@ class Place:
         """What the container was made from."""
         return Spec.from_json(self._read(CONFIG))
 
-    def has_gate(self) -> bool:
-        """Whether nobody started the container yet."""
-        try:
-            os.stat(GATE, dir_fd=self.fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return True
-
     def remove_gate(self) -> None:
         """Note that it was started."""
         with contextlib.suppress(FileNotFoundError):
