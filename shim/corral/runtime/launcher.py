@@ -67,6 +67,7 @@ def index(place: Path) -> bytes:
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:
+    path.parent.mkdir(exist_ok=True)  # __pycache__, in a fresh clone
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_bytes(data)
     temporary.chmod(mode)
