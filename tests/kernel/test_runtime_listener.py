@@ -9,6 +9,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -123,6 +124,9 @@ def test_a_listener_is_told_and_answers(lab, tmp_path, no_new_privileges):
         )
         container = lab.create(spec, container_id="the-id")
         pid = container.init.pid
+        deadline = time.monotonic() + 2  # it is in the listener's socket; the thread may not have read it yet
+        while not listener.told and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert len(listener.told) == 1, "told by the time the container is created"
         container.start()
         assert lab.wait(container.init) == 1
