@@ -95,8 +95,8 @@ def set_resources(transaction: Transaction, key: Key, resources: bytes) -> None:
 def set_oom_kills(transaction: Transaction, key: Key, kills: int) -> None:
     """A new count of OOM kills and the event, unless the row knows as many."""
     rows = transaction.execute(
-        "UPDATE cgroups SET oom_kills = ?1 WHERE namespace = ?2 AND id = ?3 AND oom_kills < ?1 RETURNING id",
-        (kills, *_id(key)),
+        "UPDATE cgroups SET oom_kills = ? WHERE namespace = ? AND id = ? AND oom_kills < ? RETURNING id",
+        (kills, *_id(key), kills),
     )
     if rows:
         journal(transaction, "cgroup.oom", key, {"oom_kills": kills})
@@ -123,7 +123,8 @@ def find(snapshot: Snapshot, key: Key) -> Record | None:
 def every(snapshot: Snapshot, *, namespace: str | None = None) -> list[Record]:
     """All rows, or those of a namespace, oldest first."""
     rows = snapshot.execute(
-        "SELECT * FROM cgroups WHERE ?1 IS NULL OR namespace = ?1 ORDER BY created_ns, namespace, id", (namespace,)
+        "SELECT * FROM cgroups WHERE :namespace IS NULL OR namespace = :namespace ORDER BY created_ns, namespace, id",
+        {"namespace": namespace},
     )
     return [_record(row) for row in rows]
 

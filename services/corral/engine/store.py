@@ -295,7 +295,8 @@ def find(view: Snapshot, namespace: str, id_: str) -> ContainerRecord | None:
 def named(view: Snapshot, namespace: str, reference: str) -> ContainerRecord | None:
     """The container with exactly this id, else with this name, or None; one statement."""
     row = view.one(
-        _SELECT + " WHERE namespace = ?1 AND (id = ?2 OR name = ?2) ORDER BY id = ?2 DESC", (namespace, reference)
+        _SELECT + " WHERE namespace = :namespace AND (id = :meant OR name = :meant) ORDER BY id = :meant DESC",
+        {"namespace": namespace, "meant": reference},
     )
     return None if row is None else _record(row)
 

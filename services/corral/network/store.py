@@ -157,8 +157,9 @@ def delete_network(transaction: Transaction, network_id: str) -> None:
 def networks(snapshot: Snapshot, namespace: str | None = None) -> list[Network]:
     """All networks, or those that can be seen from a namespace, oldest first."""
     rows = snapshot.execute(
-        "SELECT * FROM networks WHERE ?1 IS NULL OR namespace IN (?1, ?2) ORDER BY created_ns, id",
-        (namespace, BUILTIN_NAMESPACE),
+        "SELECT * FROM networks WHERE :namespace IS NULL OR namespace IN (:namespace, :builtin)"
+        " ORDER BY created_ns, id",
+        {"namespace": namespace, "builtin": BUILTIN_NAMESPACE},
     )
     return [_network(snapshot, row) for row in rows]
 
@@ -169,7 +170,7 @@ def find_networks(snapshot: Snapshot, namespace: str, name: str) -> list[Network
     rows = snapshot.execute("SELECT * FROM networks WHERE namespace IN (?, ?) AND name = ?", seen)
     rows = rows or snapshot.execute("SELECT * FROM networks WHERE namespace IN (?, ?) AND id = ?", seen)
     rows = rows or snapshot.execute(
-        "SELECT * FROM networks WHERE namespace IN (?, ?) AND substr(id, 1, ?4) = ?3", (*seen, len(name))
+        "SELECT * FROM networks WHERE namespace IN (?, ?) AND ? = substr(id, 1, ?)", (*seen, len(name))
     )
     return [_network(snapshot, row) for row in rows]
 
@@ -184,8 +185,8 @@ def endpoint_ids(snapshot: Snapshot, network_id: str, namespace: str | None) -> 
     """Who is in a network; namespace=None: of all namespaces."""
     rows = snapshot.execute(
         "SELECT DISTINCT namespace, endpoint FROM interfaces"
-        " WHERE network = ?1 AND (?2 IS NULL OR namespace = ?2) ORDER BY 1, 2",
-        (network_id, namespace),
+        " WHERE network = :network AND (:namespace IS NULL OR namespace = :namespace) ORDER BY 1, 2",
+        {"network": network_id, "namespace": namespace},
     )
     return [EndpointKey(row[0], row[1]) for row in rows]
 
@@ -291,10 +292,11 @@ def endpoint(snapshot: Snapshot, key: EndpointKey) -> Endpoint | None:
 def endpoints(snapshot: Snapshot, *, namespace: str | None = None, network_id: str | None = None) -> list[Endpoint]:
     """All endpoints, or those of a namespace or network, oldest first."""
     rows = snapshot.execute(
-        "SELECT * FROM endpoints AS e WHERE (?1 IS NULL OR namespace = ?1) AND (?2 IS NULL OR EXISTS"
-        " (SELECT 1 FROM interfaces AS i WHERE i.namespace = e.namespace AND i.endpoint = e.id AND i.network = ?2))"
+        "SELECT * FROM endpoints AS e WHERE (:namespace IS NULL OR namespace = :namespace)"
+        " AND (:network IS NULL OR EXISTS (SELECT 1 FROM interfaces AS i"
+        " WHERE i.namespace = e.namespace AND i.endpoint = e.id AND i.network = :network))"
         " ORDER BY created_ns, namespace, id",
-        (namespace, network_id),
+        {"namespace": namespace, "network": network_id},
     )
     known: ByNetwork = {}
     return [_endpoint(snapshot, row, known) for row in rows]

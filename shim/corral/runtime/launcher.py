@@ -54,7 +54,8 @@ def index(place: Path) -> bytes:
         import_module(name)
     places: Index = {"corral": ("", "", str(place / "corral"))}
     for name, module in sorted(sys.modules.items()):
-        loader = getattr(module.__spec__, "loader", None)
+        # Not all of them are modules: Python 3.12's typing.io is a class.
+        loader = getattr(getattr(module, "__spec__", None), "loader", None)
         if name.partition(".")[0] not in {"corral", *sys.stdlib_module_names}:
             continue
         if isinstance(loader, SourceFileLoader):
