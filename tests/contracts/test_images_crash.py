@@ -21,10 +21,10 @@ pytestmark = needs("root", "overlayfs")
 IMPORT_STEPS = (
     "images.import.after_intake",
     "images.unpack.after_sync",
-    "images.import.before_commit",
+    "images.admit.before_commit",
     "store.before_commit",
     "store.after_commit",
-    "images.import.after_commit",
+    "images.admit.after_commit",
 )
 type Work = Callable[[ImagesLeaf], Awaitable[object]]
 
@@ -97,7 +97,7 @@ async def test_an_import_is_all_or_nothing(daemon: Corrald, archive: Path, failp
         await check(leaf)
         names = await leaf.names()
         assert names in ([], ["x:1"])
-        assert (names == ["x:1"]) == (failpoint in ("store.after_commit", "images.import.after_commit"))
+        assert (names == ["x:1"]) == (failpoint in ("store.after_commit", "images.admit.after_commit"))
         if not names:
             assert leaf.disk() == set()
         await leaf.load(archive)

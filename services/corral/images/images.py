@@ -131,7 +131,7 @@ class Images:
             await write_much(self._database, write)
             staged[:] = [layer for layer in staged if layer not in new]
 
-    def _blob_path(self, digest: Digest) -> Path:
+    async def _blob_path(self, digest: Digest) -> Path:
         return self._content.path(digest)
 
     async def remove(self, namespace: str, name: str, *, force: bool) -> Removed:

@@ -3,14 +3,13 @@
     take in      a thread writes the archive's files to a directory of their own, and hashes them
     understand   manifests and configs are parsed and held against the files
     unpack       worker processes fill staged trees
-    commit       files and trees are renamed to their places, then one transaction makes the images visible
+    admit        files and trees are renamed to their places, then one transaction makes the images visible
 
 A failure or a crash anywhere before the end leaves nothing: the directory and the staged trees go at once, or at the
 next start.
 """
 
 import asyncio
-import os
 import secrets
 import shutil
 from collections.abc import AsyncIterator, Sequence
@@ -20,14 +19,14 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
-from corral.images import catalog, leases
+from corral.images import leases
+from corral.images.admission import Admission, Admitted
 from corral.images.archives.chunks import Cancelled, ChunkPipe
 from corral.images.archives.docker import Store, read_docker_archive
 from corral.images.archives.found import FoundImage, blob_paths
 from corral.images.archives.intake import Intake, StoredFile, looks_like_archive, take_in, take_whole
 from corral.images.archives.oci import INDEX, read_oci_archive
 from corral.images.archives.rootfs import make_rootfs_image
-from corral.images.blobs import insert_blob, is_stored
 from corral.images.catalog import ImageRecord
 from corral.images.collector import Collector
 from corral.images.content import ContentStore, Ingest
@@ -38,12 +37,10 @@ from corral.images.model import ImageConfig, Platform
 from corral.images.platforms import host_platform
 from corral.images.progress import Report, Step
 from corral.images.reference import Reference
-from corral.images.store import persist, uninterrupted, write_much
 from corral.images.unpacker import Staged, Unpacker
-from corral.kernel.syncfs import syncfs
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import InvalidArgument
-from corral.store import Database, Snapshot, Transaction, failpoint
+from corral.store import Database, failpoint
 
 ARCHIVE = "archive"
 MAX_IMPORTS = 16
@@ -83,11 +80,19 @@ class _Taken:
 class Importer:
     """See the module."""
 
-    def __init__(self, database: Database, content: ContentStore, unpacker: Unpacker, collector: Collector) -> None:
+    def __init__(
+        self,
+        database: Database,
+        content: ContentStore,
+        unpacker: Unpacker,
+        collector: Collector,
+        admission: Admission,
+    ) -> None:
         self._database = database
         self._content = content
         self._unpacker = unpacker
         self._collector = collector
+        self._admission = admission
         # Threads that may wait for a client for as long as it likes; so not those that everybody shares.
         self._threads = ThreadPoolExecutor(MAX_IMPORTS, thread_name_prefix="import")
 
@@ -125,11 +130,16 @@ class Importer:
                 staged = []
             await stack.enter_async_context(self._collector.pinned(_everything_of(images)))
             paths = blob_paths(images)
+
+            async def path_of(digest: Digest) -> Path:
+                return paths[digest]
+
             if options.unpack and taken.layer is None:
                 for image in images:
-                    unpacked = self._unpacker.unpacked(image.details, lambda digest: paths[digest], report)
+                    unpacked = self._unpacker.unpacked(image.details, path_of, report)
                     staged.append(await stack.enter_async_context(unpacked))
-            return await uninterrupted(self._commit(options, images, staged))
+            how = Admitted(options.namespace, "image.imported", options.lease, options.name, options.unpack)
+            return await self._admission.admit(how, images, staged)
 
     async def _take(
         self, options: ImportOptions, source: AsyncIterator[bytes], report: Report, directory: Path
@@ -168,86 +178,6 @@ class Importer:
             make_rootfs_image, name, layer, staged.chain_id, options.config, options.platform, _store_in(directory)
         )
         return [image], [layers] if options.unpack else []
-
-    async def _commit(
-        self, options: ImportOptions, images: Sequence[FoundImage], staged: Sequence[list[Staged]]
-    ) -> list[ImageRecord]:
-        """Make it all visible. Nothing may fail half-way: what was moved and got no row is moved out again."""
-        blobs = {digest: file for image in images for digest, file in image.blobs.items()}
-        layers = {layer.chain_id: layer for group in staged for layer in group}
-        await run_blocking(_sync_files, [file.path for file in blobs.values()])
-        async with self._collector.changing:
-            new_blobs, new_layers = self._database.read_sync(
-                lambda s: (self._missing_blobs(s, blobs), self._unpacker.wanted(s, list(layers.values())))
-            )
-            try:
-                await run_blocking(self._place, new_blobs, new_layers)
-                failpoint("images.import.before_commit")
-                records = await write_much(
-                    self._database, lambda t: self._insert(t, options, images, new_blobs, new_layers)
-                )
-            except BaseException:
-                await asyncio.shield(run_blocking(self._content.remove, list(new_blobs)))
-                raise
-            for group in staged:
-                group[:] = [layer for layer in group if layer not in new_layers]
-        await persist(self._database)
-        failpoint("images.import.after_commit")
-        return records
-
-    def _missing_blobs(self, snapshot: Snapshot, blobs: dict[Digest, StoredFile]) -> dict[Digest, StoredFile]:
-        """Those that are not here; a row whose file somebody removed does not count."""
-        return {d: file for d, file in blobs.items() if not is_stored(snapshot, self._content, d)}
-
-    def _place(self, blobs: dict[Digest, StoredFile], layers: Sequence[Staged]) -> None:
-        for digest, file in blobs.items():
-            self._content.publish(file.path, digest)
-        self._content.sync_names()
-        self._unpacker.place(layers)
-
-    def _insert(
-        self,
-        transaction: Transaction,
-        options: ImportOptions,
-        images: Sequence[FoundImage],
-        blobs: dict[Digest, StoredFile],
-        layers: Sequence[Staged],
-    ) -> list[ImageRecord]:
-        now = catalog.now_ns()
-        for digest, file in blobs.items():
-            insert_blob(transaction, digest, file.size_bytes)
-        records: list[ImageRecord] = []
-        for image in images:
-            for parent, child in image.edges:
-                transaction.execute("INSERT OR IGNORE INTO blob_edges (parent, child) VALUES (?, ?)", (parent, child))
-            if options.unpack:
-                self._unpacker.insert(transaction, image.details, layers)
-                transaction.journal(
-                    "image.unpacked", image.image_id, {"chain_id": image.details.chain_id}, namespace=options.namespace
-                )
-            records += self._name(transaction, options, image, now)
-        return records
-
-    def _name(self, transaction: Transaction, options: ImportOptions, image: FoundImage, now: int) -> list[ImageRecord]:
-        records = []
-        chain_id = self._unpacker.chain_id_if_here(transaction, image.details)
-        for name in (options.name,) if options.name else (image.names or (None,)):
-            record = ImageRecord(
-                namespace=options.namespace,
-                name=str(name) if name else "",
-                image_id=image.image_id,
-                target=image.target,
-                manifest=image.manifest,
-                chain_id=chain_id,
-                updated_ns=now,
-            )
-            catalog.set_name(transaction, record)
-            leases.hold(transaction, options.namespace, options.lease, "blob", image.target.digest)
-            transaction.journal(
-                "image.imported", record.name or record.image_id, {"id": record.image_id}, namespace=options.namespace
-            )
-            records.append(record)
-        return records
 
 
 async def _counted(source: AsyncIterator[bytes], total: int, report: Report) -> AsyncIterator[bytes]:
@@ -309,12 +239,3 @@ def _store_in(directory: Path) -> Store:
 
 def _everything_of(images: Sequence[FoundImage]) -> list[str]:
     return [name for image in images for name in (*image.blobs, *image.details.chain)]
-
-
-def _sync_files(paths: Sequence[Path]) -> None:
-    """One flush for all: they lie in one directory."""
-    fd = os.open(paths[0].parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        syncfs(fd)
-    finally:
-        os.close(fd)

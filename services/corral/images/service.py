@@ -6,6 +6,7 @@ import grpc.aio
 import structlog
 
 from corral.api.images.v1 import images_pb2, images_pb2_grpc
+from corral.images.admission import Admission
 from corral.images.blobs import Blobs
 from corral.images.collector import Collector
 from corral.images.config import ImagesConfig
@@ -60,7 +61,8 @@ class ImagesService:
             max_bytes=config.max_layer_bytes,
         )
         unpacker = Unpacker(self._database, driver, self._workers, self._ids)
-        self._importer = Importer(self._database, self._content, unpacker, self._collector)
+        admission = Admission(self._database, self._content, unpacker, self._collector)
+        self._importer = Importer(self._database, self._content, unpacker, self._collector, admission)
         self._images = Images(self._database, self._content, driver, unpacker, self._collector)
         self._snapshots = Snapshots(self._database, driver, self._images, self._tending, self._collector, self._ids)
         self._blobs = Blobs(self._database, self._content, self._collector, grace_s=config.blob_grace_s)

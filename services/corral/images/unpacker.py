@@ -9,9 +9,10 @@ removes.
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from corral.images import trees
@@ -28,6 +29,10 @@ from corral.kernel.syncfs import syncfs
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import InvalidArgument
 from corral.store import Database, Snapshot, Transaction, failpoint
+
+# Where a blob lies, once it is there: a layer is unpacked while others are still on their way.
+type BlobSource = Callable[[Digest], Awaitable[Path]]
+type Blob = Callable[[], Awaitable[Path]]
 
 
 @dataclass(slots=True)
@@ -67,9 +72,7 @@ class Unpacker:
         self._ids = ids
 
     @asynccontextmanager
-    async def unpacked(
-        self, details: Details, blob_path: Callable[[Digest], Path], report: Report
-    ) -> AsyncIterator[list[Staged]]:
+    async def unpacked(self, details: Details, blob_path: BlobSource, report: Report) -> AsyncIterator[list[Staged]]:
         """The layers of an image that are not here yet, unpacked. What the block leaves in the list is removed."""
         self._check_depth(details)
         here = self._database.read_sync(lambda s: trees.layers(s, details.chain, self._driver.name))
@@ -98,7 +101,7 @@ class Unpacker:
         """A bottom layer whose diff id is not known yet. The caller commits or discards it."""
         layer = await self._stage(Digest(""))
         try:
-            await self._apply(layer, blob, what, diff_id="", bottom=True, report=report)
+            await self._apply(layer, partial(ready, blob), what, diff_id="", bottom=True, report=report)
         except BaseException:
             await asyncio.shield(run_blocking(self._driver.remove, layer.tree))
             raise
@@ -108,22 +111,23 @@ class Unpacker:
         self,
         details: Details,
         here: dict[str, TreeRecord],
-        blob_path: Callable[[Digest], Path],
+        blob_path: BlobSource,
         report: Report,
         staged: list[Staged],
     ) -> None:
-        jobs: list[Coroutine[None, None, None]] = []
+        jobs: list[Callable[[], Coroutine[None, None, None]]] = []
         for i, (chain_id, diff_id, descriptor) in enumerate(details.layers):
-            blob = blob_path(descriptor.digest)
+            blob = partial(blob_path, descriptor.digest)
             if chain_id in here:
                 if not self._is_proven(descriptor.digest, diff_id):
-                    jobs.append(self._measure(blob, diff_id))
+                    jobs.append(partial(self._measure, blob, diff_id))
             else:
                 layer = await self._stage(chain_id)
                 staged.append(layer)
-                jobs.append(self._apply(layer, blob, diff_id, diff_id=diff_id, bottom=i == 0, report=report))
+                job = partial(self._apply, layer, blob, diff_id, diff_id=diff_id, bottom=i == 0, report=report)
+                jobs.append(job)
         async with _together() as group:
-            group += [asyncio.ensure_future(job) for job in jobs]
+            group += [asyncio.ensure_future(job()) for job in jobs]
         await self._complete(details, here, staged)
         await run_blocking(self.sync, staged)
         failpoint("images.unpack.after_sync")
@@ -135,10 +139,11 @@ class Unpacker:
         row = self._database.read_sync(lambda s: s.one("SELECT diff_id FROM diff_ids WHERE digest = ?", (blob,)))
         return row is not None and row[0] == diff_id
 
-    async def _measure(self, blob: Path, diff_id: Digest) -> None:
+    async def _measure(self, blob: Blob, diff_id: Digest) -> None:
         """That the layer is here does not make what came with this image the same."""
+        path = await blob()
         try:
-            await self._workers.run({"op": "measure", "blob": str(blob), "diff_id": diff_id}, lambda _done: None)
+            await self._workers.run({"op": "measure", "blob": str(path), "diff_id": diff_id}, lambda _done: None)
         except (OSError, BadLayer) as e:
             raise explained(e, f"cannot take layer {diff_id}") from e
 
@@ -150,11 +155,12 @@ class Unpacker:
             raise explained(e, "cannot unpack a layer") from e
         return Staged(tree, path, chain_id)
 
-    async def _apply(self, layer: Staged, blob: Path, what: str, *, diff_id: str, bottom: bool, report: Report) -> None:
+    async def _apply(self, layer: Staged, blob: Blob, what: str, *, diff_id: str, bottom: bool, report: Report) -> None:
         doing = f"cannot unpack layer {what}"
+        path = await blob()
         try:
-            total = await run_blocking(lambda: blob.stat().st_size)
-            job = {"op": "apply", "blob": str(blob), "target": str(layer.path), "bottom": bottom, "diff_id": diff_id}
+            total = await run_blocking(lambda: path.stat().st_size)
+            job = {"op": "apply", "blob": str(path), "target": str(layer.path), "bottom": bottom, "diff_id": diff_id}
             answer = await self._workers.run(job, lambda done: report(what, Step.UNPACK, done, total))
         except (OSError, BadLayer) as e:
             raise explained(e, doing) from e
@@ -238,6 +244,11 @@ class Unpacker:
                 )
                 trees.insert(transaction, record)
             parent = record
+
+
+async def ready(path: Path) -> Path:
+    """A blob that is there already."""
+    return path
 
 
 @asynccontextmanager
