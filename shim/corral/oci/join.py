@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING, NoReturn
 
 from corral.kernel import credentials, namespaces, paths, rlimits, tty
+from corral.kernel.namespaces import Kind
 from corral.kernel.syscalls import DEVPTS_SUPER_MAGIC, filesystem_magic
 from corral.oci import program as programs
 from corral.oci.cgroups import Membership
@@ -46,11 +47,11 @@ def run_joined(
             affinity.set_final()
         programs.begin(program)
         if flags:
-            if program.in_user_namespace:
+            if flags & Kind.USER.flag:
                 for limit in program.rlimits:
                     rlimits.raise_hard(limit.type, limit.hard)
             namespaces.join(init, flags, what="the container's init")
-            if program.in_user_namespace:
+            if flags & Kind.USER.flag:
                 credentials.become_root()
         programs.leave_keyring(program)
         root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -83,7 +83,7 @@ def run_guide(
         channel.send("entered")
         if channel.receive_answer() is None:
             os._exit(1)
-        if plan.own is not None:
+        if passage.user is not None or passage.unshare & Kind.USER.flag:
             credentials.become_root()
         process.set_dumpable(False)
         for fd, flag, path in late:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from corral.kernel import capabilities, credentials, keyring, paths, process, rlimits
 from corral.kernel.namespaces import Kind
+from corral.kernel.privilege import is_hosts_root
 from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, ExecFailed
 from corral.oci.spec import Capabilities, Linux, Process, Rlimit
 from corral.oci.users import Identity, identify
@@ -58,7 +59,7 @@ class Program:
     terminal: bool
     """0, 1 and 2 are a pty of the container."""
     in_user_namespace: bool = False
-    """Of the container's own, or a joined one."""
+    """Of the container's own, a joined one, or one that the runtime is in."""
     allotment: "Allotment | None" = None
     labels: "Labels | None" = None
 
@@ -93,7 +94,7 @@ def program_of(spec: Process, linux: Linux, *, user: str | None, seccomp: "Filte
         oom_score_adj=spec.oom_score_adj,
         seccomp=seccomp,
         terminal=spec.terminal,
-        in_user_namespace=inside,
+        in_user_namespace=inside or not is_hosts_root(),
         allotment=_allotment(spec, linux),
         labels=_labels(spec),
     )

@@ -71,7 +71,7 @@ class Stage:
     places_in_dev: set[str] = field(default_factory=set)
     """Directories of dev that wait for their mount."""
     own: frozenset[Kind] | None = None
-    """With a user namespace: the kinds of namespaces that were made with it, and so belong to it."""
+    """In a user namespace, be it the runtime's: the kinds of namespaces that were made, and so belong to it."""
     idmaps: Mapping["IdMap", int] = field(default_factory=dict)
     """fds of user namespaces, for id-mapped mounts."""
     pids: PidNamespace | None = None

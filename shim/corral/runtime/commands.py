@@ -1,10 +1,12 @@
 """The global flags, then one command, whose module is loaded only then."""
 
 import os
+import stat
 import sys
 from collections.abc import Callable
 from importlib import import_module
 
+from corral.kernel.privilege import is_hosts_root
 from corral.oci.errors import ExecFailed
 from corral.runtime.context import Context
 from corral.runtime.errors import EXEC_CODE, USAGE_CODE, CommandError
@@ -22,6 +24,7 @@ GLOBAL_FLAGS: Flags = {
     "debug": SWITCH,
     "systemd-cgroup": SWITCH,
     "rootless": VALUE,
+    "cgroup-manager": VALUE,
     "criu": VALUE,
     "version,v": SWITCH,
 }
@@ -95,18 +98,48 @@ def _dispatch(options: Options, log: Log, words: list[str]) -> int:
         return 0
     if len(arguments) < least or (most is not None and len(arguments) > most):
         raise CommandError(f"usage: corral-oci {name} [FLAG...] {usage}".rstrip())
-    if options.on("systemd-cgroup"):
-        raise CommandError("--systemd-cgroup: cgroups are made by the kernel's file system only; leave the flag out")
+    manager = _cgroup_manager(options)
+    context = Context(_root(options), log, rootless=_rootless(options), with_cgroups=manager != "disabled")
     command: Command = getattr(module, function)
-    return command(Context(_root(options), log), own, arguments)
+    return command(context, own, arguments)
+
+
+def _cgroup_manager(options: Options) -> str:
+    """Which one is asked for, as clients ask crun for it."""
+    manager = options.text("cgroup-manager", "cgroupfs")
+    if options.on("systemd-cgroup") or manager == "systemd":
+        name = "systemd-cgroup" if options.on("systemd-cgroup") else "cgroup-manager systemd"
+        raise CommandError(f"--{name}: cgroups are made by the kernel's file system only; leave the flag out")
+    if manager not in ("cgroupfs", "disabled"):
+        raise CommandError(f"--cgroup-manager: {manager!r} is neither cgroupfs nor disabled")
+    return manager
+
+
+def _rootless(options: Options) -> bool | None:
+    """None: as it turns out."""
+    text = options.text("rootless", "auto")
+    if text not in ("true", "false", "auto"):
+        raise CommandError(f"--rootless: {text!r} is neither true, false nor auto")
+    return None if text == "auto" else text == "true"
 
 
 def _root(options: Options) -> str:
+    """Where the state is. As runc has it: root of a user namespace is somebody else outside, and has a place of his."""
     if root := options.text("root"):
         return os.path.abspath(root)  # noqa: PTH100 - a string is what is wanted
-    if os.geteuid() == 0:
+    uid, own = os.geteuid(), os.environ.get("XDG_RUNTIME_DIR")
+    if is_hosts_root() or (uid == 0 and (not own or os.environ.get("USER") == "root")):
         return "/run/corral-oci"
-    return f"{os.environ.get('XDG_RUNTIME_DIR') or f'/run/user/{os.geteuid()}'}/corral-oci"
+    root = f"{own or f'/run/user/{uid}'}/corral-oci"
+    if own:
+        _keep(root)
+    return root
+
+
+def _keep(directory: str) -> None:
+    """Make a directory that nobody clears away. Source: XDG Base Directory Specification, on the sticky bit."""
+    os.makedirs(directory, 0o700, exist_ok=True)  # noqa: PTH103 - likewise
+    os.chmod(directory, 0o700 | stat.S_ISVTX)  # noqa: PTH101 - likewise
 
 
 def _sentence(error: OSError) -> str:

@@ -1,12 +1,21 @@
 """What every command is given."""
 
+from corral.kernel.privilege import is_hosts_root
 from corral.runtime.log import Log
 
 
 class Context:
     """The global flags, understood."""
 
-    __slots__ = ("log", "root")
+    __slots__ = ("_rootless", "log", "root", "with_cgroups")
 
-    def __init__(self, root: str, log: Log) -> None:
+    def __init__(self, root: str, log: Log, *, rootless: bool | None = None, with_cgroups: bool = True) -> None:
         self.root, self.log = root, log
+        self._rootless = rootless
+        self.with_cgroups = with_cgroups
+        """Containers get a cgroup."""
+
+    @property
+    def rootless(self) -> bool:
+        """A cgroup that may not be made is done without, as far as nothing depends on it. As --rootless of runc."""
+        return not is_hosts_root() if self._rootless is None else self._rootless

@@ -3,14 +3,21 @@
 import contextlib
 import errno
 import os
+from dataclasses import replace
 
-from corral.kernel.cgroup import Cgroup, Driver, detect
+from corral.kernel.cgroup import Cgroup, Driver, Resources, detect
+from corral.kernel.cgroup.plans import limited_by
+from corral.kernel.privilege import is_hosts_root
 from corral.oci.limits import limits_of
 from corral.oci.spec import Linux
+from corral.runtime.context import Context
 from corral.runtime.errors import CommandError
 
 DEFAULT_PARENT = "/corral-oci"
 """Where relative paths, and containers without one, go: never to where the caller happens to be."""
+
+_OUT_OF_REACH = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT))
+"""The last one: no cgroup file system is mounted."""
 
 
 def path_of(linux: Linux, container_id: str) -> str:
@@ -25,28 +32,50 @@ def path_of(linux: Linux, container_id: str) -> str:
     return normal
 
 
-def make(linux: Linux, path: str) -> Cgroup | None:
-    """Make the cgroup with its limits, or take over an empty one. None where an ordinary user may make none.
+def make(context: Context, linux: Linux, path: str) -> Cgroup | None:
+    """Make the cgroup with its limits, or take over an empty one.
 
-    Processes that are there already would share the limits and be killed with the container, and in a frozen one
+    None where --rootless forgives that it may not be made: if config.json has neither a path for it nor a limit.
+    Raises CommandError naming the limits that can't be had otherwise.
+    """
+    limits = limits_of(linux.resources)
+    if not is_hosts_root():
+        # To rule devices takes the host's privilege. Whoever lacks that can make none, and the host's have their modes.
+        limits = replace(limits, devices=None)
+    if not context.with_cgroups:
+        _refuse(limits, "cgroups are disabled")
+        return None
+    try:
+        group = _make(limits, path)
+    except OSError as e:
+        if not context.rootless or e.errno not in _OUT_OF_REACH:
+            raise
+        _refuse(limits, f"this user can't make a cgroup: {(e.strerror or str(e)).lower()}: {e.filename}", e)
+        if linux.cgroups_path:
+            raise
+        return None
+    return group if group.directories else None
+
+
+def _refuse(limits: Resources, why: str, cause: OSError | None = None) -> None:
+    if asked := limited_by(limits):
+        raise CommandError(f"cannot set {' and '.join(asked)} limits (linux.resources): {why}") from cause
+
+
+def _make(limits: Resources, path: str) -> Cgroup:
+    """Processes that are there already would share the limits and be killed with the container, and in a frozen one
     nothing would start: both are refused.
     """
-    driver = Driver(detect())
-    limits = limits_of(linux.resources)
+    driver = Driver(detect(), lenient=True)
     try:
-        try:
-            return driver.create(path, limits)
-        except FileExistsError:
-            group = driver.open(path)
-        if pids := group.pids():
-            raise CommandError(f"container's cgroup {path} is not empty: {len(pids)} process(es) found")
-        if group.is_frozen():
-            raise CommandError(f"container's cgroup {path} is unexpectedly frozen")
-        return driver.create(path, limits, adopt=True)
-    except OSError as e:
-        if os.geteuid() != 0 and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return None
-        raise
+        return driver.create(path, limits)
+    except FileExistsError:
+        group = driver.open(path)
+    if pids := group.pids():
+        raise CommandError(f"container's cgroup {path} is not empty: {len(pids)} process(es) found")
+    if group.is_frozen():
+        raise CommandError(f"container's cgroup {path} is unexpectedly frozen")
+    return driver.create(path, limits, adopt=True)
 
 
 def remove_empty(path: str) -> None:

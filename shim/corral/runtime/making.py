@@ -85,11 +85,13 @@ def made(
         # Written before there is anything, so that a forced delete finds what a killed create left.
         place.write(state.STATE, record.to_json())
         place.write(state.CONFIG, bundle.document)
-        group = groups.make(spec.linux, record.cgroup)
+        group = groups.make(context, spec.linux, record.cgroup)
         if record.poststop:
             undo.callback(_run_poststop, context, spec, record)
         if group is None:
             record.cgroup = ""
+            if not record.own_pids:
+                context.log.warning("with neither a cgroup nor a pid namespace of its own, it may outlive its init")
         else:
             undo.callback(groups.remove, record.cgroup)
             record.cgroup_is_own = True

@@ -31,14 +31,20 @@ V2_CONTROLLERS = frozenset({"cpu", "cpuset", "io", "memory", "pids"})
 OWNER = "trusted.corral.owner"
 
 _ATTEMPTS = 5
+_NOT_OURS = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY))
+"""Whose cgroup belongs to another, or has processes of another in it."""
 
 
 class Driver:
     """Makes, opens and lists cgroups. Holds no state of its own: the kernel is the truth."""
 
-    def __init__(self, layout: Layout) -> None:
-        """Use the writable hierarchies of a layout."""
+    def __init__(self, layout: Layout, *, lenient: bool = False) -> None:
+        """Use the writable hierarchies of a layout.
+
+        lenient: a v2 controller that can't be turned on stays off, and only a limit that takes it fails.
+        """
         self.layout = layout
+        self._lenient = lenient
         self._hierarchies = tuple(h for h in layout.hierarchies if not h.read_only)
 
     def create(self, path: str, resources: Resources | None = None, *, adopt: bool = False) -> Cgroup:
@@ -92,7 +98,7 @@ class Driver:
         """
         for hierarchy in self._hierarchies:
             for ancestor in [*ancestors(path), path]:
-                _make_parent(hierarchy, ancestor)
+                self._make_parent(hierarchy, ancestor)
         directory = f"{self._hierarchies[0].mount_point}{path}"
         try:
             os.setxattr(directory, OWNER, owner.encode(), os.XATTR_CREATE)
@@ -131,7 +137,7 @@ class Driver:
         asked |= {"rdma"} if resources.rdma else set()
         if wanted := asked & unified.controllers - V2_CONTROLLERS:
             for ancestor in ancestors(path):
-                _enable(f"{unified.mount_point}{ancestor}", wanted)
+                self._enable(f"{unified.mount_point}{ancestor}", wanted)
 
     def _make(self, hierarchy: Hierarchy, path: str, directory: str) -> None:
         """One directory, and on the way the missing ones above it."""
@@ -141,7 +147,7 @@ class Driver:
                 break
             except FileNotFoundError:  # the parents were never made, or pruned by another a moment ago
                 for ancestor in ancestors(path):
-                    _make_parent(hierarchy, ancestor)
+                    self._make_parent(hierarchy, ancestor)
         else:
             raise OSError(errno.ENOENT, "its parent keeps vanishing", directory)
         if hierarchy.version == 2:
@@ -154,7 +160,37 @@ class Driver:
         wanted = V2_CONTROLLERS & hierarchy.controllers
         if wanted and wanted - set(files.read(f"{hierarchy.mount_point}{path}/{CONTROLLERS}").split()):
             for ancestor in ancestors(path):
-                _enable(f"{hierarchy.mount_point}{ancestor}", wanted)
+                self._enable(f"{hierarchy.mount_point}{ancestor}", wanted)
+
+    def _make_parent(self, hierarchy: Hierarchy, path: str) -> None:
+        directory = f"{hierarchy.mount_point}{path}"
+        if path:
+            try:
+                os.mkdir(directory, 0o755)  # noqa: PTH102 - see _make()
+            except FileExistsError:
+                pass
+            else:
+                if hierarchy.version == 1 and "cpuset" in hierarchy.controllers:
+                    cpuset.inherit(directory, _parent(directory))
+                    cpuset.bequeath(directory)
+        if hierarchy.version == 2:
+            self._enable(directory, V2_CONTROLLERS)
+
+    def _enable(self, directory: str, wanted: frozenset[str] | set[str]) -> None:
+        """Give the children of a v2 cgroup those wanted controllers that it has itself."""
+        path = f"{directory}/{SUBTREE_CONTROL}"
+        missing = (wanted & set(files.read(f"{directory}/{CONTROLLERS}").split())) - set(files.read(path).split())
+        if not missing:
+            return
+        try:
+            files.write(path, " ".join(f"+{name}" for name in sorted(missing)))
+        except OSError as e:
+            if self._lenient and e.errno in _NOT_OURS:
+                return
+            if e.errno != errno.EBUSY:
+                raise
+            why = "processes live in this cgroup, so it cannot share out controllers: move them to one below it"
+            raise OSError(e.errno, why, path) from e
 
 
 def open_driver(layout: Layout) -> Driver:
@@ -180,33 +216,3 @@ def ancestors(path: str) -> list[str]:
 
 def _parent(path: str) -> str:
     return path.rpartition("/")[0]
-
-
-def _make_parent(hierarchy: Hierarchy, path: str) -> None:
-    directory = f"{hierarchy.mount_point}{path}"
-    if path:
-        try:
-            os.mkdir(directory, 0o755)  # noqa: PTH102 - see _make()
-        except FileExistsError:
-            pass
-        else:
-            if hierarchy.version == 1 and "cpuset" in hierarchy.controllers:
-                cpuset.inherit(directory, _parent(directory))
-                cpuset.bequeath(directory)
-    if hierarchy.version == 2:
-        _enable(directory, V2_CONTROLLERS)
-
-
-def _enable(directory: str, wanted: frozenset[str] | set[str]) -> None:
-    """Give the children of a v2 cgroup those wanted controllers that it has itself."""
-    path = f"{directory}/{SUBTREE_CONTROL}"
-    missing = (wanted & set(files.read(f"{directory}/{CONTROLLERS}").split())) - set(files.read(path).split())
-    if not missing:
-        return
-    try:
-        files.write(path, " ".join(f"+{name}" for name in sorted(missing)))
-    except OSError as e:
-        if e.errno != errno.EBUSY:
-            raise
-        why = "processes live in this cgroup, so it cannot share out controllers: move them to one below it"
-        raise OSError(e.errno, why, path) from e

@@ -97,6 +97,11 @@ def plan(path: str, where: Directories, wanted: Resources, *, fresh: bool = Fals
     raise steps.unsupported(path, "this host has neither the cgroup controller 'devices' nor cgroup v2")
 
 
+def limited_by(wanted: Resources) -> list[str]:
+    """What there are limits of, by the v1 name of the controller, or the name of a file of v2; devices are none."""
+    return [*(part.controller for part in _PARTS if part.asked(wanted)), *wanted.unified]
+
+
 def _raw(path: str, where: Directories, name: str, value: str) -> Step:
     owner, _, rest = name.partition(".")
     if not owner or not rest or not _LETTERS.issuperset(owner) or not _IN_NAMES.issuperset(rest) or owner == "cgroup":
