@@ -48,7 +48,7 @@ class InitPlan:
     """The network namespace is new, so nobody has brought up its loopback interface."""
     new_keyring: bool
     own: frozenset[Kind] | None = None
-    """With a user namespace: the kinds of namespaces that are made with it."""
+    """In a user namespace, be it the runtime's: the kinds of namespaces that are made, and so belong to it."""
     devices: bool = False
     """Network devices are moved in."""
     idmaps: tuple[IdMap, ...] = ()
