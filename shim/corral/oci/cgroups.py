@@ -3,6 +3,9 @@
 Moving another process writes its pid to cgroup.procs, for which the kernel waits out an RCU grace period, for
 milliseconds. Two ways need no wait: in v2 a process can be born inside (CLONE_INTO_CGROUP), and in v1 a thread may move
 itself by writing 0 to `tasks`.
+
+A v2 cgroup takes no process once it gives controllers to those below it ("no internal processes"), which a container
+may have done with its own: then its processes are below, and who joins it goes where its init is.
 """
 
 import errno
@@ -10,8 +13,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from corral.kernel import process
+from corral.kernel.cgroup import detect, path_in_v2
 from corral.kernel.syscalls import failure
 from corral.oci.errors import SETUP, ExecFailed
+
+TAKES_NONE = frozenset((errno.EBUSY, errno.EOPNOTSUPP))
+"""Why no process can be born in a v2 cgroup: it has given controllers away, or is made for threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,21 @@ class Membership:
             cls(unified, tuple(tasks)).close()
             raise
         return cls(unified, tuple(tasks))
+
+    @classmethod
+    def beside(cls, init: int, pidfd: int, cgroups: Sequence[str]) -> "Membership | None":
+        """The same, but for the v2 cgroup: that of the process init, if it is below; None if it is not.
+
+        Raises ProcessLookupError if init, of which pidfd is one, was reaped; else as open() does.
+        """
+        if (unified := detect().unified) is None:
+            return None
+        found = f"{unified.mount_point}{path_in_v2(init)}"
+        process.send_signal(pidfd, 0)  # so that was its pid, and not yet another's
+        if "/../" in found:  # outside of what the caller sees
+            return None
+        within = [found if found.startswith(f"{cgroup}/") else cgroup for cgroup in cgroups]
+        return cls.open(within) if found in within else None
 
     @property
     def fds(self) -> list[int]:

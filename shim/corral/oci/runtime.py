@@ -16,9 +16,9 @@ import contextlib
 import math
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from corral.kernel import namespaces, process
 from corral.kernel.namespaces import Kind
@@ -33,7 +33,7 @@ from corral.oci.attendance import (
     kill_and_reap,
     patience,
 )
-from corral.oci.cgroups import Membership
+from corral.oci.cgroups import TAKES_NONE, Membership
 from corral.oci.channel import ChildEnd, EndedEarly, ParentEnd, make_pair
 from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, ExecFailed
 from corral.oci.init import InitPlan, Way, run_init
@@ -152,14 +152,16 @@ class Container:
         user: str | None = None,
         stdio: Stdio,
         cgroup_paths: Sequence[str | os.PathLike[str]] = (),
+        exact_cgroup: bool = False,
     ) -> ProcessHandle:
         """Run one more process inside; returns once its program was executed.
 
         user (`name|uid[:group|gid]`, looked up in the container) overrides process_spec.user. Without capabilities of
-        its own the process gets those of init. cgroup_paths: as for create(). Raises ExecFailed; then it was reaped.
+        its own the process gets those of init. cgroup_paths: as for create(); where the v2 one takes no process, that
+        below it where init is, unless it has to be exact_cgroup. Raises ExecFailed; then it was reaped.
         """
         try:
-            return _exec(self, process_spec, user, stdio, cgroup_paths)
+            return _exec(self, process_spec, user, stdio, cgroup_paths, exact_cgroup=exact_cgroup)
         except ProcessLookupError as e:
             raise ExecFailed(SETUP, "the container is not running") from e
 
@@ -256,7 +258,6 @@ def create(
                 joins.append((fd, kind.flag, path))
         idmaps = idmap_namespaces(plan, stack) if plan.idmaps else {}
         way = Way(joins, gate, None if guided else larder, pids, idmaps)
-        parent, child = stack.enter_context(_channel())
         if plan.devices:
             import corral.oci.net_devices  # noqa: F401 - for init
         from_here = pids is not None
@@ -265,13 +266,14 @@ def create(
 
             passage = passage_of(new, entered)
             from_here = from_here or passage.privileged
-        pid, pidfd = process.clone(0 if guided else flags, cgroup=membership.unified)
-        if pid == 0:
-            if from_here:
-                plan = replace(plan, program=_ancestor(plan.program))
+        inits = replace(plan, program=_ancestor(plan.program)) if from_here else plan
+
+        def be_init(child: ChildEnd) -> NoReturn:
             if guided:
-                run_guide(plan, way, passage, child, stdio, membership)
-            run_init(plan, child, stdio, membership, way)
+                run_guide(inits, way, passage, child, stdio, membership)
+            run_init(inits, child, stdio, membership, way)
+
+        parent, pid, pidfd = _born(0 if guided else flags, membership, be_init)
     if guided:
         pid, pidfd = follow_guide(parent, pid, pidfd, spec, stdio, cgroups)
     if plan.devices:
@@ -312,7 +314,7 @@ def plan_of(
     return InitPlan(
         bundle=place,
         steps=tuple(steps),
-        program=program_of(spec.process, spec.linux, user=user, seccomp=_filter(spec.linux.seccomp)),
+        program=program,
         hostname=spec.hostname,
         domainname=spec.domainname,
         sysctl=check_sysctl(spec.linux.sysctl, [namespace.type for namespace in spec.linux.namespaces]),
@@ -345,17 +347,19 @@ def _filter(profile: Seccomp | None) -> "Filter | None":
     return filter_of(profile)
 
 
-@contextlib.contextmanager
-def _channel() -> Iterator[tuple[ParentEnd, ChildEnd]]:
-    """A channel; the parent's end outlives the block if all went well."""
+def _born(flags: int, membership: Membership, live: Callable[[ChildEnd], NoReturn]) -> tuple[ParentEnd, int, int]:
+    """A child, whose life is live(): the channel to it, its pid and its pidfd."""
     parent, child = make_pair()
     try:
-        yield parent, child
+        pid, pidfd = process.clone(flags, cgroup=membership.unified)
+        if pid == 0:
+            live(child)
     except BaseException:
         parent.close()
         raise
     finally:
         child.close()
+    return parent, pid, pidfd
 
 
 def _await_ready(
@@ -419,6 +423,8 @@ def _exec(
     user: str | None,
     stdio: Stdio,
     cgroup_paths: Sequence[str | os.PathLike[str]],
+    *,
+    exact_cgroup: bool,
 ) -> ProcessHandle:
     check_process(spec)
     own = container.spec.process
@@ -441,26 +447,34 @@ def _exec(
         from corral.oci.passage import give_stdio
 
         give_stdio(container.init.pid, stdio)
-    init = container.init.pidfd
-    with contextlib.ExitStack() as stack:
-        membership = Membership.open([os.fspath(path) for path in cgroup_paths])
-        stack.callback(membership.close)
-        parent, child = stack.enter_context(_channel())
-        if affinity is not None:
-            stack.enter_context(affinity.children_begin())
-        pid, pidfd = process.clone(0, cgroup=membership.unified)
-        if pid == 0:
-            flags = namespaces.flags_of(kinds)
+    init, cgroups = container.init, [os.fspath(path) for path in cgroup_paths]
+
+    def be_in(membership: Membership) -> tuple[ParentEnd, int, int]:
+        def join(child: ChildEnd) -> NoReturn:
             run_joined(
                 _ancestor(program),
                 child,
                 stdio,
                 membership,
-                init=init,
-                flags=flags,
+                init=init.pidfd,
+                flags=namespaces.flags_of(kinds),
                 terminal=terminal,
                 affinity=affinity,
             )
+
+        return _born(0, membership, join)
+
+    with contextlib.nullcontext() if affinity is None else affinity.children_begin():
+        try:
+            with contextlib.closing(Membership.open(cgroups)) as membership:
+                parent, pid, pidfd = be_in(membership)
+        except OSError as e:
+            if exact_cgroup or e.errno not in TAKES_NONE:
+                raise
+            if (nearby := Membership.beside(init.pid, init.pidfd, cgroups)) is None:
+                raise
+            with contextlib.closing(nearby):
+                parent, pid, pidfd = be_in(nearby)
     handle = _await_ready(container, program.allotment, parent, pid, pidfd, EXEC_SETUP_S, creating=False)
     try:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is gone: what follows finds out why

@@ -79,7 +79,10 @@ def _run(
         raise CommandError("cannot exec in a stopped container", EXEC_CODE) from None
     paths = _within(group.directories if group is not None else (), options.texts("cgroup"))
     user = None if options.has("process") else options.text("user") or None
-    return container.exec(wanted, user=user, stdio=making.own_stdio(wanted, kept), cgroup_paths=paths)
+    asked = any(options.texts("cgroup"))
+    return container.exec(
+        wanted, user=user, stdio=making.own_stdio(wanted, kept), cgroup_paths=paths, exact_cgroup=asked
+    )
 
 
 def _wait_until_thawed(context: Context, container_id: str) -> None:
@@ -97,7 +100,7 @@ def _within(paths: tuple[str, ...], wanted: list[str]) -> tuple[str, ...]:
     for each in wanted:
         if ":" in each or ".." in each.split("/"):
             raise CommandError(f"--cgroup: {each!r} is not the path of a cgroup below the container's")
-        paths = tuple([f"{path}/{each.lstrip('/')}" for path in paths])
+        paths = tuple([f"{path}/{each.lstrip('/')}".rstrip("/") for path in paths])
     return paths
 
 

@@ -11,7 +11,7 @@ from corral.kernel.cgroup.driver import Driver, check_path, open_driver
 from corral.kernel.cgroup.files import UNLIMITED
 from corral.kernel.cgroup.group import Cgroup
 from corral.kernel.cgroup.layout import Hierarchy, Kind, Layout, detect
-from corral.kernel.cgroup.membership import SELF, birthplace, join
+from corral.kernel.cgroup.membership import SELF, birthplace, join, path_in_v2
 from corral.kernel.cgroup.oom import OomWatch
 from corral.kernel.cgroup.resources import (
     CpuLimits,
@@ -65,4 +65,5 @@ __all__ = [
     "detect",
     "join",
     "open_driver",
+    "path_in_v2",
 ]

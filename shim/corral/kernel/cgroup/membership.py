@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PROCS = "cgroup.procs"
 TASKS = "tasks"  # v1 alone has it
 SELF = 0
+_V2_LINE = b"0::"
 
 
 def birthplace(paths: "Iterable[Path]") -> "tuple[Path | None, list[Path]]":
@@ -76,6 +77,17 @@ def pids_below(directory: str) -> list[int]:
     for each in subtree(directory):
         found.update(pids(each))
     return sorted(found)
+
+
+def path_in_v2(pid: int) -> str:
+    """The path of a process's v2 cgroup below the root of the caller's cgroup namespace; "" where there is no v2.
+
+    Raises OSError(ENOENT or ESRCH) if there is no such process. Source: cgroups(7) "/proc files".
+    """
+    for line in files.read_bytes(f"/proc/{pid}/cgroup").splitlines():
+        if line.startswith(_V2_LINE):
+            return os.fsdecode(line.removeprefix(_V2_LINE))
+    return ""
 
 
 def subtree(directory: str) -> list[str]:
