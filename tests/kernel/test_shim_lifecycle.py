@@ -12,7 +12,7 @@ import pytest
 from shimclient import RequestError, Shim, Workshop, connect, process, read_to_end, wait_gone, workshop
 from support.requirements import needs
 
-from corral.kernel.cgroup import detect
+from corral.kernel.cgroup import Driver, HugetlbLimit, Resources, detect, hugepages
 
 pytestmark = needs("root", "busybox")
 
@@ -393,3 +393,22 @@ def test_no_descriptor_stays_behind_in_the_shim(shop: Workshop) -> None:
         peer.close()
     shim.state()
     assert len(shim_fds(shim)) == before
+
+
+def test_an_exec_joins_init_below_a_cgroup_that_the_container_has_divided(shop: Workshop) -> None:
+    driver, sizes = Driver(detect()), hugepages.sizes()
+    unified = driver.layout.unified
+    if unified is None or "hugetlb" not in unified.controllers or not sizes:
+        pytest.skip("needs the hugetlb controller on cgroup v2")
+    path = f"/corral-shim-{os.getpid()}/divided"
+    group = driver.create(path, Resources(hugetlb=(HugetlbLimit(sizes[0], 2**30),)))
+    own = Path(f"{unified.mount_point}{path}")
+    try:
+        shim = shop.run("sleep", "100", cgroup={"paths": list(group.directories)})
+        (own / "inner").mkdir()
+        (own / "inner/cgroup.procs").write_text(str(shim.state()["pid"]))
+        (own / "cgroup.subtree_control").write_text("+hugetlb")
+        assert shim.run_exec("cat", "/proc/self/cgroup").decode().endswith(f"0::{path}/inner\n")
+    finally:
+        group.remove()
+        driver.prune(path)
