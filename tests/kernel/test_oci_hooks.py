@@ -1,12 +1,13 @@
 """Hooks of containers that corral-oci runs, each of whose commands is another process."""
 
 import json
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.ocicommand import Runtime, runtime_in
+from support.ocicommand import Runtime, runtime_in, wait_until
 from support.requirements import needs
 
 pytestmark = needs("root", "cgroup", "busybox")
@@ -82,6 +83,22 @@ def test_start_waits_for_those_that_take_their_time(oci: Runtime) -> None:
     oci.ok("start", name)
     assert (oci.bundle / "rootfs/log").read_text() == "done\n"
     assert oci.status(name) == "running"
+
+
+def test_start_fails_where_init_is_killed_while_they_run(oci: Runtime) -> None:
+    spec = oci.spec("sleep", "1000")
+    slow = {"path": "/bin/busybox", "args": ["busybox", "sh", "-c", "echo there > /log; sleep 1000"]}
+    spec["hooks"] = {"startContainer": [slow]}
+    oci.write_spec(spec)
+    name = oci.new_id()
+    oci.detached("create", name)
+    start = subprocess.Popen(oci.words("start", name), stderr=subprocess.PIPE, text=True)
+    wait_until((oci.bundle / "rootfs/log").exists)
+    oci.ok("kill", name, "KILL")
+    _, said = start.communicate(timeout=20)
+    assert start.returncode == 1
+    assert "killed before" in said
+    assert oci.status(name) == "stopped"
 
 
 @pytest.mark.parametrize("point", ["prestart", "createRuntime", "createContainer"])

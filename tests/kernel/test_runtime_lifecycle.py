@@ -12,7 +12,7 @@ from support.requirements import needs
 from corral.kernel import process as kernel_process
 from corral.kernel.namespaces import Kind
 from corral.oci.runtime import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, Container, ExecFailed, Stdio
-from corral.oci.spec import Capabilities, Mount, Namespace
+from corral.oci.spec import Action, Capabilities, Mount, Namespace, Seccomp, SeccompSyscall
 
 pytestmark = needs("root", "overlayfs", "busybox")
 
@@ -81,6 +81,29 @@ def test_starting_a_dead_init_fails(lab):
     os.waitid(os.P_PIDFD, container.init.pidfd, os.WEXITED | os.WNOWAIT)
     with pytest.raises(ExecFailed, match="ended before"):
         container.start()
+
+
+DEADLY_EXECVE = Seccomp(Action.ALLOW, syscalls=(SeccompSyscall(("execve",), Action.KILL_PROCESS),))
+
+
+def test_a_process_that_is_killed_before_it_executes_anything_was_not_started(lab):
+    container = lab.create(lab.spec("true", linux={"seccomp": DEADLY_EXECVE}))
+    with pytest.raises(ExecFailed, match="killed before"):
+        container.start()
+    running = lab.create(lab.spec("sleep", "60"))
+    running.start()
+    deadly = replace(running.spec, linux=replace(running.spec.linux, seccomp=DEADLY_EXECVE))
+    other = Container.adopt(deadly, pid=running.init.pid, start_time=running.init.start_time)
+    with pytest.raises(ExecFailed, match="ended during its set-up"):
+        other.exec(lab.process("true"), stdio=Stdio())
+    os.close(other.init.pidfd)
+
+
+def test_a_program_that_ends_at_once_was_started_all_the_same(lab):
+    for _ in range(20):
+        container = lab.create(lab.spec("true"))
+        container.start()
+        assert lab.wait(container.init) == 0
 
 
 def test_init_ends_with_the_runtime(lab):

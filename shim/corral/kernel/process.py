@@ -115,13 +115,35 @@ def start_time(pid: int | str) -> int:
 
     Raises FileNotFoundError (or ProcessLookupError) if there is no such process.
     """
+    return int(_stat(pid)[_START_TIME])
+
+
+def has_executed(pid: int, started: int) -> bool | None:
+    """Whether the process of a pid and start time has become another program since it was made; None if it is reaped.
+
+    Source: proc_pid_stat(5), field 9; PF_FORKNOEXEC of the kernel's sched.h, which execve takes away before it closes
+    what is close-on-exec.
+    """
+    try:
+        fields = _stat(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return not int(fields[_FLAGS]) & _PF_FORKNOEXEC if int(fields[_START_TIME]) == started else None
+
+
+_FLAGS, _START_TIME = 6, 19
+_PF_FORKNOEXEC = 0x40
+
+
+def _stat(pid: int | str) -> list[bytes]:
+    """The fields of /proc/<pid>/stat from the third one on."""
     fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     try:
         stat = os.read(fd, 4096)
     finally:
         os.close(fd)
     # The name in parentheses may hold spaces and parentheses itself: count from the last one.
-    return int(stat[stat.rindex(b")") + 2 :].split()[19])
+    return stat[stat.rindex(b")") + 2 :].split()
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,21 @@ def _is_stopped(pidfd: int) -> bool:
         return False
 
 
+def await_exec(parent: ParentEnd, pid: int, pidfd: int, start_time: int, limit_s: float) -> None:
+    """Return once a process that was told to start has executed its program; EndedEarly if it was killed before.
+
+    Both close the channel. Of somebody else's child, which may be reaped by then, the kernel tells little more than
+    what ended it (Linux 6.15): SIGKILL is taken for what came before the program. Else raises as wait_for_exec().
+    """
+    parent.wait_for_exec(patience(pidfd, limit_s))
+    executed = process.has_executed(pid, start_time)
+    if executed is None:
+        with contextlib.suppress(OSError):
+            executed = process.pidfd_info(pidfd).exit_status != signal.SIGKILL
+    if executed is False:
+        raise EndedEarly
+
+
 def how_it_ended(status: int | None) -> str:
     """A sentence about a process that ended before it could say why."""
     if status == signal.SIGKILL:

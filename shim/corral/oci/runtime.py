@@ -26,8 +26,10 @@ from corral.oci import gate as gates
 from corral.oci import plan as plans
 from corral.oci.attendance import (
     SETUP_S,
+    await_exec,
     follow_guide,
     give_devices,
+    heeded,
     how_it_ended,
     idmap_namespaces,
     kill_and_reap,
@@ -108,9 +110,12 @@ class Container:
         try:
             channel.send_start()
             slow = self.spec.hooks is not None and self.spec.hooks.start_container
-            channel.wait_for_exec(patience(self.init.pidfd, math.inf if slow else SETUP_S))
+            limit_s = math.inf if slow else SETUP_S
+            await_exec(channel, self.init.pid, self.init.pidfd, self.init.start_time, limit_s)
         except (BrokenPipeError, ConnectionResetError) as e:
             raise ExecFailed(SETUP, "the container's init ended before it was started") from e
+        except EndedEarly as e:
+            raise ExecFailed(SETUP, "the container's init was killed before it executed its program") from e
         finally:
             channel.close()
         if self.spec.hooks is not None and self.spec.hooks.poststart:
@@ -476,14 +481,13 @@ def _exec(
             with contextlib.closing(nearby):
                 parent, pid, pidfd = be_in(nearby)
     handle = _await_ready(container, program.allotment, parent, pid, pidfd, EXEC_SETUP_S, creating=False)
-    try:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is gone: what follows finds out why
-            parent.send_start()
-        parent.wait_for_exec(patience(handle.pidfd, EXEC_SETUP_S))
-    except BaseException:
-        kill_and_reap(parent, handle.pidfd)
+    with contextlib.ExitStack() as undo:
         if handle.console is not None:
-            os.close(handle.console)
-        raise
+            undo.callback(os.close, handle.console)
+        with heeded(parent, handle.pidfd):
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is gone: what follows finds out why
+                parent.send_start()
+            await_exec(parent, handle.pid, handle.pidfd, handle.start_time, EXEC_SETUP_S)
+        undo.pop_all()
     parent.close()
     return handle
