@@ -3,7 +3,7 @@
 set -eu
 cd "$(dirname "$0")"
 
-PACKAGES="libnftables1 nftables iproute2 busybox-static tmux"
+PACKAGES="libnftables1 nftables iproute2 busybox-static tmux dbus-daemon"
 STAMP=.venv/.setup-done
 want=$(cat pyproject.toml setup.sh | sha256sum)
 if [ -e "$STAMP" ] && [ "$(cat "$STAMP")" = "$want" ] && [ -x .venv/bin/corral ]; then
