@@ -2,41 +2,29 @@
 
 import contextlib
 import json
-import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.ocicommand import COMMAND, TIMEOUT_S, Runtime, runtime_in
 from support.requirements import needs
+from support.rootless import AS_USER, SUBIDS, USER, give, users_directory
 
 from corral.kernel.capabilities import NAMES
 
 pytestmark = needs("root", "busybox", "userns")
 
-USER = 4242
-SUBIDS = 500_000
 OWN = [{"containerID": 0, "hostID": USER, "size": 1}]
 RANGE = [*OWN, {"containerID": 1, "hostID": SUBIDS, "size": 65536}]
-AS_USER = {"user": USER, "group": USER, "extra_groups": []}
 
 
 @pytest.fixture
 def oci() -> Iterator[Runtime]:
-    """A bundle of an ordinary user's; pytest's own directories are closed to him."""
-    directory = Path(tempfile.mkdtemp(prefix="corral-rootless-"))
-    try:
-        directory.chmod(0o755)
-        with runtime_in(directory) as runtime:
-            for place, names, files in os.walk(directory):
-                for name in (*names, *files, "."):
-                    os.chown(Path(place, name), USER, USER, follow_symlinks=False)
-            yield runtime
-    finally:
-        shutil.rmtree(directory)
+    """A bundle of an ordinary user's."""
+    with users_directory() as directory, runtime_in(directory) as runtime:
+        give(directory)
+        yield runtime
 
 
 def spec_of(oci: Runtime, *args: str, mappings: list[dict[str, int]] = OWN, **changes: object) -> dict[str, object]:
@@ -114,12 +102,29 @@ class TestOneId:
         )
         assert not (oci.bundle / "rootfs/node").exists()
 
-    def test_supplementary_groups_are_refused_by_name(self, oci):
-        spec = spec_of(oci, "true")
+    def test_a_supplementary_group_that_it_has_anyway_need_not_be_set(self, oci):
+        spec = spec_of(oci, "id -G")
         spec["process"]["user"]["additionalGids"] = [0]
+        assert run(oci, spec).stdout == "0\n"
+
+    def test_a_limit_is_refused_by_name(self, oci):
+        spec = spec_of(oci, "true")
+        spec["linux"]["resources"] = {"pids": {"limit": 10}, "cpu": {"cpus": "0"}}
         result = run(oci, spec)
         assert result.returncode == 1
-        assert "supplementary groups (0) can't be had in this user namespace" in result.stderr
+        assert "cannot set cpuset and pids limits" in result.stderr
+        assert "permission denied: /sys/fs/cgroup" in result.stderr
+
+    def test_the_state_lies_in_his_run_directory_and_stays_there(self, oci):
+        oci.write_spec(spec_of(oci, "true"))
+        place = oci.directory / "state/corral-oci"
+        result = oci.call("state", "nobody", **AS_USER, env={"XDG_RUNTIME_DIR": str(oci.root)})
+        assert "does not exist" in result.stderr
+        assert not place.exists()  # --root was given
+        subprocess.run(
+            [COMMAND, "list"], check=True, env={"XDG_RUNTIME_DIR": str(place.parent)}, timeout=TIMEOUT_S, **AS_USER
+        )
+        assert place.stat().st_mode & 0o7777 == 0o1700
 
     def test_another_users_id_is_refused(self, oci):
         spec = spec_of(oci, "true", mappings=[{"containerID": 0, "hostID": 0, "size": 1}])

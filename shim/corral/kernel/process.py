@@ -96,6 +96,8 @@ def clone(flags: int, *, cgroup: int | None = None) -> tuple[int, int]:
     code = ctypes.get_errno()
     _after_fork_parent()
     ctypes.set_errno(code)
+    if pid < 0 and cgroup is not None:
+        check(pid, f"clone3 flags={flags:#x} into cgroup", os.readlink(f"/proc/self/fd/{cgroup}"))  # noqa: PTH115 - no Path
     check(pid, f"clone3 flags={flags:#x}")
     return pid, pidfd.value
 

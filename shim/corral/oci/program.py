@@ -9,7 +9,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn
 
@@ -180,7 +180,8 @@ def become(program: Program, root: int, tell_listener: Callable[[int], None]) ->
     tell_listener gets the descriptor by which a listener answers calls, and must return once it is on its way there.
     """
     program = program.start_as(identify(root, program.user, program.uid, program.gid, program.groups))
-    hand_over_stdio(program.uid, terminal=program.terminal)
+    with _mapped("user", program.uid):
+        hand_over_stdio(program.uid, terminal=program.terminal)
     enter_directory(root, program.cwd)
     for limit in program.rlimits:
         rlimits.set_limit(limit.type, soft=limit.soft, hard=limit.hard)
@@ -217,20 +218,38 @@ def _drop_privileges(program: Program) -> None:
     sets = program.capabilities
     capabilities.limit_bounding(sets.bounding)
     process.set_keep_capabilities(True)
+    with _mapped("group", *program.groups):
+        _set_groups(program)
+    with _mapped("group", program.gid):
+        credentials.set_gid(program.gid)
+    with _mapped("user", program.uid):
+        credentials.set_uid(program.uid)
+    process.set_keep_capabilities(False)
+    capabilities.set_process(effective=sets.effective, permitted=sets.permitted, inheritable=sets.inheritable)
+    capabilities.set_ambient(sets.ambient)
+
+
+def _set_groups(program: Program) -> None:
     try:
         credentials.set_groups(program.groups)
     except PermissionError as e:
         # An ordinary user's namespace may forbid it: groups that take rights away must not be left behind.
         if not program.in_user_namespace:
             raise
-        if program.groups:
+        if {*program.groups} - {program.gid}:
             groups = " ".join(map(str, program.groups))
             raise ExecFailed(SETUP, f"supplementary groups ({groups}) can't be had in this user namespace") from e
-    credentials.set_gid(program.gid)
-    credentials.set_uid(program.uid)
-    process.set_keep_capabilities(False)
-    capabilities.set_process(effective=sets.effective, permitted=sets.permitted, inheritable=sets.inheritable)
-    capabilities.set_ambient(sets.ambient)
+
+
+@contextlib.contextmanager
+def _mapped(kind: str, *ids: int) -> Iterator[None]:
+    """Tell of ids that a user namespace, which may be another's, does not have."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno != errno.EINVAL:
+            raise
+        raise ExecFailed(SETUP, f"{kind} {' '.join(map(str, ids))} is not mapped in the user namespace") from e
 
 
 def hand_over_stdio(uid: int, *, terminal: bool) -> None:

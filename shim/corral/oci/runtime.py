@@ -244,7 +244,7 @@ def create(
         container_id=container_id,
     )
     new, joined = plans.created(spec), plans.joined(spec)
-    guided = plan.own is not None or Kind.TIME in new
+    guided = Kind.TIME in new or Kind.USER in {*new, *joined}
     flags = namespaces.flags_of(new - {Kind.CGROUP})
     with contextlib.ExitStack() as stack:
         membership = Membership.open(cgroups)
@@ -316,6 +316,7 @@ def plan_of(
         steps = plans.steps_of(
             spec, bundle=bundle, rootfs=rootfs, cgroups=cgroups, console_size=console_size, hooks=hooks
         )
+    program = program_of(spec.process, spec.linux, user=user, seccomp=_filter(spec.linux.seccomp))
     return InitPlan(
         bundle=place,
         steps=tuple(steps),
@@ -328,7 +329,7 @@ def plan_of(
         unshare=Kind.CGROUP.flag if Kind.CGROUP in new else 0,
         loopback=Kind.NETWORK in new,
         new_keyring=new_keyring,
-        own=frozenset(new) if any(each.type is Kind.USER for each in spec.linux.namespaces) else None,
+        own=frozenset(new) if program.in_user_namespace else None,
         devices=bool(spec.linux.net_devices),
         idmaps=plans.idmaps_of(steps),
         hooks=hooks,
