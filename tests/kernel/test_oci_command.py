@@ -286,6 +286,16 @@ def _hierarchies() -> list[str]:
     return [line.split()[4] for line in lines if " - cgroup cgroup rw,memory" in line or " - cgroup2 " in line]
 
 
+def test_events_wait_for_the_end_of_the_container_however_long_the_interval_is(oci: Runtime) -> None:
+    name = oci.sleeping()
+    events = subprocess.Popen(oci.words("events", "--interval", "1000000h", name), stdout=subprocess.PIPE, text=True)
+    assert events.stdout is not None
+    assert json.loads(events.stdout.readline())["type"] == "stats"
+    oci.ok("kill", name, "KILL")
+    assert events.communicate(timeout=20)[0] == ""
+    assert events.returncode == 0
+
+
 def test_preserved_descriptors_arrive_and_no_other_does(oci: Runtime, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.write_text("kept\n")

@@ -304,6 +304,11 @@ class TestFailure:
         assert 1 <= time.monotonic() - began < 10
         assert not alive_in_group((tmp_path / "pid").read_text().strip())
 
+    @pytest.mark.parametrize("timeout", [2**31, 2**63 - 1])
+    def test_may_take_longer_than_poll_can_count(self, lab, on_host, timeout):
+        hook = on_host("patient", "sleep 0.1", timeout=timeout)
+        assert lab.run_spec(hooked(lab, Hooks(prestart=(hook,)))).code == 0
+
     def test_what_a_hook_leaves_running_is_not_waited_for(self, lab, on_host):
         hook = on_host("daemon", "sleep 3 & exit 0")
         began = time.monotonic()

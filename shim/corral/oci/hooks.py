@@ -35,6 +35,8 @@ _SHOWN = 1024
 _LARGEST_STATE = 2**20
 """Bytes; a pipe of anybody may hold as much."""
 _UMASK = 0o022
+_LONGEST_WAIT_S = 86400.0
+"""At a time: poll(2) counts milliseconds in an int, which lasts for 24 days."""
 
 
 def run_hooks(hooks: Hooks, point: str, state: State, *, env: Mapping[str, str], directory: int | str) -> None:
@@ -196,8 +198,8 @@ def _see_to_the_end(pid: int, pidfd: int, reader: int, timeout_s: int | None) ->
     poller.register(pidfd, select.POLLIN)
     output = b""
     while True:
-        left_s = float("inf") if give_up_at is None else give_up_at - time.monotonic()
-        ready = dict(poller.poll(max(0.0, left_s) * 1000 if give_up_at is not None else None))
+        left_s = _LONGEST_WAIT_S if give_up_at is None else give_up_at - time.monotonic()
+        ready = dict(poller.poll(min(max(0.0, left_s), _LONGEST_WAIT_S) * 1000))
         if reader in ready:
             part = _read(reader)
             output = (output + part)[-_SHOWN:]

@@ -178,7 +178,7 @@ class Hook:
     path: str
     args: tuple[str, ...] = ()
     env: tuple[str, ...] = ()
-    timeout: int | None = None
+    timeout: I64 | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """events."""
 
 import select
+import sys
 import time
 
 from corral.kernel.cgroup import Cgroup, OomWatch, Stats
@@ -14,6 +15,8 @@ from corral.runtime.state import Record
 
 EVENTS_FLAGS: Flags = {"interval": VALUE, "stats": SWITCH}
 _NO_LIMIT = 2**64 - 1
+_LONGEST_WAIT_S = 86400.0
+"""At a time: poll(2) counts milliseconds in an int."""
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -44,10 +47,11 @@ def _follow(record: Record, group: Cgroup, interval_s: float) -> None:
             if time.monotonic() >= due:
                 _print_stats(record, group)
                 due += interval_s
-            ready = dict(poller.poll(max(0.0, due - time.monotonic()) * 1000))
+            left_s = due - time.monotonic()
+            ready = dict(poller.poll(min(max(0.0, left_s), _LONGEST_WAIT_S) * 1000))
             count = oom.count()
             for _ in range(count - seen):
-                print_json({"type": "oom", "id": record.id})
+                _tell("oom", record)
             seen = count
             if pidfd in ready:
                 return
@@ -69,7 +73,13 @@ def _print_stats(record: Record, group: Cgroup) -> None:
         if life.init_lives(record):
             raise
         return
-    print_json({"type": "stats", "id": record.id, "data": data_of(reading)})
+    _tell("stats", record, data=data_of(reading))
+
+
+def _tell(kind: str, record: Record, **more: object) -> None:
+    """Print an event, now: who reads it may be at the other end of a pipe."""
+    print_json({"type": kind, "id": record.id} | more)
+    sys.stdout.flush()
 
 
 def data_of(stats: Stats) -> dict[str, object]:
