@@ -38,6 +38,22 @@ def test_create_leaves_an_init_that_waits_and_start_lets_it_go(oci: Runtime, tmp
     assert "already running" in oci.call("start", name).stderr
 
 
+def test_a_pid_file_is_written_where_others_may_plant_links(oci: Runtime, tmp_path: Path) -> None:
+    victim, directory = tmp_path / "victim", tmp_path / "shared"
+    victim.write_text("as it was")
+    directory.mkdir()
+    last = int(Path("/proc/sys/kernel/ns_last_pid").read_text())
+    for name in ("pid", ".pid", *(f".pid.{last + n}" for n in range(2000))):
+        (directory / name).symlink_to(victim)
+    name = oci.new_id()
+    oci.write("true")
+    oci.detached("create", "--pid-file", str(directory / "pid"), name)
+    assert (directory / "pid").read_text() == str(oci.state(name)["pid"])
+    assert not (directory / "pid").is_symlink()
+    assert victim.read_text() == "as it was"
+    assert all(path.is_symlink() or path.name == "pid" for path in directory.iterdir())
+
+
 def test_state_has_what_the_specification_wants(oci: Runtime) -> None:
     name = oci.new_id()
     spec = oci.spec("sleep", "1000")

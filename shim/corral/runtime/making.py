@@ -180,9 +180,17 @@ def own_stdio(process: Process, kept: tuple[int, ...]) -> Stdio:
 
 
 def write_pid_file(path: str, pid: int) -> None:
-    """Write a pid as a whole: who watches for the file must not read half of it."""
-    directory, _, name = path.rpartition("/")
-    temporary = f"{directory or '.'}/.{name}.{os.getpid()}"
-    with open(temporary, "w", encoding="ascii") as file:
-        file.write(str(pid))
-    os.replace(temporary, path)  # noqa: PTH105 - a string, as the flag gave it
+    """Write a pid as a whole: who watches for the file must not read half of it.
+
+    Others may write to the directory: what they put there is replaced, and never followed.
+    """
+    directory, name = os.path.split(path)
+    temporary = os.path.join(directory, f".{name}.{os.urandom(8).hex()}")  # noqa: PTH118 - a string, as the flag gave it
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with open(fd, "w", encoding="ascii") as file:
+            file.write(str(pid))
+        os.replace(temporary, path)  # noqa: PTH105 - likewise
+    except BaseException:
+        os.unlink(temporary)  # noqa: PTH108 - likewise
+        raise
