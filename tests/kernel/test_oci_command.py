@@ -204,6 +204,34 @@ def test_a_container_in_the_hosts_pid_namespace_dies_as_a_whole(oci: Runtime) ->
     pids = json.loads(oci.ok("ps", "--format=json", name))
     oci.ok("kill", name, "KILL")
     wait_until(lambda: not any(Path(f"/proc/{pid}/exe").is_symlink() and _alive(pid) for pid in pids))
+    for number in ("KILL", "TERM", "0"):
+        late = oci.call("kill", name, number)
+        assert late.returncode == 1
+        assert "container not running" in late.stderr
+    oci.ok("kill", "--all", name, "KILL")
+
+
+def test_what_an_init_leaves_in_the_hosts_pid_namespace_can_be_killed(oci: Runtime) -> None:
+    name = oci.new_id()
+    spec = oci.spec("sleep 1000 &")
+    spec["linux"]["namespaces"] = [{"type": "mount"}]  # type: ignore[index]
+    del spec["hostname"]
+    oci.write_spec(spec)
+    oci.detached("run", "-d", name)
+    wait_until(lambda: oci.status(name) == "stopped")
+    (pid,) = json.loads(oci.ok("ps", "--format=json", name))
+    assert oci.call("kill", name, "TERM").returncode == 1
+    oci.ok("kill", name, "KILL")
+    wait_until(lambda: not _alive(pid))
+
+
+def test_signal_0_asks_whether_the_container_runs(oci: Runtime) -> None:
+    name = oci.sleeping()
+    oci.ok("kill", name, "0")
+    assert "unknown signal" in oci.call("kill", name, "65").stderr
+    assert "unknown signal" in oci.call("kill", name, "-1").stderr
+    oci.ok("kill", name, "KILL")
+    wait_until(lambda: oci.call("kill", name, "0").returncode == 1)
 
 
 def _alive(pid: int) -> bool:

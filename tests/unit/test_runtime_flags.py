@@ -31,7 +31,8 @@ def test_signals_by_number_and_name() -> None:
         assert remove.parse_signal(text) == signal.SIGKILL
     assert remove.parse_signal("RTMIN+3") == signal.SIGRTMIN + 3
     assert remove.parse_signal("SIGRTMAX-1") == signal.SIGRTMAX - 1
-    for text in ("", "0", "99", "NOPE", "-9", "RTMIN+99"):
+    assert remove.parse_signal("0") == 0
+    for text in ("", "99", "NOPE", "-9", "RTMIN+99"):
         with pytest.raises(CommandError):
             remove.parse_signal(text)
 

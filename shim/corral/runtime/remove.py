@@ -23,10 +23,10 @@ _DIE_S = 10.0
 
 
 def parse_signal(text: str) -> int:
-    """A signal by number or name, with or without SIG, RTMIN+N and RTMAX-N included."""
+    """A signal by number, 0 included, or name, with or without SIG, RTMIN+N and RTMAX-N included."""
     if text.isascii() and text.isdigit():
         number = int(text)
-        if 0 < number < signal.NSIG:
+        if number < signal.NSIG:
             return number
     name = text.upper().removeprefix("SIG")
     for base, sign in ((signal.SIGRTMIN, "+"), (signal.SIGRTMAX, "-")):
@@ -51,7 +51,7 @@ def kill(context: Context, options: Options, arguments: list[str]) -> int:
         alive = life.init_lives(record)
         # Without a PID namespace of its own nobody else ends what init leaves behind.
         if everybody or (number == signal.SIGKILL and not record.own_pids):
-            if group is not None:
+            if group is not None and (alive or group.pids()):
                 group.kill(number)
                 return 0
             if everybody and not alive:
