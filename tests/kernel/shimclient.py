@@ -145,12 +145,14 @@ def make_root(directory: Path) -> Path:
     return root
 
 
-def config(root: Path, *args: str, terminal: bool = False, namespaces: Sequence[str] = NAMESPACES) -> Message:
+def config(
+    root: Path, *args: str, terminal: bool = False, namespaces: Sequence[str] = NAMESPACES, **more: object
+) -> Message:
     """A config.json that runs args in the root."""
     return {
         "ociVersion": "1.2.0",
         "root": {"path": str(root)},
-        "process": process(*args, terminal=terminal),
+        "process": process(*args, terminal=terminal, **more),
         "mounts": [_PROC, _DEV, _PTS],
         "linux": {"namespaces": [{"type": name} for name in namespaces]},
     }
@@ -361,10 +363,10 @@ class Workshop:
         self._stack.callback(self.zygote.close)
         self._count = 0
 
-    def spawn(self, *args: str, terminal: bool = False, namespaces: Sequence[str] = NAMESPACES) -> Shim:
-        """A shim whose container is to run args; nothing is created yet."""
+    def spawn(self, *args: str, terminal: bool = False, namespaces: Sequence[str] = NAMESPACES, **more: object) -> Shim:
+        """A shim whose container is to run args; nothing is created yet. More are members of its process."""
         self._count += 1
-        content = config(self.root, *args, terminal=terminal, namespaces=namespaces)
+        content = config(self.root, *args, terminal=terminal, namespaces=namespaces, **more)
         shim = Shim(self.zygote, self.directory, f"c{self._count}", content)
         self._stack.callback(shim.close)
         return shim

@@ -14,13 +14,9 @@ from pathlib import Path
 import pytest
 import shimclient
 from shimclient import Workshop, run_directory, wait_gone, workshop
-from support import cgroups, elf
 from support.requirements import needs
 
 from corral.kernel import capabilities, process
-from corral.kernel.cgroup import Cgroup, Driver, Resources, detect
-from corral.kernel.cgroup.resources import MemoryLimits, PidsLimits
-from corral.shim.leftovers import kill_leftovers
 
 pytestmark = needs("root", "busybox")
 
@@ -222,107 +218,3 @@ def test_cve_2020_15257_a_shim_listens_by_a_path_alone():
         names = [line[7] for line in lines if len(line) > 7 and line[6] in sockets]
         assert str(shim.bundle / "socket") in names or any(name.endswith("/socket") for name in names)
         assert not [name for name in names if name.startswith("@")]
-
-
-# Exhaustion
-
-BOMB = "f() { f & f & f & }; (usleep 100000; while :; do f; done) & exec sleep 100"
-
-
-@pytest.fixture
-def group() -> Iterator[Cgroup]:
-    """A cgroup with room for 200 processes."""
-    made = Driver(detect()).create(cgroups.fresh_path())
-    try:
-        made.apply(Resources(pids=PidsLimits(limit=200)))
-        yield made
-    finally:
-        made.remove()
-        for hierarchy in made.paths():
-            for directory in (hierarchy.parent, hierarchy.parent.parent):
-                with contextlib.suppress(OSError):  # another test's cgroup is in it
-                    directory.rmdir()
-
-
-class TestForkBomb:
-    @pytest.mark.parametrize("namespaces", [shimclient.NAMESPACES, ("mount", "ipc", "uts")], ids=["own", "host"])
-    def test_it_is_held_by_the_limit_and_holds_up_nobody(self, group: Cgroup, namespaces):
-        with workshop() as shop:
-            shim = shop.spawn("sh", "-c", BOMB, namespaces=namespaces)
-            shim.create(cgroup={"paths": [str(path) for path in group.paths()]}, driver="none")
-            shim.start()
-            time.sleep(0.5)
-            assert len(group.pids()) <= 200
-            began = time.monotonic()
-            assert shim.state()["state"] == "running"
-            assert time.monotonic() - began < 2
-            shim.exec("late", "true")
-            with contextlib.suppress(shimclient.RequestError):
-                shim.start("late")
-            shim.call("kill", signal=int(signal.SIGKILL), all=True)
-            wait_gone(shim.pid)
-            assert time.monotonic() - began < 15
-            assert [pid for pid in group.pids() if not is_dead(pid)] == []
-
-    def test_what_is_born_and_dies_all_the_time_is_killed_within_a_bound(self, group: Cgroup, tmp_path):
-        """Whoever is listed has ended by the time it is signalled, and has had a child."""
-        rolling = tmp_path / "rolling"
-        rolling.write_bytes(elf.program(elf.ROLLING_FORK))
-        rolling.chmod(0o755)
-
-        def body(_fd: int) -> None:
-            process.set_child_subreaper()
-            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # who ends is gone at once, and makes room for another
-            for _ in range(40):
-                if process.fork() == 0:
-                    os.execv(rolling, [str(rolling)])
-            time.sleep(60)
-
-        with cgroups.inside(group, body):
-            time.sleep(0.3)
-            assert group.pids(), "nothing lived on, so nothing was tried"
-            began = time.monotonic()
-            kill_leftovers(group.paths(), signal.SIGKILL)
-            assert time.monotonic() - began < 3
-            time.sleep(0.2)
-            assert [pid for pid in group.pids() if not is_dead(pid)] == []
-
-
-def is_dead(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"Z", b"X")
-    except OSError:
-        return True
-
-
-def test_a_shim_outlives_a_container_that_takes_all_memory_it_may(group: Cgroup):
-    group.apply(Resources(memory=MemoryLimits(limit_bytes=32 << 20)))
-    with workshop() as shop:
-        shim = shop.spawn("sh", "-c", "x=a; while :; do x=$x$x; done")
-        shim.create(cgroup={"paths": [str(path) for path in group.paths()]})
-        shim.start()
-        assert shim.wait()["code"] in (137, 1, 2)
-
-
-def test_output_without_end_costs_the_shim_no_memory():
-    """And a line without end neither."""
-    with workshop() as shop:
-        shim = shop.spawn("sh", "-c", "yes | tr -d '\\n'")
-        shim.create(
-            log={"driver": "json-file", "path": str(shop.directory / "log"), "max_size": 1 << 20, "max_files": 2}
-        )
-        shim.start()
-        time.sleep(1)
-        resident = int(Path(f"/proc/{shim.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-        assert resident < 64 << 20
-        assert sum(path.stat().st_size for path in shop.directory.glob("log*")) < 4 << 20
-
-
-def test_the_reply_to_a_hostile_name_stays_a_frame():
-    """What fails names what the container chose; a frame has a limit, and the shim goes on."""
-    with workshop() as shop:
-        shim = shop.run("sleep", "60")
-        shim.exec("e", "x" * 500_000)
-        with pytest.raises(shimclient.RequestError, match="xxx"):
-            shim.start("e")
-        assert shim.run_exec("echo", "fine") == b"fine\n"

@@ -1,12 +1,22 @@
 """Making and opening paths inside a root that somebody else wrote."""
 
+import contextlib
+import ctypes
 import os
-from collections.abc import Iterator
+import signal
+import stat
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from corral.kernel import paths
+from corral.kernel import paths, process
+
+RACE_S = 2.0
+ROUNDS = 4000
+_RENAME_EXCHANGE = 2
 
 
 @pytest.fixture
@@ -59,6 +69,73 @@ def test_a_dangling_link_is_followed_inside(root):
     (place / "var/run").symlink_to("../run")
     os.close(paths.make_file_in_root(fd, "/var/run/docker.sock"))
     assert (place / "run/docker.sock").is_file()
+
+
+@pytest.mark.parametrize("way", ["{}/made", "../outside/made", "../../../../../../../..{}/made"])
+def test_cve_2024_45310_a_dangling_link_that_is_the_file_itself(root, way):
+    """What is missing is made: not where a link leads to on the host."""
+    fd, place = root
+    outside = place.parent / "outside"
+    (place / "link").symlink_to(way.format(outside))
+    with paths.opened(paths.make_file_in_root(fd, "/link")) as made:
+        assert stat.S_ISREG(os.fstat(made).st_mode)
+    assert list(outside.iterdir()) == []
+
+
+@contextlib.contextmanager
+def stealing(place: Path, outside: Path) -> Iterator[None]:
+    """Somebody exchanges each name, as soon as it is made, for a link that leads out."""
+    for number in range(ROUNDS):
+        (place / f"trap{number}").symlink_to(outside)
+    pid, pidfd = process.clone(0)
+    if pid == 0:
+        _steal_each(os.fsencode(place))
+    try:
+        yield
+    finally:
+        process.send_signal(pidfd, signal.SIGKILL)
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
+
+
+def _steal_each(place: bytes) -> NoReturn:
+    rename = ctypes.CDLL(None).renameat2
+    try:
+        for number in range(ROUNDS):
+            made, trap = b"%s/made%d" % (place, number), b"%s/trap%d" % (place, number)
+            while rename(-100, made, -100, trap, _RENAME_EXCHANGE):
+                pass
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.parametrize(
+    ("make", "is_right"),
+    [(paths.make_directory_in_root, stat.S_ISDIR), (paths.make_file_in_root, stat.S_ISREG)],
+    ids=["directory", "file"],
+)
+def test_cve_2021_30465_what_was_just_made_is_exchanged_before_it_is_opened(
+    root, make: Callable[[int, str], int], is_right: Callable[[int], bool]
+):
+    fd, place = root
+    bait = place.parent / "outside"
+    if is_right is stat.S_ISREG:
+        bait /= "file"
+        bait.touch()
+    give_up_at, caught = time.monotonic() + RACE_S, 0
+    with stealing(place, bait):
+        for number in range(ROUNDS):
+            if caught > 5 or time.monotonic() > give_up_at:
+                break
+            try:
+                made = make(fd, f"made{number}")
+            except OSError:
+                caught += 1
+                continue
+            with paths.opened(made):
+                status = os.fstat(made)
+                assert is_right(status.st_mode)
+                assert not os.path.samestat(status, bait.stat())
 
 
 def test_links_that_lead_nowhere_end(root):

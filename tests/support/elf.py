@@ -14,6 +14,10 @@ ROLLING_FORK = {  # while (fork() <= 0); exit(0): each process lives for one for
     "x86_64": "b8390000000f0585c07ef531ffb83c0000000f05",
     "aarch64": "881b80d2200280d2010080d2010000d41f0000f16dffff54000080d2a80b80d2010000d4",
 }
+FORK_BOMB = {  # while (1) fork()
+    "x86_64": "b8390000000f05ebf7",
+    "aarch64": "881b80d2200280d2010080d2010000d4fcffff17",
+}
 INT80 = {"x86_64": "b814000000cd8031ffb83c0000000f05"}  # getpid by int $0x80; exit(0)
 X32 = {"x86_64": "b8270000400f0531ffb83c0000000f05"}  # getpid of x32; exit(0)
 

@@ -376,8 +376,10 @@ class Shim:
 
     def _write_exit(self, process: ContainerProcess) -> records.Exit:
         is_init = not process.exec_id
+        # v1 tells of an OOM before the kill, and not once more after it: by now it has been counted.
+        oom_kills = self._oom.count() if self._oom is not None else 0
         exit_record = process.exit_record(
-            oom=is_init and self._oom is not None and self._oom.count() > 0,
+            oom=is_init and oom_kills > 0,
             dropped_bytes=self._log.dropped_bytes if is_init else 0,
         )
         step = "shim.exit" if is_init else "shim.exec_exit"

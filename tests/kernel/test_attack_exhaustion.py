@@ -1,0 +1,199 @@
+"""A container that takes all it can get: it comes up to its limits, and neither the shim nor the host runs short."""
+
+import contextlib
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import shimclient
+from shimclient import wait_gone, workshop
+from support import cgroups, elf
+from support.cgroups import eventually
+from support.requirements import needs
+
+from corral.kernel import inotify, process
+from corral.kernel.cgroup import Cgroup, Driver, Resources, detect
+from corral.kernel.cgroup.resources import MemoryLimits, PidsLimits
+from corral.shim.leftovers import kill_leftovers
+
+pytestmark = needs("root", "busybox")
+
+MOST = 40
+"""Processes of a bomb: each of them keeps a processor busy."""
+MEMORY = 32 << 20
+
+
+def plant(root: Path, code: dict[str, str]) -> None:
+    """A program of a few instructions, as /bomb."""
+    path = root / "bomb"
+    path.write_bytes(elf.program(code))
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def make_group() -> Iterator[Callable[[], Cgroup]]:
+    """Cgroups with room for MOST processes."""
+    made: list[Cgroup] = []
+
+    def make() -> Cgroup:
+        made.append(Driver(detect()).create(cgroups.fresh_path()))
+        made[-1].apply(Resources(pids=PidsLimits(limit=MOST)))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for group in made:
+            group.remove()
+        for directory in {path for group in made for path in group.paths()}:
+            for parent in (directory.parent, directory.parent.parent):
+                with contextlib.suppress(OSError):  # another test's cgroup is in it
+                    parent.rmdir()
+
+
+@pytest.fixture
+def group(make_group: Callable[[], Cgroup]) -> Cgroup:
+    return make_group()
+
+
+class TestForkBomb:
+    @pytest.mark.parametrize("namespaces", [shimclient.NAMESPACES, ("mount", "ipc", "uts")], ids=["own", "host"])
+    def test_it_is_held_by_the_limit_and_holds_up_nobody(self, group: Cgroup, namespaces):
+        with workshop() as shop:
+            plant(shop.root, elf.FORK_BOMB)
+            shim = shop.spawn("/bomb", namespaces=namespaces)
+            shim.create(cgroup={"paths": [str(path) for path in group.paths()]}, driver="none")
+            shim.start()
+            assert eventually(lambda: len(group.pids()) >= MOST)
+            time.sleep(0.2)
+            assert len(group.pids()) == MOST
+            began = time.monotonic()
+            assert shim.state()["state"] == "running"
+            assert time.monotonic() - began < 2
+            shim.exec("late", "true")
+            with pytest.raises(shimclient.RequestError, match="temporarily unavailable"):
+                shim.start("late")
+            shim.call("kill", signal=int(signal.SIGKILL), all=True)
+            wait_gone(shim.pid)
+            assert time.monotonic() - began < 15
+            assert eventually(lambda: group.pids() == [], within_s=2)
+
+
+class TestWhatIsLeft:
+    """Processes that outlive init, where no PID namespace ends them with it."""
+
+    @pytest.fixture
+    def rolling(self, group: Cgroup, tmp_path: Path) -> Iterator[None]:
+        """Whoever is listed has ended by the time it is signalled, and has had a child."""
+        plant(tmp_path, elf.ROLLING_FORK)
+
+        def body(_fd: int) -> None:
+            process.set_child_subreaper()
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # who ends is gone at once, and makes room for another
+            for _ in range(MOST // 2):
+                if process.fork() == 0:
+                    os.execv(tmp_path / "bomb", ["bomb"])
+            time.sleep(60)
+
+        with cgroups.inside(group, body):
+            time.sleep(0.3)
+            assert group.pids(), "nothing lived on, so nothing was tried"
+            yield
+
+    @pytest.mark.usefixtures("rolling")
+    def test_is_frozen_to_be_killed_to_the_last(self, group: Cgroup):
+        freezers = [path / name for path in group.paths() for name in ("freezer.state", "cgroup.freeze")]
+        watched = [path.parent for path in freezers if path.exists()]
+        if not watched:
+            pytest.skip("needs a cgroup freezer")
+        notes = inotify.open_inotify()
+        try:
+            for directory in watched:
+                inotify.add_watch(notes, directory, inotify.IN_MODIFY)
+            began = time.monotonic()
+            kill_leftovers(group.paths(), signal.SIGKILL)
+            assert time.monotonic() - began < 3
+            assert eventually(lambda: group.pids() == [], within_s=2)
+            assert list(inotify.read_changes(notes)), "nobody was stopped meanwhile"
+        finally:
+            os.close(notes)
+
+    def test_is_not_chased_for_ever(self, tmp_path: Path):
+        """A list that never gets empty, of a kernel that can't freeze: whoever removes the cgroup has to see to it."""
+        (tmp_path / "cgroup.procs").write_text(f"{1 << 22}\n")  # more than any pid
+        began = time.monotonic()
+        kill_leftovers([tmp_path], signal.SIGKILL)
+        assert 0.5 < time.monotonic() - began < 3
+
+    def test_is_not_the_shim_itself(self, group: Cgroup):
+        """It was put into the container's cgroup by whoever started it: then nobody in there is the container's own."""
+
+        def body(_fd: int) -> None:
+            kill_leftovers(group.paths(), signal.SIGKILL)
+
+        with cgroups.inside(group, body) as child:
+            assert child.wait() == 0
+
+
+class TestMemory:
+    def test_it_is_killed_at_its_limit_and_the_shim_tells(self, group: Cgroup):
+        group.apply(Resources(memory=MemoryLimits(limit_bytes=MEMORY)))
+        with workshop() as shop:
+            shim = shop.spawn("sleep", "100")
+            shim.create(cgroup={"paths": [str(path) for path in group.paths()]})
+            shim.start()
+            shim.exec("greedy", "sh", "-c", "x=a; while :; do x=$x$x; done")
+            shim.start("greedy")
+            assert shim.wait_state("stopped", "greedy")["exit"]["code"] == 137
+            assert 0 < group.read().memory.peak_bytes <= MEMORY
+            assert eventually(lambda: shim.state()["oom_kills"] == 1)
+            assert shim.run_exec("echo", "fine") == b"fine\n"
+
+    def test_output_without_end_costs_the_shim_none(self):
+        """And a line without end neither."""
+        with workshop() as shop:
+            shim = shop.spawn("sh", "-c", "yes | tr -d '\\n'")
+            shim.create(
+                log={"driver": "json-file", "path": str(shop.directory / "log"), "max_size": 1 << 20, "max_files": 2}
+            )
+            shim.start()
+            time.sleep(1)
+            resident = int(Path(f"/proc/{shim.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+            assert resident < 64 << 20
+            assert sum(path.stat().st_size for path in shop.directory.glob("log*")) < 4 << 20
+
+
+class TestDescriptors:
+    LIMIT = 64
+    TAKE_ALL = """
+trap 'echo $i; sleep 60' EXIT
+i=3
+while [ $i -lt 1000 ] && eval "exec $i</dev/null"; do i=$((i+1)); done
+"""
+
+    def test_it_gets_no_more_than_its_limit_and_holds_up_nobody(self):
+        """What enters it brings its own."""
+        with workshop() as shop:
+            limits = [{"type": "RLIMIT_NOFILE", "soft": self.LIMIT, "hard": self.LIMIT}]
+            shim = shop.spawn("sh", "-c", self.TAKE_ALL, rlimits=limits)
+            shim.create()
+            (reader,) = shim.attach("stdout")
+            shim.start()
+            taken = int(re.sub(rb"\D", b"", shimclient.read_until(reader, b"\n")))
+            os.close(reader)
+            assert self.LIMIT // 2 < taken <= self.LIMIT
+            assert shim.run_exec("echo", "fine", rlimits=limits) == b"fine\n"
+
+
+def test_the_reply_to_a_hostile_name_stays_a_frame():
+    """What fails names what the container chose; a frame has a limit, and the shim goes on."""
+    with workshop() as shop:
+        shim = shop.run("sleep", "60")
+        shim.exec("e", "x" * 500_000)
+        with pytest.raises(shimclient.RequestError, match="xxx"):
+            shim.start("e")
+        assert shim.run_exec("echo", "fine") == b"fine\n"
