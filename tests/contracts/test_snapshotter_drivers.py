@@ -1,25 +1,25 @@
 """What is promised of a driver's own directory."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.requirements import needs
+from support.snapshotters import CASES, case_id, driver_at, place_for
 
-from corral.images.drivers import DRIVERS, make_driver
 from corral.images.drivers.overlayfs import Overlayfs
 from corral.images.snapshotter import Snapshotter, TreeId
 
 pytestmark = needs("root")
 
 
-@pytest.fixture(params=list(DRIVERS))
-def driver(request: pytest.FixtureRequest, tmp_path: Path) -> Snapshotter:
-    made = make_driver(request.param, tmp_path)
-    if reason := made.check():
-        pytest.skip(f"{request.param}: {reason}")
-    made.open()
-    made.open()  # again, as at every start
-    return made
+@pytest.fixture(params=CASES, ids=case_id)
+def driver(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Snapshotter]:
+    with place_for(request.param, tmp_path) as root:
+        made = driver_at(request.param[0], root)
+        made.open()
+        made.open()  # again, as at every start
+        yield made
 
 
 def test_a_staged_tree_becomes_a_layer(driver: Snapshotter) -> None:

@@ -65,12 +65,10 @@ class ImagesLeaf:
     async def prepare(
         self, key: str, *, image: str = "", parent: str = "", lease: str = ""
     ) -> pb.PrepareSnapshotResponse:
-        request = pb.PrepareSnapshotRequest(key=key)
-        if image:
-            request.image = image
-        if parent:
-            request.parent_snapshot = parent
-        return await self.snapshots.Prepare(request, metadata=lease_metadata(lease))
+        return await self.snapshots.Prepare(_prepare_request(key, image, parent), metadata=lease_metadata(lease))
+
+    async def view(self, key: str, *, image: str = "", parent: str = "") -> pb.PrepareSnapshotResponse:
+        return await self.snapshots.View(_prepare_request(key, image, parent))
 
     async def names(self) -> list[str]:
         """Familiar names of all images."""
@@ -87,6 +85,15 @@ class ImagesLeaf:
         for above in ("blobs/sha256", "ingest", "overlay/tmp", "overlay/l", "overlay/s"):
             found |= {f"{above}/{path.name}" for path in (self.root / above).iterdir()}
         return found
+
+
+def _prepare_request(key: str, image: str, parent: str) -> pb.PrepareSnapshotRequest:
+    request = pb.PrepareSnapshotRequest(key=key)
+    if image:
+        request.image = image
+    if parent:
+        request.parent_snapshot = parent
+    return request
 
 
 def lease_metadata(lease: str) -> tuple[tuple[str, str], ...]:

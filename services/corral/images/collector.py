@@ -3,6 +3,8 @@
     lease, image ------> manifest, index ------> config, layer blobs        (blob_edges)
     lease, image, active tree, committed by name ------> layer ------> layer below
 
+An image keeps the layers of the driver that new trees are made with. Those of another one only what lies on them does.
+
 Which rows are in reach is one recursive query each. Rows go first, in one transaction; files after them, so that a
 crash in between leaves files without a row, which the next start removes.
 """
@@ -45,7 +47,7 @@ RETURNING digest, size_bytes
 _DELETE_LAYERS = """
 WITH RECURSIVE reached(id) AS (
     SELECT id FROM snapshots WHERE kind != :committed OR namespace != ''
-    UNION SELECT id FROM snapshots WHERE key IN (SELECT chain_id FROM images)
+    UNION SELECT id FROM snapshots WHERE driver = :driver AND key IN (SELECT chain_id FROM images)
     UNION SELECT id FROM snapshots WHERE key IN (SELECT key FROM lease_resources WHERE kind = 'layer')
     UNION SELECT id FROM snapshots WHERE key IN (SELECT value FROM json_each(:pinned))
     UNION SELECT parent FROM snapshots JOIN reached USING (id) WHERE parent IS NOT NULL
@@ -68,10 +70,12 @@ class Collected:
 class Collector:
     """Runs when asked, and by itself when a lease ends."""
 
-    def __init__(self, database: Database, content: ContentStore, tending: Tending) -> None:
+    def __init__(self, database: Database, content: ContentStore, tending: Tending, driver: str) -> None:
+        """driver: the one new trees are made with."""
         self._database = database
         self._content = content
         self._tending = tending
+        self._driver = driver
         self._pins: Counter[str] = Counter()
         # Held while files and rows of content change together; what it covers takes milliseconds.
         self.changing = asyncio.Lock()
@@ -98,7 +102,7 @@ class Collector:
         async with self.changing:
             now = time.time_ns() if grace else MAX_NS
             pinned = json.dumps(list(self._pins))
-            collected = await write_much(self._database, lambda t: _collect_rows(t, now, pinned))
+            collected = await write_much(self._database, lambda t: _collect_rows(t, now, pinned, self._driver))
             failpoint("images.collect.after_rows")
             await run_blocking(self._content.remove, collected.blobs)
         self._tending.remove(collected.trees)
@@ -144,13 +148,13 @@ class Collector:
             log.warning("images.leases_not_ended", error=str(e))
 
 
-def _collect_rows(transaction: Transaction, now: int, pinned: str) -> Collected:
+def _collect_rows(transaction: Transaction, now: int, pinned: str, driver: str) -> Collected:
     collected = Collected()
     for row in transaction.execute(_DELETE_BLOBS, {"now": now, "pinned": pinned}):
         collected.blobs.append(Digest(row["digest"]))
         collected.names.append(row["digest"])
         collected.reclaimed_bytes += row["size_bytes"]
-    for row in transaction.execute(_DELETE_LAYERS, {"committed": Kind.COMMITTED, "pinned": pinned}):
+    for row in transaction.execute(_DELETE_LAYERS, {"committed": Kind.COMMITTED, "pinned": pinned, "driver": driver}):
         collected.trees.append(TreeId(row["id"]))
         collected.names.append(row["key"])
         collected.reclaimed_bytes += row["size_bytes"]

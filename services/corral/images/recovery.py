@@ -5,6 +5,7 @@ else (a disk check, a hand): layers among them are forgotten, so that the next P
 be repaired is reported.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -27,7 +28,7 @@ class Recovered:
     orphans: list[TreeId] = field(default_factory=list)
 
 
-def recover(database: Database, content: ContentStore, driver: Snapshotter) -> Recovered:
+def recover(database: Database, content: ContentStore, drivers: Iterable[Snapshotter]) -> Recovered:
     """Bring disk and database together. Blocking; runs before anything is served."""
     left = content.clean()
     blobs = database.read_sync(lambda s: {str(row[0]) for row in s.execute("SELECT digest FROM blobs")})
@@ -35,13 +36,13 @@ def recover(database: Database, content: ContentStore, driver: Snapshotter) -> R
     unknown = [digest for digest in stored if digest not in blobs]
     content.remove(unknown)
     lost = blobs - stored
-    known = database.read_sync(lambda s: trees.ids(s, driver.name))
-    there = set(driver.trees())
-    recovered = Recovered(
-        highest_tree=max([database.read_sync(trees.highest_id), *there], default=0),
-        orphans=sorted(tree for tree in there if tree not in known),
-    )
-    _repair(database, driver, known)
+    recovered = Recovered(highest_tree=database.read_sync(trees.highest_id))
+    for driver in drivers:
+        known = database.read_sync(partial(trees.ids, driver=driver.name))
+        there = set(driver.trees())
+        recovered.highest_tree = max([recovered.highest_tree, *there])
+        recovered.orphans += sorted(tree for tree in there if tree not in known)
+        _repair(database, driver, known, there)
     if left or unknown or recovered.orphans or lost:
         log.info(
             "images.recovered",
@@ -53,9 +54,8 @@ def recover(database: Database, content: ContentStore, driver: Snapshotter) -> R
     return recovered
 
 
-def _repair(database: Database, driver: Snapshotter, known: dict[int, Kind]) -> None:
+def _repair(database: Database, driver: Snapshotter, known: dict[int, Kind], there: set[TreeId]) -> None:
     """Make layers of trees whose commit was interrupted, and forget layers that are gone."""
-    there = set(driver.trees())
     for tree, kind in sorted(known.items(), reverse=True):
         if kind is not Kind.COMMITTED or driver.is_layer(TreeId(tree)):
             continue

@@ -1,6 +1,9 @@
 """The images leaf as one hosted service: puts its parts together, and recovers what an earlier process left."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import grpc.aio
 import structlog
@@ -11,7 +14,7 @@ from corral.images.blobs import Blobs
 from corral.images.collector import Collector
 from corral.images.config import ImagesConfig
 from corral.images.content import ContentStore
-from corral.images.drivers import DRIVERS, make_driver
+from corral.images.drivers import Drivers
 from corral.images.images import Images
 from corral.images.importer import Importer
 from corral.images.recovery import recover
@@ -25,7 +28,6 @@ from corral.images.tending import Tending
 from corral.images.unpacker import TreeIds, Unpacker
 from corral.images.workers import Workers
 from corral.rpc.blocking import run_blocking
-from corral.rpc.errors import FailedPrecondition
 
 log = structlog.get_logger()
 
@@ -38,22 +40,17 @@ class ImagesService:
     def __init__(self, config: ImagesConfig) -> None:
         """Raises FailedPrecondition if the driver cannot run there."""
         self._config = config
-        if config.driver not in DRIVERS:
-            raise FailedPrecondition(f"there is no snapshot driver {config.driver!r}; there is {', '.join(DRIVERS)}")
-        self._drivers = {name: make_driver(name, config.root) for name in DRIVERS}
-        driver = self._drivers[config.driver]
-        if reason := driver.check():
-            raise FailedPrecondition(
-                f"snapshot driver {driver.name} cannot be used: {reason}", reason="DRIVER_UNUSABLE"
-            )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._jobs: set[Future[dict[str, Any]]] = set()
+        self._drivers = Drivers(config.root, config.driver, self._work)
+        driver = self._drivers.default
         config.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        driver.open()
-        self._driver = driver
+        self._drivers.open()
         self._database = open_database(config.root)
         self._content = ContentStore(config.root)
         self._ids = TreeIds()
-        self._tending = Tending(driver, self._ids)
-        self._collector = Collector(self._database, self._content, self._tending)
+        self._tending = Tending(self._drivers, self._ids)
+        self._collector = Collector(self._database, self._content, self._tending, driver.name)
         self._workers = Workers(
             config.workers,
             idle_s=config.unpack_idle_s,
@@ -64,7 +61,9 @@ class ImagesService:
         admission = Admission(self._database, self._content, unpacker, self._collector)
         self._importer = Importer(self._database, self._content, unpacker, self._collector, admission)
         self._images = Images(self._database, self._content, driver, unpacker, self._collector)
-        self._snapshots = Snapshots(self._database, driver, self._images, self._tending, self._collector, self._ids)
+        self._snapshots = Snapshots(
+            self._database, self._drivers, self._images, self._tending, self._collector, self._ids
+        )
         self._blobs = Blobs(self._database, self._content, self._collector, grace_s=config.blob_grace_s)
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
@@ -73,7 +72,7 @@ class ImagesService:
             ImagesServicer(self._images, self._importer, self._database), server
         )
         images_pb2_grpc.add_SnapshotsServicer_to_server(
-            SnapshotsServicer(self._snapshots, self._images, self._drivers, self._config.driver), server
+            SnapshotsServicer(self._snapshots, self._images, self._drivers), server
         )
         images_pb2_grpc.add_LeasesServicer_to_server(
             LeasesServicer(self._database, self._collector, self._tending), server
@@ -81,9 +80,20 @@ class ImagesService:
         services = images_pb2.DESCRIPTOR.services_by_name.values()
         return [service.full_name for service in services]
 
+    def _work(self, job: Mapping[str, object]) -> Mapping[str, Any]:
+        """A driver's heavy job, for a thread to wait for."""
+        assert self._loop is not None, "drivers work after start()"
+        work = asyncio.run_coroutine_threadsafe(self._workers.run(job, lambda _done: None), self._loop)
+        self._jobs.add(work)
+        try:
+            return work.result()
+        finally:
+            self._jobs.discard(work)
+
     async def start(self) -> None:
         """Remove what no row describes, repair what lacks its files, and end the leases whose time is over."""
-        recovered = await run_blocking(recover, self._database, self._content, self._driver)
+        self._loop = asyncio.get_running_loop()
+        recovered = await run_blocking(recover, self._database, self._content, self._drivers)
         self._ids.start_after(recovered.highest_tree)
         self._tending.start()
         self._tending.remove(recovered.orphans)
@@ -91,6 +101,8 @@ class ImagesService:
         await self._collector.collect()
 
     async def stop(self) -> None:
+        for work in list(self._jobs):  # nobody waits for them any more but threads, which must end
+            work.cancel()
         await self._workers.stop()
         await self._collector.stop()
         await self._tending.stop()

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from corral.images import catalog, leases, trees
 from corral.images.catalog import ImageRecord
 from corral.images.collector import Collector
+from corral.images.drivers import Drivers
 from corral.images.errors import explained
 from corral.images.images import Images
-from corral.images.snapshotter import Mount, Snapshotter, Usage
+from corral.images.snapshotter import Mount, Usage
 from corral.images.store import persist, uninterrupted
 from corral.images.tending import Tending
 from corral.images.trees import Kind, TreeRecord
@@ -56,14 +57,14 @@ class Snapshots:
     def __init__(
         self,
         database: Database,
-        driver: Snapshotter,
+        drivers: Drivers,
         images: Images,
         tending: Tending,
         collector: Collector,
         ids: TreeIds,
     ) -> None:
         self._database = database
-        self._driver = driver
+        self._drivers = drivers
         self._images = images
         self._tending = tending
         self._collector = collector
@@ -90,18 +91,20 @@ class Snapshots:
     def _look_up(self, snapshot: Snapshot, wanted: Wanted) -> _Found | None:
         """All that prepare needs to know, in one read; None if the image has to be unpacked first."""
         image = parent = None
+        existing = trees.own(snapshot, wanted.namespace, wanted.key)
+        driver = self._drivers.default.name if existing is None else existing.driver
         if wanted.image:
             image = catalog.find(snapshot, wanted.namespace, wanted.image)
             if image.chain_id:
-                parent = trees.layer(snapshot, image.chain_id, self._driver.name)
-            if parent is None and not self._images.is_empty(image):
+                parent = trees.layer(snapshot, image.chain_id, driver)
+            if parent is None and existing is None and not self._images.is_empty(image):
                 return None
         elif wanted.parent:
             parent = self._parent(snapshot, wanted.namespace, wanted.parent)
-        return _Found(image, parent, trees.own(snapshot, wanted.namespace, wanted.key))
+        return _Found(image, parent, existing)
 
     def _parent(self, snapshot: Snapshot, namespace: str, key: str) -> TreeRecord:
-        found = trees.own(snapshot, namespace, key) or trees.layer(snapshot, key, self._driver.name)
+        found = trees.own(snapshot, namespace, key) or trees.layer(snapshot, key, self._drivers.default.name)
         if found is None:
             raise NotFound(f"there is no committed snapshot {key[:140]!r} to build on", reason="NO_SNAPSHOT")
         if found.kind is not Kind.COMMITTED:
@@ -113,14 +116,16 @@ class Snapshots:
     async def _make(self, wanted: Wanted, found: _Found) -> TreeRecord:
         """Directories first, then the row: a crash in between leaves directories that nothing describes."""
         image, parent = found.image, found.parent
-        ready = self._tending.take() if wanted.kind is Kind.ACTIVE else None
+        default = self._drivers.default.name
+        driver = default if parent is None else parent.driver
+        ready = self._tending.take() if wanted.kind is Kind.ACTIVE and driver == default else None
         record = trees.new_record(
             ready or self._ids.new(),
             namespace=wanted.namespace,
             key=wanted.key,
             kind=wanted.kind,
             parent=parent,
-            driver=self._driver.name,
+            driver=driver,
             image_id=image.image_id if image else "",
             image_name=image.name if image else "",
             labels=wanted.labels,
@@ -141,12 +146,12 @@ class Snapshots:
         return existing
 
     async def _make_tree(self, record: TreeRecord, wanted: Wanted, *, is_ready: bool) -> None:
-        writable = wanted.kind is Kind.ACTIVE
+        writable, driver = wanted.kind is Kind.ACTIVE, self._drivers.of(record.driver)
         try:
-            if (is_ready or not writable) and self._driver.is_quick(record.chain, writable=writable):
-                self._driver.prepare(record.id, record.chain, writable=writable)
+            if (is_ready or not writable) and driver.is_quick(record.chain, writable=writable):
+                driver.prepare(record.id, record.chain, writable=writable)
             else:
-                await run_blocking(self._driver.prepare, record.id, record.chain, writable=writable)
+                await run_blocking(driver.prepare, record.id, record.chain, writable=writable)
             failpoint("images.prepare.before_row")
             await self._database.write(lambda t: _insert(t, record, wanted))
             failpoint("images.prepare.after_row")
@@ -162,13 +167,13 @@ class Snapshots:
         await self._database.write(release)
 
     def _mounts(self, record: TreeRecord) -> list[Mount]:
-        return self._driver.mounts(record.id, record.chain, writable=record.kind is Kind.ACTIVE)
+        return self._drivers.of(record.driver).mounts(record.id, record.chain, writable=record.kind is Kind.ACTIVE)
 
     def get(self, namespace: str, key: str) -> TreeRecord:
         """The namespace's own snapshot, else the shared layer of that name. Raises NotFound."""
 
         def look_up(snapshot: Snapshot) -> TreeRecord | None:
-            return trees.own(snapshot, namespace, key) or trees.layer(snapshot, key, self._driver.name)
+            return trees.own(snapshot, namespace, key) or trees.layer(snapshot, key, self._drivers.default.name)
 
         found = self._database.read_sync(look_up)
         if found is None:
@@ -187,9 +192,7 @@ class Snapshots:
         record = self.get(namespace, key)
         if record.kind is Kind.COMMITTED:
             return Usage(record.size_bytes, record.inodes)
-        if record.kind is Kind.VIEW and record.chain:
-            return Usage(0, 0)
-        return await run_blocking(self._driver.usage, record.id)
+        return await run_blocking(self._drivers.of(record.driver).usage, record.id)
 
     async def list(self, namespace: str, kind: Kind | None) -> Sequence[tuple[TreeRecord, str]]:
         """Each with its parent's key."""
@@ -228,14 +231,15 @@ class Snapshots:
         return await uninterrupted(self._commit(record, name))
 
     async def _commit(self, record: TreeRecord, name: str) -> TreeRecord:
-        usage = await run_blocking(self._driver.usage, record.id)
+        driver = self._drivers.of(record.driver)
+        usage = await run_blocking(driver.usage, record.id)
         try:
             await self._database.write(lambda t: _commit_row(t, record, name, usage))
         except Duplicate as e:
             raise AlreadyExists(f"snapshot {name!r} already exists") from e
         failpoint("images.commit.after_row")
         try:
-            await run_blocking(self._driver.adopt, record.id)
+            await run_blocking(driver.adopt, record.id)
         except OSError as e:
             raise explained(e, f"cannot commit snapshot {record.key!r}") from e
         await persist(self._database)

@@ -10,7 +10,8 @@ Vocabulary
 
 A driver owns directories and nothing else: names, kinds, parents and who may remove what are rows of the leaf's
 database. So its methods are few, blocking and idempotent where a crash could repeat them, and it mounts nothing:
-`mounts` says what to mount, whoever wants the tree does it in his own mount namespace.
+`mounts` says what to mount, whoever wants the tree does it in his own mount namespace. A layer is staged and unpacked
+without a look at those below it, in the form that overlayfs reads; what a driver makes of that is its own affair.
 
 Life of a layer: stage -> (filled by a worker) -> commit -> remove; or discard, if filling fails.
 Life of an active tree: prepare -> (mounted and used) -> remove; or adopt, which makes it a layer.
@@ -29,14 +30,17 @@ Example: an image of two layers, a container on it, and its changes kept.
 A tests/contracts suite runs on every driver, and again over gRPC.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NewType, Protocol
+from typing import Any, NewType, Protocol
 
 from corral.images.layers.removal import GoOn, always
 
 TreeId = NewType("TreeId", int)
+
+# Does a job of corral.images.layers.worker in another process: what takes the interpreter for long. Raises OSError.
+type Work = Callable[[Mapping[str, object]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,8 @@ class Snapshotter(Protocol):
         ...
 
     def is_quick(self, chain: Sequence[TreeId], *, writable: bool) -> bool:
-        """Whether prepare(), of a tree that was made ready if it is to be writable, waits for no disk."""
+        """Whether prepare(), of a tree that was made ready if it is to be writable, waits neither for a disk nor for a
+        job of others."""
         ...
 
     def prepare(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> None:
@@ -105,7 +110,7 @@ class Snapshotter(Protocol):
         ...
 
     def mounts(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> list[Mount]:
-        """How to mount it; pure."""
+        """How to mount it. Waits for nothing."""
         ...
 
     def adopt(self, tree: TreeId) -> None:
@@ -113,7 +118,7 @@ class Snapshotter(Protocol):
         ...
 
     def usage(self, tree: TreeId) -> Usage:
-        """What an active tree takes; walks it."""
+        """What an active tree, or a view, has beyond what is below it; walks it."""
         ...
 
     def remove(self, tree: TreeId, *, go_on: GoOn = always) -> None:

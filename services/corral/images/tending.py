@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 import structlog
 
-from corral.images.snapshotter import Snapshotter, TreeId
+from corral.images.drivers import Drivers
+from corral.images.snapshotter import TreeId
 from corral.images.unpacker import TreeIds
 from corral.rpc.blocking import run_blocking
 
@@ -24,8 +25,8 @@ PAUSE_S = 0.1  # whoever took a tree starts a container now; what is done here w
 class Tending:
     """Begins with start(); on the event loop."""
 
-    def __init__(self, driver: Snapshotter, ids: TreeIds) -> None:
-        self._driver = driver
+    def __init__(self, drivers: Drivers, ids: TreeIds) -> None:
+        self._drivers = drivers
         self._ids = ids
         self._ready: deque[TreeId] = deque()
         self._doomed: list[TreeId] = []
@@ -103,7 +104,7 @@ class Tending:
         made: list[TreeId] = []
         try:
             for tree in wanted:
-                self._driver.make_ready(tree)
+                self._drivers.default.make_ready(tree)
                 made.append(tree)
         except OSError as e:
             log.warning("images.tree_not_made_ready", error=str(e))  # prepare() meets the same, and tells who asked
@@ -111,7 +112,7 @@ class Tending:
 
     def _remove(self, tree: TreeId) -> None:
         try:
-            self._driver.remove(tree, go_on=self._goes_on)
+            self._drivers.remove(tree, go_on=self._goes_on)
         except OSError as e:
             log.warning("images.tree_not_removed", error=str(e))  # the next start tries again
 

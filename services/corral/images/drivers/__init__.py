@@ -1,18 +1,73 @@
-"""Snapshotters: one module per union or copying file system."""
+"""Snapshotters: one module per union or copying file system, and who has which of their trees.
 
-from collections.abc import Callable, Mapping
+New trees are made with one driver, the default. Trees that another one made here before, when the setting was another,
+stay what they are: usable and removable, until their containers are gone.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from corral.images.drivers.native import Native
 from corral.images.drivers.overlayfs import Overlayfs
-from corral.images.snapshotter import Snapshotter
+from corral.images.layers.removal import GoOn, always
+from corral.images.snapshotter import Snapshotter, TreeId, Work
+from corral.rpc.errors import FailedPrecondition
 
-# Name -> maker, given the directory that is the driver's own.
-DRIVERS: Mapping[str, Callable[[Path], Snapshotter]] = {
-    "overlayfs": Overlayfs,
+# Name -> maker, given the directory that is the driver's own, and somebody who does what takes long.
+DRIVERS: Mapping[str, Callable[[Path, Work], Snapshotter]] = {
+    "overlayfs": lambda root, _work: Overlayfs(root),
+    "native": Native,
 }
 DIRECTORIES: Mapping[str, str] = {"overlayfs": "overlay"}
 
 
-def make_driver(name: str, root: Path) -> Snapshotter:
+def make_driver(name: str, root: Path, work: Work) -> Snapshotter:
     """The driver called `name`, with its directory below `root`. Raises KeyError."""
-    return DRIVERS[name](root / DIRECTORIES[name])
+    return DRIVERS[name](root / DIRECTORIES.get(name, name), work)
+
+
+class Drivers:
+    """All drivers, and which of them have trees below one root."""
+
+    def __init__(self, root: Path, default: str, work: Work) -> None:
+        """Raises FailedPrecondition if the default does not exist, or cannot run there."""
+        if default not in DRIVERS:
+            raise FailedPrecondition(f"there is no snapshot driver {default!r}; there is {', '.join(DRIVERS)}")
+        self._all = {name: make_driver(name, root, work) for name in DRIVERS}
+        self.default = self._all[default]
+        self._directories = {name: root / DIRECTORIES.get(name, name) for name in DRIVERS}
+        if reason := self.default.check():
+            raise FailedPrecondition(f"snapshot driver {default} cannot be used: {reason}", reason="DRIVER_UNUSABLE")
+
+    def open(self) -> None:
+        """Make what the drivers that have trees here, and the default, need below their directories."""
+        for driver in self:
+            driver.open()
+
+    def __iter__(self) -> Iterator[Snapshotter]:
+        """The default, and those that have made trees here."""
+        yield self.default
+        for name, driver in self._all.items():
+            if driver is not self.default and self._directories[name].is_dir():
+                yield driver
+
+    def of(self, name: str) -> Snapshotter:
+        """The driver that made a tree. Raises FailedPrecondition if it cannot run here any more."""
+        if name == self.default.name:
+            return self.default
+        driver = self._all.get(name)
+        reason = "this version of corral does not have it" if driver is None else driver.check()
+        if driver is None or reason:
+            raise FailedPrecondition(
+                f"snapshot driver {name}, which made this, cannot be used: {reason}", reason="DRIVER_UNUSABLE"
+            )
+        return driver
+
+    def remove(self, tree: TreeId, *, go_on: GoOn = always) -> None:
+        """Remove a tree, whoever made it; their numbers are unique. Raises OSError."""
+        for driver in self:
+            driver.remove(tree, go_on=go_on)
+
+    def reasons(self) -> Mapping[str, str]:
+        """By name why each cannot run on this host; empty if it can."""
+        return {name: driver.check() for name, driver in self._all.items()}

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from corral.images.drivers.usage import measure
 from corral.images.layers.removal import GoOn, always, remove_tree
 from corral.images.snapshotter import Mount, TreeId, Usage
 from corral.kernel.syncfs import syncfs
@@ -129,7 +130,8 @@ class Overlayfs:
         remove_tree(self._active / str(tree))
 
     def usage(self, tree: TreeId) -> Usage:
-        return _usage(self._active / str(tree) / "u")
+        upper = self._active / str(tree) / "u"
+        return measure(upper) if upper.is_dir() else Usage(0, 0)  # a view of layers has no directory of its own
 
     def remove(self, tree: TreeId, *, go_on: GoOn = always) -> None:
         self._looks.pop(tree, None)
@@ -179,23 +181,3 @@ def _filesystem_of(path: Path) -> str:
             if fields.split()[2] == wanted:
                 return rest.split()[0]
     return ""
-
-
-def _usage(path: Path) -> Usage:
-    """A file with several names counts once."""
-    size = inodes = 0
-    seen: set[int] = set()
-    for directory, names, files, fd in os.fwalk(path, follow_symlinks=False):
-        del directory
-        for name in (*names, *files):
-            try:
-                status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-            except FileNotFoundError:
-                continue
-            if status.st_ino in seen:
-                continue
-            if status.st_nlink > 1:
-                seen.add(status.st_ino)
-            size += status.st_blocks * 512
-            inodes += 1
-    return Usage(size, inodes)

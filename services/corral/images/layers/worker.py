@@ -3,6 +3,7 @@
     in   {"op": "apply", "blob": PATH, "target": DIR, "bottom": BOOL, "diff_id": "sha256:…" or ""}
          {"op": "measure", "blob": PATH, "diff_id": "sha256:…"}
          {"op": "complete", "layer": DIR, "below": [DIR, …], "implicit": […], "links": [[…], …]}
+         {"op": "lay", "layers": [DIR, …], "target": DIR}
     out  {"progress": BYTES of the blob read}…, then {"ok": {…}} or {"error": KIND, "errno": N, "message": SENTENCE}
          KIND: "bad" (the data), "os" (the machine), "bug"
 
@@ -17,20 +18,23 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from corral.images.layers.apply import Applied, Applier, Limits
 from corral.images.layers.below import complete
 from corral.images.layers.compression import CHUNK_BYTES, decompressed
 from corral.images.layers.errors import BadLayer
+from corral.images.layers.laying import lay
 from corral.images.layers.stream import ByteStream, prefetched
 from corral.images.layers.tar import TarReader
 from corral.images.layers.tree import Tree
 from corral.kernel.process import set_parent_death_signal
 
 PROGRESS_BYTES = 4 << 20
+
+type Job = Mapping[str, Any]
 
 
 class Blob:
@@ -110,22 +114,10 @@ def _as_json(applied: Applied) -> dict[str, object]:
     }
 
 
-def run_job(job: dict[str, object], limits: Limits, report: TextIO) -> dict[str, object]:
+def run_job(job: Job, limits: Limits, report: TextIO) -> dict[str, object]:
     """The answer to one job."""
     try:
-        if job["op"] == "apply":
-            answer = unpack(
-                Blob(str(job["blob"])),
-                Path(str(job["target"])),
-                bottom=bool(job["bottom"]),
-                diff_id=str(job["diff_id"]),
-                limits=limits,
-                report=report,
-            )
-        elif job["op"] == "measure":
-            answer = measure(Blob(str(job["blob"])), str(job["diff_id"]))
-        else:
-            answer = {"size_bytes": _complete(job)}
+        answer = _OPERATIONS[str(job["op"])](job, limits, report)
     except BadLayer as e:
         return {"error": "bad", "errno": 0, "message": str(e)}
     except OSError as e:
@@ -135,12 +127,38 @@ def run_job(job: dict[str, object], limits: Limits, report: TextIO) -> dict[str,
     return {"ok": answer}
 
 
-def _complete(job: dict[str, object]) -> int:
-    below, implicit, links = job["below"], job["implicit"], job["links"]
-    assert isinstance(below, list)
-    assert isinstance(implicit, list)
-    assert isinstance(links, list)
-    return complete(Path(str(job["layer"])), [Path(path) for path in below], implicit, [(a, b) for a, b in links])
+def _apply(job: Job, limits: Limits, report: TextIO) -> dict[str, object]:
+    return unpack(
+        Blob(job["blob"]),
+        Path(job["target"]),
+        bottom=job["bottom"],
+        diff_id=job["diff_id"],
+        limits=limits,
+        report=report,
+    )
+
+
+def _measure(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
+    return measure(Blob(job["blob"]), job["diff_id"])
+
+
+def _complete(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
+    below = [Path(path) for path in job["below"]]
+    added = complete(Path(job["layer"]), below, job["implicit"], [(a, b) for a, b in job["links"]])
+    return {"size_bytes": added}
+
+
+def _lay(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
+    lay([Path(path) for path in job["layers"]], Path(job["target"]))
+    return {}
+
+
+_OPERATIONS: Mapping[str, Callable[[Job, Limits, TextIO], dict[str, object]]] = {
+    "apply": _apply,
+    "measure": _measure,
+    "complete": _complete,
+    "lay": _lay,
+}
 
 
 def _say(out: TextIO, message: dict[str, object]) -> None:

@@ -8,11 +8,10 @@ import grpc.aio
 from corral.api.images.v1 import images_pb2 as pb
 from corral.api.images.v1 import images_pb2_grpc
 from corral.images import wire
-from corral.images.drivers import DRIVERS
+from corral.images.drivers import Drivers
 from corral.images.images import Images
 from corral.images.servicers.call import lease_of
 from corral.images.snapshots import Snapshots, Wanted
-from corral.images.snapshotter import Snapshotter
 from corral.images.trees import Kind
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import current_namespace
@@ -24,11 +23,10 @@ type Context = grpc.aio.ServicerContext[Any, Any]
 class SnapshotsServicer(images_pb2_grpc.SnapshotsServicer):
     """See the proto."""
 
-    def __init__(self, snapshots: Snapshots, images: Images, drivers: dict[str, Snapshotter], default: str) -> None:
+    def __init__(self, snapshots: Snapshots, images: Images, drivers: Drivers) -> None:
         self._snapshots = snapshots
         self._images = images
         self._drivers = drivers
-        self._default = default
 
     async def Prepare(self, request: pb.PrepareSnapshotRequest, context: Context) -> pb.PrepareSnapshotResponse:
         return await self._prepare(request, context, Kind.ACTIVE)
@@ -40,7 +38,7 @@ class SnapshotsServicer(images_pb2_grpc.SnapshotsServicer):
         self, request: pb.PrepareSnapshotRequest, context: Context, kind: Kind
     ) -> pb.PrepareSnapshotResponse:
         if request.quota_bytes:
-            raise Unimplemented(f"{self._default} cannot bound a writable layer yet: leave out the quota")
+            raise Unimplemented(f"{self._drivers.default.name} cannot bound a writable layer yet: leave out the quota")
         wanted = Wanted(
             namespace=current_namespace(),
             key=request.key,
@@ -80,10 +78,10 @@ class SnapshotsServicer(images_pb2_grpc.SnapshotsServicer):
         return wire.from_usage(await self._snapshots.usage(current_namespace(), request.key))
 
     async def Drivers(self, request: pb.DriversRequest, context: Context) -> pb.DriversResponse:
-        reasons = await run_blocking(lambda: {name: self._drivers[name].check() for name in DRIVERS})
+        reasons, default = await run_blocking(self._drivers.reasons), self._drivers.default.name
         return pb.DriversResponse(
             drivers=[
-                pb.Driver(name=name, usable=not reason, reason=reason, is_default=name == self._default)
+                pb.Driver(name=name, usable=not reason, reason=reason, is_default=name == default)
                 for name, reason in reasons.items()
             ]
         )

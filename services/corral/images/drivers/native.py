@@ -1,0 +1,129 @@
+"""Trees without a union file system: a writable tree is a copy of everything below it.
+
+    native/tmp/<tree>            being unpacked
+    native/l/<tree>              a layer as it was unpacked: what it changes, in the form that overlayfs reads
+    native/f/<tree>              a layer that is all there is: what was a writable tree
+    native/s/<tree>/fs, made     a writable tree, or a view; `made` is as old as the copy
+
+Layers are laid one upon the other when a tree is made, so an image takes its own size once, however many layers it has.
+Where files can share their blocks (btrfs, xfs) a copy of them takes no room.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from corral.images.drivers.usage import measure
+from corral.images.layers.removal import GoOn, always, remove_tree
+from corral.images.snapshotter import Mount, TreeId, Usage, Work
+from corral.kernel.syncfs import syncfs
+from corral.store.files import fsync_directory
+
+
+class Native:
+    """See Snapshotter."""
+
+    name = "native"
+    max_layers = 10_000
+
+    def __init__(self, root: Path, work: Work) -> None:
+        self._work = work
+        self._root, self._tmp, self._layers = root, root / "tmp", root / "l"
+        self._whole, self._active = root / "f", root / "s"
+
+    def check(self) -> str:
+        return ""
+
+    def open(self) -> None:
+        for path in (self._root, self._tmp, self._layers, self._whole, self._active):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def stage(self, tree: TreeId) -> Path:
+        return _new_directory(self._tmp / str(tree))
+
+    def layer(self, tree: TreeId) -> Path:
+        whole = self._whole / str(tree)
+        return whole if whole.is_dir() else self._layers / str(tree)
+
+    def is_layer(self, tree: TreeId) -> bool:
+        return self.layer(tree).is_dir()
+
+    def commit(self, trees: Sequence[TreeId]) -> None:
+        for tree in trees:
+            (self._tmp / str(tree)).rename(self._layers / str(tree))
+        fsync_directory(self._layers)
+
+    def make_ready(self, tree: TreeId) -> None:
+        """There is nothing to do ahead."""
+
+    def is_quick(self, chain: Sequence[TreeId], *, writable: bool) -> bool:
+        return not writable and self._single(chain) is not None
+
+    def prepare(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> None:
+        if not writable and self._single(chain) is not None:
+            return
+        base = self._active / str(tree)
+        base.mkdir(mode=0o700)
+        root = _new_directory(base / "fs")
+        if layers := [str(path) for path in reversed(self._needed(chain))]:
+            self._work({"op": "lay", "layers": layers, "target": str(root)})
+        (base / "made").touch()
+
+    def _needed(self, chain: Sequence[TreeId]) -> list[Path]:
+        """The layers down to the first one that is all there is."""
+        found = []
+        for layer in chain:
+            found.append(self.layer(layer))
+            if found[-1].parent == self._whole:
+                break
+        return found
+
+    def _single(self, chain: Sequence[TreeId]) -> Path | None:
+        """The one layer that a view is of."""
+        needed = self._needed(chain)
+        return needed[0] if len(needed) == 1 else None
+
+    def mounts(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> list[Mount]:
+        single = None if writable else self._single(chain)
+        source = self._active / str(tree) / "fs" if single is None else single
+        return [Mount("bind", str(source), ("bind", "rw" if writable else "ro"))]
+
+    def adopt(self, tree: TreeId) -> None:
+        base = self._active / str(tree)
+        _sync(base)
+        (base / "fs").rename(self._whole / str(tree))
+        fsync_directory(self._whole)
+        remove_tree(base)
+
+    def usage(self, tree: TreeId) -> Usage:
+        base = self._active / str(tree)
+        try:
+            made = (base / "made").stat().st_ctime_ns
+        except FileNotFoundError:  # a view of a single layer
+            return Usage(0, 0)
+        return measure(base / "fs", since_ns=made)
+
+    def remove(self, tree: TreeId, *, go_on: GoOn = always) -> None:
+        for above in (self._active, self._tmp, self._layers, self._whole):
+            remove_tree(above / str(tree), go_on=go_on)
+
+    def trees(self) -> Iterator[TreeId]:
+        for above in (self._active, self._tmp, self._layers, self._whole):
+            for path in above.iterdir():
+                if path.name.isdigit():
+                    yield TreeId(int(path.name))
+
+
+def _new_directory(path: Path) -> Path:
+    """As an image's root looks where no entry says otherwise, whatever the umask."""
+    path.mkdir()
+    path.chmod(0o755)
+    return path
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        syncfs(fd)
+    finally:
+        os.close(fd)

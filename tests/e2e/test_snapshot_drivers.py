@@ -1,0 +1,62 @@
+"""Containers on every snapshot driver, through the command and a whole daemon."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support.corrald import Corrald, Place
+from support.requirements import needs
+from support.snapshotters import CASES, case_id, place_for
+
+pytestmark = needs("root", "busybox", "netns")
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceOn(Place):
+    """With its data on a file system of the test's own."""
+
+    data: Path = Path()
+
+    @property
+    def root(self) -> Path:
+        return self.data
+
+
+def place_on(data: Path) -> PlaceOn:
+    plain = Place.make()
+    return PlaceOn(plain.tag, plain.directory, plain.run, data)
+
+
+@pytest.fixture(params=CASES, ids=case_id)
+def daemon(request: pytest.FixtureRequest, tmp_path: Path, busybox_archive: Path) -> Iterator[Corrald]:
+    with place_for(request.param, tmp_path) as root:
+        data = Path(tempfile.mkdtemp(dir=root))
+        with Corrald(place=place_on(data), settings={"images": {"driver": request.param[0]}}) as made:
+            made.start()
+            made.corral("image", "import", str(busybox_archive), "--as", "busybox", check=True)
+            yield made
+
+
+def test_a_container_runs_keeps_what_it_wrote_and_goes_without_a_trace(daemon: Corrald) -> None:
+    def say(*words: str) -> str:
+        return daemon.corral(*words, check=True).stdout.decode()
+
+    script = "cat /mine || { echo first > /mine; rm /bin/vi; mkdir -m 700 /d; chown 5 /d; id -u > /d/f; }"
+    say("create", "--name", "c", "--network", "none", "busybox", "sh", "-c", script)
+    for _ in range(2):
+        say("start", "c")
+        assert say("wait", "c") == "0\n"
+    assert daemon.corral("logs", "c", check=True).stdout.decode() == "first\n"
+    assert say("run", "--rm", "--network", "none", "busybox", "sh", "-c", "ls /mine; ls /bin/vi") == "/bin/vi\n"
+    say("rm", "c")
+    say("image", "rm", "busybox")
+    daemon.restart()  # what is removed beside the requests is removed by then, or now
+    daemon.stop()
+    assert trees(daemon.root / "images") == []
+
+
+def trees(root: Path) -> list[Path]:
+    """Every directory of a driver that is named by a number."""
+    return [path for path in root.rglob("*") if path.name.isdigit()]

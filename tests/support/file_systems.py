@@ -1,0 +1,42 @@
+"""File systems of a test's own, in a file."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from support.requirements import lacking
+
+MKFS = {
+    "btrfs": ("mkfs.btrfs", "-q"),
+    "xfs": ("mkfs.xfs", "-q"),
+    "ext4": ("mkfs.ext4", "-q"),
+}
+PACKAGES = {"btrfs": "btrfs-progs", "xfs": "xfsprogs", "ext4": "e2fsprogs"}
+
+
+def lacking_file_system(kind: str) -> str | None:
+    """Why there can be none of this kind here."""
+    if reason := lacking(kind):
+        return reason
+    program = MKFS[kind][0]
+    return None if shutil.which(program) else f"needs the program {program} (package {PACKAGES[kind]})"
+
+
+@contextmanager
+def file_system(
+    kind: str, directory: Path, *, size_mb: int = 512, features: tuple[str, ...] = (), options: str = "loop"
+) -> Iterator[Path]:
+    """A file system in a sparse file of `directory`, mounted there within the block. Yields where."""
+    image, where = directory / f"{kind}.img", directory / kind
+    with image.open("wb") as file:
+        file.truncate(size_mb << 20)
+    subprocess.run([*MKFS[kind], *features, image], check=True, stdout=subprocess.DEVNULL)
+    where.mkdir()
+    subprocess.run(["mount", "-o", options, image, where], check=True)
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", where], check=True)
+        image.unlink()

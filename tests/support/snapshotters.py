@@ -1,0 +1,67 @@
+"""Every snapshot driver, each where it feels at home, for the suites that ask the same of all."""
+
+import io
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corral.images.drivers import DRIVERS, make_driver
+from corral.images.layers.apply import Limits
+from corral.images.layers.errors import BadLayer
+from corral.images.layers.worker import run_job
+from corral.images.snapshotter import Snapshotter
+from support.file_systems import file_system, lacking_file_system
+
+# A driver, and the file system that its directory lies on; "" is the one that tests have theirs on.
+CASES = (
+    *((name, "") for name in DRIVERS if name != "btrfs"),
+    ("native", "btrfs"),
+    ("native", "xfs"),
+)
+
+
+def case_id(case: tuple[str, str]) -> str:
+    return "-on-".join(filter(None, case))
+
+
+@contextmanager
+def place_for(case: tuple[str, str], directory: Path) -> Iterator[Path]:
+    """A directory for the driver; skips the test where this machine cannot run it."""
+    name, kind = case
+    if not kind:
+        _skip_unless_usable(name, directory)
+        yield directory
+        return
+    if reason := lacking_file_system(kind):
+        pytest.skip(reason)
+    with file_system(kind, directory) as root:
+        _skip_unless_usable(name, root)
+        yield root
+
+
+def _skip_unless_usable(name: str, root: Path) -> None:
+    if reason := make_driver(name, root, work_here).check():
+        pytest.skip(f"{name}: {reason}")
+
+
+def driver_at(name: str, root: Path) -> Snapshotter:
+    """The driver itself, whose heavy jobs are done by this process."""
+    return make_driver(name, root, work_here)
+
+
+def work_here(job: Mapping[str, object]) -> dict[str, Any]:
+    """As the daemon has its worker processes do it."""
+    umask = os.umask(0)
+    try:
+        answer = run_job(job, Limits(), io.StringIO())
+    finally:
+        os.umask(umask)
+    if "ok" in answer:
+        return answer["ok"]  # type: ignore[no-any-return, return-value]
+    if answer["error"] == "os":
+        raise OSError(answer["errno"], answer["message"])
+    raise BadLayer(str(answer["message"]))
