@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.corrald import Corrald, Place
+from support.corrald import Corrald, Place, running
+from support.images import Entry, busybox_layer, image_config, layer, write_docker_archive
 from support.requirements import needs
 from support.snapshotters import CASES, case_id, place_for
 
@@ -60,3 +61,14 @@ def test_a_container_runs_keeps_what_it_wrote_and_goes_without_a_trace(daemon: C
 def trees(root: Path) -> list[Path]:
     """Every directory of a driver that is named by a number."""
     return [path for path in root.rglob("*") if path.name.isdigit()]
+
+
+@pytest.mark.parametrize("count", [128, 300])
+def test_a_container_on_hundreds_of_layers(tmp_path: Path, count: int) -> None:
+    layers = [busybox_layer(), *(layer([Entry(f"layers/{i}", b"%d" % i)]) for i in range(count - 1))]
+    archive = write_docker_archive(tmp_path / "tall.tar", "tall", layers, image_config(layers))
+    with running() as daemon:
+        daemon.corral("image", "import", str(archive), "--as", "tall", check=True)
+        script = f"cat /layers/0 /layers/{count - 2}; ls /layers | wc -l; echo x > /layers/0; cat /layers/0"
+        result = daemon.corral("run", "--rm", "--network", "none", "tall", "sh", "-c", script, check=True)
+        assert result.stdout.decode().split() == [f"0{count - 2}{count - 1}", "x"]

@@ -127,6 +127,21 @@ class TestOverlay:
         (place / "c").touch()
         assert (tmp_path / "upper/c").exists()
 
+    @pytest.mark.parametrize("by", [overlay.new_overlay, overlay._by_old_call], ids=["one-by-one", "one-string"])
+    def test_as_many_as_the_kernel_stacks_wherever_they_lie(self, place, tmp_path, by):
+        layers, scratch = tmp_path / ("long" * 30) / ("path" * 30), tmp_path / "scratch"
+        for i in range(100_000, 100_500):
+            (layers / str(i)).mkdir(parents=True)
+            (layers / str(i) / f"f{i}").touch()
+        scratch.mkdir()
+        before = Path.cwd()
+        lower = f"lowerdir={':'.join(map(str, layers.iterdir()))}"
+        options = {"scratch": str(scratch), "attributes": 0}
+        attach(by(options=(lower,), **options), place)
+        assert len(list(place.iterdir())) == 500
+        assert Path.cwd() == before
+        assert not os.path.ismount(scratch)
+
     def test_a_missing_layer_is_named(self, layers, tmp_path):
         with pytest.raises(OSError, match="nowhere"):
             overlay.new_overlay((f"{layers[0]}:/nowhere", *layers[1:]), scratch=str(tmp_path))

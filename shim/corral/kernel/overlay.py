@@ -48,27 +48,45 @@ def _one_by_one(options: Iterable[str]) -> Iterator[str]:
 
 
 def _by_old_call(options: Iterable[str], attributes: int, scratch: str) -> int:
-    """mount(2), whose data is one page: each directory is opened and named by its fd, which is short."""
+    """mount(2), whose data is one page.
+
+    A directory is opened and named by its fd, which is short. Layers, of which there are many, mostly lie side by side:
+    their directory is made the working directory for a moment, and they are named from there, which is shorter still.
+    """
     with contextlib.ExitStack() as stack:
 
-        def short(directory: str) -> str:
+        def opened(directory: str) -> int:
             fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             stack.callback(os.close, fd)
-            return f"/proc/self/fd/{fd}"
+            return fd
 
-        data: list[str] = []
+        lower = [
+            directory for option in options if option.startswith("lowerdir=") for directory in split_lower(option[9:])
+        ]
+        beside = os.path.dirname(lower[0]) if lower else "/"  # noqa: PTH120 - a string
+
+        def short(directory: str) -> str:
+            above, _, name = directory.rpartition("/")
+            if above == beside and not set(name) & set(":,\\"):
+                return name
+            return f"/proc/self/fd/{opened(directory)}"
+
+        data = [f"lowerdir={':'.join(map(short, lower))}"]
         for option in options:
             key, _, value = option.partition("=")
-            if key == "lowerdir":
-                data.append("lowerdir=" + ":".join(short(directory) for directory in split_lower(value)))
-            elif key in ("upperdir", "workdir"):
-                data.append(f"{key}={short(value)}")
-            else:
+            if key in ("upperdir", "workdir"):
+                data.append(f"{key}=/proc/self/fd/{opened(value)}")
+            elif key != "lowerdir":
                 data.append(option)
         text = ",".join(data)
         if len(text) > 4095:
             raise failure(errno.E2BIG, "mount overlay: too many layers for this kernel (Linux 6.8 has no limit)")
-        mount.mount("overlay", scratch, "overlay", 0, text)
+        where, here = opened(scratch), opened(".")
+        os.chdir(beside)
+        try:
+            mount.mount("overlay", f"/proc/self/fd/{where}", "overlay", 0, text)
+        finally:
+            os.fchdir(here)
         try:
             tree = mount.clone_tree(AT_FDCWD, scratch)
         finally:
