@@ -59,6 +59,14 @@ class TestMoving:
             assert f" {address} scope global" in seen or f" {address} brd" in seen
         assert "198.51.100.0/24 dev" in seen
 
+    def test_however_many_addresses_it_has(self, lab, veth):
+        """More of them than fit into one message, or all messages, that a socket takes at a time."""
+        end, count = veth[0], 3000
+        commands = [f"address add 2001:db8:77::{n:x}/64 dev {end} nodad" for n in range(1, count + 1)]
+        subprocess.run(["ip", "-batch", "-"], check=True, input="\n".join(commands), text=True)
+        spec = with_devices(lab.spec(f"ip -6 addr show {end} | grep -c 2001:db8:77"), **{end: ""})
+        assert lab.run_spec(spec).output == f"{count}\n"
+
     def test_it_is_gone_from_the_host(self, lab, veth):
         container = lab.create(with_devices(lab.spec("sleep", "60"), **{veth[0]: ""}))
         container.start()

@@ -105,7 +105,7 @@ def follow_guide(
         patient = patience(pidfd, SETUP_S)
         parent.receive("entered", patient)
         serve_guide(pid, spec, stdio, cgroups)
-        parent.send_answer(True)
+        parent.send_answer(True, patient)
         born = parent.receive("born", patient)
         assert isinstance(born, int)
         # Our own child, not reaped yet: the pid is still its.
@@ -113,7 +113,7 @@ def follow_guide(
     os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
     os.close(pidfd)
     with heeded(parent, follower):
-        parent.send_answer(True)
+        parent.send_answer(True, patience(follower, SETUP_S))
     return born, follower
 
 
@@ -122,8 +122,9 @@ def give_devices(parent: ParentEnd, pid: int, pidfd: int, spec: Spec) -> None:
     from corral.oci.net_devices import move_devices
 
     with heeded(parent, pidfd):
-        present = parent.receive("devices", patience(pidfd, SETUP_S))
-        parent.send_answer(move_devices(spec.linux.net_devices, pid, present))
+        patient = patience(pidfd, SETUP_S)
+        taken = parent.receive("devices", patient)
+        parent.send_answer(move_devices(spec.linux.net_devices, pid, taken), patient)
 
 
 def idmap_namespaces(plan: InitPlan, stack: contextlib.ExitStack) -> dict[IdMap, int]:

@@ -4,7 +4,7 @@
     child -> parent   {"ready": true, "successor": PID} + the same                 another process goes on from there
     child -> parent   {"entered": true}, {"born": PID}                             see corral.oci.passage
     child -> parent   {"devices": […]}                                             see corral.oci.net_devices
-    parent -> child   in JSON, what answers these
+    parent -> child   in JSON, what answers these, in as many messages as it takes; a line end is the end of it
     child -> parent   {"hooks": true}                                              before ready: run the runtime's
     parent -> child   b"start"                                                     that was done
     child -> parent   {"listener": true} + an fd                                   before ready: for a seccomp listener
@@ -20,6 +20,7 @@ sentence, whatever it is.
 
 import _socket as socket  # the part in C, which has all that is used here and takes a tenth of the time to load
 import array
+import contextlib
 import os
 from collections.abc import Callable
 from typing import NoReturn
@@ -34,6 +35,9 @@ LOOK_S = 0.05
 """The child is looked after this often while nothing is heard of it."""
 _MAX_ERRNO = 4096
 _START = b"start"
+_ANSWERED = b"\n"
+_ONE_FD = socket.CMSG_LEN(array.array("i").itemsize)
+"""Not CMSG_SPACE, whose padding has room for another one. What finds none the kernel closes."""
 
 
 def make_pair() -> tuple["ParentEnd", "ChildEnd"]:
@@ -74,8 +78,12 @@ class ChildEnd:
 
     def receive_answer(self) -> object:
         """What answers it; None if the runtime is gone."""
-        data = self._socket.recv(_MAX_MESSAGE)
-        return loads(data) if data else None
+        answer = b""
+        while not answer.endswith(_ANSWERED):
+            if not (part := self._socket.recv(_MAX_MESSAGE)):
+                return None
+            answer += part
+        return loads(answer)
 
     def send_hooks(self) -> None:
         """Say that it is time for the runtime's hooks."""
@@ -122,21 +130,30 @@ class ParentEnd:
 
     def receive(self, member: str, patience: Callable[[], None]) -> object:
         """Wait for one thing that the child says, and nothing else: what it is. Raises as receive_ready() does."""
-        data, fds = self._receive(patience)
-        for fd in fds:
-            os.close(fd)
+        data = self._receive_alone(patience)
         if not data:
             raise EndedEarly
         message = _parse(data)
         if "error" in message:
             _raise(message)
         if member not in message:
-            raise ExecFailed(SETUP, "the process said what makes no sense during its set-up")
+            raise _nonsense()
         return message[member]
 
-    def send_answer(self, value: object) -> None:
+    def send_answer(self, value: object, patience: Callable[[], None]) -> None:
         """Answer it. Raises BrokenPipeError if the child is gone."""
-        self._socket.send(dumps(value).encode(), socket.MSG_NOSIGNAL)
+        answer = dumps(value).encode() + _ANSWERED
+        for begin in range(0, len(answer), _MAX_MESSAGE):
+            self._send(answer[begin : begin + _MAX_MESSAGE], patience)
+
+    def _send(self, data: bytes, patience: Callable[[], None]) -> None:
+        while True:
+            try:
+                self._socket.send(data, socket.MSG_NOSIGNAL)
+            except TimeoutError:  # it has not read yet what was sent before
+                patience()
+            else:
+                return
 
     def receive_ready(
         self,
@@ -150,24 +167,26 @@ class ParentEnd:
         or what the child reported: ExecFailed, or the OSError of a host that can't do it; or EndedEarly.
         """
         while True:
-            data, fds = self._receive(patience)
-            if not data:
-                raise EndedEarly
-            message = _parse(data)
-            if "listener" in message and pass_listener is not None and fds:
-                try:
-                    pass_listener(fds[0])
-                finally:
-                    os.close(fds[0])
-            elif "hooks" in message and run_hooks is not None:
-                run_hooks()
-                self.send_start()
-            else:
-                break
-        if "error" in message:
-            _raise(message)
-        successor = message.get("successor")
-        return (fds[0] if fds else None), (successor if isinstance(successor, int) else None)
+            data, fd = self._receive(patience)
+            with contextlib.ExitStack() as unused:
+                if fd is not None:
+                    unused.callback(os.close, fd)
+                if not data:
+                    raise EndedEarly
+                message = _parse(data)
+                if "error" in message:
+                    _raise(message)
+                if "listener" in message and pass_listener is not None and fd is not None:
+                    pass_listener(fd)
+                elif "hooks" in message and run_hooks is not None:
+                    run_hooks()
+                    self.send_start()
+                elif "ready" in message:
+                    unused.pop_all()
+                    successor = message.get("successor")
+                    return fd, (successor if isinstance(successor, int) else None)
+                else:
+                    raise _nonsense()
 
     def send_start(self) -> None:
         """Let the child execute its program. Raises BrokenPipeError if it is gone."""
@@ -175,18 +194,20 @@ class ParentEnd:
 
     def wait_for_exec(self, patience: Callable[[], None]) -> None:
         """Return when the program was executed; raise ExecFailed if it can't be."""
-        data, fds = self._receive(patience)
-        for fd in fds:
-            os.close(fd)
-        if data:
+        if data := self._receive_alone(patience):
             _raise(_parse(data))
 
-    def _receive(self, patience: Callable[[], None]) -> tuple[bytes, list[int]]:
+    def _receive_alone(self, patience: Callable[[], None]) -> bytes:
+        data, fd = self._receive(patience)
+        if fd is not None:
+            os.close(fd)
+        return data
+
+    def _receive(self, patience: Callable[[], None]) -> tuple[bytes, int | None]:
+        """A message, and the descriptor that came with it."""
         while True:
             try:
-                data, ancillary, _, _ = self._socket.recvmsg(
-                    _MAX_MESSAGE, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC
-                )
+                data, ancillary, _, _ = self._socket.recvmsg(_MAX_MESSAGE, _ONE_FD, socket.MSG_CMSG_CLOEXEC)
             except TimeoutError:
                 patience()
             else:
@@ -194,7 +215,7 @@ class ParentEnd:
                 for level, kind, payload in ancillary:
                     if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                         fds.frombytes(payload)
-                return data, list(fds)
+                return data, fds[0] if fds else None
 
 
 def _parse(data: bytes) -> dict[str, object]:
@@ -203,8 +224,12 @@ def _parse(data: bytes) -> dict[str, object]:
     except (ValueError, RecursionError):
         message = None
     if not isinstance(message, dict):
-        raise ExecFailed(SETUP, "the process said what makes no sense during its set-up")
+        raise _nonsense()
     return message
+
+
+def _nonsense() -> ExecFailed:
+    return ExecFailed(SETUP, "the process said what makes no sense during its set-up")
 
 
 def _raise(message: dict[str, object]) -> NoReturn:

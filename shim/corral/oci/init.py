@@ -49,8 +49,8 @@ class InitPlan:
     new_keyring: bool
     own: frozenset[Kind] | None = None
     """In a user namespace, be it the runtime's: the kinds of namespaces that are made, and so belong to it."""
-    devices: bool = False
-    """Network devices are moved in."""
+    devices: tuple[str, ...] = ()
+    """Network devices that are moved in, by their names inside."""
     idmaps: tuple[IdMap, ...] = ()
     """Those of the steps."""
     hooks: "InitHooks | None" = None
@@ -110,9 +110,9 @@ def proceed(plan: InitPlan, channel: ChildEnd, stdio: Stdio, way: Way, stage: St
     if plan.loopback:
         loopback.bring_up()
     if plan.devices:
-        from corral.oci.net_devices import take_devices  # loaded before by who had them moved
+        from corral.oci.net_devices import take_devices  # loaded by who made the plan
 
-        take_devices(channel)
+        take_devices(channel, plan.devices)
     if plan.new_keyring:
         programs.leave_keyring(plan.program)
     if plan.hooks is not None:

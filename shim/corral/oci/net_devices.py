@@ -3,7 +3,7 @@
 The host's part moves them; init's gives them their addresses back and brings them up. Once moved they share the fate of
 the network namespace: with it a virtual one ends, and a physical one goes back to the host.
 
-    init -> parent   {"devices": [NAME, …]}                          those that are there already
+    init -> parent   {"devices": [NAME, …]}                          those asked for that are there already
     parent -> init   [[NAME, [[FAMILY, PREFIX, FLAGS, [[KIND, HEX], …]], …]], …]     those that were moved, in order
 
 Source: runtime-spec config-linux.md "Network Devices".
@@ -11,7 +11,7 @@ Source: runtime-spec config-linux.md "Network Devices".
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from corral.kernel import network_devices
 from corral.kernel.network_devices import Address
@@ -22,6 +22,11 @@ from corral.oci.spec import NetDevice
 type _Moved = list[tuple[str, list[tuple[int, int, int, list[tuple[int, str]]]]]]
 
 
+def names_inside(devices: Mapping[str, NetDevice]) -> tuple[str, ...]:
+    """What devices are to be called."""
+    return tuple(inside.name or device for device, inside in devices.items())
+
+
 def move_devices(devices: Mapping[str, NetDevice], pid: int, present: object) -> _Moved:
     """Move devices into the network namespace of init, process pid, which has those of the names present.
 
@@ -29,8 +34,7 @@ def move_devices(devices: Mapping[str, NetDevice], pid: int, present: object) ->
     """
     taken = set(present) if isinstance(present, list) else set()
     found = []
-    for device, inside in devices.items():
-        name = inside.name or device
+    for device, name in zip(devices, names_inside(devices), strict=True):
         try:
             index = network_devices.index_of(device)
         except OSError as e:
@@ -49,10 +53,10 @@ def move_devices(devices: Mapping[str, NetDevice], pid: int, present: object) ->
     return moved
 
 
-def take_devices(channel: ChildEnd) -> None:
-    """Have devices moved into the caller's network namespace, and put them to work."""
+def take_devices(channel: ChildEnd, wanted: Sequence[str]) -> None:
+    """Have devices moved into the caller's network namespace, by the names wanted, and put them to work."""
     before = network_devices.names()
-    channel.send("devices", sorted(before.values()))
+    channel.send("devices", sorted(set(wanted) & set(before.values())))
     moved = channel.receive_answer()
     if not isinstance(moved, list):
         os._exit(1)

@@ -263,8 +263,6 @@ def create(
                 joins.append((fd, kind.flag, path))
         idmaps = idmap_namespaces(plan, stack) if plan.idmaps else {}
         way = Way(joins, gate, None if guided else larder, pids, idmaps)
-        if plan.devices:
-            import corral.oci.net_devices  # noqa: F401 - for init
         from_here = pids is not None
         if guided:
             from corral.oci.passage import passage_of, run_guide
@@ -330,7 +328,7 @@ def plan_of(
         loopback=Kind.NETWORK in new,
         new_keyring=new_keyring,
         own=frozenset(new) if program.in_user_namespace else None,
-        devices=bool(spec.linux.net_devices),
+        devices=_devices(spec),
         idmaps=plans.idmaps_of(steps),
         hooks=hooks,
     )
@@ -343,6 +341,14 @@ def _hooks(spec: Spec, hooks: Hooks, bundle: str, container_id: str) -> "tuple[I
     place = os.path.join(bundle, spec.root.path) if spec.root is not None else bundle  # noqa: PTH118 - as config.json
     state = State(container_id or os.path.basename(bundle), bundle, spec.annotations)  # noqa: PTH119 - likewise
     return InitHooks(hooks, state), place if os.path.isdir(place) else bundle  # noqa: PTH112 - likewise
+
+
+def _devices(spec: Spec) -> tuple[str, ...]:
+    if not spec.linux.net_devices:
+        return ()
+    from corral.oci.net_devices import names_inside
+
+    return names_inside(spec.linux.net_devices)
 
 
 def _filter(profile: Seccomp | None) -> "Filter | None":
