@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,6 +145,26 @@ def test_run_passes_signals_on(oci: Runtime) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 42
     process.stdout.close()
+
+
+def test_run_reads_no_more_input_than_the_terminal_of_its_container_takes(oci: Runtime) -> None:
+    name = oci.new_id()
+    oci.write("stty raw -echo; echo ready; sleep 0.7; head -c 3000000 | wc -c", terminal=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen(oci.words("run", name), cwd=oci.bundle, **pipes)  # type: ignore[call-overload]
+    assert process.stdout.readline() == b"ready\r\n"
+    os.set_blocking(process.stdin.fileno(), False)
+    sent, stop = 0, time.monotonic() + 0.5
+    while time.monotonic() < stop:
+        try:
+            sent += os.write(process.stdin.fileno(), b"x" * 65536)
+        except BlockingIOError:
+            time.sleep(0.01)
+    assert sent < 1_000_000
+    os.set_blocking(process.stdin.fileno(), True)
+    output, _ = process.communicate(b"x" * (3_000_000 - sent), timeout=20)
+    assert output == b"3000000\n"
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -360,7 +381,7 @@ def test_flags_are_taken_in_both_spellings_and_unknown_ones_are_refused(oci: Run
     assert oci.call("nope").returncode == 3
     assert "usage" in oci.ok("checkpoint", "--help")
     assert "CRIU" in oci.call("checkpoint", "x").stderr
-    assert "--systemd-cgroup" in oci.call("--systemd-cgroup", "list").stderr
+    assert oci.call("--systemd-cgroup", "list").returncode == 0  # it is about containers to be made
     assert "corral-oci version" in oci.ok("--version")
 
 

@@ -99,7 +99,13 @@ def _dispatch(options: Options, log: Log, words: list[str]) -> int:
     if len(arguments) < least or (most is not None and len(arguments) > most):
         raise CommandError(f"usage: corral-oci {name} [FLAG...] {usage}".rstrip())
     manager = _cgroup_manager(options)
-    context = Context(_root(options), log, rootless=_rootless(options), with_cgroups=manager != "disabled")
+    context = Context(
+        _root(options),
+        log,
+        rootless=_rootless(options),
+        with_cgroups=manager != "disabled",
+        systemd=manager == "systemd",
+    )
     command: Command = getattr(module, function)
     return command(context, own, arguments)
 
@@ -107,12 +113,9 @@ def _dispatch(options: Options, log: Log, words: list[str]) -> int:
 def _cgroup_manager(options: Options) -> str:
     """Which one is asked for, as clients ask crun for it."""
     manager = options.text("cgroup-manager", "cgroupfs")
-    if options.on("systemd-cgroup") or manager == "systemd":
-        name = "systemd-cgroup" if options.on("systemd-cgroup") else "cgroup-manager systemd"
-        raise CommandError(f"--{name}: cgroups are made by the kernel's file system only; leave the flag out")
-    if manager not in ("cgroupfs", "disabled"):
-        raise CommandError(f"--cgroup-manager: {manager!r} is neither cgroupfs nor disabled")
-    return manager
+    if manager not in ("cgroupfs", "systemd", "disabled"):
+        raise CommandError(f"--cgroup-manager: {manager!r} is neither cgroupfs, systemd nor disabled")
+    return "systemd" if options.on("systemd-cgroup") else manager
 
 
 def _rootless(options: Options) -> bool | None:

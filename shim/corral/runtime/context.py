@@ -7,10 +7,20 @@ from corral.runtime.log import Log
 class Context:
     """The global flags, understood."""
 
-    __slots__ = ("_rootless", "log", "root", "with_cgroups")
+    __slots__ = ("_rootless", "log", "root", "systemd", "with_cgroups")
 
-    def __init__(self, root: str, log: Log, *, rootless: bool | None = None, with_cgroups: bool = True) -> None:
+    def __init__(
+        self,
+        root: str,
+        log: Log,
+        *,
+        rootless: bool | None = None,
+        with_cgroups: bool = True,
+        systemd: bool = False,
+    ) -> None:
         self.root, self.log = root, log
+        self.systemd = systemd
+        """It is systemd that makes the cgroups of new containers; an older one knows who made its."""
         self._rootless = rootless
         self.with_cgroups = with_cgroups
         """Containers get a cgroup."""

@@ -60,7 +60,12 @@ def update(context: Context, options: Options, arguments: list[str]) -> int:
     with state.opened(context.root, arguments[0]) as place:
         record, _ = _living(place)
         group: Cgroup = life.needed_cgroup(record)
-        group.apply(changes)
+        if record.unit:
+            from corral.runtime import units
+
+            units.update(record, group, changes)
+        else:
+            group.apply(changes)
     return 0
 
 

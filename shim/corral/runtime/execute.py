@@ -77,6 +77,10 @@ def _run(
         )
     except ProcessLookupError:
         raise CommandError("cannot exec in a stopped container", EXEC_CODE) from None
+    if record.user_manager:
+        from corral.runtime import units
+
+        units.come_near(record)
     paths = _within(group.directories if group is not None else (), options.texts("cgroup"))
     user = None if options.has("process") else options.text("user") or None
     asked = any(options.texts("cgroup"))

@@ -12,6 +12,7 @@ from corral.oci.limits import limits_of
 from corral.oci.spec import Linux
 from corral.runtime.context import Context
 from corral.runtime.errors import CommandError
+from corral.runtime.state import Record
 
 DEFAULT_PARENT = "/corral-oci"
 """Where relative paths, and containers without one, go: never to where the caller happens to be."""
@@ -24,7 +25,7 @@ def path_of(linux: Linux, container_id: str) -> str:
     """The path of a container's cgroup in every hierarchy. Raises CommandError for one that leads elsewhere."""
     wanted = linux.cgroups_path
     if wanted.count(":") == 2 and "/" not in wanted:
-        raise CommandError(f"linux.cgroupsPath: {wanted!r} is for systemd, which is not asked here: use a path")
+        raise CommandError(f"linux.cgroupsPath: {wanted!r} is for systemd: use a path, or give --systemd-cgroup")
     path = wanted if wanted.startswith("/") else f"{DEFAULT_PARENT}/{wanted or container_id}"
     normal = "/" + os.path.normpath(path).lstrip("/")
     if ".." in path.split("/") or normal == "/":
@@ -78,9 +79,23 @@ def _make(limits: Resources, path: str) -> Cgroup:
     return driver.create(path, limits, adopt=True)
 
 
-def remove_empty(path: str) -> None:
+def remove_of(record: Record) -> None:
+    """Remove the cgroup of a container, whoever made it."""
+    if record.unit:
+        from corral.runtime import units
+
+        units.remove(record)
+    else:
+        remove(record.cgroup)
+
+
+def remove_empty(record: Record) -> None:
     """Remove what a create that was killed may have made, unless somebody is in there: that is another container's."""
-    for directory in Driver(detect()).open(path).paths():
+    if record.unit:
+        from corral.runtime import units
+
+        units.forget(record)
+    for directory in Driver(detect()).open(record.cgroup).paths():
         with contextlib.suppress(OSError):
             os.rmdir(directory)  # noqa: PTH106 - whatever kind of path it is
 

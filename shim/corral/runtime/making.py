@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from corral.kernel import namespaces, process
 from corral.oci import runtime
@@ -17,6 +18,9 @@ from corral.runtime.context import Context
 from corral.runtime.errors import CommandError
 from corral.runtime.flags import SWITCH, VALUE, Flags, Options
 from corral.runtime.state import Place, Record
+
+if TYPE_CHECKING:
+    from corral.runtime.units import Scope
 
 BUNDLE_FLAGS: Flags = {
     "bundle,b": VALUE,
@@ -45,8 +49,8 @@ class Bundle:
             raise CommandError(f"{self.path}/config.json: {e}") from None
         self.spec = Spec.from_json(self.document)
 
-    def new_record(self, container_id: str) -> Record:
-        """The record of a container that does not exist yet."""
+    def new_record(self, container_id: str, *, systemd: bool = False) -> Record:
+        """The record of a container that does not exist yet; its cgroup is left out if it is for systemd to make."""
         now = time.time_ns()
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now // 10**9))
         root = self.spec.root.path if self.spec.root is not None else ""
@@ -57,7 +61,7 @@ class Bundle:
             created=f"{seconds}.{now % 10**9:09d}Z",
             owner=os.geteuid(),
             annotations=dict(self.spec.annotations),
-            cgroup=groups.path_of(self.spec.linux, container_id),
+            cgroup="" if systemd else groups.path_of(self.spec.linux, container_id),
             poststop=self.spec.hooks is not None and bool(self.spec.hooks.poststop),
             own_pids=any(each.type is namespaces.Kind.PID and not each.path for each in self.spec.linux.namespaces),
         )
@@ -80,12 +84,13 @@ def made(
     if spec.process is None:
         raise CommandError("process: config.json has none")
     spec = replace(spec, process=with_listen_fds(spec.process))
-    record = bundle.new_record(container_id)
+    record = bundle.new_record(container_id, systemd=context.systemd)
     with state.made(context.root, container_id) as place, contextlib.ExitStack() as undo:
+        scope = _scope(context, record, spec, undo) if context.systemd else None
         # Written before there is anything, so that a forced delete finds what a killed create left.
         place.write(state.STATE, record.to_json())
         place.write(state.CONFIG, bundle.document)
-        group = groups.make(context, spec.linux, record.cgroup)
+        group = groups.make(context, spec.linux, record.cgroup) if scope is None else scope.start()
         if record.poststop:
             undo.callback(_run_poststop, context, spec, record)
         if group is None:
@@ -93,7 +98,7 @@ def made(
             if not record.own_pids:
                 context.log.warning("with neither a cgroup nor a pid namespace of its own, it may outlive its init")
         else:
-            undo.callback(groups.remove, record.cgroup)
+            undo.callback(groups.remove_of, record)
             record.cgroup_is_own = True
             place.write(state.STATE, record.to_json())
         with contextlib.ExitStack() as block:
@@ -109,6 +114,8 @@ def made(
                 container_id=container_id,
             )
         undo.callback(_end, container)
+        if scope is not None:
+            scope.settle()
         record.pid, record.start_time = container.init.pid, container.init.start_time
         place.write(state.STATE, record.to_json())
         if options.has("pidfd-socket"):
@@ -119,6 +126,14 @@ def made(
             write_pid_file(options.text("pid-file"), record.pid)
         yield Made(place, record, container)
         undo.pop_all()
+
+
+def _scope(context: Context, record: Record, spec: Spec, undo: contextlib.ExitStack) -> "Scope":
+    from corral.runtime.units import Scope
+
+    scope = Scope(context, record, spec)
+    undo.callback(scope.close)
+    return scope
 
 
 def _run_poststop(context: Context, spec: Spec, record: Record) -> None:

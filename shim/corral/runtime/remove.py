@@ -99,7 +99,7 @@ def _remove(context: Context, place: Place, *, force: bool) -> None:
     if status is not Status.STOPPED:
         _end(record)
     if record.cgroup:
-        groups.remove(record.cgroup) if record.cgroup_is_own else groups.remove_empty(record.cgroup)
+        groups.remove_of(record) if record.cgroup_is_own else groups.remove_empty(record)
     spec = place.spec() if record.poststop else None
     place.remove()
     if spec is not None:

@@ -50,6 +50,8 @@ class Record:
         "poststop",
         "rootfs",
         "start_time",
+        "unit",
+        "user_manager",
     )
 
     def __init__(
@@ -67,6 +69,8 @@ class Record:
         poststop: bool = False,
         pid: int = 0,
         start_time: int = 0,
+        unit: str = "",
+        user_manager: bool = False,
     ) -> None:
         self.id, self.bundle, self.rootfs, self.created, self.owner = id, bundle, rootfs, created, owner
         self.annotations = annotations
@@ -80,6 +84,8 @@ class Record:
         """It has hooks to be run once it is deleted."""
         self.pid, self.start_time = pid, start_time
         """0 until init exists."""
+        self.unit, self.user_manager = unit, user_manager
+        """The systemd unit that its cgroup is of, "" for none; and whether it is a unit of the user's own systemd."""
 
     def to_json(self) -> dict[str, object]:
         """The object that the file holds."""

@@ -77,7 +77,11 @@ class Cgroup:
         Raises OSError naming the file and the value: EINVAL, EBUSY or the like if the kernel refuses it,
         EOPNOTSUPP if this host cannot give it, ENOENT if the cgroup is gone.
         """
-        steps.run(plans.plan(self.path, self._where, wanted, fresh=fresh), undo=not fresh)
+        steps.run(self.plan(wanted, fresh=fresh), undo=not fresh)
+
+    def plan(self, wanted: Resources, *, fresh: bool = False) -> list[steps.Step]:
+        """The steps that apply() takes, with nothing changed yet. Raises OSError for what can be seen to fail."""
+        return plans.plan(self.path, self._where, wanted, fresh=fresh)
 
     def read(self) -> "Stats":
         """One reading of every counter. Raises OSError(ENOENT or ENODEV) if the cgroup is gone."""

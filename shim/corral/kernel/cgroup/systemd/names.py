@@ -1,0 +1,30 @@
+"""Names of units, and where their cgroups are. Pure. Source: systemd.unit(5), systemd.slice(5)."""
+
+SLICE, SCOPE = ".slice", ".scope"
+
+_IN_NAMES = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:-_.\\")
+_LONGEST = 255
+
+
+def check_name(unit: str) -> None:
+    """Raise ValueError for what is not a unit's name, and so might be more than one component of a path."""
+    if not _IN_NAMES.issuperset(unit) or len(unit) > _LONGEST:
+        raise ValueError(f"{unit!r} is not the name of a systemd unit")
+
+
+def slice_path(name: str) -> str:
+    """The cgroup of a slice, "" for the root slice. A dash leads to the slice within. Raises ValueError.
+
+    >>> slice_path("machine-web-db.slice")
+    '/machine.slice/machine-web.slice/machine-web-db.slice'
+    >>> slice_path("-.slice")
+    ''
+    """
+    stem = name.removesuffix(SLICE)
+    check_name(name)
+    if stem == "-" and stem != name:
+        return ""
+    parts = stem.split("-")
+    if stem == name or not all(parts):
+        raise ValueError(f"{name!r} is not the name of a systemd slice")
+    return "".join(f"/{'-'.join(parts[: n + 1])}{SLICE}" for n in range(len(parts)))

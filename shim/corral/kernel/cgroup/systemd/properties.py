@@ -1,0 +1,181 @@
+"""Limits as properties of a unit. Pure, but for a look at the period that a new quota is for.
+
+What a limit comes to is worked out once, by the planners of the driver (corral.kernel.cgroup.plans); here the files
+that they write are translated. A file that has no property is the driver's alone: systemd leaves it as it is.
+
+Source: systemd.resource-control(5), org.freedesktop.systemd1(5); runc docs/systemd.md "Resource limits" for which of
+them a runtime sets.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from corral.kernel.cgroup import convert, files
+from corral.kernel.cgroup.device_rules import Node, fold
+from corral.kernel.cgroup.resources import DeviceRule
+from corral.kernel.cgroup.steps import Step, Write
+from corral.kernel.dbus.marshalling import Variant
+
+type Property = tuple[str, Variant]
+
+INFINITY = 2**64 - 1
+_SECOND_US, _PERCENT_US, _DEFAULT_PERIOD_US = 1_000_000, 10_000, 100_000
+
+_SINCE = {"CPUQuotaPeriodUSec": 242, "AllowedCPUs": 244, "AllowedMemoryNodes": 244, "OOMPolicy": 253}
+"""The version of systemd that knows a property first; an older one is not told."""
+_IDLE_SINCE = 252
+
+_CPU_MAX, _CPU_WEIGHT, _CPU_IDLE = "cpu.max", "cpu.weight", "cpu.idle"
+_V1_QUOTA, _V1_PERIOD = "cpu.cfs_quota_us", "cpu.cfs_period_us"
+
+
+def _limit(name: str) -> Callable[[str], list[Property]]:
+    return lambda value: [(name, Variant("t", _count(value)))]
+
+
+def _count(value: str) -> int:
+    number = files.number(value)
+    return INFINITY if number < 0 else number
+
+
+def _tasks(value: str) -> list[Property]:
+    return [("TasksMax", Variant("t", _count(value) or 1))]  # which may not be 0
+
+
+def _list(name: str) -> Callable[[str], list[Property]]:
+    return lambda value: [(name, Variant("ay", bitmap(value)))]
+
+
+def _bandwidth(value: str) -> list[Property]:
+    quota, period = (*value.split(), "")[:2]
+    return _quota(-1 if quota == "max" else int(quota), int(period or _DEFAULT_PERIOD_US))
+
+
+def _quota(quota_us: int, period_us: int) -> list[Property]:
+    per_second = INFINITY if quota_us < 0 else _per_second(quota_us, period_us)
+    return [("CPUQuotaPeriodUSec", Variant("t", period_us)), ("CPUQuotaPerSecUSec", Variant("t", per_second))]
+
+
+def _per_second(quota_us: int, period_us: int) -> int:
+    """systemd keeps whole percents, so the quota is rounded up to one."""
+    return -(-quota_us * _SECOND_US // (period_us * _PERCENT_US)) * _PERCENT_US
+
+
+def _io_weight(value: str) -> list[Property]:
+    key, _, weight = value.rpartition(" ")
+    return [("IOWeight", Variant("t", int(weight)))] if key in ("", "default") else []
+
+
+def _bfq_weight(value: str) -> list[Property]:
+    key, _, weight = value.rpartition(" ")
+    return [("IOWeight", Variant("t", convert.io_weight(int(weight))))] if key in ("", "default") else []
+
+
+_OF_FILE: dict[str, Callable[[str], list[Property]]] = {
+    # v2
+    "memory.max": _limit("MemoryMax"),
+    "memory.high": _limit("MemoryHigh"),
+    "memory.low": _limit("MemoryLow"),
+    "memory.min": _limit("MemoryMin"),
+    "memory.swap.max": _limit("MemorySwapMax"),
+    _CPU_MAX: _bandwidth,
+    _CPU_WEIGHT: _limit("CPUWeight"),
+    "io.weight": _io_weight,
+    "io.bfq.weight": _bfq_weight,
+    # both
+    "pids.max": _tasks,
+    "cpuset.cpus": _list("AllowedCPUs"),
+    "cpuset.mems": _list("AllowedMemoryNodes"),
+    # v1
+    "memory.limit_in_bytes": _limit("MemoryLimit"),
+    "cpu.shares": _limit("CPUShares"),
+    "blkio.weight": _limit("BlockIOWeight"),
+    "blkio.bfq.weight": _limit("BlockIOWeight"),
+}
+
+
+def properties_of(steps: Iterable[Step], version: int) -> list[Property]:
+    """What a systemd of some version is to be told of the steps that set limits."""
+    found: dict[str, Variant] = {}
+    files_written: dict[str, str] = {}
+    for name, value in _written(steps):
+        files_written[name] = value
+        if (translate := _OF_FILE.get(name)) is not None:
+            found |= translate(value)
+    if files_written.get(_CPU_IDLE) == "1" and version >= _IDLE_SINCE:
+        found["CPUWeight"] = Variant("t", 0)  # what cannot be told is that it is not idle any more
+    if quota := files_written.get(_V1_QUOTA):
+        found |= _quota(int(quota), int(files_written.get(_V1_PERIOD, _DEFAULT_PERIOD_US)))
+    return [(name, value) for name, value in found.items() if version >= _SINCE.get(name, 0)]
+
+
+def _written(steps: Iterable[Step]) -> Iterator[tuple[str, str]]:
+    for step in steps:
+        if isinstance(step, Write):
+            yield step.path.rpartition("/")[2], step.value.strip()
+
+
+def oom_policy(value: str, version: int) -> list[Property]:
+    """memory.oom.group, which systemd takes only when it makes a unit."""
+    policy = {"0": "continue", "1": "kill"}.get(value)
+    return [("OOMPolicy", Variant("s", policy))] if policy and version >= _SINCE["OOMPolicy"] else []
+
+
+def in_whole_percents(steps: Sequence[Step]) -> list[Step]:
+    """The steps, with a quota of CPU time as systemd will write it."""
+    return [_in_whole_percents(step) if isinstance(step, Write) else step for step in steps]
+
+
+def _in_whole_percents(step: Write) -> Write:
+    directory, _, name = step.path.rpartition("/")
+    if name == _CPU_MAX:
+        quota, period = (*step.value.split(), str(_DEFAULT_PERIOD_US))[:2]
+        return step if quota == "max" else replace(step, value=f"{_rounded(int(quota), int(period))} {period}")
+    if name == _V1_QUOTA and int(step.value) > 0:
+        return replace(step, value=str(_rounded(int(step.value), files.read_number(f"{directory}/{_V1_PERIOD}"))))
+    return step
+
+
+def _rounded(quota_us: int, period_us: int) -> int:
+    return _per_second(quota_us, period_us) * period_us // _SECOND_US
+
+
+def bitmap(numbers: str) -> bytes:
+    """A list of CPUs or memory nodes as bits, the first in the lowest bit of the first byte. Raises ValueError.
+
+    >>> bitmap("0-2,9")
+    b'\\x07\\x02'
+    """
+    bits = 0
+    for part in filter(None, (part.strip() for part in numbers.split(","))):
+        first, _, last = part.partition("-")
+        low, high = int(first), int(last or first)
+        if low > high:
+            raise ValueError(f"{part!r} is not a range")
+        bits |= (1 << high + 1) - (1 << low)
+    return bits.to_bytes((bits.bit_length() + 7) // 8, "little")
+
+
+def device_properties(rules: Sequence[DeviceRule]) -> list[Property]:
+    """Which devices may be used, for v1, where systemd would allow all of them again.
+
+    What it has no words for, a rule for one minor number of any major, and an allowance with exceptions, it denies;
+    the driver's own rules, which are written after, allow it.
+    """
+    access = fold(rules)
+    if access.allowed and not access.exceptions:
+        return [("DeviceAllow", Variant("a(ss)", [])), ("DevicePolicy", Variant("s", "auto"))]
+    allowed = [] if access.allowed else [_allowance(node, bits) for node, bits in access.exceptions.items()]
+    return [
+        ("DevicePolicy", Variant("s", "strict")),
+        ("DeviceAllow", Variant("a(ss)", [])),  # of an existing unit: none of those before
+        ("DeviceAllow", Variant("a(ss)", [each for each in allowed if each is not None])),
+    ]
+
+
+def _allowance(node: Node, bits: frozenset[str]) -> tuple[str, str] | None:
+    kind = {"b": "block", "c": "char"}[node.type]
+    access = "".join(bit for bit in "rwm" if bit in bits)
+    if node.major == "*":
+        return (f"{kind}-*", access) if node.minor == "*" else None
+    return (f"{kind}-{node.major}" if node.minor == "*" else f"/dev/{kind}/{node.major}:{node.minor}", access)

@@ -1,0 +1,253 @@
+"""The cgroup of a container as systemd makes it: a scope unit. Loaded for containers that are to have one.
+
+    create   the scope is started around a process that only waits: systemd makes none that is empty
+             init is born in its cgroup; the other process ends
+             the limits are written to the cgroup's files, and told to systemd, which would undo them otherwise
+    update   the same of what changes
+    delete   what is left in it is killed; the unit is stopped, and forgotten if it failed
+
+Source: runc docs/systemd.md, for what cgroupsPath and annotations mean.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from corral.kernel import process
+from corral.kernel.cgroup import Cgroup, Driver, Layout, Resources, detect, steps
+from corral.kernel.cgroup.membership import path_in_v2
+from corral.kernel.cgroup.steps import Step
+from corral.kernel.cgroup.systemd import properties
+from corral.kernel.cgroup.systemd.manager import BOOTED, PRIVATE, Manager
+from corral.kernel.cgroup.systemd.names import SCOPE, SLICE, check_name, slice_path
+from corral.kernel.cgroup.systemd.properties import Property
+from corral.kernel.dbus import text
+from corral.kernel.dbus.marshalling import Variant
+from corral.kernel.privilege import is_hosts_root
+from corral.oci.limits import limits_of
+from corral.oci.spec import Spec
+from corral.runtime.context import Context
+from corral.runtime.errors import CommandError
+from corral.runtime.state import Record
+
+PREFIX = "corral"
+"""Of the units of containers that do not name theirs."""
+ANNOTATION = "org.systemd.property."
+"""In front of a property's name: an annotation that sets it."""
+
+_SHORTEST_NAME = 3
+_SECOND_US = 1_000_000
+_ACCOUNTING = ("CPUAccounting", "MemoryAccounting", "TasksAccounting")
+
+
+def names_of(cgroups_path: str, container_id: str, *, user: bool) -> tuple[str, str]:
+    """The slice and the scope that `slice:prefix:name` means. Raises CommandError for what is of another form.
+
+    >>> names_of("machine.slice:libpod:8f3a", "8f3a", user=False)
+    ('machine.slice', 'libpod-8f3a.scope')
+    """
+    parts = (cgroups_path or f":{PREFIX}:{container_id}").split(":")
+    if len(parts) != 3:
+        wanted = 'to be of format "slice:prefix:name" for systemd cgroups'
+        raise CommandError(f"linux.cgroupsPath: expected {wanted}, got {cgroups_path!r} instead")
+    slice_, prefix, name = parts
+    if name.endswith(SLICE):
+        raise CommandError(f"linux.cgroupsPath: {name!r} is a slice, which has no processes of its own")
+    return slice_ or ("user.slice" if user else "system.slice"), f"{prefix}-{name}{SCOPE}"
+
+
+def annotated(annotations: Mapping[str, str]) -> list[Property]:
+    """The properties that annotations set. Raises CommandError naming one that can't be understood."""
+    return [_annotated(key, value) for key, value in annotations.items() if key.startswith(ANNOTATION)]
+
+
+def _annotated(key: str, written: str) -> Property:
+    name = key.removeprefix(ANNOTATION)
+    if len(name) < _SHORTEST_NAME or not (name.isascii() and name.isalpha()):
+        raise CommandError(f"annotations: {key!r} does not end with the name of a property")
+    try:
+        value = text.parse(written)
+    except ValueError as e:
+        raise CommandError(f"annotations: {key!r}: {e}") from None
+    stem = name.removesuffix("Sec")  # as unit files have it, where properties are of microseconds
+    if stem != name and stem[-1].islower():
+        if not isinstance(value.value, int | float):
+            raise CommandError(f"annotations: {key!r}: not a number")
+        return f"{stem}USec", Variant("t", int(value.value * _SECOND_US))
+    return name, value
+
+
+class Scope:
+    """The scope of a container that is being made. Closed, it is as if it had never been asked for, unless settled."""
+
+    def __init__(self, context: Context, record: Record, spec: Spec) -> None:
+        """Find out what it is called and where its cgroup will be, and note both in the record."""
+        user = is_user(context)
+        self._slice, unit = names_of(spec.linux.cgroups_path, record.id, user=user)
+        try:
+            check_name(unit)
+            path = f"{slice_path(self._slice)}/{unit}"
+        except ValueError as e:
+            raise CommandError(f"linux.cgroupsPath: {e}") from None
+        self._annotated = annotated(spec.annotations)
+        self._limits = limits_of(spec.linux.resources)
+        if not is_hosts_root():
+            self._limits = replace(self._limits, devices=None)  # see groups.make()
+        self._manager = manager_for(user=user)
+        self._holder: tuple[int, int] | None = None
+        self._plan: list[Step] = []
+        self._record = record
+        record.unit, record.user_manager = unit, user
+        record.cgroup = f"{self._manager.control_group if user else ''}{path}"
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._end_holder()
+        self._manager.close()
+
+    def start(self) -> Cgroup:
+        """Make it, with as many of the limits as init can be born under."""
+        record, driver = self._record, Driver(detect(), lenient=True)
+        if record.user_manager:
+            come_near(record)
+        self._holder = _hold()
+        self._manager.start_scope(record.unit, self._slice, self._holder[0], self._properties_of(driver.layout))
+        try:
+            group = driver.create(record.cgroup, adopt=True)
+            driver.enable(record.cgroup, self._limits)
+            self._plan = properties.in_whole_percents(group.plan(self._limits))
+            steps.run([step for step in self._plan if not _counts_processes(step)], undo=False)
+        except BaseException:
+            self._manager.stop(record.unit)
+            raise
+        return group
+
+    def settle(self) -> None:
+        """Init is in it: what made room for it ends, and systemd is told of the limits."""
+        self._end_holder()
+        tell = _Tell(self._manager, self._record.unit, properties.properties_of(self._plan, self._manager.version))
+        steps.run([*filter(_counts_processes, self._plan), tell], undo=False)
+        self.close()
+
+    def _properties_of(self, layout: Layout) -> list[Property]:
+        """What is said of it when it is made. Of the same property the last one counts."""
+        io = layout.of("blkio")
+        accounting = (*_ACCOUNTING, "BlockIOAccounting" if io is not None and io.version == 1 else "IOAccounting")
+        found = [("Description", Variant("s", f"corral-oci container {self._record.id}"))]
+        found += [(name, Variant("b", True)) for name in accounting]
+        found += self._annotated
+        if self._limits.devices is not None and layout.of("devices") is not None:
+            found += properties.device_properties(self._limits.devices)
+        if oom_group := self._limits.unified.get("memory.oom.group"):
+            found += properties.oom_policy(oom_group, self._manager.version)
+        return found
+
+    def _end_holder(self) -> None:
+        if self._holder is not None:
+            (_, pidfd), self._holder = self._holder, None
+            process.send_signal(pidfd, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+            os.close(pidfd)
+
+
+def _counts_processes(step: Step) -> bool:
+    """A limit that the process which makes room for init would count in."""
+    return isinstance(step, steps.Write) and step.path.endswith("/pids.max")
+
+
+def _hold() -> tuple[int, int]:
+    """A process that does nothing, and ends with the caller: its pid and pidfd."""
+    parent = os.getpid()
+    pid, pidfd = process.clone(0)
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            process.close_fds([])  # with them goes the lock of the container's state
+            process.set_parent_death_signal(signal.SIGKILL)
+            while os.getppid() == parent:
+                signal.pause()
+        os._exit(0)
+    return pid, pidfd
+
+
+class _Tell:
+    """The step that tells systemd: nothing is, if it refuses."""
+
+    def __init__(self, manager: Manager, unit: str, wanted: Sequence[Property]) -> None:
+        self._manager, self._unit, self._wanted = manager, unit, wanted
+
+    def describe(self) -> str:
+        """As a person would do it."""
+        return f"systemctl set-property --runtime {self._unit} {' '.join(name for name, _ in self._wanted)}"
+
+    def inverse(self) -> None:
+        """None: it is the last one."""
+
+    def apply(self) -> None:
+        """Tell."""
+        if self._wanted:
+            self._manager.set_properties(self._unit, self._wanted)
+
+
+def update(record: Record, group: Cgroup, changes: Resources) -> None:
+    """Change the limits of a container: all of those asked for, or none, but for devices, which come last."""
+    devices = Resources(devices=changes.devices)
+    group.plan(devices)  # can be
+    with contextlib.closing(manager_for(user=record.user_manager)) as manager:
+        plan = properties.in_whole_percents(group.plan(replace(changes, devices=None)))
+        told = properties.properties_of(plan, manager.version)
+        if changes.devices is not None and detect().of("devices") is not None:
+            told += properties.device_properties(changes.devices)
+        steps.run([*plan, _Tell(manager, record.unit, told)])
+    group.apply(devices)
+
+
+def remove(record: Record) -> None:
+    """Remove a container's scope with whatever is left in it."""
+    group = Driver(detect()).open(record.cgroup)
+    group.kill()
+    with contextlib.closing(manager_for(user=record.user_manager)) as manager:
+        manager.stop(record.unit)
+    group.remove()
+
+
+def forget(record: Record) -> None:
+    """Remove what a create that was killed may have asked for. Its scope has ended with it; that may have failed."""
+    with contextlib.closing(manager_for(user=record.user_manager)) as manager:
+        manager.reset(record.unit)
+
+
+def is_user(context: Context) -> bool:
+    """Whether it is the caller's own systemd that makes the scope: where the host's is out of reach."""
+    return context.rootless and not os.access(PRIVATE, os.W_OK)
+
+
+def manager_for(*, user: bool) -> Manager:
+    """A connection to systemd. Raises CommandError that tells what to do without."""
+    remedy = "leave --systemd-cgroup out, or have the engine use cgroupfs"
+    if not os.path.isdir(BOOTED):  # noqa: PTH112 - a string, as everywhere here
+        raise CommandError(f"systemd does not run this host, so it makes no cgroups: {remedy}")
+    try:
+        return Manager.open(user=user)
+    except OSError as e:
+        whose = "the user's systemd (is dbus-user-session installed, and $XDG_RUNTIME_DIR set?)" if user else "systemd"
+        raise CommandError(f"cannot reach {whose}: {e.strerror}: {e.filename}; {remedy}") from e
+
+
+def come_near(record: Record) -> None:
+    """Be where a process can be born in the cgroup of a container of a user's own systemd.
+
+    The kernel asks for the right to both cgroups, and to the one above both, which between a login session and the
+    user's systemd is the host's. So, as podman does, this process becomes a scope of that systemd.
+    """
+    driver = Driver(detect())
+    unified = driver.layout.unified
+    if unified is None:
+        return
+    own = path_in_v2(os.getpid())
+    above = os.path.commonpath([own or "/", record.cgroup])
+    if os.access(f"{unified.mount_point}{above}/cgroup.procs", os.W_OK):
+        return
+    with contextlib.closing(manager_for(user=True)) as manager:
+        manager.start_scope(f"corral-oci-{os.getpid()}{SCOPE}", "user.slice", os.getpid())
