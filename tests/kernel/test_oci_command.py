@@ -152,7 +152,7 @@ def test_run_reads_no_more_input_than_the_terminal_of_its_container_takes(oci: R
     oci.write("stty raw -echo; echo ready; sleep 0.7; head -c 3000000 | wc -c", terminal=True)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     process = subprocess.Popen(oci.words("run", name), cwd=oci.bundle, **pipes)  # type: ignore[call-overload]
-    assert process.stdout.readline() == b"ready\r\n"
+    assert process.stdout.readline() == b"ready\n"
     os.set_blocking(process.stdin.fileno(), False)
     sent, stop = 0, time.monotonic() + 0.5
     while time.monotonic() < stop:

@@ -35,14 +35,18 @@ class Joined:
         self._to_master = b""
         os.set_blocking(master, False)
         poller.register(master, select.POLLIN)
-        self._reads_stdin = False
-        self._listen_to_stdin()
+        self._stdin_is_open, self._listens = True, False
+        self._listen()
         self.resize()
 
-    def _listen_to_stdin(self) -> None:
-        with contextlib.suppress(PermissionError):  # a regular file is always ready, but can't be polled by epoll
+    def _listen(self) -> None:
+        """Take input as long as there is none that the container has yet to take."""
+        wanted = self._stdin_is_open and not self._to_master
+        if wanted and not self._listens:
             self._poller.register(0, select.POLLIN)
-            self._reads_stdin = True
+        elif self._listens and not wanted:
+            self._poller.unregister(0)
+        self._listens = wanted
 
     def resize(self) -> None:
         """Give the container's terminal the caller's size."""
@@ -55,14 +59,10 @@ class Joined:
         if fd == self._master:
             self._flush()
             self.copy_output()
-        elif fd == 0 and self._reads_stdin:
-            data = os.read(0, _CHUNK)
-            if data:
-                self._to_master += data
-                self._flush()
-            else:
-                self._poller.unregister(0)
-                self._reads_stdin = False
+        elif fd == 0 and self._listens:
+            self._to_master = os.read(0, _CHUNK)
+            self._stdin_is_open = bool(self._to_master)
+            self._flush()
 
     def _flush(self) -> None:
         with contextlib.suppress(BlockingIOError, OSError):
@@ -70,6 +70,7 @@ class Joined:
                 self._to_master = self._to_master[os.write(self._master, self._to_master) :]
         with contextlib.suppress(KeyError, OSError):
             self._poller.modify(self._master, select.POLLIN | (select.POLLOUT if self._to_master else 0))
+        self._listen()
 
     def copy_output(self) -> bool:
         """Write what the container wrote; False if there is nothing (more)."""
