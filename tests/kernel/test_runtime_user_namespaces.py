@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from support.requirements import needs
 
 from corral.kernel import capabilities, netns, user_namespaces
 from corral.kernel.namespaces import Kind
-from corral.oci.runtime import ExecFailed
+from corral.oci.runtime import Container, ExecFailed, Stdio
 from corral.oci.spec import Device, DeviceType, IdMapping, Mount, Namespace, Rlimit, User
 
 pytestmark = needs("root", "overlayfs", "busybox", "userns")
@@ -20,6 +21,7 @@ pytestmark = needs("root", "overlayfs", "busybox", "userns")
 FIRST = 300000
 """The host's id of the container's root."""
 RANGE = (IdMapping(0, FIRST, 65536),)
+OTHER_RANGE = (IdMapping(0, 2 * FIRST, 65536),)
 OWN = (Kind.MOUNT, Kind.PID, Kind.IPC, Kind.UTS, Kind.CGROUP, Kind.NETWORK)
 
 
@@ -168,6 +170,19 @@ class TestNew:
         linux = {"sysctl": {"net.ipv4.ip_unprivileged_port_start": "81", "kernel.shmmni": "77"}}
         script = "cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/kernel/shmmni"
         assert run(lab, script, linux=linux).output.split() == ["81", "77"]
+
+    def test_pipes_are_not_given_to_who_has_the_pid_of_an_init_that_was(self, lab):
+        container, other = sleeping(lab), sleeping(lab, uid_mappings=OTHER_RANGE, gid_mappings=OTHER_RANGE)
+        adopted = Container.adopt(container.spec, pid=container.init.pid, start_time=container.init.start_time)
+        signal.pidfd_send_signal(container.init.pidfd, signal.SIGKILL)
+        lab.wait(container.init)
+        adopted.init.pid = other.init.pid  # as if it had been given out again
+        reader, writer = os.pipe()
+        with pytest.raises(ExecFailed, match="not running"):
+            adopted.exec(lab.process("true"), stdio=Stdio(None, writer, writer))
+        assert os.fstat(writer).st_uid == 0
+        for fd in (reader, writer, adopted.init.pidfd):
+            os.close(fd)
 
 
 def children() -> set[int]:

@@ -112,6 +112,11 @@ def send_signal(pidfd: int, number: int) -> None:
     signal.pidfd_send_signal(pidfd, number)
 
 
+def check_unreaped(pidfd: int) -> None:
+    """Raise ProcessLookupError if the process was reaped; if not, what was read by its pid before was about it."""
+    send_signal(pidfd, 0)
+
+
 def start_time(pid: int | str) -> int:
     """Field 22 of /proc/<pid>/stat: clock ticks after boot; with the pid it names a process for good.
 

@@ -67,7 +67,7 @@ class Membership:
         if (unified := detect().unified) is None:
             return None
         found = f"{unified.mount_point}{path_in_v2(init)}"
-        process.send_signal(pidfd, 0)  # so that was its pid, and not yet another's
+        process.check_unreaped(pidfd)
         if "/../" in found:  # outside of what the caller sees
             return None
         within = [found if found.startswith(f"{cgroup}/") else cgroup for cgroup in cgroups]

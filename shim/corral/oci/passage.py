@@ -188,9 +188,14 @@ _CGROUPS = "/sys/fs/cgroup"
 _DELEGATE = "/sys/kernel/cgroup/delegate"
 
 
-def give_stdio(pid: int, stdio: Stdio) -> None:
-    """Give pipes for 0, 1 and 2 to the root of process pid's user namespace, who may then pass them on."""
+def give_stdio(pid: int, stdio: Stdio, *, pidfd: int | None = None) -> None:
+    """Give pipes for 0, 1 and 2 to the root of process pid's user namespace, who may then pass them on.
+
+    pidfd: of a process that is not the caller's to reap, which raises ProcessLookupError if somebody did.
+    """
     uids, gids = user_namespaces.read_mappings(pid)
+    if pidfd is not None:
+        process.check_unreaped(pidfd)
     uid, gid = user_namespaces.to_outside(uids, 0), user_namespaces.to_outside(gids, 0)
     if uid is None or gid is None:
         return

@@ -458,7 +458,7 @@ def _exec(
     if Kind.USER in kinds:
         from corral.oci.passage import give_stdio
 
-        give_stdio(container.init.pid, stdio)
+        give_stdio(container.init.pid, stdio, pidfd=container.init.pidfd)
     init, cgroups = container.init, [os.fspath(path) for path in cgroup_paths]
 
     def be_in(membership: Membership) -> tuple[ParentEnd, int, int]:
