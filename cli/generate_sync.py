@@ -12,6 +12,7 @@ RUFF = Path(sys.executable).parent / "ruff"
 REPLACEMENTS = (
     (r"The client for asyncio\. [^\n]*\.py\)\.", "The client for ordinary code, generated from `corral.client.aio`."),
     (r"async_attach_requests", "attach_requests"),
+    (r"async_registry_auth", "registry_auth"),
     (r"\basync (def|for|with)\b", r"\1"),
     (r"\bawait ", ""),
     (r"AsyncClient", "Client"),

@@ -1,7 +1,6 @@
 """`corral image`."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -9,9 +8,11 @@ import click
 
 from corral.cli.app import App, ImageName, complain, pass_app
 from corral.cli.output import format_option, human_age, human_size, show_json, show_rows
+from corral.cli.progress import shown
+from corral.cli.registry import pull_command, push_command
 
 if TYPE_CHECKING:
-    from corral.api.images.v1 import images_pb2
+    pass
 
 _CHUNK = 256 * 1024
 
@@ -19,6 +20,10 @@ _CHUNK = 256 * 1024
 @click.group("image")
 def image_command() -> None:
     """Images."""
+
+
+image_command.add_command(pull_command)
+image_command.add_command(push_command)
 
 
 @image_command.command("import")
@@ -44,7 +49,7 @@ def import_command(app: App, archive: str, name: str, quiet: bool, **config: obj
         if archive != "-" and not Path(archive).is_dir():
             header.total_bytes = Path(archive).stat().st_size
         chunks = iter(lambda: file.read(_CHUNK), b"")
-        for part in _with_progress(app.client.images.load_stream(header, chunks), show=not quiet):
+        for part in shown(app.client.images.load_stream(header, chunks), quiet=quiet, lines=False):
             images.extend(part.result.images)
     for image in images:
         click.echo(image.familiar_name if quiet else f"imported {image.familiar_name or image.id}")
@@ -71,33 +76,6 @@ def _tar_of_layout(directory: Path) -> BinaryIO:
             tar.add(child, arcname=child.name)
     spool.seek(0)
     return spool
-
-
-def _with_progress(
-    parts: "Iterator[images_pb2.ImportResponse]", *, show: bool
-) -> "Iterator[images_pb2.ImportResponse]":
-    """The same messages, shown as bars on a terminal."""
-    if not show or not sys.stderr.isatty():
-        yield from parts
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-    from corral.api.types.v1 import types_pb2
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[step]}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, object] = {}
-        for part in parts:
-            progress = part.progress
-            if part.HasField("progress"):
-                item = progress.item.removeprefix("sha256:")[:12]
-                step = types_pb2.Progress.Step.Name(progress.step).removeprefix("STEP_").lower()
-                if item not in tasks:
-                    tasks[item] = bars.add_task(item, total=None, step=step)
-                total = progress.total_bytes or None
-                bars.update(tasks[item], completed=progress.done_bytes, total=total, step=step)  # type: ignore[arg-type]
-            yield part
 
 
 @image_command.command("ls")

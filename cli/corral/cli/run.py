@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,10 @@ def _container_options[F: Callable[..., object]](function: F) -> F:
         function = click.option(*flags, help=text, **more)(function)
     function = click.option("--rm", "auto_remove", is_flag=True, help="Remove it when it has ended")(function)
     function = click.option("--cidfile", type=click.Path(), help="Write the id to this file")(function)
+    function = click.option(
+        "--pull", type=click.Choice(["always", "missing", "never"]), default="missing", show_default=True,
+        help="When to fetch the image",
+    )(function)  # fmt: skip
     function = click.option("--name", default="", help="Name; one is made otherwise")(function)
     function = click.option("-t", "--tty", "terminal", is_flag=True, help="Give it a terminal")(function)
     return click.option("-i", "--interactive", "stdin", is_flag=True, help="Keep stdin open")(function)
@@ -151,13 +156,41 @@ def exit_code(status: "types_pb2.ExitStatus") -> int:
 def _create(
     app: App, image: str, args: Sequence[str], name: str, cidfile: str | None, flags: dict[str, Any]
 ) -> "engine_pb2.Container":
+    pull = flags.pop("pull")
     options = _options_from_flags(flags)
     if cidfile and Path(cidfile).exists():
         raise ValueError(f"the file {cidfile} exists: remove it, or give another --cidfile")
-    made = app.client.containers.create(image, args, name=name, **options)
+    made = _with_image(app, image, pull, lambda: app.client.containers.create(image, args, name=name, **options))
     if cidfile:
         Path(cidfile).write_text(made.id, encoding="utf-8")
     return made
+
+
+def _with_image(
+    app: App, image: str, pull: str, create: "Callable[[], engine_pb2.Container]"
+) -> "engine_pb2.Container":
+    """Create, and fetch the image before if it is not here, or in any case."""
+    from corral.cli.registry import pull_image
+    from corral.rpc.errors import NotFound
+
+    if pull == "always":
+        pull_image(app, image)
+    try:
+        return create()
+    except NotFound as e:
+        if pull != "missing" or e.reason != "NO_IMAGE" or _is_id(image):
+            raise
+    click.echo(f"Unable to find image {_tagged(image)!r} locally", err=True)
+    pull_image(app, image)
+    return create()
+
+
+def _is_id(image: str) -> bool:
+    return re.fullmatch(r"(sha256:)?[0-9a-f]{64}", image) is not None
+
+
+def _tagged(image: str) -> str:
+    return image if "@" in image or ":" in image.rpartition("/")[2] else f"{image}:latest"
 
 
 def _start(app: App, made: "engine_pb2.Container") -> None:

@@ -425,3 +425,15 @@ def _apply_security(config: pb.ContainerConfig, options: Iterable[str]) -> None:
                 f"security option {option!r} is not known: give seccomp=unconfined, seccomp=FILE, apparmor=PROFILE "
                 "or no-new-privileges[=false]"
             )
+
+
+def platform_message(text: str) -> types_pb2.Platform | None:
+    """ "linux/arm64/v8", or only "arm64"; None for nothing, which means this host's."""
+    if not text:
+        return None
+    parts = text.split("/")
+    if len(parts) == 1:
+        parts = ["linux", *parts]
+    if len(parts) > 3 or not all(parts):
+        raise ValueError(f"platform {text!r} is not understood: give OS/ARCHITECTURE[/VARIANT], such as linux/arm64")
+    return types_pb2.Platform(os=parts[0], architecture=parts[1], variant="".join(parts[2:]))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Self, Unpack
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from corral.client.address import default_address, default_namespace, default_tls
+from corral.client.credentials import registry_auth
 from corral.client.execution import Attachment, Collected, ExecResult, attach_requests
-from corral.client.options import ContainerOptions, container_config
+from corral.client.options import ContainerOptions, container_config, platform_message
 from corral.client.transport import Exchange, Transport
 from corral.rpc.address import Tls
 
@@ -332,6 +333,118 @@ class Images:
         stub = images_pb2_grpc.ImagesStub(leaf.channel)
         answer = leaf.unary(stub.List, images_pb2.ListImagesRequest(pattern=pattern))
         return answer.images
+
+    def pull(
+        self,
+        name: str,
+        *,
+        platform: str = "",
+        all_platforms: bool = False,
+        auth: images_pb2.RegistryAuth | None = None,
+        insecure: bool = False,
+    ) -> images_pb2.Image:
+        """Fetches an image from its registry. `auth` is by default what `corral login` or docker's has kept."""
+        image = images_pb2.Image()
+        for part in self.pull_stream(
+            name, platform=platform, all_platforms=all_platforms, auth=auth, insecure=insecure
+        ):
+            image = part.image
+        return image
+
+    def pull_stream(
+        self,
+        name: str,
+        *,
+        platform: str = "",
+        all_platforms: bool = False,
+        auth: images_pb2.RegistryAuth | None = None,
+        insecure: bool = False,
+    ) -> Iterator[images_pb2.PullResponse]:
+        """As `pull`; progress comes, and last the image."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        request = images_pb2.PullRequest(
+            name=name,
+            platform=platform_message(platform),
+            all_platforms=all_platforms,
+            auth=auth or registry_auth(name),
+            insecure=insecure,
+        )
+        leaf = self._client.leaf("images")
+        stub = images_pb2_grpc.ImagesStub(leaf.channel)
+        for part in leaf.stream(stub.Pull, request):
+            yield part
+
+    def push(
+        self,
+        name: str,
+        destination: str = "",
+        *,
+        platform: str = "",
+        all_platforms: bool = False,
+        auth: images_pb2.RegistryAuth | None = None,
+        insecure: bool = False,
+    ) -> types_pb2.Descriptor:
+        """Brings an image to a registry; returns what its name there points at. `auth` as for `pull`."""
+        pushed = types_pb2.Descriptor()
+        for part in self.push_stream(
+            name, destination, platform=platform, all_platforms=all_platforms, auth=auth, insecure=insecure
+        ):
+            pushed = part.pushed
+        return pushed
+
+    def push_stream(
+        self,
+        name: str,
+        destination: str = "",
+        *,
+        platform: str = "",
+        all_platforms: bool = False,
+        auth: images_pb2.RegistryAuth | None = None,
+        insecure: bool = False,
+    ) -> Iterator[images_pb2.PushResponse]:
+        """As `push`; progress comes, and last the descriptor."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        request = images_pb2.PushRequest(
+            name=name,
+            destination=destination,
+            platform=platform_message(platform),
+            all_platforms=all_platforms,
+            auth=auth or registry_auth(destination or name),
+            insecure=insecure,
+        )
+        leaf = self._client.leaf("images")
+        stub = images_pb2_grpc.ImagesStub(leaf.channel)
+        for part in leaf.stream(stub.Push, request):
+            yield part
+
+    def login(self, registry: str, username: str, password: str, *, insecure: bool = False) -> str:
+        """Proves credentials to a registry; returns the identity token to keep instead of the password, if any."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        auth = images_pb2.RegistryAuth(username=username, password=password)
+        request = images_pb2.LoginRequest(registry=registry, auth=auth, insecure=insecure)
+        leaf = self._client.leaf("images")
+        answer = leaf.unary(images_pb2_grpc.ImagesStub(leaf.channel).Login, request)
+        return answer.identity_token
+
+    def referrers(
+        self,
+        name: str,
+        *,
+        artifact_type: str = "",
+        auth: images_pb2.RegistryAuth | None = None,
+        insecure: bool = False,
+    ) -> images_pb2.ReferrersResponse:
+        """What refers to an image in its registry: signatures, attestations."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        request = images_pb2.ReferrersRequest(
+            name=name, artifact_type=artifact_type, auth=auth or registry_auth(name), insecure=insecure
+        )
+        leaf = self._client.leaf("images")
+        return leaf.unary(images_pb2_grpc.ImagesStub(leaf.channel).Referrers, request)
 
     def tag(self, source: str, target: str) -> images_pb2.Image:
         """Gives an image another name; a name that exists moves."""

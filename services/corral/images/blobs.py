@@ -1,12 +1,14 @@
 """Content as clients see it: blobs with their rows."""
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from corral.images import leases
 from corral.images.collector import Collector
-from corral.images.content import READ_BYTES, ContentStore, Ingest
+from corral.images.content import READ_BYTES, ContentStore
 from corral.images.digest import Digest
 from corral.images.errors import explained
 from corral.images.store import uninterrupted
@@ -28,6 +30,15 @@ class Expected:
 
     digest: Digest | None
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """By whom a new blob is kept, and without a lease for how long."""
+
+    namespace: str
+    lease: str
+    grace_ns: int
 
 
 def insert_blob(transaction: Transaction, digest: Digest, size_bytes: int, *, keep_until_ns: int = 0) -> None:
@@ -89,34 +100,39 @@ class Blobs:
                 await run_blocking(ingest.write, data)
             ingest.verify(expected.digest, expected.size_bytes)
             await run_blocking(ingest.sync)
-            return await uninterrupted(self._publish(ingest, namespace, lease))
+            place = partial(self._content.publish, ingest.path)
+            held = _Held(namespace, lease, self._grace_ns)
+            return await uninterrupted(self._publish(place, ingest.digest, ingest.size_bytes, held))
         except OSError as e:
             raise explained(e, "cannot store the blob") from e
         finally:
             await run_blocking(ingest.discard)
 
-    async def _publish(self, ingest: Ingest, namespace: str, lease: str) -> BlobRecord:
-        digest = ingest.digest
+    async def admit(
+        self, path: Path, digest: Digest, size_bytes: int, namespace: str, lease: str, *, keep_s: float
+    ) -> BlobRecord:
+        """Take a proven and synced file, which stays where it is, for a blob. Raises ResourceExhausted, Internal."""
+        held = _Held(namespace, lease, max(int(keep_s * 1e9), self._grace_ns))
+        try:
+            return await uninterrupted(self._publish(partial(self._content.link, path), digest, size_bytes, held))
+        except OSError as e:
+            raise explained(e, "cannot store the blob") from e
+
+    async def _publish(
+        self, place: Callable[[Digest], None], digest: Digest, size_bytes: int, held: "_Held"
+    ) -> BlobRecord:
         async with self._collector.changing:
             known = self._database.read_sync(lambda s: is_stored(s, self._content, digest))
             if not known:
-                await run_blocking(self._content.publish, ingest.path, digest)
+                await run_blocking(place, digest)
                 await run_blocking(self._content.sync_names)
             failpoint("images.write.before_row")
             try:
-                return await self._database.write(lambda t: self._insert(t, ingest, namespace, lease))
+                return await self._database.write(lambda t: _insert(t, digest, size_bytes, held))
             except BaseException:
                 if not known:
                     await run_blocking(self._content.remove, [digest])
                 raise
-
-    def _insert(self, transaction: Transaction, ingest: Ingest, namespace: str, lease: str) -> BlobRecord:
-        keep_until = 0 if lease else time.time_ns() + self._grace_ns
-        insert_blob(transaction, ingest.digest, ingest.size_bytes, keep_until_ns=keep_until)
-        leases.hold(transaction, namespace, lease, "blob", ingest.digest)
-        found = _find(transaction, ingest.digest)
-        assert found is not None
-        return found
 
     async def delete(self, digest: Digest, namespace: str) -> None:
         """Raises NotFound, FailedPrecondition."""
@@ -126,6 +142,15 @@ class Blobs:
     async def _delete(self, digest: Digest, namespace: str) -> None:
         await self._database.write(lambda t: _delete(t, digest, namespace))
         await run_blocking(self._content.remove, [digest])
+
+
+def _insert(transaction: Transaction, digest: Digest, size_bytes: int, held: _Held) -> BlobRecord:
+    keep_until = 0 if held.lease else time.time_ns() + held.grace_ns
+    insert_blob(transaction, digest, size_bytes, keep_until_ns=keep_until)
+    leases.hold(transaction, held.namespace, held.lease, "blob", digest)
+    found = _find(transaction, digest)
+    assert found is not None
+    return found
 
 
 def _record(row: Sequence[object]) -> BlobRecord:

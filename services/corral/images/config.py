@@ -24,6 +24,10 @@ class ImagesConfig:
     max_layer_bytes: int = 1 << 40
     # Stored content that no image or lease refers to yet is kept this long for whoever is about to.
     blob_grace_s: float = 3600.0
+    # Mirrors, CAs and client certificates of registries: <host>/hosts.toml, see corral.images.registry.endpoints.
+    certs: Path = Path("/etc/corral/certs.d")
+    # What an interrupted pull has fetched is kept this long for the next one.
+    partial_keep_s: float = 86400.0
 
     @property
     def workers(self) -> int:

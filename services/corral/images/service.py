@@ -18,6 +18,7 @@ from corral.images.drivers import Drivers
 from corral.images.images import Images
 from corral.images.importer import Importer
 from corral.images.recovery import recover
+from corral.images.registries import Registries
 from corral.images.servicers.content import ContentServicer
 from corral.images.servicers.images import ImagesServicer
 from corral.images.servicers.leases import LeasesServicer
@@ -65,11 +66,14 @@ class ImagesService:
             self._database, self._drivers, self._images, self._tending, self._collector, self._ids
         )
         self._blobs = Blobs(self._database, self._content, self._collector, grace_s=config.blob_grace_s)
+        self._registries = Registries(
+            config, self._database, self._content, self._blobs, unpacker, self._collector, admission
+        )
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         images_pb2_grpc.add_ContentServicer_to_server(ContentServicer(self._blobs), server)
         images_pb2_grpc.add_ImagesServicer_to_server(
-            ImagesServicer(self._images, self._importer, self._database), server
+            ImagesServicer(self._images, self._importer, self._registries, self._database), server
         )
         images_pb2_grpc.add_SnapshotsServicer_to_server(
             SnapshotsServicer(self._snapshots, self._images, self._drivers), server
@@ -99,10 +103,12 @@ class ImagesService:
         self._tending.remove(recovered.orphans)
         await self._collector.end_expired()
         await self._collector.collect()
+        self._registries.start()
 
     async def stop(self) -> None:
         for work in list(self._jobs):  # nobody waits for them any more but threads, which must end
             work.cancel()
+        await self._registries.stop()
         await self._workers.stop()
         await self._collector.stop()
         await self._tending.stop()

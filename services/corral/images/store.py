@@ -96,6 +96,16 @@ CREATE TABLE lease_resources (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX lease_resources_by_key ON lease_resources(kind, key);
 """,
+    """
+-- Where a blob was seen, so that a push to the same registry can have it mounted instead of sent.
+CREATE TABLE blob_origins (
+    digest TEXT NOT NULL REFERENCES blobs(digest) ON DELETE CASCADE,
+    domain TEXT NOT NULL,
+    path TEXT NOT NULL,
+    seen_ns INTEGER NOT NULL,
+    PRIMARY KEY (digest, domain, path)
+) STRICT, WITHOUT ROWID;
+""",
 )
 
 

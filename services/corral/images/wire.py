@@ -17,6 +17,7 @@ from corral.images.images import ImageView
 from corral.images.leases import Lease
 from corral.images.platforms import host_platform
 from corral.images.reference import parse_reference
+from corral.images.registry.credentials import Credentials
 from corral.images.snapshotter import Mount, Usage
 from corral.images.trees import TreeRecord
 from corral.rpc.errors import InvalidArgument
@@ -63,6 +64,15 @@ def to_platform(message: types.Platform) -> model.Platform:
         message.os_version,
         tuple(message.os_features),
     )
+
+
+def to_credentials(message: pb.RegistryAuth) -> Credentials:
+    """Raises InvalidArgument for what cannot be sent."""
+    if ":" in message.username:
+        raise InvalidArgument("a user name at a registry has no colon", reason="BAD_CREDENTIALS")
+    if not (message.identity_token + message.registry_token).isascii():
+        raise InvalidArgument("a token at a registry is made of ASCII characters", reason="BAD_CREDENTIALS")
+    return Credentials(message.username, message.password, message.identity_token, message.registry_token)
 
 
 def from_descriptor(descriptor: model.Descriptor) -> types.Descriptor:

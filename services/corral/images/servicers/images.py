@@ -3,6 +3,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc.aio
@@ -14,10 +15,12 @@ from corral.images import wire
 from corral.images.catalog import ImageRecord
 from corral.images.images import Images
 from corral.images.importer import Format, Importer, ImportOptions
-from corral.images.progress import Step
 from corral.images.reference import parse_reference
+from corral.images.registries import Registries
 from corral.images.servicers.call import lease_of
 from corral.images.servicers.inflow import Inflow
+from corral.images.servicers.progress import ProgressQueue
+from corral.images.servicers.transfers import Transfers
 from corral.rpc.context import current_namespace
 from corral.rpc.errors import InvalidArgument, Unimplemented
 from corral.rpc.events import stream_events
@@ -25,15 +28,14 @@ from corral.store import Database
 
 type Context = grpc.aio.ServicerContext[Any, Any]
 
-PROGRESS_EVERY_S = 0.1
-
 
 class ImagesServicer(images_pb2_grpc.ImagesServicer):
     """See the proto."""
 
-    def __init__(self, images: Images, importer: Importer, database: Database) -> None:
+    def __init__(self, images: Images, importer: Importer, registries: Registries, database: Database) -> None:
         self._images = images
         self._importer = importer
+        self._transfers = Transfers(registries, self._message)
         self._database = database
 
     async def Import(
@@ -46,15 +48,11 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
             options = import_options(first.header, current_namespace(), lease_of(context))
             progress = ProgressQueue()
             work = asyncio.ensure_future(self._importer.run(options, _data(requests), progress.report))
-            try:
-                async for item in progress.until_done(work):
+            async with aclosing(progress.of(work)) as items:
+                async for item in items:
                     yield pb.ImportResponse(progress=item)
-                records = await work
-            finally:
-                if not work.done():
-                    work.cancel()
-                    await asyncio.wait((work,))
-        yield pb.ImportResponse(result=pb.ImportResult(images=[self._message(record) for record in records]))
+        images = [self._message(record) for record in work.result()]
+        yield pb.ImportResponse(result=pb.ImportResult(images=images))
 
     async def Export(self, request: pb.ExportRequest, context: Context) -> AsyncIterator[pb.ExportResponse]:
         async for response in NotYet[pb.ExportResponse](
@@ -63,15 +61,20 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
             yield response
 
     async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[pb.PullResponse]:
-        async for response in NotYet[pb.PullResponse](
-            "corral cannot pull from registries yet: fetch the image with `skopeo copy docker://NAME oci-archive:FILE`"
-            " and run `corral image import FILE`"
-        ):
-            yield response
+        async with aclosing(self._transfers.pull(request, lease_of(context))) as responses:
+            async for response in responses:
+                yield response
 
     async def Push(self, request: pb.PushRequest, context: Context) -> AsyncIterator[pb.PushResponse]:
-        async for response in NotYet[pb.PushResponse]("corral cannot push to registries yet"):
-            yield response
+        async with aclosing(self._transfers.push(request)) as responses:
+            async for response in responses:
+                yield response
+
+    async def Login(self, request: pb.LoginRequest, context: Context) -> pb.LoginResponse:
+        return await self._transfers.login(request)
+
+    async def Referrers(self, request: pb.ReferrersRequest, context: Context) -> pb.ReferrersResponse:
+        return await self._transfers.referrers(request)
 
     async def Get(self, request: pb.GetImageRequest, context: Context) -> pb.Image:
         return self._message(self._images.find(current_namespace(), request.name))
@@ -130,40 +133,3 @@ class NotYet[T](AsyncIterator[T]):
 
     async def __anext__(self) -> T:
         raise Unimplemented(self._sentence)
-
-
-class ProgressQueue:
-    """Reports on their way to a client, the latest of each item and step, a few times a second."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[tuple[str, Step], types.Progress] = {}
-        self._changed = asyncio.Event()
-
-    def report(self, item: str, step: Step, done_bytes: int, total_bytes: int) -> None:
-        """On the event loop."""
-        message = types.Progress(
-            item=item, step=types.Progress.Step.ValueType(step), done_bytes=done_bytes, total_bytes=total_bytes
-        )
-        self._waiting[item, step] = message
-        self._changed.set()
-
-    async def until_done(self, work: asyncio.Future[Any]) -> AsyncIterator[types.Progress]:
-        """What is reported until `work` ends, and the last of it then."""
-        while not work.done():
-            waiting = asyncio.ensure_future(self._changed.wait())
-            try:
-                await asyncio.wait((work, waiting), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                waiting.cancel()
-            self._changed.clear()
-            for message in self._take():
-                yield message
-            if not work.done():
-                await asyncio.wait((work,), timeout=PROGRESS_EVERY_S)
-        for message in self._take():
-            yield message
-
-    def _take(self) -> list[types.Progress]:
-        taken = list(self._waiting.values())
-        self._waiting.clear()
-        return taken

@@ -391,20 +391,24 @@ class RegistryAuth(_message.Message):
     USERNAME_FIELD_NUMBER: _builtins.int
     PASSWORD_FIELD_NUMBER: _builtins.int
     IDENTITY_TOKEN_FIELD_NUMBER: _builtins.int
+    REGISTRY_TOKEN_FIELD_NUMBER: _builtins.int
     username: _builtins.str
     password: _builtins.str
     identity_token: _builtins.str
     """Instead of a password: an identity token."""
+    registry_token: _builtins.str
+    """Instead of both: a bearer token for the registry itself."""
     def __init__(
         self,
         *,
         username: _builtins.str = ...,
         password: _builtins.str = ...,
         identity_token: _builtins.str = ...,
+        registry_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity_token", b"identity_token", "password", b"password", "username", b"username"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity_token", b"identity_token", "password", b"password", "registry_token", b"registry_token", "username", b"username"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -421,10 +425,13 @@ class PullRequest(_message.Message):
     INSECURE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     all_platforms: _builtins.bool
+    """All that an index holds; unpacked is what `platform` says."""
     insecure: _builtins.bool
     """Allow plain http and unverified TLS for this registry."""
     @_builtins.property
-    def platform(self) -> _types_pb2.Platform: ...
+    def platform(self) -> _types_pb2.Platform:
+        """What to take from an index. Default: this host's."""
+
     @_builtins.property
     def auth(self) -> Global___RegistryAuth: ...
     def __init__(
@@ -486,9 +493,12 @@ class PushRequest(_message.Message):
     destination: _builtins.str
     """Where to, if not to `name`."""
     all_platforms: _builtins.bool
+    """The whole index, or nothing."""
     insecure: _builtins.bool
     @_builtins.property
-    def platform(self) -> _types_pb2.Platform: ...
+    def platform(self) -> _types_pb2.Platform:
+        """Only the manifest for this platform."""
+
     @_builtins.property
     def auth(self) -> Global___RegistryAuth: ...
     def __init__(
@@ -536,6 +546,108 @@ class PushResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
 Global___PushResponse: _TypeAlias = PushResponse  # noqa: Y015
+
+@_typing.final
+class LoginRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REGISTRY_FIELD_NUMBER: _builtins.int
+    AUTH_FIELD_NUMBER: _builtins.int
+    INSECURE_FIELD_NUMBER: _builtins.int
+    registry: _builtins.str
+    """As it stands at the beginning of a name, "registry.example:5000". Default: docker.io."""
+    insecure: _builtins.bool
+    @_builtins.property
+    def auth(self) -> Global___RegistryAuth: ...
+    def __init__(
+        self,
+        *,
+        registry: _builtins.str = ...,
+        auth: Global___RegistryAuth | None = ...,
+        insecure: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["auth", b"auth"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auth", b"auth", "insecure", b"insecure", "registry", b"registry"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoginRequest: _TypeAlias = LoginRequest  # noqa: Y015
+
+@_typing.final
+class LoginResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDENTITY_TOKEN_FIELD_NUMBER: _builtins.int
+    identity_token: _builtins.str
+    """To be kept instead of the password, where the registry gives one."""
+    def __init__(
+        self,
+        *,
+        identity_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity_token", b"identity_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoginResponse: _TypeAlias = LoginResponse  # noqa: Y015
+
+@_typing.final
+class ReferrersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ARTIFACT_TYPE_FIELD_NUMBER: _builtins.int
+    AUTH_FIELD_NUMBER: _builtins.int
+    INSECURE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """A name in a registry; the image need not be here."""
+    artifact_type: _builtins.str
+    """Only those of this type."""
+    insecure: _builtins.bool
+    @_builtins.property
+    def auth(self) -> Global___RegistryAuth: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        artifact_type: _builtins.str = ...,
+        auth: Global___RegistryAuth | None = ...,
+        insecure: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["auth", b"auth"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact_type", b"artifact_type", "auth", b"auth", "insecure", b"insecure", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReferrersRequest: _TypeAlias = ReferrersRequest  # noqa: Y015
+
+@_typing.final
+class ReferrersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    REFERRERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def subject(self) -> _types_pb2.Descriptor: ...
+    @_builtins.property
+    def referrers(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Descriptor]: ...
+    def __init__(
+        self,
+        *,
+        subject: _types_pb2.Descriptor | None = ...,
+        referrers: _abc.Iterable[_types_pb2.Descriptor] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["referrers", b"referrers", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReferrersResponse: _TypeAlias = ReferrersResponse  # noqa: Y015
 
 @_typing.final
 class Image(_message.Message):

@@ -313,6 +313,16 @@ class ImagesStub:
                 request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.PushRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.PushResponse.FromString,
                 _registered_method=True)
+        self.Login = channel.unary_unary(
+                '/corral.images.v1.Images/Login',
+                request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.LoginRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.LoginResponse.FromString,
+                _registered_method=True)
+        self.Referrers = channel.unary_unary(
+                '/corral.images.v1.Images/Referrers',
+                request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.ReferrersRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.ReferrersResponse.FromString,
+                _registered_method=True)
         self.Get = channel.unary_unary(
                 '/corral.images.v1.Images/Get',
                 request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.GetImageRequest.SerializeToString,
@@ -368,13 +378,35 @@ class ImagesServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Pull(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Fetches an image from its registry, or a mirror of it, and unpacks it. Nothing is visible until all of it is proven.
+        What has come when a pull ends early is kept for the next one. NOT_FOUND: not in the registry, or nothing for the
+        platform. PERMISSION_DENIED: other credentials are needed. UNAVAILABLE: the registry cannot be reached.
+        RESOURCE_EXHAUSTED: it takes no more requests now, or the disk is full. INVALID_ARGUMENT: not an image, or a digest
+        that does not match.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Push(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Brings an image to a registry, with the digests that it has here: the whole index where all of it is here, else the
+        manifest for this host. Errors as of Pull; FAILED_PRECONDITION: what was asked for is not all here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Login(self, request, context):
+        """Proves credentials to a registry. PERMISSION_DENIED. Nothing of them is kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Referrers(self, request, context):
+        """What in its registry refers to an image: signatures, attestations. By the referrers API, or where a registry has none
+        by the tag that stands for it.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -443,6 +475,16 @@ def add_ImagesServicer_to_server(servicer, server):
                     servicer.Push,
                     request_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.PushRequest.FromString,
                     response_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.PushResponse.SerializeToString,
+            ),
+            'Login': grpc.unary_unary_rpc_method_handler(
+                    servicer.Login,
+                    request_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.LoginRequest.FromString,
+                    response_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.LoginResponse.SerializeToString,
+            ),
+            'Referrers': grpc.unary_unary_rpc_method_handler(
+                    servicer.Referrers,
+                    request_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.ReferrersRequest.FromString,
+                    response_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.ReferrersResponse.SerializeToString,
             ),
             'Get': grpc.unary_unary_rpc_method_handler(
                     servicer.Get,
@@ -585,6 +627,60 @@ class Images:
             '/corral.images.v1.Images/Push',
             corral_dot_api_dot_images_dot_v1_dot_images__pb2.PushRequest.SerializeToString,
             corral_dot_api_dot_images_dot_v1_dot_images__pb2.PushResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Login(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.images.v1.Images/Login',
+            corral_dot_api_dot_images_dot_v1_dot_images__pb2.LoginRequest.SerializeToString,
+            corral_dot_api_dot_images_dot_v1_dot_images__pb2.LoginResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Referrers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.images.v1.Images/Referrers',
+            corral_dot_api_dot_images_dot_v1_dot_images__pb2.ReferrersRequest.SerializeToString,
+            corral_dot_api_dot_images_dot_v1_dot_images__pb2.ReferrersResponse.FromString,
             options,
             channel_credentials,
             insecure,

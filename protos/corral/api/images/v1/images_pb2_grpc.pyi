@@ -134,7 +134,22 @@ class ImagesStub:
     Export: _grpc.UnaryStreamMultiCallable[_images_pb2.ExportRequest, _images_pb2.ExportResponse]
     """Writes images as an archive."""
     Pull: _grpc.UnaryStreamMultiCallable[_images_pb2.PullRequest, _images_pb2.PullResponse]
+    """Fetches an image from its registry, or a mirror of it, and unpacks it. Nothing is visible until all of it is proven.
+    What has come when a pull ends early is kept for the next one. NOT_FOUND: not in the registry, or nothing for the
+    platform. PERMISSION_DENIED: other credentials are needed. UNAVAILABLE: the registry cannot be reached.
+    RESOURCE_EXHAUSTED: it takes no more requests now, or the disk is full. INVALID_ARGUMENT: not an image, or a digest
+    that does not match.
+    """
     Push: _grpc.UnaryStreamMultiCallable[_images_pb2.PushRequest, _images_pb2.PushResponse]
+    """Brings an image to a registry, with the digests that it has here: the whole index where all of it is here, else the
+    manifest for this host. Errors as of Pull; FAILED_PRECONDITION: what was asked for is not all here.
+    """
+    Login: _grpc.UnaryUnaryMultiCallable[_images_pb2.LoginRequest, _images_pb2.LoginResponse]
+    """Proves credentials to a registry. PERMISSION_DENIED. Nothing of them is kept."""
+    Referrers: _grpc.UnaryUnaryMultiCallable[_images_pb2.ReferrersRequest, _images_pb2.ReferrersResponse]
+    """What in its registry refers to an image: signatures, attestations. By the referrers API, or where a registry has none
+    by the tag that stands for it.
+    """
     Get: _grpc.UnaryUnaryMultiCallable[_images_pb2.GetImageRequest, _images_pb2.Image]
     """NOT_FOUND. `name` may be a name ("busybox", "busybox:1.36", "ghcr.io/a/b@sha256:…"), an image
     id ("sha256:…") or an unambiguous prefix of at least 4 hex digits of one.
@@ -164,7 +179,22 @@ class ImagesAsyncStub(ImagesStub):
     Export: _aio.UnaryStreamMultiCallable[_images_pb2.ExportRequest, _images_pb2.ExportResponse]  # type: ignore[assignment]
     """Writes images as an archive."""
     Pull: _aio.UnaryStreamMultiCallable[_images_pb2.PullRequest, _images_pb2.PullResponse]  # type: ignore[assignment]
+    """Fetches an image from its registry, or a mirror of it, and unpacks it. Nothing is visible until all of it is proven.
+    What has come when a pull ends early is kept for the next one. NOT_FOUND: not in the registry, or nothing for the
+    platform. PERMISSION_DENIED: other credentials are needed. UNAVAILABLE: the registry cannot be reached.
+    RESOURCE_EXHAUSTED: it takes no more requests now, or the disk is full. INVALID_ARGUMENT: not an image, or a digest
+    that does not match.
+    """
     Push: _aio.UnaryStreamMultiCallable[_images_pb2.PushRequest, _images_pb2.PushResponse]  # type: ignore[assignment]
+    """Brings an image to a registry, with the digests that it has here: the whole index where all of it is here, else the
+    manifest for this host. Errors as of Pull; FAILED_PRECONDITION: what was asked for is not all here.
+    """
+    Login: _aio.UnaryUnaryMultiCallable[_images_pb2.LoginRequest, _images_pb2.LoginResponse]  # type: ignore[assignment]
+    """Proves credentials to a registry. PERMISSION_DENIED. Nothing of them is kept."""
+    Referrers: _aio.UnaryUnaryMultiCallable[_images_pb2.ReferrersRequest, _images_pb2.ReferrersResponse]  # type: ignore[assignment]
+    """What in its registry refers to an image: signatures, attestations. By the referrers API, or where a registry has none
+    by the tag that stands for it.
+    """
     Get: _aio.UnaryUnaryMultiCallable[_images_pb2.GetImageRequest, _images_pb2.Image]  # type: ignore[assignment]
     """NOT_FOUND. `name` may be a name ("busybox", "busybox:1.36", "ghcr.io/a/b@sha256:…"), an image
     id ("sha256:…") or an unambiguous prefix of at least 4 hex digits of one.
@@ -208,14 +238,41 @@ class ImagesServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _images_pb2.PullRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_images_pb2.PullResponse], _abc.AsyncIterator[_images_pb2.PullResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_images_pb2.PullResponse], _abc.AsyncIterator[_images_pb2.PullResponse]]:
+        """Fetches an image from its registry, or a mirror of it, and unpacks it. Nothing is visible until all of it is proven.
+        What has come when a pull ends early is kept for the next one. NOT_FOUND: not in the registry, or nothing for the
+        platform. PERMISSION_DENIED: other credentials are needed. UNAVAILABLE: the registry cannot be reached.
+        RESOURCE_EXHAUSTED: it takes no more requests now, or the disk is full. INVALID_ARGUMENT: not an image, or a digest
+        that does not match.
+        """
 
     @_abc_1.abstractmethod
     def Push(
         self,
         request: _images_pb2.PushRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_images_pb2.PushResponse], _abc.AsyncIterator[_images_pb2.PushResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_images_pb2.PushResponse], _abc.AsyncIterator[_images_pb2.PushResponse]]:
+        """Brings an image to a registry, with the digests that it has here: the whole index where all of it is here, else the
+        manifest for this host. Errors as of Pull; FAILED_PRECONDITION: what was asked for is not all here.
+        """
+
+    @_abc_1.abstractmethod
+    def Login(
+        self,
+        request: _images_pb2.LoginRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_images_pb2.LoginResponse, _abc.Awaitable[_images_pb2.LoginResponse]]:
+        """Proves credentials to a registry. PERMISSION_DENIED. Nothing of them is kept."""
+
+    @_abc_1.abstractmethod
+    def Referrers(
+        self,
+        request: _images_pb2.ReferrersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_images_pb2.ReferrersResponse, _abc.Awaitable[_images_pb2.ReferrersResponse]]:
+        """What in its registry refers to an image: signatures, attestations. By the referrers API, or where a registry has none
+        by the tag that stands for it.
+        """
 
     @_abc_1.abstractmethod
     def Get(

@@ -1,0 +1,100 @@
+"""`corral pull`, `push`, `login` and `logout`."""
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from corral.cli.app import App, ImageName, pass_app
+from corral.cli.progress import shown
+
+if TYPE_CHECKING:
+    from corral.api.images.v1 import images_pb2
+
+_platform = click.option("--platform", default="", metavar="OS/ARCH[/VARIANT]", help="Platform, such as linux/arm64")
+_quiet = click.option("-q", "--quiet", is_flag=True, help="Only the name")
+_insecure = click.option(
+    "--insecure", is_flag=True, help="Take any certificate of this registry, or plain HTTP where it has no TLS"
+)
+
+
+def pull_image(
+    app: App, name: str, *, platform: str = "", all_platforms: bool = False, insecure: bool = False, quiet: bool = False
+) -> "images_pb2.Image":
+    """Pull with what is kept of logins, showing how far it is."""
+    parts = app.client.images.pull_stream(name, platform=platform, all_platforms=all_platforms, insecure=insecure)
+    for part in shown(parts, quiet=quiet):
+        image = part.image
+    return image
+
+
+@click.command("pull")
+@_platform
+@click.option("--all-platforms", is_flag=True, help="All that the image is there for")
+@_insecure
+@_quiet
+@click.argument("name")
+@pass_app
+def pull_command(app: App, name: str, platform: str, all_platforms: bool, insecure: bool, quiet: bool) -> None:
+    """Fetch an image from its registry."""
+    image = pull_image(app, name, platform=platform, all_platforms=all_platforms, insecure=insecure, quiet=quiet)
+    if not quiet:
+        click.echo(f"Digest: {image.target.digest}")
+    click.echo(image.name)
+
+
+@click.command("push")
+@_platform
+@click.option("--all-platforms", is_flag=True, help="The whole index, or nothing")
+@_insecure
+@_quiet
+@click.argument("name", type=ImageName())
+@click.argument("destination", default="")
+@pass_app
+def push_command(
+    app: App, name: str, destination: str, platform: str, all_platforms: bool, insecure: bool, quiet: bool
+) -> None:
+    """Bring an image to the registry that its name begins with, or under another name to another."""
+    parts = app.client.images.push_stream(
+        name, destination, platform=platform, all_platforms=all_platforms, insecure=insecure
+    )
+    for part in shown(parts, quiet=quiet):
+        pushed = part.pushed
+    click.echo(pushed.digest if quiet else f"Digest: {pushed.digest}")
+
+
+@click.command("login")
+@click.option("-u", "--username", default="", help="User name")
+@click.option("-p", "--password", default="", help="Password; others may see it in the list of processes")
+@click.option("--password-stdin", is_flag=True, help="Read the password from stdin")
+@_insecure
+@click.argument("registry", default="docker.io")
+@pass_app
+def login_command(app: App, registry: str, username: str, password: str, password_stdin: bool, insecure: bool) -> None:
+    """Prove who you are to a registry, and keep it for pulls and pushes."""
+    from corral.api.images.v1.images_pb2 import RegistryAuth
+    from corral.client import credentials
+
+    registry = credentials.registry_of(f"{registry.removeprefix('https://').split('/')[0]}/x")
+    if password_stdin:
+        if not username:
+            raise click.UsageError("--password-stdin needs --username")
+        password = sys.stdin.read().rstrip("\r\n")
+    username = username or click.prompt("Username", err=True)
+    password = password or click.prompt("Password", hide_input=True, err=True)
+    token = app.client.images.login(registry, username, password, insecure=insecure)
+    where = credentials.store(registry, RegistryAuth(username=username, password=password, identity_token=token))
+    if where and not token:
+        click.echo(f"corral: the password is kept unencrypted in {where}; a credential helper avoids that", err=True)
+    click.echo("Login Succeeded")
+
+
+@click.command("logout")
+@click.argument("registry", default="docker.io")
+def logout_command(registry: str) -> None:
+    """Forget what was kept of a login."""
+    from corral.client import credentials
+
+    registry = credentials.registry_of(f"{registry.removeprefix('https://').split('/')[0]}/x")
+    known = credentials.erase(registry)
+    click.echo(f"Removing login credentials for {registry}" if known else f"Not logged in to {registry}")

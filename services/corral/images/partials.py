@@ -1,0 +1,210 @@
+"""Blobs of which only a part is here: kept over a restart, for whoever wants the same blob next.
+
+    partial/<hex>.data     the bytes, each where it belongs in the blob
+    partial/<hex>.log      "<size of the blob>", then one line "<from> <to>" per piece that was written
+
+A line is appended after its piece, so that a kill at any moment loses at most the pieces in flight. A power loss may
+lose pieces that the log tells of; the digest shows that, and the blob is then fetched anew.
+"""
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from threading import Lock
+
+import structlog
+
+from corral.images.content import READ_BYTES
+from corral.images.digest import PREFIX, Digest, hex_of
+from corral.images.store import uninterrupted
+from corral.rpc.blocking import run_blocking
+from corral.store import failpoint
+
+DATA = ".data"
+LOG = ".log"
+SWEEP_S = 3600.0
+
+log = structlog.get_logger()
+
+type Range = tuple[int, int]  # from, and up to but not including
+
+
+def merged(ranges: Sequence[Range]) -> list[Range]:
+    """The same bytes as ranges that do not touch, in order."""
+    found: list[Range] = []
+    for start, end in sorted(ranges):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        elif end > start:
+            found.append((start, end))
+    return found
+
+
+class Partial:
+    """One blob that is being put together. Blocking; pieces may be written by several threads."""
+
+    def __init__(self, stem: Path, digest: Digest, size_bytes: int) -> None:
+        self.digest = digest
+        self.size_bytes = size_bytes
+        self.path = stem.with_suffix(DATA)
+        self.hashed = 0
+        self.recalled = 0
+        """Bytes that an earlier one has left."""
+        self._log_path = stem.with_suffix(LOG)
+        self._lock = Lock()
+        self._hash = hashlib.sha256()
+        self._ranges: list[Range] = []
+        self._fd = self._log = -1
+
+    def open(self) -> None:
+        """Raises OSError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._fd = os.open(self.path, flags, 0o600)
+        self._log = os.open(self._log_path, flags | os.O_APPEND, 0o600)
+        self._ranges = self._recall()
+        self.recalled = sum(end - start for start, end in self._ranges)
+
+    def _recall(self) -> list[Range]:
+        """What the log tells; a last line that was cut off does not count. Another size begins anew."""
+        header = f"{self.size_bytes}\n".encode()
+        text = self._log_path.read_bytes()
+        if not text.startswith(header):
+            os.ftruncate(self._fd, 0)
+            os.ftruncate(self._log, 0)
+            os.write(self._log, header)
+            return []
+        whole = text[len(header) : text.rfind(b"\n") + 1]
+        if not text.endswith(b"\n"):
+            os.ftruncate(self._log, len(header) + len(whole))
+        os.utime(self._log_path)
+        pairs = (line.split() for line in whole.splitlines())
+        there = os.fstat(self._fd).st_size
+        found = [(int(pair[0]), min(int(pair[1]), there)) for pair in pairs if len(pair) == 2]
+        return merged([(start, end) for start, end in found if 0 <= start < end <= self.size_bytes])
+
+    @property
+    def done_bytes(self) -> int:
+        with self._lock:
+            return sum(end - start for start, end in self._ranges)
+
+    def missing(self) -> list[Range]:
+        """What is still to be fetched, in order."""
+        with self._lock:
+            ranges = list(self._ranges)
+        starts = [0, *(end for _, end in ranges)]
+        ends = [*(start for start, _ in ranges), self.size_bytes]
+        return [(start, end) for start, end in zip(starts, ends, strict=True) if start < end]
+
+    def write(self, offset: int, pieces: Sequence[bytes]) -> int:
+        """Put bytes in their place; returns the offset behind them. Raises OSError."""
+        start, data = offset, memoryview(b"".join(pieces))
+        while data:
+            written = os.pwrite(self._fd, data, offset)
+            offset += written
+            data = data[written:]
+        os.write(self._log, f"{start} {offset}\n".encode())
+        with self._lock:
+            self._ranges = merged([*self._ranges, (start, offset)])
+        failpoint("images.pull.after_piece")
+        return offset
+
+    @property
+    def hashable(self) -> int:
+        """Up to where there is no gap."""
+        with self._lock:
+            return self._ranges[0][1] if self._ranges and self._ranges[0][0] == 0 else 0
+
+    def hash_on(self, at_most: int) -> None:
+        """Hash what has come without a gap, by one thread at a time. Reads what was just written: from memory, then."""
+        end = min(self.hashable, self.hashed + at_most)
+        while self.hashed < end:
+            data = os.pread(self._fd, min(READ_BYTES, end - self.hashed), self.hashed)
+            if not data:
+                raise OSError(f"{self.path} is shorter than its log says")
+            self._hash.update(data)
+            self.hashed += len(data)
+
+    @property
+    def is_proven(self) -> bool:
+        return self.hashed == self.size_bytes and PREFIX + self._hash.hexdigest() == self.digest
+
+    @property
+    def found_digest(self) -> str:
+        return PREFIX + self._hash.hexdigest()
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Harmless when repeated, or before open()."""
+        for fd in (self._fd, self._log):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._log = -1
+
+    def remove(self) -> None:
+        """The log last: data without a log counts for nothing, a log with it does."""
+        self.path.unlink(missing_ok=True)
+        self._log_path.unlink(missing_ok=True)
+
+
+class Partials:
+    """All of them. Nobody may open the same digest twice at a time."""
+
+    def __init__(self, root: Path, *, keep_s: float) -> None:
+        self._directory = root / "partial"
+        self._directory.mkdir(exist_ok=True, mode=0o700)
+        self._keep_s = keep_s
+        self._open: set[str] = set()
+        self._sweeping: asyncio.Task[None] | None = None
+
+    @asynccontextmanager
+    async def opened(self, digest: Digest, size_bytes: int) -> AsyncIterator[Partial]:
+        """Within the block nobody collects it. Raises OSError."""
+        partial = Partial(self._directory / hex_of(digest), digest, size_bytes)
+        self._open.add(partial.path.stem)
+        try:
+            await uninterrupted(run_blocking(partial.open))
+            yield partial
+        finally:
+            partial.close()
+            self._open.discard(partial.path.stem)
+
+    def collect(self, *, grace: bool = True) -> tuple[list[str], int]:
+        """Remove those that nobody came back for; without grace, all that are not open. Digests, and their bytes."""
+        oldest = time.time() - self._keep_s if grace else float("inf")
+        removed, reclaimed = [], 0
+        for stem in {path.with_suffix("") for path in self._directory.iterdir()}:
+            files = [stem.with_suffix(suffix) for suffix in (DATA, LOG) if stem.with_suffix(suffix).exists()]
+            entries = [path.stat() for path in files]
+            if stem.name in self._open or max(entry.st_mtime for entry in entries) > oldest:
+                continue
+            for path in files:
+                path.unlink()
+            removed.append(PREFIX + stem.name)
+            reclaimed += sum(entry.st_blocks * 512 for entry in entries)
+        return removed, reclaimed
+
+    def start(self) -> None:
+        """Collect from time to time."""
+        self._sweeping = asyncio.ensure_future(self._sweep())
+
+    async def stop(self) -> None:
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            await asyncio.wait((self._sweeping,))
+
+    async def _sweep(self) -> None:
+        while True:
+            try:
+                removed, reclaimed = await run_blocking(self.collect)
+            except OSError as e:
+                log.warning("images.partials_not_collected", error=str(e))
+            else:
+                if removed:
+                    log.info("images.partials_collected", count=len(removed), reclaimed_bytes=reclaimed)
+            await asyncio.sleep(max(min(self._keep_s, SWEEP_S), 1.0))

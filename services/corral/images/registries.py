@@ -1,0 +1,90 @@
+"""Pulls and pushes as the leaf hosts them: what they need is imported when the first one comes.
+
+Most daemons start often and pull seldom; the HTTP library alone has 15 MiB and takes a third of a second to load.
+"""
+
+from typing import TYPE_CHECKING
+
+from corral.images.admission import Admission
+from corral.images.blobs import Blobs
+from corral.images.collector import Collector
+from corral.images.config import ImagesConfig
+from corral.images.content import ContentStore
+from corral.images.partials import Partials
+from corral.images.unpacker import Unpacker
+from corral.store import Database
+
+if TYPE_CHECKING:
+    from corral.images.registry.http import Http
+    from corral.images.registry.pull import Puller
+    from corral.images.registry.push import Pusher
+
+
+class Registries:
+    """See the module."""
+
+    def __init__(
+        self,
+        config: ImagesConfig,
+        database: Database,
+        content: ContentStore,
+        blobs: Blobs,
+        unpacker: Unpacker,
+        collector: Collector,
+        admission: Admission,
+    ) -> None:
+        self.partials = Partials(config.root, keep_s=config.partial_keep_s)
+        self.certs = config.certs
+        self._config = config
+        self._database = database
+        self._content = content
+        self._blobs = blobs
+        self._unpacker = unpacker
+        self._collector = collector
+        self._admission = admission
+        self._http: Http | None = None
+        self._puller: Puller | None = None
+
+    def start(self) -> None:
+        self.partials.start()
+
+    async def stop(self) -> None:
+        """No pull or push may run any more."""
+        await self.partials.stop()
+        if self._http is not None:
+            await self._http.close()
+
+    @property
+    def http(self) -> "Http":
+        if self._http is None:
+            from corral.images.registry.http import Http
+
+            self._http = Http()
+        return self._http
+
+    @property
+    def puller(self) -> "Puller":
+        """One for all, which is how two pulls share a download."""
+        if self._puller is None:
+            from corral.images.registry.downloads import Downloads
+            from corral.images.registry.pull import Puller
+
+            self._puller = Puller(
+                self._database,
+                self._content,
+                self._blobs,
+                self._unpacker,
+                self._collector,
+                self._admission,
+                Downloads(self.partials, self._blobs),
+                self.http,
+                certs=self.certs,
+                keep_s=self._config.partial_keep_s,
+            )
+        return self._puller
+
+    @property
+    def pusher(self) -> "Pusher":
+        from corral.images.registry.push import Pusher
+
+        return Pusher(self._database, self._content, self._collector, self.http, certs=self.certs)

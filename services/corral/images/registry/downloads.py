@@ -1,0 +1,135 @@
+"""Blobs under way. Whoever wants one that another is fetching already waits for that; the last who leaves ends it."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from corral.images.blobs import Blobs
+from corral.images.digest import Digest
+from corral.images.errors import explained
+from corral.images.model import Descriptor
+from corral.images.partials import Partial, Partials
+from corral.images.progress import Report, Step
+from corral.images.registry.download import Download
+from corral.images.registry.host import Host
+from corral.images.registry.repository import Repository
+from corral.rpc.blocking import run_blocking
+from corral.rpc.errors import CorralError, InvalidArgument
+from corral.store import failpoint
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True, eq=False)
+class _Shared:
+    """One download, and who listens."""
+
+    task: asyncio.Task[None]
+    listeners: list[Callable[[Step, int], None]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A blob, for whom, and how long it is kept until an image has it."""
+
+    descriptor: Descriptor
+    namespace: str
+    lease: str
+    keep_s: float
+
+
+class Downloads:
+    """See the module."""
+
+    def __init__(self, partials: Partials, blobs: Blobs) -> None:
+        self._partials = partials
+        self._blobs = blobs
+        self._under_way: dict[Digest, _Shared] = {}
+
+    async def fetch(self, repository: Repository, wanted: Wanted, report: Report) -> None:
+        """Have the blob here, proven. Raises the error for the user; what came until then is kept."""
+        while not await self._join(repository, wanted, report):
+            pass
+
+    async def _join(self, repository: Repository, wanted: Wanted, report: Report) -> bool:
+        """False if somebody else's download failed, whose rights or mirrors may have been others than ours."""
+        descriptor = wanted.descriptor
+        shared = self._under_way.get(descriptor.digest)
+        is_mine = shared is None
+        if shared is None:
+            shared = self._begin(repository, wanted)
+
+        def listener(step: Step, done: int) -> None:
+            report(descriptor.digest, step, done, descriptor.size_bytes)
+
+        shared.listeners.append(listener)
+        try:
+            await asyncio.shield(shared.task)
+        except CorralError:
+            if is_mine:
+                raise
+            return False
+        finally:
+            shared.listeners.remove(listener)
+            if not shared.listeners and not shared.task.done():
+                shared.task.cancel()
+                await asyncio.wait((shared.task,))
+        return True
+
+    def _begin(self, repository: Repository, wanted: Wanted) -> _Shared:
+        digest = wanted.descriptor.digest
+
+        def tell(step: Step, done: int) -> None:
+            for listener in list(shared.listeners):
+                listener(step, done)
+
+        shared = _Shared(asyncio.ensure_future(self._fetch(repository, wanted, tell)))
+        self._under_way[digest] = shared
+        shared.task.add_done_callback(lambda _: self._under_way.pop(digest))
+        return shared
+
+    async def _fetch(self, repository: Repository, wanted: Wanted, tell: Callable[[Step, int], None]) -> None:
+        descriptor = wanted.descriptor
+        try:
+            tried: set[Host] = set()
+            while True:
+                async with self._partials.opened(descriptor.digest, descriptor.size_bytes) as partial:
+                    download = Download(repository, descriptor, partial, lambda done: tell(Step.TRANSFER, done))
+                    await download.run()
+                    if partial.is_proven:
+                        await self._take(partial, wanted, tell)
+                        return
+                    tried |= download.hosts
+                    await self._give_up(partial, repository, tried)
+        except OSError as e:
+            raise explained(e, f"cannot store blob {descriptor.digest}") from e
+
+    async def _take(self, partial: Partial, wanted: Wanted, tell: Callable[[Step, int], None]) -> None:
+        tell(Step.VERIFY, partial.size_bytes)
+        await run_blocking(partial.sync)
+        failpoint("images.pull.before_blob")
+        await self._blobs.admit(
+            partial.path,
+            partial.digest,
+            partial.size_bytes,
+            wanted.namespace,
+            wanted.lease,
+            keep_s=wanted.keep_s,
+        )
+        failpoint("images.pull.after_blob")
+        await run_blocking(partial.remove)
+
+    async def _give_up(self, partial: Partial, repository: Repository, tried: set[Host]) -> None:
+        """What is wrong goes. Once more, if bytes from before a power loss, or a mirror, may be to blame."""
+        await run_blocking(partial.remove)
+        log.warning("images.blob_wrong", digest=partial.digest, found=partial.found_digest)
+        if partial.recalled:
+            return
+        if repository.distrust(tried):
+            raise InvalidArgument(
+                f"registry {repository.reference.domain} gave blob {partial.digest} with the digest"
+                f" {partial.found_digest}: it is damaged there or on its way, nothing was stored",
+                reason="DIGEST_MISMATCH",
+            )
