@@ -8,9 +8,11 @@ credentials and filter are its own (to the kernel all of these are a thread's, n
 
 import _thread
 import contextlib
+import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from corral.kernel import mount, namespaces, process
@@ -51,13 +53,31 @@ def rehearse() -> None:
         time.sleep(0.0002)
 
 
+class Typical:
+    """A container like most others, to be planned before it is known which one it will be.
+
+    What a fork first writes to is copied, page by page, and memory it first takes is cleared for it. A spare shim that
+    has planned this one has that behind it, and plans a real one in a third of the time.
+    """
+
+    def __init__(self) -> None:
+        self._config = json.dumps(_spec().to_json()).encode()
+        self._rootfs = _overlay("/lower", "/upper", "/work", "/more")
+        self._cgroups = _cgroups()
+
+    def plan(self) -> None:
+        """All that create() does before it makes a process."""
+        spec = Spec.from_json(json.loads(self._config))
+        runtime.plan_of(spec, bundle=_PLACE, rootfs=[self._rootfs], user=None, cgroups=self._cgroups, console_size=None)
+
+
 def _go_through_the_motions() -> None:
     namespaces.leave(_CLONE_FS | _CLONE_FILES | namespaces.flags_of(_KINDS))
     mount.set_propagation("/", MS_PRIVATE, recursive=True)
     tree = mount.new_mount("tmpfs", "tmpfs", ("size=4m",))
     place = os.open(_PLACE, os.O_PATH)
     mount.move_mount(tree, place)
-    rootfs = _overlay()
+    rootfs = _overlay(*_made(["lower", "upper", "work", "more"]))
     spec = _spec()
     plan = runtime.plan_of(spec, bundle=_PLACE, rootfs=[rootfs], user=None, cgroups=_cgroups(), console_size=None)
     take_places(Stdio())
@@ -73,16 +93,21 @@ def _go_through_the_motions() -> None:
 def _cgroups() -> list[str]:
     """Something to bind where the cgroups of a container would be."""
     root = Path("/sys/fs/cgroup")
+    if not root.is_dir():
+        return []
     if (root / "cgroup.controllers").exists():
         return [os.fspath(root)]
     return [os.fspath(path) for path in root.iterdir() if path.is_dir() and not path.is_symlink()]
 
 
-def _overlay() -> Mount:
-    directories = [f"{_PLACE}/{name}" for name in ("lower", "upper", "work", "more")]
-    for directory in directories:
-        Path(directory).mkdir()
-    lower, upper, work, more = directories
+def _made(names: Sequence[str]) -> list[str]:
+    paths = [f"{_PLACE}/{name}" for name in names]
+    for path in paths:
+        Path(path).mkdir()
+    return paths
+
+
+def _overlay(lower: str, upper: str, work: str, more: str) -> Mount:
     options = (f"lowerdir={lower}:{more}", f"upperdir={upper}", f"workdir={work}")
     return Mount(type="overlay", source="overlay", options=options)
 

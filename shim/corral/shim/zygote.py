@@ -30,6 +30,7 @@ from typing import NoReturn
 from corral.kernel import process, signalfd
 from corral.kernel.failpoint import failpoint
 from corral.oci.larder import Larder
+from corral.oci.rehearsal import Typical
 from corral.shim import oom, orphans, preload, report, seal
 from corral.shim.errors import ShimError, from_os_error
 from corral.shim.loop import IN, Loop
@@ -49,8 +50,9 @@ def main() -> None:
     if not seal.is_sealed():
         raise SystemExit("corral zygote: the interpreter could not be sealed")
     _settle()
+    typical = Typical()
     preload.preload()
-    Zygote(Channel(socket.socket(fileno=CONTROL_FD))).run()
+    Zygote(Channel(socket.socket(fileno=CONTROL_FD)), typical).run()
 
 
 def _settle() -> None:
@@ -97,8 +99,10 @@ class Spare:
 class Zygote:
     """Forks shims until the other end of its control socket is closed."""
 
-    def __init__(self, control: Channel) -> None:
+    def __init__(self, control: Channel, typical: Typical) -> None:
+        """typical: for spares to try their hand on."""
         self._control = control
+        self._typical = typical
         self._loop = Loop()
         self._signals = signalfd.open_signalfd((signal.SIGCHLD,))
         self._bundles: dict[int, Path] = {}  # of living shims, by pid
@@ -164,7 +168,7 @@ class Zygote:
                 ours.close()
                 raise
             if pid == 0:
-                _become_shim(its)
+                _become_shim(its, self._typical)
         # Not reaped before the handler that calls this returns, so the pid is the shim's even if that is dead already.
         return Spare(pid, process.start_time(pid), Channel(ours))
 
@@ -190,7 +194,7 @@ class Zygote:
                 self._orphaned.append(bundle)
 
 
-def _become_shim(orders: socket.socket) -> NoReturn:
+def _become_shim(orders: socket.socket, typical: Typical) -> NoReturn:
     status, bundle = 1, None
     try:
         os.setsid()
@@ -203,6 +207,7 @@ def _become_shim(orders: socket.socket) -> NoReturn:
         larder = Larder()
         with contextlib.suppress(OSError):  # init will meet the same error and tell it
             larder.stock()
+        typical.plan()
         try:
             order, listener = _receive_order(Channel(orders))
         except EOFError:  # the zygote has ended
