@@ -183,6 +183,19 @@ def test_the_user_keeps_his_id(podman, volume):
     assert (volume / "made").stat().st_uid == USER
 
 
+def test_a_volume_that_is_written_over(podman, volume):
+    script = "cat /volume/file; echo changed > /volume/file; cat /volume/file"
+    result = podman.run(script, "--volume", f"{volume}:/volume:O")
+    assert result.stdout == "from the host\nchanged\n", result.stderr
+    assert (volume / "file").read_text() == "from the host\n"
+
+
+def test_an_image_with_systemd(podman):
+    result = podman.run("ls /sys/fs/cgroup/; touch /run/x /run/lock/x && echo written", "--systemd", "always")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[-1] == "written"
+
+
 @pytest.mark.parametrize("way", ["nomap", "auto"])
 def test_a_user_namespace_without_the_user(podman, way):
     result = podman.run("id -u; cat /proc/self/uid_map", "--userns", way)

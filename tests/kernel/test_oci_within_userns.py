@@ -124,6 +124,37 @@ class TestEverywhere:
         lines = run(inside, oci, self.spec(nested, oci, script)).stdout.split()
         assert lines == ["corral", "1", "/dev/mqueue", "/dev/pts", "/dev/shm", "/proc", "/sys"]
 
+    def test_overlays_may_have_their_directories_in_the_bundle(self, oci, inside, nested):
+        for name in ("lower", "upper", "work"):
+            (oci.bundle / name).mkdir()
+        (oci.bundle / "lower/file").write_text("below\n")
+        give(oci.bundle)
+        spec = self.spec(nested, oci, "cat /data/file; touch /data/made")
+        places = [f"{name}dir={oci.bundle}/{name}" for name in ("lower", "upper", "work")]
+        mount = {"destination": "/data", "type": "overlay", "source": "overlay", "options": [*places, "userxattr"]}
+        spec["mounts"].append(mount)
+        result = run(inside, oci, spec)
+        assert (result.stdout, result.stderr) == ("below\n", "")
+        assert (oci.bundle / "upper/made").stat().st_uid == USER
+
+    def test_a_mount_of_the_hosts_may_lie_where_no_hierarchy_is(self, oci, inside, nested):
+        """podman --systemd has systemd's there."""
+        spec = self.spec(nested, oci, "cat /sys/fs/cgroup/systemd/file; touch /sys/fs/cgroup/x")
+        (oci.bundle / "systemd").mkdir()
+        (oci.bundle / "systemd/file").write_text("it\n")
+        give(oci.bundle)
+        spec["mounts"].append(
+            {
+                "destination": "/sys/fs/cgroup/systemd",
+                "type": "bind",
+                "source": f"{oci.bundle}/systemd",
+                "options": ["bind"],
+            }
+        )
+        result = run(inside, oci, spec)
+        assert result.stdout == "it\n", result.stderr
+        assert "Read-only file system" in result.stderr
+
     def test_kernel_parameters_of_its_network_are_set(self, oci, inside, nested):
         spec = self.spec(nested, oci, "cat /proc/sys/net/ipv4/ip_default_ttl")
         spec["linux"]["sysctl"] = {"net.ipv4.ip_default_ttl": "77"}

@@ -166,6 +166,19 @@ class TestRoot:
         assert "lowerdir" in str(failed.value)
 
 
+class TestOverlays:
+    def test_its_directories_may_lie_in_the_bundle(self, lab):
+        """Over which the root is put. podman has them there."""
+        bundle = lab.directory / "bundle"
+        for name in ("lower", "upper", "work"):
+            (bundle / name).mkdir(parents=True)
+        (bundle / "lower/file").write_text("below\n")
+        options = (f"lowerdir={bundle}/lower", f"upperdir={bundle}/upper", f"workdir={bundle}/work")
+        mounts = [Mount(destination="/data", type="overlay", source="overlay", options=options)]
+        assert lab.run("cat /data/file; touch /data/made", mounts=mounts).output == "below\n"
+        assert (bundle / "upper/made").exists()
+
+
 class TestBindMounts:
     @pytest.fixture
     def source(self, lab) -> Path:

@@ -69,6 +69,9 @@ class CgroupMount(Step):
             mount.move_mount(stage.trees.pop(cgroup), base, name, what=cgroup, where=f"{self.destination}/{name}")
         # Once for all of them. Until here nothing can have been mounted below one to be passed on to its peers outside.
         self._dress(base)
+        if not names and self.options.attributes.set & MOUNT_ATTR_RDONLY:  # one of the host's may be wanted there
+            mount.set_attributes(base, attr_clr=MOUNT_ATTR_RDONLY)
+            stage.read_only_last.append(base)
 
     def _dress(self, tree: int) -> None:
         attr_set = self.options.attributes.set | _NO_SURPRISES

@@ -69,9 +69,11 @@ class RootFilesystem(Step):
     def _new(self, stage: Stage) -> int:
         attributes, data = self.options.attributes, self.options.data + self.options.superblock
         flags = (attributes.set | (attributes.atime or 0)) & ~MOUNT_ATTR_RDONLY
-        return _new(self.fstype, self.source, data, flags, stage)
+        return _new(self.fstype, self.source, data, flags, stage.bundle)
 
     def apply(self, stage: Stage) -> None:
+        for step in stage.overlays:
+            stage.ready[step] = step.new(stage.bundle)
         attributes = self.options.attributes
         if self.options.bind:
             tree = stage.trees.pop(id(self))
@@ -177,11 +179,11 @@ class NewFilesystem(Step):
     def describe(self) -> str:
         return f"{self.destination}: new {self.fstype} ({','.join(self.options.data)})"
 
-    def new(self) -> int:
+    def new(self, scratch: str = "") -> int:
         """The file system, detached, as it is before it has a place."""
         attributes = self.options.attributes
         flags = attributes.set | (attributes.atime or 0)
-        return mount.new_mount(self.fstype, self.source, self.options.data + self.options.superblock, attributes=flags)
+        return _new(self.fstype, self.source, self.options.data + self.options.superblock, flags, scratch)
 
     def prepare(self, stage: Stage) -> None:
         if self.fstype == "proc" and stage.pids is not None:
@@ -189,6 +191,8 @@ class NewFilesystem(Step):
             tree = procfs.new_procfs(stage.pids, self.source, self.options.data)
             _dress(tree, attributes)
             stage.ready[self] = tree
+        elif self.fstype == "overlay":
+            stage.overlays.append(self)
         elif stage.own is not None and (lent := _LENT.get(self.fstype)) and lent[0] not in stage.own:
             with contextlib.suppress(FileNotFoundError):
                 stage.trees[id(self)] = mount.clone_tree(AT_FDCWD, lent[1], recursive=True)
@@ -222,7 +226,7 @@ class NewFilesystem(Step):
         if tree is not None:
             return tree
         try:
-            return _new(self.fstype, self.source, data, flags, stage)
+            return _new(self.fstype, self.source, data, flags, stage.bundle)
         except PermissionError:
             if id(self) not in stage.trees:
                 raise
@@ -318,9 +322,9 @@ def _map_ids(tree: int, idmap: IdMap, stage: Stage, destination: str) -> None:
         raise
 
 
-def _new(fstype: str, source: str, data: tuple[str, ...], attributes: int, stage: Stage) -> int:
+def _new(fstype: str, source: str, data: tuple[str, ...], attributes: int, scratch: str) -> int:
     if fstype == "overlay":
-        return overlay.new_overlay(data, attributes=attributes, scratch=stage.bundle)
+        return overlay.new_overlay(data, attributes=attributes, scratch=scratch)
     return mount.new_mount(fstype, source or fstype, data, attributes=attributes)
 
 

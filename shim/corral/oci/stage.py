@@ -10,8 +10,12 @@ import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from corral.kernel.namespaces import Kind
+
+if TYPE_CHECKING:
+    from corral.oci.mounts import NewFilesystem
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,8 @@ class Stage:
     """fd of the root of the container's own procfs on /proc."""
     sys: int | None = None
     """fd of the root of the container's own sysfs on /sys."""
+    overlays: list["NewFilesystem"] = field(default_factory=list)
+    """Those that are to be made before the root is put on the bundle, where their directories may lie."""
     trees: dict[int | str, int] = field(default_factory=dict)
     """What prepare() opened: fds of detached trees, by id() of the step, or by the path of a cgroup."""
     ready: dict["Step | str", int] = field(default_factory=dict)
