@@ -34,6 +34,7 @@ _BYTES_OVERHEAD = 33
 _MAX_FILL = 20_000
 _SURELY_FREE = 12
 _SURELY_AT_THE_TOP = 3
+_FLAGS_AT, _IMMORTAL = 6, 1
 
 
 class _MallocInfo(ctypes.Structure):
@@ -55,23 +56,31 @@ def make_immortal() -> int:
     """
     if sys.version_info >= (3, 15) or sys.byteorder != "little" or sys.maxsize < 1 << 32 or _is_free_threaded():
         return 0
-    mark = ctypes.c_uint32.from_address(id(None)).value
-    if not _mark_works(mark):
+    if not _mark_works():
         return 0
-    field_at = ctypes.c_uint32.from_address
-    count = 0
+    # All are found before any is marked: a reference taken when its object was mortal is counted down once more.
+    found = _mortals()
+    _mark(found)
+    return len(found)
+
+
+def _mortals() -> dict[int, object]:
+    """All objects that are counted, by their addresses, but for those that this function makes."""
+    count_of, immortal = ctypes.c_uint32.from_address, _count_of_none()
+    found: dict[int, object] = {}
     pending: list[object] = gc.get_objects()
     while pending:
         item = pending.pop()
-        field = field_at(id(item))
-        if field.value == mark or item is pending or isinstance(item, types.FrameType | types.GeneratorType):
+        address = id(item)
+        if address in found or count_of(address).value == immortal:
             continue
-        field.value = mark
-        count += 1
+        if item is pending or item is found or isinstance(item, types.FrameType | types.GeneratorType):
+            continue
+        found[address] = item
         pending.extend(gc.get_referents(item))
         if isinstance(item, types.CodeType):
             pending.extend(_parts_of(item))
-    return count
+    return found
 
 
 def _is_free_threaded() -> bool:
@@ -79,14 +88,32 @@ def _is_free_threaded() -> bool:
     return is_gil_enabled is not None and not is_gil_enabled()
 
 
-def _mark_works(mark: int) -> bool:
-    probe = ["probe"]
-    field = ctypes.c_uint32.from_address(id(probe))
-    field.value = mark
-    holders = [probe] * 10
-    unchanged = field.value == mark
-    del holders
-    return unchanged and field.value == mark
+def _count_of_none() -> int:
+    return ctypes.c_uint32.from_address(id(None)).value
+
+
+def _mark(addresses: Iterable[int]) -> None:
+    """Source: Include/object.h, refcount.h: the count's lower half, and since 3.14 a flag at the word's other end."""
+    count_at, flags_at, immortal = ctypes.c_uint32.from_address, ctypes.c_uint16.from_address, _count_of_none()
+    for address in addresses:
+        count_at(address).value = immortal
+        if sys.version_info >= (3, 14):
+            flags_at(address + _FLAGS_AT).value |= _IMMORTAL
+
+
+def _mark_works() -> bool:
+    """Whether a marked object's word stays as it is while references to it come and go, in containers and variables."""
+    holder = [["probe"]]
+    word = ctypes.c_uint64.from_address(id(holder[0]))
+    _mark([id(holder[0])])
+    before = word.value
+    for _ in range(10):
+        probe = holder[0]
+        holders = [probe] * 10
+        if word.value != before:
+            return False
+        del probe, holders
+    return word.value == before
 
 
 def _parts_of(code: types.CodeType) -> Iterable[object]:
