@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from corral.kernel import mount, namespaces, process
@@ -74,12 +73,14 @@ class Typical:
 def _go_through_the_motions() -> None:
     namespaces.leave(_CLONE_FS | _CLONE_FILES | namespaces.flags_of(_KINDS))
     mount.set_propagation("/", MS_PRIVATE, recursive=True)
+    paths = [f"{_PLACE}/{name}" for name in ("lower", "upper", "work", "more")]
+    rootfs, cgroups = _overlay(*paths), _cgroups()
+    # Planned before /proc is covered, in which it looks at who it is.
+    plan = runtime.plan_of(_spec(), bundle=_PLACE, rootfs=[rootfs], user=None, cgroups=cgroups, console_size=None)
     tree = mount.new_mount("tmpfs", "tmpfs", ("size=4m",))
-    place = os.open(_PLACE, os.O_PATH)
-    mount.move_mount(tree, place)
-    rootfs = _overlay(*_made(["lower", "upper", "work", "more"]))
-    spec = _spec()
-    plan = runtime.plan_of(spec, bundle=_PLACE, rootfs=[rootfs], user=None, cgroups=_cgroups(), console_size=None)
+    mount.move_mount(tree, os.open(_PLACE, os.O_PATH))
+    for path in paths:
+        Path(path).mkdir()
     take_places(Stdio())
     os.umask(0)
     larder = Larder()
@@ -98,13 +99,6 @@ def _cgroups() -> list[str]:
     if (root / "cgroup.controllers").exists():
         return [os.fspath(root)]
     return [os.fspath(path) for path in root.iterdir() if path.is_dir() and not path.is_symlink()]
-
-
-def _made(names: Sequence[str]) -> list[str]:
-    paths = [f"{_PLACE}/{name}" for name in names]
-    for path in paths:
-        Path(path).mkdir()
-    return paths
 
 
 def _overlay(lower: str, upper: str, work: str, more: str) -> Mount:
