@@ -436,7 +436,8 @@ class TestCopiedUp:
                     lab.wait(container.init)
                 assert bait.untouched()
 
-    def test_links_of_the_image_are_copied_and_not_followed(self, lab, bait):
+    def test_cve_2024_0132_cve_2025_23359_cve_2024_9341_links_are_copied_and_not_followed(self, lab, bait):
+        """Other runtimes mounted, or copied, what a link of the image leads to on the host."""
         (lab.plant / "copied").mkdir()
         for number, way in enumerate(bait.ways()):
             link(lab.plant / f"copied/file{number}", f"{way}/file")

@@ -308,7 +308,7 @@ def test_cve_2026_30892_a_number_is_that_number(lab, attempt, user, uid, gid):
     ],
     ids=["environ", "zero", "loop", "proc", "fifo", "directory", "device", "huge", "sparse", "binary", "nul"],
 )
-def test_a_hostile_passwd_makes_nobody_root_and_takes_no_time(lab, attempt, make):
+def test_cve_2024_9676_a_hostile_passwd_makes_nobody_root_and_takes_no_time(lab, attempt, make):
     (lab.plant / "etc").mkdir()
     make(lab.plant / "etc/passwd")
     began = time.monotonic()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corral.oci.errors import SETUP, ExecFailed
-from corral.oci.users import MAX_ID, Account, Group, Identity, parse_group, parse_id, parse_passwd, resolve
+from corral.oci.users import MAX_GROUPS, MAX_ID, Account, Group, Identity, parse_group, parse_id, parse_passwd, resolve
 
 PASSWD = b"root:x:0:0:root:/root:/bin/sh\nbob:x:1000:1001::/home/bob:/bin/sh\n1234:x:0:0::/:\n"
 GROUP = b"root:x:0:\nbob:x:1001:\nwheel:x:10:root,bob\ncrew:x:2000:alice, bob\n99:x:0:\n"
@@ -97,9 +97,11 @@ def test_a_user_string_that_stands_for_nobody_is_refused(user):
     assert "user" in failed.value.message or "group" in failed.value.message
 
 
-def test_memberships_are_bounded():
-    many = b"".join(b"g%d:x:%d:bob\n" % (i, i) for i in range(1, 70000))
-    assert len(resolve("bob", PASSWD, many).groups) == 65536
+def test_memberships_are_all_had_or_refused():
+    many = [b"g%d:x:%d:bob\n" % (i, i) for i in range(1, MAX_GROUPS + 2)]
+    assert len(resolve("bob", PASSWD, b"".join(many[:-1])).groups) == MAX_GROUPS
+    with pytest.raises(ExecFailed, match="user bob is in more groups than a process can have"):
+        resolve("bob", PASSWD, b"".join(many))
 
 
 @given(st.text(), st.binary(), st.binary())

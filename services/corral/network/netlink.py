@@ -120,6 +120,7 @@ class Netlink:
         elif plan.name not in dict(self.links("bridge")):
             raise OSError(errno.EEXIST, f"netlink: {plan.name} exists and is not a bridge")
         index = index_of(plan.name)
+        _heed_no_router(plan.name)
         present = [] if made else self._addresses(index)
         missing = [held for held in plan.addresses if held not in present]
         self._requests.ask(
@@ -172,6 +173,7 @@ class Netlink:
         """Give the inner end its addresses and routes, and set it up. For a Netlink inside the namespace."""
         index = index_of(plan.name)
         if any(address.version == 6 for address, _ in plan.addresses):
+            _heed_no_router(plan.name)
             Path(f"/proc/sys/net/ipv6/conf/{plan.name}/disable_ipv6").write_text("0")
         self._requests.ask(
             *(rtnetlink.new_address(index, address, length, plan.name) for address, length in plan.addresses),
@@ -247,6 +249,12 @@ def _failure(answer: Any, what: str) -> OSError | None:
 
 
 # Questions. Source: rtnetlink(7).
+
+
+def _heed_no_router(name: str) -> None:
+    """Take no route from who advertises himself on a link: there any container can (CVE-2020-13401, CVE-2020-10749)."""
+    with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
+        Path(f"/proc/sys/net/ipv6/conf/{name}/accept_ra").write_text("0")
 
 
 def _list_links(kind: str = "") -> _Question:

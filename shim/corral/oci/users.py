@@ -17,6 +17,8 @@ from corral.oci.errors import SETUP, ExecFailed
 MAX_FILE_BYTES = 4 << 20
 MAX_ID = 2**32 - 2
 """(uid_t) -1 means "no change" to the kernel."""
+MAX_GROUPS = 65536
+"""NGROUPS_MAX. Source: setgroups(2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +128,9 @@ def _memberships(account: Account | None, data: bytes) -> tuple[int, ...]:
     if account is None:
         return ()
     found = {group.gid: None for group in parse_group(data) if account.name in group.members}
-    return tuple(found)[:65536]  # NGROUPS_MAX
+    if len(found) > MAX_GROUPS:
+        raise ExecFailed(SETUP, f"user {account.name} is in more groups than a process can have ({MAX_GROUPS})")
+    return tuple(found)
 
 
 def read_database(root: int, path: str, *, required: bool) -> bytes:
@@ -172,8 +176,8 @@ def identify(root: int, user: str | None, uid: int, gid: int, groups: tuple[int,
     if user:
         name, _, group = user.partition(":")
         passwd = read_database(root, "/etc/passwd", required=not name.isdigit())
-        # Without a group of its own the user's memberships count; they can't be known from a file that can't be read.
-        group_data = read_database(root, "/etc/group", required=bool(group) and not group.isdigit())
+        # Without a group of its own the memberships of a user who has a name count.
+        group_data = read_database(root, "/etc/group", required=not (group or name).isdigit())
         found = resolve(user, passwd, group_data)
         return Identity(found.uid, found.gid, tuple(dict.fromkeys([*found.groups, *groups])), found.home)
     passwd = read_database(root, "/etc/passwd", required=False)
