@@ -62,6 +62,25 @@ class ImagesLeaf:
         requests = import_requests(archive, **header)
         return [response async for response in self.images.Import(requests, metadata=tuple(metadata))]
 
+    async def pull(self, name: str, **request: object) -> pb.Image:
+        """Pull an image; returns it."""
+        [*_, last] = await self.pull_all(name, **request)
+        return last.image
+
+    async def pull_all(self, name: str, **request: object) -> list[pb.PullResponse]:
+        """Pull an image; returns everything that was said meanwhile."""
+        return [response async for response in self.images.Pull(pb.PullRequest(name=name, **request))]  # type: ignore[arg-type]
+
+    async def push(self, name: str, destination: str = "", **request: object) -> str:
+        """Push an image; returns the digest that its name there has."""
+        [*_, last] = await self.push_all(name, destination, **request)
+        return last.pushed.digest
+
+    async def push_all(self, name: str, destination: str = "", **request: object) -> list[pb.PushResponse]:
+        """Push an image; returns everything that was said meanwhile."""
+        wanted = pb.PushRequest(name=name, destination=destination, **request)  # type: ignore[arg-type]
+        return [response async for response in self.images.Push(wanted)]
+
     async def prepare(
         self, key: str, *, image: str = "", parent: str = "", lease: str = ""
     ) -> pb.PrepareSnapshotResponse:
@@ -82,7 +101,7 @@ class ImagesLeaf:
     def disk(self) -> set[str]:
         """Blobs, layers, writable trees and everything unfinished that is on disk, database and lock aside."""
         found = set()
-        for above in ("blobs/sha256", "ingest", "overlay/tmp", "overlay/l", "overlay/s"):
+        for above in ("blobs/sha256", "ingest", "partial", "overlay/tmp", "overlay/l", "overlay/s"):
             found |= {f"{above}/{path.name}" for path in (self.root / above).iterdir()}
         return found
 

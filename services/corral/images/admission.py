@@ -105,6 +105,8 @@ class Admission:
         for image in images:
             for parent, child in image.edges:
                 transaction.execute("INSERT OR IGNORE INTO blob_edges (parent, child) VALUES (?, ?)", (parent, child))
+            for digest in {image.target.digest, *(child for _, child in image.edges)}:  # its time of grace is over
+                transaction.execute("UPDATE blobs SET keep_until_ns = 0 WHERE digest = ?", (digest,))
             if how.unpacked:
                 self._unpacker.insert(transaction, image.details, layers)
                 transaction.journal(

@@ -126,6 +126,8 @@ class Pusher:
         return load
 
     def _chosen(self, target: Descriptor, platform: Platform) -> Descriptor:
+        if target.media_type not in INDEXES or not self._is_here(target.digest):
+            return target
         document = self._parsed(self._document(target))
         if isinstance(document, Manifest):
             return target

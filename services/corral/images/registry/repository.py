@@ -98,7 +98,8 @@ class Repository:
                 problems.append((host, e))
                 if not isinstance(e, Refused) or e.is_passing:
                     host.failures += 1
-                log.info("images.registry_failed", host=host.endpoint.authority, error=str(e))
+                if not _was_to_be_expected(host, e):
+                    log.info("images.registry_failed", host=host.endpoint.authority, error=str(e))
         return problems
 
     def _able(self, capability: Capability) -> list[Host]:
@@ -215,6 +216,11 @@ class Repository:
                 raise
 
         return await self.first(Capability.PULL, attempt, f"blob {descriptor.digest}")
+
+
+def _was_to_be_expected(host: Host, e: Trouble) -> bool:
+    """Of a host that is tried with TLS only in case it has any."""
+    return isinstance(e, CannotConnect) and e.is_tls and host.endpoint.tls.skip_verify
 
 
 def _pause_s(problems: Sequence[tuple[Host, Trouble]], failures: int) -> float | None:

@@ -1,0 +1,194 @@
+"""What the registry client knows without asking anybody: challenges, hosts.toml, back-off, ranges."""
+
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.registry import write_hosts
+
+from corral.images.partials import merged
+from corral.images.registry.backoff import LONGEST_S, delay_s, retry_after_s
+from corral.images.registry.challenge import parse_challenges
+from corral.images.registry.credentials import Credentials
+from corral.images.registry.endpoints import Capability, endpoints
+from corral.images.registry.http import origin, shown
+from corral.rpc.errors import FailedPrecondition
+
+REALM = 'realm="https://auth.example/token"'
+
+
+@pytest.mark.parametrize(
+    ("header", "found"),
+    [
+        (f'Bearer {REALM},service="s",scope="repository:a/b:pull,push"',
+         [("bearer", {"realm": "https://auth.example/token", "service": "s", "scope": "repository:a/b:pull,push"})]),
+        ('BEARER Realm = "x" , SERVICE=y', [("bearer", {"realm": "x", "service": "y"})]),
+        ("Basic realm=\"a \\\"quoted\\\" one\"", [("basic", {"realm": 'a "quoted" one'})]),
+        ('Negotiate, Basic realm="x"', [("negotiate", {}), ("basic", {"realm": "x"})]),
+        ("Negotiate YWJj==, Basic realm=x", [("negotiate", {}), ("basic", {"realm": "x"})]),
+        ('Basic realm="x", Bearer realm="y",service="z"',
+         [("basic", {"realm": "x"}), ("bearer", {"realm": "y", "service": "z"})]),
+        (", ,Basic realm=x,,", [("basic", {"realm": "x"})]),
+        ("", []),
+        ("Basic", [("basic", {})]),
+        ('Bearer realm="unclosed', [("bearer", {}), ("realm", {})]),
+        ("@@@", []),
+    ],
+)  # fmt: skip
+def test_challenges_are_read_by_the_grammar(header: str, found: list[tuple[str, dict[str, str]]]) -> None:
+    assert [(c.scheme, dict(c.parameters)) for c in parse_challenges([header])] == found
+
+
+@given(st.text(max_size=200))
+def test_no_header_breaks_the_reading_of_challenges(header: str) -> None:
+    parse_challenges([header])
+
+
+def test_a_wait_is_longer_after_each_failure_but_never_endless() -> None:
+    assert all(0.1 < delay_s(1) <= 0.4 for _ in range(50))
+    assert all(LONGEST_S / 2 <= delay_s(50) <= LONGEST_S for _ in range(50))
+    assert len({delay_s(3) for _ in range(10)}) > 1
+
+
+def test_retry_after_is_seconds_or_a_date() -> None:
+    assert retry_after_s("7") == 7
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
+    assert 25 < (retry_after_s(soon) or 0) <= 30
+    assert retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert retry_after_s("soon") is None
+    assert retry_after_s(None) is None
+
+
+@pytest.mark.parametrize(
+    ("ranges", "found"),
+    [
+        ([], []),
+        ([(0, 4), (4, 8)], [(0, 8)]),
+        ([(8, 9), (0, 4), (2, 6)], [(0, 6), (8, 9)]),
+        ([(3, 3)], []),
+    ],
+)
+def test_ranges_are_put_together(ranges: list[tuple[int, int]], found: list[tuple[int, int]]) -> None:
+    assert merged(ranges) == found
+
+
+def bases(certs: Path, domain: str, **options: bool) -> list[str]:
+    return [endpoint.base for endpoint in endpoints(certs, domain, **options)]
+
+
+def test_without_settings_a_registry_is_reached_by_its_name(tmp_path: Path) -> None:
+    assert bases(tmp_path, "docker.io") == ["https://registry-1.docker.io/v2"]
+    assert bases(tmp_path, "ghcr.io") == ["https://ghcr.io/v2"]
+    assert bases(tmp_path / "none", "r.example:5000") == ["https://r.example:5000/v2"]
+
+
+def test_plain_http_is_tried_only_on_loopback_or_by_request(tmp_path: Path) -> None:
+    for host in ("localhost:5000", "127.0.0.1:5000", "127.9.9.9", "[::1]:5000"):
+        assert bases(tmp_path, host) == [f"https://{host}/v2", f"http://{host}/v2"]
+    assert bases(tmp_path, "localhost:80") == ["http://localhost:80/v2"]
+    assert bases(tmp_path, "localhost.example") == ["https://localhost.example/v2"]
+    assert bases(tmp_path, "r.example", insecure=True) == ["https://r.example/v2", "http://r.example/v2"]
+    assert endpoints(tmp_path, "r.example", insecure=True)[0].tls.skip_verify
+    assert not endpoints(tmp_path, "r.example")[0].tls.skip_verify
+
+
+def test_hosts_are_asked_in_the_order_of_the_file_and_the_server_last(tmp_path: Path) -> None:
+    where = write_hosts(tmp_path, "docker.io", """
+server = "https://registry-1.docker.io"
+[host."https://z.example"]
+  capabilities = ["pull"]
+  ca = "z.crt"
+  client = [["a.crt", "a.key"], ["b.pem", ""]]
+  dial_timeout = "1500ms"
+  [host."https://z.example".header]
+    x-one = "1"
+    x-two = ["2", "3"]
+[host."http://a.example:81/cache"]
+  skip_verify = true
+[host."https://c.example/registry"]
+  override_path = true
+""")  # fmt: skip
+    first, second, third, last = endpoints(tmp_path, "docker.io")
+    assert first.base == "https://z.example/v2"
+    assert first.capabilities == {Capability.PULL}
+    assert first.tls.ca == (where / "z.crt",)
+    assert first.tls.client == ((where / "a.crt", where / "a.key"), (where / "b.pem", None))
+    assert first.headers == (("x-one", "1"), ("x-two", "2"), ("x-two", "3"))
+    assert first.connect_s == 1.5
+    assert (first.is_registry, first.mirror_of) == (False, "docker.io")
+    assert (second.base, second.tls.skip_verify) == ("http://a.example:81/cache/v2", True)
+    assert third.base == "https://c.example/registry"
+    assert (last.base, last.is_registry, last.mirror_of) == ("https://registry-1.docker.io/v2", True, "")
+
+
+def test_a_host_that_is_the_registry_itself_is_no_mirror(tmp_path: Path) -> None:
+    write_hosts(tmp_path, "r.example:5000", '[host."http://r.example:5000"]\n')
+    first, last = endpoints(tmp_path, "r.example:5000")
+    assert (first.base, first.is_registry) == ("http://r.example:5000/v2", True)
+    assert last.base == "https://r.example:5000/v2"
+
+
+@pytest.mark.parametrize("directory", ["r.example_5000_", "r.example:5000", "_default"])
+def test_the_directory_of_a_registry_is_found(tmp_path: Path, directory: str) -> None:
+    write_hosts(tmp_path, directory, 'server = "http://elsewhere.example"\n')
+    assert bases(tmp_path, "r.example:5000") == ["http://elsewhere.example/v2"]
+
+
+def test_what_stands_at_the_top_of_the_file_is_the_servers(tmp_path: Path) -> None:
+    write_hosts(tmp_path, "r.example", 'skip_verify = true\ncapabilities = ["pull", "resolve"]\n[header]\nx-a = "1"\n')
+    [only] = endpoints(tmp_path, "r.example")
+    assert only.base == "https://r.example/v2"
+    assert only.tls.skip_verify
+    assert only.capabilities == {Capability.PULL, Capability.RESOLVE}
+    assert only.headers == (("x-a", "1"),)
+
+
+def test_files_as_docker_has_them(tmp_path: Path) -> None:
+    directory = tmp_path / "r.example"
+    directory.mkdir()
+    for name in ("ca.crt", "client.cert", "client.key"):
+        (directory / name).touch()
+    [only] = endpoints(tmp_path, "r.example")
+    assert only.tls.ca == (directory / "ca.crt",)
+    assert only.tls.client == ((directory / "client.cert", directory / "client.key"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("server = 1", "server"),
+        ("=", "hosts.toml"),
+        ('server = "ftp://x"', "server"),
+        ('server = "https://user:pw@x"', "server"),
+        ('[host."https://x"]\ncapabilities = ["fly"]', "capabilities"),
+        ('[host."https://x"]\nskip_verify = "yes"', "skip_verify"),
+        ('[host."https://x"]\nclient = [["a", "b", "c"]]', "client"),
+        ('[host."https://x"]\nca = 3', "ca"),
+        ('[host."https://x"]\ndial_timeout = "soon"', "dial_timeout"),
+        ('[host."https://x".header]\n"a b" = "c"', "header"),
+        ('[host."https://x".header]\na = "c\\r\\nd: e"', "header"),
+    ],
+)
+def test_settings_that_are_wrong_are_refused_by_file_and_key(tmp_path: Path, text: str, key: str) -> None:
+    write_hosts(tmp_path, "r.example", text)
+    with pytest.raises(FailedPrecondition, match=key) as caught:
+        endpoints(tmp_path, "r.example")
+    assert "hosts.toml" in str(caught.value)
+
+
+def test_secrets_are_in_no_representation() -> None:
+    credentials = Credentials("user", "hunter2", "identity", "token")
+    assert not any(word in repr(credentials) for word in ("hunter2", "identity", "token'"))
+
+
+def test_an_address_is_shown_without_what_may_be_secret() -> None:
+    assert shown("https://user:pw@r.example:5/a/b?X-Amz-Signature=abc#f") == "https://r.example:5/a/b"
+
+
+def test_origins_differ_by_scheme_host_and_port() -> None:
+    assert origin("https://A.example/x") == origin("https://a.example:443/y")
+    assert origin("https://a.example") != origin("http://a.example")
+    assert origin("https://a.example") != origin("https://a.example:444")
