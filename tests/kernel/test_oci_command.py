@@ -385,6 +385,20 @@ def test_flags_are_taken_in_both_spellings_and_unknown_ones_are_refused(oci: Run
     assert "corral-oci version" in oci.ok("--version")
 
 
+@needs("no systemd")
+def test_where_systemd_does_not_run_it_is_said_what_to_do_without(oci: Runtime) -> None:
+    name = oci.new_id()
+    oci.write("true")
+    for flag in ("--systemd-cgroup", "--cgroup-manager=systemd"):
+        result = oci.call(flag, "create", name)
+        assert result.returncode == 1
+        assert "leave --systemd-cgroup out, or have the engine use cgroupfs" in result.stderr
+    assert not (oci.root / name).exists()
+    spec = oci.spec("true")
+    oci.write_spec(spec | {"linux": spec["linux"] | {"cgroupsPath": "system.slice:corral:x"}})
+    assert "use a path, or give --systemd-cgroup" in oci.call("create", name).stderr
+
+
 def test_spec_writes_a_bundle_that_runs_and_features_is_json(oci: Runtime) -> None:
     oci.ok("spec")
     assert "exists" in oci.call("spec").stderr

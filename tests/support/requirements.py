@@ -110,6 +110,15 @@ def _apparmor() -> str | None:
     return _root() or (None if found else "needs AppArmor and apparmor_parser")
 
 
+def _systemd(wanted: bool) -> Callable[[], str | None]:
+    def probe() -> str | None:
+        if Path("/run/systemd/system").is_dir() == wanted:
+            return None
+        return "needs systemd as pid 1" if wanted else "needs a host without systemd"
+
+    return probe
+
+
 PROBES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "overlayfs": _overlayfs,
@@ -119,6 +128,8 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "timens": _namespace("time"),
     "nft": _nft,
     "apparmor": _apparmor,
+    "systemd": _systemd(True),
+    "no systemd": _systemd(False),
     "cgroup": _any_cgroup,
     "cgroup1": _cgroup(1),
     "cgroup2": _cgroup(2),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from corral.kernel.dbus.marshalling import Variant
 from corral.kernel.namespaces import Kind
 from corral.oci import defaults
 from corral.oci.features import features_document
@@ -11,6 +12,7 @@ from corral.oci.runtime import plan_of
 from corral.oci.seccomp import filter_of
 from corral.oci.spec import Spec
 from corral.oci.support import check_spec
+from corral.runtime.units import ANNOTATION, annotated
 
 FEATURES = json.loads(json.dumps(features_document()))
 
@@ -73,5 +75,6 @@ def test_the_default_capabilities_are_known():
     assert set(defaults.CAPABILITIES) <= set(FEATURES["linux"]["capabilities"])
 
 
-def test_no_annotation_changes_what_is_done():
-    assert FEATURES["potentiallyUnsafeConfigAnnotations"] == []
+def test_annotations_change_properties_of_systemd_units_and_nothing_else():
+    assert FEATURES["potentiallyUnsafeConfigAnnotations"] == [ANNOTATION]
+    assert annotated({f"{ANNOTATION}KillSignal": "37", "bundle": "/elsewhere"}) == [("KillSignal", Variant("i", 37))]

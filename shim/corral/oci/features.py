@@ -27,7 +27,7 @@ def features_document() -> dict[str, object]:
         "linux": {
             "namespaces": sorted(kind.value for kind in Kind),
             "capabilities": [f"CAP_{name}" for name in NAMES],
-            "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False, "rdma": True},
+            "cgroup": {"v1": True, "v2": True, "systemd": True, "systemdUser": True, "rdma": True},
             "seccomp": {
                 "enabled": True,
                 "actions": [action.value for action in Action],
@@ -44,7 +44,7 @@ def features_document() -> dict[str, object]:
             "netDevices": {"enabled": True},
         },
         "annotations": {},
-        "potentiallyUnsafeConfigAnnotations": [],
+        "potentiallyUnsafeConfigAnnotations": ["org.systemd.property."],
     }
 
 
