@@ -103,6 +103,7 @@ class TestWhatIsLeft:
             time.sleep(0.3)
             assert group.pids(), "nothing lived on, so nothing was tried"
             yield
+            group.thaw()  # whoever is left frozen can't be ended
 
     @pytest.mark.usefixtures("rolling")
     def test_is_frozen_to_be_killed_to_the_last(self, group: Cgroup):
@@ -136,6 +137,9 @@ class TestWhatIsLeft:
             kill_leftovers(group.paths(), signal.SIGKILL)
 
         with cgroups.inside(group, body) as child:
+            ended = eventually(lambda: not child.alive(), within_s=5)
+            group.thaw()
+            assert ended, "it froze itself"
             assert child.wait() == 0
 
 
@@ -162,8 +166,7 @@ class TestMemory:
             )
             shim.start()
             time.sleep(1)
-            resident = int(Path(f"/proc/{shim.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-            assert resident < 64 << 20
+            assert resident(shim.pid) < 64 << 20
             assert sum(path.stat().st_size for path in shop.directory.glob("log*")) < 4 << 20
 
 
@@ -187,6 +190,70 @@ while [ $i -lt 1000 ] && eval "exec $i</dev/null"; do i=$((i+1)); done
             os.close(reader)
             assert self.LIMIT // 2 < taken <= self.LIMIT
             assert shim.run_exec("echo", "fine", rlimits=limits) == b"fine\n"
+
+
+def held_by(pid: int) -> int:
+    """How many descriptors a process has."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+class TestComingAndGoing:
+    """What is done over and over costs no more than once."""
+
+    def test_cve_2025_64329_attaching(self):
+        with workshop() as shop:
+            shim = shop.run("sleep", "60")
+            before = held_by(shim.pid)
+            for _ in range(100):
+                for fd in shim.attach("stdout", "stderr"):
+                    os.close(fd)
+            assert eventually(lambda: shim.state() and held_by(shim.pid) == before)
+
+    @pytest.mark.parametrize("terminal", [True, False])
+    @pytest.mark.parametrize("program", ["/missing", "true"])
+    def test_cve_2022_23471_programs_that_end_at_once(self, terminal, program):
+        with workshop() as shop:
+            shim = shop.run("sleep", "60")
+            before = held_by(shim.pid)
+            for number in range(15):
+                shim.exec(f"e{number}", program, terminal=terminal)
+                with contextlib.suppress(shimclient.RequestError):
+                    shim.start(f"e{number}")
+                    shim.wait_state("stopped", f"e{number}")
+                shim.call("delete_exec", exec=f"e{number}")
+            assert eventually(lambda: shim.state() and held_by(shim.pid) == before)
+            assert not list((shim.bundle / "execs").iterdir())
+
+    def test_cve_2026_53495_programs_that_leave_somebody_who_holds_their_output(self):
+        """He is read from as long as he lives, which is for the pids limit to bound, and is waited for by nobody."""
+        with workshop() as shop:
+            shim = shop.run("sleep", "60")
+            before = held_by(shim.pid)
+            for number in range(10):
+                shim.exec(f"e{number}", "sh", "-c", "sleep 4 &")
+                shim.start(f"e{number}")
+            began = time.monotonic()
+            for number in range(10):
+                shim.wait_state("stopped", f"e{number}")
+                shim.call("delete_exec", exec=f"e{number}")
+            assert time.monotonic() - began < 3.5
+            assert eventually(lambda: shim.state() and held_by(shim.pid) == before)
+
+    def test_cve_2022_31030_and_cve_2022_1708_output_of_an_exec_that_nobody_reads(self):
+        with workshop() as shop:
+            shim = shop.run("sleep", "60")
+            shim.exec("e", "sh", "-c", "yes | tr -d '\\n'")
+            (reader,) = shim.attach("stdout", exec_id="e")
+            shim.start("e")
+            time.sleep(0.2)
+            before = resident(shim.pid)
+            time.sleep(0.8)
+            assert resident(shim.pid) - before < 8 << 20
+            os.close(reader)
 
 
 def test_the_reply_to_a_hostile_name_stays_a_frame():
