@@ -98,19 +98,22 @@ class Container:
         """What it is, for hooks and seccomp listeners."""
         return State(self.id, self.bundle, self.spec.annotations)
 
-    def start(self) -> None:
+    def start(self, before_hooks: Callable[[], None] = lambda: None) -> None:
         """Let init execute its program; returns once it did, and its poststart hooks were run.
 
-        Raises ExecFailed (exec_not_found, exec_denied, setup) if it can't, or a hook failed; init is ending then, for
-        the caller to reap.
+        before_hooks: called, once or twice, before there may be a hook that asks about the container; it can't be
+        started again by then. Raises ExecFailed (exec_not_found, exec_denied, setup) if it can't, or a hook failed;
+        init is ending then, for the caller to reap.
         """
         if self._channel is None:
             raise ExecFailed(SETUP, "the container was started already")
         channel, self._channel = self._channel, None
         try:
             channel.send_start()
-            slow = self.spec.hooks is not None and self.spec.hooks.start_container
-            limit_s = math.inf if slow else SETUP_S
+            limit_s = SETUP_S
+            if self.spec.hooks is not None and self.spec.hooks.start_container:
+                before_hooks()
+                limit_s = math.inf
             await_exec(channel, self.init.pid, self.init.pidfd, self.init.start_time, limit_s)
         except (BrokenPipeError, ConnectionResetError) as e:
             raise ExecFailed(SETUP, "the container's init ended before it was started") from e
@@ -119,6 +122,7 @@ class Container:
         finally:
             channel.close()
         if self.spec.hooks is not None and self.spec.hooks.poststart:
+            before_hooks()
             self._run_poststart(self.spec.hooks)
 
     def _run_poststart(self, hooks: Hooks) -> None:

@@ -9,7 +9,7 @@ from importlib import import_module
 from corral.kernel.privilege import is_hosts_root
 from corral.oci.errors import ExecFailed
 from corral.runtime.context import Context
-from corral.runtime.errors import EXEC_CODE, USAGE_CODE, CommandError
+from corral.runtime.errors import EXEC_CODE, USAGE_CODE, CommandError, sentence
 from corral.runtime.flags import SWITCH, VALUE, Flags, Options, parse
 from corral.runtime.log import Log
 
@@ -72,7 +72,7 @@ def run() -> int:
     except ExecFailed as e:
         log.error(e.message)
     except OSError as e:
-        log.error(_sentence(e))
+        log.error(sentence(e))
     except ValueError as e:
         log.error(str(e))
     except Exception as e:  # the client reads its reason in the log, whatever it is
@@ -143,16 +143,6 @@ def _keep(directory: str) -> None:
     """Make a directory that nobody clears away. Source: XDG Base Directory Specification, on the sticky bit."""
     os.makedirs(directory, 0o700, exist_ok=True)  # noqa: PTH103 - likewise
     os.chmod(directory, 0o700 | stat.S_ISVTX)  # noqa: PTH101 - likewise
-
-
-def _sentence(error: OSError) -> str:
-    """What a failed call says, lower case as clients look for it: "no such file or directory"."""
-    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-    text = error.strerror or str(error)
-    known = os.strerror(error.errno) if error.errno else ""
-    if known:
-        text = text.replace(known, known[:1].lower() + known[1:])
-    return f"{text}: {' -> '.join(names)}" if names else text
 
 
 def _usage() -> str:

@@ -3,7 +3,6 @@
 import json
 import sys
 
-from corral.kernel.cgroup import Cgroup
 from corral.oci.decode import decode
 from corral.oci.limits import changes_of
 from corral.oci.spec import Resources
@@ -11,7 +10,6 @@ from corral.runtime import life, state
 from corral.runtime.context import Context
 from corral.runtime.errors import CommandError
 from corral.runtime.flags import VALUE, Flags, Options
-from corral.runtime.state import Place, Record, Status
 
 # Flag: the members of linux.resources it stands for.
 _NUMBERS = {
@@ -37,9 +35,8 @@ _SUFFIXES = {"k": 10, "m": 20, "g": 30, "t": 40}
 def pause(context: Context, _options: Options, arguments: list[str]) -> int:
     """Stop every process of a running container."""
     with state.opened(context.root, arguments[0]) as place:
-        record, status = _living(place)
-        if status is not Status.RUNNING:
-            raise CommandError(f"container not running: it is {status.value}")
+        record = place.record()
+        life.check("pause", place, record)
         life.needed_cgroup(record).freeze()
     return 0
 
@@ -47,9 +44,8 @@ def pause(context: Context, _options: Options, arguments: list[str]) -> int:
 def resume(context: Context, _options: Options, arguments: list[str]) -> int:
     """Let them run again."""
     with state.opened(context.root, arguments[0]) as place:
-        record, status = _living(place)
-        if status is not Status.PAUSED:
-            raise CommandError(f"container not paused: it is {status.value}")
+        record = place.record()
+        life.check("resume", place, record)
         life.needed_cgroup(record).thaw()
     return 0
 
@@ -58,8 +54,9 @@ def update(context: Context, options: Options, arguments: list[str]) -> int:
     """Change the limits of a container that has not ended: all of those asked for, or none."""
     changes = changes_of(decode(Resources, _wanted(options), "resources"))
     with state.opened(context.root, arguments[0]) as place:
-        record, _ = _living(place)
-        group: Cgroup = life.needed_cgroup(record)
+        record = place.record()
+        life.check("update", place, record)
+        group = life.needed_cgroup(record)
         if record.unit:
             from corral.runtime import units
 
@@ -67,14 +64,6 @@ def update(context: Context, options: Options, arguments: list[str]) -> int:
         else:
             group.apply(changes)
     return 0
-
-
-def _living(place: Place) -> tuple[Record, Status]:
-    record = place.record()
-    status = life.status_of(place, record)
-    if status is Status.STOPPED:
-        raise CommandError("container not running")
-    return record, status
 
 
 def _wanted(options: Options) -> object:

@@ -10,7 +10,6 @@ from corral.runtime.errors import CommandError
 from corral.runtime.flags import SWITCH, Flags, Options
 from corral.runtime.making import BUNDLE_FLAGS, Bundle
 from corral.runtime.sealing import ensure_sealed
-from corral.runtime.state import Status
 
 CREATE_FLAGS: Flags = BUNDLE_FLAGS
 RUN_FLAGS: Flags = {**BUNDLE_FLAGS, "detach,d": SWITCH, "keep": SWITCH, "no-subreaper": SWITCH}
@@ -21,10 +20,8 @@ def create(context: Context, options: Options, arguments: list[str]) -> int:
     ensure_sealed()
     kept = making.kept_fds(options)
     bundle = Bundle(options.text("bundle"))
-    if (wanted := bundle.spec.process) is None:
-        raise CommandError("process: config.json has none")
-    making.check_terminal(wanted, options, detached=True)
-    stdio = making.own_stdio(wanted, kept)
+    making.check_terminal(bundle.process, options, detached=True)
+    stdio = making.own_stdio(bundle.process, kept)
     with making.made(context, bundle, options, arguments[0], stdio=stdio, with_gate=True) as made:
         _hand_over_console(made.container, options)
         made.container.leave_at_gate()
@@ -35,14 +32,10 @@ def start(context: Context, _options: Options, arguments: list[str]) -> int:
     """Let the init of a created container execute its program."""
     with state.opened(context.root, arguments[0]) as place:
         record = place.record()
-        status = life.status_of(place, record)
-        if status is Status.STOPPED:
-            raise CommandError("cannot start a container that has stopped")
-        if status is not Status.CREATED:
-            raise CommandError(f"cannot start an already {status.value} container")
+        life.check("start", place, record)
         container = _at_its_gate(place, record)
         try:
-            container.start()
+            container.start(place.let_go)
         finally:
             place.remove_gate()
     return 0
@@ -70,28 +63,24 @@ def run(context: Context, options: Options, arguments: list[str]) -> int:
     ensure_sealed()
     kept = making.kept_fds(options)
     bundle = Bundle(options.text("bundle"))
-    if (wanted := bundle.spec.process) is None:
-        raise CommandError("process: config.json has none")
     detach = options.on("detach")
-    making.check_terminal(wanted, options, detached=detach)
+    making.check_terminal(bundle.process, options, detached=detach)
     signals = -1
     if not detach:
         signals = foreground.hold_signals()
         if not options.on("no-subreaper"):
             process.set_child_subreaper()
-    stdio = making.own_stdio(wanted, kept)
+    stdio = making.own_stdio(bundle.process, kept)
     with making.made(context, bundle, options, arguments[0], stdio=stdio, with_gate=False) as made:
         _hand_over_console(made.container, options)
-        made.container.start()
-    if detach:
-        return 0
-    from corral.runtime import remove  # while the program runs
-
-    try:
-        return foreground.stay(made.container.init, signals)
-    finally:
-        if not options.on("keep"):
-            remove.remove(context, arguments[0], force=True)
+        made.start()
+        if detach:
+            return 0
+        try:
+            return foreground.stay(made.container.init, signals)
+        finally:
+            if not options.on("keep"):
+                made.take_down()
 
 
 def _hand_over_console(container: Container, options: Options) -> None:

@@ -1,5 +1,7 @@
 """Why a command failed, as one sentence."""
 
+import os
+
 USAGE_CODE = 1
 EXEC_CODE = 255
 """What exec ends with if its program never ran, as clients of runc expect."""
@@ -16,3 +18,13 @@ class CommandError(Exception):
 def not_there(container_id: str) -> CommandError:
     """There is no container of this id; clients look for these words."""
     return CommandError(f"container {container_id!r} does not exist")
+
+
+def sentence(error: OSError) -> str:
+    """What a failed call says, lower case as clients look for it: "no such file or directory"."""
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    text = error.strerror or str(error)
+    known = os.strerror(error.errno) if error.errno else ""
+    if known:
+        text = text.replace(known, known[:1].lower() + known[1:])
+    return f"{text}: {' -> '.join(names)}" if names else text

@@ -52,12 +52,8 @@ def execute(context: Context, options: Options, arguments: list[str]) -> int:
     # Any number of them at a time, but none while the container is being started or deleted.
     with state.opened(context.root, arguments[0], lock=fcntl.LOCK_SH) as place:
         record, spec = place.record(), place.spec()
-        status = life.status_of(place, record)
-        if status is Status.STOPPED:
-            raise CommandError("cannot exec in a stopped container", EXEC_CODE)
+        life.check("exec", place, record)
         group = life.cgroup_of(record)
-        if status is Status.PAUSED:
-            raise CommandError("cannot exec in a paused container (use --ignore-paused to override)", EXEC_CODE)
         wanted = making.with_listen_fds(_process(spec, options, arguments[1:]))
         making.check_terminal(wanted, options, detached=detach)
         signals = -1 if detach else foreground.hold_signals()

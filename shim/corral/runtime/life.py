@@ -1,4 +1,4 @@
-"""Whether a container lives, and its cgroup: what the kernel knows."""
+"""Where a container is in its life, what may be done with it there, and its cgroup: what the kernel knows."""
 
 import os
 
@@ -25,8 +25,40 @@ def init_lives(record: Record) -> bool:
     return int(fields[19]) == record.start_time and fields[0] not in (b"Z", b"X")
 
 
+_NOT_RUNNING, _NOT_PAUSED = "container not running: it is {status}", "container not paused: it is {status}"
+_NOT_STOPPED = "cannot delete container {id} that is not stopped: {status}"
+REFUSED: dict[str, dict[Status, str]] = {
+    "start": {
+        Status.RUNNING: "cannot start an already running container",
+        Status.PAUSED: "cannot start an already paused container",
+        Status.STOPPED: "cannot start a container that has stopped",
+    },
+    "exec": {
+        Status.PAUSED: "cannot exec in a paused container (use --ignore-paused to override)",
+        Status.STOPPED: "cannot exec in a stopped container",
+    },
+    "pause": dict.fromkeys((Status.CREATED, Status.PAUSED, Status.STOPPED), _NOT_RUNNING),
+    "resume": {Status.CREATED: _NOT_PAUSED, Status.RUNNING: _NOT_PAUSED, Status.STOPPED: _NOT_RUNNING},
+    "update": {Status.STOPPED: _NOT_RUNNING},
+    "delete": dict.fromkeys((Status.RUNNING, Status.PAUSED), _NOT_STOPPED),
+}
+"""What a command that locks the container may not do, and what it says then, as clients look for it. All else is legal.
+
+None of them sees one that is being created: see Place.lock(). A forced delete may do what it likes.
+"""
+
+
+def check(command: str, place: Place, record: Record) -> None:
+    """Raise CommandError if a command is not legal now."""
+    status = status_of(place, record)
+    if (said := REFUSED[command].get(status)) is not None:
+        raise CommandError(said.format(id=record.id, status=status.value))
+
+
 def status_of(place: Place, record: Record) -> Status:
     """The container's status now."""
+    if not record.pid and place.is_locked_by_another():
+        return Status.CREATING
     if not init_lives(record):
         return Status.STOPPED
     if gate.is_attended(place.gate):

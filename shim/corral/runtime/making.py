@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from corral.kernel import namespaces, process
+from corral.kernel import namespaces
+from corral.kernel.cgroup import Cgroup
 from corral.oci import runtime
 from corral.oci.gate import make_gate
 from corral.oci.json_text import loads
@@ -49,6 +50,13 @@ class Bundle:
             raise CommandError(f"{self.path}/config.json: {e}") from None
         self.spec = Spec.from_json(self.document)
 
+    @property
+    def process(self) -> Process:
+        """The container's own process, which the specification may do without, and we not."""
+        if self.spec.process is None:
+            raise CommandError("process: config.json has none")
+        return self.spec.process
+
     def new_record(self, container_id: str, *, systemd: bool = False) -> Record:
         """The record of a container that does not exist yet; its cgroup is left out if it is for systemd to make."""
         now = time.time_ns()
@@ -68,64 +76,44 @@ class Bundle:
 
 
 class Made:
-    """A container that was just made, its state still locked."""
+    """A container that this command has made, and that is locked until it is started."""
 
-    def __init__(self, place: Place, record: Record, container: Container) -> None:
-        self.place, self.record, self.container = place, record, container
+    def __init__(self, context: Context, place: Place, record: Record, container: Container) -> None:
+        self._context, self._place, self._record, self.container = context, place, record, container
+
+    def start(self) -> None:
+        """Let init execute the program, and others deal with the container."""
+        self.container.start(self._place.let_go)
+        self._place.let_go()
+
+    def take_down(self) -> None:
+        """Leave nothing of it, unless somebody has deleted it."""
+        _undo(self._context, self._place, self._record)
 
 
 @contextlib.contextmanager
 def made(
     context: Context, bundle: Bundle, options: Options, container_id: str, *, stdio: Stdio, with_gate: bool
 ) -> Iterator[Made]:
-    """Make a container. If the block fails, it never was; its init is then the block's to reap."""
+    """Make a container. If the block fails, it never was; or, if that fails too, its record is left for a delete."""
     state.check_id(container_id)
-    spec = bundle.spec
-    if spec.process is None:
-        raise CommandError("process: config.json has none")
-    spec = replace(spec, process=with_listen_fds(spec.process))
     record = bundle.new_record(container_id, systemd=context.systemd)
-    with state.made(context.root, container_id) as place, contextlib.ExitStack() as undo:
-        scope = _scope(context, record, spec, undo) if context.systemd else None
-        # Written before there is anything, so that a forced delete finds what a killed create left.
-        place.write(state.STATE, record.to_json())
-        place.write(state.CONFIG, bundle.document)
-        group = groups.make(context, spec.linux, record.cgroup) if scope is None else scope.start()
-        if record.poststop:
-            undo.callback(_run_poststop, context, spec, record)
-        if group is None:
-            record.cgroup = ""
-            if not record.own_pids:
-                context.log.warning("with neither a cgroup nor a pid namespace of its own, it may outlive its init")
-        else:
-            undo.callback(groups.remove_of, record)
-            record.cgroup_is_own = True
-            place.write(state.STATE, record.to_json())
-        with contextlib.ExitStack() as block:
-            gate = block.enter_context(contextlib.closing(make_gate(place.gate))) if with_gate else None
-            context.log.debug(f"creating {container_id} in cgroup {record.cgroup or '(none)'}")
-            container = runtime.create(
-                spec,
-                bundle=bundle.path,
-                cgroup_paths=group.directories if group is not None else (),
-                stdio=stdio,
-                new_keyring=not options.on("no-new-keyring"),
-                gate=None if gate is None else gate.fileno(),
-                container_id=container_id,
-            )
-        undo.callback(_end, container)
-        if scope is not None:
-            scope.settle()
-        record.pid, record.start_time = container.init.pid, container.init.start_time
-        place.write(state.STATE, record.to_json())
-        if options.has("pidfd-socket"):
-            from corral.runtime.terminal import send_descriptor
-
-            send_descriptor(options.text("pidfd-socket"), container.init.pidfd, b"pidfd")
-        if options.has("pid-file"):
-            write_pid_file(options.text("pid-file"), record.pid)
-        yield Made(place, record, container)
-        undo.pop_all()
+    with state.made(context.root, container_id) as place:
+        begun = False
+        try:
+            with contextlib.ExitStack() as unless_settled:
+                scope = _scope(context, record, bundle.spec, unless_settled) if context.systemd else None
+                group = _make_cgroup(context, bundle, place, record, scope)
+                begun = True
+                container = _make_init(context, bundle, place, record, group, options, stdio, with_gate=with_gate)
+                if scope is not None:
+                    scope.settle()
+                unless_settled.pop_all()
+            _tell_of(container, options)
+            yield Made(context, place, record, container)
+        except BaseException:
+            _undo(context, place, record, hooks=begun)
+            raise
 
 
 def _scope(context: Context, record: Record, spec: Spec, undo: contextlib.ExitStack) -> "Scope":
@@ -136,19 +124,68 @@ def _scope(context: Context, record: Record, spec: Spec, undo: contextlib.ExitSt
     return scope
 
 
-def _run_poststop(context: Context, spec: Spec, record: Record) -> None:
-    from corral.runtime.remove import run_poststop
+def _make_cgroup(
+    context: Context, bundle: Bundle, place: Place, record: Record, scope: "Scope | None"
+) -> Cgroup | None:
+    """The cgroup of a container, with the record written down before there is one, and after."""
+    place.write(state.CONFIG, bundle.document)
+    place.write(state.STATE, record.to_json())  # so that a forced delete finds what is left if this process is killed
+    try:
+        group = groups.make(context, bundle.spec.linux, record.cgroup) if scope is None else scope.start()
+    except BaseException:
+        record.cgroup = ""  # it may be somebody else's
+        raise
+    if group is not None:
+        record.cgroup_is_own = True
+    else:
+        record.cgroup = ""
+        if not record.own_pids:
+            context.log.warning("with neither a cgroup nor a pid namespace of its own, it may outlive its init")
+    place.write(state.STATE, record.to_json())
+    return group
 
-    run_poststop(context, spec, record)
+
+def _make_init(
+    context: Context,
+    bundle: Bundle,
+    place: Place,
+    record: Record,
+    group: Cgroup | None,
+    options: Options,
+    stdio: Stdio,
+    *,
+    with_gate: bool,
+) -> Container:
+    context.log.debug(f"creating {record.id} in cgroup {record.cgroup or '(none)'}")
+    with contextlib.ExitStack() as block:
+        gate = block.enter_context(contextlib.closing(make_gate(place.gate))) if with_gate else None
+        container = runtime.create(
+            replace(bundle.spec, process=with_listen_fds(bundle.process)),
+            bundle=bundle.path,
+            cgroup_paths=group.directories if group is not None else (),
+            stdio=stdio,
+            new_keyring=not options.on("no-new-keyring"),
+            gate=None if gate is None else gate.fileno(),
+            container_id=record.id,
+        )
+    record.pid, record.start_time = container.init.pid, container.init.start_time
+    place.write(state.STATE, record.to_json())
+    return container
 
 
-def _end(container: Container) -> None:
-    """End an init that is not wanted any more, and wait for it."""
-    container.close()
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(container.init.pidfd, 9)
-    with contextlib.suppress(ChildProcessError):
-        os.waitid(os.P_PIDFD, container.init.pidfd, os.WEXITED)
+def _tell_of(container: Container, options: Options) -> None:
+    if options.has("pidfd-socket"):
+        from corral.runtime.terminal import send_descriptor
+
+        send_descriptor(options.text("pidfd-socket"), container.init.pidfd, b"pidfd")
+    if options.has("pid-file"):
+        write_pid_file(options.text("pid-file"), container.init.pid)
+
+
+def _undo(context: Context, place: Place, record: Record, *, hooks: bool = True) -> None:
+    from corral.runtime.remove import undo
+
+    undo(context, place, record, hooks=hooks)
 
 
 def check_terminal(process: Process, options: Options, *, detached: bool) -> None:

@@ -1,7 +1,6 @@
 """kill, delete."""
 
 import contextlib
-import fcntl
 import os
 import select
 import signal
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING
 from corral.kernel import process
 from corral.runtime import groups, life, state
 from corral.runtime.context import Context
-from corral.runtime.errors import CommandError
+from corral.runtime.errors import CommandError, sentence
 from corral.runtime.flags import SWITCH, Flags, Options
-from corral.runtime.state import Place, Record, Status
+from corral.runtime.state import Place, Record
 
 if TYPE_CHECKING:
     from corral.oci.spec import Spec
@@ -69,44 +68,56 @@ def kill(context: Context, options: Options, arguments: list[str]) -> int:
 
 
 def delete(context: Context, options: Options, arguments: list[str]) -> int:
-    """Remove what a stopped container left."""
-    remove(context, arguments[0], force=options.on("force"))
+    """Remove what a stopped container left; with --force end it first, and do not mind if there is none."""
+    _remove(context, arguments[0], force=options.on("force"))
     return 0
 
 
-def remove(context: Context, container_id: str, *, force: bool) -> None:
-    """delete; force ends it first, and does not mind if there is none."""
+def _remove(context: Context, container_id: str, *, force: bool) -> None:
     try:
-        with state.opened(context.root, container_id, lock=fcntl.LOCK_EX) as place:
-            _remove(context, place, force=force)
+        with state.opened(context.root, container_id, patience_s=_DIE_S if force else 0.1) as place:
+            try:
+                record = place.record()
+            except CommandError:
+                if not force:
+                    raise
+                place.remove()  # of a create that was killed at its very beginning
+                return
+            if not force:
+                life.check("delete", place, record)
+            take_down(context, place, record)
     except CommandError:
         if force and container_id not in state.ids(context.root):
             return
         raise
 
 
-def _remove(context: Context, place: Place, *, force: bool) -> None:
-    try:
-        record = place.record()
-    except CommandError:
-        if force:  # a create that was killed at its very beginning
-            place.remove()
-            return
-        raise
-    status = life.status_of(place, record)
-    if status not in (Status.STOPPED, Status.CREATED) and not force:
-        raise CommandError(f"cannot delete container {record.id} that is not stopped: {status.value}")
-    if status is not Status.STOPPED:
-        _end(record)
+def take_down(context: Context, place: Place, record: Record, *, hooks: bool = True) -> None:
+    """Leave nothing of a container that is locked; its record goes last, so that whatever fails can be tried again.
+
+    hooks: run those of poststop. They find it gone, and nobody waiting for it.
+    """
+    _end(record)
     if record.cgroup:
         groups.remove_of(record) if record.cgroup_is_own else groups.remove_empty(record)
-    spec = place.spec() if record.poststop else None
+    spec = place.spec() if record.poststop and hooks else None
     place.remove()
+    place.unlock()
     if spec is not None:
-        run_poststop(context, spec, record)
+        _run_poststop(context, spec, record)
 
 
-def run_poststop(context: Context, spec: "Spec", record: Record) -> None:
+def undo(context: Context, place: Place, record: Record, *, hooks: bool = True) -> None:
+    """take_down() by who made the container, if nobody else did it meanwhile. What goes wrong is a warning."""
+    try:
+        if place.lock():
+            take_down(context, place, record, hooks=hooks)
+    except (OSError, CommandError) as e:
+        reason = sentence(e) if isinstance(e, OSError) else str(e)
+        context.log.warning(f"container {record.id} is left to be deleted by force: {reason}")
+
+
+def _run_poststop(context: Context, spec: "Spec", record: Record) -> None:
     """Run the hooks of a container that is no more. What they do wrong is a warning."""
     from corral.oci import hooks
     from corral.oci.state import State

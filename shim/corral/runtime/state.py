@@ -1,9 +1,12 @@
 """What is known of a container from one command to the next.
 
-    ROOT/ID/              locked (flock) by each command that changes something
+    ROOT/ID/              locked (flock) by each command that changes something, but for kill
     ROOT/ID/state.json    the record below; replaced as a whole
     ROOT/ID/config.json   the specification that the container was made from, whatever becomes of the bundle's
     ROOT/ID/gate          there until start: where init waits
+
+The lock is let go of before a hook is run, for the hook may be a client of the container. Only those of its creation
+are run under the lock: until it is created, no command but state, list and a forced delete has to do with it.
 
 A record names init by pid and start time, so one that was left by a container that ended, or before a reboot, is seen
 to be stale. The directory lies where a reboot empties it: nothing needs to be synced to a disk.
@@ -12,6 +15,7 @@ to be stale. The directory lies where a reboot empties it: nothing needs to be s
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from enum import Enum
 
@@ -22,10 +26,20 @@ from corral.runtime.errors import CommandError, not_there
 STATE, CONFIG, GATE = "state.json", "config.json", "gate"
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-.")
 _ID_LONGEST = 200
+_LOOK_S = 0.02
+_PROBE_S = 0.1
+"""Longer than anybody takes to look whether a container is locked."""
 
 
 class Status(Enum):
-    """Source: OCI runtime-spec runtime.md "State", and paused, which every runtime adds."""
+    """Where a container is in its life. What is legal where is in corral.runtime.life.
+
+        creating --> created --> running <--> paused
+            |           |           |           |
+            '-----------'-----------'-----------'--> stopped --> gone
+
+    Source: OCI runtime-spec runtime.md "State", and paused, which every runtime adds.
+    """
 
     CREATING = "creating"
     CREATED = "created"
@@ -123,10 +137,58 @@ class Place:
 
     def __init__(self, root: str, container_id: str, fd: int) -> None:
         self.id, self.path, self.fd = container_id, f"{root}/{container_id}", fd
+        self._is_locked = False
 
     def close(self) -> None:
         """Release it, and with it the lock."""
         os.close(self.fd)
+
+    def lock(self, how: int = fcntl.LOCK_EX, *, patience_s: float = 0.0) -> bool:
+        """Lock it, if it is not yet; False if the container is no more, whatever is called so by now.
+
+        One that is still being created is waited for for patience_s; then raises CommandError.
+        """
+        give_up_at = time.monotonic() + patience_s
+        while not self._try_lock(how):
+            if self._init():  # so whoever holds the lock runs no hooks
+                fcntl.flock(self.fd, how)
+                break
+            if self._init() == 0 and time.monotonic() > give_up_at:
+                raise CommandError(f"container {self.id!r} is still being created")
+            time.sleep(_LOOK_S)
+        self._is_locked = True
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.fd))  # noqa: PTH116 - a string, as everything here
+        except FileNotFoundError:
+            return False
+
+    def unlock(self) -> None:
+        """Let others go on."""
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+        self._is_locked = False
+
+    def is_locked_by_another(self) -> bool:
+        """Whether a command is about to change something."""
+        if self._is_locked:
+            return False
+        if not self._try_lock(fcntl.LOCK_SH):
+            return True
+        self.unlock()
+        return False
+
+    def _try_lock(self, how: int) -> bool:
+        try:
+            fcntl.flock(self.fd, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _init(self) -> int | None:
+        """The pid of init, 0 until there is one; None if the record is just being made or removed."""
+        try:
+            return self.record().pid
+        except CommandError:
+            return None
 
     @property
     def gate(self) -> str:
@@ -163,6 +225,11 @@ class Place:
         """What the container was made from."""
         return Spec.from_json(self._read(CONFIG))
 
+    def let_go(self) -> None:
+        """Note that it was started, and let others go on."""
+        self.remove_gate()
+        self.unlock()
+
     def remove_gate(self) -> None:
         """Note that it was started."""
         with contextlib.suppress(FileNotFoundError):
@@ -177,8 +244,10 @@ class Place:
 
 
 @contextlib.contextmanager
-def opened(root: str, container_id: str, *, lock: int | None = fcntl.LOCK_EX) -> Iterator[Place]:
-    """The directory of a container that exists; locked meanwhile, unless lock is None."""
+def opened(
+    root: str, container_id: str, *, lock: int | None = fcntl.LOCK_EX, patience_s: float = _PROBE_S
+) -> Iterator[Place]:
+    """The directory of a container that exists; locked meanwhile, unless lock is None. patience_s: see Place.lock()."""
     check_id(container_id)
     while True:
         try:
@@ -187,9 +256,7 @@ def opened(root: str, container_id: str, *, lock: int | None = fcntl.LOCK_EX) ->
             raise not_there(container_id) from None
         place = Place(root, container_id, fd)
         try:
-            if lock is not None:
-                fcntl.flock(fd, lock)
-            if _is_still(place):
+            if lock is None or place.lock(lock, patience_s=patience_s):
                 yield place
                 return
         finally:
@@ -198,7 +265,7 @@ def opened(root: str, container_id: str, *, lock: int | None = fcntl.LOCK_EX) ->
 
 @contextlib.contextmanager
 def made(root: str, container_id: str) -> Iterator[Place]:
-    """A new directory, locked meanwhile. Removed if the block fails."""
+    """A new directory, locked meanwhile."""
     check_id(container_id)
     os.makedirs(root, 0o700, exist_ok=True)  # noqa: PTH103 - a string, as everything here
     while True:
@@ -212,24 +279,11 @@ def made(root: str, container_id: str) -> Iterator[Place]:
             continue
         place = Place(root, container_id, fd)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            if not _is_still(place):  # a forced delete took it for a leftover
-                continue
-            try:
+            if place.lock():  # else a forced delete took it for a leftover
                 yield place
-            except BaseException:
-                place.remove()
-                raise
-            return
+                return
         finally:
             place.close()
-
-
-def _is_still(place: Place) -> bool:
-    try:
-        return os.path.samestat(os.stat(place.path), os.fstat(place.fd))  # noqa: PTH116 - likewise
-    except FileNotFoundError:
-        return False
 
 
 def ids(root: str) -> list[str]:
