@@ -18,6 +18,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import structlog
+import uvloop
 
 from corral.daemon import config as settings
 from corral.daemon import logs, roots, table
@@ -87,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
         for name in names
     }
     with roots.claimed({name: c.root for name, c in configs.items()}, daemon.state, addresses):
-        asyncio.run(host(daemon, configs, addresses), debug=daemon.log_level == "debug")
+        uvloop.run(host(daemon, configs, addresses), debug=daemon.log_level == "debug")
 
 
 def with_options(config: settings.Config, options: argparse.Namespace) -> settings.Config:

@@ -41,7 +41,7 @@ GAP_TOPIC = "journal.gap"
 PAGE = 128
 TAIL = 128
 # How long the first event of a burst waits for others before followers are woken.
-GATHER_S = 0.02
+GATHER_S = 0.05
 # Rows per INSERT.
 INSERTED_AT_ONCE = 16
 
