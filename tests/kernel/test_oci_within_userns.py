@@ -308,8 +308,9 @@ def users_cgroup() -> Iterator[Cgroup]:
 
 
 def within(group: Cgroup) -> list[str]:
-    """The words before a command that is to be in a cgroup."""
-    join = f"for place in {' '.join(group.directories)}; do echo 0 > $place/cgroup.procs; done"
+    """The words before a command that is to be in a cgroup of the user's, beside which he may make others."""
+    session = Driver(detect()).create(f"{group.path}/session")
+    join = f"for place in {' '.join(session.directories)}; do echo 0 > $place/cgroup.procs; done"
     return ["sh", "-c", f'set -e; {join}; exec "$@"', "sh"]
 
 

@@ -72,7 +72,8 @@ def _meaning(step: Write, e: OSError) -> OSError | None:
         return None
     if e.errno == errno.ENODEV:
         return invalid(step.path, f"cannot write {step.value!r}: there is no such device")
-    return unsupported(step.path, f"this kernel cannot set {name}")
+    why = "this kernel does not have it, or its controller is not turned on for this cgroup"
+    return unsupported(step.path, f"cannot set {name}: {why}")
 
 
 def run(steps: Sequence[Step], *, undo: bool = True) -> None:
