@@ -62,7 +62,7 @@ def test_state_has_what_the_specification_wants(oci: Runtime) -> None:
     oci.detached("create", name)
     state = oci.state(name)
     assert {key: state[key] for key in ("ociVersion", "id", "status", "bundle", "annotations")} == {
-        "ociVersion": "1.2.0", "id": name, "status": "created", "bundle": str(oci.bundle), "annotations": {"a": "b"},
+        "ociVersion": "1.3.0", "id": name, "status": "created", "bundle": str(oci.bundle), "annotations": {"a": "b"},
     }  # fmt: skip
 
 
@@ -406,7 +406,8 @@ def test_spec_writes_a_bundle_that_runs_and_features_is_json(oci: Runtime) -> No
     spec["process"] |= {"terminal": False, "args": ["echo", "ran"]}
     oci.write_spec(spec)
     assert oci.ok("run", oci.new_id()) == "ran\n"
-    assert json.loads(oci.ok("features"))["ociVersionMax"] == "1.3.0"
+    assert json.loads(oci.ok("features"))["ociVersionMax"] == spec["ociVersion"] == "1.3.0"
+    assert "\nspec: 1.3.0\n" in oci.ok("--version")
 
 
 def test_the_interpreter_cannot_be_written_to_by_way_of_its_processes_cve_2019_5736(oci: Runtime) -> None:

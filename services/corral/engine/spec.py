@@ -17,10 +17,9 @@ from corral.kernel import capabilities as kernel_capabilities
 from corral.kernel.namespaces import Kind
 from corral.kernel.rlimits import UNLIMITED
 from corral.oci import defaults
-from corral.oci.spec import Capabilities, Linux, Namespace, Process, Rlimit, Root, Seccomp, Spec, User
+from corral.oci.spec import OCI_VERSION, Capabilities, Linux, Namespace, Process, Rlimit, Root, Seccomp, Spec, User
 from corral.rpc.errors import InvalidArgument, Unimplemented
 
-OCI_VERSION = "1.2.0"
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 

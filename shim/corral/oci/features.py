@@ -11,17 +11,14 @@ from corral.kernel.seccomp import rules
 from corral.oci.decode import Choice
 from corral.oci.mount_options import known
 from corral.oci.seccomp import KNOWN_ARCHITECTURES
-from corral.oci.spec import HOOK_POINTS, Action, MemoryPolicyFlag, MemoryPolicyMode, Operator
-from corral.oci.state import OCI_VERSION
-
-OCI_VERSION_MIN, OCI_VERSION_MAX = "1.0.0", OCI_VERSION
+from corral.oci.spec import HOOK_POINTS, OCI_VERSION, Action, MemoryPolicyFlag, MemoryPolicyMode, Operator
 
 
 def features_document() -> dict[str, object]:
     """The JSON object."""
     return {
-        "ociVersionMin": OCI_VERSION_MIN,
-        "ociVersionMax": OCI_VERSION_MAX,
+        "ociVersionMin": "1.0.0",
+        "ociVersionMax": OCI_VERSION,
         "hooks": list(HOOK_POINTS.values()),
         "mountOptions": sorted(known()),
         "linux": {

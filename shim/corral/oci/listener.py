@@ -8,8 +8,8 @@ import json
 import socket
 
 from corral.oci.errors import SETUP, ExecFailed
-from corral.oci.spec import Seccomp
-from corral.oci.state import OCI_VERSION, State
+from corral.oci.spec import OCI_VERSION, Seccomp
+from corral.oci.state import State
 
 _PATIENCE_S = 10.0
 

@@ -20,7 +20,7 @@ from corral.kernel.namespaces import Kind
 from corral.oci import defaults, init, program, runtime
 from corral.oci.errors import ExecFailed
 from corral.oci.larder import Larder
-from corral.oci.spec import Capabilities, Linux, Mount, Namespace, Process, Spec
+from corral.oci.spec import OCI_VERSION, Capabilities, Linux, Mount, Namespace, Process, Spec
 from corral.oci.stdio import Stdio, take_places
 
 _CLONE_FS, _CLONE_FILES = 0x200, 0x400
@@ -109,7 +109,7 @@ def _overlay(lower: str, upper: str, work: str, more: str) -> Mount:
 def _spec() -> Spec:
     held = defaults.CAPABILITIES
     return Spec(
-        oci_version="1.2.0",
+        oci_version=OCI_VERSION,
         process=Process(
             cwd="/",
             args=("/nothing",),

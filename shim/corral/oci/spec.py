@@ -1,4 +1,4 @@
-"""config.json as frozen dataclasses: OCI runtime-spec 1.2, Linux.
+"""config.json as frozen dataclasses: OCI runtime-spec 1.3, Linux.
 
 `Spec.from_json` refuses what is malformed with a ValueError that begins with the JSON path; members that this version
 does not know are ignored, as the specification wants. An empty tuple or None stands for "absent".
@@ -11,6 +11,9 @@ from typing import Annotated
 
 from corral.kernel.namespaces import Kind
 from corral.oci.decode import JSON, Choice, Range, decode, encode
+
+OCI_VERSION = "1.3.0"
+"""The version of the specification that is spoken here; of config.json, every version 1 is understood."""
 
 U16 = Annotated[int, Range(0, 2**16 - 1)]
 U32 = Annotated[int, Range(0, 2**32 - 1)]

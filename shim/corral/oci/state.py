@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from corral.oci.decode import JSON
-
-OCI_VERSION = "1.3.0"
-"""The version of the specification that is spoken here."""
+from corral.oci.spec import OCI_VERSION
 
 CREATING, CREATED, RUNNING, STOPPED = "creating", "created", "running", "stopped"
 

@@ -58,7 +58,9 @@ def run() -> int:
     try:
         options, words = parse(sys.argv[1:], GLOBAL_FLAGS)
         if options.on("version"):
-            sys.stdout.write(f"corral-oci version {VERSION}\nspec: 1.2.0\n")
+            from corral.oci.spec import OCI_VERSION
+
+            sys.stdout.write(f"corral-oci version {VERSION}\nspec: {OCI_VERSION}\n")
             return 0
         log = Log(options.text("log"), form=options.text("log-format", "text"), debug=options.on("debug"))
         if options.on("help") or not words:

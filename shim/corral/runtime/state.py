@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from enum import Enum
 
 from corral.oci.json_text import dumps, loads
-from corral.oci.spec import Spec
+from corral.oci.spec import OCI_VERSION, Spec
 from corral.runtime.errors import CommandError, not_there
 
 STATE, CONFIG, GATE = "state.json", "config.json", "gate"
@@ -119,9 +119,6 @@ class Record:
         if self.annotations:
             state["annotations"] = self.annotations
         return state | {"owner": ""}
-
-
-OCI_VERSION = "1.2.0"
 
 
 def check_id(container_id: str) -> None:

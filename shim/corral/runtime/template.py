@@ -4,6 +4,7 @@ import json
 import os
 
 from corral.oci.features import features_document
+from corral.oci.spec import OCI_VERSION
 from corral.runtime.context import Context
 from corral.runtime.errors import CommandError
 from corral.runtime.flags import MANY, SWITCH, VALUE, Flags, Options
@@ -75,7 +76,7 @@ def rootless_spec(uid: int, gid: int) -> dict[str, object]:
 def _spec(mounts: list[object], linux: dict[str, object], *, devpts: list[str]) -> dict[str, object]:
     held = list(_CAPABILITIES)
     return {
-        "ociVersion": "1.2.0",
+        "ociVersion": OCI_VERSION,
         "process": {
             "terminal": True,
             "user": {"uid": 0, "gid": 0},

@@ -17,6 +17,7 @@ from pathlib import Path
 from corral.kernel import mount
 from corral.kernel.failpoint import VARIABLE
 from corral.oci.larder import Larder
+from corral.oci.spec import OCI_VERSION
 from corral.shim import records
 from corral.shim.loop import Loop
 from corral.shim.server import Server
@@ -28,7 +29,7 @@ _MOUNT_POINT = Path("/tmp")  # noqa: S108 - nothing is written there
 _TMPFS = {"type": "tmpfs", "source": "tmpfs"}
 _PROCESS = {"cwd": "/", "args": ["/warm-up"], "env": ["PATH=/bin"], "noNewPrivileges": True}
 _CONFIG: Message = {
-    "ociVersion": "1.2.0",
+    "ociVersion": OCI_VERSION,
     "process": _PROCESS,
     "root": {"path": "rootfs"},
     "hostname": "warm-up",
