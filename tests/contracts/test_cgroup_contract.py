@@ -26,6 +26,7 @@ from corral.kernel.cgroup import (
     CpuLimits,
     DeviceRule,
     Driver,
+    HugetlbLimit,
     IoDeviceLimits,
     IoLimits,
     Kind,
@@ -54,6 +55,27 @@ def test_a_process_can_be_moved_into_a_cgroup_from_outside(cgroup_driver: Driver
     with inside(other, sleep) as child:
         join(group.paths(), child.pid)
         assert (other.pids(), group.pids()) == ([], [child.pid])
+
+
+def test_controllers_that_a_cgroup_with_processes_cannot_share_out_are_left_off_where_nothing_takes_them(
+    cgroup_driver: Driver, group: Cgroup
+) -> None:
+    """As in a container, whose root cgroup has processes. Source: kernel cgroup-v2.rst "No Internal Process"."""
+    lenient = Driver(cgroup_driver.layout, lenient=True)
+    unified = cgroup_driver.layout.unified
+    here = frozenset() if unified is None else unified.controllers
+    wanted = Resources(hugetlb=(HugetlbLimit("2MB", 0),))
+    with inside(group, sleep):
+        if here & {"memory", "hugetlb"}:
+            with pytest.raises(OSError, match="processes live in this cgroup") as failed:
+                cgroup_driver.create(f"{group.path}/strict", wanted)
+            assert failed.value.errno == errno.EBUSY
+        with pytest.raises(OSError, match="hugetlb") as failed:
+            lenient.create(f"{group.path}/limited", wanted)
+        assert failed.value.errno == errno.EOPNOTSUPP
+        free = lenient.create(f"{group.path}/free")
+        assert free.exists()
+        free.remove()
 
 
 def test_a_name_is_taken_once(cgroup_driver: Driver, group: Cgroup) -> None:
