@@ -106,10 +106,10 @@ class Repository:
         return [host for host in self._hosts if capability in host.endpoint.capabilities]
 
     def distrust(self, hosts: Collection[Host]) -> bool:
-        """Ask others for content first. Whether there are no others."""
+        """Ask others for content first. Whether there are no others that have not failed yet."""
         for host in hosts:
             host.failures += 1
-        return set(self._able(Capability.PULL)) <= set(hosts)
+        return all(host.failures for host in self._able(Capability.PULL))
 
     def _verdict(self, problems: Sequence[tuple[Host, Trouble]], what: str) -> CorralError:
         """The registry's own answer counts, and of several of its addresses the one that did answer."""
