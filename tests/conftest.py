@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.corrald import Corrald
+from support.file_systems import FileSystems
 from support.images import write_busybox
 from support.leaks import TAG_VARIABLE, Watch
 from support.requirements import lacking
@@ -109,6 +110,14 @@ def daemon(request: pytest.FixtureRequest) -> Iterator[Corrald]:
     with Corrald(split=request.config.getoption("--services") == "split") as corrald:
         corrald.start()
         yield corrald
+
+
+@pytest.fixture(scope="session")
+def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FileSystems]:
+    """File systems that this machine's own disk does not have."""
+    made = FileSystems(tmp_path_factory.mktemp("file-systems"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

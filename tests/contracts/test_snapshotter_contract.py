@@ -2,11 +2,12 @@
 
 import os
 import stat
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import pytest
+from support.file_systems import FileSystems
 from support.images_leaf import images_leaf
 from support.overlay import Described, mounted
 from support.requirements import needs
@@ -89,10 +90,9 @@ class ServiceTrees:
 
 
 @pytest.fixture(params=CASES, ids=case_id)
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+def place(request: pytest.FixtureRequest, tmp_path: Path, file_systems: FileSystems) -> tuple[str, Path]:
     """A driver's name, and a directory for it."""
-    with place_for(request.param, tmp_path) as root:
-        yield request.param[0], root
+    return request.param[0], place_for(request.param, tmp_path, file_systems)
 
 
 @pytest.fixture(params=["driver", "grpc"])

@@ -1,25 +1,26 @@
 """What is promised of a driver's own directory."""
 
-from collections.abc import Iterator
+import os
 from pathlib import Path
 
 import pytest
+from support.file_systems import FileSystems
 from support.requirements import needs
-from support.snapshotters import CASES, case_id, driver_at, place_for
+from support.snapshotters import CASES, case_id, driver_at, place_for, work_here
 
 from corral.images.drivers.overlayfs import Overlayfs
 from corral.images.snapshotter import Snapshotter, TreeId
+from corral.kernel.btrfs import create_subvolume
 
 pytestmark = needs("root")
 
 
 @pytest.fixture(params=CASES, ids=case_id)
-def driver(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Snapshotter]:
-    with place_for(request.param, tmp_path) as root:
-        made = driver_at(request.param[0], root)
-        made.open()
-        made.open()  # again, as at every start
-        yield made
+def driver(request: pytest.FixtureRequest, tmp_path: Path, file_systems: FileSystems) -> Snapshotter:
+    made = driver_at(request.param[0], place_for(request.param, tmp_path, file_systems))
+    made.open()
+    made.open()  # again, as at every start
+    return made
 
 
 def test_a_staged_tree_becomes_a_layer(driver: Snapshotter) -> None:
@@ -28,7 +29,9 @@ def test_a_staged_tree_becomes_a_layer(driver: Snapshotter) -> None:
     assert not driver.is_layer(TreeId(7))
     driver.commit([TreeId(7)])
     assert driver.is_layer(TreeId(7))
-    assert (driver.layer(TreeId(7)) / "f").read_text() == "x"
+    [mount] = driver.mounts(TreeId(8), (TreeId(7),), writable=False)
+    assert mount.options == ("bind", "ro")
+    assert Path(mount.source, "f").read_text() == "x"
 
 
 def test_everything_on_disk_is_told_and_can_be_removed(driver: Snapshotter) -> None:
@@ -52,10 +55,25 @@ def test_a_view_on_layers_takes_nothing(driver: Snapshotter) -> None:
 
 
 def test_overlayfs_refuses_a_root_that_its_options_cannot_hold(tmp_path: Path) -> None:
-    assert "':'" in Overlayfs(tmp_path / "a:b").check()
-    assert Overlayfs(tmp_path / "not/yet/there").check() == ""
+    assert "':'" in Overlayfs(tmp_path / "a:b", work_here).check()
+    assert Overlayfs(tmp_path / "not/yet/there", work_here).check() == ""
 
 
 def test_the_path_of_a_layer_is_short(tmp_path: Path) -> None:
-    overlay = Overlayfs(Path("/var/lib/corral/images/overlay"))
-    assert len(str(overlay.layer(TreeId(123_456)))) < 45
+    overlay = Overlayfs(Path("/var/lib/corral/images/overlay"), work_here)
+    [mount] = overlay.mounts(TreeId(1), (TreeId(123_456),), writable=False)
+    assert len(mount.source) < 45
+
+
+def test_subvolumes_that_a_container_made_go_with_its_tree(tmp_path: Path, file_systems: FileSystems) -> None:
+    made = driver_at("btrfs", place_for(("btrfs", "btrfs"), tmp_path, file_systems))
+    made.open()
+    made.prepare(TreeId(1), (), writable=True)
+    root = Path(made.mounts(TreeId(1), (), writable=True)[0].source)
+    for above in (root, root / "own"):
+        fd = os.open(above, os.O_RDONLY)
+        create_subvolume(fd, "own")
+        os.close(fd)
+        (above / "own/f").write_text("x")
+    made.remove(TreeId(1))
+    assert set(made.trees()) == set()

@@ -4,10 +4,10 @@ import asyncio
 import random
 import struct
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.file_systems import FileSystems
 from support.fingerprint import Fingerprint, fingerprint
 from support.images import Entry, directory, image_config, layer, symlink, write_docker_archive
 from support.images_leaf import ImagesLeaf, images_leaf
@@ -135,9 +135,8 @@ def reference(image: Path, tmp_path_factory: pytest.TempPathFactory) -> Fingerpr
 
 
 @pytest.fixture(params=CASES, ids=case_id)
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    with place_for(request.param, tmp_path) as root:
-        yield request.param[0], root
+def place(request: pytest.FixtureRequest, tmp_path: Path, file_systems: FileSystems) -> tuple[str, Path]:
+    return request.param[0], place_for(request.param, tmp_path, file_systems)
 
 
 async def test_an_image_is_the_same_with_every_driver(

@@ -1,12 +1,11 @@
 """Containers on every snapshot driver, through the command and a whole daemon."""
 
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.corrald import Corrald, Place, running
+from support.corrald import Corrald, PlaceOn, running
+from support.file_systems import FileSystems
 from support.images import Entry, busybox_layer, image_config, layer, write_docker_archive
 from support.requirements import needs
 from support.snapshotters import CASES, case_id, place_for
@@ -14,30 +13,15 @@ from support.snapshotters import CASES, case_id, place_for
 pytestmark = needs("root", "busybox", "netns")
 
 
-@dataclass(frozen=True, slots=True)
-class PlaceOn(Place):
-    """With its data on a file system of the test's own."""
-
-    data: Path = Path()
-
-    @property
-    def root(self) -> Path:
-        return self.data
-
-
-def place_on(data: Path) -> PlaceOn:
-    plain = Place.make()
-    return PlaceOn(plain.tag, plain.directory, plain.run, data)
-
-
 @pytest.fixture(params=CASES, ids=case_id)
-def daemon(request: pytest.FixtureRequest, tmp_path: Path, busybox_archive: Path) -> Iterator[Corrald]:
-    with place_for(request.param, tmp_path) as root:
-        data = Path(tempfile.mkdtemp(dir=root))
-        with Corrald(place=place_on(data), settings={"images": {"driver": request.param[0]}}) as made:
-            made.start()
-            made.corral("image", "import", str(busybox_archive), "--as", "busybox", check=True)
-            yield made
+def daemon(
+    request: pytest.FixtureRequest, tmp_path: Path, busybox_archive: Path, file_systems: FileSystems
+) -> Iterator[Corrald]:
+    data = place_for(request.param, tmp_path, file_systems)
+    with Corrald(place=PlaceOn.make_on(data), settings={"images": {"driver": request.param[0]}}) as made:
+        made.start()
+        made.corral("image", "import", str(busybox_archive), "--as", "busybox", check=True)
+        yield made
 
 
 def test_a_container_runs_keeps_what_it_wrote_and_goes_without_a_trace(daemon: Corrald) -> None:

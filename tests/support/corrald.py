@@ -83,6 +83,22 @@ class Place:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class PlaceOn(Place):
+    """One whose data lies elsewhere, on a file system of the test's own say."""
+
+    data: Path = Path()
+
+    @classmethod
+    def make_on(cls, data: Path) -> "PlaceOn":
+        plain = Place.make()
+        return cls(plain.tag, plain.directory, plain.run, data)
+
+    @property
+    def root(self) -> Path:
+        return self.data
+
+
 @dataclass
 class Corrald:
     """Started and stopped by tests at will; use as a context manager, which leaves nothing behind."""

@@ -2,8 +2,9 @@
 
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from support.requirements import lacking
@@ -22,6 +23,24 @@ def lacking_file_system(kind: str) -> str | None:
         return reason
     program = MKFS[kind][0]
     return None if shutil.which(program) else f"needs the program {program} (package {PACKAGES[kind]})"
+
+
+class FileSystems:
+    """One of each kind, made when it is first asked for; every test has a directory of its own in it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._mounted: dict[str, Path] = {}
+        self._stack = ExitStack()
+
+    def place(self, kind: str) -> Path:
+        """A new directory on such a file system. It stays until close()."""
+        if kind not in self._mounted:
+            self._mounted[kind] = self._stack.enter_context(file_system(kind, self._directory, size_mb=4096))
+        return Path(tempfile.mkdtemp(dir=self._mounted[kind]))
+
+    def close(self) -> None:
+        self._stack.close()
 
 
 @contextmanager

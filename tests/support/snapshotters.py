@@ -2,8 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ from corral.images.layers.apply import Limits
 from corral.images.layers.errors import BadLayer
 from corral.images.layers.worker import run_job
 from corral.images.snapshotter import Snapshotter
-from support.file_systems import file_system, lacking_file_system
+from support.file_systems import FileSystems, lacking_file_system
 
 # A driver, and the file system that its directory lies on; "" is the one that tests have theirs on.
 CASES = (
     *((name, "") for name in DRIVERS if name != "btrfs"),
     ("native", "btrfs"),
     ("native", "xfs"),
+    ("btrfs", "btrfs"),
 )
 
 
@@ -28,24 +28,15 @@ def case_id(case: tuple[str, str]) -> str:
     return "-on-".join(filter(None, case))
 
 
-@contextmanager
-def place_for(case: tuple[str, str], directory: Path) -> Iterator[Path]:
+def place_for(case: tuple[str, str], directory: Path, file_systems: FileSystems) -> Path:
     """A directory for the driver; skips the test where this machine cannot run it."""
     name, kind = case
-    if not kind:
-        _skip_unless_usable(name, directory)
-        yield directory
-        return
-    if reason := lacking_file_system(kind):
+    if kind and (reason := lacking_file_system(kind)):
         pytest.skip(reason)
-    with file_system(kind, directory) as root:
-        _skip_unless_usable(name, root)
-        yield root
-
-
-def _skip_unless_usable(name: str, root: Path) -> None:
-    if reason := make_driver(name, root, work_here).check():
+    place = file_systems.place(kind) if kind else directory
+    if reason := make_driver(name, place, work_here).check():
         pytest.skip(f"{name}: {reason}")
+    return place
 
 
 def driver_at(name: str, root: Path) -> Snapshotter:

@@ -13,13 +13,14 @@ database. So its methods are few, blocking and idempotent where a crash could re
 `mounts` says what to mount, whoever wants the tree does it in his own mount namespace. A layer is staged and unpacked
 without a look at those below it, in the form that overlayfs reads; what a driver makes of that is its own affair.
 
-Life of a layer: stage -> (filled by a worker) -> commit -> remove; or discard, if filling fails.
+Life of a layer: stage -> (unpacked by a worker) -> build -> commit -> remove; or just remove, if something fails.
 Life of an active tree: prepare -> (mounted and used) -> remove; or adopt, which makes it a layer.
 
 Example: an image of two layers, a container on it, and its changes kept.
 
     driver.stage(1)                     # a directory to unpack the first layer into
-    driver.stage(2)                     # the second, at the same time where layers are independent
+    driver.stage(2)                     # the second, at the same time
+    driver.build(2, (1,), Missing())    # from the bottom upwards
     driver.commit([1, 2])
     driver.prepare(3, (2, 1))           # the container's own tree
     driver.mounts(3, (2, 1), writable=True)
@@ -54,6 +55,24 @@ class Mount:
 
 
 @dataclass(frozen=True, slots=True)
+class Missing:
+    """What an unpacked layer takes from those below it.
+
+    implicit: directories that no entry describes, "" being the root. links: (name, target) of hard links to what is
+    below.
+    """
+
+    implicit: Sequence[str] = ()
+    links: Sequence[tuple[str, str]] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.implicit or self.links)
+
+
+NOTHING_MISSING = Missing()
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """What one tree alone takes on disk."""
 
@@ -62,7 +81,7 @@ class Usage:
 
 
 class Snapshotter(Protocol):
-    """One driver, with its own directory. Methods raise OSError."""
+    """One driver, with its own directory. Methods block, and raise OSError."""
 
     @property
     def name(self) -> str: ...
@@ -84,8 +103,11 @@ class Snapshotter(Protocol):
         """An empty directory to unpack a layer into. Not a layer yet: a crash leaves nothing but this directory."""
         ...
 
-    def layer(self, tree: TreeId) -> Path:
-        """Where a committed layer's own content is, for who completes the one above it."""
+    def build(self, tree: TreeId, chain: Sequence[TreeId], missing: Missing) -> int:
+        """Finish a staged and unpacked tree that goes on `chain`, which may be staged too, but is finished.
+
+        Returns the bytes added. Raises BadLayer if a hard link leads nowhere.
+        """
         ...
 
     def is_layer(self, tree: TreeId) -> bool:

@@ -1,6 +1,6 @@
 """Layers out of blobs: staged and filled side by side, then made visible all at once.
 
-    missing(details) -> unpack: stage, worker applies, worker completes in order from the bottom -> sync -> commit
+    missing(details) -> unpack: stage, worker applies, driver builds in order from the bottom -> sync -> commit
 
 Nothing of it is in the database before `commit`; a crash before leaves staged trees without a row, which the next start
 removes.
@@ -11,7 +11,7 @@ import itertools
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from corral.images.digest import Digest
 from corral.images.errors import explained
 from corral.images.layers.errors import BadLayer
 from corral.images.progress import Report, Step
-from corral.images.snapshotter import Snapshotter, TreeId
-from corral.images.store import SHARED
+from corral.images.snapshotter import NOTHING_MISSING, Missing, Snapshotter, TreeId
+from corral.images.store import SHARED, uninterrupted
 from corral.images.trees import Kind, TreeRecord
 from corral.images.workers import Workers
 from corral.kernel.syncfs import syncfs
@@ -45,8 +45,7 @@ class Staged:
     size_bytes: int = 0
     inodes: int = 0
     diff_id: str = ""
-    implicit: list[str] = field(default_factory=list)
-    links: list[tuple[str, str]] = field(default_factory=list)
+    missing: Missing = NOTHING_MISSING
 
 
 class TreeIds:
@@ -128,7 +127,7 @@ class Unpacker:
                 jobs.append(job)
         async with _together() as group:
             group += [asyncio.ensure_future(job()) for job in jobs]
-        await self._complete(details, here, staged)
+        await self._build(details, here, staged)
         await run_blocking(self.sync, staged)
         failpoint("images.unpack.after_sync")
 
@@ -165,30 +164,23 @@ class Unpacker:
         except (OSError, BadLayer) as e:
             raise explained(e, doing) from e
         layer.size_bytes, layer.inodes, layer.diff_id = answer["size_bytes"], answer["inodes"], answer["diff_id"]
-        layer.implicit, layer.links = answer["implicit"], answer["links"]
+        layer.missing = Missing(answer["implicit"], answer["links"])
         report(what, Step.DONE, total, total)
 
-    async def _complete(self, details: Details, here: dict[str, TreeRecord], staged: Sequence[Staged]) -> None:
-        """In order from the bottom, since a layer may take from what was completed below it."""
-        paths = {layer.chain_id: layer.path for layer in staged}
-        paths |= {Digest(chain_id): self._driver.layer(record.id) for chain_id, record in here.items()}
+    async def _build(self, details: Details, here: dict[str, TreeRecord], staged: Sequence[Staged]) -> None:
+        """In order from the bottom, since a layer may take from what was finished below it."""
+        ids = {layer.chain_id: layer.tree for layer in staged}
+        ids |= {Digest(chain_id): record.id for chain_id, record in here.items()}
         for layer in staged:
             depth = details.chain.index(layer.chain_id)
-            if not depth or not (layer.implicit or layer.links):
-                continue
-            below = [str(paths[chain_id]) for chain_id in reversed(details.chain[:depth])]
-            job = {
-                "op": "complete",
-                "layer": str(layer.path),
-                "below": below,
-                "implicit": layer.implicit,
-                "links": layer.links,
-            }
+            below = [ids[chain_id] for chain_id in reversed(details.chain[:depth])]
             try:
-                answer = await self._workers.run(job, lambda _done: None)
+                # Whoever is cancelled meanwhile removes the tree next: nobody may be at work in it then.
+                layer.size_bytes += await uninterrupted(
+                    run_blocking(self._driver.build, layer.tree, below, layer.missing)
+                )
             except (OSError, BadLayer) as e:
                 raise explained(e, f"cannot unpack layer {layer.diff_id}") from e
-            layer.size_bytes += answer["size_bytes"]
 
     def sync(self, staged: Sequence[Staged]) -> None:
         """One flush for all: they lie on one file system."""

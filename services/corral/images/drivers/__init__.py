@@ -7,6 +7,7 @@ stay what they are: usable and removable, until their containers are gone.
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from corral.images.drivers.btrfs import Btrfs
 from corral.images.drivers.native import Native
 from corral.images.drivers.overlayfs import Overlayfs
 from corral.images.layers.removal import GoOn, always
@@ -15,8 +16,9 @@ from corral.rpc.errors import FailedPrecondition
 
 # Name -> maker, given the directory that is the driver's own, and somebody who does what takes long.
 DRIVERS: Mapping[str, Callable[[Path, Work], Snapshotter]] = {
-    "overlayfs": lambda root, _work: Overlayfs(root),
+    "overlayfs": Overlayfs,
     "native": Native,
+    "btrfs": Btrfs,
 }
 DIRECTORIES: Mapping[str, str] = {"overlayfs": "overlay"}
 

@@ -13,10 +13,13 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from corral.images.drivers.completing import complete
+from corral.images.drivers.places import new_directory, numbered
 from corral.images.drivers.usage import measure
 from corral.images.layers.removal import GoOn, always, remove_tree
-from corral.images.snapshotter import Mount, TreeId, Usage, Work
+from corral.images.snapshotter import Missing, Mount, TreeId, Usage, Work
 from corral.kernel.syncfs import syncfs
+from corral.store import failpoint
 from corral.store.files import fsync_directory
 
 
@@ -39,18 +42,24 @@ class Native:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def stage(self, tree: TreeId) -> Path:
-        return _new_directory(self._tmp / str(tree))
+        return new_directory(self._tmp / str(tree))
 
-    def layer(self, tree: TreeId) -> Path:
-        whole = self._whole / str(tree)
-        return whole if whole.is_dir() else self._layers / str(tree)
+    def build(self, tree: TreeId, chain: Sequence[TreeId], missing: Missing) -> int:
+        return complete(self._work, self._tmp / str(tree), self._needed(chain), missing)
+
+    def _where(self, tree: TreeId) -> Path:
+        for above in (self._layers, self._whole):
+            if (path := above / str(tree)).is_dir():
+                return path
+        return self._tmp / str(tree)
 
     def is_layer(self, tree: TreeId) -> bool:
-        return self.layer(tree).is_dir()
+        return self._where(tree).parent != self._tmp
 
     def commit(self, trees: Sequence[TreeId]) -> None:
         for tree in trees:
             (self._tmp / str(tree)).rename(self._layers / str(tree))
+            failpoint("images.native.after_commit_of_one")
         fsync_directory(self._layers)
 
     def make_ready(self, tree: TreeId) -> None:
@@ -64,16 +73,18 @@ class Native:
             return
         base = self._active / str(tree)
         base.mkdir(mode=0o700)
-        root = _new_directory(base / "fs")
+        root = new_directory(base / "fs")
+        failpoint("images.native.before_copy")
         if layers := [str(path) for path in reversed(self._needed(chain))]:
             self._work({"op": "lay", "layers": layers, "target": str(root)})
+            failpoint("images.native.after_copy")
         (base / "made").touch()
 
     def _needed(self, chain: Sequence[TreeId]) -> list[Path]:
         """The layers down to the first one that is all there is."""
         found = []
         for layer in chain:
-            found.append(self.layer(layer))
+            found.append(self._where(layer))
             if found[-1].parent == self._whole:
                 break
         return found
@@ -92,6 +103,7 @@ class Native:
         base = self._active / str(tree)
         _sync(base)
         (base / "fs").rename(self._whole / str(tree))
+        failpoint("images.native.after_adoption")
         fsync_directory(self._whole)
         remove_tree(base)
 
@@ -108,17 +120,7 @@ class Native:
             remove_tree(above / str(tree), go_on=go_on)
 
     def trees(self) -> Iterator[TreeId]:
-        for above in (self._active, self._tmp, self._layers, self._whole):
-            for path in above.iterdir():
-                if path.name.isdigit():
-                    yield TreeId(int(path.name))
-
-
-def _new_directory(path: Path) -> Path:
-    """As an image's root looks where no entry says otherwise, whatever the umask."""
-    path.mkdir()
-    path.chmod(0o755)
-    return path
+        yield from map(TreeId, numbered(self._active, self._tmp, self._layers, self._whole))
 
 
 def _sync(path: Path) -> None:

@@ -15,9 +15,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from corral.images.drivers.completing import complete
+from corral.images.drivers.places import file_system_of, kernel_has, new_directory, numbered
 from corral.images.drivers.usage import measure
 from corral.images.layers.removal import GoOn, always, remove_tree
-from corral.images.snapshotter import Mount, TreeId, Usage
+from corral.images.snapshotter import Missing, Mount, TreeId, Usage, Work
 from corral.kernel.syncfs import syncfs
 from corral.store.files import fsync_directory
 
@@ -44,18 +46,19 @@ class Overlayfs:
     name = "overlayfs"
     max_layers = 500  # OVL_MAX_STACK
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, work: Work) -> None:
+        self._work = work
         self._root = root
         self._tmp, self._layers, self._active, self._ready = root / "tmp", root / "l", root / "s", root / "r"
         self._looks: dict[TreeId, _Look] = {}  # of layers, which do not change
         self._options = tuple(option for name, option in _OFF_BY_PARAMETER.items() if (_PARAMETERS / name).exists())
 
     def check(self) -> str:
-        if "\toverlay\n" not in Path("/proc/filesystems").read_text():
+        if not kernel_has("overlay"):
             return "the kernel has no overlayfs: load it with `modprobe overlay`"
         if any(c in str(self._root) for c in ":,\\\n"):
             return f"overlayfs takes no ':', ',' or '\\' in paths, and {str(self._root)!r} has one: choose another root"
-        if _filesystem_of(self._root) in ("overlay", "9p", "nfs", "nfs4", "vfat", "fuse.sshfs"):
+        if file_system_of(self._root) in ("overlay", "9p", "nfs", "nfs4", "vfat", "fuse.sshfs"):
             return f"overlayfs takes no upper directory on the file system of {self._root}: choose another root"
         return ""
 
@@ -64,16 +67,17 @@ class Overlayfs:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def stage(self, tree: TreeId) -> Path:
-        path = self._tmp / str(tree)
-        path.mkdir()
-        path.chmod(0o755)  # the image's root, where no entry says otherwise
-        return path
+        return new_directory(self._tmp / str(tree))
 
-    def layer(self, tree: TreeId) -> Path:
-        return self._layers / str(tree)
+    def build(self, tree: TreeId, chain: Sequence[TreeId], missing: Missing) -> int:
+        return complete(self._work, self._tmp / str(tree), [self._where(layer) for layer in chain], missing)
+
+    def _where(self, layer: TreeId) -> Path:
+        committed = self._layers / str(layer)
+        return committed if committed.is_dir() else self._tmp / str(layer)
 
     def is_layer(self, tree: TreeId) -> bool:
-        return self.layer(tree).is_dir()
+        return (self._layers / str(tree)).is_dir()
 
     def commit(self, trees: Sequence[TreeId]) -> None:
         for tree in trees:
@@ -103,7 +107,7 @@ class Overlayfs:
     def _look(self, layer: TreeId) -> "_Look":
         look = self._looks.get(layer)
         if look is None:
-            status = self.layer(layer).stat()
+            status = (self._layers / str(layer)).stat()
             look = self._looks[layer] = _Look(stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
         return look
 
@@ -141,10 +145,7 @@ class Overlayfs:
             remove_tree(above / str(tree), go_on=go_on)
 
     def trees(self) -> Iterator[TreeId]:
-        for above in (self._active, self._ready, self._tmp, self._layers):
-            for path in above.iterdir():
-                if path.name.isdigit():
-                    yield TreeId(int(path.name))
+        yield from map(TreeId, numbered(self._active, self._ready, self._tmp, self._layers))
 
 
 def _make(base: str) -> None:
@@ -167,17 +168,3 @@ def _remove_untouched(base: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _filesystem_of(path: Path) -> str:
-    """The type of the file system that `path`, or what exists of it, lies on."""
-    while not path.exists():
-        path = path.parent
-    device = path.stat().st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo") as mounts:
-        for line in mounts:
-            fields, _, rest = line.partition(" - ")
-            if fields.split()[2] == wanted:
-                return rest.split()[0]
-    return ""

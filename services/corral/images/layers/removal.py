@@ -100,6 +100,7 @@ def _move_up(name: str, directory: int, new_name: str, top: int) -> bool:
 
 
 def _entries(directory: int) -> list[tuple[str, bool]]:
+    os.lseek(directory, 0, os.SEEK_SET)  # btrfs shows only what was there when one went to the beginning
     with os.scandir(directory) as entries:
         return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
 

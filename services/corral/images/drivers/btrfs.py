@@ -1,0 +1,158 @@
+"""Layers as subvolumes of btrfs, each the whole tree that it ends: a writable tree is a snapshot of one.
+
+    btrfs/tmp/<tree>          being unpacked; then, built, the layer that is to be
+    btrfs/b/<tree>            being built
+    btrfs/l/<tree>            a layer
+    btrfs/s/<tree>/fs, made   a writable tree; `made` is as old as the snapshot
+
+A layer is unpacked on its own, as every driver's is, and then laid on a snapshot of the layer below; blocks are shared.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from corral.images.drivers.completing import complete
+from corral.images.drivers.places import file_system_of, numbered
+from corral.images.drivers.usage import measure
+from corral.images.layers.removal import GoOn, always, remove_tree
+from corral.images.snapshotter import Missing, Mount, TreeId, Usage, Work
+from corral.kernel import btrfs
+from corral.kernel.syncfs import syncfs
+from corral.store import failpoint
+from corral.store.files import fsync_directory
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Btrfs:
+    """See Snapshotter."""
+
+    name = "btrfs"
+    max_layers = 10_000
+
+    def __init__(self, root: Path, work: Work) -> None:
+        self._work = work
+        self._root, self._tmp, self._building = root, root / "tmp", root / "b"
+        self._layers, self._active = root / "l", root / "s"
+
+    def check(self) -> str:
+        kind = file_system_of(self._root)
+        return "" if kind == "btrfs" else f"{self._root} does not lie on btrfs but on {kind or 'something unknown'}"
+
+    def open(self) -> None:
+        for path in (self._root, self._tmp, self._building, self._layers, self._active):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def stage(self, tree: TreeId) -> Path:
+        return _new_subvolume(self._tmp / str(tree))
+
+    def build(self, tree: TreeId, chain: Sequence[TreeId], missing: Missing) -> int:
+        if not chain:
+            return 0
+        staged, built, below = self._tmp / str(tree), self._building / str(tree), self._where(chain[0])
+        added = complete(self._work, staged, [below], missing)
+        _snapshot(below, built)
+        failpoint("images.btrfs.after_build_snapshot")
+        self._work({"op": "lay", "layers": [str(staged)], "target": str(built)})
+        _destroy(staged)
+        failpoint("images.btrfs.after_build")
+        built.rename(staged)
+        return added
+
+    def _where(self, layer: TreeId) -> Path:
+        committed = self._layers / str(layer)
+        return committed if committed.is_dir() else self._tmp / str(layer)
+
+    def is_layer(self, tree: TreeId) -> bool:
+        return (self._layers / str(tree)).is_dir()
+
+    def commit(self, trees: Sequence[TreeId]) -> None:
+        for tree in trees:
+            (self._tmp / str(tree)).rename(self._layers / str(tree))
+            failpoint("images.btrfs.after_commit_of_one")
+        fsync_directory(self._layers)
+
+    def make_ready(self, tree: TreeId) -> None:
+        """There is nothing to do ahead."""
+
+    def is_quick(self, chain: Sequence[TreeId], *, writable: bool) -> bool:
+        return bool(chain) and not writable
+
+    def prepare(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> None:
+        if chain and not writable:
+            return
+        base = self._active / str(tree)
+        base.mkdir(mode=0o700)
+        if chain:
+            _snapshot(self._layers / str(chain[0]), base / "fs")
+        else:
+            _new_subvolume(base / "fs")
+        failpoint("images.btrfs.after_snapshot")
+        (base / "made").touch()
+
+    def mounts(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> list[Mount]:
+        if chain and not writable:
+            return [Mount("bind", str(self._layers / str(chain[0])), ("bind", "ro"))]
+        return [Mount("bind", str(self._active / str(tree) / "fs"), ("bind", "rw" if writable else "ro"))]
+
+    def adopt(self, tree: TreeId) -> None:
+        base = self._active / str(tree)
+        with _opened(base) as fd:
+            syncfs(fd)
+        (base / "fs").rename(self._layers / str(tree))
+        failpoint("images.btrfs.after_adoption")
+        fsync_directory(self._layers)
+        remove_tree(base)
+
+    def usage(self, tree: TreeId) -> Usage:
+        base = self._active / str(tree)
+        try:
+            made = (base / "made").stat().st_ctime_ns
+        except FileNotFoundError:  # a view of layers
+            return Usage(0, 0)
+        return measure(base / "fs", since_ns=made)
+
+    def remove(self, tree: TreeId, *, go_on: GoOn = always) -> None:
+        for path in (self._active / str(tree) / "fs", *(self._root / above / str(tree) for above in ("b", "tmp", "l"))):
+            _destroy(path, go_on=go_on)
+        remove_tree(self._active / str(tree), go_on=go_on)
+
+    def trees(self) -> Iterator[TreeId]:
+        yield from map(TreeId, numbered(self._active, self._building, self._tmp, self._layers))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, _DIRECTORY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _new_subvolume(path: Path) -> Path:
+    with _opened(path.parent) as above:
+        btrfs.create_subvolume(above, path.name)
+    path.chmod(0o755)  # the image's root, where no entry says otherwise
+    return path
+
+
+def _snapshot(source: Path, target: Path) -> None:
+    with _opened(source) as tree, _opened(target.parent) as above:
+        btrfs.snapshot(tree, above, target.name)
+
+
+def _destroy(path: Path, *, go_on: GoOn = always) -> None:
+    """Remove a subvolume; nothing there is no error. A container may have made subvolumes of its own in it."""
+    try:
+        with _opened(path.parent) as above:
+            btrfs.destroy_subvolume(above, path.name)
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EINVAL):
+            raise
+        remove_tree(path, go_on=go_on)

@@ -1,0 +1,40 @@
+"""Where a driver's directory lies."""
+
+import os
+from pathlib import Path
+
+
+def file_system_of(path: Path) -> str:
+    """The type of the file system that `path`, or what exists of it, lies on; empty if that cannot be told."""
+    while not path.exists():
+        path = path.parent
+    # Not by st_dev, which on btrfs is another one for every subvolume, and none of the mount's.
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+    finally:
+        os.close(fd)
+    mount = next(line.split()[1] for line in lines if line.startswith("mnt_id:"))
+    with open("/proc/self/mountinfo") as mounts:
+        for line in mounts:
+            fields, _, rest = line.partition(" - ")
+            if fields.split()[0] == mount:
+                return rest.split()[0]
+    return ""
+
+
+def kernel_has(file_system: str) -> bool:
+    """Whether the kernel has it loaded."""
+    return file_system in Path("/proc/filesystems").read_text().split()
+
+
+def numbered(*directories: Path) -> list[int]:
+    """The numbers that are names in these directories."""
+    return [int(path.name) for directory in directories for path in directory.iterdir() if path.name.isdigit()]
+
+
+def new_directory(path: Path) -> Path:
+    """As an image's root looks where no entry says otherwise, whatever the umask."""
+    path.mkdir()
+    path.chmod(0o755)
+    return path
