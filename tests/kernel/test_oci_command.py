@@ -399,6 +399,19 @@ def test_where_systemd_does_not_run_it_is_said_what_to_do_without(oci: Runtime) 
     assert "use a path, or give --systemd-cgroup" in oci.call("create", name).stderr
 
 
+def test_capabilities_of_a_later_kernel_are_ignored_with_a_warning(oci: Runtime) -> None:
+    name = oci.new_id()
+    held = ["CAP_KILL", "CAP_OF_TOMORROW"]
+    oci.write("sleep", "1000", capabilities={"bounding": held, "effective": held, "permitted": held})
+    oci.detached("create", name)
+    assert "CAP_OF_TOMORROW" in (oci.directory / "stderr").read_text()
+    oci.ok("start", name)
+    status = oci.call("exec", "--cap", "CAP_OF_NEXT_WEEK", name, "cat", "/proc/self/status")
+    assert "level=warning" in status.stderr
+    assert "CAP_OF_NEXT_WEEK" in status.stderr
+    assert "CapBnd:\t0000000000000020" in status.stdout
+
+
 def test_spec_writes_a_bundle_that_runs_and_features_is_json(oci: Runtime) -> None:
     oci.ok("spec")
     assert "exists" in oci.call("spec").stderr

@@ -10,6 +10,7 @@ from support.fuzz import fuzz, json_of, junk, one_member, refusal
 
 from corral.oci import runtime
 from corral.oci.limits import changes_of
+from corral.oci.program import warnings_of
 from corral.oci.spec import Linux, Process, Resources, Spec
 
 PATH = re.compile(r"(config\.json|[a-zA-Z]+)([.\[].*)?: ", re.DOTALL)
@@ -118,11 +119,11 @@ def test_a_device_whose_name_is_no_utf_8_is_measured_in_bytes():
 
 
 @pytest.mark.parametrize("name", ["bounding", "effective", "permitted", "inheritable", "ambient"])
-def test_an_unknown_capability_is_refused_where_it_stands(name: str):
+def test_an_unknown_capability_is_ignored_with_a_warning(name: str):
     process = MINIMAL["process"] | {"capabilities": {name: ["CAP_KILL", "CAP_FLY"]}}
     spec = Spec.from_json(MINIMAL | {"process": process, "linux": {"namespaces": NAMESPACES}})
-    with pytest.raises(ValueError, match=rf"^process\.capabilities\.{name}: unknown capability 'CAP_FLY'"):
-        runtime.plan_of(spec, bundle="/nowhere", rootfs=(), user=None, cgroups=[], console_size=None)
+    runtime.plan_of(spec, bundle="/nowhere", rootfs=(), user=None, cgroups=[], console_size=None)
+    assert warnings_of(spec.process) == ["process.capabilities: 'CAP_FLY': unknown, and ignored"]
 
 
 def test_a_document_that_is_deep():

@@ -48,14 +48,17 @@ _prctl = libc("prctl", ctypes.c_int, _ulong, _ulong, _ulong, _ulong)
 
 
 def mask_of(names: Iterable[str]) -> int:
-    """CAP_* names as a bit mask. Raises ValueError naming one that does not exist."""
+    """CAP_* names as a bit mask; those that are unknown() are left out."""
     mask = 0
     for name in names:
-        number = _NUMBERS.get(name.upper())
-        if number is None:
-            raise ValueError(f"unknown capability {name!r}")
-        mask |= 1 << number
+        if (number := _NUMBERS.get(name.upper())) is not None:
+            mask |= 1 << number
     return mask
+
+
+def unknown(names: Iterable[str]) -> list[str]:
+    """Those that are no capabilities, or only will be in some later kernel; each once."""
+    return sorted({name for name in names if name.upper() not in _NUMBERS})
 
 
 def names_of(mask: int) -> list[str]:

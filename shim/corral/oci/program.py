@@ -122,24 +122,27 @@ def _labels(spec: Process) -> "Labels | None":
 
 
 def capability_sets(wanted: Capabilities | None, available: int) -> CapabilitySets:
-    """The sets as masks, as far as the runtime itself has them: it can't give what it lacks."""
+    """The sets as masks, as far as the runtime itself has them: it can't give what it lacks or doesn't know."""
     if wanted is None:
         return CapabilitySets(0, 0, 0, 0, 0)
-
-    def mask(name: str, names: tuple[str, ...]) -> int:
-        try:
-            return capabilities.mask_of(names) & available
-        except ValueError as e:
-            raise ValueError(f"process.capabilities.{name}: {e}") from None
-
-    permitted, inheritable = mask("permitted", wanted.permitted), mask("inheritable", wanted.inheritable)
+    permitted = capabilities.mask_of(wanted.permitted) & available
+    inheritable = capabilities.mask_of(wanted.inheritable) & available
     return CapabilitySets(
-        bounding=mask("bounding", wanted.bounding),
-        effective=mask("effective", wanted.effective) & permitted,
+        bounding=capabilities.mask_of(wanted.bounding) & available,
+        effective=capabilities.mask_of(wanted.effective) & permitted,
         permitted=permitted,
         inheritable=inheritable,
-        ambient=mask("ambient", wanted.ambient) & permitted & inheritable,
+        ambient=capabilities.mask_of(wanted.ambient) & permitted & inheritable,
     )
+
+
+def warnings_of(process: Process) -> list[str]:
+    """What of a process is ignored, as other runtimes do, a sentence each."""
+    if (asked := process.capabilities) is None:
+        return []
+    sets = (asked.bounding, asked.effective, asked.permitted, asked.inheritable, asked.ambient)
+    unknown = capabilities.unknown(name for names in sets for name in names)
+    return [f"process.capabilities: {', '.join(map(repr, unknown))}: unknown, and ignored"] if unknown else []
 
 
 def adjust_oom_score(wanted: int | None) -> None:

@@ -10,6 +10,7 @@ from corral.kernel import process as processes
 from corral.kernel.cgroup import Cgroup
 from corral.oci.decode import encode
 from corral.oci.json_text import loads
+from corral.oci.program import warnings_of
 from corral.oci.runtime import Container, ProcessHandle
 from corral.oci.spec import Capabilities, Process, Spec
 from corral.runtime import foreground, life, making, state
@@ -56,6 +57,8 @@ def execute(context: Context, options: Options, arguments: list[str]) -> int:
         group = life.cgroup_of(record)
         wanted = making.with_listen_fds(_process(spec, options, arguments[1:]))
         making.check_terminal(wanted, options, detached=detach)
+        for warning in warnings_of(wanted):
+            context.log.warning(warning)
         signals = -1 if detach else foreground.hold_signals()
         handle = _run(record, spec, wanted, options, kept, group)
         _report(handle, options)

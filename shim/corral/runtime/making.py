@@ -12,6 +12,7 @@ from corral.kernel.cgroup import Cgroup
 from corral.oci import runtime
 from corral.oci.gate import make_gate
 from corral.oci.json_text import loads
+from corral.oci.program import warnings_of
 from corral.oci.runtime import Container, Stdio
 from corral.oci.spec import Process, Spec
 from corral.runtime import groups, state
@@ -157,6 +158,8 @@ def _make_init(
     with_gate: bool,
 ) -> Container:
     context.log.debug(f"creating {record.id} in cgroup {record.cgroup or '(none)'}")
+    for warning in warnings_of(bundle.process):
+        context.log.warning(warning)
     with contextlib.ExitStack() as block:
         gate = block.enter_context(contextlib.closing(make_gate(place.gate))) if with_gate else None
         container = runtime.create(

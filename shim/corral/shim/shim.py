@@ -22,6 +22,7 @@ from corral.oci import hooks, runtime
 from corral.oci import state as oci_state
 from corral.oci.errors import ExecFailed
 from corral.oci.larder import Larder
+from corral.oci.program import warnings_of
 from corral.oci.runtime import Container
 from corral.oci.spec import Process, Spec
 from corral.shim import records, report
@@ -120,6 +121,8 @@ class Shim:
         finally:
             self._larder.close()
         failpoint("shim.create.after_clone")
+        for warning in warnings_of(program):
+            report.write(self._directory, warning)
         self._log, self._container, self._cgroup_paths = log, container, request.cgroup_paths
         return self._created(ContainerProcess("", io, program), container)
 
