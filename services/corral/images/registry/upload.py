@@ -28,6 +28,7 @@ from corral.images.registry.host import Host, Request
 from corral.images.registry.http import Body, Reply
 from corral.images.registry.repository import Repository
 from corral.rpc.blocking import run_blocking
+from corral.rpc.errors import FailedPrecondition, NotFound, PermissionDenied
 
 CHUNKED_BYTES = 64 << 20  # a blob with more goes in chunks,
 CHUNK_BYTES = 16 << 20  # of this size, or what the registry asks for.
@@ -73,7 +74,10 @@ class Upload:
         """None if the registry took it from the repository `origin`; else the session that it began instead."""
         query = urlencode({"mount": self._descriptor.digest, "from": origin})
         scopes = (*self._scopes, repository_scope(origin, "pull"))
-        return await self._post(f"{self._repository.path}/blobs/uploads/?{query}", scopes, expect=(201, 202))
+        try:
+            return await self._post(f"{self._repository.path}/blobs/uploads/?{query}", scopes, expect=(201, 202))
+        except (PermissionDenied, NotFound, FailedPrecondition):  # that repository is not ours any more, or is gone
+            return await self._begin()
 
     async def send(self, session: Session | None = None) -> None:
         """All of it. Raises the error for the user."""
