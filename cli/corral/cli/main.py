@@ -39,6 +39,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "push": ("registry", "Bring an image to a registry"),
     "login": ("registry", "Prove who you are to a registry"),
     "logout": ("registry", "Forget a login"),
+    "snapshot": ("snapshot", "Snapshots: ls, inspect, mounts, usage, rm, drivers"),
     "network": ("network", "Networks: create, ls, inspect, rm"),
     "volume": ("volume", "Volumes: create, ls, inspect, rm, prune"),
     "system": ("system", "The engine: info, version, check-host"),
