@@ -6,7 +6,7 @@ Zero is Go's "not set" for every number here, so it is no limit but none of our 
 from collections.abc import Iterable
 
 from corral.kernel import cgroup
-from corral.oci.spec import BlockIO, Cpu, DeviceRule, DeviceType, Memory, Resources, ThrottleDevice
+from corral.oci.spec import BlockIO, Cpu, DeviceRule, DeviceType, Memory, Network, Resources, ThrottleDevice
 
 _TYPES = {DeviceType.ALL: "a", DeviceType.BLOCK: "b", DeviceType.CHAR: "c", DeviceType.UNBUFFERED: "c"}
 
@@ -32,6 +32,7 @@ def _limits(wanted: Resources, devices: tuple[cgroup.DeviceRule, ...] | None) ->
         pids=cgroup.PidsLimits((wanted.pids.limit if wanted.pids else None) or None),
         io=_io(wanted.block_io or BlockIO()),
         hugetlb=tuple(cgroup.HugetlbLimit(each.page_size, each.limit) for each in wanted.hugepage_limits),
+        network=_network(wanted.network or Network()),
         rdma=tuple(
             cgroup.RdmaLimit(device, limit.hca_handles, limit.hca_objects) for device, limit in wanted.rdma.items()
         ),
@@ -75,6 +76,12 @@ def _io(io: BlockIO) -> cgroup.IoLimits:
     _throttle(devices, "write_ops_per_s", io.throttle_write_iops_device)
     limits = tuple(cgroup.IoDeviceLimits(major, minor, **rates) for (major, minor), rates in devices.items())
     return cgroup.IoLimits(weight=io.weight or None, devices=limits)
+
+
+def _network(network: Network) -> cgroup.NetworkMarks:
+    return cgroup.NetworkMarks(
+        network.class_id or None, tuple((each.name, each.priority) for each in network.priorities)
+    )
 
 
 def _throttle(devices: dict[tuple[int, int], dict[str, int]], what: str, throttled: Iterable[ThrottleDevice]) -> None:

@@ -329,6 +329,22 @@ class Rdma:
 
 
 @dataclass(frozen=True, slots=True)
+class InterfacePriority:
+    """Of what is sent by a network interface, which is named as the host has it."""
+
+    name: str
+    priority: U32
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What marks the packets of a container; 0 is no class."""
+
+    class_id: U32 | None = None
+    priorities: tuple[InterfacePriority, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Resources:
     """Cgroup limits: applied by who makes the cgroup, not by the runtime core."""
 
@@ -338,6 +354,7 @@ class Resources:
     pids: Pids | None = None
     block_io: BlockIO | None = None
     hugepage_limits: tuple[HugepageLimit, ...] = ()
+    network: Network | None = None
     rdma: Mapping[str, Rdma] = field(default_factory=dict)
     unified: Mapping[str, str] = field(default_factory=dict)
 

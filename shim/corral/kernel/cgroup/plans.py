@@ -38,6 +38,7 @@ def _of(module: str, part: Callable[[Resources], object]) -> Planner:
     return plan
 
 
+_NET_CLS, _NET_PRIO = _of("v1.net_cls", lambda r: r.network), _of("v1.net_prio", lambda r: r.network)
 _PARTS = (
     _Part(
         "cpu",
@@ -66,6 +67,8 @@ _PARTS = (
         _of("v2.hugetlb", lambda r: r.hugetlb),
     ),
     _Part("rdma", lambda r: bool(r.rdma), _of("rdma", lambda r: r.rdma), _of("rdma", lambda r: r.rdma)),
+    _Part("net_cls", lambda r: r.network.class_id is not None, _NET_CLS, _NET_CLS),
+    _Part("net_prio", lambda r: bool(r.network.priorities), _NET_PRIO, _NET_PRIO),
 )
 
 

@@ -94,6 +94,16 @@ class RdmaLimit:
 
 
 @dataclass(frozen=True, slots=True)
+class NetworkMarks:
+    """What the packets of a cgroup carry, for the host's traffic control; v1 only."""
+
+    class_id: int | None = None
+    """A handle of tc(8): 0x10001 is 1:1."""
+    priorities: tuple[tuple[str, int], ...] = ()
+    """By interface of the host."""
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceRule:
     """Allow or deny access to device nodes; of a list of rules the last that matches wins."""
 
@@ -117,6 +127,7 @@ class Resources:
     io: IoLimits = field(default_factory=IoLimits)
     hugetlb: tuple[HugetlbLimit, ...] = ()
     rdma: tuple[RdmaLimit, ...] = ()
+    network: NetworkMarks = field(default_factory=NetworkMarks)
     devices: tuple[DeviceRule, ...] | None = None
     """The complete rule list: what none of them matches is allowed. None leaves the rules alone."""
     unified: Mapping[str, str] = field(default_factory=dict)
