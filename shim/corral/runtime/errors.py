@@ -3,6 +3,8 @@
 import os
 
 USAGE_CODE = 1
+UNKNOWN_COMMAND_CODE = 3
+"""As runc's command line has it."""
 EXEC_CODE = 255
 """What exec ends with if its program never ran, as clients of runc expect."""
 

@@ -75,7 +75,7 @@ def delete(context: Context, options: Options, arguments: list[str]) -> int:
 
 def _remove(context: Context, container_id: str, *, force: bool) -> None:
     try:
-        with state.opened(context.root, container_id, patience_s=_DIE_S if force else 0.1) as place:
+        with state.opened(context.root, container_id, patience_s=_DIE_S if force else state.PROBE_S) as place:
             try:
                 record = place.record()
             except CommandError:

@@ -27,7 +27,7 @@ STATE, CONFIG, GATE = "state.json", "config.json", "gate"
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-.")
 _ID_LONGEST = 200
 _LOOK_S = 0.02
-_PROBE_S = 0.1
+PROBE_S = 0.1
 """Longer than anybody takes to look whether a container is locked."""
 
 
@@ -242,7 +242,7 @@ class Place:
 
 @contextlib.contextmanager
 def opened(
-    root: str, container_id: str, *, lock: int | None = fcntl.LOCK_EX, patience_s: float = _PROBE_S
+    root: str, container_id: str, *, lock: int | None = fcntl.LOCK_EX, patience_s: float = PROBE_S
 ) -> Iterator[Place]:
     """The directory of a container that exists; locked meanwhile, unless lock is None. patience_s: see Place.lock()."""
     check_id(container_id)
