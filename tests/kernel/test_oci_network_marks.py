@@ -36,7 +36,8 @@ def with_controllers(oci: Runtime, *commands: str) -> str:
     place = oci.directory / "net"
     place.mkdir(exist_ok=True)
     mount = f"mount -t cgroup -o net_cls,net_prio corral {place} || exit 77"
-    script = f"oci='{' '.join(oci.words())}'; net={place}; {mount}; {'; '.join(commands)}"
+    clean = "rmdir $net/corral-oci 2> /dev/null; true"  # or the hierarchy would outlive its mount
+    script = f"oci='{' '.join(oci.words())}'; net={place}; {mount}; {'; '.join(commands)}; {clean}"
     result = subprocess.run(
         ["unshare", "-m", "sh", "-c", script], cwd=oci.bundle, capture_output=True, text=True, check=False, timeout=60
     )
