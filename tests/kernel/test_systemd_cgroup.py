@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from support.ocicommand import Runtime, wait_until
+from support.ocicommand import COMMAND, Runtime, wait_until
 from support.requirements import needs
 from support.rootless import users_directory
 from support.tasks import make_rootfs
@@ -27,6 +27,7 @@ LIMITS = {
 }
 UNTOLD = {"memory.oom.group": "1"}
 """What systemd has no property for once a unit is there."""
+PROC = [{"destination": "/proc", "type": "proc", "source": "proc"}]
 PROPERTY = "org.systemd.property"
 SLOW_S = 120
 """A command may take a while where the processor is emulated."""
@@ -170,6 +171,13 @@ def test_a_create_that_is_killed_leaves_nothing_that_a_forced_delete_does_not_re
         oci.ok("delete", "--force", name)
         wait_until(lambda: not is_left(name), SLOW_S)  # noqa: B023 - it is over before the next
         assert not (oci.root / name).exists()
+    name = oci.sleeping()
+    left = json.loads((oci.root / name / "state.json").read_text()) | {"pid": 0, "cgroup_is_own": False}
+    (oci.root / early).mkdir()
+    (oci.root / early / "state.json").write_text(json.dumps(left))
+    oci.ok("delete", "--force", early)  # which never came to making what is another's
+    assert oci.status(name) == "running"
+    assert shown(name, "ActiveState") == {"ActiveState": "active"}
 
 
 def test_what_can_not_be_made_is_refused_and_leaves_nothing(oci: UnderSystemd) -> None:
@@ -222,7 +230,7 @@ def test_a_container_of_an_ordinary_user_is_a_scope_of_his_own_systemd(user: pwd
         spec = oci.spec("cat /proc/self/cgroup; sleep 1000")
         namespaces = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "user")]
         resources = {"memory": {"limit": 64 << 20}, "pids": {"limit": 10}}
-        oci.write_spec(spec | {"linux": {"namespaces": namespaces, "resources": resources, **mapping}, "mounts": []})
+        oci.write_spec(spec | {"linux": {"namespaces": namespaces, "resources": resources, **mapping}, "mounts": PROC})
         with (directory / "log").open("w") as log:
             run = undo.enter_context(
                 subprocess.Popen(
@@ -242,3 +250,44 @@ def test_a_container_of_an_ordinary_user_is_a_scope_of_his_own_systemd(user: pwd
         assert result.returncode == 0, result.stderr
         assert run.wait(SLOW_S) == 128 + 9
         wait_until(lambda: not (ROOT / own[1:]).exists(), SLOW_S)
+
+
+@needs("podman", "conmon")
+def test_podman_needs_no_flag_to_run_its_containers(tmp_path: Path, busybox_archive: Path) -> None:
+    base = ["podman", "--root", f"{tmp_path}/root", "--runroot", f"{tmp_path}/run", "--tmpdir", f"{tmp_path}/tmp",
+            "--network-config-dir", f"{tmp_path}/net", "--runtime", str(COMMAND)]  # fmt: skip
+
+    def podman(*words: str) -> "subprocess.CompletedProcess[str]":
+        with (tmp_path / "said").open("w+") as said:  # not a pipe, which a container that stays would hold
+            options = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": subprocess.STDOUT, "timeout": SLOW_S}
+            code = subprocess.run([*base, *words], cwd=tmp_path, check=False, **options).returncode  # type: ignore[call-overload]
+            said.seek(0)
+            return subprocess.CompletedProcess(words, code, said.read())
+
+    def ok(*words: str) -> str:
+        result = podman(*words)
+        assert result.returncode == 0, result.stdout
+        return result.stdout
+
+    ok("load", "--quiet", "--input", str(busybox_archive))
+    try:
+        assert podman("run", "--rm", "--network", "none", "busybox", "sh", "-c", "echo out; exit 5").returncode == 5
+        limits = ("--memory", "64m", "--pids-limit", "50", "--cpus", "0.5")
+        name = ok("run", "--detach", "--network", "none", *limits, "busybox", "sleep", "1000").split()[-1]
+        scope = f"libpod-{name}.scope"
+        shown = systemctl("show", scope, "--property=Slice,MemoryMax,TasksMax,CPUQuotaPerSecUSec,ActiveState")
+        assert set(shown.splitlines()) == {
+            "Slice=machine.slice", "ActiveState=active",
+            f"MemoryMax={64 << 20}", "TasksMax=50", "CPUQuotaPerSecUSec=500ms",
+        }  # fmt: skip
+        assert ok("exec", name, "cat", "/proc/self/cgroup").strip() == "0::/"
+        ok("update", "--memory", "32m", name)
+        assert systemctl("show", scope, "--property=MemoryMax") == f"MemoryMax={32 << 20}"
+        ok("pause", name)
+        ok("unpause", name)
+        ok("stop", "--time", "0", name)
+        ok("rm", name)
+        assert systemctl("show", scope, "--property=LoadState") == "LoadState=not-found"
+    finally:
+        podman("rm", "--all", "--force", "--time", "0")
+        podman("rmi", "--all", "--force")

@@ -9,6 +9,7 @@ from corral.kernel.cgroup.systemd.names import check_name, slice_path
 from corral.kernel.cgroup.systemd.properties import (
     INFINITY,
     bitmap,
+    contents_of,
     device_properties,
     in_whole_percents,
     oom_policy,
@@ -21,11 +22,9 @@ from corral.runtime.units import annotated, names_of
 NEW = 257
 
 
-def told(*written: tuple[str, str], version: int = NEW) -> dict[str, object]:
-    """The properties, without their types, of files written in a cgroup."""
-    found = properties_of([Write(f"/sys/fs/cgroup/a/{name}", value) for name, value in written], version)
-    assert len(dict(found)) == len(found)
-    return {name: value.value for name, value in found}
+def told(contents: dict[str, str], version: int = NEW) -> dict[str, object]:
+    """The properties, without their types, of files of a cgroup."""
+    return {name: value.value for name, value in properties_of(contents, version)}
 
 
 @pytest.mark.parametrize(
@@ -79,22 +78,20 @@ def test_what_is_not_a_unit_is_refused(name):
 
 
 def test_the_files_of_v2_have_properties():
-    assert told(
-        ("memory.max", "67108864"),
-        ("memory.high", "max"),
-        ("memory.low", "1048576"),
-        ("memory.min", "0"),
-        ("memory.swap.max", "max"),
-        ("cpu.max", "50000 100000"),
-        ("cpu.weight", "59"),
-        ("cpuset.cpus", "0-1,3"),
-        ("cpuset.mems", "0"),
-        ("pids.max", "10"),
-        ("io.weight", "default 500"),
-        ("io.weight", "8:0 100"),
-        ("io.max", "8:0 rbps=100"),
-        ("hugetlb.2MB.max", "0"),
-    ) == {
+    contents = {
+        "memory.max": "67108864",
+        "memory.high": "max",
+        "memory.low": "1048576",
+        "memory.min": "0",
+        "memory.swap.max": "max",
+        "cpu.max": "50000 100000",
+        "cpu.weight": "59",
+        "cpuset.cpus": "0-1,3",
+        "cpuset.mems": "0",
+        "pids.max": "10",
+        "io.weight": "default 500\n8:0 100",
+    }
+    assert told(contents) == {
         "MemoryMax": 67108864,
         "MemoryHigh": INFINITY,
         "MemoryLow": 1048576,
@@ -108,19 +105,19 @@ def test_the_files_of_v2_have_properties():
         "TasksMax": 10,
         "IOWeight": 500,
     }
+    assert told({"io.bfq.weight": "1000"}) == {"IOWeight": 10000}
 
 
 def test_the_files_of_v1_have_properties():
-    assert told(
-        ("memory.limit_in_bytes", "-1"),
-        ("cpu.shares", "512"),
-        ("cpu.cfs_period_us", "50000"),
-        ("cpu.cfs_quota_us", "-1"),
-        ("cpu.cfs_quota_us", "25000"),
-        ("blkio.bfq.weight", "500"),
-        ("pids.max", "max"),
-        ("memory.memsw.limit_in_bytes", "5"),
-    ) == {
+    contents = {
+        "memory.limit_in_bytes": "9223372036854771712",
+        "cpu.shares": "512",
+        "cpu.cfs_period_us": "50000",
+        "cpu.cfs_quota_us": "25000",
+        "blkio.bfq.weight": "default 500\n8:0 100",
+        "pids.max": "max",
+    }
+    assert told(contents) == {
         "MemoryLimit": INFINITY,
         "CPUShares": 512,
         "CPUQuotaPeriodUSec": 50000,
@@ -130,8 +127,17 @@ def test_the_files_of_v1_have_properties():
     }
 
 
+def test_what_was_written_is_told_as_the_kernel_has_it_and_nothing_else(tmp_path):
+    for name, content in {"pids.max": "5\n", "cpu.cfs_quota_us": "-1\n", "cpu.cfs_period_us": "100000\n"}.items():
+        (tmp_path / name).write_text(content)
+    written = ("pids.max", "05"), ("cpu.cfs_quota_us", "-1"), ("hugetlb.2MB.max", "0"), ("io.max", "8:0 rbps=100")
+    assert contents_of([Write(f"{tmp_path}/{name}", value) for name, value in written]) == {
+        "pids.max": "5", "cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000",
+    }  # fmt: skip
+
+
 def test_no_limit_of_cpu_time_is_infinite_and_no_process_at_all_is_one():
-    assert told(("cpu.max", "max 100000"), ("pids.max", "0")) == {
+    assert told({"cpu.max": "max 100000", "pids.max": "0"}) == {
         "CPUQuotaPeriodUSec": 100000,
         "CPUQuotaPerSecUSec": INFINITY,
         "TasksMax": 1,
@@ -139,14 +145,14 @@ def test_no_limit_of_cpu_time_is_infinite_and_no_process_at_all_is_one():
 
 
 def test_an_idle_group_has_a_weight_of_zero():
-    assert told(("cpu.idle", "1"), ("cpu.weight", "59")) == {"CPUWeight": 0}
-    assert told(("cpu.idle", "0"), ("cpu.weight", "59")) == {"CPUWeight": 59}
+    assert told({"cpu.idle": "1", "cpu.weight": "59"}) == {"CPUWeight": 0}
+    assert told({"cpu.idle": "0", "cpu.weight": "59"}) == {"CPUWeight": 59}
 
 
 def test_an_older_systemd_is_told_what_it_knows():
-    written = (("cpu.max", "50000 100000"), ("cpuset.cpus", "0"), ("cpu.idle", "1"))
-    assert told(*written, version=241) == {"CPUQuotaPerSecUSec": 500000}
-    assert set(told(*written, version=244)) == {"CPUQuotaPerSecUSec", "CPUQuotaPeriodUSec", "AllowedCPUs"}
+    contents = {"cpu.max": "50000 100000", "cpuset.cpus": "0", "cpu.idle": "1"}
+    assert told(contents, version=241) == {"CPUQuotaPerSecUSec": 500000}
+    assert set(told(contents, version=244)) == {"CPUQuotaPerSecUSec", "CPUQuotaPeriodUSec", "AllowedCPUs"}
     assert oom_policy("1", 252) == []
     assert oom_policy("1", 253) == [("OOMPolicy", Variant("s", "kill"))]
 
@@ -154,7 +160,8 @@ def test_an_older_systemd_is_told_what_it_knows():
 @pytest.mark.parametrize(
     ("written", "rounded"),
     [("33333 100000", "34000 100000"), ("50000 100000", "50000 100000"), ("max 100000", "max 100000"),
-     ("1", "1000 100000"), ("4000 33333", "4333 33333")],
+     ("1", "1000 100000"), ("4000 33333", "4333 33333"),
+     ("much 100000", "much 100000"), ("5 0", "5 0")],
 )  # fmt: skip
 def test_a_quota_is_rounded_up_to_a_whole_percent_as_systemd_keeps_it(written, rounded):
     (step,) = in_whole_percents([Write("/a/cpu.max", written)])

@@ -80,7 +80,7 @@ def _annotated(key: str, written: str) -> Property:
 
 
 class Scope:
-    """The scope of a container that is being made. Closed, it is as if it had never been asked for, unless settled."""
+    """The scope of a container that is being made."""
 
     def __init__(self, context: Context, record: Record, spec: Spec) -> None:
         """Find out what it is called and where its cgroup will be, and note both in the record."""
@@ -127,7 +127,7 @@ class Scope:
     def settle(self) -> None:
         """Init is in it: what made room for it ends, and systemd is told of the limits."""
         self._end_holder()
-        tell = _Tell(self._manager, self._record.unit, properties.properties_of(self._plan, self._manager.version))
+        tell = _Tell(self._manager, self._record.unit, self._plan)
         steps.run([*filter(_counts_processes, self._plan), tell], undo=False)
         self.close()
 
@@ -138,8 +138,7 @@ class Scope:
         found = [("Description", Variant("s", f"corral-oci container {self._record.id}"))]
         found += [(name, Variant("b", True)) for name in accounting]
         found += self._annotated
-        if self._limits.devices is not None and layout.of("devices") is not None:
-            found += properties.device_properties(self._limits.devices)
+        found += _device_properties(self._limits, layout)
         if oom_group := self._limits.unified.get("memory.oom.group"):
             found += properties.oom_policy(oom_group, self._manager.version)
         return found
@@ -150,6 +149,13 @@ class Scope:
             process.send_signal(pidfd, signal.SIGKILL)
             os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
             os.close(pidfd)
+
+
+def _device_properties(limits: Resources, layout: Layout) -> list[Property]:
+    """What systemd is told of devices: on v1 only. The program that rules them on v2 it does not touch."""
+    if limits.devices is None or layout.of("devices") is None:
+        return []
+    return properties.device_properties(limits.devices)
 
 
 def _counts_processes(step: Step) -> bool:
@@ -172,22 +178,23 @@ def _hold() -> tuple[int, int]:
 
 
 class _Tell:
-    """The step that tells systemd: nothing is, if it refuses."""
+    """The step that tells systemd of the others, which come before: nothing is changed, if it refuses."""
 
-    def __init__(self, manager: Manager, unit: str, wanted: Sequence[Property]) -> None:
-        self._manager, self._unit, self._wanted = manager, unit, wanted
+    def __init__(self, manager: Manager, unit: str, told: Sequence[Step], more: Sequence[Property] = ()) -> None:
+        self._manager, self._unit, self._told, self._more = manager, unit, told, more
 
     def describe(self) -> str:
         """As a person would do it."""
-        return f"systemctl set-property --runtime {self._unit} {' '.join(name for name, _ in self._wanted)}"
+        return f"systemctl set-property --runtime {self._unit} ..."
 
     def inverse(self) -> None:
         """None: it is the last one."""
 
     def apply(self) -> None:
         """Tell."""
-        if self._wanted:
-            self._manager.set_properties(self._unit, self._wanted)
+        contents = properties.contents_of(self._told)
+        if wanted := [*properties.properties_of(contents, self._manager.version), *self._more]:
+            self._manager.set_properties(self._unit, wanted)
 
 
 def update(record: Record, group: Cgroup, changes: Resources) -> None:
@@ -196,10 +203,8 @@ def update(record: Record, group: Cgroup, changes: Resources) -> None:
     group.plan(devices)  # can be
     with contextlib.closing(manager_for(user=record.user_manager)) as manager:
         plan = properties.in_whole_percents(group.plan(replace(changes, devices=None)))
-        told = properties.properties_of(plan, manager.version)
-        if changes.devices is not None and detect().of("devices") is not None:
-            told += properties.device_properties(changes.devices)
-        steps.run([*plan, _Tell(manager, record.unit, told)])
+        told = _device_properties(changes, detect())
+        steps.run([*plan, _Tell(manager, record.unit, plan, told)])
     group.apply(devices)
 
 
@@ -207,15 +212,29 @@ def remove(record: Record) -> None:
     """Remove a container's scope with whatever is left in it."""
     group = Driver(detect()).open(record.cgroup)
     group.kill()
-    with contextlib.closing(manager_for(user=record.user_manager)) as manager:
-        manager.stop(record.unit)
+    if (manager := _reached(record)) is not None:
+        with contextlib.closing(manager):
+            manager.stop(record.unit)
     group.remove()
 
 
 def forget(record: Record) -> None:
-    """Remove what a create that was killed may have asked for. Its scope has ended with it; that may have failed."""
-    with contextlib.closing(manager_for(user=record.user_manager)) as manager:
-        manager.reset(record.unit)
+    """Remove what a create that was killed may have asked for, unless somebody is in it: that is another container's.
+
+    A scope ends with its last process, unless that died before systemd had it under its eyes.
+    """
+    empty = not Driver(detect()).open(record.cgroup).pids()
+    if (manager := _reached(record)) is not None:
+        with contextlib.closing(manager):
+            (manager.stop if empty else manager.reset)(record.unit)
+
+
+def _reached(record: Record) -> Manager | None:
+    """The systemd that a scope is of. None if it does not run any more: a user's ends with the user's last session."""
+    try:
+        return manager_for(user=record.user_manager)
+    except CommandError:
+        return None
 
 
 def is_user(context: Context) -> bool:

@@ -1,13 +1,14 @@
-"""Limits as properties of a unit. Pure, but for a look at the period that a new quota is for.
+"""Limits as properties of a unit.
 
-What a limit comes to is worked out once, by the planners of the driver (corral.kernel.cgroup.plans); here the files
-that they write are translated. A file that has no property is the driver's alone: systemd leaves it as it is.
+What a limit comes to is worked out once, by the planners of the driver (corral.kernel.cgroup.plans), and what the
+kernel makes of it is in the files that they write: those are translated here. A file that has no property is the
+driver's alone: systemd leaves it as it is.
 
 Source: systemd.resource-control(5), org.freedesktop.systemd1(5); runc docs/systemd.md "Resource limits" for which of
 them a runtime sets.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from corral.kernel.cgroup import convert, files
@@ -61,14 +62,9 @@ def _per_second(quota_us: int, period_us: int) -> int:
     return -(-quota_us * _SECOND_US // (period_us * _PERCENT_US)) * _PERCENT_US
 
 
-def _io_weight(value: str) -> list[Property]:
-    key, _, weight = value.rpartition(" ")
-    return [("IOWeight", Variant("t", int(weight)))] if key in ("", "default") else []
-
-
-def _bfq_weight(value: str) -> list[Property]:
-    key, _, weight = value.rpartition(" ")
-    return [("IOWeight", Variant("t", convert.io_weight(int(weight))))] if key in ("", "default") else []
+def _weight(name: str, converted: Callable[[int], int] = int) -> Callable[[str], list[Property]]:
+    """Of a file that has a line of its own for all devices without one, "100" or "default 100", the first."""
+    return lambda value: [(name, Variant("t", converted(int(value.splitlines()[0].split()[-1]))))]
 
 
 _OF_FILE: dict[str, Callable[[str], list[Property]]] = {
@@ -80,8 +76,9 @@ _OF_FILE: dict[str, Callable[[str], list[Property]]] = {
     "memory.swap.max": _limit("MemorySwapMax"),
     _CPU_MAX: _bandwidth,
     _CPU_WEIGHT: _limit("CPUWeight"),
-    "io.weight": _io_weight,
-    "io.bfq.weight": _bfq_weight,
+    _CPU_IDLE: lambda _: [],  # see below
+    "io.weight": _weight("IOWeight"),
+    "io.bfq.weight": _weight("IOWeight", convert.io_weight),
     # both
     "pids.max": _tasks,
     "cpuset.cpus": _list("AllowedCPUs"),
@@ -89,30 +86,34 @@ _OF_FILE: dict[str, Callable[[str], list[Property]]] = {
     # v1
     "memory.limit_in_bytes": _limit("MemoryLimit"),
     "cpu.shares": _limit("CPUShares"),
-    "blkio.weight": _limit("BlockIOWeight"),
-    "blkio.bfq.weight": _limit("BlockIOWeight"),
+    _V1_QUOTA: lambda _: [],  # likewise
+    _V1_PERIOD: lambda _: [],
+    "blkio.weight": _weight("BlockIOWeight"),
+    "blkio.bfq.weight": _weight("BlockIOWeight"),
 }
 
 
-def properties_of(steps: Iterable[Step], version: int) -> list[Property]:
-    """What a systemd of some version is to be told of the steps that set limits."""
+def contents_of(steps: Iterable[Step]) -> dict[str, str]:
+    """The files, by name, that the steps have written and that say something to systemd."""
+    paths = {step.path for step in steps if isinstance(step, Write)}
+    for path in list(paths):
+        directory, _, name = path.rpartition("/")
+        if name in (_V1_QUOTA, _V1_PERIOD):  # systemd wants both
+            paths |= {f"{directory}/{_V1_QUOTA}", f"{directory}/{_V1_PERIOD}"}
+    names = {path: path.rpartition("/")[2] for path in paths}
+    return {name: files.read(path) for path, name in names.items() if name in _OF_FILE}
+
+
+def properties_of(contents: Mapping[str, str], version: int) -> list[Property]:
+    """What a systemd of some version is to be told of the files, by name, that hold limits. Pure."""
     found: dict[str, Variant] = {}
-    files_written: dict[str, str] = {}
-    for name, value in _written(steps):
-        files_written[name] = value
-        if (translate := _OF_FILE.get(name)) is not None:
-            found |= translate(value)
-    if files_written.get(_CPU_IDLE) == "1" and version >= _IDLE_SINCE:
-        found["CPUWeight"] = Variant("t", 0)  # what cannot be told is that it is not idle any more
-    if quota := files_written.get(_V1_QUOTA):
-        found |= _quota(int(quota), int(files_written.get(_V1_PERIOD, _DEFAULT_PERIOD_US)))
+    for name, value in contents.items():
+        found |= _OF_FILE[name](value)
+    if contents.get(_CPU_IDLE) == "1" and version >= _IDLE_SINCE:
+        found["CPUWeight"] = Variant("t", 0)  # what can't be told is that it is not idle any more
+    if quota := contents.get(_V1_QUOTA):
+        found |= _quota(int(quota), int(contents[_V1_PERIOD]))
     return [(name, value) for name, value in found.items() if version >= _SINCE.get(name, 0)]
-
-
-def _written(steps: Iterable[Step]) -> Iterator[tuple[str, str]]:
-    for step in steps:
-        if isinstance(step, Write):
-            yield step.path.rpartition("/")[2], step.value.strip()
 
 
 def oom_policy(value: str, version: int) -> list[Property]:
@@ -128,11 +129,14 @@ def in_whole_percents(steps: Sequence[Step]) -> list[Step]:
 
 def _in_whole_percents(step: Write) -> Write:
     directory, _, name = step.path.rpartition("/")
-    if name == _CPU_MAX:
-        quota, period = (*step.value.split(), str(_DEFAULT_PERIOD_US))[:2]
-        return step if quota == "max" else replace(step, value=f"{_rounded(int(quota), int(period))} {period}")
-    if name == _V1_QUOTA and int(step.value) > 0:
-        return replace(step, value=str(_rounded(int(step.value), files.read_number(f"{directory}/{_V1_PERIOD}"))))
+    try:
+        if name == _CPU_MAX and not step.value.startswith("max"):
+            quota, period = (*step.value.split(), str(_DEFAULT_PERIOD_US))[:2]
+            return replace(step, value=f"{_rounded(int(quota), int(period))} {period}")
+        if name == _V1_QUOTA and int(step.value) > 0:
+            return replace(step, value=str(_rounded(int(step.value), files.read_number(f"{directory}/{_V1_PERIOD}"))))
+    except (ValueError, ZeroDivisionError):
+        pass  # the kernel says what is wrong with it
     return step
 
 
