@@ -1,20 +1,18 @@
 """Images whose files, links and devices stand where the runtime mounts and makes things. What counts is the host."""
 
 import contextlib
-import ctypes
 import os
-import signal
 import stat
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
+from support.races import ROUNDS, exchanging, stealing
 from support.requirements import needs
 
 from corral.kernel import process
+from corral.oci.devices import _make as make_node
 from corral.oci.runtime import ExecFailed, Stdio
 from corral.oci.spec import Device, DeviceType, Mount, Spec
 
@@ -22,7 +20,6 @@ pytestmark = needs("root", "overlayfs", "busybox")
 
 REFUSED = (ExecFailed, OSError)
 RACE_S = 2.0
-_RENAME_EXCHANGE = 2
 
 
 @dataclass
@@ -82,29 +79,6 @@ def attempt(lab, spec: Spec, **options: object) -> str | None:
 
 def bind(destination: str, source: Path, *options: str) -> Mount:
     return Mount(destination, "bind", str(source), ("rbind", *options))
-
-
-@contextlib.contextmanager
-def exchanging(a: Path, b: Path) -> Iterator[None]:
-    """Somebody exchanges two names as fast as the kernel does."""
-    pid, pidfd = process.clone(0)
-    if pid == 0:
-        _exchange_for_ever(os.fsencode(a), os.fsencode(b))
-    try:
-        yield
-    finally:
-        process.send_signal(pidfd, signal.SIGKILL)
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-        os.close(pidfd)
-
-
-def _exchange_for_ever(a: bytes, b: bytes) -> NoReturn:
-    rename = ctypes.CDLL(None).renameat2
-    try:
-        while not rename(-100, a, -100, b, _RENAME_EXCHANGE):
-            time.sleep(0.00005)
-    finally:
-        os._exit(1)
 
 
 @pytest.mark.parametrize("name", ["proc", "sys"])
@@ -346,6 +320,20 @@ class TestDevThatIsALink:
         (lab.plant / "deep").symlink_to(bait.ways()[way])
         devices = (Device("/deep/node", DeviceType.CHAR, 1, 3), Device("/deep/er/node", DeviceType.CHAR, 1, 3))
         attempt(lab, lab.spec("true", linux={"devices": devices}))
+        assert bait.untouched()
+
+    def test_cve_2026_41579_a_node_exchanged_before_it_is_given_to_its_user(self, lab, bait):
+        volume = lab.directory / "volume"
+        volume.mkdir()
+        device = Device("/dev/x", DeviceType.CHAR, 1, 3, file_mode=0o666, uid=1000, gid=1000)
+        parent = os.open(volume, os.O_PATH)
+        give_up_at = time.monotonic() + RACE_S
+        with stealing(volume, bait.file):
+            for number in range(ROUNDS):
+                if time.monotonic() > give_up_at:
+                    break
+                make_node(device, f"made{number}", parent)
+        os.close(parent)
         assert bait.untouched()
 
     def test_cve_2026_41579_a_directory_exchanged_while_devices_are_made(self, lab, bait):

@@ -49,6 +49,18 @@ def test_a_new_mount_is_nowhere_until_it_is_moved(place):
     assert place.stat().st_mode & 0o777 == 0o700
 
 
+def test_a_link_where_a_mount_is_to_go_is_not_followed(place, tmp_path):
+    """Unless that is asked for: so somebody else's directory is not covered by who makes him a link to it."""
+    (place / "link").symlink_to(tmp_path)
+    fd, tree = os.open(place, os.O_PATH), mount.new_mount("tmpfs", "scratch")
+    before = Path("/proc/self/mountinfo").read_text()
+    with pytest.raises(OSError, match="move_mount"):
+        mount.move_mount(tree, fd, "link")
+    assert Path("/proc/self/mountinfo").read_text() == before
+    for each in (fd, tree):
+        os.close(each)
+
+
 def test_an_unknown_file_system_is_named():
     with pytest.raises(OSError, match="fsopen: No such device: 'nonsense'"):
         mount.new_mount("nonsense")

@@ -1,22 +1,17 @@
 """Making and opening paths inside a root that somebody else wrote."""
 
-import contextlib
-import ctypes
 import os
-import signal
 import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
+from support.races import ROUNDS, stealing
 
-from corral.kernel import paths, process
+from corral.kernel import paths
 
 RACE_S = 2.0
-ROUNDS = 4000
-_RENAME_EXCHANGE = 2
 
 
 @pytest.fixture
@@ -80,33 +75,6 @@ def test_cve_2024_45310_a_dangling_link_that_is_the_file_itself(root, way):
     with paths.opened(paths.make_file_in_root(fd, "/link")) as made:
         assert stat.S_ISREG(os.fstat(made).st_mode)
     assert list(outside.iterdir()) == []
-
-
-@contextlib.contextmanager
-def stealing(place: Path, outside: Path) -> Iterator[None]:
-    """Somebody exchanges each name, as soon as it is made, for a link that leads out."""
-    for number in range(ROUNDS):
-        (place / f"trap{number}").symlink_to(outside)
-    pid, pidfd = process.clone(0)
-    if pid == 0:
-        _steal_each(os.fsencode(place))
-    try:
-        yield
-    finally:
-        process.send_signal(pidfd, signal.SIGKILL)
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-        os.close(pidfd)
-
-
-def _steal_each(place: bytes) -> NoReturn:
-    rename = ctypes.CDLL(None).renameat2
-    try:
-        for number in range(ROUNDS):
-            made, trap = b"%s/made%d" % (place, number), b"%s/trap%d" % (place, number)
-            while rename(-100, made, -100, trap, _RENAME_EXCHANGE):
-                pass
-    finally:
-        os._exit(0)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,10 @@
 
 import contextlib
 import os
-import signal
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 from support.requirements import needs
@@ -94,41 +92,6 @@ class TestLinksInTheImage:
         (lab.plant / "alias").symlink_to("/secret")
         seen = lab.run("cat /alias /secret", linux={"masked_paths": ("/alias",)})
         assert seen.output == ""
-
-    def test_links_exchanged_while_containers_start(self, lab):
-        """CVE-2021-30465: a volume whose directory is exchanged for a link between the check and the mount."""
-        volume = lab.directory / "volume"
-        (volume / "real").mkdir(parents=True)
-        (volume / "trap").symlink_to(lab.directory / "bundle")
-        before = names(lab.directory / "bundle")
-        pid, pidfd = process.clone(0)
-        if pid == 0:
-            _exchange_for_ever(volume / "real", volume / "trap")
-        try:
-            for _ in range(30):
-                mounts = [
-                    Mount("/volume", "bind", str(volume), ("rbind",)),
-                    Mount("/volume/real/deep", "tmpfs", "tmpfs", ("size=1m",)),
-                ]
-                with contextlib.suppress(ExecFailed, OSError):
-                    lab.run("true", mounts=mounts)
-        finally:
-            process.send_signal(pidfd, signal.SIGKILL)
-            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-            os.close(pidfd)
-        assert names(lab.directory / "bundle") == before
-
-
-def _exchange_for_ever(a: Path, b: Path) -> NoReturn:
-    spare = a.with_name("spare")
-    try:
-        while True:
-            a.rename(spare)
-            b.rename(a)
-            spare.rename(b)
-            time.sleep(0.0002)
-    finally:
-        os._exit(1)
 
 
 class TestProc:
