@@ -13,15 +13,8 @@ from support.requirements import needs
 from corral.kernel.namespaces import Kind
 from corral.kernel.syscalls import MACHINE
 from corral.oci.errors import SETUP, ExecFailed
-from corral.oci.spec import (
-    CPUAffinity,
-    IdMapping,
-    IOPriority,
-    MemoryPolicy,
-    Namespace,
-    Personality,
-    Scheduler,
-)
+from corral.oci.scheduling import CPUAffinity, IOPriority, MemoryPolicy, Personality, Scheduler
+from corral.oci.spec import IdMapping, Namespace
 
 pytestmark = needs("root", "overlayfs", "busybox", "userns")
 

@@ -12,20 +12,9 @@ from hypothesis import strategies as st
 
 from corral.kernel.namespaces import Kind
 from corral.oci.decode import decode, encode, json_name
-from corral.oci.spec import (
-    LARGEST_NUMBER,
-    Capabilities,
-    Device,
-    DeviceType,
-    Linux,
-    Memory,
-    Mount,
-    Namespace,
-    Process,
-    Seccomp,
-    Spec,
-    number_set,
-)
+from corral.oci.resources import Memory
+from corral.oci.spec import Capabilities, Device, DeviceType, Linux, Mount, Namespace, Process, Seccomp, Spec
+from corral.oci.validity import LARGEST_NUMBER, number_set
 
 MINIMAL = {"ociVersion": "1.2.0", "process": {"cwd": "/", "args": ["sh"]}}
 

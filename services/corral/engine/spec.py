@@ -16,8 +16,8 @@ from corral.engine.seccomp import UNCONFINED, Host, parse_profile
 from corral.kernel import capabilities as kernel_capabilities
 from corral.kernel.namespaces import Kind
 from corral.kernel.rlimits import UNLIMITED
-from corral.oci import defaults
-from corral.oci.spec import OCI_VERSION, Capabilities, Linux, Namespace, Process, Rlimit, Root, Seccomp, Spec, User
+from corral.oci import OCI_VERSION, defaults
+from corral.oci.spec import Capabilities, Linux, Namespace, Process, Rlimit, Root, Seccomp, Spec, User
 from corral.rpc.errors import InvalidArgument, Unimplemented
 
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from corral.kernel import scheduling
 from corral.oci.errors import SETUP, ExecFailed
-from corral.oci.spec import IOPriority, Linux, MemoryPolicy, Process, Scheduler, number_set
+from corral.oci.scheduling import IOPriority, MemoryPolicy, Scheduler
+from corral.oci.spec import Linux, Process
+from corral.oci.validity import number_set
 
 
 @dataclass(frozen=True, slots=True)

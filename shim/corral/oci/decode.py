@@ -24,6 +24,13 @@ class Range:
     high: int
 
 
+U16 = typing.Annotated[int, Range(0, 2**16 - 1)]
+U32 = typing.Annotated[int, Range(0, 2**32 - 1)]
+U64 = typing.Annotated[int, Range(0, 2**64 - 1)]
+I32 = typing.Annotated[int, Range(-(2**31), 2**31 - 1)]
+I64 = typing.Annotated[int, Range(-(2**63), 2**63 - 1)]
+
+
 class Choice:
     """Annotated[str, Choice(…)]: one of these strings."""
 

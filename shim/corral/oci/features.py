@@ -8,10 +8,12 @@ from typing import get_args
 from corral.kernel.capabilities import NAMES
 from corral.kernel.namespaces import Kind
 from corral.kernel.seccomp import rules
+from corral.oci import OCI_VERSION
 from corral.oci.decode import Choice
 from corral.oci.mount_options import known
+from corral.oci.scheduling import MemoryPolicyFlag, MemoryPolicyMode
 from corral.oci.seccomp import KNOWN_ARCHITECTURES
-from corral.oci.spec import HOOK_POINTS, OCI_VERSION, Action, MemoryPolicyFlag, MemoryPolicyMode, Operator
+from corral.oci.spec import HOOK_POINTS, Action, Operator
 
 
 def features_document() -> dict[str, object]:

@@ -6,7 +6,8 @@ Zero is Go's "not set" for every number here, so it is no limit but none of our 
 from collections.abc import Iterable
 
 from corral.kernel import cgroup
-from corral.oci.spec import BlockIO, Cpu, DeviceRule, DeviceType, Memory, Network, Resources, ThrottleDevice
+from corral.oci.resources import BlockIO, Cpu, Memory, Network, ThrottleDevice
+from corral.oci.spec import DeviceRule, DeviceType, Resources
 
 _TYPES = {DeviceType.ALL: "a", DeviceType.BLOCK: "b", DeviceType.CHAR: "c", DeviceType.UNBUFFERED: "c"}
 

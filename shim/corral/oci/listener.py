@@ -7,8 +7,9 @@ import array
 import json
 import socket
 
+from corral.oci import OCI_VERSION
 from corral.oci.errors import SETUP, ExecFailed
-from corral.oci.spec import OCI_VERSION, Seccomp
+from corral.oci.spec import Seccomp
 from corral.oci.state import State
 
 _PATIENCE_S = 10.0

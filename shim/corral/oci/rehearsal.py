@@ -17,10 +17,10 @@ from pathlib import Path
 from corral.kernel import mount, namespaces, process
 from corral.kernel.mount import MS_PRIVATE
 from corral.kernel.namespaces import Kind
-from corral.oci import defaults, init, program, runtime
+from corral.oci import OCI_VERSION, defaults, init, program, runtime
 from corral.oci.errors import ExecFailed
 from corral.oci.larder import Larder
-from corral.oci.spec import OCI_VERSION, Capabilities, Linux, Mount, Namespace, Process, Spec
+from corral.oci.spec import Capabilities, Linux, Mount, Namespace, Process, Spec
 from corral.oci.stdio import Stdio, take_places
 
 _CLONE_FS, _CLONE_FILES = 0x200, 0x400

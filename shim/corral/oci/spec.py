@@ -5,21 +5,16 @@ does not know are ignored, as the specification wants. An empty tuple or None st
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Annotated
 
 from corral.kernel.namespaces import Kind
-from corral.oci.decode import JSON, Choice, Range, decode, encode
+from corral.oci import validity
+from corral.oci.decode import I64, JSON, U32, U64, Range, decode, encode, json_name
+from corral.oci.resources import BlockIO, Cpu, HugepageLimit, Memory, Network, Pids, Rdma
+from corral.oci.scheduling import CPUAffinity, IOPriority, MemoryPolicy, Personality, Scheduler
 
-OCI_VERSION = "1.3.0"
-"""The version of the specification that is spoken here; of config.json, every version 1 is understood."""
-
-U16 = Annotated[int, Range(0, 2**16 - 1)]
-U32 = Annotated[int, Range(0, 2**32 - 1)]
-U64 = Annotated[int, Range(0, 2**64 - 1)]
-I32 = Annotated[int, Range(-(2**31), 2**31 - 1)]
-I64 = Annotated[int, Range(-(2**63), 2**63 - 1)]
 Uid = Annotated[int, Range(0, 2**32 - 2)]
 """(uid_t) -1 means "leave as it is" to the kernel, so it can't be anybody's."""
 
@@ -63,60 +58,6 @@ class Rlimit:
     hard: U64
 
 
-SchedulerPolicy = Annotated[
-    str, Choice("SCHED_OTHER", "SCHED_FIFO", "SCHED_RR", "SCHED_BATCH", "SCHED_ISO", "SCHED_IDLE", "SCHED_DEADLINE")
-]
-"""How the kernel picks the process among others. Source: sched(7)."""
-
-
-SchedulerFlag = Annotated[
-    str,
-    Choice(
-        "SCHED_FLAG_RESET_ON_FORK",
-        "SCHED_FLAG_RECLAIM",
-        "SCHED_FLAG_DL_OVERRUN",
-        "SCHED_FLAG_KEEP_POLICY",
-        "SCHED_FLAG_KEEP_PARAMS",
-        "SCHED_FLAG_UTIL_CLAMP_MIN",
-        "SCHED_FLAG_UTIL_CLAMP_MAX",
-    ),
-]
-"""Source: sched_setattr(2)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scheduler:
-    """nice counts for OTHER and BATCH, priority for FIFO and RR; the times, in nanoseconds, for DEADLINE."""
-
-    policy: SchedulerPolicy
-    nice: I32 = 0
-    priority: I32 = 0
-    flags: tuple[SchedulerFlag, ...] = ()
-    runtime: U64 = 0
-    deadline: U64 = 0
-    period: U64 = 0
-
-
-IOPriorityClass = Annotated[str, Choice("IOPRIO_CLASS_RT", "IOPRIO_CLASS_BE", "IOPRIO_CLASS_IDLE")]
-"""Source: ioprio_set(2)."""
-
-
-@dataclass(frozen=True, slots=True)
-class IOPriority:
-    """0 is the highest priority of a class."""
-
-    class_: IOPriorityClass
-    priority: Annotated[int, Range(0, 7)]
-
-
-@dataclass(frozen=True, slots=True)
-class CPUAffinity:
-    """Lists of CPUs (0-3,7) for a process that joins: before it is in the container's cgroup, and once it is."""
-
-    initial: str = ""
-    final: str = ""
-
-
 @dataclass(frozen=True, slots=True)
 class Process:
     """What to run, and as whom. cwd is a path inside the container."""
@@ -141,7 +82,7 @@ class Process:
     def from_json(cls, value: object, path: str = "process") -> "Process":
         """From the process object of config.json, or of an exec."""
         process = decode(cls, value, path)
-        _check_process(process, path)
+        validity.check_process(process, path)
         return process
 
 
@@ -196,14 +137,7 @@ class Hooks:
     poststop: tuple[Hook, ...] = ()
 
 
-HOOK_POINTS = {
-    "prestart": "prestart",
-    "create_runtime": "createRuntime",
-    "create_container": "createContainer",
-    "start_container": "startContainer",
-    "poststart": "poststart",
-    "poststop": "poststop",
-}
+HOOK_POINTS = {member.name: json_name(member.name) for member in fields(Hooks)}
 """Field of Hooks: its name in JSON; in the order in which they are run."""
 
 
@@ -247,101 +181,6 @@ class DeviceRule:
     major: I64 | None = None
     minor: I64 | None = None
     access: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Limits in bytes; -1 is unlimited."""
-
-    limit: I64 | None = None
-    reservation: I64 | None = None
-    swap: I64 | None = None
-    swappiness: U64 | None = None
-    disable_oom_killer: bool | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Cpu:
-    """shares are relative; quota and period in microseconds; cpus and mems are lists (0-3,7)."""
-
-    shares: U64 | None = None
-    quota: I64 | None = None
-    burst: U64 | None = None
-    period: U64 | None = None
-    realtime_runtime: I64 | None = None
-    realtime_period: U64 | None = None
-    cpus: str = ""
-    mems: str = ""
-    idle: I64 | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Pids:
-    """Largest number of processes; -1 is unlimited."""
-
-    limit: I64 | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class WeightDevice:
-    """The share of a block device."""
-
-    major: I64
-    minor: I64
-    weight: U16 | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ThrottleDevice:
-    """The largest rate of a block device, in bytes or operations per second."""
-
-    major: I64
-    minor: I64
-    rate: U64
-
-
-@dataclass(frozen=True, slots=True)
-class BlockIO:
-    """Input and output of block devices; weights are 10 to 1000."""
-
-    weight: U16 | None = None
-    weight_device: tuple[WeightDevice, ...] = ()
-    throttle_read_bps_device: tuple[ThrottleDevice, ...] = ()
-    throttle_write_bps_device: tuple[ThrottleDevice, ...] = ()
-    throttle_read_iops_device: tuple[ThrottleDevice, ...] = ()
-    throttle_write_iops_device: tuple[ThrottleDevice, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class HugepageLimit:
-    """Bytes of huge pages of one size, which is named as the kernel does: 2MB."""
-
-    page_size: str
-    limit: U64
-
-
-@dataclass(frozen=True, slots=True)
-class Rdma:
-    """What of an RDMA device."""
-
-    hca_handles: U32 | None = None
-    hca_objects: U32 | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class InterfacePriority:
-    """Of what is sent by a network interface, which is named as the host has it."""
-
-    name: str
-    priority: U32
-
-
-@dataclass(frozen=True, slots=True)
-class Network:
-    """What marks the packets of a container; 0 is no class."""
-
-    class_id: U32 | None = None
-    priorities: tuple[InterfacePriority, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,46 +257,6 @@ class Seccomp:
     syscalls: tuple[SeccompSyscall, ...] = ()
 
 
-MemoryPolicyMode = Annotated[
-    str,
-    Choice(
-        "MPOL_DEFAULT",
-        "MPOL_BIND",
-        "MPOL_INTERLEAVE",
-        "MPOL_WEIGHTED_INTERLEAVE",
-        "MPOL_PREFERRED",
-        "MPOL_PREFERRED_MANY",
-        "MPOL_LOCAL",
-    ),
-]
-"""Where memory comes from. Source: set_mempolicy(2)."""
-
-
-MemoryPolicyFlag = Annotated[str, Choice("MPOL_F_NUMA_BALANCING", "MPOL_F_RELATIVE_NODES", "MPOL_F_STATIC_NODES")]
-"""Source: set_mempolicy(2)."""
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryPolicy:
-    """The NUMA policy of the container's processes; nodes is a list (0-3,7)."""
-
-    mode: MemoryPolicyMode
-    nodes: str = ""
-    flags: tuple[MemoryPolicyFlag, ...] = ()
-
-
-PersonalityDomain = Annotated[str, Choice("LINUX", "LINUX32")]
-"""Source: personality(2)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Personality:
-    """The execution domain: with LINUX32 uname shows a 32-bit machine. There are no flags."""
-
-    domain: PersonalityDomain
-    flags: tuple[str, ...] = ()
-
-
 @dataclass(frozen=True, slots=True)
 class TimeOffset:
     """How far a clock of a time namespace is ahead of the host's."""
@@ -521,109 +320,9 @@ class Spec:
     def from_json(cls, value: object) -> "Spec":
         """From a decoded config.json. Raises ValueError that begins with the JSON path of what is wrong."""
         spec = decode(cls, value)
-        _check_spec(spec)
+        validity.check_spec(spec)
         return spec
 
     def to_json(self) -> JSON:
         """The JSON object; members that hold their default are left out."""
         return encode(self)
-
-
-def _check_process(process: Process, path: str) -> None:
-    if not process.cwd.startswith("/"):
-        raise ValueError(f"{path}.cwd: {process.cwd!r} is not an absolute path")
-    if not process.args or not process.args[0]:
-        raise ValueError(f"{path}.args: names no program")
-    _check_env(process.env, f"{path}.env")
-    types = [limit.type for limit in process.rlimits]
-    if len(set(types)) != len(types):
-        raise ValueError(f"{path}.rlimits: one limit is given twice")
-    if process.scheduler is not None:
-        _check_scheduler(process.scheduler, f"{path}.scheduler")
-    if process.exec_cpu_affinity is not None:
-        number_set(process.exec_cpu_affinity.initial, f"{path}.execCPUAffinity.initial")
-        number_set(process.exec_cpu_affinity.final, f"{path}.execCPUAffinity.final")
-
-
-def _check_env(env: tuple[str, ...], path: str) -> None:
-    for i, assignment in enumerate(env):
-        if assignment.startswith("=") or "=" not in assignment:
-            raise ValueError(f"{path}[{i}]: {assignment!r} is not NAME=VALUE")
-
-
-def _check_scheduler(scheduler: Scheduler, path: str) -> None:
-    policy = scheduler.policy
-    if policy in ("SCHED_OTHER", "SCHED_BATCH") and not -20 <= scheduler.nice <= 19:
-        raise ValueError(f"{path}.nice: {scheduler.nice} is not between -20 and 19")
-    if scheduler.priority and policy not in ("SCHED_FIFO", "SCHED_RR"):
-        raise ValueError(f"{path}.priority: {policy} has none")
-    for name in ("runtime", "deadline", "period"):
-        if getattr(scheduler, name) and policy != "SCHED_DEADLINE":
-            raise ValueError(f"{path}.{name}: {policy} has none")
-
-
-def _check_spec(spec: Spec) -> None:
-    major = spec.oci_version.partition(".")[0]
-    if major != "1":
-        raise ValueError(f"ociVersion: {spec.oci_version!r} is not a version 1 specification")
-    if spec.process is not None:
-        _check_process(spec.process, "process")
-    for i, mount in enumerate(spec.mounts):
-        if not mount.destination:
-            raise ValueError(f"mounts[{i}].destination: missing")
-    kinds = [namespace.type for namespace in spec.linux.namespaces]
-    if len(set(kinds)) != len(kinds):
-        raise ValueError("linux.namespaces: one type is given twice")
-    if spec.hooks is not None:
-        _check_hooks(spec.hooks)
-    if spec.linux.seccomp is not None:
-        _check_seccomp(spec.linux.seccomp)
-    if spec.linux.memory_policy is not None:
-        _check_memory_policy(spec.linux.memory_policy)
-    if spec.linux.personality is not None and spec.linux.personality.flags:
-        raise ValueError(f"linux.personality.flags[0]: there is no flag {spec.linux.personality.flags[0]!r}")
-
-
-def _check_hooks(hooks: Hooks) -> None:
-    for name, path in HOOK_POINTS.items():
-        for i, hook in enumerate(getattr(hooks, name)):
-            if not hook.path.startswith("/"):
-                raise ValueError(f"hooks.{path}[{i}].path: {hook.path!r} is not an absolute path")
-            if hook.timeout is not None and hook.timeout <= 0:
-                raise ValueError(f"hooks.{path}[{i}].timeout: {hook.timeout} is not greater than zero")
-            _check_env(hook.env, f"hooks.{path}[{i}].env")
-
-
-def _check_seccomp(profile: Seccomp) -> None:
-    for i, rule in enumerate(profile.syscalls):
-        if not rule.names:
-            raise ValueError(f"linux.seccomp.syscalls[{i}].names: names no system call")
-    if profile.listener_metadata and not profile.listener_path:
-        raise ValueError("linux.seccomp.listenerMetadata: must not be set without listenerPath")
-
-
-def _check_memory_policy(policy: MemoryPolicy) -> None:
-    nodes, mode = number_set(policy.nodes, "linux.memoryPolicy.nodes"), policy.mode
-    if nodes and mode in ("MPOL_DEFAULT", "MPOL_LOCAL"):
-        raise ValueError(f"linux.memoryPolicy.nodes: {mode} takes none")
-    if not nodes and mode not in ("MPOL_DEFAULT", "MPOL_LOCAL", "MPOL_PREFERRED"):
-        raise ValueError(f"linux.memoryPolicy.nodes: {mode} needs at least one")
-
-
-LARGEST_NUMBER = 8191
-"""Of a CPU or memory node: what the kernel can be built for."""
-
-
-def number_set(text: str, path: str) -> frozenset[int]:
-    """The numbers of a list like 0-3,7, of CPUs or memory nodes. Raises ValueError that begins with path."""
-    numbers: set[int] = set()
-    for part in text.split(",") if text.strip() else ():
-        first, dash, last = part.strip().partition("-")
-        ends = (first, last if dash else first)
-        if not all(end.isascii() and end.isdigit() and len(end) < 9 for end in ends):
-            raise ValueError(f"{path}: {text!r} is not a list of numbers and ranges, like 0-3,7")
-        low, high = map(int, ends)
-        if low > high or high > LARGEST_NUMBER:
-            raise ValueError(f"{path}: {part.strip()!r} is not a range within 0-{LARGEST_NUMBER}")
-        numbers.update(range(low, high + 1))
-    return frozenset(numbers)

@@ -6,8 +6,8 @@ Source: OCI runtime-spec runtime.md "State".
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from corral.oci import OCI_VERSION
 from corral.oci.decode import JSON
-from corral.oci.spec import OCI_VERSION
 
 CREATING, CREATED, RUNNING, STOPPED = "creating", "created", "running", "stopped"
 

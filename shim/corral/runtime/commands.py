@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from corral.kernel.privilege import is_hosts_root
+from corral.oci import OCI_VERSION
 from corral.oci.errors import ExecFailed
 from corral.runtime.context import Context
 from corral.runtime.errors import EXEC_CODE, UNKNOWN_COMMAND_CODE, USAGE_CODE, CommandError, sentence
@@ -58,8 +59,6 @@ def run() -> int:
     try:
         options, words = parse(sys.argv[1:], GLOBAL_FLAGS)
         if options.on("version"):
-            from corral.oci.spec import OCI_VERSION
-
             sys.stdout.write(f"corral-oci version {VERSION}\nspec: {OCI_VERSION}\n")
             return 0
         log = Log(options.text("log"), form=options.text("log-format", "text"), debug=options.on("debug"))

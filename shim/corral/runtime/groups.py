@@ -4,15 +4,17 @@ import contextlib
 import errno
 import os
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from corral.kernel.cgroup import Cgroup, Driver, Resources, detect
 from corral.kernel.cgroup.plans import limited_by
 from corral.kernel.privilege import is_hosts_root
-from corral.oci.limits import limits_of
-from corral.oci.spec import Linux
 from corral.runtime.context import Context
 from corral.runtime.errors import CommandError
 from corral.runtime.state import Record
+
+if TYPE_CHECKING:
+    from corral.oci.spec import Linux
 
 DEFAULT_PARENT = "/corral-oci"
 """Where relative paths, and containers without one, go: never to where the caller happens to be."""
@@ -21,7 +23,7 @@ _OUT_OF_REACH = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT)
 """The last one: no cgroup file system is mounted."""
 
 
-def path_of(linux: Linux, container_id: str) -> str:
+def path_of(linux: "Linux", container_id: str) -> str:
     """The path of a container's cgroup in every hierarchy. Raises CommandError for one that leads elsewhere."""
     wanted = linux.cgroups_path
     if wanted.count(":") == 2 and "/" not in wanted:
@@ -33,12 +35,14 @@ def path_of(linux: Linux, container_id: str) -> str:
     return normal
 
 
-def make(context: Context, linux: Linux, path: str) -> Cgroup | None:
+def make(context: Context, linux: "Linux", path: str) -> Cgroup | None:
     """Make the cgroup with its limits, or take over an empty one.
 
     None where --rootless forgives that it may not be made: if config.json has neither a path for it nor a limit.
     Raises CommandError naming the limits that can't be had otherwise.
     """
+    from corral.oci.limits import limits_of  # only who makes a cgroup needs it
+
     limits = limits_of(linux.resources)
     if not is_hosts_root():
         # To rule devices takes the host's privilege. Whoever lacks that can make none, and the host's have their modes.

@@ -50,7 +50,7 @@ def index(place: Path) -> bytes:
     """The index, see corral.runtime.index, of what the commands load: of ours, and of the standard library."""
     for name in ("main", "sealing", "hints", "records", "commands", *_COMMANDS):
         import_module(f"corral.runtime.{name}")
-    for name in ("corral.kernel.bare", "corral.shim.seal"):
+    for name in ("corral.kernel.bare", "corral.oci.limits", "corral.shim.seal"):  # loaded when they are needed
         import_module(name)
     places: Index = {"corral": ("", "", str(place / "corral"))}
     for name, module in sorted(sys.modules.items()):

@@ -18,10 +18,14 @@ import os
 import time
 from collections.abc import Iterator
 from enum import Enum
+from typing import TYPE_CHECKING
 
+from corral.oci import OCI_VERSION
 from corral.oci.json_text import dumps, loads
-from corral.oci.spec import OCI_VERSION, Spec
 from corral.runtime.errors import CommandError, not_there
+
+if TYPE_CHECKING:  # which takes long to load
+    from corral.oci.spec import Spec
 
 STATE, CONFIG, GATE = "state.json", "config.json", "gate"
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-.")
@@ -218,8 +222,10 @@ class Place:
         assert isinstance(value, dict)
         return Record(**value)
 
-    def spec(self) -> Spec:
+    def spec(self) -> "Spec":
         """What the container was made from."""
+        from corral.oci.spec import Spec
+
         return Spec.from_json(self._read(CONFIG))
 
     def let_go(self) -> None:

@@ -3,8 +3,8 @@
 import json
 import os
 
+from corral.oci import OCI_VERSION
 from corral.oci.features import features_document
-from corral.oci.spec import OCI_VERSION
 from corral.runtime.context import Context
 from corral.runtime.errors import CommandError
 from corral.runtime.flags import MANY, SWITCH, VALUE, Flags, Options

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from corral.kernel import mount
 from corral.kernel.failpoint import VARIABLE
+from corral.oci import OCI_VERSION
 from corral.oci.larder import Larder
-from corral.oci.spec import OCI_VERSION
 from corral.shim import records
 from corral.shim.loop import Loop
 from corral.shim.server import Server
