@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from corral.kernel import mount
 from corral.kernel.overlay import new_overlay
+from corral.oci.parts import attach, located, located_options, make_parts
+from corral.oci.spec import Mount
 
 READ_ONLY = 1  # MOUNT_ATTR_RDONLY
 
@@ -21,6 +23,8 @@ class Described(Protocol):
     def source(self) -> str: ...
     @property
     def options(self) -> Sequence[str]: ...
+    @property
+    def parts(self) -> "Sequence[Described]": ...
 
 
 @contextmanager
@@ -30,23 +34,36 @@ def mounted(mounts: Sequence[Described], target: Path) -> Iterator[Path]:
     done = 0
     try:
         for described in mounts:
-            _attach(described, target)
-            done += 1
+            done += _attach(described, target)
         yield target
     finally:
         for _ in range(done):
             mount.umount(target)
 
 
-def _attach(described: Described, target: Path) -> None:
+def _attach(described: Described, target: Path) -> int:
+    """Returns how many mounts there are on target."""
+    with ExitStack() as stack:
+        parts = make_parts([Mount("", each.type, each.source, tuple(each.options)) for each in described.parts], stack)
+        attach(parts, str(target))
+        try:
+            _attach_root(described, target, parts)
+        except BaseException:
+            for _ in parts:
+                mount.umount(target)
+            raise
+    return len(parts) + 1
+
+
+def _attach_root(described: Described, target: Path, parts: Sequence[int]) -> None:
     attributes = READ_ONLY if "ro" in described.options else 0
     if described.type == "bind":
-        tree = mount.clone_tree(-100, described.source)
+        tree = mount.clone_tree(-100, located(described.source, parts))
         mount.set_attributes(tree, attr_set=attributes)
     else:
         assert described.type == "overlay"
         options = [option for option in described.options if option not in ("ro", "rw")]
-        tree = new_overlay(options, attributes=attributes, scratch=str(target))
+        tree = new_overlay(located_options(options, parts), attributes=attributes, scratch=str(target))
     where = os.open(target, os.O_PATH | os.O_DIRECTORY)
     try:
         mount.move_mount(tree, where)

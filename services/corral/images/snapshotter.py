@@ -52,6 +52,8 @@ class Mount:
     source: str
     options: tuple[str, ...] = ()
     target: str = ""
+    parts: tuple["Mount", ...] = ()
+    """What it is put together from, seen nowhere else: "@0" at the beginning of a path is the first of them."""
 
 
 @dataclass(frozen=True, slots=True)

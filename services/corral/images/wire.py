@@ -215,7 +215,8 @@ def from_blob(blob: BlobRecord) -> pb.BlobInfo:
 
 
 def from_mount(mount: Mount) -> types.Mount:
-    return types.Mount(type=mount.type, source=mount.source, target=mount.target, options=mount.options)
+    parts = map(from_mount, mount.parts)
+    return types.Mount(type=mount.type, source=mount.source, target=mount.target, options=mount.options, parts=parts)
 
 
 def from_tree(record: TreeRecord, parent_key: str) -> pb.Snapshot:

@@ -200,6 +200,7 @@ def _mount(mount: types_pb.Mount) -> dict[str, object]:
         "source": mount.source,
         "target": mount.target,
         "options": list(mount.options),
+        **({"parts": [_mount(part) for part in mount.parts]} if mount.parts else {}),
     }
 
 

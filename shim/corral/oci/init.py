@@ -70,13 +70,15 @@ class Way:
     """The PID namespace to enter, by a successor."""
     idmaps: Mapping[IdMap, int] = field(default_factory=dict)
     """User namespaces for id-mapped mounts."""
+    parts: tuple[int, ...] = ()
+    """Mounts that the root is put together from."""
 
     def given(self, stdio: Stdio, membership: Membership) -> list[int]:
         """All fds that are needed."""
         gates = [] if self.gate is None else [self.gate]
         ready = [] if self.larder is None else self.larder.fds
         joined = [*(fd for fd, _, _ in self.joins), *([] if self.pids is None else [self.pids.fd])]
-        return [*stdio.given(), *gates, *membership.fds, *ready, *joined, *self.idmaps.values()]
+        return [*stdio.given(), *gates, *membership.fds, *ready, *joined, *self.idmaps.values(), *self.parts]
 
 
 def run_init(
@@ -195,7 +197,7 @@ def _joined_root(plan: InitPlan) -> Stage:
 
 def prepare_root(plan: InitPlan, way: Way) -> Stage:
     """Take what the host gives."""
-    stage = Stage(plan.bundle, pids=way.pids, own=plan.own, idmaps=way.idmaps)
+    stage = Stage(plan.bundle, pids=way.pids, own=plan.own, idmaps=way.idmaps, parts=way.parts)
     if way.larder is not None:
         way.larder.serve(stage, plan.steps)
     for step in plan.steps:

@@ -56,24 +56,41 @@ class RootFilesystem(Step):
         return f"root: {self.fstype} from {self.source}"
 
     def prepare(self, stage: Stage) -> None:
-        if self.options.bind:
-            tree = stage.trees[id(self)] = clone(self.source, "/", recursive=self.options.bind_recursive)
-            if self.idmap is not None:
-                _map_ids(tree, self.idmap, stage, "/")
+        if self.options.bind and not stage.parts:
+            self._clone(stage, self.source)
 
     def make(self, stage: Stage) -> None:
         """Make a new file system before apply(): by who may, in the caller's own mount namespace."""
-        if not self.options.bind:
-            stage.trees[id(self)] = self._new(stage)
+        if stage.parts:
+            self._put_together(stage)
+        elif not self.options.bind:
+            stage.trees[id(self)] = self._new(stage, self.options.data)
 
-    def _new(self, stage: Stage) -> int:
-        attributes, data = self.options.attributes, self.options.data + self.options.superblock
+    def _clone(self, stage: Stage, source: str) -> None:
+        tree = stage.trees[id(self)] = clone(source, "/", recursive=self.options.bind_recursive)
+        if self.idmap is not None:
+            _map_ids(tree, self.idmap, stage, "/")
+
+    def _new(self, stage: Stage, data: tuple[str, ...]) -> int:
+        attributes = self.options.attributes
         flags = (attributes.set | (attributes.atime or 0)) & ~MOUNT_ATTR_RDONLY
-        return _new(self.fstype, self.source, data, flags, stage.bundle)
+        return _new(self.fstype, self.source, data + self.options.superblock, flags, stage.bundle)
+
+    def _put_together(self, stage: Stage) -> None:
+        from corral.oci.parts import attach, located, located_options  # loaded before, by who made the parts
+
+        attach(stage.parts, stage.bundle)
+        if self.options.bind:
+            self._clone(stage, located(self.source, stage.parts))
+        else:
+            stage.trees[id(self)] = self._new(stage, located_options(self.options.data, stage.parts))
+        stage.parts = ()
 
     def apply(self, stage: Stage) -> None:
         for step in stage.overlays:
             stage.ready[step] = step.new(stage.bundle)
+        if stage.parts:
+            self._put_together(stage)
         attributes = self.options.attributes
         if self.options.bind:
             tree = stage.trees.pop(id(self))
@@ -82,7 +99,7 @@ class RootFilesystem(Step):
             _dress(tree, Attributes(attributes.set & ~MOUNT_ATTR_RDONLY, attributes.clear, attributes.atime))
         else:
             made = stage.trees.pop(id(self), None)
-            tree = self._new(stage) if made is None else made
+            tree = self._new(stage, self.options.data) if made is None else made
         mount.move_mount(tree, AT_FDCWD, stage.bundle, follow=True, what=self.source, where=stage.bundle)
         stage.root = tree
 

@@ -79,7 +79,8 @@ def _root(spec: Spec, bundle: str, rootfs: Sequence[Mount]) -> RootFilesystem:
     if rootfs:
         mount = rootfs[0]
         options = _options(mount, "rootfs[0]")
-        source = _from(bundle, mount.source) if options.bind else mount.source
+        is_part = mount.source.startswith("@")  # see corral.oci.parts
+        source = _from(bundle, mount.source) if options.bind and not is_part else mount.source
         return RootFilesystem(mount.type, source, options, propagation, _idmap(mount, options, spec, "rootfs[0]"))
     if spec.root is None:
         raise ValueError("root: missing")

@@ -214,6 +214,7 @@ def create(
     *,
     bundle: str | os.PathLike[str],
     rootfs: Sequence[Mount] = (),
+    parts: Sequence[Mount] = (),
     user: str | None = None,
     cgroup_paths: Sequence[str | os.PathLike[str]] = (),
     stdio: Stdio,
@@ -227,8 +228,9 @@ def create(
 
     bundle: a directory of the host; relative sources are below it, and the root is mounted over it, in init's own mount
     namespace only. rootfs: how to make the root (the first one, typically overlay) and what else to mount in it; empty:
-    spec.root.path. user (`name|uid[:group|gid]`, looked up in the container) overrides spec.process.user. cgroup_paths:
-    the directories to be a member of, one per hierarchy, below /sys/fs/cgroup. console_size: (columns, rows).
+    spec.root.path. parts: what the first one is put together from (corral.oci.parts). user (`name|uid[:group|gid]`,
+    looked up in the container) overrides spec.process.user. cgroup_paths: the directories to be a member of, one per
+    hierarchy, below /sys/fs/cgroup. console_size: (columns, rows).
 
     gate: the fd of a gate (corral.oci.gate), for leave_at_gate(). larder: mounts made ahead; the caller closes it.
     container_id: what hooks and seccomp listeners are told; without one, the name of the bundle.
@@ -266,7 +268,12 @@ def create(
             else:
                 joins.append((fd, kind.flag, path))
         idmaps = idmap_namespaces(plan, stack) if plan.idmaps else {}
-        way = Way(joins, gate, None if guided else larder, pids, idmaps)
+        made: tuple[int, ...] = ()
+        if parts:
+            from corral.oci.parts import make_parts
+
+            made = make_parts(parts, stack)
+        way = Way(joins, gate, None if guided else larder, pids, idmaps, made)
         from_here = pids is not None
         if guided:
             from corral.oci.passage import passage_of, run_guide

@@ -78,6 +78,8 @@ class Stage:
     """Directories of dev that wait for their mount."""
     own: frozenset[Kind] | None = None
     """In a user namespace, be it the runtime's: the kinds of namespaces that were made, and so belong to it."""
+    parts: tuple[int, ...] = ()
+    """fds of detached mounts that the root is put together from."""
     idmaps: Mapping["IdMap", int] = field(default_factory=dict)
     """fds of user namespaces, for id-mapped mounts."""
     pids: PidNamespace | None = None

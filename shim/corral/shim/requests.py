@@ -119,6 +119,8 @@ class Create:
     """Make the container of the bundle's config.json, up to the point where only its program is missing."""
 
     rootfs: tuple[Mount, ...]
+    parts: tuple[Mount, ...]
+    """What the first one is put together from (corral.oci.parts)."""
     user: str | None
     stdin: bool
     console_size: tuple[int, int] | None
@@ -128,8 +130,11 @@ class Create:
     @classmethod
     def parse(cls, fields: Fields) -> Self:
         """Raises ShimError(invalid_argument)."""
+        rootfs = _list(fields, "rootfs")
+        first = rootfs[0] if rootfs and isinstance(rootfs[0], dict) else {}
         return cls(
-            rootfs=tuple(_mount(item) for item in _list(fields, "rootfs")),
+            rootfs=tuple(_mount(item) for item in rootfs),
+            parts=tuple(_mount(item) for item in _list(first, "parts")),
             user=text(fields, "user", "") or None,
             stdin=flag(fields, "stdin"),
             console_size=_console_size(fields),

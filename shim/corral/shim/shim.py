@@ -107,6 +107,7 @@ class Shim:
                     spec,
                     bundle=self.bundle,
                     rootfs=request.rootfs,
+                    parts=request.parts,
                     user=request.user,
                     cgroup_paths=request.cgroup_paths,
                     stdio=stdio,

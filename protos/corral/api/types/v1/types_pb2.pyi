@@ -42,6 +42,7 @@ class Mount(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     type: _builtins.str
     """File system type ("overlay", "tmpfs", "bind", "btrfs", ...)."""
     source: _builtins.str
@@ -52,6 +53,12 @@ class Mount(_message.Message):
     def options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Options in fstab form, one each: "ro", "rbind", "lowerdir=/a:/b"."""
 
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Mount]:
+        """Mounts that this one is put together from, seen nowhere else. "@0" at the beginning of its source, or of a path in
+        its options, is the root of the first of them: "lowerdir=@0:@1", "upperdir=@2/u". Only of the root itself.
+        """
+
     def __init__(
         self,
         *,
@@ -59,10 +66,11 @@ class Mount(_message.Message):
         source: _builtins.str = ...,
         target: _builtins.str = ...,
         options: _abc.Iterable[_builtins.str] | None = ...,
+        parts: _abc.Iterable[Global___Mount] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "source", b"source", "target", b"target", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "parts", b"parts", "source", b"source", "target", b"target", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

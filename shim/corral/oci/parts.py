@@ -1,0 +1,88 @@
+"""Mounts that a container's root is put together from: layers that are file systems themselves, or a file to write in.
+
+The runtime makes them before init is born, which in its cgroup may open no block device. They are detached: nobody else
+ever sees them, and when their fds are closed they are gone. Init puts them where the root will be, one upon the other,
+in its own mount namespace, because before Linux 6.15 only what is mounted somewhere can be used; then the root covers
+them, and pivot_root leaves them behind.
+
+In the root's source, and in the paths of its options, "@0" is the first of them and "@1/u" a directory in the second.
+"""
+
+import contextlib
+import errno
+import os
+from collections.abc import Sequence
+
+from corral.kernel import loop, mount
+from corral.kernel.overlay import split_lower
+from corral.kernel.syscalls import AT_FDCWD
+from corral.oci import mount_options
+from corral.oci.spec import Mount
+
+_PATHS = frozenset(("lowerdir", "upperdir", "workdir"))
+
+
+def make_parts(mounts: Sequence[Mount], stack: contextlib.ExitStack) -> tuple[int, ...]:
+    """The fds of detached mounts; the stack closes them. Raises OSError, ValueError naming an option."""
+    made = []
+    for each in mounts:
+        made.append(_make(each))
+        stack.callback(os.close, made[-1])
+    return tuple(made)
+
+
+def attach(parts: Sequence[int], where: str) -> None:
+    """Put the parts on a directory, in the caller's own mount namespace."""
+    for part in parts:
+        mount.move_mount(part, AT_FDCWD, where, follow=True, what="part of the root", where=where)
+
+
+def located(path: str, parts: Sequence[int]) -> str:
+    """A path that may begin with "@N", as this process finds it."""
+    if not path.startswith("@"):
+        return path
+    number, slash, rest = path[1:].partition("/")
+    return f"/proc/self/fd/{parts[int(number)]}{slash}{rest}"
+
+
+def located_options(options: Sequence[str], parts: Sequence[int]) -> tuple[str, ...]:
+    """Options of an overlay, with every path as this process finds it."""
+    return tuple(_located_option(option, parts) for option in options)
+
+
+def _located_option(option: str, parts: Sequence[int]) -> str:
+    key, _, value = option.partition("=")
+    if key not in _PATHS:
+        return option
+    if key != "lowerdir":
+        return f"{key}={located(value, parts)}"
+    return f"lowerdir={':'.join(_escaped(located(directory, parts)) for directory in split_lower(value))}"
+
+
+def _escaped(directory: str) -> str:
+    return directory.replace("\\", "\\\\").replace(":", "\\:")
+
+
+def _make(part: Mount) -> int:
+    options = mount_options.parse(part.options)
+    attributes = options.attributes.set | (options.attributes.atime or 0)
+    data = tuple(option for option in options.data if option != "loop")
+    read_only = bool(attributes & mount.MOUNT_ATTR_RDONLY)
+    if "loop" in options.data:
+        return _on_loop(part, data, attributes, read_only=read_only)
+    try:
+        return mount.new_mount(part.type, part.source, data, attributes=attributes)
+    except OSError as e:
+        if e.errno != errno.ENOTBLK:
+            raise
+    # A file system in a file, which this kernel can mount from a block device only (erofs before Linux 6.12).
+    return _on_loop(part, data, attributes, read_only=read_only)
+
+
+def _on_loop(part: Mount, data: tuple[str, ...], attributes: int, *, read_only: bool) -> int:
+    device = loop.attach(part.source, read_only=read_only)
+    try:
+        flags = (*data, "ro") if read_only else data
+        return mount.new_mount(part.type, f"/proc/self/fd/{device}", flags, attributes=attributes)
+    finally:
+        os.close(device)
