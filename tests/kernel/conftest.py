@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 OWN_KINDS = (Kind.MOUNT, Kind.PID, Kind.IPC, Kind.UTS, Kind.CGROUP, Kind.NETWORK)
 PASSWD = "root:x:0:0:root:/root:/bin/sh\nbob:x:1000:1001:Bob:/home/bob:/bin/sh\n"
 GROUP = "root:x:0:\nbob:x:1001:\nwheel:x:10:root,bob\ncrew:x:2000:bob\n"
+KEYRING_SCRIPT = "from corral.kernel import keyring; print(keyring.session_serial())"
+KEYRING_COMMAND = ("chroot", "/host", sys.executable, "-c", KEYRING_SCRIPT)
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,11 @@ class Lab:
         """Reap a process: its exit code, or -signal."""
         self.made.remove(handle)
         return reap(handle)
+
+    def keyring_spec(self) -> Spec:
+        """A container that tells the serial number of its session keyring, asking by the host's own programs."""
+        host = Mount(type="bind", source="/", destination="/host", options=("rbind", "ro"))
+        return self.spec(*KEYRING_COMMAND, mounts=(host,), linux={"seccomp": None})
 
     def close(self) -> None:
         """Kill and reap what is left, the newest first: init waits for those that were exec'ed."""
