@@ -24,8 +24,10 @@ from corral.rpc.errors import (
 __all__ = ["engine", "loaded"]
 pytestmark = needs("root", "overlayfs", "busybox", "netns")
 
-TRAP = "trap 'exit 7' TERM; while :; do sleep 0.05; done"
-IGNORE = "trap '' TERM; while :; do sleep 0.05; done"
+LOOP = "echo ready; while :; do sleep 0.05; done"
+TRAP = f"trap 'exit 7' TERM; {LOOP}"
+IGNORE = f"trap '' TERM; {LOOP}"
+DEFAULT_GRACE_S = 10
 NEXT_EXIT = pb.WaitContainerRequest.CONDITION_NEXT_EXIT
 REMOVED = pb.WaitContainerRequest.CONDITION_REMOVED
 
@@ -170,7 +172,7 @@ async def test_start_of_a_running_container_changes_nothing(engine: EngineClient
 
 
 async def test_stop_sends_the_stop_signal_and_tells_how_it_ended(engine: EngineClient) -> None:
-    id_ = await engine.run("sh", "-c", TRAP)
+    id_ = await engine.run_script(TRAP)
     stopped = await engine.stop(id_)
     assert (stopped.status, stopped.exit.code) == (pb.STATUS_EXITED, 7)
     assert (await engine.stop(id_)).exit.code == 7, "stopping it again is no error"
@@ -178,26 +180,24 @@ async def test_stop_sends_the_stop_signal_and_tells_how_it_ended(engine: EngineC
 
 
 async def test_stop_kills_after_the_grace(engine: EngineClient) -> None:
-    id_ = await engine.run("sh", "-c", IGNORE)
+    id_ = await engine.run_script(IGNORE)
     began = time.monotonic()
     stopped = await engine.stop(id_, timeout_s=0.3)
-    assert 0.3 <= time.monotonic() - began < 3
+    assert 0.3 <= time.monotonic() - began < DEFAULT_GRACE_S
     assert (stopped.exit.code, stopped.exit.signal) == (137, 9)
 
 
 async def test_the_container_says_its_own_stop_signal_and_grace(engine: EngineClient) -> None:
-    script = "trap 'exit 9' USR1; trap '' TERM; while :; do sleep 0.05; done"
-    id_ = await engine.run("sh", "-c", script, stop_signal="SIGUSR1")
+    id_ = await engine.run_script(f"trap 'exit 9' USR1; trap '' TERM; {LOOP}", stop_signal="SIGUSR1")
     assert (await engine.stop(id_)).exit.code == 9
-    hurried = await engine.run("sh", "-c", IGNORE, stop_timeout={"seconds": 0, "nanos": 200_000_000})
+    hurried = await engine.run_script(IGNORE, stop_timeout={"seconds": 0, "nanos": 200_000_000})
     began = time.monotonic()
     assert (await engine.stop(hurried)).exit.code == 137
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < DEFAULT_GRACE_S
 
 
 async def test_kill_sends_any_signal(engine: EngineClient) -> None:
-    id_ = await engine.run("sh", "-c", "trap 'exit 4' HUP; while :; do sleep 0.05; done")
-    await asyncio.sleep(0.2)
+    id_ = await engine.run_script(f"trap 'exit 4' HUP; {LOOP}")
     await engine.kill(id_, "HUP")
     assert (await engine.wait(id_)).code == 4
     with pytest.raises(FailedPrecondition, match="not running"):
@@ -207,7 +207,7 @@ async def test_kill_sends_any_signal(engine: EngineClient) -> None:
 
 
 async def test_restart_makes_a_new_run(engine: EngineClient) -> None:
-    id_ = await engine.run("sh", "-c", TRAP)
+    id_ = await engine.run_script(TRAP)
     before = await engine.get(id_)
     again = await engine.containers.Restart(pb.StopContainerRequest(container=id_))
     assert again.status == pb.STATUS_RUNNING
@@ -221,6 +221,7 @@ async def test_pause_stops_every_process_and_resume_lets_them_go_on(engine: Engi
     paused = await engine.containers.Pause(pb.PauseContainerRequest(container=id_))
     assert paused.status == pb.STATUS_PAUSED
     assert (await engine.get(id_)).status == pb.STATUS_PAUSED
+    await eventually(lambda: _has_settled(engine, id_))  # what it wrote before is on its way to the log
     first = await engine.output(id_)
     await asyncio.sleep(0.2)
     assert await engine.output(id_) == first
@@ -230,17 +231,25 @@ async def test_pause_stops_every_process_and_resume_lets_them_go_on(engine: Engi
         await engine.containers.Pause(pb.PauseContainerRequest(container=id_))
     resumed = await engine.containers.Resume(pb.ResumeContainerRequest(container=id_))
     assert resumed.status == pb.STATUS_RUNNING
-    await asyncio.sleep(0.2)
-    assert len(await engine.output(id_)) > len(first)
+    await eventually(lambda: _has_written(engine, id_, len(first) + 1))
     with pytest.raises(FailedPrecondition, match="not paused"):
         await engine.containers.Resume(pb.ResumeContainerRequest(container=id_))
     assert [t for t in await engine.topics_of(id_) if "pause" in t] == ["container.paused", "container.unpaused"]
 
 
+async def _has_settled(engine: EngineClient, id_: str) -> bool:
+    before = await engine.output(id_)
+    await asyncio.sleep(0.1)
+    return await engine.output(id_) == before
+
+
+async def _has_written(engine: EngineClient, id_: str, size: int) -> bool:
+    return len(await engine.output(id_)) >= size
+
+
 @pytest.mark.parametrize("how", ["stop", "kill", "delete"])
 async def test_a_paused_container_can_be_ended(engine: EngineClient, how: str) -> None:
-    id_ = await engine.run("sh", "-c", TRAP)
-    await asyncio.sleep(0.1)
+    id_ = await engine.run_script(TRAP)
     await engine.containers.Pause(pb.PauseContainerRequest(container=id_))
     if how == "stop":
         assert (await engine.stop(id_)).exit.code == 7
@@ -374,8 +383,8 @@ async def test_a_memory_limit_kills_and_is_reported(engine: EngineClient) -> Non
 
 
 async def test_top_and_stats_show_what_runs_inside(engine: EngineClient) -> None:
-    id_ = await engine.run("sh", "-c", "sleep 100 & wait", name="busy")
-    await asyncio.sleep(0.1)
+    id_ = await engine.run_script("sleep 100 & echo ready; wait", name="busy")
+    await eventually(lambda: _executes(engine, id_, "sleep 100"))  # a fork is a second shell first
     response = await engine.containers.Top(pb.TopRequest(container=id_))
     commands = [process.command for process in response.processes]
     assert len(commands) == 2
@@ -385,6 +394,12 @@ async def test_top_and_stats_show_what_runs_inside(engine: EngineClient) -> None
         [stats.name for stats in reading.stats] async for reading in engine.containers.Stats(pb.ContainerStatsRequest())
     ]
     assert readings == [["busy"]]
+
+
+async def _executes(engine: EngineClient, id_: str, command: str) -> bool:
+    return command in [
+        process.command for process in (await engine.containers.Top(pb.TopRequest(container=id_))).processes
+    ]
 
 
 async def test_two_hundred_changes_at_once_keep_their_order(engine: EngineClient) -> None:

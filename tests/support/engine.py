@@ -53,6 +53,16 @@ class EngineClient:
         await self.start(id_)
         return id_
 
+    async def run_script(self, script: str, **options: object) -> str:
+        """A shell that has come to its `echo ready`, with its traps set say; returns the container's id."""
+        id_ = await self.run("sh", "-c", script, **options)
+
+        async def is_ready() -> bool:
+            return b"ready\n" in await self.output(id_)
+
+        await eventually(is_ready)
+        return id_
+
     async def start(self, container: str) -> pb.Container:
         return await self.containers.Start(pb.StartContainerRequest(container=container))
 
@@ -177,7 +187,7 @@ async def engine_of(daemon: Corrald, *, namespace: str = "default") -> AsyncIter
                 await client.delete_all()
 
 
-async def eventually(check: "object", *, timeout_s: float = 5.0) -> None:
+async def eventually(check: "object", *, timeout_s: float = 20.0) -> None:
     """Until `check()` (a coroutine function) is true. Raises AssertionError when the time is over."""
     deadline = asyncio.get_running_loop().time() + timeout_s
     while not await check():  # type: ignore[operator]
