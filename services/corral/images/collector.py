@@ -22,6 +22,7 @@ import structlog
 from corral.images import leases
 from corral.images.content import ContentStore
 from corral.images.digest import Digest
+from corral.images.partials import Partials
 from corral.images.snapshotter import TreeId
 from corral.images.store import write_much
 from corral.images.tending import Tending
@@ -70,10 +71,13 @@ class Collected:
 class Collector:
     """Runs when asked, and by itself when a lease ends."""
 
-    def __init__(self, database: Database, content: ContentStore, tending: Tending, driver: str) -> None:
+    def __init__(
+        self, database: Database, content: ContentStore, partials: Partials, tending: Tending, driver: str
+    ) -> None:
         """driver: the one new trees are made with."""
         self._database = database
         self._content = content
+        self._partials = partials
         self._tending = tending
         self._driver = driver
         self._pins: Counter[str] = Counter()
@@ -98,13 +102,17 @@ class Collector:
             self._pins = +self._pins
 
     async def collect(self, *, grace: bool = True) -> Collected:
-        """Remove what is out of reach. With grace, blobs written lately stay, for whoever is about to use them."""
+        """Remove what is out of reach. With grace, blobs written lately and parts of them stay, for their next user."""
         async with self.changing:
             now = time.time_ns() if grace else MAX_NS
             pinned = json.dumps(list(self._pins))
             collected = await write_much(self._database, lambda t: _collect_rows(t, now, pinned, self._driver))
             failpoint("images.collect.after_rows")
             await run_blocking(self._content.remove, collected.blobs)
+        if not grace:
+            names, reclaimed = await run_blocking(self._partials.collect, grace=False)
+            collected.names += names
+            collected.reclaimed_bytes += reclaimed
         self._tending.remove(collected.trees)
         if collected.names:
             log.info("images.collected", count=len(collected.names), reclaimed_bytes=collected.reclaimed_bytes)

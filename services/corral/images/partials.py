@@ -10,6 +10,7 @@ lose pieces that the log tells of; the digest shows that, and the blob is then f
 import asyncio
 import hashlib
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -27,6 +28,7 @@ from corral.store import failpoint
 DATA = ".data"
 LOG = ".log"
 SWEEP_S = 3600.0
+_LINE = re.compile(rb"^(\d{1,19}) (\d{1,19})$", re.MULTILINE)
 
 log = structlog.get_logger()
 
@@ -81,10 +83,9 @@ class Partial:
         if not text.endswith(b"\n"):
             os.ftruncate(self._log, len(header) + len(whole))
         os.utime(self._log_path)
-        pairs = (line.split() for line in whole.splitlines())
         there = os.fstat(self._fd).st_size
-        found = [(int(pair[0]), min(int(pair[1]), there)) for pair in pairs if len(pair) == 2]
-        return merged([(start, end) for start, end in found if 0 <= start < end <= self.size_bytes])
+        found = [(int(line[1]), int(line[2])) for line in _LINE.finditer(whole)]
+        return merged([(start, min(end, there)) for start, end in found if end <= self.size_bytes])
 
     @property
     def done_bytes(self) -> int:
@@ -181,12 +182,15 @@ class Partials:
         for stem in {path.with_suffix("") for path in self._directory.iterdir()}:
             files = [stem.with_suffix(suffix) for suffix in (DATA, LOG) if stem.with_suffix(suffix).exists()]
             entries = [path.stat() for path in files]
-            if stem.name in self._open or max(entry.st_mtime for entry in entries) > oldest:
+            # A file with another name is a blob by now: whoever made it one was killed before it took this name away.
+            is_blob = any(entry.st_nlink > 1 for entry in entries)
+            is_wanted = not is_blob and max(entry.st_mtime for entry in entries) > oldest
+            if stem.name in self._open or is_wanted:
                 continue
             for path in files:
                 path.unlink()
             removed.append(PREFIX + stem.name)
-            reclaimed += sum(entry.st_blocks * 512 for entry in entries)
+            reclaimed += sum(entry.st_blocks * 512 for entry in entries if not is_blob)
         return removed, reclaimed
 
     def start(self) -> None:

@@ -28,16 +28,17 @@ class Registries:
         config: ImagesConfig,
         database: Database,
         content: ContentStore,
+        partials: Partials,
         blobs: Blobs,
         unpacker: Unpacker,
         collector: Collector,
         admission: Admission,
     ) -> None:
-        self.partials = Partials(config.root, keep_s=config.partial_keep_s)
         self.certs = config.certs
         self._config = config
         self._database = database
         self._content = content
+        self._partials = partials
         self._blobs = blobs
         self._unpacker = unpacker
         self._collector = collector
@@ -45,12 +46,8 @@ class Registries:
         self._http: Http | None = None
         self._puller: Puller | None = None
 
-    def start(self) -> None:
-        self.partials.start()
-
     async def stop(self) -> None:
         """No pull or push may run any more."""
-        await self.partials.stop()
         if self._http is not None:
             await self._http.close()
 
@@ -76,7 +73,7 @@ class Registries:
                 self._unpacker,
                 self._collector,
                 self._admission,
-                Downloads(self.partials, self._blobs),
+                Downloads(self._partials, self._blobs),
                 self.http,
                 certs=self.certs,
                 keep_s=self._config.partial_keep_s,

@@ -17,6 +17,7 @@ from corral.images.content import ContentStore
 from corral.images.drivers import Drivers
 from corral.images.images import Images
 from corral.images.importer import Importer
+from corral.images.partials import Partials
 from corral.images.recovery import recover
 from corral.images.registries import Registries
 from corral.images.servicers.content import ContentServicer
@@ -51,7 +52,8 @@ class ImagesService:
         self._content = ContentStore(config.root)
         self._ids = TreeIds()
         self._tending = Tending(self._drivers, self._ids)
-        self._collector = Collector(self._database, self._content, self._tending, driver.name)
+        self._partials = Partials(config.root, keep_s=config.partial_keep_s)
+        self._collector = Collector(self._database, self._content, self._partials, self._tending, driver.name)
         self._workers = Workers(
             config.workers,
             idle_s=config.unpack_idle_s,
@@ -67,7 +69,7 @@ class ImagesService:
         )
         self._blobs = Blobs(self._database, self._content, self._collector, grace_s=config.blob_grace_s)
         self._registries = Registries(
-            config, self._database, self._content, self._blobs, unpacker, self._collector, admission
+            config, self._database, self._content, self._partials, self._blobs, unpacker, self._collector, admission
         )
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
@@ -103,11 +105,12 @@ class ImagesService:
         self._tending.remove(recovered.orphans)
         await self._collector.end_expired()
         await self._collector.collect()
-        self._registries.start()
+        self._partials.start()
 
     async def stop(self) -> None:
         for work in list(self._jobs):  # nobody waits for them any more but threads, which must end
             work.cancel()
+        await self._partials.stop()
         await self._registries.stop()
         await self._workers.stop()
         await self._collector.stop()
