@@ -51,6 +51,14 @@ class BlobStream:
     is_whole: bool
 
 
+class _AllFailed(Exception):
+    """Each host, and what was wrong."""
+
+    def __init__(self, problems: Sequence[tuple[Host, Trouble]]) -> None:
+        super().__init__("; ".join(str(e) for _, e in problems))
+        self.problems = problems
+
+
 async def open_repository(
     http: Http, certs: Path, reference: Reference, credentials: Credentials, *, insecure: bool
 ) -> "Repository":
@@ -77,19 +85,17 @@ class Repository:
         """What the first host gives that can. Raises the error for the user."""
         failures = 0
         while True:
-            problems = await self._round(capability, attempt)
-            if not isinstance(problems, list):
-                return problems
-            failures += 1
-            wait = _pause_s(problems, failures) if patient else None
-            if wait is None:
-                raise self._verdict(problems, what)
+            try:
+                return await self._round(capability, attempt)
+            except _AllFailed as e:
+                failures += 1
+                wait = _pause_s(e.problems, failures) if patient else None
+                if wait is None:
+                    raise self._verdict(e.problems, what) from e
             await asyncio.sleep(wait)
 
-    async def _round[T](
-        self, capability: Capability, attempt: Callable[[Host], Awaitable[T]]
-    ) -> T | list[tuple[Host, Trouble]]:
-        """Every host once, those that have failed lately last."""
+    async def _round[T](self, capability: Capability, attempt: Callable[[Host], Awaitable[T]]) -> T:
+        """Every host once, those that have failed least first. Raises _AllFailed."""
         problems: list[tuple[Host, Trouble]] = []
         for host in sorted(self._able(capability), key=lambda host: host.failures):
             try:
@@ -100,7 +106,7 @@ class Repository:
                     host.failures += 1
                 if not _was_to_be_expected(host, e):
                     log.info("images.registry_failed", host=host.endpoint.authority, error=str(e))
-        return problems
+        raise _AllFailed(problems)
 
     def _able(self, capability: Capability) -> list[Host]:
         return [host for host in self._hosts if capability in host.endpoint.capabilities]

@@ -154,12 +154,12 @@ class Upload:
                 raise _NoChunks from e
             raise
         reply.close()
-        return _session(reply, offset=end)
+        return _session(reply, offset=end, before=session)
 
     async def _where(self, session: Session) -> Session:
         """How far the registry has come."""
         reply = await self._ask(Request("GET", session.location, self._scopes, expect=(202, 204)))
-        return _session(reply, offset=0, otherwise=session.location)
+        return _session(reply, offset=0, before=session)
 
     async def _ask(self, request: Request) -> Reply:
         async def attempt(host: Host) -> Reply:
@@ -195,9 +195,9 @@ class _NoChunks(Exception):
     pass
 
 
-def _session(reply: Reply, *, offset: int, otherwise: str = "") -> Session:
-    """Raises Refused if the registry does not say where to go on. What it says that it has, counts."""
-    location = reply.headers.get("Location", otherwise)
+def _session(reply: Reply, *, offset: int, before: Session | None = None) -> Session:
+    """Raises Interrupted if the registry does not say where to go on. What it says that it has, counts."""
+    location = reply.headers.get("Location", before.location if before else "")
     if not location:
         raise Interrupted(reply.url, "it began no upload")
     reached = _RANGE.fullmatch(reply.headers.get("Range", ""))
@@ -205,7 +205,7 @@ def _session(reply: Reply, *, offset: int, otherwise: str = "") -> Session:
     return Session(
         urljoin(reply.url, location),
         int(reached[1]) + 1 if reached and reached[1] != "0" else offset,
-        min(int(least), MAX_CHUNK_BYTES) if least.isdigit() else 0,
+        min(int(least), MAX_CHUNK_BYTES) if least.isdigit() else before.least_bytes if before else 0,
     )
 
 
