@@ -7,8 +7,8 @@ import pytest
 from corral.kernel.dbus.marshalling import Variant
 from corral.kernel.namespaces import Kind
 from corral.oci import defaults
+from corral.oci.blueprint import plan_of
 from corral.oci.features import features_document
-from corral.oci.runtime import plan_of
 from corral.oci.seccomp import filter_of
 from corral.oci.spec import Spec
 from corral.oci.support import check_spec

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from support.fuzz import fuzz, json_of, junk, one_member, refusal
 
-from corral.oci import runtime
+from corral.oci import blueprint
 from corral.oci.limits import changes_of
 from corral.oci.program import warnings_of
 from corral.oci.spec import Linux, Process, Resources, Spec
@@ -67,7 +67,7 @@ def test_what_is_understood_is_planned_or_refused(top: dict, process: dict, linu
         return
 
     def plan() -> None:
-        planned = runtime.plan_of(spec, bundle="/nowhere", rootfs=(), user=None, cgroups=[], console_size=None)
+        planned = blueprint.plan_of(spec, bundle="/nowhere", rootfs=(), user=None, cgroups=[], console_size=None)
         assert all(step.describe() for step in planned.steps)
 
     check(refusal(ValueError, plan))
@@ -115,14 +115,14 @@ def test_half_a_character_is_refused_where_it_stands(member: dict, where: str):
 def test_a_device_whose_name_is_no_utf_8_is_measured_in_bytes():
     spec = Spec.from_json(MINIMAL | {"linux": {"namespaces": NAMESPACES, "netDevices": {"\udcff" * 16: {}}}})
     with pytest.raises(ValueError, match=r"^linux\.netDevices"):
-        runtime.plan_of(spec, bundle="/nowhere", rootfs=(), user=None, cgroups=[], console_size=None)
+        blueprint.plan_of(spec, bundle="/nowhere", rootfs=(), user=None, cgroups=[], console_size=None)
 
 
 @pytest.mark.parametrize("name", ["bounding", "effective", "permitted", "inheritable", "ambient"])
 def test_an_unknown_capability_is_ignored_with_a_warning(name: str):
     process = MINIMAL["process"] | {"capabilities": {name: ["CAP_KILL", "CAP_FLY"]}}
     spec = Spec.from_json(MINIMAL | {"process": process, "linux": {"namespaces": NAMESPACES}})
-    runtime.plan_of(spec, bundle="/nowhere", rootfs=(), user=None, cgroups=[], console_size=None)
+    blueprint.plan_of(spec, bundle="/nowhere", rootfs=(), user=None, cgroups=[], console_size=None)
     assert warnings_of(spec.process) == ["process.capabilities: 'CAP_FLY': unknown, and ignored"]
 
 

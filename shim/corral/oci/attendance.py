@@ -5,14 +5,37 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
 
 from corral.kernel import capabilities, namespaces, process
-from corral.oci.channel import EndedEarly, ParentEnd
+from corral.oci.cgroups import Membership
+from corral.oci.channel import ChildEnd, EndedEarly, ParentEnd, make_pair
 from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.init import InitPlan
 from corral.oci.spec import Spec
 from corral.oci.stage import IdMap
+from corral.oci.state import CREATING, RUNNING
 from corral.oci.stdio import Stdio
+
+if TYPE_CHECKING:
+    from corral.oci.allotment import Allotment
+    from corral.oci.container import Container
+
+
+@dataclass(slots=True)
+class ProcessHandle:
+    """A process in a container. The caller owns the fds.
+
+    pid is the host's; with start_time (field 22 of /proc/<pid>/stat) it names the process for good. console is the pty
+    master, opened inside the container's devpts; None without a terminal.
+    """
+
+    pid: int
+    pidfd: int
+    start_time: int
+    console: int | None
+
 
 SETUP_S = 60.0
 """How long init may take to set itself up: its root may lie on a slow disk."""
@@ -45,6 +68,64 @@ def _is_stopped(pidfd: int) -> bool:
         return os.waitid(os.P_PIDFD, pidfd, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:  # only its parent is told
         return False
+
+
+def born(flags: int, membership: Membership, live: Callable[[ChildEnd], NoReturn]) -> tuple[ParentEnd, int, int]:
+    """A child, whose life is live(): the channel to it, its pid and its pidfd."""
+    parent, child = make_pair()
+    try:
+        pid, pidfd = process.clone(flags, cgroup=membership.unified)
+        if pid == 0:
+            live(child)
+    except BaseException:
+        parent.close()
+        raise
+    finally:
+        child.close()
+    return parent, pid, pidfd
+
+
+def await_ready(
+    container: "Container",
+    allotment: "Allotment | None",
+    parent: ParentEnd,
+    pid: int,
+    pidfd: int,
+    limit_s: float,
+    *,
+    creating: bool,
+) -> ProcessHandle:
+    """See a child to the end of its set-up, and where it has a successor go on with that. If it fails, it is reaped.
+
+    allotment: whose scheduler is set from here.
+    """
+
+    def pass_listener(fd: int) -> None:
+        from corral.oci.listener import pass_to_listener
+
+        state = container.state.at(CREATING, pid) if creating else container.state.at(RUNNING, container.init.pid)
+        assert container.spec.linux.seccomp is not None
+        pass_to_listener(container.spec.linux.seccomp, fd, pid, state)
+
+    def run_hooks() -> None:
+        from corral.oci import hooks
+
+        assert container.spec.hooks is not None
+        for point in ("prestart", "create_runtime"):
+            state = container.state.at(CREATING, pid)
+            hooks.run_hooks(container.spec.hooks, point, state, env=os.environ, directory=container.bundle)
+
+    with heeded(parent, pidfd):
+        console, successor = parent.receive_ready(patience(pidfd, limit_s), pass_listener, run_hooks)
+        follower = None if successor is None else process.pidfd_open(successor)  # not reaped: the pid is still its
+    if successor is not None and follower is not None:
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
+        pid, pidfd = successor, follower
+    with heeded(parent, pidfd):
+        if allotment is not None:
+            allotment.schedule(pid)
+        return ProcessHandle(pid, pidfd, process.start_time(pid), console)
 
 
 def await_exec(parent: ParentEnd, pid: int, pidfd: int, start_time: int, limit_s: float) -> None:

@@ -17,7 +17,7 @@ from corral.kernel import capabilities, credentials, keyring, paths, process, rl
 from corral.kernel.namespaces import Kind
 from corral.kernel.privilege import is_hosts_root
 from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, ExecFailed
-from corral.oci.spec import Capabilities, Linux, Process, Rlimit
+from corral.oci.spec import Capabilities, Linux, Process, Rlimit, Seccomp
 from corral.oci.users import Identity, identify
 
 if TYPE_CHECKING:  # loaded for those who ask for it
@@ -68,8 +68,12 @@ class Program:
         env = self.env if "HOME" in self.env else {**self.env, "HOME": identity.home}
         return replace(self, uid=identity.uid, gid=identity.gid, groups=identity.groups, env=env)
 
+    def inherited(self) -> "Program":
+        """The same for a process that has a successor, or little power: less what the runtime does for it."""
+        return self if self.allotment is None else replace(self, allotment=self.allotment.inherited())
 
-def program_of(spec: Process, linux: Linux, *, user: str | None, seccomp: "Filter | None") -> Program:
+
+def program_of(spec: Process, linux: Linux, *, user: str | None) -> Program:
     """The program that a process object describes. Raises ValueError for names the kernel does not know."""
     env = dict(assignment.split("=", 1) for assignment in spec.env)
     env.setdefault("PATH", DEFAULT_PATH)
@@ -92,12 +96,20 @@ def program_of(spec: Process, linux: Linux, *, user: str | None, seccomp: "Filte
         no_new_privs=spec.no_new_privileges,
         rlimits=spec.rlimits,
         oom_score_adj=spec.oom_score_adj,
-        seccomp=seccomp,
+        seccomp=_filter(linux.seccomp),
         terminal=spec.terminal,
         in_user_namespace=inside or not is_hosts_root(),
         allotment=_allotment(spec, linux),
         labels=_labels(spec),
     )
+
+
+def _filter(profile: Seccomp | None) -> "Filter | None":
+    if profile is None:
+        return None
+    from corral.oci.seccomp import filter_of
+
+    return filter_of(profile)
 
 
 def _allotment(spec: Process, linux: Linux) -> "Allotment | None":

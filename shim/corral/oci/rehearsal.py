@@ -17,7 +17,7 @@ from pathlib import Path
 from corral.kernel import mount, namespaces, process
 from corral.kernel.mount import MS_PRIVATE
 from corral.kernel.namespaces import Kind
-from corral.oci import OCI_VERSION, defaults, init, program, runtime
+from corral.oci import OCI_VERSION, blueprint, defaults, init, program
 from corral.oci.errors import ExecFailed
 from corral.oci.larder import Larder
 from corral.oci.spec import Capabilities, Linux, Mount, Namespace, Process, Spec
@@ -67,7 +67,9 @@ class Typical:
     def plan(self) -> None:
         """All that create() does before it makes a process."""
         spec = Spec.from_json(json.loads(self._config))
-        runtime.plan_of(spec, bundle=_PLACE, rootfs=[self._rootfs], user=None, cgroups=self._cgroups, console_size=None)
+        blueprint.plan_of(
+            spec, bundle=_PLACE, rootfs=[self._rootfs], user=None, cgroups=self._cgroups, console_size=None
+        )
 
 
 def _go_through_the_motions() -> None:
@@ -76,7 +78,7 @@ def _go_through_the_motions() -> None:
     paths = [f"{_PLACE}/{name}" for name in ("lower", "upper", "work", "more")]
     rootfs, cgroups = _overlay(*paths), _cgroups()
     # Planned before /proc is covered, in which it looks at who it is.
-    plan = runtime.plan_of(_spec(), bundle=_PLACE, rootfs=[rootfs], user=None, cgroups=cgroups, console_size=None)
+    plan = blueprint.plan_of(_spec(), bundle=_PLACE, rootfs=[rootfs], user=None, cgroups=cgroups, console_size=None)
     tree = mount.new_mount("tmpfs", "tmpfs", ("size=4m",))
     mount.move_mount(tree, os.open(_PLACE, os.O_PATH))
     for path in paths:

@@ -1,7 +1,6 @@
 """What a specification may ask of the runtime core. What is not in here yet is refused by name, never ignored."""
 
 from corral.kernel.namespaces import Kind
-from corral.oci import plan as plans
 from corral.oci.spec import Process, Spec
 
 
@@ -19,7 +18,9 @@ def check_spec(spec: Spec) -> None:
         check_confinement(spec)
     if (spec.hostname or spec.domainname) and Kind.UTS not in kinds:
         raise ValueError("hostname: the container shares the host's uts namespace")
-    if spec.linux.rootfs_propagation not in plans.PROPAGATION:
+    from corral.oci.plan import PROPAGATION  # who execs has no use for it
+
+    if spec.linux.rootfs_propagation not in PROPAGATION:
         raise ValueError(f"linux.rootfsPropagation: {spec.linux.rootfs_propagation!r} is no propagation")
     if spec.linux.intel_rdt is not None:
         raise ValueError("linux.intelRdt: Intel RDT is not supported")

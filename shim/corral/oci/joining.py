@@ -1,0 +1,120 @@
+"""The runtime's part in the birth of a process that joins a container (exec); corral.oci.join has the process's own."""
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NoReturn
+
+from corral.kernel import namespaces
+from corral.kernel.namespaces import Kind
+from corral.oci.attendance import ProcessHandle, await_exec, await_ready, born, heeded
+from corral.oci.cgroups import TAKES_NONE, Membership
+from corral.oci.channel import ChildEnd, ParentEnd
+from corral.oci.join import run_joined
+from corral.oci.program import program_of
+from corral.oci.spec import Process
+from corral.oci.stdio import Stdio
+from corral.oci.support import check_process
+
+if TYPE_CHECKING:  # loaded for those who ask for it
+    from corral.oci.allotment import Affinity
+    from corral.oci.container import Container
+
+SETUP_S = 10.0
+"""Nothing is mounted here."""
+
+
+def begin(
+    container: "Container",
+    asked: Process,
+    user: str | None,
+    stdio: Stdio,
+    cgroups: Sequence[str],
+    *,
+    exact_cgroup: bool,
+) -> ProcessHandle:
+    """As Container.exec() says; ProcessLookupError if the container has ended."""
+    check_process(asked)
+    asked = _completed(asked, container.spec.process)
+    linux, init = container.spec.linux, container.init
+    program = program_of(asked, linux, user=user)
+    affinity = _affinity(asked)
+    kinds = {namespace.type for namespace in linux.namespaces}
+    if Kind.USER in kinds:
+        from corral.oci.passage import give_stdio
+
+        give_stdio(init.pid, stdio, pidfd=init.pidfd)
+
+    def join(child: ChildEnd, membership: Membership) -> NoReturn:
+        run_joined(
+            program.inherited(),
+            child,
+            stdio,
+            membership,
+            init=init.pidfd,
+            flags=namespaces.flags_of(kinds),
+            terminal=_size_of_terminal(asked),
+            affinity=affinity,
+        )
+
+    with contextlib.nullcontext() if affinity is None else affinity.children_begin():
+        parent, pid, pidfd = _born_in(init, cgroups, join, exact=exact_cgroup)
+    handle = await_ready(container, program.allotment, parent, pid, pidfd, SETUP_S, creating=False)
+    _execute(parent, handle)
+    return handle
+
+
+def _completed(asked: Process, own: Process | None) -> Process:
+    """A process object with what it does not say, but that of the container's own process does."""
+    if own is None:
+        return asked
+    if asked.capabilities is None:
+        asked = replace(asked, capabilities=own.capabilities)
+    if asked.exec_cpu_affinity is None and own.exec_cpu_affinity is not None:
+        asked = replace(asked, exec_cpu_affinity=own.exec_cpu_affinity)
+    return asked
+
+
+def _affinity(asked: Process) -> "Affinity | None":
+    if asked.exec_cpu_affinity is None:
+        return None
+    from corral.oci.allotment import affinity_of
+
+    return affinity_of(asked)
+
+
+def _size_of_terminal(asked: Process) -> tuple[int, int] | None:
+    """(0, 0) is no particular one."""
+    if not asked.terminal:
+        return None
+    return (asked.console_size.width, asked.console_size.height) if asked.console_size else (0, 0)
+
+
+def _born_in(
+    init: ProcessHandle, cgroups: Sequence[str], live: Callable[[ChildEnd, Membership], NoReturn], *, exact: bool
+) -> tuple[ParentEnd, int, int]:
+    """As born(), in some cgroups; or, unless these are meant exactly, where init is below the one that takes nobody."""
+    try:
+        with contextlib.closing(Membership.open(cgroups)) as membership:
+            return born(0, membership, lambda child: live(child, membership))
+    except OSError as e:
+        if exact or e.errno not in TAKES_NONE:
+            raise
+        if (nearby := Membership.beside(init.pid, init.pidfd, cgroups)) is None:
+            raise
+    with contextlib.closing(nearby) as membership:
+        return born(0, membership, lambda child: live(child, membership))
+
+
+def _execute(parent: ParentEnd, handle: ProcessHandle) -> None:
+    """Have a process that is ready execute its program; if it can't, it is reaped."""
+    with contextlib.ExitStack() as undo:
+        if handle.console is not None:
+            undo.callback(os.close, handle.console)
+        with heeded(parent, handle.pidfd):
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is gone: what follows finds out why
+                parent.send_start()
+            await_exec(parent, handle.pid, handle.pidfd, handle.start_time, SETUP_S)
+        undo.pop_all()
+    parent.close()
