@@ -238,9 +238,11 @@ class TestState:
 
     def test_a_root_who_is_called_so_has_that_of_the_host(self, oci, user):
         """As in a container that is a whole system: $USER tells it, as with runc."""
-        words = [*user, "env", "USER=root", *ONE_ID]
-        result = call(words, oci.words()[0], "state", "nobody")
-        assert "does not exist" in result.stderr
+        oci.write_spec(spec_of(oci, "true"))
+        command = f"{oci.words()[0]} run --bundle {oci.bundle} {oci.new_id()}"
+        script = f"mount -t tmpfs none /run && {command} && ls /run"
+        result = call([*user, "env", "USER=root", *ONE_ID, "--mount"], "sh", "-c", script)
+        assert (result.stdout, result.stderr) == ("corral-oci\n", "")
         assert not (oci.directory / "run/corral-oci").exists()
 
 
