@@ -146,8 +146,8 @@ def test_an_update_reaches_systemd_and_one_that_is_refused_changes_nothing(oci: 
 
 def test_delete_leaves_no_scope_however_the_container_ended(oci: UnderSystemd) -> None:
     running, stopped = oci.sleeping(), oci.sleeping()
-    short = {f"{PROPERTY}.RuntimeMaxSec": "1", f"{PROPERTY}.TimeoutStopSec": "1"}
-    failed = oci.sleeping(annotations=short)
+    failed = oci.sleeping(annotations={f"{PROPERTY}.TimeoutStopSec": "1"})
+    systemctl("stop", unit(failed))  # which init does not heed
     oci.ok("kill", stopped, "9")
     wait_until(lambda: oci.status(stopped) == "stopped", SLOW_S)
     wait_until(lambda: shown(failed, "ActiveState") == {"ActiveState": "failed"}, SLOW_S)

@@ -120,6 +120,7 @@ class Scope:
             self._plan = properties.in_whole_percents(group.plan(self._limits))
             steps.run([step for step in self._plan if not _counts_processes(step)], undo=False)
         except BaseException:
+            self._end_holder()
             self._manager.stop(record.unit)
             raise
         return group
