@@ -33,7 +33,7 @@ GLOBAL_FLAGS: Flags = {
 # Name: module, function, name of its flags in the module, least and most arguments (None: any), and how it is called.
 COMMANDS: dict[str, tuple[str, str, str, int, int | None, str]] = {
     "create": ("create", "create", "CREATE_FLAGS", 1, 1, "ID"),
-    "start": ("create", "start", "", 1, 1, "ID"),
+    "start": ("start", "start", "", 1, 1, "ID"),
     "run": ("create", "run", "RUN_FLAGS", 1, 1, "ID"),
     "state": ("show", "print_state", "", 1, 1, "ID"),
     "list": ("show", "print_list", "LIST_FLAGS", 0, 0, ""),

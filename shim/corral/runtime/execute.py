@@ -2,24 +2,23 @@
 
 import contextlib
 import fcntl
-import os
 import time
 from dataclasses import replace
 
 from corral.kernel import process as processes
 from corral.kernel.cgroup import Cgroup
+from corral.oci.attendance import ProcessHandle
+from corral.oci.container import Container
 from corral.oci.decode import encode
 from corral.oci.json_text import loads
 from corral.oci.program import warnings_of
-from corral.oci.runtime import Container, ProcessHandle
 from corral.oci.spec import Capabilities, Process, Spec
-from corral.runtime import foreground, life, making, state
+from corral.runtime import foreground, handover, life, state
 from corral.runtime.context import Context
 from corral.runtime.errors import EXEC_CODE, CommandError
 from corral.runtime.flags import MANY, SWITCH, VALUE, Flags, Options
 from corral.runtime.sealing import ensure_sealed
 from corral.runtime.state import Record, Status
-from corral.runtime.terminal import send_descriptor
 
 EXEC_FLAGS: Flags = {
     "console-socket": VALUE,
@@ -46,7 +45,7 @@ _LOOK_S = 0.02
 def execute(context: Context, options: Options, arguments: list[str]) -> int:
     """Run one more process in a container; its exit code, or with --detach 0 once its program runs."""
     ensure_sealed()
-    kept = making.kept_fds(options)
+    kept = handover.kept_fds(options)
     detach = options.on("detach")
     if options.on("ignore-paused"):
         _wait_until_thawed(context, arguments[0])
@@ -55,8 +54,8 @@ def execute(context: Context, options: Options, arguments: list[str]) -> int:
         record, spec = place.record(), place.spec()
         life.check("exec", place, record)
         group = life.cgroup_of(record)
-        wanted = making.with_listen_fds(_process(spec, options, arguments[1:]))
-        making.check_terminal(wanted, options, detached=detach)
+        wanted = handover.with_listen_fds(_process(spec, options, arguments[1:]))
+        handover.check_terminal(wanted, options, detached=detach)
         for warning in warnings_of(wanted):
             context.log.warning(warning)
         signals = -1 if detach else foreground.hold_signals()
@@ -84,7 +83,7 @@ def _run(
     user = None if options.has("process") else options.text("user") or None
     asked = any(options.texts("cgroup"))
     return container.exec(
-        wanted, user=user, stdio=making.own_stdio(wanted, kept), cgroup_paths=paths, exact_cgroup=asked
+        wanted, user=user, stdio=handover.own_stdio(wanted, kept), cgroup_paths=paths, exact_cgroup=asked
     )
 
 
@@ -157,14 +156,7 @@ def _report(handle: ProcessHandle, options: Options) -> None:
     """Tell the caller of the process; who can't be told must not find it running."""
     with contextlib.ExitStack() as undo:
         undo.callback(_kill, handle)
-        if handle.console is not None and options.has("console-socket"):
-            send_descriptor(options.text("console-socket"), handle.console, b"/dev/ptmx")
-            os.close(handle.console)
-            handle.console = None
-        if options.has("pidfd-socket"):
-            send_descriptor(options.text("pidfd-socket"), handle.pidfd, b"pidfd")
-        if options.has("pid-file"):
-            making.write_pid_file(options.text("pid-file"), handle.pid)
+        handover.tell_of(handle, options)
         undo.pop_all()
 
 

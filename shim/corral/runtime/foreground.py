@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from corral.kernel import process, signalfd
-from corral.oci.runtime import ProcessHandle
 
 if TYPE_CHECKING:
+    from corral.oci.attendance import ProcessHandle
     from corral.runtime.terminal import Joined
 
 _OURS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP)
@@ -23,7 +23,7 @@ def hold_signals() -> int:
     return signalfd.open_signalfd(set(signal.valid_signals()) - set(_OURS))
 
 
-def stay(handle: ProcessHandle, signals: int) -> int:
+def stay(handle: "ProcessHandle", signals: int) -> int:
     """Until the process has ended: its exit code, 128 + N if signal N ended it. Reaps every child meanwhile."""
     poller = select.poll()
     poller.register(signals, select.POLLIN)
@@ -41,7 +41,7 @@ def stay(handle: ProcessHandle, signals: int) -> int:
 
 
 @contextlib.contextmanager
-def _joined(handle: ProcessHandle, poller: "select.poll") -> "Iterator[Joined | None]":
+def _joined(handle: "ProcessHandle", poller: "select.poll") -> "Iterator[Joined | None]":
     if handle.console is None:
         yield None
         return
@@ -51,7 +51,7 @@ def _joined(handle: ProcessHandle, poller: "select.poll") -> "Iterator[Joined | 
         yield Joined(handle.console, poller)
 
 
-def _on_signal(number: int, handle: ProcessHandle, terminal: "Joined | None") -> None:
+def _on_signal(number: int, handle: "ProcessHandle", terminal: "Joined | None") -> None:
     if number == signal.SIGCHLD:
         _reap_others(handle.pid)
     elif number == signal.SIGWINCH and terminal is not None:
@@ -73,7 +73,7 @@ def _reap_others(init: int) -> None:
         os.waitpid(ended.si_pid, 0)
 
 
-def _end(handle: ProcessHandle, terminal: "Joined | None") -> int:
+def _end(handle: "ProcessHandle", terminal: "Joined | None") -> int:
     while terminal is not None and terminal.copy_output():
         pass
     ended = os.waitid(os.P_PIDFD, handle.pidfd, os.WEXITED)

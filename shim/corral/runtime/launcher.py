@@ -35,8 +35,16 @@ main_and_exit()
 """
 _INDEX = "/corral/runtime/__pycache__/corral-oci.%s.index"
 """Below the place of the package, of one version of Python."""
-_COMMANDS = ("create", "execute", "remove", "show")
+_COMMANDS = ("create", "execute", "remove", "show", "start")
 """Those that are to start fast, with all that they need; the others share most of it."""
+_WHEN_NEEDED = (
+    "corral.kernel.bare",
+    "corral.oci.joining",
+    "corral.oci.limits",
+    "corral.runtime.terminal",
+    "corral.shim.seal",
+)
+"""What commands load on their way."""
 
 
 def script(interpreter: str, place: str) -> str:
@@ -50,7 +58,7 @@ def index(place: Path) -> bytes:
     """The index, see corral.runtime.index, of what the commands load: of ours, and of the standard library."""
     for name in ("main", "sealing", "hints", "records", "commands", *_COMMANDS):
         import_module(f"corral.runtime.{name}")
-    for name in ("corral.kernel.bare", "corral.oci.limits", "corral.shim.seal"):  # loaded when they are needed
+    for name in _WHEN_NEEDED:
         import_module(name)
     places: Index = {"corral": ("", "", str(place / "corral"))}
     for name, module in sorted(sys.modules.items()):

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from corral.kernel import namespaces
 from corral.kernel.cgroup import Cgroup
 from corral.oci import runtime
+from corral.oci.container import Container
 from corral.oci.gate import make_gate
 from corral.oci.json_text import loads
 from corral.oci.program import warnings_of
-from corral.oci.runtime import Container, Stdio
 from corral.oci.spec import Process, Spec
-from corral.runtime import groups, state
+from corral.oci.stdio import Stdio
+from corral.runtime import groups, handover, state
 from corral.runtime.context import Context
 from corral.runtime.errors import CommandError
 from corral.runtime.flags import SWITCH, VALUE, Flags, Options
@@ -33,7 +34,6 @@ BUNDLE_FLAGS: Flags = {
     "no-pivot": SWITCH,  # for a root on a ramdisk: ours is a mount of its own, so pivot_root does there too
     "no-new-keyring": SWITCH,
 }
-_FIRST_KEPT = 3
 
 
 class Bundle:
@@ -110,7 +110,6 @@ def made(
                 if scope is not None:
                     scope.settle()
                 unless_settled.pop_all()
-            _tell_of(container, options)
             yield Made(context, place, record, container)
         except BaseException:
             _undo(context, place, record, hooks=begun)
@@ -163,7 +162,7 @@ def _make_init(
     with contextlib.ExitStack() as block:
         gate = block.enter_context(contextlib.closing(make_gate(place.gate))) if with_gate else None
         container = runtime.create(
-            replace(bundle.spec, process=with_listen_fds(bundle.process)),
+            replace(bundle.spec, process=handover.with_listen_fds(bundle.process)),
             bundle=bundle.path,
             cgroup_paths=group.directories if group is not None else (),
             stdio=stdio,
@@ -176,76 +175,7 @@ def _make_init(
     return container
 
 
-def _tell_of(container: Container, options: Options) -> None:
-    if options.has("pidfd-socket"):
-        from corral.runtime.terminal import send_descriptor
-
-        send_descriptor(options.text("pidfd-socket"), container.init.pidfd, b"pidfd")
-    if options.has("pid-file"):
-        write_pid_file(options.text("pid-file"), container.init.pid)
-
-
 def _undo(context: Context, place: Place, record: Record, *, hooks: bool = True) -> None:
     from corral.runtime.remove import undo
 
     undo(context, place, record, hooks=hooks)
-
-
-def check_terminal(process: Process, options: Options, *, detached: bool) -> None:
-    """A pty's master must go somewhere: to the socket, or to this process if it stays."""
-    socket = options.has("console-socket")
-    if process.terminal and detached and not socket:
-        raise CommandError("cannot allocate a terminal without --console-socket, unless this command stays with it")
-    if socket and not process.terminal:
-        raise CommandError("--console-socket is given, but the process has no terminal")
-
-
-def _listen_fds() -> int:
-    """How many sockets systemd gave to this command. Source: sd_listen_fds(3); podman names pid 1."""
-    number = os.environ.get("LISTEN_FDS", "")
-    given = os.environ.get("LISTEN_PID", "") in ("", "1", str(os.getpid()))
-    return int(number) if given and number.isascii() and number.isdecimal() else 0
-
-
-def kept_fds(options: Options) -> tuple[int, ...]:
-    """The fds that --preserve-fds and systemd's $LISTEN_FDS name. Called before anything was opened."""
-    count = options.number("preserve-fds") + _listen_fds()
-    if count < 0:
-        raise CommandError(f"--preserve-fds: {options.text('preserve-fds')} is negative")
-    kept = tuple(range(_FIRST_KEPT, _FIRST_KEPT + count))
-    for fd in kept:
-        try:
-            os.set_inheritable(fd, True)
-        except OSError:
-            raise CommandError(f"--preserve-fds: descriptor {fd} is not open") from None
-    return kept
-
-
-def with_listen_fds(process: Process) -> Process:
-    """Tell the process of the sockets it is given."""
-    listening = _listen_fds()
-    if not listening:
-        return process
-    return replace(process, env=(*process.env, f"LISTEN_FDS={listening}", "LISTEN_PID=1"))
-
-
-def own_stdio(process: Process, kept: tuple[int, ...]) -> Stdio:
-    """This command's own 0, 1 and 2, for a process without a terminal."""
-    return Stdio(kept=kept) if process.terminal else Stdio(0, 1, 2, kept)
-
-
-def write_pid_file(path: str, pid: int) -> None:
-    """Write a pid as a whole: who watches for the file must not read half of it.
-
-    Others may write to the directory: what they put there is replaced, and never followed.
-    """
-    directory, name = os.path.split(path)
-    temporary = os.path.join(directory, f".{name}.{os.urandom(8).hex()}")  # noqa: PTH118 - a string, as the flag gave it
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        with open(fd, "w", encoding="ascii") as file:
-            file.write(str(pid))
-        os.replace(temporary, path)  # noqa: PTH105 - likewise
-    except BaseException:
-        os.unlink(temporary)  # noqa: PTH108 - likewise
-        raise
