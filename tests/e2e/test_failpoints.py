@@ -9,6 +9,7 @@ not reach fails.
 import contextlib
 import os
 import re
+import secrets
 import signal
 import subprocess
 import time
@@ -20,7 +21,8 @@ from pathlib import Path
 import grpc
 import pytest
 from support.corrald import Corrald
-from support.images import Entry, busybox_layer, image_config, layer, write_docker_archive
+from support.images import Entry, busybox_layer, image_config, layer, write_docker_archive, write_oci_archive
+from support.registry import Registry, running, skopeo
 from support.requirements import needs
 from support.sweep import cgroups, depth_below, forgotten
 
@@ -32,7 +34,7 @@ from corral.api.types.v1 import types_pb2
 from corral.client.sync import Client
 from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, NotFound, Unavailable, from_rpc_error
 
-pytestmark = needs("root", "overlayfs", "busybox", "netns")
+pytestmark = needs("root", "overlayfs", "busybox", "netns", "docker-registry", "skopeo")
 
 SERVICES = Path(__file__).resolve().parents[2] / "services"
 DRIVERS = SERVICES / "corral/images/drivers"  # theirs are passed in tests/contracts/test_snapshotter_crash.py
@@ -59,6 +61,7 @@ class Life:
 
     daemon: Corrald
     archive: Path
+    registry: Registry
     client: Client
     died: int = 0
     sound: bool = True
@@ -124,6 +127,8 @@ class Life:
         client = self.client
         header = images_pb2.ImportHeader(name="img", no_unpack=True)
         self.call(lambda: list(client.images.load_stream(header, [self.archive.read_bytes()])))
+        self.call(lambda: client.images.push("img", f"{self.registry.host}/{secrets.token_hex(8)}:1"))
+        self.call(lambda: client.images.pull(f"{self.registry.host}/far:1"))
         self.call(lambda: client.volumes.create("vol"), AlreadyExists)
         first, second = self.daemon.place.network
         subnet = network_pb2.Subnet(cidr=f"{first}.{second}.128.0/24")
@@ -189,6 +194,7 @@ class Life:
         self.call(lambda: client.networks.remove("net"), NotFound)
         self.call(lambda: client.volumes.remove("vol"), NotFound)
         self.call(lambda: client.images.remove("img"), NotFound)
+        self.call(lambda: client.images.remove(f"{self.registry.host}/far:1"), NotFound)
 
     # Afterwards
 
@@ -208,6 +214,7 @@ class Life:
             "files of": place.root / "network" / "endpoints",
         }.items():
             found += [f"{what} {path.name}" for path in root.glob("*/*")]
+        found += [f"part of blob {path.name}" for path in (place.root / "images" / "partial").iterdir()]
         return found
 
     def mistold(self, after: int) -> list[str]:
@@ -244,6 +251,7 @@ class Lives:
 
     archive: Path
     busybox: Path
+    registry: Registry
     life: Life | None = None
     _end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -261,7 +269,7 @@ class Lives:
         daemon.start()
         client = self._end.enter_context(daemon.client())
         client.images.load(self.busybox, name="busybox")
-        return Life(daemon, self.archive, client)
+        return Life(daemon, self.archive, self.registry, client)
 
     def end(self) -> None:
         with contextlib.ExitStack() as tolerant:
@@ -276,9 +284,19 @@ def lives(tmp_path_factory: pytest.TempPathFactory, busybox_archive: Path) -> It
     archive = tmp_path_factory.mktemp("image") / "img.tar"
     layers = [busybox_layer(), layer([Entry("etc/more", b"a layer that busybox does not have")])]
     write_docker_archive(archive, "img", layers, image_config(layers))
-    lives = Lives(archive, busybox_archive)
-    yield lives
-    lives.end()
+    with running(tmp_path_factory.mktemp("registry")) as registry:
+        put_far_image(registry, tmp_path_factory.mktemp("far"))
+        lives = Lives(archive, busybox_archive, registry)
+        yield lives
+        lives.end()
+
+
+def put_far_image(registry: Registry, directory: Path) -> None:
+    """An image whose content no other one has, for pulls."""
+    layers = [layer([Entry(f"etc/far{i}", bytes([i]) * 1000)]) for i in range(2)]
+    archive = write_oci_archive(directory / "far.tar", "far:1", layers, image_config(layers))
+    skopeo("--insecure-policy", "copy", "-q", "--dest-tls-verify=false", f"oci-archive:{archive}",
+           f"docker://{registry.host}/far:1")  # fmt: skip
 
 
 @pytest.fixture
