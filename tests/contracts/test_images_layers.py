@@ -6,6 +6,7 @@ import os
 import stat
 import struct
 import subprocess
+import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -401,6 +402,16 @@ def test_replacing_a_link_removes_the_link_and_not_what_it_names(layers: Layers,
     (outside / "precious").write_bytes(b"p")
     layers.add(symlink("l", str(outside)), directory("l"), symlink("m", f"{outside}/precious"), Entry("m", b"new"))
     assert (outside / "precious").read_bytes() == b"p"
+
+
+def test_a_directory_that_became_a_circle_of_links_is_no_directory_any_more(layers: Layers) -> None:
+    tree = layers.add(directory("a"), directory("a/b", 0o700), symlink("a", "a"))
+    assert str((tree / "a").readlink()) == "a"
+
+
+def test_a_hard_link_to_itself_by_another_path_changes_nothing(layers: Layers) -> None:
+    tree = layers.add(Entry("a", b"x"), symlink("here", "."), Entry("a", kind=tarfile.LNKTYPE, link="here/a"))
+    assert (tree / "a").read_text() == "x"
 
 
 def test_a_swapped_link_is_resolved_anew(layers: Layers) -> None:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 from support.file_systems import FileSystems
+from support.images import Entry
+from support.overlay import mounted
 from support.requirements import needs
-from support.snapshotters import CASES, case_id, driver_at, place_for, work_here
+from support.snapshotters import CASES, case_id, driver_at, place_for, unpack_here, work_here
 
 from corral.images.drivers.overlayfs import Overlayfs
 from corral.images.snapshotter import Snapshotter, TreeId
@@ -23,20 +25,18 @@ def driver(request: pytest.FixtureRequest, tmp_path: Path, file_systems: FileSys
     return made
 
 
-def test_a_staged_tree_becomes_a_layer(driver: Snapshotter) -> None:
-    path = driver.stage(TreeId(7))
-    (path / "f").write_text("x")
+def test_a_staged_tree_becomes_a_layer(driver: Snapshotter, tmp_path: Path) -> None:
+    unpack_here(driver, TreeId(7), Entry("f", b"x"))
     assert not driver.is_layer(TreeId(7))
     driver.commit([TreeId(7)])
     assert driver.is_layer(TreeId(7))
-    [mount] = driver.mounts(TreeId(8), (TreeId(7),), writable=False)
-    assert mount.options == ("bind", "ro")
-    assert Path(mount.source, "f").read_text() == "x"
+    with mounted(driver.mounts(TreeId(8), (TreeId(7),), writable=False), tmp_path / "m") as root:
+        assert (root / "f").read_text() == "x"
 
 
 def test_everything_on_disk_is_told_and_can_be_removed(driver: Snapshotter) -> None:
     driver.stage(TreeId(1))
-    driver.stage(TreeId(2))
+    unpack_here(driver, TreeId(2))
     driver.commit([TreeId(2)])
     driver.prepare(TreeId(3), (TreeId(2),), writable=True)
     driver.prepare(TreeId(4), (), writable=True)
@@ -48,7 +48,7 @@ def test_everything_on_disk_is_told_and_can_be_removed(driver: Snapshotter) -> N
 
 
 def test_a_view_on_layers_takes_nothing(driver: Snapshotter) -> None:
-    driver.stage(TreeId(1))
+    unpack_here(driver, TreeId(1))
     driver.commit([TreeId(1)])
     driver.prepare(TreeId(2), (TreeId(1),), writable=False)
     assert set(driver.trees()) == {1}

@@ -1,6 +1,7 @@
 """An image looks the same whichever driver its layers are stacked by."""
 
 import asyncio
+import os
 import random
 import struct
 import tarfile
@@ -115,7 +116,8 @@ async def looks(leaf: ImagesLeaf, at: Path, *, writable: bool) -> Fingerprint:
     make = leaf.prepare if writable else leaf.view
     made = await make(f"t{writable:d}", image="i:1")
     with mounted(made.mounts, at) as root:
-        assert (root / "holes").stat().st_blocks < 1000
+        with (root / "holes").open("rb") as file:
+            assert 0 < os.lseek(file.fileno(), 0, os.SEEK_HOLE) < 1 << 20
         found = fingerprint(root)
     kind, uid, gid, _, *rest = found["."]  # the root of a writable overlay is as old as its upper directory
     return {**found, ".": (kind, uid, gid, *rest)}

@@ -2,6 +2,7 @@
 
 import io
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from corral.images.drivers import DRIVERS, make_driver
 from corral.images.layers.apply import Limits
 from corral.images.layers.errors import BadLayer
 from corral.images.layers.worker import run_job
-from corral.images.snapshotter import Snapshotter
+from corral.images.snapshotter import Snapshotter, TreeId
 from support.file_systems import FileSystems, lacking_file_system
+from support.images import Entry, layer
 
 # A driver, and the file system that its directory lies on; "" is the one that tests have theirs on.
 CASES = (
@@ -42,6 +44,16 @@ def place_for(case: tuple[str, str], directory: Path, file_systems: FileSystems)
 def driver_at(name: str, root: Path) -> Snapshotter:
     """The driver itself, whose heavy jobs are done by this process."""
     return make_driver(name, root, work_here)
+
+
+def unpack_here(driver: Snapshotter, tree: TreeId, *entries: Entry) -> None:
+    """Stage a tree and unpack a layer with these entries into it, as the bottom one."""
+    target = driver.stage(tree)
+    with tempfile.NamedTemporaryFile() as blob:
+        blob.write(layer(entries))
+        blob.flush()
+        job = {"op": "apply", "blob": blob.name, "target": str(target), "form": driver.form}
+        work_here({**job, "bottom": True, "diff_id": ""})
 
 
 def work_here(job: Mapping[str, object]) -> dict[str, Any]:

@@ -34,9 +34,11 @@ A tests/contracts suite runs on every driver, and again over gRPC.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NewType, Protocol
+from typing import Any, Literal, NewType, Protocol
 
 from corral.images.layers.removal import GoOn, always
+
+type Form = Literal["directory", "image"]
 
 TreeId = NewType("TreeId", int)
 
@@ -87,6 +89,11 @@ class Snapshotter(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def form(self) -> Form:
+        """What a worker makes of a layer in the directory that is staged."""
+        ...
 
     @property
     def max_layers(self) -> int:

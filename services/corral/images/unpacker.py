@@ -159,7 +159,14 @@ class Unpacker:
         path = await blob()
         try:
             total = await run_blocking(lambda: path.stat().st_size)
-            job = {"op": "apply", "blob": str(path), "target": str(layer.path), "bottom": bottom, "diff_id": diff_id}
+            job = {
+                "op": "apply",
+                "blob": str(path),
+                "target": str(layer.path),
+                "form": self._driver.form,
+                "bottom": bottom,
+                "diff_id": diff_id,
+            }
             answer = await self._workers.run(job, lambda done: report(what, Step.UNPACK, done, total))
         except (OSError, BadLayer) as e:
             raise explained(e, doing) from e

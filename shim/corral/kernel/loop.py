@@ -8,7 +8,9 @@ import fcntl
 import os
 import struct
 import time
+from collections.abc import Iterable
 
+from corral.kernel import mount
 from corral.kernel.syscalls import failure
 
 _CTL_GET_FREE = 0x4C82
@@ -20,6 +22,29 @@ _NAME_BYTES = 63
 _TRIES = 64
 BUSY_S = 5.0
 """How long to wait for a file that is still a device: what was unmounted just now goes a moment later."""
+
+
+def mount_file(
+    fstype: str, path: str, options: Iterable[str] = (), *, attributes: int = 0, device: bool = False
+) -> int:
+    """A new, detached mount of the file system in a file: an fd of its root. Raises OSError naming the file.
+
+    By a loop device if asked for, or where this kernel has no other way (erofs before Linux 6.12).
+    """
+    options = tuple(options)
+    if not device:
+        try:
+            return mount.new_mount(fstype, path, options, attributes=attributes)
+        except OSError as e:
+            if e.errno != errno.ENOTBLK:
+                raise
+    read_only = bool(attributes & mount.MOUNT_ATTR_RDONLY)
+    fd = attach(path, read_only=read_only)
+    try:
+        flags = (*options, "ro") if read_only else options
+        return mount.new_mount(fstype, f"/proc/self/fd/{fd}", flags, attributes=attributes)
+    finally:
+        os.close(fd)
 
 
 def attach(path: str, *, read_only: bool = False) -> int:

@@ -9,11 +9,11 @@ In the root's source, and in the paths of its options, "@0" is the first of them
 """
 
 import contextlib
-import errno
 import os
 from collections.abc import Sequence
 
-from corral.kernel import loop, mount
+from corral.kernel import mount
+from corral.kernel.loop import mount_file
 from corral.kernel.overlay import split_lower
 from corral.kernel.syscalls import AT_FDCWD
 from corral.oci import mount_options
@@ -67,22 +67,4 @@ def _make(part: Mount) -> int:
     options = mount_options.parse(part.options)
     attributes = options.attributes.set | (options.attributes.atime or 0)
     data = tuple(option for option in options.data if option != "loop")
-    read_only = bool(attributes & mount.MOUNT_ATTR_RDONLY)
-    if "loop" in options.data:
-        return _on_loop(part, data, attributes, read_only=read_only)
-    try:
-        return mount.new_mount(part.type, part.source, data, attributes=attributes)
-    except OSError as e:
-        if e.errno != errno.ENOTBLK:
-            raise
-    # A file system in a file, which this kernel can mount from a block device only (erofs before Linux 6.12).
-    return _on_loop(part, data, attributes, read_only=read_only)
-
-
-def _on_loop(part: Mount, data: tuple[str, ...], attributes: int, *, read_only: bool) -> int:
-    device = loop.attach(part.source, read_only=read_only)
-    try:
-        flags = (*data, "ro") if read_only else data
-        return mount.new_mount(part.type, f"/proc/self/fd/{device}", flags, attributes=attributes)
-    finally:
-        os.close(device)
+    return mount_file(part.type, part.source, data, attributes=attributes, device="loop" in options.data)

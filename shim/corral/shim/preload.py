@@ -15,6 +15,7 @@ import corral.oci.joining
 import corral.oci.labels
 import corral.oci.listener
 import corral.oci.net_devices
+import corral.oci.parts
 import corral.oci.passage
 import corral.oci.runtime
 import corral.oci.seccomp  # noqa: F401 - likewise

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from corral.images.drivers.btrfs import Btrfs
+from corral.images.drivers.erofs import Erofs
 from corral.images.drivers.native import Native
 from corral.images.drivers.overlayfs import Overlayfs
 from corral.images.layers.removal import GoOn, always
@@ -19,6 +20,7 @@ DRIVERS: Mapping[str, Callable[[Path, Work], Snapshotter]] = {
     "overlayfs": Overlayfs,
     "native": Native,
     "btrfs": Btrfs,
+    "erofs": Erofs,
 }
 DIRECTORIES: Mapping[str, str] = {"overlayfs": "overlay"}
 

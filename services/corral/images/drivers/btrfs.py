@@ -18,7 +18,7 @@ from corral.images.drivers.completing import complete
 from corral.images.drivers.places import file_system_of, numbered
 from corral.images.drivers.usage import measure
 from corral.images.layers.removal import GoOn, always, remove_tree
-from corral.images.snapshotter import Missing, Mount, TreeId, Usage, Work
+from corral.images.snapshotter import Form, Missing, Mount, TreeId, Usage, Work
 from corral.kernel import btrfs
 from corral.kernel.syncfs import syncfs
 from corral.store import failpoint
@@ -31,6 +31,7 @@ class Btrfs:
     """See Snapshotter."""
 
     name = "btrfs"
+    form: Form = "directory"
     max_layers = 10_000
 
     def __init__(self, root: Path, work: Work) -> None:

@@ -17,7 +17,7 @@ from corral.images.drivers.completing import complete
 from corral.images.drivers.places import new_directory, numbered
 from corral.images.drivers.usage import measure
 from corral.images.layers.removal import GoOn, always, remove_tree
-from corral.images.snapshotter import Missing, Mount, TreeId, Usage, Work
+from corral.images.snapshotter import Form, Missing, Mount, TreeId, Usage, Work
 from corral.kernel.syncfs import syncfs
 from corral.store import failpoint
 from corral.store.files import fsync_directory
@@ -27,6 +27,7 @@ class Native:
     """See Snapshotter."""
 
     name = "native"
+    form: Form = "directory"
     max_layers = 10_000
 
     def __init__(self, root: Path, work: Work) -> None:

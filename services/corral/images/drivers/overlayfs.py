@@ -19,7 +19,7 @@ from corral.images.drivers.completing import complete
 from corral.images.drivers.places import file_system_of, kernel_has, new_directory, numbered
 from corral.images.drivers.usage import measure
 from corral.images.layers.removal import GoOn, always, remove_tree
-from corral.images.snapshotter import Missing, Mount, TreeId, Usage, Work
+from corral.images.snapshotter import Form, Missing, Mount, TreeId, Usage, Work
 from corral.kernel.syncfs import syncfs
 from corral.store.files import fsync_directory
 
@@ -29,7 +29,7 @@ _PARAMETERS = Path("/sys/module/overlay/parameters")
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
+class Look:
     """Of a directory."""
 
     mode: int
@@ -37,20 +37,21 @@ class _Look:
     gid: int
 
 
-_PLAIN = _Look(0o755, 0, 0)
+_PLAIN = Look(0o755, 0, 0)
 
 
 class Overlayfs:
     """See Snapshotter. Layers are independent of each other until they are mounted."""
 
     name = "overlayfs"
+    form: Form = "directory"
     max_layers = 500  # OVL_MAX_STACK
 
     def __init__(self, root: Path, work: Work) -> None:
         self._work = work
         self._root = root
         self._tmp, self._layers, self._active, self._ready = root / "tmp", root / "l", root / "s", root / "r"
-        self._looks: dict[TreeId, _Look] = {}  # of layers, which do not change
+        self._looks: dict[TreeId, Look] = {}  # of layers, which do not change
         self._options = tuple(option for name, option in _OFF_BY_PARAMETER.items() if (_PARAMETERS / name).exists())
 
     def check(self) -> str:
@@ -104,23 +105,29 @@ class Overlayfs:
     def is_quick(self, chain: Sequence[TreeId], *, writable: bool) -> bool:
         return chain[0] in self._looks if chain and writable else bool(chain) or writable
 
-    def _look(self, layer: TreeId) -> "_Look":
+    def _look(self, layer: TreeId) -> Look:
         look = self._looks.get(layer)
         if look is None:
-            status = (self._layers / str(layer)).stat()
-            look = self._looks[layer] = _Look(stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
+            look = self._looks[layer] = self._read_look(layer)
         return look
+
+    def _read_look(self, layer: TreeId) -> Look:
+        status = (self._layers / str(layer)).stat()
+        return Look(stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
 
     def mounts(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> list[Mount]:
         if not chain:
             return [Mount("bind", f"{self._active}/{tree}/u", ("bind", "rw" if writable else "ro"))]
-        if len(chain) == 1 and not writable:
-            return [Mount("bind", f"{self._layers}/{chain[0]}", ("bind", "ro"))]
-        lower = "lowerdir=" + ":".join(f"{self._layers}/{layer}" for layer in chain)
-        if not writable:
-            return [Mount("overlay", "overlay", ("ro", lower, *self._options))]
+        layers, parts = self._stack(chain)
+        if len(layers) == 1 and not writable:
+            return [Mount("bind", layers[0], ("bind", "ro"), parts=parts)]
         base = f"{self._active}/{tree}"
-        return [Mount("overlay", "overlay", (lower, f"upperdir={base}/u", f"workdir={base}/w", *self._options))]
+        access = (f"upperdir={base}/u", f"workdir={base}/w") if writable else ("ro",)
+        return [Mount("overlay", "overlay", (f"lowerdir={':'.join(layers)}", *access, *self._options), parts=parts)]
+
+    def _stack(self, chain: Sequence[TreeId]) -> tuple[list[str], tuple[Mount, ...]]:
+        """The layers as lowerdir= names them, and what has to be mounted for that."""
+        return [f"{self._layers}/{layer}" for layer in chain], ()
 
     def adopt(self, tree: TreeId) -> None:
         upper = self._active / str(tree) / "u"

@@ -183,8 +183,11 @@ class Applier:
                 self._link_below(entry, parts, target)
                 return
             above = _copy(found, fds)
-            if stat.S_ISDIR(os.stat(target[-1], dir_fd=above, follow_symlinks=False).st_mode):
+            status = os.stat(target[-1], dir_fd=above, follow_symlinks=False)
+            if stat.S_ISDIR(status.st_mode):
                 raise BadLayer(f"entry {entry.shown} is a hard link to a directory")
+            if _is_same(parts[-1], parent, status):  # by another path: to replace it would be to lose it
+                return
             self._create(
                 lambda name, at: os.link(target[-1], name, src_dir_fd=above, dst_dir_fd=at, follow_symlinks=False),
                 parts,
@@ -310,6 +313,13 @@ def _copy(fd: int, stack: ExitStack) -> int:
     copy = os.dup(fd)
     stack.callback(os.close, copy)
     return copy
+
+
+def _is_same(name: str, parent: int, status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(name, dir_fd=parent, follow_symlinks=False), status)
+    except FileNotFoundError:
+        return False
 
 
 def _is_there(name: str, parent: int) -> bool:

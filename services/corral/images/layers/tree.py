@@ -73,6 +73,10 @@ class Tree:
                 return self.parent(parts)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as e:
+            if e.errno != errno.ELOOP:  # links that lead in a circle lead nowhere
+                raise
+            return None
 
     @contextmanager
     def _opened(self, parts: list[str]) -> Iterator[int]:

@@ -1,10 +1,12 @@
 """The process that unpacks layers: JSON lines in, JSON lines out, one job after the other, until its input ends.
 
-    in   {"op": "apply", "blob": PATH, "target": DIR, "bottom": BOOL, "diff_id": "sha256:…" or ""}
+    in   {"op": "apply", "blob": PATH, "target": DIR, "form": FORM, "bottom": BOOL, "diff_id": "sha256:…" or ""}
          {"op": "measure", "blob": PATH, "diff_id": "sha256:…"}
          {"op": "complete", "layer": DIR, "below": [DIR, …], "implicit": […], "links": [[…], …]}
+         {"op": "complete_image", "directory": DIR, "below": [DIR or IMAGE, …], "implicit": […], "links": [[…], …]}
          {"op": "lay", "layers": [DIR, …], "target": DIR}
     out  {"progress": BYTES of the blob read}…, then {"ok": {…}} or {"error": KIND, "errno": N, "message": SENTENCE}
+         FORM: "directory", or "image" for an EROFS image in the directory
          KIND: "bad" (the data), "os" (the machine), "bug"
 
 Why a process: zlib, sha256 and file writes release the GIL, but a layer of small files is Python code all the way.
@@ -19,9 +21,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
+from corral.images.layers import imaging
 from corral.images.layers.apply import Applied, Applier, Limits
 from corral.images.layers.below import complete
 from corral.images.layers.compression import CHUNK_BYTES, decompressed
@@ -30,6 +34,8 @@ from corral.images.layers.laying import lay
 from corral.images.layers.stream import ByteStream, prefetched
 from corral.images.layers.tar import TarReader
 from corral.images.layers.tree import Tree
+from corral.kernel.loop import mount_file
+from corral.kernel.mount import MOUNT_ATTR_RDONLY
 from corral.kernel.process import set_parent_death_signal
 
 PROGRESS_BYTES = 4 << 20
@@ -75,7 +81,7 @@ class Hashed:
 
 
 def unpack(
-    blob: Blob, target: Path, *, bottom: bool, diff_id: str, limits: Limits, report: TextIO
+    blob: Blob, target: Path, *, bottom: bool, diff_id: str, limits: Limits, report: TextIO, form: str = "directory"
 ) -> dict[str, object]:
     """Apply the layer in `blob` to the empty directory `target`, and prove its diff id if one is given."""
     plain = Hashed(decompressed(blob.chunks()))
@@ -88,12 +94,29 @@ def unpack(
             reported = blob.done
             _say(report, {"progress": reported})
 
-    with Tree(target) as tree:
-        applied = Applier(tree, bottom=bottom, limits=limits).apply(TarReader(stream, needs_end=not diff_id), on_entry)
-        stream.drain()
+    reader = TarReader(stream, needs_end=not diff_id)
+    if form == "image":
+        applied = _make_image(target, reader, on_entry, bottom=bottom, limits=limits)
+    else:
+        with Tree(target) as tree:
+            applied = Applier(tree, bottom=bottom, limits=limits).apply(reader, on_entry)
+    stream.drain()
     if diff_id:
         plain.prove(diff_id)
     return {**_as_json(applied), "diff_id": plain.digest}
+
+
+def _make_image(
+    target: Path, reader: TarReader, on_entry: Callable[[], None], *, bottom: bool, limits: Limits
+) -> Applied:
+    with imaging.new_image(target) as image:
+        imager = imaging.Imager(image, bottom=bottom, limits=limits)
+        applied = imager.apply(reader, on_entry)
+        if bottom or not (applied.implicit or applied.links):
+            imaging.finish(image, imager.tree, bottom=bottom)
+        else:
+            imaging.wait_for_below(target, imager.tree, image.blocks)
+    return applied
 
 
 def measure(blob: Blob, diff_id: str) -> dict[str, object]:
@@ -133,6 +156,7 @@ def _apply(job: Job, limits: Limits, report: TextIO) -> dict[str, object]:
         Path(job["target"]),
         bottom=job["bottom"],
         diff_id=job["diff_id"],
+        form=job["form"],
         limits=limits,
         report=report,
     )
@@ -148,6 +172,23 @@ def _complete(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
     return {"size_bytes": added}
 
 
+def _complete_image(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
+    with ExitStack() as stack:
+        below = [_opened(path, stack) for path in job["below"]]
+        links = [(a, b) for a, b in job["links"]]
+        return {"size_bytes": imaging.complete_image(Path(job["directory"]), below, job["implicit"], links)}
+
+
+def _opened(path: str, stack: ExitStack) -> int:
+    """The root of a layer: a directory, or an image, mounted for us alone."""
+    if os.path.isdir(path):  # noqa: PTH112 - a string
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    else:
+        fd = mount_file("erofs", path, attributes=MOUNT_ATTR_RDONLY)
+    stack.callback(os.close, fd)
+    return fd
+
+
 def _lay(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
     lay([Path(path) for path in job["layers"]], Path(job["target"]))
     return {}
@@ -157,6 +198,7 @@ _OPERATIONS: Mapping[str, Callable[[Job, Limits, TextIO], dict[str, object]]] = 
     "apply": _apply,
     "measure": _measure,
     "complete": _complete,
+    "complete_image": _complete_image,
     "lay": _lay,
 }
 
