@@ -8,6 +8,7 @@ The order at an exit is what the crash contract rests on:
 Nobody above is needed for any of it.
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -16,10 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from corral.kernel.failpoint import failpoint
-from corral.kernel.namespaces import Kind
-from corral.kernel.process import start_time
-from corral.oci import hooks, runtime
-from corral.oci import state as oci_state
+from corral.kernel.namespaces import Kind, open_namespace
+from corral.oci import plan, runtime
 from corral.oci.errors import ExecFailed
 from corral.oci.larder import Larder
 from corral.oci.program import warnings_of
@@ -27,6 +26,7 @@ from corral.oci.runtime import Container
 from corral.oci.spec import Process, Spec
 from corral.shim import records, report
 from corral.shim.errors import ShimError
+from corral.shim.ledger import Ledger
 from corral.shim.leftovers import kill_leftovers
 from corral.shim.logs import Log, NoLog, open_log
 from corral.shim.loop import Loop
@@ -60,14 +60,14 @@ class Shim:
         self._larder = larder or Larder()
         self.loop, self.bundle, self._publish, self._on_end = loop, bundle, publish, on_end
         self._directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._ledger = Ledger(bundle, self._directory)
         self._log: Log = NoLog()
         self._container: Container | None = None
         self._processes: dict[str, ContainerProcess] = {}
         self._by_pid: dict[int, ContainerProcess] = {}
         self._cgroup_paths: tuple[Path, ...] = ()
         self._oom: OomCounter | None = None
-        self._created_at_ns = 0
-        self._own: tuple[int, int] | None = None  # this process's pid and start time
+        self._mounts: int | None = None
         self._wait_until = 0.0
 
     @property
@@ -83,6 +83,7 @@ class Shim:
             process.release()
         if self._oom is not None:
             self._oom.close()
+        self._let_mounts_go()
         self._larder.close()
         os.close(self._directory)
 
@@ -117,7 +118,7 @@ class Shim:
         except BaseException as e:
             log.close()
             if not isinstance(e, ValueError):  # then nothing was made
-                self._run_poststop(spec)
+                self._ledger.run_poststop(spec)
             raise
         finally:
             self._larder.close()
@@ -128,13 +129,14 @@ class Shim:
         return self._created(ContainerProcess("", io, program), container)
 
     def _created(self, init: ContainerProcess, container: Container) -> Message:
-        self._created_at_ns = time.time_ns()
+        self._ledger.created_at_ns = time.time_ns()
         init.handle = container.init
         init.move(State.CREATED)
         self._processes[""] = self._by_pid[init.pid] = init
         init.io.begin(container.init.console)
         self._oom = self._watch_oom()
         self._write_record_soon(init)
+        self.loop.call_later(0, lambda: self._hold_mounts(init))
         return {"pid": init.pid, "start_time": init.start_time}
 
     def start(self, exec_id: str) -> Message:
@@ -235,25 +237,21 @@ class Shim:
             }
         )
 
+    def _hold_mounts(self, init: ContainerProcess) -> None:
+        """Keep its mount namespace until its exit is told: the kernel tells us of that only once it has taken apart
+        what is init's alone, which for a namespace with mounts takes milliseconds."""
+        with contextlib.suppress(FileNotFoundError):  # it has ended
+            self._mounts = open_namespace(f"/proc/{init.pid}/ns/{Kind.MOUNT.file}")
+
+    def _let_mounts_go(self) -> None:
+        if self._mounts is not None:
+            os.close(self._mounts)
+            self._mounts = None
+
     def _write_record_soon(self, init: ContainerProcess) -> None:
         """Once the reply is out: should this process be killed before, init ends unstarted, by its channel; or it has
         a record that lacks no more than the time of the start."""
-        self.loop.call_later(0, lambda: self._write_record(init))
-
-    def _write_record(self, init: ContainerProcess) -> None:
-        if self._own is None:
-            self._own = os.getpid(), start_time("self")
-        own_pid, own_start_time = self._own
-        record = records.Record(
-            shim_pid=own_pid,
-            shim_start_time=own_start_time,
-            init_pid=init.pid,
-            init_start_time=init.start_time,
-            created_at_ns=self._created_at_ns,
-            started_at_ns=init.started_at_ns,
-            terminal=init.io.terminal,
-        )
-        records.write_json(self._directory, records.RECORD, record.to_json(), step="shim.record", durable=False)
+        self.loop.call_later(0, lambda: self._ledger.write_record(init))
 
     # While it lives.
 
@@ -309,7 +307,7 @@ class Shim:
             raise ShimError("failed_precondition", f"{process.what} is running")
         process.io.close()
         process.release()
-        records.remove(self._directory, _exit_file(exec_id))
+        self._ledger.remove_exit(exec_id)
         del self._processes[exec_id]
         return {}
 
@@ -386,21 +384,17 @@ class Shim:
             oom=is_init and oom_kills > 0,
             dropped_bytes=self._log.dropped_bytes if is_init else 0,
         )
-        step = "shim.exit" if is_init else "shim.exec_exit"
-        try:
-            records.write_json(self._directory, _exit_file(process.exec_id), exit_record.to_json(), step=step)
-        except OSError as e:
-            # The event still tells; without a disk there is nothing better.
-            report.write(self._directory, f"{_exit_file(process.exec_id)}: {e}")
+        self._ledger.write_exit(exit_record)
         process.reap()
         return exit_record
 
     def _init_finished(self) -> None:
         """Execs of a private pid namespace are dead or dying already; otherwise they and their children end here."""
+        self._let_mounts_go()
         for process in self._processes.values():
             if process.alive:
                 process.signal(signal.SIGKILL)
-        if not _has_private_pids(self._made().spec):
+        if Kind.PID not in plan.created(self._made().spec):
             kill_leftovers(self._cgroup_paths, signal.SIGKILL)
         self._wait_until = time.monotonic() + DRAIN_S
         self._check_end()
@@ -412,25 +406,9 @@ class Shim:
             self.loop.call_later(END_CHECK_S, self._check_end)
             return
         self._log.close()
-        self._run_poststop(self._made().spec)
+        self._ledger.run_poststop(self._made().spec)
         self._on_end()
-
-    def _run_poststop(self, spec: Spec) -> None:
-        """The hooks of a container that is no more: nobody but this process knows for sure when that is."""
-        if spec.hooks is None:
-            return
-        state = oci_state.State(self.bundle.name, str(self.bundle), spec.annotations)
-        for warning in hooks.run_poststop(spec.hooks, state):
-            report.write(self._directory, warning)
 
 
 def _not_created() -> ShimError:
     return ShimError("failed_precondition", "the container is not created")
-
-
-def _has_private_pids(spec: Spec) -> bool:
-    return any(namespace.type is Kind.PID and not namespace.path for namespace in spec.linux.namespaces)
-
-
-def _exit_file(exec_id: str) -> str:
-    return f"{records.EXECS}/{exec_id}.json" if exec_id else records.EXIT
