@@ -327,8 +327,8 @@ class TestDevThatIsALink:
         volume.mkdir()
         device = Device("/dev/x", DeviceType.CHAR, 1, 3, file_mode=0o666, uid=1000, gid=1000)
         parent = os.open(volume, os.O_PATH)
-        give_up_at = time.monotonic() + RACE_S
         with stealing(volume, bait.file):
+            give_up_at = time.monotonic() + RACE_S
             for number in range(ROUNDS):
                 if time.monotonic() > give_up_at:
                     break

@@ -90,8 +90,8 @@ def test_cve_2021_30465_what_was_just_made_is_exchanged_before_it_is_opened(
     if is_right is stat.S_ISREG:
         bait /= "file"
         bait.touch()
-    give_up_at, caught = time.monotonic() + RACE_S, 0
     with stealing(place, bait):
+        give_up_at, caught = time.monotonic() + RACE_S, 0
         for number in range(ROUNDS):
             if caught > 5 or time.monotonic() > give_up_at:
                 break

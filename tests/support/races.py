@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from corral.kernel import process
 
-ROUNDS = 4000
+ROUNDS = 1500
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
