@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from corral.kernel import namespaces
 from corral.kernel.cgroup import Cgroup
-from corral.oci import runtime
+from corral.kernel.namespaces import Kind
+from corral.oci import plan, runtime
 from corral.oci.container import Container
 from corral.oci.gate import make_gate
 from corral.oci.json_text import loads
@@ -72,7 +72,7 @@ class Bundle:
             annotations=dict(self.spec.annotations),
             cgroup="" if systemd else groups.path_of(self.spec.linux, container_id),
             poststop=self.spec.hooks is not None and bool(self.spec.hooks.poststop),
-            own_pids=any(each.type is namespaces.Kind.PID and not each.path for each in self.spec.linux.namespaces),
+            own_pids=Kind.PID in plan.created(self.spec),
         )
 
 

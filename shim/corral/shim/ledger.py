@@ -1,0 +1,62 @@
+"""What of a container is written down, to be found when its shim is no more, and what is done once it is over.
+
+Where something can't be written, the shim's log says so, and life goes on.
+"""
+
+import os
+from pathlib import Path
+
+from corral.kernel.process import start_time
+from corral.oci import hooks
+from corral.oci.spec import Spec
+from corral.oci.state import State
+from corral.shim import records, report
+from corral.shim.process import ContainerProcess
+
+
+class Ledger:
+    """The files of one bundle, of which directory is an fd."""
+
+    def __init__(self, bundle: Path, directory: int) -> None:
+        self._bundle, self._directory = bundle, directory
+        self.created_at_ns = 0
+        self._own: tuple[int, int] | None = None  # this process's pid and start time
+
+    def write_record(self, init: ContainerProcess) -> None:
+        """Who looks after which init, and since when."""
+        if self._own is None:
+            self._own = os.getpid(), start_time("self")
+        own_pid, own_start_time = self._own
+        record = records.Record(
+            shim_pid=own_pid,
+            shim_start_time=own_start_time,
+            init_pid=init.pid,
+            init_start_time=init.start_time,
+            created_at_ns=self.created_at_ns,
+            started_at_ns=init.started_at_ns,
+            terminal=init.io.terminal,
+        )
+        records.write_json(self._directory, records.RECORD, record.to_json(), step="shim.record", durable=False)
+
+    def write_exit(self, ended: records.Exit) -> None:
+        """How a process ended; on disk before this returns."""
+        step = "shim.exec_exit" if ended.exec_id else "shim.exit"
+        try:
+            records.write_json(self._directory, _exit_file(ended.exec_id), ended.to_json(), step=step)
+        except OSError as e:
+            # The event still tells; without a disk there is nothing better.
+            report.write(self._directory, f"{_exit_file(ended.exec_id)}: {e}")
+
+    def remove_exit(self, exec_id: str) -> None:
+        """Nobody asks for it any more."""
+        records.remove(self._directory, _exit_file(exec_id))
+
+    def run_poststop(self, spec: Spec) -> None:
+        """The hooks of a container that is no more: nobody but the shim knows for sure when that is."""
+        state = State(self._bundle.name, str(self._bundle), spec.annotations)
+        for warning in hooks.run_poststop(spec.hooks, state):
+            report.write(self._directory, warning)
+
+
+def _exit_file(exec_id: str) -> str:
+    return f"{records.EXECS}/{exec_id}.json" if exec_id else records.EXIT
