@@ -102,6 +102,21 @@ class ContainerProcess:
             raise AssertionError(f"process {self.exec_id!r}: {self.state.value} to {state.value}")
         self.state = state
 
+    def started(self, at_ns: int) -> None:
+        """Its program was executed."""
+        self.started_at_ns = at_ns
+        self.move(State.RUNNING)
+
+    def started_event(self) -> dict[str, object]:
+        """What subscribers are told of that."""
+        return {
+            "event": "started",
+            "exec": self.exec_id,
+            "pid": self.pid,
+            "start_time": self.start_time,
+            "started_at_ns": self.started_at_ns,
+        }
+
     @property
     def what(self) -> str:
         """What to call it in a sentence."""

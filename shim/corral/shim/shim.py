@@ -158,9 +158,9 @@ class Shim:
             init.failure = StartFailure.of(e)
             raise
         failpoint("shim.start.after_exec")
-        self._started(init, started_at_ns)
+        init.started(started_at_ns)
         self._write_record_soon(init)
-        self._publish_started(init)
+        self._publish(init.started_event())
         return {}
 
     def add_exec(self, request: Exec) -> Message:
@@ -190,14 +190,10 @@ class Shim:
             raise
         failpoint("shim.exec.after_clone")
         self._by_pid[process.pid] = process
-        self._started(process, started_at_ns)
+        process.started(started_at_ns)
         process.io.begin(process.handle.console)
-        self._publish_started(process)
+        self._publish(process.started_event())
         return {"pid": process.pid, "start_time": process.start_time}
-
-    def _started(self, process: ContainerProcess, at_ns: int) -> None:
-        process.started_at_ns = at_ns
-        process.move(State.RUNNING)
 
     def _made(self) -> Container:
         if self._container is None:
@@ -224,17 +220,6 @@ class Shim:
             directory=self._directory,
             prefix=f"{records.EXECS}/{exec_id}." if exec_id else "",
             on_end=lambda: self._output_ended(exec_id),
-        )
-
-    def _publish_started(self, process: ContainerProcess) -> None:
-        self._publish(
-            {
-                "event": "started",
-                "exec": process.exec_id,
-                "pid": process.pid,
-                "start_time": process.start_time,
-                "started_at_ns": process.started_at_ns,
-            }
         )
 
     def _hold_mounts(self, init: ContainerProcess) -> None:
@@ -316,9 +301,7 @@ class Shim:
         init = self._processes.get("")
         if init is None:
             return True
-        for process in self._processes.values():
-            if process.alive:
-                process.signal(signal.SIGKILL)
+        self._kill_all()
         return False
 
     def _watch_oom(self) -> OomCounter:
@@ -391,13 +374,16 @@ class Shim:
     def _init_finished(self) -> None:
         """Execs of a private pid namespace are dead or dying already; otherwise they and their children end here."""
         self._let_mounts_go()
-        for process in self._processes.values():
-            if process.alive:
-                process.signal(signal.SIGKILL)
+        self._kill_all()
         if Kind.PID not in plan.created(self._made().spec):
             kill_leftovers(self._cgroup_paths, signal.SIGKILL)
         self._wait_until = time.monotonic() + DRAIN_S
         self._check_end()
+
+    def _kill_all(self) -> None:
+        for process in self._processes.values():
+            if process.alive:
+                process.signal(signal.SIGKILL)
 
     def _check_end(self) -> None:
         """End once execs are reaped and clients have their bytes, or take none any more."""
