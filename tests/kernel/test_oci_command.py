@@ -306,6 +306,8 @@ def test_what_a_killed_create_left_takes_nobody_elses_cgroup_along(oci: Runtime)
     left = record | {"id": second, "pid": 0, "start_time": 0, "cgroup_is_own": False}
     (oci.root / second).mkdir()
     (oci.root / second / "state.json").write_text(json.dumps(left))
+    assert oci.call("ps", second).returncode == 1
+    oci.ok("kill", "--all", second, "KILL")
     oci.ok("delete", "--force", second)
     assert oci.status(first) == "running"
     assert cgroups(first)

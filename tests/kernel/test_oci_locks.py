@@ -163,3 +163,15 @@ def test_what_cannot_be_undone_is_left_to_a_forced_delete(oci: Runtime) -> None:
     oci.ok("delete", "--force", name)
     assert not cgroups(name)
     assert "does not exist" in oci.call("state", name).stderr
+
+
+def test_a_container_whose_specification_cannot_be_read_any_more_can_be_deleted(oci: Runtime) -> None:
+    name = oci.new_id()
+    write(oci, "poststop", "true")
+    oci.detached("create", name)
+    (oci.root / name / "config.json").write_text('{"ociVersion": "2.0.0"}')
+    result = oci.call("delete", "--force", name)
+    assert result.returncode == 0
+    assert "poststop" in result.stderr
+    assert not cgroups(name)
+    assert "does not exist" in oci.call("state", name).stderr

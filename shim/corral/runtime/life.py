@@ -69,8 +69,8 @@ def status_of(place: Place, record: Record) -> Status:
 
 
 def cgroup_of(record: Record) -> Cgroup | None:
-    """Its cgroup, if it has one."""
-    return Driver(detect()).open(record.cgroup) if record.cgroup else None
+    """Its cgroup, if it has one; what a create that was killed only meant to have may be another container's."""
+    return Driver(detect()).open(record.cgroup) if record.cgroup and record.cgroup_is_own else None
 
 
 def needed_cgroup(record: Record) -> Cgroup:

@@ -100,11 +100,19 @@ def take_down(context: Context, place: Place, record: Record, *, hooks: bool = T
     _end(record)
     if record.cgroup:
         groups.remove_of(record) if record.cgroup_is_own else groups.remove_empty(record)
-    spec = place.spec() if record.poststop and hooks else None
+    spec = _spec_of(context, place) if record.poststop and hooks else None
     place.remove()
     place.unlock()
     if spec is not None:
         _run_poststop(context, spec, record)
+
+
+def _spec_of(context: Context, place: Place) -> "Spec | None":
+    try:
+        return place.spec()
+    except (OSError, ValueError) as e:  # which must not make it one that can't be deleted
+        context.log.warning(f"its poststop hooks are not run: its specification can't be read: {e}")
+        return None
 
 
 def undo(context: Context, place: Place, record: Record, *, hooks: bool = True) -> None:
