@@ -4,6 +4,7 @@ import json
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import pytest
 from support.faulty import Faulty, Handler, Seen, faulty_registry
@@ -217,7 +218,7 @@ def faulty() -> Iterator[Faulty]:
         yield made
 
 
-def bearer(faulty: Faulty, realm: str, valid: set[str]) -> None:
+def bearer(faulty: Faulty, realm: str, valid: set[str], more: str = 'error="invalid_token"') -> None:
     """It wants tokens that are in `valid`, from `realm`."""
 
     def on(handler: Handler, seen: Seen) -> bool:
@@ -228,7 +229,7 @@ def bearer(faulty: Faulty, realm: str, valid: set[str]) -> None:
             return True
         if seen.headers.get("authorization", "").removeprefix("Bearer ") in valid:
             return False
-        handler.answer(401, WWW_Authenticate=f'Bearer realm="{realm}",service="s",error="invalid_token"')
+        handler.answer(401, WWW_Authenticate=f'Bearer realm="{realm}",service="s",{more}')
         return True
 
     faulty.on = on
@@ -249,6 +250,15 @@ async def test_a_token_that_is_over_before_its_time_is_replaced(leaf: ImagesLeaf
     faulty.on = on
     await leaf.pull(f"{faulty.host}/x:1")
     assert 2 <= len(faulty.of("/token")) <= 8
+
+
+async def test_a_scope_that_the_registry_demands_is_asked_for_too(leaf: ImagesLeaf, faulty: Faulty) -> None:
+    """As a mirror does that has the content under another name."""
+    faulty.add_image("1", [layer([Entry("f", b"1")])])
+    bearer(faulty, f"http://{faulty.host}/token", set(), 'scope="repository:cache/x:pull repository:x:pull,list"')
+    await leaf.pull(f"{faulty.host}/x:1")
+    [asked] = faulty.of("/token")
+    assert parse_qs(asked.path.partition("?")[2])["scope"] == ["repository:x:pull,list", "repository:cache/x:pull"]
 
 
 async def test_one_token_serves_all_layers(leaf: ImagesLeaf, faulty: Faulty) -> None:

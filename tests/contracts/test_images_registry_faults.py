@@ -6,6 +6,7 @@ import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -545,6 +546,28 @@ async def test_settings_that_are_wrong_are_told_at_the_pull(leaf: ImagesLeaf, tm
     write_hosts(tmp_path / "certs.d", "r.example", 'server = "https://r.example"\nca = "missing.crt"\n')
     with pytest.raises(FailedPrecondition, match=r"missing\.crt"):
         await leaf.pull("r.example/x:1")
+
+
+async def test_a_proxy_of_the_environment_is_used_but_not_where_it_shall_not(
+    leaf: ImagesLeaf, faulty: Faulty, mirror: Faulty, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", f"http://user:s3cret-password@{mirror.host}")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    write_hosts(tmp_path / "certs.d", "r.example", 'server = "http://r.example"\n')
+
+    def on(handler: Handler, seen: Seen) -> bool:
+        if seen.path.startswith("http://r.example/"):
+            handler.content(replace(seen, path=seen.path.removeprefix("http://r.example")))
+        return True
+
+    small(mirror)
+    mirror.on = on
+    await leaf.pull("r.example/x:1")
+    assert all(seen.headers["proxy-authorization"].startswith("Basic ") for seen in mirror.seen)
+    count = len(mirror.seen)
+    small(faulty)
+    await leaf.pull(f"{faulty.host}/x:1")
+    assert len(mirror.seen) == count
 
 
 # Two at a time, and those that go away

@@ -2,6 +2,7 @@
 
 import json
 import re
+import ssl
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from support.faulty import (
 )
 from support.images import Entry, digest, image_config, layer, write_oci_archive
 from support.images_leaf import ImagesLeaf, images_leaf
+from support.registry import Authority, write_hosts
 from support.requirements import needs
 
 from corral.api.images.v1 import images_pb2 as pb
@@ -267,6 +269,36 @@ async def test_an_upload_that_goes_to_another_host_takes_no_credentials_there(
         await leaf.push("x:1", f"{sink.faulty.host}/x:1", auth=auth)
         assert elsewhere.blobs[digest(made)] == made
         assert not [seen for seen in elsewhere.seen if "authorization" in seen.headers]
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["same host", "another host"])
+async def test_an_upload_of_an_encrypted_registry_stays_encrypted(tmp_path: Path, same: bool) -> None:
+    """Behind a proxy, many give addresses as if they spoke plain HTTP."""
+    authority = Authority.make(tmp_path / "ca")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(authority.certificate, authority.key)
+    with faulty_registry(tls=context) as secure, faulty_registry() as elsewhere:
+        sink = Sink(secure)
+
+        def meddle(handler: Handler, seen: Seen) -> bool:
+            if seen.method != "POST":
+                return False
+            name = f"/session/{len(sink.sessions)}"
+            sink.sessions[name] = bytearray()
+            handler.answer(202, Location=f"http://{secure.host if same else elsewhere.host}{name}")
+            return True
+
+        sink.meddle = meddle  # type: ignore[method-assign]
+        write_hosts(tmp_path / "certs.d", "r.example", f'server = "https://{secure.host}"\nca = "{authority.ca}"\n')
+        async with images_leaf(tmp_path / "images", certs=tmp_path / "certs.d") as leaf:
+            made = await load(leaf, tmp_path, MIB)
+            if same:
+                await leaf.push("x:1", "r.example/x:1")
+                assert secure.blobs[digest(made)] == made
+            else:
+                with pytest.raises(FailedPrecondition, match="not encrypted"):
+                    await leaf.push("x:1", "r.example/x:1")
+            assert not elsewhere.seen
 
 
 # Referrers

@@ -9,7 +9,7 @@ import click
 from corral.cli.app import App, ImageName, complain, pass_app
 from corral.cli.output import format_option, human_age, human_size, show_json, show_rows
 from corral.cli.progress import shown
-from corral.cli.registry import pull_command, push_command
+from corral.cli.registry import pull_command, push_command, referrers_command
 
 if TYPE_CHECKING:
     pass
@@ -24,6 +24,7 @@ def image_command() -> None:
 
 image_command.add_command(pull_command)
 image_command.add_command(push_command)
+image_command.add_command(referrers_command)
 
 
 @image_command.command("import")

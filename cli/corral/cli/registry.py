@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from corral.cli.app import App, ImageName, pass_app
+from corral.cli.output import format_option, human_size, show_rows
 from corral.cli.progress import shown
 
 if TYPE_CHECKING:
@@ -61,6 +62,19 @@ def push_command(
     for part in shown(parts, quiet=quiet):
         pushed = part.pushed
     click.echo(pushed.digest if quiet else f"Digest: {pushed.digest}")
+
+
+@click.command("referrers")
+@click.option("--type", "artifact_type", default="", metavar="TYPE", help="Only those of this artifact type")
+@_insecure
+@format_option
+@click.argument("name")
+@pass_app
+def referrers_command(app: App, name: str, artifact_type: str, insecure: bool, form: str, quiet: bool) -> None:
+    """List what refers to an image in its registry: signatures, attestations."""
+    found = app.client.images.referrers(name, artifact_type=artifact_type, insecure=insecure).referrers
+    rows = [(each.digest, each.artifact_type or each.media_type, human_size(each.size_bytes)) for each in found]
+    show_rows(("DIGEST", "TYPE", "SIZE"), rows, found, form, [each.digest for each in found] if quiet else None)
 
 
 @click.command("login")

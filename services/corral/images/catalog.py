@@ -59,7 +59,7 @@ def find(snapshot: Snapshot, namespace: str, text: str) -> ImageRecord:
 def _unknown(text: str, reference: Reference | None) -> CorralError:
     meant = f" ({reference})" if reference is not None and str(reference) != text else ""
     return NotFound(
-        f"there is no image {text!r}{meant}: `corral image ls` lists what is here, `corral image import` adds to it",
+        f"there is no image {text!r}{meant}: `corral image ls` lists what is here, `corral pull` fetches more",
         reason="NO_IMAGE",
         metadata={"image": text},
     )

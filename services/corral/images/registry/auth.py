@@ -12,7 +12,7 @@ import asyncio
 import json
 import ssl
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
@@ -42,6 +42,16 @@ def repository_scope(path: str, *actions: str) -> str:
     return f"repository:{path}:{','.join(actions)}"
 
 
+def joined_scopes(scopes: Iterable[str]) -> str:
+    """The same rights, each resource once. Source: distribution, docs/spec/auth/scope.md."""
+    resources: dict[str, list[str]] = {}
+    for scope in scopes:
+        resource, _, actions = scope.rpartition(":")
+        known = resources.setdefault(resource, [])
+        known += [action for action in actions.split(",") if action not in known]
+    return " ".join(f"{resource}:{','.join(actions)}" for resource, actions in resources.items())
+
+
 class Authorizer:
     """For one endpoint."""
 
@@ -54,6 +64,8 @@ class Authorizer:
         self._is_basic = False
         self._bearer: Mapping[str, str] | None = None
         self._tokens: dict[str, Token] = {}
+        # What the registry wants beside what is asked for: a mirror may have content under names of its own.
+        self._demanded: dict[str, str] = {}
         self._lock = asyncio.Lock()
 
     @property
@@ -69,28 +81,33 @@ class Authorizer:
             return {"Authorization": self._credentials.basic}
         if self._bearer is None:
             return {}
-        token = await self._token(" ".join(scopes), tls)
+        token = await self._token(scopes, tls)
         return {"Authorization": f"Bearer {token.value}"}
 
-    def heed(self, challenges: Sequence[Challenge], scopes: Sequence[str]) -> bool:
-        """Whether a request that met these challenges is worth another try."""
+    def heed(self, challenges: Sequence[Challenge], scopes: Sequence[str], used: str) -> bool:
+        """Whether a request that was sent with the header `used` and met these challenges is worth another try."""
         known = {challenge.scheme: challenge.parameters for challenge in challenges}
         if self._credentials.registry_token:
             return False
         if "bearer" in known and known["bearer"].get("realm"):
             self._bearer, self._is_basic = known["bearer"], False
-            self._tokens.pop(" ".join(scopes), None)
+            key = " ".join(scopes)
+            self._demanded[key] = known["bearer"].get("scope", "")
+            if (token := self._tokens.get(key)) is not None and used == f"Bearer {token.value}":
+                del self._tokens[key]
             return True
         if "basic" in known and self._credentials.username and not self._is_basic:
             self._is_basic = True
             return True
         return False
 
-    async def _token(self, scope: str, tls: ssl.SSLContext) -> Token:
+    async def _token(self, scopes: Sequence[str], tls: ssl.SSLContext) -> Token:
+        key = " ".join(scopes)
         async with self._lock:
-            token = self._tokens.get(scope)
+            token = self._tokens.get(key)
             if token is None or token.until <= time.monotonic():
-                token = self._tokens[scope] = await self._fetch(scope, tls)
+                scope = joined_scopes((*scopes, *self._demanded.get(key, "").split()))
+                token = self._tokens[key] = await self._fetch(scope, tls)
             return token
 
     async def _fetch(self, scope: str, tls: ssl.SSLContext) -> Token:
