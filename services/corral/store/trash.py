@@ -22,10 +22,12 @@ class Trash:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._emptying: asyncio.Task[None] | None = None
+        self._is_full = False  # something was thrown in since it was last emptied
 
     def throw(self, directory: Path) -> None:
         """Free the name of a directory; no error if there is none. Does not wait for a disk. Raises OSError."""
         self.discard(directory)
+        self._is_full = True
         if self._emptying is None or self._emptying.done():
             self._emptying = asyncio.ensure_future(self._empty_soon())
 
@@ -41,8 +43,10 @@ class Trash:
             directory.rename(target)
 
     async def _empty_soon(self) -> None:
-        await asyncio.sleep(PAUSE_S)
-        await asyncio.to_thread(self.empty)
+        while self._is_full:
+            await asyncio.sleep(PAUSE_S)
+            self._is_full = False
+            await asyncio.to_thread(self.empty)
 
     def empty(self) -> None:
         """Remove all that is in it. Blocks."""
