@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from support.requirements import lacking
@@ -23,6 +23,15 @@ def lacking_file_system(kind: str) -> str | None:
         return reason
     program = MKFS[kind][0]
     return None if shutil.which(program) else f"needs the program {program} (package {PACKAGES[kind]})"
+
+
+def loop_devices(root: Path) -> list[str]:
+    """The files below it that are loop devices now."""
+    found = []
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):  # it went just now
+            found.append(path.read_text().strip())
+    return [name for name in found if name.startswith(str(root))]
 
 
 class FileSystems:

@@ -16,8 +16,10 @@ from corral.images.trees import Kind, TreeRecord
 from corral.images.unpacker import TreeIds
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import check_id
-from corral.rpc.errors import AlreadyExists, FailedPrecondition, NotFound
+from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from corral.store import Database, Duplicate, Referenced, Snapshot, Transaction, failpoint
+
+MIN_QUOTA_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class Wanted:
     parent: str = ""
     labels: Mapping[str, str] | None = None
     lease: str = ""
+    quota_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,9 @@ class Snapshots:
             image_id=image.image_id if image else "",
             image_name=image.name if image else "",
             labels=wanted.labels,
+            quota_bytes=wanted.quota_bytes,
         )
+        await self._check_quota(record)
         try:
             await self._make_tree(record, wanted, is_ready=ready is not None)
         except BaseException as e:
@@ -145,13 +150,28 @@ class Snapshots:
         _check_same(wanted, existing, parent)
         return existing
 
+    async def _check_quota(self, record: TreeRecord) -> None:
+        """Raises InvalidArgument, FailedPrecondition if the tree cannot be bounded as it shall be."""
+        if not record.quota_bytes:
+            return
+        if record.kind is not Kind.ACTIVE or record.quota_bytes < MIN_QUOTA_BYTES:
+            raise InvalidArgument(
+                f"a quota is for a writable tree, and of at least {MIN_QUOTA_BYTES >> 20} MiB", reason="BAD_QUOTA"
+            )
+        if reason := await run_blocking(self._drivers.of(record.driver).check_quota):
+            raise FailedPrecondition(
+                f"snapshot driver {record.driver} cannot bound a writable tree here: {reason}; leave out the quota",
+                reason="NO_QUOTA",
+            )
+
     async def _make_tree(self, record: TreeRecord, wanted: Wanted, *, is_ready: bool) -> None:
         writable, driver = wanted.kind is Kind.ACTIVE, self._drivers.of(record.driver)
+        quota_bytes = record.quota_bytes
         try:
-            if (is_ready or not writable) and driver.is_quick(record.chain, writable=writable):
+            if (is_ready or not writable) and not quota_bytes and driver.is_quick(record.chain, writable=writable):
                 driver.prepare(record.id, record.chain, writable=writable)
             else:
-                await run_blocking(driver.prepare, record.id, record.chain, writable=writable)
+                await run_blocking(driver.prepare, record.id, record.chain, writable=writable, quota_bytes=quota_bytes)
             failpoint("images.prepare.before_row")
             await self._database.write(lambda t: _insert(t, record, wanted))
             failpoint("images.prepare.after_row")
@@ -167,7 +187,8 @@ class Snapshots:
         await self._database.write(release)
 
     def _mounts(self, record: TreeRecord) -> list[Mount]:
-        return self._drivers.of(record.driver).mounts(record.id, record.chain, writable=record.kind is Kind.ACTIVE)
+        driver, writable = self._drivers.of(record.driver), record.kind is Kind.ACTIVE
+        return driver.mounts(record.id, record.chain, writable=writable, quota_bytes=record.quota_bytes)
 
     def get(self, namespace: str, key: str) -> TreeRecord:
         """The namespace's own snapshot, else the shared layer of that name. Raises NotFound."""
@@ -247,6 +268,11 @@ class Snapshots:
 
 
 def _check_same(wanted: Wanted, existing: TreeRecord, parent: TreeRecord | None) -> None:
+    if existing.quota_bytes != wanted.quota_bytes and existing.kind is wanted.kind:
+        raise AlreadyExists(
+            f"snapshot {wanted.key!r} already exists, with another quota: remove it, or choose another key",
+            reason="SNAPSHOT_EXISTS",
+        )
     if existing.kind is not wanted.kind or existing.parent != (parent.id if parent else None):
         raise AlreadyExists(
             f"snapshot {wanted.key!r} already exists, on another parent: remove it, or choose another key",

@@ -131,17 +131,21 @@ class Snapshotter(Protocol):
         """Do ahead what prepare() of this tree will need, whatever it is put on."""
         ...
 
+    def check_quota(self) -> str:
+        """Why writable trees cannot be bounded here; empty if they can."""
+        ...
+
     def is_quick(self, chain: Sequence[TreeId], *, writable: bool) -> bool:
         """Whether prepare(), of a tree that was made ready if it is to be writable, waits neither for a disk nor for a
         job of others."""
         ...
 
-    def prepare(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> None:
-        """Make an active tree, or a view, on top of `chain`."""
+    def prepare(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool, quota_bytes: int = 0) -> None:
+        """Make an active tree, or a view, on top of `chain`. An active one may be bounded; it is not quick then."""
         ...
 
-    def mounts(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> list[Mount]:
-        """How to mount it. Waits for nothing."""
+    def mounts(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool, quota_bytes: int = 0) -> list[Mount]:
+        """How to mount it, given what it was prepared with. Waits for nothing."""
         ...
 
     def adopt(self, tree: TreeId) -> None:

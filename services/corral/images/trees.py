@@ -74,6 +74,7 @@ def new_record(
     image_name: str = "",
     size_bytes: int = 0,
     inodes: int = 0,
+    quota_bytes: int = 0,
     labels: Mapping[str, str] | None = None,
 ) -> TreeRecord:
     return TreeRecord(
@@ -89,7 +90,7 @@ def new_record(
         created_ns=time.time_ns(),
         size_bytes=size_bytes,
         inodes=inodes,
-        quota_bytes=0,
+        quota_bytes=quota_bytes,
         labels=labels or {},
     )
 

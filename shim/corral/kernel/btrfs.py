@@ -24,6 +24,8 @@ _LOOKUP_ARGS = struct.Struct("QQ4080x")
 _FIRST_FREE_OBJECTID = 256  # the number of a subvolume's root directory
 _ENABLE = 1  # BTRFS_QUOTA_CTL_ENABLE
 _LIMIT_MAX_EXCL = 1 << 1  # BTRFS_QGROUP_LIMIT_MAX_EXCL
+_NO_LIMIT = (1 << 64) - 1
+_NOT_COUNTING = frozenset((errno.ENOTCONN, errno.EINVAL))
 
 
 def create_subvolume(parent: int, name: str) -> None:
@@ -54,17 +56,29 @@ def limit_exclusive(subvolume: int, limit_bytes: int) -> None:
 
     Raises OSError.
     """
+    try:
+        _limit(subvolume, limit_bytes)
+    except OSError as e:
+        if e.errno not in _NOT_COUNTING:
+            raise
+        _enable_quota(subvolume)
+        _limit(subvolume, limit_bytes)
+
+
+def lift_limit(subvolume: int) -> None:
+    """Take the bound off, which every snapshot of it would have as well. None there is no error. Raises OSError."""
+    try:
+        _limit(subvolume, _NO_LIMIT)
+    except OSError as e:
+        if e.errno not in _NOT_COUNTING:
+            raise
+
+
+def _limit(subvolume: int, limit_bytes: int) -> None:
     found = bytearray(_LOOKUP_ARGS.pack(0, _FIRST_FREE_OBJECTID))
     fcntl.ioctl(subvolume, _INO_LOOKUP, found)
     tree_id, _ = _LOOKUP_ARGS.unpack(found)
-    arguments = struct.pack("QQQQQQ", tree_id, _LIMIT_MAX_EXCL, 0, limit_bytes, 0, 0)
-    try:
-        fcntl.ioctl(subvolume, _QGROUP_LIMIT, arguments)
-    except OSError as e:
-        if e.errno not in (errno.ENOTCONN, errno.EINVAL):
-            raise
-        _enable_quota(subvolume)
-        fcntl.ioctl(subvolume, _QGROUP_LIMIT, arguments)
+    fcntl.ioctl(subvolume, _QGROUP_LIMIT, struct.pack("QQQQQQ", tree_id, _LIMIT_MAX_EXCL, 0, limit_bytes, 0, 0))
 
 
 def _enable_quota(directory: int) -> None:

@@ -29,6 +29,7 @@ _COMMON = {
     "close_range": 436,
     "openat2": 437,
     "mount_setattr": 442,
+    "quotactl_fd": 443,
 }
 _NUMBERS = {
     "x86_64": {

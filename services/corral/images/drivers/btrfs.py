@@ -15,12 +15,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from corral.images.drivers.completing import complete
-from corral.images.drivers.places import file_system_of, numbered
+from corral.images.drivers.places import file_system_of, numbered, sync_file_system
 from corral.images.drivers.usage import measure
 from corral.images.layers.removal import GoOn, always, remove_tree
 from corral.images.snapshotter import Form, Missing, Mount, TreeId, Usage, Work
 from corral.kernel import btrfs
-from corral.kernel.syncfs import syncfs
 from corral.store import failpoint
 from corral.store.files import fsync_directory
 
@@ -68,7 +67,8 @@ class Btrfs:
         return committed if committed.is_dir() else self._tmp / str(layer)
 
     def is_layer(self, tree: TreeId) -> bool:
-        return (self._layers / str(tree)).is_dir()
+        left_by_an_adoption = (self._active / str(tree)).exists()
+        return (self._layers / str(tree)).is_dir() and not left_by_an_adoption
 
     def commit(self, trees: Sequence[TreeId]) -> None:
         for tree in trees:
@@ -76,13 +76,16 @@ class Btrfs:
             failpoint("images.btrfs.after_commit_of_one")
         fsync_directory(self._layers)
 
+    def check_quota(self) -> str:
+        return ""
+
     def make_ready(self, tree: TreeId) -> None:
         """There is nothing to do ahead."""
 
     def is_quick(self, chain: Sequence[TreeId], *, writable: bool) -> bool:
         return bool(chain) and not writable
 
-    def prepare(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> None:
+    def prepare(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool, quota_bytes: int = 0) -> None:
         if chain and not writable:
             return
         base = self._active / str(tree)
@@ -92,19 +95,25 @@ class Btrfs:
         else:
             _new_subvolume(base / "fs")
         failpoint("images.btrfs.after_snapshot")
+        if quota_bytes:
+            with _opened(base / "fs") as fd:
+                btrfs.limit_exclusive(fd, quota_bytes)
+            failpoint("images.btrfs.after_quota")
         (base / "made").touch()
 
-    def mounts(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> list[Mount]:
+    def mounts(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool, quota_bytes: int = 0) -> list[Mount]:
         if chain and not writable:
             return [Mount("bind", str(self._layers / str(chain[0])), ("bind", "ro"))]
         return [Mount("bind", str(self._active / str(tree) / "fs"), ("bind", "rw" if writable else "ro"))]
 
     def adopt(self, tree: TreeId) -> None:
-        base = self._active / str(tree)
-        with _opened(base) as fd:
-            syncfs(fd)
-        (base / "fs").rename(self._layers / str(tree))
-        failpoint("images.btrfs.after_adoption")
+        base, layer = self._active / str(tree), self._layers / str(tree)
+        if not layer.is_dir():
+            sync_file_system(base)
+            with _opened(base / "fs") as fd:
+                btrfs.lift_limit(fd)
+            (base / "fs").rename(layer)
+            failpoint("images.btrfs.after_adoption")
         fsync_directory(self._layers)
         remove_tree(base)
 

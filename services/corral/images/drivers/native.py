@@ -9,17 +9,16 @@ Layers are laid one upon the other when a tree is made, so an image takes its ow
 Where files can share their blocks (btrfs, xfs) a copy of them takes no room.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from corral.images.drivers.completing import complete
-from corral.images.drivers.places import new_directory, numbered
+from corral.images.drivers.places import new_directory, numbered, sync_file_system
 from corral.images.drivers.usage import measure
 from corral.images.layers.removal import GoOn, always, remove_tree
 from corral.images.snapshotter import Form, Missing, Mount, TreeId, Usage, Work
-from corral.kernel.syncfs import syncfs
 from corral.store import failpoint
+from corral.store.bounded import bound_project, counts_projects, release_project
 from corral.store.files import fsync_directory
 
 
@@ -55,7 +54,8 @@ class Native:
         return self._tmp / str(tree)
 
     def is_layer(self, tree: TreeId) -> bool:
-        return self._where(tree).parent != self._tmp
+        left_by_an_adoption = (self._active / str(tree)).exists()
+        return self._where(tree).parent != self._tmp and not left_by_an_adoption
 
     def commit(self, trees: Sequence[TreeId]) -> None:
         for tree in trees:
@@ -63,17 +63,23 @@ class Native:
             failpoint("images.native.after_commit_of_one")
         fsync_directory(self._layers)
 
+    def check_quota(self) -> str:
+        return "" if counts_projects(self._root) else f"the file system of {self._root} is not mounted with prjquota"
+
     def make_ready(self, tree: TreeId) -> None:
         """There is nothing to do ahead."""
 
     def is_quick(self, chain: Sequence[TreeId], *, writable: bool) -> bool:
         return not writable and self._single(chain) is not None
 
-    def prepare(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> None:
+    def prepare(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool, quota_bytes: int = 0) -> None:
         if not writable and self._single(chain) is not None:
             return
         base = self._active / str(tree)
         base.mkdir(mode=0o700)
+        if quota_bytes:
+            bound_project(base, quota_bytes)
+            failpoint("images.native.after_quota")
         root = new_directory(base / "fs")
         failpoint("images.native.before_copy")
         if layers := [str(path) for path in reversed(self._needed(chain))]:
@@ -95,16 +101,18 @@ class Native:
         needed = self._needed(chain)
         return needed[0] if len(needed) == 1 else None
 
-    def mounts(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> list[Mount]:
+    def mounts(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool, quota_bytes: int = 0) -> list[Mount]:
         single = None if writable else self._single(chain)
         source = self._active / str(tree) / "fs" if single is None else single
         return [Mount("bind", str(source), ("bind", "rw" if writable else "ro"))]
 
     def adopt(self, tree: TreeId) -> None:
-        base = self._active / str(tree)
-        _sync(base)
-        (base / "fs").rename(self._whole / str(tree))
-        failpoint("images.native.after_adoption")
+        base, layer = self._active / str(tree), self._whole / str(tree)
+        if not layer.is_dir():
+            sync_file_system(base)
+            release_project(base)
+            (base / "fs").rename(layer)
+            failpoint("images.native.after_adoption")
         fsync_directory(self._whole)
         remove_tree(base)
 
@@ -117,16 +125,9 @@ class Native:
         return measure(base / "fs", since_ns=made)
 
     def remove(self, tree: TreeId, *, go_on: GoOn = always) -> None:
+        release_project(self._active / str(tree))
         for above in (self._active, self._tmp, self._layers, self._whole):
             remove_tree(above / str(tree), go_on=go_on)
 
     def trees(self) -> Iterator[TreeId]:
         yield from map(TreeId, numbered(self._active, self._tmp, self._layers, self._whole))
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        syncfs(fd)
-    finally:
-        os.close(fd)

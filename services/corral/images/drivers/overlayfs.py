@@ -4,6 +4,7 @@
     overlay/l/<tree>        a layer; this short name is its path in lowerdir=, so that hundreds fit
     overlay/s/<tree>/u, w   an active tree's upper and work directory
     overlay/r/<tree>/u, w   likewise, made before anybody asked for it
+    overlay/b/<tree>        a file system with these two, of an active tree that is bounded by that
 
 Source: Documentation/filesystems/overlayfs.rst.
 """
@@ -16,11 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from corral.images.drivers.completing import complete
-from corral.images.drivers.places import file_system_of, kernel_has, new_directory, numbered
+from corral.images.drivers.places import file_system_of, kernel_has, new_directory, numbered, sync_file_system
 from corral.images.drivers.usage import measure
 from corral.images.layers.removal import GoOn, always, remove_tree
 from corral.images.snapshotter import Form, Missing, Mount, TreeId, Usage, Work
-from corral.kernel.syncfs import syncfs
+from corral.store import failpoint
+from corral.store.bounded import (
+    IMAGE_OPTIONS,
+    IMAGE_TYPE,
+    bound_project,
+    counts_projects,
+    image_usage,
+    make_image,
+    project_usage,
+    release_project,
+    why_no_image,
+)
 from corral.store.files import fsync_directory
 
 # Defaults that a kernel may be built with and that would tie an upper directory to its first lower ones.
@@ -51,6 +63,8 @@ class Overlayfs:
         self._work = work
         self._root = root
         self._tmp, self._layers, self._active, self._ready = root / "tmp", root / "l", root / "s", root / "r"
+        self._bounded = root / "b"
+        self._counts_projects = counts_projects(root)
         self._looks: dict[TreeId, Look] = {}  # of layers, which do not change
         self._options = tuple(option for name, option in _OFF_BY_PARAMETER.items() if (_PARAMETERS / name).exists())
 
@@ -64,7 +78,7 @@ class Overlayfs:
         return ""
 
     def open(self) -> None:
-        for path in (self._root, self._tmp, self._layers, self._active, self._ready):
+        for path in (self._root, self._tmp, self._layers, self._active, self._ready, self._bounded):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def stage(self, tree: TreeId) -> Path:
@@ -78,14 +92,15 @@ class Overlayfs:
         return committed if committed.is_dir() else self._tmp / str(layer)
 
     def is_layer(self, tree: TreeId) -> bool:
-        return (self._layers / str(tree)).is_dir()
+        left = (self._active / str(tree), self._bounded / str(tree))  # by an adoption that was interrupted
+        return (self._layers / str(tree)).is_dir() and not any(path.exists() for path in left)
 
     def commit(self, trees: Sequence[TreeId]) -> None:
         for tree in trees:
             (self._tmp / str(tree)).rename(self._layers / str(tree))
         fsync_directory(self._layers)
 
-    def prepare(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> None:
+    def prepare(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool, quota_bytes: int = 0) -> None:
         if chain and not writable:
             return
         base = f"{self._active}/{tree}"
@@ -98,6 +113,22 @@ class Overlayfs:
         if look != _PLAIN:
             os.chown(f"{base}/u", look.uid, look.gid)
             os.chmod(f"{base}/u", look.mode)  # noqa: PTH101 - a string
+        if quota_bytes:
+            self._bound(tree, quota_bytes)
+
+    def _bound(self, tree: TreeId, quota_bytes: int) -> None:
+        base = self._active / str(tree)
+        if self._counts_projects:
+            bound_project(base, quota_bytes, holding=("u", "w"))
+        else:
+            make_image(self._bounded / str(tree), quota_bytes, base)
+        failpoint("images.overlayfs.after_quota")
+
+    def check_quota(self) -> str:
+        if self._counts_projects:
+            return ""
+        reason = why_no_image()
+        return reason and f"the file system of {self._root} is not mounted with prjquota, and {reason}"
 
     def make_ready(self, tree: TreeId) -> None:
         _make(f"{self._ready}/{tree}")
@@ -115,13 +146,16 @@ class Overlayfs:
         status = (self._layers / str(layer)).stat()
         return Look(stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
 
-    def mounts(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool) -> list[Mount]:
-        if not chain:
-            return [Mount("bind", f"{self._active}/{tree}/u", ("bind", "rw" if writable else "ro"))]
+    def mounts(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool, quota_bytes: int = 0) -> list[Mount]:
+        base, file = f"{self._active}/{tree}", f"{self._bounded}/{tree}"
         layers, parts = self._stack(chain)
+        if quota_bytes and os.path.exists(file):  # noqa: PTH110 - a string
+            base = f"@{len(parts)}"
+            parts += (Mount(IMAGE_TYPE, file, IMAGE_OPTIONS),)
+        if not layers:
+            return [Mount("bind", f"{base}/u", ("bind", "rw" if writable else "ro"), parts=parts)]
         if len(layers) == 1 and not writable:
             return [Mount("bind", layers[0], ("bind", "ro"), parts=parts)]
-        base = f"{self._active}/{tree}"
         access = (f"upperdir={base}/u", f"workdir={base}/w") if writable else ("ro",)
         return [Mount("overlay", "overlay", (f"lowerdir={':'.join(layers)}", *access, *self._options), parts=parts)]
 
@@ -130,29 +164,47 @@ class Overlayfs:
         return [f"{self._layers}/{layer}" for layer in chain], ()
 
     def adopt(self, tree: TreeId) -> None:
-        upper = self._active / str(tree) / "u"
-        fd = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            syncfs(fd)
-        finally:
-            os.close(fd)
-        upper.rename(self._layers / str(tree))
+        base, file, layer = (above / str(tree) for above in (self._active, self._bounded, self._layers))
+        if not layer.is_dir():
+            upper = self._take_out(tree, file) if file.exists() else base / "u"
+            sync_file_system(upper)
+            release_project(base)
+            upper.rename(layer)
+            failpoint("images.overlayfs.after_adoption")
         fsync_directory(self._layers)
-        remove_tree(self._active / str(tree))
+        remove_tree(base)
+        file.unlink(missing_ok=True)
+
+    def _take_out(self, tree: TreeId, file: Path) -> Path:
+        """A copy of the upper directory that is in a file; an earlier one may have been interrupted."""
+        target = self._tmp / str(tree)
+        remove_tree(target)
+        self._work({"op": "lay", "file": str(file), "layers": ["u"], "target": str(new_directory(target))})
+        failpoint("images.overlayfs.after_taking_out")
+        return target
 
     def usage(self, tree: TreeId) -> Usage:
-        upper = self._active / str(tree) / "u"
+        base, file = self._active / str(tree), self._bounded / str(tree)
+        if file.exists():
+            return Usage(image_usage(file), 0)
+        upper = base / "u"
+        if upper.is_dir() and (counted := project_usage(base)) is not None:
+            return Usage(counted.used_bytes, counted.inodes)
         return measure(upper) if upper.is_dir() else Usage(0, 0)  # a view of layers has no directory of its own
 
     def remove(self, tree: TreeId, *, go_on: GoOn = always) -> None:
         self._looks.pop(tree, None)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self._bounded}/{tree}")  # noqa: PTH108 - a string
+        if self._counts_projects:
+            release_project(self._active / str(tree))
         if _remove_untouched(f"{self._active}/{tree}") or _remove_untouched(f"{self._ready}/{tree}"):
             return
         for above in (self._active, self._ready, self._tmp, self._layers):
             remove_tree(above / str(tree), go_on=go_on)
 
     def trees(self) -> Iterator[TreeId]:
-        yield from map(TreeId, numbered(self._active, self._ready, self._tmp, self._layers))
+        yield from map(TreeId, numbered(self._active, self._ready, self._tmp, self._layers, self._bounded))
 
 
 def _make(base: str) -> None:

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from corral.kernel.syncfs import syncfs
+
 
 def file_system_of(path: Path) -> str:
     """The type of the file system that `path`, or what exists of it, lies on; empty if that cannot be told."""
@@ -31,6 +33,15 @@ def kernel_has(file_system: str) -> bool:
 def numbered(*directories: Path) -> list[int]:
     """The numbers that are names in these directories."""
     return [int(path.name) for directory in directories for path in directory.iterdir() if path.name.isdigit()]
+
+
+def sync_file_system(path: Path) -> None:
+    """Write out everything of the file system that the directory lies on. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        syncfs(fd)
+    finally:
+        os.close(fd)
 
 
 def new_directory(path: Path) -> Path:

@@ -4,7 +4,7 @@
          {"op": "measure", "blob": PATH, "diff_id": "sha256:…"}
          {"op": "complete", "layer": DIR, "below": [DIR, …], "implicit": […], "links": [[…], …]}
          {"op": "complete_image", "directory": DIR, "below": [DIR or IMAGE, …], "implicit": […], "links": [[…], …]}
-         {"op": "lay", "layers": [DIR, …], "target": DIR}
+         {"op": "lay", "layers": [DIR, …], "target": DIR}, or with "file" as they are: directories in that ext4 image
     out  {"progress": BYTES of the blob read}…, then {"ok": {…}} or {"error": KIND, "errno": N, "message": SENTENCE}
          FORM: "directory", or "image" for an EROFS image in the directory
          KIND: "bad" (the data), "os" (the machine), "bug"
@@ -156,7 +156,7 @@ def _apply(job: Job, limits: Limits, report: TextIO) -> dict[str, object]:
         Path(job["target"]),
         bottom=job["bottom"],
         diff_id=job["diff_id"],
-        form=job["form"],
+        form=job.get("form", "directory"),
         limits=limits,
         report=report,
     )
@@ -190,7 +190,15 @@ def _opened(path: str, stack: ExitStack) -> int:
 
 
 def _lay(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
-    lay([Path(path) for path in job["layers"]], Path(job["target"]))
+    target, file = Path(job["target"]), job.get("file")
+    if file is None:
+        lay([Path(path) for path in job["layers"]], target)
+        return {}
+    fd = mount_file("ext4", file, device=True)
+    try:
+        lay([Path(f"/proc/self/fd/{fd}/{path}") for path in job["layers"]], target, verbatim=True)
+    finally:
+        os.close(fd)
     return {}
 
 

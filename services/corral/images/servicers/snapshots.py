@@ -15,7 +15,6 @@ from corral.images.snapshots import Snapshots, Wanted
 from corral.images.trees import Kind
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import current_namespace
-from corral.rpc.errors import Unimplemented
 
 type Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -37,8 +36,6 @@ class SnapshotsServicer(images_pb2_grpc.SnapshotsServicer):
     async def _prepare(
         self, request: pb.PrepareSnapshotRequest, context: Context, kind: Kind
     ) -> pb.PrepareSnapshotResponse:
-        if request.quota_bytes:
-            raise Unimplemented(f"{self._drivers.default.name} cannot bound a writable layer yet: leave out the quota")
         wanted = Wanted(
             namespace=current_namespace(),
             key=request.key,
@@ -47,6 +44,7 @@ class SnapshotsServicer(images_pb2_grpc.SnapshotsServicer):
             parent=request.parent_snapshot,
             labels=dict(request.labels),
             lease=lease_of(context),
+            quota_bytes=request.quota_bytes,
         )
         prepared = await self._snapshots.prepare(wanted)
         image = wire.from_image(self._images.view(prepared.image)) if prepared.image else None

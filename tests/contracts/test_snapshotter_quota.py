@@ -1,0 +1,121 @@
+"""Writable trees that are bounded, with every driver that can bound one here."""
+
+import asyncio
+import errno
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from support.file_systems import FileSystems, loop_devices
+from support.images import Entry, image_config, layer, write_docker_archive
+from support.images_leaf import ImagesLeaf, images_leaf
+from support.overlay import mounted
+from support.requirements import needs
+from support.snapshotters import CASES, case_id, driver_at, place_for
+
+from corral.api.images.v1 import images_pb2 as pb
+from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument
+
+pytestmark = needs("root")
+
+QUOTA = 16 << 20
+
+
+@pytest.fixture(params=CASES, ids=case_id)
+async def leaf(request: pytest.FixtureRequest, tmp_path: Path, file_systems: FileSystems) -> AsyncIterator[ImagesLeaf]:
+    name, place = request.param[0], place_for(request.param, tmp_path, file_systems)
+    layers = [layer([Entry("base", bytes(1 << 20))])]
+    archive = write_docker_archive(tmp_path / "i.tar", "i:1", layers, image_config(layers))
+    async with images_leaf(place / "root", driver=name) as made:
+        await made.load(archive)
+        if reason := driver_at(name, place / "root").check_quota():
+            with pytest.raises(FailedPrecondition, match="cannot bound a writable tree here"):
+                await bounded(made, "c")
+            assert "prjquota" in reason
+            pytest.skip(f"{name}: needs project quota")
+        yield made
+
+
+async def bounded(leaf: ImagesLeaf, key: str, quota: int = QUOTA, **fields: str) -> pb.PrepareSnapshotResponse:
+    return await leaf.snapshots.Prepare(pb.PrepareSnapshotRequest(key=key, quota_bytes=quota, **fields))  # type: ignore[arg-type]
+
+
+def fill(path: Path, most: int) -> int:
+    """Write until it is refused for want of room, or so much was written; returns how much."""
+    written = 0
+    with path.open("wb", buffering=0) as file:
+        try:
+            while written < most:
+                written += file.write(bytes(1 << 20))
+                os.fsync(file.fileno())
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+    return written
+
+
+async def test_who_writes_past_it_is_refused_and_its_neighbours_are_not(leaf: ImagesLeaf, tmp_path: Path) -> None:
+    made = await bounded(leaf, "c", image="i:1")
+    neighbour = await leaf.prepare("n", image="i:1")
+    other = await bounded(leaf, "o", image="i:1")
+    with mounted(made.mounts, tmp_path / "c") as c, mounted(neighbour.mounts, tmp_path / "n") as n:
+        assert (c / "base").stat().st_size == 1 << 20
+        assert QUOTA // 2 < fill(c / "f", 4 * QUOTA) <= QUOTA
+        assert fill(n / "f", 3 * QUOTA) == 3 * QUOTA
+        with mounted(other.mounts, tmp_path / "o") as o:
+            assert fill(o / "f", QUOTA // 4) == QUOTA // 4
+        usage = await leaf.snapshots.Usage(pb.SnapshotRequest(key="c"))
+        assert QUOTA // 2 < usage.size_bytes <= QUOTA + (1 << 20)
+        (c / "f").unlink()
+        assert fill(c / "g", QUOTA // 4) == QUOTA // 4
+    assert (await leaf.snapshots.Get(pb.SnapshotRequest(key="c"))).quota_bytes == QUOTA
+    for key in ("c", "n", "o"):
+        await leaf.snapshots.Remove(pb.RemoveSnapshotRequest(key=key, must_exist=True))
+    await leaf.settled()
+    assert await devices_of(leaf.root) == []
+
+
+async def devices_of(root: Path) -> list[str]:
+    """The files below it that still are loop devices after a while."""
+    for _ in range(100):
+        if not (left := loop_devices(root)):
+            break
+        await asyncio.sleep(0.02)
+    return left
+
+
+async def test_what_was_written_is_kept_and_can_be_built_on(leaf: ImagesLeaf, tmp_path: Path) -> None:
+    made = await bounded(leaf, "c", image="i:1")
+    with mounted(made.mounts, tmp_path / "m") as root:
+        (root / "mine").write_text("x")
+        (root / "base").unlink()
+    assert list((await leaf.snapshots.Mounts(pb.SnapshotRequest(key="c"))).mounts) == list(made.mounts)
+    with mounted(made.mounts, tmp_path / "m") as root:
+        assert (root / "mine").read_text() == "x"
+    await leaf.snapshots.Commit(pb.CommitSnapshotRequest(key="c", name="stage"))
+    for make in (leaf.prepare, leaf.view):
+        above = await make(make.__name__, parent="stage")
+        with mounted(above.mounts, tmp_path / "m") as root:
+            assert {path.name for path in root.iterdir()} == {"mine"}
+    above = await leaf.prepare("free", parent="stage")
+    with mounted(above.mounts, tmp_path / "m") as root:
+        assert fill(root / "f", 2 * QUOTA) == 2 * QUOTA
+
+
+async def test_on_nothing(leaf: ImagesLeaf, tmp_path: Path) -> None:
+    made = await bounded(leaf, "c")
+    with mounted(made.mounts, tmp_path / "m") as root:
+        assert list(root.iterdir()) == []
+        assert fill(root / "f", 4 * QUOTA) <= QUOTA
+
+
+async def test_what_makes_no_sense_is_refused(leaf: ImagesLeaf) -> None:
+    with pytest.raises(InvalidArgument, match="at least 4 MiB"):
+        await bounded(leaf, "c", 1000)
+    with pytest.raises(InvalidArgument, match="a writable tree"):
+        await leaf.snapshots.View(pb.PrepareSnapshotRequest(key="v", image="i:1", quota_bytes=QUOTA))
+    await bounded(leaf, "c")
+    with pytest.raises(AlreadyExists, match="another quota"):
+        await bounded(leaf, "c", 2 * QUOTA)
+    await bounded(leaf, "c")
