@@ -3,7 +3,9 @@
 Source: capabilities(7).
 """
 
+import array
 import ctypes
+import struct
 from collections.abc import Iterable
 
 from corral.kernel.syscalls import check, libc, syscall
@@ -33,17 +35,14 @@ _PR_CAPBSET_READ, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT = 23, 24, 47
 _AMBIENT_RAISE, _AMBIENT_CLEAR_ALL = 2, 4
 
 
-class _Header(ctypes.Structure):
-    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
-
-
-class _Data(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable"))
-
+_HEADER = struct.pack("=Ii", _VERSION_3, 0)
+"""struct __user_cap_header_struct: version, and the pid, of oneself."""
+_DATA = struct.Struct("=6I")
+"""struct __user_cap_data_struct, twice: effective, permitted and inheritable, the lower halves first."""
 
 _ulong = ctypes.c_ulong
-_capget = syscall("capget", ctypes.POINTER(_Header), ctypes.POINTER(_Data))
-_capset = syscall("capset", ctypes.POINTER(_Header), ctypes.POINTER(_Data))
+_capget = syscall("capget", ctypes.c_char_p, ctypes.c_void_p)
+_capset = syscall("capset", ctypes.c_char_p, ctypes.c_char_p)
 _prctl = libc("prctl", ctypes.c_int, _ulong, _ulong, _ulong, _ulong)
 
 
@@ -88,15 +87,10 @@ def permitted() -> int:
 
 
 def _get() -> tuple[int, int, int]:
-    header = _Header(_VERSION_3, 0)
-    data = (_Data * 2)()
-    check(_capget(ctypes.byref(header), data), "capget")
-    low, high = data
-    return (
-        low.effective | high.effective << 32,
-        low.permitted | high.permitted << 32,
-        low.inheritable | high.inheritable << 32,
-    )
+    data = array.array("B", bytes(_DATA.size))
+    check(_capget(_HEADER, data.buffer_info()[0]), "capget")
+    halves = _DATA.unpack(data)
+    return halves[0] | halves[3] << 32, halves[1] | halves[4] << 32, halves[2] | halves[5] << 32
 
 
 def limit_bounding(keep: int) -> None:
@@ -112,13 +106,9 @@ def limit_bounding(keep: int) -> None:
 
 def set_process(*, effective: int, permitted: int, inheritable: int) -> None:
     """capset(2) on the caller."""
-    header = _Header(_VERSION_3, 0)
-    data = (_Data * 2)()
-    for half, shift in ((data[0], 0), (data[1], 32)):
-        half.effective = effective >> shift & 0xFFFFFFFF
-        half.permitted = permitted >> shift & 0xFFFFFFFF
-        half.inheritable = inheritable >> shift & 0xFFFFFFFF
-    check(_capset(ctypes.byref(header), data), "capset")
+    sets = effective, permitted, inheritable
+    data = _DATA.pack(*(mask & 0xFFFFFFFF for mask in sets), *(mask >> 32 for mask in sets))
+    check(_capset(_HEADER, data), "capset")
 
 
 def set_ambient(mask: int) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import struct
 from collections.abc import Iterable, Mapping
 
 from corral.kernel.syscalls import (
@@ -54,21 +55,19 @@ _SET_FLAG, _SET_STRING, _SET_PATH, _SET_FD, _CMD_CREATE = 0, 1, 3, 5, 6
 _MAX_VALUE = 255
 
 
-class _MountAttr(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd"))
-
+_ATTR = struct.Struct("=4Q")
+"""struct mount_attr: attr_set, attr_clr, propagation, userns_fd."""
 
 _int, _uint, _str, _ptr = ctypes.c_int, ctypes.c_uint, ctypes.c_char_p, ctypes.c_void_p
 _open_tree = syscall("open_tree", _int, _str, _uint)
 _move_mount = syscall("move_mount", _int, _str, _int, _str, _uint)
-_mount_setattr = syscall("mount_setattr", _int, _str, _uint, ctypes.POINTER(_MountAttr), ctypes.c_size_t)
+_mount_setattr = syscall("mount_setattr", _int, _str, _uint, _str, ctypes.c_size_t)
 _fsopen = syscall("fsopen", _str, _uint)
 _fsconfig = syscall("fsconfig", _int, _uint, _str, _str, _int)
 _fsmount = syscall("fsmount", _int, _uint, _uint)
 _pivot_root = syscall("pivot_root", _str, _str)
 _mount = libc("mount", _str, _str, _str, ctypes.c_ulong, _str)
 _umount2 = libc("umount2", _str, _int)
-_ATTR_SIZE = ctypes.sizeof(_MountAttr)
 
 
 def clone_tree(dirfd: int, path: Path = "", *, recursive: bool = False, follow: bool = True) -> int:
@@ -107,16 +106,16 @@ def set_attributes(
 
     The atime mode is one field: to set it, attr_clr must hold all of MOUNT_ATTR__ATIME.
     """
-    attr = _MountAttr(attr_set, attr_clr, propagation, userns)
+    attr = _ATTR.pack(attr_set, attr_clr, propagation, userns)
     flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
-    check(_mount_setattr(mount, b"", flags, ctypes.byref(attr), _ATTR_SIZE), "mount_setattr", where or f"fd {mount}")
+    check(_mount_setattr(mount, b"", flags, attr, _ATTR.size), "mount_setattr", where or f"fd {mount}")
 
 
 def set_propagation(path: Path, propagation: int, *, recursive: bool) -> None:
     """Make the mount at path (and those below it) private, slave, shared or unbindable."""
-    attr = _MountAttr(0, 0, propagation, 0)
+    attr = _ATTR.pack(0, 0, propagation, 0)
     flags = AT_RECURSIVE if recursive else 0
-    check(_mount_setattr(AT_FDCWD, os.fsencode(path), flags, ctypes.byref(attr), _ATTR_SIZE), "mount_setattr", path)
+    check(_mount_setattr(AT_FDCWD, os.fsencode(path), flags, attr, _ATTR.size), "mount_setattr", path)
 
 
 def new_mount(

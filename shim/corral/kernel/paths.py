@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import stat
+import struct
 from collections.abc import Iterator
 
 from corral.kernel.syscalls import check, failure, syscall
@@ -22,21 +23,17 @@ RESOLVE_IN_ROOT = 0x10
 
 _MAX_LINKS = 40
 
-
-class _OpenHow(ctypes.Structure):
-    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
-
-
-_openat2 = syscall("openat2", ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(_OpenHow), ctypes.c_size_t)
-_HOW_SIZE = ctypes.sizeof(_OpenHow)
+_HOW = struct.Struct("=3Q")
+"""struct open_how: flags, mode, resolve."""
+_openat2 = syscall("openat2", ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t)
 
 
 def openat2(dirfd: int, path: str, flags: int, *, resolve: int, mode: int = 0) -> int:
     """openat2(2), always close-on-exec. EAGAIN (a rename raced with the resolution) is tried again, boundedly."""
-    how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
+    how = _HOW.pack(flags | os.O_CLOEXEC, mode, resolve)
     name = os.fsencode(path)
     for _ in range(64):
-        fd = _openat2(dirfd, name, ctypes.byref(how), _HOW_SIZE)
+        fd = _openat2(dirfd, name, how, _HOW.size)
         if fd >= 0 or ctypes.get_errno() != errno.EAGAIN:
             break
     return check(fd, "openat2", path)

@@ -26,24 +26,9 @@ _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 
 
-class _CloneArgs(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_uint64)
-        for name in (
-            "flags",
-            "pidfd",
-            "child_tid",
-            "parent_tid",
-            "exit_signal",
-            "stack",
-            "stack_size",
-            "tls",
-            "set_tid",
-            "set_tid_size",
-            "cgroup",
-        )
-    )
-
+_CLONE_ARGS = struct.Struct("=11Q")
+"""struct clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size,
+cgroup."""
 
 _ulong = ctypes.c_ulong
 _prctl = libc("prctl", ctypes.c_int, _ulong, _ulong, _ulong, _ulong)
@@ -51,7 +36,7 @@ _prctl_name = libc("prctl", ctypes.c_int, ctypes.c_char_p, _ulong, _ulong, _ulon
 # Through PyDLL the interpreter lock stays held over the call, so parent and child both return holding it.
 _python = ctypes.PyDLL(None, use_errno=True)
 _clone3 = _python["syscall"]
-_clone3.argtypes = (ctypes.c_long, ctypes.POINTER(_CloneArgs), ctypes.c_size_t)
+_clone3.argtypes = (ctypes.c_long, ctypes.c_char_p, ctypes.c_size_t)
 _clone3.restype = ctypes.c_long
 _older_clone = _python["syscall"]
 _older_clone.argtypes = (ctypes.c_long, _ulong, _ulong, ctypes.c_void_p, _ulong, _ulong)
@@ -64,7 +49,6 @@ _LAST_FD = 0xFFFFFFFF
 _SYS_CLONE3 = 435
 _SYS_CLONE = {"x86_64": 56, "aarch64": 220}[MACHINE]
 _SIGNALS = tuple(int(number) for number in signal.valid_signals())
-_CLONE_ARGS_SIZE = ctypes.sizeof(_CloneArgs)
 
 
 def fork() -> int:
@@ -80,16 +64,14 @@ def clone(flags: int, *, cgroup: int | None = None) -> tuple[int, int]:
     Where a filter refuses clone3, whose flags it can't see, clone(2) is tried.
     """
     pidfd = ctypes.c_int(-1)
-    args = _CloneArgs(flags=flags | CLONE_PIDFD, pidfd=ctypes.addressof(pidfd))
-    if not flags & CLONE_PARENT:  # a sibling's exit signals as the caller's own does
-        args.exit_signal = signal.SIGCHLD
-    if cgroup is not None:
-        args.flags |= CLONE_INTO_CGROUP
-        args.cgroup = cgroup
+    place = ctypes.addressof(pidfd)
+    exit_signal = 0 if flags & CLONE_PARENT else signal.SIGCHLD  # a sibling's exit signals as the caller's own does
+    every = flags | CLONE_PIDFD | (0 if cgroup is None else CLONE_INTO_CGROUP)
+    args = _CLONE_ARGS.pack(every, place, 0, 0, exit_signal, 0, 0, 0, 0, 0, cgroup or 0)
     _before_fork()
-    pid = _clone3(_SYS_CLONE3, ctypes.byref(args), _CLONE_ARGS_SIZE)
+    pid = _clone3(_SYS_CLONE3, args, _CLONE_ARGS.size)
     if pid < 0 and cgroup is None and ctypes.get_errno() in (errno.ENOSYS, errno.EPERM):
-        pid = _older_clone(_SYS_CLONE, args.flags | args.exit_signal, 0, args.pidfd, 0, 0)
+        pid = _older_clone(_SYS_CLONE, every | exit_signal, 0, place, 0, 0)
     if pid == 0:
         _after_fork_child()
         return 0, -1

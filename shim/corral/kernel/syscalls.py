@@ -4,6 +4,7 @@ A prototype is an ordinary callable; `check` turns its -1 into an OSError. Every
 is bound by number, for x86_64 and aarch64.
 """
 
+import array
 import ctypes
 import os
 from collections.abc import Callable
@@ -70,19 +71,23 @@ _BY_NAME = _COMMON | _NUMBERS[MACHINE]
 _libc = ctypes.CDLL(None, use_errno=True)
 
 type Call = Callable[..., int]
+# Structures are packed bytes here and in the modules around: a class of ctypes for each, and one for each pointer and
+# prototype, would be a good part of what a command does from its start to its end.
 
 
 def libc(name: str, *argument_types: object) -> Call:
     """A libc function returning int, with its own prototype."""
-    prototype = ctypes.CFUNCTYPE(ctypes.c_int, *argument_types, use_errno=True)  # type: ignore[arg-type]
-    return prototype((name, _libc))
+    function = _libc[name]
+    function.argtypes = argument_types  # type: ignore[assignment]
+    return function
 
 
 def syscall(name: str, *argument_types: object) -> Call:
     """A system call by name, bound to this machine's number."""
     number = _BY_NAME[name]
-    prototype = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long, *argument_types, use_errno=True)  # type: ignore[arg-type]
-    function = prototype(("syscall", _libc))
+    function = _libc["syscall"]
+    function.argtypes = (ctypes.c_long, *argument_types)  # type: ignore[arg-type]
+    function.restype = ctypes.c_long
 
     def call(*arguments: object) -> int:
         result: int = function(number, *arguments)
@@ -108,11 +113,7 @@ def failure(code: int, call: str, path: Path | None = None, path2: Path | None =
     return OSError(code, text, os.fsdecode(path), None, os.fsdecode(path2))
 
 
-class _Statfs(ctypes.Structure):
-    _fields_ = (("f_type", ctypes.c_long), ("rest", ctypes.c_byte * 248))
-
-
-_fstatfs = libc("fstatfs", ctypes.c_int, ctypes.POINTER(_Statfs))
+_fstatfs = libc("fstatfs", ctypes.c_int, ctypes.c_void_p)
 
 PROC_SUPER_MAGIC = 0x9FA0
 SYSFS_MAGIC = 0x62656572
@@ -123,6 +124,6 @@ CGROUP2_SUPER_MAGIC = 0x63677270
 
 def filesystem_magic(fd: int) -> int:
     """f_type of the file system that fd, however opened, lies on."""
-    buffer = _Statfs()
-    check(_fstatfs(fd, ctypes.byref(buffer)), "fstatfs", f"fd {fd}")
-    return int(buffer.f_type)
+    status = array.array("l", bytes(256))  # more than a struct statfs, whose first member it is
+    check(_fstatfs(fd, status.buffer_info()[0]), "fstatfs", f"fd {fd}")
+    return status[0]
