@@ -21,6 +21,7 @@ from pathlib import Path
 import grpc
 import pytest
 from support.corrald import Corrald
+from support.file_systems import loop_devices
 from support.images import Entry, busybox_layer, image_config, layer, write_docker_archive, write_oci_archive
 from support.registry import Registry, running, skopeo
 from support.requirements import needs
@@ -130,6 +131,7 @@ class Life:
         self.call(lambda: client.images.push("img", f"{self.registry.host}/{secrets.token_hex(8)}:1"))
         self.call(lambda: client.images.pull(f"{self.registry.host}/far:1"))
         self.call(lambda: client.volumes.create("vol"), AlreadyExists)
+        self.call(lambda: client.volumes.create("bounded", options={"size": "8m"}), AlreadyExists)
         first, second = self.daemon.place.network
         subnet = network_pb2.Subnet(cidr=f"{first}.{second}.128.0/24")
         network = network_pb2.CreateNetworkRequest(name="net", subnets=[subnet])
@@ -193,6 +195,7 @@ class Life:
             self.call(lambda name=name: client.containers.remove(name, force=True, volumes=True), NotFound)
         self.call(lambda: client.networks.remove("net"), NotFound)
         self.call(lambda: client.volumes.remove("vol"), NotFound)
+        self.call(lambda: client.volumes.remove("bounded"), NotFound)
         self.call(lambda: client.images.remove("img"), NotFound)
         self.call(lambda: client.images.remove(f"{self.registry.host}/far:1"), NotFound)
 
@@ -215,7 +218,10 @@ class Life:
         }.items():
             found += [f"{what} {path.name}" for path in root.glob("*/*")]
         found += [f"part of blob {path.name}" for path in (place.root / "images" / "partial").iterdir()]
-        return found
+        volumes = f"{place.root}/engine/volumes/"
+        mounts = Path("/proc/self/mountinfo").read_text("utf-8").splitlines()
+        found += [f"mount of {line.split()[4]}" for line in mounts if volumes in line]
+        return found + [f"loop device of {file}" for file in loop_devices(place.root)]
 
     def mistold(self, after: int) -> list[str]:
         """What the journal tells of the three containers that it should not, and the other way round."""

@@ -129,9 +129,12 @@ def rename_command(app: App, container: str, new_name: str) -> None:
 @click.option("-a", "--all", "everything", is_flag=True, help="Also those that do not run")
 @click.option("-f", "--filter", "filters", multiple=True, help="KEY=VALUE: name, id, status, label, image, network")
 @click.option("--no-trunc", is_flag=True, help="Whole ids and commands")
+@click.option("-s", "--size", is_flag=True, help="What each has written, and how much that is with its image")
 @format_option
 @pass_app
-def ps_command(app: App, everything: bool, filters: Sequence[str], no_trunc: bool, form: str, quiet: bool) -> None:
+def ps_command(
+    app: App, everything: bool, filters: Sequence[str], no_trunc: bool, size: bool, form: str, quiet: bool
+) -> None:
     """List containers."""
     wanted: dict[str, list[str]] = {}
     for text in filters:
@@ -139,10 +142,10 @@ def ps_command(app: App, everything: bool, filters: Sequence[str], no_trunc: boo
         if not separator:
             raise ValueError(f"filter {text!r} is not understood: give KEY=VALUE")
         wanted.setdefault(key, []).append(value)
-    containers = app.client.containers.list(all=everything or "status" in wanted, filters=dict(wanted))
+    containers = app.client.containers.list(all=everything or "status" in wanted, filters=dict(wanted), size=size)
     show_rows(
-        ("CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAMES"),
-        [_ps_row(c, no_trunc) for c in containers],
+        ("CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAMES", *(["SIZE"] if size else [])),
+        [(*_ps_row(c, no_trunc), *([_size(c)] if size else [])) for c in containers],
         containers,
         form,
         [c.id if no_trunc else c.id[:_SHORT_ID] for c in containers] if quiet else None,
@@ -165,6 +168,11 @@ def _ps_row(c: "engine_pb2.Container", no_trunc: bool) -> tuple[str, ...]:
     )
 
 
+def _size(c: "engine_pb2.Container") -> str:
+    quota = f" of {human_size(c.config.storage_quota_bytes)}" if c.config.storage_quota_bytes else ""
+    return f"{human_size(c.size_rw_bytes)}{quota} (virtual {human_size(c.size_root_bytes)})"
+
+
 def _status(c: "engine_pb2.Container") -> str:
     from corral.api.engine.v1 import engine_pb2
 
@@ -177,16 +185,17 @@ def _status(c: "engine_pb2.Container") -> str:
 
 
 @click.command("inspect")
+@click.option("-s", "--size", is_flag=True, help="Its size too, which takes time")
 @_names
 @pass_app
-def inspect_command(app: App, containers: tuple[str, ...]) -> int:
+def inspect_command(app: App, containers: tuple[str, ...], size: bool) -> int:
     """Show all facts about containers, as JSON."""
     from corral.rpc.errors import CorralError
 
     found, failed = [], 0
     for name in containers:
         try:
-            found.append(app.client.containers.get(name))
+            found.append(app.client.containers.get(name, size=size))
         except CorralError as e:
             complain(e)
             failed = 1
@@ -273,7 +282,7 @@ def stats_command(app: App, containers: tuple[str, ...], no_stream: bool, form: 
         if not no_stream and form == "table" and sys.stdout.isatty():
             click.clear()
         if reading or not no_stream:
-            headings = ("CONTAINER ID", "NAME", "CPU %", "MEM USAGE / LIMIT", "BLOCK I/O", "PIDS")
+            headings = ("CONTAINER ID", "NAME", "CPU %", "MEM USAGE / LIMIT", "BLOCK I/O", "DISK / QUOTA", "PIDS")
             show_rows(headings, rows, answer.stats, form, None)
         if reading and no_stream:
             return
@@ -286,12 +295,13 @@ def _stats_row(now: "engine_pb2.ContainerStats", before: "engine_pb2.ContainerSt
         elapsed = now.cgroup.read_at.ToNanoseconds() - before.cgroup.read_at.ToNanoseconds()
         used = now.cgroup.cpu.usage_ns - before.cgroup.cpu.usage_ns
         cpu = 100 * used / elapsed if elapsed > 0 else 0.0
-    memory, io = now.cgroup.memory, now.cgroup.io
+    memory, io, quota = now.cgroup.memory, now.cgroup.io, now.storage.quota_bytes
     return (
         now.id[:_SHORT_ID],
         now.name,
         f"{cpu:.2f}%",
         f"{human_size(memory.working_set_bytes)} / {human_size(memory.limit_bytes) if memory.limit_bytes else '-'}",
         f"{human_size(sum(i.read_bytes for i in io))} / {human_size(sum(i.write_bytes for i in io))}",
+        f"{human_size(now.storage.used_bytes)} / {human_size(now.storage.quota_bytes)}" if quota else "-",
         str(now.cgroup.pids.current),
     )

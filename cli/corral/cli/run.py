@@ -55,6 +55,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--ulimit", "ulimits"), "Resource limit, NAME=SOFT[:HARD]", _MANY),
     (("--device", "devices"), "Host device, /dev/x[:/dev/y[:rwm]]", _MANY),
     (("--shm-size",), "Size of /dev/shm, default 64m", {"default": ""}),
+    (("--storage-opt", "storage_options"), "size=10g: no more than that is written in it", _MANY),
     (("--stop-signal",), "Signal that ends it, default the image's, else SIGTERM", {"default": ""}),
     (("--stop-timeout", "stop_timeout_s"), "Seconds until SIGKILL, default 10", {"type": float, "default": None}),
     (("--restart",), "no, always, on-failure[:N] or unless-stopped", {"default": ""}),

@@ -13,12 +13,16 @@ def volume_command() -> None:
 
 @volume_command.command("create")
 @click.option("--label", "labels", multiple=True, help="KEY=VALUE")
+@click.option("-o", "--opt", "options", multiple=True, help="size=10g: no more than that is written in it")
 @click.argument("name", default="")
 @pass_app
-def create_command(app: App, name: str, labels: tuple[str, ...]) -> None:
+def create_command(app: App, name: str, labels: tuple[str, ...], options: tuple[str, ...]) -> None:
     """Create a volume."""
-    pairs = {key: value for key, _, value in (label.partition("=") for label in labels)}
-    click.echo(app.client.volumes.create(name, labels=pairs).name)
+    click.echo(app.client.volumes.create(name, labels=_pairs(labels), options=_pairs(options)).name)
+
+
+def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
+    return {key: value for key, _, value in (text.partition("=") for text in texts)}
 
 
 @volume_command.command("ls")

@@ -10,6 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from corral.client.address import default_address, default_namespace, default_tls
 from corral.client.credentials import async_registry_auth
 from corral.client.execution import Attachment, Collected, ExecResult, async_attach_requests
+from corral.client.files import whole_file
 from corral.client.options import ContainerOptions, container_config, platform_message
 from corral.client.transport import AsyncExchange, AsyncTransport
 from corral.rpc.address import Tls
@@ -164,18 +165,20 @@ class Containers:
         answer = await self._engine.unary(self._stub.Wait, request)
         return answer.exit
 
-    async def get(self, container: str) -> engine_pb2.Container:
-        """All facts about one container."""
-        return await self._engine.unary(self._stub.Get, engine_pb2.GetContainerRequest(container=container))
+    async def get(self, container: str, *, size: bool = False) -> engine_pb2.Container:
+        """All facts about one container, with `size` also how large it is, which takes time."""
+        request = engine_pb2.GetContainerRequest(container=container, size=size)
+        return await self._engine.unary(self._stub.Get, request)
 
     async def list(
         self,
         *,
         all: bool = False,  # noqa: A002 - docker's word
         filters: dict[str, Sequence[str]] | None = None,
+        size: bool = False,
     ) -> Sequence[engine_pb2.Container]:
-        """Containers that run, with `all` the others too."""
-        request = engine_pb2.ListContainersRequest(all=all)
+        """Containers that run, with `all` the others too, with `size` also how large each is, which takes time."""
+        request = engine_pb2.ListContainersRequest(all=all, size=size)
         for key, values in (filters or {}).items():
             request.filters[key].values.extend(values)
         answer = await self._engine.unary(self._stub.List, request)
@@ -319,6 +322,30 @@ class Images:
         stub = images_pb2_grpc.ImagesStub(leaf.channel)
         async for part in leaf.exchange(stub.Import, _import_requests(header, chunks)):
             yield part
+
+    async def save(
+        self, names: Sequence[str], archive: str | Path, *, form: str = "docker", platform: str = ""
+    ) -> None:
+        """Writes images to an archive file. `form` is docker (OCI readers take it too) or oci."""
+        with whole_file(Path(archive)) as file:
+            async for chunk in self.save_stream(names, form=form, platform=platform):
+                file.write(chunk)
+
+    async def save_stream(
+        self, names: Sequence[str], *, form: str = "docker", platform: str = ""
+    ) -> AsyncIterator[bytes]:
+        """The bytes of an archive of images, as `save` writes it. Without a platform goes all that is here."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        request = images_pb2.ExportRequest(
+            names=names,
+            format=images_pb2.ImportHeader.Format.Value(f"FORMAT_{form.upper()}_ARCHIVE"),
+            platform=platform_message(platform),
+        )
+        leaf = await self._client.leaf("images")
+        stub = images_pb2_grpc.ImagesStub(leaf.channel)
+        async for part in leaf.stream(stub.Export, request):
+            yield part.data
 
     async def get(self, name: str) -> images_pb2.Image:
         """All facts about one image."""
@@ -583,9 +610,11 @@ class Volumes:
     def _stub(self) -> engine_pb2_grpc.VolumesAsyncStub:
         return engine_pb2_grpc.VolumesStub(self._engine.channel)
 
-    async def create(self, name: str = "", *, labels: dict[str, str] | None = None) -> engine_pb2.Volume:
-        """Makes a volume."""
-        request = engine_pb2.CreateVolumeRequest(name=name, labels=labels or {})
+    async def create(
+        self, name: str = "", *, labels: dict[str, str] | None = None, options: dict[str, str] | None = None
+    ) -> engine_pb2.Volume:
+        """Makes a volume; with the option "size", such as "10g", it holds no more than that."""
+        request = engine_pb2.CreateVolumeRequest(name=name, labels=labels or {}, options=options or {})
         return await self._engine.unary(self._stub.Create, request)
 
     async def get(self, name: str) -> engine_pb2.Volume:

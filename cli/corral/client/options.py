@@ -75,6 +75,8 @@ class ContainerOptions(TypedDict, total=False):
     ulimits: Sequence[str]  # "nofile=1024:2048"
     devices: Sequence[str]
     shm_size: int | str
+    # "size=10g": no more than that is written in the container's own tree.
+    storage_options: Iterable[str]
     stop_signal: str
     stop_timeout_s: float
     auto_remove: bool
@@ -114,6 +116,7 @@ def container_config(image: str, args: Sequence[str] = (), **options: object) ->
         init=o.get("init", False),
         read_only_rootfs=o.get("read_only", False),
         shm_size_bytes=size_bytes(o.get("shm_size", 0)),
+        storage_quota_bytes=_storage_quota(o.get("storage_options", ())),
         cgroup_parent=o.get("cgroup_parent", ""),
         cap_add=o.get("cap_add", ()),
         cap_drop=o.get("cap_drop", ()),
@@ -141,6 +144,16 @@ def container_config(image: str, args: Sequence[str] = (), **options: object) ->
         config.restart.CopyFrom(restart_policy(policy))
     _apply_security(config, o.get("security", ()))
     return config
+
+
+def _storage_quota(options: Iterable[str]) -> int:
+    quota = 0
+    for option in options:
+        key, _, value = option.partition("=")
+        if key != "size" or not value:
+            raise ValueError(f"storage option {option!r} is not understood: give size=10g")
+        quota = size_bytes(value)
+    return quota
 
 
 def size_bytes(value: int | str) -> int:

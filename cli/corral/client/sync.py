@@ -10,6 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from corral.client.address import default_address, default_namespace, default_tls
 from corral.client.credentials import registry_auth
 from corral.client.execution import Attachment, Collected, ExecResult, attach_requests
+from corral.client.files import whole_file
 from corral.client.options import ContainerOptions, container_config, platform_message
 from corral.client.transport import Exchange, Transport
 from corral.rpc.address import Tls
@@ -162,18 +163,20 @@ class Containers:
         answer = self._engine.unary(self._stub.Wait, request)
         return answer.exit
 
-    def get(self, container: str) -> engine_pb2.Container:
-        """All facts about one container."""
-        return self._engine.unary(self._stub.Get, engine_pb2.GetContainerRequest(container=container))
+    def get(self, container: str, *, size: bool = False) -> engine_pb2.Container:
+        """All facts about one container, with `size` also how large it is, which takes time."""
+        request = engine_pb2.GetContainerRequest(container=container, size=size)
+        return self._engine.unary(self._stub.Get, request)
 
     def list(
         self,
         *,
         all: bool = False,  # noqa: A002 - docker's word
         filters: dict[str, Sequence[str]] | None = None,
+        size: bool = False,
     ) -> Sequence[engine_pb2.Container]:
-        """Containers that run, with `all` the others too."""
-        request = engine_pb2.ListContainersRequest(all=all)
+        """Containers that run, with `all` the others too, with `size` also how large each is, which takes time."""
+        request = engine_pb2.ListContainersRequest(all=all, size=size)
         for key, values in (filters or {}).items():
             request.filters[key].values.extend(values)
         answer = self._engine.unary(self._stub.List, request)
@@ -317,6 +320,26 @@ class Images:
         stub = images_pb2_grpc.ImagesStub(leaf.channel)
         for part in leaf.exchange(stub.Import, _import_requests(header, chunks)):
             yield part
+
+    def save(self, names: Sequence[str], archive: str | Path, *, form: str = "docker", platform: str = "") -> None:
+        """Writes images to an archive file. `form` is docker (OCI readers take it too) or oci."""
+        with whole_file(Path(archive)) as file:
+            for chunk in self.save_stream(names, form=form, platform=platform):
+                file.write(chunk)
+
+    def save_stream(self, names: Sequence[str], *, form: str = "docker", platform: str = "") -> Iterator[bytes]:
+        """The bytes of an archive of images, as `save` writes it. Without a platform goes all that is here."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        request = images_pb2.ExportRequest(
+            names=names,
+            format=images_pb2.ImportHeader.Format.Value(f"FORMAT_{form.upper()}_ARCHIVE"),
+            platform=platform_message(platform),
+        )
+        leaf = self._client.leaf("images")
+        stub = images_pb2_grpc.ImagesStub(leaf.channel)
+        for part in leaf.stream(stub.Export, request):
+            yield part.data
 
     def get(self, name: str) -> images_pb2.Image:
         """All facts about one image."""
@@ -581,9 +604,11 @@ class Volumes:
     def _stub(self) -> engine_pb2_grpc.VolumesStub:
         return engine_pb2_grpc.VolumesStub(self._engine.channel)
 
-    def create(self, name: str = "", *, labels: dict[str, str] | None = None) -> engine_pb2.Volume:
-        """Makes a volume."""
-        request = engine_pb2.CreateVolumeRequest(name=name, labels=labels or {})
+    def create(
+        self, name: str = "", *, labels: dict[str, str] | None = None, options: dict[str, str] | None = None
+    ) -> engine_pb2.Volume:
+        """Makes a volume; with the option "size", such as "10g", it holds no more than that."""
+        request = engine_pb2.CreateVolumeRequest(name=name, labels=labels or {}, options=options or {})
         return self._engine.unary(self._stub.Create, request)
 
     def get(self, name: str) -> engine_pb2.Volume:

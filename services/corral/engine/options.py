@@ -37,6 +37,8 @@ def check(config: ContainerConfig) -> None:
     _check_sysctls(config)
     if config.HasField("oom_score_adj") and not -1000 <= config.oom_score_adj <= 1000:
         raise InvalidArgument(f"the OOM score adjustment {config.oom_score_adj} is not between -1000 and 1000")
+    if config.storage_quota_bytes < 0:
+        raise InvalidArgument(f"the size of the writable layer cannot be negative ({config.storage_quota_bytes})")
     if config.shm_size_bytes < 0:
         raise InvalidArgument(f"the size of /dev/shm cannot be negative ({config.shm_size_bytes})")
     if config.HasField("stop_timeout") and config.stop_timeout.ToNanoseconds() < 0:

@@ -16,14 +16,14 @@ from corral.api.images.v1.images_pb2 import RemoveSnapshotRequest
 from corral.api.network.v1.network_pb2 import DetachRequest
 from corral.api.tasks.v1.tasks_pb2 import DeleteTaskRequest, KillRequest
 from corral.api.types.v1.types_pb2 import ExitStatus
-from corral.engine import store, volume_rows
+from corral.engine import bounded_volumes, store, volume_rows
 from corral.engine.core import Core, apply_exit
 from corral.engine.leaves import persistently
 from corral.engine.records import ALIVE, ContainerRecord, Status
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import in_namespace
 from corral.rpc.errors import CorralError, FailedPrecondition, NotFound
-from corral.store import Transaction, failpoint, remove_tree
+from corral.store import Transaction, failpoint
 
 log = structlog.get_logger()
 
@@ -118,7 +118,7 @@ class Removal:
         removed = await self._core.database.write(lambda tx: _forget(tx, last, volumes=volumes))
         failpoint("engine.delete.after_row")
         for name in removed:
-            await run_blocking(remove_tree, self._core.volume_root(record.namespace) / name)
+            await run_blocking(bounded_volumes.remove, self._core.volume_root(record.namespace) / name)
         self._core.watch.tell_removal((record.namespace, record.id), last.exit)
         return last
 

@@ -20,6 +20,7 @@ from corral.engine.merge import Merger, write_merged_event
 from corral.engine.records import ContainerRecord
 from corral.engine.recovery import Recovery
 from corral.engine.removal import Removal
+from corral.engine.sizes import Sizes
 from corral.engine.streams import Streams, register
 from corral.engine.system import System
 from corral.engine.task_making import TaskMaking
@@ -135,7 +136,8 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
         self._removal = removal
         self._updates = updates
         self._execs = Execs(core)
-        self._usage = Usage(core)
+        self._sizes = Sizes(core)
+        self._usage = Usage(core, self._sizes)
 
     async def Attach(self, request_iterator: object, context: object) -> None:  # type: ignore[override]
         raise NotImplementedError("passed on unparsed, see corral.engine.streams")
@@ -175,10 +177,16 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
         return pb.WaitContainerResponse(exit=await self._lifecycle.wait(request.container, request.condition))
 
     async def Get(self, request: pb.GetContainerRequest, context: object) -> pb.Container:
-        return await self._views.get(request.container)
+        found = await self._views.get(request.container)
+        if request.size:
+            await self._sizes.fill_in([found])
+        return found
 
     async def List(self, request: pb.ListContainersRequest, context: object) -> pb.ListContainersResponse:
-        return pb.ListContainersResponse(containers=await self._views.list(request))
+        found = await self._views.list(request)
+        if request.size:
+            await self._sizes.fill_in(found)
+        return pb.ListContainersResponse(containers=found)
 
     async def Rename(self, request: pb.RenameContainerRequest, context: object) -> pb.Container:
         return await self._views.of(await self._updates.rename(request.container, request.name))

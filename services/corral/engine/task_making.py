@@ -12,7 +12,7 @@ from corral.api.cgroups.v1.cgroups_pb2 import Cgroup, CreateCgroupRequest
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, VolumeMount
 from corral.api.tasks.v1.tasks_pb2 import CreateTaskRequest, GetTaskRequest, Task
 from corral.api.types.v1.types_pb2 import Mount
-from corral.engine import devices, requests
+from corral.engine import bounded_volumes, devices, requests, volume_rows
 from corral.engine.core import Core, require_alive
 from corral.engine.leaves import persistently
 from corral.engine.records import ContainerRecord
@@ -137,15 +137,19 @@ class TaskMaking:
             found[kind] = f"/proc/{os.getpid()}/fd/{fd}"
         return found
 
+    def _ready_volume(self, namespace: str, name: str) -> Path:
+        volume = self._core.database.read_sync(lambda view: volume_rows.get_volume(view, namespace, name))
+        try:
+            return bounded_volumes.ready(self._core.volume_root(namespace) / name, volume.quota_bytes)
+        except OSError as e:
+            raise from_os_error(e, f"cannot use the volume {name!r}") from e
+
     def _ready_sources(self, record: ContainerRecord) -> dict[str, str]:
         """Make the directories of volumes and, where wanted, of bind mounts; returns the volumes' paths."""
-        volume_root = self._core.volume_root(record.namespace)
         paths = {}
         for mount in record.config.mounts:
             if mount.type == VolumeMount.TYPE_VOLUME:
-                path = volume_root / mount.source / "data"
-                path.mkdir(parents=True, exist_ok=True)
-                paths[mount.source] = str(path)
+                paths[mount.source] = str(self._ready_volume(record.namespace, mount.source))
             elif mount.type == VolumeMount.TYPE_BIND:
                 _ready_bind_source(mount)
         return paths

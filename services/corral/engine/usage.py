@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from corral.api.cgroups.v1.cgroups_pb2 import StatsRequest
-from corral.api.engine.v1.engine_pb2 import ContainerStats, ContainerStatsResponse, Process
+from corral.api.engine.v1.engine_pb2 import ContainerStatsResponse, Process
 from corral.api.tasks.v1.tasks_pb2 import PidsRequest
 from corral.engine import store
 from corral.engine.core import Core, require_alive
 from corral.engine.records import ALIVE, ContainerRecord, from_ns
+from corral.engine.sizes import Sizes
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import current_namespace
 from corral.rpc.errors import InvalidArgument, NotFound
@@ -24,8 +25,9 @@ _NS = 1_000_000_000
 class Usage:
     """See the module."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, sizes: Sizes) -> None:
         self._core = core
+        self._sizes = sizes
 
     async def stats(self, references: Sequence[str], interval_ms: int) -> AsyncIterator[ContainerStatsResponse]:
         """One reading, or one each interval. Containers that have ended drop out.
@@ -58,7 +60,8 @@ class Usage:
             async for answer in self._core.leaves.cgroups.Stats(StatsRequest(ids=wanted)):
                 for stats in answer.stats:
                     if (record := wanted.get(stats.id)) is not None:
-                        response.stats.append(ContainerStats(id=record.id, name=record.name, cgroup=stats))
+                        reading = response.stats.add(id=record.id, name=record.name, cgroup=stats)
+                        await self._sizes.measure(record, reading)
                 break
         except NotFound:  # one of them was removed this moment: the next reading is without it
             pass

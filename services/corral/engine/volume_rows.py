@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from corral.engine.bounded_volumes import quota_bytes
 from corral.rpc.errors import NotFound
 from corral.store import Referenced, Row, Snapshot, Transaction
 
@@ -19,6 +20,11 @@ class VolumeRecord:
     labels: Mapping[str, str]
     options: Mapping[str, str]
     containers: tuple[str, ...] = ()
+
+    @property
+    def quota_bytes(self) -> int:
+        """0 if it is not bounded."""
+        return quota_bytes(self.options)
 
 
 def insert_volume(tx: Transaction, volume: VolumeRecord) -> None:

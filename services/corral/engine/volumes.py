@@ -1,20 +1,25 @@
 """Volumes: directories of the engine's own that outlive containers. The one driver is `local`."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import structlog
+
 from corral.api.engine.v1.engine_pb2 import CreateVolumeRequest, Volume
-from corral.engine import volume_rows
+from corral.engine import bounded_volumes, volume_rows
 from corral.engine.core import Core
 from corral.engine.naming import random_id
 from corral.engine.records import from_ns
 from corral.engine.volume_rows import VolumeRecord
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import check_id, current_namespace
-from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unimplemented
-from corral.store import Duplicate, Referenced, Transaction, failpoint, remove_tree
+from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unimplemented, from_os_error
+from corral.store import Duplicate, Referenced, Transaction, failpoint
 
 DRIVER = "local"
+
+log = structlog.get_logger()
 
 
 class Volumes:
@@ -27,13 +32,13 @@ class Volumes:
         """Raises AlreadyExists, InvalidArgument, Unimplemented for options of mount(8)."""
         if request.driver not in ("", DRIVER):
             raise InvalidArgument(f"there is no volume driver {request.driver!r}: the only one is {DRIVER!r}")
-        if request.options:
-            raise Unimplemented(
-                "volumes with mount options (type, device, o) are not there yet in this version of corral",
-                reason="NOT_YET",
-            )
+        options = dict(request.options)
+        _check_options(options)
+        if bounded_volumes.quota_bytes(options):
+            await run_blocking(bounded_volumes.check_bounds, self._core.config.root)
         name = check_id(request.name, "volume name") if request.name else random_id()
-        volume = VolumeRecord(current_namespace(), name, not request.name, time.time_ns(), dict(request.labels), {})
+        labels, now = dict(request.labels), time.time_ns()
+        volume = VolumeRecord(current_namespace(), name, not request.name, now, labels, options)
         return await self._core.background.to_the_end(self._create(volume))
 
     async def _create(self, volume: VolumeRecord) -> Volume:
@@ -43,7 +48,11 @@ class Volumes:
             raise AlreadyExists(f"a volume named {volume.name!r} exists already", reason="VOLUME_EXISTS") from e
         failpoint("engine.volume.after_row")
         # Should this not happen any more, the first container that uses the volume makes the directory.
-        await run_blocking((self._directory(volume) / "data").mkdir, parents=True, exist_ok=True)
+        try:
+            await run_blocking(bounded_volumes.ready, self._directory(volume), volume.quota_bytes)
+        except OSError as e:
+            await self._remove(volume)
+            raise from_os_error(e, f"cannot make the volume {volume.name!r}") from e
         return self._message(volume)
 
     async def get(self, name: str) -> Volume:
@@ -74,7 +83,7 @@ class Volumes:
                 f"the volume {volume.name!r} is used by {users}: remove that first", reason="VOLUME_IN_USE"
             ) from e
         failpoint("engine.volume.after_removal")
-        await run_blocking(remove_tree, self._directory(volume))
+        await run_blocking(bounded_volumes.remove, self._directory(volume))
 
     async def prune(self, *, everything: bool) -> list[str]:
         """Remove anonymous volumes that no container uses, with `everything` named ones too; returns their names."""
@@ -92,7 +101,7 @@ class Volumes:
 
         removed = await self._core.database.write(forget, durable=True)
         for volume in removed:
-            await run_blocking(remove_tree, self._directory(volume))
+            await run_blocking(bounded_volumes.remove, self._directory(volume))
         return [volume.name for volume in removed]
 
     def _directory(self, volume: VolumeRecord) -> Path:
@@ -108,19 +117,38 @@ class Volumes:
             options=volume.options,
             anonymous=volume.anonymous,
             containers=volume.containers,
+            quota_bytes=volume.quota_bytes,
+            used_bytes=bounded_volumes.used_bytes(self._directory(volume)) if volume.quota_bytes else 0,
         )
 
 
+def _check_options(options: Mapping[str, str]) -> None:
+    """Raises InvalidArgument, Unimplemented."""
+    mounting = {"type", "device", "o"} & options.keys()
+    if mounting:
+        raise Unimplemented(
+            "volumes with mount options (type, device, o) are not there yet in this version of corral",
+            reason="NOT_YET",
+        )
+    if unknown := options.keys() - {bounded_volumes.SIZE}:
+        raise InvalidArgument(f"{min(unknown)!r} is no option of a volume: there is 'size'", reason="BAD_OPTION")
+
+
 def sweep(core: Core) -> None:
-    """Remove directories of volumes that no row describes: what a crash between row and directory left.
+    """Remove directories of volumes that no row describes: what a crash between row and directory left. Those that are
+    file systems of their own are mounted again, should there have been a reboot.
 
     Called at start-up, before any volume can be made.
     """
-    known = {
-        (volume.namespace, volume.name)
-        for volume in core.database.read_sync(lambda view: volume_rows.volumes(view, None))
-    }
+    volumes = core.database.read_sync(lambda view: volume_rows.volumes(view, None))
+    known = {(volume.namespace, volume.name) for volume in volumes}
     root = core.config.root / "volumes"
     for directory in root.glob("*/*"):
         if (directory.parent.name, directory.name) not in known:
-            remove_tree(directory)
+            bounded_volumes.remove(directory)
+    for volume in volumes:
+        if volume.quota_bytes:
+            try:
+                bounded_volumes.ready(core.volume_root(volume.namespace) / volume.name, volume.quota_bytes)
+            except OSError as e:  # whoever wants to use it is told
+                log.warning("volume.not_ready", volume=volume.name, error=str(e))

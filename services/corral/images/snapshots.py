@@ -208,6 +208,11 @@ class Snapshots:
             raise FailedPrecondition(f"snapshot {key!r} is committed: ask for a view of it to mount it")
         return self._mounts(record)
 
+    def below_bytes(self, namespace: str, key: str) -> int:
+        """What the layers below a snapshot take. Raises NotFound."""
+        record = self.get(namespace, key)
+        return self._database.read_sync(lambda s: trees.size_of(s, record.chain))
+
     async def usage(self, namespace: str, key: str) -> Usage:
         """Raises NotFound."""
         record = self.get(namespace, key)

@@ -153,6 +153,15 @@ def users_of_image(snapshot: Snapshot, namespace: str, image_id: str, name: str 
     return [row[0] for row in rows]
 
 
+def size_of(snapshot: Snapshot, chain: Sequence[TreeId]) -> int:
+    """Bytes of all these layers."""
+    row = snapshot.one(
+        "SELECT coalesce(sum(size_bytes), 0) FROM snapshots WHERE id IN (SELECT value FROM json_each(?))",
+        (json.dumps(chain),),
+    )
+    return 0 if row is None else int(row[0])
+
+
 def children_of(snapshot: Snapshot, tree: TreeId) -> list[str]:
     return [row[0] for row in snapshot.execute("SELECT key FROM snapshots WHERE parent = ? ORDER BY key", (tree,))]
 

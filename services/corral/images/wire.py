@@ -232,8 +232,8 @@ def from_tree(record: TreeRecord, parent_key: str) -> pb.Snapshot:
     )
 
 
-def from_usage(usage: Usage) -> pb.SnapshotUsage:
-    return pb.SnapshotUsage(size_bytes=usage.size_bytes, inodes=usage.inodes)
+def from_usage(usage: Usage, below_bytes: int) -> pb.SnapshotUsage:
+    return pb.SnapshotUsage(size_bytes=usage.size_bytes, inodes=usage.inodes, below_bytes=below_bytes)
 
 
 def from_lease(lease: Lease) -> pb.Lease:

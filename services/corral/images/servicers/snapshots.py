@@ -73,7 +73,9 @@ class SnapshotsServicer(images_pb2_grpc.SnapshotsServicer):
         return wire.from_tree(record, self._snapshots.parent_key(record))
 
     async def Usage(self, request: pb.SnapshotRequest, context: Context) -> pb.SnapshotUsage:
-        return wire.from_usage(await self._snapshots.usage(current_namespace(), request.key))
+        namespace = current_namespace()
+        usage = await self._snapshots.usage(namespace, request.key)
+        return wire.from_usage(usage, self._snapshots.below_bytes(namespace, request.key))
 
     async def Drivers(self, request: pb.DriversRequest, context: Context) -> pb.DriversResponse:
         reasons, default = await run_blocking(self._drivers.reasons), self._drivers.default.name

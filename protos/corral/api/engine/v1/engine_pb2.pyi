@@ -84,6 +84,8 @@ class Container(_message.Message):
     RESTART_COUNT_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
     EXEC_IDS_FIELD_NUMBER: _builtins.int
+    SIZE_RW_BYTES_FIELD_NUMBER: _builtins.int
+    SIZE_ROOT_BYTES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """64 hex digits unless the caller chose another"""
     name: _builtins.str
@@ -99,6 +101,9 @@ class Container(_message.Message):
     snapshot_key: _builtins.str
     snapshot_driver: _builtins.str
     restart_count: _builtins.int
+    size_rw_bytes: _builtins.int
+    """What it has written, and that with all of its image. Only where it was asked for."""
+    size_root_bytes: _builtins.int
     @_builtins.property
     def config(self) -> Global___ContainerConfig:
         """What was asked for, with the image's defaults filled in."""
@@ -144,12 +149,21 @@ class Container(_message.Message):
         restart_count: _builtins.int = ...,
         health: Global___Health | None = ...,
         exec_ids: _abc.Iterable[_builtins.str] | None = ...,
+        size_rw_bytes: _builtins.int | None = ...,
+        size_root_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "created_at", b"created_at", "endpoint", b"endpoint", "exit", b"exit", "finished_at", b"finished_at", "health", b"health", "started_at", b"started_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_size_root_bytes", b"_size_root_bytes", "_size_rw_bytes", b"_size_rw_bytes", "config", b"config", "created_at", b"created_at", "endpoint", b"endpoint", "exit", b"exit", "finished_at", b"finished_at", "health", b"health", "size_root_bytes", b"size_root_bytes", "size_rw_bytes", b"size_rw_bytes", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "cgroup_path", b"cgroup_path", "config", b"config", "created_at", b"created_at", "endpoint", b"endpoint", "exec_ids", b"exec_ids", "exit", b"exit", "finished_at", b"finished_at", "health", b"health", "id", b"id", "image_id", b"image_id", "log_path", b"log_path", "name", b"name", "pid", b"pid", "restart_count", b"restart_count", "shim_pid", b"shim_pid", "snapshot_driver", b"snapshot_driver", "snapshot_key", b"snapshot_key", "started_at", b"started_at", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_size_root_bytes", b"_size_root_bytes", "_size_rw_bytes", b"_size_rw_bytes", "bundle", b"bundle", "cgroup_path", b"cgroup_path", "config", b"config", "created_at", b"created_at", "endpoint", b"endpoint", "exec_ids", b"exec_ids", "exit", b"exit", "finished_at", b"finished_at", "health", b"health", "id", b"id", "image_id", b"image_id", "log_path", b"log_path", "name", b"name", "pid", b"pid", "restart_count", b"restart_count", "shim_pid", b"shim_pid", "size_root_bytes", b"size_root_bytes", "size_rw_bytes", b"size_rw_bytes", "snapshot_driver", b"snapshot_driver", "snapshot_key", b"snapshot_key", "started_at", b"started_at", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__size_root_bytes: _TypeAlias = _typing.Literal["size_root_bytes"]  # noqa: Y015
+    _WhichOneofArgType__size_root_bytes: _TypeAlias = _typing.Literal["_size_root_bytes", b"_size_root_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__size_rw_bytes: _TypeAlias = _typing.Literal["size_rw_bytes"]  # noqa: Y015
+    _WhichOneofArgType__size_rw_bytes: _TypeAlias = _typing.Literal["_size_rw_bytes", b"_size_rw_bytes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__size_root_bytes) -> _WhichOneofReturnType__size_root_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__size_rw_bytes) -> _WhichOneofReturnType__size_rw_bytes | None: ...
 
 Global___Container: _TypeAlias = Container  # noqa: Y015
 
@@ -311,6 +325,7 @@ class ContainerConfig(_message.Message):
     shm_size_bytes: _builtins.int
     """0: 64 MiB"""
     storage_quota_bytes: _builtins.int
+    """Of the writable tree. 0: none."""
     cgroup_parent: _builtins.str
     oom_score_adj: _builtins.int
     privileged: _builtins.bool
@@ -913,15 +928,19 @@ class GetContainerRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTAINER_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
     container: _builtins.str
+    size: _builtins.bool
+    """Tell its size too, which takes time."""
     def __init__(
         self,
         *,
         container: _builtins.str = ...,
+        size: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -954,8 +973,11 @@ class ListContainersRequest(_message.Message):
 
     ALL_FIELD_NUMBER: _builtins.int
     FILTERS_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
     all: _builtins.bool
     """Also those that do not run."""
+    size: _builtins.bool
+    """Tell their sizes too, which takes time."""
     @_builtins.property
     def filters(self) -> _containers.MessageMap[_builtins.str, Global___FilterValues]:
         """"name", "id", "status", "label", "image", "network" -> values; keys are and'ed, values or'ed."""
@@ -965,10 +987,11 @@ class ListContainersRequest(_message.Message):
         *,
         all: _builtins.bool = ...,
         filters: _abc.Mapping[_builtins.str, Global___FilterValues] | None = ...,
+        size: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "filters", b"filters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "filters", b"filters", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1321,24 +1344,52 @@ class ContainerStats(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     CGROUP_FIELD_NUMBER: _builtins.int
+    STORAGE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     name: _builtins.str
     @_builtins.property
     def cgroup(self) -> _cgroups_pb2.Stats: ...
+    @_builtins.property
+    def storage(self) -> Global___StorageStats:
+        """Of one whose writable tree is bounded."""
+
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
         name: _builtins.str = ...,
         cgroup: _cgroups_pb2.Stats | None = ...,
+        storage: Global___StorageStats | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "storage", b"storage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "id", b"id", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup", b"cgroup", "id", b"id", "name", b"name", "storage", b"storage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ContainerStats: _TypeAlias = ContainerStats  # noqa: Y015
+
+@_typing.final
+class StorageStats(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    QUOTA_BYTES_FIELD_NUMBER: _builtins.int
+    used_bytes: _builtins.int
+    quota_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        used_bytes: _builtins.int = ...,
+        quota_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["quota_bytes", b"quota_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StorageStats: _TypeAlias = StorageStats  # noqa: Y015
 
 @_typing.final
 class TopRequest(_message.Message):
@@ -1466,11 +1517,17 @@ class Volume(_message.Message):
     OPTIONS_FIELD_NUMBER: _builtins.int
     ANONYMOUS_FIELD_NUMBER: _builtins.int
     CONTAINERS_FIELD_NUMBER: _builtins.int
+    QUOTA_BYTES_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     driver: _builtins.str
     """"local" """
     mountpoint: _builtins.str
     anonymous: _builtins.bool
+    quota_bytes: _builtins.int
+    """0: not bounded."""
+    used_bytes: _builtins.int
+    """Of a bounded one."""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -1492,10 +1549,12 @@ class Volume(_message.Message):
         options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         anonymous: _builtins.bool = ...,
         containers: _abc.Iterable[_builtins.str] | None = ...,
+        quota_bytes: _builtins.int = ...,
+        used_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["anonymous", b"anonymous", "containers", b"containers", "created_at", b"created_at", "driver", b"driver", "labels", b"labels", "mountpoint", b"mountpoint", "name", b"name", "options", b"options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["anonymous", b"anonymous", "containers", b"containers", "created_at", b"created_at", "driver", b"driver", "labels", b"labels", "mountpoint", b"mountpoint", "name", b"name", "options", b"options", "quota_bytes", b"quota_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1556,7 +1615,7 @@ class CreateVolumeRequest(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """"type", "device", "o" as mount(8) has them."""
+        """"size": no more than so many bytes, "10g". Later: "type", "device", "o" as mount(8) has them."""
 
     def __init__(
         self,

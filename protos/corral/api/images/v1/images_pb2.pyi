@@ -1422,17 +1422,22 @@ class SnapshotUsage(_message.Message):
 
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     INODES_FIELD_NUMBER: _builtins.int
+    BELOW_BYTES_FIELD_NUMBER: _builtins.int
     size_bytes: _builtins.int
+    """Beyond what is below it."""
     inodes: _builtins.int
+    below_bytes: _builtins.int
+    """Of the layers below it."""
     def __init__(
         self,
         *,
         size_bytes: _builtins.int = ...,
         inodes: _builtins.int = ...,
+        below_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inodes", b"inodes", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["below_bytes", b"below_bytes", "inodes", b"inodes", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
