@@ -2,16 +2,17 @@
 
 import contextlib
 import os
+import shutil
 import stat
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from support.races import ROUNDS, exchanging, stealing
+from support.races import ROUNDS, accomplice, exchange, exchanging, stealing
 from support.requirements import needs
 
-from corral.kernel import process
+from corral.kernel import mount, process
 from corral.oci.devices import _make as make_node
 from corral.oci.runtime import ExecFailed, Stdio
 from corral.oci.spec import Device, DeviceType, Mount, Spec
@@ -93,6 +94,26 @@ def test_cve_2019_19921_and_cve_2025_54867_proc_and_sys_that_are_links(lab, name
         with pytest.raises(ExecFailed, match=f"mount /{name}: a symbolic link"):
             lab.run_spec(replace(spec, mounts=mounts))
     assert list((volume / "fake").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["proc", "sys"])
+def test_cve_2019_16884_what_was_exchanged_since_it_was_mounted_is_noticed(lab, monkeypatch, name):
+    """A root that others have too: a mount goes where its directory goes, and another lies at its place."""
+    root = lab.directory / "root"
+    shutil.copytree(lab.busybox, root, symlinks=True)
+    (root / "fake").mkdir()
+    with accomplice(lab.directory / "sign", root / name, root / "fake") as tell:
+
+        def move(tree, target, place="", original=mount.move_mount, **words):
+            original(tree, target, place, **words)
+            if words.get("where") == f"/{name}":
+                tell()
+
+        monkeypatch.setattr(mount, "move_mount", move)
+        linux = {"masked_paths": (), "readonly_paths": ()}
+        spec = without(lab.spec("true", linux=linux), "/sys/fs/cgroup")
+        with pytest.raises(ExecFailed, match=f"mount /{name}: it was exchanged meanwhile"):
+            lab.create(spec, rootfs=[Mount(type="bind", source=str(root), options=("rbind",))])
 
 
 @pytest.mark.parametrize("kind", ["bind", "tmpfs"])
@@ -184,6 +205,32 @@ class TestCve202531133:
         spec = lab.spec(f"cat {bait.file}", linux={"masked_paths": ("/masked",)})
         assert attempt(lab, spec) == ""
         assert bait.untouched()
+
+    @pytest.mark.parametrize("kind", ["masked_paths", "readonly_paths"])
+    def test_cve_2025_31133_what_was_exchanged_since_it_was_covered_is_noticed(self, lab, monkeypatch, kind):
+        """Elsewhere than in our own /proc and /sys names are others' to give."""
+        volume = lab.directory / "volume"
+        for name in ("real", "other"):
+            (volume / name).mkdir(parents=True)
+            (volume / name / "file").write_text(name)
+
+        def move(tree, target, name="", original=mount.move_mount, **words):
+            original(tree, target, name, **words)
+            if words.get("where") == "/volume/real/file":
+                exchange(volume / "real", volume / "other")
+
+        monkeypatch.setattr(mount, "move_mount", move)
+        linux = {"masked_paths": (), "readonly_paths": ()} | {kind: ("/volume/real/file",)}
+        with pytest.raises(ExecFailed, match="it was exchanged meanwhile"):
+            lab.run_spec(with_mounts(lab.spec("true", linux=linux), bind("/volume", volume)))
+
+    @pytest.mark.parametrize("kind", ["masked_paths", "readonly_paths"])
+    @pytest.mark.parametrize("path", ["/proc/self", "/proc/self/environ", "/proc/mounts", "/proc/net/arp"])
+    def test_cve_2025_31133_one_name_of_several_is_not_taken_for_all(self, lab, kind, path):
+        """What is covered by way of a link of procfs has other names: the container would only seem to lack it."""
+        linux = {"masked_paths": (), "readonly_paths": ()} | {kind: (path,)}
+        with pytest.raises((ExecFailed, OSError), match="symbolic links"):
+            lab.run("true", linux=linux)
 
     def test_cve_2025_31133_masks_exchanged_while_they_are_made(self, lab, bait):
         volume = lab.directory / "volume"
