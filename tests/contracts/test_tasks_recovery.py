@@ -4,6 +4,7 @@
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -93,8 +94,10 @@ async def test_a_task_outlives_the_daemon_and_is_adopted(own_daemon: Corrald, ro
         before = await tasks.get(task_id)
         await tasks.exec(task_id, "e", "sleep", "1000")
         exec_pid = await tasks.start(task_id, "e")
+        told = len(await tasks.logs(task_id))
         own_daemon.kill9()
-    await asyncio.sleep(0.3)
+    log = Path(before.log_path)
+    await eventually(lambda: len(log.read_text().splitlines()) > told + 10)
     async with serving(own_daemon, rootfs) as tasks:
         after = await tasks.get(task_id)
         assert (after.pid, after.shim_pid, after.status) == (before.pid, before.shim_pid, pb.STATUS_RUNNING)
@@ -109,7 +112,7 @@ async def test_a_task_outlives_the_daemon_and_is_adopted(own_daemon: Corrald, ro
         assert (await tasks.wait(task_id)).code == 137
         numbers = [int(entry.line) for entry in await tasks.logs(task_id)]
         assert numbers == list(range(1, len(numbers) + 1))
-        assert len(numbers) > 25
+        assert len(numbers) > told + 10
         await tasks.delete(task_id)
         assert await tasks.topics(task_id) == [
             *("task.created", "task.started", "task.exec.started", "task.exec.exited", "task.exited", "task.deleted"),
@@ -120,14 +123,15 @@ async def test_exits_while_the_daemon_is_down_are_known_with_their_time(own_daem
     async with serving(own_daemon, rootfs) as tasks:
         quick = await tasks.run("sh", "-c", "usleep 200000; exit 33")
         late = await tasks.run("sleep", "1000")
+        quick_pid = (await tasks.get(quick)).pid
         own_daemon.kill9()
-    await asyncio.sleep(1.0)
+    await eventually(lambda: not is_alive(quick_pid))
+    gone_ns = time.time_ns()
     async with serving(own_daemon, rootfs) as tasks:
         exited = await tasks.wait(quick)
         assert (exited.code, exited.known) == (33, True)
         stopped = await tasks.get(quick)
-        ran_ns = stopped.exit.exited_at.ToNanoseconds() - stopped.started_at.ToNanoseconds()
-        assert 0.15e9 < ran_ns < 0.8e9
+        assert stopped.started_at.ToNanoseconds() + 0.15e9 < stopped.exit.exited_at.ToNanoseconds() <= gone_ns
         [event] = [event for event in await tasks.events(quick) if event.topic == "task.exited"]
         assert event.payload["code"] == 33
         assert event.time == stopped.exit.exited_at
@@ -300,8 +304,9 @@ async def test_a_kill_around_start_and_exit_loses_no_exit(own_daemon: Corrald, r
         async def until_killed() -> None:
             await tasks.start(task_id)
             await tasks.wait(task_id)
-            await asyncio.sleep(1)
-            await tasks.get(task_id)
+            for _ in range(200):
+                await asyncio.sleep(0.05)
+                await tasks.get(task_id)
 
         with pytest.raises(CorralError):
             await until_killed()

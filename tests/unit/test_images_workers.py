@@ -84,25 +84,31 @@ async def test_what_is_wrong_comes_back_as_what_it_is(workers: Workers, tmp_path
 async def test_a_process_that_is_killed_is_told_and_replaced(workers: Workers, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "stuck")
     stuck = asyncio.ensure_future(workers.run({**job(tmp_path, b""), "blob": f"{tmp_path}/stuck"}, ignore))
-    await asyncio.sleep(0.3)
-    os.kill(child(), signal.SIGKILL)
+    os.kill(await child(), signal.SIGKILL)
     with pytest.raises(Internal, match="killed by signal 9"):
         await stuck
     await workers.run(job(tmp_path, packed({"f": b""}), "1"), ignore)
 
 
-def child() -> int:
-    """The only child process that lives."""
-    children = map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
-    [pid] = [pid for pid in children if " Z " not in Path(f"/proc/{pid}/stat").read_text()]
+async def child() -> int:
+    """The only child process that lives, when there is one."""
+    async with asyncio.timeout(20):
+        while not (living := children()):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    [pid] = living
     return pid
+
+
+def children() -> list[int]:
+    """Of this process, without those that have ended."""
+    pids = map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+    return [pid for pid in pids if " Z " not in Path(f"/proc/{pid}/stat").read_text()]
 
 
 async def test_a_cancelled_job_kills_its_process(workers: Workers, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "stuck")
     stuck = asyncio.ensure_future(workers.run({**job(tmp_path, b""), "blob": f"{tmp_path}/stuck"}, ignore))
-    await asyncio.sleep(0.3)
-    pid = child()
+    pid = await child()
     stuck.cancel()
     with pytest.raises(asyncio.CancelledError):
         await stuck

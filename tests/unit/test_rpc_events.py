@@ -73,7 +73,7 @@ async def test_a_follow_ends_when_until_has_passed(db: Database):
     add(db, "t", "a")
     started = time.monotonic()
     assert subjects(await ask(db, until=timestamp(time.time_ns() + 200_000_000))) == ["a"]
-    assert 0.1 < time.monotonic() - started < 3
+    assert 0.1 < time.monotonic() - started < 30
 
 
 async def test_a_gap_says_where_it_resumes(tmp_path: Path):

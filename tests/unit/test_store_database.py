@@ -65,9 +65,9 @@ async def test_a_failing_function_undoes_only_itself(db: Database):
 async def test_waiting_writes_share_one_commit(db: Database, monkeypatch: pytest.MonkeyPatch):
     commits: list[str] = []
     monkeypatch.setattr("corral.store.database.failpoint", commits.append)
-    gate = threading.Event()
-    writes = [asyncio.ensure_future(db.write(lambda tx: gate.wait(5)))]
-    await asyncio.sleep(0.05)
+    begun, gate = threading.Event(), threading.Event()
+    writes = [asyncio.ensure_future(db.write(lambda tx: (begun.set(), gate.wait(30))))]
+    await asyncio.to_thread(begun.wait, 30)
     writes += [asyncio.ensure_future(db.write(put(f"n{i}"))) for i in range(50)]
     await asyncio.sleep(0.05)
     gate.set()
