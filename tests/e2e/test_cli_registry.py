@@ -232,11 +232,15 @@ def test_everything_killed_in_the_middle_of_200_mb_resumes_and_runs(registry: Re
         import hashlib
 
         assert result.stdout.decode().split() == [hashlib.sha256(noise).hexdigest(), "/noise"], result.stderr
+        status = Path(f"/proc/{daemon.processes['corrald'].pid}/status").read_text().splitlines()
+        [most] = [int(line.split()[1]) for line in status if line.startswith("VmHWM:")]
+        assert most < 150 * 1024, f"the daemon had {most} KiB"
         share = throttle.sent / (200 * MIB)
         assert share <= 1.1, f"{share:.3f} times the size was fetched"
 
 
-def test_neither_start_nor_memory_of_a_daemon_that_never_pulls_knows_of_http(box: Corrald) -> None:
+def test_neither_start_nor_memory_of_a_daemon_that_never_pulls_knows_of_http(box: Corrald, image: str) -> None:
+    box.corral("pull", "-q", image, check=True)
     with running(services=("images",), private_names=False) as daemon:
         maps = Path(f"/proc/{daemon.processes['corrald'].pid}/maps").read_text()
         assert "aiohttp" not in maps
