@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from support.races import ROUNDS, accomplice, exchange, exchanging, stealing
 from support.requirements import needs
 
 from corral.kernel import mount, process
+from corral.kernel.paths import opened
+from corral.oci.copy_up import copy_directory
 from corral.oci.devices import _make as make_node
 from corral.oci.runtime import ExecFailed, Stdio
 from corral.oci.spec import Device, DeviceType, Mount, Spec
@@ -483,3 +486,40 @@ class TestCopiedUp:
         seen = attempt(lab, with_mounts(lab.spec("cat /whole/file"), replace(copied, destination="/whole")))
         assert "bait" not in (seen or "")
         assert bait.untouched()
+
+    @pytest.mark.parametrize("kind", ["link", "directory", "device", "fifo"])
+    def test_what_is_exchanged_while_it_is_copied(self, lab, bait, kind):
+        """The root may be others' too. Copied is what was looked at, or nothing."""
+        source, mine, theirs = (lab.directory / name for name in ("source", "source/mine", "source/theirs"))
+        source.mkdir()
+        mine.mkdir() if kind == "directory" else mine.write_text("mine")
+        match kind:
+            case "link" | "directory":
+                theirs.symlink_to(bait.file if kind == "link" else bait.directory)
+            case "device":
+                os.mknod(theirs, stat.S_IFCHR | 0o666, os.makedev(1, 5))  # has no end
+            case "fifo":
+                os.mkfifo(theirs)
+        origin = os.open(source, os.O_PATH)
+        with exchanging(mine, theirs):
+            give_up_at = time.monotonic() + RACE_S / 2
+            while time.monotonic() < give_up_at:
+                with opened(mount.new_mount("tmpfs", "tmpfs", ("size=64k",))) as copy:
+                    with contextlib.suppress(OSError):  # no container then
+                        copy_directory(origin, copy)
+                    assert set(contents(copy)) <= {"mine"}
+        os.close(origin)
+
+
+def contents(directory: int) -> Iterator[str]:
+    """Of the plain files in and below a directory."""
+    with opened(os.open(".", os.O_RDONLY, dir_fd=directory)) as readable:
+        for name in os.listdir(readable):  # noqa: PTH208 - of an fd
+            kind = stat.S_IFMT(os.stat(name, dir_fd=readable, follow_symlinks=False).st_mode)
+            if kind not in (stat.S_IFREG, stat.S_IFDIR):
+                continue
+            with opened(os.open(name, os.O_RDONLY, dir_fd=readable)) as found:
+                if kind == stat.S_IFREG:
+                    yield os.read(found, 1 << 20).decode()
+                else:
+                    yield from contents(found)

@@ -134,16 +134,26 @@ class TestCve20169962:
         assert "Read-only file system" in seen
         assert str(Path(f"/proc/{first.init.pid}/ns/pid").readlink()) in seen
 
-    def test_a_false_proc_of_who_is_joined_is_not_copied(self, lab, monkeypatch):
+    @pytest.mark.parametrize(
+        "command",
+        [
+            "mount --bind /proc/sys /proc",
+            "mount --bind /proc/1/task /proc",  # has a 1/ns/pid too
+            "mount --bind /host /proc",
+            "mount -t tmpfs none /proc",
+            "mount -t tmpfs none /proc; mkdir -p /proc/1/ns; ln -s {own} /proc/1/ns/pid",  # by its name on the host
+        ],
+    )
+    def test_a_false_proc_of_who_is_joined_is_not_copied(self, lab, monkeypatch, command):
         """It may have mounted another one's there, or another file system."""
         monkeypatch.setattr(procfs, "new_procfs", lambda pids, source, options: procfs.copy_procfs(pids))
         spec = holding(lab, lab.spec("sleep", "60", linux={"seccomp": None}), "CAP_SYS_ADMIN")
         first = lab.create(replace(spec, mounts=(*spec.mounts, Mount("/host", "bind", "/proc", ("bind",)))))
         first.start()
-        for command in ("mount --bind /proc/sys /proc", "mount --bind /host /proc", "mount -t tmpfs none /proc"):
-            assert lab.exec(first, command, capabilities=None).code == 0
-            with pytest.raises(ExecFailed, match="must have a procfs"):
-                lab.create(self.joining(lab, first, "true"), rootfs=self.root(lab))
+        command = command.format(own=f"/proc/{first.init.pid}/ns/pid")
+        assert lab.exec(first, command, capabilities=None).code == 0
+        with pytest.raises(ExecFailed, match="must have a procfs"):
+            lab.create(self.joining(lab, first, "true"), rootfs=self.root(lab))
 
     @pytest.mark.parametrize("no_new_privileges", [True, False])
     def test_a_filter_does_not_keep_the_runtime_from_it(self, lab, no_new_privileges):

@@ -62,6 +62,13 @@ class TestDefaultMounts:
         for path in filter(os.path.exists, ("/proc/sys/kernel/hostname", "/proc/sysrq-trigger")):
             assert "Read-only file system" in lab.run(f"echo x > {path}").output
 
+    def test_read_only_paths_are_so_with_all_that_is_mounted_below(self, lab):
+        mounts = [Mount("/data", "tmpfs", "tmpfs", ()), Mount("/data/below", "tmpfs", "below", ())]
+        script = "grep /data/below /proc/mounts; touch /data/below/x"
+        output = lab.run(script, mounts=mounts, linux={"readonly_paths": ("/data",)}).output
+        assert "below /data/below tmpfs ro," in output
+        assert "Read-only file system" in output
+
     def test_nothing_propagates(self, lab):
         lines = lab.run("cat", "/proc/self/mountinfo").output.splitlines()
         assert not [line for line in lines if "shared:" in line.split(" - ")[0] or "master:" in line.split(" - ")[0]]
