@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 import os
-import time
+from pathlib import Path
 
 import pytest
 from support.engine import EngineClient, everything
@@ -74,16 +74,16 @@ async def test_binary_data_goes_through_untouched_in_both_directions(engine: Eng
 
 
 async def test_a_terminal_has_a_size_that_can_change(engine: EngineClient) -> None:
-    script = "stty size; trap 'stty size; exit' WINCH; while :; do sleep 0.05; done"
+    script = "stty size; trap 'stty size; exit' WINCH; echo ready; while :; do sleep 0.05; done"
     id_ = await engine.create(
         "sh", "-c", script, terminal=True, stdin=True, console_size=WindowSize(width=100, height=30)
     )
     async with engine.attached(id_, stdin=True) as call:
         await engine.start(id_)
         output = b""
-        while b"30 100" not in output:
+        while b"ready" not in output:
             output += (await call.read()).stdout
-        await asyncio.sleep(0.2)
+        assert b"30 100" in output
         size = WindowSize(width=120, height=40)
         await engine.containers.Resize(pb.ResizeContainerRequest(container=id_, size=size))
         assert b"40 120" in await everything(call)
@@ -186,17 +186,26 @@ async def test_a_privileged_exec_has_what_its_container_lacks(engine: EngineClie
     assert int(more.split()[1], 16) & 1 << 21, "CAP_SYS_ADMIN"
 
 
+def cpu_s(engine: EngineClient) -> float:
+    """What the daemon's processes have used so far."""
+    ticks = 0
+    for process in engine.daemon.processes.values():
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 async def test_output_passes_the_engine_at_full_speed(engine: EngineClient) -> None:
-    """A floor far below the aim of 300 MB/s, for a busy machine: it catches a stream that is parsed or copied."""
+    """A floor far below the aim of 300 MB/s, in time on a processor: it catches a stream that is parsed or copied."""
     size = 256 * MIB
     id_ = await engine.create("sh", "-c", f"dd if=/dev/zero bs=1M count={size // MIB} 2>/dev/null")
     received = 0
     async with engine.attached(id_) as call:
         await engine.start(id_)
-        began = time.monotonic()
+        began_s = cpu_s(engine)
         while isinstance(response := await call.read(), tasks_pb2.AttachResponse):
             received += len(response.stdout)
-        seconds = time.monotonic() - began
+        seconds = cpu_s(engine) - began_s
     assert received == size
     print(f"{size / seconds / 1e6:.0f} MB/s")
     assert size / seconds > 40e6

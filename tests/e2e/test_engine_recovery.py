@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -338,15 +339,18 @@ async def _merged_everything(engine: EngineClient) -> bool:
 
 def test_the_engine_dies_and_the_exits_of_meanwhile_are_taken_over(five: Corrald) -> None:
     async def before(engine: EngineClient) -> None:
-        await engine.run("sh", "-c", "sleep 0.5; exit 8", name="ends")
+        id_ = await engine.run("sh", "-c", "sleep 0.5; exit 8", name="ends")
+        pids.append((await engine.get(id_)).pid)
 
     async def after(engine: EngineClient) -> None:
         assert (await engine.get("ends")).exit.code == 8
         await assert_told_once(engine)
 
+    pids: list[int] = []
     play(five, before)
     five.kill9("engine")
-    asyncio.run(asyncio.sleep(0.7))
+    while Path(f"/proc/{pids[0]}").exists():
+        time.sleep(0.05)
     five.start("engine")
     play(five, after)
 

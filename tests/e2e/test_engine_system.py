@@ -5,7 +5,7 @@ import platform
 from pathlib import Path
 
 import pytest
-from support.engine import EngineClient
+from support.engine import EngineClient, eventually
 from support.engine_fixtures import engine, loaded
 from support.requirements import needs
 
@@ -79,7 +79,11 @@ async def test_events_are_replayed_from_any_number_and_then_followed(engine: Eng
 async def test_merged_events_say_where_they_come_from_and_keep_their_own_time(engine: EngineClient) -> None:
     id_ = await engine.run("true")
     await engine.wait(id_)
-    await asyncio.sleep(0.1)
+
+    async def are_merged() -> bool:
+        return {"task.exited", "snapshot.prepared"} <= set(await engine.topics_of(id_, prefix=""))
+
+    await eventually(are_merged)
     events = [event for event in await engine.events() if event.subject == id_]
     origins = {event.topic: event.origin for event in events}
     assert origins["task.exited"] == "tasks"

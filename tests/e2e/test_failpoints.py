@@ -245,7 +245,7 @@ EXPECTED |= {("one", "container.started"): 2, ("one", "container.died"): 2}
 
 def eventually_empty(look: Callable[[], list[str]]) -> list[str]:
     """What is still found after a while."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while (found := look()) and time.monotonic() < deadline:
         time.sleep(0.05)
     return found
