@@ -33,7 +33,6 @@ from corral.rpc.errors import (
     InvalidArgument,
     NotFound,
     ResourceExhausted,
-    Unimplemented,
 )
 
 pytestmark = needs("root", "overlayfs")
@@ -297,18 +296,6 @@ async def test_a_blob_that_is_not_what_was_expected(leaf: ImagesLeaf) -> None:
     with pytest.raises(InvalidArgument, match="64 hex digits"):
         await write(b"data", types.Descriptor(digest="sha256:../../x"))
     assert leaf.disk() == set()
-
-
-async def test_what_comes_later_says_so(leaf: ImagesLeaf) -> None:
-    for call in (
-        leaf.images.Pull(pb.PullRequest(name="x")),
-        leaf.images.Push(pb.PushRequest(name="x")),
-        leaf.images.Export(pb.ExportRequest(names=["x"])),
-    ):
-        with pytest.raises(Unimplemented, match="corral cannot"):
-            await anext(aiter(call))
-    with pytest.raises(Unimplemented, match="quota"):
-        await leaf.snapshots.Prepare(pb.PrepareSnapshotRequest(key="c", quota_bytes=1))
 
 
 # A full disk

@@ -1,20 +1,11 @@
 """`corral image`."""
 
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
-
 import click
 
 from corral.cli.app import App, ImageName, complain, pass_app
+from corral.cli.archive import bring_in, export_command, load_command, save_command
 from corral.cli.output import format_option, human_age, human_size, show_json, show_rows
-from corral.cli.progress import shown
 from corral.cli.registry import pull_command, push_command, referrers_command
-
-if TYPE_CHECKING:
-    pass
-
-_CHUNK = 256 * 1024
 
 
 @click.group("image")
@@ -25,6 +16,9 @@ def image_command() -> None:
 image_command.add_command(pull_command)
 image_command.add_command(push_command)
 image_command.add_command(referrers_command)
+image_command.add_command(save_command)
+image_command.add_command(export_command)
+image_command.add_command(load_command)
 
 
 @image_command.command("import")
@@ -45,38 +39,9 @@ def import_command(app: App, archive: str, name: str, quiet: bool, **config: obj
     header = images_pb2.ImportHeader(name=name)
     if any(config.values()):
         header.config.CopyFrom(image_config(**config))  # type: ignore[arg-type]
-    images: list[images_pb2.Image] = []
-    with _open_archive(archive) as file:
-        if archive != "-" and not Path(archive).is_dir():
-            header.total_bytes = Path(archive).stat().st_size
-        chunks = iter(lambda: file.read(_CHUNK), b"")
-        for part in shown(app.client.images.load_stream(header, chunks), quiet=quiet, lines=False):
-            images.extend(part.result.images)
+    images = bring_in(app, archive, header, quiet=quiet)
     for image in images:
         click.echo(image.familiar_name if quiet else f"imported {image.familiar_name or image.id}")
-
-
-def _open_archive(archive: str) -> BinaryIO:
-    if archive == "-":
-        return sys.stdin.buffer
-    if Path(archive).is_dir():
-        return _tar_of_layout(Path(archive))
-    return Path(archive).open("rb")
-
-
-def _tar_of_layout(directory: Path) -> BinaryIO:
-    """An OCI layout directory as the tar that the service reads."""
-    import tarfile
-    import tempfile
-
-    if not (directory / "oci-layout").exists():
-        raise ValueError(f"{directory} is a directory without oci-layout: give an OCI layout, or an archive file")
-    spool = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
-    with tarfile.open(fileobj=spool, mode="w") as tar:
-        for child in sorted(directory.iterdir()):
-            tar.add(child, arcname=child.name)
-    spool.seek(0)
-    return spool
 
 
 @image_command.command("ls")

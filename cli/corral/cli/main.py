@@ -37,6 +37,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "images": ("image", "List images"),
     "pull": ("registry", "Fetch an image from a registry"),
     "push": ("registry", "Bring an image to a registry"),
+    "save": ("archive", "Write images to an archive"),
+    "load": ("archive", "Take images from an archive"),
     "login": ("registry", "Prove who you are to a registry"),
     "logout": ("registry", "Forget a login"),
     "snapshot": ("snapshot", "Snapshots: ls, inspect, mounts, usage, rm, drivers"),

@@ -15,6 +15,7 @@ from corral.images.collector import Collector
 from corral.images.config import ImagesConfig
 from corral.images.content import ContentStore
 from corral.images.drivers import Drivers
+from corral.images.exporter import Exporter
 from corral.images.images import Images
 from corral.images.importer import Importer
 from corral.images.partials import Partials
@@ -74,8 +75,9 @@ class ImagesService:
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         images_pb2_grpc.add_ContentServicer_to_server(ContentServicer(self._blobs), server)
+        exporter = Exporter(self._database, self._content, self._blobs, self._collector)
         images_pb2_grpc.add_ImagesServicer_to_server(
-            ImagesServicer(self._images, self._importer, self._registries, self._database), server
+            ImagesServicer(self._images, self._importer, exporter, self._registries, self._database), server
         )
         images_pb2_grpc.add_SnapshotsServicer_to_server(
             SnapshotsServicer(self._snapshots, self._images, self._drivers), server

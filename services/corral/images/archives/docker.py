@@ -4,7 +4,8 @@
     <config hex>.json        the image config
     <anything>/layer.tar     a layer, or a link to one
 
-It has no manifest in the registries' sense; one is made, always the same for the same image.
+It has no manifest in the registries' sense; an OCI one is made, always the same for the same image, since more programs
+take that from an OCI archive than take docker's.
 Source: docker image spec v1.2 "Combined Image JSON + Filesystem Changeset Format".
 """
 
@@ -20,11 +21,11 @@ from corral.images.digest import PREFIX
 from corral.images.document import Document, parse_documents
 from corral.images.layers.compression import HEAD_BYTES, Compression, detect
 from corral.images.model import (
-    DOCKER_CONFIG,
-    DOCKER_LAYER,
-    DOCKER_MANIFEST,
     MAX_CONFIG_BYTES,
     MAX_MANIFEST_BYTES,
+    OCI_CONFIG,
+    OCI_LAYER,
+    OCI_MANIFEST,
     Descriptor,
     Manifest,
     parse_config,
@@ -35,7 +36,7 @@ from corral.rpc.errors import InvalidArgument
 TABLE = "manifest.json"
 MAX_IMAGES = 1000
 _NAMED_BY_DIGEST = re.compile(r"(?:blobs/sha256/|sha256:)?([0-9a-f]{64})(?:\.json)?")
-_SUFFIX = {Compression.PLAIN: "", Compression.GZIP: ".gzip", Compression.ZSTD: ".zstd"}
+_SUFFIX = {Compression.PLAIN: "", Compression.GZIP: "+gzip", Compression.ZSTD: "+zstd"}
 
 # Stores bytes that corral makes itself among the archive's files.
 type Store = Callable[[bytes], StoredFile]
@@ -65,13 +66,13 @@ def _read_image(entry: Document, intake: Intake, store: Store) -> FoundImage:
     what = f"config {config_file.digest}"
     config = parse_config(read_small(config_file), what)
     manifest = Manifest(
-        DOCKER_MANIFEST,
-        Descriptor(DOCKER_CONFIG, config_file.digest, config_file.size_bytes),
-        tuple(Descriptor(layer_type(DOCKER_LAYER, file.path), file.digest, file.size_bytes) for file in layer_files),
+        OCI_MANIFEST,
+        Descriptor(OCI_CONFIG, config_file.digest, config_file.size_bytes),
+        tuple(Descriptor(layer_type(file.path), file.digest, file.size_bytes) for file in layer_files),
     )
     details = make_details(manifest, config, f"image {config_file.digest}")
     made = store(_manifest_bytes(manifest))
-    descriptor = Descriptor(DOCKER_MANIFEST, made.digest, made.size_bytes)
+    descriptor = Descriptor(OCI_MANIFEST, made.digest, made.size_bytes)
     names = tuple(parse_reference(name) for name in entry.texts("RepoTags"))
     found = FoundImage(names, descriptor, descriptor, details, {made.digest: made})
     for file in (config_file, *layer_files):
@@ -95,10 +96,10 @@ def _check_name(name: str, file: StoredFile) -> None:
         )
 
 
-def layer_type(base: str, path: Path, suffixes: dict[Compression, str] = _SUFFIX) -> str:
+def layer_type(path: Path) -> str:
     """The media type of a layer, by what it is compressed with."""
     with path.open("rb") as file:
-        return base + suffixes[detect(file.read(HEAD_BYTES))]
+        return OCI_LAYER + _SUFFIX[detect(file.read(HEAD_BYTES))]
 
 
 def _manifest_bytes(manifest: Manifest) -> bytes:

@@ -9,10 +9,8 @@ from corral.images.archives.found import FoundImage
 from corral.images.archives.intake import StoredFile
 from corral.images.details import make_details
 from corral.images.digest import Digest
-from corral.images.layers.compression import Compression
 from corral.images.model import (
     OCI_CONFIG,
-    OCI_LAYER,
     OCI_MANIFEST,
     Descriptor,
     Healthcheck,
@@ -23,8 +21,6 @@ from corral.images.model import (
 )
 from corral.images.reference import Reference
 
-_SUFFIX = {Compression.PLAIN: "", Compression.GZIP: "+gzip", Compression.ZSTD: "+zstd"}
-
 
 def make_rootfs_image(
     name: Reference, layer: StoredFile, diff_id: Digest, config: ImageConfig, platform: Platform, store: Store
@@ -34,7 +30,7 @@ def make_rootfs_image(
     config_file = store(_dumped(config_document(config, platform, [diff_id], made)))
     descriptors = (
         Descriptor(OCI_CONFIG, config_file.digest, config_file.size_bytes),
-        Descriptor(layer_type(OCI_LAYER, layer.path, _SUFFIX), layer.digest, layer.size_bytes),
+        Descriptor(layer_type(layer.path), layer.digest, layer.size_bytes),
     )
     manifest = Manifest(OCI_MANIFEST, descriptors[0], descriptors[1:])
     manifest_file = store(_dumped(_manifest_document(manifest)))

@@ -13,11 +13,12 @@ from urllib.parse import urlencode
 
 from corral.images.digest import digest_of, hex_of
 from corral.images.document import parse_document
+from corral.images.holdings import Document
 from corral.images.model import MAX_MANIFEST_BYTES, OCI_INDEX, Descriptor, Index, parse_descriptor, parse_index
 from corral.images.registry.endpoints import Capability
 from corral.images.registry.errors import Untrusted
 from corral.images.registry.host import Host, Request
-from corral.images.registry.repository import Document, Repository
+from corral.images.registry.repository import Repository
 from corral.rpc.errors import InvalidArgument, NotFound
 
 MAX_PAGES = 100

@@ -13,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from corral.images.digest import Digest, digest_of, is_digest
+from corral.images.holdings import Document
 from corral.images.model import INDEXES, MANIFESTS, MAX_MANIFEST_BYTES, Descriptor
 from corral.images.reference import Reference
 from corral.images.registry import backoff
@@ -31,14 +32,6 @@ MAX_STREAMS = 6
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A manifest or index, whole and proven."""
-
-    descriptor: Descriptor
-    data: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from corral.api.images.v1 import images_pb2_grpc
 from corral.api.types.v1 import types_pb2 as types
 from corral.images import wire
 from corral.images.catalog import ImageRecord
+from corral.images.exporter import Exporter, ExportOptions
 from corral.images.images import Images
 from corral.images.importer import Format, Importer, ImportOptions
 from corral.images.reference import parse_reference
@@ -22,7 +23,7 @@ from corral.images.servicers.inflow import Inflow
 from corral.images.servicers.progress import ProgressQueue
 from corral.images.servicers.transfers import Transfers
 from corral.rpc.context import current_namespace
-from corral.rpc.errors import InvalidArgument, Unimplemented
+from corral.rpc.errors import InvalidArgument
 from corral.rpc.events import stream_events
 from corral.store import Database
 
@@ -32,9 +33,12 @@ type Context = grpc.aio.ServicerContext[Any, Any]
 class ImagesServicer(images_pb2_grpc.ImagesServicer):
     """See the proto."""
 
-    def __init__(self, images: Images, importer: Importer, registries: Registries, database: Database) -> None:
+    def __init__(
+        self, images: Images, importer: Importer, exporter: Exporter, registries: Registries, database: Database
+    ) -> None:
         self._images = images
         self._importer = importer
+        self._exporter = exporter
         self._transfers = Transfers(registries, self._message)
         self._database = database
 
@@ -55,10 +59,10 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
         yield pb.ImportResponse(result=pb.ImportResult(images=images))
 
     async def Export(self, request: pb.ExportRequest, context: Context) -> AsyncIterator[pb.ExportResponse]:
-        async for response in NotYet[pb.ExportResponse](
-            "corral cannot export images yet; the archive they came from still holds them"
-        ):
-            yield response
+        async with aclosing(self._exporter.run(export_options(request, current_namespace()))) as chunks:
+            async for chunk in chunks:
+                if chunk:
+                    yield pb.ExportResponse(data=chunk)
 
     async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[pb.PullResponse]:
         async with aclosing(self._transfers.pull(request, lease_of(context))) as responses:
@@ -118,18 +122,21 @@ def import_options(header: pb.ImportHeader, namespace: str, lease: str) -> Impor
     )
 
 
+def export_options(request: pb.ExportRequest, namespace: str) -> ExportOptions:
+    """Raises InvalidArgument."""
+    form = Format(request.format)
+    if form is Format.ROOTFS:
+        raise InvalidArgument("an image is exported as a docker-archive or an OCI archive, not as a root file system")
+    return ExportOptions(
+        namespace=namespace,
+        names=list(request.names),
+        for_docker=form is Format.DOCKER_ARCHIVE,
+        platform=wire.to_platform(request.platform) if request.platform.architecture else None,
+    )
+
+
 async def _data(requests: AsyncIterator[pb.ImportRequest]) -> AsyncIterator[bytes]:
     async for request in requests:
         if request.WhichOneof("part") != "data":
             raise InvalidArgument("an import has one header, then only data")
         yield request.data
-
-
-class NotYet[T](AsyncIterator[T]):
-    """A stream that only says that corral cannot do this yet."""
-
-    def __init__(self, sentence: str) -> None:
-        self._sentence = sentence
-
-    async def __anext__(self) -> T:
-        raise Unimplemented(self._sentence)

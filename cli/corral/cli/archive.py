@@ -1,0 +1,113 @@
+"""`corral save` and `load`: images as archives."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import click
+
+from corral.cli.app import App, ImageName, pass_app
+from corral.cli.progress import shown
+
+if TYPE_CHECKING:
+    from corral.api.images.v1 import images_pb2
+
+_CHUNK = 256 * 1024
+STANDARD = "-"
+
+
+def bring_in(app: App, archive: str, header: "images_pb2.ImportHeader", *, quiet: bool) -> "list[images_pb2.Image]":
+    """Import a file, an OCI layout's directory, or what stdin yields."""
+    images: list[images_pb2.Image] = []
+    with _open_archive(archive) as file:
+        if archive != STANDARD and not Path(archive).is_dir():
+            header.total_bytes = Path(archive).stat().st_size
+        chunks = iter(lambda: file.read(_CHUNK), b"")
+        for part in shown(app.client.images.load_stream(header, chunks), quiet=quiet, lines=False):
+            images.extend(part.result.images)
+    return images
+
+
+def _open_archive(archive: str) -> BinaryIO:
+    if archive == STANDARD:
+        if sys.stdin.isatty():
+            raise click.UsageError("the archive would come from the terminal: give a file, or pipe one in")
+        return sys.stdin.buffer
+    if Path(archive).is_dir():
+        return _tar_of_layout(Path(archive))
+    return Path(archive).open("rb")
+
+
+def _tar_of_layout(directory: Path) -> BinaryIO:
+    """An OCI layout directory as the tar that the service reads."""
+    import tarfile
+    import tempfile
+
+    if not (directory / "oci-layout").exists():
+        raise ValueError(f"{directory} is a directory without oci-layout: give an OCI layout, or an archive file")
+    spool = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+    with tarfile.open(fileobj=spool, mode="w") as tar:
+        for child in sorted(directory.iterdir()):
+            tar.add(child, arcname=child.name)
+    spool.seek(0)
+    return spool
+
+
+def write_out(chunks: Iterator[bytes], output: str) -> None:
+    """Write to a file, which is there when it is whole, or to stdout if that is no terminal."""
+    if output != STANDARD:
+        from corral.client.files import whole_file
+
+        with whole_file(Path(output)) as file:
+            file.writelines(chunks)
+        return
+    if sys.stdout.isatty():
+        raise click.UsageError("an archive is nothing for a terminal: give a file with -o, or pipe it on")
+    for chunk in chunks:
+        sys.stdout.buffer.write(chunk)
+    sys.stdout.buffer.flush()
+
+
+output_option = click.option(
+    "-o", "--output", default=STANDARD, metavar="FILE", help="Where to write; - is stdout, the default"
+)
+
+
+@click.command("save")
+@output_option
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["docker", "oci"]),
+    default="docker",
+    show_default=True,
+    help="docker has manifest.json beside the OCI layout; oci is the layout alone",
+)
+@click.option("--platform", default="", metavar="OS/ARCH[/VARIANT]", help="Only this platform; else all that is here")
+@click.argument("names", nargs=-1, required=True, type=ImageName())
+@pass_app
+def save_command(app: App, names: tuple[str, ...], output: str, form: str, platform: str) -> None:
+    """Write images to an archive, with the digests that they have."""
+    write_out(app.client.images.save_stream(names, form=form, platform=platform), output)
+
+
+export_command = click.Command("export", params=save_command.params, callback=save_command.callback, help="As save.")
+
+
+@click.command("load")
+@click.option(
+    "-i", "--input", "archive", default=STANDARD, metavar="FILE", help="What to read; - is stdin, the default"
+)
+@click.option("--platform", default="", metavar="OS/ARCH[/VARIANT]", help="What to unpack of an index")
+@click.option("-q", "--quiet", is_flag=True, help="Only the names")
+@pass_app
+def load_command(app: App, archive: str, platform: str, quiet: bool) -> None:
+    """Take images, with their names, from an archive that `save`, docker, podman or skopeo wrote."""
+    from corral.api.images.v1 import images_pb2
+    from corral.client.options import platform_message
+
+    header = images_pb2.ImportHeader(platform=platform_message(platform))
+    for image in bring_in(app, archive, header, quiet=quiet):
+        named = f"Loaded image: {image.familiar_name}" if image.name else f"Loaded image ID: {image.id}"
+        click.echo((image.familiar_name or image.id) if quiet else named)
