@@ -122,6 +122,7 @@ class Scope:
         except BaseException:
             self._end_holder()
             self._manager.stop(record.unit)
+            driver.open(record.cgroup).remove()  # on v1, where systemd does not know all hierarchies
             raise
         return group
 
