@@ -622,6 +622,35 @@ async def _drain(call: AsyncIterator[object]) -> None:
         pass
 
 
+async def test_who_comes_while_a_cancelled_download_ends_starts_it_again(leaf: ImagesLeaf, faulty: Faulty) -> None:
+    made = big(faulty)
+    held = threading.Event()
+    inner = leaf.service._partials
+
+    def on(handler: Handler, seen: Seen) -> bool:
+        if digest(made) in seen.path:
+            held.wait(0.5)
+        return False
+
+    faulty.on = on
+    for _ in range(3):
+        first = asyncio.ensure_future(leaf.pull(f"{faulty.host}/x:1"))
+        await until(lambda: bool(inner._open))
+        await asyncio.sleep(0.1)
+        first.cancel()
+        await asyncio.sleep(0)
+        second = asyncio.ensure_future(leaf.pull(f"{faulty.host}/y:1"))
+        await asyncio.sleep(0.05)
+        second.cancel()
+        await asyncio.wait((first, second))
+    held.set()
+    first = asyncio.ensure_future(leaf.pull(f"{faulty.host}/x:1"))
+    await until(lambda: bool(inner._open))
+    first.cancel()
+    assert (await leaf.pull(f"{faulty.host}/y:1")).chain_id
+    await asyncio.wait((first,))
+
+
 async def test_what_a_cancelled_pull_has_fetched_is_kept_for_the_next(leaf: ImagesLeaf, faulty: Faulty) -> None:
     made = big(faulty)
     part = 16 << 20

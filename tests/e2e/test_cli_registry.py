@@ -1,5 +1,6 @@
 """`corral pull`, `push`, `login` and `logout`, and `run` of what is not here yet."""
 
+import asyncio
 import json
 import os
 import random
@@ -16,6 +17,8 @@ from support.registry import Registry, skopeo, write_hosts
 from support.registry import running as registry_running
 from support.requirements import needs
 from support.throttle import throttled
+
+from corral.client.aio import AsyncClient
 
 pytestmark = needs("root", "overlayfs", "busybox", "docker-registry", "skopeo", "openssl")
 
@@ -177,6 +180,21 @@ def test_insecure_is_only_what_was_asked_for(box: Corrald, registry: Registry, c
     refused = box.corral("pull", "plain.example/busybox:1")
     assert refused.returncode == 1
     assert b"does not speak TLS" in refused.stderr
+
+
+def test_a_program_has_the_same_verbs(box: Corrald, registry: Registry, image: str) -> None:
+    async def copy() -> str:
+        async with AsyncClient(box.address) as client:
+            pulled = await client.images.pull(image)
+            pushed = await client.images.push(image, f"{registry.host}/program:1")
+            assert pushed.digest == pulled.target.digest
+            return pushed.digest
+
+    assert asyncio.run(copy()) == registry.digest("program", "1") == registry.digest("busybox", "1")
+    with box.client() as client:
+        assert client.images.pull(image).target.digest == registry.digest("busybox", "1")
+        assert client.images.push(image, f"{registry.host}/program:2").digest == registry.digest("program", "2")
+        assert client.images.referrers(image).subject.digest == registry.digest("busybox", "1")
 
 
 def test_ctrl_c_ends_a_pull_and_the_next_one_goes_on(box: Corrald, registry: Registry, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ class Containers:
         return self._client.engine()
 
     @property
-    def _stub(self) -> engine_pb2_grpc.ContainersAsyncStub:
+    def _stub(self) -> "engine_pb2_grpc.ContainersAsyncStub":
         return engine_pb2_grpc.ContainersStub(self._engine.channel)
 
     async def create(
@@ -607,7 +607,7 @@ class Volumes:
         return self._client.engine()
 
     @property
-    def _stub(self) -> engine_pb2_grpc.VolumesAsyncStub:
+    def _stub(self) -> "engine_pb2_grpc.VolumesAsyncStub":
         return engine_pb2_grpc.VolumesStub(self._engine.channel)
 
     async def create(
@@ -647,7 +647,7 @@ class System:
         return self._client.engine()
 
     @property
-    def _stub(self) -> engine_pb2_grpc.SystemAsyncStub:
+    def _stub(self) -> "engine_pb2_grpc.SystemAsyncStub":
         return engine_pb2_grpc.SystemStub(self._engine.channel)
 
     async def version(self) -> "version_pb2.GetResponse":

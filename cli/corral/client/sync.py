@@ -94,7 +94,7 @@ class Containers:
         return self._client.engine()
 
     @property
-    def _stub(self) -> engine_pb2_grpc.ContainersStub:
+    def _stub(self) -> "engine_pb2_grpc.ContainersStub":
         return engine_pb2_grpc.ContainersStub(self._engine.channel)
 
     def create(
@@ -601,7 +601,7 @@ class Volumes:
         return self._client.engine()
 
     @property
-    def _stub(self) -> engine_pb2_grpc.VolumesStub:
+    def _stub(self) -> "engine_pb2_grpc.VolumesStub":
         return engine_pb2_grpc.VolumesStub(self._engine.channel)
 
     def create(
@@ -641,7 +641,7 @@ class System:
         return self._client.engine()
 
     @property
-    def _stub(self) -> engine_pb2_grpc.SystemStub:
+    def _stub(self) -> "engine_pb2_grpc.SystemStub":
         return engine_pb2_grpc.SystemStub(self._engine.channel)
 
     def version(self) -> "version_pb2.GetResponse":

@@ -27,6 +27,7 @@ class _Shared:
     """One download, and who listens."""
 
     task: asyncio.Task[None]
+    is_ending: bool = False
     listeners: list[Callable[[Step, int], None]] = field(default_factory=list)
 
 
@@ -57,6 +58,9 @@ class Downloads:
         """False if somebody else's download failed, whose rights or mirrors may have been others than ours."""
         descriptor = wanted.descriptor
         shared = self._under_way.get(descriptor.digest)
+        if shared is not None and shared.is_ending:
+            await asyncio.wait((shared.task,))
+            return False
         is_mine = shared is None
         if shared is None:
             shared = self._begin(repository, wanted)
@@ -74,9 +78,16 @@ class Downloads:
         finally:
             shared.listeners.remove(listener)
             if not shared.listeners and not shared.task.done():
-                shared.task.cancel()
-                await asyncio.wait((shared.task,))
+                await self._end(shared)
         return True
+
+    async def _end(self, shared: _Shared) -> None:
+        """Nobody waits for it any more."""
+        shared.is_ending = True
+        shared.task.cancel()
+        await asyncio.wait((shared.task,))
+        if not shared.task.cancelled():
+            shared.task.exception()  # there is nobody to tell it to
 
     def _begin(self, repository: Repository, wanted: Wanted) -> _Shared:
         digest = wanted.descriptor.digest
