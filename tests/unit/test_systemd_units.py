@@ -1,5 +1,8 @@
 """What systemd is told of a container: names, limits, annotations. Without a systemd."""
 
+import subprocess
+import sys
+
 import pytest
 
 from corral.kernel.cgroup.device_rules import DEFAULT_RULES
@@ -232,3 +235,13 @@ def test_annotations_set_properties():
 def test_an_annotation_that_is_no_property_is_refused_by_name(key, value):
     with pytest.raises(CommandError, match=rf"annotations: 'org\.systemd\.property\.{key}'"):
         annotated({f"org.systemd.property.{key}": value})
+
+
+def test_who_does_not_ask_systemd_loads_nothing_of_it():
+    loads = (
+        "import sys; from corral.runtime import control, create, execute, making, remove, start; print(*sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", loads], capture_output=True, text=True, check=True)
+    loaded = run.stdout.split()
+    assert "corral.runtime.groups" in loaded
+    assert not [name for name in loaded if "dbus" in name or "systemd" in name or name == "corral.runtime.units"]
