@@ -78,7 +78,7 @@ NOTHING_MISSING = Missing()
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one tree alone takes on disk."""
+    """What one tree alone takes on disk; inodes are 0 where nobody counts them."""
 
     size_bytes: int
     inodes: int

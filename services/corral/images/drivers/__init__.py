@@ -7,6 +7,7 @@ stay what they are: usable and removable, until their containers are gone.
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from corral.images.drivers.blockfile import Blockfile
 from corral.images.drivers.btrfs import Btrfs
 from corral.images.drivers.erofs import Erofs
 from corral.images.drivers.native import Native
@@ -21,6 +22,7 @@ DRIVERS: Mapping[str, Callable[[Path, Work], Snapshotter]] = {
     "native": Native,
     "btrfs": Btrfs,
     "erofs": Erofs,
+    "blockfile": Blockfile,
 }
 DIRECTORIES: Mapping[str, str] = {"overlayfs": "overlay"}
 
