@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from support.corrald import Corrald
 from support.file_systems import FileSystems
@@ -22,6 +23,10 @@ ALLOWED_SKIPS = Path(__file__).parent / "allowed-skips.txt"
 WATCH = pytest.StashKey[Watch]()
 SKIPS = pytest.StashKey[dict[str, str]]()
 PROBLEMS = pytest.StashKey[list[str]]()
+
+# How long an example takes says more about who else uses the processor.
+hypothesis.settings.register_profile("corral", deadline=None)
+hypothesis.settings.load_profile("corral")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

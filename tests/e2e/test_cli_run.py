@@ -204,10 +204,13 @@ def started(box: Corrald, script: str, *options: str) -> "subprocess.Popen[bytes
 
 
 def test_the_third_interrupt_ends_the_command_though_the_container_ignores_them(box: Corrald, name: str) -> None:
-    process = started(box, "trap '' INT; echo ready; sleep 100", "--name", name)
-    for _ in range(3):
+    script = "trap 'echo seen' INT; echo ready; while :; do sleep 0.05; done"
+    process = started(box, script, "--name", name)
+    assert process.stdout is not None
+    for _ in range(2):
         process.send_signal(signal.SIGINT)
-        time.sleep(0.1)
+        assert process.stdout.readline() == b"seen\n"  # two that come at once would be one
+    process.send_signal(signal.SIGINT)
     assert b"asked 3 times" in process.communicate(timeout=20)[1]
     assert process.returncode == 130
     assert inspect(box, name)["status"] == "running"
@@ -256,4 +259,4 @@ def test_two_hundred_lines_a_second_lose_nothing(box: Corrald) -> None:
     began = time.monotonic()
     out = run(box, "busybox", "seq", "1", "20000")[1]
     assert out == "".join(f"{n}\n" for n in range(1, 20001))
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60

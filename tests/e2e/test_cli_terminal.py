@@ -71,18 +71,19 @@ def test_the_size_is_the_terminals_and_follows_it(box: Corrald, terminal: Termin
     terminal.type("stty size\n")
     terminal.wait_for("31 93")
     terminal.tmux("resize-window", "-x", "101", "-y", "37")
-    time.sleep(0.5)
-    terminal.type("stty size\n")
-    terminal.wait_for("37 101")
+    terminal.type("until stty size | grep '37 101'; do usleep 50000; done\n")
+    terminal.wait_for("\n37 101")
     terminal.type("exit\n")
     terminal.wait_for("code=0")
 
 
-def test_ctrl_c_is_typed_to_the_container_not_to_corral(box: Corrald, terminal: Terminal) -> None:
-    terminal.open([str(CORRAL), "run", "--rm", "-it", "busybox", "sh"], box.address)
+def test_ctrl_c_is_typed_to_the_container_not_to_corral(box: Corrald, terminal: Terminal, name: str) -> None:
+    terminal.open([str(CORRAL), "run", "--rm", "-it", "--name", name, "busybox", "sh"], box.address)
     terminal.wait_for("/ #")
     terminal.type("sleep 1000\n")
-    time.sleep(0.3)
+    deadline = time.monotonic() + 20
+    while b"sleep 1000" not in box.corral("exec", name, "ps").stdout:
+        assert time.monotonic() < deadline
     terminal.press("C-c")
     terminal.type("echo still-$((1+1))-here\n")
     terminal.wait_for("still-2-here")

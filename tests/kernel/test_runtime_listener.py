@@ -124,7 +124,7 @@ def test_a_listener_is_told_and_answers(lab, tmp_path, no_new_privileges):
         )
         container = lab.create(spec, container_id="the-id")
         pid = container.init.pid
-        deadline = time.monotonic() + 2  # it is in the listener's socket; the thread may not have read it yet
+        deadline = time.monotonic() + 20  # it is in the listener's socket; the thread may not have read it yet
         while not listener.told and time.monotonic() < deadline:
             time.sleep(0.01)
         assert len(listener.told) == 1, "told by the time the container is created"

@@ -314,13 +314,13 @@ def test_output_is_logged_whether_or_not_anybody_watches(shop: Workshop) -> None
 
 def test_a_process_that_leaves_children_on_its_output_is_still_reported(shop: Workshop) -> None:
     # Its children outlive it only in a pid namespace that is not their own.
-    shim = shop.spawn("sh", "-c", "echo hi; sleep 5 &", namespaces=("mount", "ipc", "uts"))
+    shim = shop.spawn("sh", "-c", "echo hi; sleep 20 &", namespaces=("mount", "ipc", "uts"))
     shim.create()
     (out,) = shim.attach("stdout")
     started = time.monotonic()
     shim.start()
     assert read_to_end(out) == b"hi\n"
-    assert 1 < time.monotonic() - started < 4
+    assert 1 < time.monotonic() - started < 15
     assert shim.wait()["code"] == 0
 
 
@@ -543,7 +543,7 @@ def test_an_exec_whose_child_keeps_the_output_is_reported_within_seconds(shop: W
     started = time.monotonic()
     shim.start("e")
     assert read_to_end(out).startswith(b"main\n")
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 20
     shim.wait_state("stopped", "e")
 
 
