@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support import cgroups
 from support.ocicommand import Runtime, runtime_in
 from support.requirements import needs
 
+from corral.kernel.cgroup import Driver, detect
 from corral.kernel.namespaces import Kind
 from corral.oci.runtime import SETUP, ExecFailed
 from corral.oci.spec import IdMapping, Mount, Namespace, Spec
@@ -71,6 +73,20 @@ class TestCgroups:
         said = lab.run(script).output.splitlines()
         assert said[-1] == "end"
         assert not [line for line in said if line in ("mounted", "unshared", "written") or line.startswith("/")]
+
+    def test_they_hold_no_programs_and_no_devices_whatever_is_asked(self, lab):
+        spec = lab.spec("grep ' - cgroup' /proc/self/mountinfo")
+        mounts = tuple(
+            replace(m, options=("rw", "suid", "dev", "exec")) if m.type == "cgroup" else m for m in spec.mounts
+        )
+        group = Driver(detect()).create(cgroups.fresh_path())
+        try:
+            seen = lab.run_spec(replace(spec, mounts=mounts), cgroup_paths=group.directories).output
+        finally:
+            group.remove()
+            Driver(detect()).prune(group.path.rpartition("/")[0])
+        assert seen
+        assert all({"nosuid", "nodev", "noexec"} <= set(line.split()[5].split(",")) for line in seen.splitlines())
 
     def test_cve_2023_25809_cgroups_of_others_are_to_look_at_only(self, lab):
         """A user namespace without a cgroup namespace: the host's hierarchies are all that can be shown."""

@@ -288,6 +288,20 @@ class TestCve202552565:
             lab.create(with_mounts(without(spec, "/dev"), devpts))
         assert bait.untouched()
 
+    @pytest.mark.parametrize("other", ["/bait/file", "/dev/zero"])
+    def test_cve_2025_52565_a_multiplexer_that_was_covered(self, lab, bait, other):
+        """The devpts is the right one, and what its ptmx leads to is not."""
+        held = ("CAP_SYS_ADMIN",)
+        spec = lab.spec("sleep", "60", linux={"seccomp": None})
+        capabilities = replace(spec.process.capabilities, bounding=held, effective=held, permitted=held)
+        spec = replace(spec, process=replace(spec.process, capabilities=capabilities))
+        container = lab.create(with_mounts(spec, bind("/bait", bait.directory)))
+        container.start()
+        assert lab.exec(container, f"mount --bind {other} /dev/pts/ptmx", capabilities=None).code == 0
+        with pytest.raises(OSError, match="not a pseudo terminal multiplexer"):
+            lab.made.append(container.exec(lab.process("sh", "-i", terminal=True), stdio=Stdio()))
+        assert bait.untouched()
+
     def test_cve_2025_52565_a_terminal_for_exec_in_a_dev_that_was_exchanged(self, lab, bait):
         """The container put links where exec looks for its terminal."""
         held = ("CAP_SYS_ADMIN", "CAP_MKNOD")
