@@ -12,7 +12,7 @@ from support import cgroups
 from support.ocicommand import Runtime, runtime_in
 from support.requirements import needs
 
-from corral.kernel.cgroup import Driver, detect
+from corral.kernel.cgroup import Cgroup, Driver, detect
 from corral.kernel.namespaces import Kind
 from corral.oci.runtime import SETUP, ExecFailed
 from corral.oci.spec import IdMapping, Mount, Namespace, Spec
@@ -60,31 +60,48 @@ class TestCve20220811:
         assert OF_THE_HOST.read_text() == hosts_parameter
 
 
+WRITE_ALL = """
+for procs in $(find /sys/fs/cgroup -name cgroup.procs); do
+    echo found
+    mkdir ${procs%/*}/corral-attack && { echo written; rmdir ${procs%/*}/corral-attack; }
+    echo 0 > $procs && echo written
+done 2>/dev/null
+grep ' - cgroup' /proc/self/mountinfo | grep -v ' ro,' && echo written
+echo end
+"""
+
+
+@pytest.fixture
+def group() -> Iterator[Cgroup]:
+    """A cgroup for one container."""
+    driver = Driver(detect())
+    made = driver.create(cgroups.fresh_path())
+    try:
+        yield made
+    finally:
+        made.remove()
+        driver.prune(made.path.rpartition("/")[0])
+
+
 class TestCgroups:
-    def test_cve_2022_0492_no_cgroup_tells_the_host_what_to_run(self, lab):
+    def test_cve_2022_0492_no_cgroup_tells_the_host_what_to_run(self, lab, group):
         """release_agent of v1 is a program of the host's: who writes it, in the root of a hierarchy, is root there."""
         script = (
             "find /sys/fs/cgroup -name release_agent; mkdir /tmp/cg; "
             "for kind in cgroup cgroup2; do mount -t $kind none /tmp/cg && echo mounted; done; "
             "mount -t cgroup -o memory none /tmp/cg && echo mounted; unshare -Ur true && echo unshared; "
-            "for f in $(find /sys/fs/cgroup -name cgroup.procs -o -name notify_on_release); do "
-            "echo 0 > $f && echo written; done; echo end"
+            f"{WRITE_ALL}"
         )
-        said = lab.run(script).output.splitlines()
+        said = lab.run(script, options={"cgroup_paths": group.directories}).output.splitlines()
         assert said[-1] == "end"
+        assert "found" in said
         assert not [line for line in said if line in ("mounted", "unshared", "written") or line.startswith("/")]
 
-    def test_they_hold_no_programs_and_no_devices_whatever_is_asked(self, lab):
+    def test_they_hold_no_programs_and_no_devices_whatever_is_asked(self, lab, group):
         spec = lab.spec("grep ' - cgroup' /proc/self/mountinfo")
-        mounts = tuple(
-            replace(m, options=("rw", "suid", "dev", "exec")) if m.type == "cgroup" else m for m in spec.mounts
-        )
-        group = Driver(detect()).create(cgroups.fresh_path())
-        try:
-            seen = lab.run_spec(replace(spec, mounts=mounts), cgroup_paths=group.directories).output
-        finally:
-            group.remove()
-            Driver(detect()).prune(group.path.rpartition("/")[0])
+        options = ("rw", "suid", "dev", "exec")
+        mounts = tuple(replace(m, options=options) if m.type == "cgroup" else m for m in spec.mounts)
+        seen = lab.run_spec(replace(spec, mounts=mounts), cgroup_paths=group.directories).output
         assert seen
         assert all({"nosuid", "nodev", "noexec"} <= set(line.split()[5].split(",")) for line in seen.splitlines())
 
@@ -96,16 +113,6 @@ class TestCgroups:
         said = lab.run_spec(replace(spec, mounts=mounts)).output
         assert said.endswith("end\n")
         assert "written" not in said
-
-
-WRITE_ALL = """
-for procs in $(find /sys/fs/cgroup -name cgroup.procs); do
-    mkdir ${procs%/*}/corral-attack && { echo written; rmdir ${procs%/*}/corral-attack; }
-    echo 0 > $procs && echo written
-done 2>/dev/null
-grep ' - cgroup' /proc/self/mountinfo | grep -v ' ro,' && echo written
-echo end
-"""
 
 
 def in_user_namespace(spec: Spec, *, without: Kind) -> Spec:
