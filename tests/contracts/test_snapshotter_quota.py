@@ -3,11 +3,12 @@
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.file_systems import FileSystems, loop_devices
+from support.file_systems import FileSystems, lacking_file_system, loop_devices
 from support.images import Entry, image_config, layer, write_docker_archive
 from support.images_leaf import ImagesLeaf, images_leaf
 from support.overlay import mounted
@@ -15,14 +16,17 @@ from support.requirements import needs
 from support.snapshotters import CASES, case_id, driver_at, place_for
 
 from corral.api.images.v1 import images_pb2 as pb
+from corral.kernel import capabilities
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument
+from corral.store import bounded as bounded_files
 
 pytestmark = needs("root")
 
 QUOTA = 16 << 20
+COUNTING = (("overlayfs", "ext4-projects"), ("overlayfs", "xfs-projects"), ("native", "xfs-projects"))
 
 
-@pytest.fixture(params=CASES, ids=case_id)
+@pytest.fixture(params=(*CASES, *COUNTING), ids=case_id)
 async def leaf(request: pytest.FixtureRequest, tmp_path: Path, file_systems: FileSystems) -> AsyncIterator[ImagesLeaf]:
     name, place = request.param[0], place_for(request.param, tmp_path, file_systems)
     layers = [layer([Entry("base", bytes(1 << 20))])]
@@ -41,10 +45,22 @@ async def bounded(leaf: ImagesLeaf, key: str, quota: int = QUOTA, **fields: str)
     return await leaf.snapshots.Prepare(pb.PrepareSnapshotRequest(key=key, quota_bytes=quota, **fields))  # type: ignore[arg-type]
 
 
+@contextmanager
+def as_a_container() -> Iterator[None]:
+    """Without the capability that lifts the limits of ext4, which containers do not have unless privileged."""
+    effective, permitted = capabilities.effective(), capabilities.permitted()
+    less = effective & ~(1 << capabilities.SYS_RESOURCE)
+    capabilities.set_process(effective=less, permitted=permitted, inheritable=0)
+    try:
+        yield
+    finally:
+        capabilities.set_process(effective=effective, permitted=permitted, inheritable=0)
+
+
 def fill(path: Path, most: int) -> int:
     """Write until it is refused for want of room, or so much was written; returns how much."""
     written = 0
-    with path.open("wb", buffering=0) as file:
+    with as_a_container(), path.open("wb", buffering=0) as file:
         try:
             while written < most:
                 written += file.write(bytes(1 << 20))
@@ -74,6 +90,30 @@ async def test_who_writes_past_it_is_refused_and_its_neighbours_are_not(leaf: Im
         await leaf.snapshots.Remove(pb.RemoveSnapshotRequest(key=key, must_exist=True))
     await leaf.settled()
     assert await devices_of(leaf.root) == []
+
+
+@pytest.mark.parametrize("kind", ["ext4-projects", "xfs-projects"])
+def test_a_directory_has_a_limit_of_its_own_until_it_is_released(kind: str, file_systems: FileSystems) -> None:
+    if reason := lacking_file_system(kind):
+        pytest.skip(reason)
+    one, two = (file_systems.place(kind) for _ in range(2))
+    for place in (one, two):
+        bounded_files.bound_project(place, QUOTA)
+    first, second = bounded_files.project_usage(one), bounded_files.project_usage(two)
+    assert first is not None
+    assert second is not None
+    assert first.limit_bytes == second.limit_bytes == QUOTA
+    (one / "d").mkdir()
+    (one / "d/f").write_bytes(bytes(1 << 20))
+    os.sync()
+    used = bounded_files.project_usage(one)
+    assert used is not None
+    assert used.used_bytes >= 1 << 20
+    assert used.inodes >= 3
+    bounded_files.release_project(one)
+    freed = bounded_files.project_usage(one)
+    assert freed is not None
+    assert freed.limit_bytes == 0
 
 
 async def devices_of(root: Path) -> list[str]:

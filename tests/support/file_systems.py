@@ -14,11 +14,18 @@ MKFS = {
     "xfs": ("mkfs.xfs", "-q"),
     "ext4": ("mkfs.ext4", "-q"),
 }
+# Those that count projects, and how they are made and mounted so.
+COUNTING = {
+    "ext4-projects": ("ext4", ("-O", "quota,project", "-E", "quotatype=prjquota")),
+    "xfs-projects": ("xfs", ()),
+}
 PACKAGES = {"btrfs": "btrfs-progs", "xfs": "xfsprogs", "ext4": "e2fsprogs"}
 
 
 def lacking_file_system(kind: str) -> str | None:
     """Why there can be none of this kind here."""
+    if kind in COUNTING:
+        return lacking_file_system(COUNTING[kind][0]) or lacking(kind)
     if reason := lacking(kind):
         return reason
     program = MKFS[kind][0]
@@ -45,7 +52,12 @@ class FileSystems:
     def place(self, kind: str) -> Path:
         """A new directory on such a file system. It stays until close()."""
         if kind not in self._mounted:
-            self._mounted[kind] = self._stack.enter_context(file_system(kind, self._directory, size_mb=4096))
+            basic, features = COUNTING.get(kind, (kind, ()))
+            options = "loop,prjquota" if kind in COUNTING else "loop"
+            directory = self._directory / kind
+            directory.mkdir()
+            made = file_system(basic, directory, size_mb=4096, features=features, options=options)
+            self._mounted[kind] = self._stack.enter_context(made)
         return Path(tempfile.mkdtemp(dir=self._mounted[kind]))
 
     def close(self) -> None:

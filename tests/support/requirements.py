@@ -3,6 +3,7 @@
 import functools
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,25 @@ def _systemd(wanted: bool) -> Callable[[], str | None]:
     return probe
 
 
+def _project_quota(kind: str) -> Callable[[], str | None]:
+    """A kernel may count projects on one file system and not on another; it says so when it is to mount one."""
+
+    def probe() -> str | None:
+        from support.file_systems import COUNTING, file_system
+
+        basic, features = COUNTING[kind]
+        try:
+            with (
+                tempfile.TemporaryDirectory() as directory,
+                file_system(basic, Path(directory), features=features, options="loop,prjquota"),
+            ):
+                return None
+        except subprocess.CalledProcessError:
+            return f"needs project quota on {basic} in the kernel"
+
+    return probe
+
+
 PROBES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "overlayfs": _overlayfs,
@@ -135,5 +155,8 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "cgroup2": _cgroup(2),
     "btrfs": _file_system("btrfs"),
     "xfs": _file_system("xfs"),
+    "ext4": _file_system("ext4"),
+    "ext4-projects": _project_quota("ext4-projects"),
+    "xfs-projects": _project_quota("xfs-projects"),
     "erofs": _file_system("erofs"),
 }
