@@ -29,6 +29,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "pause": ("container", "Freeze every process of containers"),
     "unpause": ("container", "Let paused containers go on"),
     "wait": ("container", "Wait until containers end; print their exit codes"),
+    "commit": ("commit", "Make an image of what a container has written"),
+    "diff": ("commit", "Show what a container has changed in its files"),
     "rename": ("container", "Give a container another name"),
     "top": ("container", "List the processes of a container"),
     "stats": ("container", "Show what containers use"),

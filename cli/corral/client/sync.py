@@ -187,6 +187,33 @@ class Containers:
         request = engine_pb2.RenameContainerRequest(container=container, name=name)
         return self._engine.unary(self._stub.Rename, request)
 
+    def commit(
+        self,
+        container: str,
+        name: str = "",
+        *,
+        author: str = "",
+        comment: str = "",
+        changes: Sequence[str] = (),
+        pause: bool = True,
+    ) -> images_pb2.Image:
+        """Makes an image of what a container has written. `changes` are lines of a Dockerfile, such as CMD or ENV."""
+        request = engine_pb2.CommitContainerRequest(
+            container=container, name=name, author=author, comment=comment, changes=changes, no_pause=not pause
+        )
+        return self._engine.unary(self._stub.Commit, request)
+
+    def changes(self, container: str) -> Iterator[images_pb2.SnapshotChange]:
+        """What a container has added to its image's files, changed in them, and deleted."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        found = self.get(container)
+        leaf = self._client.leaf("images")
+        stub = images_pb2_grpc.SnapshotsStub(leaf.channel)
+        for part in leaf.stream(stub.Changes, images_pb2.SnapshotRequest(key=found.snapshot_key or found.id)):
+            for change in part.changes:
+                yield change
+
     def resize(self, container: str, *, exec_id: str = "", width: int, height: int) -> None:
         """Sets the size of a process's terminal."""
         size = types_pb2.WindowSize(width=width, height=height)

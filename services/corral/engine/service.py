@@ -8,8 +8,10 @@ import grpc.aio
 
 from corral.api.engine.v1 import engine_pb2 as pb
 from corral.api.engine.v1 import engine_pb2_grpc
+from corral.api.images.v1 import images_pb2
 from corral.api.types.v1 import types_pb2
 from corral.engine import store
+from corral.engine.commits import Commits
 from corral.engine.config import EngineConfig
 from corral.engine.core import Core, host_facts
 from corral.engine.creation import Creation
@@ -135,6 +137,7 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
         self._lifecycle = lifecycle
         self._removal = removal
         self._updates = updates
+        self._commits = Commits(core, lifecycle)
         self._execs = Execs(core)
         self._sizes = Sizes(core)
         self._usage = Usage(core, self._sizes)
@@ -193,6 +196,9 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
 
     async def Update(self, request: pb.UpdateContainerRequest, context: object) -> pb.Container:
         return await self._views.of(await self._updates.update(request))
+
+    async def Commit(self, request: pb.CommitContainerRequest, context: object) -> images_pb2.Image:
+        return await self._commits.commit(request)
 
     async def Exec(self, request: pb.ExecContainerRequest, context: object) -> pb.ExecContainerResponse:
         id_, exec_id = await self._execs.make(request)

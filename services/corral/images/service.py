@@ -12,6 +12,7 @@ from corral.api.images.v1 import images_pb2, images_pb2_grpc
 from corral.images.admission import Admission
 from corral.images.blobs import Blobs
 from corral.images.collector import Collector
+from corral.images.committer import Committer
 from corral.images.config import ImagesConfig
 from corral.images.content import ContentStore
 from corral.images.drivers import Drivers
@@ -68,6 +69,16 @@ class ImagesService:
         self._snapshots = Snapshots(
             self._database, self._drivers, self._images, self._tending, self._collector, self._ids
         )
+        self._committer = Committer(
+            self._database,
+            self._content,
+            self._drivers,
+            self._snapshots,
+            self._workers,
+            unpacker,
+            self._collector,
+            admission,
+        )
         self._blobs = Blobs(self._database, self._content, self._collector, grace_s=config.blob_grace_s)
         self._registries = Registries(
             config, self._database, self._content, self._partials, self._blobs, unpacker, self._collector, admission
@@ -77,10 +88,11 @@ class ImagesService:
         images_pb2_grpc.add_ContentServicer_to_server(ContentServicer(self._blobs), server)
         exporter = Exporter(self._database, self._content, self._blobs, self._collector)
         images_pb2_grpc.add_ImagesServicer_to_server(
-            ImagesServicer(self._images, self._importer, exporter, self._registries, self._database), server
+            ImagesServicer(self._images, self._importer, exporter, self._committer, self._registries, self._database),
+            server,
         )
         images_pb2_grpc.add_SnapshotsServicer_to_server(
-            SnapshotsServicer(self._snapshots, self._images, self._drivers), server
+            SnapshotsServicer(self._snapshots, self._images, self._drivers, self._committer), server
         )
         images_pb2_grpc.add_LeasesServicer_to_server(
             LeasesServicer(self._database, self._collector, self._tending), server

@@ -236,6 +236,18 @@ def from_usage(usage: Usage, below_bytes: int) -> pb.SnapshotUsage:
     return pb.SnapshotUsage(size_bytes=usage.size_bytes, inodes=usage.inodes, below_bytes=below_bytes)
 
 
+_CHANGES = {
+    "A": pb.SnapshotChange.KIND_ADDED,
+    "C": pb.SnapshotChange.KIND_CHANGED,
+    "D": pb.SnapshotChange.KIND_DELETED,
+}
+
+
+def from_change(kind: str, path: str) -> pb.SnapshotChange:
+    text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return pb.SnapshotChange(kind=_CHANGES[kind], path=f"/{text}")
+
+
 def from_lease(lease: Lease) -> pb.Lease:
     return pb.Lease(
         id=lease.id,

@@ -27,13 +27,13 @@ def make_rootfs_image(
 ) -> FoundImage:
     """An image around one layer whose diff id was found by unpacking it."""
     made = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-    config_file = store(_dumped(config_document(config, platform, [diff_id], made)))
+    config_file = store(dumped(config_document(config, platform, [diff_id], made)))
     descriptors = (
         Descriptor(OCI_CONFIG, config_file.digest, config_file.size_bytes),
         Descriptor(layer_type(layer.path), layer.digest, layer.size_bytes),
     )
     manifest = Manifest(OCI_MANIFEST, descriptors[0], descriptors[1:])
-    manifest_file = store(_dumped(_manifest_document(manifest)))
+    manifest_file = store(dumped(manifest_document(manifest)))
     target = Descriptor(OCI_MANIFEST, manifest_file.digest, manifest_file.size_bytes)
     details = make_details(manifest, parse_config(config_file.path.read_bytes(), "config"), str(name))
     blobs = {file.digest: file for file in (config_file, layer, manifest_file)}
@@ -41,11 +41,11 @@ def make_rootfs_image(
     return FoundImage((name,), target, target, details, blobs, edges)
 
 
-def _dumped(document: Mapping[str, object]) -> bytes:
+def dumped(document: Mapping[str, object]) -> bytes:
     return json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def _manifest_document(manifest: Manifest) -> dict[str, object]:
+def manifest_document(manifest: Manifest) -> dict[str, object]:
     def described(descriptor: Descriptor) -> dict[str, object]:
         return {"mediaType": descriptor.media_type, "digest": descriptor.digest, "size": descriptor.size_bytes}
 
@@ -63,7 +63,7 @@ def config_document(config: ImageConfig, platform: Platform, diff_ids: list[Dige
         "created": created,
         "architecture": platform.architecture,
         "os": platform.os or "linux",
-        "config": _config_object(config),
+        "config": config_object(config),
         "rootfs": {"type": "layers", "diff_ids": diff_ids},
         "history": [{"created": created, "created_by": "corral image import"}],
     }
@@ -72,7 +72,7 @@ def config_document(config: ImageConfig, platform: Platform, diff_ids: list[Dige
     return document
 
 
-def _config_object(config: ImageConfig) -> dict[str, object]:
+def config_object(config: ImageConfig) -> dict[str, object]:
     """Without what is empty, as other writers have it."""
     fields: dict[str, object] = {
         "User": config.user,

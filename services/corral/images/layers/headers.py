@@ -1,7 +1,8 @@
 """Headers of tar entries: what TarReader reads, written. The same entry always gives the same bytes.
 
 ustar where it can say it, with PAX records before it where it cannot: long or non-ASCII names, large numbers,
-attributes. Times are whole seconds, as docker and containerd write them.
+attributes, and sparse files, whose map comes first in their data. Times are whole seconds, as docker and containerd
+write them.
 
 Source: POSIX.1-2017 pax "ustar Interchange Format", "pax Extended Header"; attributes as Go's archive/tar has them.
 """
@@ -20,14 +21,27 @@ _CHECKSUM = slice(148, 156)
 
 
 def header(entry: Entry) -> bytes:
-    """Everything that comes before the entry's data."""
-    records = _records(entry)
-    block = _block(entry, entry.kind.value, entry.size if entry.kind is Kind.FILE else 0)
+    """Everything that comes before the entry's data, which of a sparse file is its extents alone."""
+    sparse = _sparse_map(entry)
+    size = entry.size if entry.kind is Kind.FILE else 0
+    if entry.extents is not None:
+        size = len(sparse) + sum(length for _, length in entry.extents)
+    records = _records(entry, size)
+    block = _block(entry, entry.kind.value, size)
     if not records:
         return block
     data = b"".join(_record(key, value) for key, value in sorted(records.items()))
     described = Entry(b"PaxHeaders/" + entry.name[-60:].rpartition(b"/")[2], Kind.FILE, 0o644, 0, 0, len(data), 0)
-    return _block(described, b"x", len(data)) + data + padding(len(data)) + block
+    return _block(described, b"x", len(data)) + data + padding(len(data)) + block + sparse
+
+
+def _sparse_map(entry: Entry) -> bytes:
+    """How many extents, and of each offset and length, a line each."""
+    if entry.extents is None:
+        return b""
+    numbers = [len(entry.extents), *(n for extent in entry.extents for n in extent)]
+    text = b"".join(b"%d\n" % n for n in numbers)
+    return text + padding(len(text))
 
 
 def padding(size_bytes: int) -> bytes:
@@ -35,18 +49,21 @@ def padding(size_bytes: int) -> bytes:
     return bytes(-size_bytes % BLOCK)
 
 
-def _records(entry: Entry) -> Mapping[bytes, bytes]:
+def _records(entry: Entry, size: int) -> Mapping[bytes, bytes]:
     records = {XATTR_KEY + name: value for name, value in entry.xattrs.items()}
     texts = {b"path": entry.name, b"linkpath": entry.link}
     records |= {key: text for key, text in texts.items() if len(text) > _MAX_NAME or not text.isascii()}
     for key, value, most in (
         (b"uid", entry.uid, _MAX_OCTAL_7),
         (b"gid", entry.gid, _MAX_OCTAL_7),
-        (b"size", entry.size, _MAX_OCTAL_11),
+        (b"size", size, _MAX_OCTAL_11),
         (b"mtime", entry.mtime_ns // _SECOND_NS, _MAX_OCTAL_11),
     ):
         if not 0 <= value <= most:
             records[key] = b"%d" % value
+    if entry.extents is not None:
+        records[b"GNU.sparse.major"], records[b"GNU.sparse.minor"] = b"1", b"0"
+        records[b"GNU.sparse.name"], records[b"GNU.sparse.realsize"] = entry.name, b"%d" % entry.size
     return records
 
 

@@ -5,6 +5,8 @@
          {"op": "complete", "layer": DIR, "below": [DIR, …], "implicit": […], "links": [[…], …]}
          {"op": "complete_image", "directory": DIR, "below": [DIR or IMAGE, …], "implicit": […], "links": [[…], …]}
          {"op": "lay", "layers": [DIR, …], "target": DIR}, or with "file" as they are: directories in that ext4 image
+         {"op": "pack", "source": DIR, "target": FILE}: a layer, gzipped, of the changes in DIR
+         {"op": "compare", "source": DIR, "below": [DIR or IMAGE, …]}
     out  {"progress": BYTES of the blob read}…, then {"ok": {…}} or {"error": KIND, "errno": N, "message": SENTENCE}
          FORM: "directory", or "image" for an EROFS image in the directory
          KIND: "bad" (the data), "os" (the machine), "bug"
@@ -28,9 +30,11 @@ from typing import Any, TextIO
 from corral.images.layers import imaging
 from corral.images.layers.apply import Applied, Applier, Limits
 from corral.images.layers.below import complete
-from corral.images.layers.compression import CHUNK_BYTES, decompressed
+from corral.images.layers.comparing import changes
+from corral.images.layers.compression import CHUNK_BYTES, compressed, decompressed
 from corral.images.layers.errors import BadLayer
 from corral.images.layers.laying import lay
+from corral.images.layers.packing import packed
 from corral.images.layers.stream import ByteStream, prefetched
 from corral.images.layers.tar import TarReader
 from corral.images.layers.tree import Tree
@@ -202,12 +206,31 @@ def _lay(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
     return {}
 
 
+def _pack(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
+    with ExitStack() as stack:
+        plain = Hashed(packed(_opened(job["source"], stack)))
+        size = 0
+        with open(job["target"], "xb") as file:
+            stored = Hashed(compressed(iter(plain)))
+            for chunk in stored:
+                size += file.write(chunk)
+        return {"digest": stored.digest, "size_bytes": size, "diff_id": plain.digest}
+
+
+def _compare(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
+    with ExitStack() as stack:
+        below = [_opened(path, stack) for path in job["below"]]
+        return {"changes": [(kind.value, path) for kind, path in changes(_opened(job["source"], stack), below)]}
+
+
 _OPERATIONS: Mapping[str, Callable[[Job, Limits, TextIO], dict[str, object]]] = {
     "apply": _apply,
     "measure": _measure,
     "complete": _complete,
     "complete_image": _complete_image,
     "lay": _lay,
+    "pack": _pack,
+    "compare": _compare,
 }
 
 

@@ -13,6 +13,7 @@ from corral.api.images.v1 import images_pb2_grpc
 from corral.api.types.v1 import types_pb2 as types
 from corral.images import wire
 from corral.images.catalog import ImageRecord
+from corral.images.committer import CommitOptions, Committer
 from corral.images.exporter import Exporter, ExportOptions
 from corral.images.images import Images
 from corral.images.importer import Format, Importer, ImportOptions
@@ -34,11 +35,18 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
     """See the proto."""
 
     def __init__(
-        self, images: Images, importer: Importer, exporter: Exporter, registries: Registries, database: Database
+        self,
+        images: Images,
+        importer: Importer,
+        exporter: Exporter,
+        committer: Committer,
+        registries: Registries,
+        database: Database,
     ) -> None:
         self._images = images
         self._importer = importer
         self._exporter = exporter
+        self._committer = committer
         self._transfers = Transfers(registries, self._message)
         self._database = database
 
@@ -89,6 +97,19 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
 
     async def Tag(self, request: pb.TagImageRequest, context: Context) -> pb.Image:
         return self._message(await self._images.tag(current_namespace(), request.source, request.target))
+
+    async def Commit(self, request: pb.CommitImageRequest, context: Context) -> pb.Image:
+        options = CommitOptions(
+            namespace=current_namespace(),
+            key=request.key,
+            name=parse_reference(request.name) if request.name else None,
+            config=wire.to_config(request.config),
+            author=request.author,
+            comment=request.comment,
+            created_by=request.created_by,
+            lease=lease_of(context),
+        )
+        return self._message(await self._committer.commit(options))
 
     async def Remove(self, request: pb.RemoveImageRequest, context: Context) -> pb.RemoveImageResponse:
         removed = await self._images.remove(current_namespace(), request.name, force=request.force)

@@ -1,6 +1,8 @@
 """corral.images.v1.Snapshots."""
 # ruff: noqa: N802 (methods are named as the RPCs are)
 
+from collections.abc import AsyncIterator
+from itertools import batched
 from typing import Any
 
 import grpc.aio
@@ -8,6 +10,7 @@ import grpc.aio
 from corral.api.images.v1 import images_pb2 as pb
 from corral.api.images.v1 import images_pb2_grpc
 from corral.images import wire
+from corral.images.committer import Committer
 from corral.images.drivers import Drivers
 from corral.images.images import Images
 from corral.images.servicers.call import lease_of
@@ -16,14 +19,17 @@ from corral.images.trees import Kind
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import current_namespace
 
+CHANGES_AT_ONCE = 1000
+
 type Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class SnapshotsServicer(images_pb2_grpc.SnapshotsServicer):
     """See the proto."""
 
-    def __init__(self, snapshots: Snapshots, images: Images, drivers: Drivers) -> None:
+    def __init__(self, snapshots: Snapshots, images: Images, drivers: Drivers, committer: Committer) -> None:
         self._snapshots = snapshots
+        self._committer = committer
         self._images = images
         self._drivers = drivers
 
@@ -76,6 +82,11 @@ class SnapshotsServicer(images_pb2_grpc.SnapshotsServicer):
         namespace = current_namespace()
         usage = await self._snapshots.usage(namespace, request.key)
         return wire.from_usage(usage, self._snapshots.below_bytes(namespace, request.key))
+
+    async def Changes(self, request: pb.SnapshotRequest, context: Context) -> AsyncIterator[pb.SnapshotChanges]:
+        found = await self._committer.changes(current_namespace(), request.key)
+        for some in batched(found, CHANGES_AT_ONCE):
+            yield pb.SnapshotChanges(changes=[wire.from_change(kind, path) for kind, path in some])
 
     async def Drivers(self, request: pb.DriversRequest, context: Context) -> pb.DriversResponse:
         reasons, default = await run_blocking(self._drivers.reasons), self._drivers.default.name

@@ -168,6 +168,44 @@ class Container(_message.Message):
 Global___Container: _TypeAlias = Container  # noqa: Y015
 
 @_typing.final
+class CommitContainerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTAINER_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    AUTHOR_FIELD_NUMBER: _builtins.int
+    COMMENT_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    NO_PAUSE_FIELD_NUMBER: _builtins.int
+    container: _builtins.str
+    name: _builtins.str
+    """Of the image. Empty: it has none."""
+    author: _builtins.str
+    comment: _builtins.str
+    no_pause: _builtins.bool
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As lines of a Dockerfile: CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, STOPSIGNAL, USER, VOLUME, WORKDIR."""
+
+    def __init__(
+        self,
+        *,
+        container: _builtins.str = ...,
+        name: _builtins.str = ...,
+        author: _builtins.str = ...,
+        comment: _builtins.str = ...,
+        changes: _abc.Iterable[_builtins.str] | None = ...,
+        no_pause: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "changes", b"changes", "comment", b"comment", "container", b"container", "name", b"name", "no_pause", b"no_pause"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CommitContainerRequest: _TypeAlias = CommitContainerRequest  # noqa: Y015
+
+@_typing.final
 class Health(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

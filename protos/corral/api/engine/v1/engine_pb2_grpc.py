@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from corral.api.engine.v1 import engine_pb2 as corral_dot_api_dot_engine_dot_v1_dot_engine__pb2
+from corral.api.images.v1 import images_pb2 as corral_dot_api_dot_images_dot_v1_dot_images__pb2
 from corral.api.tasks.v1 import tasks_pb2 as corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2
 from corral.api.types.v1 import types_pb2 as corral_dot_api_dot_types_dot_v1_dot_types__pb2
 
@@ -102,6 +103,11 @@ class ContainersStub:
                 '/corral.engine.v1.Containers/Update',
                 request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.UpdateContainerRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.FromString,
+                _registered_method=True)
+        self.Commit = channel.unary_unary(
+                '/corral.engine.v1.Containers/Commit',
+                request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CommitContainerRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.Image.FromString,
                 _registered_method=True)
         self.Exec = channel.unary_unary(
                 '/corral.engine.v1.Containers/Exec',
@@ -238,6 +244,13 @@ class ContainersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Commit(self, request, context):
+        """Makes an image of what the container has written, pausing it meanwhile unless `no_pause`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Exec(self, request, context):
         """Makes an exec process, not started (attach first, then ExecStart).
         """
@@ -357,6 +370,11 @@ def add_ContainersServicer_to_server(servicer, server):
                     servicer.Update,
                     request_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.UpdateContainerRequest.FromString,
                     response_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.SerializeToString,
+            ),
+            'Commit': grpc.unary_unary_rpc_method_handler(
+                    servicer.Commit,
+                    request_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CommitContainerRequest.FromString,
+                    response_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.Image.SerializeToString,
             ),
             'Exec': grpc.unary_unary_rpc_method_handler(
                     servicer.Exec,
@@ -752,6 +770,33 @@ class Containers:
             '/corral.engine.v1.Containers/Update',
             corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.UpdateContainerRequest.SerializeToString,
             corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Commit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.engine.v1.Containers/Commit',
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CommitContainerRequest.SerializeToString,
+            corral_dot_api_dot_images_dot_v1_dot_images__pb2.Image.FromString,
             options,
             channel_credentials,
             insecure,

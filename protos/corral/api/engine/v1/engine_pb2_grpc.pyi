@@ -14,6 +14,7 @@ A container is a record (what was asked for) plus the leaf resources made for it
 
 from collections import abc as _abc
 from corral.api.engine.v1 import engine_pb2 as _engine_pb2
+from corral.api.images.v1 import images_pb2 as _images_pb2
 from corral.api.tasks.v1 import tasks_pb2 as _tasks_pb2
 from corral.api.types.v1 import types_pb2 as _types_pb2
 from grpc import aio as _aio
@@ -70,6 +71,8 @@ class ContainersStub:
     Rename: _grpc.UnaryUnaryMultiCallable[_engine_pb2.RenameContainerRequest, _engine_pb2.Container]
     Update: _grpc.UnaryUnaryMultiCallable[_engine_pb2.UpdateContainerRequest, _engine_pb2.Container]
     """Changes limits, restart policy, labels of a container, running or not."""
+    Commit: _grpc.UnaryUnaryMultiCallable[_engine_pb2.CommitContainerRequest, _images_pb2.Image]
+    """Makes an image of what the container has written, pausing it meanwhile unless `no_pause`."""
     Exec: _grpc.UnaryUnaryMultiCallable[_engine_pb2.ExecContainerRequest, _engine_pb2.ExecContainerResponse]
     """Makes an exec process, not started (attach first, then ExecStart)."""
     ExecStart: _grpc.UnaryUnaryMultiCallable[_engine_pb2.ExecStartRequest, _engine_pb2.ExecStartResponse]
@@ -114,6 +117,8 @@ class ContainersAsyncStub(ContainersStub):
     Rename: _aio.UnaryUnaryMultiCallable[_engine_pb2.RenameContainerRequest, _engine_pb2.Container]  # type: ignore[assignment]
     Update: _aio.UnaryUnaryMultiCallable[_engine_pb2.UpdateContainerRequest, _engine_pb2.Container]  # type: ignore[assignment]
     """Changes limits, restart policy, labels of a container, running or not."""
+    Commit: _aio.UnaryUnaryMultiCallable[_engine_pb2.CommitContainerRequest, _images_pb2.Image]  # type: ignore[assignment]
+    """Makes an image of what the container has written, pausing it meanwhile unless `no_pause`."""
     Exec: _aio.UnaryUnaryMultiCallable[_engine_pb2.ExecContainerRequest, _engine_pb2.ExecContainerResponse]  # type: ignore[assignment]
     """Makes an exec process, not started (attach first, then ExecStart)."""
     ExecStart: _aio.UnaryUnaryMultiCallable[_engine_pb2.ExecStartRequest, _engine_pb2.ExecStartResponse]  # type: ignore[assignment]
@@ -233,6 +238,14 @@ class ContainersServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_engine_pb2.Container, _abc.Awaitable[_engine_pb2.Container]]:
         """Changes limits, restart policy, labels of a container, running or not."""
+
+    @_abc_1.abstractmethod
+    def Commit(
+        self,
+        request: _engine_pb2.CommitContainerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_images_pb2.Image, _abc.Awaitable[_images_pb2.Image]]:
+        """Makes an image of what the container has written, pausing it meanwhile unless `no_pause`."""
 
     @_abc_1.abstractmethod
     def Exec(

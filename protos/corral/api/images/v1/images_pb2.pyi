@@ -1010,6 +1010,46 @@ class TagImageRequest(_message.Message):
 Global___TagImageRequest: _TypeAlias = TagImageRequest  # noqa: Y015
 
 @_typing.final
+class CommitImageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    AUTHOR_FIELD_NUMBER: _builtins.int
+    COMMENT_FIELD_NUMBER: _builtins.int
+    CREATED_BY_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """Of an active snapshot."""
+    name: _builtins.str
+    """Empty: the image has no name."""
+    author: _builtins.str
+    comment: _builtins.str
+    created_by: _builtins.str
+    """What the history tells of the layer."""
+    @_builtins.property
+    def config(self) -> Global___ImageConfig:
+        """All of the new image's, the old one's included."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        name: _builtins.str = ...,
+        config: Global___ImageConfig | None = ...,
+        author: _builtins.str = ...,
+        comment: _builtins.str = ...,
+        created_by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "comment", b"comment", "config", b"config", "created_by", b"created_by", "key", b"key", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CommitImageRequest: _TypeAlias = CommitImageRequest  # noqa: Y015
+
+@_typing.final
 class RemoveImageRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1442,6 +1482,66 @@ class SnapshotUsage(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SnapshotUsage: _TypeAlias = SnapshotUsage  # noqa: Y015
+
+@_typing.final
+class SnapshotChanges(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___SnapshotChange]: ...
+    def __init__(
+        self,
+        *,
+        changes: _abc.Iterable[Global___SnapshotChange] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotChanges: _TypeAlias = SnapshotChanges  # noqa: Y015
+
+@_typing.final
+class SnapshotChange(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Kind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[SnapshotChange._Kind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        KIND_UNSPECIFIED: SnapshotChange._Kind.ValueType  # 0
+        KIND_ADDED: SnapshotChange._Kind.ValueType  # 1
+        KIND_CHANGED: SnapshotChange._Kind.ValueType  # 2
+        KIND_DELETED: SnapshotChange._Kind.ValueType  # 3
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
+    KIND_UNSPECIFIED: SnapshotChange.Kind.ValueType  # 0
+    KIND_ADDED: SnapshotChange.Kind.ValueType  # 1
+    KIND_CHANGED: SnapshotChange.Kind.ValueType  # 2
+    KIND_DELETED: SnapshotChange.Kind.ValueType  # 3
+
+    KIND_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    kind: Global___SnapshotChange.Kind.ValueType
+    path: _builtins.str
+    """From the root, with a leading "/". What is not UTF-8 in it is shown as \\xNN."""
+    def __init__(
+        self,
+        *,
+        kind: Global___SnapshotChange.Kind.ValueType = ...,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotChange: _TypeAlias = SnapshotChange  # noqa: Y015
 
 @_typing.final
 class DriversRequest(_message.Message):

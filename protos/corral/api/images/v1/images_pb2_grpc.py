@@ -338,6 +338,11 @@ class ImagesStub:
                 request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.TagImageRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.Image.FromString,
                 _registered_method=True)
+        self.Commit = channel.unary_unary(
+                '/corral.images.v1.Images/Commit',
+                request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.CommitImageRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.Image.FromString,
+                _registered_method=True)
         self.Remove = channel.unary_unary(
                 '/corral.images.v1.Images/Remove',
                 request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.RemoveImageRequest.SerializeToString,
@@ -432,6 +437,14 @@ class ImagesServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Commit(self, request, context):
+        """Makes an image of what an active snapshot has on top of the image that it was made from. Whoever writes to it should
+        be stopped meanwhile. FAILED_PRECONDITION: its driver does not keep changes apart, or that image is gone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Remove(self, request, context):
         """Removes a name; with the last name goes the image, and what only it used is collected.
         FAILED_PRECONDITION while a container uses it, unless `force`.
@@ -499,6 +512,11 @@ def add_ImagesServicer_to_server(servicer, server):
             'Tag': grpc.unary_unary_rpc_method_handler(
                     servicer.Tag,
                     request_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.TagImageRequest.FromString,
+                    response_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.Image.SerializeToString,
+            ),
+            'Commit': grpc.unary_unary_rpc_method_handler(
+                    servicer.Commit,
+                    request_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.CommitImageRequest.FromString,
                     response_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.Image.SerializeToString,
             ),
             'Remove': grpc.unary_unary_rpc_method_handler(
@@ -773,6 +791,33 @@ class Images:
             _registered_method=True)
 
     @staticmethod
+    def Commit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.images.v1.Images/Commit',
+            corral_dot_api_dot_images_dot_v1_dot_images__pb2.CommitImageRequest.SerializeToString,
+            corral_dot_api_dot_images_dot_v1_dot_images__pb2.Image.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Remove(request,
             target,
             options=(),
@@ -905,6 +950,11 @@ class SnapshotsStub:
                 request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotUsage.FromString,
                 _registered_method=True)
+        self.Changes = channel.unary_stream(
+                '/corral.images.v1.Snapshots/Changes',
+                request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotChanges.FromString,
+                _registered_method=True)
         self.Drivers = channel.unary_unary(
                 '/corral.images.v1.Snapshots/Drivers',
                 request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.DriversRequest.SerializeToString,
@@ -972,6 +1022,14 @@ class SnapshotsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Changes(self, request, context):
+        """What an active snapshot adds to, changes in, and deletes of what is below it. FAILED_PRECONDITION: its driver does not
+        keep changes apart.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drivers(self, request, context):
         """The drivers, and why one cannot run here.
         """
@@ -1021,6 +1079,11 @@ def add_SnapshotsServicer_to_server(servicer, server):
                     servicer.Usage,
                     request_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotRequest.FromString,
                     response_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotUsage.SerializeToString,
+            ),
+            'Changes': grpc.unary_stream_rpc_method_handler(
+                    servicer.Changes,
+                    request_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotRequest.FromString,
+                    response_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotChanges.SerializeToString,
             ),
             'Drivers': grpc.unary_unary_rpc_method_handler(
                     servicer.Drivers,
@@ -1246,6 +1309,33 @@ class Snapshots:
             '/corral.images.v1.Snapshots/Usage',
             corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotRequest.SerializeToString,
             corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotUsage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Changes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/corral.images.v1.Snapshots/Changes',
+            corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotRequest.SerializeToString,
+            corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotChanges.FromString,
             options,
             channel_credentials,
             insecure,

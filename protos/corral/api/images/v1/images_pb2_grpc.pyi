@@ -157,6 +157,10 @@ class ImagesStub:
     List: _grpc.UnaryUnaryMultiCallable[_images_pb2.ListImagesRequest, _images_pb2.ListImagesResponse]
     Tag: _grpc.UnaryUnaryMultiCallable[_images_pb2.TagImageRequest, _images_pb2.Image]
     """Gives an image another name; a name that exists moves."""
+    Commit: _grpc.UnaryUnaryMultiCallable[_images_pb2.CommitImageRequest, _images_pb2.Image]
+    """Makes an image of what an active snapshot has on top of the image that it was made from. Whoever writes to it should
+    be stopped meanwhile. FAILED_PRECONDITION: its driver does not keep changes apart, or that image is gone.
+    """
     Remove: _grpc.UnaryUnaryMultiCallable[_images_pb2.RemoveImageRequest, _images_pb2.RemoveImageResponse]
     """Removes a name; with the last name goes the image, and what only it used is collected.
     FAILED_PRECONDITION while a container uses it, unless `force`.
@@ -202,6 +206,10 @@ class ImagesAsyncStub(ImagesStub):
     List: _aio.UnaryUnaryMultiCallable[_images_pb2.ListImagesRequest, _images_pb2.ListImagesResponse]  # type: ignore[assignment]
     Tag: _aio.UnaryUnaryMultiCallable[_images_pb2.TagImageRequest, _images_pb2.Image]  # type: ignore[assignment]
     """Gives an image another name; a name that exists moves."""
+    Commit: _aio.UnaryUnaryMultiCallable[_images_pb2.CommitImageRequest, _images_pb2.Image]  # type: ignore[assignment]
+    """Makes an image of what an active snapshot has on top of the image that it was made from. Whoever writes to it should
+    be stopped meanwhile. FAILED_PRECONDITION: its driver does not keep changes apart, or that image is gone.
+    """
     Remove: _aio.UnaryUnaryMultiCallable[_images_pb2.RemoveImageRequest, _images_pb2.RemoveImageResponse]  # type: ignore[assignment]
     """Removes a name; with the last name goes the image, and what only it used is collected.
     FAILED_PRECONDITION while a container uses it, unless `force`.
@@ -300,6 +308,16 @@ class ImagesServicer(metaclass=_abc_1.ABCMeta):
         """Gives an image another name; a name that exists moves."""
 
     @_abc_1.abstractmethod
+    def Commit(
+        self,
+        request: _images_pb2.CommitImageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_images_pb2.Image, _abc.Awaitable[_images_pb2.Image]]:
+        """Makes an image of what an active snapshot has on top of the image that it was made from. Whoever writes to it should
+        be stopped meanwhile. FAILED_PRECONDITION: its driver does not keep changes apart, or that image is gone.
+        """
+
+    @_abc_1.abstractmethod
     def Remove(
         self,
         request: _images_pb2.RemoveImageRequest,
@@ -349,6 +367,10 @@ class SnapshotsStub:
     """Turns an active snapshot into a committed one named `name`."""
     Usage: _grpc.UnaryUnaryMultiCallable[_images_pb2.SnapshotRequest, _images_pb2.SnapshotUsage]
     """Bytes and inodes that this snapshot alone uses."""
+    Changes: _grpc.UnaryStreamMultiCallable[_images_pb2.SnapshotRequest, _images_pb2.SnapshotChanges]
+    """What an active snapshot adds to, changes in, and deletes of what is below it. FAILED_PRECONDITION: its driver does not
+    keep changes apart.
+    """
     Drivers: _grpc.UnaryUnaryMultiCallable[_images_pb2.DriversRequest, _images_pb2.DriversResponse]
     """The drivers, and why one cannot run here."""
 
@@ -373,6 +395,10 @@ class SnapshotsAsyncStub(SnapshotsStub):
     """Turns an active snapshot into a committed one named `name`."""
     Usage: _aio.UnaryUnaryMultiCallable[_images_pb2.SnapshotRequest, _images_pb2.SnapshotUsage]  # type: ignore[assignment]
     """Bytes and inodes that this snapshot alone uses."""
+    Changes: _aio.UnaryStreamMultiCallable[_images_pb2.SnapshotRequest, _images_pb2.SnapshotChanges]  # type: ignore[assignment]
+    """What an active snapshot adds to, changes in, and deletes of what is below it. FAILED_PRECONDITION: its driver does not
+    keep changes apart.
+    """
     Drivers: _aio.UnaryUnaryMultiCallable[_images_pb2.DriversRequest, _images_pb2.DriversResponse]  # type: ignore[assignment]
     """The drivers, and why one cannot run here."""
 
@@ -442,6 +468,16 @@ class SnapshotsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_images_pb2.SnapshotUsage, _abc.Awaitable[_images_pb2.SnapshotUsage]]:
         """Bytes and inodes that this snapshot alone uses."""
+
+    @_abc_1.abstractmethod
+    def Changes(
+        self,
+        request: _images_pb2.SnapshotRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_images_pb2.SnapshotChanges], _abc.AsyncIterator[_images_pb2.SnapshotChanges]]:
+        """What an active snapshot adds to, changes in, and deletes of what is below it. FAILED_PRECONDITION: its driver does not
+        keep changes apart.
+        """
 
     @_abc_1.abstractmethod
     def Drivers(

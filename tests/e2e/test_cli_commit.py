@@ -1,0 +1,46 @@
+"""`corral commit` and `diff`."""
+
+import json
+
+from support.corrald import Corrald
+from support.requirements import needs
+
+pytestmark = needs("root", "overlayfs", "busybox")
+
+
+def test_what_a_running_container_wrote_becomes_an_image(box: Corrald, name: str) -> None:
+    script = "echo hello >/made; trap : TERM; while :; do sleep 0.1; done"
+    box.corral("run", "-d", "--name", name, "-e", "A=1", "busybox", "sh", "-c", script, check=True)
+    box.corral("exec", name, "sh", "-c", "until [ -e /made ]; do sleep 0.1; done; sync", check=True)
+    made = box.corral("commit", "-m", "why", "-a", "ann", "-c", "CMD cat /made", "-c", "LABEL k=v", name, "made:1",
+                      check=True)  # fmt: skip
+    assert box.corral("run", "--rm", "made:1").stdout == b"hello\n"
+    image = json.loads(box.corral("image", "inspect", "made:1", check=True).stdout)[0]
+    assert made.stdout.decode().strip() == image["id"]
+    assert "A=1" in image["config"]["env"]
+    assert image["config"]["labels"] == {"k": "v"}
+    assert (image["history"][-1]["author"], image["history"][-1]["comment"]) == ("ann", "why")
+    assert json.loads(box.corral("inspect", name).stdout)[0]["status"] == "running"
+    assert b"A /made\n" in box.corral("diff", name, check=True).stdout
+    box.corral("image", "rm", "made:1", check=True)
+
+
+def test_a_paused_container_stays_paused_and_an_ended_one_ended(box: Corrald, name: str) -> None:
+    box.corral("run", "-d", "--name", name, "busybox", "sleep", "1000", check=True)
+    box.corral("pause", name, check=True)
+    box.corral("commit", name, "paused:1", check=True)
+    assert json.loads(box.corral("inspect", name).stdout)[0]["status"] == "paused"
+    box.corral("unpause", name, check=True)
+    box.corral("kill", name, check=True)
+    box.corral("wait", name, check=True)
+    box.corral("commit", name, "ended:1", check=True)
+    assert json.loads(box.corral("inspect", name).stdout)[0]["status"] == "exited"
+    box.corral("image", "rm", "paused:1", "ended:1", check=True)
+
+
+def test_a_change_that_is_none_is_one_sentence(box: Corrald, name: str) -> None:
+    box.corral("create", "--name", name, "busybox", "true", check=True)
+    result = box.corral("commit", "-c", "RUN rm -rf /", name, "bad:1")
+    assert result.returncode == 1
+    assert b"'RUN'" in result.stderr
+    assert result.stderr.count(b"\n") == 1
