@@ -28,6 +28,7 @@ demo: setup
 	@$(PY) tests/e2e/demo.py
 
 bench: setup
+	@$(PY) -m corral.runtime.launcher .venv/bin/corral-oci    # what it reads is out of date once a source was changed
 	@$(PY) tests/bench/bench.py
 
 crash-test: setup

@@ -60,7 +60,7 @@ fi
 say "installing Python packages"
 .venv/bin/python -m pip install -q --disable-pip-version-check --upgrade 'pip>=25.1'
 .venv/bin/python -m pip install -q --disable-pip-version-check --group dev --editable .
-# corral-oci is started once per command: the installer's own script, and looking for modules, would take twice as long.
+# corral-oci is started once per command: the installer's own script, and loading modules one by one, would take thrice as long.
 .venv/bin/python -m corral.runtime.launcher .venv/bin/corral-oci
 # Compiled now rather than at the first start of each command.
 .venv/bin/python -m compileall -q protos shim services cli >/dev/null || true

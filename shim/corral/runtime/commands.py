@@ -9,6 +9,7 @@ from importlib import import_module
 from corral.kernel.privilege import is_hosts_root
 from corral.oci import OCI_VERSION
 from corral.oci.errors import ExecFailed
+from corral.runtime import index
 from corral.runtime.context import Context
 from corral.runtime.errors import EXEC_CODE, UNKNOWN_COMMAND_CODE, USAGE_CODE, CommandError, sentence
 from corral.runtime.flags import SWITCH, VALUE, Flags, Options, parse
@@ -91,6 +92,7 @@ def _dispatch(options: Options, log: Log, words: list[str]) -> int:
     if name not in COMMANDS:
         raise CommandError(f"there is no command {name!r}; --help lists them", UNKNOWN_COMMAND_CODE)
     module_name, function, flags_name, least, most, usage = COMMANDS[name]
+    index.load(module_name)
     module = import_module(f"corral.runtime.{module_name}")
     flags: Flags = getattr(module, flags_name) if flags_name else {}
     own, arguments = parse(rest, flags)

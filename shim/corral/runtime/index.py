@@ -1,83 +1,93 @@
-"""Where modules are: a command loads a hundred, and looking for one among all directories takes longer than loading it.
+"""Loads the modules that a command needs all at once: the interpreter takes longer to find each than to run it.
 
-The launcher writes the index, and the script it writes reads it. It holds places only: the code is in the pyc files of
-the interpreter, and taken as long as it belongs to the source as it is now. Whatever else there is to say about a
-module, that it is new, was changed or moved, is left to the interpreter's own way of loading it.
+The launcher writes a file for each group of modules, in the order in which they are to be run. It counts as long as all
+of them are as they were then; else, and for what is in no group, the interpreter does it in its own way.
 
-    marshal of this module's code | marshal of {name: (source, pyc, directory if it is a package)}
-                                                      (shared library, "", "")
-                                                      ("", "", directory) of a package without a file
+    magic number of the interpreter | marshal of [(name, source, mtime in ns, size, directory if it is a package, code)]
+                                                  (name, shared library, mtime in ns, size, "", None)
+                                                  (name, "", 0, 0, directory, None) of a package without a file
 
 Nothing is imported here that a bare interpreter has not loaded.
 """
 
+from __future__ import annotations
+
+import _imp
 import marshal
 import posix
 import sys
 from _frozen_importlib import ModuleSpec
 from _frozen_importlib_external import MAGIC_NUMBER, ExtensionFileLoader
 
-type Index = dict[str, tuple[str, str, str]]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import CodeType, ModuleType
 
-_HEADER_SIZE = 16
-_BY_MTIME = bytes(4)
-_32_BITS = 0xFFFFFFFF
+    type Entry = tuple[str, str, int, int, str, CodeType | None]
 
-
-class Finder:
-    """For sys.meta_path: finds what is in the index, and loads it."""
-
-    def __init__(self, index: Index) -> None:
-        self._index = index
-        self._code: dict[str, memoryview] = {}
-
-    def find_spec(self, name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
-        """How to load a module; None for what must be looked for."""
-        if (places := self._index.get(name)) is None:
-            return None
-        source, compiled, directory = places
-        loader: Finder | ExtensionFileLoader | None = self
-        try:
-            if compiled:
-                self._code[name] = _code_of(source, compiled)
-            elif source:
-                posix.stat(source)
-                loader = ExtensionFileLoader(name, source)
-            else:
-                loader = None
-        except (OSError, ValueError):
-            return None
-        spec = ModuleSpec(name, loader, origin=source or None, is_package=bool(directory))  # type: ignore[arg-type]
-        spec.has_location = bool(source)
-        if spec.submodule_search_locations is not None:
-            spec.submodule_search_locations.append(directory)
-        return spec
-
-    def create_module(self, _spec: ModuleSpec) -> None:
-        """An ordinary one."""
-
-    def exec_module(self, module: object) -> None:
-        """Run its code."""
-        names = vars(module)
-        exec(marshal.loads(self._code.pop(names["__name__"])), names)  # noqa: S102, S302 - as the interpreter does
+_Module = type(sys)
+_files = ""
 
 
-def _code_of(source: str, compiled: str) -> memoryview:
-    """What a pyc file holds. Raises ValueError if it is not that of the source. Source: PEP 552."""
-    found = posix.stat(source)
-    fd = posix.open(compiled, posix.O_RDONLY | posix.O_CLOEXEC)
+def begin(files: str) -> None:
+    """Use the files whose paths begin so. For who executes this text, before there is such a module."""
+    global _files  # noqa: PLW0603 - until then there are none
+    _files = files
+    load("main")
+    if "corral.runtime" in sys.modules:
+        name = "corral.runtime.index"
+        vars(_add(name, _Module(name))).update(globals())
+
+
+def load(group: str) -> None:
+    """Load the modules of a group, if they are what they were when its file was written."""
+    if not _files:
+        return
+    try:
+        entries = _read(_files + group)
+    except OSError:
+        return
+    # All of them are there before the first is run: a package is run after those of its modules that it imports.
+    made = {entry[0]: _made(*entry) for entry in sorted(entries) if entry[0] not in sys.modules}
+    for name, _, _, _, _, code in entries:
+        if code is not None and name in made:
+            exec(code, vars(made[name]))  # noqa: S102 - as the interpreter does
+
+
+def _read(path: str) -> list[Entry]:
+    """What a file holds; nothing if that is out of date."""
+    fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC)
     try:
         data = posix.read(fd, posix.fstat(fd).st_size)
     finally:
         posix.close(fd)
-    made_from = (int(found.st_mtime) & _32_BITS).to_bytes(4, "little") + (found.st_size & _32_BITS).to_bytes(
-        4, "little"
-    )
-    if data[:_HEADER_SIZE] != MAGIC_NUMBER + _BY_MTIME + made_from:
-        raise ValueError(compiled)
-    return memoryview(data)[_HEADER_SIZE:]
+    if data[: len(MAGIC_NUMBER)] != MAGIC_NUMBER:
+        return []
+    entries: list[Entry] = marshal.loads(memoryview(data)[len(MAGIC_NUMBER) :])  # noqa: S302 - trusted as pyc files are
+    for _, source, mtime, size, _, _ in entries:
+        if source and ((found := posix.stat(source)).st_mtime_ns != mtime or found.st_size != size):
+            return []
+    return entries
 
 
-def install(index: Index) -> None:
-    """Look here first for what is imported from now on."""
-    sys.meta_path.insert(0, Finder(index))
+def _made(name: str, path: str, _mtime: int, _size: int, directory: str, code: CodeType | None) -> ModuleType:
+    """A module whose code is still to be run."""
+    if path and code is None:
+        spec = ModuleSpec(name, ExtensionFileLoader(name, path), origin=path)
+        library = _add(name, _imp.create_dynamic(spec))
+        _imp.exec_dynamic(library)
+        return library
+    module = _Module(name)
+    module.__file__ = path
+    module.__package__ = name if directory else name.rpartition(".")[0]
+    if directory:
+        module.__path__ = [directory]
+    return _add(name, module)
+
+
+def _add(name: str, module: ModuleType) -> ModuleType:
+    sys.modules[name] = module
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, module)
+    return module

@@ -1,78 +1,103 @@
-"""Writes the file that is executed as `corral-oci`, and the index it reads: `python -m corral.runtime.launcher FILE`.
+"""Writes the file that is executed as `corral-oci`, and those it reads: `python -m corral.runtime.launcher FILE`.
 
 What an installer makes of an entry point starts Python with its site module, which takes half as long again as starting
 it without. This file names the interpreter and the place of the package instead, so it is written where they are known.
 """
 
-import marshal
-import sys
-from importlib import import_module
-from importlib.machinery import ExtensionFileLoader, SourceFileLoader
-from importlib.util import cache_from_source
-from pathlib import Path
+from __future__ import annotations
 
-from corral.runtime.index import Index
+import json
+import marshal
+import os
+import sys
+from importlib.util import MAGIC_NUMBER
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from corral.runtime.bare_code import bare_code
+
+if TYPE_CHECKING:
+    from corral.runtime.index import Entry
 
 _LONGEST_LINE = 255
 """Of a `#!` line. Source: execve(2)."""
 
+_OPTIONS = ("-I", "-S", "-Xutf8")
+"""Nothing from the environment, no site module, and text is UTF-8 whatever the locale, which is not asked then."""
 _SCRIPT = """\
-#!{interpreter} -IS
-import marshal
-import sys
-
+#!{interpreter} -ISXutf8
+import marshal, sys
 place = {place!r}
 sys.path.insert(0, place)
+files = place + {files!r} % sys.implementation.cache_tag
 try:
-    with open(place + {index!r} % sys.implementation.cache_tag, "rb") as file:
+    with open(files + "index", "rb") as file:
         exec(marshal.load(file), names := {{"__name__": "corral.runtime.index"}})
-        names["install"](marshal.load(file))
+    names["begin"](files)
 except OSError:
     pass
 from corral.runtime.main import main_and_exit
-
 main_and_exit()
 """
-_INDEX = "/corral/runtime/__pycache__/corral-oci.%s.index"
-"""Below the place of the package, of one version of Python."""
-_COMMANDS = ("create", "execute", "remove", "show", "start")
-"""Those that are to start fast, with all that they need; the others share most of it."""
-_WHEN_NEEDED = (
-    "corral.kernel.bare",
-    "corral.oci.joining",
-    "corral.oci.limits",
-    "corral.runtime.terminal",
-    "corral.shim.seal",
-)
-"""What commands load on their way."""
+_FILES = "/corral/runtime/__pycache__/corral-oci.%s."
+"""Below the place of the package, of one version of Python; then comes the name of the group."""
+
+_FIRST = {
+    "main": ("corral.runtime.main", "corral.runtime.sealing", "corral.kernel.bare"),
+    "standins": ("corral.runtime.standins",),
+    "commands": ("corral.runtime.commands",),
+}
+"""What every command loads, one group after the other. Its own comes then, named after its module."""
+_COMMANDS: dict[str, tuple[str, ...]] = {
+    "create": ("corral.oci.limits", "corral.shim.seal"),
+    "execute": ("corral.oci.joining", "corral.shim.seal"),
+    "remove": (),
+    "show": (),
+    "start": (),
+}
+"""Those that are to start fast, and what they load on their way."""
 
 
 def script(interpreter: str, place: str) -> str:
     """The text of the file. Raises ValueError if the interpreter's path can't stand in a `#!` line."""
-    if any(character.isspace() for character in interpreter) or len(interpreter) + 6 > _LONGEST_LINE:
+    if any(character.isspace() for character in interpreter) or len(interpreter) + 12 > _LONGEST_LINE:
         raise ValueError(f"{interpreter}: this path can't stand in a #! line")
-    return _SCRIPT.format(interpreter=interpreter, place=place, index=_INDEX)
+    return _SCRIPT.format(interpreter=interpreter, place=place, files=_FILES)
 
 
-def index(place: Path) -> bytes:
-    """The index, see corral.runtime.index, of what the commands load: of ours, and of the standard library."""
-    for name in ("main", "sealing", "hints", "records", "commands", *_COMMANDS):
-        import_module(f"corral.runtime.{name}")
-    for name in _WHEN_NEEDED:
-        import_module(name)
-    places: Index = {"corral": ("", "", str(place / "corral"))}
-    for name, module in sorted(sys.modules.items()):
-        # Not all of them are modules: Python 3.12's typing.io is a class.
-        loader = getattr(getattr(module, "__spec__", None), "loader", None)
-        if name.partition(".")[0] not in {"corral", *sys.stdlib_module_names}:
-            continue
-        if isinstance(loader, SourceFileLoader):
-            directory = str(Path(loader.path).parent) if loader.is_package(name) else ""
-            places[name] = (loader.path, cache_from_source(loader.path), directory)
-        elif isinstance(loader, ExtensionFileLoader):
-            places[name] = (loader.path, "", "")
-    name = "corral.runtime.index"
-    return marshal.dumps(SourceFileLoader(name, places[name][0]).get_code(name)) + marshal.dumps(places)
+def groups(place: Path) -> dict[str, list[Entry]]:
+    """What is to be loaded together, see corral.runtime.index."""
+    found: dict[str, list[Entry]] = {}
+    for command, more in _COMMANDS.items():
+        for group, loaded in _loaded(place, _FIRST | {command: (f"corral.runtime.{command}", *more)}).items():
+            found[group] = [_entry(*each) for each in loaded]
+    packages = {"corral": f"{place}/corral", "corral.runtime": f"{place}/corral/runtime"}
+    found["main"] += [(name, "", 0, 0, directory, None) for name, directory in packages.items()]
+    return found
+
+
+def _loaded(place: Path, wanted: dict[str, tuple[str, ...]]) -> dict[str, list[tuple[str, str, str]]]:
+    """What a bare interpreter loads for each group, its name, file and directory."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(place)!r}); from corral.runtime.recorder import main; main({wanted!r})"
+    )
+    reading, writing = os.pipe()
+    with open(reading, encoding="utf-8") as answer:
+        command = [sys.executable, *_OPTIONS, "-c", program]
+        actions = [(os.POSIX_SPAWN_DUP2, writing, 1)]
+        child = os.posix_spawn(sys.executable, command, os.environ, file_actions=actions)
+        os.close(writing)
+        text = answer.read()
+    if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        raise RuntimeError(f"what the commands load could not be recorded: exit code {status}")
+    found: dict[str, list[tuple[str, str, str]]] = json.loads(text)
+    return found
+
+
+def _entry(name: str, path: str, directory: str) -> Entry:
+    status = Path(path).stat()
+    code = bare_code(path) if path.endswith(".py") else None
+    return name, path, status.st_mtime_ns, status.st_size, directory, code
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:
@@ -84,9 +109,12 @@ def _write(path: Path, data: bytes, mode: int) -> None:
 
 
 def main() -> None:
-    """Write both, for the interpreter that runs this."""
+    """Write them all, for the interpreter that runs this."""
     place = Path(__file__).resolve().parents[2]
-    _write(Path(f"{place}{_INDEX % sys.implementation.cache_tag}"), index(place), 0o644)
+    files = f"{place}{_FILES % sys.implementation.cache_tag}"
+    _write(Path(f"{files}index"), marshal.dumps(bare_code(f"{place}/corral/runtime/index.py")), 0o644)
+    for group, entries in groups(place).items():
+        _write(Path(files + group), MAGIC_NUMBER + marshal.dumps(entries), 0o644)
     _write(Path(sys.argv[1]), script(sys.executable, str(place)).encode(), 0o755)
 
 

@@ -1,7 +1,7 @@
 """The entry. What happens here is in the order it is for the time it takes to start: a command is over in milliseconds.
 
-Nothing is imported before it is known that this process stays; for the modules of the standard library that are slow to
-load there are stand-ins; and what is allocated is not searched for garbage.
+Nothing is imported before it is known that this process stays; modules are loaded many at once; for those of the
+standard library that are slow to load there are stand-ins; and what is allocated is not searched for garbage.
 """
 
 import gc
@@ -26,12 +26,13 @@ def main() -> int:
         from corral.runtime import sealing
 
         sealing.begin()
-    from corral.runtime import hints
+    from corral.runtime import index
 
-    hints.install()
-    from corral.runtime import records
+    index.load("standins")
+    from corral.runtime import standins
 
-    records.install()
+    standins.install()
+    index.load("commands")
     from corral.runtime import commands
 
     return commands.run()

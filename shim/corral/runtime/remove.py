@@ -28,14 +28,14 @@ def parse_signal(text: str) -> int:
         if number < signal.NSIG:
             return number
     name = text.upper().removeprefix("SIG")
-    for base, sign in ((signal.SIGRTMIN, "+"), (signal.SIGRTMAX, "-")):
-        left, found, offset = name.partition(sign)
-        if left == base.name.removeprefix("SIG") and found and offset.isascii() and offset.isdigit():
+    for known, base, sign in (("RTMIN", signal.SIGRTMIN, "+"), ("RTMAX", signal.SIGRTMAX, "-")):
+        left, sign_is_there, offset = name.partition(sign)
+        if left == known and sign_is_there and offset.isascii() and offset.isdigit():
             number = base + int(sign + offset)
             if signal.SIGRTMIN <= number <= signal.SIGRTMAX:
                 return number
-    with contextlib.suppress(KeyError):
-        return signal.Signals[f"SIG{name}"]
+    if name.isalnum() and (found := getattr(signal, f"SIG{name}", None)) is not None:
+        return int(found)
     raise CommandError(f"unknown signal {text!r}")
 
 

@@ -1,13 +1,12 @@
 """A stand-in for the standard typing module that is loaded many times faster.
 
-It does what the core uses. Annotations are read by corral.oci.decode alone, which finds here what it asks for;
-everywhere else they are only made. Whatever is not here comes from the standard module, which is loaded then. A test
-reads the same specifications through both.
+Annotations are read by corral.oci.decode alone, which finds here what it asks for; everywhere else they are only made.
 """
 
 import sys
 import types
-from collections.abc import Callable
+
+from corral.runtime.standins import standard
 
 TYPE_CHECKING = False
 
@@ -69,30 +68,4 @@ def get_type_hints(cls: type, *, include_extras: bool = False) -> dict[str, obje
     return hints
 
 
-_NAMES = (
-    *("TYPE_CHECKING", "Annotated", "Any", "ClassVar", "Literal", "NoReturn", "Protocol", "Self", "Union"),
-    *("cast", "get_args", "get_origin", "get_type_hints"),
-)
-
-
-def _from_standard(stand_in: types.ModuleType) -> Callable[[str], object]:
-    def get(name: str) -> object:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        del sys.modules["typing"]
-        try:
-            import typing
-        finally:
-            sys.modules["typing"] = stand_in
-        value: object = getattr(typing, name)
-        return value
-
-    return get
-
-
-def install() -> None:
-    """Be `typing` for what is imported from here on, unless the real one is loaded already."""
-    if "typing" not in sys.modules:
-        module = types.ModuleType("typing", __doc__)
-        vars(module).update({name: globals()[name] for name in _NAMES}, __getattr__=_from_standard(module))
-        sys.modules["typing"] = module
+__getattr__ = standard("typing")
