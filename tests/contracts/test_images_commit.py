@@ -176,7 +176,55 @@ async def test_what_cannot_be_committed_says_why(leaf: ImagesLeaf, base: pb.Imag
     assert before
 
 
+async def whole(leaf: ImagesLeaf, key: str) -> bytes:
+    return b"".join([part.data async for part in leaf.snapshots.Export(pb.SnapshotRequest(key=key))])
+
+
+async def test_a_whole_tree_is_exported_while_it_is_mounted(leaf: ImagesLeaf, base: pb.Image, tmp_path: Path) -> None:
+    made = await leaf.prepare("c", image="base:1")
+    with mounted(made.mounts, tmp_path / "m") as root:
+        write(root)
+        before = look(root)
+        data = await whole(leaf, "c")
+    assert look(extracted(data, tmp_path / "out")) == before
+    assert data == await whole(leaf, "c")
+
+
+async def test_a_view_and_a_tree_on_nothing_are_exported_too(leaf: ImagesLeaf, base: pb.Image, tmp_path: Path) -> None:
+    await leaf.view("look", image="base:1")
+    with tarfile.open(fileobj=io.BytesIO(await whole(leaf, "look"))) as tar:
+        assert {"etc/passwd", "kept/f", "s"} < set(tar.getnames())
+    empty = await leaf.prepare("empty")
+    with mounted(empty.mounts, tmp_path / "m") as root:
+        (root / "f").write_bytes(b"f")
+    with tarfile.open(fileobj=io.BytesIO(await whole(leaf, "empty"))) as tar:
+        assert tar.getnames() == ["f"]
+    with pytest.raises(FailedPrecondition, match="committed"):
+        await whole(leaf, base.chain_id)
+    assert not any(path.startswith("ingest/") for path in leaf.disk())
+
+
+@needs("erofs")
+async def test_layers_that_are_images_are_below_changes_too(tmp_path: Path) -> None:
+    async with images_leaf(tmp_path / "images", driver="erofs") as leaf:
+        layers = [layer([directory("etc"), Entry("etc/passwd", b"root")]), layer([Entry("f", b"2")])]
+        await leaf.load(write_docker_archive(tmp_path / "d.tar", "base:1", layers, image_config(layers)))
+        await leaf.prepare("c", image="base:1")
+        parts = [part async for part in leaf.snapshots.Changes(pb.SnapshotRequest(key="c"))]
+        assert parts == []
+        assert len((await commit(leaf)).layers) == 3
+        with tarfile.open(fileobj=io.BytesIO(await whole(leaf, "c"))) as tar:
+            assert tar.getnames() == ["f", "etc", "etc/passwd"]
+
+
 # The tar itself
+
+
+def extracted(data: bytes, where: Path) -> Path:
+    """Unpacked by GNU tar."""
+    where.mkdir()
+    subprocess.run(["tar", "-xpf", "-", "-C", where, "--numeric-owner"], input=data, check=True)
+    return where
 
 
 def pack(root: Path) -> bytes:

@@ -1,6 +1,8 @@
-"""`corral commit` and `diff`."""
+"""`corral commit`, `diff`, `export` and `history`."""
 
+import io
 import json
+import tarfile
 
 from support.corrald import Corrald
 from support.requirements import needs
@@ -22,6 +24,13 @@ def test_what_a_running_container_wrote_becomes_an_image(box: Corrald, name: str
     assert (image["history"][-1]["author"], image["history"][-1]["comment"]) == ("ann", "why")
     assert json.loads(box.corral("inspect", name).stdout)[0]["status"] == "running"
     assert b"A /made\n" in box.corral("diff", name, check=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(box.corral("export", name, check=True).stdout)) as tar:
+        assert {"made", "bin/busybox", "etc/passwd"} < set(tar.getnames())
+    rows = box.corral("history", "made:1", check=True).stdout.decode().splitlines()
+    assert [row.split()[-1] for row in rows[:2]] == ["COMMENT", "why"]
+    assert "corral tests" in rows[2]
+    steps = box.corral("image", "history", "--format", "json", "made:1", check=True).stdout.splitlines()
+    assert [json.loads(step)["comment"] for step in steps] == ["why", ""]
     box.corral("image", "rm", "made:1", check=True)
 
 

@@ -1,8 +1,9 @@
-"""`corral commit` and `diff`: what a container has written."""
+"""`corral commit`, `diff` and `export`: what a container has written."""
 
 import click
 
 from corral.cli.app import App, ContainerName, pass_app, readable
+from corral.cli.archive import output_option, write_out
 
 _LETTERS = {1: "A", 2: "C", 3: "D"}
 
@@ -30,3 +31,12 @@ def diff_command(app: App, container: str) -> None:
     """Show what a container has added (A) to its image's files, changed (C) in them, and deleted (D)."""
     for change in app.client.containers.changes(container):
         click.echo(f"{_LETTERS[change.kind]} {readable(change.path)}")
+
+
+@click.command("export")
+@output_option
+@click.argument("container", type=ContainerName())
+@pass_app
+def export_command(app: App, container: str, output: str) -> None:
+    """Write a container's whole root file system, its image's and its own files, as a plain tar."""
+    write_out(app.client.containers.export(container), output)

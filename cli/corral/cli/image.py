@@ -4,6 +4,7 @@ import click
 
 from corral.cli.app import App, ImageName, complain, pass_app
 from corral.cli.archive import bring_in, export_command, load_command, save_command
+from corral.cli.history import history_command
 from corral.cli.output import format_option, human_age, human_size, show_json, show_rows
 from corral.cli.registry import pull_command, push_command, referrers_command
 
@@ -19,6 +20,7 @@ image_command.add_command(referrers_command)
 image_command.add_command(save_command)
 image_command.add_command(export_command)
 image_command.add_command(load_command)
+image_command.add_command(history_command)
 
 
 @image_command.command("import")

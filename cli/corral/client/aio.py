@@ -216,6 +216,16 @@ class Containers:
             for change in part.changes:
                 yield change
 
+    async def export(self, container: str) -> AsyncIterator[bytes]:
+        """A container's whole root file system, as the bytes of a plain tar."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        found = await self.get(container)
+        leaf = await self._client.leaf("images")
+        stub = images_pb2_grpc.SnapshotsStub(leaf.channel)
+        async for part in leaf.stream(stub.Export, images_pb2.SnapshotRequest(key=found.snapshot_key or found.id)):
+            yield part.data
+
     async def resize(self, container: str, *, exec_id: str = "", width: int, height: int) -> None:
         """Sets the size of a process's terminal."""
         size = types_pb2.WindowSize(width=width, height=height)

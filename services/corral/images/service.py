@@ -28,6 +28,7 @@ from corral.images.servicers.leases import LeasesServicer
 from corral.images.servicers.snapshots import SnapshotsServicer
 from corral.images.snapshots import Snapshots
 from corral.images.store import open_database
+from corral.images.takeout import Takeout
 from corral.images.tending import Tending
 from corral.images.unpacker import TreeIds, Unpacker
 from corral.images.workers import Workers
@@ -91,8 +92,9 @@ class ImagesService:
             ImagesServicer(self._images, self._importer, exporter, self._committer, self._registries, self._database),
             server,
         )
+        takeout = Takeout(self._content, self._snapshots, self._workers)
         images_pb2_grpc.add_SnapshotsServicer_to_server(
-            SnapshotsServicer(self._snapshots, self._images, self._drivers, self._committer), server
+            SnapshotsServicer(self._snapshots, self._images, self._drivers, self._committer, takeout), server
         )
         images_pb2_grpc.add_LeasesServicer_to_server(
             LeasesServicer(self._database, self._collector, self._tending), server

@@ -6,6 +6,7 @@
          {"op": "complete_image", "directory": DIR, "below": [DIR or IMAGE, …], "implicit": […], "links": [[…], …]}
          {"op": "lay", "layers": [DIR, …], "target": DIR}, or with "file" as they are: directories in that ext4 image
          {"op": "pack", "source": DIR, "target": FILE}: a layer, gzipped, of the changes in DIR
+         {"op": "pack_whole", "layers": [DIR or IMAGE, …], "options": […], "target": FILE}: a tar of all, merged
          {"op": "compare", "source": DIR, "below": [DIR or IMAGE, …]}
     out  {"progress": BYTES of the blob read}…, then {"ok": {…}} or {"error": KIND, "errno": N, "message": SENTENCE}
          FORM: "directory", or "image" for an EROFS image in the directory
@@ -40,6 +41,7 @@ from corral.images.layers.tar import TarReader
 from corral.images.layers.tree import Tree
 from corral.kernel.loop import mount_file
 from corral.kernel.mount import MOUNT_ATTR_RDONLY
+from corral.kernel.overlay import new_overlay
 from corral.kernel.process import set_parent_death_signal
 
 PROGRESS_BYTES = 4 << 20
@@ -217,6 +219,20 @@ def _pack(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
         return {"digest": stored.digest, "size_bytes": size, "diff_id": plain.digest}
 
 
+def _pack_whole(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
+    with ExitStack() as stack:
+        fds = [_opened(path, stack) for path in job["layers"]]
+        root = fds[0]
+        if len(fds) > 1:
+            lower = ":".join(f"/proc/self/fd/{fd}" for fd in fds)
+            scratch = os.path.dirname(job["target"])  # noqa: PTH120 - a string
+            root = new_overlay((f"lowerdir={lower}", *job["options"]), attributes=MOUNT_ATTR_RDONLY, scratch=scratch)
+            stack.callback(os.close, root)
+        with open(job["target"], "xb") as file:
+            file.writelines(packed(root))
+    return {}
+
+
 def _compare(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
     with ExitStack() as stack:
         below = [_opened(path, stack) for path in job["below"]]
@@ -230,6 +246,7 @@ _OPERATIONS: Mapping[str, Callable[[Job, Limits, TextIO], dict[str, object]]] = 
     "complete_image": _complete_image,
     "lay": _lay,
     "pack": _pack,
+    "pack_whole": _pack_whole,
     "compare": _compare,
 }
 

@@ -2,6 +2,7 @@
 # ruff: noqa: N802 (methods are named as the RPCs are)
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from itertools import batched
 from typing import Any
 
@@ -15,6 +16,7 @@ from corral.images.drivers import Drivers
 from corral.images.images import Images
 from corral.images.servicers.call import lease_of
 from corral.images.snapshots import Snapshots, Wanted
+from corral.images.takeout import Takeout
 from corral.images.trees import Kind
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import current_namespace
@@ -27,9 +29,12 @@ type Context = grpc.aio.ServicerContext[Any, Any]
 class SnapshotsServicer(images_pb2_grpc.SnapshotsServicer):
     """See the proto."""
 
-    def __init__(self, snapshots: Snapshots, images: Images, drivers: Drivers, committer: Committer) -> None:
+    def __init__(
+        self, snapshots: Snapshots, images: Images, drivers: Drivers, committer: Committer, takeout: Takeout
+    ) -> None:
         self._snapshots = snapshots
         self._committer = committer
+        self._takeout = takeout
         self._images = images
         self._drivers = drivers
 
@@ -87,6 +92,11 @@ class SnapshotsServicer(images_pb2_grpc.SnapshotsServicer):
         found = await self._committer.changes(current_namespace(), request.key)
         for some in batched(found, CHANGES_AT_ONCE):
             yield pb.SnapshotChanges(changes=[wire.from_change(kind, path) for kind, path in some])
+
+    async def Export(self, request: pb.SnapshotRequest, context: Context) -> AsyncIterator[pb.ExportResponse]:
+        async with aclosing(self._takeout.run(current_namespace(), request.key)) as chunks:
+            async for chunk in chunks:
+                yield pb.ExportResponse(data=chunk)
 
     async def Drivers(self, request: pb.DriversRequest, context: Context) -> pb.DriversResponse:
         reasons, default = await run_blocking(self._drivers.reasons), self._drivers.default.name

@@ -955,6 +955,11 @@ class SnapshotsStub:
                 request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotChanges.FromString,
                 _registered_method=True)
+        self.Export = channel.unary_stream(
+                '/corral.images.v1.Snapshots/Export',
+                request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.ExportResponse.FromString,
+                _registered_method=True)
         self.Drivers = channel.unary_unary(
                 '/corral.images.v1.Snapshots/Drivers',
                 request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.DriversRequest.SerializeToString,
@@ -1030,6 +1035,13 @@ class SnapshotsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Export(self, request, context):
+        """The whole tree of an active snapshot or a view, with all that is below it, as a plain tar.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drivers(self, request, context):
         """The drivers, and why one cannot run here.
         """
@@ -1084,6 +1096,11 @@ def add_SnapshotsServicer_to_server(servicer, server):
                     servicer.Changes,
                     request_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotRequest.FromString,
                     response_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotChanges.SerializeToString,
+            ),
+            'Export': grpc.unary_stream_rpc_method_handler(
+                    servicer.Export,
+                    request_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotRequest.FromString,
+                    response_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.ExportResponse.SerializeToString,
             ),
             'Drivers': grpc.unary_unary_rpc_method_handler(
                     servicer.Drivers,
@@ -1336,6 +1353,33 @@ class Snapshots:
             '/corral.images.v1.Snapshots/Changes',
             corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotRequest.SerializeToString,
             corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotChanges.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Export(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/corral.images.v1.Snapshots/Export',
+            corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotRequest.SerializeToString,
+            corral_dot_api_dot_images_dot_v1_dot_images__pb2.ExportResponse.FromString,
             options,
             channel_credentials,
             insecure,

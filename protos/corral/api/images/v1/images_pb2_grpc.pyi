@@ -371,6 +371,8 @@ class SnapshotsStub:
     """What an active snapshot adds to, changes in, and deletes of what is below it. FAILED_PRECONDITION: its driver does not
     keep changes apart.
     """
+    Export: _grpc.UnaryStreamMultiCallable[_images_pb2.SnapshotRequest, _images_pb2.ExportResponse]
+    """The whole tree of an active snapshot or a view, with all that is below it, as a plain tar."""
     Drivers: _grpc.UnaryUnaryMultiCallable[_images_pb2.DriversRequest, _images_pb2.DriversResponse]
     """The drivers, and why one cannot run here."""
 
@@ -399,6 +401,8 @@ class SnapshotsAsyncStub(SnapshotsStub):
     """What an active snapshot adds to, changes in, and deletes of what is below it. FAILED_PRECONDITION: its driver does not
     keep changes apart.
     """
+    Export: _aio.UnaryStreamMultiCallable[_images_pb2.SnapshotRequest, _images_pb2.ExportResponse]  # type: ignore[assignment]
+    """The whole tree of an active snapshot or a view, with all that is below it, as a plain tar."""
     Drivers: _aio.UnaryUnaryMultiCallable[_images_pb2.DriversRequest, _images_pb2.DriversResponse]  # type: ignore[assignment]
     """The drivers, and why one cannot run here."""
 
@@ -478,6 +482,14 @@ class SnapshotsServicer(metaclass=_abc_1.ABCMeta):
         """What an active snapshot adds to, changes in, and deletes of what is below it. FAILED_PRECONDITION: its driver does not
         keep changes apart.
         """
+
+    @_abc_1.abstractmethod
+    def Export(
+        self,
+        request: _images_pb2.SnapshotRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_images_pb2.ExportResponse], _abc.AsyncIterator[_images_pb2.ExportResponse]]:
+        """The whole tree of an active snapshot or a view, with all that is below it, as a plain tar."""
 
     @_abc_1.abstractmethod
     def Drivers(
