@@ -201,6 +201,9 @@ async def test_a_driver_that_does_not_exist_or_cannot_run_is_refused_at_start(tm
     with pytest.raises(FailedPrecondition, match="no snapshot driver 'best'; there is overlayfs, "):
         async with images_leaf(tmp_path / "root", driver="best"):
             pass
+    with pytest.raises(FailedPrecondition, match="aufs cannot be used: this kernel has no aufs"):
+        async with images_leaf(tmp_path / "root", driver="aufs"):
+            pass
     with pytest.raises(FailedPrecondition, match="overlayfs cannot be used: overlayfs takes no"):
         async with images_leaf(tmp_path / "a:b", driver="overlayfs"):
             pass

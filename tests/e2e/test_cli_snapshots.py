@@ -33,5 +33,8 @@ def test_drivers_are_told_with_the_reason_why_one_cannot_run(box: Corrald) -> No
     assert by_name["overlayfs"] == {"name": "overlayfs", "usable": True, "reason": "", "is_default": True}
     assert by_name["native"]["usable"]
     assert not by_name["btrfs"]["usable"]
+    for name in ("aufs", "devicemapper"):
+        assert by_name[name]["reason"]
+        assert not by_name[name]["usable"]
     table = box.corral("snapshot", "drivers", check=True).stdout.decode()
     assert "does not lie on btrfs but on" in table

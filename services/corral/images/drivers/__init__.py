@@ -7,6 +7,7 @@ stay what they are: usable and removable, until their containers are gone.
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from corral.images.drivers.absent import ABSENT
 from corral.images.drivers.blockfile import Blockfile
 from corral.images.drivers.btrfs import Btrfs
 from corral.images.drivers.erofs import Erofs
@@ -37,13 +38,15 @@ class Drivers:
 
     def __init__(self, root: Path, default: str, work: Work) -> None:
         """Raises FailedPrecondition if the default does not exist, or cannot run there."""
+        if default in ABSENT:
+            raise _unusable(default, ABSENT[default]())
         if default not in DRIVERS:
             raise FailedPrecondition(f"there is no snapshot driver {default!r}; there is {', '.join(DRIVERS)}")
         self._all = {name: make_driver(name, root, work) for name in DRIVERS}
         self.default = self._all[default]
         self._directories = {name: root / DIRECTORIES.get(name, name) for name in DRIVERS}
         if reason := self.default.check():
-            raise FailedPrecondition(f"snapshot driver {default} cannot be used: {reason}", reason="DRIVER_UNUSABLE")
+            raise _unusable(default, reason)
 
     def open(self) -> None:
         """Make what the drivers that have trees here, and the default, need below their directories."""
@@ -76,4 +79,9 @@ class Drivers:
 
     def reasons(self) -> Mapping[str, str]:
         """By name why each cannot run on this host; empty if it can."""
-        return {name: driver.check() for name, driver in self._all.items()}
+        own = {name: driver.check() for name, driver in self._all.items()}
+        return own | {name: why() for name, why in ABSENT.items()}
+
+
+def _unusable(name: str, reason: str) -> FailedPrecondition:
+    return FailedPrecondition(f"snapshot driver {name} cannot be used: {reason}", reason="DRIVER_UNUSABLE")
