@@ -56,10 +56,12 @@ def _links() -> frozenset[str]:
 
 
 def _cgroups() -> frozenset[str]:
-    """Ours lie directly under the root of a hierarchy."""
+    """Ours lie directly under the root of a hierarchy; a hierarchy of v1 may also be left without a mount."""
     lines = Path("/proc/self/mountinfo").read_text("utf-8").splitlines()
     roots = {line.split()[4] for line in lines if line.partition(" - ")[2].startswith("cgroup")}
-    return frozenset(f"cgroup {found}" for root in roots for found in Path(root).glob("corral*"))
+    found = {f"cgroup {path}" for root in roots for path in Path(root).glob("corral*")}
+    hierarchies = Path("/proc/self/cgroup").read_text("utf-8").splitlines()
+    return frozenset(found | {f"cgroup hierarchy {line.split(':')[1]}" for line in hierarchies})
 
 
 def _tables() -> frozenset[str]:
