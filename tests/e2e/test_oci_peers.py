@@ -215,7 +215,8 @@ def test_a_running_container_takes_exec_pause_and_an_end(client: Client) -> None
             updated = client.call("update", "--memory", "50m", "--memory-swap", "50m", name)
             assert updated.returncode == 0, updated.stderr
         else:
-            assert "memory.usage_in_bytes" in client.call("task", "metrics", name).stdout
+            # containerd leaves out whom its shim does not tell of within two seconds.
+            wait_until(lambda: "memory.usage_in_bytes" in client.call("task", "metrics", name).stdout)
 
 
 def test_a_published_port_reaches_the_container(client: Client) -> None:

@@ -37,7 +37,8 @@ from corral.shim import seal
 pytestmark = needs("root", "busybox")
 
 # Generous: other work may go on on the machine. The bench has the exact figures.
-MAX_PSS_KIB = 2048
+# An aim that Python 3.14 misses: more of its code is written to while it runs.
+MAX_PSS_KIB = 2048 if sys.version_info < (3, 14) else 2560
 
 
 @pytest.fixture(scope="module")
