@@ -185,6 +185,9 @@ class Life:
         self.call(write)
         prepare = images_pb2.PrepareSnapshotRequest(key="step", image="img")
         self.call(lambda: leaf.unary(snapshots.Prepare, prepare))
+        images = images_pb2_grpc.ImagesStub(leaf.channel)
+        committed = images_pb2.CommitImageRequest(key="step", name="committed")
+        self.call(lambda: leaf.unary(images.Commit, committed))
         commit = images_pb2.CommitSnapshotRequest(key="step", name="stage")
         self.call(lambda: leaf.unary(snapshots.Commit, commit), NotFound)
         self.call(lambda: leaf.unary(snapshots.Remove, images_pb2.RemoveSnapshotRequest(key="stage")))
@@ -198,6 +201,8 @@ class Life:
         self.call(lambda: client.volumes.remove("bounded"), NotFound)
         self.call(lambda: client.images.remove("img"), NotFound)
         self.call(lambda: client.images.remove(f"{self.registry.host}/far:1"), NotFound)
+        self.call(lambda: client.images.remove("committed"), NotFound)
+        self.call(client.images.prune)  # a commit that was done again has left an image without a name
 
     # Afterwards
 
