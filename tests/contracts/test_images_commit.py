@@ -14,6 +14,7 @@ import pytest
 from support.images import Entry, directory, image_config, layer, symlink, write_docker_archive, write_oci_archive
 from support.images_leaf import ImagesLeaf, images_leaf
 from support.overlay import mounted
+from support.registry import podman, run
 from support.requirements import needs
 
 from corral.api.images.v1 import images_pb2 as pb
@@ -202,6 +203,37 @@ async def test_a_view_and_a_tree_on_nothing_are_exported_too(leaf: ImagesLeaf, b
     with pytest.raises(FailedPrecondition, match="committed"):
         await whole(leaf, base.chain_id)
     assert not any(path.startswith("ingest/") for path in leaf.disk())
+
+
+@needs("podman")
+async def test_podman_unpacks_what_was_committed(leaf: ImagesLeaf, base: pb.Image, tmp_path: Path) -> None:
+    await changed(leaf, tmp_path / "m")
+    image = await commit(leaf)
+    request = pb.ExportRequest(names=["made:1"])
+    archive = tmp_path / "made.tar"
+    archive.write_bytes(b"".join([part.data async for part in leaf.images.Export(request)]))
+    with podman(tmp_path / "podman") as command:
+        run([*command, "load", "-q", "-i", archive])
+        run([*command, "create", "--name", "c", "docker.io/library/made:1", "x"])
+        run([*command, "export", "-o", tmp_path / "x.tar", "c"])
+        shown = json.loads(run([*command, "image", "inspect", "made:1"]).stdout)
+    assert f"sha256:{shown[0]['Id']}" == image.id
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        names = set(tar.getnames())
+        link = next(member for member in tar if member.name in ("new/one", "new/two") and member.islnk())
+    assert {"new/one", "new/null", "new/link", "old/new", "kept/f"} < names
+    assert not {"etc/gone", "old/a"} & names
+    assert link.linkname in ("new/one", "new/two")
+
+
+@needs("ext4")
+async def test_changes_in_a_file_system_of_their_own_are_left_alone(leaf: ImagesLeaf, base: pb.Image) -> None:
+    request = pb.PrepareSnapshotRequest(key="c", image="base:1", quota_bytes=16 << 20)
+    await leaf.snapshots.Prepare(request)
+    with pytest.raises(FailedPrecondition, match="file system of their own"):
+        await commit(leaf)
+    with pytest.raises(FailedPrecondition, match="file system of their own"):
+        await whole(leaf, "c")
 
 
 @needs("erofs")
