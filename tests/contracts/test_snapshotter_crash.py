@@ -35,7 +35,7 @@ def steps() -> Iterator[tuple[str, str, str]]:
     """Driver, file system and failpoint: those in the driver's own module."""
     first = dict(reversed(CASES))
     for name, kind in first.items():
-        for failpoint in sorted(set(CALL.findall((SOURCES / f"{name}.py").read_text())) - ELSEWHERE):
+        for failpoint in sorted(set(CALL.findall((SOURCES / f"{name.replace('-', '_')}.py").read_text())) - ELSEWHERE):
             yield name, kind, failpoint
 
 

@@ -1,5 +1,10 @@
 """Containers on every snapshot driver, through the command and a whole daemon."""
 
+import contextlib
+import json
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +13,7 @@ from support.corrald import Corrald, PlaceOn, running
 from support.file_systems import FileSystems
 from support.images import Entry, busybox_layer, image_config, layer, write_docker_archive
 from support.requirements import needs
-from support.snapshotters import CASES, case_id, place_for
+from support.snapshotters import CASES, case_id, driver_at, place_for
 
 pytestmark = needs("root", "busybox", "netns")
 
@@ -56,3 +61,42 @@ def test_a_container_on_hundreds_of_layers(tmp_path: Path, count: int) -> None:
         script = f"cat /layers/0 /layers/{count - 2}; ls /layers | wc -l; echo x > /layers/0; cat /layers/0"
         result = daemon.corral("run", "--rm", "--network", "none", "tall", "sh", "-c", script, check=True)
         assert result.stdout.decode().split() == [f"0{count - 2}{count - 1}", "x"]
+
+
+@pytest.mark.parametrize("victim", ["daemon", "shim", "nobody"])
+def test_what_serves_a_container_outlives_the_daemon_and_ends_with_the_container(
+    busybox_archive: Path, tmp_path: Path, victim: str
+) -> None:
+    if reason := driver_at("fuse-overlayfs", tmp_path).check():
+        pytest.skip(f"fuse-overlayfs: {reason}")
+    with running(settings={"images": {"driver": "fuse-overlayfs"}}) as daemon:
+        daemon.corral("image", "import", str(busybox_archive), "--as", "busybox", check=True)
+        words = ("sh", "-c", "echo mine > /f; exec sleep 1000")
+        daemon.corral("run", "-d", "--name", "c", "--network", "none", "busybox", *words, check=True)
+        [server] = servers(daemon.root)
+        facts = json.loads(daemon.corral("inspect", "c", check=True).stdout)[0]
+        assert b"fuse" not in daemon.corral("exec", "c", "ps", check=True).stdout
+        if victim == "daemon":
+            daemon.kill9()
+            daemon.start()
+        elif victim == "shim":
+            os.kill(facts["shim_pid"], signal.SIGKILL)
+        if victim != "shim":
+            assert daemon.corral("exec", "c", "cat", "/f", check=True).stdout == b"mine\n"
+            assert servers(daemon.root) == [server]
+        daemon.corral("rm", "-f", "c", check=True)
+        deadline = time.monotonic() + 5
+        while servers(daemon.root) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert servers(daemon.root) == []
+
+
+def servers(root: Path) -> list[int]:
+    """The programs that serve a tree below a directory."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (process / "cmdline").read_bytes()
+            if command.startswith(b"fuse-overlayfs\0") and str(root).encode() in command:
+                found.append(int(process.name))
+    return found

@@ -39,6 +39,19 @@ def mounted(mounts: Sequence[Described], target: Path) -> Iterator[Path]:
     finally:
         for _ in range(done):
             mount.umount(target)
+        if any(part.type.startswith("fuse.") for described in mounts for part in described.parts):
+            _reap_servers()
+
+
+def _reap_servers() -> None:
+    """The programs that served it are this process's children, as they are a shim's."""
+    for task in Path("/proc/self/task").iterdir():
+        for pid in map(int, (task / "children").read_text().split()):
+            try:
+                if Path(f"/proc/{pid}/comm").read_text().startswith("fuse-"):
+                    os.waitpid(pid, 0)
+            except (FileNotFoundError, ChildProcessError):
+                continue
 
 
 def _attach(described: Described, target: Path) -> int:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 
 from corral.kernel import mount
+from corral.kernel.fuse import mount_served
 from corral.kernel.loop import mount_file
 from corral.kernel.overlay import split_lower
 from corral.kernel.syscalls import AT_FDCWD
@@ -67,4 +68,7 @@ def _make(part: Mount) -> int:
     options = mount_options.parse(part.options)
     attributes = options.attributes.set | (options.attributes.atime or 0)
     data = tuple(option for option in options.data if option != "loop")
+    family, _, subtype = part.type.partition(".")
+    if family == "fuse" and subtype:  # the source is the program
+        return mount_served(part.source, data, subtype=subtype, attributes=attributes)
     return mount_file(part.type, part.source, data, attributes=attributes, device="loop" in options.data)

@@ -11,6 +11,7 @@ from corral.images.drivers.absent import ABSENT
 from corral.images.drivers.blockfile import Blockfile
 from corral.images.drivers.btrfs import Btrfs
 from corral.images.drivers.erofs import Erofs
+from corral.images.drivers.fuse_overlayfs import FuseOverlayfs
 from corral.images.drivers.native import Native
 from corral.images.drivers.overlayfs import Overlayfs
 from corral.images.layers.removal import GoOn, always
@@ -24,6 +25,7 @@ DRIVERS: Mapping[str, Callable[[Path, Work], Snapshotter]] = {
     "btrfs": Btrfs,
     "erofs": Erofs,
     "blockfile": Blockfile,
+    "fuse-overlayfs": FuseOverlayfs,
 }
 DIRECTORIES: Mapping[str, str] = {"overlayfs": "overlay"}
 
