@@ -102,7 +102,8 @@ _ACRONYMS = {"io": "IO", "oom": "OOM", "id": "ID", "iops": "IOPS", "cpu": "CPU"}
 @functools.cache
 def _for_dataclass(cls: type[_Dataclass]) -> _Decoder:
     hints = typing.get_type_hints(cls, include_extras=True)
-    fields = [(f.name, json_name(f.name), _for(hints[f.name])) for f in dataclasses.fields(cls)]
+    fields = [(f.name, json_name(f.name)) for f in dataclasses.fields(cls)]
+    decoders: dict[str, _Decoder] = {}  # made for what a document has: most have a tenth of what they may
     required = [
         json_name(f.name)
         for f in dataclasses.fields(cls)
@@ -116,9 +117,11 @@ def _for_dataclass(cls: type[_Dataclass]) -> _Decoder:
             if value.get(name) is None:
                 raise _Wrong("missing").inside(f".{name}")
         members: dict[str, object] = {}
-        for field, name, convert in fields:
+        for field, name in fields:
             item = value.get(name)
             if item is not None:  # null stands for absent, as Go's encoder writes it
+                if (convert := decoders.get(field)) is None:
+                    convert = decoders[field] = _for(hints[field])
                 try:
                     members[field] = convert(item)
                 except _Wrong as e:
