@@ -78,6 +78,21 @@ class TestOneId:
         oci.ok("delete", "--force", name, **AS_USER)
         assert oci.call("state", name, **AS_USER).returncode != 0
 
+    def test_an_init_that_waits_lets_nobody_look_in(self, oci):
+        """Files in /proc of a process that does not are root's, whoever it runs as. Source: proc(5)."""
+        name, log = oci.new_id(), oci.directory / "stderr"
+        oci.write_spec(spec_of(oci, "sleep", "1000"))
+        with log.open("w") as file:
+            code = subprocess.run(
+                oci.words("create", name), cwd=oci.bundle, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                stderr=file, timeout=TIMEOUT_S, check=False, **AS_USER,
+            ).returncode  # fmt: skip
+        assert code == 0, log.read_text()
+        pid = json.loads(oci.ok("state", name, **AS_USER))["pid"]
+        assert Path(f"/proc/{pid}/status").read_text().split("Uid:\t")[1].split()[0] == str(USER)
+        assert Path(f"/proc/{pid}/mem").stat().st_uid == 0
+        oci.ok("delete", "--force", name, **AS_USER)
+
     def test_the_hosts_network_and_sys_may_be_shared(self, oci):
         """As `spec --rootless` of runc has it, or with the sysfs left to us."""
         spec = spec_of(oci, "ls /sys/class/net; touch /sys/x")
