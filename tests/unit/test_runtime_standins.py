@@ -5,6 +5,7 @@ import ctypes
 import enum
 import errno
 import functools
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,8 +20,24 @@ from corral.runtime.standins import ctypes as our_ctypes
 from corral.runtime.standins import enum as our_enum
 from corral.runtime.standins import functools as our_functools
 
+OS_PROGRAM = """
+import os
+print(os.path.join("a", "b"), os.fsencode("\\udc80/x"), os.fsdecode(b"\\x80/x") == "\\udc80/x", os.fsencode(b"y"))
+print(os.environ["SAMPLE"] == "\\udcff", os.environ.get("MISSING"), os.devnull, os.O_CLOEXEC, os.SEEK_END)
+for mode, exist_ok in ((0o700, False), (0o700, True)):
+    os.makedirs("one/two/three", mode, exist_ok=exist_ok)
+print([oct(os.stat(name).st_mode) for name in ("one", "one/two", "one/two/three")])
+for name in ("one/two/three", "file", "file/below"):
+    open("file", "w").close()
+    try:
+        os.makedirs(name, exist_ok=name != "one/two/three")
+    except OSError as e:
+        print(type(e).__name__)
+print(sorted(os.walk("one"))[0][:2], isinstance(__import__("pathlib").Path("x"), os.PathLike))
+"""
+
 REPO = Path(__file__).resolve().parents[2]
-NAMES = ("types", "typing", "collections", "functools", "contextlib", "dataclasses", "enum", "signal", "ctypes")
+NAMES = ("os", "types", "typing", "collections", "functools", "contextlib", "dataclasses", "enum", "signal", "ctypes")
 
 
 def either(standard: ModuleType, ours: ModuleType) -> pytest.MarkDecorator:
@@ -79,6 +96,39 @@ def test_the_standard_library_gets_on_with_them() -> None:
 def test_an_error_is_told_with_its_lines() -> None:
     program = "def f():\n    raise KeyError(3)\ntry:\n    f()\nexcept KeyError:\n    import traceback\n"
     assert run(program + "    print(traceback.format_exc())").count("line") == 2
+
+
+@pytest.mark.parametrize("prelude", ["", "from corral.runtime import standins; standins.install()\n"])
+def test_os(prelude: str, tmp_path: Path) -> None:
+    program = f"import sys; sys.path.insert(0, {str(REPO / 'shim')!r})\n{prelude}{OS_PROGRAM}"
+    command = [sys.executable, "-ISXutf8", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env={b"SAMPLE": b"\xff"})
+    assert done.stdout.splitlines() == [
+        "a/b b'\\x80/x' True b'y'",
+        f"True None /dev/null {os.O_CLOEXEC} 2",
+        "['0o40755', '0o40755', '0o40700']",
+        "FileExistsError",
+        "FileExistsError",
+        "NotADirectoryError",
+        "('one', ['two']) True",
+    ]
+
+
+def test_abstract_classes_are_the_real_ones_to_who_does_more_than_annotate() -> None:
+    program = (
+        "import array; from collections.abc import Callable, Iterable, Mapping, MutableSequence\n"
+        "def f(x: Mapping[str, int] | None, y: Callable[[int], str]) -> Iterable[int]: ...\n"
+        "print('_collections_abc' in sys.modules)\n"
+        "from collections.abc import Sized\n"
+        "class Map(Mapping):\n"
+        "    def __getitem__(self, key): return 1\n"
+        "    def __len__(self): return 1\n"
+        "    def __iter__(self): return iter('a')\n"
+        "print(dict(Map()), isinstance({}, Mapping), isinstance(3, Iterable), issubclass(Map, Mapping), Sized)\n"
+        "print(isinstance(array.array('i'), MutableSequence))\n"
+    )
+    first = "{'a': 1} True False True <class 'collections.abc.Sized'>"
+    assert run(program) == f"False\n{first}\nTrue\n"
 
 
 @either(enum, our_enum)

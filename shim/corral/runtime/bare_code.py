@@ -1,7 +1,10 @@
 """The code of a module without what is for people and type checkers only: docstrings, and annotations of functions.
 
-Those of classes stay, for corral.oci.decode reads them.
+Those of classes stay, for corral.oci.decode reads them. What is imported from __future__ is for the compiler, who is
+told here; to load that module as well would be of use to nobody.
 """
+
+import __future__
 
 import ast
 from pathlib import Path
@@ -55,5 +58,10 @@ def _plain(statement: ast.stmt) -> ast.stmt:
 def bare_code(source: str) -> CodeType:
     """The code of the module in a file, told to be of it."""
     tree = _Bare().visit(ast.parse(Path(source).read_bytes(), source))
-    code: CodeType = compile(ast.fix_missing_locations(tree), source, "exec", dont_inherit=True)
+    flags = 0
+    for each in [each for each in tree.body if isinstance(each, ast.ImportFrom) and each.module == "__future__"]:
+        tree.body.remove(each)
+        for name in each.names:
+            flags |= getattr(__future__, name.name).compiler_flag
+    code: CodeType = compile(ast.fix_missing_locations(tree), source, "exec", flags=flags, dont_inherit=True)
     return code

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
 
-_NAMES = ("types", "typing", "collections", "functools", "contextlib", "dataclasses", "enum", "signal", "ctypes")
+_NAMES = ("os", "types", "typing", "collections", "functools", "contextlib", "dataclasses", "enum", "signal", "ctypes")
 _standard: dict[str, ModuleType] = {}
 
 
