@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 SERVICES = Path(__file__).parents[2] / "services"
+SQL = re.compile(r"\b(SELECT|INSERT|UPDATE|DELETE|VALUES|WHERE)\b")
 NUMBERED = re.compile(r"\?\d")
 NAMED = re.compile(r"(?<!:)[:@$][a-z]\w*", re.ASCII)
 
@@ -30,7 +31,7 @@ def complaints(source: str) -> list[int]:
     nodes = list(ast.walk(ast.parse(source)))
     texts = [node for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     calls = [node for node in nodes if isinstance(node, ast.Call) and len(node.args) > 1]
-    numbered = [text.lineno for text in texts if NUMBERED.search(text.value)]
+    numbered = [text.lineno for text in texts if SQL.search(text.value) and NUMBERED.search(text.value)]
     named = [call.lineno for call in calls if is_sequence(call.args[1]) and NAMED.search(sql_of(call))]
     return numbered + named
 
