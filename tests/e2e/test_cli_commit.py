@@ -53,3 +53,14 @@ def test_a_change_that_is_none_is_one_sentence(box: Corrald, name: str) -> None:
     assert result.returncode == 1
     assert b"'RUN'" in result.stderr
     assert result.stderr.count(b"\n") == 1
+
+
+def test_an_image_without_a_name_goes_with_the_next_prune(box: Corrald, name: str) -> None:
+    box.corral("create", "--name", name, "busybox", "true", check=True)
+    made = box.corral("commit", name, check=True).stdout.decode().strip()
+    assert made in box.corral("image", "ls", "-q", "--no-trunc", check=True).stdout.decode()
+    pruned = box.corral("image", "prune", check=True).stdout.decode()
+    assert made in pruned
+    assert pruned.splitlines()[-1].startswith("Reclaimed ")
+    assert made not in box.corral("image", "ls", "-q", "--no-trunc", check=True).stdout.decode()
+    assert box.corral("image", "inspect", "busybox").returncode == 0
