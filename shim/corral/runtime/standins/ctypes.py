@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from _ctypes import (
     FUNCFLAG_CDECL,
     FUNCFLAG_PYTHONAPI,
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 __all__ = ["addressof", "byref", "get_errno", "set_errno", "sizeof"]
+
+# A package, as the standard one is: since Python 3.14 its part in C imports a submodule when a structure is made.
+__path__ = [f"{place}/ctypes" for place in sys.path]
 
 
 class c_int(_SimpleCData):  # type: ignore[type-arg]  # noqa: N801 - the names are those of ctypes
