@@ -26,6 +26,7 @@ class _Missing:
         return "MISSING"
 
 
+standard_of: Any = standard("dataclasses")
 MISSING = _Missing()
 _SHAPE = "__dataclass_fields__"
 
@@ -76,12 +77,15 @@ def dataclass(
     /,
     *,
     frozen: bool = False,
-    slots: bool = False,  # noqa: ARG001 - see above
+    slots: bool = False,
     order: bool = False,
+    **more: bool,
 ) -> _Class | Callable[[_Class], _Class]:
     """The decorator."""
 
     def wrap(cls: _Class) -> _Class:
+        if cls.__module__ in sys.stdlib_module_names:
+            return _made_by_the_standard_one(cls, frozen=frozen, slots=slots, order=order, **more)
         return _made(cls, frozen=frozen, order=order)
 
     return wrap if cls is None else wrap(cls)
@@ -96,6 +100,16 @@ def _made(cls: _Class, *, frozen: bool, order: bool) -> _Class:
             setattr(cls, name, method)
     setattr(cls, _SHAPE, None)
     return cls
+
+
+def _made_by_the_standard_one(cls: _Class, **options: bool) -> _Class:
+    """What Python's own modules make, as traceback does since 3.14, may use all that there is."""
+    for name, value in list(vars(cls).items()):
+        if isinstance(value, Field):
+            given = {key: getattr(value, key) for key in ("default", "default_factory")}
+            setattr(cls, name, standard_of("field")(**{key: one for key, one in given.items() if one is not MISSING}))
+    made: _Class = standard_of("dataclass")(**options)(cls)
+    return made
 
 
 class _Shape:
@@ -203,4 +217,4 @@ _PLAIN = (*_COMMON, ("__hash__", None))
 _FROZEN = (*_COMMON, ("__hash__", _hash_of), ("__setattr__", _refuse), ("__delattr__", _refuse))
 _ORDER = tuple((how, _compare(how)) for how in ("__lt__", "__le__", "__gt__", "__ge__"))
 
-__getattr__ = standard("dataclasses")
+__getattr__ = standard_of
