@@ -16,17 +16,20 @@ from pathlib import Path
 
 import pytest
 from support import elf
+from support.races import accomplice, exchanging
 from support.requirements import needs
 
-from corral.kernel import capabilities
+from corral.kernel import capabilities, inotify, paths
 from corral.kernel.namespaces import Kind
-from corral.oci import procfs, program
+from corral.oci import procfs, program, users
 from corral.oci.channel import ParentEnd
 from corral.oci.runtime import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, Container, ExecFailed, Stdio
 from corral.oci.spec import Capabilities, IdMapping, Mount, Namespace, Spec
 from corral.runtime.execute import _with_capabilities
 
 pytestmark = needs("root", "overlayfs", "busybox")
+
+IN_OPEN = 0x20
 
 
 def status(text: str) -> dict[str, str]:
@@ -264,6 +267,25 @@ def test_cve_2024_21626_every_directory_a_process_has_lies_inside(lab, attempt, 
     assert attempt(f"cat {seen}/inside {seen}/../inside").count("inside") == 2
 
 
+def test_cve_2024_21626_a_directory_that_is_taken_away_once_it_was_opened(lab, monkeypatch):
+    """It is moved out of what the container has of the host, and would be a way there."""
+    volume, outside = lab.directory / "volume", lab.directory / "outside"
+    (volume / "work").mkdir(parents=True)
+    outside.mkdir()
+    with accomplice(volume / "sign", volume / "work", outside, seen_as=Path("/volume/sign")) as tell:
+
+        def open_in_root(root, path, *args, original=paths.open_in_root, **options):
+            fd = original(root, path, *args, **options)
+            if path == "/volume/work" and Path("/volume").exists():
+                tell()
+            return fd
+
+        monkeypatch.setattr(program.paths, "open_in_root", open_in_root)
+        spec = lab.spec("true", cwd="/volume/work", mounts=[Mount("/volume", "bind", str(volume), ("rbind",))])
+        with pytest.raises(ExecFailed, match="it lies outside of the container"):
+            lab.run_spec(spec)
+
+
 # Who a process is
 
 HOSTILE_PASSWD = """\
@@ -327,6 +349,33 @@ def test_cve_2024_9676_a_hostile_passwd_makes_nobody_root_and_takes_no_time(lab,
     assert failed.value.kind == SETUP
     assert attempt("grep Uid /proc/self/status", user="4711").split()[1:] == ["4711"] * 4
     assert time.monotonic() - began < 5
+
+
+def test_a_database_that_is_no_file_is_not_even_opened(tmp_path):
+    """To open a device can do things."""
+    (tmp_path / "etc").mkdir()
+    os.mkfifo(tmp_path / "etc/passwd")
+    root, notes = os.open(tmp_path, os.O_PATH), inotify.open_inotify()
+    try:
+        inotify.add_watch(notes, tmp_path / "etc", IN_OPEN)
+        assert users.read_database(root, "/etc/passwd", required=False) == b""
+        assert list(inotify.read_changes(notes)) == []
+    finally:
+        os.close(root)
+        os.close(notes)
+
+
+def test_a_database_exchanged_for_a_device_is_not_read(tmp_path):
+    place = tmp_path / "etc/passwd"
+    place.parent.mkdir()
+    place.write_text("mine")
+    os.mknod(tmp_path / "zero", stat.S_IFCHR | 0o666, os.makedev(1, 5))
+    root = os.open(tmp_path, os.O_PATH)
+    give_up_at = time.monotonic() + 2
+    with exchanging(place, tmp_path / "zero"):
+        while time.monotonic() < give_up_at:
+            assert users.read_database(root, "/etc/passwd", required=False) in (b"", b"mine")
+    os.close(root)
 
 
 def test_cve_2022_36109_and_cve_2023_25173_a_group_that_is_shut_out_stays_so(lab, attempt):

@@ -38,8 +38,11 @@ def exchange(a: Path, b: Path) -> None:
 
 
 @contextlib.contextmanager
-def accomplice(sign: Path, a: Path, b: Path) -> Iterator[Callable[[], None]]:
-    """He exchanges two names once, when he is told to, which can be from any process that sees the file `sign`."""
+def accomplice(sign: Path, a: Path, b: Path, *, seen_as: Path | None = None) -> Iterator[Callable[[], None]]:
+    """He exchanges two names once, when he is told to, which can be from any process that sees the file `sign`.
+
+    seen_as: its path there.
+    """
 
     def wait_for_sign() -> NoReturn:
         while not sign.exists():
@@ -49,8 +52,9 @@ def accomplice(sign: Path, a: Path, b: Path) -> Iterator[Callable[[], None]]:
         os._exit(0)
 
     def tell() -> None:
-        sign.touch()
-        while sign.exists():
+        shown = seen_as or sign
+        shown.touch()
+        while shown.exists():
             time.sleep(0.001)
 
     with _meanwhile(wait_for_sign):
