@@ -276,7 +276,7 @@ async def test_an_unknown_image_is_named_with_what_to_do(leaf: ImagesLeaf) -> No
         leaf.images.Tag(pb.TagImageRequest(source="nginx", target="x")),
         leaf.prepare("c", image="nginx"),
     ):
-        with pytest.raises(NotFound, match=r"no image 'nginx' \(docker.io/library/nginx:latest\).*corral image import"):
+        with pytest.raises(NotFound, match=r"no image 'nginx' \(docker.io/library/nginx:latest\).*corral pull"):
             await call
     assert leaf.disk() == set()
 

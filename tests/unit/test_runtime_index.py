@@ -60,22 +60,28 @@ def test_a_module_that_is_there_stays(package: Path) -> None:
     assert sys.modules["sample_package.part"] is loaded
 
 
-def test_a_group_of_which_a_module_was_changed_is_left_to_the_interpreter(package: Path) -> None:
+def test_a_module_that_was_changed_is_left_to_the_interpreter(package: Path) -> None:
     (package / "part.py").write_text("VALUE = 1000\n")
     index.load("some")
-    assert "sample_package" not in sys.modules
+    assert sys.modules["sample_package"].VALUE == sys.modules["sample_package.part"].VALUE == 1000
 
 
-def test_a_group_of_which_a_module_was_touched_is_left_to_the_interpreter(package: Path) -> None:
+def test_a_module_that_was_touched_is_left_to_the_interpreter(package: Path) -> None:
     os.utime(package / "part.py", (1, 1))
     index.load("some")
-    assert "sample_package" not in sys.modules
+    assert sys.modules["sample_package.part"].__doc__ == "Doc."
 
 
-def test_a_group_of_which_a_module_is_gone_is_left_to_the_interpreter(package: Path) -> None:
+def test_a_module_that_is_gone_is_missed(package: Path) -> None:
     (package / "part.py").unlink()
+    with pytest.raises(ModuleNotFoundError):
+        index.load("some")
+
+
+def test_a_package_that_was_changed_is_left_to_the_interpreter_with_its_modules(package: Path) -> None:
+    (package / "__init__.py").write_text("VALUE = 2\n")
     index.load("some")
-    assert "sample_package" not in sys.modules
+    assert not {"sample_package", "sample_package.part"} & sys.modules.keys()
 
 
 def test_a_file_of_another_python_is_left_alone(package: Path) -> None:

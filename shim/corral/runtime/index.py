@@ -1,7 +1,7 @@
 """Loads the modules that a command needs all at once: the interpreter takes longer to find each than to run it.
 
-The launcher writes a file for each group of modules, in the order in which they are to be run. It counts as long as all
-of them are as they were then; else, and for what is in no group, the interpreter does it in its own way.
+The launcher writes a file for each group of modules, in the order in which they are to be run. What has changed since,
+and what is in no group, is left to the interpreter and its own way.
 
     magic number of the interpreter | marshal of [(name, source, mtime in ns, size, directory if it is a package, code)]
                                                   (name, shared library, mtime in ns, size, "", None)
@@ -40,7 +40,7 @@ def begin(files: str) -> None:
 
 
 def load(group: str) -> None:
-    """Load the modules of a group, if they are what they were when its file was written."""
+    """Load the modules of a group that are what they were when its file was written."""
     if not _files:
         return
     try:
@@ -48,14 +48,14 @@ def load(group: str) -> None:
     except OSError:
         return
     # All of them are there before the first is run: a package is run after those of its modules that it imports.
-    made = {entry[0]: _made(*entry) for entry in sorted(entries) if entry[0] not in sys.modules}
+    made = {entry[0]: _made(*entry) for entry in sorted(entries) if _is_wanted(entry[0])}
     for name, _, _, _, _, code in entries:
         if code is not None and name in made:
             exec(code, vars(made[name]))  # noqa: S102 - as the interpreter does
 
 
 def _read(path: str) -> list[Entry]:
-    """What a file holds; nothing if that is out of date."""
+    """What of a file is not out of date."""
     fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC)
     try:
         data = posix.read(fd, posix.fstat(fd).st_size)
@@ -64,10 +64,23 @@ def _read(path: str) -> list[Entry]:
     if data[: len(MAGIC_NUMBER)] != MAGIC_NUMBER:
         return []
     entries: list[Entry] = marshal.loads(memoryview(data)[len(MAGIC_NUMBER) :])  # noqa: S302 - trusted as pyc files are
-    for _, source, mtime, size, _, _ in entries:
-        if source and ((found := posix.stat(source)).st_mtime_ns != mtime or found.st_size != size):
-            return []
-    return entries
+    return [entry for entry in entries if _is_current(*entry[1:4])]
+
+
+def _is_current(source: str, mtime: int, size: int) -> bool:
+    if not source:
+        return True
+    try:
+        found = posix.stat(source)
+    except OSError:
+        return False
+    return found.st_mtime_ns == mtime and found.st_size == size
+
+
+def _is_wanted(name: str) -> bool:
+    """It is not there yet, and its package is, or is made: names are gone through in their order."""
+    parent = name.rpartition(".")[0]
+    return name not in sys.modules and (not parent or parent in sys.modules)
 
 
 def _made(name: str, path: str, _mtime: int, _size: int, directory: str, code: CodeType | None) -> ModuleType:
