@@ -1,8 +1,10 @@
 """Mounts that a snapshotter describes, made and unmade by a test."""
 
 import os
+import signal
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +14,7 @@ from corral.oci.parts import attach, located, located_options, make_parts
 from corral.oci.spec import Mount
 
 READ_ONLY = 1  # MOUNT_ATTR_RDONLY
+SERVER_ENDS_S = 5.0
 
 
 class Described(Protocol):
@@ -31,27 +34,40 @@ class Described(Protocol):
 def mounted(mounts: Sequence[Described], target: Path) -> Iterator[Path]:
     """The tree, mounted at `target` as init would do it; unmounted at the end."""
     target.mkdir(exist_ok=True)
+    others = _servers()
     done = 0
     try:
         for described in mounts:
             done += _attach(described, target)
+        servers = _servers() - others
         yield target
     finally:
         for _ in range(done):
             mount.umount(target)
-        if any(part.type.startswith("fuse.") for described in mounts for part in described.parts):
-            _reap_servers()
+    for server in servers:
+        _reap(server)
 
 
-def _reap_servers() -> None:
-    """The programs that served it are this process's children, as they are a shim's."""
+def _servers() -> set[int]:
+    """Programs that serve a mount are this process's children, as they are a shim's."""
+    found = set()
     for task in Path("/proc/self/task").iterdir():
         for pid in map(int, (task / "children").read_text().split()):
-            try:
+            with suppress(FileNotFoundError):
                 if Path(f"/proc/{pid}/comm").read_text().startswith("fuse-"):
-                    os.waitpid(pid, 0)
-            except (FileNotFoundError, ChildProcessError):
-                continue
+                    found.add(pid)
+    return found
+
+
+def _reap(pid: int) -> None:
+    """It ends with the mount, which a mount namespace that another program made meanwhile has a copy of."""
+    deadline = time.monotonic() + SERVER_ENDS_S
+    while os.waitpid(pid, os.WNOHANG)[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return
+        time.sleep(0.01)
 
 
 def _attach(described: Described, target: Path) -> int:
