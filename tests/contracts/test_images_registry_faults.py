@@ -20,6 +20,7 @@ from support.faulty import (
     Seen,
     described,
     faulty_registry,
+    manifest_of,
 )
 from support.images import Entry, digest, image_config, layer
 from support.images_leaf import ImagesLeaf, images_leaf
@@ -108,6 +109,17 @@ async def test_a_blob_of_another_size_is_refused(leaf: ImagesLeaf, faulty: Fault
     made = small(faulty)
     faulty.blobs[digest(made)] = made[:size] if size < 0 else made + b"!"
     await fails(leaf, f"{faulty.host}/x:1", FailedPrecondition, f"bytes of blob {digest(made)} instead of {len(made)}")
+
+
+@pytest.mark.parametrize("which", ["config", "layer"])
+async def test_a_blob_of_a_size_that_none_has_is_refused(leaf: ImagesLeaf, faulty: Faulty, which: str) -> None:
+    made = layer([Entry("f", b"x")])
+    document = json.loads(manifest_of(faulty, [made], image_config([made])))
+    blob = document["config"] if which == "config" else document["layers"][0]
+    blob["size"] = (1 << 63) - 1 if which == "layer" else 1 << 30
+    faulty.add("1", OCI_MANIFEST, json.dumps(document).encode())
+    await fails(leaf, f"{faulty.host}/x:1", InvalidArgument, f"{blob['digest']} of {blob['size']} bytes; at most")
+    assert not faulty.of("/blobs/")
 
 
 async def test_a_blob_that_ends_early_is_taken_up_where_it_ended(leaf: ImagesLeaf, faulty: Faulty) -> None:

@@ -13,6 +13,7 @@ from corral.images.partials import merged
 from corral.images.registry.backoff import LONGEST_S, delay_s, retry_after_s
 from corral.images.registry.challenge import parse_challenges
 from corral.images.registry.credentials import Credentials
+from corral.images.registry.download import PART_BYTES, parts
 from corral.images.registry.endpoints import Capability, endpoints
 from corral.images.registry.http import origin, shown
 from corral.rpc.errors import FailedPrecondition
@@ -73,6 +74,19 @@ def test_retry_after_is_seconds_or_a_date() -> None:
 )
 def test_ranges_are_put_together(ranges: list[tuple[int, int]], found: list[tuple[int, int]]) -> None:
     assert merged(ranges) == found
+
+
+def test_parts_are_made_one_by_one_and_are_all_of_it() -> None:
+    first = next(parts([(5, (1 << 63) - 1)]))
+    assert (first.start, first.end) == (5, 5 + PART_BYTES)
+    assert [(p.start, p.end) for p in parts([(0, 3), (7, 9)])] == [(0, 3), (7, 9)]
+    made = [(p.start, p.end) for p in parts([(0, 1), (9, 9 + 2 * PART_BYTES + 1)])]
+    assert made == [
+        (0, 1),
+        (9, 9 + PART_BYTES),
+        (9 + PART_BYTES, 9 + 2 * PART_BYTES),
+        (9 + 2 * PART_BYTES, 10 + 2 * PART_BYTES),
+    ]
 
 
 def bases(certs: Path, domain: str, **options: bool) -> list[str]:

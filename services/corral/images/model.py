@@ -33,6 +33,7 @@ _LAYER = re.compile(
 
 MAX_MANIFEST_BYTES = 4 << 20  # what registries take
 MAX_CONFIG_BYTES = 8 << 20
+MAX_BLOB_BYTES = 1 << 40  # far more than any layer has
 MAX_LAYERS = 500  # the kernel's OVL_MAX_STACK
 MAX_INDEX_ENTRIES = 1000
 MAX_HISTORY = 10_000

@@ -4,8 +4,7 @@ Whatever was written stays when the download ends early, also by a kill: the nex
 """
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -30,7 +29,7 @@ log = structlog.get_logger()
 
 
 @dataclass(slots=True)
-class _Part:
+class Part:
     """What one connection fetches; `start` moves on with it."""
 
     start: int
@@ -50,35 +49,34 @@ class Download:
         self.hosts: set[Host] = set()
         """Those that brought something."""
         self._came = asyncio.Event()
-        self._parts = deque(_parts(partial.missing()))
+        self._parts = parts(partial.missing())
 
     async def run(self) -> None:
         """Fetch and hash all of it. Raises the error for the user, OSError."""
         self._on_bytes(self._partial.recalled)
         async with crew() as tasks:
             tasks.create_task(self._hash())
-            if self._parts:
-                await self._lead(tasks)
+            if part := next(self._parts, None):
+                await self._lead(tasks, part)
 
-    async def _lead(self, tasks: asyncio.TaskGroup) -> None:
+    async def _lead(self, tasks: asyncio.TaskGroup, part: Part) -> None:
         """The first part. Its answer shows whether the host gives parts at all, so that others may come beside it."""
-        part = self._parts.popleft()
 
         def begun(stream: BlobStream) -> None:
             if stream.is_whole:
                 part.end = self._descriptor.size_bytes
-                self._parts.clear()
-            for _ in range(min(PARTS - 1, len(self._parts))):
+                self._parts = iter(())
+            for _ in range(PARTS - 1):
                 tasks.create_task(self._follow())
 
         await self._fetch(part, begun)
         await self._follow()
 
     async def _follow(self) -> None:
-        while self._parts:
-            await self._fetch(self._parts.popleft())
+        while part := next(self._parts, None):
+            await self._fetch(part)
 
-    async def _fetch(self, part: _Part, begun: Callable[[BlobStream], None] | None = None) -> None:
+    async def _fetch(self, part: Part, begun: Callable[[BlobStream], None] | None = None) -> None:
         """A connection that breaks is taken up again where it ended, as long as each brings anything."""
         failures = 0
         while part.start < part.end:
@@ -101,7 +99,7 @@ class Download:
             raise self._repository.explained(problem, f"blob {self._descriptor.digest}") from problem
         await asyncio.sleep(backoff.delay_s(failures))
 
-    async def _take(self, stream: BlobStream, part: _Part) -> Interrupted | None:
+    async def _take(self, stream: BlobStream, part: Part) -> Interrupted | None:
         """Write what the stream brings of the part. While a piece is written the next one arrives."""
         writing: asyncio.Future[int] | None = None
         try:
@@ -118,7 +116,7 @@ class Download:
                 self._count(part, writing.result())
         return None
 
-    def _count(self, part: _Part, end: int) -> None:
+    def _count(self, part: Part, end: int) -> None:
         part.start = end
         self._on_bytes(self._partial.done_bytes)
         self._came.set()
@@ -157,9 +155,10 @@ async def _gathered(stream: BlobStream, start: int, end: int) -> AsyncIterator[t
     raise Interrupted(stream.host.endpoint.authority, f"the blob ended after {position} bytes instead of {end}")
 
 
-def _parts(missing: Sequence[Range]) -> list[_Part]:
-    if sum(end - start for start, end in missing) <= SPLIT_BYTES:
-        return [_Part(start, end) for start, end in missing]
-    return [
-        _Part(begin, min(begin + PART_BYTES, end)) for start, end in missing for begin in range(start, end, PART_BYTES)
-    ]
+def parts(missing: Sequence[Range]) -> Iterator[Part]:
+    """What to fetch, made one by one: how large a blob is, is what a stranger says."""
+    split = sum(end - start for start, end in missing) > SPLIT_BYTES
+    for start, end in missing:
+        step = PART_BYTES if split else end - start
+        for begin in range(start, end, step):
+            yield Part(begin, min(begin + step, end))

@@ -7,7 +7,17 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
 from corral.images.digest import Digest
-from corral.images.model import INDEXES, MANIFESTS, Descriptor, Index, Manifest, Platform, parse_manifest_or_index
+from corral.images.model import (
+    INDEXES,
+    MANIFESTS,
+    MAX_BLOB_BYTES,
+    MAX_CONFIG_BYTES,
+    Descriptor,
+    Index,
+    Manifest,
+    Platform,
+    parse_manifest_or_index,
+)
 from corral.images.platforms import choose
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import InvalidArgument, NotFound
@@ -93,11 +103,21 @@ class Walk:
                 self._edge(descriptor, child)
 
     def _add(self, descriptor: Descriptor, manifest: Manifest) -> None:
+        self._check_size(manifest.config, MAX_CONFIG_BYTES)
+        for layer in manifest.layers:
+            self._check_size(layer, MAX_BLOB_BYTES)
         for child in (manifest.config, *manifest.layers):
             known = self._contents.setdefault(child.digest, child)
             if known.size_bytes != child.size_bytes:
                 raise InvalidArgument(f"{self._what} tells two sizes of blob {child.digest}", reason="SIZE_MISMATCH")
             self._edge(descriptor, child)
+
+    def _check_size(self, descriptor: Descriptor, most: int) -> None:
+        if descriptor.size_bytes > most:
+            raise InvalidArgument(
+                f"{self._what} has a blob {descriptor.digest} of {descriptor.size_bytes} bytes; at most {most} go",
+                reason="BAD_DOCUMENT",
+            )
 
     def _edge(self, parent: Descriptor, child: Descriptor) -> None:
         self._edges.add((parent.digest, child.digest))
