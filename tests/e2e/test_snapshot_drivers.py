@@ -74,6 +74,7 @@ def test_what_serves_a_container_outlives_the_daemon_and_ends_with_the_container
         words = ("sh", "-c", "echo mine > /f; exec sleep 1000")
         daemon.corral("run", "-d", "--name", "c", "--network", "none", "busybox", *words, check=True)
         [server] = servers(daemon.root)
+        assert Path(f"/proc/{server}/oom_score_adj").read_text() == "0\n"  # not that of the shim, its parent
         facts = json.loads(daemon.corral("inspect", "c", check=True).stdout)[0]
         assert b"fuse" not in daemon.corral("exec", "c", "ps", check=True).stdout
         if victim == "daemon":

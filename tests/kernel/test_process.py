@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -162,3 +164,16 @@ def test_a_process_can_be_born_in_a_cgroup():
         os.close(pidfd)
         os.close(fd)
         place.rmdir()
+
+
+@needs("root")
+@pytest.mark.parametrize(("score", "then"), [("-998\n", "0998\n"), ("500\n", "500\n")])
+def test_a_lowered_oom_score_is_given_up_and_a_raised_one_stays(tmp_path: Path, score: str, then: str) -> None:
+    """A file takes the place of the kernel's, for not every root may lower a score: the 0 is written over its start."""
+    stand_in = tmp_path / "score"
+    stand_in.write_text(score)
+    program = "from corral.kernel.process import lose_oom_protection; lose_oom_protection()"
+    script = 'mount --bind "$1" /proc/$$/oom_score_adj && exec "$2" -c "$3"'
+    unshare = ["unshare", "--mount", "sh", "-ec", script, "sh", str(stand_in), sys.executable, program]
+    subprocess.run(unshare, check=True)
+    assert stand_in.read_text() == then

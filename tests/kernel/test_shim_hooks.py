@@ -65,6 +65,16 @@ def test_get_no_signal_mask_of_the_shims(shop: Workshop, log: Path) -> None:
     assert set(Path(f"{log}.mask").read_text().split()) == {"SigBlk:", "0000000000000000"}
 
 
+def test_and_what_they_leave_running_are_not_spared_by_the_oom_killer(shop: Workshop, log: Path) -> None:
+    shim = with_hooks(shop, log, "true")
+    hook = log.parent / "hook"
+    hook.write_text(hook.read_text() + f"cat /proc/self/oom_score_adj >> {log}.scores\n")
+    shim.create()
+    shim.start()
+    shim.wait()
+    assert set(Path(f"{log}.scores").read_text().split()) == {"0"}
+
+
 def test_that_fail_at_create_leave_no_container_and_the_shim_can_be_asked_again(shop: Workshop, log: Path) -> None:
     shim = with_hooks(shop, log, "true", failing="createRuntime")
     with pytest.raises(RequestError, match=r"hooks\.createRuntime\[0\]: .*exit status 1"):

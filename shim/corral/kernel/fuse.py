@@ -8,7 +8,7 @@ Source: Documentation/filesystems/fuse.rst; fuse_session_mount of libfuse 3, "/d
 import os
 from collections.abc import Sequence
 
-from corral.kernel import mount
+from corral.kernel import mount, process
 
 _CONNECTION = 3
 """The descriptor that the program finds its connection at."""
@@ -37,7 +37,7 @@ def mount_served(program: str, options: Sequence[str], *, subtype: str, attribut
 def _start(program: str, options: str, connection: int) -> None:
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     try:
-        os.posix_spawn(
+        pid = os.posix_spawn(
             program,
             [os.path.basename(program), "-f", "-o", options, f"/dev/fd/{_CONNECTION}"],  # noqa: PTH119 - a string
             {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
@@ -48,5 +48,6 @@ def _start(program: str, options: str, connection: int) -> None:
             setsid=True,
             setsigmask=(),
         )
+        process.lose_oom_protection(pid)  # our child, not reaped: the pid is its
     finally:
         os.close(null)

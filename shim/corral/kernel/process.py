@@ -3,6 +3,7 @@
 The only place of corral that forks.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -203,6 +204,17 @@ def set_parent_death_signal(number: int) -> None:
 def set_name(name: str) -> None:
     """The name ps shows (15 bytes of it)."""
     check(_prctl_name(_PR_SET_NAME, name.encode(), 0, 0, 0), "prctl PR_SET_NAME")
+
+
+def lose_oom_protection(pid: int | str = "self") -> None:
+    """Raise an OOM score adjustment below 0 to 0; it stays where /proc does not allow that. Source: proc(5)."""
+    with contextlib.suppress(OSError):
+        fd = os.open(f"/proc/{pid}/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if os.read(fd, 16).startswith(b"-"):
+                os.pwrite(fd, b"0", 0)
+        finally:
+            os.close(fd)
 
 
 def reset_signals() -> None:

@@ -46,7 +46,7 @@ def run_hooks(hooks: Hooks, point: str, state: State, *, env: Mapping[str, str],
     """
     for i, hook in enumerate(getattr(hooks, point)):
         try:
-            _run(hook, state, env, directory)
+            _run(hook, state, env, directory, of_host=point != "start_container")
         except (OSError, _Failed) as e:
             reason = (e.strerror or str(e)) if isinstance(e, OSError) else str(e)
             raise ExecFailed(SETUP, f"hooks.{HOOK_POINTS[point]}[{i}]: {hook.path}: {reason}") from e
@@ -114,7 +114,7 @@ class _Failed(Exception):
     """What a hook did wrong, or the kernel to it."""
 
 
-def _run(hook: Hook, state: State, env: Mapping[str, str], directory: int | str) -> None:
+def _run(hook: Hook, state: State, env: Mapping[str, str], directory: int | str, *, of_host: bool) -> None:
     if hook.env:
         env = dict(assignment.split("=", 1) for assignment in hook.env)
     told = _pipe_holding(json.dumps(state.to_json()).encode())
@@ -123,7 +123,7 @@ def _run(hook: Hook, state: State, env: Mapping[str, str], directory: int | str)
         try:
             pid, pidfd = process.clone(0)
             if pid == 0:
-                _become(hook, env, told, writer, directory)
+                _become(hook, env, told, writer, directory, of_host=of_host)
         except BaseException:
             os.close(reader)
             raise
@@ -162,9 +162,13 @@ def _pipe_holding(content: bytes) -> int:
     return reader
 
 
-def _become(hook: Hook, env: Mapping[str, str], stdin: int, output: int, directory: int | str) -> NoReturn:
+def _become(
+    hook: Hook, env: Mapping[str, str], stdin: int, output: int, directory: int | str, *, of_host: bool
+) -> NoReturn:
     """The hook's own process, from birth to exec."""
     try:
+        if of_host:  # it has no part in what spares a shim; and in a container /proc may be anything
+            process.lose_oom_protection()
         process.reset_signals()
         os.setsid()
         _enter(directory)
