@@ -28,6 +28,13 @@ from support.registry import Authority, write_hosts
 from support.requirements import needs
 
 from corral.api.images.v1 import images_pb2 as pb
+from corral.images.digest import Digest
+from corral.images.model import Descriptor
+from corral.images.reference import parse_reference
+from corral.images.registry.credentials import ANONYMOUS
+from corral.images.registry.downloads import Wanted, _Shared
+from corral.images.registry.http import Http
+from corral.images.registry.repository import open_repository
 from corral.rpc.errors import (
     CorralError,
     FailedPrecondition,
@@ -661,6 +668,33 @@ async def test_who_comes_while_a_cancelled_download_ends_starts_it_again(leaf: I
     first.cancel()
     assert (await leaf.pull(f"{faulty.host}/y:1")).chain_id
     await asyncio.wait((first,))
+
+
+async def test_who_comes_in_the_moment_in_which_a_download_fails_starts_anew(leaf: ImagesLeaf, faulty: Faulty) -> None:
+    made = small(faulty)
+    downloads = leaf.service._registries.puller._downloads
+    descriptor = Descriptor(OCI_LAYER, Digest(digest(made)), len(made))
+    reference = parse_reference(f"{faulty.host}/x:1")
+    http = Http()
+    repository = await open_repository(http, Path("/nonexistent"), reference, ANONYMOUS, insecure=False)
+    wanted = Wanted(descriptor, "default", "", 60.0)
+    del faulty.blobs[digest(made)]
+    late: list[asyncio.Task[bool]] = []
+
+    def come(_: object) -> None:
+        work = downloads._join(repository, wanted, lambda *_: None)
+        late.append(asyncio.Task(work, loop=asyncio.get_running_loop(), eager_start=True))
+
+    task = asyncio.ensure_future(downloads._fetch(repository, wanted, lambda *_: None))
+    downloads._under_way[descriptor.digest] = _Shared(task)
+    task.add_done_callback(come)
+    task.add_done_callback(lambda _: downloads._under_way.pop(descriptor.digest))
+    await asyncio.wait((task,))
+    assert not late[0].done(), "it would be asked again and again, and nobody else would have a turn"
+    assert not await late[0]
+    with pytest.raises(NotFound):
+        await downloads.fetch(repository, wanted, lambda *_: None)
+    await http.close()
 
 
 async def test_what_a_cancelled_pull_has_fetched_is_kept_for_the_next(leaf: ImagesLeaf, faulty: Faulty) -> None:

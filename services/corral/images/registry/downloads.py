@@ -74,6 +74,7 @@ class Downloads:
         except CorralError:
             if is_mine:
                 raise
+            await asyncio.wait((shared.task,))  # until it is out of the table too: a done task alone suspends nobody
             return False
         finally:
             shared.listeners.remove(listener)
