@@ -118,6 +118,23 @@ async def test_a_blob_of_another_size_is_refused(leaf: ImagesLeaf, faulty: Fault
     await fails(leaf, f"{faulty.host}/x:1", FailedPrecondition, f"bytes of blob {digest(made)} instead of {len(made)}")
 
 
+@pytest.mark.parametrize("status", [401, 403, 404])
+async def test_a_damaged_blob_of_a_mirror_ends_the_pull_if_the_registry_does_not_give_it(
+    leaf: ImagesLeaf, faulty: Faulty, mirror: Faulty, tmp_path: Path, status: int
+) -> None:
+    made = small(mirror)
+    mirror.blobs[digest(made)] = made[:-1] + b"!"
+
+    def on(handler: Handler, _: Seen) -> bool:
+        handler.answer(status)
+        return True
+
+    faulty.on = on
+    async with asyncio.timeout(10):
+        await fails(leaf, mirrored(tmp_path, faulty, mirror), InvalidArgument, "nothing was stored")
+    assert len(mirror.of(digest(made))) == 2
+
+
 @pytest.mark.parametrize("which", ["config", "layer"])
 async def test_a_blob_of_a_size_that_none_has_is_refused(leaf: ImagesLeaf, faulty: Faulty, which: str) -> None:
     made = layer([Entry("f", b"x")])

@@ -113,8 +113,10 @@ class Downloads:
                     if partial.is_proven:
                         await self._take(partial, wanted, tell)
                         return
-                    tried |= download.hosts
-                    await self._give_up(partial, repository, tried)
+                    await self._discard(partial)
+                    if not partial.recalled:
+                        self._blame(partial, repository, download.hosts, tried)
+                        tried |= download.hosts
         except OSError as e:
             raise explained(e, f"cannot store blob {descriptor.digest}") from e
 
@@ -133,13 +135,14 @@ class Downloads:
         failpoint("images.pull.after_blob")
         await run_blocking(partial.remove)
 
-    async def _give_up(self, partial: Partial, repository: Repository, tried: set[Host]) -> None:
-        """What is wrong goes. Once more, if bytes from before a power loss, or a mirror, may be to blame."""
+    async def _discard(self, partial: Partial) -> None:
+        """It is fetched once more, since bytes from before a power loss, or a mirror, may be to blame."""
         await run_blocking(partial.remove)
         log.warning("images.blob_wrong", digest=partial.digest, found=partial.found_digest)
-        if partial.recalled:
-            return
-        if repository.distrust(tried):
+
+    def _blame(self, partial: Partial, repository: Repository, hosts: set[Host], tried: set[Host]) -> None:
+        """Raises InvalidArgument if there is no other to ask, or none that gave it in place of those tried before."""
+        if repository.distrust(hosts) or hosts <= tried:
             raise InvalidArgument(
                 f"registry {repository.reference.domain} gave blob {partial.digest} with the digest"
                 f" {partial.found_digest}: it is damaged there or on its way, nothing was stored",
