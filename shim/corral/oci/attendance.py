@@ -115,17 +115,29 @@ def await_ready(
             state = container.state.at(CREATING, pid)
             hooks.run_hooks(container.spec.hooks, point, state, env=os.environ, directory=container.bundle)
 
-    with heeded(parent, pidfd):
-        console, successor = parent.receive_ready(patience(pidfd, limit_s), pass_listener, run_hooks)
-        follower = None if successor is None else process.pidfd_open(successor)  # not reaped: the pid is still its
-    if successor is not None and follower is not None:
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-        os.close(pidfd)
-        pid, pidfd = successor, follower
-    with heeded(parent, pidfd):
-        if allotment is not None:
-            allotment.schedule(pid)
-        return ProcessHandle(pid, pidfd, process.start_time(pid), console)
+    with contextlib.ExitStack() as unless_ready:
+        with heeded(parent, pidfd):
+            console, successor = parent.receive_ready(patience(pidfd, limit_s), pass_listener, run_hooks)
+            if console is not None:
+                unless_ready.callback(os.close, console)
+            follower = None if successor is None else process.pidfd_open(successor)  # not reaped: the pid is still its
+        if successor is not None and follower is not None:
+            _reap_predecessor(pidfd)
+            pid, pidfd = successor, follower
+        with heeded(parent, pidfd):
+            if allotment is not None:
+                allotment.schedule(pid)
+            handle = ProcessHandle(pid, pidfd, process.start_time(pid), console)
+        unless_ready.pop_all()
+        return handle
+
+
+def _reap_predecessor(pidfd: int) -> None:
+    """See to the end of a child that has but to end, which whoever can signal it may have stopped."""
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(pidfd, signal.SIGKILL)
+    os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    os.close(pidfd)
 
 
 def await_exec(parent: ParentEnd, pid: int, pidfd: int, start_time: int, limit_s: float) -> None:
@@ -191,8 +203,7 @@ def follow_guide(
         assert isinstance(born, int)
         # Our own child, not reaped yet: the pid is still its.
         follower = process.pidfd_open(born)
-    os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-    os.close(pidfd)
+    _reap_predecessor(pidfd)
     with heeded(parent, follower):
         parent.send_answer(True, patience(follower, SETUP_S))
     return born, follower
