@@ -151,6 +151,20 @@ def test_the_directory_of_a_registry_is_found(tmp_path: Path, directory: str) ->
     assert bases(tmp_path, "r.example:5000") == ["http://elsewhere.example/v2"]
 
 
+def test_the_server_of_all_registries_is_a_mirror_to_those_that_it_is_not(tmp_path: Path) -> None:
+    """Else it would get what each of them is logged in with, and no word of whose content is wanted."""
+    text = 'server = "https://cache.example"\n[host."http://cache.example"]\n'
+    write_hosts(tmp_path, "_default", text)
+    for domain in ("r.example", "docker.io"):
+        assert {(e.is_registry, e.mirror_of) for e in endpoints(tmp_path, domain)} == {(False, domain)}
+    assert {(e.is_registry, e.mirror_of) for e in endpoints(tmp_path, "cache.example")} == {(True, "")}
+    write_hosts(tmp_path, "_default", 'server = "https://registry-1.docker.io"\n')
+    assert endpoints(tmp_path, "docker.io")[0].is_registry
+    assert not endpoints(tmp_path, "ghcr.io")[0].is_registry
+    write_hosts(tmp_path, "r.example", text)
+    assert {(e.is_registry, e.mirror_of) for e in endpoints(tmp_path, "r.example")} == {(True, "")}
+
+
 def test_what_stands_at_the_top_of_the_file_is_the_servers(tmp_path: Path) -> None:
     write_hosts(tmp_path, "r.example", 'skip_verify = true\ncapabilities = ["pull", "resolve"]\n[header]\nx-a = "1"\n')
     [only] = endpoints(tmp_path, "r.example")

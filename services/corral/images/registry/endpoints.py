@@ -2,7 +2,8 @@
 
     certs.d/<host>_<port>_/hosts.toml      or <host>:<port>, <host>, and _default for all that have none
 
-    server = "https://registry.example"            the registry itself, asked last
+    server = "https://registry.example"            the registry itself, asked last; in _default, where it is of all
+                                                   registries, a mirror of those whose name is another
     [host."https://mirror.example"]                asked before it, in this order
       capabilities = ["pull", "resolve"]           of pull, resolve, push, referrers; all if not given
       ca = "ca.crt"                                or a list; relative to the file
@@ -19,7 +20,7 @@ docker takes them. The files are read for each pull and push, so a change needs 
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from ipaddress import ip_address
@@ -142,23 +143,27 @@ def _from_document(document: Mapping[str, object], domain: str, directory: Path)
     if not isinstance(server, str) or not isinstance(hosts, dict):
         raise ValueError("server must be an address, and host a table of tables")
     if server:
-        registry = [_endpoint(server, document, directory, where="server")]
+        own = {domain, urlsplit(HUB).netloc} if domain == DEFAULT_DOMAIN else {domain}
+        found = _endpoint(server, document, directory, where="server")
+        registry = [found if directory.name != DEFAULT_DIRECTORY else _judged(found, own, domain)]
     else:
         tls = _tls(document, directory, "server")
         registry = [
             replace(_with_options(e, document, "server"), tls=e.tls if tls == TlsFiles() else tls)
             for e in _defaults(domain, tls, insecure=False)
         ]
-    own = {domain, *(e.authority for e in registry)}
+    own = {domain, *(e.authority for e in registry if e.is_registry)}
     mirrors = []
     for address, table in hosts.items():
         if not isinstance(table, dict):
             raise ValueError(f"host.{address!r} must be a table")
-        mirror = _endpoint(address, table, directory, where=f"host.{address!r}")
-        if mirror.authority not in own:
-            mirror = replace(mirror, is_registry=False, mirror_of=domain)
-        mirrors.append(mirror)
+        mirrors.append(_judged(_endpoint(address, table, directory, where=f"host.{address!r}"), own, domain))
     return [*mirrors, *registry]
+
+
+def _judged(endpoint: Endpoint, own: Collection[str], domain: str) -> Endpoint:
+    """As the registry itself if it is at one of its `own` addresses, else as a mirror."""
+    return endpoint if endpoint.authority in own else replace(endpoint, is_registry=False, mirror_of=domain)
 
 
 def _endpoint(address: str, table: Mapping[str, object], directory: Path, *, where: str) -> Endpoint:
