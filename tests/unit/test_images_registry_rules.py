@@ -15,7 +15,7 @@ from corral.images.registry.challenge import parse_challenges
 from corral.images.registry.credentials import Credentials
 from corral.images.registry.download import PART_BYTES, parts
 from corral.images.registry.endpoints import Capability, endpoints
-from corral.images.registry.http import origin, shown
+from corral.images.registry.http import origin, proxy_for, shown
 from corral.rpc.errors import FailedPrecondition
 
 REALM = 'realm="https://auth.example/token"'
@@ -214,6 +214,33 @@ def test_secrets_are_in_no_representation() -> None:
 
 def test_an_address_is_shown_without_what_may_be_secret() -> None:
     assert shown("https://user:pw@r.example:5/a/b?X-Amz-Signature=abc#f") == "https://r.example:5/a/b"
+
+
+@pytest.mark.parametrize(
+    ("host", "is_proxied"),
+    [
+        ("localhost:5000", False),
+        ("127.0.0.1:5000", False),
+        ("[::1]:5000", False),
+        ("10.1.2.3:5000", False),
+        ("10.2.0.1", True),
+        ("[fd00::7]:5000", False),
+        ("192.0.2.1", False),
+        ("192.0.2.2", True),
+        ("registry.corp.example:5000", False),
+        ("r.example", True),
+    ],
+)
+def test_a_proxy_is_used_as_go_uses_it(host: str, is_proxied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
+    monkeypatch.setenv("no_proxy", "10.1.0.0/16, fd00::/8,192.0.2.1,.corp.example,")
+    assert proxy_for(f"http://{host}/v2/") == ("http://proxy.example:3128" if is_proxied else None)
+
+
+def test_without_a_proxy_none_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("https_proxy", raising=False)
+    monkeypatch.delenv("HTTPS_PROXY", raising=False)
+    assert proxy_for("https://r.example/v2/") is None
 
 
 def test_origins_differ_by_scheme_host_and_port() -> None:

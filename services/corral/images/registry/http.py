@@ -8,11 +8,13 @@ import os
 import re
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
+from corral.images.registry.endpoints import is_loopback
 from corral.images.registry.errors import CannotConnect, Interrupted, Trouble, Untrusted
 
 if TYPE_CHECKING:
@@ -143,7 +145,7 @@ class Http:
                 data=body() if callable(body) else body,
                 ssl=tls,
                 allow_redirects=False,
-                proxy=_proxy_for(url),
+                proxy=proxy_for(url),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=call.connect_s, sock_read=SILENCE_S),
             )
         return Reply(response, url)
@@ -234,10 +236,27 @@ def shown(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"[:300]
 
 
-def _proxy_for(url: str) -> str | None:
-    """By $HTTPS_PROXY, $HTTP_PROXY and $NO_PROXY, as every other program of the host."""
+def proxy_for(url: str) -> str | None:
+    """By $HTTPS_PROXY, $HTTP_PROXY and $NO_PROXY, as every other program of the host.
+
+    Source: Go, golang.org/x/net/http/httpproxy: never for this host itself; $NO_PROXY has networks, too.
+    """
     from urllib.request import getproxies_environment, proxy_bypass
 
     parts = urlsplit(url)
-    proxy = getproxies_environment().get(parts.scheme)
-    return None if not proxy or proxy_bypass(parts.netloc) else proxy
+    proxies = getproxies_environment()
+    proxy = proxies.get(parts.scheme)
+    if not proxy or is_loopback(parts.netloc) or _is_within(parts.hostname or "", proxies.get("no", "")):
+        return None
+    return None if proxy_bypass(parts.netloc) else proxy
+
+
+def _is_within(host: str, networks: str) -> bool:
+    """Whether the host is an address of one of them; other words among them do not matter."""
+    with suppress(ValueError):
+        address = ip_address(host)
+        for word in networks.split(","):
+            with suppress(ValueError):
+                if address in ip_network(word.strip(), strict=False):
+                    return True
+    return False
