@@ -353,3 +353,11 @@ def test_root_of_a_user_namespace_with_the_same_ids_is_not_the_hosts(oci):
     ]
     assert call([], *child).stdout == "0 False\n"
     assert call([], python, "-c", script).stdout == "0 True\n"
+
+
+def test_where_the_kernel_has_no_user_namespaces_root_is_the_hosts(oci):
+    """The names of the namespaces are hidden, as a kernel without CONFIG_USER_NS lacks this one."""
+    program = "from corral.kernel.privilege import is_hosts_root; print(is_hosts_root())"
+    python = f"{oci.words()[0].rpartition('/')[0]}/python"
+    script = 'mount -t tmpfs none /proc/$$/ns && exec "$1" -c "$2"'
+    assert call([], "unshare", "--mount", "sh", "-ec", script, "sh", python, program).stdout == "True\n"

@@ -15,4 +15,8 @@ Not its mappings are what tells it: those of another may be the same.
 
 def is_hosts_root() -> bool:
     """Whether the caller is root in the host's own user namespace."""
-    return os.geteuid() == 0 and os.stat("/proc/self/ns/user").st_ino == _INITIAL_INODE  # noqa: PTH116 - no pathlib here
+    try:
+        in_hosts = os.stat("/proc/self/ns/user").st_ino == _INITIAL_INODE  # noqa: PTH116 - no pathlib here
+    except FileNotFoundError:  # a kernel without CONFIG_USER_NS has but the host's
+        in_hosts = True
+    return os.geteuid() == 0 and in_hosts
