@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import re
+import select
 import signal
 import socket
 import statistics
@@ -31,8 +32,10 @@ from shimclient import (
 )
 from support.requirements import needs
 
+from corral.kernel import process
 from corral.kernel.paths import opened
-from corral.shim import seal
+from corral.oci.rehearsal import Typical
+from corral.shim import seal, zygote
 
 pytestmark = needs("root", "busybox")
 
@@ -277,3 +280,19 @@ def test_a_sealed_copy_in_memory_serves_where_mounts_cannot() -> None:
 
 def test_an_interpreter_on_an_ordinary_mount_is_not_sealed() -> None:
     assert not seal.is_sealed()
+
+
+def test_a_spare_that_can_not_plan_ahead_is_one_all_the_same() -> None:
+    class Unplannable(Typical):
+        def plan(self) -> None:
+            raise LookupError("no such thing")
+
+    ours, its = socket.socketpair()
+    with ours, its:
+        pid = process.fork()
+        if pid == 0:
+            ours.close()
+            zygote._become_shim(its, Unplannable())
+        its.close()
+        assert not select.select([ours], [], [], 0.3)[0]  # it waits for its orders
+    assert os.waitpid(pid, 0)[1] == 0

@@ -146,7 +146,8 @@ class Zygote:
             spare, self._spare = self._spare, None
             if spare is None or not spare.assign(listener, bundle, namespace, container):
                 spare = self._fork_spare()
-                spare.assign(listener, bundle, namespace, container)
+                if not spare.assign(listener, bundle, namespace, container):
+                    raise ShimError("unavailable", "the shim ended before it was told what to do")
             self._bundles[spare.pid] = bundle
         finally:
             os.close(listener)
@@ -207,7 +208,8 @@ def _become_shim(orders: socket.socket, typical: Typical) -> NoReturn:
         larder = Larder()
         with contextlib.suppress(OSError):  # init will meet the same error and tell it
             larder.stock()
-        typical.plan()
+        with contextlib.suppress(Exception):  # it is but to be quicker later, and no reason to be no shim
+            typical.plan()
         try:
             order, listener = _receive_order(Channel(orders))
         except EOFError:  # the zygote has ended
