@@ -225,8 +225,8 @@ class Shim:
     def _hold_mounts(self, init: ContainerProcess) -> None:
         """Keep its mount namespace until its exit is told: the kernel tells us of that only once it has taken apart
         what is init's alone, which for a namespace with mounts takes milliseconds."""
-        with contextlib.suppress(FileNotFoundError):  # it has ended
-            self._mounts = open_namespace(f"/proc/{init.pid}/ns/{Kind.MOUNT.file}")
+        with contextlib.suppress(OSError):  # without it the exit is told a little later, and no more than that
+            self._mounts = open_namespace(f"/proc/{init.pid}/ns/{Kind.MOUNT.file}") if init.ended is None else None
 
     def _let_mounts_go(self) -> None:
         if self._mounts is not None:
