@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import ssl
 import threading
 import time
@@ -32,6 +33,7 @@ from corral.images.digest import Digest
 from corral.images.model import Descriptor
 from corral.images.reference import parse_reference
 from corral.images.registry.credentials import ANONYMOUS
+from corral.images.registry.download import Download
 from corral.images.registry.downloads import Wanted, _Shared
 from corral.images.registry.http import Http
 from corral.images.registry.repository import open_repository
@@ -711,6 +713,44 @@ async def test_who_comes_in_the_moment_in_which_a_download_fails_starts_anew(lea
     assert not await late[0]
     with pytest.raises(NotFound):
         await downloads.fetch(repository, wanted, lambda *_: None)
+    await http.close()
+
+
+async def test_a_file_is_open_as_long_as_a_cancelled_download_writes_it(
+    leaf: ImagesLeaf, faulty: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another file may have the number of one that was closed under a writer. The disk is slow here."""
+    made = small(faulty)
+    writing, go_on = threading.Event(), threading.Event()
+    found: list[str] = []
+    pwrite = os.pwrite
+
+    def slowly(fd: int, data: bytes, offset: int) -> int:
+        writing.set()
+        assert go_on.wait(20)
+        found.append(Path(f"/proc/self/fd/{fd}").readlink().name)
+        return pwrite(fd, data, offset)
+
+    descriptor = Descriptor(OCI_LAYER, Digest(digest(made)), len(made))
+    http = Http()
+    reference = parse_reference(f"{faulty.host}/x:1")
+    repository = await open_repository(http, Path("/nonexistent"), reference, ANONYMOUS, insecure=False)
+
+    async def download() -> None:
+        async with leaf.service._partials.opened(descriptor.digest, len(made)) as partial:
+            monkeypatch.setattr(os, "pwrite", slowly)
+            await Download(repository, descriptor, partial, lambda _: None).run()
+
+    task = asyncio.ensure_future(download())
+    await until(writing.is_set)
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0.02)
+    assert not task.done()
+    go_on.set()
+    await asyncio.wait((task,))
+    assert task.cancelled()
+    assert found == [f"{digest(made)[7:]}.data"]
     await http.close()
 
 

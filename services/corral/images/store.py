@@ -6,6 +6,7 @@ The rows of each subject are written in its own module: images in catalog, trees
 import asyncio
 import os
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 
 from corral.rpc.blocking import run_blocking
@@ -142,5 +143,7 @@ async def uninterrupted[T](work: Coroutine[object, object, T]) -> T:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait((task,))
+        while not task.done():
+            with suppress(asyncio.CancelledError):  # once more: the first is the one that is raised
+                await asyncio.wait((task,))
         raise

@@ -105,14 +105,14 @@ class Download:
         try:
             async for offset, pieces in _gathered(stream, part.start, part.end):
                 if writing is not None:
-                    self._count(part, await writing)
+                    self._count(part, await asyncio.shield(writing))
                 writing = asyncio.ensure_future(run_blocking(self._partial.write, offset, pieces))
         except Interrupted as e:
             return e
         finally:
             stream.reply.close()
             if writing is not None:
-                await asyncio.wait((writing,))
+                await uninterrupted(asyncio.wait((writing,)))  # the file is closed after it
                 self._count(part, writing.result())
         return None
 

@@ -15,6 +15,7 @@ from corral.images.progress import Report, Step
 from corral.images.registry.download import Download
 from corral.images.registry.host import Host
 from corral.images.registry.repository import Repository
+from corral.images.store import uninterrupted
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import CorralError, InvalidArgument
 from corral.store import failpoint
@@ -122,7 +123,7 @@ class Downloads:
 
     async def _take(self, partial: Partial, wanted: Wanted, tell: Callable[[Step, int], None]) -> None:
         tell(Step.VERIFY, partial.size_bytes)
-        await run_blocking(partial.sync)
+        await uninterrupted(run_blocking(partial.sync))
         failpoint("images.pull.before_blob")
         await self._blobs.admit(
             partial.path,
@@ -133,11 +134,11 @@ class Downloads:
             keep_s=wanted.keep_s,
         )
         failpoint("images.pull.after_blob")
-        await run_blocking(partial.remove)
+        await uninterrupted(run_blocking(partial.remove))
 
     async def _discard(self, partial: Partial) -> None:
         """It is fetched once more, since bytes from before a power loss, or a mirror, may be to blame."""
-        await run_blocking(partial.remove)
+        await uninterrupted(run_blocking(partial.remove))
         log.warning("images.blob_wrong", digest=partial.digest, found=partial.found_digest)
 
     def _blame(self, partial: Partial, repository: Repository, hosts: set[Host], tried: set[Host]) -> None:
