@@ -97,6 +97,17 @@ def test_a_cgroup_with_a_limit_that_is_refused_is_not_made(cgroup_driver: Driver
     assert not cgroup_driver.open(path).exists()
 
 
+def test_a_cgroup_whose_making_is_interrupted_is_not_made(cgroup_driver: Driver) -> None:
+    class CtrlC(Resources):
+        def __getattribute__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    path = fresh_path()
+    with pytest.raises(KeyboardInterrupt):
+        cgroup_driver.create(path, CtrlC())
+    assert not any(each.exists() for each in cgroup_driver.open(path).paths())
+
+
 def test_list_names_what_is_there_and_prune_removes_only_what_is_empty(cgroup_driver: Driver, group: Cgroup) -> None:
     assert cgroup_driver.list(f"{parent()}/ns") == {Path(group.path).name}
     cgroup_driver.prune(f"{parent()}/ns")

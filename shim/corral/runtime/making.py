@@ -132,8 +132,8 @@ def _make_cgroup(
     place.write(state.STATE, record.to_json())  # so that a forced delete finds what is left if this process is killed
     try:
         group = groups.make(context, bundle.spec.linux, record.cgroup) if scope is None else scope.start()
-    except BaseException:
-        record.cgroup = ""  # it may be somebody else's
+    except Exception:
+        record.cgroup = ""  # it may be somebody else's; who interrupts us leaves one that is removed if it is empty
         raise
     if group is not None:
         record.cgroup_is_own = True

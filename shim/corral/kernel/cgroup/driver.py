@@ -68,7 +68,7 @@ class Driver:
             if resources is not None:
                 self.enable(path, resources)
                 group.apply(resources, fresh=not adopt)
-        except OSError:
+        except BaseException:
             for directory in reversed(made):
                 with contextlib.suppress(OSError):
                     os.rmdir(directory)  # noqa: PTH106 - see _make()
