@@ -1,5 +1,6 @@
 """Pushes to registries that break, that want no chunks, that know referrers and that do not."""
 
+import asyncio
 import json
 import re
 import ssl
@@ -176,6 +177,31 @@ async def test_a_chunk_that_breaks_goes_on_where_the_registry_is(
     assert broken[0] in starts
     sent = sum(len(seen.body) for seen in sink.faulty.of("", "PATCH"))
     assert sent <= len(made) + MIB
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("loses", [False, True])
+async def test_an_upload_that_comes_no_further_is_given_up(
+    leaf: ImagesLeaf, sink: Sink, tmp_path: Path, loses: bool
+) -> None:
+    """Every chunk is accepted, but the registry has only the first of them; or takes each second, and loses it."""
+    await load(leaf, tmp_path)
+    patches: list[int] = []
+
+    def meddle(handler: Handler, seen: Seen) -> bool:
+        if "/session/" not in seen.path or seen.method == "PUT":
+            return False
+        if seen.method == "PATCH":
+            patches.append(1)
+        has = 2 * MIB if loses and seen.method == "PATCH" and len(patches) % 2 else MIB
+        handler.answer(202, Location=seen.path, Range=f"0-{has - 1}")
+        return True
+
+    sink.meddle = meddle  # type: ignore[method-assign]
+    with pytest.raises(Unavailable, match="blob"):
+        async with asyncio.timeout(20):
+            await leaf.push("x:1", f"{sink.faulty.host}/x:1")
+    assert len(patches) < 15
 
 
 @pytest.mark.usefixtures("chunks")

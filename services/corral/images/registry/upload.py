@@ -25,7 +25,7 @@ from corral.images.registry.backoff import ATTEMPTS, delay_s
 from corral.images.registry.endpoints import Capability
 from corral.images.registry.errors import Interrupted, Refused
 from corral.images.registry.host import Host, Request
-from corral.images.registry.http import Body, Reply
+from corral.images.registry.http import Body, Reply, shown
 from corral.images.registry.repository import Repository
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import FailedPrecondition, NotFound, PermissionDenied
@@ -118,9 +118,8 @@ class Upload:
         await self._repository.first(Capability.PUSH, attempt, self._what)
 
     async def _in_chunks(self, session: Session) -> None:
-        failures = 0
+        failures, furthest = 0, session.offset
         while session.offset < self._descriptor.size_bytes:
-            before = session.offset
             try:
                 session = await self._repository.first(
                     Capability.PUSH, partial(self._chunk, session), self._what, patient=False
@@ -131,8 +130,8 @@ class Upload:
                     raise self._repository.explained(e.trouble, self._what) from e.trouble
                 await asyncio.sleep(delay_s(failures))
                 session = await self._where(session)
-            if session.offset > before:
-                failures = 0
+            if session.offset > furthest:
+                failures, furthest = 0, session.offset
         location = _with_digest(session.location, self._descriptor)
         await self._ask(Request("PUT", location, self._scopes, {"Content-Length": "0"}, (201, 204)))
 
@@ -154,7 +153,10 @@ class Upload:
                 raise _NoChunks from e
             raise
         reply.close()
-        return _session(reply, offset=end, before=session)
+        reached = _session(reply, offset=end, before=session)
+        if reached.offset <= start:
+            raise _Broken(Interrupted(shown(reply.url), "it takes a chunk and does not keep it"))
+        return reached
 
     async def _where(self, session: Session) -> Session:
         """How far the registry has come."""
@@ -199,7 +201,7 @@ def _session(reply: Reply, *, offset: int, before: Session | None = None) -> Ses
     """Raises Interrupted if the registry does not say where to go on. What it says that it has, counts."""
     location = reply.headers.get("Location", before.location if before else "")
     if not location:
-        raise Interrupted(reply.url, "it began no upload")
+        raise Interrupted(shown(reply.url), "it began no upload")
     reached = _RANGE.fullmatch(reply.headers.get("Range", ""))
     least = reply.headers.get("OCI-Chunk-Min-Length", "")
     return Session(
