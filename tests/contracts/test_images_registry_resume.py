@@ -250,6 +250,9 @@ async def interrupted(root: Path, faulty: Faulty, **settings: object) -> None:
         if "/blobs/" not in seen.path or len(faulty.blobs[name]) < MIB:
             return False
         handler.answer(200, faulty.blobs[name][:MIB], Content_Length=str(len(faulty.blobs[name])))
+        time.sleep(0.3)  # progress is told of some times a second
+        handler.wfile.write(faulty.blobs[name][MIB:-1])
+        handler.wfile.flush()
         time.sleep(3)
         return True
 
