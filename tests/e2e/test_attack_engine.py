@@ -168,7 +168,11 @@ async def test_a_namespace_is_not_joined_by_a_pid_that_is_another_process(engine
 
 
 def reachable_by_an_ordinary_user(top: Path) -> list[str]:
-    """What below a directory a user without any privilege can list or read. Sockets have a test of their own."""
+    """What below a directory a user without any privilege can list, read or execute, if he knows what it is called.
+
+    Sockets have a test of their own.
+    """
+    tree = [(directory, files) for directory, _, files in os.walk(top)]
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -177,13 +181,11 @@ def reachable_by_an_ordinary_user(top: Path) -> list[str]:
             os.setgroups([])
             os.setresgid(65534, 65534, 65534)
             os.setresuid(65534, 65534, 65534)
-            found = [
-                path
-                for directory, _, files in os.walk(top)
-                for path in (directory, *(f"{directory}/{f}" for f in files))
-            ]
             with os.fdopen(writer, "w") as said:
-                said.writelines(f"{path}\n" for path in found if os.access(path, os.R_OK))
+                for directory, files in tree:
+                    paths = [f"{directory}/{name}" for name in files]
+                    open_ones = [path for path in paths if os.access(path, os.R_OK) or os.access(path, os.X_OK)]
+                    said.writelines(f"{path}\n" for path in [directory] * os.access(directory, os.R_OK) + open_ones)
         finally:
             os._exit(0)
     os.close(writer)

@@ -184,6 +184,24 @@ def test_cve_2024_3154_annotations_of_a_container_run_nothing_on_the_host(oci: R
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("path", ["..", "../../other", "/x/../../other", "memory:/other"])
+def test_a_cgroup_of_exec_is_none_of_others(oci: Runtime, path: str):
+    refused = oci.call("exec", "--cgroup", path, oci.sleeping(), "true")
+    assert refused.returncode != 0
+    assert "is not the path of a cgroup below the container's" in refused.stderr
+
+
+def test_cve_2024_25621_state_is_for_root_alone(oci: Runtime):
+    before = os.umask(0)
+    try:
+        name = oci.sleeping()
+    finally:
+        os.umask(before)
+    kept = [oci.root, *oci.root.rglob("*")]
+    assert {path.name for path in kept} >= {name, "state.json", "config.json"}
+    assert [path for path in kept if path.lstat().st_mode & 0o077] == []
+
+
 def test_a_mount_of_the_specification_climbs_no_higher_than_the_root(lab):
     """And what it names there is the container's, though the host has it too."""
     (lab.plant / "inside").write_text("inside")

@@ -16,7 +16,7 @@ from support.cgroups import eventually
 from support.requirements import needs
 
 from corral.kernel import inotify, process
-from corral.kernel.cgroup import Cgroup, Driver, Resources, detect
+from corral.kernel.cgroup import Cgroup, Driver, Resources, detect, signals
 from corral.kernel.cgroup.resources import MemoryLimits, PidsLimits
 from corral.shim.leftovers import kill_leftovers
 
@@ -129,6 +129,20 @@ class TestWhatIsLeft:
         began = time.monotonic()
         kill_leftovers([tmp_path], signal.SIGKILL)
         assert 0.5 < time.monotonic() - began < 3
+
+    def test_is_not_who_has_a_pid_by_now(self, group: Cgroup):
+        """A pid that was listed, and is another process's once it is held."""
+        pid, pidfd = process.clone(0)
+        if pid == 0:
+            time.sleep(60)
+            os._exit(0)
+        try:
+            assert not any(signals._send(directory, pid, signal.SIGKILL) for directory in group.directories)
+            assert os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is None
+        finally:
+            process.send_signal(pidfd, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+            os.close(pidfd)
 
     def test_is_not_the_shim_itself(self, group: Cgroup):
         """It was put into the container's cgroup by whoever started it: then nobody in there is the container's own."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import shimclient
 from shimclient import Workshop, run_directory, wait_gone, workshop
+from support.ocicommand import runtime_in, wait_until
 from support.requirements import needs
 
 from corral.kernel import capabilities, process
@@ -204,6 +205,51 @@ def test_the_zygote_and_its_shims_let_nobody_look_in(confined: Workshop):
     finally:
         other.kill()
         other.wait()
+
+
+def test_the_command_lets_nobody_look_in_while_its_container_runs(tmp_path):
+    """It holds the host's privilege, and may be seen by a container in the host's PID namespace."""
+    with runtime_in(tmp_path) as oci:
+        oci.write("sleep", "60")
+        name, as_equal = oci.new_id(), ("setpriv", "--bounding-set", "-sys_ptrace")
+        words = [*as_equal, *oci.words("run", name)]
+        with subprocess.Popen(words, cwd=oci.bundle, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as running:
+            try:
+                wait_until(lambda: oci.call("state", name).returncode == 0 and oci.status(name) == "running")
+                assert not lets_an_equal_look_in(running.pid)
+            finally:
+                oci.ok("kill", name, "KILL")
+
+
+def test_cve_2021_41103_what_a_shim_writes_is_for_root_alone():
+    before = os.umask(0o022)
+    try:
+        with workshop() as shop:
+            shim = shop.run("sh", "-c", "echo secret; exec sleep 60")
+            shim.exec("e", "true")
+            shim.start("e")
+            wait_until(lambda: shim.log.exists() and bool(shim.log.read_bytes()))
+            shim.wait_state("stopped", "e")
+            written = [
+                path for path in (*shim.bundle.rglob("*"), shim.log) if path.name not in ("config.json", "socket")
+            ]
+            assert len(written) > 2
+            assert [path.name for path in written if path.lstat().st_mode & 0o077 and not path.is_fifo()] == []
+    finally:
+        os.umask(before)
+
+
+def test_nothing_of_who_started_the_zygote_is_open_in_it_or_in_a_shim():
+    held = os.open("/etc/shadow", os.O_RDONLY)
+    os.set_inheritable(held, True)
+    try:
+        with workshop() as shop:
+            shim = shop.run("sleep", "60")
+            pids = (shop.zygote.pid, shim.pid, shim.state()["pid"])
+            opened = {str(link.readlink()) for pid in pids for link in Path(f"/proc/{pid}/fd").iterdir()}
+            assert "/etc/shadow" not in opened
+    finally:
+        os.close(held)
 
 
 def test_cve_2020_15257_a_shim_listens_by_a_path_alone():

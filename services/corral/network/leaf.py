@@ -43,7 +43,7 @@ class Leaf:
             subnets.check_usable(subnets.parse_subnet(text, "subnet or pool in [network] of the configuration"))
         netns = config.state / "netns"
         for directory in (config.root, config.root / "endpoints", netns):
-            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.db = Database(config.root / "network.db", MIGRATIONS, durable=False, on_loop=True)
         self._thread = NetlinkThread()
         self._firewall = Firewall(config.nft_table)

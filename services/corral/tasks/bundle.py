@@ -168,7 +168,8 @@ def _make_directory(path: Path) -> None:
     try:
         path.mkdir(mode=0o700)
     except FileNotFoundError:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for parent in (path.parent.parent, path.parent):  # mkdir()'s mode is not that of the parents it makes
+            parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.mkdir(mode=0o700)
 
 
