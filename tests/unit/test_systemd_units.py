@@ -230,7 +230,10 @@ def test_annotations_set_properties():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("A1", "5"), ("ab", "5"), ("", "5"), ("Kill-Signal", "5"), ("KillSignal", "x"), ("StopSec", "'5'")],
+    [("A1", "5"), ("ab", "5"), ("", "5"), ("Kill-Signal", "5"), ("KillSignal", "x"), ("StopSec", "'5'")]
+    + [("StopSec", value) for value in ("inf", "nan", "-1", "1e300", "18446744073710", "true", "[1]", "<5>")]
+    + [("Slice", "'a.slice'"), ("PIDs", "@au [1]"), ("Delegate", "false")]
+    + [("Environment", value) for value in ("{[1]: 2}", "{<1>: 2}", "[" * 5000, "<" * 5000, "uint64 " * 5000)],
 )
 def test_an_annotation_that_is_no_property_is_refused_by_name(key, value):
     with pytest.raises(CommandError, match=rf"annotations: 'org\.systemd\.property\.{key}'"):

@@ -39,6 +39,9 @@ ANNOTATION = "org.systemd.property."
 
 _SHORTEST_NAME = 3
 _SECOND_US = 1_000_000
+_TOO_LONG_US = 2**64
+_FIXED = frozenset(("Slice", "PIDs", "Delegate"))
+"""Where the scope is, what is moved there, and that what is below it is ours: nobody else's processes or cgroups."""
 _ACCOUNTING = ("CPUAccounting", "MemoryAccounting", "TasksAccounting")
 
 
@@ -67,14 +70,18 @@ def _annotated(key: str, written: str) -> Property:
     name = key.removeprefix(ANNOTATION)
     if len(name) < _SHORTEST_NAME or not (name.isascii() and name.isalpha()):
         raise CommandError(f"annotations: {key!r} does not end with the name of a property")
+    if name in _FIXED:
+        raise CommandError(f"annotations: {key!r}: it is not for an annotation to set")
     try:
         value = text.parse(written)
     except ValueError as e:
         raise CommandError(f"annotations: {key!r}: {e}") from None
     stem = name.removesuffix("Sec")  # as unit files have it, where properties are of microseconds
     if stem != name and stem[-1].islower():
-        if not isinstance(value.value, int | float):
+        if isinstance(value.value, bool) or not isinstance(value.value, int | float):
             raise CommandError(f"annotations: {key!r}: not a number")
+        if not 0 <= value.value * _SECOND_US < _TOO_LONG_US:
+            raise CommandError(f"annotations: {key!r}: {written} is not a time in seconds")
         return f"{stem}USec", Variant("t", int(value.value * _SECOND_US))
     return name, value
 

@@ -13,6 +13,9 @@ from corral.kernel.dbus.marshalling import Variant, marshal, split, split_entry
 
 _NAMES = "boolean byte int16 uint16 int32 uint32 int64 uint64 double string objectpath signature"
 _KEYWORDS = dict(zip(_NAMES.split(), "bynqiuxtdsog", strict=True))
+_BASIC = frozenset(_KEYWORDS.values())
+_DEEPEST = 64
+"""Of values in values, as in a message."""
 _ESCAPES = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
 _CODE_POINTS = {"u": 4, "U": 8}
 _SPACE = " \t\n\r\f\v"
@@ -38,6 +41,7 @@ class _Parser:
     def __init__(self, text: str) -> None:
         self._text = text
         self.at = 0
+        self._depth = 0
 
     def error(self, why: str) -> ValueError:
         return ValueError(f"{self._text!r}, at {self.at}: {why}")
@@ -69,6 +73,14 @@ class _Parser:
 
     def value(self, wanted: str) -> tuple[str, Any]:
         """A value with its type; wanted: the one it has to have, if that is known."""
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise self.error("too deep")
+        found = self._value(wanted)
+        self._depth -= 1
+        return found
+
+    def _value(self, wanted: str) -> tuple[str, Any]:
         first = self._next()
         if first == "@":
             return self._annotated(wanted)
@@ -178,6 +190,8 @@ class _Parser:
             if found:
                 self._expect(",")
             key_kind, key = self.value(key_kind)
+            if key_kind not in _BASIC:
+                raise self.error(f"a key can't be of type {key_kind!r}")
             self._expect(":")
             value_kind, found[key] = self.value(value_kind)
         if not key_kind:
