@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.registry import write_hosts
 
-from corral.images.partials import merged
+from corral.images.digest import digest_of
+from corral.images.partials import Partials, merged
 from corral.images.registry.backoff import LONGEST_S, delay_s, retry_after_s
 from corral.images.registry.challenge import parse_challenges
 from corral.images.registry.credentials import Credentials
@@ -87,6 +88,24 @@ def test_parts_are_made_one_by_one_and_are_all_of_it() -> None:
         (9 + PART_BYTES, 9 + 2 * PART_BYTES),
         (9 + 2 * PART_BYTES, 10 + 2 * PART_BYTES),
     ]
+
+
+def test_a_partial_blob_that_goes_while_others_are_collected_is_nobodys_trouble(tmp_path: Path) -> None:
+    partials = Partials(tmp_path, keep_s=0.0)
+    (tmp_path / "partial" / "ab.data").symlink_to("gone")  # it is listed, and there is nothing behind the name
+    (tmp_path / "partial" / "cd.data").write_bytes(b"x")
+    removed, reclaimed = partials.collect(grace=False)
+    assert (removed, reclaimed > 0) == (["sha256:cd"], True)
+    assert not (tmp_path / "partial" / "cd.data").exists()
+
+
+async def test_a_partial_blob_that_is_open_is_not_collected(tmp_path: Path) -> None:
+    partials = Partials(tmp_path, keep_s=0.0)
+    async with partials.opened(digest_of(b"x"), 1) as partial:
+        assert partials.collect(grace=False) == ([], 0)
+        assert partial.path.exists()
+    assert partials.collect(grace=False)[0] == [digest_of(b"x")]
+    assert not partial.path.exists()
 
 
 def bases(certs: Path, domain: str, **options: bool) -> list[str]:

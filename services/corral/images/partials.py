@@ -153,6 +153,25 @@ class Partial:
         self._log_path.unlink(missing_ok=True)
 
 
+def _remove(stem: Path, oldest: float) -> int | None:
+    """Unless it is younger, or is gone: a pull may have ended meanwhile. How many bytes are free by that."""
+    found = {path: entry for path in (stem.with_suffix(DATA), stem.with_suffix(LOG)) if (entry := _stat(path))}
+    # A file with another name is a blob by now: whoever made it one was killed before it took this name away.
+    is_blob = any(entry.st_nlink > 1 for entry in found.values())
+    if not found or (not is_blob and any(entry.st_mtime > oldest for entry in found.values())):
+        return None
+    for path in found:
+        path.unlink(missing_ok=True)
+    return 0 if is_blob else sum(entry.st_blocks * 512 for entry in found.values())
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+
+
 class Partials:
     """All of them. Nobody may open the same digest twice at a time."""
 
@@ -161,36 +180,35 @@ class Partials:
         self._directory.mkdir(exist_ok=True, mode=0o700)
         self._keep_s = keep_s
         self._open: set[str] = set()
+        self._choosing = Lock()  # so that nobody opens what is just found to be nobody's
         self._sweeping: asyncio.Task[None] | None = None
 
     @asynccontextmanager
     async def opened(self, digest: Digest, size_bytes: int) -> AsyncIterator[Partial]:
         """Within the block nobody collects it. Raises OSError."""
         partial = Partial(self._directory / hex_of(digest), digest, size_bytes)
-        self._open.add(partial.path.stem)
         try:
-            await uninterrupted(run_blocking(partial.open))
+            await uninterrupted(run_blocking(self._begin, partial))
             yield partial
         finally:
             partial.close()
             self._open.discard(partial.path.stem)
+
+    def _begin(self, partial: Partial) -> None:
+        with self._choosing:
+            self._open.add(partial.path.stem)
+        partial.open()
 
     def collect(self, *, grace: bool = True) -> tuple[list[str], int]:
         """Remove those that nobody came back for; without grace, all that are not open. Digests, and their bytes."""
         oldest = time.time() - self._keep_s if grace else float("inf")
         removed, reclaimed = [], 0
         for stem in {path.with_suffix("") for path in self._directory.iterdir()}:
-            files = [stem.with_suffix(suffix) for suffix in (DATA, LOG) if stem.with_suffix(suffix).exists()]
-            entries = [path.stat() for path in files]
-            # A file with another name is a blob by now: whoever made it one was killed before it took this name away.
-            is_blob = any(entry.st_nlink > 1 for entry in entries)
-            is_wanted = not is_blob and max(entry.st_mtime for entry in entries) > oldest
-            if stem.name in self._open or is_wanted:
-                continue
-            for path in files:
-                path.unlink()
-            removed.append(PREFIX + stem.name)
-            reclaimed += sum(entry.st_blocks * 512 for entry in entries if not is_blob)
+            with self._choosing:
+                freed = None if stem.name in self._open else _remove(stem, oldest)
+            if freed is not None:
+                removed.append(PREFIX + stem.name)
+                reclaimed += freed
         return removed, reclaimed
 
     def start(self) -> None:
