@@ -165,6 +165,17 @@ def test_what_cannot_be_undone_is_left_to_a_forced_delete(oci: Runtime) -> None:
     assert "does not exist" in oci.call("state", name).stderr
 
 
+def test_a_record_in_which_another_version_has_put_more_is_read(oci: Runtime) -> None:
+    name = oci.new_id()
+    oci.write("sleep", "1000")
+    oci.detached("create", name)
+    file = oci.root / name / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"mood": "fine"}))
+    assert oci.status(name) == "created"
+    oci.ok("delete", "--force", name)
+    assert not cgroups(name)
+
+
 def test_a_container_whose_specification_cannot_be_read_any_more_can_be_deleted(oci: Runtime) -> None:
     name = oci.new_id()
     write(oci, "poststop", "true")

@@ -214,13 +214,13 @@ class Place:
             return loads(file.read())
 
     def record(self) -> Record:
-        """The record; the container does not exist without one."""
+        """The record; the container does not exist without one. What another version put there as well is left out."""
         try:
             value = self._read(STATE)
         except FileNotFoundError:
             raise not_there(self.id) from None
         assert isinstance(value, dict)
-        return Record(**value)
+        return Record(**{name: value[name] for name in Record.__slots__ if name in value})
 
     def spec(self) -> "Spec":
         """What the container was made from."""
