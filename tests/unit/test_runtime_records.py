@@ -102,6 +102,14 @@ def test_arguments_defaults_and_factories(classes) -> None:
         point(1, 2, 3)
 
 
+def test_an_argument_that_nobody_knows_is_refused(classes) -> None:
+    with pytest.raises(TypeError, match="eqq"):
+
+        @classes["dataclass"](eqq=False)
+        class _Wrong:
+            x: int
+
+
 def test_frozen_ones_are_so_and_can_be_keys(classes) -> None:
     point = classes["Point"](1)
     with pytest.raises(AttributeError):

@@ -84,8 +84,10 @@ def dataclass(
     """The decorator."""
 
     def wrap(cls: _Class) -> _Class:
-        if cls.__module__ in sys.stdlib_module_names:
+        if cls.__module__.partition(".")[0] in sys.stdlib_module_names:
             return _made_by_the_standard_one(cls, frozen=frozen, slots=slots, order=order, **more)
+        if more:
+            raise TypeError(f"dataclass() got an unexpected argument {min(more)!r}")
         return _made(cls, frozen=frozen, order=order)
 
     return wrap if cls is None else wrap(cls)
