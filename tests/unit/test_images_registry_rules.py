@@ -16,7 +16,7 @@ from corral.images.registry.challenge import parse_challenges
 from corral.images.registry.credentials import Credentials
 from corral.images.registry.download import PART_BYTES, parts
 from corral.images.registry.endpoints import Capability, endpoints
-from corral.images.registry.http import origin, proxy_for, shown
+from corral.images.registry.http import number, origin, proxy_for, shown
 from corral.rpc.errors import FailedPrecondition
 
 REALM = 'realm="https://auth.example/token"'
@@ -62,6 +62,29 @@ def test_retry_after_is_seconds_or_a_date() -> None:
     assert retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     assert retry_after_s("soon") is None
     assert retry_after_s(None) is None
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "²",
+        "7²",
+        "\N{ARABIC-INDIC DIGIT SEVEN}",
+        "9" * 5000,
+        "-1",
+        "+1",
+        "1_0",
+        "",
+        f"Wed, 21 Oct {'9' * 30} 07:28:00 GMT",
+    ],
+)
+def test_what_is_no_number_of_http_breaks_nothing(header: str) -> None:
+    assert number(header) is None
+    assert retry_after_s(header) is None
+
+
+def test_a_number_of_http_is_read() -> None:
+    assert (number("0"), number(" 12 "), number(None)) == (0, 12, None)
 
 
 @pytest.mark.parametrize(

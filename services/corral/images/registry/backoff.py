@@ -4,6 +4,8 @@ import random
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
+from corral.images.registry.http import number
+
 ATTEMPTS = 5
 FIRST_S = 0.4
 LONGEST_S = 20.0
@@ -22,12 +24,10 @@ def retry_after_s(header: str | None) -> float | None:
 
     Source: RFC 9110 section 10.2.3.
     """
-    if header is None:
-        return None
-    if header.strip().isdigit():
-        return float(header)
+    if (seconds := number(header)) is not None:
+        return float(seconds)
     try:
-        when = parsedate_to_datetime(header)
-    except ValueError:
+        when = parsedate_to_datetime(header or "")
+    except (ValueError, OverflowError):
         return None
     return max(((when if when.tzinfo else when.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds(), 0.0)

@@ -26,6 +26,7 @@ MAX_REDIRECTS = 10
 BUFFER_BYTES = 256 << 10
 USER_AGENT = "corral"
 
+_NUMBER = re.compile(r"[0-9]{1,19}")
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _NEXT = re.compile(r'<([^>]*)>\s*;[^,]*\brel="?next"?')
 _KEEPING_THE_METHOD = frozenset({307, 308})
@@ -234,6 +235,12 @@ def shown(url: str) -> str:
     """The address without user, password, query and fragment, which may be secrets."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"[:300]
+
+
+def number(header: str | None) -> int | None:
+    """A header's whole number; None where there is none. Source: RFC 9110 section 8.6, digits of ASCII."""
+    match = _NUMBER.fullmatch((header or "").strip())
+    return int(match[0]) if match else None
 
 
 def proxy_for(url: str) -> str | None:

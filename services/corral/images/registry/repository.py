@@ -22,14 +22,14 @@ from corral.images.registry.credentials import Credentials
 from corral.images.registry.endpoints import Capability, endpoints
 from corral.images.registry.errors import About, CannotConnect, Refused, Trouble, Untrusted, explained
 from corral.images.registry.host import Host, Request
-from corral.images.registry.http import Http, Reply
+from corral.images.registry.http import Http, Reply, number
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import CorralError, FailedPrecondition
 
 ACCEPT = ", ".join((*sorted(MANIFESTS), *sorted(INDEXES), "*/*;q=0.5"))
 CONNECT_ATTEMPTS = 2
 MAX_STREAMS = 6
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/(?:[0-9]+|\*)")
 
 log = structlog.get_logger()
 
@@ -132,10 +132,10 @@ class Repository:
             reply = await host.ask(self._manifest_request("HEAD", name))
             reply.close()
             digest = reply.headers.get("Docker-Content-Digest", "")
-            size = reply.headers.get("Content-Length", "")
-            if not is_digest(digest) or not size.isdigit():
+            size = number(reply.headers.get("Content-Length"))
+            if not is_digest(digest) or size is None:
                 return None
-            return Descriptor(_media_type(reply), Digest(digest), int(size))
+            return Descriptor(_media_type(reply), Digest(digest), size)
 
         return await self.first(Capability.RESOLVE, attempt, self._image(name))
 
@@ -261,7 +261,7 @@ def _proven(reply: Reply, data: bytes, name: str, expected: Descriptor | None, h
 
 def _stream(reply: Reply, host: Host, descriptor: Descriptor, start: int) -> BlobStream:
     """Raises Untrusted if the answer does not begin where it should, or is not as long as it should be."""
-    length = reply.headers.get("Content-Length", "")
+    length = number(reply.headers.get("Content-Length"))
     if reply.status == 206:
         match = _CONTENT_RANGE.match(reply.headers.get("Content-Range", ""))
         if match is None or int(match[1]) != start:
@@ -269,7 +269,7 @@ def _stream(reply: Reply, host: Host, descriptor: Descriptor, start: int) -> Blo
                 f"{host.endpoint.authority} gave another part of blob {descriptor.digest} than was asked for"
             )
         return BlobStream(reply, host, start, is_whole=False)
-    if length.isdigit() and int(length) != descriptor.size_bytes:
+    if length not in (None, descriptor.size_bytes):
         where = host.endpoint.authority
         raise Untrusted(f"{where} has {length} bytes of blob {descriptor.digest} instead of {descriptor.size_bytes}")
     return BlobStream(reply, host, 0, is_whole=True)

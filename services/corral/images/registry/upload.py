@@ -25,7 +25,7 @@ from corral.images.registry.backoff import ATTEMPTS, delay_s
 from corral.images.registry.endpoints import Capability
 from corral.images.registry.errors import Interrupted, Refused
 from corral.images.registry.host import Host, Request
-from corral.images.registry.http import Body, Reply, shown
+from corral.images.registry.http import Body, Reply, number, shown
 from corral.images.registry.repository import Repository
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import FailedPrecondition, NotFound, PermissionDenied
@@ -35,7 +35,7 @@ CHUNK_BYTES = 16 << 20  # of this size, or what the registry asks for.
 READ_BYTES = 512 << 10
 MAX_CHUNK_BYTES = 1 << 30
 
-_RANGE = re.compile(r"(?:bytes=)?0-(\d+)")
+_RANGE = re.compile(r"(?:bytes=)?0-([0-9]{1,19})")
 # What registries answer that want no chunks.
 _NO_CHUNKS = frozenset({400, 404, 405, 411, 413, 415, 416, 501})
 
@@ -203,11 +203,11 @@ def _session(reply: Reply, *, offset: int, before: Session | None = None) -> Ses
     if not location:
         raise Interrupted(shown(reply.url), "it began no upload")
     reached = _RANGE.fullmatch(reply.headers.get("Range", ""))
-    least = reply.headers.get("OCI-Chunk-Min-Length", "")
+    least = number(reply.headers.get("OCI-Chunk-Min-Length"))
     return Session(
         urljoin(reply.url, location),
         int(reached[1]) + 1 if reached and reached[1] != "0" else offset,
-        min(int(least), MAX_CHUNK_BYTES) if least.isdigit() else before.least_bytes if before else 0,
+        min(least, MAX_CHUNK_BYTES) if least is not None else before.least_bytes if before else 0,
     )
 
 
