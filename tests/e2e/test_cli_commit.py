@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 from support.corrald import Corrald
 from support.requirements import needs
@@ -45,6 +46,20 @@ def test_a_paused_container_stays_paused_and_an_ended_one_ended(box: Corrald, na
     box.corral("commit", name, "ended:1", check=True)
     assert json.loads(box.corral("inspect", name).stdout)[0]["status"] == "exited"
     box.corral("image", "rm", "paused:1", "ended:1", check=True)
+
+
+def test_a_container_that_is_removed_while_it_is_committed_leaves_an_image(box: Corrald, name: str) -> None:
+    script = "dd if=/dev/urandom of=/large bs=1M count=64; touch /made; sleep 1000"
+    box.corral("run", "-d", "--name", name, "busybox", "sh", "-c", script, check=True)
+    box.corral("exec", name, "sh", "-c", "until [ -e /made ]; do sleep 0.1; done; sync", check=True)
+    with ThreadPoolExecutor(1) as threads:
+        committing = threads.submit(box.corral, "commit", name, "late:1")
+        while json.loads(box.corral("inspect", name, check=True).stdout)[0]["status"] != "paused":
+            assert not committing.done(), committing.result()
+        box.corral("rm", "-f", name, check=True)
+        made = committing.result()
+    assert (made.returncode, made.stderr) == (0, b"")
+    box.corral("image", "rm", "late:1", check=True)
 
 
 def test_a_change_that_is_none_is_one_sentence(box: Corrald, name: str) -> None:

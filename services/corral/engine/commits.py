@@ -9,7 +9,7 @@ from corral.engine.changes import change
 from corral.engine.core import Core
 from corral.engine.lifecycle import Lifecycle
 from corral.engine.records import ContainerRecord, Status
-from corral.rpc.errors import FailedPrecondition
+from corral.rpc.errors import FailedPrecondition, NotFound
 
 
 class Commits:
@@ -45,7 +45,7 @@ class Commits:
 
     @asynccontextmanager
     async def _paused(self, record: ContainerRecord) -> AsyncIterator[None]:
-        """It may have ended before, or be killed or resumed within: then there is nothing to resume."""
+        """It may have ended before, or be killed, removed or resumed within: then there is nothing to resume."""
         paused = False
         with suppress(FailedPrecondition):
             paused = (await self._lifecycle.pause(record.id)).status is Status.PAUSED
@@ -53,7 +53,7 @@ class Commits:
             yield
         finally:
             if paused:
-                with suppress(FailedPrecondition):
+                with suppress(FailedPrecondition, NotFound):
                     await self._lifecycle.resume(record.id)
 
     async def _config(self, record: ContainerRecord) -> ImageConfig:
