@@ -6,6 +6,7 @@ It runs on v1 and hybrid on a host that mounts v1, on v2 on one that does not.
 import errno
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -241,6 +242,24 @@ def test_remove_takes_processes_and_the_cgroups_made_inside_with_it(cgroup_drive
         group.remove()
         assert not group.exists()
         assert [os.WTERMSIG(child.wait()) for child in (deep, high)] == [signal.SIGKILL] * 2
+
+
+def test_remove_takes_a_tree_that_is_deeper_than_paths_and_calls_may_be(group: Cgroup) -> None:
+    with inside(group, sleep) as child:
+        for directory in group.paths():
+            at = os.open(directory, os.O_RDONLY)
+            for _ in range(sys.getrecursionlimit() + 100 if directory == group.paths()[0] else 30):
+                os.mkdir("d" * 200, dir_fd=at)
+                below = os.open("d" * 200, os.O_RDONLY, dir_fd=at)
+                os.close(at)
+                at = below
+            with open(f"/proc/self/fd/{at}/cgroup.procs", "w") as procs:
+                procs.write(str(child.pid))
+            os.close(at)
+        assert group.pids() == [child.pid]
+        group.remove()
+        assert not group.exists()
+        assert os.WTERMSIG(child.wait()) == signal.SIGKILL
 
 
 def test_remove_takes_a_frozen_group(group: Cgroup) -> None:

@@ -13,7 +13,7 @@ Source: kernel/cgroup/cgroup.c cgroup_procs_write_start(); clone(2) CLONE_INTO_C
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from corral.kernel.cgroup import files
@@ -25,6 +25,7 @@ PROCS = "cgroup.procs"
 TASKS = "tasks"  # v1 alone has it
 SELF = 0
 _V2_LINE = b"0::"
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def birthplace(paths: "Iterable[Path]") -> "tuple[Path | None, list[Path]]":
@@ -90,18 +91,77 @@ def path_in_v2(pid: int) -> str:
     return ""
 
 
-def subtree(directory: str) -> list[str]:
-    """A cgroup directory and everything below it, parents before children; [] if it is gone or ""."""
+def subtree(directory: str) -> Iterator[str]:
+    """A cgroup directory and everything below it, parents before children; nothing if it is gone or "".
+
+    Each is a path that is good until the next one is asked for: what is below has one by its descriptor.
+    """
     try:
-        # The kernel counts sub-cgroups in st_nlink, which saves listing the files of a leaf.
-        if os.stat(directory).st_nlink <= 2:  # noqa: PTH116 - a string
-            return [directory]
-        below = sorted(entry.path for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False))
+        # The kernel counts sub-cgroups in st_nlink, which saves opening and listing a leaf.
+        is_leaf = os.stat(directory).st_nlink <= 2  # noqa: PTH116 - a string
+    except OSError as e:
+        if not gone(e):
+            raise
+        return
+    yield directory
+    if not is_leaf:
+        for fd in below(directory):
+            yield f"/proc/self/fd/{fd}"
+
+
+def below(directory: str, leave: Callable[[int, str], object] = lambda _parent, _name: None) -> Iterator[int]:
+    """An fd of each directory below one, parents before children, good until the next is asked for.
+
+    leave is called with the parent's fd and the name of each once all below that was seen. A container may make its
+    tree deeper than a path may be long, calls may be nested or descriptors be had: one is held at a time.
+    """
+    fd = _open(directory, None)
+    if fd is None:
+        return
+    way: list[str] = []
+    left = [_children(fd)]
+    try:
+        while left[-1] or way:
+            if left[-1]:
+                name = left[-1].pop()
+                if (child := _open(name, fd)) is None:
+                    continue
+                fd = _instead(fd, child)
+                way.append(name)
+                yield fd
+                left.append(_children(fd))
+            else:
+                left.pop()
+                fd = _instead(fd, os.open("..", _DIRECTORY, dir_fd=fd))
+                leave(fd, way.pop())
+    finally:
+        os.close(fd)
+
+
+def _instead(fd: int, other: int) -> int:
+    os.close(fd)
+    return other
+
+
+def _open(path: str, at: int | None) -> int | None:
+    try:
+        return os.open(path, _DIRECTORY, dir_fd=at)
+    except OSError as e:
+        if not gone(e):
+            raise
+        return None
+
+
+def _children(fd: int) -> list[str]:
+    try:
+        if os.fstat(fd).st_nlink <= 2:
+            return []
+        with os.scandir(fd) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     except OSError as e:
         if not gone(e):
             raise
         return []
-    return [directory, *(each for child in below for each in subtree(child))]
 
 
 def gone(error: OSError) -> bool:

@@ -111,9 +111,9 @@ class OomWatch:
     def _below(self) -> int:
         """v1 counts each cgroup apart: add the sub-cgroups that the container made."""
         total = 0
-        for directory in membership.subtree(self._directory)[1:]:
+        for fd in membership.below(self._directory):
             try:
-                total += files.flat_keyed(files.read(f"{directory}/{V1_OOM_CONTROL}")).get(OOM_KILL, 0)
+                total += files.flat_keyed(files.read(f"/proc/self/fd/{fd}/{V1_OOM_CONTROL}")).get(OOM_KILL, 0)
             except OSError as e:
                 if not membership.gone(e):
                     raise
