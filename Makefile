@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PROTOS := $(shell find protos -name '*.proto' | sort)
 
-.PHONY: setup generate check test test-split demo bench crash-test clean
+.PHONY: setup generate check test test-e2e test-cli test-contracts test-kernel test-unit demo bench crash-test clean
 
 # Installs what is needed by name and creates .venv; running it again changes nothing.
 setup:
@@ -21,8 +21,18 @@ check: setup
 	$(PY) protos/generate.py --check
 	$(PY) cli/generate_sync.py --check
 
+# In parts, side by side: most tests wait for the kernel, or for a time to pass. The longest come first.
+PARTS := e2e contracts cli kernel unit
 test: setup
-	$(PY) -m pytest tests $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory --keep-going --jobs=3 --output-sync=target $(PARTS:%=test-%)
+
+COMMANDS := $(wildcard tests/e2e/test_cli_*.py)
+test-e2e:
+	$(PY) -m pytest $(filter-out $(COMMANDS),$(wildcard tests/e2e/test_*.py)) $(PYTEST_ARGS)
+test-cli:
+	$(PY) -m pytest $(COMMANDS) $(PYTEST_ARGS)
+test-contracts test-kernel test-unit: test-%:
+	$(PY) -m pytest tests/$* $(PYTEST_ARGS)
 
 demo: setup
 	@$(PY) tests/e2e/demo.py
