@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PROTOS := $(shell find protos -name '*.proto' | sort)
 
-.PHONY: setup generate check test test-e2e test-cli test-contracts test-kernel test-unit demo bench crash-test clean
+.PHONY: setup generate check test test-e2e test-crashes test-cli test-contracts test-kernel test-unit demo bench crash-test clean
 
 # Installs what is needed by name and creates .venv; running it again changes nothing.
 setup:
@@ -22,13 +22,16 @@ check: setup
 	$(PY) cli/generate_sync.py --check
 
 # In parts, side by side: most tests wait for the kernel, or for a time to pass. The longest come first.
-PARTS := e2e contracts cli kernel unit
+PARTS := e2e crashes contracts cli kernel unit
 test: setup
 	@$(MAKE) --no-print-directory --keep-going --jobs=3 --output-sync=target $(PARTS:%=test-%)
 
 COMMANDS := $(wildcard tests/e2e/test_cli_*.py)
+CRASHES := tests/e2e/test_failpoints.py tests/e2e/test_engine_recovery.py
 test-e2e:
-	$(PY) -m pytest $(filter-out $(COMMANDS),$(wildcard tests/e2e/test_*.py)) $(PYTEST_ARGS)
+	$(PY) -m pytest $(filter-out $(COMMANDS) $(CRASHES),$(wildcard tests/e2e/test_*.py)) $(PYTEST_ARGS)
+test-crashes:
+	$(PY) -m pytest $(CRASHES) $(PYTEST_ARGS)
 test-cli:
 	$(PY) -m pytest $(COMMANDS) $(PYTEST_ARGS)
 test-contracts test-kernel test-unit: test-%:
