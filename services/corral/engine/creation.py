@@ -136,10 +136,11 @@ class Creation:
             exposed = tuple((await leaves.images.Get(GetImageRequest(name=config.image))).config.exposed_ports)
         attach = requests.network(config, namespace, id_, host_hostname=self._core.host.hostname, exposed=exposed)
         snapshot = requests.snapshot(config, namespace, id_)
-        prepared, endpoint, cgroup = await _all_or_error(
+        # The one whose work is done by the kernel comes first: the others prepare theirs meanwhile.
+        cgroup, prepared, endpoint = await _all_or_error(
+            persistently(lambda: self._tasks.make_cgroup(record)),
             persistently(lambda: leaves.snapshots.Prepare(snapshot)),
             persistently(lambda: leaves.endpoints.Attach(attach)),
-            persistently(lambda: self._tasks.make_cgroup(record)),
         )
         return prepared, endpoint, cgroup
 
