@@ -1,6 +1,7 @@
 """Processes as the kernel layer makes and names them."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,7 +11,12 @@ from pathlib import Path
 import pytest
 from support.requirements import needs
 
-from corral.kernel import process
+from corral.kernel import mount, namespaces, process
+from corral.kernel.namespaces import Kind
+from corral.kernel.seccomp import load
+from corral.kernel.syscalls import AT_FDCWD
+from corral.oci.seccomp import filter_of
+from corral.oci.spec import Action, Seccomp, SeccompSyscall
 
 pytestmark = pytest.mark.timeout(60, method="signal")
 
@@ -103,6 +109,60 @@ def test_only_what_is_kept_stays_open():
     assert {"0", "1", "2", str(result.si_status)} < set(left)
     for fd in (reader, writer, pidfd):
         os.close(fd)
+
+
+WITHOUT_CLOSE_RANGE = filter_of(
+    Seccomp(default_action=Action.ALLOW, syscalls=(SeccompSyscall(names=("close_range",), action=Action.ERRNO),))
+)
+NO_PROC, A_LIE_FOR_PROC = "no /proc", "a /proc that is none"
+
+
+def left_open(proc: str = "") -> list[bool]:
+    """Which of 90, 91, 7900 and 7901 are open after 91 and 7901 were to be closed, with a limit of 100."""
+    reader, writer = os.pipe()
+
+    def body():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (8000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        for fd in (90, 91, 7900, 7901):
+            os.dup2(writer, fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+        if proc:
+            namespaces.leave(Kind.MOUNT.flag)
+            mount.set_propagation("/", mount.MS_PRIVATE, recursive=True)
+            tree = mount.new_mount("tmpfs", "tmpfs")
+            mount.move_mount(tree, AT_FDCWD, "/proc", what="tmpfs", where="/proc")
+        if proc == A_LIE_FOR_PROC:
+            Path("/proc/self/fd/90").mkdir(parents=True)
+        process.set_no_new_privs()
+        load(WITHOUT_CLOSE_RANGE)
+        process.close_fds([0, 1, 2, 90, 7900])
+        os.write(90, bytes(is_open(fd) for fd in (90, 91, 7900, 7901)))
+
+    _, pidfd = child_of(body)
+    reap(pidfd)
+    os.close(writer)
+    found = os.read(reader, 4)
+    os.close(reader)
+    os.close(pidfd)
+    return [bool(each) for each in found]
+
+
+def is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def test_what_lies_above_a_lowered_limit_is_closed_where_a_filter_refuses_close_range():
+    assert left_open() == [True, False, True, False]
+
+
+@needs("root")
+@pytest.mark.parametrize("proc", [NO_PROC, A_LIE_FOR_PROC])
+def test_and_also_where_proc_does_not_tell_what_is_open(proc):
+    assert left_open(proc) == [True, False, True, False]
 
 
 def test_ignored_signals_are_not_inherited():

@@ -10,10 +10,10 @@ import fcntl
 import os
 import signal
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from corral.kernel.syscalls import MACHINE, check, libc, syscall
+from corral.kernel.syscalls import MACHINE, PROC_SUPER_MAGIC, check, filesystem_magic, libc, syscall
 
 CLONE_PIDFD = 0x00001000
 CLONE_PARENT = 0x00008000
@@ -46,7 +46,10 @@ _before_fork = _python["PyOS_BeforeFork"]
 _after_fork_parent = _python["PyOS_AfterFork_Parent"]
 _after_fork_child = _python["PyOS_AfterFork_Child"]
 _close_range = syscall("close_range", ctypes.c_uint, ctypes.c_uint, ctypes.c_int)
+_close = libc("close", ctypes.c_int)
 _LAST_FD = 0xFFFFFFFF
+_NR_OPEN = 1 << 20
+"""No fd is higher, unless the host's fs.nr_open was raised."""
 _SYS_CLONE3 = 435
 _SYS_CLONE = {"x86_64": 56, "aarch64": 220}[MACHINE]
 _SIGNALS = tuple(int(number) for number in signal.valid_signals())
@@ -166,14 +169,37 @@ def pidfd_info(pidfd: int) -> ProcessInfo:
 
 def close_fds(keep: Iterable[int]) -> None:
     """Close every fd but those in keep."""
-    low = 0
-    for fd in sorted(set(keep)):
-        if fd > low:
-            os.closerange(low, fd)
+    kept, low = sorted(set(keep)), 0
+    for fd in (*kept, _LAST_FD + 1):
+        if fd > low and _close_range(low, fd - 1, 0) < 0:
+            _close_singly(kept)  # a filter of the container's refuses it
+            return
         low = fd + 1
-    if _close_range(low, _LAST_FD, 0) < 0:
-        # A filter of the container's refuses it. What libc's closefrom() does then needs a /proc, and aborts without.
-        os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+
+
+def _close_singly(kept: Collection[int]) -> None:
+    """The same, one fd after the other: those above a limit that was lowered since, too.
+
+    os.closerange() leaves these to libc's closefrom(), which closes what is kept with them, and aborts without a /proc.
+    """
+    try:
+        found: Iterable[int] = _open_fds()
+    except OSError:
+        found = range(_NR_OPEN)
+    for fd in found:
+        if fd not in kept:
+            _close(fd)  # most of a million are not open: what os.close() raised would take a second
+
+
+def _open_fds() -> list[int]:
+    """This process's fds. Raises OSError where they can't be read: in an image /proc may be any directory."""
+    fd = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if filesystem_magic(fd) != PROC_SUPER_MAGIC:
+            raise OSError(errno.ENOENT, "no procfs is mounted", "/proc")
+        return [int(name) for name in os.listdir(fd)]  # noqa: PTH208 - by fd
+    finally:
+        os.close(fd)
 
 
 def set_child_subreaper() -> None:
