@@ -34,6 +34,11 @@ def set_limit(name: str, *, soft: int, hard: int) -> None:
         resource.setrlimit(number, (_signed(min(soft, ceiling)), _signed(min(hard, ceiling))))
 
 
+def limit_process(pid: int, name: str, limit: int) -> None:
+    """Lower a limit of another process of this user, for good. Raises OSError(ESRCH) if there is no such process."""
+    resource.prlimit(pid, NAMES[name], (limit, limit))
+
+
 def raise_hard(name: str, hard: int) -> None:
     """Raise the hard limit, where that is possible and it is lower: who enters a user namespace can't any more."""
     number = NAMES[name]
