@@ -10,6 +10,7 @@ Source: runc docs/systemd.md, for what cgroupsPath and annotations mean.
 """
 
 import contextlib
+import errno
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,7 @@ _SECOND_US = 1_000_000
 _TOO_LONG_US = 2**64
 _FIXED = frozenset(("Slice", "PIDs", "Delegate"))
 """Where the scope is, what is moved there, and that what is below it is ours: nobody else's processes or cgroups."""
+_NOBODY_LISTENS = frozenset((errno.ENOENT, errno.ECONNREFUSED))
 _ACCOUNTING = ("CPUAccounting", "MemoryAccounting", "TasksAccounting")
 
 
@@ -242,7 +244,7 @@ def _reached(record: Record) -> Manager | None:
     """The systemd that a scope is of. None if it does not run any more: a user's ends with the user's last session."""
     try:
         return manager_for(user=record.user_manager)
-    except CommandError:
+    except Gone:
         return None
 
 
@@ -251,16 +253,22 @@ def is_user(context: Context) -> bool:
     return context.rootless and not os.access(PRIVATE, os.W_OK)
 
 
+class Gone(CommandError):
+    """There is no systemd. One that only can't be reached now still has its scopes."""
+
+
 def manager_for(*, user: bool) -> Manager:
-    """A connection to systemd. Raises CommandError that tells what to do without."""
+    """A connection to systemd. Raises CommandError that tells what to do without, Gone if there is none."""
     remedy = "leave --systemd-cgroup out, or have the engine use cgroupfs"
     if not os.path.isdir(BOOTED):  # noqa: PTH112 - a string, as everywhere here
-        raise CommandError(f"systemd does not run this host, so it makes no cgroups: {remedy}")
+        raise Gone(f"systemd does not run this host, so it makes no cgroups: {remedy}")
     try:
         return Manager.open(user=user)
     except OSError as e:
         whose = "the user's systemd (is dbus-user-session installed, and $XDG_RUNTIME_DIR set?)" if user else "systemd"
-        raise CommandError(f"cannot reach {whose}: {e.strerror}: {e.filename}; {remedy}") from e
+        kind = Gone if user and e.errno in _NOBODY_LISTENS else CommandError
+        where = f": {e.filename}" if e.filename else ""
+        raise kind(f"cannot reach {whose}: {e.strerror}{where}; {remedy}") from e
 
 
 def come_near(record: Record) -> None:
