@@ -12,7 +12,7 @@ from corral.oci.features import features_document
 from corral.oci.seccomp import filter_of
 from corral.oci.spec import Spec
 from corral.oci.support import check_spec
-from corral.runtime.units import ANNOTATION, annotated
+from corral.runtime.annotations import ANNOTATION, annotated
 
 FEATURES = json.loads(json.dumps(features_document()))
 

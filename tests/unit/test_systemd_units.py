@@ -19,8 +19,9 @@ from corral.kernel.cgroup.systemd.properties import (
     properties_of,
 )
 from corral.kernel.dbus.marshalling import Variant
+from corral.runtime.annotations import annotated
 from corral.runtime.errors import CommandError
-from corral.runtime.units import annotated, names_of
+from corral.runtime.units import names_of
 
 NEW = 257
 
@@ -230,14 +231,30 @@ def test_annotations_set_properties():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("A1", "5"), ("ab", "5"), ("", "5"), ("Kill-Signal", "5"), ("KillSignal", "x"), ("StopSec", "'5'")]
-    + [("StopSec", value) for value in ("inf", "nan", "-1", "1e300", "18446744073710", "true", "[1]", "<5>")]
-    + [("Slice", "'a.slice'"), ("PIDs", "@au [1]"), ("Delegate", "false")]
-    + [("Environment", value) for value in ("{[1]: 2}", "{<1>: 2}", "[" * 5000, "<" * 5000, "uint64 " * 5000)],
+    [("A1", "5"), ("ab", "5"), ("", "5"), ("Kill-Signal", "5"), ("KillSignal", "x"), ("RuntimeMaxSec", "'5'")]
+    + [("TimeoutStopSec", value) for value in ("inf", "nan", "-1", "1e300", "18446744073710", "true", "[1]", "<5>")]
+    + [("Description", value) for value in ("{[1]: 2}", "{<1>: 2}", "[" * 5000, "<" * 5000, "uint64 " * 5000)],
 )
 def test_an_annotation_that_is_no_property_is_refused_by_name(key, value):
     with pytest.raises(CommandError, match=rf"annotations: 'org\.systemd\.property\.{key}'"):
         annotated({f"org.systemd.property.{key}": value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("Slice", "'a.slice'"), ("PIDs", "@au [1]"), ("Delegate", "false"), ("ControlGroup", "'/'")]
+    + [(name, "[('/bin/sh', ['sh'], false)]") for name in ("ExecStart", "ExecStopPost", "ExecCondition")]
+    + [(name, "'reboot-force'") for name in ("SuccessAction", "FailureAction", "StartLimitAction", "JobTimeoutAction")]
+    + [(name, "['evil.service']") for name in ("Wants", "Requires", "BindsTo", "Conflicts", "OnFailure", "OnSuccess")]
+    + [(name, "['evil.service']") for name in ("Upholds", "PropagatesStopTo", "RequiresMountsFor", "PartOf")]
+    + [("DevicePolicy", "'auto'"), ("DeviceAllow", "@a(ss) [('/dev/sda', 'rwm')]"), ("IPAddressAllow", "[]")]
+    + [("BPFProgram", "@a(ss) []"), ("User", "'root'"), ("Environment", "['A=B']"), ("ManagedOOMPreference", "'omit'")]
+    + [("Sec", "5"), ("killsignal", "9"), ("KILLSIGNAL", "9"), ("AllowedCPUsSec", "1"), ("NotYetInvented", "1")],
+)
+def test_cve_2024_3154_a_property_that_does_more_than_limit_or_stop_is_refused_by_name(name, value):
+    key = f"org.systemd.property.{name}"
+    with pytest.raises(CommandError, match=rf"^annotations: '{key}': it is not for an annotation to set$"):
+        annotated({key: value})
 
 
 def test_who_does_not_ask_systemd_loads_nothing_of_it():

@@ -13,7 +13,7 @@ import contextlib
 import errno
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from corral.kernel import process
@@ -24,25 +24,17 @@ from corral.kernel.cgroup.systemd import properties
 from corral.kernel.cgroup.systemd.manager import BOOTED, PRIVATE, Manager
 from corral.kernel.cgroup.systemd.names import SCOPE, SLICE, check_name, slice_path
 from corral.kernel.cgroup.systemd.properties import Property
-from corral.kernel.dbus import text
 from corral.kernel.dbus.marshalling import Variant
 from corral.kernel.privilege import is_hosts_root
 from corral.oci.limits import limits_of
 from corral.oci.spec import Spec
+from corral.runtime.annotations import annotated
 from corral.runtime.context import Context
 from corral.runtime.errors import CommandError
 from corral.runtime.state import Record
 
 PREFIX = "corral"
 """Of the units of containers that do not name theirs."""
-ANNOTATION = "org.systemd.property."
-"""In front of a property's name: an annotation that sets it."""
-
-_SHORTEST_NAME = 3
-_SECOND_US = 1_000_000
-_TOO_LONG_US = 2**64
-_FIXED = frozenset(("Slice", "PIDs", "Delegate"))
-"""Where the scope is, what is moved there, and that what is below it is ours: nobody else's processes or cgroups."""
 _NOBODY_LISTENS = frozenset((errno.ENOENT, errno.ECONNREFUSED))
 _ACCOUNTING = ("CPUAccounting", "MemoryAccounting", "TasksAccounting")
 
@@ -61,31 +53,6 @@ def names_of(cgroups_path: str, container_id: str, *, user: bool) -> tuple[str, 
     if name.endswith(SLICE):
         raise CommandError(f"linux.cgroupsPath: {name!r} is a slice, which has no processes of its own")
     return slice_ or ("user.slice" if user else "system.slice"), f"{prefix}-{name}{SCOPE}"
-
-
-def annotated(annotations: Mapping[str, str]) -> list[Property]:
-    """The properties that annotations set. Raises CommandError naming one that can't be understood."""
-    return [_annotated(key, value) for key, value in annotations.items() if key.startswith(ANNOTATION)]
-
-
-def _annotated(key: str, written: str) -> Property:
-    name = key.removeprefix(ANNOTATION)
-    if len(name) < _SHORTEST_NAME or not (name.isascii() and name.isalpha()):
-        raise CommandError(f"annotations: {key!r} does not end with the name of a property")
-    if name in _FIXED:
-        raise CommandError(f"annotations: {key!r}: it is not for an annotation to set")
-    try:
-        value = text.parse(written)
-    except ValueError as e:
-        raise CommandError(f"annotations: {key!r}: {e}") from None
-    stem = name.removesuffix("Sec")  # as unit files have it, where properties are of microseconds
-    if stem != name and stem[-1].islower():
-        if isinstance(value.value, bool) or not isinstance(value.value, int | float):
-            raise CommandError(f"annotations: {key!r}: not a number")
-        if not 0 <= value.value * _SECOND_US < _TOO_LONG_US:
-            raise CommandError(f"annotations: {key!r}: {written} is not a time in seconds")
-        return f"{stem}USec", Variant("t", int(value.value * _SECOND_US))
-    return name, value
 
 
 class Scope:
