@@ -26,6 +26,7 @@ VIOLATIONS = {
     "ctypes": ("services/corral/network/planted_ctypes.py", "import ctypes"),
     "netlink": ("services/corral/network/planted_netlink.py", "import pyroute2"),
     "http": ("services/corral/images/planted_http.py", "import aiohttp"),
+    "signatures": ("services/corral/images/planted_signature.py", "import cryptography"),
     "sqlite": ("services/corral/images/planted_sqlite.py", "import sqlite3"),
 }
 # Rules that speak of calls rather than modules are ruff's.

@@ -174,7 +174,7 @@ def convert(value: object, wanted: Any, where: str) -> Any:
     if wanted is Any or wanted is object:
         return value
     if dataclasses.is_dataclass(wanted) and isinstance(value, Mapping):
-        return build(typing.cast(type[Any], wanted), value, where.replace("[", "").replace("] ", "."))
+        return build(typing.cast(type[Any], wanted), value, where.replace("[", "", 1).replace("] ", ".", 1))
     return _convert_scalar(value, wanted, where)
 
 

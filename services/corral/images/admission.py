@@ -18,6 +18,7 @@ from corral.images.catalog import ImageRecord
 from corral.images.collector import Collector
 from corral.images.content import ContentStore
 from corral.images.digest import Digest
+from corral.images.policy.gate import Gate
 from corral.images.reference import Reference
 from corral.images.store import persist, uninterrupted, write_much
 from corral.images.unpacker import Staged, Unpacker
@@ -40,7 +41,10 @@ class Admitted:
 class Admission:
     """See the module."""
 
-    def __init__(self, database: Database, content: ContentStore, unpacker: Unpacker, collector: Collector) -> None:
+    def __init__(
+        self, database: Database, content: ContentStore, unpacker: Unpacker, collector: Collector, gate: Gate
+    ) -> None:
+        self._gate = gate
         self._database = database
         self._content = content
         self._unpacker = unpacker
@@ -49,7 +53,10 @@ class Admission:
     async def admit(
         self, how: Admitted, images: Sequence[FoundImage], staged: Sequence[list[Staged]]
     ) -> list[ImageRecord]:
-        """All of it or nothing, also if the caller is cancelled. What became a layer is taken out of `staged`."""
+        """All of it or nothing, also if the caller is cancelled. What became a layer is taken out of `staged`.
+
+        Raises PermissionDenied where the policy refuses an image its name.
+        """
         return await uninterrupted(self._admit(how, images, staged))
 
     async def _admit(
@@ -119,6 +126,7 @@ class Admission:
         records = []
         chain_id = self._unpacker.chain_id_if_here(transaction, image.details)
         for name in (how.name,) if how.name else (image.names or (None,)):
+            self._gate.check_name(transaction, name, image.target.digest, image.manifest.digest)
             record = ImageRecord(
                 namespace=how.namespace,
                 name=str(name) if name else "",

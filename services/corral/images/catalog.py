@@ -109,6 +109,12 @@ def by_id(snapshot: Snapshot, namespace: str, image_id: str) -> list[ImageRecord
     return [_record(row) for row in rows]
 
 
+def by_chain_id(snapshot: Snapshot, namespace: str, chain_id: str) -> list[ImageRecord]:
+    """All names of the images whose uppermost layer that is."""
+    rows = snapshot.execute("SELECT * FROM images WHERE namespace = ? AND chain_id = ?", (namespace, chain_id))
+    return [_record(row) for row in rows]
+
+
 def names_of(snapshot: Snapshot, namespace: str, image_id: str) -> list[str]:
     rows = snapshot.execute(
         "SELECT name FROM images WHERE namespace = ? AND image_id = ? AND name != '' ORDER BY name",

@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from corral.images.policy.rules import Rule
+
 
 @dataclass(frozen=True, slots=True)
 class ImagesConfig:
@@ -28,6 +30,8 @@ class ImagesConfig:
     certs: Path = Path("/etc/corral/certs.d")
     # What an interrupted pull has fetched is kept this long for the next one.
     partial_keep_s: float = 86400.0
+    # Which repositories images may come from, and whose signature they need; see corral.images.policy.rules. None: any.
+    policy: tuple[Rule, ...] = ()
 
     @property
     def workers(self) -> int:

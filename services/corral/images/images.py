@@ -10,6 +10,7 @@ from corral.images.collector import Collected, Collector
 from corral.images.content import ContentStore
 from corral.images.details import Details, DetailsCache
 from corral.images.digest import Digest
+from corral.images.policy.gate import Gate
 from corral.images.reference import parse_reference
 from corral.images.snapshotter import Snapshotter
 from corral.images.store import persist, uninterrupted, write_much
@@ -46,7 +47,9 @@ class Images:
         driver: Snapshotter,
         unpacker: Unpacker,
         collector: Collector,
+        gate: Gate,
     ) -> None:
+        self._gate = gate
         self._database = database
         self._content = content
         self._driver = driver
@@ -78,13 +81,14 @@ class Images:
         return await self._database.read(look_up)
 
     async def tag(self, namespace: str, source: str, target: str) -> ImageRecord:
-        """Raises NotFound, InvalidArgument."""
+        """Raises NotFound, InvalidArgument, PermissionDenied where the policy refuses the image that name."""
         reference = parse_reference(target)
         if reference.digest is not None:
             raise InvalidArgument(f"{target!r} holds a digest: a tag is given without one")
 
         def write(transaction: Transaction) -> ImageRecord:
             old = catalog.find(transaction, namespace, source)
+            self._gate.check_name(transaction, reference, old.target.digest, old.manifest.digest)
             record = replace(old, name=str(reference), updated_ns=catalog.now_ns())
             catalog.set_name(transaction, record)
             transaction.journal("image.tagged", record.name, {"id": record.image_id}, namespace=namespace)

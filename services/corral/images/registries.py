@@ -11,6 +11,7 @@ from corral.images.collector import Collector
 from corral.images.config import ImagesConfig
 from corral.images.content import ContentStore
 from corral.images.partials import Partials
+from corral.images.policy.gate import Gate
 from corral.images.unpacker import Unpacker
 from corral.store import Database
 
@@ -33,6 +34,7 @@ class Registries:
         unpacker: Unpacker,
         collector: Collector,
         admission: Admission,
+        gate: Gate,
     ) -> None:
         self.certs = config.certs
         self._config = config
@@ -43,6 +45,7 @@ class Registries:
         self._unpacker = unpacker
         self._collector = collector
         self._admission = admission
+        self._gate = gate
         self._http: Http | None = None
         self._puller: Puller | None = None
 
@@ -73,6 +76,7 @@ class Registries:
                 self._unpacker,
                 self._collector,
                 self._admission,
+                self._gate,
                 Downloads(self._partials, self._blobs),
                 self.http,
                 certs=self.certs,

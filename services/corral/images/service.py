@@ -20,6 +20,7 @@ from corral.images.exporter import Exporter
 from corral.images.images import Images
 from corral.images.importer import Importer
 from corral.images.partials import Partials
+from corral.images.policy.gate import Gate
 from corral.images.recovery import recover
 from corral.images.registries import Registries
 from corral.images.servicers.content import ContentServicer
@@ -43,8 +44,9 @@ class ImagesService:
     name = "images"
 
     def __init__(self, config: ImagesConfig) -> None:
-        """Raises FailedPrecondition if the driver cannot run there."""
+        """Raises FailedPrecondition if the driver cannot run there, InvalidArgument for a policy that is none."""
         self._config = config
+        gate = Gate(config.policy)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._jobs: set[Future[dict[str, Any]]] = set()
         self._drivers = Drivers(config.root, config.driver, self._work)
@@ -64,11 +66,11 @@ class ImagesService:
             max_bytes=config.max_layer_bytes,
         )
         unpacker = Unpacker(self._database, driver, self._workers, self._ids)
-        admission = Admission(self._database, self._content, unpacker, self._collector)
+        admission = Admission(self._database, self._content, unpacker, self._collector, gate)
         self._importer = Importer(self._database, self._content, unpacker, self._collector, admission)
-        self._images = Images(self._database, self._content, driver, unpacker, self._collector)
+        self._images = Images(self._database, self._content, driver, unpacker, self._collector, gate)
         self._snapshots = Snapshots(
-            self._database, self._drivers, self._images, self._tending, self._collector, self._ids
+            self._database, self._drivers, self._images, self._tending, self._collector, self._ids, gate
         )
         self._committer = Committer(
             self._database,
@@ -82,7 +84,15 @@ class ImagesService:
         )
         self._blobs = Blobs(self._database, self._content, self._collector, grace_s=config.blob_grace_s)
         self._registries = Registries(
-            config, self._database, self._content, self._partials, self._blobs, unpacker, self._collector, admission
+            config,
+            self._database,
+            self._content,
+            self._partials,
+            self._blobs,
+            unpacker,
+            self._collector,
+            admission,
+            gate,
         )
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:

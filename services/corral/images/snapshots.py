@@ -9,8 +9,9 @@ from corral.images.collector import Collector
 from corral.images.drivers import Drivers
 from corral.images.errors import explained
 from corral.images.images import Images
+from corral.images.policy.gate import Gate
 from corral.images.snapshotter import Mount, Usage
-from corral.images.store import persist, uninterrupted
+from corral.images.store import SHARED, persist, uninterrupted
 from corral.images.tending import Tending
 from corral.images.trees import Kind, TreeRecord
 from corral.images.unpacker import TreeIds
@@ -65,7 +66,9 @@ class Snapshots:
         tending: Tending,
         collector: Collector,
         ids: TreeIds,
+        gate: Gate,
     ) -> None:
+        self._gate = gate
         self._database = database
         self._drivers = drivers
         self._images = images
@@ -74,7 +77,10 @@ class Snapshots:
         self._ids = ids
 
     async def prepare(self, wanted: Wanted) -> Prepared:
-        """Make the tree; the same call again finds it. Raises NotFound, AlreadyExists."""
+        """Make the tree; the same call again finds it.
+
+        Raises NotFound, AlreadyExists, PermissionDenied where the policy refuses the image.
+        """
         check_id(wanted.key, "snapshot key")
         found = self._database.read_sync(lambda s: self._look_up(s, wanted))
         if found is None:
@@ -98,12 +104,16 @@ class Snapshots:
         driver = self._drivers.default.name if existing is None else existing.driver
         if wanted.image:
             image = catalog.find(snapshot, wanted.namespace, wanted.image)
+            if existing is None:
+                self._gate.check_use(snapshot, image, wanted.image)
             if image.chain_id:
                 parent = trees.layer(snapshot, image.chain_id, driver)
             if parent is None and existing is None and not self._images.is_empty(image):
                 return None
         elif wanted.parent:
             parent = self._parent(snapshot, wanted.namespace, wanted.parent)
+            if existing is None and parent.namespace == SHARED:
+                self._gate.check_layer(snapshot, wanted.namespace, parent.key)
         return _Found(image, parent, existing)
 
     def _parent(self, snapshot: Snapshot, namespace: str, key: str) -> TreeRecord:

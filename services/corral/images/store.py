@@ -107,6 +107,17 @@ CREATE TABLE blob_origins (
     PRIMARY KEY (digest, domain, path)
 ) STRICT, WITHOUT ROWID;
 """,
+    """
+-- Whose signature a manifest or index has: see corral.images.policy.
+CREATE TABLE proofs (
+    digest TEXT NOT NULL REFERENCES blobs(digest) ON DELETE CASCADE,
+    repository TEXT NOT NULL,
+    tag TEXT NOT NULL,              -- '' if the signature names none
+    key_id TEXT NOT NULL,
+    proven_ns INTEGER NOT NULL,
+    PRIMARY KEY (digest, repository, tag, key_id)
+) STRICT, WITHOUT ROWID;
+""",
 )
 
 

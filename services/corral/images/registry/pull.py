@@ -1,7 +1,8 @@
 """Pull: a name becomes an image, or nothing that anybody sees.
 
     resolve      the name to a digest, by a host that is trusted with it
-    walk         index and manifests, each stored as a blob as it comes
+    walk         index and manifests, each stored as a blob as it comes; from here on all is named by digest
+    prove        that a key of the policy has signed one of them, where there is a policy
     fetch        config and layers, several at a time; a layer is unpacked while others are still on their way
     admit        one transaction makes the image visible
 
@@ -32,6 +33,9 @@ from corral.images.model import (
     parse_config,
 )
 from corral.images.platforms import host_platform, matches
+from corral.images.policy import proofs
+from corral.images.policy.gate import Demand, Gate
+from corral.images.policy.rules import Kind
 from corral.images.progress import Report, Step
 from corral.images.reference import Reference
 from corral.images.registry.credentials import ANONYMOUS, Credentials
@@ -73,6 +77,7 @@ class Puller:
         unpacker: Unpacker,
         collector: Collector,
         admission: Admission,
+        gate: Gate,
         downloads: Downloads,
         http: Http,
         *,
@@ -85,6 +90,7 @@ class Puller:
         self._unpacker = unpacker
         self._collector = collector
         self._admission = admission
+        self._gate = gate
         self._downloads = downloads
         self._http = http
         self._certs = certs
@@ -94,11 +100,16 @@ class Puller:
         """Raises NotFound, PermissionDenied, Unavailable, InvalidArgument, ResourceExhausted, FailedPrecondition."""
         if options.lease:
             self._database.read_sync(lambda s: leases.check_alive(s, options.namespace, options.lease))
+        demand = self._gate.demand(options.reference)
+        if demand.kind is Kind.REJECT:
+            raise demand.refusal(options.reference.familiar, options.reference.digest, "it takes none")
         repository = await open_repository(
             self._http, self._certs, options.reference, options.credentials, insecure=options.insecure
         )
         async with AsyncExitStack() as pins:
             tree = await self._walk(options, repository, pins)
+            if demand.kind is Kind.SIGNED:
+                await self._prove(options, repository, tree, demand)
             await pins.enter_async_context(self._collector.pinned(tree.contents))
             details = await self._details(options, repository, tree, report)
             await pins.enter_async_context(self._collector.pinned(details.chain))
@@ -142,6 +153,18 @@ class Puller:
             return record.target if record.target.digest == options.reference.digest else None
         head = await repository.resolve(options.reference.tag)
         return record.target if head is not None and head.digest == record.target.digest else None
+
+    async def _prove(self, options: PullOptions, repository: Repository, tree: Tree, demand: Demand) -> None:
+        """Raises PermissionDenied. What was signed is proven once; a signature of an index is one for all in it."""
+        name = _name(options.reference)
+        images = [tree.target] if options.all_platforms or tree.chosen == tree.target else [tree.target, tree.chosen]
+        digests, keys = [image.digest for image in images], [key.id for key in demand.keys]
+        if self._database.read_sync(lambda s: proofs.is_proven(s, digests, name.repository, name.tag, keys)):
+            return
+        from corral.images.registry.signatures import Prover
+
+        proof = await Prover(repository, demand).prove(images)
+        await self._database.write(lambda t: proofs.record(t, proof))
 
     async def _store(self, options: PullOptions, descriptor: Descriptor, data: bytes) -> None:
         expected = Expected(descriptor.digest, len(data))

@@ -216,6 +216,18 @@ class Repository:
 
         return await self.first(Capability.PULL, attempt, f"blob {descriptor.digest}")
 
+    async def small_blob(self, descriptor: Descriptor, max_bytes: int) -> bytes:
+        """A whole blob that is kept in memory, proven."""
+
+        async def attempt(host: Host) -> bytes:
+            reply = await host.ask(Request("GET", f"{self.path}/blobs/{descriptor.digest}", self.pulling))
+            data = await reply.read(max_bytes)
+            if digest_of(data) != descriptor.digest or len(data) != descriptor.size_bytes:
+                raise Untrusted(f"{host.endpoint.authority} gave something else for blob {descriptor.digest}")
+            return data
+
+        return await self.first(Capability.PULL, attempt, f"blob {descriptor.digest}")
+
 
 def _was_to_be_expected(host: Host, e: Trouble) -> bool:
     """Of a host that is tried with TLS only in case it has any."""
