@@ -57,7 +57,7 @@ def ls_command(app: App, pattern: str, no_trunc: bool, form: str, quiet: bool) -
     ids = [i.id if no_trunc else i.id.removeprefix("sha256:")[:12] for i in images]
     rows = []
     for image, short in zip(images, ids, strict=True):
-        repository, tag = _split_name(image.familiar_name)
+        repository, tag = split_name(image.familiar_name)
         rows.append((repository, tag, short, f"{human_age(image.updated_at)} ago", human_size(image.size_bytes)))
     show_rows(("REPOSITORY", "TAG", "IMAGE ID", "UPDATED", "SIZE"), rows, images, form, ids if quiet else None)
 
@@ -65,7 +65,8 @@ def ls_command(app: App, pattern: str, no_trunc: bool, form: str, quiet: bool) -
 images_command = click.Command("images", params=ls_command.params, callback=ls_command.callback, help="List images.")
 
 
-def _split_name(familiar: str) -> tuple[str, str]:
+def split_name(familiar: str) -> tuple[str, str]:
+    """Repository and tag, as tables show them."""
     name, at, digest = familiar.partition("@")
     if at:
         return name, digest
@@ -115,10 +116,23 @@ def rm_command(app: App, names: tuple[str, ...], force: bool) -> int:
 
 @image_command.command("prune")
 @click.option("-a", "--all", "everything", is_flag=True, help="Also named images that no container uses")
+@click.option("-f", "--force", is_flag=True, help="Accepted for docker's sake: nothing is asked")
+@click.option(
+    "--filter", "filters", multiple=True, metavar="until=TIME", help="Only images made before then, or that long ago"
+)
 @pass_app
-def prune_command(app: App, everything: bool) -> None:
+def prune_command(app: App, everything: bool, force: bool, filters: tuple[str, ...]) -> None:
     """Remove what nothing refers to."""
-    answer = app.client.images.prune(all=everything)
+    from corral.cli.container import parse_time
+
+    del force
+    until = None
+    for text in filters:
+        key, _, value = text.partition("=")
+        if key != "until" or not value:
+            raise ValueError(f"filter {text!r} is not understood: give until=TIME, such as until=24h")
+        until = parse_time(value)
+    answer = app.client.images.prune(all=everything, until=until)
     for name in (*answer.untagged, *answer.deleted):
         click.echo(name)
     click.echo(f"Reclaimed {human_size(answer.reclaimed_bytes)}")

@@ -5,6 +5,8 @@ import json
 import click
 
 from corral.cli.app import App, pass_app
+from corral.cli.check import check_command
+from corral.cli.disk import df_command
 from corral.cli.output import enum_word, human_size, plain, show_rows
 
 _FORM = click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", help="Output form")
@@ -13,6 +15,10 @@ _FORM = click.option("--format", "form", type=click.Choice(["table", "json"]), d
 @click.group("system")
 def system_command() -> None:
     """The engine."""
+
+
+system_command.add_command(df_command)
+system_command.add_command(check_command)
 
 
 @system_command.command("info")

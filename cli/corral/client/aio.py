@@ -529,13 +529,19 @@ class Images:
         stub = images_pb2_grpc.ImagesStub(leaf.channel)
         return await leaf.unary(stub.Remove, images_pb2.RemoveImageRequest(name=name, force=force))
 
-    async def prune(self, *, all: bool = False) -> images_pb2.PruneResponse:  # noqa: A002 - docker's word
-        """Removes what nothing refers to; with `all` also images that no container uses."""
+    async def prune(
+        self,
+        *,
+        all: bool = False,  # noqa: A002 - docker's word
+        until: "Timestamp | None" = None,
+    ) -> images_pb2.PruneResponse:
+        """Removes what nothing refers to; with `all` also images that no container uses. `until`: only images that say
+        that they were made before."""
         from corral.api.images.v1 import images_pb2_grpc
 
         leaf = await self._client.leaf("images")
         stub = images_pb2_grpc.ImagesStub(leaf.channel)
-        return await leaf.unary(stub.Prune, images_pb2.PruneRequest(all=all))
+        return await leaf.unary(stub.Prune, images_pb2.PruneRequest(all=all, until=until))
 
 
 class Snapshots:
@@ -701,6 +707,15 @@ class System:
     async def addresses(self) -> engine_pb2.AddressesResponse:
         """Where each service is reached."""
         return await self._engine.unary(self._stub.Addresses, engine_pb2.AddressesRequest())
+
+    async def disk_usage(self) -> engine_pb2.DiskUsageResponse:
+        """What images, containers and volumes take on disk, and what of it could go."""
+        return await self._engine.unary(self._stub.DiskUsage, engine_pb2.DiskUsageRequest())
+
+    async def check(self, *, repair: bool = False) -> Sequence[types_pb2.Finding]:
+        """What does not fit together, in all services and namespaces; with `repair` it is put right."""
+        answer = await self._engine.unary(self._stub.Check, types_pb2.CheckRequest(repair=repair))
+        return answer.findings
 
     async def check_host(self) -> Sequence[engine_pb2.Check]:
         """What the host has and lacks for running containers."""

@@ -523,13 +523,19 @@ class Images:
         stub = images_pb2_grpc.ImagesStub(leaf.channel)
         return leaf.unary(stub.Remove, images_pb2.RemoveImageRequest(name=name, force=force))
 
-    def prune(self, *, all: bool = False) -> images_pb2.PruneResponse:  # noqa: A002 - docker's word
-        """Removes what nothing refers to; with `all` also images that no container uses."""
+    def prune(
+        self,
+        *,
+        all: bool = False,  # noqa: A002 - docker's word
+        until: "Timestamp | None" = None,
+    ) -> images_pb2.PruneResponse:
+        """Removes what nothing refers to; with `all` also images that no container uses. `until`: only images that say
+        that they were made before."""
         from corral.api.images.v1 import images_pb2_grpc
 
         leaf = self._client.leaf("images")
         stub = images_pb2_grpc.ImagesStub(leaf.channel)
-        return leaf.unary(stub.Prune, images_pb2.PruneRequest(all=all))
+        return leaf.unary(stub.Prune, images_pb2.PruneRequest(all=all, until=until))
 
 
 class Snapshots:
@@ -695,6 +701,15 @@ class System:
     def addresses(self) -> engine_pb2.AddressesResponse:
         """Where each service is reached."""
         return self._engine.unary(self._stub.Addresses, engine_pb2.AddressesRequest())
+
+    def disk_usage(self) -> engine_pb2.DiskUsageResponse:
+        """What images, containers and volumes take on disk, and what of it could go."""
+        return self._engine.unary(self._stub.DiskUsage, engine_pb2.DiskUsageRequest())
+
+    def check(self, *, repair: bool = False) -> Sequence[types_pb2.Finding]:
+        """What does not fit together, in all services and namespaces; with `repair` it is put right."""
+        answer = self._engine.unary(self._stub.Check, types_pb2.CheckRequest(repair=repair))
+        return answer.findings
 
     def check_host(self) -> Sequence[engine_pb2.Check]:
         """What the host has and lacks for running containers."""

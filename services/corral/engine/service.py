@@ -15,6 +15,7 @@ from corral.engine.commits import Commits
 from corral.engine.config import EngineConfig
 from corral.engine.core import Core, host_facts
 from corral.engine.creation import Creation
+from corral.engine.disk_usage import DiskUsage
 from corral.engine.execs import Execs
 from corral.engine.leaves import Leaves
 from corral.engine.lifecycle import Lifecycle
@@ -86,7 +87,7 @@ class EngineService:
             Updates(core),
         )
         self._volumes.serve(Volumes(core))
-        self._system.serve(System(core, _version()), config, database)
+        self._system.serve(System(core, _version()), DiskUsage(core), config, database)
         self._streams = Streams(core)
         self._merger = Merger(core)
         recovery = Recovery(core, removal, self._merger.catch_up)
@@ -256,9 +257,10 @@ class VolumesServicer(engine_pb2_grpc.VolumesServicer):
 class SystemServicer(engine_pb2_grpc.SystemServicer):
     """corral.engine.v1.System."""
 
-    def serve(self, system: System, config: EngineConfig, database: Database) -> None:
+    def serve(self, system: System, disk_usage: DiskUsage, config: EngineConfig, database: Database) -> None:
         """Called before the first RPC is let in."""
         self._system = system
+        self._disk_usage = disk_usage
         self._config = config
         self._database = database
 
@@ -267,6 +269,9 @@ class SystemServicer(engine_pb2_grpc.SystemServicer):
 
     async def Addresses(self, request: pb.AddressesRequest, context: object) -> pb.AddressesResponse:
         return pb.AddressesResponse(addresses=self._config.addresses)
+
+    async def DiskUsage(self, request: pb.DiskUsageRequest, context: object) -> pb.DiskUsageResponse:
+        return await self._disk_usage.usage()
 
     async def CheckHost(self, request: pb.CheckHostRequest, context: object) -> pb.CheckHostResponse:
         return pb.CheckHostResponse(checks=await self._system.check_host())

@@ -84,6 +84,7 @@ class Admission:
                 group[:] = [layer for layer in group if layer not in new_layers]
         await persist(self._database)
         failpoint("images.admit.after_commit")
+        self._collector.on_growth()
         return records
 
     def _missing_blobs(self, snapshot: Snapshot, blobs: dict[Digest, StoredFile]) -> dict[Digest, StoredFile]:

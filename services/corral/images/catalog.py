@@ -151,12 +151,12 @@ def set_name(transaction: Transaction, record: ImageRecord) -> None:
         _take_name(transaction, record)
     transaction.execute(
         "INSERT INTO images (namespace, name, image_id, target_digest, target_type, target_size, manifest_digest,"
-        " manifest_type, manifest_size, chain_id, updated_ns) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " manifest_type, manifest_size, chain_id, updated_ns, used_ns) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             record.namespace, record.name, record.image_id,
             record.target.digest, record.target.media_type, record.target.size_bytes,
             record.manifest.digest, record.manifest.media_type, record.manifest.size_bytes,
-            record.chain_id, record.updated_ns,
+            record.chain_id, record.updated_ns, record.updated_ns,
         ),
     )  # fmt: skip
 
@@ -184,14 +184,23 @@ def set_unpacked(transaction: Transaction, image_id: str, chain_id: str) -> None
     transaction.execute("UPDATE images SET chain_id = ? WHERE image_id = ?", (chain_id, image_id))
 
 
-def remove(transaction: Transaction, records: Sequence[ImageRecord]) -> None:
+def note_use(transaction: Transaction, namespace: str, image_id: str) -> None:
+    """A container gives the image up now, having used it until now."""
+    transaction.execute(
+        "UPDATE images SET used_ns = ? WHERE namespace = ? AND image_id = ?", (now_ns(), namespace, image_id)
+    )
+
+
+def remove(transaction: Transaction, records: Sequence[ImageRecord], *, reason: str = "") -> None:
+    """reason: why, if nobody asked for it."""
+    why = {"reason": reason} if reason else {}
     for record in records:
         transaction.execute(
             "DELETE FROM images WHERE namespace = ? AND name = ? AND image_id = ?",
             (record.namespace, record.name, record.image_id),
         )
         transaction.journal(
-            "image.removed", record.name or record.image_id, {"id": record.image_id}, namespace=record.namespace
+            "image.removed", record.name or record.image_id, {"id": record.image_id} | why, namespace=record.namespace
         )
 
 

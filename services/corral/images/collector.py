@@ -1,61 +1,51 @@
 """Collection: what nothing refers to goes.
 
-    lease, image ------> manifest, index ------> config, layer blobs        (blob_edges)
-    lease, image, active tree, committed by name ------> layer ------> layer below
+One graph, whose arrows say what keeps what:
 
-An image keeps the layers of the driver that new trees are made with. Those of another one only what lies on them does.
+    image name ---+--> target (manifest or index) --> manifests of an index --> config, layer blobs       (blob_edges)
+    lease --------+
+    pin ----------+
+                  +--> layer --> layer below                                                       (snapshots.parent)
+    container --> active tree, view ---+
+    committed by name -----------------+
 
-Which rows are in reach is one recursive query each. Rows go first, in one transaction; files after them, so that a
-crash in between leaves files without a row, which the next start removes.
+Roots are on the left. A name keeps its target, the manifest chosen from that, and the uppermost layer (its chain id)
+in the driver that new trees are made with; layers of another driver are kept only by what lies on them. A lease keeps
+what was made under it: blobs, layers, trees. A pin is a lease in memory, of a pull, a push or an unpacking that is
+under way: it ends with the process, and so does whatever it was for. A container keeps the tree that has its id as key;
+it does not keep the name of its image, which can be taken away by force. A blob that was just written has a time of
+grace, and so has a part of one (corral.images.partials), in which it counts as kept.
+
+Names themselves go when somebody takes them away, when `prune` finds them unused, or when the disk is above its high
+mark (corral.images.reclaiming). An image is unused when no active tree or view was made from it, and neither a lease
+nor a pin is on any of its documents or layers (corral.images.disuse).
+
+What is in reach is one recursive query for blobs and one for layers (corral.images.reach). Rows go first, in one
+transaction; files after them, so that a crash in between leaves files without a row, which the next start removes.
 """
 
 import asyncio
 import contextlib
-import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import structlog
 
-from corral.images import leases
+from corral.images import leases, reach
 from corral.images.content import ContentStore
 from corral.images.digest import Digest
 from corral.images.partials import Partials
 from corral.images.snapshotter import TreeId
-from corral.images.store import write_much
+from corral.images.store import SHARED, write_much
 from corral.images.tending import Tending
-from corral.images.trees import Kind
 from corral.rpc.blocking import run_blocking
 from corral.store import Database, Transaction, failpoint
 
 MAX_NS = (1 << 63) - 1
 
 log = structlog.get_logger()
-
-_DELETE_BLOBS = """
-WITH RECURSIVE reached(digest) AS (
-    SELECT target_digest FROM images
-    UNION SELECT manifest_digest FROM images
-    UNION SELECT key FROM lease_resources WHERE kind = 'blob'
-    UNION SELECT value FROM json_each(:pinned)
-    UNION SELECT child FROM blob_edges JOIN reached ON parent = digest
-)
-DELETE FROM blobs WHERE keep_until_ns <= :now AND digest NOT IN (SELECT digest FROM reached)
-RETURNING digest, size_bytes
-"""
-_DELETE_LAYERS = """
-WITH RECURSIVE reached(id) AS (
-    SELECT id FROM snapshots WHERE kind != :committed OR namespace != ''
-    UNION SELECT id FROM snapshots WHERE driver = :driver AND key IN (SELECT chain_id FROM images)
-    UNION SELECT id FROM snapshots WHERE key IN (SELECT key FROM lease_resources WHERE kind = 'layer')
-    UNION SELECT id FROM snapshots WHERE key IN (SELECT value FROM json_each(:pinned))
-    UNION SELECT parent FROM snapshots JOIN reached USING (id) WHERE parent IS NOT NULL
-)
-DELETE FROM snapshots WHERE kind = :committed AND namespace = '' AND id NOT IN (SELECT id FROM reached)
-RETURNING id, key, size_bytes
-"""
 
 
 @dataclass(slots=True)
@@ -83,6 +73,8 @@ class Collector:
         self._pins: Counter[str] = Counter()
         # Held while files and rows of content change together; what it covers takes milliseconds.
         self.changing = asyncio.Lock()
+        # Called when content or layers were added.
+        self.on_growth: Callable[[], None] = lambda: None
         self._ending: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -101,11 +93,30 @@ class Collector:
             self._pins.subtract(names)
             self._pins = +self._pins
 
+    @contextlib.contextmanager
+    def using(self, names: Iterable[str]) -> Iterator[None]:
+        """As pinned(), without a wait, and only against the removal of unused images: for the making of a container."""
+        names = list(names)
+        self._pins.update(names)
+        try:
+            yield
+        finally:
+            self._pins.subtract(names)
+            self._pins = +self._pins
+
+    def is_pinned(self, name: str) -> bool:
+        """Whether somebody at work counts on it. From any thread."""
+        return self._pins.get(name, 0) > 0
+
+    def pins(self) -> Sequence[str]:
+        """All that somebody at work counts on."""
+        return list(self._pins)
+
     async def collect(self, *, grace: bool = True) -> Collected:
         """Remove what is out of reach. With grace, blobs written lately and parts of them stay, for their next user."""
         async with self.changing:
             now = time.time_ns() if grace else MAX_NS
-            pinned = json.dumps(list(self._pins))
+            pinned = list(self._pins)
             collected = await write_much(self._database, lambda t: _collect_rows(t, now, pinned, self._driver))
             failpoint("images.collect.after_rows")
             await run_blocking(self._content.remove, collected.blobs)
@@ -156,14 +167,17 @@ class Collector:
             log.warning("images.leases_not_ended", error=str(e))
 
 
-def _collect_rows(transaction: Transaction, now: int, pinned: str, driver: str) -> Collected:
+def _collect_rows(transaction: Transaction, now: int, pinned: Sequence[str], driver: str) -> Collected:
     collected = Collected()
-    for row in transaction.execute(_DELETE_BLOBS, {"now": now, "pinned": pinned}):
+    for row in reach.delete_blobs(transaction, now_ns=now, pinned=pinned):
         collected.blobs.append(Digest(row["digest"]))
         collected.names.append(row["digest"])
         collected.reclaimed_bytes += row["size_bytes"]
-    for row in transaction.execute(_DELETE_LAYERS, {"committed": Kind.COMMITTED, "pinned": pinned, "driver": driver}):
+    for row in reach.delete_layers(transaction, driver=driver, pinned=pinned):
         collected.trees.append(TreeId(row["id"]))
         collected.names.append(row["key"])
         collected.reclaimed_bytes += row["size_bytes"]
+    if collected.names:
+        facts = {"blobs": len(collected.blobs), "layers": len(collected.trees), "bytes": collected.reclaimed_bytes}
+        transaction.journal("content.collected", "content", facts, namespace=SHARED)
     return collected

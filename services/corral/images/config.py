@@ -36,3 +36,11 @@ class ImagesConfig:
     @property
     def workers(self) -> int:
         return self.unpack_workers or min(len(os.sched_getaffinity(0)), 4)
+    # When so much of the file system is in use, images that nobody uses are removed, the longest unused first, until no
+    # more than the low mark is. 100: never.
+    gc_high_percent: float = 90.0
+    gc_low_percent: float = 80.0
+    # An image that was brought, named or used by a container within this time stays all the same.
+    gc_min_age_s: float = 3600.0
+    # How often that is looked at; also after each pull, import and commit.
+    gc_interval_s: float = 60.0

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
-from corral.images import catalog, trees
+from corral.images import catalog, disuse, trees
 from corral.images.catalog import ImageRecord
 from corral.images.collector import Collected, Collector
 from corral.images.content import ContentStore
@@ -55,7 +56,7 @@ class Images:
         self._driver = driver
         self._unpacker = unpacker
         self._collector = collector
-        self._details = DetailsCache(content)
+        self.details = self._details = DetailsCache(content)
 
     def find(self, namespace: str, name: str) -> ImageRecord:
         """Raises NotFound, InvalidArgument."""
@@ -95,6 +96,7 @@ class Images:
             return record
 
         record = await self._database.write(write)
+        failpoint("images.tag.after_row")
         await persist(self._database)
         return record
 
@@ -145,13 +147,32 @@ class Images:
         await persist(self._database)
         return Removed([record.name for record in records if record.name], await self._collector.collect())
 
-    async def prune(self, namespace: str, *, everything: bool) -> Removed:
-        """Remove nameless images that nothing uses, with `everything` named ones too; then all that is out of reach."""
-        records = await write_much(self._database, lambda t: _prune(t, namespace, everything=everything))
+    async def prune(self, namespace: str, *, everything: bool, until_ns: int | None = None) -> Removed:
+        """Remove nameless images that nothing uses, with `everything` named ones too; then all that is out of reach.
+
+        until_ns: only images that say that they were made before; and blobs in their time of grace stay.
+        """
         await self._collector.end_expired()
-        collected = await self._collector.collect(grace=False)
+        old = None if until_ns is None else await run_blocking(self._made_before, namespace, until_ns)
+
+        def remove(transaction: Transaction) -> list[ImageRecord]:
+            found = disuse.unused(transaction, namespace, self._collector.is_pinned, dangling=not everything)
+            going = [record for image in found for record in image.records if old is None or record.image_id in old]
+            catalog.remove(transaction, going)
+            return going
+
+        records = await write_much(self._database, remove)
+        failpoint("images.prune.after_rows")
+        collected = await self._collector.collect(grace=until_ns is not None)
         await persist(self._database)
         return Removed([record.name for record in records if record.name], collected)
+
+    def _made_before(self, namespace: str, until_ns: int) -> set[Digest]:
+        """Ids of images; one that does not say when it was made is as old as can be."""
+        until = datetime.fromtimestamp(until_ns / 1e9, UTC)
+        records = self._database.read_sync(lambda s: catalog.everything(s, namespace))
+        made = {record.image_id: self._details.get(record.manifest).config.created for record in records}
+        return {image_id for image_id, created in made.items() if created is None or created < until}
 
 
 def _remove(transaction: Transaction, namespace: str, name: str, *, force: bool) -> list[ImageRecord]:
@@ -188,13 +209,3 @@ def _check_unused(transaction: Transaction, name: str, record: ImageRecord, *, l
             reason="IN_USE",
             metadata={"image": name, "container": users[0]},
         )
-
-
-def _prune(transaction: Transaction, namespace: str, *, everything: bool) -> list[ImageRecord]:
-    going = [
-        record
-        for record in catalog.everything(transaction, namespace)
-        if (everything or not record.name) and not trees.users_of_image(transaction, namespace, record.image_id)
-    ]
-    catalog.remove(transaction, going)
-    return going

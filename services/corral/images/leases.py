@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
+from corral.images import catalog
 from corral.images.snapshotter import TreeId
 from corral.rpc.context import check_id
 from corral.rpc.errors import AlreadyExists, InvalidArgument, NotFound
@@ -89,7 +90,8 @@ def everything(snapshot: Snapshot, namespace: str) -> list[Lease]:
 def end(transaction: Transaction, namespace: str, lease_id: str) -> list[TreeId]:
     """Delete the lease, with the snapshots it alone kept; their trees are to be removed. No such lease is no error."""
     rows = transaction.execute(
-        "SELECT s.id, s.key FROM lease_resources r JOIN snapshots s ON s.namespace = r.namespace AND s.key = r.key"
+        "SELECT s.id, s.key, s.image_id FROM lease_resources r"
+        " JOIN snapshots s ON s.namespace = r.namespace AND s.key = r.key"
         " WHERE r.namespace = :namespace AND r.lease = :lease AND r.kind = 'snapshot' AND NOT EXISTS"
         " (SELECT 1 FROM lease_resources o WHERE o.kind = 'snapshot' AND o.namespace = :namespace AND o.key = r.key"
         " AND o.lease != :lease) ORDER BY s.id DESC",
@@ -101,6 +103,8 @@ def end(transaction: Transaction, namespace: str, lease_id: str) -> list[TreeId]
         with suppress(Referenced):  # a committed one that others lie on: it is theirs now
             transaction.execute("DELETE FROM snapshots WHERE id = ?", (row["id"],))
             transaction.journal("snapshot.removed", row["key"], {"lease": lease_id}, namespace=namespace)
+            if row["image_id"]:
+                catalog.note_use(transaction, namespace, row["image_id"])
             ended.append(TreeId(row["id"]))
     return ended
 

@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -172,6 +173,16 @@ def _stat(path: Path) -> os.stat_result | None:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What there is of one blob."""
+
+    digest: str
+    size_bytes: int
+    is_open: bool
+    """Somebody is fetching it now."""
+
+
 class Partials:
     """All of them. Nobody may open the same digest twice at a time."""
 
@@ -198,6 +209,16 @@ class Partials:
         with self._choosing:
             self._open.add(partial.path.stem)
         partial.open()
+
+    def found(self) -> list[Part]:
+        """All that are here, and what they take on disk. Blocking."""
+        parts = []
+        for stem in sorted({path.with_suffix("") for path in self._directory.iterdir()}):
+            entries = [_stat(stem.with_suffix(suffix)) for suffix in (DATA, LOG)]
+            # A file with another name is a blob by now, and counts as that.
+            size = sum(entry.st_blocks * 512 for entry in entries if entry is not None and entry.st_nlink == 1)
+            parts.append(Part(PREFIX + stem.name, size, stem.name in self._open))
+        return parts
 
     def collect(self, *, grace: bool = True) -> tuple[list[str], int]:
         """Remove those that nobody came back for; without grace, all that are not open. Digests, and their bytes."""

@@ -9,6 +9,7 @@ import grpc.aio
 import structlog
 
 from corral.api.images.v1 import images_pb2, images_pb2_grpc
+from corral.images.accounting import Accounts
 from corral.images.admission import Admission
 from corral.images.blobs import Blobs
 from corral.images.collector import Collector
@@ -21,6 +22,7 @@ from corral.images.images import Images
 from corral.images.importer import Importer
 from corral.images.partials import Partials
 from corral.images.policy.gate import Gate
+from corral.images.reclaiming import Reclaimer
 from corral.images.recovery import recover
 from corral.images.registries import Registries
 from corral.images.servicers.content import ContentServicer
@@ -59,6 +61,7 @@ class ImagesService:
         self._tending = Tending(self._drivers, self._ids)
         self._partials = Partials(config.root, keep_s=config.partial_keep_s)
         self._collector = Collector(self._database, self._content, self._partials, self._tending, driver.name)
+        self._reclaimer = Reclaimer(config, self._database, self._collector, self._partials, self._tending)
         self._workers = Workers(
             config.workers,
             idle_s=config.unpack_idle_s,
@@ -99,13 +102,16 @@ class ImagesService:
         images_pb2_grpc.add_ContentServicer_to_server(ContentServicer(self._blobs), server)
         exporter = Exporter(self._database, self._content, self._blobs, self._collector)
         images_pb2_grpc.add_ImagesServicer_to_server(
-            ImagesServicer(self._images, self._importer, exporter, self._committer, self._registries, self._database),
+            ImagesServicer(
+                self._images, self._importer, exporter, self._committer, self._registries, accounts, self._database
+            ),
             server,
         )
         takeout = Takeout(self._content, self._snapshots, self._workers)
         images_pb2_grpc.add_SnapshotsServicer_to_server(
             SnapshotsServicer(self._snapshots, self._images, self._drivers, self._committer, takeout), server
         )
+        accounts = Accounts(self._database, self._drivers, self._collector, self._partials, self._images.details)
         images_pb2_grpc.add_LeasesServicer_to_server(
             LeasesServicer(self._database, self._collector, self._tending), server
         )
@@ -140,6 +146,8 @@ class ImagesService:
         await self._registries.stop()
         await self._workers.stop()
         await self._collector.stop()
+        self._reclaimer.start()
         await self._tending.stop()
         self._importer.close()
         self._database.close()
+        await self._reclaimer.stop()

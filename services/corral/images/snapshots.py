@@ -90,7 +90,8 @@ class Snapshots:
                 raise _gone(wanted.image)
         existing = found.existing
         if existing is None:
-            existing = await uninterrupted(self._make(wanted, found))
+            with self._collector.using([found.image.image_id] if found.image else []):
+                existing = await uninterrupted(self._make(wanted, found))
         else:
             _check_same(wanted, existing, found.parent)
             if not wanted.lease:
@@ -318,6 +319,8 @@ def _delete(transaction: Transaction, namespace: str, key: str) -> TreeRecord | 
             f"snapshot {key!r} cannot be removed while {above[0]!r} lies on it: remove that first", reason="IN_USE"
         ) from e
     leases.release(transaction, namespace, "snapshot", key)
+    if record.image_id:
+        catalog.note_use(transaction, namespace, record.image_id)
     transaction.journal("snapshot.removed", key, {}, namespace=namespace)
     return record
 

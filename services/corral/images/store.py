@@ -108,6 +108,11 @@ CREATE TABLE blob_origins (
 ) STRICT, WITHOUT ROWID;
 """,
     """
+-- When the image was last brought, named, or given up by a container: the longest unused goes first from a full disk.
+ALTER TABLE images ADD COLUMN used_ns INTEGER NOT NULL DEFAULT 0;
+UPDATE images SET used_ns = updated_ns;
+""",
+    """
 -- Whose signature a manifest or index has: see corral.images.policy.
 CREATE TABLE proofs (
     digest TEXT NOT NULL REFERENCES blobs(digest) ON DELETE CASCADE,

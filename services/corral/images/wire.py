@@ -10,6 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from corral.api.images.v1 import images_pb2 as pb
 from corral.api.types.v1 import types_pb2 as types
 from corral.images import model
+from corral.images.accounting import DiskUsage, ImageUsage, StoreUsage
 from corral.images.blobs import BlobRecord
 from corral.images.collector import Collected
 from corral.images.details import Details
@@ -25,6 +26,10 @@ from corral.rpc.errors import InvalidArgument
 
 def timestamp(time_ns: int) -> Timestamp:
     return Timestamp(seconds=time_ns // 10**9, nanos=time_ns % 10**9)
+
+
+def time_ns(stamp: Timestamp) -> int:
+    return stamp.seconds * 10**9 + stamp.nanos
 
 
 def _from_datetime(time: datetime | None) -> Timestamp | None:
@@ -260,3 +265,41 @@ def from_lease(lease: Lease) -> pb.Lease:
 
 def from_collected(collected: Collected) -> tuple[Sequence[str], int]:
     return collected.names, collected.reclaimed_bytes
+
+
+def from_disk_usage(usage: DiskUsage) -> pb.DiskUsageResponse:
+    return pb.DiskUsageResponse(
+        images=[_from_image_usage(image) for image in usage.images],
+        images_size_bytes=usage.images_size_bytes,
+        images_reclaimable_bytes=usage.images_reclaimable_bytes,
+        blobs=_from_store_usage(usage.blobs),
+        layers=_from_store_usage(usage.layers),
+        partials=_from_store_usage(usage.partials),
+        snapshots=[
+            pb.TreeUsage(
+                key=tree.record.key, kind=pb.Snapshot.Kind.ValueType(tree.record.kind), size_bytes=tree.size_bytes
+            )
+            for tree in usage.snapshots
+        ],
+    )
+
+
+def _from_image_usage(image: ImageUsage) -> pb.ImageUsage:
+    return pb.ImageUsage(
+        id=image.image_id,
+        names=[parse_reference(name).familiar for name in image.names],
+        created_at=timestamp(image.created_ns) if image.created_ns else None,
+        used_at=timestamp(image.used_ns),
+        size_bytes=image.size_bytes,
+        shared_bytes=image.shared_bytes,
+        snapshots=image.snapshots,
+    )
+
+
+def _from_store_usage(usage: StoreUsage) -> pb.StoreUsage:
+    return pb.StoreUsage(
+        total=usage.total,
+        active=usage.active,
+        size_bytes=usage.size_bytes,
+        reclaimable_bytes=usage.reclaimable_bytes,
+    )

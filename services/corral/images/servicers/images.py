@@ -12,6 +12,7 @@ from corral.api.images.v1 import images_pb2 as pb
 from corral.api.images.v1 import images_pb2_grpc
 from corral.api.types.v1 import types_pb2 as types
 from corral.images import wire
+from corral.images.accounting import Accounts
 from corral.images.catalog import ImageRecord
 from corral.images.committer import CommitOptions, Committer
 from corral.images.exporter import Exporter, ExportOptions
@@ -41,6 +42,7 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
         exporter: Exporter,
         committer: Committer,
         registries: Registries,
+        accounts: Accounts,
         database: Database,
     ) -> None:
         self._images = images
@@ -48,6 +50,7 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
         self._exporter = exporter
         self._committer = committer
         self._transfers = Transfers(registries, self._message)
+        self._accounts = accounts
         self._database = database
 
     async def Import(
@@ -117,9 +120,13 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
         return pb.RemoveImageResponse(untagged=removed.untagged, deleted=deleted, reclaimed_bytes=reclaimed)
 
     async def Prune(self, request: pb.PruneRequest, context: Context) -> pb.PruneResponse:
-        removed = await self._images.prune(current_namespace(), everything=request.all)
+        until_ns = wire.time_ns(request.until) if request.HasField("until") else None
+        removed = await self._images.prune(current_namespace(), everything=request.all, until_ns=until_ns)
         deleted, reclaimed = wire.from_collected(removed.collected)
         return pb.PruneResponse(untagged=removed.untagged, deleted=deleted, reclaimed_bytes=reclaimed)
+
+    async def DiskUsage(self, request: pb.DiskUsageRequest, context: Context) -> pb.DiskUsageResponse:
+        return wire.from_disk_usage(await self._accounts.usage(current_namespace()))
 
     async def Events(self, request: types.EventsRequest, context: Context) -> AsyncIterator[types.EventsResponse]:
         async for response in stream_events(self._database.journal, request):

@@ -85,6 +85,11 @@ class CgroupsStub:
                 request_serializer=corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.HostRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.HostResponse.FromString,
                 _registered_method=True)
+        self.Check = channel.unary_unary(
+                '/corral.cgroups.v1.Cgroups/Check',
+                request_serializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckResponse.FromString,
+                _registered_method=True)
         self.Events = channel.unary_stream(
                 '/corral.cgroups.v1.Cgroups/Events',
                 request_serializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.EventsRequest.SerializeToString,
@@ -165,6 +170,13 @@ class CgroupsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Check(self, request, context):
+        """Compares rows with the cgroups below the parent; with `repair` it puts right what it finds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Events(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -223,6 +235,11 @@ def add_CgroupsServicer_to_server(servicer, server):
                     servicer.Host,
                     request_deserializer=corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.HostRequest.FromString,
                     response_serializer=corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.HostResponse.SerializeToString,
+            ),
+            'Check': grpc.unary_unary_rpc_method_handler(
+                    servicer.Check,
+                    request_deserializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckRequest.FromString,
+                    response_serializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckResponse.SerializeToString,
             ),
             'Events': grpc.unary_stream_rpc_method_handler(
                     servicer.Events,
@@ -500,6 +517,33 @@ class Cgroups:
             '/corral.cgroups.v1.Cgroups/Host',
             corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.HostRequest.SerializeToString,
             corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.HostResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Check(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.cgroups.v1.Cgroups/Check',
+            corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckRequest.SerializeToString,
+            corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -54,6 +54,8 @@ class CgroupsStub:
     """
     Host: _grpc.UnaryUnaryMultiCallable[_cgroups_pb2.HostRequest, _cgroups_pb2.HostResponse]
     """What this host offers."""
+    Check: _grpc.UnaryUnaryMultiCallable[_types_pb2.CheckRequest, _types_pb2.CheckResponse]
+    """Compares rows with the cgroups below the parent; with `repair` it puts right what it finds."""
     Events: _grpc.UnaryStreamMultiCallable[_types_pb2.EventsRequest, _types_pb2.EventsResponse]
 
 @_typing.type_check_only
@@ -81,6 +83,8 @@ class CgroupsAsyncStub(CgroupsStub):
     """
     Host: _aio.UnaryUnaryMultiCallable[_cgroups_pb2.HostRequest, _cgroups_pb2.HostResponse]  # type: ignore[assignment]
     """What this host offers."""
+    Check: _aio.UnaryUnaryMultiCallable[_types_pb2.CheckRequest, _types_pb2.CheckResponse]  # type: ignore[assignment]
+    """Compares rows with the cgroups below the parent; with `repair` it puts right what it finds."""
     Events: _aio.UnaryStreamMultiCallable[_types_pb2.EventsRequest, _types_pb2.EventsResponse]  # type: ignore[assignment]
 
 class CgroupsServicer(metaclass=_abc_1.ABCMeta):
@@ -165,6 +169,14 @@ class CgroupsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cgroups_pb2.HostResponse, _abc.Awaitable[_cgroups_pb2.HostResponse]]:
         """What this host offers."""
+
+    @_abc_1.abstractmethod
+    def Check(
+        self,
+        request: _types_pb2.CheckRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_types_pb2.CheckResponse, _abc.Awaitable[_types_pb2.CheckResponse]]:
+        """Compares rows with the cgroups below the parent; with `repair` it puts right what it finds."""
 
     @_abc_1.abstractmethod
     def Events(

@@ -1307,6 +1307,16 @@ class SystemStub:
                 request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CheckHostRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CheckHostResponse.FromString,
                 _registered_method=True)
+        self.DiskUsage = channel.unary_unary(
+                '/corral.engine.v1.System/DiskUsage',
+                request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.DiskUsageRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.DiskUsageResponse.FromString,
+                _registered_method=True)
+        self.Check = channel.unary_unary(
+                '/corral.engine.v1.System/Check',
+                request_serializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckResponse.FromString,
+                _registered_method=True)
 
 
 class SystemServicer:
@@ -1341,6 +1351,21 @@ class SystemServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DiskUsage(self, request, context):
+        """What is on disk. Sizes of containers and volumes are of the caller's namespace.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Check(self, request, context):
+        """Compares what every service knows with what is there, and with what the others know, in all namespaces. With `repair`
+        it puts right what it finds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SystemServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -1363,6 +1388,16 @@ def add_SystemServicer_to_server(servicer, server):
                     servicer.CheckHost,
                     request_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CheckHostRequest.FromString,
                     response_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CheckHostResponse.SerializeToString,
+            ),
+            'DiskUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.DiskUsage,
+                    request_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.DiskUsageRequest.FromString,
+                    response_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.DiskUsageResponse.SerializeToString,
+            ),
+            'Check': grpc.unary_unary_rpc_method_handler(
+                    servicer.Check,
+                    request_deserializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckRequest.FromString,
+                    response_serializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1475,6 +1510,60 @@ class System:
             '/corral.engine.v1.System/CheckHost',
             corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CheckHostRequest.SerializeToString,
             corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CheckHostResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DiskUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.engine.v1.System/DiskUsage',
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.DiskUsageRequest.SerializeToString,
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.DiskUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Check(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.engine.v1.System/Check',
+            corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckRequest.SerializeToString,
+            corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -393,6 +393,12 @@ class SystemStub:
     """The journal of all services, merged."""
     CheckHost: _grpc.UnaryUnaryMultiCallable[_engine_pb2.CheckHostRequest, _engine_pb2.CheckHostResponse]
     """What this host has and lacks for running containers."""
+    DiskUsage: _grpc.UnaryUnaryMultiCallable[_engine_pb2.DiskUsageRequest, _engine_pb2.DiskUsageResponse]
+    """What is on disk. Sizes of containers and volumes are of the caller's namespace."""
+    Check: _grpc.UnaryUnaryMultiCallable[_types_pb2.CheckRequest, _types_pb2.CheckResponse]
+    """Compares what every service knows with what is there, and with what the others know, in all namespaces. With `repair`
+    it puts right what it finds.
+    """
 
 @_typing.type_check_only
 class SystemAsyncStub(SystemStub):
@@ -406,6 +412,12 @@ class SystemAsyncStub(SystemStub):
     """The journal of all services, merged."""
     CheckHost: _aio.UnaryUnaryMultiCallable[_engine_pb2.CheckHostRequest, _engine_pb2.CheckHostResponse]  # type: ignore[assignment]
     """What this host has and lacks for running containers."""
+    DiskUsage: _aio.UnaryUnaryMultiCallable[_engine_pb2.DiskUsageRequest, _engine_pb2.DiskUsageResponse]  # type: ignore[assignment]
+    """What is on disk. Sizes of containers and volumes are of the caller's namespace."""
+    Check: _aio.UnaryUnaryMultiCallable[_types_pb2.CheckRequest, _types_pb2.CheckResponse]  # type: ignore[assignment]
+    """Compares what every service knows with what is there, and with what the others know, in all namespaces. With `repair`
+    it puts right what it finds.
+    """
 
 class SystemServicer(metaclass=_abc_1.ABCMeta):
     """---------------------------------------------------------------- system"""
@@ -440,5 +452,23 @@ class SystemServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_engine_pb2.CheckHostResponse, _abc.Awaitable[_engine_pb2.CheckHostResponse]]:
         """What this host has and lacks for running containers."""
+
+    @_abc_1.abstractmethod
+    def DiskUsage(
+        self,
+        request: _engine_pb2.DiskUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_pb2.DiskUsageResponse, _abc.Awaitable[_engine_pb2.DiskUsageResponse]]:
+        """What is on disk. Sizes of containers and volumes are of the caller's namespace."""
+
+    @_abc_1.abstractmethod
+    def Check(
+        self,
+        request: _types_pb2.CheckRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_types_pb2.CheckResponse, _abc.Awaitable[_types_pb2.CheckResponse]]:
+        """Compares what every service knows with what is there, and with what the others know, in all namespaces. With `repair`
+        it puts right what it finds.
+        """
 
 def add_SystemServicer_to_server(servicer: SystemServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -353,6 +353,16 @@ class ImagesStub:
                 request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.PruneRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.PruneResponse.FromString,
                 _registered_method=True)
+        self.DiskUsage = channel.unary_unary(
+                '/corral.images.v1.Images/DiskUsage',
+                request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.DiskUsageRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.DiskUsageResponse.FromString,
+                _registered_method=True)
+        self.Check = channel.unary_unary(
+                '/corral.images.v1.Images/Check',
+                request_serializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckResponse.FromString,
+                _registered_method=True)
         self.Events = channel.unary_stream(
                 '/corral.images.v1.Images/Events',
                 request_serializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.EventsRequest.SerializeToString,
@@ -460,6 +470,21 @@ class ImagesServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DiskUsage(self, request, context):
+        """What is on disk: of the caller's namespace its images and snapshots, of all namespaces what they share.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Check(self, request, context):
+        """Compares rows, blobs, trees and partial downloads with each other. With `repair` it puts right what it finds; after the
+        loss of the database that is: to make it anew from what is on disk.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Events(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -528,6 +553,16 @@ def add_ImagesServicer_to_server(servicer, server):
                     servicer.Prune,
                     request_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.PruneRequest.FromString,
                     response_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.PruneResponse.SerializeToString,
+            ),
+            'DiskUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.DiskUsage,
+                    request_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.DiskUsageRequest.FromString,
+                    response_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.DiskUsageResponse.SerializeToString,
+            ),
+            'Check': grpc.unary_unary_rpc_method_handler(
+                    servicer.Check,
+                    request_deserializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckRequest.FromString,
+                    response_serializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckResponse.SerializeToString,
             ),
             'Events': grpc.unary_stream_rpc_method_handler(
                     servicer.Events,
@@ -861,6 +896,60 @@ class Images:
             '/corral.images.v1.Images/Prune',
             corral_dot_api_dot_images_dot_v1_dot_images__pb2.PruneRequest.SerializeToString,
             corral_dot_api_dot_images_dot_v1_dot_images__pb2.PruneResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DiskUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.images.v1.Images/DiskUsage',
+            corral_dot_api_dot_images_dot_v1_dot_images__pb2.DiskUsageRequest.SerializeToString,
+            corral_dot_api_dot_images_dot_v1_dot_images__pb2.DiskUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Check(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.images.v1.Images/Check',
+            corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckRequest.SerializeToString,
+            corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckResponse.FromString,
             options,
             channel_credentials,
             insecure,

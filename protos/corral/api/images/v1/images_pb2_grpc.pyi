@@ -167,6 +167,12 @@ class ImagesStub:
     """
     Prune: _grpc.UnaryUnaryMultiCallable[_images_pb2.PruneRequest, _images_pb2.PruneResponse]
     """Removes what nothing refers to: dangling images, blobs, layers, expired leases."""
+    DiskUsage: _grpc.UnaryUnaryMultiCallable[_images_pb2.DiskUsageRequest, _images_pb2.DiskUsageResponse]
+    """What is on disk: of the caller's namespace its images and snapshots, of all namespaces what they share."""
+    Check: _grpc.UnaryUnaryMultiCallable[_types_pb2.CheckRequest, _types_pb2.CheckResponse]
+    """Compares rows, blobs, trees and partial downloads with each other. With `repair` it puts right what it finds; after the
+    loss of the database that is: to make it anew from what is on disk.
+    """
     Events: _grpc.UnaryStreamMultiCallable[_types_pb2.EventsRequest, _types_pb2.EventsResponse]
 
 @_typing.type_check_only
@@ -216,6 +222,12 @@ class ImagesAsyncStub(ImagesStub):
     """
     Prune: _aio.UnaryUnaryMultiCallable[_images_pb2.PruneRequest, _images_pb2.PruneResponse]  # type: ignore[assignment]
     """Removes what nothing refers to: dangling images, blobs, layers, expired leases."""
+    DiskUsage: _aio.UnaryUnaryMultiCallable[_images_pb2.DiskUsageRequest, _images_pb2.DiskUsageResponse]  # type: ignore[assignment]
+    """What is on disk: of the caller's namespace its images and snapshots, of all namespaces what they share."""
+    Check: _aio.UnaryUnaryMultiCallable[_types_pb2.CheckRequest, _types_pb2.CheckResponse]  # type: ignore[assignment]
+    """Compares rows, blobs, trees and partial downloads with each other. With `repair` it puts right what it finds; after the
+    loss of the database that is: to make it anew from what is on disk.
+    """
     Events: _aio.UnaryStreamMultiCallable[_types_pb2.EventsRequest, _types_pb2.EventsResponse]  # type: ignore[assignment]
 
 class ImagesServicer(metaclass=_abc_1.ABCMeta):
@@ -334,6 +346,24 @@ class ImagesServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_images_pb2.PruneResponse, _abc.Awaitable[_images_pb2.PruneResponse]]:
         """Removes what nothing refers to: dangling images, blobs, layers, expired leases."""
+
+    @_abc_1.abstractmethod
+    def DiskUsage(
+        self,
+        request: _images_pb2.DiskUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_images_pb2.DiskUsageResponse, _abc.Awaitable[_images_pb2.DiskUsageResponse]]:
+        """What is on disk: of the caller's namespace its images and snapshots, of all namespaces what they share."""
+
+    @_abc_1.abstractmethod
+    def Check(
+        self,
+        request: _types_pb2.CheckRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_types_pb2.CheckResponse, _abc.Awaitable[_types_pb2.CheckResponse]]:
+        """Compares rows, blobs, trees and partial downloads with each other. With `repair` it puts right what it finds; after the
+        loss of the database that is: to make it anew from what is on disk.
+        """
 
     @_abc_1.abstractmethod
     def Events(

@@ -55,6 +55,11 @@ class NetworksStub:
                 request_serializer=corral_dot_api_dot_network_dot_v1_dot_network__pb2.RemoveNetworkRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_network_dot_v1_dot_network__pb2.RemoveNetworkResponse.FromString,
                 _registered_method=True)
+        self.Check = channel.unary_unary(
+                '/corral.network.v1.Networks/Check',
+                request_serializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckResponse.FromString,
+                _registered_method=True)
         self.Events = channel.unary_stream(
                 '/corral.network.v1.Networks/Events',
                 request_serializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.EventsRequest.SerializeToString,
@@ -92,6 +97,13 @@ class NetworksServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Check(self, request, context):
+        """Compares rows, namespaces, links and files with each other; with `repair` it puts right what it finds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Events(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -120,6 +132,11 @@ def add_NetworksServicer_to_server(servicer, server):
                     servicer.Remove,
                     request_deserializer=corral_dot_api_dot_network_dot_v1_dot_network__pb2.RemoveNetworkRequest.FromString,
                     response_serializer=corral_dot_api_dot_network_dot_v1_dot_network__pb2.RemoveNetworkResponse.SerializeToString,
+            ),
+            'Check': grpc.unary_unary_rpc_method_handler(
+                    servicer.Check,
+                    request_deserializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckRequest.FromString,
+                    response_serializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckResponse.SerializeToString,
             ),
             'Events': grpc.unary_stream_rpc_method_handler(
                     servicer.Events,
@@ -235,6 +252,33 @@ class Networks:
             '/corral.network.v1.Networks/Remove',
             corral_dot_api_dot_network_dot_v1_dot_network__pb2.RemoveNetworkRequest.SerializeToString,
             corral_dot_api_dot_network_dot_v1_dot_network__pb2.RemoveNetworkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Check(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.network.v1.Networks/Check',
+            corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckRequest.SerializeToString,
+            corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,8 @@ class NetworksStub:
     List: _grpc.UnaryUnaryMultiCallable[_network_pb2.ListNetworksRequest, _network_pb2.ListNetworksResponse]
     Remove: _grpc.UnaryUnaryMultiCallable[_network_pb2.RemoveNetworkRequest, _network_pb2.RemoveNetworkResponse]
     """FAILED_PRECONDITION while endpoints use it; the default network cannot be removed."""
+    Check: _grpc.UnaryUnaryMultiCallable[_types_pb2.CheckRequest, _types_pb2.CheckResponse]
+    """Compares rows, namespaces, links and files with each other; with `repair` it puts right what it finds."""
     Events: _grpc.UnaryStreamMultiCallable[_types_pb2.EventsRequest, _types_pb2.EventsResponse]
 
 @_typing.type_check_only
@@ -57,6 +59,8 @@ class NetworksAsyncStub(NetworksStub):
     List: _aio.UnaryUnaryMultiCallable[_network_pb2.ListNetworksRequest, _network_pb2.ListNetworksResponse]  # type: ignore[assignment]
     Remove: _aio.UnaryUnaryMultiCallable[_network_pb2.RemoveNetworkRequest, _network_pb2.RemoveNetworkResponse]  # type: ignore[assignment]
     """FAILED_PRECONDITION while endpoints use it; the default network cannot be removed."""
+    Check: _aio.UnaryUnaryMultiCallable[_types_pb2.CheckRequest, _types_pb2.CheckResponse]  # type: ignore[assignment]
+    """Compares rows, namespaces, links and files with each other; with `repair` it puts right what it finds."""
     Events: _aio.UnaryStreamMultiCallable[_types_pb2.EventsRequest, _types_pb2.EventsResponse]  # type: ignore[assignment]
 
 class NetworksServicer(metaclass=_abc_1.ABCMeta):
@@ -91,6 +95,14 @@ class NetworksServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_network_pb2.RemoveNetworkResponse, _abc.Awaitable[_network_pb2.RemoveNetworkResponse]]:
         """FAILED_PRECONDITION while endpoints use it; the default network cannot be removed."""
+
+    @_abc_1.abstractmethod
+    def Check(
+        self,
+        request: _types_pb2.CheckRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_types_pb2.CheckResponse, _abc.Awaitable[_types_pb2.CheckResponse]]:
+        """Compares rows, namespaces, links and files with each other; with `repair` it puts right what it finds."""
 
     @_abc_1.abstractmethod
     def Events(

@@ -105,6 +105,11 @@ class TasksStub:
                 request_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.PidsRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.PidsResponse.FromString,
                 _registered_method=True)
+        self.Check = channel.unary_unary(
+                '/corral.tasks.v1.Tasks/Check',
+                request_serializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckResponse.FromString,
+                _registered_method=True)
         self.Events = channel.unary_stream(
                 '/corral.tasks.v1.Tasks/Events',
                 request_serializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.EventsRequest.SerializeToString,
@@ -213,6 +218,13 @@ class TasksServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Check(self, request, context):
+        """Compares rows, bundles and shims with each other; with `repair` it puts right what it finds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Events(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -291,6 +303,11 @@ def add_TasksServicer_to_server(servicer, server):
                     servicer.Pids,
                     request_deserializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.PidsRequest.FromString,
                     response_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.PidsResponse.SerializeToString,
+            ),
+            'Check': grpc.unary_unary_rpc_method_handler(
+                    servicer.Check,
+                    request_deserializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckRequest.FromString,
+                    response_serializer=corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckResponse.SerializeToString,
             ),
             'Events': grpc.unary_stream_rpc_method_handler(
                     servicer.Events,
@@ -676,6 +693,33 @@ class Tasks:
             '/corral.tasks.v1.Tasks/Pids',
             corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.PidsRequest.SerializeToString,
             corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.PidsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Check(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.tasks.v1.Tasks/Check',
+            corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckRequest.SerializeToString,
+            corral_dot_api_dot_types_dot_v1_dot_types__pb2.CheckResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -72,6 +72,8 @@ class TasksStub:
     """Lines of a task's log, over rotated files."""
     Pids: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.PidsRequest, _tasks_pb2.PidsResponse]
     """Pids inside, as the host counts them."""
+    Check: _grpc.UnaryUnaryMultiCallable[_types_pb2.CheckRequest, _types_pb2.CheckResponse]
+    """Compares rows, bundles and shims with each other; with `repair` it puts right what it finds."""
     Events: _grpc.UnaryStreamMultiCallable[_types_pb2.EventsRequest, _types_pb2.EventsResponse]
 
 @_typing.type_check_only
@@ -109,6 +111,8 @@ class TasksAsyncStub(TasksStub):
     """Lines of a task's log, over rotated files."""
     Pids: _aio.UnaryUnaryMultiCallable[_tasks_pb2.PidsRequest, _tasks_pb2.PidsResponse]  # type: ignore[assignment]
     """Pids inside, as the host counts them."""
+    Check: _aio.UnaryUnaryMultiCallable[_types_pb2.CheckRequest, _types_pb2.CheckResponse]  # type: ignore[assignment]
+    """Compares rows, bundles and shims with each other; with `repair` it puts right what it finds."""
     Events: _aio.UnaryStreamMultiCallable[_types_pb2.EventsRequest, _types_pb2.EventsResponse]  # type: ignore[assignment]
 
 class TasksServicer(metaclass=_abc_1.ABCMeta):
@@ -227,6 +231,14 @@ class TasksServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_tasks_pb2.PidsResponse, _abc.Awaitable[_tasks_pb2.PidsResponse]]:
         """Pids inside, as the host counts them."""
+
+    @_abc_1.abstractmethod
+    def Check(
+        self,
+        request: _types_pb2.CheckRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_types_pb2.CheckResponse, _abc.Awaitable[_types_pb2.CheckResponse]]:
+        """Compares rows, bundles and shims with each other; with `repair` it puts right what it finds."""
 
     @_abc_1.abstractmethod
     def Events(
