@@ -32,10 +32,6 @@ class ImagesConfig:
     partial_keep_s: float = 86400.0
     # Which repositories images may come from, and whose signature they need; see corral.images.policy.rules. None: any.
     policy: tuple[Rule, ...] = ()
-
-    @property
-    def workers(self) -> int:
-        return self.unpack_workers or min(len(os.sched_getaffinity(0)), 4)
     # When so much of the file system is in use, images that nobody uses are removed, the longest unused first, until no
     # more than the low mark is. 100: never.
     gc_high_percent: float = 90.0
@@ -44,3 +40,7 @@ class ImagesConfig:
     gc_min_age_s: float = 3600.0
     # How often that is looked at; also after each pull, import and commit.
     gc_interval_s: float = 60.0
+
+    @property
+    def workers(self) -> int:
+        return self.unpack_workers or min(len(os.sched_getaffinity(0)), 4)

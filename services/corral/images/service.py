@@ -101,6 +101,7 @@ class ImagesService:
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         images_pb2_grpc.add_ContentServicer_to_server(ContentServicer(self._blobs), server)
         exporter = Exporter(self._database, self._content, self._blobs, self._collector)
+        accounts = Accounts(self._database, self._drivers, self._collector, self._partials, self._images.details)
         images_pb2_grpc.add_ImagesServicer_to_server(
             ImagesServicer(
                 self._images, self._importer, exporter, self._committer, self._registries, accounts, self._database
@@ -111,7 +112,6 @@ class ImagesService:
         images_pb2_grpc.add_SnapshotsServicer_to_server(
             SnapshotsServicer(self._snapshots, self._images, self._drivers, self._committer, takeout), server
         )
-        accounts = Accounts(self._database, self._drivers, self._collector, self._partials, self._images.details)
         images_pb2_grpc.add_LeasesServicer_to_server(
             LeasesServicer(self._database, self._collector, self._tending), server
         )
@@ -138,16 +138,16 @@ class ImagesService:
         await self._collector.end_expired()
         await self._collector.collect()
         self._partials.start()
+        self._reclaimer.start()
 
     async def stop(self) -> None:
         for work in list(self._jobs):  # nobody waits for them any more but threads, which must end
             work.cancel()
+        await self._reclaimer.stop()
         await self._partials.stop()
         await self._registries.stop()
         await self._workers.stop()
         await self._collector.stop()
-        self._reclaimer.start()
         await self._tending.stop()
         self._importer.close()
         self._database.close()
-        await self._reclaimer.stop()
