@@ -132,8 +132,11 @@ def _run(hook: Hook, state: State, env: Mapping[str, str], directory: int | str,
     finally:
         os.close(told)
     try:
-        output = _see_to_the_end(pid, pidfd, reader, hook.timeout)
+        output = _see_to_the_end(pidfd, reader, hook.timeout)
         ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    except BaseException:  # who waits for it is interrupted, or it took too long
+        _kill(pid, pidfd)
+        raise
     finally:
         os.close(reader)
         os.close(pidfd)
@@ -193,8 +196,8 @@ def _enter(directory: int | str) -> None:
         os.chdir("/")
 
 
-def _see_to_the_end(pid: int, pidfd: int, reader: int, timeout_s: int | None) -> bytes:
-    """Wait until a hook has ended: the last of what it wrote. One that is not done in time is killed."""
+def _see_to_the_end(pidfd: int, reader: int, timeout_s: int | None) -> bytes:
+    """Wait until a hook has ended: the last of what it wrote. Raises _Failed if it is not done in time."""
     give_up_at = None if timeout_s is None else time.monotonic() + timeout_s
     os.set_blocking(reader, False)
     poller = select.poll()
@@ -212,7 +215,6 @@ def _see_to_the_end(pid: int, pidfd: int, reader: int, timeout_s: int | None) ->
         if pidfd in ready:
             return output
         if left_s <= 0:
-            _kill(pid, pidfd)
             raise _Failed(f"not done within {timeout_s} s")
 
 

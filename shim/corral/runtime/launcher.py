@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _LONGEST_LINE = 255
 """Of a `#!` line. Source: execve(2)."""
 
+INTERRUPTED = 130
+"""What a command ends with that Ctrl-C ended, as shells have it. Until main() it could be in the middle of anything."""
 _OPTIONS = ("-I", "-S", "-Xutf8")
 """Nothing from the environment, no site module, and text is UTF-8 whatever the locale, which is not asked then."""
 _SCRIPT = """\
@@ -31,13 +33,16 @@ place = {place!r}
 sys.path.insert(0, place)
 files = place + {files!r} % sys.implementation.cache_tag
 try:
-    with open(files + "index", "rb") as file:
-        exec(marshal.load(file), names := {{"__name__": "corral.runtime.index"}})
-    names["begin"](files)
-except OSError:
-    pass
-from corral.runtime.main import main_and_exit
-main_and_exit()
+    try:
+        with open(files + "index", "rb") as file:
+            exec(marshal.load(file), names := {{"__name__": "corral.runtime.index"}})
+        names["begin"](files)
+    except OSError:
+        pass
+    from corral.runtime.main import main_and_exit
+    main_and_exit()
+except KeyboardInterrupt:
+    sys.exit({interrupted})
 """
 _FILES = "/corral/runtime/__pycache__/corral-oci.%s."
 """Below the place of the package, of one version of Python; then comes the name of the group."""
@@ -62,7 +67,7 @@ def script(interpreter: str, place: str) -> str:
     """The text of the file. Raises ValueError if the interpreter's path can't stand in a `#!` line."""
     if any(character.isspace() for character in interpreter) or len(interpreter) + 12 > _LONGEST_LINE:
         raise ValueError(f"{interpreter}: this path can't stand in a #! line")
-    return _SCRIPT.format(interpreter=interpreter, place=place, files=_FILES)
+    return _SCRIPT.format(interpreter=interpreter, place=place, files=_FILES, interrupted=INTERRUPTED)
 
 
 def groups(place: Path) -> dict[str, list[Entry]]:
