@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from corral.kernel import mount, paths
 from corral.kernel.mount import MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY, MS_PRIVATE
 from corral.kernel.syscalls import CGROUP2_SUPER_MAGIC, filesystem_magic
+from corral.oci import trees
 from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.mount_options import MountOptions
-from corral.oci.mounts import clone, place
+from corral.oci.mounts import place
 from corral.oci.stage import Stage, Step
 
 
@@ -31,9 +32,9 @@ class CgroupMount(Step):
     def prepare(self, stage: Stage) -> None:
         stage.unified = _unified_only(self.cgroups)
         for cgroup in self.cgroups:
-            stage.trees[cgroup] = clone(cgroup, self.destination, recursive=False)
+            stage.trees[cgroup] = trees.clone(cgroup, self.destination, recursive=False)
         if stage.own is not None and stage.unified and not self.cgroups:
-            stage.trees[_CGROUP_ROOT] = clone(_CGROUP_ROOT, self.destination, recursive=True)
+            stage.trees[_CGROUP_ROOT] = trees.clone(_CGROUP_ROOT, self.destination, recursive=True)
 
     def apply(self, stage: Stage) -> None:
         target = place(stage, self.destination, directory=True)

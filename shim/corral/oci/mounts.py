@@ -6,13 +6,8 @@ import os
 import stat
 from dataclasses import dataclass
 
-from corral.kernel import mount, overlay, paths
-from corral.kernel.mount import (
-    MOUNT_ATTR__ATIME,
-    MOUNT_ATTR_IDMAP,
-    MOUNT_ATTR_RDONLY,
-    MS_PRIVATE,
-)
+from corral.kernel import mount, paths
+from corral.kernel.mount import MOUNT_ATTR_RDONLY, MS_PRIVATE
 from corral.kernel.namespaces import Kind
 from corral.kernel.syscalls import (
     AT_FDCWD,
@@ -20,7 +15,7 @@ from corral.kernel.syscalls import (
     SYSFS_MAGIC,
     filesystem_magic,
 )
-from corral.oci import procfs
+from corral.oci import procfs, trees
 from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.mount_options import Attributes, MountOptions
 from corral.oci.stage import IdMap, Stage, Step, normal
@@ -67,14 +62,14 @@ class RootFilesystem(Step):
             stage.trees[id(self)] = self._new(stage, self.options.data)
 
     def _clone(self, stage: Stage, source: str) -> None:
-        tree = stage.trees[id(self)] = clone(source, "/", recursive=self.options.bind_recursive)
+        tree = stage.trees[id(self)] = trees.clone(source, "/", recursive=self.options.bind_recursive)
         if self.idmap is not None:
-            _map_ids(tree, self.idmap, stage, "/")
+            trees.map_ids(tree, self.idmap, stage, "/")
 
     def _new(self, stage: Stage, data: tuple[str, ...]) -> int:
         attributes = self.options.attributes
         flags = (attributes.set | (attributes.atime or 0)) & ~MOUNT_ATTR_RDONLY
-        return _new(self.fstype, self.source, data + self.options.superblock, flags, stage.bundle)
+        return trees.new(self.fstype, self.source, data + self.options.superblock, flags, stage.bundle)
 
     def _put_together(self, stage: Stage) -> None:
         from corral.oci.parts import attach, located, located_options  # loaded before, by who made the parts
@@ -96,7 +91,7 @@ class RootFilesystem(Step):
             tree = stage.trees.pop(id(self))
             mount.set_attributes(tree, propagation=self.propagation, recursive=True)
             # Read-only comes last of all: mount points are still to be made.
-            _dress(tree, Attributes(attributes.set & ~MOUNT_ATTR_RDONLY, attributes.clear, attributes.atime))
+            trees.dress(tree, Attributes(attributes.set & ~MOUNT_ATTR_RDONLY, attributes.clear, attributes.atime))
         else:
             made = stage.trees.pop(id(self), None)
             tree = self._new(stage, self.options.data) if made is None else made
@@ -158,10 +153,10 @@ class BindMount(Step):
         return f"{self.destination}: bind of {self.source}"
 
     def prepare(self, stage: Stage) -> None:
-        tree = clone(self.source, self.destination, recursive=self.options.bind_recursive)
+        tree = trees.clone(self.source, self.destination, recursive=self.options.bind_recursive)
         stage.trees[id(self)] = tree
         if self.idmap is not None:
-            _map_ids(tree, self.idmap, stage, self.destination)
+            trees.map_ids(tree, self.idmap, stage, self.destination)
 
     def apply(self, stage: Stage) -> None:
         tree, options = stage.trees.pop(id(self)), self.options
@@ -175,8 +170,8 @@ class BindMount(Step):
             recursive=options.propagation_recursive or not options.propagation,
             where=self.destination,
         )
-        _dress(tree, options.attributes)
-        _dress(tree, options.recursive, recursive=True)
+        trees.dress(tree, options.attributes)
+        trees.dress(tree, options.recursive, recursive=True)
         with paths.opened(place(stage, self.destination, directory=stat.S_ISDIR(os.fstat(tree).st_mode))) as target:
             _check_place(target, self.destination, filesystem_magic(tree))
             mount.move_mount(tree, target, what=self.source, where=self.destination)
@@ -200,13 +195,13 @@ class NewFilesystem(Step):
         """The file system, detached, as it is before it has a place."""
         attributes = self.options.attributes
         flags = attributes.set | (attributes.atime or 0)
-        return _new(self.fstype, self.source, self.options.data + self.options.superblock, flags, scratch)
+        return trees.new(self.fstype, self.source, self.options.data + self.options.superblock, flags, scratch)
 
     def prepare(self, stage: Stage) -> None:
         if self.fstype == "proc" and stage.pids is not None:
             attributes = self.options.attributes
             tree = procfs.new_procfs(stage.pids, self.source, self.options.data)
-            _dress(tree, attributes)
+            trees.dress(tree, attributes)
             stage.ready[self] = tree
         elif self.fstype == "overlay":
             stage.overlays.append(self)
@@ -229,7 +224,7 @@ class NewFilesystem(Step):
             mount.move_mount(tree, stage.dev, name, what=self.fstype, where=self.destination)
         else:
             tree = self._mount_in_root(stage, data, flags)
-        _dress(tree, self.options.recursive, recursive=True)
+        trees.dress(tree, self.options.recursive, recursive=True)
         if self.options.propagation:
             mount.set_attributes(
                 tree, propagation=self.options.propagation, recursive=self.options.propagation_recursive
@@ -243,7 +238,7 @@ class NewFilesystem(Step):
         if tree is not None:
             return tree
         try:
-            return _new(self.fstype, self.source, data, flags, stage.bundle)
+            return trees.new(self.fstype, self.source, data, flags, stage.bundle)
         except PermissionError:
             if id(self) not in stage.trees:
                 raise
@@ -307,53 +302,11 @@ class Remount(Step):
             raise ExecFailed(SETUP, f"mount {self.destination}: {name!r} can't be changed by a remount")
         try:
             with paths.opened(paths.open_in_root(stage.root, self.destination)) as mounted:
-                _dress(mounted, options.attributes)
-                _dress(mounted, options.recursive, recursive=True)
+                trees.dress(mounted, options.attributes)
+                trees.dress(mounted, options.recursive, recursive=True)
         except OSError as e:
             reason = "nothing is mounted there" if e.errno == errno.EINVAL else (e.strerror or str(e)).lower()
             raise ExecFailed(SETUP, f"remount {self.destination}: {reason}") from e
-
-
-def clone(source: str, destination: str, *, recursive: bool) -> int:
-    """A detached copy of a mount of the host, for destination."""
-    try:
-        return mount.clone_tree(AT_FDCWD, source, recursive=recursive)
-    except OSError as e:
-        if e.errno in (errno.ENOENT, errno.ENOTDIR):
-            raise ExecFailed(SETUP, f"mount {destination}: the source {source} does not exist") from e
-        if e.errno == errno.EINVAL and not recursive:
-            reason = "other mounts below it may not be taken off by this user, so it takes rbind"
-            raise ExecFailed(SETUP, f"mount {destination}: the source {source}: {reason}") from e
-        raise
-
-
-def _map_ids(tree: int, idmap: IdMap, stage: Stage, destination: str) -> None:
-    """Make a tree that nobody has seen an id-mapped one."""
-    userns = stage.idmaps[idmap]
-    try:
-        mount.set_attributes(tree, attr_set=MOUNT_ATTR_IDMAP, userns=userns, recursive=idmap.recursive)
-    except OSError as e:
-        if e.errno in (errno.EINVAL, errno.EPERM):
-            text = f"mount {destination}: its ids can't be mapped ({e.strerror}): its file system or this kernel can't"
-            raise ExecFailed(SETUP, text) from e
-        raise
-
-
-def _new(fstype: str, source: str, data: tuple[str, ...], attributes: int, scratch: str) -> int:
-    if fstype == "overlay":
-        return overlay.new_overlay(data, attributes=attributes, scratch=scratch)
-    return mount.new_mount(fstype, source or fstype, data, attributes=attributes)
-
-
-def _dress(tree: int, attributes: Attributes, *, recursive: bool = False) -> None:
-    if attributes:
-        atime = attributes.atime
-        mount.set_attributes(
-            tree,
-            attr_set=attributes.set | (atime or 0),
-            attr_clr=attributes.clear | (MOUNT_ATTR__ATIME if atime is not None else 0),
-            recursive=recursive,
-        )
 
 
 def _mode_of_covered(root: int, destination: str) -> tuple[str, ...]:
