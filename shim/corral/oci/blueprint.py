@@ -28,6 +28,7 @@ def plan_of(
     console_size: tuple[int, int] | None,
     new_keyring: bool = True,
     container_id: str = "",
+    by_stone: bool = False,
 ) -> InitPlan:
     """All that init needs to know. Raises ValueError naming the member that can't be honoured."""
     check_spec(spec)
@@ -58,6 +59,7 @@ def plan_of(
         devices=_devices(spec),
         idmaps=plans.idmaps_of(steps),
         hooks=hooks,
+        by_stone=by_stone,
     )
 
 

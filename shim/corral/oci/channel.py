@@ -95,20 +95,25 @@ class ChildEnd:
 
     def send_error(self, error: BaseException) -> None:
         """Say why it went wrong."""
-        message: dict[str, str | int]
-        if isinstance(error, ExecFailed):
-            message = {"error": error.kind, "message": error.message}
-        elif isinstance(error, OSError):
-            message = {"error": SETUP, "errno": error.errno or 0, "message": _os_error_text(error)}
-        else:
-            message = {"error": SETUP, "message": f"{type(error).__name__}: {error}"}
-        text = str(message["message"])
-        message["message"] = text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"
-        self._socket.send(dumps(message).encode())
+        self._socket.send(error_message(error))
 
     def wait_for_start(self) -> bool:
         """False if the runtime is gone."""
         return self._socket.recv(len(_START)) == _START
+
+
+def error_message(error: BaseException) -> bytes:
+    """What the child says if this went wrong."""
+    message: dict[str, str | int]
+    if isinstance(error, ExecFailed):
+        message = {"error": error.kind, "message": error.message}
+    elif isinstance(error, OSError):
+        message = {"error": SETUP, "errno": error.errno or 0, "message": _os_error_text(error)}
+    else:
+        message = {"error": SETUP, "message": f"{type(error).__name__}: {error}"}
+    text = str(message["message"])
+    message["message"] = text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"
+    return dumps(message).encode()
 
 
 def _os_error_text(error: OSError) -> str:

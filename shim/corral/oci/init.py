@@ -54,6 +54,8 @@ class InitPlan:
     idmaps: tuple[IdMap, ...] = ()
     """Those of the steps."""
     hooks: "InitHooks | None" = None
+    by_stone: bool = False
+    """Python is left before start, see corral.oci.stepping_stone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +124,16 @@ def proceed(plan: InitPlan, channel: ChildEnd, stdio: Stdio, way: Way, stage: St
     stage = build_root(plan, way, stage) if plan.steps else _joined_root(plan)
     if pids is not None:
         namespaces.join(pids.fd, Kind.PID.flag, what=pids.path)
+    stone = _make_stone(plan, channel, gate) if plan.by_stone else None
     program = settle(plan, stage, stdio, channel.send_listener, controlling=pids is None)
     if gate is not None:  # who starts it may not be there to be told
         programs.check_executable(program)
-    (hand_back if pids is None else go_on)(channel, stage.console_master, [*stdio.kept, *gates])
+    kept = [*stdio.kept, *gates, *([] if stone is None else [stone])]
+    (hand_back if pids is None else go_on)(channel, stage.console_master, kept)
+    if stone is not None:
+        from corral.oci.stepping_stone import cross
+
+        cross(stone, program, channel.fileno(), gate)
     if not channel.wait_for_start():
         os._exit(1)
     if gate is not None:
@@ -134,6 +142,12 @@ def proceed(plan: InitPlan, channel: ChildEnd, stdio: Stdio, way: Way, stage: St
         program = programs.filtered(program)
         plan.hooks.start(program.env)
     programs.execute(program)
+
+
+def _make_stone(plan: InitPlan, channel: ChildEnd, gate: int | None) -> int:
+    from corral.oci import stepping_stone  # loaded by who made the plan
+
+    return stepping_stone.make(plan.program.args[0], channel.fileno(), gate)
 
 
 def enter_privately(channel: ChildEnd, stdio: Stdio, keep: Iterable[int], *, visible: bool = False) -> None:

@@ -312,10 +312,8 @@ def execute(program: Program) -> NoReturn:
         except PermissionError as e:
             denied = e
         except OSError as e:
-            raise _denied(name, e) from e
-    if denied is not None:
-        raise _denied(name, denied)
-    raise _not_found(name)
+            raise refusal(name, e) from e
+    raise refusal(name, denied or FileNotFoundError())
 
 
 def check_executable(program: Program) -> None:
@@ -350,6 +348,9 @@ def _not_found(name: str) -> ExecFailed:
     return ExecFailed(EXEC_NOT_FOUND, f'exec: "{name}": executable file not found in $PATH')
 
 
-def _denied(name: str, error: OSError) -> ExecFailed:
+def refusal(name: str, error: OSError) -> ExecFailed:
+    """What execve's failure means for the program of this name."""
+    if isinstance(error, FileNotFoundError):
+        return _not_found(name)
     reason = "exec format error" if error.errno == errno.ENOEXEC else (error.strerror or str(error)).lower()
     return ExecFailed(EXEC_DENIED, f'exec: "{name}": {reason}')

@@ -71,6 +71,7 @@ def create(
     gate: int | None = None,
     larder: "Larder | None" = None,
     container_id: str = "",
+    by_stone: bool = False,
 ) -> Container:
     """Make a container: returns when init has finished its set-up and waits for start().
 
@@ -81,7 +82,8 @@ def create(
     hierarchy, below /sys/fs/cgroup. console_size: (columns, rows).
 
     gate: the fd of a gate (corral.oci.gate), for leave_at_gate(). larder: mounts made ahead; the caller closes it.
-    container_id: what hooks and seccomp listeners are told; without one, the name of the bundle.
+    container_id: what hooks and seccomp listeners are told; without one, the name of the bundle. by_stone: this
+    process is not sealed, and the specification suits corral.oci.stepping_stone.
 
     If this fails, the specification's poststop hooks (corral.oci.hooks.run_poststop) are the caller's to run, once it
     has undone what it did.
@@ -96,6 +98,7 @@ def create(
         console_size=console_size,
         new_keyring=new_keyring,
         container_id=container_id,
+        by_stone=by_stone,
     )
     with contextlib.ExitStack() as stack:
         membership = stack.enter_context(contextlib.closing(Membership.open(cgroups)))

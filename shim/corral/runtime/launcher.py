@@ -54,7 +54,7 @@ _FIRST = {
 }
 """What every command loads, one group after the other. Its own comes then, named after its module."""
 _COMMANDS: dict[str, tuple[str, ...]] = {
-    "create": ("corral.oci.limits", "corral.shim.seal"),
+    "create": ("corral.oci.limits", "corral.oci.stepping_stone"),
     "execute": ("corral.oci.joining", "corral.shim.seal"),
     "remove": (),
     "show": (),

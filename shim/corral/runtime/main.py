@@ -9,7 +9,8 @@ import gc
 import posix
 import sys
 
-_MAKE_PROCESSES = frozenset(("create", "run", "exec"))
+# An ordinary user's create and run do not get away from the interpreter, see corral.oci.stepping_stone.
+_SEALED_FIRST = frozenset(("exec",) if posix.geteuid() == 0 else ("create", "run", "exec"))
 _NO_READER = 141
 """As if SIGPIPE had ended it."""
 
@@ -39,7 +40,7 @@ def main() -> int:
     gc.disable()
     if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:  # else it is ignored, in the background
         _signal.signal(_signal.SIGINT, _interrupt)
-    if not _MAKE_PROCESSES.isdisjoint(sys.argv):  # or what is named so, which costs but time
+    if not _SEALED_FIRST.isdisjoint(sys.argv):  # or what is named so, which costs but time
         from corral.runtime import sealing
 
         sealing.begin()

@@ -4,7 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from corral.kernel.cgroup import Cgroup
@@ -34,6 +34,17 @@ BUNDLE_FLAGS: Flags = {
     "no-pivot": SWITCH,  # for a root on a ramdisk: ours is a mount of its own, so pivot_root does there too
     "no-new-keyring": SWITCH,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How init comes to its program."""
+
+    stdio: Stdio
+    with_gate: bool
+    """It waits for another command to start it."""
+    by_stone: bool
+    """See corral.oci.stepping_stone."""
 
 
 class Bundle:
@@ -93,9 +104,7 @@ class Made:
 
 
 @contextlib.contextmanager
-def made(
-    context: Context, bundle: Bundle, options: Options, container_id: str, *, stdio: Stdio, with_gate: bool
-) -> Iterator[Made]:
+def made(context: Context, bundle: Bundle, options: Options, container_id: str, way: Way) -> Iterator[Made]:
     """Make a container. If the block fails, it never was; or, if that fails too, its record is left for a delete."""
     state.check_id(container_id)
     record = bundle.new_record(container_id, systemd=context.systemd)
@@ -106,7 +115,7 @@ def made(
                 scope = _scope(context, record, bundle.spec, unless_settled) if context.systemd else None
                 group = _make_cgroup(context, bundle, place, record, scope)
                 begun = True
-                container = _make_init(context, bundle, place, record, group, options, stdio, with_gate=with_gate)
+                container = _make_init(context, bundle, place, record, group, options, way)
                 if scope is not None:
                     scope.settle()
                 unless_settled.pop_all()
@@ -152,23 +161,22 @@ def _make_init(
     record: Record,
     group: Cgroup | None,
     options: Options,
-    stdio: Stdio,
-    *,
-    with_gate: bool,
+    way: Way,
 ) -> Container:
     context.log.debug(f"creating {record.id} in cgroup {record.cgroup or '(none)'}")
     for warning in warnings_of(bundle.process):
         context.log.warning(warning)
     with contextlib.ExitStack() as block:
-        gate = block.enter_context(contextlib.closing(make_gate(place.gate))) if with_gate else None
+        gate = block.enter_context(contextlib.closing(make_gate(place.gate))) if way.with_gate else None
         container = runtime.create(
             replace(bundle.spec, process=handover.with_listen_fds(bundle.process)),
             bundle=bundle.path,
             cgroup_paths=group.directories if group is not None else (),
-            stdio=stdio,
+            stdio=way.stdio,
             new_keyring=not options.on("no-new-keyring"),
             gate=None if gate is None else gate.fileno(),
             container_id=record.id,
+            by_stone=way.by_stone,
         )
     record.pid, record.start_time = container.init.pid, container.init.start_time
     place.write(state.STATE, record.to_json())

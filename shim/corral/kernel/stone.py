@@ -1,0 +1,138 @@
+"""A program of a few hundred bytes that waits to be told to start another one, and then becomes it.
+
+Its arguments are the paths that this one may have, an empty string, and its own arguments. It reads a message from the
+channel, or, if it has a gate, from whoever connects there once it has had one from the channel. Then it tries the paths
+in their order, as execvp(3) does. If that fails it writes one of its answers to where the message came from.
+
+    answers: (errno, length, message) each; the last one, with errno 0, is for all others
+"""
+
+import struct
+
+MACHINES = frozenset(("x86_64",))
+"""Whose code it is, as uname(2) calls them."""
+CALLS = ("accept4", "close", "execve", "exit_group", "fcntl", "read", "write")
+"""All that it asks of the kernel."""
+
+# Source: syscall(2), execve(2), and the System V ABI for what a new program finds on its stack.
+_CODE = bytes.fromhex(
+    "4989e5"  #           mov r13, rsp              argc, argv, envp, as execve(2) leaves them
+    "4883ec40"  #         sub rsp, 64
+    "bd00000000"  #       mov ebp, CHANNEL
+    "41bc00000000"  #     mov r12d, GATE            -1: there is none
+    "4531f6"  #           xor r14d, r14d            how many connections are over
+    # listen:
+    "89ef"  #             mov edi, ebp
+    "4889e6"  #           mov rsi, rsp
+    "ba10000000"  #       mov edx, 16
+    "31c0"  #             xor eax, eax
+    "0f05"  #             syscall                   read
+    "85c0"  #             test eax, eax
+    "7f0b"  #             jg heard
+    "4585f6"  #           test r14d, r14d
+    "0f84cf000000"  #     je dead                   the runtime is gone
+    "eb0a"  #             jmp hang_up               who came to the gate left without a word
+    # heard:
+    "4585e4"  #           test r12d, r12d
+    "7830"  #             js go
+    "4585f6"  #           test r14d, r14d
+    "752b"  #             jne go
+    # hang_up:
+    "89ef"  #             mov edi, ebp
+    "b803000000"  #       mov eax, 3
+    "0f05"  #             syscall                   close
+    "41ffc6"  #           inc r14d
+    "4489e7"  #           mov edi, r12d
+    "31f6"  #             xor esi, esi
+    "31d2"  #             xor edx, edx
+    "41ba00000800"  #     mov r10d, SOCK_CLOEXEC
+    "b820010000"  #       mov eax, 288
+    "0f05"  #             syscall                   accept4
+    "89c5"  #             mov ebp, eax
+    "85c0"  #             test eax, eax
+    "79b3"  #             jns listen
+    "e998000000"  #       jmp dead
+    # go:
+    "4489e7"  #           mov edi, r12d
+    "b803000000"  #       mov eax, 3
+    "0f05"  #             syscall                   close
+    "89ef"  #             mov edi, ebp
+    "be02000000"  #       mov esi, 2
+    "ba01000000"  #       mov edx, 1
+    "b848000000"  #       mov eax, 72
+    "0f05"  #             syscall                   fcntl
+    "498b4500"  #         mov rax, [r13]
+    "4d8d7cc510"  #       lea r15, [r13+rax*8+16]   envp
+    "498d5d08"  #         lea rbx, [r13+8]          the paths
+    "4989d8"  #           mov r8, rbx               to be argv of the program, behind an empty string
+    # skip:
+    "498b38"  #           mov rdi, [r8]
+    "4983c008"  #         add r8, 8
+    "803f00"  #           cmp byte ptr [rdi], 0
+    "75f4"  #             jne skip
+    "41b902000000"  #     mov r9d, 2                ENOENT, unless something else is met
+    # try:
+    "488b3b"  #           mov rdi, [rbx]
+    "4883c308"  #         add rbx, 8
+    "803f00"  #           cmp byte ptr [rdi], 0
+    "7426"  #             je failed
+    "4c89c6"  #           mov rsi, r8
+    "4c89fa"  #           mov rdx, r15
+    "b83b000000"  #       mov eax, 59
+    "0f05"  #             syscall                   execve
+    "f7d8"  #             neg eax
+    "83f802"  #           cmp eax, 2                ENOENT
+    "74e0"  #             je try
+    "83f814"  #           cmp eax, 20               ENOTDIR
+    "74db"  #             je try
+    "4189c1"  #           mov r9d, eax
+    "83f80d"  #           cmp eax, 13               EACCES
+    "74d3"  #             je try
+    "83f801"  #           cmp eax, 1                EPERM
+    "74ce"  #             je try
+    # failed:
+    "488d352c000000"  #   lea rsi, [rip+answers]
+    # next:
+    "8b0e"  #             mov ecx, [rsi]            an errno, or 0 for all others
+    "8b5604"  #           mov edx, [rsi+4]          the length of what follows
+    "4883c608"  #         add rsi, 8
+    "4439c9"  #           cmp ecx, r9d
+    "7409"  #             je tell
+    "85c9"  #             test ecx, ecx
+    "7405"  #             je tell
+    "4801d6"  #           add rsi, rdx
+    "ebe9"  #             jmp next
+    # tell:
+    "89ef"  #             mov edi, ebp
+    "b801000000"  #       mov eax, 1
+    "0f05"  #             syscall                   write
+    # dead:
+    "bf01000000"  #       mov edi, 1
+    "b8e7000000"  #       mov eax, 231
+    "0f05"  #             syscall                   exit_group
+)
+_CHANNEL_AT, _GATE_AT = 8, 14
+
+_BASE, _PAGE = 0x400000, 0x1000
+_EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
+_PHDR = struct.Struct("<IIQQQQQQ")
+_ANSWER = struct.Struct("<II")
+_IDENT = b"\x7fELF\x02\x01\x01"
+_ET_EXEC, _EM_X86_64, _PT_LOAD, _PT_GNU_STACK = 2, 62, 1, 0x6474E551
+_R, _W, _X = 4, 2, 1
+
+
+def image(channel: int, gate: int | None, answers: list[tuple[int, bytes]]) -> bytes:
+    """The program as an ELF file, for these descriptors. Source: elf(5)."""
+    code = bytearray(_CODE)
+    struct.pack_into("<i", code, _CHANNEL_AT, channel)
+    struct.pack_into("<i", code, _GATE_AT, -1 if gate is None else gate)
+    data = b"".join(_ANSWER.pack(errno, len(message)) + message for errno, message in answers)
+    start = _EHDR.size + 2 * _PHDR.size
+    size = start + len(code) + len(data)
+    ehdr = _EHDR.pack(
+        *(_IDENT, _ET_EXEC, _EM_X86_64, 1, _BASE + start, _EHDR.size, 0, 0, _EHDR.size, _PHDR.size, 2, 0, 0, 0)
+    )
+    load = _PHDR.pack(_PT_LOAD, _R | _X, 0, _BASE, _BASE, size, size, _PAGE)
+    stack = _PHDR.pack(_PT_GNU_STACK, _R | _W, 0, 0, 0, 0, 0, 16)
+    return ehdr + load + stack + code + data
