@@ -3,11 +3,12 @@
 import bz2
 import gzip
 import tracemalloc
+import zlib
 from collections.abc import Iterator
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corral.images.layers.compression import CHUNK_BYTES, Compression, decompressed, detect
@@ -77,8 +78,6 @@ def test_a_bomb_costs_no_memory(packer: str) -> None:
     """400 MB of zeros, from a few kilobytes: they come in pieces of a mebibyte."""
     zeros = bytes(1 << 20)
     if packer == "gzip":
-        import zlib
-
         compressor = zlib.compressobj(9, wbits=31)
         bomb = b"".join(compressor.compress(zeros) for _ in range(400)) + compressor.flush()
     else:
@@ -93,3 +92,64 @@ def test_a_bomb_costs_no_memory(packer: str) -> None:
     tracemalloc.stop()
     assert total == 400 << 20
     assert peak < 16 << 20
+
+
+def gzip_with_header(data: bytes, flags: int, *, extra: bytes = b"", text: bytes = b"") -> bytes:
+    """A member with optional fields. Source: RFC 1952, 2.3."""
+    header = b"\x1f\x8b\x08" + bytes([flags]) + b"\0\0\0\0\2\3"
+    header += len(extra).to_bytes(2, "little") + extra if flags & 4 else b""
+    header += (text + b"\0") * ((flags >> 3 & 1) + (flags >> 4 & 1))
+    header += (zlib.crc32(header) & 0xFFFF).to_bytes(2, "little") if flags & 2 else b""
+    return header + gzip.compress(data, mtime=0)[10:]
+
+
+@pytest.mark.parametrize("flags", [1, 2, 4, 8, 16, 2 | 8, 4 | 8, 4 | 8 | 16, 2 | 4 | 8 | 16])
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 11, 50, 100_000])
+def test_what_a_gzip_header_may_hold_is_passed_over_in_pieces_of_any_size(flags: int, size: int) -> None:
+    data = str(list(range(300))).encode()
+    member = gzip_with_header(data, flags, extra=b"BC\2\0\7\0" * 9, text=b"layer.tar")
+    assert plain(member * 3, size) == data * 3
+
+
+def test_a_gzip_header_that_never_ends_is_refused() -> None:
+    def endless() -> Iterator[bytes]:
+        yield gzip_with_header(b"", 8)[:10]
+        while True:
+            yield b"n" * 65536
+
+    with pytest.raises(BadLayer, match="more than"):
+        next(decompressed(endless()))
+
+
+@pytest.mark.parametrize("header", [b"\x1f\x8b\x07\0", b"\x1f\x8b\x08\x20"])
+def test_a_gzip_header_with_unknown_features_is_refused(header: bytes) -> None:
+    with pytest.raises(BadLayer, match="unknown features"):
+        plain(header + gzip.compress(b"data")[4:])
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize("position", [-1, -4, -5, -8])
+def test_a_wrong_checksum_or_length_of_gzip_data_is_refused(position: int, size: int) -> None:
+    packed = bytearray(gzip.compress(b"data" * 1000))
+    packed[position] ^= 1
+    with pytest.raises(BadLayer, match="corrupt"):
+        plain(bytes(packed), size)
+
+
+@pytest.mark.parametrize("size", [1, 7, 100_000])
+@pytest.mark.parametrize("more", [b"junk", b"\0\0junk", b"\0\0\0"])
+def test_what_is_no_member_behind_gzip_data_is_left_unread(more: bytes, size: int) -> None:
+    assert plain(gzip.compress(b"data") + more * 3, size) == b"data"
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    data=st.lists(st.tuples(st.binary(max_size=40), st.integers(1, 4000)), max_size=30),
+    level=st.integers(0, 9),
+    strategy=st.sampled_from([zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE, zlib.Z_FIXED]),
+    size=st.integers(1, 70_000),
+)
+def test_all_that_zlib_writes_is_read(data: list[tuple[bytes, int]], level: int, strategy: int, size: int) -> None:
+    whole = b"".join(part * times for part, times in data)
+    encoder = zlib.compressobj(level, wbits=31, strategy=strategy)
+    assert plain(encoder.compress(whole) + encoder.flush(), size) == whole

@@ -14,7 +14,7 @@ from corral.images.layers.errors import BadLayer
 from corral.rpc.errors import Internal
 
 MAX_ANSWER_BYTES = 64 << 20
-_MODULES = ("corral.kernel.paths", "corral.images.layers.worker", "zstandard")
+_MODULES = ("corral.kernel.paths", "corral.images.layers.worker", "zstandard", "isal")
 
 
 class Workers:
