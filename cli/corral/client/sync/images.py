@@ -1,0 +1,238 @@
+# Generated from corral/client/aio/images.py by cli/generate_sync.py.
+"""Images: here, in archives, and in registries."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from corral.api.images.v1 import images_pb2
+from corral.api.types.v1 import types_pb2
+from corral.client.credentials import registry_auth
+from corral.client.files import whole_file
+from corral.client.options import platform_message
+
+if TYPE_CHECKING:
+    from corral.client.sync import Client
+
+_CHUNK = 256 * 1024
+
+
+class Images:
+    """Images. `name` is a name, an id, or an unambiguous prefix of an id."""
+
+    def __init__(self, client: "Client") -> None:
+        self._client = client
+
+    def load(self, archive: str | Path, *, name: str = "") -> Sequence[images_pb2.Image]:
+        """Imports an archive file (docker, OCI, or a plain root file system, which needs a `name`)."""
+        path = Path(archive)
+        header = images_pb2.ImportHeader(name=name, total_bytes=path.stat().st_size)  # noqa: ASYNC240 - one stat
+        images: Sequence[images_pb2.Image] = ()
+        for part in self.load_stream(header, _file_chunks(path)):
+            if part.HasField("result"):
+                images = part.result.images
+        return images
+
+    def load_stream(
+        self, header: images_pb2.ImportHeader, chunks: Iterable[bytes]
+    ) -> Iterator[images_pb2.ImportResponse]:
+        """Imports an archive from its bytes; progress comes back, and last the images."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        leaf = self._client.leaf("images")
+        stub = images_pb2_grpc.ImagesStub(leaf.channel)
+        for part in leaf.exchange(stub.Import, _import_requests(header, chunks)):
+            yield part
+
+    def save(self, names: Sequence[str], archive: str | Path, *, form: str = "docker", platform: str = "") -> None:
+        """Writes images to an archive file. `form` is docker (OCI readers take it too) or oci."""
+        with whole_file(Path(archive)) as file:
+            for chunk in self.save_stream(names, form=form, platform=platform):
+                file.write(chunk)
+
+    def save_stream(self, names: Sequence[str], *, form: str = "docker", platform: str = "") -> Iterator[bytes]:
+        """The bytes of an archive of images, as `save` writes it. Without a platform goes all that is here."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        request = images_pb2.ExportRequest(
+            names=names,
+            format=images_pb2.ImportHeader.Format.Value(f"FORMAT_{form.upper()}_ARCHIVE"),
+            platform=platform_message(platform),
+        )
+        leaf = self._client.leaf("images")
+        stub = images_pb2_grpc.ImagesStub(leaf.channel)
+        for part in leaf.stream(stub.Export, request):
+            yield part.data
+
+    def get(self, name: str) -> images_pb2.Image:
+        """All facts about one image."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        leaf = self._client.leaf("images")
+        stub = images_pb2_grpc.ImagesStub(leaf.channel)
+        return leaf.unary(stub.Get, images_pb2.GetImageRequest(name=name))
+
+    def list(self, pattern: str = "") -> Sequence[images_pb2.Image]:
+        """Images whose name fits a shell pattern; all without one."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        leaf = self._client.leaf("images")
+        stub = images_pb2_grpc.ImagesStub(leaf.channel)
+        answer = leaf.unary(stub.List, images_pb2.ListImagesRequest(pattern=pattern))
+        return answer.images
+
+    def pull(
+        self,
+        name: str,
+        *,
+        platform: str = "",
+        all_platforms: bool = False,
+        auth: images_pb2.RegistryAuth | None = None,
+        insecure: bool = False,
+    ) -> images_pb2.Image:
+        """Fetches an image from its registry. `auth` is by default what `corral login` or docker's has kept."""
+        image = images_pb2.Image()
+        for part in self.pull_stream(
+            name, platform=platform, all_platforms=all_platforms, auth=auth, insecure=insecure
+        ):
+            image = part.image
+        return image
+
+    def pull_stream(
+        self,
+        name: str,
+        *,
+        platform: str = "",
+        all_platforms: bool = False,
+        auth: images_pb2.RegistryAuth | None = None,
+        insecure: bool = False,
+    ) -> Iterator[images_pb2.PullResponse]:
+        """As `pull`; progress comes, and last the image."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        request = images_pb2.PullRequest(
+            name=name,
+            platform=platform_message(platform),
+            all_platforms=all_platforms,
+            auth=auth or registry_auth(name),
+            insecure=insecure,
+        )
+        leaf = self._client.leaf("images")
+        stub = images_pb2_grpc.ImagesStub(leaf.channel)
+        for part in leaf.stream(stub.Pull, request):
+            yield part
+
+    def push(
+        self,
+        name: str,
+        destination: str = "",
+        *,
+        platform: str = "",
+        all_platforms: bool = False,
+        auth: images_pb2.RegistryAuth | None = None,
+        insecure: bool = False,
+    ) -> types_pb2.Descriptor:
+        """Brings an image to a registry; returns what its name there points at. `auth` as for `pull`."""
+        pushed = types_pb2.Descriptor()
+        for part in self.push_stream(
+            name, destination, platform=platform, all_platforms=all_platforms, auth=auth, insecure=insecure
+        ):
+            pushed = part.pushed
+        return pushed
+
+    def push_stream(
+        self,
+        name: str,
+        destination: str = "",
+        *,
+        platform: str = "",
+        all_platforms: bool = False,
+        auth: images_pb2.RegistryAuth | None = None,
+        insecure: bool = False,
+    ) -> Iterator[images_pb2.PushResponse]:
+        """As `push`; progress comes, and last the descriptor."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        request = images_pb2.PushRequest(
+            name=name,
+            destination=destination,
+            platform=platform_message(platform),
+            all_platforms=all_platforms,
+            auth=auth or registry_auth(destination or name),
+            insecure=insecure,
+        )
+        leaf = self._client.leaf("images")
+        stub = images_pb2_grpc.ImagesStub(leaf.channel)
+        for part in leaf.stream(stub.Push, request):
+            yield part
+
+    def login(self, registry: str, username: str, password: str, *, insecure: bool = False) -> str:
+        """Proves credentials to a registry; returns the identity token to keep instead of the password, if any."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        auth = images_pb2.RegistryAuth(username=username, password=password)
+        request = images_pb2.LoginRequest(registry=registry, auth=auth, insecure=insecure)
+        leaf = self._client.leaf("images")
+        answer = leaf.unary(images_pb2_grpc.ImagesStub(leaf.channel).Login, request)
+        return answer.identity_token
+
+    def referrers(
+        self,
+        name: str,
+        *,
+        artifact_type: str = "",
+        auth: images_pb2.RegistryAuth | None = None,
+        insecure: bool = False,
+    ) -> images_pb2.ReferrersResponse:
+        """What refers to an image in its registry: signatures, attestations."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        request = images_pb2.ReferrersRequest(
+            name=name, artifact_type=artifact_type, auth=auth or registry_auth(name), insecure=insecure
+        )
+        leaf = self._client.leaf("images")
+        return leaf.unary(images_pb2_grpc.ImagesStub(leaf.channel).Referrers, request)
+
+    def tag(self, source: str, target: str) -> images_pb2.Image:
+        """Gives an image another name; a name that exists moves."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        leaf = self._client.leaf("images")
+        stub = images_pb2_grpc.ImagesStub(leaf.channel)
+        return leaf.unary(stub.Tag, images_pb2.TagImageRequest(source=source, target=target))
+
+    def remove(self, name: str, *, force: bool = False) -> images_pb2.RemoveImageResponse:
+        """Removes a name, and with the last one the image."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        leaf = self._client.leaf("images")
+        stub = images_pb2_grpc.ImagesStub(leaf.channel)
+        return leaf.unary(stub.Remove, images_pb2.RemoveImageRequest(name=name, force=force))
+
+    def prune(
+        self,
+        *,
+        all: bool = False,  # noqa: A002 - docker's word
+        until: "Timestamp | None" = None,
+    ) -> images_pb2.PruneResponse:
+        """Removes what nothing refers to; with `all` also images that no container uses. `until`: only images that say
+        that they were made before."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        leaf = self._client.leaf("images")
+        stub = images_pb2_grpc.ImagesStub(leaf.channel)
+        return leaf.unary(stub.Prune, images_pb2.PruneRequest(all=all, until=until))
+
+
+def _file_chunks(path: Path) -> Iterable[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def _import_requests(header: images_pb2.ImportHeader, chunks: Iterable[bytes]) -> Iterator[images_pb2.ImportRequest]:
+    yield images_pb2.ImportRequest(header=header)
+    for chunk in chunks:
+        yield images_pb2.ImportRequest(data=chunk)

@@ -1,0 +1,62 @@
+# Generated from corral/client/aio/system.py by cli/generate_sync.py.
+"""The engine as a whole."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from corral.api.engine.v1 import engine_pb2, engine_pb2_grpc
+from corral.api.types.v1 import types_pb2
+from corral.client.transport import Transport
+
+if TYPE_CHECKING:
+    from corral.api.version.v1 import version_pb2
+    from corral.client.sync import Client
+
+
+class System:
+    """The engine as a whole."""
+
+    def __init__(self, client: "Client") -> None:
+        self._client = client
+
+    @property
+    def _engine(self) -> Transport:
+        return self._client.engine()
+
+    @property
+    def _stub(self) -> "engine_pb2_grpc.SystemStub":
+        return engine_pb2_grpc.SystemStub(self._engine.channel)
+
+    def version(self) -> "version_pb2.GetResponse":
+        """What answers at this client's address."""
+        from corral.api.version.v1 import version_pb2, version_pb2_grpc
+
+        stub = version_pb2_grpc.VersionStub(self._engine.channel)
+        return self._engine.unary(stub.Get, version_pb2.GetRequest())
+
+    def info(self) -> engine_pb2.InfoResponse:
+        """Counts, directories and facts about the host."""
+        return self._engine.unary(self._stub.Info, engine_pb2.InfoRequest())
+
+    def addresses(self) -> engine_pb2.AddressesResponse:
+        """Where each service is reached."""
+        return self._engine.unary(self._stub.Addresses, engine_pb2.AddressesRequest())
+
+    def disk_usage(self) -> engine_pb2.DiskUsageResponse:
+        """What images, containers and volumes take on disk, and what of it could go."""
+        return self._engine.unary(self._stub.DiskUsage, engine_pb2.DiskUsageRequest())
+
+    def check(self, *, repair: bool = False) -> Sequence[types_pb2.Finding]:
+        """What does not fit together, in all services and namespaces; with `repair` it is put right."""
+        answer = self._engine.unary(self._stub.Check, types_pb2.CheckRequest(repair=repair))
+        return answer.findings
+
+    def check_host(self) -> Sequence[engine_pb2.Check]:
+        """What the host has and lacks for running containers."""
+        answer = self._engine.unary(self._stub.CheckHost, engine_pb2.CheckHostRequest())
+        return answer.checks
+
+    def events(self, request: types_pb2.EventsRequest) -> Iterator[types_pb2.EventsResponse]:
+        """The journal of all services: replayed from `request.after`, then followed."""
+        for answer in self._engine.stream(self._stub.Events, request):
+            yield answer

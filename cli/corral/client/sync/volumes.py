@@ -1,0 +1,51 @@
+# Generated from corral/client/aio/volumes.py by cli/generate_sync.py.
+"""Volumes."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from corral.api.engine.v1 import engine_pb2, engine_pb2_grpc
+from corral.client.transport import Transport
+
+if TYPE_CHECKING:
+    from corral.client.sync import Client
+
+
+class Volumes:
+    """Volumes: directories that outlive containers."""
+
+    def __init__(self, client: "Client") -> None:
+        self._client = client
+
+    @property
+    def _engine(self) -> Transport:
+        return self._client.engine()
+
+    @property
+    def _stub(self) -> "engine_pb2_grpc.VolumesStub":
+        return engine_pb2_grpc.VolumesStub(self._engine.channel)
+
+    def create(
+        self, name: str = "", *, labels: dict[str, str] | None = None, options: dict[str, str] | None = None
+    ) -> engine_pb2.Volume:
+        """Makes a volume; with the option "size", such as "10g", it holds no more than that."""
+        request = engine_pb2.CreateVolumeRequest(name=name, labels=labels or {}, options=options or {})
+        return self._engine.unary(self._stub.Create, request)
+
+    def get(self, name: str) -> engine_pb2.Volume:
+        """All facts about one volume."""
+        return self._engine.unary(self._stub.Get, engine_pb2.GetVolumeRequest(name=name))
+
+    def list(self) -> Sequence[engine_pb2.Volume]:
+        """All volumes."""
+        answer = self._engine.unary(self._stub.List, engine_pb2.ListVolumesRequest())
+        return answer.volumes
+
+    def remove(self, name: str) -> None:
+        """Removes a volume that no container uses."""
+        self._engine.unary(self._stub.Remove, engine_pb2.RemoveVolumeRequest(name=name))
+
+    def prune(self, *, all: bool = False) -> Sequence[str]:  # noqa: A002 - docker's word
+        """Removes anonymous volumes that no container uses, with `all` named ones too; returns their names."""
+        answer = self._engine.unary(self._stub.Prune, engine_pb2.PruneVolumesRequest(all=all))
+        return answer.removed
