@@ -65,6 +65,7 @@ def test_unknown_members_are_ignored():
         ("process.oomScoreAdj", 1001, "process.oomScoreAdj"),
         ("process.consoleSize", {"height": 70000, "width": 1}, "process.consoleSize.height"),
         ("process.rlimits", [{"type": "RLIMIT_CORE", "hard": 1}], r"process.rlimits\[0\].soft: missing"),
+        ("process.rlimits", [{"type": "RLIMIT_CORE", "hard": 1, "soft": 2}], r"process.rlimits\[0\]: the soft limit 2"),
         ("mounts", [{"type": "tmpfs"}], r"mounts\[0\].destination: missing"),
         ("linux.namespaces", [{"type": "disk"}], r"linux.namespaces\[0\].type: 'disk' is none of"),
         ("linux.namespaces", [{"type": "pid"}, {"type": "pid"}], "linux.namespaces: one type is given twice"),

@@ -23,6 +23,9 @@ def check_process(process: "Process", path: str) -> None:
     types = [limit.type for limit in process.rlimits]
     if len(set(types)) != len(types):
         raise ValueError(f"{path}.rlimits: one limit is given twice")
+    for i, limit in enumerate(process.rlimits):
+        if limit.soft > limit.hard:
+            raise ValueError(f"{path}.rlimits[{i}]: the soft limit {limit.soft} is above the hard limit {limit.hard}")
     if process.scheduler is not None:
         _check_scheduler(process.scheduler, f"{path}.scheduler")
     if process.exec_cpu_affinity is not None:

@@ -31,7 +31,8 @@ GLOBAL_FLAGS: Flags = {
     "version,v": SWITCH,
 }
 
-# Name: module, function, name of its flags in the module, least and most arguments (None: any), and how it is called.
+# Name: module, function, name of its flags in the module, least and most arguments, and how it is called. With any
+# number of arguments (None) the flags come before them: what follows are another command's.
 COMMANDS: dict[str, tuple[str, str, str, int, int | None, str]] = {
     "create": ("create", "create", "CREATE_FLAGS", 1, 1, "ID"),
     "start": ("start", "start", "", 1, 1, "ID"),
@@ -87,20 +88,22 @@ def run() -> int:
 def _dispatch(options: Options, log: Log, words: list[str]) -> int:
     name, *rest = words
     if name == "help":
-        sys.stdout.write(_usage())
-        return 0
+        if not rest:
+            sys.stdout.write(_usage())
+            return 0
+        name, rest = rest[0], ["--help"]
     if name not in COMMANDS:
         raise CommandError(f"there is no command {name!r}; --help lists them", UNKNOWN_COMMAND_CODE)
     module_name, function, flags_name, least, most, usage = COMMANDS[name]
     index.load(module_name)
     module = import_module(f"corral.runtime.{module_name}")
     flags: Flags = getattr(module, flags_name) if flags_name else {}
-    own, arguments = parse(rest, flags)
+    own, arguments = parse(rest, flags, anywhere=most is not None)
     if own.on("help"):
         sys.stdout.write(_usage_of(name, flags, usage))
         return 0
     if len(arguments) < least or (most is not None and len(arguments) > most):
-        raise CommandError(f"usage: corral-oci {name} [FLAG...] {usage}".rstrip())
+        raise CommandError(_miscounted(name, least, most, usage))
     manager = _cgroup_manager(options)
     context = Context(
         _root(options),
@@ -111,6 +114,13 @@ def _dispatch(options: Options, log: Log, words: list[str]) -> int:
     )
     command: Command = getattr(module, function)
     return command(context, own, arguments)
+
+
+def _miscounted(name: str, least: int, most: int | None, usage: str) -> str:
+    wanted = f"exactly {least}" if least == most else f"a minimum of {least}"
+    if most is not None and most != least:
+        wanted += f" and a maximum of {most}"
+    return f'"{name}" requires {wanted} argument(s); usage: corral-oci {name} [FLAG...] {usage}'.rstrip()
 
 
 def _cgroup_manager(options: Options) -> str:

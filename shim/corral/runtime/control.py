@@ -28,8 +28,9 @@ _NUMBERS = {
 }
 _TEXTS = {"cpuset-cpus": ("cpu", "cpus"), "cpuset-mems": ("cpu", "mems")}
 _REFUSED = ("l3-cache-schema", "mem-bw-schema")
-UPDATE_FLAGS: Flags = {"resources,r": VALUE} | dict.fromkeys([*_NUMBERS, *_TEXTS, *_REFUSED], VALUE)
-_SUFFIXES = {"k": 10, "m": 20, "g": 30, "t": 40}
+_IGNORED = ("kernel-memory", "kernel-memory-tcp")
+UPDATE_FLAGS: Flags = {"resources,r": VALUE} | dict.fromkeys([*_NUMBERS, *_TEXTS, *_REFUSED, *_IGNORED], VALUE)
+_SUFFIXES = {"k": 10, "m": 20, "g": 30, "t": 40, "p": 50}
 
 
 def pause(context: Context, _options: Options, arguments: list[str]) -> int:
@@ -52,6 +53,8 @@ def resume(context: Context, _options: Options, arguments: list[str]) -> int:
 
 def update(context: Context, options: Options, arguments: list[str]) -> int:
     """Change the limits of a container that has not ended: all of those asked for, or none."""
+    if any(options.has(name) for name in _IGNORED):
+        context.log.warning("limits of kernel memory are ignored: kernels have none any more")
     changes = changes_of(decode(Resources, _wanted(options), "resources"))
     with state.opened(context.root, arguments[0]) as place:
         record = place.record()
@@ -77,11 +80,11 @@ def _wanted(options: Options) -> object:
             return _load(file.read(), path)
     wanted: dict[str, dict[str, object]] = {}
     for name, (part, member) in _NUMBERS.items():
-        if options.has(name):
-            wanted.setdefault(part, {})[member] = _number(name, options.text(name))
+        if text := options.text(name):
+            wanted.setdefault(part, {})[member] = _number(name, text)
     for name, (part, member) in _TEXTS.items():
-        if options.has(name):
-            wanted.setdefault(part, {})[member] = options.text(name)
+        if text := options.text(name):
+            wanted.setdefault(part, {})[member] = text
     return wanted
 
 
@@ -90,18 +93,27 @@ def _load(text: str, where: str) -> object:
         value: object = json.loads(text)
     except ValueError as e:
         raise CommandError(f"{where}: {e}") from None
-    return value
+    return {} if value is None else value
 
 
 def _number(name: str, text: str) -> int:
-    """An integer, of bytes also with k, m, g or t behind it."""
-    body, shift = text.strip(), 0
-    if name.startswith("memory") and body[-1:].lower() == "b":
-        body = body[:-1]
-    if name.startswith("memory") and body[-1:].lower() in _SUFFIXES:
-        body, shift = body[:-1], _SUFFIXES[body[-1].lower()]
+    """An integer; of bytes also 1.5g, 64 MiB and the like."""
     try:
-        number = int(body)
+        return _size(text) if name.startswith("memory") else int(text)
     except ValueError:
         raise CommandError(f"--{name}: {text!r} is not a number") from None
-    return number << shift if number > 0 else number
+
+
+def _size(text: str) -> int:
+    """Bytes with a unit or without, or -1, as Docker's go-units reads them. Raises ValueError."""
+    if text == "-1":
+        return -1
+    body, shift = text.strip().lower().removesuffix("b"), 0
+    if body[-2:-1] in _SUFFIXES:
+        body = body.removesuffix("i")
+    if body[-1:] in _SUFFIXES:
+        body, shift = body[:-1], _SUFFIXES[body[-1]]
+    whole, point, part = body.rstrip().partition(".")
+    if not (body.isascii() and whole.isdecimal() and part.isdecimal() == bool(point)):
+        raise ValueError(text)
+    return int(float(f"{whole}.{part}") * (1 << shift)) if point else int(whole) << shift

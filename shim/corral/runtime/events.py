@@ -1,10 +1,11 @@
 """events."""
 
+import contextlib
 import select
 import sys
 import time
 
-from corral.kernel.cgroup import Cgroup, OomWatch, Stats
+from corral.kernel.cgroup import Cgroup, OomWatch, Stats, files
 from corral.kernel.cgroup.files import UNLIMITED
 from corral.runtime import life, state
 from corral.runtime.context import Context
@@ -17,7 +18,7 @@ EVENTS_FLAGS: Flags = {"interval": VALUE, "stats": SWITCH}
 _NO_LIMIT = 2**64 - 1
 _LONGEST_WAIT_S = 86400.0
 """At a time: poll(2) counts milliseconds in an int."""
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def events(context: Context, options: Options, arguments: list[str]) -> int:
@@ -58,22 +59,31 @@ def _follow(record: Record, group: Cgroup, interval_s: float) -> None:
 
 
 def _seconds(text: str) -> float:
-    """A duration as Go writes it: 5s, 500ms, 1m."""
-    for unit, factor in _UNITS.items():
-        number = text.removesuffix(unit)
-        if number != text and number.replace(".", "", 1).isdigit() and float(number) > 0:
-            return float(number) * factor
-    raise CommandError(f"--interval: {text!r} is not a duration like 5s or 500ms")
+    """A duration as Go writes it: 5s, 500ms, 1h30m."""
+    found, left = 0.0, text
+    while left:
+        digits = left[: len(left) - len(left.lstrip("0123456789."))]
+        left = left[len(digits) :]
+        unit = left[: len(left) - len(left.lstrip("hmsnuµ"))]
+        unit = next((known for known in _UNITS if unit.startswith(known)), "")
+        left = left[len(unit) :]
+        if not unit or not digits.replace(".", "", 1).isdecimal():
+            break
+        found += float(digits) * _UNITS[unit]
+    else:
+        if found > 0:
+            return found
+    raise CommandError(f"--interval: {text!r} is not a duration like 5s, 500ms or 1h30m, and greater than 0")
 
 
 def _print_stats(record: Record, group: Cgroup) -> None:
     try:
-        reading = group.read()
+        reading, raw = group.read(), _memory_stat(group)
     except OSError:
         if life.init_lives(record):
             raise
         return
-    _tell("stats", record, data=data_of(reading))
+    _tell("stats", record, data=data_of(reading, raw))
 
 
 def _tell(kind: str, record: Record, **more: object) -> None:
@@ -82,8 +92,19 @@ def _tell(kind: str, record: Record, **more: object) -> None:
     sys.stdout.flush()
 
 
-def data_of(stats: Stats) -> dict[str, object]:
-    """One reading in the members that runc has, and clients read. Source: runc types/events.go."""
+def _memory_stat(group: Cgroup) -> dict[str, int]:
+    """The counters that clients know by the names that the kernel's version of cgroups has for them."""
+    for directory in group.directories:
+        with contextlib.suppress(FileNotFoundError):
+            return files.flat_keyed(files.read(f"{directory}/memory.stat"))
+    return {}
+
+
+def data_of(stats: Stats, raw: dict[str, int]) -> dict[str, object]:
+    """One reading in the members that runc has, and clients read. Source: runc types/events.go.
+
+    raw: the memory controller's counters as they are.
+    """
     data: dict[str, object] = {"cpu": {}, "memory": {}, "pids": {}, "blkio": {}, "hugetlb": {}, "intel_rdt": {}}
     if (cpu := stats.cpu) is not None:
         data["cpu"] = {
@@ -97,19 +118,15 @@ def data_of(stats: Stats) -> dict[str, object]:
     if (memory := stats.memory) is not None:
         limit = _NO_LIMIT if memory.limit_bytes == UNLIMITED else memory.limit_bytes
         usage = {"limit": limit, "usage": memory.usage_bytes, "max": memory.peak_bytes, "failcnt": memory.limit_hits}
-        raw = {
-            "anon": memory.anon_bytes,
-            "file": memory.file_bytes,
-            "shmem": memory.shmem_bytes,
-            "inactive_file": max(0, memory.usage_bytes - memory.working_set_bytes),
-            "total_inactive_file": max(0, memory.usage_bytes - memory.working_set_bytes),
-            "pgfault": memory.page_faults,
-            "pgmajfault": memory.major_page_faults,
-        }
         data["memory"] = {
             "cache": memory.file_bytes,
             "usage": usage,
-            "swap": {"limit": _NO_LIMIT, "usage": memory.swap_bytes, "max": 0, "failcnt": 0},
+            "swap": {  # with memory, whatever the version: as v1 counts it
+                "limit": raw.get("hierarchical_memsw_limit", _NO_LIMIT),
+                "usage": memory.usage_bytes + memory.swap_bytes,
+                "max": 0,
+                "failcnt": 0,
+            },
             "kernel": {"limit": _NO_LIMIT, "usage": memory.kernel_bytes, "max": 0, "failcnt": 0},
             "raw": raw,
         }

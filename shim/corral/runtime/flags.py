@@ -1,4 +1,5 @@
-"""Flags in front of arguments: `--name value`, `--name=value`, `-n value`; the first argument that is none ends them.
+"""Flags and arguments: `--name value`, `--name=value`, `-n value`; `--` ends the flags, and where a command of others
+follows, so does the first argument that is none.
 
 By hand rather than by argparse, whose import takes longer than starting a container may.
 """
@@ -51,8 +52,11 @@ class Options:
             raise CommandError(f"--{name}: {text!r} is not a number", USAGE_CODE) from None
 
 
-def parse(arguments: Sequence[str], flags: Flags) -> tuple[Options, list[str]]:
-    """The flags, and the arguments after them. `help` is known everywhere."""
+_SWITCHED = {"true": "true", "false": "false", "1": "true", "0": "false", "t": "true", "f": "false"}
+
+
+def parse(arguments: Sequence[str], flags: Flags, *, anywhere: bool = False) -> tuple[Options, list[str]]:
+    """The flags, and the arguments after them or, if flags may stand anywhere, between them. `help` is always known."""
     names = {"h": "help", "help": "help"}
     kinds = {"help": SWITCH}
     for spelling, kind in flags.items():
@@ -61,22 +65,29 @@ def parse(arguments: Sequence[str], flags: Flags) -> tuple[Options, list[str]]:
         names[name] = name
         if letter:
             names[letter] = name
-    options, left = Options(), list(arguments)
-    while left and left[0].startswith("-") and left[0] != "-":
+    options, left, rest = Options(), list(arguments), []
+    while left:
         word = left.pop(0)
         if word == "--":
             break
+        if not word.startswith("-") or word == "-":
+            rest.append(word)
+            if not anywhere:
+                break
+            continue
         spelling, equals, value = word.removeprefix("-").removeprefix("-").partition("=")
         if (found := names.get(spelling)) is None:
+            if rest:  # a signal of -1, say
+                rest.append(word)
+                continue
             raise CommandError(f"flag provided but not defined: {word.partition('=')[0]}", USAGE_CODE)
-        if not equals:
-            if kinds[found] == SWITCH:
-                value = "true"
-            elif not left:
+        if kinds[found] == SWITCH:
+            if (switched := _SWITCHED.get(value.lower() if equals else "true")) is None:
+                raise CommandError(f"{word}: true or false is wanted", USAGE_CODE)
+            value = switched
+        elif not equals:
+            if not left:
                 raise CommandError(f"flag needs an argument: {word}", USAGE_CODE)
-            else:
-                value = left.pop(0)
-        elif kinds[found] == SWITCH and value not in ("true", "false"):
-            raise CommandError(f"{word}: true or false is wanted", USAGE_CODE)
+            value = left.pop(0)
         options.put(found, value)
-    return options, left
+    return options, [*rest, *left]

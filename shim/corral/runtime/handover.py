@@ -81,7 +81,10 @@ def _write_pid_file(path: str, pid: int) -> None:
     """
     directory, name = os.path.split(path)
     temporary = os.path.join(directory, f".{name}.{os.urandom(8).hex()}")  # noqa: PTH118 - a string, as the flag gave it
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except OSError as e:
+        raise OSError(e.errno, f"--pid-file: {e.strerror}", path) from e
     try:
         with open(fd, "w", encoding="ascii") as file:
             file.write(str(pid))
