@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from support.cgroups import fresh_path, layouts, parent
 from support.corrald import Corrald
+from support.faulty import Faulty, faulty_registry
 from support.tasks import TaskClient, make_rootfs, task_client
 
 from corral.kernel.cgroup import Cgroup, Driver, open_driver
@@ -49,3 +50,17 @@ async def tasks(tasks_daemon: Corrald, rootfs: Path) -> AsyncIterator[TaskClient
     """A client of the tasks leaf that deletes what it created."""
     async with task_client(tasks_daemon, rootfs) as client:
         yield client
+
+
+@pytest.fixture
+def faulty() -> Iterator[Faulty]:
+    """A registry that does what the test says."""
+    with faulty_registry() as made:
+        yield made
+
+
+@pytest.fixture
+def mirror() -> Iterator[Faulty]:
+    """Another one."""
+    with faulty_registry() as made:
+        yield made

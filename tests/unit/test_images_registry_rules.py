@@ -15,7 +15,7 @@ from corral.images.registry.backoff import LONGEST_S, delay_s, retry_after_s
 from corral.images.registry.challenge import parse_challenges
 from corral.images.registry.credentials import Credentials
 from corral.images.registry.download import PART_BYTES, parts
-from corral.images.registry.endpoints import Capability, endpoints
+from corral.images.registry.endpoints import Capability, endpoints, own_endpoints
 from corral.images.registry.http import number, origin, proxy_for, shown
 from corral.rpc.errors import FailedPrecondition
 
@@ -124,7 +124,7 @@ def test_a_partial_blob_that_goes_while_others_are_collected_is_nobodys_trouble(
 
 async def test_a_partial_blob_that_is_open_is_not_collected(tmp_path: Path) -> None:
     partials = Partials(tmp_path, keep_s=0.0)
-    async with partials.opened(digest_of(b"x"), 1) as partial:
+    async with partials.opened("default", digest_of(b"x"), 1) as partial:
         assert partials.collect(grace=False) == ([], 0)
         assert partial.path.exists()
     assert partials.collect(grace=False)[0] == [digest_of(b"x")]
@@ -289,3 +289,18 @@ def test_origins_differ_by_scheme_host_and_port() -> None:
     assert origin("https://A.example/x") == origin("https://a.example:443/y")
     assert origin("https://a.example") != origin("http://a.example")
     assert origin("https://a.example") != origin("https://a.example:444")
+
+
+def test_insecure_falls_back_to_plain_http_with_certificates_of_docker_s_form_too(tmp_path: Path) -> None:
+    (tmp_path / "r.example").mkdir()
+    (tmp_path / "r.example" / "ca.crt").write_text("")
+    found = endpoints(tmp_path, "r.example", insecure=True)
+    assert [e.base for e in found] == ["https://r.example/v2", "http://r.example/v2"]
+    assert [e.base for e in endpoints(tmp_path, "r.example")] == ["https://r.example/v2"]
+
+
+def test_a_server_before_all_registries_is_none_that_one_logs_in_to(tmp_path: Path) -> None:
+    write_hosts(tmp_path, "_default", 'server = "https://cache.example"\n')
+    assert [e.base for e in own_endpoints(tmp_path, "r.example")] == ["https://r.example/v2"]
+    assert [e.base for e in own_endpoints(tmp_path, "cache.example")] == ["https://cache.example/v2"]
+    assert [(e.base, e.is_registry) for e in endpoints(tmp_path, "r.example")] == [("https://cache.example/v2", False)]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from corral.images import catalog, leases
+from corral.images import catalog, holders, leases
 from corral.images.archives.found import FoundImage
 from corral.images.archives.intake import StoredFile
 from corral.images.blobs import insert_blob, is_stored
@@ -111,6 +111,7 @@ class Admission:
             insert_blob(transaction, digest, file.size_bytes)
         records: list[ImageRecord] = []
         for image in images:
+            holders.record(transaction, how.namespace, image.blobs)
             for parent, child in image.edges:
                 transaction.execute("INSERT OR IGNORE INTO blob_edges (parent, child) VALUES (?, ?)", (parent, child))
             for digest in {image.target.digest, *(child for _, child in image.edges)}:  # its time of grace is over

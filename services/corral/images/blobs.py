@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from corral.images import leases
+from corral.images import holders, leases
 from corral.images.collector import Collector
 from corral.images.content import READ_BYTES, ContentStore
 from corral.images.digest import Digest
@@ -70,8 +70,14 @@ class Blobs:
             raise _unknown(digest)
         return found
 
-    async def list(self) -> Sequence[BlobRecord]:
-        return await self._database.read(_everything)
+    def check_held(self, namespace: str, digest: Digest) -> None:
+        """Raises NotFound for what the namespace has not brought itself."""
+        if not self._database.read_sync(lambda s: holders.has(s, namespace, digest)):
+            raise _unknown(digest)
+
+    async def list(self, namespace: str) -> Sequence[BlobRecord]:
+        """Those that the namespace has brought."""
+        return await self._database.read(lambda s: _held_by(s, namespace))
 
     async def read(self, digest: Digest, offset: int, length: int) -> AsyncGenerator[bytes]:
         """The bytes from `offset`; length 0: to the end. Raises NotFound, also when it is gone meanwhile."""
@@ -149,6 +155,7 @@ def _insert(transaction: Transaction, digest: Digest, size_bytes: int, held: _He
     keep_until = 0 if held.lease else time.time_ns() + held.grace_ns
     insert_blob(transaction, digest, size_bytes, keep_until_ns=keep_until)
     leases.hold(transaction, held.namespace, held.lease, "blob", digest)
+    holders.record(transaction, held.namespace, [digest])
     found = _find(transaction, digest)
     assert found is not None
     return found
@@ -164,13 +171,17 @@ def _find(snapshot: Snapshot, digest: Digest) -> BlobRecord | None:
     return None if row is None else _record(tuple(row))
 
 
-def _everything(snapshot: Snapshot) -> list[BlobRecord]:
-    rows = snapshot.execute("SELECT digest, size_bytes, created_ns FROM blobs ORDER BY digest")
+def _held_by(snapshot: Snapshot, namespace: str) -> list[BlobRecord]:
+    rows = snapshot.execute(
+        "SELECT digest, size_bytes, created_ns FROM blobs JOIN blob_holders USING (digest) WHERE namespace = ?"
+        " ORDER BY digest",
+        (namespace,),
+    )
     return [_record(tuple(row)) for row in rows]
 
 
 def _delete(transaction: Transaction, digest: Digest, namespace: str) -> None:
-    if _find(transaction, digest) is None:
+    if not holders.has(transaction, namespace, digest):
         raise _unknown(digest)
     user = _user_of(transaction, digest, namespace)
     if user:

@@ -11,10 +11,11 @@ Only drivers that keep changes apart, those of overlayfs, can tell them.
 import asyncio
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ from corral.rpc.errors import FailedPrecondition
 from corral.store import Database, failpoint
 
 GZIP_LAYER = f"{OCI_LAYER}+gzip"
+CHANGES_AT_ONCE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +124,25 @@ class Committer:
         finally:
             await asyncio.shield(run_blocking(shutil.rmtree, directory, True))
 
-    async def changes(self, namespace: str, key: str) -> Sequence[tuple[str, str]]:
-        """The letter of each change, and its path. Raises NotFound, FailedPrecondition."""
+    async def changes(self, namespace: str, key: str) -> AsyncGenerator[Sequence[tuple[str, str]]]:
+        """The letter of each change, and its path, some at a time. Raises NotFound, FailedPrecondition.
+
+        They go through a file: there may be millions, and nobody waits for a client.
+        """
         upper, below = self._apart(self._snapshots.get(namespace, key))
         try:
-            answer = await self._workers.run({"op": "compare", "source": upper, "below": below}, lambda _done: None)
+            directory = await run_blocking(self._content.make_ingest_directory)
+            try:
+                job = {"op": "compare", "source": upper, "below": below, "target": str(directory / "changes")}
+                await self._workers.run(job, lambda _done: None)
+                file = Path(directory, "changes").open(encoding="ascii")  # noqa: ASYNC230, SIM115 - quick, closed below
+            finally:
+                await asyncio.shield(run_blocking(shutil.rmtree, directory, True))
         except (BadLayer, OSError) as e:
             raise explained(e, f"cannot compare snapshot {key!r}") from e
-        return [(kind, path) for kind, path in answer["changes"]]
+        with file:
+            while some := await run_blocking(lambda: [_change(line) for line in islice(file, CHANGES_AT_ONCE)]):
+                yield some
 
     def _apart(self, tree: TreeRecord) -> tuple[str, Sequence[str]]:
         """The directory that holds nothing but the changes, and the layers below it."""
@@ -211,6 +224,11 @@ class Committer:
 
     def _is_here(self, digest: Digest) -> bool:
         return self._database.read_sync(lambda s: is_stored(s, self._content, digest))
+
+
+def _change(line: str) -> tuple[str, str]:
+    kind, path = json.loads(line)
+    return kind, path
 
 
 def _as_oci(layer: Descriptor) -> Descriptor:

@@ -1,8 +1,10 @@
 """Blobs of which only a part is here: kept over a restart, for whoever wants the same blob next.
 
-    partial/<hex>.data     the bytes, each where it belongs in the blob
-    partial/<hex>.log      "<size of the blob>", then one line "<from> <to>" per piece that was written
+    partial/<hex>@<namespace>.data    the bytes, each where it belongs in the blob
+    partial/<hex>@<namespace>.log     "<size of the blob>", then one line "<from> <to>" per piece that was written
 
+Of the default namespace they are without its name. Namespaces do not share them: who may see a blob is shown by who
+gets all of it from a registry.
 A line is appended after its piece, so that a kill at any moment loses at most the pieces in flight. A power loss may
 lose pieces that the log tells of; the digest shows that, and the blob is then fetched anew.
 """
@@ -24,10 +26,12 @@ from corral.images.content import READ_BYTES
 from corral.images.digest import PREFIX, Digest, hex_of
 from corral.images.store import uninterrupted
 from corral.rpc.blocking import run_blocking
+from corral.rpc.context import DEFAULT_NAMESPACE
 from corral.store import failpoint
 
 DATA = ".data"
 LOG = ".log"
+BETWEEN = "@"
 SWEEP_S = 3600.0
 _LINE = re.compile(rb"^(\d{1,19}) (\d{1,19})$", re.MULTILINE)
 
@@ -53,11 +57,11 @@ class Partial:
     def __init__(self, stem: Path, digest: Digest, size_bytes: int) -> None:
         self.digest = digest
         self.size_bytes = size_bytes
-        self.path = stem.with_suffix(DATA)
+        self.path = _file(stem, DATA)
         self.hashed = 0
         self.recalled = 0
         """Bytes that an earlier one has left."""
-        self._log_path = stem.with_suffix(LOG)
+        self._log_path = _file(stem, LOG)
         self._lock = Lock()
         self._hash = hashlib.sha256()
         self._ranges: list[Range] = []
@@ -154,9 +158,17 @@ class Partial:
         self._log_path.unlink(missing_ok=True)
 
 
+def _file(stem: Path, suffix: str) -> Path:
+    return stem.with_name(stem.name + suffix)  # a namespace may have dots
+
+
+def _digest_of(stem: Path) -> str:
+    return PREFIX + stem.name.partition(BETWEEN)[0]
+
+
 def _remove(stem: Path, oldest: float) -> int | None:
     """Unless it is younger, or is gone: a pull may have ended meanwhile. How many bytes are free by that."""
-    found = {path: entry for path in (stem.with_suffix(DATA), stem.with_suffix(LOG)) if (entry := _stat(path))}
+    found = {path: entry for path in (_file(stem, DATA), _file(stem, LOG)) if (entry := _stat(path))}
     # A file with another name is a blob by now: whoever made it one was killed before it took this name away.
     is_blob = any(entry.st_nlink > 1 for entry in found.values())
     if not found or (not is_blob and any(entry.st_mtime > oldest for entry in found.values())):
@@ -184,7 +196,7 @@ class Part:
 
 
 class Partials:
-    """All of them. Nobody may open the same digest twice at a time."""
+    """All of them. No namespace may open the same digest twice at a time."""
 
     def __init__(self, root: Path, *, keep_s: float) -> None:
         self._directory = root / "partial"
@@ -195,9 +207,10 @@ class Partials:
         self._sweeping: asyncio.Task[None] | None = None
 
     @asynccontextmanager
-    async def opened(self, digest: Digest, size_bytes: int) -> AsyncIterator[Partial]:
+    async def opened(self, namespace: str, digest: Digest, size_bytes: int) -> AsyncIterator[Partial]:
         """Within the block nobody collects it. Raises OSError."""
-        partial = Partial(self._directory / hex_of(digest), digest, size_bytes)
+        name = hex_of(digest) + (f"{BETWEEN}{namespace}" if namespace != DEFAULT_NAMESPACE else "")
+        partial = Partial(self._directory / name, digest, size_bytes)
         try:
             await uninterrupted(run_blocking(self._begin, partial))
             yield partial
@@ -214,10 +227,10 @@ class Partials:
         """All that are here, and what they take on disk. Blocking."""
         parts = []
         for stem in sorted({path.with_suffix("") for path in self._directory.iterdir()}):
-            entries = [_stat(stem.with_suffix(suffix)) for suffix in (DATA, LOG)]
+            entries = [_stat(_file(stem, suffix)) for suffix in (DATA, LOG)]
             # A file with another name is a blob by now, and counts as that.
             size = sum(entry.st_blocks * 512 for entry in entries if entry is not None and entry.st_nlink == 1)
-            parts.append(Part(PREFIX + stem.name, size, stem.name in self._open))
+            parts.append(Part(_digest_of(stem), size, stem.name in self._open))
         return parts
 
     def collect(self, *, grace: bool = True) -> tuple[list[str], int]:
@@ -228,7 +241,7 @@ class Partials:
             with self._choosing:
                 freed = None if stem.name in self._open else _remove(stem, oldest)
             if freed is not None:
-                removed.append(PREFIX + stem.name)
+                removed.append(_digest_of(stem))
                 reclaimed += freed
         return removed, reclaimed
 

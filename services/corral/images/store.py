@@ -123,6 +123,35 @@ CREATE TABLE proofs (
     PRIMARY KEY (digest, repository, tag, key_id)
 ) STRICT, WITHOUT ROWID;
 """,
+    """
+-- Which namespaces have brought a blob themselves: see corral.images.holders.
+CREATE TABLE blob_holders (
+    namespace TEXT NOT NULL,
+    digest TEXT NOT NULL REFERENCES blobs(digest) ON DELETE CASCADE,
+    PRIMARY KEY (namespace, digest)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX blob_holders_by_digest ON blob_holders(digest);
+INSERT INTO blob_holders
+WITH RECURSIVE reached(namespace, digest) AS (
+    SELECT namespace, target_digest FROM images
+    UNION SELECT namespace, manifest_digest FROM images
+    UNION SELECT namespace, key FROM lease_resources JOIN blobs ON digest = key WHERE kind = 'blob'
+    UNION SELECT namespace, child FROM blob_edges JOIN reached ON parent = digest
+)
+SELECT namespace, digest FROM reached;
+
+-- As before, but what one namespace knows of repositories is not told to others, nor to registries on their behalf.
+DROP TABLE blob_origins;
+CREATE TABLE blob_origins (
+    namespace TEXT NOT NULL,
+    digest TEXT NOT NULL REFERENCES blobs(digest) ON DELETE CASCADE,
+    domain TEXT NOT NULL,
+    path TEXT NOT NULL,
+    seen_ns INTEGER NOT NULL,
+    PRIMARY KEY (namespace, digest, domain, path)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX blob_origins_by_digest ON blob_origins(digest);
+""",
 )
 
 

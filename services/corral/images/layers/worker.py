@@ -7,7 +7,7 @@
          {"op": "lay", "layers": [DIR, …], "target": DIR}, or with "file" as they are: directories in that ext4 image
          {"op": "pack", "source": DIR, "target": FILE}: a layer, gzipped, of the changes in DIR
          {"op": "pack_whole", "layers": [DIR or IMAGE, …], "options": […], "target": FILE}: a tar of all, merged
-         {"op": "compare", "source": DIR, "below": [DIR or IMAGE, …]}
+         {"op": "compare", "source": DIR, "below": [DIR or IMAGE, …], "target": FILE}: a line [KIND, PATH] per change
     out  {"progress": BYTES of the blob read}…, then {"ok": {…}} or {"error": KIND, "errno": N, "message": SENTENCE}
          FORM: "directory", or "image" for an EROFS image in the directory
          KIND: "bad" (the data), "os" (the machine), "bug"
@@ -236,7 +236,10 @@ def _pack_whole(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]
 def _compare(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
     with ExitStack() as stack:
         below = [_opened(path, stack) for path in job["below"]]
-        return {"changes": [(kind.value, path) for kind, path in changes(_opened(job["source"], stack), below)]}
+        with open(job["target"], "x", encoding="ascii") as file:
+            found = changes(_opened(job["source"], stack), below)
+            file.writelines(json.dumps([kind.value, path]) + "\n" for kind, path in found)
+        return {}
 
 
 _OPERATIONS: Mapping[str, Callable[[Job, Limits, TextIO], dict[str, object]]] = {

@@ -96,7 +96,7 @@ class Authorizer:
             if (token := self._tokens.get(key)) is not None and used == f"Bearer {token.value}":
                 del self._tokens[key]
             return True
-        if "basic" in known and self._credentials.username and not self._is_basic:
+        if "basic" in known and self._credentials.username and used != self._credentials.basic:
             self._is_basic = True
             return True
         return False

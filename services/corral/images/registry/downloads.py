@@ -1,4 +1,7 @@
-"""Blobs under way. Whoever wants one that another is fetching already waits for that; the last who leaves ends it."""
+"""Blobs under way. Who wants one that his namespace is fetching already waits for that; the last who leaves ends it.
+
+Of what other namespaces fetch none hears anything: they may have a right to it, and a way there, that this one has not.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -48,7 +51,7 @@ class Downloads:
     def __init__(self, partials: Partials, blobs: Blobs) -> None:
         self._partials = partials
         self._blobs = blobs
-        self._under_way: dict[Digest, _Shared] = {}
+        self._under_way: dict[tuple[str, Digest], _Shared] = {}
 
     async def fetch(self, repository: Repository, wanted: Wanted, report: Report) -> None:
         """Have the blob here, proven. Raises the error for the user; what came until then is kept."""
@@ -58,7 +61,7 @@ class Downloads:
     async def _join(self, repository: Repository, wanted: Wanted, report: Report) -> bool:
         """False if somebody else's download failed, whose rights or mirrors may have been others than ours."""
         descriptor = wanted.descriptor
-        shared = self._under_way.get(descriptor.digest)
+        shared = self._under_way.get((wanted.namespace, descriptor.digest))
         if shared is not None and shared.is_ending:
             await asyncio.wait((shared.task,))
             return False
@@ -92,15 +95,15 @@ class Downloads:
             shared.task.exception()  # there is nobody to tell it to
 
     def _begin(self, repository: Repository, wanted: Wanted) -> _Shared:
-        digest = wanted.descriptor.digest
+        key = wanted.namespace, wanted.descriptor.digest
 
         def tell(step: Step, done: int) -> None:
             for listener in list(shared.listeners):
                 listener(step, done)
 
         shared = _Shared(asyncio.ensure_future(self._fetch(repository, wanted, tell)))
-        self._under_way[digest] = shared
-        shared.task.add_done_callback(lambda _: self._under_way.pop(digest))
+        self._under_way[key] = shared
+        shared.task.add_done_callback(lambda _: self._under_way.pop(key))
         return shared
 
     async def _fetch(self, repository: Repository, wanted: Wanted, tell: Callable[[Step, int], None]) -> None:
@@ -108,7 +111,7 @@ class Downloads:
         try:
             tried: set[Host] = set()
             while True:
-                async with self._partials.opened(descriptor.digest, descriptor.size_bytes) as partial:
+                async with self._partials.opened(wanted.namespace, descriptor.digest, descriptor.size_bytes) as partial:
                     download = Download(repository, descriptor, partial, lambda done: tell(Step.TRANSFER, done))
                     await download.run()
                     if partial.is_proven:

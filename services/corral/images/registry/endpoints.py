@@ -76,12 +76,21 @@ class Endpoint:
 
 def endpoints(certs: Path, domain: str, *, insecure: bool = False) -> tuple[Endpoint, ...]:
     """Those of a registry, as a reference names it. Blocking. Raises FailedPrecondition, naming file and key."""
-    found = _configured(certs, domain)
+    found = _configured(certs, domain, insecure=insecure)
     if found is None:
         found = list(_defaults(domain, TlsFiles(), insecure=insecure))
     if insecure:
         found = [replace(e, tls=replace(e.tls, skip_verify=True)) if e.is_registry else e for e in found]
     return tuple(found)
+
+
+def own_endpoints(certs: Path, domain: str, *, insecure: bool = False) -> tuple[Endpoint, ...]:
+    """Those at which the registry itself is, not mirrors of it. Errors as above.
+
+    Where _default's server stands before all registries, they are at their own addresses all the same.
+    """
+    own = tuple(endpoint for endpoint in endpoints(certs, domain, insecure=insecure) if endpoint.is_registry)
+    return own or _defaults(domain, TlsFiles(), insecure=insecure)
 
 
 def is_loopback(domain: str) -> bool:
@@ -104,7 +113,7 @@ def _defaults(domain: str, tls: TlsFiles, *, insecure: bool) -> tuple[Endpoint, 
     return (plain,) if domain.endswith(":80") else (secure, plain)
 
 
-def _configured(certs: Path, domain: str) -> list[Endpoint] | None:
+def _configured(certs: Path, domain: str, *, insecure: bool) -> list[Endpoint] | None:
     host, colon, port = domain.rpartition(":")
     names = ([f"{host}_{port}_"] if colon and port.isdigit() else []) + [domain, DEFAULT_DIRECTORY]
     try:
@@ -112,8 +121,8 @@ def _configured(certs: Path, domain: str) -> list[Endpoint] | None:
         if directory is None:
             return None
         if (directory / HOSTS_FILE).exists():
-            return _read(directory / HOSTS_FILE, domain)
-        return list(_defaults(domain, _docker_files(directory), insecure=False))
+            return _read(directory / HOSTS_FILE, domain, insecure=insecure)
+        return list(_defaults(domain, _docker_files(directory), insecure=insecure))
     except OSError as e:
         raise FailedPrecondition(f"cannot read {e.filename or certs}: {e.strerror}", reason="BAD_HOSTS_FILE") from e
 
@@ -128,15 +137,15 @@ def _docker_files(directory: Path) -> TlsFiles:
     )
 
 
-def _read(path: Path, domain: str) -> list[Endpoint]:
+def _read(path: Path, domain: str, *, insecure: bool) -> list[Endpoint]:
     try:
         document = tomllib.loads(path.read_text("utf-8"))
-        return list(_from_document(document, domain, path.parent))
+        return list(_from_document(document, domain, path.parent, insecure=insecure))
     except (ValueError, TypeError) as e:
         raise FailedPrecondition(f"{path}: {e}", reason="BAD_HOSTS_FILE") from e
 
 
-def _from_document(document: Mapping[str, object], domain: str, directory: Path) -> list[Endpoint]:
+def _from_document(document: Mapping[str, object], domain: str, directory: Path, *, insecure: bool) -> list[Endpoint]:
     """Raises ValueError, naming the key."""
     server = document.get("server", "")
     hosts = document.get("host", {})
@@ -150,7 +159,7 @@ def _from_document(document: Mapping[str, object], domain: str, directory: Path)
         tls = _tls(document, directory, "server")
         registry = [
             replace(_with_options(e, document, "server"), tls=e.tls if tls == TlsFiles() else tls)
-            for e in _defaults(domain, tls, insecure=False)
+            for e in _defaults(domain, tls, insecure=insecure)
         ]
     own = {domain, *(e.authority for e in registry if e.is_registry)}
     mirrors = []

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from corral.images.registry.credentials import Credentials
-from corral.images.registry.endpoints import Capability, endpoints
+from corral.images.registry.endpoints import Capability, own_endpoints
 from corral.images.registry.errors import About, Trouble, explained
 from corral.images.registry.host import Host, Request
 from corral.images.registry.http import Http
@@ -16,10 +16,10 @@ async def login(http: Http, certs: Path, registry: str, credentials: Credentials
 
     Raises PermissionDenied, Unavailable and the like. Source: distribution-spec "Determining Support".
     """
-    found = await run_blocking(lambda: endpoints(certs, registry, insecure=insecure))
+    found = await run_blocking(lambda: own_endpoints(certs, registry, insecure=insecure))
     problem: Trouble | None = None
     for endpoint in found:
-        if not endpoint.is_registry or Capability.RESOLVE not in endpoint.capabilities:
+        if Capability.RESOLVE not in endpoint.capabilities:
             continue
         host = Host(http, endpoint, credentials, offline=True)
         try:

@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from corral.images import catalog, leases, origins
+from corral.images import catalog, holders, leases, origins
 from corral.images.admission import Admission, Admitted
 from corral.images.archives.found import FoundImage
 from corral.images.blobs import Blobs, Expected, is_stored
@@ -47,8 +47,8 @@ from corral.images.registry.walk import Tree, Walk
 from corral.images.store import write_much
 from corral.images.unpacker import Unpacker
 from corral.rpc.blocking import run_blocking
-from corral.rpc.errors import NotFound
-from corral.store import Database, failpoint
+from corral.rpc.errors import InvalidArgument, NotFound
+from corral.store import Database, Snapshot, failpoint
 
 BLOBS_AT_ONCE = 4
 
@@ -115,7 +115,7 @@ class Puller:
             await pins.enter_async_context(self._collector.pinned(details.chain))
             record = await self._fetch(options, repository, tree, details, report)
         digests = {tree.target.digest, *(child for _, child in tree.edges)}
-        await write_much(self._database, lambda t: origins.record(t, digests, options.reference))
+        await write_much(self._database, lambda t: origins.record(t, options.namespace, digests, options.reference))
         return record
 
     # Documents
@@ -126,7 +126,7 @@ class Puller:
 
         async def source(descriptor: Descriptor) -> bytes:
             await pins.enter_async_context(self._collector.pinned([descriptor.digest]))
-            if descriptor.digest not in first and self._is_here(descriptor.digest):
+            if descriptor.digest not in first and self._is_here(options.namespace, descriptor):
                 return await run_blocking(lambda: self._content.read(descriptor.digest, max_bytes=MAX_MANIFEST_BYTES))
             data = first.get(descriptor.digest)
             if data is None:
@@ -147,7 +147,7 @@ class Puller:
         record = self._database.read_sync(
             lambda s: catalog.by_reference(s, options.namespace, _name(options.reference))
         )
-        if record is None or not self._is_here(record.target.digest):
+        if record is None or not self._is_here(options.namespace, record.target):
             return None
         if options.reference.digest:
             return record.target if record.target.digest == options.reference.digest else None
@@ -170,8 +170,20 @@ class Puller:
         expected = Expected(descriptor.digest, len(data))
         await self._blobs.write(expected, _once(data), options.namespace, options.lease)
 
-    def _is_here(self, digest: Digest) -> bool:
-        return self._database.read_sync(lambda s: is_stored(s, self._content, digest))
+    def _is_here(self, namespace: str, descriptor: Descriptor) -> bool:
+        """Nothing is that only others have brought. Raises InvalidArgument if it is not as long as it should be."""
+
+        def look_up(snapshot: Snapshot) -> bool:
+            digest = descriptor.digest
+            return holders.has(snapshot, namespace, digest) and is_stored(snapshot, self._content, digest)
+
+        found = self._database.read_sync(look_up)
+        if found and (size := self._blobs.info(descriptor.digest).size_bytes) != descriptor.size_bytes:
+            raise InvalidArgument(
+                f"blob {descriptor.digest} has {size} bytes, not {descriptor.size_bytes} as its manifest says",
+                reason="SIZE_MISMATCH",
+            )
+        return found
 
     async def _details(self, options: PullOptions, repository: Repository, tree: Tree, report: Report) -> Details:
         what = f"image {options.reference.familiar}"
@@ -220,7 +232,7 @@ class Puller:
         return record
 
     async def _have(self, options: PullOptions, repository: Repository, descriptor: Descriptor, report: Report) -> None:
-        if self._is_here(descriptor.digest):
+        if self._is_here(options.namespace, descriptor):
             report(descriptor.digest, Step.EXISTS, descriptor.size_bytes, descriptor.size_bytes)
             return
         wanted = Wanted(descriptor, options.namespace, options.lease, self._keep_s)

@@ -74,7 +74,7 @@ class Pusher:
                 self._http, self._certs, destination, options.credentials, insecure=options.insecure
             )
             repository = await found.settled()
-            await self._send_contents(repository, load, report)
+            await self._send_contents(options.namespace, repository, load, report)
             *children, top = load.documents.values()
             for child in children:
                 await self._put(repository, child, child.descriptor.digest)
@@ -82,7 +82,7 @@ class Pusher:
             await self._put(repository, top, destination.tag or top.descriptor.digest)
             failpoint("images.push.after_name")
         digests = [*load.documents, *load.contents]
-        await write_much(self._database, lambda t: origins.record(t, digests, destination))
+        await write_much(self._database, lambda t: origins.record(t, options.namespace, digests, destination))
         return top.descriptor
 
     # What goes
@@ -104,26 +104,26 @@ class Pusher:
         if not await repository.put_manifest(document, name):
             await announce(repository, document)
 
-    async def _send_contents(self, repository: Repository, load: Holding, report: Report) -> None:
+    async def _send_contents(self, namespace: str, repository: Repository, load: Holding, report: Report) -> None:
         limit = asyncio.Semaphore(BLOBS_AT_ONCE)
 
         async def send(descriptor: Descriptor) -> None:
             async with limit:
-                await self._send(repository, descriptor, report)
+                await self._send(namespace, repository, descriptor, report)
 
         async with crew() as tasks:
             for descriptor in load.contents.values():
                 report(descriptor.digest, Step.WAITING, 0, descriptor.size_bytes)
                 tasks.create_task(send(descriptor))
 
-    async def _send(self, repository: Repository, descriptor: Descriptor, report: Report) -> None:
+    async def _send(self, namespace: str, repository: Repository, descriptor: Descriptor, report: Report) -> None:
         digest, size = descriptor.digest, descriptor.size_bytes
         path = self._content.path(digest)
         upload = Upload(repository, descriptor, path, lambda done: report(digest, Step.TRANSFER, done, size))
         if await upload.is_there():
             report(digest, Step.EXISTS, size, size)
             return
-        origin = self._database.read_sync(lambda s: origins.elsewhere(s, digest, repository.reference))
+        origin = self._database.read_sync(lambda s: origins.elsewhere(s, namespace, digest, repository.reference))
         session = await upload.mounted(origin) if origin else None
         if origin and session is None:
             report(digest, Step.EXISTS, size, size)

@@ -19,9 +19,11 @@ from corral.images.registry.endpoints import Capability
 from corral.images.registry.errors import Untrusted
 from corral.images.registry.host import Host, Request
 from corral.images.registry.repository import Repository
+from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import InvalidArgument, NotFound
 
-MAX_PAGES = 100
+MAX_REFERRERS = 10_000
+MAX_BYTES = 16 << 20  # of all pages together
 
 
 async def find_referrers(repository: Repository, artifact_type: str = "") -> tuple[Descriptor, Sequence[Descriptor]]:
@@ -47,15 +49,16 @@ async def _by_api(repository: Repository, subject: Descriptor, artifact_type: st
 
     async def attempt(host: Host) -> list[Descriptor]:
         found: list[Descriptor] = []
-        path = first
-        for _ in range(MAX_PAGES):
+        path, size = first, 0
+        while path:
             reply = await host.ask(Request("GET", path, repository.pulling, {"Accept": OCI_INDEX}))
             data = await reply.read(MAX_MANIFEST_BYTES)
-            found += _index(data, host.endpoint.authority).manifests
-            following = reply.next_page
-            if not following:
-                break
-            path = following
+            page = (await run_blocking(_index, data, host.endpoint.authority)).manifests
+            found += page
+            size += len(data)
+            if (not page and reply.next_page) or len(found) > MAX_REFERRERS or size > MAX_BYTES:
+                raise Untrusted(f"{host.endpoint.authority} gave a list of referrers without end")
+            path = reply.next_page
         return found
 
     return await repository.first(Capability.REFERRERS, attempt, f"referrers of {subject.digest}")
@@ -77,7 +80,7 @@ async def _by_tag(repository: Repository, subject: Descriptor) -> Sequence[Descr
         document = await repository.manifest(fallback_tag(subject))
     except NotFound:
         return ()
-    return parse_index(document.data, f"tag {fallback_tag(subject)}").manifests
+    return (await run_blocking(parse_index, document.data, f"tag {fallback_tag(subject)}")).manifests
 
 
 async def announce(repository: Repository, document: Document) -> None:
@@ -93,9 +96,10 @@ async def announce(repository: Repository, document: Document) -> None:
     config = fields.child("config")
     artifact_type = fields.text("artifactType") or (config.text("mediaType") if config else "")
     try:
-        old = json.loads((await repository.manifest(tag)).data).get("manifests", [])
+        before = (await repository.manifest(tag)).data
     except NotFound:
-        old = []
+        before = b"{}"
+    old = (await run_blocking(json.loads, before)).get("manifests", [])
     mine = document.descriptor
     if any(entry.get("digest") == mine.digest for entry in old):
         return

@@ -26,16 +26,20 @@ class ContentServicer(images_pb2_grpc.ContentServicer):
         self._blobs = blobs
 
     async def Info(self, request: pb.BlobInfoRequest, context: Context) -> pb.BlobInfo:
-        return wire.from_blob(self._blobs.info(parse_digest(request.digest)))
+        digest = parse_digest(request.digest)
+        self._blobs.check_held(current_namespace(), digest)
+        return wire.from_blob(self._blobs.info(digest))
 
     async def List(self, request: pb.ListBlobsRequest, context: Context) -> AsyncIterator[pb.BlobInfo]:
-        for blob in await self._blobs.list():
+        for blob in await self._blobs.list(current_namespace()):
             yield wire.from_blob(blob)
 
     async def Read(self, request: pb.ReadBlobRequest, context: Context) -> AsyncIterator[pb.BlobChunk]:
         if request.offset < 0 or request.length < 0:
             raise InvalidArgument("offset and length are not negative")
-        async for data in self._blobs.read(parse_digest(request.digest), request.offset, request.length):
+        digest = parse_digest(request.digest)
+        self._blobs.check_held(current_namespace(), digest)
+        async for data in self._blobs.read(digest, request.offset, request.length):
             yield pb.BlobChunk(data=data)
 
     async def Write(self, request_iterator: AsyncIterator[pb.WriteBlobRequest], context: Context) -> pb.BlobInfo:

@@ -3,7 +3,6 @@
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from itertools import batched
 from typing import Any
 
 import grpc.aio
@@ -20,8 +19,6 @@ from corral.images.takeout import Takeout
 from corral.images.trees import Kind
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import current_namespace
-
-CHANGES_AT_ONCE = 1000
 
 type Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -89,9 +86,9 @@ class SnapshotsServicer(images_pb2_grpc.SnapshotsServicer):
         return wire.from_usage(usage, self._snapshots.below_bytes(namespace, request.key))
 
     async def Changes(self, request: pb.SnapshotRequest, context: Context) -> AsyncIterator[pb.SnapshotChanges]:
-        found = await self._committer.changes(current_namespace(), request.key)
-        for some in batched(found, CHANGES_AT_ONCE):
-            yield pb.SnapshotChanges(changes=[wire.from_change(kind, path) for kind, path in some])
+        async with aclosing(self._committer.changes(current_namespace(), request.key)) as found:
+            async for some in found:
+                yield pb.SnapshotChanges(changes=[wire.from_change(kind, path) for kind, path in some])
 
     async def Export(self, request: pb.SnapshotRequest, context: Context) -> AsyncIterator[pb.ExportResponse]:
         async with aclosing(self._takeout.run(current_namespace(), request.key)) as chunks:
