@@ -223,6 +223,38 @@ class Groups:
                 continue
         return readings
 
+    # What a check finds
+
+    async def remove_stray(self, path: str) -> None:
+        """Remove a cgroup that no row describes, with what runs in it. Raises CorralError."""
+        namespace, _, id_ = path.rpartition("/")
+        key = Key(namespace.rpartition("/")[2], id_)
+
+        async def remove() -> None:
+            known = {record.path for record in await self._database.read(store.every)}
+            if path not in known:
+                await run_blocking(self._remove_path, path)
+
+        await self._change(key, remove())
+
+    def _remove_path(self, path: str) -> None:
+        with translated(f"remove the cgroup {path}"):
+            self._driver.open(path).remove(self._timeouts.remove_s)
+
+    async def forget_gone(self, key: Key) -> None:
+        """Delete a row whose cgroup somebody else removed."""
+
+        async def forget() -> None:
+            record = self._database.read_sync(lambda snapshot: store.find(snapshot, key))
+            if record is None or await run_blocking(self.open(record).exists):
+                return
+            if watch := await self._watcher.take(key):
+                watch.close()
+            payload = {"oom_kills": record.oom_kills, "reason": "it was gone when it was looked for"}
+            await self._database.write(lambda transaction: store.delete(transaction, key, payload))
+
+        await self._change(key, forget())
+
     # Watching
 
     def watch(self, key: Key, watch: OomWatch) -> None:

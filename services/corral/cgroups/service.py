@@ -11,12 +11,14 @@ import grpc.aio
 from corral.api.cgroups.v1 import cgroups_pb2, cgroups_pb2_grpc
 from corral.api.types.v1 import types_pb2
 from corral.cgroups import recovery, store, wire
+from corral.cgroups.checking import Checker
 from corral.cgroups.config import CgroupsConfig
 from corral.cgroups.errors import translated
 from corral.cgroups.groups import Groups, Timeouts
 from corral.cgroups.store import Key, Record, State
 from corral.kernel.cgroup import Driver, OomWatch, check_path, detect, open_driver
 from corral.rpc.blocking import run_blocking
+from corral.rpc.checking import check
 from corral.rpc.context import check_id, current_namespace
 from corral.rpc.errors import InvalidArgument, NotFound
 from corral.rpc.events import stream_events, timestamp
@@ -52,7 +54,8 @@ class CgroupsService:
         self._groups = Groups(self._database, self._driver, timeouts)
         for key, watch in watches.items():
             self._groups.watch(key, watch)
-        self._servicer.open(self._groups, self._database, self._driver)
+        checker = Checker(self._database, self._driver, self._groups, self.config.parent)
+        self._servicer.open(self._groups, self._database, self._driver, checker)
 
     def _open(self) -> dict[Key, OomWatch]:
         config = self.config
@@ -88,10 +91,12 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
         self._groups: Groups
         self._database: Database
         self._driver: Driver
+        self._checker: Checker
 
-    def open(self, groups: Groups, database: Database, driver: Driver) -> None:
+    def open(self, groups: Groups, database: Database, driver: Driver, checker: Checker) -> None:
         """Begin to serve from these."""
         self._groups, self._database, self._driver = groups, database, driver
+        self._checker = checker
 
     async def Create(self, request: cgroups_pb2.CreateCgroupRequest, context: object) -> cgroups_pb2.Cgroup:
         key = _key(request.id)
@@ -164,6 +169,9 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
 
     async def Host(self, request: cgroups_pb2.HostRequest, context: object) -> cgroups_pb2.HostResponse:
         return wire.host(self._driver.layout)
+
+    async def Check(self, request: types_pb2.CheckRequest, context: object) -> types_pb2.CheckResponse:
+        return await check("cgroups", self._checker.look, repair=request.repair)
 
     async def Events(
         self, request: types_pb2.EventsRequest, context: object

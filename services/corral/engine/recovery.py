@@ -90,9 +90,10 @@ class Recovery:
 
     async def _finish_halves(self) -> None:
         halves = self._records(Status.CREATING, Status.REMOVING)
-        await _each(halves, self._finish)
+        await _each(halves, self.finish)
 
-    async def _finish(self, record: ContainerRecord) -> None:
+    async def finish(self, record: ContainerRecord) -> None:
+        """Remove a container that was made, or removed, only in part. Raises CorralError."""
         key = (record.namespace, record.id)
         async with self._core.locks.of(key):
             now = self._find(key)
@@ -113,15 +114,15 @@ class Recovery:
     async def compare_tasks(self) -> None:
         """Take over what tasks knows and we do not. Raises Unavailable."""
         tasks = await self._core.leaves.tasks.List(tasks_pb2.ListTasksRequest(all_namespaces=True))
-        states = {(task.labels["corral.namespace"], task.id): task for task in tasks.tasks if _ours(task.labels)}
+        states = {(task.labels["corral.namespace"], task.id): task for task in tasks.tasks if is_ours(task.labels)}
         doubtful = [
             record
             for record in self._records(Status.CREATED, Status.EXITED, *ALIVE)
-            if not _agree(record, states.get((record.namespace, record.id)))
+            if not agree(record, states.get((record.namespace, record.id)))
         ]
-        await _each(doubtful, self._settle)
+        await _each(doubtful, self.settle)
 
-    async def _settle(self, record: ContainerRecord) -> None:
+    async def settle(self, record: ContainerRecord) -> None:
         """Under the container's lock, so that no start is on its way, ask again and write down what is."""
         async with self._core.locks.of((record.namespace, record.id)):
             now = self._find((record.namespace, record.id))
@@ -132,7 +133,7 @@ class Recovery:
                     task = await self._core.leaves.tasks.Get(tasks_pb2.GetTaskRequest(id=now.id))
                 except NotFound:
                     task = None
-            if _agree(now, task):
+            if agree(now, task):
                 return
             if now.status is Status.EXITED:
                 await self._undo_new_task(now, task)
@@ -161,17 +162,22 @@ class Recovery:
         frozen = {
             (cgroup.labels["corral.namespace"], cgroup.id): cgroup.frozen
             for cgroup in response.cgroups
-            if _ours(cgroup.labels)
+            if is_ours(cgroup.labels)
         }
         for record in self._records(*ALIVE):
             key = (record.namespace, record.id)
             if frozen.get(key, False) == (record.status is Status.PAUSED):
                 continue
-            async with self._core.locks.of(key):
-                if (now := self._find(key)) is not None:
-                    await self._settle_frozen(now, frozen=frozen.get(key, False))
+            await self.settle_frozen(record, frozen=frozen.get(key, False))
 
-    async def _settle_frozen(self, record: ContainerRecord, *, frozen: bool) -> None:
+    async def settle_frozen(self, record: ContainerRecord, *, frozen: bool) -> None:
+        """Make a container's row and its cgroup agree about whether it is paused. Raises Unavailable."""
+        key = (record.namespace, record.id)
+        async with self._core.locks.of(key):
+            if (now := self._find(key)) is not None:
+                await self._settle_frozen_now(now, frozen=frozen)
+
+    async def _settle_frozen_now(self, record: ContainerRecord, *, frozen: bool) -> None:
         if record.status is Status.RUNNING and frozen:  # nobody was told that it is paused
             with in_namespace(record.namespace):
                 await persistently(lambda: self._core.leaves.cgroups.Thaw(ThawRequest(id=record.id)))
@@ -186,33 +192,34 @@ class Recovery:
         """Remove what leaves keep for the engine without a row. Rows come first and go last: nothing new is caught."""
         leaves = self._core.leaves
         tasks = await leaves.tasks.List(tasks_pb2.ListTasksRequest(all_namespaces=True))
-        for key in self._strays(tasks.tasks):
-            await self._swept("task", key, leaves.tasks.Delete, tasks_pb2.DeleteTaskRequest(id=key[1], force=True))
+        for key in self.strays(tasks.tasks):
+            await self.sweep_one("task", key, leaves.tasks.Delete, tasks_pb2.DeleteTaskRequest(id=key[1], force=True))
         cgroups = await leaves.cgroups.List(ListCgroupsRequest(all_namespaces=True))
-        for key in self._strays(cgroups.cgroups):
-            await self._swept("cgroup", key, leaves.cgroups.Delete, DeleteCgroupRequest(id=key[1]))
+        for key in self.strays(cgroups.cgroups):
+            await self.sweep_one("cgroup", key, leaves.cgroups.Delete, DeleteCgroupRequest(id=key[1]))
         endpoints = await leaves.endpoints.List(ListEndpointsRequest(all_namespaces=True))
-        for key in self._strays(endpoints.endpoints):
-            await self._swept("endpoint", key, leaves.endpoints.Detach, DetachRequest(endpoint_id=key[1]))
+        for key in self.strays(endpoints.endpoints):
+            await self.sweep_one("endpoint", key, leaves.endpoints.Detach, DetachRequest(endpoint_id=key[1]))
         for namespace in self._core.database.read_sync(store.namespaces):
             with in_namespace(namespace):
                 snapshots = await leaves.snapshots.List(ListSnapshotsRequest(kind=Snapshot.KIND_ACTIVE))
-            for key in self._strays(snapshots.snapshots):
-                await self._swept("snapshot", key, leaves.snapshots.Remove, RemoveSnapshotRequest(key=key[1]))
+            for key in self.strays(snapshots.snapshots):
+                await self.sweep_one("snapshot", key, leaves.snapshots.Remove, RemoveSnapshotRequest(key=key[1]))
 
-    def _strays(self, resources: Iterable[_Labelled]) -> list[Key]:
+    def strays(self, resources: Iterable[_Labelled]) -> list[Key]:
         """Those of the engine's own that no row describes."""
         ours = [
             (labels["corral.namespace"], labels["corral.container"])
             for labels in (resource.labels for resource in resources)
-            if _ours(labels)
+            if is_ours(labels)
         ]
         return [key for key in ours if self._find(key) is None]
 
     def _find(self, key: Key) -> ContainerRecord | None:
         return self._core.database.read_sync(lambda view: store.find(view, *key))
 
-    async def _swept(self, what: str, key: Key, call: Callable[..., Awaitable[object]], request: object) -> None:
+    async def sweep_one(self, what: str, key: Key, call: Callable[..., Awaitable[object]], request: object) -> None:
+        """Have a leaf remove what it keeps for a container that is not there. Raises CorralError."""
         if self._find(key) is not None:  # made since we looked
             return
         failpoint("engine.recovery.before_sweep")
@@ -221,11 +228,12 @@ class Recovery:
             await call(request)
 
 
-def _ours(labels: Mapping[str, str]) -> bool:
+def is_ours(labels: Mapping[str, str]) -> bool:
+    """Whether the engine has had it made."""
     return labels.get("corral.owner") == OWNER
 
 
-def _agree(record: ContainerRecord, task: tasks_pb2.Task | None) -> bool:
+def agree(record: ContainerRecord, task: tasks_pb2.Task | None) -> bool:
     """Whether row and task say the same. A CREATED container may lack its task: a start makes it again."""
     if record.status is Status.CREATED:
         return task is None or task.status == tasks_pb2.STATUS_CREATED

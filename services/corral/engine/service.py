@@ -11,6 +11,7 @@ from corral.api.engine.v1 import engine_pb2_grpc
 from corral.api.images.v1 import images_pb2
 from corral.api.types.v1 import types_pb2
 from corral.engine import store
+from corral.engine.checking import Checker
 from corral.engine.commits import Commits
 from corral.engine.config import EngineConfig
 from corral.engine.core import Core, host_facts
@@ -75,7 +76,6 @@ class EngineService:
         leaves = Leaves.connect(config.addresses, self._channels)
         core = self._core = Core(config, database, leaves, host_facts(), Trash(config.root / "trash"))
         removal = Removal(core)
-        core.on_exit = lambda record: _act_on_exit(core, removal, record)
         task_making = TaskMaking(core)
         views = Views(core)
         self._containers.serve(
@@ -87,10 +87,10 @@ class EngineService:
             Updates(core),
         )
         self._volumes.serve(Volumes(core))
-        self._system.serve(System(core, _version()), DiskUsage(core), config, database)
         self._streams = Streams(core)
         self._merger = Merger(core)
         recovery = Recovery(core, removal, self._merger.catch_up)
+        self._system.serve(System(core, _version()), DiskUsage(core), Checker(core, recovery), config, database)
         self._merger.on_reconnect = recovery.after_outage
         await recovery.start()
         self._merger.start()
@@ -257,10 +257,13 @@ class VolumesServicer(engine_pb2_grpc.VolumesServicer):
 class SystemServicer(engine_pb2_grpc.SystemServicer):
     """corral.engine.v1.System."""
 
-    def serve(self, system: System, disk_usage: DiskUsage, config: EngineConfig, database: Database) -> None:
+    def serve(
+        self, system: System, disk_usage: DiskUsage, checker: Checker, config: EngineConfig, database: Database
+    ) -> None:
         """Called before the first RPC is let in."""
         self._system = system
         self._disk_usage = disk_usage
+        self._checker = checker
         self._config = config
         self._database = database
 
@@ -272,6 +275,9 @@ class SystemServicer(engine_pb2_grpc.SystemServicer):
 
     async def DiskUsage(self, request: pb.DiskUsageRequest, context: object) -> pb.DiskUsageResponse:
         return await self._disk_usage.usage()
+
+    async def Check(self, request: types_pb2.CheckRequest, context: object) -> types_pb2.CheckResponse:
+        return types_pb2.CheckResponse(findings=await self._checker.check(repair=request.repair))
 
     async def CheckHost(self, request: pb.CheckHostRequest, context: object) -> pb.CheckHostResponse:
         return pb.CheckHostResponse(checks=await self._system.check_host())

@@ -76,7 +76,7 @@ _COLUMNS = (
     " cgroup_path, log_path, bundle, snapshot_driver, restart_count"
 )
 _SELECT = f"SELECT {_COLUMNS} FROM container"  # noqa: S608 (constants)
-_INSERT = f"INSERT INTO container ({_COLUMNS}) VALUES ({', '.join('?' * 17)})"  # noqa: S608
+_INSERT = f"INSERT INTO container ({_COLUMNS}) VALUES ({', '.join('?' * 18)})"  # noqa: S608
 
 
 def open_database(path: Path, *, journal_keep: int) -> Database:
@@ -350,6 +350,11 @@ def count_by_status(view: Snapshot, namespace: str) -> dict[Status, int]:
     """How many containers of a namespace are in each status."""
     rows = view.execute("SELECT status, count(*) FROM container WHERE namespace = ? GROUP BY status", (namespace,))
     return {Status(row[0]): int(row[1]) for row in rows}
+
+
+def keys(view: Snapshot) -> list[tuple[str, str]]:
+    """Namespace and id of every container."""
+    return [(row[0], row[1]) for row in view.execute("SELECT namespace, id FROM container")]
 
 
 def namespaces(view: Snapshot) -> list[str]:

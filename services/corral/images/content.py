@@ -75,16 +75,20 @@ class ContentStore:
         self._ingests = root / "ingest"
         self._blobs.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._ingests.mkdir(exist_ok=True, mode=0o700)
+        self._process = secrets.token_hex(4)
 
     def path(self, digest: Digest) -> Path:
         return self._blobs / hex_of(digest)
 
     def begin(self) -> Ingest:
-        return Ingest(self._ingests / secrets.token_hex(8))
+        return Ingest(self._new_ingest())
+
+    def _new_ingest(self) -> Path:
+        return self._ingests / f"{self._process}{secrets.token_hex(8)}"
 
     def make_ingest_directory(self) -> Path:
         """For who writes many files; its content goes when the daemon starts, if not before."""
-        path = self._ingests / secrets.token_hex(8)
+        path = self._new_ingest()
         path.mkdir(mode=0o700)
         return path
 
@@ -94,7 +98,7 @@ class ContentStore:
 
     def link(self, path: Path, digest: Digest) -> None:
         """As publish(), but the file keeps its own name too."""
-        other = self._ingests / secrets.token_hex(8)
+        other = self._new_ingest()
         os.link(path, other)
         self.publish(other, digest)
 
@@ -127,12 +131,22 @@ class ContentStore:
             if is_digest(PREFIX + path.name):
                 yield Digest(PREFIX + path.name)
 
+    def strangers(self) -> list[Path]:
+        """What is among the blobs and is none, and what is being written by nobody here."""
+        found = [path for path in self._blobs.iterdir() if not is_digest(PREFIX + path.name)]
+        return found + [path for path in self._ingests.iterdir() if not path.name.startswith(self._process)]
+
     def clean(self) -> int:
         """Remove what an earlier process had begun; returns how much that was."""
         left = list(self._ingests.iterdir())
         for path in left:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            discard(path)
         return len(left)
+
+
+def discard(path: Path) -> None:
+    """Remove a file, or a directory with all in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from threading import Lock
 import structlog
 
 from corral.images.content import READ_BYTES
-from corral.images.digest import PREFIX, Digest, hex_of
+from corral.images.digest import PREFIX, Digest, hex_of, is_digest
 from corral.images.store import uninterrupted
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import DEFAULT_NAMESPACE
@@ -232,6 +232,31 @@ class Partials:
             size = sum(entry.st_blocks * 512 for entry in entries if entry is not None and entry.st_nlink == 1)
             parts.append(Part(_digest_of(stem), size, stem.name in self._open))
         return parts
+
+    def leftovers(self, is_stored: Callable[[str], bool]) -> Mapping[str, str]:
+        """Names of what nobody will go on with, and why. is_stored tells of a digest whether it is a blob. Blocking."""
+        names: dict[str, set[str]] = {}
+        for path in self._directory.iterdir():
+            names.setdefault(path.stem, set()).add(path.suffix)
+        found = {}
+        for stem, suffixes in names.items():
+            if stem in self._open:
+                continue
+            if not is_digest(_digest_of(Path(stem))) or not suffixes <= {DATA, LOG}:
+                found[stem] = "is nothing of ours"
+            elif suffixes != {DATA, LOG}:
+                found[stem] = "has lost one of its files"
+            elif BETWEEN not in stem and is_stored(PREFIX + stem):  # of others: whoever had it may be the default's
+                found[stem] = "has come to its end: its blob is here"
+        return found
+
+    def remove(self, stem: str) -> None:
+        """What leftovers() has found, unless somebody goes on with it now. Blocking."""
+        with self._choosing:
+            if stem not in self._open:
+                for path in list(self._directory.glob(f"{stem}*")):
+                    if path.stem == stem:
+                        path.unlink(missing_ok=True)
 
     def collect(self, *, grace: bool = True) -> tuple[list[str], int]:
         """Remove those that nobody came back for; without grace, all that are not open. Digests, and their bytes."""

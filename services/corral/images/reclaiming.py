@@ -21,7 +21,7 @@ from corral.images.store import persist, write_much
 from corral.images.tending import Tending
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import CorralError, InvalidArgument
-from corral.store import Database, Transaction, failpoint
+from corral.store import Database, Transaction
 
 log = structlog.get_logger()
 
@@ -123,7 +123,6 @@ class Reclaimer:
         gone: list[ImageRecord] = []
         freed = 0
         while freed < excess_bytes and (removed := await write_much(self._database, self._remove_oldest)):
-            failpoint("images.reclaim.after_names")
             freed += (await self._collector.collect()).reclaimed_bytes
             gone += removed
         if gone:

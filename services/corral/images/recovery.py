@@ -28,28 +28,32 @@ class Recovered:
     orphans: list[TreeId] = field(default_factory=list)
 
 
-def recover(database: Database, content: ContentStore, drivers: Iterable[Snapshotter]) -> Recovered:
-    """Bring disk and database together. Blocking; runs before anything is served."""
+def recover(database: Database, content: ContentStore, drivers: Iterable[Snapshotter], *, lost: bool) -> Recovered:
+    """Bring disk and database together. Blocking; runs before anything is served.
+
+    lost: the database does not know all that is on disk, and nothing there is taken for left over.
+    """
     left = content.clean()
     blobs = database.read_sync(lambda s: {str(row[0]) for row in s.execute("SELECT digest FROM blobs")})
     stored = set(content.stored())
-    unknown = [digest for digest in stored if digest not in blobs]
+    unknown = [] if lost else [digest for digest in stored if digest not in blobs]
     content.remove(unknown)
-    lost = blobs - stored
+    gone = blobs - stored
     recovered = Recovered(highest_tree=database.read_sync(trees.highest_id))
     for driver in drivers:
         known = database.read_sync(partial(trees.ids, driver=driver.name))
         there = set(driver.trees())
         recovered.highest_tree = max([recovered.highest_tree, *there])
-        recovered.orphans += sorted(tree for tree in there if tree not in known)
+        if not lost:
+            recovered.orphans += sorted(tree for tree in there if tree not in known)
         _repair(database, driver, known, there)
-    if left or unknown or recovered.orphans or lost:
+    if left or unknown or recovered.orphans or gone:
         log.info(
             "images.recovered",
             ingests_removed=left,
             blobs_removed=len(unknown),
             trees_removed=len(recovered.orphans),
-            blobs_lost=len(lost),
+            blobs_lost=len(gone),
         )
     return recovered
 

@@ -12,6 +12,7 @@ from corral.api.images.v1 import images_pb2, images_pb2_grpc
 from corral.images.accounting import Accounts
 from corral.images.admission import Admission
 from corral.images.blobs import Blobs
+from corral.images.checking import Checker
 from corral.images.collector import Collector
 from corral.images.committer import Committer
 from corral.images.config import ImagesConfig
@@ -20,8 +21,10 @@ from corral.images.drivers import Drivers
 from corral.images.exporter import Exporter
 from corral.images.images import Images
 from corral.images.importer import Importer
+from corral.images.marks import Marks
 from corral.images.partials import Partials
 from corral.images.policy.gate import Gate
+from corral.images.rebuilding import Rebuilder, is_lost, open_or_renew
 from corral.images.reclaiming import Reclaimer
 from corral.images.recovery import recover
 from corral.images.registries import Registries
@@ -30,7 +33,6 @@ from corral.images.servicers.images import ImagesServicer
 from corral.images.servicers.leases import LeasesServicer
 from corral.images.servicers.snapshots import SnapshotsServicer
 from corral.images.snapshots import Snapshots
-from corral.images.store import open_database
 from corral.images.takeout import Takeout
 from corral.images.tending import Tending
 from corral.images.unpacker import TreeIds, Unpacker
@@ -55,8 +57,9 @@ class ImagesService:
         driver = self._drivers.default
         config.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._drivers.open()
-        self._database = open_database(config.root)
+        self._database = open_or_renew(config.root)
         self._content = ContentStore(config.root)
+        self._marks = Marks(config.root, self._database)
         self._ids = TreeIds()
         self._tending = Tending(self._drivers, self._ids)
         self._partials = Partials(config.root, keep_s=config.partial_keep_s)
@@ -68,7 +71,7 @@ class ImagesService:
             max_entries=config.max_layer_entries,
             max_bytes=config.max_layer_bytes,
         )
-        unpacker = Unpacker(self._database, driver, self._workers, self._ids)
+        unpacker = self._unpacker = Unpacker(self._database, driver, self._workers, self._ids)
         admission = Admission(self._database, self._content, unpacker, self._collector, gate)
         self._importer = Importer(self._database, self._content, unpacker, self._collector, admission)
         self._images = Images(self._database, self._content, driver, unpacker, self._collector, gate)
@@ -104,7 +107,14 @@ class ImagesService:
         accounts = Accounts(self._database, self._drivers, self._collector, self._partials, self._images.details)
         images_pb2_grpc.add_ImagesServicer_to_server(
             ImagesServicer(
-                self._images, self._importer, exporter, self._committer, self._registries, accounts, self._database
+                self._images,
+                self._importer,
+                exporter,
+                self._committer,
+                self._registries,
+                accounts,
+                self._checker(),
+                self._database,
             ),
             server,
         )
@@ -117,6 +127,31 @@ class ImagesService:
         )
         services = images_pb2.DESCRIPTOR.services_by_name.values()
         return [service.full_name for service in services]
+
+    def _checker(self) -> Checker:
+        rebuilder = Rebuilder(
+            self._config.root,
+            self._database,
+            self._content,
+            self._drivers,
+            self._marks,
+            self._images.details,
+            self._collector,
+            self._tending,
+            self._ids,
+        )
+        return Checker(
+            self._database,
+            self._content,
+            self._drivers,
+            self._images.details,
+            self._unpacker,
+            self._collector,
+            self._partials,
+            self._tending,
+            self._ids,
+            rebuilder,
+        )
 
     def _work(self, job: Mapping[str, object]) -> Mapping[str, Any]:
         """A driver's heavy job, for a thread to wait for."""
@@ -131,14 +166,16 @@ class ImagesService:
     async def start(self) -> None:
         """Remove what no row describes, repair what lacks its files, and end the leases whose time is over."""
         self._loop = asyncio.get_running_loop()
-        recovered = await run_blocking(recover, self._database, self._content, self._drivers)
-        self._ids.start_after(recovered.highest_tree)
+        lost = is_lost(self._config.root)
+        recovered = await run_blocking(recover, self._database, self._content, self._drivers, lost=lost)
+        self._ids.start_after(max(recovered.highest_tree, await run_blocking(self._marks.highest_tree)))
         self._tending.start()
         self._tending.remove(recovered.orphans)
         await self._collector.end_expired()
         await self._collector.collect()
         self._partials.start()
         self._reclaimer.start()
+        self._marks.start(keeping=lost)
 
     async def stop(self) -> None:
         for work in list(self._jobs):  # nobody waits for them any more but threads, which must end
@@ -149,5 +186,6 @@ class ImagesService:
         await self._workers.stop()
         await self._collector.stop()
         await self._tending.stop()
+        await self._marks.stop()
         self._importer.close()
         self._database.close()

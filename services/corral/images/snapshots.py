@@ -327,6 +327,7 @@ def _delete(transaction: Transaction, namespace: str, key: str) -> TreeRecord | 
 
 def _commit_row(transaction: Transaction, record: TreeRecord, name: str, usage: Usage) -> None:
     trees.commit(transaction, record, name, usage.size_bytes, usage.inodes)
+    transaction.journal("snapshot.committed", name, {"from": record.key}, namespace=record.namespace)
     transaction.execute(
         "UPDATE OR IGNORE lease_resources SET key = ? WHERE namespace = ? AND kind = 'snapshot' AND key = ?",
         (name, record.namespace, record.key),

@@ -155,12 +155,6 @@ CREATE INDEX blob_origins_by_digest ON blob_origins(digest);
 )
 
 
-def open_database(root: Path) -> Database:
-    """WAL with NORMAL: an active tree need not outlive a power loss by the moment. What must, calls persist()."""
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return Database(root / "images.db", MIGRATIONS, durable=False, on_loop=True)
-
-
 async def write_much[T](database: Database, fn: Callable[[Transaction], T]) -> T:
     """Database.write() for what touches many rows: never on the event loop. A cancelled caller's write is done."""
     return await run_blocking(database.write_sync, fn)

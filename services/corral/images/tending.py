@@ -7,7 +7,7 @@ them as trees that nothing describes, which the next start removes.
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import structlog
 
@@ -30,6 +30,8 @@ class Tending:
         self._ids = ids
         self._ready: deque[TreeId] = deque()
         self._doomed: list[TreeId] = []
+        self._going: set[TreeId] = set()
+        self._stuck: dict[TreeId, str] = {}
         self._making = 0
         self._running: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -50,9 +52,20 @@ class Tending:
 
     def remove(self, trees: Iterable[TreeId]) -> None:
         """Remove trees that have no row any more. A large one takes seconds; the next start does what is not done."""
+        trees = list(trees)
         self._doomed += trees
+        self._going.update(trees)
         if self._doomed:
             self._soon()
+
+    def is_going(self, tree: TreeId) -> bool:
+        """Whether it is on its way out."""
+        return tree in self._going
+
+    @property
+    def stuck(self) -> Mapping[TreeId, str]:
+        """Those that could not be removed, and why."""
+        return dict(self._stuck)
 
     async def done(self) -> None:
         """Wait for all removals that were asked for."""
@@ -113,8 +126,11 @@ class Tending:
     def _remove(self, tree: TreeId) -> None:
         try:
             self._drivers.remove(tree, go_on=self._goes_on)
+            self._stuck.pop(tree, None)
         except OSError as e:
-            log.warning("images.tree_not_removed", error=str(e))  # the next start tries again
+            self._stuck[tree] = str(e)
+            log.warning("images.tree_not_removed", error=str(e))  # a check, or the next start, tries again
+        self._going.discard(tree)
 
     def _goes_on(self) -> bool:
         return not self._stopping

@@ -138,6 +138,11 @@ def everything(snapshot: Snapshot, namespace: str, kind: Kind | None) -> list[Tr
     return [_record(row) for row in rows]
 
 
+def of_all(snapshot: Snapshot) -> list[TreeRecord]:
+    """Of all namespaces and drivers."""
+    return [_record(row) for row in snapshot.execute("SELECT * FROM snapshots ORDER BY id")]
+
+
 def key_of(snapshot: Snapshot, tree: TreeId | None) -> str:
     row = None if tree is None else snapshot.one("SELECT key FROM snapshots WHERE id = ?", (tree,))
     return "" if row is None else str(row[0])

@@ -52,13 +52,19 @@ class TreeIds:
     """Numbers for trees, never given out twice as long as anything of the old one is on disk."""
 
     def __init__(self) -> None:
-        self._next = itertools.count(1)
+        self.start_after(0)
 
     def start_after(self, highest: int) -> None:
+        self._first = self._newest = highest
         self._next = itertools.count(highest + 1)
 
     def new(self) -> TreeId:
-        return TreeId(next(self._next))
+        self._newest = next(self._next)
+        return TreeId(self._newest)
+
+    def is_own(self, tree: TreeId) -> bool:
+        """Whether this process gave it out: somebody here knows what becomes of it."""
+        return self._first < tree <= self._newest
 
 
 class Unpacker:
@@ -105,6 +111,22 @@ class Unpacker:
             await asyncio.shield(run_blocking(self._driver.remove, layer.tree))
             raise
         return layer
+
+    async def restore(self, layer: TreeRecord, blob: Path, diff_id: Digest) -> None:
+        """Unpack a committed layer again, whose tree is gone though others lie on it. Raises CorralError."""
+        await run_blocking(self._driver.remove, layer.id)
+        try:
+            staged = Staged(layer.id, await run_blocking(self._driver.stage, layer.id), Digest(layer.key))
+        except OSError as e:
+            raise explained(e, "cannot unpack a layer") from e
+        bottom = not layer.chain
+        await self._apply(staged, partial(ready, blob), diff_id, diff_id=diff_id, bottom=bottom, report=lambda *_: None)
+        try:
+            await uninterrupted(run_blocking(self._driver.build, layer.id, layer.chain, staged.missing))
+        except (OSError, BadLayer) as e:
+            raise explained(e, f"cannot unpack layer {diff_id}") from e
+        await run_blocking(self.sync, [staged])
+        await uninterrupted(run_blocking(self.place, [staged]))
 
     async def _unpack_missing(
         self,

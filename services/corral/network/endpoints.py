@@ -268,7 +268,21 @@ class Endpoints:
         for interface in endpoint.interfaces:
             self._allocations.release(interface.addresses)
 
+    async def undo_half(self, key: EndpointKey) -> None:
+        """Remove an endpoint whose making was cut short."""
+
+        async def work() -> None:
+            existing = self.find(key)
+            if existing is not None and existing.state is not EndpointState.READY:
+                await self._detach_silently(existing)
+
+        await self._alone(key, work)
+
     # Finding
+
+    def dying_links(self) -> Sequence[str]:
+        """Links of endpoints that are gone, which the kernel, or we, will delete."""
+        return self._reaper.dying
 
     def find(self, key: EndpointKey) -> Endpoint | None:
         """The endpoint as recorded."""

@@ -95,6 +95,11 @@ class FileStore:
         """The same for threads: what is left of them goes with what is thrown away next."""
         self.trash.discard(self.directory(key))
 
+    def found(self) -> set[EndpointKey]:
+        """Whose files there are."""
+        namespaces = self._root.iterdir() if self._root.is_dir() else ()
+        return {EndpointKey(above.name, path.name) for above in namespaces for path in above.iterdir()}
+
     def sweep(self, keep: set[EndpointKey]) -> list[EndpointKey]:
         """Remove the files of endpoints that are not to be kept, and what was half written or not used; returns whose
         they were. Before anything else."""

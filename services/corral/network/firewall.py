@@ -16,9 +16,19 @@ class Firewall:
     """One table. For the netlink thread only: libnftables works in the namespace of the thread that opened it."""
 
     def __init__(self, table: str) -> None:
-        self._table = table
+        self.table = self._table = table
         self._nftables: Nftables | None = None
         self._known = False  # whether the table is what this process made it
+
+    def stands(self) -> bool:
+        """Whether the table is there."""
+        try:
+            self._run([{"list": {"table": {"family": rules.FAMILY, "name": self._table}}}])
+        except NftablesError as e:
+            if e.errno != errno.ENOENT:
+                raise
+            return False
+        return True
 
     def rebuild(self, networks: Sequence[Network]) -> None:
         """Replace the table by what these networks need; no network, no table."""

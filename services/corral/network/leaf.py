@@ -9,6 +9,7 @@ import structlog
 from corral.network import recovery, subnets
 from corral.network.allocations import Allocations
 from corral.network.bridge import BridgeDriver
+from corral.network.checking import Checker
 from corral.network.config import NetworkConfig
 from corral.network.endpoints import Endpoints
 from corral.network.files import FileStore
@@ -63,6 +64,16 @@ class Leaf:
             host_prefix=prefix,
         )
         self._reconciler = recovery.Reconciler(self.db, self.networks, driver, self._firewall, prefix)
+        self.checker = Checker(
+            self.db,
+            self._thread,
+            self.networks,
+            self.endpoints,
+            self._pool,
+            self._firewall,
+            self._reconciler,
+            recovery.boot_id(),
+        )
         self._reconciling: asyncio.Future[None] | None = None
         self._warming: asyncio.TimerHandle | None = None
 

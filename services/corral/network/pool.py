@@ -79,6 +79,11 @@ class NetnsPool:
         if self._files is not None:
             self._files.drop_ready(name)
 
+    def pinned(self) -> tuple[set[str], set[str]]:
+        """The names of all that are pinned, and of those that are ready to be taken."""
+        pinned = {path.name for path in self.directory.iterdir()}
+        return pinned, set(self._ready)
+
     def sweep(self, keep: set[str]) -> list[str]:
         """Unpin all but those to be kept and return their names; before start(), so they are those of a dead daemon."""
         stale = [path.name for path in self.directory.iterdir() if path.name not in keep]

@@ -5,7 +5,7 @@ corral.network.netlink). What is still there after a while is deleted here.
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from corral.network.links import NetlinkThread, link_exists
@@ -29,6 +29,11 @@ class Reaper:
         self._dying += host_names
         if self._dying and (self._task is None or self._task.done()):
             self._task = asyncio.create_task(self._reap())
+
+    @property
+    def dying(self) -> Sequence[str]:
+        """Those that are on their way out."""
+        return list(self._dying)
 
     async def close(self) -> None:
         """Delete at once what is left."""

@@ -14,6 +14,7 @@ Nothing else is looked at. Rows and namespaces are done before the first RPC; li
 ahead of whatever RPCs ask of it.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,18 +81,28 @@ class Reconciler:
         self.firewall.rebuild([network for network in found if network.state is NetworkState.READY])
         for network in found:
             try:
-                self._reconcile(netlink, network)
+                self.reconcile(netlink, network)
             except OSError as e:
                 log.warning("network.not_reconciled", network=network.name, error=str(e))
         self._reconcile_links(netlink, {network.bridge for network in found})
 
-    def _reconcile(self, netlink: "Netlink", network: Network) -> None:
+    def reconcile(self, netlink: "Netlink", network: Network) -> None:
+        """Make one network whole, or finish its removal. Raises OSError."""
         if network.state is NetworkState.READY:
             self.networks.build_missing(netlink, [network])
             return
         self.driver.remove(netlink, network)
         self.db.write_sync(lambda transaction: _finish_removal(transaction, network))
         log.info("network.undone", network=network.name, state=network.state)
+
+    def stray_links(self, netlink: "Netlink", dying: Collection[str]) -> list[str]:
+        """Ours that no endpoint has, on a bridge of ours or on none; but for those that are going anyway."""
+        links = [link for link in netlink.links("veth") if link[0].startswith(self.host_prefix)]
+        # Read after the links: an Attach meanwhile has its row before its link.
+        endpoints = self.db.read_sync(store.endpoints)
+        bridges = {network.bridge for network in self.db.read_sync(store.networks)}
+        owned = {interface.host_name for endpoint in endpoints for interface in endpoint.interfaces}
+        return [name for name, master in links if name not in owned and name not in dying and master in (*bridges, "")]
 
     def _reconcile_links(self, netlink: "Netlink", bridges: set[str]) -> None:
         links = [link for link in netlink.links("veth") if link[0].startswith(self.host_prefix)]

@@ -12,6 +12,7 @@ from corral.network.config import NetworkConfig
 from corral.network.leaf import Leaf
 from corral.network.model import Endpoint, EndpointKey
 from corral.rpc.blocking import run_blocking
+from corral.rpc.checking import check
 from corral.rpc.context import check_id, current_namespace
 from corral.rpc.errors import Unimplemented
 from corral.rpc.events import stream_events
@@ -73,6 +74,9 @@ class _Networks(network_pb2_grpc.NetworksServicer):
     ) -> network_pb2.RemoveNetworkResponse:
         await self._service.leaf.networks.remove(current_namespace(), request.name)
         return network_pb2.RemoveNetworkResponse()
+
+    async def Check(self, request: types_pb2.CheckRequest, context: _Context) -> types_pb2.CheckResponse:
+        return await check("network", self._service.leaf.checker.look, repair=request.repair)
 
     async def Events(
         self, request: types_pb2.EventsRequest, context: _Context

@@ -35,6 +35,8 @@ _SYSTEM_ERRORS = {
     sqlite3.SQLITE_CANTOPEN: errno.EACCES,
     sqlite3.SQLITE_READONLY: errno.EROFS,
     sqlite3.SQLITE_NOMEM: errno.ENOMEM,
+    sqlite3.SQLITE_CORRUPT: errno.EUCLEAN,
+    sqlite3.SQLITE_NOTADB: errno.EUCLEAN,
 }
 
 

@@ -80,6 +80,11 @@ class Recovery:
         except (CorralError, OSError) as e:
             log.error("bundle.not_removed", namespace=key.namespace, container_id=key.id, error=str(e))
 
+    async def settle_again(self, task: Task) -> None:
+        """For a task that has no shim though nothing says that it has ended."""
+        if task.shim is None:
+            await self._recover(task)
+
     def follow(self, task: Task) -> None:
         """Write down every end that the task's shim reports, and find out the truth should it hang up."""
         shim = task.shim

@@ -14,6 +14,7 @@ from corral.api.tasks.v1 import tasks_pb2 as pb
 from corral.api.tasks.v1 import tasks_pb2_grpc
 from corral.api.types.v1 import types_pb2 as types_pb
 from corral.rpc.blocking import run_blocking
+from corral.rpc.checking import check
 from corral.rpc.context import check_id, current_namespace
 from corral.rpc.errors import CorralError, InvalidArgument
 from corral.rpc.events import stream_events
@@ -21,6 +22,7 @@ from corral.store import Database
 from corral.tasks import translate
 from corral.tasks.attach import Attachment, Stream
 from corral.tasks.bundle import Bundles
+from corral.tasks.checking import Checker
 from corral.tasks.config import TasksConfig
 from corral.tasks.execs import Execs
 from corral.tasks.lifecycle import Tasks
@@ -71,7 +73,8 @@ class TasksService:
         recovery = Recovery(self._registry, database, bundles, timeout_s=config.shim_timeout_s)
         await recovery.recover_all()
         tasks = Tasks(self._registry, database, bundles, spawner, recovery)
-        self._servicer.serve(tasks, Execs(self._registry, database), database)
+        checker = Checker(self._registry, bundles, recovery, config.state)
+        self._servicer.serve(tasks, Execs(self._registry, database), checker, database)
 
     async def stop(self) -> None:
         self._servicer.close()
@@ -101,10 +104,11 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
         """Release what the calls used."""
         self._watch.close()
 
-    def serve(self, tasks: Tasks, execs: Execs, database: Database) -> None:
+    def serve(self, tasks: Tasks, execs: Execs, checker: Checker, database: Database) -> None:
         self._registry = tasks.registry
         self._tasks = tasks
         self._execs = execs
+        self._checker = checker
         self._database = database
 
     async def Create(self, request: pb.CreateTaskRequest, context: Context[pb.CreateTaskRequest, pb.Task]) -> pb.Task:
@@ -216,6 +220,11 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
         async with aclosing(stream_log(task, selection, self._watch, follow=request.follow)) as batches:
             async for batch in batches:
                 yield pb.LogsResponse(entries=map(translate.log_entry, batch))
+
+    async def Check(
+        self, request: types_pb.CheckRequest, context: Context[types_pb.CheckRequest, types_pb.CheckResponse]
+    ) -> types_pb.CheckResponse:
+        return await check("tasks", self._checker.look, repair=request.repair)
 
     async def Events(
         self,

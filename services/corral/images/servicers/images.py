@@ -14,6 +14,7 @@ from corral.api.types.v1 import types_pb2 as types
 from corral.images import wire
 from corral.images.accounting import Accounts
 from corral.images.catalog import ImageRecord
+from corral.images.checking import Checker
 from corral.images.committer import CommitOptions, Committer
 from corral.images.exporter import Exporter, ExportOptions
 from corral.images.images import Images
@@ -24,6 +25,7 @@ from corral.images.servicers.call import lease_of
 from corral.images.servicers.inflow import Inflow
 from corral.images.servicers.progress import ProgressQueue
 from corral.images.servicers.transfers import Transfers
+from corral.rpc.checking import check
 from corral.rpc.context import current_namespace
 from corral.rpc.errors import InvalidArgument
 from corral.rpc.events import stream_events
@@ -43,6 +45,7 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
         committer: Committer,
         registries: Registries,
         accounts: Accounts,
+        checker: Checker,
         database: Database,
     ) -> None:
         self._images = images
@@ -51,6 +54,7 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
         self._committer = committer
         self._transfers = Transfers(registries, self._message)
         self._accounts = accounts
+        self._checker = checker
         self._database = database
 
     async def Import(
@@ -127,6 +131,9 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
 
     async def DiskUsage(self, request: pb.DiskUsageRequest, context: Context) -> pb.DiskUsageResponse:
         return wire.from_disk_usage(await self._accounts.usage(current_namespace()))
+
+    async def Check(self, request: types.CheckRequest, context: Context) -> types.CheckResponse:
+        return await check("images", self._checker.look, repair=request.repair)
 
     async def Events(self, request: types.EventsRequest, context: Context) -> AsyncIterator[types.EventsResponse]:
         async for response in stream_events(self._database.journal, request):

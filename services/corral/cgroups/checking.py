@@ -1,0 +1,53 @@
+"""Rows and cgroups compared while the leaf runs."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from corral.cgroups import store
+from corral.cgroups.groups import Groups
+from corral.cgroups.store import Record, State
+from corral.kernel.cgroup import Driver
+from corral.rpc.blocking import run_blocking
+from corral.rpc.checking import Found
+from corral.store import Database
+
+
+class Checker:
+    """See the module."""
+
+    def __init__(self, database: Database, driver: Driver, groups: Groups, parent: str) -> None:
+        self._database = database
+        self._driver = driver
+        self._groups = groups
+        self._parent = parent
+
+    async def look(self) -> Sequence[Found]:
+        """Cgroups below our parent without a row, rows whose cgroup is gone, and cgroups that were never finished."""
+        cgroups, records = await run_blocking(self._read)
+        known = {record.path: record for record in records}
+        found = [self._stray(path) for path in cgroups if path not in known]
+        gone = await run_blocking(lambda: [r for r in records if not self._driver.open(r.path).exists()])
+        return found + [self._gone(record) for record in gone]
+
+    def _read(self) -> tuple[list[str], list[Record]]:
+        """Rows last: a cgroup that is being made has its row after it."""
+        cgroups = [
+            f"{self._parent}/{namespace}/{name}"
+            for namespace in sorted(self._driver.list(self._parent))
+            for name in sorted(self._driver.list(f"{self._parent}/{namespace}"))
+        ]
+        return cgroups, self._database.read_sync(store.every)
+
+    def _stray(self, path: str) -> Found:
+        return Found(
+            f"cgroup {path}",
+            "is there, but nobody made it here",
+            "repair kills what is in it and removes it",
+            partial(self._groups.remove_stray, path),
+        )
+
+    def _gone(self, record: Record) -> Found:
+        problem = "is gone" if record.state is State.READY else "was never finished"
+        return Found(
+            f"cgroup {record.path}", problem, "repair forgets it", partial(self._groups.forget_gone, record.key)
+        )
