@@ -219,3 +219,26 @@ def test_no_daemon_is_one_sentence_with_the_remedy(box: Corrald) -> None:
     assert failed.returncode == 1
     assert "corrald" in failed.stderr
     assert failed.stderr.count("\n") == 1
+
+
+def test_update_changes_a_container_that_runs(box: Corrald, name: str) -> None:
+    ok(box, "run", "-d", "--name", name, "--restart", "on-failure:3", "busybox", "sleep", "1000")
+    assert box.corral("update", name).returncode == 2
+    assert ok(box, "update", "--memory", "64m", "--restart", "unless-stopped", "--label", "a=b=c", name) == f"{name}\n"
+    config = state(box, name)["config"]
+    assert isinstance(config, dict)
+    assert int(config["resources"]["memory"]["limit_bytes"]) == 64 << 20
+    assert config["restart"]["mode"] == "unless-stopped"
+    assert config["labels"]["a"] == "b=c"
+    assert box.corral("update", "--restart", "sometimes", name).returncode != 0
+
+
+def test_ps_tells_what_is_restarting_and_stop_ends_that(box: Corrald, name: str) -> None:
+    ok(box, "run", "-d", "--name", name, "--restart", "always", "busybox", "sh", "-c", "exit 4")
+    deadline = time.monotonic() + 10
+    while "Restarting (4)" not in (listed := ok(box, "ps", "--filter", f"name={name}")):
+        assert time.monotonic() < deadline, listed
+        time.sleep(0.05)
+    ok(box, "stop", name)
+    assert "Exited (4)" in ok(box, "ps", "-a", "--filter", f"name={name}")
+    ok(box, "rm", name)

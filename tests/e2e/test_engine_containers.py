@@ -113,7 +113,8 @@ async def test_a_taken_name_is_refused_and_free_again_after_removal(engine: Engi
             "/no/such",
         ),
         ({"init": True}, Unimplemented, "init"),
-        ({"restart": pb.RestartPolicy(mode=pb.RestartPolicy.MODE_ALWAYS)}, Unimplemented, "restart"),
+        ({"init": True}, Unimplemented, "--init"),
+        ({"restart": pb.RestartPolicy(mode=pb.RestartPolicy.MODE_ALWAYS), "auto_remove": True}, InvalidArgument, "--rm"),
         ({"devices": ["/dev/nosuch"]}, NotFound, "/dev/nosuch"),
         ({"seccomp_profile": "{"}, InvalidArgument, "seccomp"),
         ({"id_": "../x"}, InvalidArgument, "container id"),
@@ -369,9 +370,8 @@ async def test_update_changes_limits_and_labels_and_shows_them(engine: EngineCli
         [stats] = response.stats
         assert stats.cgroup.memory.limit_bytes == 64 << 20
         assert stats.cgroup.pids.limit == 50
-    refused = pb.UpdateContainerRequest(container=id_, restart={"mode": pb.RestartPolicy.MODE_ALWAYS})
-    with pytest.raises(Unimplemented, match="restart"):
-        await engine.containers.Update(refused)
+    always = pb.UpdateContainerRequest(container=id_, restart={"mode": pb.RestartPolicy.MODE_ALWAYS})
+    assert (await engine.containers.Update(always)).config.restart.mode == pb.RestartPolicy.MODE_ALWAYS
 
 
 async def test_a_memory_limit_kills_and_is_reported(engine: EngineClient) -> None:

@@ -181,6 +181,8 @@ def _status(c: "engine_pb2.Container") -> str:
         return f"Up {human_age(c.started_at)}{paused}"
     if c.status == engine_pb2.STATUS_EXITED:
         return f"Exited ({c.exit.code}) {human_age(c.finished_at)} ago{' OOM' if c.exit.oom_killed else ''}"
+    if c.status == engine_pb2.STATUS_RESTARTING:
+        return f"Restarting ({c.exit.code}) {human_age(c.finished_at)} ago"
     return enum_word(engine_pb2.Status.Name(c.status), "Status").capitalize()
 
 

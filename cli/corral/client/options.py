@@ -7,7 +7,7 @@ Pure functions from strings to messages; both clients and the command line build
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, Unpack
 
 from corral.api.engine.v1 import engine_pb2 as pb
 from corral.api.images.v1 import images_pb2
@@ -32,6 +32,21 @@ _RESTART_MODES = {
     "on-failure": pb.RestartPolicy.MODE_ON_FAILURE,
     "unless-stopped": pb.RestartPolicy.MODE_UNLESS_STOPPED,
 }
+
+
+class UpdateOptions(TypedDict, total=False):
+    """What of a container can be changed later; each as in ContainerOptions."""
+
+    memory: int | str
+    memory_swap: int | str
+    memory_reservation: int | str
+    cpus: float
+    cpu_shares: int
+    cpuset_cpus: str
+    cpuset_mems: str
+    pids_limit: int
+    restart: str
+    labels: Mapping[str, str]
 
 
 class ContainerOptions(TypedDict, total=False):
@@ -144,6 +159,15 @@ def container_config(image: str, args: Sequence[str] = (), **options: object) ->
         config.restart.CopyFrom(restart_policy(policy))
     _apply_security(config, o.get("security", ()))
     return config
+
+
+def update_request(container: str, **options: Unpack[UpdateOptions]) -> pb.UpdateContainerRequest:
+    """The message for these changes. Raises ValueError for what is not understood."""
+    limits = _resources(options)
+    request = pb.UpdateContainerRequest(container=container, resources=limits, labels=options.get("labels", {}))
+    if policy := options.get("restart"):
+        request.restart.CopyFrom(restart_policy(policy))
+    return request
 
 
 def _storage_quota(options: Iterable[str]) -> int:
@@ -374,7 +398,7 @@ def _port_range(text: str) -> range:
     return ports
 
 
-def _resources(o: ContainerOptions) -> types_pb2.Resources | None:
+def _resources(o: ContainerOptions | UpdateOptions) -> types_pb2.Resources | None:
     resources = types_pb2.Resources()
     if memory := o.get("memory"):
         resources.memory.limit_bytes = size_bytes(memory)

@@ -111,9 +111,9 @@ class Background:
         """Begin `work`, which changes something and ends soon."""
         return self._begin(work, self._tasks)
 
-    def spawn_endless(self, work: Coroutine[Any, Any, object]) -> None:
+    def spawn_endless[T](self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Begin `work`, which tries until it succeeds and may be interrupted at any time."""
-        self._begin(work, self._endless)
+        return self._begin(work, self._endless)
 
     def _begin[T](self, work: Coroutine[Any, Any, T], kept_in: set[asyncio.Task[Any]]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
@@ -153,10 +153,14 @@ class Core:
     being_made: set[Key] = field(default_factory=set)
     # Those that a restart ends: they do not remove themselves then.
     restarting: set[Key] = field(default_factory=set)
+    # Those that wait to be started again by their policy; cancelling ends the wait.
+    backoffs: dict[Key, asyncio.Task[Any]] = field(default_factory=dict)
     # Streams of output that are being passed on, by container.
     attached: dict[Key, set[asyncio.Task[Any]]] = field(default_factory=dict)
     # Called with a record after its exit was written. Set once, by whoever acts on exits.
     on_exit: Callable[[ContainerRecord], None] = lambda _: None
+    # The same for one that the daemon finds ended when it starts.
+    on_found_ended: Callable[[ContainerRecord], None] = lambda _: None
 
     def resolve(self, reference: str) -> ContainerRecord:
         """The container that a call in its namespace means. Raises NotFound, FailedPrecondition if ambiguous."""
@@ -198,6 +202,11 @@ class Core:
             return self.get(record.namespace, record.id)
         self.tell_exit(ended)
         return ended
+
+    def forget_backoff(self, key: Key) -> None:
+        """Do not start it again after all, if that is what it waits for."""
+        if (waiting := self.backoffs.pop(key, None)) is not None:
+            waiting.cancel()
 
     def tell_exit(self, record: ContainerRecord) -> None:
         """After an exit was committed: wake those who wait, act on it."""

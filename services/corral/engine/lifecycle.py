@@ -2,13 +2,14 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
 import structlog
 
 from corral.api.cgroups.v1.cgroups_pb2 import FreezeRequest, ThawRequest
-from corral.api.engine.v1.engine_pb2 import WaitContainerRequest
+from corral.api.engine.v1.engine_pb2 import RestartPolicy, WaitContainerRequest
 from corral.api.images.v1.images_pb2 import SnapshotRequest
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1.types_pb2 import ExitStatus
@@ -54,9 +55,18 @@ class Lifecycle:
                 if record.status in ALIVE:
                     return record
             store.check_move(record, Status.RUNNING)
+            self._core.forget_backoff((named.namespace, named.id))
             if record.status is Status.EXITED:
                 record = await self._make_again(record)
-            return await self._run(record)
+            return await self._run(replace(record, restart_count=0))
+
+    async def start_again(self, ended: ContainerRecord, is_wanted: Callable[[ContainerRecord], bool]) -> None:
+        """Start a container that ended as `ended` says, if nothing has happened to it since and it is still wanted."""
+        async with self._core.locks.of((ended.namespace, ended.id)):
+            record = self._core.get(ended.namespace, ended.id)
+            if record.finished_ns == ended.finished_ns and is_wanted(record):
+                record = replace(await self._make_again(record), restart_count=record.restart_count + 1)
+                await self._run(record)
 
     async def _true_state(self, record: ContainerRecord) -> ContainerRecord:
         """The record, after asking tasks whether it still is as it says."""
@@ -145,9 +155,19 @@ class Lifecycle:
     async def stop(self, reference: str, *, signal: str, timeout_s: float | None) -> ContainerRecord:
         """The stop signal, then after the grace SIGKILL; returns when it has ended. Nothing happens to one that had."""
         record = self._core.resolve(reference)
+        return await self._core.background.to_the_end(self._stop_for_user(record, signal=signal, timeout_s=timeout_s))
+
+    async def _stop_for_user(self, record: ContainerRecord, *, signal: str, timeout_s: float | None) -> ContainerRecord:
+        """Stop it so that it stays so, whatever its restart policy."""
+        has_policy = record.config.restart.mode > RestartPolicy.MODE_NO
+        self._core.forget_backoff((record.namespace, record.id))
+        await self._core.database.write(lambda tx: store.set_stopped_by_user(tx, record), durable=has_policy)
+        if has_policy and record.status is Status.EXITED:
+            async with self._core.locks.of((record.namespace, record.id)):  # a restart that had begun is over then
+                record = self._core.get(record.namespace, record.id)
         if record.status not in ALIVE:
             return record
-        return await self._core.background.to_the_end(self._stop(record, signal=signal, timeout_s=timeout_s))
+        return await self._stop(record, signal=signal, timeout_s=timeout_s)
 
     async def _stop(self, record: ContainerRecord, *, signal: str, timeout_s: float | None) -> ContainerRecord:
         number = parse_signal(signal or record.config.stop_signal or DEFAULT_STOP_SIGNAL)
@@ -209,6 +229,8 @@ class Lifecycle:
         record = self._core.resolve(reference)
         number = parse_signal(signal) if signal else SIGKILL
         require_alive(record, "signalled")
+        if number in (SIGKILL, parse_signal(record.config.stop_signal or DEFAULT_STOP_SIGNAL)):  # it is meant to end
+            await self._core.database.write(lambda tx: store.set_stopped_by_user(tx, record))
         request = tasks_pb2.KillRequest(id=record.id, signal=number, all=everything)
         await self._core.leaves.tasks.Kill(request)
         if record.status is Status.PAUSED and number == SIGKILL:

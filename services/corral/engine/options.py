@@ -24,6 +24,9 @@ def check(config: ContainerConfig) -> None:
     if not config.image:
         raise InvalidArgument("no image is named", reason="NO_IMAGE")
     _refuse_what_is_not_there_yet(config)
+    check_restart_policy(config.restart)
+    if config.auto_remove and config.restart.mode > RestartPolicy.MODE_NO:
+        raise InvalidArgument("a container that is removed when it ends (--rm) cannot be restarted: leave one out")
     _check_process(config)
     _check_host_names(config)
     for mount in config.mounts:
@@ -45,14 +48,15 @@ def check(config: ContainerConfig) -> None:
         raise InvalidArgument("the stop timeout cannot be negative")
 
 
-def refuse_restart_policy(policy: RestartPolicy) -> None:
-    """Raises Unimplemented unless the policy is not to restart."""
-    if policy.mode not in (RestartPolicy.MODE_UNSPECIFIED, RestartPolicy.MODE_NO):
-        raise _not_yet("restart policies other than 'no' are")
+def check_restart_policy(policy: RestartPolicy) -> None:
+    """Raises InvalidArgument for what no policy can be."""
+    if policy.mode not in RestartPolicy.Mode.values():
+        raise InvalidArgument(f"{policy.mode} is no restart policy")
+    if policy.max_retries and policy.mode != RestartPolicy.MODE_ON_FAILURE:
+        raise InvalidArgument("only the restart policy on-failure takes a number of retries")
 
 
 def _refuse_what_is_not_there_yet(config: ContainerConfig) -> None:
-    refuse_restart_policy(config.restart)
     if config.healthcheck.test and list(config.healthcheck.test) != ["NONE"]:
         raise _not_yet("health checks are")
     if config.init:

@@ -22,6 +22,8 @@ class Status(IntEnum):
     PAUSED = 4
     EXITED = 5
     REMOVING = 6
+    # No row says so: one that is EXITED and waits for its restart is shown with it.
+    RESTARTING = 7
 
     @property
     def word(self) -> str:
@@ -43,10 +45,11 @@ ALLOWED: dict[Status, frozenset[Status]] = {
     Status.PAUSED: frozenset({Status.RUNNING, Status.EXITED, Status.REMOVING}),
     Status.EXITED: frozenset({Status.RUNNING, Status.REMOVING}),
     Status.REMOVING: frozenset(),
+    Status.RESTARTING: frozenset(),
 }
 ALIVE = frozenset({Status.RUNNING, Status.PAUSED})
 # Those that users see and may act on.
-SETTLED = frozenset({Status.CREATED, Status.RUNNING, Status.PAUSED, Status.EXITED})
+SETTLED = frozenset({Status.CREATED, Status.RUNNING, Status.PAUSED, Status.EXITED, Status.RESTARTING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,9 @@ class ContainerRecord:
     log_path: str = ""
     bundle: str = ""
     snapshot_driver: str = ""
+    # By its policy, since a user started it.
     restart_count: int = 0
+    stopped_by_user: bool = False
 
     def with_exit(self, exit_status: ExitStatus) -> Self:
         """The record after its process ended."""

@@ -54,6 +54,11 @@ class Removal:
                 raise FailedPrecondition(
                     f"container {record.name} is being created: wait until that has ended", reason="BAD_STATUS"
                 )
+            if (named.namespace, named.id) in self._core.backoffs and not force:
+                raise FailedPrecondition(
+                    f"container {record.name} is restarting: stop it first, or remove it by force", reason="RESTARTING"
+                )
+            self._core.forget_backoff((named.namespace, named.id))
             status = await self._end(record, force=force) if record.status in ALIVE else None
             return await self._remove(record, volumes=volumes, status=status)
 

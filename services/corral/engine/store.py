@@ -69,11 +69,12 @@ CREATE TABLE merged (
     known_until_ns INTEGER NOT NULL -- after a power loss cost the leaf its newest rows: older events are known already
 ) STRICT;
 """,
+    "ALTER TABLE container ADD COLUMN stopped_by_user INTEGER NOT NULL DEFAULT 0",
 )
 
 _COLUMNS = (
     "namespace, id, name, status, config, created_ns, started_ns, finished_ns, pid, exit, image_id, endpoint,"
-    " cgroup_path, log_path, bundle, snapshot_driver, restart_count"
+    " cgroup_path, log_path, bundle, snapshot_driver, restart_count, stopped_by_user"
 )
 _SELECT = f"SELECT {_COLUMNS} FROM container"  # noqa: S608 (constants)
 _INSERT = f"INSERT INTO container ({_COLUMNS}) VALUES ({', '.join('?' * 18)})"  # noqa: S608
@@ -115,6 +116,7 @@ def insert_container(tx: Transaction, record: ContainerRecord, volumes: Iterable
                 record.bundle,
                 record.snapshot_driver,
                 record.restart_count,
+                int(record.stopped_by_user),
             ),
         )
     except Duplicate as e:
@@ -186,7 +188,8 @@ def save_started(tx: Transaction, record: ContainerRecord) -> None:
     """CREATED or EXITED -> RUNNING, before tasks is told to start it, so that no exit can come first."""
     tx.execute(
         "UPDATE container SET status = ?, started_ns = ?, finished_ns = 0, pid = ?, announced = 0, exit = NULL,"
-        " endpoint = ?, cgroup_path = ?, log_path = ?, bundle = ? WHERE namespace = ? AND id = ?",
+        " endpoint = ?, cgroup_path = ?, log_path = ?, bundle = ?, restart_count = ?, stopped_by_user = 0"
+        " WHERE namespace = ? AND id = ?",
         (
             Status.RUNNING,
             record.started_ns,
@@ -195,6 +198,7 @@ def save_started(tx: Transaction, record: ContainerRecord) -> None:
             record.cgroup_path,
             record.log_path,
             record.bundle,
+            record.restart_count,
             record.namespace,
             record.id,
         ),
@@ -237,6 +241,11 @@ def exit_facts(record: ContainerRecord) -> dict[str, str | int | bool]:
         if record.exit.reason:
             facts["reason"] = record.exit.reason
     return facts
+
+
+def set_stopped_by_user(tx: Transaction, record: ContainerRecord) -> None:
+    """Its restart policy leaves it alone until it is started."""
+    tx.execute("UPDATE container SET stopped_by_user = 1 WHERE namespace = ? AND id = ?", (record.namespace, record.id))
 
 
 def save_config(tx: Transaction, namespace: str, id_: str, config: ContainerConfig) -> None:
@@ -381,6 +390,7 @@ def _record(row: Row) -> ContainerRecord:
         bundle=row["bundle"],
         snapshot_driver=row["snapshot_driver"],
         restart_count=row["restart_count"],
+        stopped_by_user=bool(row["stopped_by_user"]),
     )
 
 

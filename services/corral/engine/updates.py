@@ -3,15 +3,15 @@
 from contextlib import suppress
 
 from corral.api.cgroups.v1.cgroups_pb2 import UpdateCgroupRequest
-from corral.api.engine.v1.engine_pb2 import ContainerConfig, UpdateContainerRequest
+from corral.api.engine.v1.engine_pb2 import ContainerConfig, RestartPolicy, UpdateContainerRequest
 from corral.api.types.v1.types_pb2 import Resources
 from corral.engine import store
 from corral.engine.core import Core
-from corral.engine.options import refuse_restart_policy
+from corral.engine.options import check_restart_policy
 from corral.engine.records import ContainerRecord
 from corral.engine.requests import with_default_swap
 from corral.rpc.context import check_id
-from corral.rpc.errors import NotFound
+from corral.rpc.errors import InvalidArgument, NotFound
 from corral.store import Transaction, failpoint
 
 
@@ -34,7 +34,7 @@ class Updates:
 
         Raises what corral.cgroups.v1.Cgroups.Update raises; then nothing is changed.
         """
-        refuse_restart_policy(request.restart)
+        check_restart_policy(request.restart)
         named = self._core.resolve(request.container)
         return await self._core.background.to_the_end(self._update(named, request))
 
@@ -72,6 +72,10 @@ def changed(config: ContainerConfig, request: UpdateContainerRequest) -> Contain
                 resources.ClearField(field)
         resources.MergeFrom(request.resources)
         new.resources.CopyFrom(resources)
+    if request.HasField("restart"):
+        if new.auto_remove and request.restart.mode > RestartPolicy.MODE_NO:
+            raise InvalidArgument("a container that is removed when it ends (--rm) cannot be restarted")
+        new.restart.CopyFrom(request.restart)
     for key, value in request.labels.items():
         new.labels[key] = value
     return new

@@ -27,7 +27,7 @@ class Views:
     async def of(self, record: ContainerRecord) -> Container:
         """The message for a record. While tasks does not answer it shows what was known last."""
         if record.status not in _HAS_TASK:
-            return record.to_wire()
+            return self._ended(record)
         try:
             task = await self._core.leaves.tasks.Get(GetTaskRequest(id=record.id))
         except (NotFound, Unavailable):
@@ -44,11 +44,18 @@ class Views:
         found = []
         for record in records:
             task = tasks.get(record.id) if record.status in _HAS_TASK else None
-            container = merged(record, task) if task is not None else record.to_wire()
+            container = merged(record, task) if task is not None else self._ended(record)
             shown = request.all or "status" in request.filters or container.status in _SHOWN
             if shown and wanted(container):
                 found.append(container)
         return found
+
+    def _ended(self, record: ContainerRecord) -> Container:
+        """One without a task. That it is to be started again no row says."""
+        container = record.to_wire()
+        if record.status is Status.EXITED and (record.namespace, record.id) in self._core.backoffs:
+            container.status = Status.RESTARTING.wire
+        return container
 
     async def _tasks(self) -> Mapping[str, Task]:
         try:
@@ -58,7 +65,7 @@ class Views:
         return {task.id: task for task in response.tasks}
 
 
-_SHOWN = frozenset(int(status) for status in ALIVE)
+_SHOWN = frozenset(int(status) for status in ALIVE | {Status.RESTARTING})
 
 
 def merged(record: ContainerRecord, task: Task) -> Container:

@@ -10,7 +10,7 @@ from corral.api.images.v1 import images_pb2
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1 import types_pb2
 from corral.client.execution import Attachment, Collected, ExecResult, async_attach_requests
-from corral.client.options import ContainerOptions, container_config
+from corral.client.options import ContainerOptions, UpdateOptions, container_config, update_request
 from corral.client.transport import AsyncExchange, AsyncTransport
 
 if TYPE_CHECKING:
@@ -122,6 +122,10 @@ class Containers:
         """Gives a container another name."""
         request = engine_pb2.RenameContainerRequest(container=container, name=name)
         return await self._engine.unary(self._stub.Rename, request)
+
+    async def update(self, container: str, **changes: Unpack[UpdateOptions]) -> engine_pb2.Container:
+        """Changes limits, restart policy and labels of a container, running or not; what is not named stays."""
+        return await self._engine.unary(self._stub.Update, update_request(container, **changes))
 
     async def commit(
         self,

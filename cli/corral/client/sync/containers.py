@@ -11,7 +11,7 @@ from corral.api.images.v1 import images_pb2
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1 import types_pb2
 from corral.client.execution import Attachment, Collected, ExecResult, attach_requests
-from corral.client.options import ContainerOptions, container_config
+from corral.client.options import ContainerOptions, UpdateOptions, container_config, update_request
 from corral.client.transport import Exchange, Transport
 
 if TYPE_CHECKING:
@@ -121,6 +121,10 @@ class Containers:
         """Gives a container another name."""
         request = engine_pb2.RenameContainerRequest(container=container, name=name)
         return self._engine.unary(self._stub.Rename, request)
+
+    def update(self, container: str, **changes: Unpack[UpdateOptions]) -> engine_pb2.Container:
+        """Changes limits, restart policy and labels of a container, running or not; what is not named stays."""
+        return self._engine.unary(self._stub.Update, update_request(container, **changes))
 
     def commit(
         self,

@@ -48,6 +48,8 @@ class _StatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Status.ValueTy
     STATUS_PAUSED: _Status.ValueType  # 4
     STATUS_EXITED: _Status.ValueType  # 5
     STATUS_REMOVING: _Status.ValueType  # 6
+    STATUS_RESTARTING: _Status.ValueType  # 7
+    """It has ended, and its restart policy is about to start it again."""
 
 class Status(_Status, metaclass=_StatusEnumTypeWrapper): ...
 
@@ -58,6 +60,8 @@ STATUS_RUNNING: Status.ValueType  # 3
 STATUS_PAUSED: Status.ValueType  # 4
 STATUS_EXITED: Status.ValueType  # 5
 STATUS_REMOVING: Status.ValueType  # 6
+STATUS_RESTARTING: Status.ValueType  # 7
+"""It has ended, and its restart policy is about to start it again."""
 Global___Status: _TypeAlias = Status  # noqa: Y015
 
 @_typing.final
@@ -101,6 +105,7 @@ class Container(_message.Message):
     snapshot_key: _builtins.str
     snapshot_driver: _builtins.str
     restart_count: _builtins.int
+    """By its restart policy, since a user started it."""
     size_rw_bytes: _builtins.int
     """What it has written, and that with all of its image. Only where it was asked for."""
     size_root_bytes: _builtins.int

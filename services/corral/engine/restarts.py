@@ -1,0 +1,89 @@
+"""Restart policies: what ends is started again, after a pause that grows while it keeps ending soon.
+
+    ended -> wanted by its policy? -> pause (core.backoffs; shown as "restarting") -> wanted still? -> new task, RUNNING
+
+A row says EXITED meanwhile, so a daemon that dies in the pause finds it so at its next start, and looks at the policy
+anew. What a user stops, kills or removes in the pause stays so. The pause and its limit are docker's.
+"""
+
+import asyncio
+from contextlib import suppress
+
+import structlog
+
+from corral.api.engine.v1.engine_pb2 import RestartPolicy
+from corral.engine.core import Core, Key
+from corral.engine.lifecycle import Lifecycle
+from corral.engine.records import ContainerRecord, Status
+from corral.rpc.context import in_namespace
+from corral.rpc.errors import CorralError, NotFound
+
+log = structlog.get_logger()
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 60.0
+# A run that lasted this long was no failure to start: the pause is short again.
+GOOD_RUN_S = 10.0
+
+
+def is_wanted(record: ContainerRecord, *, at_boot: bool = False) -> bool:
+    """Whether its policy wants an ended container to run again. Pure.
+
+    at_boot: the daemon has just started; then `always` also means what a user had stopped.
+    """
+    policy = record.config.restart
+    if record.status is not Status.EXITED or record.exit is None:
+        return False
+    match policy.mode:
+        case RestartPolicy.MODE_ALWAYS:
+            return at_boot or not record.stopped_by_user
+        case RestartPolicy.MODE_UNLESS_STOPPED:
+            return not record.stopped_by_user
+        case RestartPolicy.MODE_ON_FAILURE:
+            tries_left = not policy.max_retries or record.restart_count < policy.max_retries
+            return record.exit.code != 0 and not record.stopped_by_user and tries_left
+    return False
+
+
+def next_pause_s(last_s: float, record: ContainerRecord) -> float:
+    """How long to wait after the run that a record tells of. Pure."""
+    ran_s = (record.finished_ns - record.started_ns) / 1e9 if record.started_ns else 0.0
+    if not last_s or ran_s >= GOOD_RUN_S:
+        return FIRST_PAUSE_S
+    return min(last_s * 2, LONGEST_PAUSE_S)
+
+
+class Restarts:
+    """See the module."""
+
+    def __init__(self, core: Core, lifecycle: Lifecycle) -> None:
+        self._core = core
+        self._lifecycle = lifecycle
+        self._pauses_s: dict[Key, float] = {}
+
+    def on_exit(self, record: ContainerRecord, *, at_boot: bool = False) -> None:
+        """A container has ended, or was found so."""
+        key = (record.namespace, record.id)
+        if key in self._core.restarting or not is_wanted(record, at_boot=at_boot):
+            self._pauses_s.pop(key, None)
+            return
+        self._core.forget_backoff(key)
+        pause_s = self._pauses_s[key] = next_pause_s(self._pauses_s.get(key, 0.0), record)
+        log.info("container.restarts", container=record.id, pause_s=pause_s, restart_count=record.restart_count)
+        self._core.backoffs[key] = self._core.background.spawn_endless(self._restart(record, pause_s, at_boot=at_boot))
+
+    async def _restart(self, record: ContainerRecord, pause_s: float, *, at_boot: bool) -> None:
+        await asyncio.sleep(pause_s)
+        key = (record.namespace, record.id)
+        self._core.backoffs.pop(key, None)  # from here on nothing interrupts it
+        with in_namespace(record.namespace), suppress(NotFound):
+            try:
+                await self._core.background.to_the_end(
+                    self._lifecycle.start_again(record, lambda now: is_wanted(now, at_boot=at_boot))
+                )
+            except NotFound:
+                self._pauses_s.pop(key, None)
+            except (CorralError, OSError) as e:
+                log.warning("container.restart_failed", container=record.id, error=str(e))
+                now = self._core.get(*key)
+                if now.finished_ns == record.finished_ns:  # else its new end was told of already
+                    self.on_exit(now, at_boot=at_boot)

@@ -1,0 +1,206 @@
+"""Restart policies, as a user meets them, and over the end of the daemon."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from support.corrald import Corrald
+from support.engine import EngineClient, engine_of, eventually, import_image
+from support.engine_fixtures import engine, loaded
+from support.requirements import needs
+
+from corral.api.engine.v1 import engine_pb2 as pb
+from corral.rpc.errors import FailedPrecondition
+
+__all__ = ["engine", "loaded"]
+pytestmark = needs("root", "overlayfs", "busybox", "netns")
+
+Start = Callable[..., Corrald]
+FOR_EVER = "trap 'exit 0' TERM; echo up >> /runs; while :; do sleep 0.05; done"
+
+
+def policy(mode: str, retries: int = 0) -> pb.RestartPolicy:
+    return pb.RestartPolicy(mode=pb.RestartPolicy.Mode.Value(f"MODE_{mode.upper()}"), max_retries=retries)
+
+
+async def _until(engine: EngineClient, name: str, test: Callable[[pb.Container], bool]) -> pb.Container:
+    found = pb.Container()
+
+    async def holds() -> bool:
+        nonlocal found
+        found = await engine.get(name)
+        return test(found)
+
+    await eventually(holds)
+    return found
+
+
+async def test_on_failure_tries_as_often_as_it_may_and_then_leaves_it(engine: EngineClient) -> None:
+    await engine.run("sh", "-c", "echo run >> /runs; cat /runs; exit 3", name="fails", restart=policy("on_failure", 2))
+    ended = await _until(engine, "fails", lambda c: c.status == pb.STATUS_EXITED and c.restart_count == 2)
+    assert ended.exit.code == 3
+    await asyncio.sleep(1)
+    assert (await engine.get("fails")).restart_count == 2
+    # Its tree is the same one all the time, and so is its log.
+    assert (await engine.output("fails")).count(b"run\n") == 1 + 2 + 3
+    await engine.start("fails")
+    await _until(engine, "fails", lambda c: c.status == pb.STATUS_EXITED and c.restart_count == 2)
+
+
+async def test_on_failure_does_not_mind_success(engine: EngineClient) -> None:
+    await engine.run("true", name="succeeds", restart=policy("on_failure"))
+    await engine.wait("succeeds")
+    await asyncio.sleep(0.5)
+    assert (await engine.get("succeeds")).status == pb.STATUS_EXITED
+
+
+async def test_what_is_always_restarted_is_seen_to_be_so_until_it_is_stopped(engine: EngineClient) -> None:
+    await engine.run("false", name="loops", restart=policy("always"))
+    seen = await _until(engine, "loops", lambda c: c.status == pb.STATUS_RESTARTING and c.restart_count >= 2)
+    assert (seen.exit.code, seen.pid) == (1, 0)
+    assert [c.name for c in await engine.listed(everything=False) if c.name == "loops"] == ["loops"]
+    await _until(engine, "loops", lambda c: c.status == pb.STATUS_RESTARTING and c.restart_count >= 4)
+    assert [c.name for c in await engine.listed(status="restarting")] == ["loops"]
+    with pytest.raises(FailedPrecondition, match="restarting"):
+        await engine.delete("loops")
+    stopped = await engine.stop("loops")
+    assert stopped.status == pb.STATUS_EXITED
+    count = (await engine.get("loops")).restart_count
+    await asyncio.sleep(2)
+    left = await engine.get("loops")
+    assert (left.status, left.restart_count) == (pb.STATUS_EXITED, count)
+    await engine.delete("loops")
+
+
+@pytest.mark.parametrize("how", ["stop", "kill", "kill TERM"])
+async def test_what_a_user_ends_stays_so(engine: EngineClient, how: str) -> None:
+    await engine.run_script(f"echo ready; {FOR_EVER}", name="ended", restart=policy("always"))
+    if how == "stop":
+        await engine.stop("ended")
+    else:
+        await engine.kill("ended", how.partition(" ")[2])
+    await _until(engine, "ended", lambda c: c.status == pb.STATUS_EXITED)
+    await asyncio.sleep(0.5)
+    assert (await engine.get("ended")).status == pb.STATUS_EXITED
+    await engine.start("ended")
+    os.kill((await engine.get("ended")).pid, signal.SIGKILL)  # not by a user of corral
+    await _until(engine, "ended", lambda c: c.restart_count == 1 and c.status == pb.STATUS_RUNNING)
+
+
+async def test_a_restart_by_hand_is_no_stop(engine: EngineClient) -> None:
+    await engine.run_script(f"echo ready; {FOR_EVER}", name="again", restart=policy("unless_stopped"))
+    await engine.containers.Restart(pb.StopContainerRequest(container="again"))
+    found = await engine.get("again")
+    assert (found.status, found.restart_count) == (pb.STATUS_RUNNING, 0)
+    os.kill(found.pid, signal.SIGKILL)
+    await _until(engine, "again", lambda c: c.restart_count == 1 and c.status == pb.STATUS_RUNNING)
+
+
+async def test_force_removes_what_is_restarting(engine: EngineClient) -> None:
+    await engine.run("false", name="gone", restart=policy("always"))
+    await _until(engine, "gone", lambda c: c.status == pb.STATUS_RESTARTING)
+    await engine.delete("gone", force=True)
+    await asyncio.sleep(0.5)
+    assert await engine.listed(name="gone") == []
+
+
+async def test_a_policy_can_be_changed_meanwhile(engine: EngineClient) -> None:
+    await engine.run("false", name="changed", restart=policy("always"))
+    await _until(engine, "changed", lambda c: c.status == pb.STATUS_RESTARTING)
+    await engine.containers.Update(pb.UpdateContainerRequest(container="changed", restart=policy("no")))
+    await _until(engine, "changed", lambda c: c.status == pb.STATUS_EXITED)
+    count = (await engine.get("changed")).restart_count
+    await asyncio.sleep(1)
+    assert (await engine.get("changed")).restart_count == count
+
+
+async def test_what_cannot_be_started_again_is_tried_again(engine: EngineClient, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    mount = pb.VolumeMount(type=pb.VolumeMount.TYPE_BIND, source=str(source), target="/data")
+    await engine.run("sleep", "0.3", name="mounts", restart=policy("always"), mounts=[mount])
+    source.rmdir()
+    await _until(engine, "mounts", lambda c: c.status == pb.STATUS_RESTARTING)
+    await asyncio.sleep(0.5)
+    assert (await engine.get("mounts")).status == pb.STATUS_RESTARTING
+    source.mkdir()
+    await _until(engine, "mounts", lambda c: c.status == pb.STATUS_RUNNING)
+
+
+# Over the end of the daemon
+
+
+def play(daemon: Corrald, scene: Callable[[EngineClient], Awaitable[object]]) -> None:
+    async def act() -> None:
+        async with engine_of(daemon) as engine:
+            try:
+                await scene(engine)
+            finally:
+                engine.made.clear()
+
+    asyncio.run(act())
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_policies_hold_over_kill_9_of_everything(start_daemon: Start, busybox_archive: Path, split: bool) -> None:
+    daemon = start_daemon(split=split)
+    asyncio.run(import_image(daemon, busybox_archive))
+    names = {"always": "always", "stopped": "unless_stopped", "always-stopped": "always", "dies": "unless_stopped"}
+    pids: list[int] = []
+
+    async def before(engine: EngineClient) -> None:
+        for name, mode in names.items():
+            await engine.run_script(f"echo ready; {FOR_EVER}", name=name, restart=policy(mode))
+        await engine.run("false", name="loops", restart=policy("always"))
+        for name in ("stopped", "always-stopped"):
+            await engine.stop(name)
+        await _until(engine, "loops", lambda c: c.status == pb.STATUS_RESTARTING and c.restart_count >= 4)
+        pids.append((await engine.get("dies")).pid)
+        pids.append((await engine.get("always")).pid)
+
+    async def after(engine: EngineClient) -> None:
+        count = (await engine.get("loops")).restart_count
+        for name in ("dies", "always-stopped"):
+            await _until(engine, name, lambda c: c.status == pb.STATUS_RUNNING)
+        found = {c.name: c for c in await engine.listed()}
+        assert (found["always"].pid, found["always"].restart_count) == (pids[1], 0)
+        assert found["stopped"].status == pb.STATUS_EXITED
+        await _until(engine, "loops", lambda c: c.restart_count > count)
+        for name in found:
+            await engine.delete(name, force=True)
+
+    play(daemon, before)
+    daemon.kill9()
+    os.kill(pids[0], signal.SIGKILL)
+    daemon.restart()
+    play(daemon, after)
+
+
+@pytest.mark.parametrize(
+    "point", ["engine.start.after_task", "engine.start.after_old_task", "engine.start.after_new_task"]
+)
+def test_a_restart_that_was_killed_is_done_at_the_next_start(
+    start_daemon: Start, busybox_archive: Path, point: str
+) -> None:
+    daemon = start_daemon(split=False)
+    asyncio.run(import_image(daemon, busybox_archive))
+    pid = 0
+
+    async def before(engine: EngineClient) -> None:
+        nonlocal pid
+        await engine.run_script(f"echo ready; {FOR_EVER}", name="again", restart=policy("unless_stopped"))
+        pid = (await engine.get("again")).pid
+
+    async def after(engine: EngineClient) -> None:
+        found = await _until(engine, "again", lambda c: c.status == pb.STATUS_RUNNING and c.pid != pid)
+        assert found.restart_count <= 1
+        await engine.delete("again", force=True)
+
+    play(daemon, before)
+    daemon.restart_with({"CORRAL_FAILPOINTS": f"{point}=kill"})
+    os.kill(pid, signal.SIGKILL)
+    daemon.revive()
+    play(daemon, after)

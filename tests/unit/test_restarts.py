@@ -1,0 +1,66 @@
+"""When a restart policy wants a container to run again, and how long it waits."""
+
+import pytest
+
+from corral.api.engine.v1.engine_pb2 import ContainerConfig, RestartPolicy
+from corral.api.types.v1.types_pb2 import ExitStatus
+from corral.engine.options import check
+from corral.engine.records import ContainerRecord, Status
+from corral.engine.restarts import FIRST_PAUSE_S, LONGEST_PAUSE_S, is_wanted, next_pause_s
+from corral.rpc.errors import InvalidArgument
+
+NO, ALWAYS = RestartPolicy.MODE_NO, RestartPolicy.MODE_ALWAYS
+ON_FAILURE, UNLESS_STOPPED = RestartPolicy.MODE_ON_FAILURE, RestartPolicy.MODE_UNLESS_STOPPED
+
+
+def ended(mode: int, code: int = 1, *, retries: int = 0, count: int = 0, stopped: bool = False) -> ContainerRecord:
+    config = ContainerConfig(image="i", restart=RestartPolicy(mode=mode, max_retries=retries))  # type: ignore[arg-type]
+    return ContainerRecord(
+        "default", "id", "name", Status.EXITED, config, 1, started_ns=10**9, finished_ns=2 * 10**9,
+        exit=ExitStatus(code=code, known=True), restart_count=count, stopped_by_user=stopped,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("record", "now", "at_boot"),
+    [
+        (ended(NO), False, False),
+        (ended(ALWAYS), True, True),
+        (ended(ALWAYS, 0), True, True),
+        (ended(ALWAYS, stopped=True), False, True),
+        (ended(UNLESS_STOPPED, 0), True, True),
+        (ended(UNLESS_STOPPED, stopped=True), False, False),
+        (ended(ON_FAILURE), True, True),
+        (ended(ON_FAILURE, 0), False, False),
+        (ended(ON_FAILURE, stopped=True), False, False),
+        (ended(ON_FAILURE, retries=2, count=1), True, True),
+        (ended(ON_FAILURE, retries=2, count=2), False, False),
+    ],
+)
+def test_a_policy_wants_what_docker_says_it_does(record: ContainerRecord, now: bool, at_boot: bool) -> None:
+    assert is_wanted(record) is now
+    assert is_wanted(record, at_boot=at_boot or record.config.restart.mode != ALWAYS) is at_boot
+
+
+def test_the_pause_doubles_up_to_a_minute_and_is_short_again_after_a_good_run() -> None:
+    record, pause_s, pauses = ended(ALWAYS), 0.0, []
+    for _ in range(12):
+        pause_s = next_pause_s(pause_s, record)
+        pauses.append(pause_s)
+    assert pauses[:4] == [0.1, 0.2, 0.4, 0.8]
+    assert pauses[-1] == LONGEST_PAUSE_S
+    long = ended(ALWAYS)
+    object.__setattr__(long, "finished_ns", long.started_ns + 10 * 10**9)
+    assert next_pause_s(pause_s, long) == FIRST_PAUSE_S
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ({"restart": RestartPolicy(mode=ALWAYS), "auto_remove": True}, "--rm"),
+        ({"restart": RestartPolicy(mode=ALWAYS, max_retries=3)}, "on-failure"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(config: dict[str, object], word: str) -> None:
+    with pytest.raises(InvalidArgument, match=word):
+        check(ContainerConfig(image="i", **config))  # type: ignore[arg-type]
