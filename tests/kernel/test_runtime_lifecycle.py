@@ -10,9 +10,8 @@ import pytest
 from support.requirements import needs
 
 from corral.kernel import process as kernel_process
-from corral.kernel.namespaces import Kind
 from corral.oci.runtime import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, Container, ExecFailed, Stdio
-from corral.oci.spec import Action, Capabilities, Mount, Namespace, Seccomp, SeccompSyscall
+from corral.oci.spec import Action, Capabilities, Mount, Seccomp, SeccompSyscall
 
 pytestmark = needs("root", "overlayfs", "busybox")
 
@@ -179,13 +178,6 @@ def test_nothing_of_a_container_is_seen_on_the_host(lab):
     container.start()
     assert mounts() == before
     assert list((lab.directory / "bundle").iterdir()) == []
-
-
-def test_without_a_mount_namespace_nothing_is_done(lab):
-    spec = lab.spec("true")
-    spec = replace(spec, linux=replace(spec.linux, namespaces=(Namespace(Kind.PID),)))
-    with pytest.raises(ValueError, match=r"linux\.namespaces: a container needs a mount namespace"):
-        lab.create(spec)
 
 
 class TestExec:

@@ -38,7 +38,8 @@ def plan_of(
         console_size = (box.width, box.height)
     steps: list[Step] = []
     hooks, place = (None, bundle) if spec.hooks is None else _hooks(spec, spec.hooks, bundle, container_id)
-    if Kind.MOUNT in new:
+    shares_mounts = all(namespace.type is not Kind.MOUNT for namespace in spec.linux.namespaces)
+    if Kind.MOUNT in new or shares_mounts:
         steps = plans.steps_of(
             spec, bundle=bundle, rootfs=rootfs, cgroups=cgroups, console_size=console_size, hooks=hooks
         )
@@ -53,6 +54,7 @@ def plan_of(
         propagation=plans.PROPAGATION[spec.linux.rootfs_propagation],
         propagation_recursive=spec.linux.rootfs_propagation[:1] == "r",
         unshare=Kind.CGROUP.flag if Kind.CGROUP in new else 0,
+        shares_mounts=shares_mounts,
         loopback=Kind.NETWORK in new,
         new_keyring=new_keyring,
         own=frozenset(new) if program.in_user_namespace else None,

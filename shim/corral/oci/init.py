@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from corral.kernel import hostname, loopback, mount, namespaces, paths, process, tty
 from corral.kernel.mount import MS_PRIVATE
 from corral.kernel.namespaces import Kind
+from corral.kernel.syscalls import AT_FDCWD
 from corral.oci import program as programs
 from corral.oci.cgroups import Membership
 from corral.oci.channel import ChildEnd
@@ -54,6 +55,8 @@ class InitPlan:
     idmaps: tuple[IdMap, ...] = ()
     """Those of the steps."""
     hooks: "InitHooks | None" = None
+    shares_mounts: bool = False
+    """The container's mount namespace is the runtime's own."""
     by_stone: bool = False
     """Python is left before start, see corral.oci.stepping_stone."""
 
@@ -99,15 +102,24 @@ def run_init(
             namespaces.join(fd, flag, what=path)
         if plan.unshare:
             namespaces.leave(plan.unshare)
-        proceed(plan, channel, stdio, way)
+        home = _leave_home() if plan.shares_mounts else None
+        proceed(plan, channel, stdio, way, home=home)
     except BaseException as e:  # noqa: BLE001 - a fork of the runtime must not run on in its code
         report_and_exit(channel, e)
 
 
-def proceed(plan: InitPlan, channel: ChildEnd, stdio: Stdio, way: Way, stage: Stage | None = None) -> NoReturn:
+def proceed(
+    plan: InitPlan,
+    channel: ChildEnd,
+    stdio: Stdio,
+    way: Way,
+    stage: Stage | None = None,
+    *,
+    home: int | None = None,
+) -> NoReturn:
     """Go on as init, in the namespaces of the container; the caller reports what this raises.
 
-    stage: one for which all of the steps are prepared.
+    stage: one for which all of the steps are prepared. home: the mount namespace to return to.
     """
     gate, pids = way.gate, way.pids
     gates = [] if gate is None else [gate]
@@ -122,6 +134,8 @@ def proceed(plan: InitPlan, channel: ChildEnd, stdio: Stdio, way: Way, stage: St
     if plan.hooks is not None:
         plan.hooks.take(channel)
     stage = build_root(plan, way, stage) if plan.steps else _joined_root(plan)
+    if home is not None:
+        _go_home(stage, home)
     if pids is not None:
         namespaces.join(pids.fd, Kind.PID.flag, what=pids.path)
     stone = _make_stone(plan, channel, gate) if plan.by_stone else None
@@ -236,6 +250,30 @@ def build_root(plan: InitPlan, way: Way, stage: Stage | None = None) -> Stage:
     if plan.propagation != MS_PRIVATE:
         mount.set_propagation("/", plan.propagation, recursive=plan.propagation_recursive)
     return stage
+
+
+def _leave_home() -> int:
+    """A mount namespace to make the root in; what is returned is the one that was left."""
+    home = namespaces.open_namespace("/proc/self/ns/mnt")
+    namespaces.leave(Kind.MOUNT.flag)
+    return home
+
+
+def _go_home(stage: Stage, home: int) -> None:
+    """Be in the runtime's mount namespace, with the container's root as the root, which is no mount of it.
+
+    Nobody there sees the container's mounts; they end with its last process, and have nothing above them that one could
+    climb to. The kernel takes such a process for one in a chroot, and mounts that are in no namespace of its own for
+    nosuid; /proc/self/mountinfo is empty.
+    """
+    tree = mount.clone_tree(AT_FDCWD, "/", recursive=True)
+    namespaces.join(home, Kind.MOUNT.flag, what="the runtime's mount namespace")
+    os.close(home)
+    os.fchdir(tree)
+    os.chroot(".")
+    os.close(stage.root)
+    stage.root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    os.close(tree)
 
 
 def _check_place(stage: Stage, name: str, expected: int | None) -> None:

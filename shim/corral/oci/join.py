@@ -9,7 +9,7 @@ container since.
 import os
 from typing import TYPE_CHECKING, NoReturn
 
-from corral.kernel import credentials, namespaces, paths, rlimits, tty
+from corral.kernel import credentials, namespaces, paths, process, rlimits, tty
 from corral.kernel.namespaces import Kind
 from corral.kernel.syscalls import DEVPTS_SUPER_MAGIC, filesystem_magic
 from corral.oci import program as programs
@@ -32,12 +32,14 @@ def run_joined(
     *,
     init: int,
     flags: int,
+    root_of: int | None,
     terminal: tuple[int, int] | None,
     affinity: "Affinity | None" = None,
 ) -> NoReturn:
     """Be a process in the container of the pidfd init; never returns.
 
-    flags: CLONE_NEW* of the namespaces to enter. terminal: the size of the pty to make, (0, 0) for no particular one.
+    flags: CLONE_NEW* of the namespaces to enter. root_of: init's pid, if no mount namespace leads to its root.
+    terminal: the size of the pty to make, (0, 0) for no particular one.
     affinity: of which the final CPUs are still to be set.
     """
     try:
@@ -46,6 +48,7 @@ def run_joined(
         if affinity is not None:
             affinity.set_final()
         programs.begin(program)
+        shared = -1 if root_of is None else _root_of(root_of, init)
         if flags:
             if flags & Kind.USER.flag:
                 for limit in program.rlimits:
@@ -53,6 +56,10 @@ def run_joined(
             namespaces.join(init, flags, what="the container's init")
             if flags & Kind.USER.flag:
                 credentials.become_root()
+        if shared >= 0:
+            os.fchdir(shared)
+            os.chroot(".")
+            os.close(shared)
         programs.leave_keyring(program)
         root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         master: int | None = None
@@ -68,6 +75,13 @@ def run_joined(
         programs.execute(program)
     except BaseException as e:  # noqa: BLE001 - a fork of the runtime must not run on in its code
         report_and_exit(channel, e)
+
+
+def _root_of(pid: int, pidfd: int) -> int:
+    """The root of a process that is in the runtime's own mount namespace, unless it was reaped by now."""
+    root = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    process.check_unreaped(pidfd)
+    return root
 
 
 def _open_terminal(root: int, size: tuple[int, int]) -> tuple[int, int]:

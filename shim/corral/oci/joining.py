@@ -54,6 +54,7 @@ def begin(
             membership,
             init=init.pidfd,
             flags=namespaces.flags_of(kinds),
+            root_of=None if Kind.MOUNT in kinds else init.pid,
             terminal=_size_of_terminal(asked),
             affinity=affinity,
         )

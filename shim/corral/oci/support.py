@@ -1,7 +1,7 @@
 """What a specification may ask of the runtime core. What is not in here yet is refused by name, never ignored."""
 
 from corral.kernel.namespaces import Kind
-from corral.oci.spec import Process, Spec
+from corral.oci.spec import Linux, Process, Spec
 
 
 def check_spec(spec: Spec) -> None:
@@ -9,9 +9,9 @@ def check_spec(spec: Spec) -> None:
     kinds = {namespace.type for namespace in spec.linux.namespaces}
     if spec.process is None:
         raise ValueError("process: missing")
-    if Kind.MOUNT not in kinds:
-        raise ValueError("linux.namespaces: a container needs a mount namespace, a new one or one by path")
     linux = spec.linux
+    if Kind.MOUNT not in kinds:
+        _check_shared_mounts(linux)
     if Kind.USER in kinds or linux.uid_mappings or linux.gid_mappings or linux.time_offsets or linux.net_devices:
         from corral.oci.confinement import check_confinement
 
@@ -29,6 +29,14 @@ def check_spec(spec: Spec) -> None:
 
         check_mount_label(spec.linux.mount_label)
     check_process(spec.process)
+
+
+def _check_shared_mounts(linux: Linux) -> None:
+    """Into the host's mount namespace leads no way back from a user namespace; a time namespace has the same guide."""
+    for namespace in linux.namespaces:
+        if namespace.type is Kind.USER or (namespace.type is Kind.TIME and not namespace.path):
+            kind = namespace.type.value
+            raise ValueError(f"linux.namespaces: with a {kind} namespace a container needs a mount namespace, too")
 
 
 def check_process(process: Process) -> None:
