@@ -294,10 +294,19 @@ def merged(
     return {name: {**base.get(name, {}), **more.get(name, {})} for name in {**base, **more}}
 
 
+def _to_toml_value(value: object) -> str:
+    """JSON is TOML, but for tables."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_to_toml_value, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_to_toml_value(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)
+
+
 def to_toml(document: Mapping[str, Mapping[str, object]]) -> str:
     """JSON's strings, numbers, booleans and lists are TOML's."""
     lines = []
     for section, table in document.items():
         lines.append(f"[{section}]")
-        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+        lines += [f"{key} = {_to_toml_value(value)}" for key, value in table.items()]
     return "\n".join(lines) + "\n"

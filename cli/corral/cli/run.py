@@ -2,10 +2,9 @@
 
 import contextlib
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -14,6 +13,7 @@ from corral.cli.app import App, ImageName, complain, pass_app
 if TYPE_CHECKING:
     from corral.api.engine.v1 import engine_pb2
     from corral.api.types.v1 import types_pb2
+    from corral.client.fetching import Pull
     from corral.client.options import ContainerOptions
 
 _MANY: dict[str, Any] = {"multiple": True}
@@ -82,6 +82,10 @@ def _container_options[F: Callable[..., object]](function: F) -> F:
         "--pull", type=click.Choice(["always", "missing", "never"]), default="missing", show_default=True,
         help="When to fetch the image",
     )(function)  # fmt: skip
+    function = click.option("--platform", default="", metavar="OS/ARCH[/VARIANT]", help="Platform of the image")(
+        function
+    )
+    function = click.option("-q", "--quiet", is_flag=True, help="Say nothing while the image is fetched")(function)
     function = click.option("--name", default="", help="Name; one is made otherwise")(function)
     function = click.option("-t", "--tty", "terminal", is_flag=True, help="Give it a terminal")(function)
     return click.option("-i", "--interactive", "stdin", is_flag=True, help="Keep stdin open")(function)
@@ -157,37 +161,54 @@ def exit_code(status: "types_pb2.ExitStatus") -> int:
 def _create(
     app: App, image: str, args: Sequence[str], name: str, cidfile: str | None, flags: dict[str, Any]
 ) -> "engine_pb2.Container":
-    pull = flags.pop("pull")
+    fetch = Fetch(flags.pop("pull"), flags.pop("platform"), flags.pop("quiet"))
     options = _options_from_flags(flags)
     if cidfile and Path(cidfile).exists():
         raise ValueError(f"the file {cidfile} exists: remove it, or give another --cidfile")
-    made = _with_image(app, image, pull, lambda: app.client.containers.create(image, args, name=name, **options))
+    containers = app.client.containers
+    made = _with_image(app, image, fetch, lambda: containers.create(image, args, name=name, pull="never", **options))
     if cidfile:
         Path(cidfile).write_text(made.id, encoding="utf-8")
     return made
 
 
+class Fetch(NamedTuple):
+    """When and how the image is fetched."""
+
+    pull: "Pull"
+    platform: str
+    quiet: bool
+
+
 def _with_image(
-    app: App, image: str, pull: str, create: "Callable[[], engine_pb2.Container]"
+    app: App, image: str, fetch: Fetch, create: "Callable[[], engine_pb2.Container]"
 ) -> "engine_pb2.Container":
-    """Create, and fetch the image before if it is not here, or in any case."""
+    """Create, and fetch the image before if it is not here for the platform, or in any case."""
     from corral.cli.registry import pull_image
+    from corral.client.fetching import may_fetch
     from corral.rpc.errors import NotFound
 
+    pull, platform, quiet = fetch
     if pull == "always":
-        pull_image(app, image)
+        pull_image(app, image, platform=platform, quiet=quiet)
+    elif platform and app.client.images.lacks(image, platform=platform, pull=pull):
+        _pull_missing(app, image, fetch)
     try:
         return create()
     except NotFound as e:
-        if pull != "missing" or e.reason != "NO_IMAGE" or _is_id(image):
+        if not may_fetch(e, image, pull):
             raise
-    click.echo(f"Unable to find image {_tagged(image)!r} locally", err=True)
-    pull_image(app, image)
+    _pull_missing(app, image, fetch)
     return create()
 
 
-def _is_id(image: str) -> bool:
-    return re.fullmatch(r"(sha256:)?[0-9a-f]{64}", image) is not None
+def _pull_missing(app: App, image: str, fetch: Fetch) -> None:
+    from corral.cli.registry import pull_image
+
+    if not fetch.quiet:
+        where = f"for {fetch.platform} locally" if fetch.platform else "locally"
+        click.echo(f"Unable to find image {_tagged(image)!r} {where}", err=True)
+    pull_image(app, image, platform=fetch.platform, quiet=fetch.quiet)
 
 
 def _tagged(image: str) -> str:

@@ -9,8 +9,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from corral.api.images.v1 import images_pb2
 from corral.api.types.v1 import types_pb2
 from corral.client.credentials import async_registry_auth
+from corral.client.fetching import Pull, is_to_be_exchanged, may_fetch
 from corral.client.files import whole_file
 from corral.client.options import platform_message
+from corral.rpc.errors import NotFound
 
 if TYPE_CHECKING:
     from corral.client.aio import AsyncClient
@@ -85,6 +87,19 @@ class Images:
         stub = images_pb2_grpc.ImagesStub(leaf.channel)
         answer = await leaf.unary(stub.List, images_pb2.ListImagesRequest(pattern=pattern))
         return answer.images
+
+    async def lacks(self, name: str, *, platform: str = "", pull: Pull = "missing") -> bool:
+        """Whether an image must be fetched before a container is made of it: it is not here, or for another platform.
+
+        Raises NotFound if it must, and may not.
+        """
+        try:
+            image = await self.get(name)
+        except NotFound as error:
+            if may_fetch(error, name, pull):
+                return True
+            raise
+        return is_to_be_exchanged(image, name, platform, pull)
 
     async def pull(
         self,

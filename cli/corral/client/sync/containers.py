@@ -11,8 +11,10 @@ from corral.api.images.v1 import images_pb2
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1 import types_pb2
 from corral.client.execution import Attachment, Collected, ExecResult, attach_requests
+from corral.client.fetching import Pull, check_pull, may_fetch
 from corral.client.options import ContainerOptions, UpdateOptions, container_config, update_request
 from corral.client.transport import Exchange, Transport
+from corral.rpc.errors import NotFound
 
 if TYPE_CHECKING:
     from corral.client.sync import Client
@@ -39,21 +41,41 @@ class Containers:
         *,
         name: str = "",
         id: str = "",  # noqa: A002 - the field's name
+        pull: Pull = "missing",
+        platform: str = "",
         **options: Unpack[ContainerOptions],
     ) -> engine_pb2.Container:
-        """Makes a container, not started."""
+        """Makes a container, not started. Its image is fetched if it is "missing", "always" or "never", as for docker;
+        so it is if what is here is for another `platform` than is given."""
+        check_pull(pull)
         config = container_config(image, args, **options)
-        return self.create_from(engine_pb2.CreateContainerRequest(name=name, id=id, config=config))
+        request = engine_pb2.CreateContainerRequest(name=name, id=id, config=config)
+        if pull == "always" or (platform and self._client.images.lacks(image, platform=platform, pull=pull)):
+            self._client.images.pull(image, platform=platform)
+        try:
+            return self.create_from(request)
+        except NotFound as error:
+            if not may_fetch(error, image, pull):
+                raise
+        self._client.images.pull(image, platform=platform)
+        return self.create_from(request)
 
     def create_from(self, request: engine_pb2.CreateContainerRequest) -> engine_pb2.Container:
         """Makes a container from the whole message."""
         return self._engine.unary(self._stub.Create, request)
 
     def run(
-        self, image: str, args: Sequence[str] = (), *, name: str = "", **options: Unpack[ContainerOptions]
+        self,
+        image: str,
+        args: Sequence[str] = (),
+        *,
+        name: str = "",
+        pull: Pull = "missing",
+        platform: str = "",
+        **options: Unpack[ContainerOptions],
     ) -> engine_pb2.Container:
-        """Makes a container and starts it, in the background."""
-        made = self.create(image, args, name=name, **options)
+        """Makes a container as `create` does and starts it, in the background."""
+        made = self.create(image, args, name=name, pull=pull, platform=platform, **options)
         return self.start(made.id)
 
     def start(self, container: str) -> engine_pb2.Container:
