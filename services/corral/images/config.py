@@ -24,6 +24,10 @@ class ImagesConfig:
     # A layer with more is refused.
     max_layer_entries: int = 10_000_000
     max_layer_bytes: int = 1 << 40
+    # Likewise of an archive, once it is decompressed.
+    max_archive_bytes: int = 1 << 40
+    # A layer that takes an unpacking process more memory is refused. 0: none is.
+    unpack_memory_bytes: int = 4 << 30
     # Stored content that no image or lease refers to yet is kept this long for whoever is about to.
     blob_grace_s: float = 3600.0
     # Mirrors, CAs and client certificates of registries: <host>/hosts.toml, see corral.images.registry.endpoints.

@@ -87,12 +87,15 @@ class Importer:
         unpacker: Unpacker,
         collector: Collector,
         admission: Admission,
+        *,
+        max_bytes: int,
     ) -> None:
         self._database = database
         self._content = content
         self._unpacker = unpacker
         self._collector = collector
         self._admission = admission
+        self._max_bytes = max_bytes
         # Threads that may wait for a client for as long as it likes; so not those that everybody shares.
         self._threads = ThreadPoolExecutor(MAX_IMPORTS, thread_name_prefix="import")
 
@@ -146,7 +149,9 @@ class Importer:
     ) -> _Taken:
         """Feed a thread that writes the archive down; whichever side ends first, the other is waited for."""
         pipe = ChunkPipe()
-        reading = asyncio.get_running_loop().run_in_executor(self._threads, _read_archive, options, pipe, directory)
+        reading = asyncio.get_running_loop().run_in_executor(
+            self._threads, _read_archive, options, pipe, directory, self._max_bytes
+        )
         feeding = asyncio.ensure_future(pipe.feed(_counted(source, options.total_bytes, report)))
         try:
             await asyncio.wait((reading, feeding), return_when=asyncio.FIRST_COMPLETED)
@@ -188,7 +193,7 @@ async def _counted(source: AsyncIterator[bytes], total: int, report: Report) -> 
         yield chunk
 
 
-def _read_archive(options: ImportOptions, pipe: ChunkPipe, directory: Path) -> _Taken:
+def _read_archive(options: ImportOptions, pipe: ChunkPipe, directory: Path, max_bytes: int) -> _Taken:
     """Runs in a thread of its own, at the pace of the client."""
     chunks = pipe.read()
     try:
@@ -197,7 +202,7 @@ def _read_archive(options: ImportOptions, pipe: ChunkPipe, directory: Path) -> _
         else:
             is_archive = options.format is not Format.ROOTFS
         if is_archive:
-            return _Taken(take_in(chunks, directory), None)
+            return _Taken(take_in(chunks, directory, max_bytes=max_bytes), None)
         if options.name is None:
             raise InvalidArgument(
                 "this is a plain root file system, not an archive of images: give the image a name with --as NAME:TAG",

@@ -70,10 +70,18 @@ class ImagesService:
             idle_s=config.unpack_idle_s,
             max_entries=config.max_layer_entries,
             max_bytes=config.max_layer_bytes,
+            max_memory_bytes=config.unpack_memory_bytes,
         )
         unpacker = self._unpacker = Unpacker(self._database, driver, self._workers, self._ids)
         admission = Admission(self._database, self._content, unpacker, self._collector, gate)
-        self._importer = Importer(self._database, self._content, unpacker, self._collector, admission)
+        self._importer = Importer(
+            self._database,
+            self._content,
+            unpacker,
+            self._collector,
+            admission,
+            max_bytes=config.max_archive_bytes,
+        )
         self._images = Images(self._database, self._content, driver, unpacker, self._collector, gate)
         self._snapshots = Snapshots(
             self._database, self._drivers, self._images, self._tending, self._collector, self._ids, gate

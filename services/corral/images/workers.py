@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from corral.images.layers.errors import BadLayer
+from corral.images.layers.tree import TOO_MUCH_IMPLICIT
 from corral.rpc.errors import Internal
 
 MAX_ANSWER_BYTES = 64 << 20
@@ -20,10 +21,12 @@ _MODULES = ("corral.kernel.paths", "corral.images.layers.worker", "zstandard", "
 class Workers:
     """At most `size` processes, each started when there is work for it and ended when there was none for `idle_s`."""
 
-    def __init__(self, size: int, *, idle_s: float, max_entries: int, max_bytes: int) -> None:
+    def __init__(
+        self, size: int, *, idle_s: float, max_entries: int, max_bytes: int, max_memory_bytes: int = 0
+    ) -> None:
         self._free = asyncio.Semaphore(size)
         self._idle_s = idle_s
-        self._arguments = (str(max_entries), str(max_bytes))
+        self._arguments = (str(max_entries), str(max_bytes), str(max_memory_bytes))
         self._idle: list[tuple[Process, asyncio.TimerHandle]] = []
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -87,13 +90,21 @@ async def _ask(process: Process, job: Mapping[str, object], on_progress: Callabl
     with contextlib.suppress(ConnectionError):  # it died; the empty answer below says so
         process.stdin.write(json.dumps(job).encode() + b"\n")
         await process.stdin.drain()
-    while line := await process.stdout.readline():
+    while line := await _line(process.stdout):
         message: dict[str, Any] = json.loads(line)
         if "progress" not in message:
             return message
         on_progress(message["progress"])
     status = await process.wait()
     raise Internal(f"the process that unpacks layers ended ({_fate(status)}) before it was done; try again")
+
+
+async def _line(source: asyncio.StreamReader) -> bytes:
+    """Raises BadLayer if it would take too much of this process's memory: honest layers tell of a few directories."""
+    try:
+        return await source.readline()
+    except ValueError as e:
+        raise BadLayer(TOO_MUCH_IMPLICIT) from e
 
 
 def _fate(status: int) -> str:

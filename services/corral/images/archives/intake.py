@@ -6,6 +6,7 @@ out to be a blob is renamed to its place; the rest goes.
 
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 from corral.images.content import Ingest
 from corral.images.digest import PREFIX, Digest
+from corral.images.layers.bounds import bounded
 from corral.images.layers.compression import decompressed
 from corral.images.layers.errors import BadLayer
 from corral.images.layers.stream import ByteStream, prefetched
@@ -79,24 +81,28 @@ def looks_like_archive(chunks: Iterator[bytes]) -> tuple[bool, Iterator[bytes]]:
                 return
 
     found = False
-    for entry in TarReader(ByteStream(decompressed(remembered()))):
+    for entry in TarReader(ByteStream(bounded(decompressed(remembered()), MAX_PEEK_BYTES))):
         name = "/".join(components(entry.name))
-        if name not in _SAYS_NOTHING:
+        if name not in _SAYS_NOTHING or entry.kind is not Kind.DIRECTORY:
             found = _OF_AN_ARCHIVE.fullmatch(name) is not None
             break
     return found, chain(seen, chunks)
 
 
-def take_in(chunks: Iterator[bytes], directory: Path) -> Intake:
-    """Write the files of an archive of images below `directory`. Raises BadLayer, OSError."""
+def take_in(chunks: Iterator[bytes], directory: Path, *, max_bytes: int) -> Intake:
+    """Write the files of an archive of images below `directory`. Raises BadLayer, OSError.
+
+    max_bytes: of the whole archive, decompressed.
+    """
     intake = Intake()
-    stream = ByteStream(prefetched(decompressed(chunks)))
-    reader = TarReader(stream)
-    for number, entry in enumerate(reader):
-        if number >= MAX_FILES:
-            raise BadLayer(f"it has more than {MAX_FILES} files")
-        _take_entry(entry, reader, intake, directory / str(number))
-    stream.drain()
+    with closing(prefetched(bounded(decompressed(chunks), max_bytes))) as plain:
+        stream = ByteStream(plain)
+        reader = TarReader(stream)
+        for number, entry in enumerate(reader):
+            if number >= MAX_FILES:
+                raise BadLayer(f"it has more than {MAX_FILES} files")
+            _take_entry(entry, reader, intake, directory / str(number))
+        stream.drain()
     return intake
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
+from corral.images.layers.bounds import ENTRY_BYTES
 from corral.images.layers.errors import BadLayer
 from corral.images.layers.tar import Entry, Kind, TarReader
 from corral.images.layers.tree import Tree, components
@@ -54,6 +55,11 @@ class Limits:
 
     entries: int = 10_000_000
     bytes: int = 1 << 40
+
+    @property
+    def plain_bytes(self) -> int:
+        """Of the whole tar."""
+        return self.bytes + self.entries * ENTRY_BYTES
 
 
 @dataclass(slots=True)
@@ -257,9 +263,10 @@ class Applier:
         # Deepest first: setting a directory's time must come after all that happens in it.
         for path, entry in sorted(self._directories.items(), key=lambda item: item[0].count("/"), reverse=True):
             self._finish_directory(path, entry)
-        self._result.implicit = sorted(self._tree.implicit)
-        if "" not in self._directories:
-            self._result.implicit.insert(0, "")
+        if not self._bottom:  # else there is nobody to ask what they look like
+            self._result.implicit = sorted(self._tree.implicit)
+            if "" not in self._directories:
+                self._result.implicit.insert(0, "")
         self._result.inodes += len(self._tree.implicit)
 
     def _mark_opaque(self) -> None:

@@ -28,7 +28,7 @@ from corral.images.layers.erofs import ImageWriter
 from corral.images.layers.errors import BadLayer
 from corral.images.layers.nodes import Node, NodeTree, everything, new_directory, new_whiteout
 from corral.images.layers.tar import Entry, Kind, TarReader
-from corral.images.layers.tree import components
+from corral.images.layers.tree import MAX_IMPLICIT_BYTES, TOO_MUCH_IMPLICIT, components
 
 IMAGE, WAITING = "image", "tree.json"
 
@@ -164,11 +164,14 @@ class Imager:
             node.opaque = True  # removed below and made anew here
 
     def _summary(self) -> Applied:
-        nodes = {}
+        nodes, noted_bytes = {}, 0
         for path, node in everything(self.tree.root):
             nodes[id(node)] = node
-            if node.implicit:
+            if node.implicit and not self._bottom:  # else there is nobody to ask what they look like
                 self._result.implicit.append(path)
+                noted_bytes += len(path)
+                if noted_bytes > MAX_IMPLICIT_BYTES:
+                    raise BadLayer(TOO_MUCH_IMPLICIT)
         self._result.implicit.sort()
         self._result.inodes = len(nodes) - 1
         return self._result

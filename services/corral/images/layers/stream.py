@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from corral.images.layers.errors import Truncated
 
@@ -70,8 +70,11 @@ class ByteStream:
         return False
 
 
-def prefetched(chunks: Iterator[bytes], *, depth: int = 4) -> Iterator[bytes]:
-    """The same chunks, made by a thread that works ahead: reading, hashing and decoding release the GIL."""
+def prefetched(chunks: Iterator[bytes], *, depth: int = 4) -> Generator[bytes]:
+    """The same chunks, made by a thread that works ahead: reading, hashing and decoding release the GIL.
+
+    Whoever may not read to the end closes it, which ends the thread.
+    """
     ahead: queue.Queue[bytes | BaseException | None] = queue.Queue(depth)
     given_up = threading.Event()
 

@@ -20,12 +20,14 @@ BLOCK = 512
 MAX_EXTENSION_BYTES = 1 << 20  # a PAX header or GNU long name; Go's limit
 MAX_PATH_BYTES = 4095  # no program could name a longer one
 MAX_XATTR_BYTES = 65536  # XATTR_SIZE_MAX
+MAX_XATTR_NAME_BYTES = 255  # XATTR_NAME_MAX
 XATTR_KEY = b"SCHILY.xattr."
 SPARSE_MAP = b"GNU.sparse.map"
 
 _MAX_ID = 0xFFFF_FFFE  # -1 would mean "leave it" to chown
 _MAX_TIME_NS = 1 << 63
 _ZEROS = bytes(BLOCK)
+_ONLY_PREFIX = frozenset({b"", b"user.", b"trusted.", b"security.", b"system."})
 # name mode uid gid size mtime checksum type linkname magic+version uname gname devmajor devminor prefix
 _HEADER = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x")
 _USTAR = b"ustar\x0000"
@@ -114,7 +116,13 @@ class TarReader:
         if size > self._unread:
             raise BadLayer("an entry is shorter than its own description")
         self._unread -= size
-        return self._stream.read(size)
+        return self._exactly(size)
+
+    def _exactly(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        if len(data) != size:
+            raise Truncated("it ends in the middle of an entry: it was cut off")
+        return data
 
     def _next_header(self) -> bytes | None:
         if self._unread or self._padding:
@@ -156,7 +164,7 @@ class TarReader:
             raise BadLayer(f"entry {entry.shown} has a path longer than {MAX_PATH_BYTES} bytes")
         self._unread, self._padding = stored, -stored % BLOCK
         if block[156:157] == _GNU_SPARSE:
-            entry.extents, entry.size = gnu_extents(block, lambda: self._stream.read(BLOCK), number)
+            entry.extents, entry.size = gnu_extents(block, lambda: self._exactly(BLOCK), number)
         elif pax and entry.kind is Kind.FILE:
             self._pax_sparse(entry, pax)
         if entry.extents is not None and sum(length for _, length in entry.extents) != self._unread:
@@ -288,15 +296,22 @@ def apply_pax(entry: Entry, records: dict[bytes, bytes]) -> None:
         elif key == b"mtime":
             entry.mtime_ns = _time(pax_time_ns(value))
         elif key.startswith(XATTR_KEY):
-            if len(value) > MAX_XATTR_BYTES:
-                raise BadLayer(f"entry {entry.shown} has an extended attribute of {len(value)} bytes")
-            entry.xattrs[key[len(XATTR_KEY) :]] = value
+            entry.xattrs[_xattr_name(entry, key[len(XATTR_KEY) :], value)] = value
 
 
 def _pax_path(value: bytes) -> bytes:
     if b"\0" in value:
         raise BadLayer(f"an entry's name {shown(value)} holds a NUL byte")
     return value
+
+
+def _xattr_name(entry: Entry, name: bytes, value: bytes) -> bytes:
+    """What no system call takes, or only some file systems do, is refused before it is at any."""
+    if b"\0" in name or len(name) > MAX_XATTR_NAME_BYTES or name in _ONLY_PREFIX:
+        raise BadLayer(f"entry {entry.shown}: attribute {shown(name)} cannot be set: no attribute has such a name")
+    if len(value) > MAX_XATTR_BYTES:
+        raise BadLayer(f"entry {entry.shown} has an extended attribute of {len(value)} bytes")
+    return name
 
 
 def _decimal(value: bytes) -> int:

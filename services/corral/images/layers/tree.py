@@ -17,9 +17,14 @@ from corral.images.layers.errors import BadLayer
 from corral.images.layers.removal import remove_below
 from corral.kernel.paths import open_in_root
 
+# Of the paths of directories that no entry describes: honest layers have a few. Each is looked up in every layer below.
+MAX_IMPLICIT_BYTES = 8 << 20
+TOO_MUCH_IMPLICIT = "it has too many or too long paths of directories that no entry describes"
+
 _CACHED_PARENTS = 64
 _MAX_LINKS = 40
 _IMPLICIT_MODE = 0o755
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def components(name: bytes) -> list[str]:
@@ -40,6 +45,7 @@ class Tree:
         self._parents: dict[str, int] = {}
         # Directories that no entry described (yet), made because something lies below them.
         self.implicit: set[str] = set()
+        self._noted_bytes = 0
 
     def close(self) -> None:
         self.forget()
@@ -123,21 +129,36 @@ class Tree:
             raise _not_a_directory(e, path) from e
 
     def _make(self, path: str) -> int:
-        """Walk from the root, making what is missing; a dangling link is followed, inside the root."""
+        """Make what is missing of the path; a dangling link is followed, inside the root."""
         for _ in range(_MAX_LINKS):
             parts = [part for part in path.split("/") if part and part != "."]
-            for depth in range(1, len(parts) + 1):
-                target = self._make_one(parts[:depth])
-                if target is not None:
-                    base = [] if target.startswith("/") else parts[: depth - 1]
-                    path = "/".join([*base, target, *parts[depth:]])
-                    break
-            else:
+            there = self._there(parts)
+            if there == len(parts):
                 return open_in_root(self.root, path, os.O_PATH | os.O_DIRECTORY)
+            with self._opened(parts[:there]) as above:
+                target = self._make_first(parts[: there + 1], above)
+                if target is None:
+                    self._make_rest(parts, there, above)
+                    continue
+            base = [] if target.startswith("/") else parts[:there]
+            path = "/".join([*base, target, *parts[there + 1 :]])
         raise BadLayer(f"the links at {path[:200]!r} lead in a circle")
 
-    def _make_one(self, parts: list[str]) -> str | None:
-        """Make one directory if it is missing. Where a dangling link is: what it says."""
+    def _there(self, parts: list[str]) -> int:
+        """How many of the parts are there, found by halves: to resolve a path takes as long as it is, and links in it
+        can make it thousands of times longer."""
+        low, high = 0, len(parts)
+        while low < high:
+            middle = (low + high + 1) // 2
+            try:
+                with self._opened(parts[:middle]):
+                    low = middle
+            except OSError:
+                high = middle - 1
+        return low
+
+    def _make_first(self, parts: list[str], above: int) -> str | None:
+        """Make the last one of `parts`, which lies in `above`. Where a dangling link is: what it says."""
         path = "/".join(parts)
         try:
             with self._opened(parts):
@@ -146,13 +167,36 @@ class Tree:
             pass
         except OSError as e:
             raise _not_a_directory(e, path) from e
-        with self._opened(parts[:-1]) as above:
-            try:
-                os.mkdir(parts[-1], _IMPLICIT_MODE, dir_fd=above)
-            except FileExistsError:
-                return os.readlink(parts[-1], dir_fd=above)
-        self.implicit.add(path)
+        try:
+            os.mkdir(parts[-1], _IMPLICIT_MODE, dir_fd=above)
+        except FileExistsError:
+            return os.readlink(parts[-1], dir_fd=above)
+        self._note(path)
         return None
+
+    def _note(self, path: str) -> None:
+        """A directory was made that no entry has described."""
+        self.implicit.add(path)
+        self._noted_bytes += len(path)
+        if self._noted_bytes > MAX_IMPLICIT_BYTES:
+            raise BadLayer(TOO_MUCH_IMPLICIT)
+
+    def _make_rest(self, parts: list[str], there: int, above: int) -> None:
+        """Make what is below the first one that was missing, so that there is nothing to resolve, up to a step back:
+        that one is the kernel's to take, inside the root."""
+        fd = os.dup(above)
+        try:
+            for depth in range(there, len(parts)):
+                if parts[depth] == "..":
+                    break
+                if depth > there:
+                    os.mkdir(parts[depth], _IMPLICIT_MODE, dir_fd=fd)
+                    self._note("/".join(parts[: depth + 1]))
+                below = os.open(parts[depth], _DIRECTORY, dir_fd=fd)
+                os.close(fd)
+                fd = below
+        finally:
+            os.close(fd)
 
 
 def _not_a_directory(e: OSError, path: str) -> OSError | BadLayer:

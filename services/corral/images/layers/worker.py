@@ -24,13 +24,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, TextIO
 
 from corral.images.layers import imaging
 from corral.images.layers.apply import Applied, Applier, Limits
 from corral.images.layers.below import complete
+from corral.images.layers.bounds import bound_memory, bounded
 from corral.images.layers.comparing import changes
 from corral.images.layers.compression import CHUNK_BYTES, compressed, decompressed
 from corral.images.layers.errors import BadLayer
@@ -90,8 +91,20 @@ def unpack(
     blob: Blob, target: Path, *, bottom: bool, diff_id: str, limits: Limits, report: TextIO, form: str = "directory"
 ) -> dict[str, object]:
     """Apply the layer in `blob` to the empty directory `target`, and prove its diff id if one is given."""
-    plain = Hashed(decompressed(blob.chunks()))
-    stream = ByteStream(prefetched(iter(plain)))
+    with ExitStack() as threads:  # which end with it, whatever happens: an interpreter does not end while one works
+        # Three threads: one decodes, one hashes, one makes the files; all of them wait for the GIL but seldom.
+        decoded = prefetched(bounded(decompressed(blob.chunks()), limits.plain_bytes))
+        plain = Hashed(threads.enter_context(closing(decoded)))
+        stream = ByteStream(threads.enter_context(closing(prefetched(iter(plain)))))
+        reader = TarReader(stream, needs_end=not diff_id)
+        applied = _apply_to(target, reader, _progress(blob, report), form=form, bottom=bottom, limits=limits)
+        stream.drain()
+    if diff_id:
+        plain.prove(diff_id)
+    return {**_as_json(applied), "diff_id": plain.digest}
+
+
+def _progress(blob: Blob, report: TextIO) -> Callable[[], None]:
     reported = 0
 
     def on_entry() -> None:
@@ -100,16 +113,16 @@ def unpack(
             reported = blob.done
             _say(report, {"progress": reported})
 
-    reader = TarReader(stream, needs_end=not diff_id)
+    return on_entry
+
+
+def _apply_to(
+    target: Path, reader: TarReader, on_entry: Callable[[], None], *, form: str, bottom: bool, limits: Limits
+) -> Applied:
     if form == "image":
-        applied = _make_image(target, reader, on_entry, bottom=bottom, limits=limits)
-    else:
-        with Tree(target) as tree:
-            applied = Applier(tree, bottom=bottom, limits=limits).apply(reader, on_entry)
-    stream.drain()
-    if diff_id:
-        plain.prove(diff_id)
-    return {**_as_json(applied), "diff_id": plain.digest}
+        return _make_image(target, reader, on_entry, bottom=bottom, limits=limits)
+    with Tree(target) as tree:
+        return Applier(tree, bottom=bottom, limits=limits).apply(reader, on_entry)
 
 
 def _make_image(
@@ -125,9 +138,9 @@ def _make_image(
     return applied
 
 
-def measure(blob: Blob, diff_id: str) -> dict[str, object]:
+def measure(blob: Blob, diff_id: str, limits: Limits) -> dict[str, object]:
     """Prove the diff id of a layer that is here already, and need not be unpacked again."""
-    plain = Hashed(decompressed(blob.chunks()))
+    plain = Hashed(bounded(decompressed(blob.chunks()), limits.plain_bytes))
     for _ in plain:
         pass
     plain.prove(diff_id)
@@ -149,6 +162,8 @@ def run_job(job: Job, limits: Limits, report: TextIO) -> dict[str, object]:
         answer = _OPERATIONS[str(job["op"])](job, limits, report)
     except BadLayer as e:
         return {"error": "bad", "errno": 0, "message": str(e)}
+    except MemoryError:
+        return {"error": "bad", "errno": 0, "message": "it takes more memory to unpack than a layer may"}
     except OSError as e:
         return {"error": "os", "errno": e.errno or 0, "message": e.strerror or str(e)}
     except Exception as e:  # noqa: BLE001  whatever it is, the daemon must hear of it
@@ -168,8 +183,8 @@ def _apply(job: Job, limits: Limits, report: TextIO) -> dict[str, object]:
     )
 
 
-def _measure(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
-    return measure(Blob(job["blob"]), job["diff_id"])
+def _measure(job: Job, limits: Limits, _report: TextIO) -> dict[str, object]:
+    return measure(Blob(job["blob"]), job["diff_id"], limits)
 
 
 def _complete(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
@@ -260,10 +275,11 @@ def _say(out: TextIO, message: dict[str, object]) -> None:
 
 
 def main() -> None:
-    """Serve stdin until it ends. The arguments are the limits: entries, bytes."""
+    """Serve stdin until it ends. The arguments are the limits: entries, bytes, and memory in bytes."""
     set_parent_death_signal(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c goes to the whole foreground group; the daemon ends us
     os.umask(0)
     limits = Limits(entries=int(sys.argv[1]), bytes=int(sys.argv[2]))
+    bound_memory(int(sys.argv[3]))
     for line in sys.stdin:
         _say(sys.stdout, run_job(json.loads(line), limits, sys.stdout))
