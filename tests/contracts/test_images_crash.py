@@ -13,6 +13,7 @@ from support.overlay import mounted
 from support.requirements import needs
 
 from corral.api.images.v1 import images_pb2 as pb
+from corral.api.types.v1 import types_pb2
 from corral.rpc.channel import open_channel
 from corral.rpc.errors import CorralError, NotFound, Unavailable
 
@@ -83,6 +84,8 @@ def on_disk(leaf: ImagesLeaf) -> set[str]:
 
 async def check(leaf: ImagesLeaf) -> None:
     """Disk and database agree, once what goes on in the background is done."""
+    found = await leaf.images.Check(types_pb2.CheckRequest())
+    assert list(found.findings) == []
     for _ in range(200):
         if on_disk(leaf) == await described(leaf):
             return
@@ -192,6 +195,51 @@ async def test_an_image_is_removed_with_all_of_it_or_not(daemon: Corrald, archiv
             await leaf.images.Remove(pb.RemoveImageRequest(name="x:1"))
         await check(leaf)
         assert leaf.disk() == set()
+
+
+@pytest.mark.parametrize("failpoint", ["store.before_commit", "store.after_commit", "images.tag.after_row"])
+async def test_a_name_is_given_or_not(daemon: Corrald, archive: Path, failpoint: str) -> None:
+    tag = pb.TagImageRequest(source="x:1", target="y:2")
+    async with serving(daemon) as leaf:
+        await leaf.load(archive)
+    daemon.stop()
+    await killed(daemon, failpoint, lambda leaf: leaf.images.Tag(tag))
+    async with serving(daemon) as leaf:
+        await check(leaf)
+        assert await leaf.names() == (["x:1"] if failpoint == "store.before_commit" else ["x:1", "y:2"])
+        await leaf.images.Tag(tag)
+        await check(leaf)
+
+
+@pytest.mark.parametrize("failpoint", ["images.prune.after_rows", "images.collect.after_rows", "store.after_commit"])
+async def test_a_prune_is_all_or_nothing(daemon: Corrald, archive: Path, failpoint: str) -> None:
+    async with serving(daemon) as leaf:
+        await leaf.load(archive)
+    daemon.stop()
+    await killed(daemon, failpoint, lambda leaf: leaf.images.Prune(pb.PruneRequest(all=True)))
+    async with serving(daemon) as leaf:
+        await check(leaf)
+        assert await leaf.names() == []
+        assert leaf.disk() == set()
+
+
+# Of collections: one is of the start, one of the look at the disk, and then there is one for each image that goes.
+@pytest.mark.parametrize("failpoint", ["images.collect.after_rows=kill@2", "images.collect.after_rows=kill@3"])
+async def test_making_room_is_all_or_nothing(archive: Path, failpoint: str, tmp_path: Path) -> None:
+    full = {"gc_high_percent": 0, "gc_low_percent": 0, "gc_min_age_s": 0, "gc_interval_s": 3600}
+    with Corrald(services=("images",), private_names=False, settings={"images": full}) as daemon:
+        daemon.start(environment={"CORRAL_FAILPOINTS": failpoint})
+        channel = open_channel(daemon.address_of("images"))
+        leaf = ImagesLeaf(channel, daemon.root / "images")
+        with suppress(CorralError):
+            await leaf.load(archive)
+        await channel.close()
+        await asyncio.to_thread(daemon.processes["corrald"].wait, 10)
+        daemon.processes.clear()
+        daemon.settings = {"images": {"gc_high_percent": 100}}
+        async with serving(daemon) as leaf:
+            await check(leaf)
+            assert await leaf.names() == (["x:1"] if failpoint.endswith("@2") else [])
 
 
 @pytest.mark.parametrize("failpoint", ["images.write.before_row", "store.before_commit", "store.after_commit"])

@@ -92,6 +92,11 @@ class Life:
         self.died += 1
         assert self.died == 1, "it died again without a failpoint"
         self.daemon.start()
+        self.look_through()
+
+    def look_through(self) -> None:
+        """Nothing is left where it died, whatever it was about to do."""
+        assert [f"{f.service}: {f.subject} {f.problem}" for f in self.client.system.check()] == []
 
     # Before: what a start finds
 
@@ -128,6 +133,7 @@ class Life:
         client = self.client
         header = images_pb2.ImportHeader(name="img", no_unpack=True)
         self.call(lambda: list(client.images.load_stream(header, [self.archive.read_bytes()])))
+        self.call(lambda: client.images.tag("img", "other:1"))
         self.call(lambda: client.images.push("img", f"{self.registry.host}/{secrets.token_hex(8)}:1"))
         self.call(lambda: client.images.pull(f"{self.registry.host}/far:1"))
         self.call(lambda: client.volumes.create("vol"), AlreadyExists)
@@ -200,6 +206,7 @@ class Life:
         self.call(lambda: client.volumes.remove("vol"), NotFound)
         self.call(lambda: client.volumes.remove("bounded"), NotFound)
         self.call(lambda: client.images.remove("img"), NotFound)
+        self.call(lambda: client.images.remove("other:1"), NotFound)
         self.call(lambda: client.images.remove(f"{self.registry.host}/far:1"), NotFound)
         self.call(lambda: client.images.remove("committed"), NotFound)
         self.call(client.images.prune)  # a commit that was done again has left an image without a name
@@ -208,6 +215,7 @@ class Life:
 
     def check(self, after: int) -> None:
         """Nothing is left, and the journal tells each thing once."""
+        self.look_through()
         assert eventually_empty(lambda: forgotten(self.daemon) + self.strays()) == []
         assert eventually_empty(lambda: self.mistold(after)) == []
 
