@@ -1,7 +1,7 @@
 """`make bench`: speed and memory of corral, and of the peers that are installed, interleaved in one run.
 
-    make bench                      all of it, about five minutes
-    bench.py NAME...                only these: cold api exec verbs memory many
+    make bench                      all of it, about seven minutes
+    bench.py NAME...                only these: cold api exec verbs memory many unpack
     CORRAL_BENCH_ROUNDS (20)        how often each is measured
 
 Figures are medians; ratios are against corral's own figure of the same run. Peers get private roots and are skipped,
@@ -23,6 +23,7 @@ import memory
 from peers import CorralOci, Peer, Runc, installed_peers, memory_directory, quiet
 from support.corrald import CORRAL, Corrald, Place, running
 from support.images import write_busybox
+from unpack import bench_unpack
 
 ROUNDS = int(os.environ.get("CORRAL_BENCH_ROUNDS", "20"))
 IDLE_CONTAINERS = 50
@@ -178,6 +179,7 @@ BENCHES: dict[str, Callable[[Corrald, list[Peer]], None]] = {
     "memory": bench_memory,
     "many": bench_many,
     "verbs": bench_verbs,
+    "unpack": bench_unpack,
 }
 
 
