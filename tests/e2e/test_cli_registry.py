@@ -69,7 +69,11 @@ def image(registry: Registry, box: Corrald) -> Iterator[str]:
 
 def test_pull_says_what_it_has_got(box: Corrald, registry: Registry, image: str) -> None:
     result = box.corral("pull", image, check=True)
-    assert result.stdout.decode().splitlines() == [f"Digest: {registry.digest('busybox', '1')}", image]
+    digest = f"Digest: {registry.digest('busybox', '1')}"
+    status = f"Status: Downloaded newer image for {image}"
+    assert result.stdout.decode().splitlines() == [digest, status, image]
+    again = box.corral("pull", image, check=True)
+    assert again.stdout.decode().splitlines() == [digest, f"Status: Image is up to date for {image}", image]
     lines = result.stderr.decode().splitlines()
     assert [line.split(": ")[1].split(" (")[0] for line in lines] == ["fetched", "done"], lines
     again = box.corral("image", "pull", "-q", image, check=True)

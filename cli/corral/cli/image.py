@@ -1,5 +1,8 @@
 """`corral image`."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import click
 
 from corral.cli.app import App, ImageName, complain, pass_app
@@ -7,6 +10,9 @@ from corral.cli.archive import bring_in, export_command, load_command, save_comm
 from corral.cli.history import history_command
 from corral.cli.output import format_option, human_age, human_size, show_json, show_rows
 from corral.cli.registry import pull_command, push_command, referrers_command
+
+if TYPE_CHECKING:
+    from corral.api.images.v1 import images_pb2
 
 
 @click.group("image")
@@ -48,18 +54,61 @@ def import_command(app: App, archive: str, name: str, quiet: bool, **config: obj
 
 @image_command.command("ls")
 @click.argument("pattern", default="")
+@click.option("-a", "--all", "everything", is_flag=True, help="Accepted for docker's sake: all are shown")
+@click.option("--digests", is_flag=True, help="Digests too")
+@click.option(
+    "-f", "--filter", "filters", multiple=True, metavar="KEY=VALUE", help="dangling=true, reference=PATTERN or label=…"
+)
 @click.option("--no-trunc", is_flag=True, help="Whole ids")
 @format_option
 @pass_app
-def ls_command(app: App, pattern: str, no_trunc: bool, form: str, quiet: bool) -> None:
+def ls_command(
+    app: App,
+    pattern: str,
+    everything: bool,
+    digests: bool,
+    filters: tuple[str, ...],
+    no_trunc: bool,
+    form: str,
+    quiet: bool,
+) -> None:
     """List images."""
-    images = app.client.images.list(pattern)
+    del everything
+    pattern, fits = _filters(pattern, filters)
+    images = [image for image in app.client.images.list(pattern) if fits(image)]
     ids = [i.id if no_trunc else i.id.removeprefix("sha256:")[:12] for i in images]
+    headings = ("REPOSITORY", "TAG", *(("DIGEST",) if digests else ()), "IMAGE ID", "UPDATED", "SIZE")
     rows = []
     for image, short in zip(images, ids, strict=True):
         repository, tag = split_name(image.familiar_name)
-        rows.append((repository, tag, short, f"{human_age(image.updated_at)} ago", human_size(image.size_bytes)))
-    show_rows(("REPOSITORY", "TAG", "IMAGE ID", "UPDATED", "SIZE"), rows, images, form, ids if quiet else None)
+        digest = (image.target.digest,) if digests else ()
+        age, size = f"{human_age(image.updated_at)} ago", human_size(image.size_bytes)
+        rows.append((repository, tag, *digest, short, age, size))
+    show_rows(headings, rows, images, form, ids if quiet else None)
+
+
+def _filters(pattern: str, filters: tuple[str, ...]) -> "tuple[str, Callable[[images_pb2.Image], bool]]":
+    """The pattern to ask for, and which of those images fit. Raises ValueError."""
+    labels, dangling = [], None
+    for text in filters:
+        key, _, value = text.partition("=")
+        if key == "dangling" and value in ("true", "1", "false", "0"):
+            dangling = value in ("true", "1")
+        elif key == "label" and value:
+            labels.append(value.partition("=")[::2])
+        elif key == "reference" and value and not pattern:
+            pattern = value
+        else:
+            raise ValueError(
+                f"filter {text!r} is not understood: give dangling=true, label=KEY[=VALUE], or reference=PATTERN once"
+            )
+
+    def fits(image: "images_pb2.Image") -> bool:
+        if dangling is not None and dangling == bool(image.name):
+            return False
+        return all(key in image.config.labels and value in ("", image.config.labels[key]) for key, value in labels)
+
+    return pattern, fits
 
 
 images_command = click.Command("images", params=ls_command.params, callback=ls_command.callback, help="List images.")
@@ -75,11 +124,22 @@ def split_name(familiar: str) -> tuple[str, str]:
 
 
 @image_command.command("inspect")
+@click.option("-f", "--format", "form", default="json", metavar="TEMPLATE", help="Such as '{{.id}}' instead of JSON")
 @click.argument("names", nargs=-1, required=True, type=ImageName())
 @pass_app
-def inspect_command(app: App, names: tuple[str, ...]) -> None:
+def inspect_command(app: App, names: tuple[str, ...], form: str) -> int:
     """Show all facts about images, as JSON."""
-    show_json([app.client.images.get(name) for name in names])
+    from corral.rpc.errors import CorralError
+
+    found, failed = [], 0
+    for name in names:
+        try:
+            found.append(app.client.images.get(name))
+        except CorralError as e:
+            complain(e)
+            failed = 1
+    show_json(found, form)
+    return failed
 
 
 @image_command.command("tag")
@@ -92,12 +152,12 @@ def tag_command(app: App, source: str, target: str) -> None:
 
 
 @image_command.command("rm")
-@click.option("-f", "--force", is_flag=True, help="Also a name that a container uses")
+@click.option("-f", "--force", is_flag=True, help="Also a name that a container uses, or none has")
 @click.argument("names", nargs=-1, required=True, type=ImageName())
 @pass_app
 def rm_command(app: App, names: tuple[str, ...], force: bool) -> int:
     """Remove names, and with the last name the image."""
-    from corral.rpc.errors import CorralError
+    from corral.rpc.errors import CorralError, NotFound
 
     failed = 0
     for name in names:
@@ -105,13 +165,21 @@ def rm_command(app: App, names: tuple[str, ...], force: bool) -> int:
             answer = app.client.images.remove(name, force=force)
         except CorralError as e:
             complain(e)
-            failed = 1
+            failed = failed if force and isinstance(e, NotFound) else 1
             continue
         for untagged in answer.untagged:
-            click.echo(f"Untagged: {untagged}")
+            click.echo(f"Untagged: {untagged.removeprefix('docker.io/').removeprefix('library/')}")
         for deleted in answer.deleted:
             click.echo(f"Deleted: {deleted}")
     return failed
+
+
+rmi_command = click.Command("rmi", params=rm_command.params, callback=rm_command.callback, help=rm_command.help)
+# What docker has other words for.
+for _alias, _command in (("list", ls_command), ("remove", rm_command)):
+    image_command.add_command(
+        click.Command(_alias, params=_command.params, callback=_command.callback, help=_command.help, hidden=True)
+    )
 
 
 @image_command.command("prune")
@@ -135,4 +203,4 @@ def prune_command(app: App, everything: bool, force: bool, filters: tuple[str, .
     answer = app.client.images.prune(all=everything, until=until)
     for name in (*answer.untagged, *answer.deleted):
         click.echo(name)
-    click.echo(f"Reclaimed {human_size(answer.reclaimed_bytes)}")
+    click.echo(f"Total reclaimed space: {human_size(answer.reclaimed_bytes)}")

@@ -40,6 +40,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "image": ("image", "Images: pull, push, import, save, load, ls, inspect, history, tag, rm, prune"),
     "history": ("history", "Show how an image came to be"),
     "images": ("image", "List images"),
+    "rmi": ("image", "Remove images"),
+    "tag": ("image", "Give an image another name"),
     "pull": ("registry", "Fetch an image from a registry"),
     "push": ("registry", "Bring an image to a registry"),
     "save": ("archive", "Write images to an archive"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
+from corral.cli import template
 from corral.cli.app import readable
 
 if TYPE_CHECKING:
@@ -21,11 +22,12 @@ _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def format_option[F: Callable[..., object]](function: F) -> F:
-    """--format table|json, and -q."""
+    """--format table|json|TEMPLATE, and -q."""
     function = click.option("-q", "--quiet", is_flag=True, help="Only names or ids")(function)
     return click.option(
-        "--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True, help="Output form"
-    )(function)
+        "--format", "form", type=template.OutputForm(), default="table", show_default=True,
+        metavar="table|json|TEMPLATE", help="Output form; a template as for docker: '{{.ID}}'",
+    )(function)  # fmt: skip
 
 
 def show_rows(
@@ -43,15 +45,36 @@ def show_rows(
     elif form == "json":
         for message in messages:
             click.echo(json.dumps(plain(message), ensure_ascii=False))
+    elif form != "table":
+        _show_by_template(headings, rows, messages, form)
     elif sys.stdout.isatty():
         _rich_table(headings, rows)
     else:
         click.echo(_columns([headings, *rows]))
 
 
-def show_json(messages: "Sequence[Message]") -> None:
-    """What `inspect` prints: one JSON list."""
-    click.echo(json.dumps([plain(m) for m in messages], indent=2, ensure_ascii=False))
+def _show_by_template(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], messages: "Sequence[Message]", form: str
+) -> None:
+    documents = [plain(message) for message in messages]
+    named = [template.row_of(headings, row) for row in rows]
+    if not template.is_table(form):
+        for document, row in zip(documents, named, strict=True):
+            click.echo(template.render(form, document, row))
+        return
+    cells = template.columns(form)
+    lines = [[template.render(c, d, r) for c in cells] for d, r in zip(documents, named, strict=True)]
+    click.echo(_columns([template.headings(form), *lines]))
+
+
+def show_json(messages: "Sequence[Message]", form: str = "") -> None:
+    """What `inspect` prints: one JSON list, or for each what a template says."""
+    documents = [plain(message) for message in messages]
+    if form in ("", "json"):
+        click.echo(json.dumps(documents, indent=2, ensure_ascii=False))
+    else:
+        for document in documents:
+            click.echo(template.render(form, document))
 
 
 def plain(message: "Message") -> Json:

@@ -38,10 +38,27 @@ def pull_image(
 @pass_app
 def pull_command(app: App, name: str, platform: str, all_platforms: bool, insecure: bool, quiet: bool) -> None:
     """Fetch an image from its registry."""
+    if not quiet and "@" not in name and ":" not in name.rpartition("/")[2]:
+        click.echo("Using default tag: latest")
+    before = _digest_here(app, name)
     image = pull_image(app, name, platform=platform, all_platforms=all_platforms, insecure=insecure, quiet=quiet)
     if not quiet:
         click.echo(f"Digest: {image.target.digest}")
+        is_same = before == (image.target.digest, image.manifest.digest)
+        click.echo(
+            f"Status: {'Image is up to date' if is_same else 'Downloaded newer image'} for {image.familiar_name}"
+        )
     click.echo(image.name)
+
+
+def _digest_here(app: App, name: str) -> tuple[str, str]:
+    from corral.rpc.errors import CorralError
+
+    try:
+        image = app.client.images.get(name)
+    except CorralError:  # it is not here; or is no name, as the pull will say
+        return "", ""
+    return image.target.digest, image.manifest.digest
 
 
 @click.command("push")
@@ -89,11 +106,17 @@ def login_command(app: App, registry: str, username: str, password: str, passwor
     from corral.api.images.v1.images_pb2 import RegistryAuth
     from corral.client import credentials
 
-    registry = credentials.registry_of(f"{registry.removeprefix('https://').split('/')[0]}/x")
+    registry = _registry(registry)
+    if password:
+        click.echo("corral: others may see a password in the list of processes: --password-stdin avoids that", err=True)
     if password_stdin:
-        if not username:
-            raise click.UsageError("--password-stdin needs --username")
+        if not username or password:
+            raise click.UsageError("--password-stdin needs --username, and no --password")
         password = sys.stdin.read().rstrip("\r\n")
+        if not password:
+            raise click.UsageError("no password came from stdin")
+    if not (username and password) and not sys.stdin.isatty():
+        raise click.UsageError("there is no terminal to ask on: give --username and --password-stdin")
     username = username or click.prompt("Username", err=True)
     password = password or click.prompt("Password", hide_input=True, err=True)
     token = app.client.images.login(registry, username, password, insecure=insecure)
@@ -103,12 +126,19 @@ def login_command(app: App, registry: str, username: str, password: str, passwor
     click.echo("Login Succeeded")
 
 
+def _registry(text: str) -> str:
+    """As the beginning of a name has it; people give addresses, too."""
+    from corral.client import credentials
+
+    return credentials.registry_of(f"{text.removeprefix('https://').removeprefix('http://').split('/')[0]}/x")
+
+
 @click.command("logout")
 @click.argument("registry", default="docker.io")
 def logout_command(registry: str) -> None:
     """Forget what was kept of a login."""
     from corral.client import credentials
 
-    registry = credentials.registry_of(f"{registry.removeprefix('https://').split('/')[0]}/x")
+    registry = _registry(registry)
     known = credentials.erase(registry)
     click.echo(f"Removing login credentials for {registry}" if known else f"Not logged in to {registry}")

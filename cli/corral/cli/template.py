@@ -1,0 +1,95 @@
+"""Output by a template, as people write it for docker: {{.Repository}}:{{.Tag}}, {{json .}}, table {{.ID}}\\t{{.Size}}.
+
+A name is a column's, without its spaces (IMAGE ID is .ImageID, or .ID), else a member of the JSON form, with or without
+its underscores, a member of a member behind another dot. Nothing else of Go's language is understood.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from corral.cli.output import Json
+
+_PLACE = re.compile(r"\{\{\s*(json\s+)?\.((?:[A-Za-z_][A-Za-z0-9_]*)?(?:\.[A-Za-z_][A-Za-z0-9_]*)*)\s*\}\}")
+_TABLE = re.compile(r"table\s+")
+_ESCAPES = {r"\t": "\t", r"\n": "\n"}
+NO_VALUE = "<no value>"
+
+
+class OutputForm(click.ParamType[str, str]):
+    """table, json, or a template."""
+
+    name = "form"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Fails for what would be printed as it stands."""
+        if value not in ("table", "json") and "{{" not in value:
+            self.fail(f"{value!r} is none of table, json, and a template such as '{{{{.ID}}}}'", param, ctx)
+        return value
+
+
+def is_table(template: str) -> bool:
+    return _TABLE.match(template) is not None
+
+
+def columns(template: str) -> list[str]:
+    """The cells of a template that begins with table."""
+    return _unescaped(_TABLE.sub("", template, count=1)).split("\t")
+
+
+def headings(template: str) -> list[str]:
+    """A heading for each of its cells."""
+    return [_PLACE.sub(lambda match: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", match[2]).upper(), cell)
+            for cell in columns(template)]  # fmt: skip
+
+
+def render(template: str, document: "Json", row: Mapping[str, str] | None = None) -> str:
+    """The text for one thing. Raises ValueError for what is not understood."""
+
+    def fill(match: re.Match[str]) -> str:
+        value = _look_up(match[2], document, row or {})
+        if match[1]:
+            return json.dumps(value, ensure_ascii=False)
+        if value is None:
+            return NO_VALUE
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    text = _unescaped(template)
+    left = _PLACE.sub("", text)
+    if "{{" in left or "}}" in left:
+        raise ValueError(f"the template {template!r} is not understood: {{{{.Name}}}} and {{{{json .Name}}}} are")
+    return _PLACE.sub(fill, text)
+
+
+def row_of(names: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
+    """Cells of a table by the names that a template may give them."""
+    found: dict[str, str] = {}
+    for name, cell in zip(names, cells, strict=True):
+        found[_plain(name)] = cell
+        found.setdefault(_plain(name.split()[-1]), cell)
+    return found
+
+
+def _unescaped(template: str) -> str:
+    return re.sub(r"\\[tn]", lambda match: _ESCAPES[match[0]], template)
+
+
+def _look_up(path: str, document: "Json", row: Mapping[str, str]) -> "Json":
+    if not path:
+        return document
+    if (cell := row.get(_plain(path))) is not None:
+        return cell
+    value = document
+    for name in path.split("."):
+        if not isinstance(value, dict):
+            return None
+        value = next((item for key, item in value.items() if _plain(key) == _plain(name)), None)
+    return value
+
+
+def _plain(name: str) -> str:
+    return name.replace(" ", "").replace("_", "").lower()

@@ -1,0 +1,99 @@
+"""What hands that know docker type does what they expect, with the codes and words that scripts look for."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.corrald import Corrald, running
+from support.images import write_busybox
+from support.registry import Registry
+from support.registry import running as registry_running
+from support.requirements import needs
+
+pytestmark = needs("root", "overlayfs", "busybox", "docker-registry", "openssl")
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Corrald]:
+    archive = write_busybox(tmp_path_factory.mktemp("box") / "b.tar", "busybox:latest", Labels={"kind": "box"})
+    with running() as daemon:
+        daemon.corral("load", "-i", str(archive), check=True)
+        yield daemon
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    with registry_running(tmp_path_factory.mktemp("registry"), credentials=("alice", "secret")) as made:
+        yield made
+
+
+def said(box: Corrald, *words: str) -> str:
+    return box.corral(*words, check=True).stdout.decode()
+
+
+def test_images_are_listed_by_template_and_filter(box: Corrald) -> None:
+    said(box, "tag", "busybox", "team/app:1")
+    assert sorted(said(box, "images", "--format", "{{.Repository}}:{{.Tag}}").split()) == [
+        "busybox:latest",
+        "team/app:1",
+    ]
+    short = said(box, "images", "-a", "-q", "busybox").strip()
+    assert (
+        said(box, "image", "list", "--no-trunc", "--format", "{{.ID}}", "busybox").strip().startswith(f"sha256:{short}")
+    )
+    assert said(box, "images", "--filter", "reference=team/*", "--format", "{{.Tag}}") == "1\n"
+    assert said(box, "images", "-f", "dangling=true", "-q") == ""
+    assert len(said(box, "images", "-f", "label=kind=box", "-q").split()) == 2
+    assert said(box, "images", "-f", "label=kind=none", "-q") == ""
+    [target] = {line.split()[2] for line in said(box, "images", "--digests", "busybox").splitlines()[1:]}
+    assert target == said(box, "image", "inspect", "-f", "{{.Target.Digest}}", "busybox").strip()
+    table = said(box, "images", "--format", r"table {{.Repository}}\t{{.Size}}", "busybox").splitlines()
+    assert [line.split()[0] for line in table] == ["REPOSITORY", "busybox"]
+    assert said(box, "ps", "-a", "--format", "{{.Names}}") == ""
+    for words in (["--filter", "since=x"], ["--format", "{{range .}}"], ["--format", "yaml"]):
+        wrong = box.corral("images", *words)
+        assert wrong.returncode in (1, 2)
+        assert b"Traceback" not in wrong.stderr
+        assert b"give" in wrong.stderr or b"understood" in wrong.stderr or b"none of" in wrong.stderr
+
+
+def test_inspect_shows_what_is_here_and_names_what_is_not(box: Corrald) -> None:
+    result = box.corral("image", "inspect", "none:1", "busybox")
+    assert result.returncode == 1
+    assert [image["familiar_name"] for image in json.loads(result.stdout)] == ["busybox:latest"]
+    assert result.stderr.decode().startswith("corral: there is no image 'none:1'")
+    nothing = box.corral("image", "inspect", "none:1")
+    assert (nothing.returncode, json.loads(nothing.stdout)) == (1, [])
+
+
+def test_rmi_says_names_as_they_were_typed_and_by_force_minds_nothing_that_is_not_there(box: Corrald) -> None:
+    said(box, "tag", "busybox", "gone:1")
+    assert said(box, "rmi", "gone:1") == "Untagged: gone:1\n"
+    assert box.corral("rmi", "gone:1").returncode == 1
+    forced = box.corral("image", "remove", "-f", "gone:1")
+    assert (forced.returncode, b"there is no image" in forced.stderr) == (0, True)
+    assert said(box, "image", "prune", "-f").splitlines()[-1].startswith("Total reclaimed space: ")
+
+
+def test_a_login_without_a_terminal_says_what_to_give(
+    box: Corrald, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+    for words, stdin, why in (
+        ([], b"", b"--password-stdin"),
+        (["-u", "alice"], b"secret", b"--password-stdin"),
+        (["-u", "alice", "--password-stdin"], b"", b"no password came"),
+        (["--password-stdin"], b"secret", b"--username"),
+        (["-u", "alice", "-p", "secret", "--password-stdin"], b"secret", b"no --password"),
+    ):
+        result = box.corral("login", *words, registry.host, stdin=stdin)
+        assert result.returncode == 2
+        assert why in result.stderr
+    given = box.corral("login", "-u", "alice", "-p", "secret", f"http://{registry.host}/v2/", check=True)
+    assert given.stdout == b"Login Succeeded\n"
+    assert b"others may see" in given.stderr
+    said(box, "push", "busybox", f"{registry.host}/a")
+    said(box, "tag", "busybox", f"{registry.host}/a")
+    assert said(box, "pull", f"{registry.host}/a").splitlines()[0] == "Using default tag: latest"
+    assert said(box, "logout", f"https://{registry.host}") == f"Removing login credentials for {registry.host}\n"
