@@ -8,13 +8,17 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from support.file_systems import FileSystems
 from support.images import Entry, image_config, layer, write_oci_archive
 from support.images_leaf import ImagesLeaf, images_leaf
 from support.overlay import mounted
 from support.requirements import needs
+from support.snapshotters import CASES, case_id, place_for
 
 from corral.api.images.v1 import images_pb2 as pb
 from corral.api.types.v1 import types_pb2
+from corral.images.snapshotter import TreeId
+from corral.images.trees import of_all
 from corral.rpc.errors import NotFound
 
 pytestmark = needs("root", "overlayfs")
@@ -59,6 +63,33 @@ async def test_nothing_is_found_in_a_leaf_that_is_in_use(leaf: ImagesLeaf, archi
     await leaf.prepare("step", image="x:1")
     await leaf.snapshots.Commit(pb.CommitSnapshotRequest(key="step", name="stage"))
     assert await check(leaf) == []
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+async def test_every_driver_is_checked(
+    case: tuple[str, str], archive: Path, tmp_path: Path, file_systems: FileSystems
+) -> None:
+    """In use nothing is found; a tree without a row is; and a lost layer is unpacked again, a lost tree made again."""
+    root = place_for(case, tmp_path, file_systems) / "images"
+    async with images_leaf(root, driver=case[0]) as leaf:
+        await leaf.load(archive)
+        for key in ("c", "step"):
+            await leaf.prepare(key, image="x:1")
+        await leaf.view("v", image="x:1")
+        await leaf.snapshots.Commit(pb.CommitSnapshotRequest(key="step", name="stage"))
+        made = await leaf.prepare("d", parent="stage")
+        assert await check(leaf) == []
+        driver = leaf.service._drivers.default
+        driver.stage(TreeId(9000))
+        assert await repaired(leaf) == [f"tree 9000 of {case[0]} belongs to no snapshot"]
+        for record in leaf.service._database.read_sync(of_all):
+            if record.key != "stage":
+                driver.remove(record.id)
+        lost = [line for line in await repaired(leaf) if line.endswith("has lost its tree")]
+        assert sum(line.startswith("layer") for line in lost) == 2
+        assert {"snapshot default/c has lost its tree", "snapshot default/d has lost its tree"} < set(lost)
+        with mounted(made.mounts, tmp_path / "m") as mount:
+            assert [(mount / f"f{i}").read_bytes() for i in range(2)] == [bytes([i]) * 5000 for i in range(2)]
 
 
 async def test_nothing_is_found_while_images_come_and_go(leaf: ImagesLeaf, archive: Path) -> None:

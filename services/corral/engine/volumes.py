@@ -135,8 +135,8 @@ def _check_options(options: Mapping[str, str]) -> None:
 
 
 def sweep(core: Core) -> None:
-    """Remove directories of volumes that no row describes: what a crash between row and directory left. Those that are
-    file systems of their own are mounted again, should there have been a reboot.
+    """Remove directories of volumes that no row describes, and make those that a row lacks: what a crash between row and
+    directory left. Those that are file systems of their own are mounted again, should there have been a reboot.
 
     Called at start-up, before any volume can be made.
     """
@@ -147,7 +147,7 @@ def sweep(core: Core) -> None:
         if (directory.parent.name, directory.name) not in known:
             bounded_volumes.remove(directory)
     for volume in volumes:
-        if volume.quota_bytes:
+        if volume.quota_bytes or not (core.volume_root(volume.namespace) / volume.name / "data").is_dir():
             try:
                 bounded_volumes.ready(core.volume_root(volume.namespace) / volume.name, volume.quota_bytes)
             except OSError as e:  # whoever wants to use it is told

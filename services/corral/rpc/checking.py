@@ -13,6 +13,8 @@ from corral.rpc.errors import CorralError
 
 # Pauses between the looks.
 PAUSES_S = (0.1, 0.4, 1.0)
+# A repair may bring to light what it hid, and that again.
+ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +34,27 @@ type Look = Callable[[], Awaitable[Sequence[Found]]]
 
 
 async def check(service: str, look: Look, *, repair: bool) -> types_pb2.CheckResponse:
-    """What stays wrong; with `repair` it is put right, in the order in which it was found, and looked at again."""
+    """What stays wrong; with `repair` it is put right, in the order in which it was found, and looked at again.
+
+    What comes to light only by a repair, since it was hidden by what was repaired, is repaired too.
+    """
     found = await settled(look)
     failures: dict[Found, str] = {}
-    if repair and found:
-        for one in found:
-            if one.repair is not None:
-                try:
+    left, tried = set(found), set[Found]()
+    for _ in range(ROUNDS if repair else 0):
+        new = [one for one in found if one not in tried]
+        if not new:
+            break
+        for one in new:
+            tried.add(one)
+            try:
+                if one.repair is not None:
                     await one.repair()
-                except (CorralError, OSError) as e:
-                    failures[one] = str(e)
-        left = set(await settled(look))
-    else:
-        left = set(found)
+            except (CorralError, OSError) as e:
+                failures[one] = str(e)
+        again = await settled(look)
+        left = set(again)
+        found += [one for one in again if one not in tried]
     return types_pb2.CheckResponse(
         findings=[_message(service, one, failures.get(one, ""), repaired=one not in left) for one in found]
     )
