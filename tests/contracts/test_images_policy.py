@@ -17,7 +17,7 @@ from support.requirements import needs
 
 from corral.api.images.v1 import images_pb2 as pb
 from corral.images.policy.rules import Kind, Rule
-from corral.rpc.errors import CorralError, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
+from corral.rpc.errors import CorralError, InvalidArgument, NotFound, PermissionDenied
 
 pytestmark = needs("root", "overlayfs", "docker-registry", "skopeo", "openssl")
 
@@ -330,9 +330,7 @@ async def test_a_payload_that_is_another_than_was_signed_is_not_believed(
     name = digest(payload(f"{faulty.host}/x", image))
     faulty.blobs[name] = faulty.blobs[name][:size] if size < 0 else faulty.blobs[name] + b" "
     async with guarded(tmp_path, CLOSED, Rule(faulty.host, keys=(ours.public,))) as leaf:
-        with pytest.raises(FailedPrecondition, match="something else"):
-            await leaf.pull(f"{faulty.host}/x:1")
-        assert await leaf.names() == []
+        await refused(leaf, f"{faulty.host}/x:1", "what its signature is for cannot be read: .* gave something else")
 
 
 async def test_where_the_policy_takes_nothing_the_registry_is_not_even_asked(
@@ -342,6 +340,35 @@ async def test_where_the_policy_takes_nothing_the_registry_is_not_even_asked(
     async with guarded(tmp_path, OPEN, Rule(faulty.host, Kind.REJECT)) as leaf:
         await refused(leaf, f"{faulty.host}/x:1", "it takes none")
     assert not faulty.seen
+
+
+async def test_a_registry_that_does_not_say_what_refers_to_an_image_is_not_waited_for(
+    tmp_path: Path, faulty: Faulty, ours: Key
+) -> None:
+    """Nor does an artifact that cannot be read stand before one that can."""
+    image = signed_in(faulty, "1", b"x", None)
+    size = len(faulty.manifests["1"][1])
+    broken = cosign.artifact([], subject={"mediaType": OCI_MANIFEST, "digest": image, "size": size})
+    one = Signed.by(ours, payload(f"{faulty.host}/x", image))
+    faulty.blobs |= {digest(one.payload): one.payload}
+    good = cosign.artifact([one.layer], subject={"mediaType": OCI_MANIFEST, "digest": image, "size": size})
+    entries = [{**described(OCI_MANIFEST, data), "artifactType": cosign.ARTIFACT} for data in (broken, good)]
+    page = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}).encode()
+    faulty.add(digest(good), OCI_MANIFEST, good)
+    faulty.manifests[digest(broken)] = (OCI_MANIFEST, b"[" * 1000)
+    answers = [(400, b""), (200, page)]
+
+    def on(handler: Handler, seen: Seen) -> bool:
+        if "/referrers/" in seen.path:
+            status, body = answers[0]
+            handler.answer(status, body, Content_Type=OCI_INDEX)
+        return "/referrers/" in seen.path
+
+    faulty.on = on
+    async with guarded(tmp_path, CLOSED, Rule(faulty.host, keys=(ours.public,))) as leaf:
+        await refused(leaf, f"{faulty.host}/x:1", "no signature under its tag, and what refers to it is not told")
+        del answers[0]
+        assert (await leaf.pull(f"{faulty.host}/x:1")).target.digest == image
 
 
 # Other ways in

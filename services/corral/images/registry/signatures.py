@@ -10,7 +10,8 @@ Source: cosign, specs/SIGNATURE_SPEC.md; distribution-spec 1.1 "Listing Referrer
 
 import base64
 import binascii
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from corral.images.digest import Digest, hex_of
@@ -23,7 +24,7 @@ from corral.images.policy.proofs import Proof
 from corral.images.registry.referrers import list_referrers
 from corral.images.registry.repository import Repository
 from corral.rpc.blocking import run_blocking
-from corral.rpc.errors import InvalidArgument, NotFound
+from corral.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 
 PAYLOAD_TYPE = "application/vnd.dev.cosign.simplesigning.v1+json"
 ANNOTATION = "dev.cosignproject.cosign/signature"
@@ -64,7 +65,7 @@ class Prover:
         self._repository = repository
         self._demand = demand
         self._findings = _Findings()
-        self._payloads: dict[Digest, bytes] = {}
+        self._payloads: dict[Digest, bytes | None] = {}  # None: cannot be had
 
     async def prove(self, images: Sequence[Descriptor]) -> Proof:
         """The proof that a key of the policy has signed one of the manifests for the repository's name.
@@ -72,18 +73,19 @@ class Prover:
         Raises PermissionDenied with the reason that it has not; NotFound, Unavailable and the like.
         """
         for image in images:
-            async for signatures in self._artifacts(image):
-                if (proof := await self._proof(image, signatures)) is not None:
-                    return proof
+            async with aclosing(self._artifacts(image)) as artifacts:
+                async for signatures in artifacts:
+                    if (proof := await self._proof(image, signatures)) is not None:
+                        return proof
         raise self._demand.refusal(self._repository.reference.familiar, images[0].digest, self._findings.best)
 
     # Where signatures are
 
-    async def _artifacts(self, image: Descriptor) -> AsyncIterator[Sequence[Signature]]:
+    async def _artifacts(self, image: Descriptor) -> AsyncGenerator[Sequence[Signature]]:
         """The signatures of one artifact after the other; the next one is not asked for before it is wanted."""
         if (signatures := await self._artifact(f"sha256-{hex_of(image.digest)}.sig")) is not None:
             yield signatures
-        referrers = await list_referrers(self._repository, image)
+        referrers = await self._referrers(image)
         if any(each.artifact_type.startswith(BUNDLE_TYPE) for each in referrers):
             self._findings.add(0, "it has a signature in sigstore's bundle form, which is not understood here")
         artifacts = [each for each in referrers if each.artifact_type in ARTIFACT_TYPES]
@@ -93,6 +95,13 @@ class Prover:
         if len(artifacts) > MAX_ARTIFACTS:
             self._findings.add(0, f"none of its first {MAX_ARTIFACTS} signatures is by a key of the policy")
 
+    async def _referrers(self, image: Descriptor) -> Sequence[Descriptor]:
+        try:
+            return await list_referrers(self._repository, image)
+        except (InvalidArgument, FailedPrecondition) as e:
+            self._findings.add(0, f"it has no signature under its tag, and what refers to it is not told: {e}")
+            return ()
+
     async def _artifact(self, name: str, expected: Descriptor | None = None) -> Sequence[Signature] | None:
         """None if there is none, or none that can be read."""
         try:
@@ -100,7 +109,7 @@ class Prover:
             return await run_blocking(lambda: list(_signatures(document.data)))
         except NotFound:
             return None
-        except InvalidArgument as e:
+        except (InvalidArgument, FailedPrecondition) as e:
             self._findings.add(0, f"its signatures cannot be read: {e}")
             return None
 
@@ -139,7 +148,11 @@ class Prover:
             if len(self._payloads) >= MAX_PAYLOADS:
                 self._findings.add(2, f"more than {MAX_PAYLOADS} payloads of its signatures would have to be read")
                 return None
-            self._payloads[payload.digest] = await self._repository.small_blob(payload, MAX_PAYLOAD_BYTES)
+            try:
+                self._payloads[payload.digest] = await self._repository.small_blob(payload, MAX_PAYLOAD_BYTES)
+            except (NotFound, FailedPrecondition) as e:
+                self._findings.add(2, f"what its signature is for cannot be read: {e}")
+                self._payloads[payload.digest] = None
         return self._payloads[payload.digest]
 
     async def _fitting(self, content: bytes, image: Descriptor) -> Payload | None:
