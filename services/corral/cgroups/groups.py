@@ -23,7 +23,7 @@ from corral.cgroups.watch import OomWatcher
 from corral.kernel.cgroup import DEFAULT_RULES, Cgroup, Driver, OomWatch, Resources, Stats
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, NotFound
-from corral.store import Database, Duplicate, failpoint
+from corral.store import JSON, Database, Duplicate, failpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +250,7 @@ class Groups:
                 return
             if watch := await self._watcher.take(key):
                 watch.close()
-            payload = {"oom_kills": record.oom_kills, "reason": "it was gone when it was looked for"}
+            payload: dict[str, JSON] = {"oom_kills": record.oom_kills, "reason": "it was gone when it was looked for"}
             await self._database.write(lambda transaction: store.delete(transaction, key, payload))
 
         await self._change(key, forget())

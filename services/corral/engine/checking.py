@@ -55,7 +55,8 @@ class Checker:
         found += await self._cgroups()
         if trees_known:
             found += await self._snapshots()
-        return found + await self._files.look()
+        found += await self._files.look()
+        return found
 
     def _records(self, *statuses: Status) -> list[ContainerRecord]:
         found = self._core.database.read_sync(lambda view: store.containers_in(view, statuses))

@@ -135,8 +135,8 @@ def _check_options(options: Mapping[str, str]) -> None:
 
 
 def sweep(core: Core) -> None:
-    """Remove directories of volumes that no row describes, and make those that a row lacks: what a crash between row and
-    directory left. Those that are file systems of their own are mounted again, should there have been a reboot.
+    """Remove directories of volumes that no row describes, and make those that a row lacks: what a crash between row
+    and directory left. Those that are file systems of their own are mounted again, should there have been a reboot.
 
     Called at start-up, before any volume can be made.
     """

@@ -106,8 +106,8 @@ class Accounts:
             async with limit:
                 return TreeUsage(record, await run_blocking(self._measure, record))
 
-        partials, *measured_trees = await asyncio.gather(
-            run_blocking(self._partials_usage), *(measured(record) for record in rows.trees)
+        partials, measured_trees = await asyncio.gather(
+            run_blocking(self._partials_usage), asyncio.gather(*(measured(record) for record in rows.trees))
         )
         return DiskUsage(
             rows.images,

@@ -193,15 +193,13 @@ def note_use(transaction: Transaction, namespace: str, image_id: str) -> None:
 
 def remove(transaction: Transaction, records: Sequence[ImageRecord], *, reason: str = "") -> None:
     """reason: why, if nobody asked for it."""
-    why = {"reason": reason} if reason else {}
     for record in records:
+        facts = {"id": str(record.image_id)} | ({"reason": reason} if reason else {})
         transaction.execute(
             "DELETE FROM images WHERE namespace = ? AND name = ? AND image_id = ?",
             (record.namespace, record.name, record.image_id),
         )
-        transaction.journal(
-            "image.removed", record.name or record.image_id, {"id": record.image_id} | why, namespace=record.namespace
-        )
+        transaction.journal("image.removed", record.name or record.image_id, facts, namespace=record.namespace)
 
 
 def now_ns() -> int:

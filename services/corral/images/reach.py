@@ -63,7 +63,11 @@ def delete_layers(transaction: Transaction, *, driver: str, pinned: Iterable[str
 
 def blobs_beyond(snapshot: Snapshot, *, now_ns: int, pinned: Iterable[str], going: Iterable[int] = ()) -> Total:
     """The blobs that delete_blobs() would take, were the images `going` not there."""
-    parameters = {"now": now_ns, "pinned": json.dumps(list(pinned)), "going": json.dumps(list(going))}
+    parameters: dict[str, int | str] = {
+        "now": now_ns,
+        "pinned": json.dumps(list(pinned)),
+        "going": json.dumps(list(going)),
+    }
     return _total(snapshot.execute(_SUM_BLOBS, parameters))
 
 
