@@ -77,8 +77,8 @@ class Recovery:
         await self.compare_tasks()
         await self._compare_frozen()
         await self._sweep()
-        for record in self._records(Status.EXITED):  # a --rm container whose end we did not live to act on
-            self._core.on_exit(record)
+        for record in self._records(Status.EXITED):
+            self._core.on_found_ended(record)
 
     async def after_outage(self, origin: str) -> None:
         """A leaf was away and its journal is merged again: ask it what no event told. Raises Unavailable."""

@@ -24,6 +24,7 @@ from corral.engine.merge import Merger, write_merged_event
 from corral.engine.records import ContainerRecord
 from corral.engine.recovery import Recovery
 from corral.engine.removal import Removal
+from corral.engine.restarts import Restarts
 from corral.engine.sizes import Sizes
 from corral.engine.streams import Streams, register
 from corral.engine.system import System
@@ -77,12 +78,16 @@ class EngineService:
         core = self._core = Core(config, database, leaves, host_facts(), Trash(config.root / "trash"))
         removal = Removal(core)
         task_making = TaskMaking(core)
+        lifecycle = Lifecycle(core, task_making)
+        restarts = Restarts(core, lifecycle)
+        core.on_exit = lambda record: _act_on_exit(core, removal, restarts, record)
+        core.on_found_ended = lambda record: _act_on_exit(core, removal, restarts, record, at_boot=True)
         views = Views(core)
         self._containers.serve(
             core,
             views,
             Creation(core, task_making, removal),
-            Lifecycle(core, task_making),
+            lifecycle,
             removal,
             Updates(core),
         )
@@ -114,9 +119,13 @@ def _version() -> str:
         return "0"
 
 
-def _act_on_exit(core: Core, removal: Removal, record: ContainerRecord) -> None:
+def _act_on_exit(
+    core: Core, removal: Removal, restarts: Restarts, record: ContainerRecord, *, at_boot: bool = False
+) -> None:
     if record.config.auto_remove and (record.namespace, record.id) not in core.restarting:
         removal.remove_when_read(record)
+    else:
+        restarts.on_exit(record, at_boot=at_boot)
 
 
 class ContainersServicer(engine_pb2_grpc.ContainersServicer):
