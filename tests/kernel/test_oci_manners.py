@@ -89,6 +89,36 @@ def test_events_have_the_kernels_own_counters_of_memory_and_swap_with_memory(oci
     assert memory["swap"]["usage"] >= memory["usage"]["usage"] > 0
 
 
+def test_exec_as_another_uid_keeps_the_groups_and_a_name_brings_its_own(oci: Runtime) -> None:
+    (oci.bundle / "rootfs/etc").mkdir(exist_ok=True)
+    (oci.bundle / "rootfs/etc/passwd").write_text("bob:x:1000:1001::/home/bob:/bin/sh\n")
+    name = oci.new_id()
+    oci.write("sleep 1000", user={"uid": 3, "gid": 7, "additionalGids": [8, 9]})
+    oci.detached("run", "--detach", name)
+    ids = "id -u; id -g; id -G"
+    assert oci.ok("exec", "--user", "5", name, "sh", "-c", ids).split() == ["5", "7", "7", "8", "9"]
+    assert oci.ok("exec", "--user", "5:6", name, "sh", "-c", ids).split() == ["5", "6", "6", "8", "9"]
+    assert oci.ok("exec", "--user", "bob", name, "sh", "-c", ids).split()[:2] == ["1000", "1001"]
+    refused(oci.call("exec", "--user", "4294967296", name, "id"), "process.user.uid", code=255)
+    refused(oci.call("exec", "--user", "0x0", name, "id"), "unable to find user 0x0", code=255)
+
+
+@pytest.mark.parametrize("text", ["{bad", "[]", "7", "{}", '"text"', ""])
+def test_a_record_that_cant_be_read_is_named_and_hides_no_other_container(oci: Runtime, text: str) -> None:
+    name = oci.sleeping()
+    (oci.root / "broken").mkdir()
+    (oci.root / "broken/state.json").write_text(text)
+    (oci.root / "empty").mkdir()
+    (oci.root / "file").touch()
+    for words in (["list", "--quiet"], ["list", "--format", "json"], ["list"]):
+        listed = oci.call(*words)
+        assert (listed.returncode, name in listed.stdout) == (0, True)
+        assert "broken/state.json" in listed.stderr
+    for words in (["state"], ["kill"], ["delete"], ["delete", "--force"], ["pause"]):
+        refused(oci.call(*words, "broken"), f"{oci.root}/broken/state.json")
+    assert (oci.root / "broken/state.json").exists()
+
+
 def test_a_process_document_that_is_wrong_is_told_by_what_is_wrong(oci: Runtime) -> None:
     name, document = oci.sleeping(), oci.directory / "process.json"
     for text, words in {

@@ -80,7 +80,7 @@ def _run(
 
         units.come_near(record)
     paths = _within(group.directories if group is not None else (), options.texts("cgroup"))
-    user = None if options.has("process") else options.text("user") or None
+    user = None if options.has("process") else _looked_up(options.text("user"))
     asked = any(options.texts("cgroup"))
     return container.exec(
         wanted, user=user, stdio=handover.own_stdio(wanted, kept), cgroup_paths=paths, exact_cgroup=asked
@@ -130,8 +130,15 @@ def _process(spec: Spec, options: Options, words: list[str]) -> Process:
     if options.has("additional-gids"):
         groups = (*process.user.additional_gids, *map(_group, options.texts("additional-gids")))
         process = replace(process, user=replace(process.user, additional_gids=groups))
+    if (number := options.text("user")) and _looked_up(number) is None:
+        process = replace(process, user=replace(process.user, uid=int(number)))
     _check(process)
     return process
+
+
+def _looked_up(user: str) -> str | None:
+    """What to look up in the container. A uid alone is none: the groups stay what they are, as with runc."""
+    return None if not user or (user.isascii() and user.isdigit()) else user
 
 
 def _check(process: Process) -> None:

@@ -78,6 +78,8 @@ def _remove(context: Context, container_id: str, *, force: bool) -> None:
         with state.opened(context.root, container_id, patience_s=_DIE_S if force else state.PROBE_S) as place:
             try:
                 record = place.record()
+            except state.Unreadable:
+                raise  # what it says nothing of may still run
             except CommandError:
                 if not force:
                     raise

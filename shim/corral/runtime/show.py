@@ -32,6 +32,8 @@ def print_list(context: Context, options: Options, _arguments: list[str]) -> int
             with state.opened(context.root, container_id, lock=None) as place:
                 record = place.record()
                 rows.append(record.state(life.status_of(place, record)) | {"owner": _name(record.owner)})
+        except state.Unreadable as e:
+            context.log.warning(str(e))
         except CommandError:
             continue  # it went meanwhile, or is only just being made
     if options.on("quiet"):

@@ -35,6 +35,10 @@ PROBE_S = 0.1
 """Longer than anybody takes to look whether a container is locked."""
 
 
+class Unreadable(CommandError):
+    """There is a record, but not one of ours: nobody can tell what is to be done about its container."""
+
+
 class Status(Enum):
     """Where a container is in its life. What is legal where is in corral.runtime.life.
 
@@ -219,8 +223,12 @@ class Place:
             value = self._read(STATE)
         except FileNotFoundError:
             raise not_there(self.id) from None
-        assert isinstance(value, dict)
-        return Record(**{name: value[name] for name in Record.__slots__ if name in value})
+        except ValueError as e:
+            raise Unreadable(f"the state of container {self.id!r} can't be read: {self.path}/{STATE}: {e}") from None
+        try:
+            return Record(**{name: value[name] for name in Record.__slots__ if name in value})  # type: ignore[index, operator]
+        except TypeError:
+            raise Unreadable(f"the state of container {self.id!r} can't be read: {self.path}/{STATE} is none") from None
 
     def spec(self) -> "Spec":
         """What the container was made from."""
