@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.faulty import OCI_MANIFEST, Faulty, Handler, Seen, faulty_registry, manifest_of
 from support.faulty_images import big, small, until
-from support.images import Entry, digest, image_config, layer
+from support.images import Entry, digest, image_config, layer, write_oci_archive
 from support.images_leaf import ImagesLeaf, images_leaf
 from support.requirements import needs
 
@@ -189,6 +189,30 @@ async def test_a_blob_that_is_here_is_as_long_as_its_manifest_says(leaf: ImagesL
     with pytest.raises(InvalidArgument, match=f"blob {digest(made)} has {len(made)} bytes, not {len(made) + 1}") as e:
         await leaf.pull(f"{faulty.host}/x:2")
     assert e.value.reason == "SIZE_MISMATCH"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_config_that_tells_of_anothers_layers_does_not_give_them(
+    leaf: ImagesLeaf, tmp_path: Path, when: str
+) -> None:
+    """Neither if they are here when it comes, nor if they come to be here later."""
+    secret, junk = [layer([Entry("secret", b"x")])], [layer([Entry("junk", b"y")])]
+    config = image_config(secret)
+    theirs = write_oci_archive(tmp_path / "theirs.tar", "x:1", secret, config)
+    mine = write_oci_archive(tmp_path / "mine.tar", "x:1", junk, config)
+
+    async def bring_theirs() -> None:
+        await leaf.load(theirs, no_unpack=True)
+        await leaf.prepare("c", image="x:1")
+
+    if when == "before":
+        await bring_theirs()
+    with in_namespace("evil"):
+        await leaf.load(mine, no_unpack=True)
+    if when == "after":
+        await bring_theirs()
+    with in_namespace("evil"), pytest.raises(InvalidArgument, match=f"the image's config says {digest(secret[0])}"):
+        await leaf.prepare("d", image="x:1")
 
 
 def test_what_namespaces_have_is_kept_when_an_older_database_is_opened(tmp_path: Path) -> None:

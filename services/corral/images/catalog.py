@@ -180,8 +180,9 @@ def _take_name(transaction: Transaction, record: ImageRecord) -> None:
         transaction.execute("DELETE FROM images WHERE row = ?", (old["row"],))
 
 
-def set_unpacked(transaction: Transaction, image_id: str, chain_id: str) -> None:
-    transaction.execute("UPDATE images SET chain_id = ? WHERE image_id = ?", (chain_id, image_id))
+def set_unpacked(transaction: Transaction, record: ImageRecord, chain_id: str) -> None:
+    """Of all with the same manifest. One with the same config alone may have other blobs, which were not proven."""
+    transaction.execute("UPDATE images SET chain_id = ? WHERE manifest_digest = ?", (chain_id, record.manifest.digest))
 
 
 def note_use(transaction: Transaction, namespace: str, image_id: str) -> None:

@@ -126,7 +126,7 @@ class Images:
     async def _commit(self, record: ImageRecord, details: Details, staged: list[Staged]) -> None:
         def write(transaction: Transaction) -> None:
             self._unpacker.insert(transaction, details, new)
-            catalog.set_unpacked(transaction, record.image_id, details.chain_id)
+            catalog.set_unpacked(transaction, record, details.chain_id)
             facts = {"chain_id": details.chain_id}
             transaction.journal("image.unpacked", record.image_id, facts, namespace=record.namespace)
 

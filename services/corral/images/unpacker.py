@@ -140,7 +140,7 @@ class Unpacker:
         for i, (chain_id, diff_id, descriptor) in enumerate(details.layers):
             blob = partial(blob_path, descriptor.digest)
             if chain_id in here:
-                if not self._is_proven(descriptor.digest, diff_id):
+                if not self._database.read_sync(partial(_unpacks_to, blob=descriptor.digest, diff_id=diff_id)):
                     jobs.append(partial(self._measure, blob, diff_id))
             else:
                 layer = await self._stage(chain_id)
@@ -152,13 +152,6 @@ class Unpacker:
         await self._build(details, here, staged)
         await run_blocking(self.sync, staged)
         failpoint("images.unpack.after_sync")
-
-    def _is_proven(self, blob: Digest, diff_id: Digest) -> bool:
-        """Whether the blob is known to unpack to that: being it, or from an earlier time."""
-        if blob == diff_id:
-            return True
-        row = self._database.read_sync(lambda s: s.one("SELECT diff_id FROM diff_ids WHERE digest = ?", (blob,)))
-        return row is not None and row[0] == diff_id
 
     async def _measure(self, blob: Blob, diff_id: Digest) -> None:
         """That the layer is here does not make what came with this image the same."""
@@ -228,9 +221,10 @@ class Unpacker:
             self._driver.remove(tree)
 
     def chain_id_if_here(self, snapshot: Snapshot, details: Details) -> str:
-        """The image's chain id if all its layers are committed; else empty."""
+        """The image's chain id if all its layers are committed, and its own blobs are known to be those; else empty."""
         here = details.chain and trees.layer(snapshot, details.chain_id, self._driver.name) is not None
-        return details.chain_id if here else ""
+        proven = all(_unpacks_to(snapshot, blob.digest, diff_id) for _, diff_id, blob in details.layers)
+        return details.chain_id if here and proven else ""
 
     def place(self, layers: Sequence[Staged]) -> None:
         """Move staged trees to where layers are. Blocking; their rows follow at once."""
@@ -265,6 +259,14 @@ class Unpacker:
                 )
                 trees.insert(transaction, record)
             parent = record
+
+
+def _unpacks_to(snapshot: Snapshot, blob: Digest, diff_id: Digest) -> bool:
+    """Whether the blob is known to unpack to that: being it, or from an earlier time."""
+    if blob == diff_id:
+        return True
+    row = snapshot.one("SELECT diff_id FROM diff_ids WHERE digest = ?", (blob,))
+    return row is not None and row[0] == diff_id
 
 
 async def ready(path: Path) -> Path:
