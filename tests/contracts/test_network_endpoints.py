@@ -371,12 +371,8 @@ async def test_endpoints_are_listed_by_network_and_namespace(net: Calls) -> None
 
 async def test_what_is_not_there_yet_says_so(net: Calls) -> None:
     await net.attach("a")
-    with pytest.raises(Unimplemented, match="ports"):
-        await net.attach("b", ports=[pb.PortMapping(container_port=80)])
-    with pytest.raises(Unimplemented, match="ports"):
-        await net.endpoints.Publish(pb.PublishRequest(endpoint_id="a"))
-    with pytest.raises(Unimplemented, match="ports"):
-        await net.endpoints.Unpublish(pb.UnpublishRequest(endpoint_id="a"))
+    with pytest.raises(Unimplemented, match="network"):
+        await net.endpoints.Connect(pb.ConnectRequest(endpoint_id="a"))
 
 
 async def test_endpoints_hang_on_the_default_bridge(lab: Lab, net: Calls) -> None:

@@ -43,6 +43,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--network", "--net", "network"), "bridge, host, none, container:ID or a network's name", {"default": ""}),
     (("--ip",), "Fixed address in the network", {"default": ""}),
     (("-p", "--publish", "ports"), "Publish a port, [IP:][HOST:]CONTAINER[/udp]", _MANY),
+    (("-P", "--publish-all"), "Publish every port that the image exposes", {"is_flag": True}),
     (("--dns",), "Name server", _MANY),
     (("--dns-search",), "Search domain", _MANY),
     (("--dns-option", "dns_options"), "Resolver option", _MANY),

@@ -78,6 +78,7 @@ class ContainerOptions(TypedDict, total=False):
     network: str
     ip: str
     ports: Sequence[str]  # "[ip:][host:]container[/protocol]"
+    publish_all: bool  # those that the image exposes
     dns: Sequence[str]
     dns_search: Sequence[str]
     dns_options: Sequence[str]
@@ -425,6 +426,7 @@ def _resources(o: ContainerOptions | UpdateOptions) -> types_pb2.Resources | Non
 def _network(o: ContainerOptions) -> pb.NetworkConfig | None:
     network = pb.NetworkConfig(
         mode=o.get("network", ""),
+        publish_all=o.get("publish_all", False),
         ports=[mapping for p in o.get("ports", ()) for mapping in port(p)],
         extra_hosts=[_host_entry(h) for h in o.get("extra_hosts", ())],
     )

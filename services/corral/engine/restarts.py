@@ -60,16 +60,17 @@ class Restarts:
         self._lifecycle = lifecycle
         self._pauses_s: dict[Key, float] = {}
 
-    def on_exit(self, record: ContainerRecord, *, at_boot: bool = False) -> None:
-        """A container has ended, or was found so."""
+    def on_exit(self, record: ContainerRecord, *, at_boot: bool = False) -> bool:
+        """A container has ended, or was found so. Whether it is about to run again."""
         key = (record.namespace, record.id)
         if key in self._core.restarting or not is_wanted(record, at_boot=at_boot):
             self._pauses_s.pop(key, None)
-            return
+            return key in self._core.restarting
         self._core.forget_backoff(key)
         pause_s = self._pauses_s[key] = next_pause_s(self._pauses_s.get(key, 0.0), record)
         log.info("container.restarts", container=record.id, pause_s=pause_s, restart_count=record.restart_count)
         self._core.backoffs[key] = self._core.background.spawn_endless(self._restart(record, pause_s, at_boot=at_boot))
+        return True
 
     async def _restart(self, record: ContainerRecord, pause_s: float, *, at_boot: bool) -> None:
         await asyncio.sleep(pause_s)

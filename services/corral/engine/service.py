@@ -21,6 +21,7 @@ from corral.engine.execs import Execs
 from corral.engine.leaves import Leaves
 from corral.engine.lifecycle import Lifecycle
 from corral.engine.merge import Merger, write_merged_event
+from corral.engine.ports import Ports
 from corral.engine.records import ContainerRecord
 from corral.engine.recovery import Recovery
 from corral.engine.removal import Removal
@@ -80,8 +81,16 @@ class EngineService:
         task_making = TaskMaking(core)
         lifecycle = Lifecycle(core, task_making)
         restarts = Restarts(core, lifecycle)
-        core.on_exit = lambda record: _act_on_exit(core, removal, restarts, record)
-        core.on_found_ended = lambda record: _act_on_exit(core, removal, restarts, record, at_boot=True)
+        ports = Ports(core)
+
+        def act_on_exit(record: ContainerRecord, *, at_boot: bool = False) -> None:
+            if record.config.auto_remove and (record.namespace, record.id) not in core.restarting:
+                removal.remove_when_read(record)
+            elif not restarts.on_exit(record, at_boot=at_boot):
+                ports.on_exit(record)
+
+        core.on_exit = act_on_exit
+        core.on_found_ended = lambda record: act_on_exit(record, at_boot=True)
         views = Views(core)
         self._containers.serve(
             core,
@@ -117,15 +126,6 @@ def _version() -> str:
         return version("corral")
     except PackageNotFoundError:
         return "0"
-
-
-def _act_on_exit(
-    core: Core, removal: Removal, restarts: Restarts, record: ContainerRecord, *, at_boot: bool = False
-) -> None:
-    if record.config.auto_remove and (record.namespace, record.id) not in core.restarting:
-        removal.remove_when_read(record)
-    else:
-        restarts.on_exit(record, at_boot=at_boot)
 
 
 class ContainersServicer(engine_pb2_grpc.ContainersServicer):

@@ -55,6 +55,8 @@ class Views:
         container = record.to_wire()
         if record.status is Status.EXITED and (record.namespace, record.id) in self._core.backoffs:
             container.status = Status.RESTARTING.wire
+        elif record.status is Status.EXITED:
+            del container.endpoint.ports[:]  # others may have them now
         return container
 
     async def _tasks(self) -> Mapping[str, Task]:

@@ -29,10 +29,12 @@ from corral.network.model import (
     EndpointState,
     Mode,
     Network,
+    Port,
     Request,
 )
 from corral.network.networks import Networks
 from corral.network.pool import NetnsPool, is_pinned
+from corral.network.publishing import Publishing, meant, missing
 from corral.network.reaper import Reaper
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
@@ -56,6 +58,7 @@ class Endpoints:
         pool: NetnsPool,
         files: FileStore,
         held: Allocations,
+        publishing: Publishing,
         *,
         boot_id: str,
         host_prefix: str,
@@ -66,6 +69,7 @@ class Endpoints:
         self._networks = networks
         self._pool = pool
         self._allocations = held
+        self._publishing = publishing
         self._boot_id = boot_id
         self._host_prefix = host_prefix
         self._reaper = Reaper(thread)
@@ -89,12 +93,13 @@ class Endpoints:
     async def _attach(self, key: EndpointKey, request: Request) -> Endpoint:
         existing = self.find(key)
         if existing is not None and self.stands(existing):
-            if existing.request == request:
-                return existing
+            if _alike(existing.request, request):
+                lacking = missing(existing, request.ports)
+                return await self._publishing.publish(existing, lacking) if lacking else existing
             raise AlreadyExists(
                 f"endpoint {key.id!r} is attached already, in another way: detach it first", reason="ENDPOINT_EXISTS"
             )
-        if existing is not None and existing.request != request:
+        if existing is not None and not _alike(existing.request, request):
             await self._detach(existing)
             existing = None
         if existing is not None:
@@ -139,8 +144,10 @@ class Endpoints:
         wanted = await self._wanted(key.namespace, request.attachments)
         netns = await self._take_namespace()
         try:
-            endpoint = await self._record(key, request, netns, wanted, existing)
+            ports = await self._publishing.hold(key, request.ports)
+            endpoint = await self._record(key, request, netns, wanted, existing, ports)
         except BaseException:
+            self._publishing.release(key)
             self._pool.give_back(netns)
             raise
         try:
@@ -165,7 +172,13 @@ class Endpoints:
         return wanted
 
     async def _record(
-        self, key: EndpointKey, request: Request, netns: str, wanted: Wanted, existing: Endpoint | None
+        self,
+        key: EndpointKey,
+        request: Request,
+        netns: str,
+        wanted: Wanted,
+        existing: Endpoint | None,
+        ports: Sequence[Port],
     ) -> Endpoint:
         """Write the intent. An existing endpoint, of an earlier boot, keeps its addresses."""
         new = self._new(key, request, netns, EndpointState.ATTACHING)
@@ -173,9 +186,11 @@ class Endpoints:
         def write(transaction: Transaction) -> Endpoint:
             if existing is not None:
                 store.update_endpoint(transaction, new)
+                store.delete_ports(transaction, key, existing.ports)
             else:
                 store.insert_endpoint(transaction, new)
                 planning.insert_interfaces(transaction, new, wanted, self._allocations, self._host_prefix)
+            store.insert_ports(transaction, key, ports)
             found = store.endpoint(transaction, key)
             assert found is not None
             return found
@@ -203,6 +218,8 @@ class Endpoints:
             failpoint("network.attach.after_plug")
         self._make_inside(endpoint)  # sysctls find the interfaces there, and not yet up
         netlink.configure_inside(path, plans)
+        if endpoint.ports:
+            self._publishing.open(netlink, endpoint, endpoint.ports)
 
     def _make_inside(self, endpoint: Endpoint) -> None:
         if endpoint.mode.has_own_namespace:
@@ -212,10 +229,33 @@ class Endpoints:
             self.files.write(endpoint.key, files, ready=endpoint.netns)
 
     def _unmake(self, netlink: "Netlink", endpoint: Endpoint) -> None:
+        if endpoint.ports:
+            self._publishing.shut(endpoint, endpoint.ports)
         for interface in endpoint.interfaces:
             netlink.unplug(interface.host_name)
         failpoint("network.detach.after_unplug")
         self._pool.discard(endpoint.netns)
+
+    # Ports of those that stand
+
+    async def publish(self, key: EndpointKey, ports: Sequence[Port]) -> Endpoint:
+        """Publish more ports; those that are published stay. Raises NotFound, AlreadyExists, InvalidArgument."""
+
+        async def work() -> Endpoint:
+            endpoint = self.get(key)
+            lacking = missing(endpoint, ports)
+            return await self._publishing.publish(endpoint, lacking) if lacking else endpoint
+
+        return await self._alone(key, work)
+
+    async def unpublish(self, key: EndpointKey, ports: Sequence[Port]) -> Endpoint:
+        """Withdraw ports, or all if none is named; no error for what is not published. Raises NotFound."""
+
+        async def work() -> Endpoint:
+            endpoint = self.get(key)
+            return await self._publishing.withdraw(endpoint, meant(endpoint, ports))
+
+        return await self._alone(key, work)
 
     # Detaching
 
@@ -345,6 +385,15 @@ class Endpoints:
             await asyncio.wait(tuple(self._running))
         await self._reaper.close()
         await self.files.trash.close()
+
+
+def _alike(one: Request, other: Request) -> bool:
+    """Whether they ask for the same, whatever ports of the host were chosen for either."""
+    return one == other or _with_any_host_ports(one) == _with_any_host_ports(other)
+
+
+def _with_any_host_ports(request: Request) -> Request:
+    return replace(request, ports=tuple(replace(port, host_port=0) for port in request.ports))
 
 
 def _insert_ready(transaction: Transaction, endpoint: Endpoint, existing: Endpoint | None) -> Endpoint:

@@ -1,21 +1,24 @@
 """Our nftables table in the kernel: the shell around corral.network.rules."""
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from corral.kernel.nftables import Nftables, NftablesError
 from corral.network import rules
-from corral.network.model import Network
+from corral.network.model import Forward, Network
 
 IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
+ROUTE_LOCALNET = Path("/proc/sys/net/ipv4/conf")
 IP6_FORWARD = Path("/proc/sys/net/ipv6/conf/all/forwarding")
 
 
 class Firewall:
     """One table. For the netlink thread only: libnftables works in the namespace of the thread that opened it."""
 
-    def __init__(self, table: str) -> None:
+    def __init__(self, table: str, ports: Callable[[], Sequence[Forward]] = tuple) -> None:
+        """ports: all that are published, for when the table is built anew."""
+        self._ports = ports
         self.table = self._table = table
         self._nftables: Nftables | None = None
         self._known = False  # whether the table is what this process made it
@@ -32,7 +35,7 @@ class Firewall:
 
     def rebuild(self, networks: Sequence[Network]) -> None:
         """Replace the table by what these networks need; no network, no table."""
-        self._run(rules.table(self._table, networks) if networks else rules.remove_table(self._table))
+        self._run(rules.table(self._table, networks, self._ports()) if networks else rules.remove_table(self._table))
         self._known = bool(networks)
 
     def add(self, network: Network, others: Sequence[Network]) -> None:
@@ -54,6 +57,18 @@ class Firewall:
             if e.errno != errno.ENOENT:
                 raise
 
+    def publish(self, ports: Sequence[Forward]) -> None:
+        """Let ports lead to containers whose networks stand."""
+        self._run(rules.add_ports(self._table, ports))
+
+    def withdraw(self, ports: Sequence[Forward]) -> None:
+        """Let them lead nowhere; no error where the table is missing."""
+        try:
+            self._run(rules.remove_ports(self._table, ports))
+        except NftablesError as e:
+            if e.errno != errno.ENOENT:
+                raise
+
     def close(self) -> None:
         nftables, self._nftables = self._nftables, None
         if nftables is not None:
@@ -63,6 +78,14 @@ class Firewall:
         if self._nftables is None:
             self._nftables = Nftables()
         self._nftables.run(commands)
+
+
+def route_loopback_to(bridge: str) -> None:
+    """Let packets from the host's loopback addresses leave by a bridge; the table drops what would come in for them.
+
+    Source: ip-sysctl.rst, "route_localnet".
+    """
+    (ROUTE_LOCALNET / bridge / "route_localnet").write_text("1")
 
 
 def switch_on_forwarding(*, ipv6: bool) -> bool:

@@ -6,7 +6,7 @@ import os
 
 import structlog
 
-from corral.network import recovery, subnets
+from corral.network import publishing, recovery, subnets
 from corral.network.allocations import Allocations
 from corral.network.bridge import BridgeDriver
 from corral.network.checking import Checker
@@ -17,6 +17,7 @@ from corral.network.firewall import Firewall
 from corral.network.links import NetlinkThread
 from corral.network.networks import Networks
 from corral.network.pool import NetnsPool
+from corral.network.publishing import Publishing
 from corral.network.store import MIGRATIONS
 from corral.rpc.blocking import run_blocking
 from corral.store import Database
@@ -47,7 +48,9 @@ class Leaf:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.db = Database(config.root / "network.db", MIGRATIONS, durable=False, on_loop=True)
         self._thread = NetlinkThread()
-        self._firewall = Firewall(config.nft_table)
+        boot_id = recovery.boot_id()
+        self._firewall = Firewall(config.nft_table, lambda: publishing.all_forwards(self.db, boot_id))
+        self._publishing = Publishing(self.db, self._thread, self._firewall)
         files = FileStore(config.root / "endpoints")
         self._pool = NetnsPool(netns, config.netns_pool_size, files)
         driver, held, prefix = BridgeDriver(self._firewall), Allocations(), host_prefix(config)
@@ -60,10 +63,11 @@ class Leaf:
             self._pool,
             files,
             held,
-            boot_id=recovery.boot_id(),
+            self._publishing,
+            boot_id=boot_id,
             host_prefix=prefix,
         )
-        self._reconciler = recovery.Reconciler(self.db, self.networks, driver, self._firewall, prefix)
+        self._reconciler = recovery.Reconciler(self.db, self.networks, driver, self._firewall, self._publishing, prefix)
         self.checker = Checker(
             self.db,
             self._thread,
@@ -98,6 +102,7 @@ class Leaf:
     def _close(self) -> None:
         self._pool.close()
         self._thread.close()
+        self._publishing.close()
         self._firewall.close()
         self.db.close()
 

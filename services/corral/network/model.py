@@ -103,6 +103,39 @@ class Dns:
     options: tuple[str, ...] = ()
 
 
+ANY_HOST_IPS = ("", "0.0.0.0", "::")
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A port of the host that leads to one of the container."""
+
+    protocol: str
+    container_port: int
+    host_port: int = 0  # 0: one is to be chosen
+    host_ip: str = ""  # "": all addresses of the host
+
+    @property
+    def version(self) -> int | None:
+        """The IP version that it is published for; None: both."""
+        return None if not self.host_ip else 6 if ":" in self.host_ip else 4
+
+    def __str__(self) -> str:
+        host = f"[{self.host_ip}]" if ":" in self.host_ip else self.host_ip
+        return f"{host}{':' * bool(host)}{self.host_port}/{self.protocol}"
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Where a published port leads, for one IP version."""
+
+    protocol: str
+    host_ip: str
+    host_port: int
+    address: Address
+    container_port: int
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What Attach was asked for; two equal ones are one call made twice."""
@@ -117,6 +150,7 @@ class Request:
     extra_hosts: tuple[tuple[str, str], ...] = ()
     sysctls: tuple[tuple[str, str], ...] = ()
     labels: tuple[tuple[str, str], ...] = ()
+    ports: tuple[Port, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +183,8 @@ class Endpoint:
     created_ns: int
     # Id of the endpoint, in the same namespace, whose namespace and files it shares; empty: its own.
     owner: str = ""
+    # Those that are published now.
+    ports: tuple[Port, ...] = ()
 
     @property
     def mode(self) -> Mode:

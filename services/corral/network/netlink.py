@@ -158,6 +158,14 @@ class Netlink:
         what = f"put {host_name} on {bridge}"
         self._requests.ask(rtnetlink.set_link(index_of(host_name), up=True, master=index_of(bridge), what=what))
 
+    def reflect(self, host_name: str) -> None:
+        """Let the bridge send frames back to the interface that sent them. No error if it has gone.
+
+        With br_netfilter, a packet to a port of the host that leads back to its sender is turned round in the bridge.
+        """
+        with _missing_is_fine():
+            self._requests.ask(rtnetlink.reflect(index_of(host_name), f"let {host_name} have its frames back"))
+
     @staticmethod
     def configure_inside(netns: Path, plans: Sequence[InterfacePlan]) -> None:
         """Configure the inner ends of plugged pairs, inside their namespace. Raises OSError."""

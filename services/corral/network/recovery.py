@@ -28,6 +28,7 @@ from corral.network.firewall import Firewall
 from corral.network.model import Endpoint, EndpointState, Network, NetworkState
 from corral.network.networks import Networks
 from corral.network.pool import NetnsPool
+from corral.network.publishing import Publishing
 from corral.store import Database, Transaction
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def sweep(db: Database, pool: NetnsPool, files: FileStore) -> None:
     stale_files = files.sweep({endpoint.key for endpoint in ready})
     if half:
         db.write_sync(lambda transaction: _delete_rows(transaction, half))
+    if any(endpoint.ports for endpoint in ready):
+        db.write_sync(lambda transaction: store.forget_ports_of_other_boots(transaction, boot_id()))
     if half or namespaces or stale_files:
         log.info("network.swept", endpoints=len(half), namespaces=len(namespaces), files=len(stale_files))
 
@@ -69,6 +72,7 @@ class Reconciler:
     networks: Networks
     driver: BridgeDriver
     firewall: Firewall
+    publishing: Publishing
     host_prefix: str
 
     def needed(self) -> bool:
@@ -85,6 +89,7 @@ class Reconciler:
             except OSError as e:
                 log.warning("network.not_reconciled", network=network.name, error=str(e))
         self._reconcile_links(netlink, {network.bridge for network in found})
+        self.publishing.restore(netlink, self.db.read_sync(store.endpoints))
 
     def reconcile(self, netlink: "Netlink", network: Network) -> None:
         """Make one network whole, or finish its removal. Raises OSError."""

@@ -26,8 +26,9 @@ _ERROR = 2
 _ACK_TLVS = 0x200  # in an answer's flags
 _MESSAGE_ATTRIBUTE = 1
 
-_NEWLINK, _DELLINK, _NEWADDR, _NEWROUTE = 16, 17, 20, 24
+_NEWLINK, _DELLINK, _SETLINK, _NEWADDR, _NEWROUTE = 16, 17, 19, 20, 24
 _ADDRESS, _IFNAME, _MTU, _MASTER, _LINKINFO, _NET_NS_FD = 1, 3, 4, 10, 18, 28
+_PROTINFO, _NESTED, _BRPORT_MODE = 12, 0x8000, 4
 _INFO_KIND, _INFO_DATA, _VETH_PEER = 1, 2, 1
 _IFF_UP = 1
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_NODAD = 1, 2, 2
@@ -147,6 +148,13 @@ def set_link(index: int, *, up: bool, what: str, master: int | None = None) -> R
     """Set a link up or down, and put it into a bridge (0: out of any)."""
     into = b"" if master is None else _attribute(_MASTER, _WORD.pack(master))
     return Request(_NEWLINK, _CHANGE, _link(index, up=up) + into, what)
+
+
+def reflect(index: int, what: str) -> Request:
+    """Let the bridge send a frame out of the port it came from ("hairpin mode")."""
+    head = _LINK.pack(socket.AF_BRIDGE, 0, index, 0, 0)
+    body = head + _attribute(_PROTINFO | _NESTED, _attribute(_BRPORT_MODE, b"\1"))
+    return Request(_SETLINK, _CHANGE, body, what)
 
 
 def delete_link(name: str) -> Request:

@@ -1,28 +1,34 @@
-"""Our nftables table as data: a fixed set of chains and rules, and sets whose elements are the networks.
+"""Our nftables table as data: a fixed set of chains and rules, sets whose elements are the networks, maps of the ports.
 
+    loopback     iif in @bridges, daddr 127.0.0.0/8    drop     the host's own services are not for containers
     forward      iif . oif in @same                    accept   inside one network (seen here only with br_netfilter)
                  iif or oif in @internal               drop     no way out, none in
+                 oif in @bridges, ct status dnat       accept   published ports
                  iif in @bridges, oif in @bridges      drop     user networks do not reach each other
                  oif in @bridges, established          accept   answers
-                 oif in @bridges, ct status dnat       accept   published ports
                  oif in @bridges                       drop     nobody else from outside
                  iif in @bridges                       accept   out
+    prerouting   protocol . daddr . dport in @ports4   dnat     a port published on one address of the host
+    and output   protocol . dport in @any4             dnat     on all of them
     postrouting  saddr in @subnets4, oif not in @bridges        masquerade
+                 dnat, oif in @bridges, saddr in @subnets4      masquerade: the answer must come back this way
+                 dnat, oif in @bridges, saddr 127.0.0.0/8       masquerade: the host's loopback is known to nobody else
 
-The rules never change and their number does not grow with the networks: adding one adds elements. Everything here is a
-value, sent as one transaction by corral.network.firewall. Source: libnftables-json(5).
+A call of ::1 goes nowhere: the kernel routes no packet from there. The rules never change and their number does not
+grow with the networks: adding one, or a port, adds elements. Everything here is a value, sent as one transaction by
+corral.network.firewall. Source: libnftables-json(5).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from corral.network.model import Network
+from corral.network.model import ANY_HOST_IPS, Forward, Network
 
 type Json = bool | int | str | Sequence[Json] | Mapping[str, Json] | None
 type Command = Mapping[str, Json]
 
 FAMILY = "inet"
-# Where the kernel's own names put them: "filter" and "srcnat".
-FILTER_PRIORITY, SRCNAT_PRIORITY = 0, 100
+# Where the kernel's own names put them: "raw", "dstnat", "filter" and "srcnat".
+RAW_PRIORITY, DSTNAT_PRIORITY, FILTER_PRIORITY, SRCNAT_PRIORITY = -300, -100, 0, 100
 
 _SETS: Mapping[str, Mapping[str, Json]] = {
     "bridges": {"type": "ifname"},
@@ -31,22 +37,53 @@ _SETS: Mapping[str, Mapping[str, Json]] = {
     "subnets4": {"type": "ipv4_addr", "flags": ["interval"]},
     "subnets6": {"type": "ipv6_addr", "flags": ["interval"]},
 }
+_MAPS: Mapping[str, Mapping[str, Json]] = {
+    f"{kind}{version}": {
+        "type": ["inet_proto", *([f"ipv{version}_addr"] if kind == "ports" else []), "inet_service"],
+        "map": [f"ipv{version}_addr", "inet_service"],
+    }
+    for kind in ("ports", "any")
+    for version in (4, 6)
+}
 
 
-def table(name: str, networks: Iterable[Network]) -> list[Command]:
-    """Replace whatever the table is by what these networks need, in one transaction."""
+def table(name: str, networks: Iterable[Network], ports: Iterable[Forward] = ()) -> list[Command]:
+    """Replace whatever the table is by what these networks and ports need, in one transaction."""
     target: Json = {"family": FAMILY, "name": name}
     commands: list[Command] = [{"add": {"table": target}}, {"delete": {"table": target}}, {"add": {"table": target}}]
     commands += [
         {"add": {"set": {"family": FAMILY, "table": name, "name": key, **kind}}} for key, kind in _SETS.items()
     ]
-    commands += [_base_chain(name, "forward", "filter", FILTER_PRIORITY)]
-    commands += [_base_chain(name, "postrouting", "nat", SRCNAT_PRIORITY)]
-    commands += [_rule(name, "forward", *expressions) for expressions in _FORWARD]
-    commands += [_rule(name, "postrouting", *expressions) for expressions in _POSTROUTING]
+    commands += [
+        {"add": {"map": {"family": FAMILY, "table": name, "name": key, **kind}}} for key, kind in _MAPS.items()
+    ]
+    for chain, (hook, kind, priority, rules) in _CHAINS.items():
+        commands += [_base_chain(name, chain, hook, kind, priority)]
+        commands += [_rule(name, chain, *expressions) for expressions in rules]
     for network in networks:
         commands += add_network(name, network)
-    return commands
+    return commands + add_ports(name, ports)
+
+
+def add_ports(name: str, ports: Iterable[Forward]) -> list[Command]:
+    """Let ports of the host lead to containers; adding one twice is no error."""
+    return [_map_element("add", name, port) for port in ports]
+
+
+def remove_ports(name: str, ports: Iterable[Forward]) -> list[Command]:
+    """Withdraw them; as with networks."""
+    return [_map_element(verb, name, port) for port in ports for verb in ("add", "delete")]
+
+
+def _map_element(verb: str, name: str, port: Forward) -> Command:
+    version = port.address.version
+    key: list[Json] = [port.protocol, port.host_port]
+    if port.host_ip not in ANY_HOST_IPS:
+        key.insert(1, port.host_ip)
+    value: list[Json] = [str(port.address), port.container_port]
+    kind = f"{'ports' if len(key) == 3 else 'any'}{version}"
+    pair: Json = [[{"concat": key}, {"concat": value}]]
+    return {verb: {"element": {"family": FAMILY, "table": name, "name": kind, "elem": pair}}}
 
 
 def add_network(name: str, network: Network) -> list[Command]:
@@ -90,13 +127,13 @@ def _change(verb: str, name: str, network: Network) -> list[Command]:
     ]
 
 
-def _base_chain(name: str, chain: str, kind: str, priority: int) -> Command:
+def _base_chain(name: str, chain: str, hook: str, kind: str, priority: int) -> Command:
     fields: Json = {
         "family": FAMILY,
         "table": name,
         "name": chain,
         "type": kind,
-        "hook": chain,
+        "hook": hook,
         "prio": priority,
         "policy": "accept",
     }
@@ -111,6 +148,10 @@ def _match(left: Json, right: Json, op: str = "==") -> Json:
     return {"match": {"op": op, "left": left, "right": right}}
 
 
+def _address(protocol: str, field: str) -> Json:
+    return {"payload": {"protocol": protocol, "field": field}}
+
+
 _IIF: Json = {"meta": {"key": "iifname"}}
 _OIF: Json = {"meta": {"key": "oifname"}}
 _INTO = _match(_OIF, "@bridges")
@@ -119,21 +160,63 @@ _ACCEPT: Json = {"accept": None}
 _DROP: Json = {"drop": None}
 _MASQUERADE: Json = {"masquerade": None}
 
+_PUBLISHED = _match({"ct": {"key": "status"}}, "dnat", "in")
+_LOOPBACK4: Json = {"prefix": {"addr": "127.0.0.0", "len": 8}}
+
+_GUARD: Sequence[Sequence[Json]] = ((_OUT_OF, _match(_address("ip", "daddr"), _LOOPBACK4), _DROP),)
+
 _FORWARD: Sequence[Sequence[Json]] = (
     (_match({"concat": [_IIF, _OIF]}, "@same"), _ACCEPT),
     (_match(_IIF, "@internal"), _DROP),
     (_match(_OIF, "@internal"), _DROP),
+    (_INTO, _PUBLISHED, _ACCEPT),
     (_OUT_OF, _INTO, _DROP),
     (_INTO, _match({"ct": {"key": "state"}}, ["established", "related"], "in"), _ACCEPT),
-    (_INTO, _match({"ct": {"key": "status"}}, "dnat", "in"), _ACCEPT),
     (_INTO, _DROP),
     (_OUT_OF, _ACCEPT),
 )
 
 
 def _leaving(protocol: str, subnets: str) -> Sequence[Json]:
-    source: Json = {"payload": {"protocol": protocol, "field": "saddr"}}
-    return _match(source, f"@{subnets}"), _match(_OIF, "@bridges", "!="), _MASQUERADE
+    return _match(_address(protocol, "saddr"), f"@{subnets}"), _match(_OIF, "@bridges", "!="), _MASQUERADE
 
 
-_POSTROUTING: Sequence[Sequence[Json]] = (_leaving("ip", "subnets4"), _leaving("ip6", "subnets6"))
+def _returning(protocol: str, source: Json) -> Sequence[Json]:
+    return _PUBLISHED, _INTO, _match(_address(protocol, "saddr"), source), _MASQUERADE
+
+
+_POSTROUTING: Sequence[Sequence[Json]] = (
+    _leaving("ip", "subnets4"),
+    _leaving("ip6", "subnets6"),
+    _returning("ip", "@subnets4"),
+    _returning("ip6", "@subnets6"),
+    _returning("ip", _LOOPBACK4),
+)
+
+
+def _dnat(protocol: str, version: int) -> Sequence[Sequence[Json]]:
+    family = _match({"meta": {"key": "nfproto"}}, f"ipv{version}")
+    local = _match({"fib": {"result": "type", "flags": ["daddr"]}}, "local")
+    not_loopback6 = () if version == 4 else (_match(_address(protocol, "daddr"), "::1", "!="),)
+    which: Json = {"meta": {"key": "l4proto"}}
+    port: Json = {"payload": {"protocol": "th", "field": "dport"}}
+
+    def lead(key: Sequence[Json], where: str) -> Json:
+        target: Json = {"map": {"key": {"concat": key}, "data": f"@{where}{version}"}}
+        return {"dnat": {"family": protocol, "type_flags": ["concat"], "addr": target}}
+
+    return (
+        (family, local, *not_loopback6, lead([which, _address(protocol, "daddr"), port], "ports")),
+        (family, local, *not_loopback6, lead([which, port], "any")),
+    )
+
+
+_TO_CONTAINERS = (*_dnat("ip", 4), *_dnat("ip6", 6))
+# Chain: its hook, type, priority and rules.
+_CHAINS: Mapping[str, tuple[str, str, int, Sequence[Sequence[Json]]]] = {
+    "loopback": ("prerouting", "filter", RAW_PRIORITY, _GUARD),
+    "prerouting": ("prerouting", "nat", DSTNAT_PRIORITY, _TO_CONTAINERS),
+    "output": ("output", "nat", DSTNAT_PRIORITY, _TO_CONTAINERS),
+    "forward": ("forward", "filter", FILTER_PRIORITY, _FORWARD),
+    "postrouting": ("postrouting", "nat", SRCNAT_PRIORITY, _POSTROUTING),
+}

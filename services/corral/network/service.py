@@ -115,10 +115,12 @@ class _Endpoints(network_pb2_grpc.EndpointsServicer):
         raise _not_yet("taking a live container out of a network")
 
     async def Publish(self, request: network_pb2.PublishRequest, context: _Context) -> network_pb2.Endpoint:
-        raise _not_yet("publishing ports of a live container")
+        key, ports = _key(request.endpoint_id), wire.ports(request.ports)
+        return self._answer(await self._service.leaf.endpoints.publish(key, ports))
 
     async def Unpublish(self, request: network_pb2.UnpublishRequest, context: _Context) -> network_pb2.Endpoint:
-        raise _not_yet("withdrawing ports of a live container")
+        key, ports = _key(request.endpoint_id), wire.ports(request.ports)
+        return self._answer(await self._service.leaf.endpoints.unpublish(key, ports))
 
     def _answer(self, endpoint: Endpoint) -> network_pb2.Endpoint:
         endpoints = self._service.leaf.endpoints

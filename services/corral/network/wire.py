@@ -9,10 +9,10 @@ from corral.api.network.v1 import network_pb2
 from corral.network import bridge, subnets, sysctls
 from corral.network.etc import HOST_GATEWAY
 from corral.network.files import HOSTNAME, HOSTS, RESOLV_CONF
-from corral.network.model import Attachment, Dns, Endpoint, Interface, Mode, Request
+from corral.network.model import Attachment, Dns, Endpoint, Interface, Mode, Port, Request
 from corral.network.networks import Described, NetworkSpec
 from corral.rpc.context import check_id
-from corral.rpc.errors import InvalidArgument, Unimplemented
+from corral.rpc.errors import InvalidArgument
 
 # RFC 1123, and the underscore that people use. They become lines of /etc/hosts, so nothing else passes.
 _HOSTNAME = re.compile(r"[a-zA-Z0-9_]([a-zA-Z0-9_-]*[a-zA-Z0-9_])?(\.[a-zA-Z0-9_]([a-zA-Z0-9_-]*[a-zA-Z0-9_])?)*\.?")
@@ -96,8 +96,6 @@ def attach_request(request: network_pb2.AttachRequest) -> Request:
     mode = _MODES.get(request.mode)
     if mode is None:
         raise InvalidArgument(f"mode {request.mode} is not known", reason="BAD_MODE")
-    if request.ports:
-        raise Unimplemented("publishing ports is not there yet in this version of corral", reason="NOT_YET")
     asked = Request(
         mode=mode,
         attachments=tuple(attachment(one) for one in request.networks),
@@ -109,6 +107,7 @@ def attach_request(request: network_pb2.AttachRequest) -> Request:
         extra_hosts=tuple(_host_entry(entry) for entry in request.extra_hosts),
         sysctls=tuple(sorted(request.sysctls.items())),
         labels=tuple(sorted(request.labels.items())),
+        ports=ports(request.ports),
     )
     _check_mode(asked)
     return asked
@@ -125,6 +124,11 @@ def _check_mode(asked: Request) -> None:
         raise InvalidArgument("netns_path goes with mode path, and only with it", reason="BAD_MODE")
     if asked.netns_path and not _NAMESPACE_PATH.fullmatch(asked.netns_path):
         raise InvalidArgument(f"netns_path {asked.netns_path!r} is not an absolute path", reason="BAD_PATH")
+    if asked.ports and mode is not Mode.NETWORKS:
+        raise InvalidArgument(
+            f"ports can be published in networks of their own only, not in mode {mode}: leave them out, or the mode",
+            reason="BAD_MODE",
+        )
     if asked.sysctls and not mode.has_own_namespace:
         raise InvalidArgument(f"mode {mode} takes no sysctls: the namespace belongs to others", reason="BAD_MODE")
     sysctls.paths(asked.sysctls)
@@ -140,6 +144,25 @@ def attachment(message: network_pb2.NetworkAttachment) -> Attachment:
         aliases=tuple(hostname(alias, "alias", MAX_DOMAIN) for alias in message.aliases),
         interface=subnets.check_interface_name(message.interface) if message.interface else "",
     )
+
+
+def ports(messages: Iterable[network_pb2.PortMapping]) -> tuple[Port, ...]:
+    """Ports as asked for. Raises InvalidArgument."""
+    found = tuple(_port(message) for message in messages)
+    chosen = [port for port in found if port.host_port]
+    if len({(port.protocol, port.host_port, port.host_ip) for port in chosen}) < len(chosen):
+        raise InvalidArgument("a port of the host is named twice: it can lead to one port only", reason="BAD_PORT")
+    return found
+
+
+def _port(message: network_pb2.PortMapping) -> Port:
+    protocol = message.protocol or "tcp"
+    if protocol not in ("tcp", "udp", "sctp"):
+        raise InvalidArgument(f"{protocol!r} is no protocol with ports: use tcp, udp or sctp", reason="BAD_PORT")
+    if not 0 < message.container_port < 65536 or message.host_port >= 65536:
+        raise InvalidArgument("ports are numbers from 1 to 65535", reason="BAD_PORT")
+    host_ip = str(subnets.parse_address(message.host_ip, "host address")) if message.host_ip else ""
+    return Port(protocol, message.container_port, message.host_port, host_ip)
 
 
 def dns(message: network_pb2.DnsOptions) -> Dns:
@@ -188,6 +211,15 @@ def endpoint(value: Endpoint, *, netns_path: str, files: str, own_hostname: str)
         hostname_path=f"{files}/{HOSTNAME}",
         created_at=timestamp(value.created_ns),
         labels=dict(value.request.labels),
+        ports=[
+            network_pb2.PortMapping(
+                host_ip=port.host_ip,
+                host_port=port.host_port,
+                container_port=port.container_port,
+                protocol=port.protocol,
+            )
+            for port in value.ports
+        ],
     )
 
 

@@ -1,0 +1,146 @@
+"""Publishing ports of endpoints: held, recorded, let through; and withdrawn in the reverse order.
+
+After a crash the table is built from the rows (see corral.network.recovery), and restore() holds what they name.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import structlog
+
+from corral.network import store
+from corral.network.firewall import Firewall, route_loopback_to
+from corral.network.links import NetlinkThread
+from corral.network.model import Endpoint, EndpointKey, EndpointState, Forward, Port
+from corral.network.ports import HostPorts, check_reachable, forwards
+from corral.rpc.errors import CorralError
+from corral.store import Database, Transaction, failpoint
+
+if TYPE_CHECKING:
+    from corral.network.netlink import Netlink
+
+log = structlog.get_logger()
+
+
+def all_forwards(db: Database, boot_id: str) -> list[Forward]:
+    """Where every port that is published leads."""
+    endpoints = db.read_sync(store.endpoints)
+    return [
+        forward
+        for endpoint in endpoints
+        if endpoint.ports and endpoint.boot_id == boot_id and endpoint.state is EndpointState.READY
+        for forward in forwards(endpoint, endpoint.ports)
+    ]
+
+
+def missing(endpoint: Endpoint, asked: Iterable[Port]) -> list[Port]:
+    """Those that are asked for and not published. Pure."""
+    return [port for port in asked if not any(_is(port, published) for published in endpoint.ports)]
+
+
+def meant(endpoint: Endpoint, named: Sequence[Port]) -> list[Port]:
+    """Those that are published and named; none named means all. Pure."""
+    return [one for one in endpoint.ports if not named or any(_is(port, one) for port in named)]
+
+
+def _is(asked: Port, published: Port) -> bool:
+    same = (asked.protocol, asked.container_port, asked.host_ip) == (
+        published.protocol,
+        published.container_port,
+        published.host_ip,
+    )
+    return same and asked.host_port in (0, published.host_port)
+
+
+class Publishing:
+    """See the module. Callers hold the endpoint's lock."""
+
+    def __init__(self, db: Database, thread: NetlinkThread, firewall: Firewall) -> None:
+        self._db = db
+        self._thread = thread
+        self._firewall = firewall
+        self._host = HostPorts()
+
+    async def hold(self, key: EndpointKey, asked: Sequence[Port]) -> Sequence[Port]:
+        """Take ports of the host for an endpoint; returns them with their numbers. Raises AlreadyExists and others."""
+        if not asked:
+            return ()
+        self._db.read_sync(lambda snapshot: store.check_ports(snapshot, key, asked))  # whose message names the other
+        return await self._thread.run(lambda _: self._host.hold(key, asked))
+
+    def release(self, key: EndpointKey, ports: Iterable[Port] | None = None) -> None:
+        """Let the host's programs have them."""
+        self._host.release(key, ports)
+
+    def open(self, netlink: "Netlink", endpoint: Endpoint, ports: Sequence[Port]) -> None:
+        """Let recorded ports lead to an endpoint that stands. On the netlink thread. Raises InvalidArgument."""
+        check_reachable(endpoint, ports)
+        for interface in endpoint.interfaces:
+            netlink.reflect(interface.host_name)
+            if not interface.network.internal:
+                route_loopback_to(interface.network.bridge)
+        failpoint("network.publish.before_rules")
+        self._firewall.publish(forwards(endpoint, ports))
+
+    def shut(self, endpoint: Endpoint, ports: Sequence[Port]) -> None:
+        """Let them lead nowhere, and go. On the netlink thread."""
+        self._firewall.withdraw(forwards(endpoint, ports))
+        self._host.release(endpoint.key, ports)
+
+    async def publish(self, endpoint: Endpoint, asked: Sequence[Port]) -> Endpoint:
+        """More ports of an endpoint that stands; all or none."""
+        check_reachable(endpoint, asked)
+        ports = await self.hold(endpoint.key, asked)
+        try:
+            published = await self._db.write(lambda transaction: _insert(transaction, endpoint, ports))
+            failpoint("network.publish.after_rows")
+            await self._thread.run(lambda netlink: self.open(netlink, published, ports))
+        except BaseException:
+            await self._db.write(lambda transaction: store.delete_ports(transaction, endpoint.key, ports))
+            self.release(endpoint.key, ports)
+            raise
+        return published
+
+    async def withdraw(self, endpoint: Endpoint, ports: Sequence[Port]) -> Endpoint:
+        """These are its ports no more."""
+        if ports:
+            await self._thread.run(lambda _: self.shut(endpoint, ports))
+            failpoint("network.withdraw.after_rules")
+        return await self._db.write(lambda transaction: _delete(transaction, endpoint, ports))
+
+    def restore(self, netlink: "Netlink", endpoints: Iterable[Endpoint]) -> None:
+        """Hold what rows say is published. On the netlink thread. What another program has by now is but reported."""
+        for endpoint in endpoints:
+            for interface in endpoint.interfaces if endpoint.ports else ():
+                netlink.reflect(interface.host_name)
+            lost = [port for port in endpoint.ports if not self._host.holds(endpoint.key, port)]
+            for port in lost:
+                try:
+                    self._host.hold(endpoint.key, [port])
+                except (CorralError, OSError) as e:
+                    log.warning("network.port_not_held", endpoint=endpoint.key.id, port=str(port), error=str(e))
+
+    def close(self) -> None:
+        """Let go of all sockets."""
+        self._host.close()
+
+
+def _insert(transaction: Transaction, endpoint: Endpoint, ports: Sequence[Port]) -> Endpoint:
+    store.insert_ports(transaction, endpoint.key, ports)
+    payload = {"ports": [f"{port}->{port.container_port}" for port in ports]}
+    transaction.journal("endpoint.published", endpoint.key.id, payload, namespace=endpoint.key.namespace)
+    return _found(transaction, endpoint)
+
+
+def _delete(transaction: Transaction, endpoint: Endpoint, ports: Sequence[Port]) -> Endpoint:
+    if ports:
+        store.delete_ports(transaction, endpoint.key, ports)
+        payload = {"ports": [f"{port}->{port.container_port}" for port in ports]}
+        transaction.journal("endpoint.withdrawn", endpoint.key.id, payload, namespace=endpoint.key.namespace)
+    return _found(transaction, endpoint)
+
+
+def _found(transaction: Transaction, endpoint: Endpoint) -> Endpoint:
+    found = store.endpoint(transaction, endpoint.key)
+    assert found is not None, "its lock is held"
+    return found
