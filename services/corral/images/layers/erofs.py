@@ -12,7 +12,7 @@ Source: Documentation/filesystems/erofs.rst; fs/erofs/erofs_fs.h.
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -143,7 +143,6 @@ class _Description:
         self._meta = meta_block
         self._inodes: dict[int, _Inode] = {}
         self._parents: dict[int, Node] = {id(root): root}
-        self._listings: dict[int, list[list[tuple[bytes, Node | None]]]] = {}
         self._root = root
         for _, node in everything(root):
             if id(node) not in self._inodes:
@@ -172,7 +171,7 @@ class _Description:
     def _measure(self, inode: _Inode) -> None:
         node = inode.node
         if node.is_directory:
-            pages = self._listings[id(node)] = _pages(node)
+            pages = _pages(node)  # made again when they are written: all of them would be most of what is in memory
             inode.size = (len(pages) - 1) * BLOCK + sum(_DIRENT.size + len(name) for name, _ in pages[-1])
             self._keep_if_small(inode)
         elif stat.S_ISLNK(node.mode):
@@ -244,7 +243,7 @@ class _Description:
         node = inode.node
         if not node.is_directory:
             return node.link
-        pages = [self._page(node, page) for page in self._listings[id(node)]]
+        pages = [self._page(node, page) for page in _pages(node)]
         return b"".join([*(page.ljust(BLOCK, b"\0") for page in pages[:-1]), pages[-1]])
 
     def _page(self, directory: Node, page: list[tuple[bytes, Node | None]]) -> bytes:
@@ -305,7 +304,7 @@ def _chunk_table(node: Node) -> bytes:
     return struct.pack(f"<{count}I", *(blocks.get(number, _NOWHERE) for number in range(count)))
 
 
-def _packed_xattrs(xattrs: dict[bytes, bytes]) -> bytes:
+def _packed_xattrs(xattrs: Mapping[bytes, bytes]) -> bytes:
     """As they lie behind the inode; nothing if there are none. Raises BadLayer."""
     packed = []
     for name, value in sorted(xattrs.items()):

@@ -9,7 +9,7 @@ import json
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from corral.images.layers.apply import (
@@ -26,7 +26,7 @@ from corral.images.layers.apply import (
 from corral.images.layers.below import visible
 from corral.images.layers.erofs import ImageWriter
 from corral.images.layers.errors import BadLayer
-from corral.images.layers.nodes import Node, NodeTree, everything, new_directory, new_whiteout
+from corral.images.layers.nodes import NO_XATTRS, Node, NodeTree, everything, new_directory, new_whiteout
 from corral.images.layers.tar import Entry, Kind, TarReader
 from corral.images.layers.tree import MAX_IMPLICIT_BYTES, TOO_MUCH_IMPLICIT, components
 
@@ -92,11 +92,11 @@ class Imager:
         node = Node(_TYPES[entry.kind], link=entry.link, rdev=os.makedev(*entry.device))
         self._describe(node, entry)
         if entry.kind is Kind.SYMLINK:
-            node.mode, node.xattrs = stat.S_IFLNK | 0o777, {}
+            node.mode, node.xattrs = stat.S_IFLNK | 0o777, NO_XATTRS
         elif entry.kind is Kind.FILE:
             self._take_data(node, entry)
         else:
-            node.xattrs = {}
+            node.xattrs = NO_XATTRS
         return node
 
     def _take_data(self, node: Node, entry: Entry) -> None:
@@ -109,7 +109,7 @@ class Imager:
             node.extents = self._image.sparse_data(entry.size, entry.extents, self._reader.payload)
         elif entry.size:
             size, block = self._image.data(self._reader.payload())
-            node.extents = [(0, size, block)]
+            node.extents = ((0, size, block),)
 
     def _describe(self, node: Node, entry: Entry) -> None:
         node.mode = stat.S_IFMT(node.mode) | entry.mode
@@ -262,7 +262,7 @@ def _is_wanted(name: bytes) -> bool:
     return (name.startswith(XATTR_PREFIXES) and not name.startswith(USER_OVERLAY)) or name in XATTR_NAMES
 
 
-def _wanted_xattrs(entry: Entry) -> dict[bytes, bytes]:
+def _wanted_xattrs(entry: Entry) -> Mapping[bytes, bytes]:
     """Those that images may bring. Raises BadLayer for one that a file system would have refused."""
     wanted = {name: value for name, value in entry.xattrs.items() if _is_wanted(name)}
     for name, value in wanted.items():
@@ -271,7 +271,7 @@ def _wanted_xattrs(entry: Entry) -> dict[bytes, bytes]:
         is_valid = _is_capability(value) if name == b"security.capability" else _is_acl(value)
         if not is_valid:
             raise BadLayer(f"entry {entry.shown}: attribute {os.fsdecode(name)[:80]!r} cannot be set: it is malformed")
-    return wanted
+    return wanted or NO_XATTRS
 
 
 def _is_capability(value: bytes) -> bool:

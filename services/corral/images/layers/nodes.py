@@ -7,10 +7,14 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import cast
 
 from corral.images.layers.errors import BadLayer
+
+NO_XATTRS: Mapping[bytes, bytes] = MappingProxyType({})
 
 _MAX_LINKS = 40
 
@@ -25,11 +29,12 @@ class Node:
     mtime_ns: int = 0
     size: int = 0
     # Where its data is: (offset in the file, length, first block), in order; what is between them is a hole.
-    extents: list[tuple[int, int, int]] = field(default_factory=list)
+    extents: Sequence[tuple[int, int, int]] = ()
     rdev: int = 0
     link: bytes = b""
-    xattrs: dict[bytes, bytes] = field(default_factory=dict)
-    children: dict[str, "Node"] = field(default_factory=dict)
+    xattrs: Mapping[bytes, bytes] = NO_XATTRS
+    # Of a directory, and of all else the same one that stays empty: a layer has far more files than directories.
+    children: dict[str, "Node"] = field(init=False)
     names: int = 1
     # A directory that no entry describes.
     implicit: bool = False
@@ -37,6 +42,9 @@ class Node:
     opaque: bool = False
     # Made to hide what is below it, and not because there is such a device.
     whiteout: bool = False
+
+    def __post_init__(self) -> None:
+        self.children = {} if self.is_directory else _NO_CHILDREN
 
     @property
     def is_directory(self) -> bool:
@@ -50,6 +58,9 @@ def new_directory() -> Node:
 
 def new_whiteout() -> Node:
     return Node(stat.S_IFCHR, mtime_ns=time.time_ns(), whiteout=True)
+
+
+_NO_CHILDREN = cast(dict[str, Node], MappingProxyType({}))
 
 
 class NodeTree:
