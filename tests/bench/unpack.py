@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import memory
 from debian import Sample, files_of_host, in_parts, make_sample
 from peers import Ctr, Peer, Podman, memory_directory, quiet, wait_until
 from support import registry
@@ -103,24 +104,25 @@ class ByUmoci(Unpacking):
         shutil.rmtree(self.bundle)
 
 
-# ---------------------------------------------------------------- memory and CPU of processes
+# ---------------------------------------------------------------- memory of processes
 
 
 @dataclass
 class Watch:
-    """Bytes of RSS of a daemon and the processes that it has started: the most that one had, and that all had."""
+    """Bytes that a daemon and the processes that unpack for it took at most. Of each by itself the RSS; of all together
+    the PSS, since what they share, the interpreter's code say, is there once."""
 
-    largest_daemon: int = 0
-    largest_worker: int = 0
-    largest_sum: int = 0
+    daemon: int = 0
+    worker: int = 0
+    together: int = 0
     _end: threading.Event = field(default_factory=threading.Event)
 
     def look(self, daemon: int) -> None:
         while not self._end.is_set():
-            own, workers = _rss(daemon), [_rss(pid) for pid in _children(daemon)]
-            self.largest_daemon = max(self.largest_daemon, own)
-            self.largest_worker = max(self.largest_worker, *workers, 0)
-            self.largest_sum = max(self.largest_sum, own + sum(workers))
+            taken = {pid: memory.of_processes([pid]) for pid in (daemon, *_workers(daemon))}
+            self.together = max(self.together, sum(each.pss for each in taken.values()))
+            self.daemon = max(self.daemon, taken.pop(daemon).rss)
+            self.worker = max(self.worker, *(each.rss for each in taken.values()), 0)
             time.sleep(SAMPLED_EVERY_S)
 
 
@@ -138,10 +140,10 @@ def watched(daemon: Corrald) -> Iterator[Watch]:
         thread.join()
 
 
-def _children(pid: int) -> list[int]:
-    """Those that unpack; the zygote of containers is no part of this."""
+def _workers(daemon: int) -> list[int]:
+    """The zygote of containers is no part of this."""
     found: list[int] = []
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+    for children in Path(f"/proc/{daemon}/task").glob("*/children"):
         with contextlib.suppress(OSError):
             found += map(int, children.read_text().split())
     return [child for child in found if b"layers.worker" in _command(child)]
@@ -154,18 +156,11 @@ def _command(pid: int) -> bytes:
         return b""
 
 
-def _rss(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
-
-
 # ---------------------------------------------------------------- what is measured
 
 
 def bench_unpack(daemon: Corrald, peers: list[Peer]) -> None:
-    """The part `unpack` of the bench. Daemons and peers are its own: those that are given have their roots elsewhere."""
+    """The part `unpack` of the bench. Its daemons and peers are its own: those that are given have other roots."""
     with tempfile.TemporaryDirectory(prefix="corral-bench-") as scratch, contextlib.ExitStack() as stack:
         disk = _disk(Path(scratch), stack)
         paths = files_of_host(IMAGE_BYTES)
@@ -250,7 +245,7 @@ def _timed_s(job: Callable[[], object]) -> float:
 
 
 def _memory(samples: Sequence[Sample], disk: Path) -> None:
-    print("\nmemory while an image comes in, RSS at most: the daemon, a worker, all of them")
+    print("\nmemory while an image comes in, at most: RSS of the daemon, of a worker, PSS of all of them")
     for sample in samples:
         with _daemon_on(disk) as daemon, watched(daemon) as watch:
             ByCorral(daemon).take(sample)
@@ -270,7 +265,7 @@ def _memory(samples: Sequence[Sample], disk: Path) -> None:
 
 
 def _tell(what: str, watch: Watch, more: str = "") -> None:
-    figures = (watch.largest_daemon, watch.largest_worker, watch.largest_sum)
+    figures = (watch.daemon, watch.worker, watch.together)
     print(f"  {what:<22}", *(f"{figure / 2**20:6.0f}" for figure in figures), "MiB", more, flush=True)
 
 
