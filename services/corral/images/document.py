@@ -127,11 +127,21 @@ def parse_documents(data: bytes, what: str, *, max_bytes: int, at_most: int) -> 
     return Document({"entries": _parse(data, what, max_bytes)}, what).children("entries", at_most=at_most)
 
 
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Of a key that is there twice readers differ in which one counts, so what one proves another may not have read."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        raise ValueError(f"it has the key {twice[:80]!r} twice")
+    return fields
+
+
 def _parse(data: bytes, what: str, max_bytes: int) -> object:
     if len(data) > max_bytes:
         raise InvalidArgument(f"{what} has {len(data)} bytes; at most {max_bytes} are taken", reason="BAD_DOCUMENT")
     try:
-        value: object = json.loads(data)
+        value: object = json.loads(data, object_pairs_hook=_object)
         if b"\\u" in data:  # only an escape can name half a character, which no answer of ours could carry
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as e:

@@ -201,6 +201,8 @@ def check_runnable(manifest: Manifest, what: str) -> None:
             raise InvalidArgument(
                 f"{what} has a layer of type {layer.media_type[:100]!r}, which is not a tar", reason="NOT_AN_IMAGE"
             )
+        if layer.digest == manifest.config.digest:
+            raise InvalidArgument(f"{what} has its config for a layer, which is not a tar", reason="NOT_AN_IMAGE")
 
 
 def parse_config(data: bytes, what: str) -> Config:

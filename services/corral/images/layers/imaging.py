@@ -44,6 +44,8 @@ _NAME_MAX = 255
 _CHUNK = 1 << 20
 _CAPABILITY_BYTES = {1: 12, 2: 20, 3: 24}  # by the revision. Source: linux/capability.h
 _ACL_TAGS = frozenset((0x01, 0x02, 0x04, 0x08, 0x10, 0x20))  # Source: linux/posix_acl_xattr.h
+_ACL_ONCE, _ACL_NAMED, _ACL_MASK = (0x01, 0x04, 0x20), frozenset((0x02, 0x08)), 0x10
+_MAX_FILE_BYTES = 1 << 44  # what ext4 takes, where copies of it would lie
 
 
 class Imager:
@@ -104,6 +106,8 @@ class Imager:
         self._result.size_bytes += stored
         if self._result.size_bytes > self._limits.bytes:
             raise BadLayer(f"it unpacks to more than {self._limits.bytes} bytes")
+        if entry.size > _MAX_FILE_BYTES:
+            raise BadLayer(f"entry {entry.shown} cannot be made: a file of {entry.size} bytes is too large")
         node.size = entry.size
         if entry.extents is not None:
             node.extents = self._image.sparse_data(entry.size, entry.extents, self._reader.payload)
@@ -281,7 +285,11 @@ def _is_capability(value: bytes) -> bool:
 def _is_acl(value: bytes) -> bool:
     if len(value) < 4 or len(value) % 8 != 4 or value[:4] != b"\2\0\0\0":
         return False
-    return all(tag in _ACL_TAGS and not mode & ~7 for tag, mode, _ in struct.iter_unpack("<HHI", value[4:]))
+    entries = list(struct.iter_unpack("<HHI", value[4:]))
+    tags = [tag for tag, _, _ in entries]
+    once = all(tags.count(tag) == 1 for tag in _ACL_ONCE) and tags.count(_ACL_MASK) <= 1
+    masked = _ACL_MASK in tags or _ACL_NAMED.isdisjoint(tags)
+    return once and masked and tags == sorted(tags) and all(t in _ACL_TAGS and not mode & ~7 for t, mode, _ in entries)
 
 
 # A tree that waits
