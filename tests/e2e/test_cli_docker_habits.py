@@ -93,6 +93,8 @@ def test_a_login_without_a_terminal_says_what_to_give(
     given = box.corral("login", "-u", "alice", "-p", "secret", f"http://{registry.host}/v2/", check=True)
     assert given.stdout == b"Login Succeeded\n"
     assert b"others may see" in given.stderr
+    again = box.corral("login", registry.host, check=True)
+    assert (again.stdout, b"existing credentials" in again.stderr) == (b"Login Succeeded\n", True)
     said(box, "push", "busybox", f"{registry.host}/a")
     said(box, "tag", "busybox", f"{registry.host}/a")
     assert said(box, "pull", f"{registry.host}/a").splitlines()[0] == "Using default tag: latest"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from corral.cli.app import App, ImageName, pass_app
+from corral.cli.app import App, ImageName, complain, pass_app
 from corral.cli.output import format_option, human_size, show_rows
 from corral.cli.progress import shown
 
@@ -115,6 +115,9 @@ def login_command(app: App, registry: str, username: str, password: str, passwor
         password = sys.stdin.read().rstrip("\r\n")
         if not password:
             raise click.UsageError("no password came from stdin")
+    if not username and _still_good(app, registry, insecure=insecure):
+        click.echo("Login Succeeded")
+        return
     if not (username and password) and not sys.stdin.isatty():
         raise click.UsageError("there is no terminal to ask on: give --username and --password-stdin")
     username = username or click.prompt("Username", err=True)
@@ -124,6 +127,23 @@ def login_command(app: App, registry: str, username: str, password: str, passwor
     if where and not token:
         click.echo(f"corral: the password is kept unencrypted in {where}; a credential helper avoids that", err=True)
     click.echo("Login Succeeded")
+
+
+def _still_good(app: App, registry: str, *, insecure: bool) -> bool:
+    """Whether what is kept of an earlier login is taken by the registry."""
+    from corral.client import credentials
+    from corral.rpc.errors import PermissionDenied
+
+    known = credentials.find(registry)
+    if not (known.username and known.password):
+        return False
+    click.echo("Authenticating with existing credentials...", err=True)
+    try:
+        app.client.images.login(registry, known.username, known.password, insecure=insecure)
+    except PermissionDenied as e:
+        complain(e)
+        return False
+    return True
 
 
 def _registry(text: str) -> str:
