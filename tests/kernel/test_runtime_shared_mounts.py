@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +147,9 @@ def test_the_command_runs_execs_and_deletes_one_that_shares_all_namespaces(tmp_p
         oci.detached("run", "--detach", name)
         assert mounts_below(tmp_path) == []
         assert oci.ok("exec", name, "ls", "/planted") == "/planted\n"
+        elsewhere = ["unshare", "--mount", *oci.words("exec", name, "ls", "-l", "/proc/self/ns/mnt")]
+        seen = subprocess.run(elsewhere, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+        assert seen.endswith(f" -> {mount_namespace('self')}")
         pid = oci.state(name)["pid"]
         assert mount_namespace(pid) == mount_namespace("self")
         oci.ok("delete", "--force", name)

@@ -38,7 +38,7 @@ def run_joined(
 ) -> NoReturn:
     """Be a process in the container of the pidfd init; never returns.
 
-    flags: CLONE_NEW* of the namespaces to enter. root_of: init's pid, if no mount namespace leads to its root.
+    flags: CLONE_NEW* of the namespaces to enter. root_of: init's pid, if its mount namespace does not lead to its root.
     terminal: the size of the pty to make, (0, 0) for no particular one.
     affinity: of which the final CPUs are still to be set.
     """
@@ -49,13 +49,12 @@ def run_joined(
             affinity.set_final()
         programs.begin(program)
         shared = -1 if root_of is None else _root_of(root_of, init)
-        if flags:
-            if flags & Kind.USER.flag:
-                for limit in program.rlimits:
-                    rlimits.raise_hard(limit.type, limit.hard)
-            namespaces.join(init, flags, what="the container's init")
-            if flags & Kind.USER.flag:
-                credentials.become_root()
+        if flags & Kind.USER.flag:
+            for limit in program.rlimits:
+                rlimits.raise_hard(limit.type, limit.hard)
+        namespaces.join(init, flags, what="the container's init")
+        if flags & Kind.USER.flag:
+            credentials.become_root()
         if shared >= 0:
             os.fchdir(shared)
             os.chroot(".")

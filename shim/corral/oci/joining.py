@@ -53,7 +53,7 @@ def begin(
             stdio,
             membership,
             init=init.pidfd,
-            flags=namespaces.flags_of(kinds),
+            flags=namespaces.flags_of(kinds | {Kind.MOUNT}),  # if it is not its own, it need not be ours
             root_of=None if Kind.MOUNT in kinds else init.pid,
             terminal=_size_of_terminal(asked),
             affinity=affinity,
