@@ -14,12 +14,17 @@ SHM = "/dev/shm"  # noqa: S108 (a mount point)
 _HOST_BIND = ("rbind", "nosuid", "noexec", "nodev")
 
 
-def build_mounts(config: ContainerConfig, endpoint: Endpoint, volume_paths: Mapping[str, str]) -> tuple[Mount, ...]:
-    """All mounts in the order in which they are made; one that was asked for replaces ours at the same place."""
+def build_mounts(
+    config: ContainerConfig, endpoint: Endpoint, volume_paths: Mapping[str, str], *, fill_volumes: bool = False
+) -> tuple[Mount, ...]:
+    """All mounts in the order in which they are made; one that was asked for replaces ours at the same place.
+
+    fill_volumes: those that are empty begin with what the image has in their place.
+    """
     own = (*_system_mounts(config), *_network_files(config, endpoint))
     if not config.mounts:
         return own
-    asked = sorted((_asked(mount, volume_paths) for mount in config.mounts), key=_depth)
+    asked = sorted((_asked(mount, volume_paths, fill=fill_volumes) for mount in config.mounts), key=_depth)
     targets = {PurePosixPath(mount.destination) for mount in asked}
     return (*(mount for mount in own if PurePosixPath(mount.destination) not in targets), *asked)
 
@@ -65,7 +70,7 @@ def _network_files(config: ContainerConfig, endpoint: Endpoint) -> list[Mount]:
     return [Mount(target, "bind", source, options) for target, source in files.items() if source]
 
 
-def _asked(mount: VolumeMount, volume_paths: Mapping[str, str]) -> Mount:
+def _asked(mount: VolumeMount, volume_paths: Mapping[str, str], *, fill: bool) -> Mount:
     access = ("ro",) if mount.read_only else ()
     if mount.type == VolumeMount.TYPE_TMPFS:
         sizes = (f"size={mount.tmpfs_size_bytes}",) if mount.tmpfs_size_bytes else ()
@@ -75,7 +80,8 @@ def _asked(mount: VolumeMount, volume_paths: Mapping[str, str]) -> Mount:
     source = volume_paths[mount.source] if mount.type == VolumeMount.TYPE_VOLUME else mount.source
     # What the source brings along is read-only too (as docker does from 25 on): a mount in it is easily overlooked.
     below = ("rro",) if mount.read_only else ()
-    options = ("rbind", mount.propagation or "rprivate", *access, *below, *mount.options)
+    begun = ("copyup",) if fill and mount.type == VolumeMount.TYPE_VOLUME and not mount.no_copy else ()
+    options = ("rbind", mount.propagation or "rprivate", *access, *below, *begun, *mount.options)
     return Mount(mount.target, "bind", source, options)
 
 

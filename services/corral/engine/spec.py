@@ -47,6 +47,8 @@ class Facts:
     # Namespace files of other containers that are joined.
     joined: Mapping[Kind, str] = field(default_factory=dict)
     devices: Sequence[GrantedDevice] = ()
+    # It has never run: what it is given begins as the image has it.
+    is_new: bool = False
 
 
 def build(config: ContainerConfig, facts: Facts) -> Spec:
@@ -59,7 +61,7 @@ def build(config: ContainerConfig, facts: Facts) -> Spec:
         process=_process(config, facts, capabilities),
         hostname=config.hostname if own_uts else "",
         domainname=config.domainname if own_uts else "",
-        mounts=build_mounts(config, facts.endpoint, facts.volume_paths),
+        mounts=build_mounts(config, facts.endpoint, facts.volume_paths, fill_volumes=facts.is_new),
         linux=Linux(
             namespaces=_namespaces(config, facts),
             devices=tuple(granted.device for granted in facts.devices),

@@ -91,6 +91,7 @@ class TaskMaking:
             volume_paths=volume_paths,
             joined=joined,
             devices=granted,
+            is_new=not record.started_ns,
         )
         return requests.task(
             config,

@@ -1,4 +1,4 @@
-"""tmpcopyup: a tmpfs that begins with what the image has where it is mounted.
+"""tmpcopyup and copyup: a tmpfs, or an empty directory of the host, that begins with what the image has in its place.
 
 The image is hostile: nothing is opened through a link, and nothing but directories, plain files, links and FIFOs is
 copied. What it costs is charged to the container, in whose cgroup this runs.
@@ -17,10 +17,20 @@ _DEEPEST = 100
 _CHUNK = 1 << 20
 
 
+_LOST_AND_FOUND = "lost+found"
+"""What a new file system may have in its root."""
+
+
+def is_empty(directory: int) -> bool:
+    """Whether there is nothing in a directory, an fd of any kind."""
+    with paths.opened(paths.openat2(directory, ".", os.O_RDONLY | os.O_DIRECTORY, resolve=_BENEATH)) as readable:
+        return set(os.listdir(readable)) <= {_LOST_AND_FOUND}  # noqa: PTH208 - of an fd
+
+
 def copy_directory(source: int, target: int, depth: int = 0) -> None:
     """Copy what is in the directory source, an fd of any kind, into target, an empty one; and its mode and owner."""
     if depth > _DEEPEST:
-        raise ExecFailed(SETUP, f"tmpcopyup: the image has more than {_DEEPEST} directories inside one another")
+        raise ExecFailed(SETUP, f"the image has more than {_DEEPEST} directories inside one another")
     with (
         paths.opened(paths.openat2(source, ".", os.O_RDONLY | os.O_DIRECTORY, resolve=_BENEATH)) as readable,
         paths.opened(paths.openat2(target, ".", os.O_RDONLY | os.O_DIRECTORY, resolve=_BENEATH)) as written,

@@ -89,6 +89,8 @@ class MountOptions:
     """Flags of the file system, in the form of data."""
     copy_up: bool = False
     """A tmpfs is to begin with what it covers."""
+    fill: bool = False
+    """So is a directory of the host, if it is empty: "copyup", an option of our own, for volumes."""
     remount: bool = False
     """What is mounted there is to be changed, not covered."""
     idmap: bool = False
@@ -120,7 +122,7 @@ def parse(options: Iterable[str]) -> MountOptions:
     return _with_rare(parsed, rare) if rare else parsed
 
 
-_RARE = frozenset((*_SUPERBLOCK, *_UNSUPPORTED, "remount", "idmap", "ridmap", "tmpcopyup"))
+_RARE = frozenset((*_SUPERBLOCK, *_UNSUPPORTED, "remount", "idmap", "ridmap", "tmpcopyup", "copyup"))
 
 
 def _with_rare(options: MountOptions, rare: list[str]) -> MountOptions:
@@ -138,6 +140,7 @@ def _with_rare(options: MountOptions, rare: list[str]) -> MountOptions:
         options,
         superblock=tuple(superblock),
         copy_up="tmpcopyup" in rare,
+        fill="copyup" in rare,
         remount="remount" in rare,
         idmap="idmap" in rare or "ridmap" in rare,
         idmap_recursive="ridmap" in rare,

@@ -164,6 +164,8 @@ class BindMount(Step):
             # mountinfo goes by age, and is expected to go by the order in config.json. A detached tree can be copied
             # since Linux 6.15.
             tree = mount.clone_tree(tree, recursive=True)
+        if options.fill:
+            self._fill(stage, tree)
         mount.set_attributes(
             tree,
             propagation=options.propagation or MS_PRIVATE,
@@ -177,6 +179,14 @@ class BindMount(Step):
             mount.move_mount(tree, target, what=self.source, where=self.destination)
         if normal(self.destination) == "/dev":
             stage.dev, stage.dev_is_the_hosts = None, True
+
+    def _fill(self, stage: Stage, tree: int) -> None:
+        """Copy what the root has there into a directory of the host that is empty."""
+        from corral.oci.copy_up import copy_directory, is_empty  # loaded before, by who asked for it
+
+        if stat.S_ISDIR(os.fstat(tree).st_mode) and is_empty(tree):
+            with paths.opened(place(stage, self.destination, directory=True)) as covered:
+                copy_directory(covered, tree)
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,10 +110,14 @@ def _mount(mount: Mount, path: str, bundle: str, cgroups: Sequence[str], spec: S
     if options.bind:
         if not mount.source:
             raise ValueError(f"{path}.source: missing")
+        if options.fill:
+            import corral.oci.copy_up
         source = _from(bundle, mount.source)
         return BindMount(mount.destination, source, options, _idmap(mount, options, spec, path))
     if mount.uid_mappings or mount.gid_mappings or options.idmap:
         raise ValueError(f"{path}: only a bind mount can have ids of its own")
+    if options.fill:
+        raise ValueError(f"{path}.options: copyup is for a bind mount")
     if options.remount:
         return Remount(mount.destination, options)
     if options.copy_up:

@@ -1,0 +1,75 @@
+"""A new volume begins with what the image has in its place, with modes and owners, once."""
+
+from collections.abc import Iterator
+
+import pytest
+from support.corrald import Corrald
+
+MAKE = (
+    "mkdir -p /data/sub && echo one > /data/one && echo two > /data/sub/two && ln -s one /data/link"
+    " && chown -R 1000:1001 /data && chmod 750 /data && chmod 4711 /data/one && ln -s /etc /linked"
+)
+SHOW = "cd /data && stat -c '%n %u:%g %a' . one sub sub/two && readlink link && cat sub/two"
+SHOWN = ". 1000:1001 750\none 1000:1001 4711\nsub 1000:1001 755\nsub/two 1000:1001 644\none\ntwo\n"
+
+
+def ok(box: Corrald, *args: str) -> str:
+    result = box.corral(*args)
+    assert result.returncode == 0, (args, result.stderr.decode(), box.log())
+    return result.stdout.decode()
+
+
+@pytest.fixture
+def image(box: Corrald, name: str) -> Iterator[str]:
+    ok(box, "run", "--name", name, "busybox", "sh", "-c", MAKE)
+    ok(box, "commit", "--change", "VOLUME /data", name, f"filled-{name}")
+    ok(box, "rm", "-v", name)
+    yield f"filled-{name}"
+    box.corral("rm", "-fv", name)
+    box.corral("volume", "rm", name)
+    ok(box, "image", "rm", f"filled-{name}")
+
+
+def run(box: Corrald, *args: str) -> str:
+    return ok(box, "run", "--rm", *args)
+
+
+@pytest.mark.parametrize("access", ["", ":ro"])
+def test_a_new_volume_has_what_the_image_has_there(box: Corrald, name: str, image: str, access: str) -> None:
+    assert run(box, "-v", f"{name}:/data{access}", image, "sh", "-c", SHOW) == SHOWN
+
+
+def test_an_anonymous_volume_has_it_too(box: Corrald, image: str) -> None:
+    assert run(box, image, "sh", "-c", f"grep -q ' /data ' /proc/self/mountinfo && {SHOW}") == SHOWN
+
+
+def test_what_is_in_a_volume_already_stays_as_it_is(box: Corrald, name: str, image: str) -> None:
+    run(box, "-v", f"{name}:/v", "busybox", "sh", "-c", "echo mine > /v/one")
+    assert run(box, "-v", f"{name}:/data", image, "sh", "-c", "ls /data; cat /data/one") == "one\nmine\n"
+
+
+def test_nocopy_and_bind_mounts_begin_empty(box: Corrald, name: str, image: str, tmp_path: object) -> None:
+    assert run(box, "-v", f"{name}:/data:nocopy", image, "ls", "-A", "/data") == ""
+    assert run(box, "-v", f"{tmp_path}:/data", image, "ls", "-A", "/data") == ""
+
+
+def test_a_volume_that_was_emptied_stays_empty_when_its_container_starts_again(
+    box: Corrald, name: str, image: str
+) -> None:
+    script = "ls -A /data | wc -l; rm -rf /data/* /data/.[a-z]*"
+    ok(box, "run", "--name", name, "-v", f"{name}:/data", image, "sh", "-c", script)
+    ok(box, "start", name)
+    ok(box, "wait", name)
+    assert ok(box, "logs", name) == "3\n0\n"
+    ok(box, "rm", name)
+
+
+def test_a_link_in_the_image_leads_no_further_than_its_root(box: Corrald, name: str, image: str) -> None:
+    """What is copied is the image's own /etc, not the host's."""
+    shown = run(box, "-v", f"{name}:/linked", image, "sh", "-c", "ls -A /linked/")
+    assert "shadow-" not in shown
+    assert "corral" not in shown
+
+
+def test_a_directory_that_the_image_lacks_gives_an_empty_volume(box: Corrald, name: str, image: str) -> None:
+    assert run(box, "-v", f"{name}:/nowhere", image, "ls", "-A", "/nowhere") == ""
