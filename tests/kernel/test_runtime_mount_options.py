@@ -161,7 +161,7 @@ class TestCopyUp:
 
     def test_an_image_that_nests_without_end_is_refused(self, lab, image):
         (image / "/".join("d" * 150)).mkdir(parents=True)
-        with pytest.raises(ExecFailed, match="tmpcopyup"):
+        with pytest.raises(ExecFailed, match="copying up"):
             lab.create(lab.spec("true", mounts=[self.MOUNT]))
 
     def test_more_than_fits_is_an_error(self, lab, image):

@@ -30,7 +30,7 @@ def is_empty(directory: int) -> bool:
 def copy_directory(source: int, target: int, depth: int = 0) -> None:
     """Copy what is in the directory source, an fd of any kind, into target, an empty one; and its mode and owner."""
     if depth > _DEEPEST:
-        raise ExecFailed(SETUP, f"the image has more than {_DEEPEST} directories inside one another")
+        raise ExecFailed(SETUP, f"copying up: the image has more than {_DEEPEST} directories inside one another")
     with (
         paths.opened(paths.openat2(source, ".", os.O_RDONLY | os.O_DIRECTORY, resolve=_BENEATH)) as readable,
         paths.opened(paths.openat2(target, ".", os.O_RDONLY | os.O_DIRECTORY, resolve=_BENEATH)) as written,
