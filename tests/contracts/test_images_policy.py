@@ -217,6 +217,22 @@ async def test_a_signature_copied_from_another_repository_is_refused(
     await refused(leaf, f"{registry.host}/elsewhere:1", f"for another repository, {registry.host}/team/app")
 
 
+async def test_a_copy_is_known_by_the_name_that_it_was_signed_under(
+    tmp_path: Path, registry: Registry, ours: Key
+) -> None:
+    image, name = put(registry, tmp_path, "copies/team/app"), f"{registry.host}/copies/team/app:1"
+    sign(registry, "copies/team/app", image, ours, reference="upstream.example/x/team/app")
+    rule = Rule(f"{registry.host}/copies", keys=(ours.public,), signed_prefix="upstream.example/x")
+    async with guarded(tmp_path, CLOSED, rule) as leaf:
+        await leaf.pull(name)
+        await leaf.prepare("c", image=name)
+    async with guarded(tmp_path, CLOSED, replace(rule, signed_prefix="upstream.example/y")) as leaf:
+        with pytest.raises(PermissionDenied, match="no signature of it was verified"):
+            await leaf.prepare("d", image=name)
+        with pytest.raises(PermissionDenied, match=r"x/team/app instead of upstream\.example/y/team/app"):
+            await leaf.pull(name)
+
+
 async def test_a_signature_that_names_another_tag_is_refused_under_this_one(
     leaf: ImagesLeaf, registry: Registry, tmp_path: Path, ours: Key
 ) -> None:

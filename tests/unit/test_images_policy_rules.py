@@ -64,11 +64,24 @@ def test_patterns_that_would_not_do_what_they_seem_to_are_refused(pattern: str) 
         Rule(pattern, Kind.REJECT)
 
 
+def test_a_copy_has_its_first_name_in_signatures() -> None:
+    key = (Path("x"),)
+    rule = Rule("a.example/copies", keys=key, signed_prefix="b.example/team")
+    assert rule.signed_name("a.example/copies/app") == "b.example/team/app"
+    assert rule.signed_name("a.example/copies") == "b.example/team"
+    below = Rule("a.example/copies/*", keys=key, signed_prefix="b.example")
+    assert below.signed_name("a.example/copies/app/x") == "b.example/app/x"
+    assert Rule("a.example", keys=key).signed_name("a.example/app") == "a.example/app"
+
+
 def test_rules_that_leave_anything_open_are_refused() -> None:
     with pytest.raises(ValueError, match="names no keys"):
         Rule("*")
     with pytest.raises(ValueError, match="does not use"):
         Rule("*", Kind.REJECT, (Path("x"),))
+    for pattern, prefix in (("*", "a.example"), ("*.example", "a.example"), ("a.example", "*"), ("a.example", "a.*")):
+        with pytest.raises(ValueError, match=r"signed_prefix|pattern"):
+            Rule(pattern, keys=(Path("x"),), signed_prefix=prefix)
     with pytest.raises(ValueError, match="all other repositories"):
         check([Rule("a.example", Kind.REJECT)])
     with pytest.raises(ValueError, match="more than one"):

@@ -1,6 +1,6 @@
 """May this image have this name here, and may it be used under it?"""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from corral.images import catalog
@@ -18,21 +18,33 @@ from corral.store import Snapshot
 class Demand:
     """What is asked of the images of a repository."""
 
-    pattern: str
-    kind: Kind
+    rule: Rule
     keys: tuple[PublicKey, ...] = ()
+
+    @property
+    def kind(self) -> Kind:
+        return self.rule.type
+
+    def signed_name(self, reference: Reference) -> str:
+        """What signatures must call its repository."""
+        return self.rule.signed_name(reference.repository)
+
+    def is_met(self, snapshot: Snapshot, reference: Reference, digests: Collection[Digest]) -> bool:
+        """Whether a key of it is known to have signed one of them. With a digest in the name, that decides."""
+        tag, keys = "" if reference.digest else reference.tag, [key.id for key in self.keys]
+        return proofs.is_proven(snapshot, digests, self.signed_name(reference), tag, keys)
 
     def refusal(self, name: str, digest: Digest | None, why: str) -> PermissionDenied:
         """digest: None where it is not known yet."""
         shown = f"{name or 'without a name'}{f' ({digest})' if digest and digest not in name else ''}"
         return PermissionDenied(
-            f"image {shown} is refused by the policy for {self.pattern}: {why}",
+            f"image {shown} is refused by the policy for {self.rule.pattern}: {why}",
             reason="IMAGE_REFUSED",
-            metadata={"image": name, "digest": digest or "", "policy": self.pattern},
+            metadata={"image": name, "digest": digest or "", "policy": self.rule.pattern},
         )
 
 
-NOTHING = Demand("", Kind.ACCEPT)
+NOTHING = Demand(Rule(rules.EVERYTHING, Kind.ACCEPT))
 
 
 class Gate:
@@ -47,9 +59,7 @@ class Gate:
         except ValueError as e:
             raise InvalidArgument(f"[images] policy: {e}", reason="BAD_POLICY") from e
         self._rules = tuple(policy)
-        self._demands = {
-            rule.pattern: Demand(rule.pattern, rule.type, tuple(keys[path] for path in rule.keys)) for rule in policy
-        }
+        self._demands = {rule.pattern: Demand(rule, tuple(keys[path] for path in rule.keys)) for rule in policy}
 
     @property
     def is_open(self) -> bool:
@@ -70,8 +80,7 @@ class Gate:
         name = reference.familiar if reference else ""
         if demand.kind is Kind.REJECT:
             raise demand.refusal(name, target, "it takes none")
-        digests, keys = (target, manifest), [key.id for key in demand.keys]
-        if reference is None or not proofs.is_proven(snapshot, digests, reference.repository, _tag(reference), keys):
+        if reference is None or not demand.is_met(snapshot, reference, (target, manifest)):
             how = f"`corral pull {name}` does that" if reference else "pull it by a name"
             raise demand.refusal(name, target, f"no signature of it was verified here: {how}")
 
@@ -104,11 +113,6 @@ class Gate:
                 return
         if problem is not None:
             raise problem
-
-
-def _tag(reference: Reference) -> str:
-    """With both, the digest decides."""
-    return "" if reference.digest else reference.tag
 
 
 def _asked(snapshot: Snapshot, record: ImageRecord, text: str) -> Sequence[ImageRecord]:

@@ -3,13 +3,14 @@
     [[images.policy]]
     pattern = "registry.example/team"       # this repository and all below it
     keys = ["/etc/corral/keys/team.pub"]    # one of them must have signed what is pulled
+    signed_prefix = "upstream.example/team" # where it is a copy, signed under its first name
 
     [[images.policy]]
     pattern = "*"                           # all that no other pattern is for
     type = "reject"
 
 The longest pattern that fits counts, whatever their order. Where there are rules at all, one must be for all the rest.
-Source: containers-policy.json(5): the types, what a scope covers, that there must be a default.
+Source: containers-policy.json(5): the types, what a scope covers, that there must be a default, signedPrefix.
 """
 
 from collections.abc import Sequence
@@ -37,11 +38,15 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One entry of the settings. `keys` are public keys in PEM form: ECDSA, RSA or Ed25519."""
+    """One entry of the settings. `keys` are public keys in PEM form: ECDSA, RSA or Ed25519.
+
+    signed_prefix: what stands in signatures for the pattern, where images were copied here from there.
+    """
 
     pattern: str
     type: Kind = Kind.SIGNED
     keys: tuple[Path, ...] = ()
+    signed_prefix: str = ""
 
     def __post_init__(self) -> None:
         """Raises ValueError."""
@@ -53,6 +58,18 @@ class Rule:
             )
         if self.type is not Kind.SIGNED and self.keys:
             raise ValueError(f"the policy for {self.pattern} has keys, which the type {self.type.value!r} does not use")
+        if self.signed_prefix:
+            _check_pattern(self.signed_prefix)
+            if self.type is not Kind.SIGNED or EVERYTHING in self.pattern.removesuffix(BELOW) + self.signed_prefix:
+                raise ValueError(
+                    f"the policy for {self.pattern} has signed_prefix, which is for keys, and without {EVERYTHING!r}"
+                )
+
+    def signed_name(self, repository: str) -> str:
+        """The name that a repository which the rule is for has in signatures."""
+        if not self.signed_prefix:
+            return repository
+        return self.signed_prefix + repository[len(self.pattern.removesuffix(BELOW)) :]
 
 
 def check(rules: Sequence[Rule]) -> None:

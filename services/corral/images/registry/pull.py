@@ -156,10 +156,9 @@ class Puller:
 
     async def _prove(self, options: PullOptions, repository: Repository, tree: Tree, demand: Demand) -> None:
         """Raises PermissionDenied. What was signed is proven once; a signature of an index is one for all in it."""
-        name = _name(options.reference)
         images = [tree.target] if options.all_platforms or tree.chosen == tree.target else [tree.target, tree.chosen]
-        digests, keys = [image.digest for image in images], [key.id for key in demand.keys]
-        if self._database.read_sync(lambda s: proofs.is_proven(s, digests, name.repository, name.tag, keys)):
+        digests = [image.digest for image in images]
+        if self._database.read_sync(lambda s: demand.is_met(s, options.reference, digests)):
             return
         from corral.images.registry.signatures import Prover
 

@@ -165,8 +165,9 @@ class Prover:
             return None
         if payload.digest != image.digest:
             self._findings.add(3, f"its signature is for another image, {payload.digest}")
-        elif payload.repository != reference.repository:
-            self._findings.add(3, f"its signature is for another repository, {payload.repository}")
+        elif payload.repository != (name := self._demand.signed_name(reference)):
+            wanted = f" instead of {name}" if name != reference.repository else ""
+            self._findings.add(3, f"its signature is for another repository, {payload.repository}{wanted}")
         elif payload.tag and not reference.digest and payload.tag != reference.tag:
             self._findings.add(3, f"its signature is for another tag, {payload.tag!r}")
         else:
