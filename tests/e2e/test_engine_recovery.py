@@ -106,6 +106,41 @@ async def assert_told_once(engine: EngineClient) -> None:
         assert sequence == list(range(1, len(sequence) + 1)), f"{origin}: in order, without a hole"
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_who_dies_in_the_middle_of_a_commit_leaves_no_container_paused(
+    start_daemon: Start, busybox_archive: Path, *, split: bool
+) -> None:
+    daemon = start_with_image(start_daemon, busybox_archive, split=split)
+
+    async def before(engine: EngineClient) -> None:
+        await engine.run("sh", "-c", TRAP, name="committed")
+        await engine.run("sh", "-c", TRAP, name="paused")
+        await engine.containers.Pause(pb.PauseContainerRequest(container="paused"))
+
+    async def commit(engine: EngineClient) -> None:
+        with pytest.raises(Unavailable):
+            await engine.containers.Commit(pb.CommitContainerRequest(container="committed", name="made:1"))
+
+    async def after(engine: EngineClient) -> None:
+        await eventually(running)
+        assert (await engine.get("paused")).status == pb.STATUS_PAUSED
+        assert (await engine.exec("committed", "echo", "hello")) == (0, b"hello\n")
+        assert (await engine.stop("committed")).exit.code == 7
+        await engine.containers.Commit(pb.CommitContainerRequest(container="paused", name="made:1"))
+        assert (await engine.get("paused")).status == pb.STATUS_PAUSED
+
+    async def running() -> bool:
+        async with engine_of(daemon) as engine:
+            return (await engine.get("committed")).status == pb.STATUS_RUNNING
+
+    play(daemon, before)
+    daemon.kill9("engine") if split else daemon.kill9()
+    daemon.start(environment=failing("engine.commit.while_paused"))
+    play(daemon, commit)
+    daemon.start()
+    play(daemon, after)
+
+
 CREATE_POINTS = (
     "engine.create.after_intent",
     "engine.create.after_parts",

@@ -135,7 +135,7 @@ class Life:
         self.call(lambda: list(client.images.load_stream(header, [self.archive.read_bytes()])))
         self.call(lambda: client.images.tag("img", "other:1"))
         self.call(lambda: client.images.push("img", f"{self.registry.host}/{secrets.token_hex(8)}:1"))
-        self.call(lambda: client.images.pull(f"{self.registry.host}/far:1"))
+        self.call(lambda: client.images.pull(f"{self.registry.host}/far:1", keep_blobs=False))
         self.call(lambda: client.volumes.create("vol"), AlreadyExists)
         self.call(lambda: client.volumes.create("bounded", options={"size": "8m"}), AlreadyExists)
         first, second = self.daemon.place.network
@@ -166,6 +166,8 @@ class Life:
         # The pause of a daemon that died before it said so is undone.
         if self.call(lambda: containers.get("one")).status == engine_pb2.STATUS_PAUSED:
             self.call(lambda: containers.resume("one"), FailedPrecondition)
+        self.call(lambda: containers.commit("one"))
+        assert self.call(lambda: containers.get("one")).status == engine_pb2.STATUS_RUNNING
         self.call(lambda: containers.exec("one", ["touch", "/v/go"]), FailedPrecondition, NotFound)
         status = self.call(lambda: containers.wait("one"))
         assert (status.code, status.known) == (7, True), status

@@ -10,6 +10,7 @@ from corral.engine.core import Core
 from corral.engine.lifecycle import Lifecycle
 from corral.engine.records import ContainerRecord, Status
 from corral.rpc.errors import FailedPrecondition, NotFound
+from corral.store import failpoint
 
 
 class Commits:
@@ -41,6 +42,7 @@ class Commits:
         if not pause or record.status is not Status.RUNNING:
             return await self._core.leaves.images.Commit(wanted)
         async with self._paused(record):
+            failpoint("engine.commit.while_paused")
             return await self._core.leaves.images.Commit(wanted)
 
     @asynccontextmanager
@@ -48,7 +50,7 @@ class Commits:
         """It may have ended before, or be killed, removed or resumed within: then there is nothing to resume."""
         paused = False
         with suppress(FailedPrecondition):
-            paused = (await self._lifecycle.pause(record.id)).status is Status.PAUSED
+            paused = (await self._lifecycle.pause(record.id, passing=True)).status is Status.PAUSED
         try:
             yield
         finally:

@@ -13,7 +13,7 @@ from corral.api.engine.v1.engine_pb2 import RestartPolicy, WaitContainerRequest
 from corral.api.images.v1.images_pb2 import SnapshotRequest
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1.types_pb2 import ExitStatus
-from corral.engine import requests, store
+from corral.engine import pauses, requests, store
 from corral.engine.core import Core, require_alive
 from corral.engine.leaves import persistently
 from corral.engine.records import ALIVE, ContainerRecord, Status
@@ -238,11 +238,11 @@ class Lifecycle:
 
     # Pause
 
-    async def pause(self, reference: str) -> ContainerRecord:
-        """Freeze every process of it."""
-        return await self._core.background.to_the_end(self._pause(self._core.resolve(reference)))
+    async def pause(self, reference: str, *, passing: bool = False) -> ContainerRecord:
+        """Freeze every process of it. passing: if we die meanwhile, the next start resumes it."""
+        return await self._core.background.to_the_end(self._pause(self._core.resolve(reference), passing=passing))
 
-    async def _pause(self, named: ContainerRecord) -> ContainerRecord:
+    async def _pause(self, named: ContainerRecord, *, passing: bool) -> ContainerRecord:
         async with self._core.locks.of((named.namespace, named.id)):
             record = self._core.get(named.namespace, named.id)
             if record.status is Status.PAUSED:
@@ -250,7 +250,7 @@ class Lifecycle:
             require_alive(record, "paused")
             await self._core.leaves.cgroups.Freeze(FreezeRequest(id=record.id))
             failpoint("engine.pause.after_freeze")
-            return await self._set_paused(record, Status.PAUSED)
+            return await self._set_paused(record, Status.PAUSED, passing=passing)
 
     async def resume(self, reference: str) -> ContainerRecord:
         """Let a paused container go on."""
@@ -270,7 +270,7 @@ class Lifecycle:
         failpoint("engine.resume.after_thaw")
         return await self._set_paused(record, Status.RUNNING)
 
-    async def _set_paused(self, record: ContainerRecord, status: Status) -> ContainerRecord:
+    async def _set_paused(self, record: ContainerRecord, status: Status, *, passing: bool = False) -> ContainerRecord:
         """RUNNING <-> PAUSED, unless it has ended meanwhile."""
 
         def write(tx: Transaction) -> ContainerRecord:
@@ -279,6 +279,7 @@ class Lifecycle:
                 return now
             topic = "container.paused" if status is Status.PAUSED else "container.unpaused"
             tx.journal(topic, record.id, {"name": now.name}, namespace=record.namespace)
+            (pauses.note if passing else pauses.forget)(tx, record.namespace, record.id)
             return store.set_status(tx, record.namespace, record.id, status)
 
         return await self._core.database.write(write)

@@ -17,7 +17,7 @@ from corral.api.cgroups.v1.cgroups_pb2 import DeleteCgroupRequest, ListCgroupsRe
 from corral.api.images.v1.images_pb2 import ListSnapshotsRequest, RemoveSnapshotRequest, Snapshot
 from corral.api.network.v1.network_pb2 import DetachRequest, ListEndpointsRequest
 from corral.api.tasks.v1 import tasks_pb2
-from corral.engine import store
+from corral.engine import pauses, store
 from corral.engine.core import Core, Key
 from corral.engine.leaves import persistently
 from corral.engine.records import ALIVE, ContainerRecord, Status, to_ns
@@ -27,7 +27,7 @@ from corral.engine.volumes import sweep as sweep_volumes
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import in_namespace
 from corral.rpc.errors import CorralError, NotFound
-from corral.store import failpoint
+from corral.store import Transaction, failpoint
 
 log = structlog.get_logger()
 
@@ -49,9 +49,11 @@ class Recovery:
         self._core = core
         self._removal = removal
         self._catch_up = catch_up
+        self._passing: list[tuple[str, str]] = []
 
     async def start(self) -> None:
         """Recover now, or, if a leaf does not answer yet or fails, in the background until it is done."""
+        self._passing = self._core.database.read_sync(pauses.everything)
         await run_blocking(sweep_volumes, self._core)
         await run_blocking(self._core.trash.empty)
         try:
@@ -76,6 +78,7 @@ class Recovery:
         await self._finish_halves()
         await self.compare_tasks()
         await self._compare_frozen()
+        await self._resume_passing()
         await self._sweep()
         for record in self._records(Status.EXITED):
             self._core.on_found_ended(record)
@@ -185,6 +188,26 @@ class Recovery:
             await self._core.database.write(
                 lambda tx: store.set_status(tx, record.namespace, record.id, Status.RUNNING)
             )
+
+    async def _resume_passing(self) -> None:
+        """What an earlier engine had paused for a moment, and did not live to resume. Raises Unavailable."""
+        while self._passing:
+            key = self._passing[-1]
+            async with self._core.locks.of(key):
+                if (now := self._find(key)) is not None and now.status is Status.PAUSED:
+                    await self._resume(now)
+            self._passing.pop()
+
+    async def _resume(self, record: ContainerRecord) -> None:
+        with in_namespace(record.namespace):
+            await persistently(lambda: self._core.leaves.cgroups.Thaw(ThawRequest(id=record.id)))
+
+        def write(tx: Transaction) -> None:
+            tx.journal("container.unpaused", record.id, {"name": record.name}, namespace=record.namespace)
+            pauses.forget(tx, record.namespace, record.id)
+            store.set_status(tx, record.namespace, record.id, Status.RUNNING)
+
+        await self._core.database.write(write)
 
     # Sweeping
 

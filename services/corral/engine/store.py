@@ -12,6 +12,7 @@ from pathlib import Path
 from corral.api.engine.v1.engine_pb2 import ContainerConfig
 from corral.api.network.v1.network_pb2 import Endpoint
 from corral.api.types.v1.types_pb2 import ExitStatus
+from corral.engine import pauses
 from corral.engine.records import ALLOWED, ContainerRecord, Status
 from corral.engine.volume_rows import VolumeRecord, use_volumes
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, NotFound
@@ -70,6 +71,7 @@ CREATE TABLE merged (
 ) STRICT;
 """,
     "ALTER TABLE container ADD COLUMN stopped_by_user INTEGER NOT NULL DEFAULT 0",
+    pauses.SCHEMA,
 )
 
 _COLUMNS = (
