@@ -1,28 +1,25 @@
-"""A policy lets in what a key of it has signed, and nothing else: by whatever way it comes, under whatever name."""
+"""A policy lets in what a key of it has signed, and nothing else."""
 
 import json
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support import cosign
 from support.cosign import Key, Signed, payload
-from support.faulty import OCI_INDEX, OCI_MANIFEST, Faulty, Handler, Seen, described, faulty_registry, manifest_of
-from support.images import Entry, digest, image_config, layer, write_oci_archive
-from support.images_leaf import ImagesLeaf, images_leaf
+from support.faulty import OCI_INDEX, OCI_MANIFEST, Faulty, Handler, Seen, described, manifest_of
+from support.images import Entry, digest, image_config, layer
+from support.images_leaf import ImagesLeaf
+from support.policies import CLOSED, OPEN, archive, guarded, put, refused, sign
 from support.registry import Registry, running, skopeo
 from support.requirements import needs
 
 from corral.api.images.v1 import images_pb2 as pb
 from corral.images.policy.rules import Kind, Rule
-from corral.rpc.errors import CorralError, InvalidArgument, NotFound, PermissionDenied
+from corral.rpc.errors import PermissionDenied
 
 pytestmark = needs("root", "overlayfs", "docker-registry", "skopeo", "openssl")
-
-OPEN = Rule("*", Kind.ACCEPT)
-CLOSED = Rule("*", Kind.REJECT)
 
 
 @pytest.fixture(scope="module")
@@ -44,53 +41,10 @@ def ours(keys: dict[str, Key]) -> Key:
 
 
 @pytest.fixture
-def faulty() -> Iterator[Faulty]:
-    with faulty_registry() as made:
-        yield made
-
-
-@asynccontextmanager
-async def guarded(tmp_path: Path, *rules: Rule, name: str = "images") -> AsyncIterator[ImagesLeaf]:
-    async with images_leaf(tmp_path / name, certs=tmp_path / "certs.d", policy=rules) as made:
-        yield made
-
-
-@pytest.fixture
 async def leaf(tmp_path: Path, registry: Registry, ours: Key) -> AsyncIterator[ImagesLeaf]:
     """Our key is wanted of the registry; the rest of the world is open."""
     async with guarded(tmp_path, OPEN, Rule(registry.host, keys=(ours.public,))) as made:
         yield made
-
-
-def archive(path: Path, name: str, what: str) -> Path:
-    made = [layer([Entry("f", what.encode() * 100)])]
-    return write_oci_archive(path, name, made, image_config(made, Cmd=["/f"]))
-
-
-def put(registry: Registry, tmp_path: Path, name: str, what: str = "x", tag: str = "1") -> str:
-    """An image in the registry, brought there by skopeo; returns its digest."""
-    source = archive(tmp_path / f"{name.replace('/', '-')}-{tag}.tar", "x:1", what)
-    destination = f"docker://{registry.host}/{name}:{tag}"
-    skopeo("--insecure-policy", "copy", "--dest-tls-verify=false", f"oci-archive:{source}", destination)
-    return registry.digest(name, tag)
-
-
-def sign(registry: Registry, name: str, image: str, *by: Key, reference: str = "") -> None:
-    what = payload(reference or f"{registry.host}/{name}", image)
-    cosign.attach(registry, name, image, [Signed.by(key, what) for key in by])
-
-
-async def refused(leaf: ImagesLeaf, name: str, why: str, **request: object) -> PermissionDenied:
-    """A pull is; one sentence names the image and says why; nothing of it is to be seen."""
-    with pytest.raises(PermissionDenied, match=why) as caught:
-        await leaf.pull(name, **request)
-    assert caught.value.reason == "IMAGE_REFUSED"
-    assert f"image {name}" in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert await leaf.names() == []
-    await leaf.settled()
-    assert not [path for path in leaf.disk() if path.startswith(("overlay/", "ingest/", "partial/"))]
-    return caught.value
 
 
 # What is let in
@@ -385,126 +339,3 @@ async def test_a_registry_that_does_not_say_what_refers_to_an_image_is_not_waite
         await refused(leaf, f"{faulty.host}/x:1", "no signature under its tag, and what refers to it is not told")
         del answers[0]
         assert (await leaf.pull(f"{faulty.host}/x:1")).target.digest == image
-
-
-# Other ways in
-
-
-async def test_an_archive_cannot_bring_what_was_not_verified(
-    leaf: ImagesLeaf, registry: Registry, tmp_path: Path, ours: Key
-) -> None:
-    name = f"{registry.host}/brought:1"
-    brought = archive(tmp_path / "brought.tar", name, "brought")
-    for header in ({}, {"name": name}, {"name": name, "no_unpack": True}):
-        with pytest.raises(PermissionDenied, match=f"image {name} .*no signature of it was verified here.*corral pull"):
-            await leaf.load(brought, **header)
-    assert await leaf.names() == []
-    await leaf.settled()
-    assert not leaf.disk()
-    image = put(registry, tmp_path, "brought", "brought")
-    sign(registry, "brought", image, ours)
-    await leaf.pull(name)
-    await leaf.load(brought, name=name)
-
-
-async def test_another_name_or_none_is_no_way_around(tmp_path: Path, registry: Registry, ours: Key) -> None:
-    async with guarded(tmp_path, name="images") as leaf:
-        await leaf.load(archive(tmp_path / "x.tar", "x:1", "around"))
-        [known] = (await leaf.images.List(pb.ListImagesRequest())).images
-    async with guarded(tmp_path, CLOSED, Rule(registry.host, keys=(ours.public,))) as leaf:
-        for target in (f"{registry.host}/around:1", "y:1"):
-            with pytest.raises(PermissionDenied, match=f"image {target}"):
-                await leaf.images.Tag(pb.TagImageRequest(source="x:1", target=target))
-        for name in ("x:1", known.id, known.id[7:20]):
-            with pytest.raises(PermissionDenied, match=r"image x:1 .*the policy for \*: it takes none"):
-                await leaf.prepare("c", image=name)
-        with pytest.raises(PermissionDenied, match="it takes none"):
-            await leaf.prepare("c", parent=known.chain_id)
-        with pytest.raises(PermissionDenied, match="it takes none"):
-            await leaf.view("c", image="x:1")
-        with pytest.raises(NotFound):
-            await leaf.snapshots.Get(pb.SnapshotRequest(key="c"))
-
-
-async def test_an_image_from_before_the_policy_is_used_once_a_pull_has_verified_it(
-    tmp_path: Path, registry: Registry, ours: Key
-) -> None:
-    image, name = put(registry, tmp_path, "before"), f"{registry.host}/before:1"
-    async with guarded(tmp_path) as leaf:
-        await leaf.pull(name)
-        await leaf.prepare("old", image=name)
-    async with guarded(tmp_path, CLOSED, Rule(registry.host, keys=(ours.public,))) as leaf:
-        assert (await leaf.prepare("old", image=name)).mounts, "a container that exists stays as it is"
-        with pytest.raises(PermissionDenied, match=f"image {name} .*`corral pull {name}` does that"):
-            await leaf.prepare("new", image=name)
-        with pytest.raises(PermissionDenied, match="it has no signature"):
-            await leaf.pull(name)
-        sign(registry, "before", image, ours)
-        await leaf.pull(name)
-        await leaf.prepare("new", image=name)
-
-
-async def test_a_key_that_is_taken_out_of_the_policy_takes_its_images_with_it(
-    tmp_path: Path, registry: Registry, keys: dict[str, Key]
-) -> None:
-    image, name = put(registry, tmp_path, "revoked"), f"{registry.host}/revoked:1"
-    sign(registry, "revoked", image, keys["ours"])
-    async with guarded(tmp_path, CLOSED, Rule(registry.host, keys=(keys["ours"].public,))) as leaf:
-        await leaf.pull(name)
-    async with guarded(tmp_path, CLOSED, Rule(registry.host, keys=(keys["rsa"].public,))) as leaf:
-        with pytest.raises(PermissionDenied, match="no signature of it was verified"):
-            await leaf.prepare("c", image=name)
-        with pytest.raises(PermissionDenied, match="not by a key of the policy"):
-            await leaf.pull(name)
-
-
-async def test_what_was_verified_needs_no_registry_later(
-    leaf: ImagesLeaf, registry: Registry, tmp_path: Path, ours: Key
-) -> None:
-    image, name = put(registry, tmp_path, "later"), f"{registry.host}/later:1"
-    sign(registry, "later", image, ours)
-    await leaf.pull(name)
-    asked = registry.log().count("later")
-    await leaf.prepare("c", image=name)
-    await leaf.images.Tag(pb.TagImageRequest(source=name, target=f"{registry.host}/later:2"))
-    await leaf.prepare("d", image=f"{registry.host}/later:2")
-    assert registry.log().count("later") == asked
-
-
-async def test_a_commit_is_an_image_like_any_other(
-    leaf: ImagesLeaf, registry: Registry, tmp_path: Path, ours: Key
-) -> None:
-    image, name = put(registry, tmp_path, "base"), f"{registry.host}/base:1"
-    sign(registry, "base", image, ours)
-    await leaf.pull(name)
-    await leaf.prepare("c", image=name)
-    await leaf.images.Commit(pb.CommitImageRequest(key="c", name="mine:1"))
-    with pytest.raises(PermissionDenied, match=f"image {registry.host}/base:2"):
-        await leaf.images.Commit(pb.CommitImageRequest(key="c", name=f"{registry.host}/base:2"))
-    assert sorted(await leaf.names()) == [f"{registry.host}/base:1", "mine:1"]
-
-
-# Settings
-
-
-@pytest.mark.parametrize("text", ["", "nothing", "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"])
-async def test_a_key_that_is_none_keeps_the_daemon_from_starting(tmp_path: Path, text: str) -> None:
-    (tmp_path / "key.pub").write_text(text)
-    with pytest.raises(InvalidArgument, match=r"key\.pub is no public key in PEM form"):
-        async with guarded(tmp_path, OPEN, Rule("a.example", keys=(tmp_path / "key.pub",))):
-            pass
-
-
-async def test_keys_that_nobody_should_use_keep_the_daemon_from_starting(tmp_path: Path, ours: Key) -> None:
-    short, other = Key.make(tmp_path, "short", "rsa-short"), Key.make(tmp_path, "x", "x25519")
-    both = tmp_path / "both.pub"
-    both.write_text(ours.public.read_text() * 2)
-    for path, why in (
-        (short.public, "1024 bits"),
-        (other.public, "nobody signs images with"),
-        (both, "more than one"),
-        (tmp_path / "none", "cannot read .*No such file"),
-    ):
-        with pytest.raises(CorralError, match=why):
-            async with guarded(tmp_path, OPEN, Rule("a.example", keys=(path,))):
-                pass
