@@ -119,6 +119,21 @@ def test_a_record_that_cant_be_read_is_named_and_hides_no_other_container(oci: R
     assert (oci.root / "broken/state.json").exists()
 
 
+def test_a_joined_mount_namespace_keeps_its_root_and_it_is_said_what_is_left_out(oci: Runtime) -> None:
+    first = oci.sleeping()
+    oci.ok("exec", first, "touch", "/tmp/of-the-first")
+    spec = oci.spec("ls /tmp")
+    linux = spec["linux"]
+    assert isinstance(linux, dict)
+    for namespace in linux["namespaces"]:
+        if namespace["type"] == "mount":
+            namespace["path"] = f"/proc/{oci.state(first)['pid']}/ns/mnt"
+    oci.write_spec(spec)
+    joined = oci.call("run", oci.new_id())
+    assert (joined.returncode, joined.stdout) == (0, "of-the-first\n")
+    assert "root and mounts are left out" in joined.stderr
+
+
 def test_a_process_document_that_is_wrong_is_told_by_what_is_wrong(oci: Runtime) -> None:
     name, document = oci.sleeping(), oci.directory / "process.json"
     for text, words in {

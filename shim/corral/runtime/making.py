@@ -166,6 +166,8 @@ def _make_init(
     context.log.debug(f"creating {record.id} in cgroup {record.cgroup or '(none)'}")
     for warning in warnings_of(bundle.process):
         context.log.warning(warning)
+    if Kind.MOUNT in plan.joined(bundle.spec):
+        context.log.warning("root and mounts are left out: the mount namespace that is joined has what its owner made")
     with contextlib.ExitStack() as block:
         gate = block.enter_context(contextlib.closing(make_gate(place.gate))) if way.with_gate else None
         container = runtime.create(
