@@ -223,6 +223,25 @@ async def test_a_prune_is_all_or_nothing(daemon: Corrald, archive: Path, failpoi
         assert leaf.disk() == set()
 
 
+@pytest.mark.parametrize("failpoint", ["images.recipe.before_row", "images.recipe.after_row"])
+async def test_a_blob_is_kept_or_can_be_made_again(daemon: Corrald, archive: Path, failpoint: str) -> None:
+    async with serving(daemon, failpoint) as leaf:
+        with pytest.raises(Unavailable):
+            await leaf.load(archive, keep_blobs=False)
+        await asyncio.to_thread(daemon.processes["corrald"].wait, 10)
+    daemon.processes.clear()
+    async with serving(daemon) as leaf:
+        assert list((await leaf.images.Check(types_pb2.CheckRequest())).findings) == []
+        assert await leaf.names() == ["x:1"]
+        image = await leaf.images.Get(pb.GetImageRequest(name="x:1"))
+        there = {path.name for above in ("blobs/sha256", "recipes") for path in (leaf.root / above).iterdir()}
+        assert len(there) == 5  # none is there twice
+        for one in image.layers:
+            request = pb.ReadBlobRequest(digest=one.blob.digest)
+            data = b"".join([chunk.data async for chunk in leaf.content.Read(request)])
+            assert len(data) == one.blob.size_bytes
+
+
 # Of collections: one is of the start, one of the look at the disk, and then there is one for each image that goes.
 @pytest.mark.parametrize("failpoint", ["images.collect.after_rows=kill@2", "images.collect.after_rows=kill@3"])
 async def test_making_room_is_all_or_nothing(archive: Path, failpoint: str, tmp_path: Path) -> None:

@@ -84,3 +84,17 @@ def test_prune_takes_a_time(box: Corrald, tmp_path: Path) -> None:
     assert "docker.io/library/old:1" in pruned
     assert "kept" not in pruned
     box.corral("image", "rm", "kept:1", check=True)
+
+
+def test_an_image_whose_blobs_are_not_kept_is_saved_with_the_same_digests(box: Corrald, tmp_path: Path) -> None:
+    layers = [layer([Entry("text", b"".join(b"line %d\n" % i for i in range(50_000)))])]
+    archive = write_oci_archive(tmp_path / "x.tar", "thin:1", layers, image_config(layers))
+    box.corral("image", "import", str(archive), "--keep-blobs=true", check=True)
+    box.corral("save", "thin:1", "-o", str(tmp_path / "before.tar"), check=True)
+    before = df(box)["Blobs"]["size_bytes"]
+    box.corral("image", "import", str(archive), "--keep-blobs=false", check=True)
+    assert df(box)["Blobs"]["size_bytes"] < before - 50_000
+    box.corral("save", "thin:1", "-o", str(tmp_path / "after.tar"), check=True)
+    assert (tmp_path / "after.tar").read_bytes() == (tmp_path / "before.tar").read_bytes()
+    assert box.corral("system", "check", check=True).stdout == b""
+    box.corral("image", "rm", "thin:1", check=True)

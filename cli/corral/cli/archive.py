@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 
 _CHUNK = 256 * 1024
 STANDARD = "-"
+keep_blobs_option = click.option(
+    "--keep-blobs",
+    type=bool,
+    default=None,
+    metavar="true|false",
+    help="false: drop what layers came as once they are unpacked, if it can be made again byte for byte",
+)
 
 
 def bring_in(app: App, archive: str, header: "images_pb2.ImportHeader", *, quiet: bool) -> "list[images_pb2.Image]":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from corral.cli.app import App, ImageName, complain, pass_app
-from corral.cli.archive import bring_in, export_command, load_command, save_command
+from corral.cli.archive import bring_in, export_command, keep_blobs_option, load_command, save_command
 from corral.cli.history import history_command
 from corral.cli.output import format_option, human_age, human_size, show_json, show_rows
 from corral.cli.registry import pull_command, push_command, referrers_command
@@ -36,15 +36,16 @@ image_command.add_command(history_command)
 @click.option("-e", "--env", multiple=True, help="Plain file system: NAME=VALUE")
 @click.option("-w", "--workdir", "working_dir", default="", help="Plain file system: working directory")
 @click.option("-u", "--user", default="", help="Plain file system: user")
+@keep_blobs_option
 @click.option("-q", "--quiet", is_flag=True, help="Only the names")
 @click.argument("archive", type=click.Path(exists=True, dir_okay=True, allow_dash=True))
 @pass_app
-def import_command(app: App, archive: str, name: str, quiet: bool, **config: object) -> None:
+def import_command(app: App, archive: str, name: str, keep_blobs: bool | None, quiet: bool, **config: object) -> None:
     """Import ARCHIVE: a docker or OCI archive, an OCI layout, or a plain root file system tar; - reads stdin."""
     from corral.api.images.v1 import images_pb2
     from corral.client.options import image_config
 
-    header = images_pb2.ImportHeader(name=name)
+    header = images_pb2.ImportHeader(name=name, keep_blobs=keep_blobs)
     if any(config.values()):
         header.config.CopyFrom(image_config(**config))  # type: ignore[arg-type]
     images = bring_in(app, archive, header, quiet=quiet)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from corral.cli.app import App, ImageName, complain, pass_app
+from corral.cli.archive import keep_blobs_option
 from corral.cli.output import format_option, human_size, show_rows
 from corral.cli.progress import shown
 
@@ -20,10 +21,19 @@ _insecure = click.option(
 
 
 def pull_image(
-    app: App, name: str, *, platform: str = "", all_platforms: bool = False, insecure: bool = False, quiet: bool = False
+    app: App,
+    name: str,
+    *,
+    platform: str = "",
+    all_platforms: bool = False,
+    insecure: bool = False,
+    keep_blobs: bool | None = None,
+    quiet: bool = False,
 ) -> "images_pb2.Image":
     """Pull with what is kept of logins, showing how far it is."""
-    parts = app.client.images.pull_stream(name, platform=platform, all_platforms=all_platforms, insecure=insecure)
+    parts = app.client.images.pull_stream(
+        name, platform=platform, all_platforms=all_platforms, insecure=insecure, keep_blobs=keep_blobs
+    )
     for part in shown(parts, quiet=quiet):
         image = part.image
     return image
@@ -33,15 +43,32 @@ def pull_image(
 @_platform
 @click.option("--all-platforms", is_flag=True, help="All that the image is there for")
 @_insecure
+@keep_blobs_option
 @_quiet
 @click.argument("name")
 @pass_app
-def pull_command(app: App, name: str, platform: str, all_platforms: bool, insecure: bool, quiet: bool) -> None:
+def pull_command(
+    app: App,
+    name: str,
+    platform: str,
+    all_platforms: bool,
+    insecure: bool,
+    keep_blobs: bool | None,
+    quiet: bool,
+) -> None:
     """Fetch an image from its registry."""
     if not quiet and "@" not in name and ":" not in name.rpartition("/")[2]:
         click.echo("Using default tag: latest")
     before = _digest_here(app, name)
-    image = pull_image(app, name, platform=platform, all_platforms=all_platforms, insecure=insecure, quiet=quiet)
+    image = pull_image(
+        app,
+        name,
+        platform=platform,
+        all_platforms=all_platforms,
+        insecure=insecure,
+        keep_blobs=keep_blobs,
+        quiet=quiet,
+    )
     if not quiet:
         click.echo(f"Digest: {image.target.digest}")
         is_same = before == (image.target.digest, image.manifest.digest)

@@ -138,12 +138,14 @@ class Accounts:
         unused = disuse.unused(snapshot, namespace, self._collector.is_pinned)
         going = [row for image in unused for row in image.rows]
         blobs = reach.blobs_beyond(snapshot, now_ns=MAX_NS, pinned=pinned)
-        layers = reach.layers_beyond(snapshot, driver=driver, pinned=pinned)
+        layers = reach.layers_beyond(snapshot, now_ns=MAX_NS, driver=driver, pinned=pinned)
         more_blobs = reach.blobs_beyond(snapshot, now_ns=MAX_NS, pinned=pinned, going=going)
-        more_layers = reach.layers_beyond(snapshot, driver=driver, pinned=pinned, going=going)
+        more_layers = reach.layers_beyond(snapshot, now_ns=MAX_NS, driver=driver, pinned=pinned, going=going)
         reclaimable = more_blobs.size_bytes - blobs.size_bytes + more_layers.size_bytes - layers.size_bytes
         images, size = _images(snapshot, namespace, driver)
-        [all_blobs] = snapshot.execute("SELECT count(*), coalesce(sum(size_bytes), 0) FROM blobs")
+        [all_blobs] = snapshot.execute(
+            "SELECT count(*), coalesce(sum(coalesce(stored_bytes, size_bytes)), 0) FROM blobs"
+        )
         [all_layers] = snapshot.execute(
             "SELECT count(*), coalesce(sum(size_bytes), 0) FROM snapshots WHERE namespace = ?", (SHARED,)
         )
@@ -194,7 +196,9 @@ def _images(snapshot: Snapshot, namespace: str, driver: str) -> tuple[list[Image
 
 def _parts(snapshot: Snapshot, namespace: str, driver: str) -> tuple[Sizes, Mapping[str, AbstractSet[str]]]:
     """Digests and numbers of layers that each image id refers to, and what each of them takes."""
-    sizes: dict[str, int] = {row[0]: row[1] for row in snapshot.execute("SELECT digest, size_bytes FROM blobs")}
+    sizes: dict[str, int] = {
+        row[0]: row[1] for row in snapshot.execute("SELECT digest, coalesce(stored_bytes, size_bytes) FROM blobs")
+    }
     children: dict[str, list[str]] = {}
     for row in snapshot.execute("SELECT parent, child FROM blob_edges"):
         children.setdefault(row[0], []).append(row[1])

@@ -51,7 +51,7 @@ def insert_blob(transaction: Transaction, digest: Digest, size_bytes: int, *, ke
 
 def is_stored(snapshot: Snapshot, content: ContentStore, digest: Digest) -> bool:
     """Whether the blob has both its row and its file."""
-    return _find(snapshot, digest) is not None and content.path(digest).exists()
+    return _find(snapshot, digest) is not None and content.has(digest)
 
 
 class Blobs:
@@ -83,18 +83,20 @@ class Blobs:
         """The bytes from `offset`; length 0: to the end. Raises NotFound, also when it is gone meanwhile."""
         size = self.info(digest).size_bytes
         end = min(offset + length, size) if length else size
-        try:
-            # Quick, and not for a thread: nobody would close what that opens when the reader has gone.
-            file = self._content.path(digest).open("rb", 0)
-        except FileNotFoundError as e:
-            raise _unknown(digest) from e
-        try:
-            await run_blocking(file.seek, offset)
-            while offset < end and (data := await run_blocking(file.read, min(READ_BYTES, end - offset))):
-                offset += len(data)
-                yield data
-        finally:
-            file.close()
+        path = self._content.path(digest)
+        async with self._content.whole(path):
+            try:
+                # Quick, and not for a thread: nobody would close what that opens when the reader has gone.
+                file = path.open("rb", 0)
+            except FileNotFoundError as e:
+                raise _unknown(digest) from e
+            try:
+                await run_blocking(file.seek, offset)
+                while offset < end and (data := await run_blocking(file.read, min(READ_BYTES, end - offset))):
+                    offset += len(data)
+                    yield data
+            finally:
+                file.close()
 
     async def write(self, expected: Expected, source: AsyncIterator[bytes], namespace: str, lease: str) -> BlobRecord:
         """Store what `source` yields. Raises InvalidArgument if it is not as expected, ResourceExhausted."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from corral.images import catalog, trees
+from corral.images import catalog, recipes, trees
 from corral.images.collector import Collector
 from corral.images.content import ContentStore, discard
 from corral.images.details import DetailsCache
@@ -107,7 +107,8 @@ class Checker:
 
     def _blob_findings(self) -> list[Found]:
         rows = self._database.read_sync(_blobs)
-        stored = set(self._content.stored())
+        dropped = self._database.read_sync(recipes.known)
+        stored, told = set(self._content.stored()), set(self._content.recipes())
         found = [
             Found(
                 f"blob {digest}",
@@ -115,9 +116,20 @@ class Checker:
                 "repair removes it",
                 partial(self._remove_blob, digest),
             )
-            for digest in sorted(stored - rows.keys())
+            for digest in sorted((stored | told) - rows.keys())
+        ]
+        found += [
+            Found(
+                f"recipe of blob {digest}",
+                "is there, but the blob is kept",
+                "repair removes it",
+                partial(run_blocking, self._content.recipe(digest).unlink, missing_ok=True),
+            )
+            for digest in sorted((told & rows.keys()) - dropped)
         ]
         for digest, blob in sorted(rows.items()):
+            if digest in dropped & told:  # its file is there only while it is needed
+                continue
             problem = "is gone" if digest not in stored else self._damage(blob)
             if problem:
                 found.append(self._lost_blob(blob, problem))

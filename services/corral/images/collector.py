@@ -8,6 +8,7 @@ One graph, whose arrows say what keeps what:
                   +--> layer --> layer below                                                       (snapshots.parent)
     container --> active tree, view ---+
     committed by name -----------------+
+    layer blob that is not kept -------+                                                              (recipes.tree)
 
 Roots are on the left. A name keeps its target, the manifest chosen from that, and the uppermost layer (its chain id)
 in the driver that new trees are made with; layers of another driver are kept only by what lies on them. A lease keeps
@@ -173,7 +174,7 @@ def _collect_rows(transaction: Transaction, now: int, pinned: Sequence[str], dri
         collected.blobs.append(Digest(row["digest"]))
         collected.names.append(row["digest"])
         collected.reclaimed_bytes += row["size_bytes"]
-    for row in reach.delete_layers(transaction, driver=driver, pinned=pinned):
+    for row in reach.delete_layers(transaction, now_ns=now, driver=driver, pinned=pinned):
         collected.trees.append(TreeId(row["id"]))
         collected.names.append(row["key"])
         collected.reclaimed_bytes += row["size_bytes"]

@@ -36,6 +36,9 @@ class ImagesConfig:
     partial_keep_s: float = 86400.0
     # Which repositories images may come from, and whose signature they need; see corral.images.policy.rules. None: any.
     policy: tuple[Rule, ...] = ()
+    # False: what a layer came as is dropped once it is unpacked, if it can be made again byte for byte when it is
+    # wanted, for a push or an export. A pull or an import may say otherwise.
+    keep_blobs: bool = True
     # When so much of the file system is in use, images that nobody uses are removed, the longest unused first, until no
     # more than the low mark is. 100: never.
     gc_high_percent: float = 90.0

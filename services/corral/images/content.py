@@ -2,6 +2,7 @@
 
     ingest/<random>        being written; removed when the daemon starts
     blobs/sha256/<hex>     whole and proven
+    recipes/<hex>          instead of one that is not kept: see corral.images.recipes
 
 A blob is written once, hashed as it comes, and renamed. Whether it is wanted is for the database to say: a file
 without a row is left over from a crash.
@@ -11,7 +12,8 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 
 from corral.images.digest import ALGORITHM, PREFIX, Digest, digest_of, hex_of, is_digest
@@ -75,10 +77,31 @@ class ContentStore:
         self._ingests = root / "ingest"
         self._blobs.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._ingests.mkdir(exist_ok=True, mode=0o700)
+        self._recipes = root / "recipes"
+        self._recipes.mkdir(exist_ok=True, mode=0o700)
         self._process = secrets.token_hex(4)
+        # Whoever wants the bytes of a blob opens its file within this: see corral.images.recipes.
+        self.whole: Callable[[Path], AbstractAsyncContextManager[None]] = lambda _path: nullcontext()
 
     def path(self, digest: Digest) -> Path:
         return self._blobs / hex_of(digest)
+
+    def is_blob(self, path: Path) -> bool:
+        return path.parent == self._blobs
+
+    def recipe(self, digest: Digest) -> Path:
+        """Where it says how the blob is made again, if it is not kept."""
+        return self._recipes / hex_of(digest)
+
+    def has(self, digest: Digest) -> bool:
+        """Whether the blob's bytes are here, or can be made."""
+        return self.path(digest).exists() or self.recipe(digest).exists()
+
+    def recipes(self) -> Iterator[Digest]:
+        """Every blob that there is a recipe of."""
+        for path in self._recipes.iterdir():
+            if is_digest(PREFIX + path.name):
+                yield Digest(PREFIX + path.name)
 
     def begin(self) -> Ingest:
         return Ingest(self._new_ingest())
@@ -124,6 +147,7 @@ class ContentStore:
     def remove(self, digests: Iterable[Digest]) -> None:
         for digest in digests:
             self.path(digest).unlink(missing_ok=True)
+            self.recipe(digest).unlink(missing_ok=True)
 
     def stored(self) -> Iterator[Digest]:
         """Every blob that is there."""

@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 
-from corral.images import trees
+from corral.images import recipes, trees
 from corral.images.blobs import is_stored
 from corral.images.content import ContentStore
 from corral.images.details import DetailsCache
@@ -16,7 +16,7 @@ from corral.images.store import SHARED
 from corral.images.trees import TreeRecord
 from corral.images.unpacker import Unpacker
 from corral.rpc.errors import CorralError
-from corral.store import Database, Snapshot
+from corral.store import Database, Snapshot, Transaction
 
 type Remedy = tuple[str, Callable[[], Awaitable[object]] | None]
 
@@ -68,10 +68,16 @@ class LostLayers:
         return None
 
     def _is_here(self, digest: Digest) -> bool:
-        return self._database.read_sync(lambda s: is_stored(s, self._content, digest))
+        """Its file: one that is made of this very layer is of no use."""
+        stored = self._database.read_sync(lambda s: is_stored(s, self._content, digest))
+        return stored and self._content.path(digest).exists()
 
     async def _forget(self, tree: TreeId) -> None:
-        await self._database.write(lambda t: trees.delete(t, tree))
+        def forget(transaction: Transaction) -> None:
+            recipes.forget_made_of(transaction, tree)
+            trees.delete(transaction, tree)
+
+        await self._database.write(forget)
 
 
 def _manifests(snapshot: Snapshot) -> list[Descriptor]:

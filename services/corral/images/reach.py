@@ -27,8 +27,16 @@ WITH RECURSIVE staying AS (
 _LAYERS_BEYOND = """
 WITH RECURSIVE staying AS (
     SELECT * FROM images WHERE row NOT IN (SELECT value FROM json_each(:going))
+), content(digest) AS (
+    SELECT target_digest FROM staying
+    UNION SELECT manifest_digest FROM staying
+    UNION SELECT key FROM lease_resources WHERE kind = 'blob'
+    UNION SELECT value FROM json_each(:pinned)
+    UNION SELECT child FROM blob_edges JOIN content ON parent = digest
 ), reached(id) AS (
     SELECT id FROM snapshots WHERE kind != :committed OR namespace != ''
+    UNION SELECT tree FROM recipes JOIN blobs USING (digest)
+        WHERE keep_until_ns > :now OR digest IN (SELECT digest FROM content)
     UNION SELECT id FROM snapshots WHERE driver = :driver AND key IN (SELECT chain_id FROM staying)
     UNION SELECT id FROM snapshots WHERE key IN (SELECT key FROM lease_resources WHERE kind = 'layer')
     UNION SELECT id FROM snapshots WHERE key IN (SELECT value FROM json_each(:pinned))
@@ -36,11 +44,13 @@ WITH RECURSIVE staying AS (
 )
 {what} FROM snapshots WHERE kind = :committed AND namespace = '' AND id NOT IN (SELECT id FROM reached)
 """
-_SUM = "SELECT count(*) AS count, coalesce(sum(size_bytes), 0) AS size_bytes"
-_DELETE_BLOBS = _BLOBS_BEYOND.format(what="DELETE") + "RETURNING digest, size_bytes"
+_STORED = "coalesce(stored_bytes, size_bytes)"
+_SUM_OF_BLOBS = f"SELECT count(*) AS count, coalesce(sum({_STORED}), 0) AS size_bytes"
+_SUM_OF_LAYERS = "SELECT count(*) AS count, coalesce(sum(size_bytes), 0) AS size_bytes"
+_DELETE_BLOBS = _BLOBS_BEYOND.format(what="DELETE") + f"RETURNING digest, {_STORED} AS size_bytes"
 _DELETE_LAYERS = _LAYERS_BEYOND.format(what="DELETE") + "RETURNING id, key, size_bytes"
-_SUM_BLOBS = _BLOBS_BEYOND.format(what=_SUM)
-_SUM_LAYERS = _LAYERS_BEYOND.format(what=_SUM)
+_SUM_BLOBS = _BLOBS_BEYOND.format(what=_SUM_OF_BLOBS)
+_SUM_LAYERS = _LAYERS_BEYOND.format(what=_SUM_OF_LAYERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +66,9 @@ def delete_blobs(transaction: Transaction, *, now_ns: int, pinned: Iterable[str]
     return transaction.execute(_DELETE_BLOBS, {"now": now_ns, "pinned": json.dumps(list(pinned)), "going": "[]"})
 
 
-def delete_layers(transaction: Transaction, *, driver: str, pinned: Iterable[str]) -> list[Row]:
+def delete_layers(transaction: Transaction, *, now_ns: int, driver: str, pinned: Iterable[str]) -> list[Row]:
     """Delete the rows of shared layers out of reach; id, key and size_bytes of each."""
-    return transaction.execute(_DELETE_LAYERS, _of_layers(driver, pinned, ()))
+    return transaction.execute(_DELETE_LAYERS, _of_layers(now_ns, driver, pinned, ()))
 
 
 def blobs_beyond(snapshot: Snapshot, *, now_ns: int, pinned: Iterable[str], going: Iterable[int] = ()) -> Total:
@@ -71,13 +81,16 @@ def blobs_beyond(snapshot: Snapshot, *, now_ns: int, pinned: Iterable[str], goin
     return _total(snapshot.execute(_SUM_BLOBS, parameters))
 
 
-def layers_beyond(snapshot: Snapshot, *, driver: str, pinned: Iterable[str], going: Iterable[int] = ()) -> Total:
+def layers_beyond(
+    snapshot: Snapshot, *, now_ns: int, driver: str, pinned: Iterable[str], going: Iterable[int] = ()
+) -> Total:
     """The layers that delete_layers() would take, were the images `going` not there."""
-    return _total(snapshot.execute(_SUM_LAYERS, _of_layers(driver, pinned, going)))
+    return _total(snapshot.execute(_SUM_LAYERS, _of_layers(now_ns, driver, pinned, going)))
 
 
-def _of_layers(driver: str, pinned: Iterable[str], going: Iterable[int]) -> dict[str, str | int]:
+def _of_layers(now_ns: int, driver: str, pinned: Iterable[str], going: Iterable[int]) -> dict[str, str | int]:
     return {
+        "now": now_ns,
         "committed": Kind.COMMITTED,
         "driver": driver,
         "pinned": json.dumps(list(pinned)),

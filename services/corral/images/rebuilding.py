@@ -18,7 +18,7 @@ from pathlib import Path
 
 import structlog
 
-from corral.images import catalog, holders, trees
+from corral.images import catalog, holders, recipes, trees
 from corral.images.blobs import insert_blob
 from corral.images.catalog import ImageRecord
 from corral.images.collector import Collector
@@ -26,6 +26,7 @@ from corral.images.content import ContentStore
 from corral.images.details import DetailsCache
 from corral.images.digest import PREFIX, Digest
 from corral.images.drivers import Drivers
+from corral.images.layers import recipe
 from corral.images.marks import DIRECTORY, Marked, Marks
 from corral.images.model import (
     MAX_MANIFEST_BYTES,
@@ -111,6 +112,8 @@ class _Blobs:
     sizes: dict[Digest, int] = field(default_factory=dict)
     documents: dict[Digest, Manifest | Index] = field(default_factory=dict)
     damaged: list[Digest] = field(default_factory=list)
+    recipes: dict[Digest, str] = field(default_factory=dict)
+    """Of those that were not kept, the chain ids of their layers."""
 
     @property
     def edges(self) -> set[tuple[Digest, Digest]]:
@@ -204,6 +207,11 @@ class Rebuilder:
             found.sizes[digest] = size
             if size <= MAX_MANIFEST_BYTES and (document := self._document(digest)) is not None:
                 found.documents[digest] = document
+        for digest in self._content.recipes():
+            facts = recipe.read_facts(self._content.recipe(digest))
+            blob_bytes, chain_id = facts.get("size_bytes"), facts.get("chain_id")
+            if isinstance(blob_bytes, int) and isinstance(chain_id, str):
+                found.sizes[digest], found.recipes[digest] = blob_bytes, chain_id
         return found
 
     def _document(self, digest: Digest) -> Manifest | Index | None:
@@ -223,16 +231,30 @@ class Rebuilder:
     def _write(
         self, transaction: Transaction, blobs: _Blobs, marked: Marked, there: Mapping[TreeId, Snapshotter]
     ) -> None:
+        self._write_trees(transaction, marked.trees, there)
+        made = self._makeable(transaction, blobs)
         keep_until_ns = time.time_ns() + GRACE_NS
         for digest, size in blobs.sizes.items():
             insert_blob(transaction, digest, size, keep_until_ns=keep_until_ns)
         for parent, child in blobs.edges:
             transaction.execute("INSERT OR IGNORE INTO blob_edges (parent, child) VALUES (?, ?)", (parent, child))
-        self._write_trees(transaction, marked.trees, there)
+        for digest, tree in made.items():
+            recipes.insert(transaction, digest, tree, self._content.recipe(digest).stat().st_size)
         for record in marked.names:
             self._write_image(transaction, blobs, record)
         for record in self._nameless(transaction, blobs):
             self._write_image(transaction, blobs, record)
+
+    def _makeable(self, transaction: Transaction, blobs: _Blobs) -> Mapping[Digest, TreeId]:
+        """Blobs that were not kept, with the layers that they are made of; those that have lost theirs are no blobs."""
+        found = {}
+        for digest, chain_id in blobs.recipes.items():
+            layer = trees.layer(transaction, chain_id, self._drivers.default.name)
+            if layer is not None:
+                found[digest] = layer.id
+            elif not self._content.path(digest).exists():
+                del blobs.sizes[digest]
+        return found
 
     def _write_trees(
         self,

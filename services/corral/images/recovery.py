@@ -35,7 +35,7 @@ def recover(database: Database, content: ContentStore, drivers: Iterable[Snapsho
     """
     left = content.clean()
     blobs = database.read_sync(lambda s: {str(row[0]) for row in s.execute("SELECT digest FROM blobs")})
-    stored = set(content.stored())
+    stored = set(content.stored()) | set(content.recipes())
     unknown = [] if lost else [digest for digest in stored if digest not in blobs]
     content.remove(unknown)
     gone = blobs - stored

@@ -25,6 +25,7 @@ from corral.images.marks import Marks
 from corral.images.partials import Partials
 from corral.images.policy.gate import Gate
 from corral.images.rebuilding import Rebuilder, is_lost, open_or_renew
+from corral.images.recipes import Recipes
 from corral.images.reclaiming import Reclaimer
 from corral.images.recovery import recover
 from corral.images.registries import Registries
@@ -72,7 +73,7 @@ class ImagesService:
             max_bytes=config.max_layer_bytes,
             max_memory_bytes=config.unpack_memory_bytes,
         )
-        unpacker = self._unpacker = Unpacker(self._database, driver, self._workers, self._ids)
+        unpacker = self._unpacker = Unpacker(self._database, self._content, driver, self._workers, self._ids)
         admission = Admission(self._database, self._content, unpacker, self._collector, gate)
         self._importer = Importer(
             self._database,
@@ -83,6 +84,9 @@ class ImagesService:
             max_bytes=config.max_archive_bytes,
         )
         self._images = Images(self._database, self._content, driver, unpacker, self._collector, gate)
+        self._recipes = Recipes(
+            self._database, self._content, self._drivers, self._workers, self._collector, self._images.details
+        )
         self._snapshots = Snapshots(
             self._database, self._drivers, self._images, self._tending, self._collector, self._ids, gate
         )
@@ -122,7 +126,9 @@ class ImagesService:
                 self._registries,
                 accounts,
                 self._checker(),
+                self._recipes,
                 self._database,
+                keep_blobs=self._config.keep_blobs,
             ),
             server,
         )
@@ -176,6 +182,8 @@ class ImagesService:
         self._loop = asyncio.get_running_loop()
         lost = is_lost(self._config.root)
         recovered = await run_blocking(recover, self._database, self._content, self._drivers, lost=lost)
+        if not lost:
+            await run_blocking(self._recipes.recover)
         self._ids.start_after(max(recovered.highest_tree, await run_blocking(self._marks.highest_tree)))
         self._tending.start()
         self._tending.remove(recovered.orphans)

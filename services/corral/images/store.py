@@ -152,6 +152,16 @@ CREATE TABLE blob_origins (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX blob_origins_by_digest ON blob_origins(digest);
 """,
+    """
+-- Blobs that are not kept, and the layer that each is made of again: see corral.images.recipes.
+CREATE TABLE recipes (
+    digest TEXT PRIMARY KEY REFERENCES blobs(digest) ON DELETE CASCADE,
+    tree INTEGER NOT NULL REFERENCES snapshots(id)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX recipes_by_tree ON recipes(tree);
+-- What it takes on disk, if that is not its size.
+ALTER TABLE blobs ADD COLUMN stored_bytes INTEGER;
+""",
 )
 
 

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from corral.images import trees
+from corral.images.content import ContentStore
 from corral.images.details import Details
 from corral.images.digest import Digest
 from corral.images.errors import explained
@@ -70,8 +71,11 @@ class TreeIds:
 class Unpacker:
     """Makes layers of one driver."""
 
-    def __init__(self, database: Database, driver: Snapshotter, workers: Workers, ids: TreeIds) -> None:
+    def __init__(
+        self, database: Database, content: ContentStore, driver: Snapshotter, workers: Workers, ids: TreeIds
+    ) -> None:
         self._database = database
+        self._content = content
         self._driver = driver
         self._workers = workers
         self._ids = ids
@@ -157,7 +161,8 @@ class Unpacker:
         """That the layer is here does not make what came with this image the same."""
         path = await blob()
         try:
-            await self._workers.run({"op": "measure", "blob": str(path), "diff_id": diff_id}, lambda _done: None)
+            async with self._content.whole(path):
+                await self._workers.run({"op": "measure", "blob": str(path), "diff_id": diff_id}, lambda _done: None)
         except (OSError, BadLayer) as e:
             raise explained(e, f"cannot take layer {diff_id}") from e
 
@@ -173,16 +178,17 @@ class Unpacker:
         doing = f"cannot unpack layer {what}"
         path = await blob()
         try:
-            total = await run_blocking(lambda: path.stat().st_size)
-            job = {
-                "op": "apply",
-                "blob": str(path),
-                "target": str(layer.path),
-                "form": self._driver.form,
-                "bottom": bottom,
-                "diff_id": diff_id,
-            }
-            answer = await self._workers.run(job, lambda done: report(what, Step.UNPACK, done, total))
+            async with self._content.whole(path):
+                total = await run_blocking(lambda: path.stat().st_size)
+                job = {
+                    "op": "apply",
+                    "blob": str(path),
+                    "target": str(layer.path),
+                    "form": self._driver.form,
+                    "bottom": bottom,
+                    "diff_id": diff_id,
+                }
+                answer = await self._workers.run(job, lambda done: report(what, Step.UNPACK, done, total))
         except (OSError, BadLayer) as e:
             raise explained(e, doing) from e
         layer.size_bytes, layer.inodes, layer.diff_id = answer["size_bytes"], answer["inodes"], answer["diff_id"]

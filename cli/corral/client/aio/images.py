@@ -109,11 +109,20 @@ class Images:
         all_platforms: bool = False,
         auth: images_pb2.RegistryAuth | None = None,
         insecure: bool = False,
+        keep_blobs: bool | None = None,
     ) -> images_pb2.Image:
-        """Fetches an image from its registry. `auth` is by default what `corral login` or docker's has kept."""
+        """Fetches an image from its registry. `auth` is by default what `corral login` or docker's has kept.
+
+        keep_blobs=False: blobs of unpacked layers are dropped that can be made again; None: as the daemon is set.
+        """
         image = images_pb2.Image()
         async for part in self.pull_stream(
-            name, platform=platform, all_platforms=all_platforms, auth=auth, insecure=insecure
+            name,
+            platform=platform,
+            all_platforms=all_platforms,
+            auth=auth,
+            insecure=insecure,
+            keep_blobs=keep_blobs,
         ):
             image = part.image
         return image
@@ -126,6 +135,7 @@ class Images:
         all_platforms: bool = False,
         auth: images_pb2.RegistryAuth | None = None,
         insecure: bool = False,
+        keep_blobs: bool | None = None,
     ) -> AsyncIterator[images_pb2.PullResponse]:
         """As `pull`; progress comes, and last the image."""
         from corral.api.images.v1 import images_pb2_grpc
@@ -136,6 +146,7 @@ class Images:
             all_platforms=all_platforms,
             auth=auth or await async_registry_auth(name),
             insecure=insecure,
+            keep_blobs=keep_blobs,
         )
         leaf = await self._client.leaf("images")
         stub = images_pb2_grpc.ImagesStub(leaf.channel)

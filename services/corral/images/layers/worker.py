@@ -257,6 +257,37 @@ def _compare(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
         return {}
 
 
+def _recipe(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
+    """Write how a blob is made again, and make it once, to nowhere."""
+    from corral.images.layers import recipe  # which most workers never need
+
+    target = Path(job["target"])
+    with ExitStack() as stack:
+        root = _opened(job["layer"], stack)
+        facts = {name: job[name] for name in ("digest", "chain_id")}
+        blob = Path(job["blob"])
+        found = recipe.write(blob, root, target, facts | {"size_bytes": blob.stat().st_size})
+        if found:
+            made = Hashed(recipe.remade(target, root))
+            for _ in made:
+                pass
+            found = made.digest == job["digest"]
+    if not found:
+        target.unlink(missing_ok=True)
+    return {"found": found}
+
+
+def _remake(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
+    from corral.images.layers import recipe
+
+    with ExitStack() as stack, open(job["target"], "xb") as file:
+        made = Hashed(recipe.remade(Path(job["recipe"]), _opened(job["layer"], stack)))
+        file.writelines(made)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"digest": made.digest}
+
+
 _OPERATIONS: Mapping[str, Callable[[Job, Limits, TextIO], dict[str, object]]] = {
     "apply": _apply,
     "measure": _measure,
@@ -266,6 +297,8 @@ _OPERATIONS: Mapping[str, Callable[[Job, Limits, TextIO], dict[str, object]]] = 
     "pack": _pack,
     "pack_whole": _pack_whole,
     "compare": _compare,
+    "recipe": _recipe,
+    "remake": _remake,
 }
 
 

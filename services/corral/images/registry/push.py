@@ -128,7 +128,8 @@ class Pusher:
         if origin and session is None:
             report(digest, Step.EXISTS, size, size)
             return
-        await upload.send(session)
+        async with self._content.whole(path):
+            await upload.send(session)
         failpoint("images.push.after_blob")
         report(digest, Step.DONE, size, size)
 

@@ -19,6 +19,7 @@ from corral.images.committer import CommitOptions, Committer
 from corral.images.exporter import Exporter, ExportOptions
 from corral.images.images import Images
 from corral.images.importer import Format, Importer, ImportOptions
+from corral.images.recipes import Recipes
 from corral.images.reference import parse_reference
 from corral.images.registries import Registries
 from corral.images.servicers.call import lease_of
@@ -46,15 +47,20 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
         registries: Registries,
         accounts: Accounts,
         checker: Checker,
+        recipes: Recipes,
         database: Database,
+        *,
+        keep_blobs: bool,
     ) -> None:
         self._images = images
         self._importer = importer
         self._exporter = exporter
         self._committer = committer
-        self._transfers = Transfers(registries, self._message)
+        self._transfers = Transfers(registries, self._message, self._spare)
         self._accounts = accounts
         self._checker = checker
+        self._recipes = recipes
+        self._keep_blobs = keep_blobs
         self._database = database
 
     async def Import(
@@ -70,6 +76,8 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
             async with aclosing(progress.of(work)) as items:
                 async for item in items:
                     yield pb.ImportResponse(progress=item)
+        for record in work.result():
+            await self._spare(record, keep=first.header.keep_blobs if first.header.HasField("keep_blobs") else None)
         images = [self._message(record) for record in work.result()]
         yield pb.ImportResponse(result=pb.ImportResult(images=images))
 
@@ -116,7 +124,9 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
             created_by=request.created_by,
             lease=lease_of(context),
         )
-        return self._message(await self._committer.commit(options))
+        record = await self._committer.commit(options)
+        await self._spare(record, keep=None)
+        return self._message(record)
 
     async def Remove(self, request: pb.RemoveImageRequest, context: Context) -> pb.RemoveImageResponse:
         removed = await self._images.remove(current_namespace(), request.name, force=request.force)
@@ -138,6 +148,11 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
     async def Events(self, request: types.EventsRequest, context: Context) -> AsyncIterator[types.EventsResponse]:
         async for response in stream_events(self._database.journal, request):
             yield response
+
+    async def _spare(self, record: ImageRecord, *, keep: bool | None) -> None:
+        """Drop the blobs of what is unpacked now, if they shall not be kept. keep=None: as it is set."""
+        if not (self._keep_blobs if keep is None else keep):
+            await self._recipes.spare(record)
 
     def _message(self, record: ImageRecord) -> pb.Image:
         return wire.from_image(self._images.view(record))

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from typing import Protocol
 
 from corral.api.images.v1 import images_pb2 as pb
 from corral.api.types.v1 import types_pb2 as types
@@ -16,12 +17,19 @@ from corral.rpc.context import current_namespace
 from corral.rpc.errors import InvalidArgument
 
 
+class Spare(Protocol):
+    """What is done about the blobs of an image that is unpacked."""
+
+    async def __call__(self, record: ImageRecord, *, keep: bool | None) -> None: ...
+
+
 class Transfers:
     """Loads what pulls and pushes need when one is asked for."""
 
-    def __init__(self, registries: Registries, message: Callable[[ImageRecord], pb.Image]) -> None:
+    def __init__(self, registries: Registries, message: Callable[[ImageRecord], pb.Image], spare: Spare) -> None:
         self._registries = registries
         self._message = message
+        self._spare = spare
 
     async def pull(self, request: pb.PullRequest, lease: str) -> AsyncGenerator[pb.PullResponse]:
         from corral.images.registry.pull import PullOptions
@@ -40,6 +48,7 @@ class Transfers:
         async with aclosing(progress.of(work)) as items:
             async for item in items:
                 yield pb.PullResponse(progress=item)
+        await self._spare(work.result(), keep=request.keep_blobs if request.HasField("keep_blobs") else None)
         yield pb.PullResponse(image=self._message(work.result()))
 
     async def push(self, request: pb.PushRequest) -> AsyncGenerator[pb.PushResponse]:

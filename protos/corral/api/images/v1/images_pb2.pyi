@@ -252,6 +252,7 @@ class ImportHeader(_message.Message):
     CONFIG_FIELD_NUMBER: _builtins.int
     PLATFORM_FIELD_NUMBER: _builtins.int
     NO_UNPACK_FIELD_NUMBER: _builtins.int
+    KEEP_BLOBS_FIELD_NUMBER: _builtins.int
     format: Global___ImportHeader.Format.ValueType
     name: _builtins.str
     """Name for the image. Needed for FORMAT_ROOTFS; for others it replaces the archive's name,
@@ -261,6 +262,8 @@ class ImportHeader(_message.Message):
     """Size of the archive if known, for progress."""
     no_unpack: _builtins.bool
     """True: the archive's layers are stored but not unpacked."""
+    keep_blobs: _builtins.bool
+    """False: blobs of unpacked layers are dropped, if they can be made again byte for byte. Default: as the leaf is set."""
     @_builtins.property
     def config(self) -> Global___ImageConfig:
         """Only for FORMAT_ROOTFS: what the image's config shall say."""
@@ -278,12 +281,15 @@ class ImportHeader(_message.Message):
         config: Global___ImageConfig | None = ...,
         platform: _types_pb2.Platform | None = ...,
         no_unpack: _builtins.bool = ...,
+        keep_blobs: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "platform", b"platform"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_blobs", b"_keep_blobs", "config", b"config", "keep_blobs", b"keep_blobs", "platform", b"platform"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "format", b"format", "name", b"name", "no_unpack", b"no_unpack", "platform", b"platform", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_blobs", b"_keep_blobs", "config", b"config", "format", b"format", "keep_blobs", b"keep_blobs", "name", b"name", "no_unpack", b"no_unpack", "platform", b"platform", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__keep_blobs: _TypeAlias = _typing.Literal["keep_blobs"]  # noqa: Y015
+    _WhichOneofArgType__keep_blobs: _TypeAlias = _typing.Literal["_keep_blobs", b"_keep_blobs"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_blobs) -> _WhichOneofReturnType__keep_blobs | None: ...
 
 Global___ImportHeader: _TypeAlias = ImportHeader  # noqa: Y015
 
@@ -423,11 +429,14 @@ class PullRequest(_message.Message):
     ALL_PLATFORMS_FIELD_NUMBER: _builtins.int
     AUTH_FIELD_NUMBER: _builtins.int
     INSECURE_FIELD_NUMBER: _builtins.int
+    KEEP_BLOBS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     all_platforms: _builtins.bool
     """All that an index holds; unpacked is what `platform` says."""
     insecure: _builtins.bool
     """Allow plain http and unverified TLS for this registry."""
+    keep_blobs: _builtins.bool
+    """As in ImportHeader."""
     @_builtins.property
     def platform(self) -> _types_pb2.Platform:
         """What to take from an index. Default: this host's."""
@@ -442,12 +451,15 @@ class PullRequest(_message.Message):
         all_platforms: _builtins.bool = ...,
         auth: Global___RegistryAuth | None = ...,
         insecure: _builtins.bool = ...,
+        keep_blobs: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["auth", b"auth", "platform", b"platform"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_keep_blobs", b"_keep_blobs", "auth", b"auth", "keep_blobs", b"keep_blobs", "platform", b"platform"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_platforms", b"all_platforms", "auth", b"auth", "insecure", b"insecure", "name", b"name", "platform", b"platform"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_keep_blobs", b"_keep_blobs", "all_platforms", b"all_platforms", "auth", b"auth", "insecure", b"insecure", "keep_blobs", b"keep_blobs", "name", b"name", "platform", b"platform"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__keep_blobs: _TypeAlias = _typing.Literal["keep_blobs"]  # noqa: Y015
+    _WhichOneofArgType__keep_blobs: _TypeAlias = _typing.Literal["_keep_blobs", b"_keep_blobs"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__keep_blobs) -> _WhichOneofReturnType__keep_blobs | None: ...
 
 Global___PullRequest: _TypeAlias = PullRequest  # noqa: Y015
 
