@@ -67,6 +67,21 @@ def test_inspect_shows_what_is_here_and_names_what_is_not(box: Corrald) -> None:
     assert (nothing.returncode, json.loads(nothing.stdout)) == (1, [])
 
 
+def test_inspect_finds_containers_and_images(box: Corrald) -> None:
+    said(box, "create", "--name", "made", "busybox", "true")
+    said(box, "tag", "busybox", "made:latest")
+    shown = json.loads(said(box, "inspect", "made", "busybox"))
+    assert [shown[0]["name"], shown[1]["familiar_name"]] == ["made", "busybox:latest"]
+    assert said(box, "inspect", "--type", "image", "-f", "{{.FamiliarName}}", "made") == "made:latest\n"
+    assert said(box, "inspect", "-f", "{{.Status}} {{json .Name}}", "made") == 'created "made"\n'
+    for words in (["none"], ["--type", "container", "busybox"]):
+        missing = box.corral("inspect", *words)
+        assert (missing.returncode, json.loads(missing.stdout)) == (1, [])
+        assert b"container" in missing.stderr
+    said(box, "rm", "made")
+    said(box, "rmi", "made")
+
+
 def test_rmi_says_names_as_they_were_typed_and_by_force_minds_nothing_that_is_not_there(box: Corrald) -> None:
     said(box, "tag", "busybox", "gone:1")
     assert said(box, "rmi", "gone:1") == "Untagged: gone:1\n"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
 
     from corral.api.engine.v1 import engine_pb2
+    from corral.api.images.v1 import images_pb2
 
 _names = click.argument("containers", nargs=-1, required=True, type=ContainerName())
 _name = click.argument("container", type=ContainerName())
@@ -211,21 +212,41 @@ def _status(c: "engine_pb2.Container") -> str:
 
 @click.command("inspect")
 @click.option("-s", "--size", is_flag=True, help="Its size too, which takes time")
+@click.option(
+    "-f", "--format", "form", default="json", metavar="TEMPLATE", help="Such as '{{.Status}}' instead of JSON"
+)
+@click.option("--type", "kind", type=click.Choice(["container", "image"]), help="What to look for; else for either")
 @_names
 @pass_app
-def inspect_command(app: App, containers: tuple[str, ...], size: bool) -> int:
-    """Show all facts about containers, as JSON."""
+def inspect_command(app: App, containers: tuple[str, ...], size: bool, form: str, kind: str | None) -> int:
+    """Show all facts about containers, or images where no container has the name, as JSON."""
     from corral.rpc.errors import CorralError
 
     found, failed = [], 0
     for name in containers:
         try:
-            found.append(app.client.containers.get(name, size=size))
+            found.append(_inspected(app, name, kind, size=size))
         except CorralError as e:
             complain(e)
             failed = 1
-    show_json(found)
+    show_json(found, form)
     return failed
+
+
+def _inspected(app: App, name: str, kind: str | None, *, size: bool) -> "engine_pb2.Container | images_pb2.Image":
+    from corral.rpc.errors import InvalidArgument, NotFound
+
+    if kind == "image":
+        return app.client.images.get(name)
+    try:
+        return app.client.containers.get(name, size=size)
+    except (NotFound, InvalidArgument) as e:
+        if kind == "container":
+            raise
+        try:
+            return app.client.images.get(name)
+        except (NotFound, InvalidArgument):
+            raise e from None
 
 
 @click.command("logs")

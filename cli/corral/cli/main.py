@@ -22,7 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "kill": ("container", "Send a signal to containers"),
     "rm": ("container", "Remove containers"),
     "ps": ("container", "List containers"),
-    "inspect": ("container", "Show all facts about containers, as JSON"),
+    "inspect": ("container", "Show all facts about containers or images, as JSON"),
     "logs": ("container", "Show a container's log"),
     "exec": ("exec", "Run a further command in a running container"),
     "attach": ("exec", "Attach this terminal to a running container"),
