@@ -113,7 +113,7 @@ async def test_a_taken_name_is_refused_and_free_again_after_removal(engine: Engi
             "/no/such",
         ),
         ({"init": True}, Unimplemented, "init"),
-        ({"init": True}, Unimplemented, "--init"),
+        ({"init": True, "pid_mode": "host"}, InvalidArgument, "--init"),
         ({"restart": pb.RestartPolicy(mode=pb.RestartPolicy.MODE_ALWAYS), "auto_remove": True}, InvalidArgument, "--rm"),
         ({"devices": ["/dev/nosuch"]}, NotFound, "/dev/nosuch"),
         ({"seccomp_profile": "{"}, InvalidArgument, "seccomp"),

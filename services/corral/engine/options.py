@@ -59,8 +59,6 @@ def check_restart_policy(policy: RestartPolicy) -> None:
 def _refuse_what_is_not_there_yet(config: ContainerConfig) -> None:
     if config.healthcheck.test and list(config.healthcheck.test) != ["NONE"]:
         raise _not_yet("health checks are")
-    if config.init:
-        raise _not_yet("an init process of corral's own (--init) is")
     if config.userns_mode not in ("", "host"):
         raise _not_yet("user namespaces (--userns) are")
     if any(mount.type == VolumeMount.TYPE_IMAGE for mount in config.mounts):
@@ -123,6 +121,8 @@ def _check_targets(mounts: Iterable[VolumeMount]) -> None:
 
 
 def _check_namespaces(config: ContainerConfig) -> None:
+    if config.init and config.pid_mode not in ("", "private"):
+        raise InvalidArgument("an init (--init) needs a PID namespace of the container's own: leave one of them out")
     for option, value in (
         ("pid", config.pid_mode),
         ("ipc", config.ipc_mode),

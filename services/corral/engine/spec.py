@@ -16,7 +16,7 @@ from corral.engine.seccomp import UNCONFINED, Host, parse_profile
 from corral.kernel import capabilities as kernel_capabilities
 from corral.kernel.namespaces import Kind
 from corral.kernel.rlimits import UNLIMITED
-from corral.oci import OCI_VERSION, defaults
+from corral.oci import OCI_VERSION, defaults, reaper
 from corral.oci.spec import Capabilities, Linux, Namespace, Process, Rlimit, Root, Seccomp, Spec, User
 from corral.rpc.errors import InvalidArgument, Unimplemented
 
@@ -72,6 +72,7 @@ def build(config: ContainerConfig, facts: Facts) -> Spec:
             readonly_paths=_paths(config, config.readonly_paths, defaults.READONLY_PATHS),
             mount_label=config.selinux_label,
         ),
+        annotations={reaper.ANNOTATION: "true"} if config.init else {},
     )
 
 

@@ -140,17 +140,21 @@ def _reap_predecessor(pidfd: int) -> None:
     os.close(pidfd)
 
 
-def await_exec(parent: ParentEnd, pid: int, pidfd: int, start_time: int, limit_s: float) -> None:
+def await_exec(parent: ParentEnd, handle: ProcessHandle, limit_s: float, *, by_child: bool = False) -> None:
     """Return once a process that was told to start has executed its program; EndedEarly if it was killed before.
 
     Both close the channel. Of somebody else's child, which may be reaped by then, the kernel tells little more than
     what ended it (Linux 6.15): SIGKILL is taken for what came before the program. Else raises as wait_for_exec().
+
+    by_child: it is a child of the process that executes the program, of which nothing more is known.
     """
-    parent.wait_for_exec(patience(pidfd, limit_s))
-    executed = process.has_executed(pid, start_time)
+    parent.wait_for_exec(patience(handle.pidfd, limit_s))
+    if by_child:
+        return
+    executed = process.has_executed(handle.pid, handle.start_time)
     if executed is None:
         with contextlib.suppress(OSError):
-            executed = process.pidfd_info(pidfd).exit_status != signal.SIGKILL
+            executed = process.pidfd_info(handle.pidfd).exit_status != signal.SIGKILL
     if executed is False:
         raise EndedEarly
 

@@ -8,6 +8,7 @@ from corral.kernel.namespaces import Kind
 from corral.oci import plan as plans
 from corral.oci.init import InitPlan
 from corral.oci.program import program_of
+from corral.oci.reaper import ANNOTATION
 from corral.oci.spec import Hooks, Mount, Spec
 from corral.oci.stage import Step
 from corral.oci.state import State
@@ -62,7 +63,16 @@ def plan_of(
         idmaps=plans.idmaps_of(steps),
         hooks=hooks,
         by_stone=by_stone,
+        stays=_stays(spec),
     )
+
+
+def _stays(spec: Spec) -> bool:
+    if spec.annotations.get(ANNOTATION) != "true":
+        return False
+    if Kind.PID not in plans.created(spec):
+        raise ValueError(f"annotations: {ANNOTATION} takes a PID namespace of the container's own")
+    return True
 
 
 def _hooks(spec: Spec, hooks: Hooks, bundle: str, container_id: str) -> "tuple[InitHooks, str]":

@@ -12,6 +12,7 @@ from corral.oci import gate as gates
 from corral.oci.attendance import SETUP_S, ProcessHandle, await_exec
 from corral.oci.channel import EndedEarly, ParentEnd
 from corral.oci.errors import SETUP, ExecFailed
+from corral.oci.reaper import ANNOTATION
 from corral.oci.spec import Hooks, Process, Spec
 from corral.oci.state import RUNNING, State
 from corral.oci.stdio import Stdio
@@ -49,7 +50,10 @@ class Container:
             if self.spec.hooks is not None and self.spec.hooks.start_container:
                 before_hooks()
                 limit_s = math.inf
-            await_exec(channel, self.init.pid, self.init.pidfd, self.init.start_time, limit_s)
+            # An init that stays executes nothing itself, and by its child's end of the channel alone it can't be told
+            # whether that was killed before: then it has run for as long as that took.
+            stays = self.spec.annotations.get(ANNOTATION) == "true"
+            await_exec(channel, self.init, limit_s, by_child=stays)
         except (BrokenPipeError, ConnectionResetError) as e:
             raise ExecFailed(SETUP, "the container's init ended before it was started") from e
         except EndedEarly as e:

@@ -57,6 +57,8 @@ class InitPlan:
     hooks: "InitHooks | None" = None
     shares_mounts: bool = False
     """The container's mount namespace is the runtime's own."""
+    stays: bool = False
+    """It stays pid 1 beside its program, see corral.oci.reaper."""
     by_stone: bool = False
     """Python is left before start, see corral.oci.stepping_stone."""
 
@@ -155,6 +157,10 @@ def proceed(
     if plan.hooks is not None and plan.hooks.at_start:
         program = programs.filtered(program)
         plan.hooks.start(program.env)
+    if plan.stays:
+        from corral.oci import reaper  # loaded by who made the plan
+
+        reaper.stay(channel, program)
     programs.execute(program)
 
 

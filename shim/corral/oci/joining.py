@@ -116,6 +116,6 @@ def _execute(parent: ParentEnd, handle: ProcessHandle) -> None:
         with heeded(parent, handle.pidfd):
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is gone: what follows finds out why
                 parent.send_start()
-            await_exec(parent, handle.pid, handle.pidfd, handle.start_time, SETUP_S)
+            await_exec(parent, handle, SETUP_S)
         undo.pop_all()
     parent.close()

@@ -25,6 +25,7 @@ from corral.oci import program as programs
 from corral.oci.channel import error_message
 from corral.oci.plan import created
 from corral.oci.program import Program
+from corral.oci.reaper import ANNOTATION
 from corral.oci.spec import Action, Process, Seccomp, Spec
 
 _CALLS = (*stone.CALLS, "execveat")
@@ -56,6 +57,7 @@ def suits(spec: Spec) -> bool:
         and not any(namespace.type in (Kind.USER, Kind.TIME) for namespace in spec.linux.namespaces)
         and is_hosts_root()
         and _is_executed_alike(spec.process)
+        and ANNOTATION not in spec.annotations
         and not (hooks is not None and (hooks.create_container or hooks.start_container))
         and _lets_pass(spec.linux.seccomp)
         and _can_be_made()
