@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from corral.network import bridge, etc, planning, store, sysctls
+from corral.network import bridge, etc, planning, port_rows, store, sysctls
 from corral.network.allocations import Allocations
 from corral.network.config import NetworkConfig
 from corral.network.files import FileStore
@@ -34,7 +34,7 @@ from corral.network.model import (
 )
 from corral.network.networks import Networks
 from corral.network.pool import NetnsPool, is_pinned
-from corral.network.publishing import Publishing, meant, missing
+from corral.network.publishing import Publishing, alike, meant, missing
 from corral.network.reaper import Reaper
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
@@ -93,13 +93,13 @@ class Endpoints:
     async def _attach(self, key: EndpointKey, request: Request) -> Endpoint:
         existing = self.find(key)
         if existing is not None and self.stands(existing):
-            if _alike(existing.request, request):
+            if alike(existing.request, request):
                 lacking = missing(existing, request.ports)
                 return await self._publishing.publish(existing, lacking) if lacking else existing
             raise AlreadyExists(
                 f"endpoint {key.id!r} is attached already, in another way: detach it first", reason="ENDPOINT_EXISTS"
             )
-        if existing is not None and not _alike(existing.request, request):
+        if existing is not None and not alike(existing.request, request):
             await self._detach(existing)
             existing = None
         if existing is not None:
@@ -186,11 +186,11 @@ class Endpoints:
         def write(transaction: Transaction) -> Endpoint:
             if existing is not None:
                 store.update_endpoint(transaction, new)
-                store.delete_ports(transaction, key, existing.ports)
+                port_rows.delete(transaction, key, existing.ports)
             else:
                 store.insert_endpoint(transaction, new)
                 planning.insert_interfaces(transaction, new, wanted, self._allocations, self._host_prefix)
-            store.insert_ports(transaction, key, ports)
+            port_rows.insert(transaction, key, ports)
             found = store.endpoint(transaction, key)
             assert found is not None
             return found
@@ -385,15 +385,6 @@ class Endpoints:
             await asyncio.wait(tuple(self._running))
         await self._reaper.close()
         await self.files.trash.close()
-
-
-def _alike(one: Request, other: Request) -> bool:
-    """Whether they ask for the same, whatever ports of the host were chosen for either."""
-    return one == other or _with_any_host_ports(one) == _with_any_host_ports(other)
-
-
-def _with_any_host_ports(request: Request) -> Request:
-    return replace(request, ports=tuple(replace(port, host_port=0) for port in request.ports))
 
 
 def _insert_ready(transaction: Transaction, endpoint: Endpoint, existing: Endpoint | None) -> Endpoint:

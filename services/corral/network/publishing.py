@@ -4,14 +4,15 @@ After a crash the table is built from the rows (see corral.network.recovery), an
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
 
-from corral.network import store
+from corral.network import port_rows, store
 from corral.network.firewall import Firewall, route_loopback_to
 from corral.network.links import NetlinkThread
-from corral.network.model import Endpoint, EndpointKey, EndpointState, Forward, Port
+from corral.network.model import Endpoint, EndpointKey, EndpointState, Forward, Port, Request
 from corral.network.ports import HostPorts, check_reachable, forwards
 from corral.rpc.errors import CorralError
 from corral.store import Database, Transaction, failpoint
@@ -31,6 +32,15 @@ def all_forwards(db: Database, boot_id: str) -> list[Forward]:
         if endpoint.ports and endpoint.boot_id == boot_id and endpoint.state is EndpointState.READY
         for forward in forwards(endpoint, endpoint.ports)
     ]
+
+
+def alike(one: Request, other: Request) -> bool:
+    """Whether they ask for the same, whatever ports of the host were chosen for either. Pure."""
+    return one == other or _with_any_host_ports(one) == _with_any_host_ports(other)
+
+
+def _with_any_host_ports(request: Request) -> Request:
+    return replace(request, ports=tuple(replace(port, host_port=0) for port in request.ports))
 
 
 def missing(endpoint: Endpoint, asked: Iterable[Port]) -> list[Port]:
@@ -65,7 +75,7 @@ class Publishing:
         """Take ports of the host for an endpoint; returns them with their numbers. Raises AlreadyExists and others."""
         if not asked:
             return ()
-        self._db.read_sync(lambda snapshot: store.check_ports(snapshot, key, asked))  # whose message names the other
+        self._db.read_sync(lambda snapshot: port_rows.check(snapshot, key, asked))  # whose message names the other
         return await self._thread.run(lambda _: self._host.hold(key, asked))
 
     def release(self, key: EndpointKey, ports: Iterable[Port] | None = None) -> None:
@@ -96,7 +106,7 @@ class Publishing:
             failpoint("network.publish.after_rows")
             await self._thread.run(lambda netlink: self.open(netlink, published, ports))
         except BaseException:
-            await self._db.write(lambda transaction: store.delete_ports(transaction, endpoint.key, ports))
+            await self._db.write(lambda transaction: port_rows.delete(transaction, endpoint.key, ports))
             self.release(endpoint.key, ports)
             raise
         return published
@@ -126,7 +136,7 @@ class Publishing:
 
 
 def _insert(transaction: Transaction, endpoint: Endpoint, ports: Sequence[Port]) -> Endpoint:
-    store.insert_ports(transaction, endpoint.key, ports)
+    port_rows.insert(transaction, endpoint.key, ports)
     payload = {"ports": [f"{port}->{port.container_port}" for port in ports]}
     transaction.journal("endpoint.published", endpoint.key.id, payload, namespace=endpoint.key.namespace)
     return _found(transaction, endpoint)
@@ -134,7 +144,7 @@ def _insert(transaction: Transaction, endpoint: Endpoint, ports: Sequence[Port])
 
 def _delete(transaction: Transaction, endpoint: Endpoint, ports: Sequence[Port]) -> Endpoint:
     if ports:
-        store.delete_ports(transaction, endpoint.key, ports)
+        port_rows.delete(transaction, endpoint.key, ports)
         payload = {"ports": [f"{port}->{port.container_port}" for port in ports]}
         transaction.journal("endpoint.withdrawn", endpoint.key.id, payload, namespace=endpoint.key.namespace)
     return _found(transaction, endpoint)

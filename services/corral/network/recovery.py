@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from corral.network import store
+from corral.network import port_rows, store
 from corral.network.bridge import BridgeDriver
 from corral.network.files import FileStore
 from corral.network.firewall import Firewall
@@ -54,7 +54,7 @@ def sweep(db: Database, pool: NetnsPool, files: FileStore) -> None:
     if half:
         db.write_sync(lambda transaction: _delete_rows(transaction, half))
     if any(endpoint.ports for endpoint in ready):
-        db.write_sync(lambda transaction: store.forget_ports_of_other_boots(transaction, boot_id()))
+        db.write_sync(lambda transaction: port_rows.forget_other_boots(transaction, boot_id()))
     if half or namespaces or stale_files:
         log.info("network.swept", endpoints=len(half), namespaces=len(namespaces), files=len(stale_files))
 

@@ -6,14 +6,13 @@ interfaces 1--n allocations n--1 ranges       deleting an endpoint row frees its
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from ipaddress import ip_address, ip_network
 from typing import Any
 
 from corral.network.model import (
-    ANY_HOST_IPS,
     BUILTIN_NAMESPACE,
     Attachment,
     Dns,
@@ -28,7 +27,6 @@ from corral.network.model import (
     Range,
     Request,
 )
-from corral.rpc.errors import AlreadyExists
 from corral.store import Row, Snapshot, Transaction
 
 MIGRATIONS: Sequence[str] = (
@@ -335,62 +333,6 @@ def _endpoint(snapshot: Snapshot, row: Row, known: ByNetwork) -> Endpoint:
         ports=tuple(
             Port(each["protocol"], each["container_port"], each["host_port"], each["host_ip"]) for each in ports
         ),
-    )
-
-
-# Ports
-
-
-def check_ports(snapshot: Snapshot, key: EndpointKey, ports: Iterable[Port]) -> None:
-    """Raises AlreadyExists, naming the container, for one that another has."""
-    for port in ports:
-        if port.host_port and (holder := port_holder(snapshot, port)) not in (None, key):
-            assert holder is not None
-            raise AlreadyExists(
-                f"port {port} of the host is published by container {holder.id[:12]} already: choose another one",
-                reason="PORT_TAKEN",
-            )
-
-
-def insert_ports(transaction: Transaction, key: EndpointKey, ports: Iterable[Port]) -> None:
-    """Publish ports of an endpoint. Raises AlreadyExists."""
-    check_ports(transaction, key, ports)
-    for port in ports:
-        transaction.execute(
-            "INSERT OR IGNORE INTO ports VALUES (?, ?, ?, ?, ?, ?)",
-            (port.protocol, port.host_port, port.host_ip, port.container_port, key.namespace, key.id),
-        )
-
-
-def port_holder(snapshot: Snapshot, port: Port) -> EndpointKey | None:
-    """Who publishes a port on that address, or on one that covers it or is covered by it."""
-    rows = snapshot.execute(
-        "SELECT namespace, endpoint, host_ip FROM ports WHERE protocol = ? AND host_port = ?",
-        (port.protocol, port.host_port),
-    )
-    for namespace, endpoint_id, host_ip in rows:
-        other = Port(port.protocol, 0, port.host_port, host_ip)
-        alike = port.version is None or other.version in (None, port.version)
-        if alike and (port.host_ip == host_ip or port.host_ip in ANY_HOST_IPS or host_ip in ANY_HOST_IPS):
-            return EndpointKey(namespace, endpoint_id)
-    return None
-
-
-def delete_ports(transaction: Transaction, key: EndpointKey, ports: Iterable[Port]) -> None:
-    """Withdraw ports of an endpoint; no error for those it has not."""
-    for port in ports:
-        transaction.execute(
-            "DELETE FROM ports WHERE protocol = ? AND host_port = ? AND host_ip = ? AND namespace = ? AND endpoint = ?",
-            (port.protocol, port.host_port, port.host_ip, key.namespace, key.id),
-        )
-
-
-def forget_ports_of_other_boots(transaction: Transaction, boot_id: str) -> None:
-    """Nothing stands of them; who attaches such an endpoint again publishes its ports again."""
-    transaction.execute(
-        "DELETE FROM ports WHERE EXISTS (SELECT 1 FROM endpoints AS e"
-        " WHERE e.namespace = ports.namespace AND e.id = ports.endpoint AND e.boot_id <> ?)",
-        (boot_id,),
     )
 
 
