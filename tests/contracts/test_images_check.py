@@ -4,7 +4,8 @@ import asyncio
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from corral.api.images.v1 import images_pb2 as pb
 from corral.api.types.v1 import types_pb2
 from corral.images.snapshotter import TreeId
 from corral.images.trees import of_all
+from corral.rpc.context import in_namespace
 from corral.rpc.errors import NotFound
 
 pytestmark = needs("root", "overlayfs")
@@ -279,6 +281,38 @@ async def test_without_marks_images_come_back_without_names(tmp_path: Path, arch
         await leaf.prepare("d", image=image.id)
         await leaf.settled()
         assert await check(leaf) == []
+
+
+async def test_no_namespace_gets_what_another_one_had(tmp_path: Path, archive: Path) -> None:
+    root = tmp_path / "images"
+    async with images_leaf(root) as leaf:
+        with in_namespace("other"):
+            await leaf.load(archive)
+            await leaf.images.Tag(pb.TagImageRequest(source="x:1", target="y:1"))
+            await leaf.images.Remove(pb.RemoveImageRequest(name="x:1"))
+    lose(root, "moved away")
+    async with images_leaf(root) as leaf:
+        await repaired(leaf)
+        assert await leaf.names() == []
+        assert [blob async for blob in leaf.content.List(pb.ListBlobsRequest())] == []
+        with in_namespace("other"):
+            assert await leaf.names() == ["y:1"]
+            assert len([blob async for blob in leaf.content.List(pb.ListBlobsRequest())]) == 4
+
+
+@pytest.fixture
+def stray_mount(leaf: ImagesLeaf) -> Iterator[Path]:
+    where = leaf.root / "overlay/tmp/77"
+    where.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", where], check=True)
+    yield where
+    subprocess.run(["umount", where], check=False, stderr=subprocess.DEVNULL)
+
+
+async def test_a_mount_among_our_files_is_told_and_undone(leaf: ImagesLeaf, stray_mount: Path) -> None:
+    assert f"mount {stray_mount} is none that we need" in await found(leaf)
+    await repaired(leaf)
+    assert not stray_mount.exists()
 
 
 async def test_a_damaged_blob_is_not_taken_back(tmp_path: Path, archive: Path) -> None:

@@ -1,7 +1,5 @@
 """The engine's own directories and mounts compared with its rows."""
 
-import os
-import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,8 +11,7 @@ from corral.kernel import mount
 from corral.rpc.blocking import run_blocking
 from corral.rpc.checking import Found
 from corral.store import Snapshot
-
-_OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
+from corral.store.mountinfo import mounts_below
 
 
 class FileChecker:
@@ -30,7 +27,7 @@ class FileChecker:
         """Directories are read before rows: what is being made has its row first."""
         root = self._core.config.root
         volumes, containers = _keys(root / "volumes"), _keys(root / "containers")
-        mounts = [path for path in _mount_points() if path.is_relative_to(root / "volumes")]
+        mounts = mounts_below(root / "volumes")
         known, records = self._core.database.read_sync(_known)
         found = [
             Found(
@@ -91,10 +88,3 @@ def _known(view: Snapshot) -> tuple[dict[Key, VolumeRecord], set[Key]]:
 
 def _keys(root: Path) -> set[Key]:
     return {(path.parent.name, path.name) for path in root.glob("*/*")}
-
-
-def _mount_points() -> list[Path]:
-    """Source: proc_pid_mountinfo(5); blanks and backslashes are written as three octal digits."""
-    lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    plain = (_OCTAL.sub(lambda digits: bytes([int(digits[1], 8)]), line.split()[4]) for line in lines)
-    return [Path(os.fsdecode(path)) for path in plain]

@@ -24,10 +24,12 @@ from corral.images.store import SHARED, uninterrupted, write_much
 from corral.images.tending import Tending
 from corral.images.trees import Kind, TreeRecord
 from corral.images.unpacker import TreeIds, Unpacker
+from corral.kernel.mount import umount
 from corral.rpc.blocking import run_blocking
 from corral.rpc.checking import Found
 from corral.rpc.errors import CorralError
 from corral.store import Database, Snapshot, Transaction
+from corral.store.mountinfo import mounts_below
 
 # Documents are read and hashed in a check, layers are not.
 MAX_HASHED_BYTES = 8 << 20
@@ -172,6 +174,11 @@ class Checker:
         found = [
             Found(f"file {path}", "is nothing of ours", "repair removes it", partial(run_blocking, discard, path))
             for path in sorted(self._content.strangers())
+        ]
+        found += [
+            Found(f"mount {path}", "is none that we need", "repair unmounts it", partial(run_blocking, umount, path))
+            for path in mounts_below(self._database.path.parent)
+            if path.parent != self._database.path.parent  # such a one is the administrator's
         ]
         for name, problem in sorted(self._partials.leftovers(self._is_stored).items()):
             found.append(

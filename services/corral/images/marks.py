@@ -29,13 +29,16 @@ PAUSE_S = 1.0
 
 log = structlog.get_logger()
 
+type _Facts = tuple[tuple[str, str | int | None], ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Marked:
     """What the marks tell. Trees without their chains, which follow from their parents."""
 
     trees: Mapping[TreeId, TreeRecord]
-    names: tuple[ImageRecord, ...]
+    names: tuple[ImageRecord, ...] | None
+    """None: nobody knows."""
 
 
 class Marks:
@@ -45,7 +48,9 @@ class Marks:
         self._directory, self._names = root / DIRECTORY, root / NAMES
         self._directory.mkdir(exist_ok=True, mode=0o700)
         self._database = database
-        self._written: dict[str, str] = {}
+        # What they hold as far as this process has written them; None: it does not know.
+        self._written: dict[str, _Facts] | None = None
+        self._names_written: list[_Facts] | None = None
         self._keeping = False
         self._following: asyncio.Task[None] | None = None
 
@@ -79,16 +84,18 @@ class Marks:
 
     def _write(self) -> None:
         rows, names = self._database.read_sync(_everything)
-        there = {path.name for path in self._directory.iterdir()}
-        for name, text in rows.items():
-            if name not in there or self._written.get(name) != text:
-                (self._directory / name).write_text(text, "utf-8")
+        there = self._written.keys() if self._written is not None else {path.name for path in self._directory.iterdir()}
+        known = self._written or {}
+        for name, row in rows.items():
+            if known.get(name) != row:
+                (self._directory / name).write_text(json.dumps(dict(row)), "utf-8")
         if not self._keeping:
             for name in there - rows.keys():
                 (self._directory / name).unlink(missing_ok=True)
-            if self._written.get(NAMES) != names:
-                atomic_write(self._names, names.encode())
-        self._written = rows | {NAMES: names}
+            if self._names_written != names:
+                atomic_write(self._names, json.dumps([dict(name) for name in names]).encode())
+                self._names_written = names
+            self._written = rows
 
     def highest_tree(self) -> int:
         """Of all that are marked. Blocking."""
@@ -100,18 +107,19 @@ class Marks:
         for path in self._directory.iterdir():
             if path.name.isdigit() and (record := _read_tree(path)) is not None:
                 found[record.id] = record
-        return Marked(found, tuple(_read_names(self._names)))
+        return Marked(found, _read_names(self._names))
 
 
-def _everything(snapshot: Snapshot) -> tuple[dict[str, str], str]:
-    """The text of each mark, and that of the names."""
-    rows = {str(row["id"]): _text(row) for row in snapshot.execute("SELECT * FROM snapshots")}
-    names = [dict(row) for row in snapshot.execute("SELECT * FROM images ORDER BY row")]
-    return rows, json.dumps(names)
+def _everything(snapshot: Snapshot) -> tuple[dict[str, _Facts], list[_Facts]]:
+    """The content of each mark, and of the names."""
+    rows = snapshot.execute("SELECT * FROM snapshots")
+    names = snapshot.execute("SELECT * FROM images ORDER BY row")
+    return {str(row["id"]): _facts(row) for row in rows}, [_facts(row) for row in names]
 
 
-def _text(row: Row) -> str:
-    return json.dumps({key: row[key] for key in row.keys() if key != "chain"})  # noqa: SIM118 - a Row is no mapping
+def _facts(row: Row) -> _Facts:
+    """The chain of a tree follows from its parents."""
+    return tuple((name, value) for name, value in zip(row.keys(), row, strict=True) if name != "chain")
 
 
 def _read_tree(path: Path) -> TreeRecord | None:
@@ -139,15 +147,13 @@ def _read_tree(path: Path) -> TreeRecord | None:
     return record
 
 
-def _read_names(path: Path) -> list[ImageRecord]:
+def _read_names(path: Path) -> tuple[ImageRecord, ...] | None:
     try:
         values = json.loads(path.read_text("utf-8"))
-        return [_name(value) for value in values]
-    except FileNotFoundError:
-        return []
+        return tuple(_name(value) for value in values)
     except (OSError, ValueError, KeyError, TypeError) as e:
         log.warning("images.names_not_understood", error=str(e))
-        return []
+        return None
 
 
 def _name(value: Mapping[str, object]) -> ImageRecord:

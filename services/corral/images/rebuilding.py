@@ -240,9 +240,8 @@ class Rebuilder:
             transaction.execute("INSERT OR IGNORE INTO blob_edges (parent, child) VALUES (?, ?)", (parent, child))
         for digest, tree in made.items():
             recipes.insert(transaction, digest, tree, self._content.recipe(digest).stat().st_size)
-        for record in marked.names:
-            self._write_image(transaction, blobs, record)
-        for record in self._nameless(transaction, blobs):
+        # Among the names are those of images that have none: what is not there is nobody's.
+        for record in self._nameless(transaction, blobs) if marked.names is None else marked.names:
             self._write_image(transaction, blobs, record)
 
     def _makeable(self, transaction: Transaction, blobs: _Blobs) -> Mapping[Digest, TreeId]:
