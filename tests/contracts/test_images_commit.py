@@ -226,16 +226,6 @@ async def test_podman_unpacks_what_was_committed(leaf: ImagesLeaf, base: pb.Imag
     assert link.linkname in ("new/one", "new/two")
 
 
-@needs("ext4")
-async def test_changes_in_a_file_system_of_their_own_are_left_alone(leaf: ImagesLeaf, base: pb.Image) -> None:
-    request = pb.PrepareSnapshotRequest(key="c", image="base:1", quota_bytes=16 << 20)
-    await leaf.snapshots.Prepare(request)
-    with pytest.raises(FailedPrecondition, match="file system of their own"):
-        await commit(leaf)
-    with pytest.raises(FailedPrecondition, match="file system of their own"):
-        await whole(leaf, "c")
-
-
 @needs("erofs")
 async def test_layers_that_are_images_are_below_changes_too(tmp_path: Path) -> None:
     async with images_leaf(tmp_path / "images", driver="erofs") as leaf:

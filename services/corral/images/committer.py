@@ -5,7 +5,7 @@
     unpack    as any layer is, which proves that what was packed can be read again
     admit     all of it or nothing
 
-Only drivers that keep changes apart, those of overlayfs, can tell them.
+Where a driver keeps whole trees and not their changes, the worker compares (corral.images.layers.differing).
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -109,7 +109,7 @@ class Committer:
     async def commit(self, options: CommitOptions) -> ImageRecord:
         """The image. Raises NotFound, FailedPrecondition, InvalidArgument, ResourceExhausted."""
         tree = self._snapshots.get(options.namespace, options.key)
-        upper, _ = self._apart(tree)
+        apart = await run_blocking(self._apart, tree)
         image = self._image_below(options.namespace, tree)
         directory = await run_blocking(self._content.make_ingest_directory)
         try:
@@ -118,7 +118,7 @@ class Committer:
                     await pins.enter_async_context(self._collector.pinned([image.manifest.digest]))
                 base = await run_blocking(self._base, image)
                 await pins.enter_async_context(self._collector.pinned(base.pinned))
-                return await self._commit(options, base, upper, directory)
+                return await self._commit(options, base, apart, directory)
         except (BadLayer, OSError) as e:
             raise explained(e, f"cannot commit snapshot {options.key!r}") from e
         finally:
@@ -129,11 +129,11 @@ class Committer:
 
         They go through a file: there may be millions, and nobody waits for a client.
         """
-        upper, below = self._apart(self._snapshots.get(namespace, key))
+        apart = await run_blocking(self._apart, self._snapshots.get(namespace, key))
         try:
             directory = await run_blocking(self._content.make_ingest_directory)
             try:
-                job = {"op": "compare", "source": upper, "below": below, "target": str(directory / "changes")}
+                job = {"op": "compare", **apart, "target": str(directory / "changes")}
                 await self._workers.run(job, lambda _done: None)
                 file = Path(directory, "changes").open(encoding="ascii")  # noqa: ASYNC230, SIM115 - quick, closed below
             finally:
@@ -144,27 +144,11 @@ class Committer:
             while some := await run_blocking(lambda: [_change(line) for line in islice(file, CHANGES_AT_ONCE)]):
                 yield some
 
-    def _apart(self, tree: TreeRecord) -> tuple[str, Sequence[str]]:
-        """The directory that holds nothing but the changes, and the layers below it."""
+    def _apart(self, tree: TreeRecord) -> Mapping[str, object]:
+        """Where the changes are, as a part of a worker's job. Blocking."""
         if tree.kind is not Kind.ACTIVE:
             raise FailedPrecondition(f"snapshot {tree.key!r} is not an active one: it has no changes of its own")
-        driver = self._drivers.of(tree.driver)
-        [mount] = driver.mounts(tree.id, tree.chain, writable=True, quota_bytes=tree.quota_bytes)
-        options = dict(option.partition("=")[::2] for option in mount.options)
-        upper = options.get("upperdir", "") if tree.chain else mount.source
-        if not upper:
-            raise FailedPrecondition(
-                f"snapshot driver {tree.driver} does not keep a container's changes apart from its image:"
-                " overlayfs and erofs do",
-                reason="NO_CHANGES",
-            )
-        if upper.startswith("@"):
-            raise FailedPrecondition(
-                f"the changes of {tree.key!r} lie in a file system of their own, which only the container may mount",
-                reason="NO_CHANGES",
-            )
-        lower = options.get("lowerdir", "").split(":") if tree.chain else []
-        return upper, [mount.parts[int(path[1:])].source if path.startswith("@") else path for path in lower]
+        return asdict(self._drivers.of(tree.driver).apart(tree.id, tree.chain))
 
     def _image_below(self, namespace: str, tree: TreeRecord) -> ImageRecord | None:
         if not tree.chain:
@@ -190,10 +174,11 @@ class Committer:
         pinned = (*(layer.digest for layer in manifest.layers), *details.chain)
         return _Base(json.loads(config), tuple(map(_as_oci, manifest.layers)), pinned)
 
-    async def _commit(self, options: CommitOptions, base: _Base, upper: str, directory: Path) -> ImageRecord:
+    async def _commit(
+        self, options: CommitOptions, base: _Base, apart: Mapping[str, object], directory: Path
+    ) -> ImageRecord:
         path = directory / "layer"
-        job = {"op": "pack", "source": upper, "target": str(path)}
-        answer = await self._workers.run(job, lambda _done: None)
+        answer = await self._workers.run({"op": "pack", **apart, "target": str(path)}, lambda _done: None)
         failpoint("images.commit.after_pack")
         layer = StoredFile(path, Digest(answer["digest"]), answer["size_bytes"])
         image = await run_blocking(self._described, options, base, layer, answer["diff_id"])

@@ -77,6 +77,20 @@ NOTHING_MISSING = Missing()
 
 
 @dataclass(frozen=True, slots=True)
+class Apart:
+    """Where the changes of an active tree are: in the directory `source`, an upper one of overlayfs.
+
+    file: that lies in this ext4 image. since_ns: it is the whole tree instead, which was as it is `below` at that time.
+    below: roots of the layers, the uppermost first.
+    """
+
+    source: str
+    below: Sequence[str] = ()
+    file: str = ""
+    since_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """What one tree alone takes on disk; inodes are 0 where nobody counts them."""
 
@@ -146,6 +160,10 @@ class Snapshotter(Protocol):
 
     def mounts(self, tree: TreeId, chain: Sequence[TreeId], *, writable: bool, quota_bytes: int = 0) -> list[Mount]:
         """How to mount it, given what it was prepared with. Waits for nothing."""
+        ...
+
+    def apart(self, tree: TreeId, chain: Sequence[TreeId]) -> Apart:
+        """Where the changes of an active tree are, for whoever tells or packs them."""
         ...
 
     def adopt(self, tree: TreeId) -> None:

@@ -15,7 +15,6 @@ from corral.images.layers.errors import BadLayer
 from corral.images.snapshots import Snapshots
 from corral.images.workers import Workers
 from corral.rpc.blocking import run_blocking
-from corral.rpc.errors import FailedPrecondition
 
 
 class Takeout:
@@ -51,10 +50,11 @@ class Takeout:
             upper = options.pop("upperdir", "")
             layers = [upper, *options.pop("lowerdir").split(":")] if upper else options.pop("lowerdir").split(":")
             more = [f"{name}={value}" for name, value in options.items() if name not in ("workdir", "rw", "ro")]
-        if layers[0].startswith("@") and "/" in layers[0]:
-            raise FailedPrecondition(
-                f"the changes of {key!r} lie in a file system of their own, which only the container may mount",
-                reason="NO_CHANGES",
-            )
+        inside, _, upper = layers[0].partition("/")
+        if inside.startswith("@") and upper:  # the changes are in a file system of their own
+            own = {"file": mount.parts[int(inside[1:])].source, "source": upper}
+            layers = layers[1:]
+        else:
+            own = {}
         files = [mount.parts[int(path[1:])].source if path.startswith("@") else path for path in layers]
-        return {"op": "pack_whole", "layers": files, "options": more}
+        return {"op": "pack_whole", "layers": files, "options": more, **own}

@@ -18,7 +18,7 @@ from corral.images.drivers.completing import complete
 from corral.images.drivers.places import file_system_of, numbered, sync_file_system
 from corral.images.drivers.usage import measure
 from corral.images.layers.removal import GoOn, always, remove_tree
-from corral.images.snapshotter import Form, Missing, Mount, TreeId, Usage, Work
+from corral.images.snapshotter import Apart, Form, Missing, Mount, TreeId, Usage, Work
 from corral.kernel import btrfs
 from corral.store import failpoint
 from corral.store.files import fsync_directory
@@ -105,6 +105,13 @@ class Btrfs:
         if chain and not writable:
             return [Mount("bind", str(self._layers / str(chain[0])), ("bind", "ro"))]
         return [Mount("bind", str(self._active / str(tree) / "fs"), ("bind", "rw" if writable else "ro"))]
+
+    def apart(self, tree: TreeId, chain: Sequence[TreeId]) -> Apart:
+        base = self._active / str(tree)
+        if not chain:
+            return Apart(str(base / "fs"))
+        made = (base / "made").stat().st_ctime_ns
+        return Apart(str(base / "fs"), (str(self._layers / str(chain[0])),), since_ns=made)
 
     def adopt(self, tree: TreeId) -> None:
         base, layer = self._active / str(tree), self._layers / str(tree)

@@ -16,7 +16,7 @@ from corral.images.drivers.completing import complete
 from corral.images.drivers.places import new_directory, numbered, sync_file_system
 from corral.images.drivers.usage import measure
 from corral.images.layers.removal import GoOn, always, remove_tree
-from corral.images.snapshotter import Form, Missing, Mount, TreeId, Usage, Work
+from corral.images.snapshotter import Apart, Form, Missing, Mount, TreeId, Usage, Work
 from corral.store import failpoint
 from corral.store.bounded import bound_project, counts_projects, release_project
 from corral.store.files import fsync_directory
@@ -105,6 +105,13 @@ class Native:
         single = None if writable else self._single(chain)
         source = self._active / str(tree) / "fs" if single is None else single
         return [Mount("bind", str(source), ("bind", "rw" if writable else "ro"))]
+
+    def apart(self, tree: TreeId, chain: Sequence[TreeId]) -> Apart:
+        base = self._active / str(tree)
+        if not chain:
+            return Apart(str(base / "fs"))
+        made = (base / "made").stat().st_ctime_ns
+        return Apart(str(base / "fs"), tuple(map(str, self._needed(chain))), since_ns=made)
 
     def adopt(self, tree: TreeId) -> None:
         base, layer = self._active / str(tree), self._whole / str(tree)

@@ -20,7 +20,7 @@ from corral.images.drivers.completing import complete
 from corral.images.drivers.places import file_system_of, kernel_has, new_directory, numbered, sync_file_system
 from corral.images.drivers.usage import measure
 from corral.images.layers.removal import GoOn, always, remove_tree
-from corral.images.snapshotter import Form, Missing, Mount, TreeId, Usage, Work
+from corral.images.snapshotter import Apart, Form, Missing, Mount, TreeId, Usage, Work
 from corral.store import failpoint
 from corral.store.bounded import (
     IMAGE_OPTIONS,
@@ -162,6 +162,14 @@ class Overlayfs:
     def _stack(self, chain: Sequence[TreeId]) -> tuple[list[str], tuple[Mount, ...]]:
         """The layers as lowerdir= names them, and what has to be mounted for that."""
         return [f"{self._layers}/{layer}" for layer in chain], ()
+
+    def apart(self, tree: TreeId, chain: Sequence[TreeId]) -> Apart:
+        file = self._bounded / str(tree)
+        layers, parts = self._stack(chain)
+        below = tuple(parts[int(path[1:])].source if path.startswith("@") else path for path in layers)
+        if file.exists():
+            return Apart("u", below, file=str(file))
+        return Apart(str(self._active / str(tree) / "u"), below)
 
     def adopt(self, tree: TreeId) -> None:
         base, file, layer = (above / str(tree) for above in (self._active, self._bounded, self._layers))

@@ -14,8 +14,8 @@ Source: OCI image-spec layer.md; Documentation/filesystems/overlayfs.rst; GNU ta
 import errno
 import os
 import stat
-from collections.abc import Generator, Iterator
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 from corral.images.layers.apply import OPAQUE, OPAQUE_XATTR, USER_OVERLAY, WHITEOUT, XATTR_NAMES, XATTR_PREFIXES
 from corral.images.layers.below import is_whiteout
@@ -43,6 +43,12 @@ _KINDS = {
 def packed(root: int) -> Iterator[bytes]:
     """The tar of the tree below the directory `root`. Raises BadLayer for what no tar can hold, OSError."""
     yield from _Packer(root).pack()
+    yield END
+
+
+def packed_changes(root: int, changes: Iterable[tuple[bool, str]]) -> Iterator[bytes]:
+    """The tar of these paths alone: whether each has gone, in the order of packed(). Raises BadLayer, OSError."""
+    yield from _Packer(root).pack_some(changes)
     yield END
 
 
@@ -78,9 +84,35 @@ class _Packer:
                 os.close(fd)
             waiting += reversed(below)
 
+    def pack_some(self, changes: Iterable[tuple[bool, str]]) -> Iterator[bytes]:
+        with ExitStack() as opened:
+            above, parent = "", opened.enter_context(_closing(open_directory(self._root, "")))
+            for gone, path in changes:
+                directory, _, name = path.rpartition("/")
+                if directory != above:
+                    opened.pop_all().close()
+                    above, parent = directory, opened.enter_context(_closing(open_directory(self._root, directory)))
+                _check_length(path)
+                if gone:
+                    yield _whiteout(os.fsencode(path))
+                elif parent is not None:
+                    with suppress(FileNotFoundError):
+                        yield from self._one(path, name, parent)
+
+    def _one(self, path: str, name: str, parent: int) -> Iterator[bytes]:
+        status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        if not stat.S_ISDIR(status.st_mode):
+            yield from self._other(path, name, parent, status)
+            return
+        with _closing(open_directory(self._root, path)) as fd:
+            if fd is not None:
+                entry = _entry(os.fsencode(path) + b"/", Kind.DIRECTORY, os.fstat(fd))
+                entry.xattrs = attributes_of(fd)
+                yield header(entry)
+
     def _directory(self, path: str, fd: int) -> Iterator[bytes]:
         entry = _entry(os.fsencode(path) + b"/", Kind.DIRECTORY, os.fstat(fd))
-        entry.xattrs = _xattrs(fd)
+        entry.xattrs = attributes_of(fd)
         yield header(entry)
         if _is_opaque(fd):
             yield header(Entry(entry.name + OPAQUE.encode(), Kind.FILE, 0, 0, 0, 0, 0))
@@ -90,8 +122,7 @@ class _Packer:
         below = []
         for name in sorted(os.listdir(fd), key=os.fsencode):
             inside = f"{path}/{name}" if path else name
-            if len(os.fsencode(inside)) >= MAX_PATH_BYTES:
-                raise BadLayer(f"the path {inside[:60]!r}… is longer than {MAX_PATH_BYTES} bytes")
+            _check_length(inside)
             with suppress(FileNotFoundError):
                 status = os.stat(name, dir_fd=fd, follow_symlinks=False)
                 if stat.S_ISDIR(status.st_mode):
@@ -104,8 +135,7 @@ class _Packer:
         kind = _KINDS.get(stat.S_IFMT(status.st_mode))
         full = os.fsencode(path)
         if is_whiteout(status):
-            above, _, last = full.rpartition(b"/")
-            yield header(Entry(above + b"/" * bool(above) + WHITEOUT.encode() + last, Kind.FILE, 0, 0, 0, 0, 0))
+            yield _whiteout(full)
         elif kind is Kind.FILE:
             yield from self._file(full, name, parent)
         elif kind is not None and not self._is_linked(full, status):
@@ -139,9 +169,28 @@ class _Packer:
                 yield header(self._link(full, status))
                 return
             entry = _entry(full, Kind.FILE, status)
-            entry.size, entry.xattrs = status.st_size, _xattrs(fd)
+            entry.size, entry.xattrs = status.st_size, attributes_of(fd)
             yield from _content(entry, fd, status)
         finally:
+            os.close(fd)
+
+
+def _check_length(path: str) -> None:
+    if len(os.fsencode(path)) >= MAX_PATH_BYTES:
+        raise BadLayer(f"the path {path[:60]!r}… is longer than {MAX_PATH_BYTES} bytes")
+
+
+def _whiteout(full: bytes) -> bytes:
+    above, _, last = full.rpartition(b"/")
+    return header(Entry(above + b"/" * bool(above) + WHITEOUT.encode() + last, Kind.FILE, 0, 0, 0, 0, 0))
+
+
+@contextmanager
+def _closing(fd: int | None) -> Iterator[int | None]:
+    try:
+        yield fd
+    finally:
+        if fd is not None:
             os.close(fd)
 
 
@@ -199,7 +248,7 @@ def _entry(name: bytes, kind: Kind, status: os.stat_result) -> Entry:
     )
 
 
-def _xattrs(fd: int) -> dict[bytes, bytes]:
+def attributes_of(fd: int | str) -> dict[bytes, bytes]:
     """Those that an unpacker may set. A name with "=" has no form in a PAX header."""
     found = {}
     for text in sorted(os.listxattr(fd)):

@@ -5,9 +5,11 @@
          {"op": "complete", "layer": DIR, "below": [DIR, …], "implicit": […], "links": [[…], …]}
          {"op": "complete_image", "directory": DIR, "below": [DIR or IMAGE, …], "implicit": […], "links": [[…], …]}
          {"op": "lay", "layers": [DIR, …], "target": DIR}, or with "file" as they are: directories in that ext4 image
-         {"op": "pack", "source": DIR, "target": FILE}: a layer, gzipped, of the changes in DIR
+         {"op": "pack", "source": DIR, "below": […], "target": FILE}: a layer, gzipped, of the changes in DIR
          {"op": "pack_whole", "layers": [DIR or IMAGE, …], "options": […], "target": FILE}: a tar of all, merged
          {"op": "compare", "source": DIR, "below": [DIR or IMAGE, …], "target": FILE}: a line [KIND, PATH] per change
+         Of pack and compare: with "since_ns" DIR is no upper directory but the whole tree, as old as that; with "file"
+         it lies in that ext4 image.
     out  {"progress": BYTES of the blob read}…, then {"ok": {…}} or {"error": KIND, "errno": N, "message": SENTENCE}
          FORM: "directory", or "image" for an EROFS image in the directory
          KIND: "bad" (the data), "os" (the machine), "bug"
@@ -32,11 +34,11 @@ from corral.images.layers import imaging
 from corral.images.layers.apply import Applied, Applier, Limits
 from corral.images.layers.below import complete
 from corral.images.layers.bounds import bound_memory, bounded
-from corral.images.layers.comparing import changes
+from corral.images.layers.comparing import Change, changes
 from corral.images.layers.compression import CHUNK_BYTES, compressed, decompressed
 from corral.images.layers.errors import BadLayer
 from corral.images.layers.laying import lay
-from corral.images.layers.packing import packed
+from corral.images.layers.packing import packed, packed_changes
 from corral.images.layers.stream import ByteStream, prefetched
 from corral.images.layers.tar import TarReader
 from corral.images.layers.tree import Tree
@@ -225,7 +227,7 @@ def _lay(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
 
 def _pack(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
     with ExitStack() as stack:
-        plain = Hashed(packed(_opened(job["source"], stack)))
+        plain = Hashed(_packed_changes(job, stack))
         size = 0
         with open(job["target"], "xb") as file:
             stored = Hashed(compressed(iter(plain)))
@@ -234,9 +236,34 @@ def _pack(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
         return {"digest": stored.digest, "size_bytes": size, "diff_id": plain.digest}
 
 
+def _packed_changes(job: Job, stack: ExitStack) -> Iterator[bytes]:
+    """The layer of an upper directory, or of what a whole tree has become since it was made."""
+    root = _opened_upper(job, stack)
+    if not job.get("since_ns"):
+        return packed(root)
+    return packed_changes(root, ((kind is Change.DELETED, path) for kind, path in _differing(job, root, stack)))
+
+
+def _opened_upper(job: Job, stack: ExitStack) -> int:
+    """`source`, which may lie in an ext4 file system of its own, the `file`."""
+    if not (file := job.get("file")):
+        return _opened(job["source"], stack)
+    from corral.images.layers.shared import mounted_together
+
+    fs = stack.enter_context(mounted_together(file))
+    return _opened(f"/proc/self/fd/{fs}/{job['source']}", stack)
+
+
+def _differing(job: Job, root: int, stack: ExitStack) -> Iterator[tuple[Change, str]]:
+    from corral.images.layers.differing import Differing  # which few drivers need
+
+    return Differing(root, [_opened(path, stack) for path in job["below"]], job["since_ns"]).changes()
+
+
 def _pack_whole(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
     with ExitStack() as stack:
-        fds = [_opened(path, stack) for path in job["layers"]]
+        fds = [_opened_upper(job, stack)] if job.get("file") else []
+        fds += [_opened(path, stack) for path in job["layers"]]
         root = fds[0]
         if len(fds) > 1:
             lower = ":".join(f"/proc/self/fd/{fd}" for fd in fds)
@@ -250,9 +277,12 @@ def _pack_whole(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]
 
 def _compare(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
     with ExitStack() as stack:
-        below = [_opened(path, stack) for path in job["below"]]
+        root = _opened_upper(job, stack)
         with open(job["target"], "x", encoding="ascii") as file:
-            found = changes(_opened(job["source"], stack), below)
+            if job.get("since_ns"):
+                found = _differing(job, root, stack)
+            else:
+                found = changes(root, [_opened(path, stack) for path in job["below"]])
             file.writelines(json.dumps([kind.value, path]) + "\n" for kind, path in found)
         return {}
 
