@@ -19,19 +19,7 @@ if TYPE_CHECKING:
 _MANY: dict[str, Any] = {"multiple": True}
 
 # Flags, name of the option in corral.client.options, help; the rest goes to click.
-_OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
-    (("--entrypoint",), "Replace the image's entrypoint", {"default": None}),
-    (("-e", "--env"), "Set an environment variable, NAME=VALUE, or NAME to pass it on", _MANY),
-    (("--env-file",), "Read environment variables from a file", {"multiple": True, "type": click.Path(exists=True)}),
-    (("-w", "--workdir", "working_dir"), "Working directory inside", {"default": ""}),
-    (("-u", "--user"), "User: name or uid, with :group", {"default": ""}),
-    (("--group-add",), "Further group of the process", _MANY),
-    (("-h", "--hostname"), "Host name inside", {"default": ""}),
-    (("-l", "--label", "labels"), "Label, KEY=VALUE", _MANY),
-    (("-v", "--volume", "volumes"), "Bind mount or volume, SOURCE:TARGET[:ro]", _MANY),
-    (("--mount", "mounts"), "Mount, type=bind|volume|tmpfs,source=…,target=…", _MANY),
-    (("--tmpfs",), "tmpfs, TARGET[:size=64m,mode=1777]", _MANY),
-    (("--read-only",), "Root file system read-only", {"is_flag": True}),
+CHANGEABLE: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("-m", "--memory"), "Memory limit, such as 64m", {"default": ""}),
     (("--memory-swap",), "Memory plus swap; -1 for no limit", {"default": ""}),
     (("--memory-reservation",), "Soft memory limit", {"default": ""}),
@@ -40,6 +28,22 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--cpuset-cpus",), "CPUs to run on, such as 0-2,4", {"default": ""}),
     (("--cpuset-mems",), "Memory nodes to use", {"default": ""}),
     (("--pids-limit",), "Most processes; -1 for no limit", {"type": int, "default": 0}),
+    (("--restart",), "no, always, on-failure[:N] or unless-stopped", {"default": ""}),
+    (("-l", "--label", "labels"), "Label, KEY=VALUE", _MANY),
+)
+_OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
+    (("--entrypoint",), "Replace the image's entrypoint", {"default": None}),
+    (("-e", "--env"), "Set an environment variable, NAME=VALUE, or NAME to pass it on", _MANY),
+    (("--env-file",), "Read environment variables from a file", {"multiple": True, "type": click.Path(exists=True)}),
+    (("-w", "--workdir", "working_dir"), "Working directory inside", {"default": ""}),
+    (("-u", "--user"), "User: name or uid, with :group", {"default": ""}),
+    (("--group-add",), "Further group of the process", _MANY),
+    (("-h", "--hostname"), "Host name inside", {"default": ""}),
+    (("-v", "--volume", "volumes"), "Bind mount or volume, SOURCE:TARGET[:ro]", _MANY),
+    (("--mount", "mounts"), "Mount, type=bind|volume|tmpfs,source=…,target=…", _MANY),
+    (("--tmpfs",), "tmpfs, TARGET[:size=64m,mode=1777]", _MANY),
+    (("--read-only",), "Root file system read-only", {"is_flag": True}),
+    *CHANGEABLE,
     (("--network", "--net", "network"), "bridge, host, none, container:ID or a network's name", {"default": ""}),
     (("--ip",), "Fixed address in the network", {"default": ""}),
     (("-p", "--publish", "ports"), "Publish a port, [IP:][HOST:]CONTAINER[/udp]", _MANY),
@@ -59,7 +63,6 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--storage-opt", "storage_options"), "size=10g: no more than that is written in it", _MANY),
     (("--stop-signal",), "Signal that ends it, default the image's, else SIGTERM", {"default": ""}),
     (("--stop-timeout", "stop_timeout_s"), "Seconds until SIGKILL, default 10", {"type": float, "default": None}),
-    (("--restart",), "no, always, on-failure[:N] or unless-stopped", {"default": ""}),
     (("--init",), "Run a small init as pid 1", {"is_flag": True}),
     (("--pid",), "PID namespace: host or container:ID", {"default": ""}),
     (("--ipc",), "IPC namespace: host or container:ID", {"default": ""}),
