@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 from support.cosign import Key
-from support.images_leaf import ImagesLeaf
+from support.images_leaf import ImagesLeaf, import_requests
 from support.policies import CLOSED, OPEN, archive, guarded, put, sign
 from support.registry import Registry, running
 from support.requirements import needs
 
 from corral.api.images.v1 import images_pb2 as pb
+from corral.api.types.v1.types_pb2 import Progress as Step
 from corral.images.policy.rules import Rule
 from corral.rpc.errors import CorralError, InvalidArgument, NotFound, PermissionDenied
 
@@ -53,6 +54,7 @@ async def test_an_archive_cannot_bring_what_was_not_verified(
     assert await leaf.names() == []
     await leaf.settled()
     assert not leaf.disk()
+    assert Step.STEP_UNPACK not in {part.progress.step for part in await everything_said(leaf, brought)}
     image = put(registry, tmp_path, "brought", "brought")
     sign(registry, "brought", image, ours)
     await leaf.pull(name)
@@ -134,6 +136,19 @@ async def test_a_commit_is_an_image_like_any_other(
     with pytest.raises(PermissionDenied, match=f"image {registry.host}/base:2"):
         await leaf.images.Commit(pb.CommitImageRequest(key="c", name=f"{registry.host}/base:2"))
     assert sorted(await leaf.names()) == [f"{registry.host}/base:1", "mine:1"]
+
+
+async def everything_said(leaf: ImagesLeaf, archive: Path) -> list[pb.ImportResponse]:
+    """By an import, until it is refused."""
+    said: list[pb.ImportResponse] = []
+
+    async def listen() -> None:
+        async for part in leaf.images.Import(import_requests(archive)):
+            said.append(part)  # noqa: PERF401 - what came before the error counts
+
+    with pytest.raises(PermissionDenied):
+        await listen()
+    return said
 
 
 # Settings

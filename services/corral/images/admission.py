@@ -50,6 +50,16 @@ class Admission:
         self._unpacker = unpacker
         self._collector = collector
 
+    def check(self, how: Admitted, images: Sequence[FoundImage]) -> None:
+        """Raises PermissionDenied where the policy refuses an image its name; before anything is made of it, then."""
+
+        def look(snapshot: Snapshot) -> None:
+            for image in images:
+                for name in _names(how, image):
+                    self._gate.check_name(snapshot, name, image.target.digest, image.manifest.digest)
+
+        self._database.read_sync(look)
+
     async def admit(
         self, how: Admitted, images: Sequence[FoundImage], staged: Sequence[list[Staged]]
     ) -> list[ImageRecord]:
@@ -127,7 +137,7 @@ class Admission:
     def _name(self, transaction: Transaction, how: Admitted, image: FoundImage, now: int) -> list[ImageRecord]:
         records = []
         chain_id = self._unpacker.chain_id_if_here(transaction, image.details)
-        for name in (how.name,) if how.name else (image.names or (None,)):
+        for name in _names(how, image):
             self._gate.check_name(transaction, name, image.target.digest, image.manifest.digest)
             record = ImageRecord(
                 namespace=how.namespace,
@@ -145,6 +155,11 @@ class Admission:
             )
             records.append(record)
         return records
+
+
+def _names(how: Admitted, image: FoundImage) -> Sequence[Reference | None]:
+    """None: it gets none."""
+    return (how.name,) if how.name else (image.names or (None,))
 
 
 def _sync_files(paths: Sequence[Path]) -> None:

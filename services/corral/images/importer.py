@@ -132,6 +132,8 @@ class Importer:
                 images = await run_blocking(_understand, options, taken.intake, directory)
                 staged = []
             await stack.enter_async_context(self._collector.pinned(_everything_of(images)))
+            how = Admitted(options.namespace, "image.imported", options.lease, options.name, options.unpack)
+            self._admission.check(how, images)
             paths = blob_paths(images)
 
             async def path_of(digest: Digest) -> Path:
@@ -141,7 +143,6 @@ class Importer:
                 for image in images:
                     unpacked = self._unpacker.unpacked(image.details, path_of, report)
                     staged.append(await stack.enter_async_context(unpacked))
-            how = Admitted(options.namespace, "image.imported", options.lease, options.name, options.unpack)
             return await self._admission.admit(how, images, staged)
 
     async def _take(
