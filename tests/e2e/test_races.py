@@ -136,7 +136,7 @@ def test_imports_of_one_image_beside_prunes_of_everything(arena: Arena) -> None:
     for _ in range(ROUNDS):
         arena.at_once(load, load, lambda client: [client.images.prune(all=True) for _ in range(20)])
         load(arena.client)
-        assert arena.client.containers.create("img", ["true"], name="c")
+        assert arena.client.containers.create("img", ["true"], name="c", pull="never")
         remove(arena.client)
 
 
@@ -145,7 +145,7 @@ def test_an_image_removed_beside_its_first_container(arena: Arena) -> None:
         arena.client.images.load(arena.archive, name="img")
         arena.at_once(
             lambda client: client.images.remove("img"),
-            lambda client: client.containers.create("img", ["true"], name="c"),
+            lambda client: client.containers.create("img", ["true"], name="c", pull="never"),
             lambda client: client.images.prune(),
         )
         if arena.client.containers.list(all=True):
