@@ -15,7 +15,7 @@ from corral.images.store import SHARED, persist, uninterrupted
 from corral.images.tending import Tending
 from corral.images.trees import Kind, TreeRecord
 from corral.images.unpacker import TreeIds
-from corral.rpc.blocking import run_blocking
+from corral.rpc.blocking import run_blocking, run_long
 from corral.rpc.context import check_id
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from corral.store import Database, Duplicate, Referenced, Snapshot, Transaction, failpoint
@@ -182,7 +182,7 @@ class Snapshots:
             if (is_ready or not writable) and not quota_bytes and driver.is_quick(record.chain, writable=writable):
                 driver.prepare(record.id, record.chain, writable=writable)
             else:
-                await run_blocking(driver.prepare, record.id, record.chain, writable=writable, quota_bytes=quota_bytes)
+                await run_long(driver.prepare, record.id, record.chain, writable=writable, quota_bytes=quota_bytes)
             failpoint("images.prepare.before_row")
             await self._database.write(lambda t: _insert(t, record, wanted))
             failpoint("images.prepare.after_row")
@@ -229,7 +229,7 @@ class Snapshots:
         record = self.get(namespace, key)
         if record.kind is Kind.COMMITTED:
             return Usage(record.size_bytes, record.inodes)
-        return await run_blocking(self._drivers.of(record.driver).usage, record.id)
+        return await run_long(self._drivers.of(record.driver).usage, record.id)
 
     async def list(self, namespace: str, kind: Kind | None) -> Sequence[tuple[TreeRecord, str]]:
         """Each with its parent's key."""
@@ -269,14 +269,14 @@ class Snapshots:
 
     async def _commit(self, record: TreeRecord, name: str) -> TreeRecord:
         driver = self._drivers.of(record.driver)
-        usage = await run_blocking(driver.usage, record.id)
+        usage = await run_long(driver.usage, record.id)
         try:
             await self._database.write(lambda t: _commit_row(t, record, name, usage))
         except Duplicate as e:
             raise AlreadyExists(f"snapshot {name!r} already exists") from e
         failpoint("images.commit.after_row")
         try:
-            await run_blocking(driver.adopt, record.id)
+            await run_long(driver.adopt, record.id)
         except OSError as e:
             raise explained(e, f"cannot commit snapshot {record.key!r}") from e
         await persist(self._database)

@@ -27,7 +27,7 @@ from corral.images.store import SHARED, uninterrupted
 from corral.images.trees import Kind, TreeRecord
 from corral.images.workers import Workers
 from corral.kernel.syncfs import syncfs
-from corral.rpc.blocking import run_blocking
+from corral.rpc.blocking import run_blocking, run_long
 from corral.rpc.errors import InvalidArgument
 from corral.store import Database, Snapshot, Transaction, failpoint
 
@@ -126,7 +126,7 @@ class Unpacker:
         bottom = not layer.chain
         await self._apply(staged, partial(ready, blob), diff_id, diff_id=diff_id, bottom=bottom, report=lambda *_: None)
         try:
-            await uninterrupted(run_blocking(self._driver.build, layer.id, layer.chain, staged.missing))
+            await uninterrupted(run_long(self._driver.build, layer.id, layer.chain, staged.missing))
         except (OSError, BadLayer) as e:
             raise explained(e, f"cannot unpack layer {diff_id}") from e
         await run_blocking(self.sync, [staged])
@@ -204,9 +204,7 @@ class Unpacker:
             below = [ids[chain_id] for chain_id in reversed(details.chain[:depth])]
             try:
                 # Whoever is cancelled meanwhile removes the tree next: nobody may be at work in it then.
-                layer.size_bytes += await uninterrupted(
-                    run_blocking(self._driver.build, layer.tree, below, layer.missing)
-                )
+                layer.size_bytes += await uninterrupted(run_long(self._driver.build, layer.tree, below, layer.missing))
             except (OSError, BadLayer) as e:
                 raise explained(e, f"cannot unpack layer {layer.diff_id}") from e
 

@@ -1,7 +1,8 @@
 """Blocking calls, off the event loop.
 
 For calls that end by themselves soon (SQLite, netlink, mount, fsync). What waits for somebody else (a process, a
-client) belongs on the loop, and heavy computing in a worker process: here it would take a thread from everybody.
+client) belongs on the loop, and heavy computing in a worker process: here it would take a thread from everybody. What
+takes a disk as long as it has data, or waits for a worker process, has threads of its own: run_long().
 A hop costs 70 us on an idle 2-core machine; put all blocking work of one RPC into one function.
 """
 
@@ -13,8 +14,10 @@ from contextlib import suppress
 from functools import partial
 
 MAX_THREADS = 16
+MAX_LONG_THREADS = 8
 
 _threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="blocking")
+_long_threads = ThreadPoolExecutor(MAX_LONG_THREADS, thread_name_prefix="long")
 
 
 async def run_blocking[**P, T](fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -22,11 +25,19 @@ async def run_blocking[**P, T](fn: Callable[P, T], *args: P.args, **kwargs: P.kw
 
     A cancelled caller stops waiting; `fn` itself, once it has begun, still runs to its end.
     """
+    return await _run_in(_threads, partial(fn, *args, **kwargs))
+
+
+async def run_long[**P, T](fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """As run_blocking(), for what copies trees or makes file systems: others who do wait for it, and nobody else."""
+    return await _run_in(_long_threads, partial(fn, *args, **kwargs))
+
+
+async def _run_in[T](threads: ThreadPoolExecutor, fn: Callable[[], T]) -> T:
     # loop.run_in_executor() does the same with a future more on either side.
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
-    work = partial(contextvars.copy_context().run, fn, *args, **kwargs)
-    _threads.submit(_run, work, future, loop)
+    threads.submit(_run, partial(contextvars.copy_context().run, fn), future, loop)
     return await future
 
 
