@@ -25,6 +25,7 @@ from corral.images.layers.tree import Tree, components
 WHITEOUT = ".wh."
 WHITEOUT_META = ".wh..wh."
 OPAQUE = ".wh..wh..opq"
+_META = WHITEOUT_META.encode()
 OPAQUE_XATTR = "trusted.overlay.opaque"
 
 # Never trusted.* (trusted.overlay.redirect or .metacopy would steer overlayfs to files of its choosing), and never
@@ -112,8 +113,8 @@ class Applier:
         if not parts:
             self._root(entry)
             return
-        if any(part.startswith(WHITEOUT_META) for part in parts) and parts[-1] != OPAQUE:
-            return  # aufs' own bookkeeping
+        if is_bookkeeping(entry, parts):
+            return
         with _explained(entry):
             if parts[-1].startswith(WHITEOUT):
                 self._whiteout(entry, parts)
@@ -308,6 +309,13 @@ class Applier:
             yield fd
         finally:
             os.close(fd)
+
+
+def is_bookkeeping(entry: Entry, parts: list[str]) -> bool:
+    """Whether it is aufs' own, which says nothing of what is in the layer. Names are looked through but seldom."""
+    if _META not in entry.name or parts[-1] == OPAQUE:
+        return False
+    return any(part.startswith(WHITEOUT_META) for part in parts)
 
 
 def _write_all(fd: int, views: Iterator[memoryview]) -> None:

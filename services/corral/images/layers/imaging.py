@@ -17,11 +17,11 @@ from corral.images.layers.apply import (
     OPAQUE_XATTR,
     USER_OVERLAY,
     WHITEOUT,
-    WHITEOUT_META,
     XATTR_NAMES,
     XATTR_PREFIXES,
     Applied,
     Limits,
+    is_bookkeeping,
 )
 from corral.images.layers.below import visible
 from corral.images.layers.erofs import ImageWriter
@@ -74,9 +74,9 @@ class Imager:
                 raise BadLayer(f"entry {entry.shown} would replace the root directory")
             self._describe(self.tree.root, entry)
             return
-        if any(part.startswith(WHITEOUT_META) for part in parts) and parts[-1] != OPAQUE:
-            return  # aufs' own bookkeeping
-        if any(len(os.fsencode(part)) > _NAME_MAX for part in parts):
+        if is_bookkeeping(entry, parts):
+            return
+        if len(entry.name) > _NAME_MAX and any(len(os.fsencode(part)) > _NAME_MAX for part in parts):
             raise BadLayer(f"entry {entry.shown} has a part that is too long for a file system")
         if parts[-1].startswith(WHITEOUT):
             self._whiteout(entry, parts)
