@@ -126,6 +126,7 @@ def test_a_policy_is_read_from_the_settings() -> None:
         ('key = "x"', r"\[images\.policy\[0\]\] has no setting 'key': keys\?|has no setting 'key'"),
         ('keys = "x"', "must be a list"),
         ("", "names no keys"),
+        ('type = "reject"\n[[images.policy]]\ntype = "reject"', r"\[images\.policy\[1\]\]: a policy has no pattern"),
     ],
 )
 def test_a_policy_that_is_none_is_refused_by_name(line: str, why: str) -> None:

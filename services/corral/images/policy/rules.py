@@ -43,7 +43,7 @@ class Rule:
     signed_prefix: what stands in signatures for the pattern, where images were copied here from there.
     """
 
-    pattern: str
+    pattern: str = ""
     type: Kind = Kind.SIGNED
     keys: tuple[Path, ...] = ()
     signed_prefix: str = ""
@@ -105,6 +105,8 @@ def _fits(pattern: str, repository: str) -> bool:
 def _check_pattern(pattern: str) -> None:
     if pattern == EVERYTHING:
         return
+    if not pattern:
+        raise ValueError(f"a policy has no pattern: give a registry, a repository, or {EVERYTHING!r} for all others")
     name = pattern.removesuffix(BELOW)
     if pattern.startswith(HOSTS_BELOW) and "/" not in pattern:
         name = pattern.replace(EVERYTHING, "any", 1)
