@@ -194,6 +194,12 @@ class Life:
         prepare = images_pb2.PrepareSnapshotRequest(key="step", image="img")
         self.call(lambda: leaf.unary(snapshots.Prepare, prepare))
         images = images_pb2_grpc.ImagesStub(leaf.channel)
+        where = self.archive.parent / "mounted"
+        where.mkdir(exist_ok=True)
+        mount = images_pb2.MountImageRequest(image="img", directory=str(where), writable=True)
+        self.call(lambda: leaf.unary(snapshots.Mount, mount), AlreadyExists)
+        unmount = images_pb2.UnmountImageRequest(directory=str(where))
+        self.call(lambda: leaf.unary(snapshots.Unmount, unmount), NotFound)
         committed = images_pb2.CommitImageRequest(key="step", name="committed")
         self.call(lambda: leaf.unary(images.Commit, committed))
         commit = images_pb2.CommitSnapshotRequest(key="step", name="stage")

@@ -8,6 +8,7 @@ import click
 from corral.cli.app import App, ImageName, complain, pass_app
 from corral.cli.archive import bring_in, export_command, keep_blobs_option, load_command, save_command
 from corral.cli.history import history_command
+from corral.cli.mounting import mount_command, unmount_command
 from corral.cli.output import format_option, human_age, human_size, show_json, show_rows
 from corral.cli.registry import pull_command, push_command, referrers_command
 
@@ -27,6 +28,8 @@ image_command.add_command(save_command)
 image_command.add_command(export_command)
 image_command.add_command(load_command)
 image_command.add_command(history_command)
+image_command.add_command(mount_command)
+image_command.add_command(unmount_command)
 
 
 @image_command.command("import")

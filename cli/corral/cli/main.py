@@ -38,7 +38,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "top": ("container", "List the processes of a container"),
     "stats": ("container", "Show what containers use"),
     "events": ("events", "Show what happened, and what happens"),
-    "image": ("image", "Images: pull, push, import, save, load, ls, inspect, history, tag, rm, prune"),
+    "image": ("image", "Images: pull, push, import, save, load, ls, inspect, history, mount, tag, rm, prune"),
     "history": ("history", "Show how an image came to be"),
     "images": ("image", "List images"),
     "rmi": ("image", "Remove images"),

@@ -11,6 +11,7 @@ from corral.images.collector import Collected, Collector
 from corral.images.content import ContentStore
 from corral.images.details import Details, DetailsCache
 from corral.images.digest import Digest
+from corral.images.offers import Offers
 from corral.images.policy.gate import Gate
 from corral.images.reference import parse_reference
 from corral.images.snapshotter import Snapshotter
@@ -57,6 +58,7 @@ class Images:
         self._unpacker = unpacker
         self._collector = collector
         self.details = self._details = DetailsCache(content)
+        self.offers = Offers(content)
 
     def find(self, namespace: str, name: str) -> ImageRecord:
         """Raises NotFound, InvalidArgument."""

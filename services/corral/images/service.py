@@ -19,6 +19,7 @@ from corral.images.config import ImagesConfig
 from corral.images.content import ContentStore
 from corral.images.drivers import Drivers
 from corral.images.exporter import Exporter
+from corral.images.host_mounts import HostMounts
 from corral.images.images import Images
 from corral.images.importer import Importer
 from corral.images.marks import Marks
@@ -134,7 +135,10 @@ class ImagesService:
         )
         takeout = Takeout(self._content, self._snapshots, self._workers)
         images_pb2_grpc.add_SnapshotsServicer_to_server(
-            SnapshotsServicer(self._snapshots, self._images, self._drivers, self._committer, takeout), server
+            SnapshotsServicer(
+                self._snapshots, self._images, self._drivers, self._committer, takeout, HostMounts(self._snapshots)
+            ),
+            server,
         )
         images_pb2_grpc.add_LeasesServicer_to_server(
             LeasesServicer(self._database, self._collector, self._tending), server

@@ -56,6 +56,23 @@ class Snapshots:
         stub = images_pb2_grpc.SnapshotsStub(leaf.channel)
         await leaf.unary(stub.Remove, images_pb2.RemoveSnapshotRequest(key=key, must_exist=True))
 
+    async def mount(self, image: str, directory: str, *, writable: bool = False) -> images_pb2.Snapshot:
+        """Mounts an image on a directory of the daemon's host; the snapshot that it has for that."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        leaf = await self._client.leaf("images")
+        stub = images_pb2_grpc.SnapshotsStub(leaf.channel)
+        request = images_pb2.MountImageRequest(image=image, directory=directory, writable=writable)
+        return await leaf.unary(stub.Mount, request)
+
+    async def unmount(self, directory: str) -> None:
+        """Unmounts an image again, and removes what was written to it."""
+        from corral.api.images.v1 import images_pb2_grpc
+
+        leaf = await self._client.leaf("images")
+        stub = images_pb2_grpc.SnapshotsStub(leaf.channel)
+        await leaf.unary(stub.Unmount, images_pb2.UnmountImageRequest(directory=directory))
+
     async def drivers(self) -> Sequence[images_pb2.Driver]:
         """The ways to stack layers, and which of them this host can run."""
         from corral.api.images.v1 import images_pb2_grpc

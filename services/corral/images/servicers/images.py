@@ -104,7 +104,10 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
         return await self._transfers.referrers(request)
 
     async def Get(self, request: pb.GetImageRequest, context: Context) -> pb.Image:
-        return self._message(self._images.find(current_namespace(), request.name))
+        record = self._images.find(current_namespace(), request.name)
+        message = self._message(record)
+        message.offered.extend(wire.from_descriptor(each) for each in await self._images.offers.of(record))
+        return message
 
     async def List(self, request: pb.ListImagesRequest, context: Context) -> pb.ListImagesResponse:
         views = await self._images.view_all(current_namespace(), request.pattern)

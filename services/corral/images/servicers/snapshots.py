@@ -12,6 +12,7 @@ from corral.api.images.v1 import images_pb2_grpc
 from corral.images import wire
 from corral.images.committer import Committer
 from corral.images.drivers import Drivers
+from corral.images.host_mounts import HostMounts
 from corral.images.images import Images
 from corral.images.servicers.call import lease_of
 from corral.images.snapshots import Snapshots, Wanted
@@ -27,11 +28,18 @@ class SnapshotsServicer(images_pb2_grpc.SnapshotsServicer):
     """See the proto."""
 
     def __init__(
-        self, snapshots: Snapshots, images: Images, drivers: Drivers, committer: Committer, takeout: Takeout
+        self,
+        snapshots: Snapshots,
+        images: Images,
+        drivers: Drivers,
+        committer: Committer,
+        takeout: Takeout,
+        host_mounts: HostMounts,
     ) -> None:
         self._snapshots = snapshots
         self._committer = committer
         self._takeout = takeout
+        self._host_mounts = host_mounts
         self._images = images
         self._drivers = drivers
 
@@ -94,6 +102,16 @@ class SnapshotsServicer(images_pb2_grpc.SnapshotsServicer):
         async with aclosing(self._takeout.run(current_namespace(), request.key)) as chunks:
             async for chunk in chunks:
                 yield pb.ExportResponse(data=chunk)
+
+    async def Mount(self, request: pb.MountImageRequest, context: Context) -> pb.Snapshot:
+        record = await self._host_mounts.mount(
+            current_namespace(), request.image, request.directory, writable=request.writable
+        )
+        return wire.from_tree(record, self._snapshots.parent_key(record))
+
+    async def Unmount(self, request: pb.UnmountImageRequest, context: Context) -> pb.UnmountImageResponse:
+        await self._host_mounts.unmount(current_namespace(), request.directory)
+        return pb.UnmountImageResponse()
 
     async def Drivers(self, request: pb.DriversRequest, context: Context) -> pb.DriversResponse:
         reasons, default = await run_blocking(self._drivers.reasons), self._drivers.default.name

@@ -679,6 +679,7 @@ class Image(_message.Message):
     NAMES_FIELD_NUMBER: _builtins.int
     FAMILIAR_NAME_FIELD_NUMBER: _builtins.int
     HISTORY_FIELD_NUMBER: _builtins.int
+    OFFERED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Full name, "docker.io/library/busybox:latest". Empty: dangling."""
     id: _builtins.str
@@ -719,6 +720,10 @@ class Image(_message.Message):
 
     @_builtins.property
     def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___History]: ...
+    @_builtins.property
+    def offered(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Descriptor]:
+        """If the name points at an index: the manifests that it offers, each with its platform. Told by Get alone."""
+
     def __init__(
         self,
         *,
@@ -736,10 +741,11 @@ class Image(_message.Message):
         names: _abc.Iterable[_builtins.str] | None = ...,
         familiar_name: _builtins.str = ...,
         history: _abc.Iterable[Global___History] | None = ...,
+        offered: _abc.Iterable[_types_pb2.Descriptor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "created_at", b"created_at", "manifest", b"manifest", "platform", b"platform", "target", b"target", "updated_at", b"updated_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_id", b"chain_id", "config", b"config", "created_at", b"created_at", "familiar_name", b"familiar_name", "history", b"history", "id", b"id", "layers", b"layers", "manifest", b"manifest", "name", b"name", "names", b"names", "platform", b"platform", "size_bytes", b"size_bytes", "target", b"target", "updated_at", b"updated_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_id", b"chain_id", "config", b"config", "created_at", b"created_at", "familiar_name", b"familiar_name", "history", b"history", "id", b"id", "layers", b"layers", "manifest", b"manifest", "name", b"name", "names", b"names", "offered", b"offered", "platform", b"platform", "size_bytes", b"size_bytes", "target", b"target", "updated_at", b"updated_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1436,6 +1442,68 @@ class SnapshotRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SnapshotRequest: _TypeAlias = SnapshotRequest  # noqa: Y015
+
+@_typing.final
+class MountImageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_FIELD_NUMBER: _builtins.int
+    DIRECTORY_FIELD_NUMBER: _builtins.int
+    WRITABLE_FIELD_NUMBER: _builtins.int
+    image: _builtins.str
+    """A name or an id."""
+    directory: _builtins.str
+    """Absolute; it must be there."""
+    writable: _builtins.bool
+    """Into a tree of its own; else nothing can be written."""
+    def __init__(
+        self,
+        *,
+        image: _builtins.str = ...,
+        directory: _builtins.str = ...,
+        writable: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory", b"directory", "image", b"image", "writable", b"writable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MountImageRequest: _TypeAlias = MountImageRequest  # noqa: Y015
+
+@_typing.final
+class UnmountImageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIRECTORY_FIELD_NUMBER: _builtins.int
+    directory: _builtins.str
+    def __init__(
+        self,
+        *,
+        directory: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directory", b"directory"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnmountImageRequest: _TypeAlias = UnmountImageRequest  # noqa: Y015
+
+@_typing.final
+class UnmountImageResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnmountImageResponse: _TypeAlias = UnmountImageResponse  # noqa: Y015
 
 @_typing.final
 class SnapshotMounts(_message.Message):

@@ -1049,6 +1049,16 @@ class SnapshotsStub:
                 request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.ExportResponse.FromString,
                 _registered_method=True)
+        self.Mount = channel.unary_unary(
+                '/corral.images.v1.Snapshots/Mount',
+                request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.MountImageRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.Snapshot.FromString,
+                _registered_method=True)
+        self.Unmount = channel.unary_unary(
+                '/corral.images.v1.Snapshots/Unmount',
+                request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.UnmountImageRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.UnmountImageResponse.FromString,
+                _registered_method=True)
         self.Drivers = channel.unary_unary(
                 '/corral.images.v1.Snapshots/Drivers',
                 request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.DriversRequest.SerializeToString,
@@ -1117,8 +1127,7 @@ class SnapshotsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Changes(self, request, context):
-        """What an active snapshot adds to, changes in, and deletes of what is below it. FAILED_PRECONDITION: its driver does not
-        keep changes apart.
+        """What an active snapshot adds to, changes in, and deletes of what is below it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -1126,6 +1135,20 @@ class SnapshotsServicer:
 
     def Export(self, request, context):
         """The whole tree of an active snapshot or a view, with all that is below it, as a plain tar.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Mount(self, request, context):
+        """Mounts an image on a directory of the host, by a snapshot of its own, until Unmount; the daemon may die meanwhile.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unmount(self, request, context):
+        """Unmounts what Mount has mounted there, and removes the snapshot with what was written to it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -1190,6 +1213,16 @@ def add_SnapshotsServicer_to_server(servicer, server):
                     servicer.Export,
                     request_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotRequest.FromString,
                     response_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.ExportResponse.SerializeToString,
+            ),
+            'Mount': grpc.unary_unary_rpc_method_handler(
+                    servicer.Mount,
+                    request_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.MountImageRequest.FromString,
+                    response_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.Snapshot.SerializeToString,
+            ),
+            'Unmount': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unmount,
+                    request_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.UnmountImageRequest.FromString,
+                    response_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.UnmountImageResponse.SerializeToString,
             ),
             'Drivers': grpc.unary_unary_rpc_method_handler(
                     servicer.Drivers,
@@ -1469,6 +1502,60 @@ class Snapshots:
             '/corral.images.v1.Snapshots/Export',
             corral_dot_api_dot_images_dot_v1_dot_images__pb2.SnapshotRequest.SerializeToString,
             corral_dot_api_dot_images_dot_v1_dot_images__pb2.ExportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Mount(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.images.v1.Snapshots/Mount',
+            corral_dot_api_dot_images_dot_v1_dot_images__pb2.MountImageRequest.SerializeToString,
+            corral_dot_api_dot_images_dot_v1_dot_images__pb2.Snapshot.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unmount(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.images.v1.Snapshots/Unmount',
+            corral_dot_api_dot_images_dot_v1_dot_images__pb2.UnmountImageRequest.SerializeToString,
+            corral_dot_api_dot_images_dot_v1_dot_images__pb2.UnmountImageResponse.FromString,
             options,
             channel_credentials,
             insecure,

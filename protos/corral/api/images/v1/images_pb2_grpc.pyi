@@ -398,11 +398,13 @@ class SnapshotsStub:
     Usage: _grpc.UnaryUnaryMultiCallable[_images_pb2.SnapshotRequest, _images_pb2.SnapshotUsage]
     """Bytes and inodes that this snapshot alone uses."""
     Changes: _grpc.UnaryStreamMultiCallable[_images_pb2.SnapshotRequest, _images_pb2.SnapshotChanges]
-    """What an active snapshot adds to, changes in, and deletes of what is below it. FAILED_PRECONDITION: its driver does not
-    keep changes apart.
-    """
+    """What an active snapshot adds to, changes in, and deletes of what is below it."""
     Export: _grpc.UnaryStreamMultiCallable[_images_pb2.SnapshotRequest, _images_pb2.ExportResponse]
     """The whole tree of an active snapshot or a view, with all that is below it, as a plain tar."""
+    Mount: _grpc.UnaryUnaryMultiCallable[_images_pb2.MountImageRequest, _images_pb2.Snapshot]
+    """Mounts an image on a directory of the host, by a snapshot of its own, until Unmount; the daemon may die meanwhile."""
+    Unmount: _grpc.UnaryUnaryMultiCallable[_images_pb2.UnmountImageRequest, _images_pb2.UnmountImageResponse]
+    """Unmounts what Mount has mounted there, and removes the snapshot with what was written to it."""
     Drivers: _grpc.UnaryUnaryMultiCallable[_images_pb2.DriversRequest, _images_pb2.DriversResponse]
     """The drivers, and why one cannot run here."""
 
@@ -428,11 +430,13 @@ class SnapshotsAsyncStub(SnapshotsStub):
     Usage: _aio.UnaryUnaryMultiCallable[_images_pb2.SnapshotRequest, _images_pb2.SnapshotUsage]  # type: ignore[assignment]
     """Bytes and inodes that this snapshot alone uses."""
     Changes: _aio.UnaryStreamMultiCallable[_images_pb2.SnapshotRequest, _images_pb2.SnapshotChanges]  # type: ignore[assignment]
-    """What an active snapshot adds to, changes in, and deletes of what is below it. FAILED_PRECONDITION: its driver does not
-    keep changes apart.
-    """
+    """What an active snapshot adds to, changes in, and deletes of what is below it."""
     Export: _aio.UnaryStreamMultiCallable[_images_pb2.SnapshotRequest, _images_pb2.ExportResponse]  # type: ignore[assignment]
     """The whole tree of an active snapshot or a view, with all that is below it, as a plain tar."""
+    Mount: _aio.UnaryUnaryMultiCallable[_images_pb2.MountImageRequest, _images_pb2.Snapshot]  # type: ignore[assignment]
+    """Mounts an image on a directory of the host, by a snapshot of its own, until Unmount; the daemon may die meanwhile."""
+    Unmount: _aio.UnaryUnaryMultiCallable[_images_pb2.UnmountImageRequest, _images_pb2.UnmountImageResponse]  # type: ignore[assignment]
+    """Unmounts what Mount has mounted there, and removes the snapshot with what was written to it."""
     Drivers: _aio.UnaryUnaryMultiCallable[_images_pb2.DriversRequest, _images_pb2.DriversResponse]  # type: ignore[assignment]
     """The drivers, and why one cannot run here."""
 
@@ -509,9 +513,7 @@ class SnapshotsServicer(metaclass=_abc_1.ABCMeta):
         request: _images_pb2.SnapshotRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_images_pb2.SnapshotChanges], _abc.AsyncIterator[_images_pb2.SnapshotChanges]]:
-        """What an active snapshot adds to, changes in, and deletes of what is below it. FAILED_PRECONDITION: its driver does not
-        keep changes apart.
-        """
+        """What an active snapshot adds to, changes in, and deletes of what is below it."""
 
     @_abc_1.abstractmethod
     def Export(
@@ -520,6 +522,22 @@ class SnapshotsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_images_pb2.ExportResponse], _abc.AsyncIterator[_images_pb2.ExportResponse]]:
         """The whole tree of an active snapshot or a view, with all that is below it, as a plain tar."""
+
+    @_abc_1.abstractmethod
+    def Mount(
+        self,
+        request: _images_pb2.MountImageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_images_pb2.Snapshot, _abc.Awaitable[_images_pb2.Snapshot]]:
+        """Mounts an image on a directory of the host, by a snapshot of its own, until Unmount; the daemon may die meanwhile."""
+
+    @_abc_1.abstractmethod
+    def Unmount(
+        self,
+        request: _images_pb2.UnmountImageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_images_pb2.UnmountImageResponse, _abc.Awaitable[_images_pb2.UnmountImageResponse]]:
+        """Unmounts what Mount has mounted there, and removes the snapshot with what was written to it."""
 
     @_abc_1.abstractmethod
     def Drivers(
