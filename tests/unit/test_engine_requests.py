@@ -16,7 +16,9 @@ ID = "0123456789abcdef" * 4
 
 def network(mode: str = "", **fields: object) -> AttachRequest:
     config = ContainerConfig(network=NetworkConfig(mode=mode, **fields))  # type: ignore[arg-type]
-    return requests.network(config, "default", ID, host_hostname="thehost", exposed=["80/tcp", "53/udp", "443"])
+    return requests.network(
+        config, "default", ID, name="web", host_hostname="thehost", exposed=["80/tcp", "53/udp", "443"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,13 +61,18 @@ def test_publish_all_adds_the_images_ports_that_are_not_published_already() -> N
     ]
     with pytest.raises(InvalidArgument, match="no port"):
         requests.network(
-            ContainerConfig(network=NetworkConfig(publish_all=True)), "n", ID, host_hostname="", exposed=["http"]
+            ContainerConfig(network=NetworkConfig(publish_all=True)),
+            "n",
+            ID,
+            name="web",
+            host_hostname="",
+            exposed=["http"],
         )
 
 
 def test_in_the_hosts_uts_namespace_the_network_files_name_the_host() -> None:
     config = ContainerConfig(uts_mode="host")
-    assert requests.network(config, "n", ID, host_hostname="thehost").hostname == "thehost"
+    assert requests.network(config, "n", ID, name="web", host_hostname="thehost").hostname == "thehost"
 
 
 def test_a_memory_limit_alone_also_limits_swap_to_twice_as_much() -> None:
@@ -120,7 +127,7 @@ def test_all_that_leaves_keep_for_a_container_says_whose_it_is() -> None:
     made = (
         requests.snapshot(config, "ns", ID),
         requests.cgroup(config, (), "ns", ID, swap_default=True),
-        requests.network(config, "ns", ID, host_hostname=""),
+        requests.network(config, "ns", ID, name="web", host_hostname=""),
         requests.task(config, "ns", ID, spec=b"", rootfs=(), cgroup_paths=(), log_path="/x"),
     )
     for request in made:

@@ -25,6 +25,7 @@ VIOLATIONS = {
     "client-below-command": ("cli/corral/client/planted_command.py", "import corral.cli.app"),
     "ctypes": ("services/corral/network/planted_ctypes.py", "import ctypes"),
     "netlink": ("services/corral/network/planted_netlink.py", "import pyroute2"),
+    "dns": ("services/corral/network/planted_dns.py", "import dns.message"),
     "http": ("services/corral/images/planted_http.py", "import aiohttp"),
     "signatures": ("services/corral/images/planted_signature.py", "import cryptography"),
     "sqlite": ("services/corral/images/planted_sqlite.py", "import sqlite3"),

@@ -134,7 +134,9 @@ class Creation:
         exposed: Sequence[str] = ()
         if config.network.publish_all:
             exposed = tuple((await leaves.images.Get(GetImageRequest(name=config.image))).config.exposed_ports)
-        attach = requests.network(config, namespace, id_, host_hostname=self._core.host.hostname, exposed=exposed)
+        attach = requests.network(
+            config, namespace, id_, name=record.name, host_hostname=self._core.host.hostname, exposed=exposed
+        )
         snapshot = requests.snapshot(config, namespace, id_)
         # The one whose work is done by the kernel comes first: the others prepare theirs meanwhile.
         cgroup, prepared, endpoint = await _all_or_error(

@@ -83,10 +83,7 @@ class Lifecycle:
         leaves, id_ = self._core.leaves, record.id
         await persistently(lambda: leaves.tasks.Delete(tasks_pb2.DeleteTaskRequest(id=id_, force=True)))
         failpoint("engine.start.after_old_task")
-        attach = requests.network(record.config, record.namespace, id_, host_hostname=self._core.host.hostname)
-        if record.endpoint is not None:  # the ports that were chosen stay
-            del attach.ports[:]
-            attach.ports.extend(record.endpoint.ports)
+        attach = requests.network_again(record, host_hostname=self._core.host.hostname)
         mounts, endpoint, cgroup = await asyncio.gather(
             persistently(lambda: leaves.snapshots.Mounts(SnapshotRequest(key=id_))),
             persistently(lambda: leaves.endpoints.Attach(attach)),

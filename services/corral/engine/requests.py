@@ -1,5 +1,6 @@
 """What the engine asks of the leaves for one container. Pure translations of its config."""
 
+import re
 from collections.abc import Iterable, Mapping
 
 from corral.api.cgroups.v1.cgroups_pb2 import CreateCgroupRequest
@@ -8,11 +9,14 @@ from corral.api.images.v1.images_pb2 import PrepareSnapshotRequest
 from corral.api.network.v1.network_pb2 import AttachRequest, NetworkAttachment, PortMapping
 from corral.api.tasks.v1.tasks_pb2 import CreateTaskRequest, LogOptions
 from corral.api.types.v1.types_pb2 import DeviceRule, Mount, Resources
+from corral.engine.records import ContainerRecord
 from corral.engine.resolve import default_hostname
 from corral.rpc.errors import InvalidArgument
 
 OWNER = "engine"
 DEFAULT_NETWORK = "bridge"
+_HOST_NAME = re.compile(r"[a-zA-Z0-9_]([a-zA-Z0-9_-]*[a-zA-Z0-9_])?(\.[a-zA-Z0-9_]([a-zA-Z0-9_-]*[a-zA-Z0-9_])?)*")
+"""Not every name of a container is one."""
 _PLAIN_MODES = {"host": AttachRequest.MODE_HOST, "none": AttachRequest.MODE_NONE}
 
 
@@ -61,9 +65,10 @@ def has_default_swap(resources: Resources) -> bool:
 
 
 def network(
-    config: ContainerConfig, namespace: str, id_: str, *, host_hostname: str, exposed: Iterable[str] = ()
+    config: ContainerConfig, namespace: str, id_: str, *, name: str, host_hostname: str, exposed: Iterable[str] = ()
 ) -> AttachRequest:
-    """The container's place in networks. `exposed` are the image's ports, used with publish_all.
+    """The container's place in networks, where it is known by its name. `exposed` are the image's ports, used with
+    publish_all.
 
     Raises InvalidArgument.
     """
@@ -90,9 +95,22 @@ def network(
     else:
         request.mode = AttachRequest.MODE_NETWORKS
         request.networks.extend(_attachments(asked.mode, asked.attachments))
+        if _HOST_NAME.fullmatch(name):
+            for attachment in request.networks:
+                if name not in attachment.aliases:
+                    attachment.aliases.insert(0, name)
     if asked.publish_all:
         taken = {(port.container_port, port.protocol or "tcp") for port in request.ports}
         request.ports.extend(port for port in map(_port, exposed) if (port.container_port, port.protocol) not in taken)
+    return request
+
+
+def network_again(record: ContainerRecord, *, host_hostname: str) -> AttachRequest:
+    """The same for a container that had it before: the ports that were chosen stay, its name may be another."""
+    request = network(record.config, record.namespace, record.id, name=record.name, host_hostname=host_hostname)
+    if record.endpoint is not None:
+        del request.ports[:]
+        request.ports.extend(record.endpoint.ports)
     return request
 
 

@@ -5,10 +5,11 @@ from contextlib import suppress
 from corral.api.cgroups.v1.cgroups_pb2 import UpdateCgroupRequest
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, RestartPolicy, UpdateContainerRequest
 from corral.api.types.v1.types_pb2 import Resources
-from corral.engine import store
+from corral.engine import requests, store
 from corral.engine.core import Core
+from corral.engine.leaves import persistently
 from corral.engine.options import check_restart_policy
-from corral.engine.records import ContainerRecord
+from corral.engine.records import ALIVE, ContainerRecord
 from corral.engine.requests import with_default_swap
 from corral.rpc.context import check_id
 from corral.rpc.errors import InvalidArgument, NotFound
@@ -25,9 +26,17 @@ class Updates:
         """Raises AlreadyExists, NotFound, InvalidArgument."""
         record = self._core.resolve(reference)
         check_id(name, "container name")
-        return await self._core.database.write(
-            lambda tx: store.rename(tx, record.namespace, record.id, name), durable=True
-        )
+        return await self._core.background.to_the_end(self._rename(record, name))
+
+    async def _rename(self, named: ContainerRecord, name: str) -> ContainerRecord:
+        async with self._core.locks.of((named.namespace, named.id)):
+            renamed = await self._core.database.write(
+                lambda tx: store.rename(tx, named.namespace, named.id, name), durable=True
+            )
+            if renamed.status in ALIVE:  # others find it by its new name from now on
+                attach = requests.network_again(renamed, host_hostname=self._core.host.hostname)
+                await persistently(lambda: self._core.leaves.endpoints.Attach(attach))
+        return renamed
 
     async def update(self, request: UpdateContainerRequest) -> ContainerRecord:
         """Change what the request names, the rest stays; labels are laid over those there are.

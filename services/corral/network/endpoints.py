@@ -32,10 +32,12 @@ from corral.network.model import (
     Port,
     Request,
 )
+from corral.network.names import has_names
 from corral.network.networks import Networks
 from corral.network.pool import NetnsPool, is_pinned
 from corral.network.publishing import Publishing, alike, meant, missing
 from corral.network.reaper import Reaper
+from corral.network.resolver import Resolvers
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from corral.store import Database, Transaction, failpoint
@@ -59,6 +61,8 @@ class Endpoints:
         files: FileStore,
         held: Allocations,
         publishing: Publishing,
+        resolvers: Resolvers,
+        host_files: etc.HostFiles,
         *,
         boot_id: str,
         host_prefix: str,
@@ -70,10 +74,11 @@ class Endpoints:
         self._pool = pool
         self._allocations = held
         self._publishing = publishing
+        self._resolvers = resolvers
         self._boot_id = boot_id
         self._host_prefix = host_prefix
         self._reaper = Reaper(thread)
-        self._host_files = etc.HostFiles(config.resolv_conf, config.resolved_conf)
+        self._host_files = host_files
         self.files = files
         self._locks: WeakValueDictionary[EndpointKey, asyncio.Lock] = WeakValueDictionary()
         self._running: set[asyncio.Task[Endpoint | None]] = set()
@@ -94,6 +99,7 @@ class Endpoints:
         existing = self.find(key)
         if existing is not None and self.stands(existing):
             if alike(existing.request, request):
+                existing = await self._renamed(existing, request)
                 lacking = missing(existing, request.ports)
                 return await self._publishing.publish(existing, lacking) if lacking else existing
             raise AlreadyExists(
@@ -116,6 +122,25 @@ class Endpoints:
         except BaseException:
             await self._discard(endpoint)
             raise
+
+    async def _renamed(self, existing: Endpoint, request: Request) -> Endpoint:
+        """The endpoint with the aliases that are asked for now."""
+        if existing.request.attachments == request.attachments:
+            return existing
+        aliases = {one.network or DEFAULT_NETWORK: one.aliases for one in request.attachments}
+
+        def write(transaction: Transaction) -> Endpoint:
+            for interface in existing.interfaces:
+                name = interface.network.name
+                store.set_aliases(transaction, existing.key, interface, aliases.get(name, interface.aliases))
+            store.set_request(transaction, existing.key, request)
+            found = store.endpoint(transaction, existing.key)
+            assert found is not None, "its lock is held"
+            return found
+
+        renamed = await self._db.write(write)
+        self._resolvers.changed()
+        return renamed
 
     async def _without_interfaces(self, key: EndpointKey, request: Request) -> Endpoint:
         netns, owner = "", ""
@@ -152,12 +177,21 @@ class Endpoints:
             raise
         try:
             failpoint("network.attach.after_row")
+            await self._listen(endpoint)
             await self._thread.run(lambda netlink: self._make(netlink, endpoint))
             failpoint("network.attach.before_ready")
+            self._resolvers.changed()
             return await self._db.write(lambda transaction: _become_ready(transaction, endpoint))
         except BaseException:
             await self._detach_silently(endpoint)
             raise
+
+    async def _listen(self, endpoint: Endpoint) -> None:
+        """See that its networks have their resolvers, which need the bridges."""
+        for network in (each.network for each in endpoint.interfaces if has_names(each)):
+            if not self._resolvers.stands(network):
+                await self._thread.run(lambda netlink, one=network: self._networks.build_missing(netlink, [one]))  # type: ignore[misc]
+                await self._resolvers.listen(network)
 
     async def _wanted(self, namespace: str, attachments: Sequence[Attachment]) -> Wanted:
         wanted = []
@@ -225,8 +259,13 @@ class Endpoints:
         if endpoint.mode.has_own_namespace:
             sysctls.write(self._pool.path(endpoint.netns), endpoint.request.sysctls)
         if not endpoint.owner:
-            files = etc.compose(endpoint, self._host_files, self._config.fallback_dns)
+            files = etc.compose(endpoint, self._host_files, self._config.fallback_dns, self._resolver_of(endpoint))
             self.files.write(endpoint.key, files, ready=endpoint.netns)
+
+    def _resolver_of(self, endpoint: Endpoint) -> str:
+        """Where it asks for names; "" if in no network of it anybody answers."""
+        served = (each.network for each in endpoint.interfaces if self._resolvers.serves(each.network))
+        return next((str(network.ranges[0].gateway) for network in served), "")
 
     def _unmake(self, netlink: "Netlink", endpoint: Endpoint) -> None:
         if endpoint.ports:
@@ -279,11 +318,13 @@ class Endpoints:
             transaction.journal("endpoint.detached", endpoint.key.id, {}, namespace=endpoint.key.namespace)
 
         await self._db.write(write)
+        self._resolvers.changed()
 
     async def _detach_silently(self, endpoint: Endpoint) -> None:
         """Undo an Attach that nobody was told of."""
         await self._take_apart(endpoint)
         await self._db.write(lambda transaction: self._delete(transaction, endpoint))
+        self._resolvers.changed()
 
     async def _take_apart(self, endpoint: Endpoint) -> None:
         if endpoint.interfaces:

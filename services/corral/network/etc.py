@@ -11,6 +11,8 @@ from corral.network.model import Dns, Endpoint, Mode
 from corral.rpc.errors import FailedPrecondition
 
 HOST_GATEWAY = "host-gateway"
+# Names of containers have no dots: they are asked for as they are, before any search domain is tried.
+NDOTS = "ndots:0"
 
 _LOCALHOST = (
     ("127.0.0.1", "localhost"),
@@ -152,8 +154,10 @@ def merged(host: Resolver, dns: Dns, fallback: Sequence[str] = ()) -> Resolver:
     return Resolver(dns.servers or host.servers or tuple(fallback), search, dns.options or host.options)
 
 
-def compose(endpoint: Endpoint, host: HostFiles, fallback: Sequence[str]) -> EtcFiles:
-    """The three files of an endpoint. Raises FailedPrecondition for `host-gateway` where there is no gateway."""
+def compose(endpoint: Endpoint, host: HostFiles, fallback: Sequence[str], own_resolver: str = "") -> EtcFiles:
+    """The three files of an endpoint; own_resolver is the address of one that knows its networks' names.
+
+    Raises FailedPrecondition for `host-gateway` where there is no gateway."""
     request = endpoint.request
     hostname = hostname_of(endpoint)
     extra = [(_resolved(address, endpoint), name) for name, address in request.extra_hosts]
@@ -164,7 +168,15 @@ def compose(endpoint: Endpoint, host: HostFiles, fallback: Sequence[str]) -> Etc
     held = [str(address) for interface in endpoint.interfaces for address, _ in interface.addresses] or ["127.0.0.1"]
     ipv6 = any(":" in address for address in held)
     resolver = merged(choose_host_resolver(host, ipv6=ipv6), request.dns, fallback)
+    if own_resolver:
+        options = resolver.options if any("ndots:" in one for one in resolver.options) else (*resolver.options, NDOTS)
+        resolver = replace(resolver, servers=(own_resolver,), options=options)
     return EtcFiles(hosts_text([*((one, names) for one in held), *extra]), resolver.text(), f"{hostname}\n")
+
+
+def upstream(endpoint: Endpoint, host: HostFiles, fallback: Sequence[str]) -> Sequence[str]:
+    """Whom a resolver on the host asks for an endpoint: also servers that only the host reaches."""
+    return endpoint.request.dns.servers or host.resolver().servers or tuple(fallback)
 
 
 def hostname_of(endpoint: Endpoint) -> str:

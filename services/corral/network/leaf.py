@@ -6,7 +6,7 @@ import os
 
 import structlog
 
-from corral.network import publishing, recovery, subnets
+from corral.network import etc, publishing, recovery, store, subnets
 from corral.network.allocations import Allocations
 from corral.network.bridge import BridgeDriver
 from corral.network.checking import Checker
@@ -15,9 +15,11 @@ from corral.network.endpoints import Endpoints
 from corral.network.files import FileStore
 from corral.network.firewall import Firewall
 from corral.network.links import NetlinkThread
+from corral.network.names import Names, has_names
 from corral.network.networks import Networks
 from corral.network.pool import NetnsPool
 from corral.network.publishing import Publishing
+from corral.network.resolver import Resolvers
 from corral.network.store import MIGRATIONS
 from corral.rpc.blocking import run_blocking
 from corral.store import Database
@@ -51,10 +53,15 @@ class Leaf:
         boot_id = recovery.boot_id()
         self._firewall = Firewall(config.nft_table, lambda: publishing.all_forwards(self.db, boot_id))
         self._publishing = Publishing(self.db, self._thread, self._firewall)
+        host_files = etc.HostFiles(config.resolv_conf, config.resolved_conf)
+        self._resolvers = Resolvers(
+            lambda: Names(self.db.read_sync(store.endpoints)),
+            lambda endpoint: etc.upstream(endpoint, host_files, config.fallback_dns),
+        )
         files = FileStore(config.root / "endpoints")
         self._pool = NetnsPool(netns, config.netns_pool_size, files)
         driver, held, prefix = BridgeDriver(self._firewall), Allocations(), host_prefix(config)
-        self.networks = Networks(config, self.db, self._thread, driver, held)
+        self.networks = Networks(config, self.db, self._thread, driver, held, self._resolvers.stop)
         self.endpoints = Endpoints(
             config,
             self.db,
@@ -64,6 +71,8 @@ class Leaf:
             files,
             held,
             self._publishing,
+            self._resolvers,
+            host_files,
             boot_id=boot_id,
             host_prefix=prefix,
         )
@@ -87,8 +96,14 @@ class Leaf:
         self._pool.start()
         self._warming = asyncio.get_running_loop().call_later(WARM_AFTER_S, self._thread.warm)
         if self._reconciler.needed():
-            self._reconciling = asyncio.ensure_future(self._thread.run(self._reconciler.run))
+            self._reconciling = asyncio.ensure_future(self._reconcile())
             self._reconciling.add_done_callback(_log_failure)
+
+    async def _reconcile(self) -> None:
+        await self._thread.run(self._reconciler.run)
+        for endpoint in self.db.read_sync(store.endpoints):
+            for interface in filter(has_names, endpoint.interfaces):
+                await self._resolvers.listen(interface.network)
 
     async def close(self) -> None:
         """Finish what is under way and end threads and files. Containers keep their network."""
@@ -97,6 +112,7 @@ class Leaf:
         await self.endpoints.close()
         if self._reconciling is not None:
             await asyncio.wait((self._reconciling,))
+        self._resolvers.close()
         await run_blocking(self._close)
 
     def _close(self) -> None:

@@ -10,7 +10,7 @@ first asked for, so a daemon that nobody uses leaves the host as it was.
 import asyncio
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -64,8 +64,16 @@ class Networks:
     """All networks of this engine."""
 
     def __init__(
-        self, config: NetworkConfig, db: Database, thread: NetlinkThread, driver: BridgeDriver, held: Allocations
+        self,
+        config: NetworkConfig,
+        db: Database,
+        thread: NetlinkThread,
+        driver: BridgeDriver,
+        held: Allocations,
+        on_remove: Callable[[str], None],
     ) -> None:
+        """on_remove: called with the id of a network that is about to go."""
+        self._on_remove = on_remove
         self._config = config
         self._db = db
         self._thread = thread
@@ -249,6 +257,7 @@ class Networks:
         await self._db.write(lambda transaction: _claim_removal(transaction, network))
         failpoint("network.remove.after_row")
         self._built.discard(network.id)
+        self._on_remove(network.id)
         await self._thread.run(lambda netlink: self._driver.remove(netlink, network))
         await self._db.write(lambda transaction: self._forget(transaction, network))
 

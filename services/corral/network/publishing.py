@@ -35,12 +35,14 @@ def all_forwards(db: Database, boot_id: str) -> list[Forward]:
 
 
 def alike(one: Request, other: Request) -> bool:
-    """Whether they ask for the same, whatever ports of the host were chosen for either. Pure."""
-    return one == other or _with_any_host_ports(one) == _with_any_host_ports(other)
+    """Whether they ask for the same, but for what can change later: ports of the host, and names. Pure."""
+    return one == other or _lasting(one) == _lasting(other)
 
 
-def _with_any_host_ports(request: Request) -> Request:
-    return replace(request, ports=tuple(replace(port, host_port=0) for port in request.ports))
+def _lasting(request: Request) -> Request:
+    ports = tuple(replace(port, host_port=0) for port in request.ports)
+    attachments = tuple(replace(attachment, aliases=()) for attachment in request.attachments)
+    return replace(request, ports=ports, attachments=attachments)
 
 
 def missing(endpoint: Endpoint, asked: Iterable[Port]) -> list[Port]:

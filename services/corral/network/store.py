@@ -289,6 +289,22 @@ def update_endpoint(transaction: Transaction, endpoint: Endpoint) -> None:
     )
 
 
+def set_request(transaction: Transaction, key: EndpointKey, request: Request) -> None:
+    """It is asked for in another way from now on."""
+    transaction.execute(
+        "UPDATE endpoints SET request = ? WHERE namespace = ? AND id = ?",
+        (encode_request(request), key.namespace, key.id),
+    )
+
+
+def set_aliases(transaction: Transaction, key: EndpointKey, interface: Interface, aliases: Sequence[str]) -> None:
+    """It is called so in that network from now on."""
+    transaction.execute(
+        "UPDATE interfaces SET aliases = ? WHERE namespace = ? AND endpoint = ? AND network = ?",
+        (json.dumps(aliases), key.namespace, key.id, interface.network.id),
+    )
+
+
 def delete_endpoint(transaction: Transaction, key: EndpointKey) -> bool:
     """Delete the row with its interfaces and addresses; False if there was none."""
     rows = transaction.execute(
