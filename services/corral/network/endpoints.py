@@ -16,11 +16,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
-from corral.network import bridge, etc, planning, port_rows, store, sysctls
+from corral.network import bridge, planning, port_rows, store
 from corral.network.allocations import Allocations
-from corral.network.config import NetworkConfig
 from corral.network.files import FileStore
-from corral.network.links import NetlinkThread, link_exists
+from corral.network.links import link_exists
 from corral.network.model import (
     DEFAULT_NETWORK,
     Attachment,
@@ -32,18 +31,17 @@ from corral.network.model import (
     Port,
     Request,
 )
-from corral.network.names import has_names
 from corral.network.networks import Networks
 from corral.network.pool import NetnsPool, is_pinned
 from corral.network.publishing import Publishing, alike, meant, missing
-from corral.network.reaper import Reaper
 from corral.network.resolver import Resolvers
+from corral.network.standing import Standing
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from corral.store import Database, Transaction, failpoint
 
 if TYPE_CHECKING:
-    from corral.network.netlink import Netlink
+    pass
 
 type Wanted = Sequence[tuple[Attachment, Network]]
 
@@ -53,23 +51,19 @@ class Endpoints:
 
     def __init__(
         self,
-        config: NetworkConfig,
         db: Database,
-        thread: NetlinkThread,
         networks: Networks,
         pool: NetnsPool,
         files: FileStore,
         held: Allocations,
         publishing: Publishing,
         resolvers: Resolvers,
-        host_files: etc.HostFiles,
+        standing: Standing,
         *,
         boot_id: str,
         host_prefix: str,
     ) -> None:
-        self._config = config
         self._db = db
-        self._thread = thread
         self._networks = networks
         self._pool = pool
         self._allocations = held
@@ -77,8 +71,7 @@ class Endpoints:
         self._resolvers = resolvers
         self._boot_id = boot_id
         self._host_prefix = host_prefix
-        self._reaper = Reaper(thread)
-        self._host_files = host_files
+        self._standing = standing
         self.files = files
         self._locks: WeakValueDictionary[EndpointKey, asyncio.Lock] = WeakValueDictionary()
         self._running: set[asyncio.Task[Endpoint | None]] = set()
@@ -109,18 +102,18 @@ class Endpoints:
             await self._detach(existing)
             existing = None
         if existing is not None:
-            await self._discard(existing)  # what may be left of it
+            await self._standing.discard(existing)  # what may be left of it
         if request.mode is Mode.NETWORKS:
             return await self._attach_networks(key, request, existing)
         endpoint = await self._without_interfaces(key, request)
         try:
             if (endpoint.owner or self.files.is_ready(endpoint.netns)) and not request.sysctls:
-                self._make_inside(endpoint)
+                self._standing.make_inside(endpoint)
             else:
-                await run_blocking(self._make_inside, endpoint)
+                await run_blocking(self._standing.make_inside, endpoint)
             return await self._db.write(lambda transaction: _insert_ready(transaction, endpoint, existing))
         except BaseException:
-            await self._discard(endpoint)
+            await self._standing.discard(endpoint)
             raise
 
     async def _renamed(self, existing: Endpoint, request: Request) -> Endpoint:
@@ -177,21 +170,13 @@ class Endpoints:
             raise
         try:
             failpoint("network.attach.after_row")
-            await self._listen(endpoint)
-            await self._thread.run(lambda netlink: self._make(netlink, endpoint))
+            await self._standing.make(endpoint)
             failpoint("network.attach.before_ready")
             self._resolvers.changed()
             return await self._db.write(lambda transaction: _become_ready(transaction, endpoint))
         except BaseException:
             await self._detach_silently(endpoint)
             raise
-
-    async def _listen(self, endpoint: Endpoint) -> None:
-        """See that its networks have their resolvers, which need the bridges."""
-        for network in (each.network for each in endpoint.interfaces if has_names(each)):
-            if not self._resolvers.stands(network):
-                await self._thread.run(lambda netlink, one=network: self._networks.build_missing(netlink, [one]))  # type: ignore[misc]
-                await self._resolvers.listen(network)
 
     async def _wanted(self, namespace: str, attachments: Sequence[Attachment]) -> Wanted:
         wanted = []
@@ -238,43 +223,6 @@ class Endpoints:
         ready = self._pool.take()
         return await run_blocking(self._pool.make) if ready is None else ready
 
-    # On the netlink thread, or where there are no interfaces a blocking one, or the loop if nothing there waits
-
-    def _make(self, netlink: "Netlink", endpoint: Endpoint) -> None:
-        """Make everything that the row describes."""
-        self._networks.build_missing(netlink, [interface.network for interface in endpoint.interfaces])
-        path = self._pool.path(endpoint.netns)
-        plans = bridge.interface_plans(endpoint.interfaces)
-        for plan in plans:
-            if link_exists(plan.host_name):  # of an earlier life, in a namespace that somebody still holds
-                netlink.delete_link(plan.host_name)
-            netlink.plug(plan, path)
-            failpoint("network.attach.after_plug")
-        self._make_inside(endpoint)  # sysctls find the interfaces there, and not yet up
-        netlink.configure_inside(path, plans)
-        if endpoint.ports:
-            self._publishing.open(netlink, endpoint, endpoint.ports)
-
-    def _make_inside(self, endpoint: Endpoint) -> None:
-        if endpoint.mode.has_own_namespace:
-            sysctls.write(self._pool.path(endpoint.netns), endpoint.request.sysctls)
-        if not endpoint.owner:
-            files = etc.compose(endpoint, self._host_files, self._config.fallback_dns, self._resolver_of(endpoint))
-            self.files.write(endpoint.key, files, ready=endpoint.netns)
-
-    def _resolver_of(self, endpoint: Endpoint) -> str:
-        """Where it asks for names; "" if in no network of it anybody answers."""
-        served = (each.network for each in endpoint.interfaces if self._resolvers.serves(each.network))
-        return next((str(network.ranges[0].gateway) for network in served), "")
-
-    def _unmake(self, netlink: "Netlink", endpoint: Endpoint) -> None:
-        if endpoint.ports:
-            self._publishing.shut(endpoint, endpoint.ports)
-        for interface in endpoint.interfaces:
-            netlink.unplug(interface.host_name)
-        failpoint("network.detach.after_unplug")
-        self._pool.discard(endpoint.netns)
-
     # Ports of those that stand
 
     async def publish(self, key: EndpointKey, ports: Sequence[Port]) -> Endpoint:
@@ -311,7 +259,7 @@ class Endpoints:
         await self._alone(key, work)
 
     async def _detach(self, endpoint: Endpoint) -> None:
-        await self._take_apart(endpoint)
+        await self._standing.take_apart(endpoint)
 
         def write(transaction: Transaction) -> None:
             self._delete(transaction, endpoint)
@@ -322,27 +270,9 @@ class Endpoints:
 
     async def _detach_silently(self, endpoint: Endpoint) -> None:
         """Undo an Attach that nobody was told of."""
-        await self._take_apart(endpoint)
+        await self._standing.take_apart(endpoint)
         await self._db.write(lambda transaction: self._delete(transaction, endpoint))
         self._resolvers.changed()
-
-    async def _take_apart(self, endpoint: Endpoint) -> None:
-        if endpoint.interfaces:
-            await self._thread.run(lambda netlink: self._unmake(netlink, endpoint))
-            self._reaper.watch(interface.host_name for interface in endpoint.interfaces)
-            self._throw_files(endpoint)
-        else:
-            await self._discard(endpoint)
-        failpoint("network.detach.before_delete")
-
-    async def _discard(self, endpoint: Endpoint) -> None:
-        if endpoint.mode.has_own_namespace:
-            await run_blocking(self._pool.discard, endpoint.netns)
-        self._throw_files(endpoint)
-
-    def _throw_files(self, endpoint: Endpoint) -> None:
-        if not endpoint.owner:
-            self.files.throw(endpoint.key)
 
     def _delete(self, transaction: Transaction, endpoint: Endpoint) -> None:
         store.delete_endpoint(transaction, endpoint.key)
@@ -363,7 +293,7 @@ class Endpoints:
 
     def dying_links(self) -> Sequence[str]:
         """Links of endpoints that are gone, which the kernel, or we, will delete."""
-        return self._reaper.dying
+        return self._standing.dying
 
     def find(self, key: EndpointKey) -> Endpoint | None:
         """The endpoint as recorded."""
@@ -424,7 +354,7 @@ class Endpoints:
         """Wait for what is under way."""
         while self._running:
             await asyncio.wait(tuple(self._running))
-        await self._reaper.close()
+        await self._standing.close()
         await self.files.trash.close()
 
 

@@ -20,6 +20,7 @@ from corral.network.networks import Networks
 from corral.network.pool import NetnsPool
 from corral.network.publishing import Publishing
 from corral.network.resolver import Resolvers
+from corral.network.standing import Standing
 from corral.network.store import MIGRATIONS
 from corral.rpc.blocking import run_blocking
 from corral.store import Database
@@ -62,17 +63,25 @@ class Leaf:
         self._pool = NetnsPool(netns, config.netns_pool_size, files)
         driver, held, prefix = BridgeDriver(self._firewall), Allocations(), host_prefix(config)
         self.networks = Networks(config, self.db, self._thread, driver, held, self._resolvers.stop)
-        self.endpoints = Endpoints(
+        standing = Standing(
             config,
-            self.db,
             self._thread,
+            self.networks,
+            self._pool,
+            files,
+            self._publishing,
+            self._resolvers,
+            host_files,
+        )
+        self.endpoints = Endpoints(
+            self.db,
             self.networks,
             self._pool,
             files,
             held,
             self._publishing,
             self._resolvers,
-            host_files,
+            standing,
             boot_id=boot_id,
             host_prefix=prefix,
         )

@@ -1,0 +1,126 @@
+"""Endpoints in the kernel and on disk: what a row describes is made, and taken apart again.
+
+Links are made on the netlink thread; where an endpoint has no interfaces a blocking one does, or the loop if nothing
+there waits.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from corral.network import bridge, etc, sysctls
+from corral.network.config import NetworkConfig
+from corral.network.files import FileStore
+from corral.network.links import NetlinkThread, link_exists
+from corral.network.model import Endpoint
+from corral.network.names import has_names
+from corral.network.networks import Networks
+from corral.network.pool import NetnsPool
+from corral.network.publishing import Publishing
+from corral.network.reaper import Reaper
+from corral.network.resolver import Resolvers
+from corral.rpc.blocking import run_blocking
+from corral.store import failpoint
+
+if TYPE_CHECKING:
+    from corral.network.netlink import Netlink
+
+
+class Standing:
+    """See the module."""
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        thread: NetlinkThread,
+        networks: Networks,
+        pool: NetnsPool,
+        files: FileStore,
+        publishing: Publishing,
+        resolvers: Resolvers,
+        host_files: etc.HostFiles,
+    ) -> None:
+        self._config = config
+        self._thread = thread
+        self._networks = networks
+        self._pool = pool
+        self._files = files
+        self._publishing = publishing
+        self._resolvers = resolvers
+        self._host_files = host_files
+        self._reaper = Reaper(thread)
+
+    @property
+    def dying(self) -> Sequence[str]:
+        """Links of endpoints that are gone, which the kernel, or we, will delete."""
+        return self._reaper.dying
+
+    async def make(self, endpoint: Endpoint) -> None:
+        """Make everything that the row of one with interfaces describes."""
+        await self._listen(endpoint)
+        await self._thread.run(lambda netlink: self._make(netlink, endpoint))
+
+    async def _listen(self, endpoint: Endpoint) -> None:
+        """See that its networks have their resolvers, which need the bridges."""
+        for network in (each.network for each in endpoint.interfaces if has_names(each)):
+            if not self._resolvers.stands(network):
+                await self._thread.run(lambda netlink, one=network: self._networks.build_missing(netlink, [one]))  # type: ignore[misc]
+                await self._resolvers.listen(network)
+
+    def _make(self, netlink: "Netlink", endpoint: Endpoint) -> None:
+        self._networks.build_missing(netlink, [interface.network for interface in endpoint.interfaces])
+        path = self._pool.path(endpoint.netns)
+        plans = bridge.interface_plans(endpoint.interfaces)
+        for plan in plans:
+            if link_exists(plan.host_name):  # of an earlier life, in a namespace that somebody still holds
+                netlink.delete_link(plan.host_name)
+            netlink.plug(plan, path)
+            failpoint("network.attach.after_plug")
+        self.make_inside(endpoint)  # sysctls find the interfaces there, and not yet up
+        netlink.configure_inside(path, plans)
+        if endpoint.ports:
+            self._publishing.open(netlink, endpoint, endpoint.ports)
+
+    def make_inside(self, endpoint: Endpoint) -> None:
+        """Its kernel parameters and its files."""
+        if endpoint.mode.has_own_namespace:
+            sysctls.write(self._pool.path(endpoint.netns), endpoint.request.sysctls)
+        if not endpoint.owner:
+            files = etc.compose(endpoint, self._host_files, self._config.fallback_dns, self._resolver_of(endpoint))
+            self._files.write(endpoint.key, files, ready=endpoint.netns)
+
+    def _resolver_of(self, endpoint: Endpoint) -> str:
+        """Where it asks for names; "" if in no network of it anybody answers."""
+        served = (each.network for each in endpoint.interfaces if self._resolvers.serves(each.network))
+        return next((str(network.ranges[0].gateway) for network in served), "")
+
+    def _unmake(self, netlink: "Netlink", endpoint: Endpoint) -> None:
+        if endpoint.ports:
+            self._publishing.shut(endpoint, endpoint.ports)
+        for interface in endpoint.interfaces:
+            netlink.unplug(interface.host_name)
+        failpoint("network.detach.after_unplug")
+        self._pool.discard(endpoint.netns)
+
+    async def take_apart(self, endpoint: Endpoint) -> None:
+        """Take everything back that is there of it."""
+        if endpoint.interfaces:
+            await self._thread.run(lambda netlink: self._unmake(netlink, endpoint))
+            self._reaper.watch(interface.host_name for interface in endpoint.interfaces)
+            self._throw_files(endpoint)
+        else:
+            await self.discard(endpoint)
+        failpoint("network.detach.before_delete")
+
+    async def discard(self, endpoint: Endpoint) -> None:
+        """The same for one without interfaces, or whose interfaces are gone."""
+        if endpoint.mode.has_own_namespace:
+            await run_blocking(self._pool.discard, endpoint.netns)
+        self._throw_files(endpoint)
+
+    def _throw_files(self, endpoint: Endpoint) -> None:
+        if not endpoint.owner:
+            self._files.throw(endpoint.key)
+
+    async def close(self) -> None:
+        """Wait for what is under way."""
+        await self._reaper.close()
