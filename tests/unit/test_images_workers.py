@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.tars import archive, member, packed
 
-from corral.images.archives.chunks import Cancelled, ChunkPipe
+from corral.images.archives.chunks import PIECE_BYTES, Cancelled, ChunkPipe
 from corral.images.layers.errors import BadLayer
 from corral.images.workers import Workers
 from corral.rpc.errors import Internal
@@ -146,6 +146,18 @@ async def test_a_sender_faster_than_the_reader_is_held_back() -> None:
     assert not feeding.done()
     assert pipe._chunks.qsize() <= 8
     assert len(await asyncio.to_thread(lambda: list(pipe.read()))) == 100
+    await feeding
+
+
+async def test_what_a_sender_sends_at_once_waits_in_small_pieces() -> None:
+    pipe = ChunkPipe()
+    large = os.urandom(20 << 20)
+    feeding = asyncio.ensure_future(pipe.feed(source(large)))
+    await asyncio.sleep(0.05)
+    assert not feeding.done()
+    pieces = await asyncio.to_thread(lambda: list(pipe.read()))
+    assert max(map(len, pieces)) <= PIECE_BYTES
+    assert b"".join(pieces) == large
     await feeding
 
 

@@ -5,6 +5,7 @@ import queue
 from collections.abc import AsyncIterator, Iterator
 
 DEPTH = 8
+PIECE_BYTES = 256 << 10  # what a client sends at once may be of any size, what waits here is not
 
 
 class Cancelled(Exception):
@@ -25,10 +26,11 @@ class ChunkPipe:
         end: BaseException | None = Cancelled("the transfer was broken off")
         try:
             async for chunk in source:
-                await self._room.acquire()
-                if self._closed:
-                    return
-                self._chunks.put(chunk)
+                for start in range(0, len(chunk), PIECE_BYTES):
+                    await self._room.acquire()
+                    if self._closed:
+                        return
+                    self._chunks.put(chunk[start : start + PIECE_BYTES])
             end = None
         finally:
             self._chunks.put(end)
