@@ -3,12 +3,13 @@
 import asyncio
 import errno
 import os
+import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from support.file_systems import FileSystems, lacking_file_system, loop_devices
+from support.file_systems import SIMPLE_QUOTAS, FileSystems, lacking_file_system, loop_devices
 from support.images import Entry, image_config, layer, write_docker_archive
 from support.images_leaf import ImagesLeaf, images_leaf
 from support.overlay import mounted
@@ -16,6 +17,7 @@ from support.requirements import needs
 from support.snapshotters import CASES, case_id, driver_at, place_for
 
 from corral.api.images.v1 import images_pb2 as pb
+from corral.engine import bounded_volumes
 from corral.kernel import capabilities
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from corral.store import bounded as bounded_files
@@ -23,7 +25,12 @@ from corral.store import bounded as bounded_files
 pytestmark = needs("root")
 
 QUOTA = 16 << 20
-COUNTING = (("overlayfs", "ext4-projects"), ("overlayfs", "xfs-projects"), ("native", "xfs-projects"))
+COUNTING = (
+    ("overlayfs", "ext4-projects"),
+    ("overlayfs", "xfs-projects"),
+    ("native", "xfs-projects"),
+    ("btrfs", SIMPLE_QUOTAS),
+)
 
 
 @pytest.fixture(params=(*CASES, *COUNTING), ids=case_id)
@@ -36,8 +43,8 @@ async def leaf(request: pytest.FixtureRequest, tmp_path: Path, file_systems: Fil
         if reason := driver_at(name, place / "root").check_quota():
             with pytest.raises(FailedPrecondition, match="cannot bound a writable tree here"):
                 await bounded(made, "c")
-            assert "prjquota" in reason
-            pytest.skip(f"{name}: needs project quota")
+            assert "prjquota" in reason or "btrfs quota enable --simple" in reason
+            pytest.skip(f"{name}: needs {'simple' if name == 'btrfs' else 'project'} quota")
         yield made
 
 
@@ -159,3 +166,48 @@ async def test_what_makes_no_sense_is_refused(leaf: ImagesLeaf) -> None:
     with pytest.raises(AlreadyExists, match="another quota"):
         await bounded(leaf, "c", 2 * QUOTA)
     await bounded(leaf, "c")
+
+
+def written_to_subvolumes(root: Path) -> int:
+    """How much fits into subvolumes of one's own, side by side, in each other, and copied."""
+    for words in (("create", root / "one"), ("create", root / "one/two"), ("snapshot", root / "one", root / "three")):
+        subprocess.run(["btrfs", "-q", "subvolume", *words], check=True)
+    written = 0
+    for each in ("one", "one/two", "three", "."):
+        with suppress(OSError):  # not even an empty file is left
+            written += fill(root / each / "f", 2 * QUOTA)
+    return written
+
+
+@needs("btrfs-quotas")
+async def test_a_container_does_not_leave_its_quota_by_making_subvolumes(
+    tmp_path: Path, file_systems: FileSystems
+) -> None:
+    place = place_for(("btrfs", SIMPLE_QUOTAS), tmp_path, file_systems)
+    async with images_leaf(place / "root", driver="btrfs") as leaf:
+        made = await bounded(leaf, "c")
+        with mounted(made.mounts, tmp_path / "m") as root:
+            written = written_to_subvolumes(root)
+        assert 0 < written <= QUOTA
+        await leaf.snapshots.Remove(pb.RemoveSnapshotRequest(key="c", must_exist=True))
+        await leaf.settled()
+        again = await bounded(leaf, "d")
+        with mounted(again.mounts, tmp_path / "m") as root:
+            assert fill(root / "f", QUOTA // 2) == QUOTA // 2
+
+
+@needs("btrfs-quotas")
+@pytest.mark.parametrize("kind", ["btrfs", SIMPLE_QUOTAS])
+def test_a_volume_on_btrfs_is_not_left_either(kind: str, file_systems: FileSystems) -> None:
+    """Without simple quotas it is a file system in a file."""
+    directory = file_systems.place(kind) / "v"
+    data = bounded_volumes.ready(directory, QUOTA)
+    assert (directory / "image").exists() == (kind == "btrfs")
+    try:
+        if kind == SIMPLE_QUOTAS:
+            assert 0 < written_to_subvolumes(data) <= QUOTA
+        else:
+            assert 0 < fill(data / "f", 2 * QUOTA) <= QUOTA
+    finally:
+        bounded_volumes.remove(directory)
+    assert not directory.exists()

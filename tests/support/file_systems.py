@@ -19,11 +19,15 @@ COUNTING = {
     "ext4-projects": ("ext4", ("-O", "quota,project", "-E", "quotatype=prjquota")),
     "xfs-projects": ("xfs", ()),
 }
+# Of btrfs, which counts subvolumes.
+SIMPLE_QUOTAS = "btrfs-quotas"
 PACKAGES = {"btrfs": "btrfs-progs", "xfs": "xfsprogs", "ext4": "e2fsprogs"}
 
 
 def lacking_file_system(kind: str) -> str | None:
     """Why there can be none of this kind here."""
+    if kind == SIMPLE_QUOTAS:
+        return lacking_file_system("btrfs") or lacking(kind)
     if kind in COUNTING:
         return lacking_file_system(COUNTING[kind][0]) or lacking(kind)
     if reason := lacking(kind):
@@ -53,6 +57,8 @@ class FileSystems:
         """A new directory on such a file system. It stays until close()."""
         if kind not in self._mounted:
             basic, features = COUNTING.get(kind, (kind, ()))
+            if kind == SIMPLE_QUOTAS:
+                basic, features = "btrfs", ("-O", "squota")
             options = "loop,prjquota" if kind in COUNTING else "loop"
             directory = self._directory / kind
             directory.mkdir()

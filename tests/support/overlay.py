@@ -52,7 +52,10 @@ def _servers() -> set[int]:
     """Programs that serve a mount are this process's children, as they are a shim's."""
     found = set()
     for task in Path("/proc/self/task").iterdir():
-        for pid in map(int, (task / "children").read_text().split()):
+        children: list[int] = []
+        with suppress(OSError):  # a thread that has just ended
+            children = [int(pid) for pid in (task / "children").read_text().split()]
+        for pid in children:
             with suppress(FileNotFoundError):
                 if Path(f"/proc/{pid}/comm").read_text().startswith("fuse-"):
                     found.add(pid)

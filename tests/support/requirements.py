@@ -139,6 +139,20 @@ def _project_quota(kind: str) -> Callable[[], str | None]:
     return probe
 
 
+def _simple_quotas() -> str | None:
+    """Linux 6.7 and btrfs-progs 6.7 have them."""
+    from support.file_systems import file_system
+
+    try:
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            file_system("btrfs", Path(directory), features=("-O", "squota")),
+        ):
+            return None
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        return "needs simple quotas of btrfs"
+
+
 PROBES: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "overlayfs": _overlayfs,
@@ -158,5 +172,6 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "ext4": _file_system("ext4"),
     "ext4-projects": _project_quota("ext4-projects"),
     "xfs-projects": _project_quota("xfs-projects"),
+    "btrfs-quotas": _simple_quotas,
     "erofs": _file_system("erofs"),
 }

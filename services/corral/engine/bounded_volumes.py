@@ -9,7 +9,8 @@ All of it can be repeated: what a crash left half-made is made anew, and what a 
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from corral.kernel import btrfs, mount
@@ -49,7 +50,7 @@ def quota_bytes(options: Mapping[str, str]) -> int:
 
 def why_unbounded(root: Path) -> str:
     """Why no volume below `root` can be bounded; empty if they can."""
-    return "" if counts_projects(root) or _is_btrfs(root) else why_no_image()
+    return "" if counts_projects(root) or _bounds_subvolumes(root) else why_no_image()
 
 
 def check_bounds(root: Path) -> None:
@@ -64,19 +65,20 @@ def ready(directory: Path, quota: int) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     if not quota:
         data.mkdir(exist_ok=True)
-    elif image.exists() or (not data.exists() and not counts_projects(directory) and not _is_btrfs(directory)):
+    elif image.exists() or (not data.exists() and not counts_projects(directory) and not _bounds_subvolumes(directory)):
         _ready_image(directory, data, image, quota)
     elif not data.exists():
         _make_bounded(directory, data, quota)
     return data
 
 
-def _is_btrfs(path: Path) -> bool:
+def _bounds_subvolumes(path: Path) -> bool:
+    """Whether it lies on btrfs, and with the only quotas that nobody leaves by making subvolumes."""
     while not path.exists():
         path = path.parent
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return filesystem_magic(fd) == btrfs.MAGIC
+        return filesystem_magic(fd) == btrfs.MAGIC and btrfs.counts_simply(fd)
     finally:
         os.close(fd)
 
@@ -90,16 +92,10 @@ def _make_bounded(directory: Path, data: Path, quota: int) -> None:
         new.mkdir()
         bound_project(new, quota)
     else:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with _opened(directory) as fd:
             btrfs.create_subvolume(fd, new.name)
-        finally:
-            os.close(fd)
-        fd = os.open(new, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            btrfs.limit_exclusive(fd, quota)
-        finally:
-            os.close(fd)
+        with _opened(new) as fd, _opened(directory) as outside:
+            btrfs.limit(fd, quota, outside=outside)
     new.chmod(0o755)
     new.rename(data)
 
@@ -130,11 +126,28 @@ def _ready_image(directory: Path, data: Path, image: Path, quota: int) -> None:
 def remove(directory: Path) -> None:
     """Remove a volume that no container uses; none there is no error. Blocking. Raises OSError."""
     data = directory / "data"
-    if data.is_mount():
+    if (directory / "image").exists() and data.is_mount():  # a subvolume looks like one too
         mount.umount(data)
         failpoint("engine.volume.after_unmount")
     release_project(data)
+    if data.is_dir() and _bounds_subvolumes(data):
+        _lift(data)
     remove_tree(directory)
+
+
+def _lift(data: Path) -> None:
+    with _opened(data) as fd, _opened(data.parent) as outside:
+        if btrfs.is_subvolume(fd):
+            btrfs.lift_limit(fd, outside=outside)
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def used_bytes(directory: Path) -> int:

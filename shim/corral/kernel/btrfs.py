@@ -3,10 +3,12 @@
 Source: linux/btrfs.h; btrfs-ioctl(2).
 """
 
+import contextlib
 import errno
 import fcntl
 import os
 import struct
+import uuid
 
 MAGIC = 0x9123683E  # BTRFS_SUPER_MAGIC, of statfs(2)
 
@@ -14,18 +16,20 @@ _SUBVOL_CREATE = 0x5000940E  # _IOW(0x94, 14, struct btrfs_ioctl_vol_args)
 _SNAP_DESTROY = 0x5000940F  # _IOW(0x94, 15, struct btrfs_ioctl_vol_args)
 _SNAP_CREATE_V2 = 0x50009417  # _IOW(0x94, 23, struct btrfs_ioctl_vol_args_v2)
 _INO_LOOKUP = 0xD0009412  # _IOWR(0x94, 18, struct btrfs_ioctl_ino_lookup_args)
-_QUOTA_CTL = 0xC0109428  # _IOWR(0x94, 40, struct btrfs_ioctl_quota_ctl_args)
+_FS_INFO = 0x8400941F  # _IOR(0x94, 31, struct btrfs_ioctl_fs_info_args)
+_QGROUP_ASSIGN = 0x40189429  # _IOW(0x94, 41, struct btrfs_ioctl_qgroup_assign_args)
+_QGROUP_CREATE = 0x4010942A  # _IOW(0x94, 42, struct btrfs_ioctl_qgroup_create_args)
 _QGROUP_LIMIT = 0x8030942B  # _IOR(0x94, 43, struct btrfs_ioctl_qgroup_limit_args)
-_QUOTA_RESCAN_WAIT = 0x942E  # _IO(0x94, 46)
 
 _VOL_ARGS = struct.Struct("q4088s")
 _VOL_ARGS_V2 = struct.Struct("qQQ32x4040s")
 _LOOKUP_ARGS = struct.Struct("QQ4080x")
 _FIRST_FREE_OBJECTID = 256  # the number of a subvolume's root directory
-_ENABLE = 1  # BTRFS_QUOTA_CTL_ENABLE
-_LIMIT_MAX_EXCL = 1 << 1  # BTRFS_QGROUP_LIMIT_MAX_EXCL
-_NO_LIMIT = (1 << 64) - 1
-_NOT_COUNTING = frozenset((errno.ENOTCONN, errno.EINVAL))
+_FS_INFO_BYTES = 1024
+_GROUP_LEVEL = 1 << 48  # BTRFS_QGROUP_LEVEL_SHIFT; level 0 are the subvolumes themselves
+_LIMIT_MAX_RFER = 1 << 0  # BTRFS_QGROUP_LIMIT_MAX_RFER
+# Quotas are off, there is no such group, or others are in it.
+_NOT_BOUND = frozenset((errno.ENOTCONN, errno.EINVAL, errno.ENOENT, errno.EBUSY))
 
 
 def create_subvolume(parent: int, name: str) -> None:
@@ -51,40 +55,62 @@ def is_subvolume(directory: int) -> bool:
     return os.fstat(directory).st_ino == _FIRST_FREE_OBJECTID
 
 
-def limit_exclusive(subvolume: int, limit_bytes: int) -> None:
-    """Bound what a subvolume takes beyond what it shares with others. EDQUOT is what writers get then.
+def counts_simply(directory: int) -> bool:
+    """Whether the file system that a directory lies on has simple quotas on: with those, subvolumes that are made in a
+    bounded one are bounded as well. Raises OSError.
 
-    Raises OSError.
+    Source: btrfs-quota(8) "simple quotas"; /sys/fs/btrfs/<uuid>/qgroups.
     """
+    found = bytearray(_FS_INFO_BYTES)
     try:
-        _limit(subvolume, limit_bytes)
+        fcntl.ioctl(directory, _FS_INFO, found)
+        with open(f"/sys/fs/btrfs/{uuid.UUID(bytes=bytes(found[16:32]))}/qgroups/mode", encoding="ascii") as mode:
+            return mode.read().strip() == "squota"
     except OSError as e:
-        if e.errno not in _NOT_COUNTING:
-            raise
-        _enable_quota(subvolume)
-        _limit(subvolume, limit_bytes)
+        if e.errno in (errno.ENOTTY, errno.ENOENT):  # it is not on btrfs, or has no quotas
+            return False
+        raise
 
 
-def lift_limit(subvolume: int) -> None:
-    """Take the bound off, which every snapshot of it would have as well. None there is no error. Raises OSError."""
-    try:
-        _limit(subvolume, _NO_LIMIT)
-    except OSError as e:
-        if e.errno not in _NOT_COUNTING:
-            raise
+def limit(subvolume: int, limit_bytes: int, *, outside: int) -> None:
+    """Bound what is written to a subvolume and to those that are made in it. EDQUOT is what writers get then.
+
+    It becomes a member of a group of its own, since a limit on itself would be left by making another subvolume.
+    outside: a directory of the same file system that is not bounded, through which the kernel is asked: in one that is
+    full, it refuses. Simple quotas have to be on, else this raises OSError.
+    """
+    member = _number(subvolume)
+    group = _GROUP_LEVEL | member
+    with contextlib.suppress(FileExistsError):
+        fcntl.ioctl(outside, _QGROUP_CREATE, struct.pack("QQ", 1, group))
+    with contextlib.suppress(FileExistsError):
+        fcntl.ioctl(outside, _QGROUP_ASSIGN, struct.pack("QQQ", 1, member, group))
+    fcntl.ioctl(outside, _QGROUP_LIMIT, struct.pack("QQQQQQ", group, _LIMIT_MAX_RFER, limit_bytes, 0, 0, 0))
 
 
-def _limit(subvolume: int, limit_bytes: int) -> None:
+def lift_limit(subvolume: int, *, outside: int) -> None:
+    """Take the bound off again. None there is no error. Raises OSError.
+
+    The group stays as long as there are subvolumes that were made in it.
+    """
+    member = _number(subvolume)
+    group = _GROUP_LEVEL | member
+    for request, arguments in (
+        (_QGROUP_ASSIGN, struct.pack("QQQ", 0, member, group)),
+        (_QGROUP_CREATE, struct.pack("QQ", 0, group)),
+    ):
+        try:
+            fcntl.ioctl(outside, request, arguments)
+        except OSError as e:
+            if e.errno not in _NOT_BOUND:
+                raise
+
+
+def _number(subvolume: int) -> int:
     found = bytearray(_LOOKUP_ARGS.pack(0, _FIRST_FREE_OBJECTID))
     fcntl.ioctl(subvolume, _INO_LOOKUP, found)
     tree_id, _ = _LOOKUP_ARGS.unpack(found)
-    fcntl.ioctl(subvolume, _QGROUP_LIMIT, struct.pack("QQQQQQ", tree_id, _LIMIT_MAX_EXCL, 0, limit_bytes, 0, 0))
-
-
-def _enable_quota(directory: int) -> None:
-    """Have the file system count. It goes through all that is there once."""
-    fcntl.ioctl(directory, _QUOTA_CTL, struct.pack("QQ", _ENABLE, 0))
-    fcntl.ioctl(directory, _QUOTA_RESCAN_WAIT)
+    return int(tree_id)
 
 
 def _name(parent: int, request: int, arguments: bytes, name: str) -> None:

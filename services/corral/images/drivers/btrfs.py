@@ -77,7 +77,13 @@ class Btrfs:
         fsync_directory(self._layers)
 
     def check_quota(self) -> str:
-        return ""
+        with _opened(self._root) as fd:
+            if btrfs.counts_simply(fd):
+                return ""
+        return (
+            f"the file system of {self._root} has no simple quotas, the only ones that a container cannot leave by"
+            f" making subvolumes: turn them on with `btrfs quota enable --simple {self._root}`"
+        )
 
     def make_ready(self, tree: TreeId) -> None:
         """There is nothing to do ahead."""
@@ -96,8 +102,8 @@ class Btrfs:
             _new_subvolume(base / "fs")
         failpoint("images.btrfs.after_snapshot")
         if quota_bytes:
-            with _opened(base / "fs") as fd:
-                btrfs.limit_exclusive(fd, quota_bytes)
+            with _opened(base / "fs") as fd, _opened(base) as above:
+                btrfs.limit(fd, quota_bytes, outside=above)
             failpoint("images.btrfs.after_quota")
         (base / "made").touch()
 
@@ -117,8 +123,8 @@ class Btrfs:
         base, layer = self._active / str(tree), self._layers / str(tree)
         if not layer.is_dir():
             sync_file_system(base)
-            with _opened(base / "fs") as fd:
-                btrfs.lift_limit(fd)
+            with _opened(base / "fs") as fd, _opened(base) as above:
+                btrfs.lift_limit(fd, outside=above)
             (base / "fs").rename(layer)
             failpoint("images.btrfs.after_adoption")
         fsync_directory(self._layers)
@@ -133,6 +139,9 @@ class Btrfs:
         return measure(base / "fs", since_ns=made)
 
     def remove(self, tree: TreeId, *, go_on: GoOn = always) -> None:
+        base = self._active / str(tree)
+        with contextlib.suppress(FileNotFoundError), _opened(base / "fs") as fd, _opened(base) as above:
+            btrfs.lift_limit(fd, outside=above)
         for path in (self._active / str(tree) / "fs", *(self._root / above / str(tree) for above in ("b", "tmp", "l"))):
             _destroy(path, go_on=go_on)
         remove_tree(self._active / str(tree), go_on=go_on)
