@@ -202,6 +202,10 @@ async def test_a_lost_database_finds_what_was_not_kept(tmp_path: Path, gzipped: 
         assert await leaf.names() == ["x:1"]
         assert await exported(leaf) == before
         assert await nothing_is_wrong(leaf)
+        removed = await leaf.images.Remove(pb.RemoveImageRequest(name="x:1"))
+        assert len(removed.deleted) == 6
+        assert files(leaf) == files(leaf, "recipes") == set()
+        await leaf.load(gzipped)
     async with images_leaf(root, keep_blobs=False) as leaf:
         assert files(leaf, "recipes") == layer_blobs(image)
         shutil.rmtree(root / "recipes")

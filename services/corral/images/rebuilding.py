@@ -295,7 +295,10 @@ class Rebuilder:
             return
         here = details.chain and trees.layer(transaction, details.chain_id, self._drivers.default.name) is not None
         catalog.set_name(transaction, replace(record, chain_id=details.chain_id if here else ""))
-        holders.record(transaction, record.namespace, blobs.reached(record.target.digest))
+        reached = blobs.reached(record.target.digest)
+        holders.record(transaction, record.namespace, reached)
+        for digest in reached:  # the image keeps it: its time of grace is over
+            transaction.execute("UPDATE blobs SET keep_until_ns = 0 WHERE digest = ?", (digest,))
         facts = {"id": record.image_id}
         transaction.journal("image.recovered", record.name or record.image_id, facts, namespace=record.namespace)
 
