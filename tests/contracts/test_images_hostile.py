@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import socket
+import sys
 import tarfile
 import urllib.error
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from support.corrald import Corrald
 from support.hostile import ARCHIVES, CORPUS, PULLED, ArchiveCase, Case, DocumentCase
 from support.hostile.case import MAX_BYTES, MAX_ENTRIES, MAX_MEMORY_BYTES, Blob, Documents, plain
 from support.hostile.members import layout
@@ -25,10 +27,12 @@ from support.images_leaf import ImagesLeaf, images_leaf
 from support.overlay import mounted
 from support.registry import Registry, running
 from support.requirements import needs
+from support.tars import archive, member
 
 from corral.api.images.v1 import images_pb2 as pb
 from corral.api.types.v1 import types_pb2 as types
-from corral.rpc.errors import CorralError
+from corral.rpc.channel import open_channel
+from corral.rpc.errors import CorralError, PermissionDenied
 
 pytestmark = needs("root", "overlayfs")
 
@@ -241,6 +245,27 @@ async def test_hostile_documents_are_refused_in_a_layout(tmp_path: Path, case: D
     async with world(tmp_path) as here:
         data = oci_archive(case.build(elsewhere))
         await refused(here, lambda: here.leaf.load(data, platform=HOST), case.refused)
+
+
+@needs("setpriv")
+async def test_a_device_that_corral_itself_may_not_make_is_refused(tmp_path: Path) -> None:
+    """By a daemon without the right, in a process of its own; whiteouts need none."""
+    without = ("setpriv", "--bounding-set=-mknod", "--inh-caps=-mknod", sys.executable, "-m", "corral.daemon")
+    with Corrald(services=("images",), command=without) as daemon:
+        daemon.start()
+        channel = open_channel(daemon.address_of("images"))
+        try:
+            leaf = ImagesLeaf(channel, daemon.root / "images")
+            device = docker_archive([plain(archive(member(b"null", kind=b"3", device=(1, 3))))])
+            with pytest.raises(PermissionDenied, match=r"entry 'null' cannot be made.*needs to be root"):
+                await leaf.load(device)
+            assert await leaf.names() == []
+            assert leaf.disk() == set()
+            fine = [plain(archive(member(b"f", b"x"))), plain(archive(member(b".wh.f"), member(b"g")))]
+            await leaf.load(docker_archive(fine))
+            assert await leaf.names() == ["bad:1"]
+        finally:
+            await channel.close()
 
 
 # From a registry

@@ -130,6 +130,8 @@ ARCHIVES: tuple[ArchiveCase, ...] = (
     ArchiveCase(
         "the table is a device", _raw(member(b"manifest.json", kind=b"3"), member(b"layer.tar", TAR)), "no manifest"
     ),
+    ArchiveCase("the table's config is a number", _docker(Config=1), "Config is not a string"),
+    ArchiveCase("the table is cut off", lambda _: docker(b"[{"), "is not JSON"),
     ArchiveCase("the table is an object", lambda _: docker({"Config": "x"}), "is not a list"),
     ArchiveCase("the table is empty", lambda _: docker([]), "lists no image"),
     ArchiveCase("the table holds a number", lambda _: docker([7]), "is not an object"),
