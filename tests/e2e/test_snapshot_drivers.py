@@ -47,6 +47,20 @@ def test_a_container_runs_keeps_what_it_wrote_and_goes_without_a_trace(daemon: C
     assert trees(daemon.root / "images") == []
 
 
+def test_what_a_running_container_changed_is_told_and_committed(daemon: Corrald) -> None:
+    def say(*words: str) -> str:
+        return daemon.corral(*words, check=True).stdout.decode()
+
+    script = "echo first > /mine; rm /bin/vi; trap : TERM; while :; do sleep 0.1; done"
+    say("run", "-d", "--name", "c", "--network", "none", "busybox", "sh", "-c", script)
+    say("exec", "c", "sh", "-c", "while [ -e /bin/vi ]; do sleep 0.05; done")
+    assert {"A /mine", "D /bin/vi", "C /bin"} <= set(say("diff", "c").splitlines())
+    say("commit", "c", "made")
+    assert say("run", "--rm", "--network", "none", "made", "sh", "-c", "cat /mine; ls /bin/vi || :") == "first\n"
+    say("rm", "-f", "c")
+    assert "made" in say("images")
+
+
 def trees(root: Path) -> list[Path]:
     """Every directory of a driver that is named by a number."""
     return [path for path in root.rglob("*") if path.name.isdigit()]
