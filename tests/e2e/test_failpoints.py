@@ -151,6 +151,7 @@ class Life:
                 ["sh", "-c", SCRIPT],
                 name="one",
                 network="net",
+                ports=["7"],
                 volumes=["vol:/v", "/anonymous"],
                 cgroup_parent=parent,
                 memory="64m",
