@@ -170,6 +170,8 @@ class Docker(Peer):
         base = Path(f"/tmp/corral-dk{os.getpid()}")
         base.mkdir()
         stack.callback(shutil.rmtree, base, ignore_errors=True)
+        # dockerd mounts its root upon itself, and does not always take that away.
+        stack.callback(lambda: subprocess.run(["umount", f"{base}/root"], capture_output=True, check=False))
         command = [
             *in_own_network(stack),
             "dockerd", "--data-root", f"{base}/root", "--exec-root", f"{run_directory(stack)}/exec",
