@@ -196,6 +196,57 @@ def _from(own: str, target: str, number: int) -> None:
     socket.create_connection((target, number), 1.0, source_address=(own, 0)).close()
 
 
+async def test_a_port_of_the_loopback_is_closed_to_neighbours_who_send_there(lab: Lab, net: Calls) -> None:
+    a = await net.attach("a", ports=[port(host_ip=LOOPBACK)])
+    command(lab.outside, "sysctl", "-qw", "net.ipv4.conf.all.route_localnet=1")
+    command(lab.outside, "ip", "route", "add", "127.0.0.0/8", "via", HOST, "dev", "world", "table", "9")
+    command(lab.outside, "ip", "rule", "add", "to", LOOPBACK, "table", "9", "priority", "0")
+    command(lab.outside, "ip", "rule", "del", "priority", "0", "table", "local")
+    try:
+        with tcp_server(a.netns_path, address(a)) as came:
+            with pytest.raises(OSError, match="timed out"):
+                in_namespace(lab.outside, lambda: _from(OUTSIDE, LOOPBACK, 8080))
+            assert came == []
+            assert tcp_call(lab.host, LOOPBACK, 8080)
+    finally:
+        command(lab.outside, "ip", "rule", "add", "priority", "0", "table", "local")
+        command(lab.outside, "ip", "rule", "del", "to", LOOPBACK, "table", "9")
+
+
+async def test_a_flow_of_datagrams_goes_where_its_port_leads_now(lab: Lab, net: Calls) -> None:
+    a = await net.attach("a", ports=[port(protocol="udp")])
+
+    def socket_of_one_flow() -> socket.socket:
+        caller = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        caller.settimeout(1)
+        caller.connect((HOST, 8080))
+        return caller
+
+    with (
+        contextlib.closing(in_namespace(lab.outside, socket_of_one_flow)) as caller,
+        udp_echo(a.netns_path, address(a)),
+    ):
+
+        def answered() -> bool:
+            try:
+                caller.send(b"?")
+                return caller.recv(100) == OUTSIDE.encode()
+            except OSError:
+                return False
+
+        assert answered()
+        await net.endpoints.Unpublish(pb.UnpublishRequest(endpoint_id="a"))
+        assert not answered()
+        await net.endpoints.Publish(pb.PublishRequest(endpoint_id="a", ports=[port(protocol="udp")]))
+        assert answered()
+
+
+async def test_what_a_server_of_the_host_has_left_behind_is_no_use_of_its_port(lab: Lab, net: Calls) -> None:
+    with tcp_server(lab.host, HOST, 8080):
+        assert tcp_call(lab.outside, HOST, 8080)  # the server hangs up first, and its end lingers
+    await net.attach("a", ports=[port()])
+
+
 async def test_ports_of_a_live_endpoint_come_and_go(lab: Lab, net: Calls) -> None:
     a = await net.attach("a")
     with tcp_server(a.netns_path, address(a)):

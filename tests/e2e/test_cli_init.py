@@ -76,3 +76,8 @@ def test_the_programs_user_and_filter_are_its_own(box: Corrald, name: str) -> No
     for field in ("Uid:\t1000\t1000\t1000\t1000", "CapEff:\t0000000000000000", "NoNewPrivs:\t1"):
         assert fields.count(field) == 2
     assert "Seccomp:\t2" in fields
+
+
+def test_pid_1_is_behind_the_filter_too(box: Corrald) -> None:
+    fields = ok(box, "run", "--rm", "--init", "busybox", "cat", "/proc/1/status", "/proc/self/status")
+    assert fields.count("Seccomp:\t2") == 2

@@ -98,3 +98,32 @@ def test_every_exposed_port_gets_one_of_the_host(box: Corrald, name: str) -> Non
     assert fetch(int(shown["80/tcp"].rpartition(":")[2])) == "served\n"
     ok(box, "rm", "-f", name)
     ok(box, "image", "rm", image)
+
+
+def test_a_port_that_nobody_named_is_another_one_where_it_was_taken_meanwhile(box: Corrald, name: str) -> None:
+    ok(box, "run", "-d", "--name", name, "-p", "80", "busybox", "sh", "-c", SERVE)
+    number = int(ok(box, "port", name, "80").rpartition(":")[2])
+    ok(box, "stop", "-t", "0", name)
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            with socket.create_server(("", number)):
+                ok(box, "start", name)
+            break
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    other = int(ok(box, "port", name, "80").rpartition(":")[2])
+    assert other != number
+    assert fetch(other) == "served\n"
+
+
+def test_a_stop_while_it_restarts_frees_its_ports(box: Corrald, name: str) -> None:
+    number = free_port()
+    ok(box, "run", "-d", "--name", name, "--restart", "always", "-p", f"{number}:80", "busybox", "false")
+    time.sleep(1)
+    ok(box, "stop", name)
+    deadline = time.monotonic() + 5
+    while box.corral("run", "--rm", "-p", f"{number}:80", "busybox", "true").returncode:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -73,3 +73,18 @@ def test_a_link_in_the_image_leads_no_further_than_its_root(box: Corrald, name: 
 
 def test_a_directory_that_the_image_lacks_gives_an_empty_volume(box: Corrald, name: str, image: str) -> None:
     assert run(box, "-v", f"{name}:/nowhere", image, "ls", "-A", "/nowhere") == ""
+
+
+def test_a_copy_that_fails_leaves_the_volume_empty(box: Corrald, name: str, image: str) -> None:
+    deep = "/".join("d" * 150)
+    ok(box, "run", "--name", name, "busybox", "sh", "-c", f"mkdir -p /data/a /data/z/{deep}")
+    ok(box, "commit", name, f"deep-{name}")
+    ok(box, "rm", name)
+    try:
+        for _ in range(2):
+            refused = box.corral("run", "--rm", "-v", f"{name}:/data", f"deep-{name}", "true")
+            assert refused.returncode == 125
+            assert b"copying up" in refused.stderr
+        assert run(box, "-v", f"{name}:/v", "busybox", "ls", "-A", "/v") == ""
+    finally:
+        ok(box, "image", "rm", f"deep-{name}")

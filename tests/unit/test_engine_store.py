@@ -47,7 +47,7 @@ def running(database: Database, pid: int = 7) -> ContainerRecord:
 def start(database: Database, pid: int) -> ContainerRecord:
     def write(tx: Transaction) -> ContainerRecord:
         tx.execute("UPDATE container SET image_id = 'sha256:1', pid = ?", (pid,))
-        store.save_started(tx, store.get(tx, NS, "a" * 64))
+        store.save_started(tx, store.get(tx, NS, "a" * 64), by_user=True)
         return store.get(tx, NS, "a" * 64)
 
     return database.write_sync(write)

@@ -159,7 +159,9 @@ class Core:
     attached: dict[Key, set[asyncio.Task[Any]]] = field(default_factory=dict)
     # Called with a record after its exit was written. Set once, by whoever acts on exits.
     on_exit: Callable[[ContainerRecord], None] = lambda _: None
-    # The same for one that the daemon finds ended when it starts.
+    # Called with the record of one that has ended and, against expectation, is not to run again.
+    on_stays_ended: Callable[[ContainerRecord], None] = lambda _: None
+    # As on_exit, for one that the daemon finds ended when it starts.
     on_found_ended: Callable[[ContainerRecord], None] = lambda _: None
 
     def resolve(self, reference: str) -> ContainerRecord:

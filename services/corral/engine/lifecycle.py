@@ -11,6 +11,7 @@ import structlog
 from corral.api.cgroups.v1.cgroups_pb2 import FreezeRequest, ThawRequest
 from corral.api.engine.v1.engine_pb2 import RestartPolicy, WaitContainerRequest
 from corral.api.images.v1.images_pb2 import SnapshotRequest
+from corral.api.network.v1.network_pb2 import Endpoint
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1.types_pb2 import ExitStatus
 from corral.engine import pauses, requests, store
@@ -20,7 +21,7 @@ from corral.engine.records import ALIVE, ContainerRecord, Status
 from corral.engine.removal import SIGKILL, lost_exit
 from corral.engine.signals import parse_signal
 from corral.engine.task_making import TaskMaking
-from corral.rpc.errors import CorralError, FailedPrecondition, Internal, NotFound, Unavailable
+from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, Internal, NotFound, Unavailable
 from corral.store import Transaction, failpoint
 
 log = structlog.get_logger()
@@ -58,15 +59,19 @@ class Lifecycle:
             self._core.forget_backoff((named.namespace, named.id))
             if record.status is Status.EXITED:
                 record = await self._make_again(record)
-            return await self._run(replace(record, restart_count=0))
+            return await self._run(replace(record, restart_count=0), by_user=True)
 
     async def start_again(self, ended: ContainerRecord, is_wanted: Callable[[ContainerRecord], bool]) -> None:
         """Start a container that ended as `ended` says, if nothing has happened to it since and it is still wanted."""
         async with self._core.locks.of((ended.namespace, ended.id)):
             record = self._core.get(ended.namespace, ended.id)
-            if record.finished_ns == ended.finished_ns and is_wanted(record):
-                record = replace(await self._make_again(record), restart_count=record.restart_count + 1)
-                await self._run(record)
+            if record.finished_ns != ended.finished_ns:
+                return
+            if not is_wanted(record):
+                self._core.on_stays_ended(record)
+                return
+            counted = await self._core.database.write(lambda tx: store.count_restart(tx, record))
+            await self._run(await self._make_again(counted), by_user=False)
 
     async def _true_state(self, record: ContainerRecord) -> ContainerRecord:
         """The record, after asking tasks whether it still is as it says."""
@@ -80,13 +85,31 @@ class Lifecycle:
 
     async def _make_again(self, record: ContainerRecord) -> ContainerRecord:
         """A new task on the tree that was kept. Network and cgroup are there still, or are made again."""
+        try:
+            return await self._make_task_again(record)
+        except CorralError:
+            self._core.on_stays_ended(record)
+            raise
+
+    async def _attach_again(self, record: ContainerRecord) -> Endpoint:
+        """Its place in networks; where a port that was chosen for it is another's by now, another one."""
+        hostname, attach = self._core.host.hostname, self._core.leaves.endpoints.Attach
+        request = requests.network_again(record, host_hostname=hostname)
+        try:
+            return await persistently(lambda: attach(request))
+        except AlreadyExists:
+            other = requests.network_again(record, host_hostname=hostname, other_ports=True)
+            if other == request:
+                raise
+            return await persistently(lambda: attach(other))
+
+    async def _make_task_again(self, record: ContainerRecord) -> ContainerRecord:
         leaves, id_ = self._core.leaves, record.id
         await persistently(lambda: leaves.tasks.Delete(tasks_pb2.DeleteTaskRequest(id=id_, force=True)))
         failpoint("engine.start.after_old_task")
-        attach = requests.network_again(record, host_hostname=self._core.host.hostname)
         mounts, endpoint, cgroup = await asyncio.gather(
             persistently(lambda: leaves.snapshots.Mounts(SnapshotRequest(key=id_))),
-            persistently(lambda: leaves.endpoints.Attach(attach)),
+            self._attach_again(record),
             persistently(lambda: self._tasks.make_cgroup(record)),
         )
         record = replace(record, endpoint=endpoint, cgroup_path=cgroup.path)
@@ -94,11 +117,11 @@ class Lifecycle:
         failpoint("engine.start.after_new_task")
         return record
 
-    async def _run(self, record: ContainerRecord, *, again: bool = False) -> ContainerRecord:
+    async def _run(self, record: ContainerRecord, *, by_user: bool, again: bool = False) -> ContainerRecord:
         """Start the task. The row says RUNNING first, so that an exit, however quick, finds it so."""
         running = replace(record, status=Status.RUNNING, started_ns=time.time_ns(), finished_ns=0, exit=None)
         saved, started = await asyncio.gather(
-            self._core.database.write(lambda tx: store.save_started(tx, running)),
+            self._core.database.write(lambda tx: store.save_started(tx, running, by_user=by_user)),
             self._core.leaves.tasks.Start(tasks_pb2.StartRequest(id=record.id)),
             return_exceptions=True,
         )
@@ -108,23 +131,26 @@ class Lifecycle:
                 await self._core.leaves.tasks.Kill(tasks_pb2.KillRequest(id=record.id, signal=SIGKILL))
             raise saved
         if isinstance(started, NotFound) and started.reason not in _NOT_STARTED and not again:
-            return await self._run_new_task(running)
+            return await self._run_new_task(running, by_user=by_user)
         if isinstance(started, BaseException):
-            return await self._not_started(running, started)
+            return await self._not_started(running, started, by_user=by_user)
         if started.pid and started.pid != running.pid:
             log.warning("container.pid_changed", container=record.id, was=running.pid, now=started.pid)
         return running
 
-    async def _run_new_task(self, running: ContainerRecord) -> ContainerRecord:
+    async def _run_new_task(self, running: ContainerRecord, *, by_user: bool) -> ContainerRecord:
         """It was created, and its task is lost, as after a reboot: make that again."""
         try:
             record = await self._make_again(running)
         except CorralError as e:
-            return await self._not_started(running, e)
-        return await self._run(record, again=True)
+            return await self._not_started(running, e, by_user=by_user)
+        return await self._run(record, by_user=by_user, again=True)
 
-    async def _not_started(self, running: ContainerRecord, error: BaseException) -> ContainerRecord:
-        """What a failed start leaves behind: an ended container with the code that a shell would give."""
+    async def _not_started(self, running: ContainerRecord, error: BaseException, *, by_user: bool) -> ContainerRecord:
+        """What a failed start leaves behind: an ended container with the code that a shell would give.
+
+        A user is told, and no policy tries that again: it is for what ran once.
+        """
         if not isinstance(error, CorralError):
             raise error
         if isinstance(error, Unavailable):
@@ -133,6 +159,8 @@ class Lifecycle:
             code=_NOT_STARTED.get(error.reason, _NOT_STARTED_OTHERWISE), known=True, reason=error.message
         )
         status.exited_at.GetCurrentTime()
+        if by_user:
+            await self._core.database.write(lambda tx: store.set_stopped_by_user(tx, running))
         await self._core.record_exit(running, status, started=False)
         raise error
 
@@ -163,6 +191,7 @@ class Lifecycle:
             async with self._core.locks.of((record.namespace, record.id)):  # a restart that had begun is over then
                 record = self._core.get(record.namespace, record.id)
         if record.status not in ALIVE:
+            self._core.on_stays_ended(record)
             return record
         return await self._stop(record, signal=signal, timeout_s=timeout_s)
 
@@ -225,6 +254,9 @@ class Lifecycle:
         """Send a signal, SIGKILL if none is named. SIGKILL also ends a paused container."""
         record = self._core.resolve(reference)
         number = parse_signal(signal) if signal else SIGKILL
+        if (record.namespace, record.id) in self._core.backoffs:  # nothing is there to be signalled, nor shall be
+            await self._core.background.to_the_end(self._stop_for_user(record, signal="", timeout_s=0.0))
+            return
         require_alive(record, "signalled")
         if number in (SIGKILL, parse_signal(record.config.stop_signal or DEFAULT_STOP_SIGNAL)):  # it is meant to end
             await self._core.database.write(lambda tx: store.set_stopped_by_user(tx, record))

@@ -54,6 +54,7 @@ class Recovery:
     async def start(self) -> None:
         """Recover now, or, if a leaf does not answer yet or fails, in the background until it is done."""
         self._passing = self._core.database.read_sync(pauses.everything)
+        self._found_ended = self._records(Status.EXITED)
         await run_blocking(sweep_volumes, self._core)
         await run_blocking(self._core.trash.empty)
         try:
@@ -80,8 +81,11 @@ class Recovery:
         await self._compare_frozen()
         await self._resume_passing()
         await self._sweep()
-        for record in self._records(Status.EXITED):
-            self._core.on_found_ended(record)
+        for record in self._found_ended:
+            now = self._find((record.namespace, record.id))
+            if now == record:  # nobody has done anything with it meanwhile
+                self._core.on_found_ended(now)
+        self._found_ended = []
 
     async def after_outage(self, origin: str) -> None:
         """A leaf was away and its journal is merged again: ask it what no event told. Raises Unavailable."""
@@ -147,7 +151,7 @@ class Recovery:
                 await self._core.record_exit(now, task.exit)
             elif now.status is Status.CREATED:  # it was started, and the disk was too full to write that down
                 running = replace(now, status=Status.RUNNING, started_ns=to_ns(task.started_at))
-                await self._core.database.write(lambda tx: store.save_started(tx, running))
+                await self._core.database.write(lambda tx: store.save_started(tx, running, by_user=False))
             elif now.status is Status.RUNNING:  # we died between the intent to start and the start
                 log.info("recovery.not_started", container=now.id)
                 await self._core.database.write(lambda tx: store.set_status(tx, now.namespace, now.id, Status.CREATED))

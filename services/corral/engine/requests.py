@@ -105,12 +105,19 @@ def network(
     return request
 
 
-def network_again(record: ContainerRecord, *, host_hostname: str) -> AttachRequest:
-    """The same for a container that had it before: the ports that were chosen stay, its name may be another."""
+def network_again(record: ContainerRecord, *, host_hostname: str, other_ports: bool = False) -> AttachRequest:
+    """The same for a container that had it before: the ports that were chosen stay, its name may be another.
+
+    other_ports: those that nobody named are chosen anew.
+    """
     request = network(record.config, record.namespace, record.id, name=record.name, host_hostname=host_hostname)
     if record.endpoint is not None:
+        named = {port.host_port for port in record.config.network.ports}
         del request.ports[:]
         request.ports.extend(record.endpoint.ports)
+        for port in request.ports:
+            if other_ports and port.host_port not in named:
+                port.host_port = 0
     return request
 
 

@@ -67,6 +67,8 @@ class Restarts:
             self._pauses_s.pop(key, None)
             return key in self._core.restarting
         self._core.forget_backoff(key)
+        if key not in self._pauses_s:
+            self._core.watch.removal(key).add_done_callback(lambda _: self._pauses_s.pop(key, None))
         pause_s = self._pauses_s[key] = next_pause_s(self._pauses_s.get(key, 0.0), record)
         log.info("container.restarts", container=record.id, pause_s=pause_s, restart_count=record.restart_count)
         self._core.backoffs[key] = self._core.background.spawn_endless(self._restart(record, pause_s, at_boot=at_boot))
@@ -76,15 +78,14 @@ class Restarts:
         await asyncio.sleep(pause_s)
         key = (record.namespace, record.id)
         self._core.backoffs.pop(key, None)  # from here on nothing interrupts it
-        with in_namespace(record.namespace), suppress(NotFound):
+        with in_namespace(record.namespace):
             try:
                 await self._core.background.to_the_end(
                     self._lifecycle.start_again(record, lambda now: is_wanted(now, at_boot=at_boot))
                 )
-            except NotFound:
-                self._pauses_s.pop(key, None)
             except (CorralError, OSError) as e:
                 log.warning("container.restart_failed", container=record.id, error=str(e))
-                now = self._core.get(*key)
-                if now.finished_ns == record.finished_ns:  # else its new end was told of already
-                    self.on_exit(now, at_boot=at_boot)
+                with suppress(NotFound):  # it was removed
+                    now = self._core.get(*key)
+                    if now.finished_ns == record.finished_ns:  # else its new end was told of already
+                        self.on_exit(now, at_boot=at_boot)

@@ -90,6 +90,7 @@ class EngineService:
                 ports.on_exit(record)
 
         core.on_exit = act_on_exit
+        core.on_stays_ended = ports.on_exit
         core.on_found_ended = lambda record: act_on_exit(record, at_boot=True)
         views = Views(core)
         self._containers.serve(

@@ -186,11 +186,18 @@ def is_removing_volumes(view: Snapshot, namespace: str, id_: str) -> bool:
     return row is not None and bool(row[0])
 
 
-def save_started(tx: Transaction, record: ContainerRecord) -> None:
-    """CREATED or EXITED -> RUNNING, before tasks is told to start it, so that no exit can come first."""
+def save_started(tx: Transaction, record: ContainerRecord, *, by_user: bool) -> None:
+    """CREATED or EXITED -> RUNNING, before tasks is told to start it, so that no exit can come first.
+
+    Only a user's start forgets that a user stopped it: one by its policy may have been overtaken by that.
+    """
+    if by_user:
+        tx.execute(
+            "UPDATE container SET stopped_by_user = 0 WHERE namespace = ? AND id = ?", (record.namespace, record.id)
+        )
     tx.execute(
         "UPDATE container SET status = ?, started_ns = ?, finished_ns = 0, pid = ?, announced = 0, exit = NULL,"
-        " endpoint = ?, cgroup_path = ?, log_path = ?, bundle = ?, restart_count = ?, stopped_by_user = 0"
+        " endpoint = ?, cgroup_path = ?, log_path = ?, bundle = ?, restart_count = ?"
         " WHERE namespace = ? AND id = ?",
         (
             Status.RUNNING,
@@ -243,6 +250,16 @@ def exit_facts(record: ContainerRecord) -> dict[str, str | int | bool]:
         if record.exit.reason:
             facts["reason"] = record.exit.reason
     return facts
+
+
+def count_restart(tx: Transaction, record: ContainerRecord) -> ContainerRecord:
+    """One more try by its policy, however it goes."""
+    counted = replace(record, restart_count=record.restart_count + 1)
+    tx.execute(
+        "UPDATE container SET restart_count = ? WHERE namespace = ? AND id = ?",
+        (counted.restart_count, record.namespace, record.id),
+    )
+    return counted
 
 
 def set_stopped_by_user(tx: Transaction, record: ContainerRecord) -> None:

@@ -4,7 +4,7 @@
     row      so that no other container can, and to find them after a crash
     rules    elements in maps of the firewall's table (corral.network.rules)
 
-A held socket never listens: what comes for the port is sent on before it could reach one. Everything that binds or
+No caller reaches a held socket: what comes for the port is sent on before. Everything that binds or
 closes runs on the netlink thread, which is in the host's network namespace.
 """
 
@@ -122,7 +122,7 @@ def _bind(port: Port) -> list[socket.socket]:
             try:
                 each = _socket(port, version)
                 held.append(each)
-                each.bind((address, port.host_port))
+                _bind_unless_used(each, (address, port.host_port))
             except OSError as e:
                 # A kernel without IPv6, or without SCTP, has no program that could have the port either.
                 if e.errno in _UNSUPPORTED or (e.errno == errno.EADDRNOTAVAIL and address in ANY_HOST_IPS):
@@ -133,6 +133,19 @@ def _bind(port: Port) -> list[socket.socket]:
             each.close()
         raise
     return held
+
+
+def _bind_unless_used(made: socket.socket, where: tuple[str, int]) -> None:
+    """Bind it; connections of a server that has ended, which linger for a minute, are no use of the port."""
+    try:
+        made.bind(where)
+    except OSError as e:
+        if e.errno != errno.EADDRINUSE or made.type != socket.SOCK_STREAM:
+            raise
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(where)
+        if made.family == socket.AF_INET:
+            made.listen(1)  # else whoever is as forbearing could have it too
 
 
 def _socket(port: Port, version: int) -> socket.socket:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from corral.network import port_rows, store
+from corral.network import conntrack, port_rows, store
 from corral.network.firewall import Firewall, route_loopback_to
 from corral.network.links import NetlinkThread
 from corral.network.model import Endpoint, EndpointKey, EndpointState, Forward, Port, Request
@@ -92,11 +92,15 @@ class Publishing:
             if not interface.network.internal:
                 route_loopback_to(interface.network.bridge)
         failpoint("network.publish.before_rules")
-        self._firewall.publish(forwards(endpoint, ports))
+        leading = forwards(endpoint, ports)
+        self._firewall.publish(leading)
+        conntrack.forget_ports(leading)
 
     def shut(self, endpoint: Endpoint, ports: Sequence[Port]) -> None:
         """Let them lead nowhere, and go. On the netlink thread."""
-        self._firewall.withdraw(forwards(endpoint, ports))
+        leading = forwards(endpoint, ports)
+        self._firewall.withdraw(leading)
+        conntrack.forget_ports(leading)
         self._host.release(endpoint.key, ports)
 
     async def publish(self, endpoint: Endpoint, asked: Sequence[Port]) -> Endpoint:

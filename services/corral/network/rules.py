@@ -1,6 +1,6 @@
 """Our nftables table as data: a fixed set of chains and rules, sets whose elements are the networks, maps of the ports.
 
-    loopback     iif in @bridges, daddr 127.0.0.0/8    drop     the host's own services are not for containers
+    loopback     iif not lo, daddr 127.0.0.0/8         drop     what is bound or published there is for the host only
     forward      iif . oif in @same                    accept   inside one network (seen here only with br_netfilter)
                  iif or oif in @internal               drop     no way out, none in
                  oif in @bridges, ct status dnat       accept   published ports
@@ -163,7 +163,7 @@ _MASQUERADE: Json = {"masquerade": None}
 _PUBLISHED = _match({"ct": {"key": "status"}}, "dnat", "in")
 _LOOPBACK4: Json = {"prefix": {"addr": "127.0.0.0", "len": 8}}
 
-_GUARD: Sequence[Sequence[Json]] = ((_OUT_OF, _match(_address("ip", "daddr"), _LOOPBACK4), _DROP),)
+_GUARD: Sequence[Sequence[Json]] = ((_match(_IIF, "lo", "!="), _match(_address("ip", "daddr"), _LOOPBACK4), _DROP),)
 
 _FORWARD: Sequence[Sequence[Json]] = (
     (_match({"concat": [_IIF, _OIF]}, "@same"), _ACCEPT),

@@ -7,7 +7,7 @@ there waits.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from corral.network import bridge, etc, sysctls
+from corral.network import bridge, conntrack, etc, sysctls
 from corral.network.config import NetworkConfig
 from corral.network.files import FileStore
 from corral.network.links import NetlinkThread, link_exists
@@ -98,6 +98,8 @@ class Standing:
             self._publishing.shut(endpoint, endpoint.ports)
         for interface in endpoint.interfaces:
             netlink.unplug(interface.host_name)
+            for address, _ in interface.addresses if endpoint.request.ports else ():
+                conntrack.forget_address(address)  # it may be another's next
         failpoint("network.detach.after_unplug")
         self._pool.discard(endpoint.netns)
 

@@ -72,6 +72,9 @@ def _stays(spec: Spec) -> bool:
         return False
     if Kind.PID not in plans.created(spec):
         raise ValueError(f"annotations: {ANNOTATION} takes a PID namespace of the container's own")
+    assert spec.process is not None
+    if spec.process.apparmor_profile or spec.process.selinux_label:
+        raise ValueError(f"annotations: {ANNOTATION} goes with no label of the process: it comes with an execve only")
     return True
 
 

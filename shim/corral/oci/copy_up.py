@@ -5,6 +5,7 @@ copied. What it costs is charged to the container, in whose cgroup this runs.
 """
 
 import contextlib
+import fcntl
 import os
 import stat
 
@@ -21,10 +22,31 @@ _LOST_AND_FOUND = "lost+found"
 """What a new file system may have in its root."""
 
 
-def is_empty(directory: int) -> bool:
-    """Whether there is nothing in a directory, an fd of any kind."""
-    with paths.opened(paths.openat2(directory, ".", os.O_RDONLY | os.O_DIRECTORY, resolve=_BENEATH)) as readable:
-        return set(os.listdir(readable)) <= {_LOST_AND_FOUND}  # noqa: PTH208 - of an fd
+def fill(target: int, source: int) -> None:
+    """Copy what is in source into target, if that is empty: all of it, or nothing. Who comes meanwhile waits."""
+    with paths.opened(paths.openat2(target, ".", os.O_RDONLY | os.O_DIRECTORY, resolve=_BENEATH)) as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
+        if not _entries(locked):
+            try:
+                copy_directory(source, target)
+            except BaseException:
+                _empty(locked)
+                raise
+
+
+def _entries(directory: int) -> list[str]:
+    return [name for name in os.listdir(directory) if name != _LOST_AND_FOUND]
+
+
+def _empty(directory: int) -> None:
+    """Remove what is in a directory, following nothing."""
+    for name in _entries(directory):
+        try:
+            os.unlink(name, dir_fd=directory)
+        except IsADirectoryError:
+            with paths.opened(paths.openat2(directory, name, os.O_RDONLY | os.O_DIRECTORY, resolve=_BENEATH)) as below:
+                _empty(below)
+            os.rmdir(name, dir_fd=directory)
 
 
 def copy_directory(source: int, target: int, depth: int = 0) -> None:
@@ -35,7 +57,7 @@ def copy_directory(source: int, target: int, depth: int = 0) -> None:
         paths.opened(paths.openat2(source, ".", os.O_RDONLY | os.O_DIRECTORY, resolve=_BENEATH)) as readable,
         paths.opened(paths.openat2(target, ".", os.O_RDONLY | os.O_DIRECTORY, resolve=_BENEATH)) as written,
     ):
-        for name in os.listdir(readable):  # noqa: PTH208 - of an fd
+        for name in _entries(readable):
             with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                 _copy(readable, written, name, depth)
         _dress(written, os.fstat(readable))

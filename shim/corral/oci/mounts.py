@@ -182,11 +182,11 @@ class BindMount(Step):
 
     def _fill(self, stage: Stage, tree: int) -> None:
         """Copy what the root has there into a directory of the host that is empty."""
-        from corral.oci.copy_up import copy_directory, is_empty  # loaded before, by who asked for it
+        from corral.oci.copy_up import fill  # loaded before, by who asked for it
 
-        if stat.S_ISDIR(os.fstat(tree).st_mode) and is_empty(tree):
+        if stat.S_ISDIR(os.fstat(tree).st_mode):
             with paths.opened(place(stage, self.destination, directory=True)) as covered:
-                copy_directory(covered, tree)
+                fill(tree, covered)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ def stay(channel: ChildEnd, program: Program) -> NoReturn:
 
     Raises what keeps the child from being born; what keeps it from its program it reports itself.
     """
+    program = programs.filtered(program)
     signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
     pid, _ = process.clone(0)
     if pid == 0:
