@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PROTOS := $(shell find protos -name '*.proto' | sort)
 
-.PHONY: setup generate check test test-e2e test-crashes test-cli test-contracts test-kernel test-unit demo bench crash-test clean
+.PHONY: setup generate check test test-e2e test-crashes test-images test-cli test-contracts test-kernel test-unit demo bench crash-test clean
 
 # Installs what is needed by name and creates .venv; running it again changes nothing.
 setup:
@@ -22,7 +22,7 @@ check: setup
 	$(PY) cli/generate_sync.py --check
 
 # In parts, side by side: most tests wait for the kernel, or for a time to pass. The longest come first.
-PARTS := e2e crashes contracts cli kernel unit
+PARTS := crashes images contracts e2e cli kernel unit
 test: setup
 	@$(MAKE) --no-print-directory --keep-going --jobs=3 --output-sync=target $(PARTS:%=test-%)
 
@@ -34,7 +34,12 @@ test-crashes:
 	$(PY) -m pytest $(CRASHES) $(PYTEST_ARGS)
 test-cli:
 	$(PY) -m pytest $(COMMANDS) $(PYTEST_ARGS)
-test-contracts test-kernel test-unit: test-%:
+IMAGES := $(wildcard tests/contracts/test_images_*.py)
+test-images:
+	$(PY) -m pytest $(IMAGES) $(PYTEST_ARGS)
+test-contracts:
+	$(PY) -m pytest $(filter-out $(IMAGES),$(wildcard tests/contracts/test_*.py)) $(PYTEST_ARGS)
+test-kernel test-unit: test-%:
 	$(PY) -m pytest tests/$* $(PYTEST_ARGS)
 
 demo: setup

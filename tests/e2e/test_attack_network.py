@@ -4,6 +4,7 @@ import asyncio
 import secrets
 import socket
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,13 +57,14 @@ def routes(lines: str, device: str) -> list[str]:
 
 
 @pytest.fixture
-def network(loaded: Corrald) -> str:
-    """A network that has IPv6 too."""
+def network(loaded: Corrald) -> Iterator[str]:
+    """A network that has IPv6 too. Named before the engine, so that it goes after the containers."""
     name = f"net{secrets.token_hex(3)}"
     subnets = (f"10.213.{secrets.randbelow(250)}.0/24", f"fd{secrets.token_hex(1)}:{secrets.token_hex(2)}::/64")
     words = [word for subnet in subnets for word in ("--subnet", subnet)]
     loaded.corral("network", "create", *words, name, check=True)
-    return name
+    yield name
+    loaded.corral("network", "rm", name, check=True)
 
 
 async def pid_of(engine: EngineClient, container: str) -> int:
@@ -78,7 +80,7 @@ async def test_cve_2020_13401_nobody_is_the_hosts_router(engine: EngineClient) -
     assert routes(found, engine.daemon.place.bridge) == []
 
 
-async def test_cve_2020_10749_nobody_is_the_router_of_a_neighbour(engine: EngineClient, network: str) -> None:
+async def test_cve_2020_10749_nobody_is_the_router_of_a_neighbour(network: str, engine: EngineClient) -> None:
     made = await engine.run("sleep", "60", network=network)
     neighbour = await engine.run("sleep", "60", network=network)
     await asyncio.sleep(2.5)
