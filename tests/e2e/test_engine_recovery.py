@@ -137,7 +137,7 @@ def test_who_dies_in_the_middle_of_a_commit_leaves_no_container_paused(
     daemon.kill9("engine") if split else daemon.kill9()
     daemon.start(environment=failing("engine.commit.while_paused"))
     play(daemon, commit)
-    daemon.start()
+    daemon.revive()
     play(daemon, after)
 
 
