@@ -561,3 +561,23 @@ def test_a_full_disk_refuses_with_a_sentence_and_leaves_nothing_half_made(busybo
         daemon.start()
         asyncio.run(import_image(daemon, busybox_archive))
         play(daemon, scene)
+
+
+def test_a_create_that_could_not_be_undone_yet_is_not_told_to_be_done(five: Corrald) -> None:
+    """Its row still has the name; whoever repeats the call would start what is not there."""
+
+    async def broken(engine: EngineClient) -> None:
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                await engine.create("true", name="half", network="bridge")
+
+    async def after(engine: EngineClient) -> None:
+        await engine.create("sh", "-c", "exit 5", name="half", network="bridge")
+        await engine.start("half")
+        assert (await engine.wait("half")).code == 5
+        await engine.delete("half")
+
+    five.kill9("network")
+    play(five, broken)
+    five.start("network")
+    play(five, after)

@@ -101,11 +101,28 @@ class Creation:
             try:
                 await self._core.database.write(partial(store.insert_container, record=record, volumes=volumes))
             except AlreadyExists as e:
+                if await self._give_back(record.namespace, e.metadata.get("container", record.id)):
+                    continue
                 if named or e.reason != "NAME_TAKEN":
                     raise
                 continue
             return record
         raise AlreadyExists("no free name was found: give the container one", reason="NAME_TAKEN")
+
+    async def _give_back(self, namespace: str, id_: str) -> bool:
+        """Finish the undoing of a create that failed, so that whoever tries it again is not told that it was done.
+
+        False if the container is none such. Raises Unavailable while it can't be undone.
+        """
+        key = (namespace, id_)
+        async with self._core.locks.of(key):
+            half = self._core.database.read_sync(lambda view: store.find(view, *key))
+            if half is None:  # it was given back meanwhile
+                return True
+            if half.status is not Status.CREATING or key in self._core.being_made:
+                return False
+            await self._removal.remove(half, volumes=True)
+        return True
 
     async def _make_all(self, record: ContainerRecord) -> ContainerRecord:
         prepared, endpoint, cgroup = await self._parts(record)
