@@ -52,7 +52,7 @@ class Lifecycle:
         async with self._core.locks.of((named.namespace, named.id)):
             record = self._core.get(named.namespace, named.id)
             if record.status in ALIVE:
-                record = await self._true_state(record)
+                record = await self._true_state(record, no_start_is_on_its_way=True)
                 if record.status in ALIVE:
                     return record
             store.check_move(record, Status.RUNNING)
@@ -73,12 +73,17 @@ class Lifecycle:
             counted = await self._core.database.write(lambda tx: store.count_restart(tx, record))
             await self._run(await self._make_again(counted), by_user=False)
 
-    async def _true_state(self, record: ContainerRecord) -> ContainerRecord:
+    async def _true_state(self, record: ContainerRecord, *, no_start_is_on_its_way: bool = False) -> ContainerRecord:
         """The record, after asking tasks whether it still is as it says."""
         try:
             task = await self._core.leaves.tasks.Get(tasks_pb2.GetTaskRequest(id=record.id))
         except NotFound:
             return await self._core.record_exit(record, lost_exit("its task is gone"))
+        if no_start_is_on_its_way and task.status == tasks_pb2.STATUS_CREATED and record.status is Status.RUNNING:
+            # An engine died between the intent to start and the start, and recovery has not come to it yet.
+            return await self._core.database.write(
+                lambda tx: store.set_status(tx, record.namespace, record.id, Status.CREATED)
+            )
         if task.status != tasks_pb2.STATUS_STOPPED:
             return record
         return await self._core.record_exit(record, task.exit)
@@ -132,6 +137,8 @@ class Lifecycle:
             raise saved
         if isinstance(started, NotFound) and started.reason not in _NOT_STARTED and not again:
             return await self._run_new_task(running, by_user=by_user)
+        if isinstance(started, FailedPrecondition) and started.reason == "ALREADY_STARTED":
+            return running  # by an engine that died before it was told
         if isinstance(started, BaseException):
             return await self._not_started(running, started, by_user=by_user)
         if started.pid and started.pid != running.pid:
