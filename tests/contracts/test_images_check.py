@@ -333,6 +333,7 @@ async def test_a_database_that_goes_while_it_is_in_use_is_told(leaf: ImagesLeaf)
     [finding] = await check(leaf)
     assert finding.problem == "was removed while it was in use"
     assert "restart corrald" in finding.remedy
+    assert not (leaf.root / "images.db").exists()
     (leaf.root / "elsewhere.db").rename(leaf.root / "images.db")
 
 

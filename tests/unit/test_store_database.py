@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from corral.store import Database, Duplicate, Referenced, Transaction
+from corral.store import Database, Duplicate, Referenced, Snapshot, Transaction
 
 MIGRATIONS = [
     "CREATE TABLE box (name TEXT PRIMARY KEY, size INTEGER NOT NULL) STRICT",
@@ -235,6 +235,19 @@ def test_a_file_of_a_newer_corral_is_refused(tmp_path: Path):
     Database(path, MIGRATIONS, durable=False).close()
     with pytest.raises(ValueError, match="newer corral"):
         Database(path, MIGRATIONS[:1], durable=False)
+
+
+def test_a_file_that_goes_while_it_is_in_use_is_not_made_anew(tmp_path: Path):
+    with Database(tmp_path / "a.db", MIGRATIONS, durable=False) as db:
+        assert db.read_sync(lambda s: s.execute("SELECT 1")) != []
+        (tmp_path / "a.db").unlink()
+
+        def two_at_once(_: Snapshot) -> None:  # the second needs a connection of its own
+            db.read_sync(lambda s: s.execute("SELECT count(*) FROM journal"))
+
+        with pytest.raises(OSError, match="unable to open database file"):
+            db.read_sync(two_at_once)
+    assert not (tmp_path / "a.db").exists()
 
 
 def test_a_path_that_cannot_be_opened_is_an_oserror(tmp_path: Path):

@@ -83,6 +83,8 @@ class Checker:
                 )
             ]
         found = await run_blocking(self._database_findings)
+        if found:  # nothing can be compared with what is not there, or not true
+            return found
         async with self._collector.changing:
             found += await run_blocking(self._blob_findings)
         found += await run_blocking(self._file_findings)

@@ -132,7 +132,7 @@ class Database:
         self._on_loop = on_loop
         self._turn = threading.Lock()  # held by whoever writes
         self._commits = 0
-        self._writer = opened(path, durable=durable)
+        self._writer = opened(path, durable=durable, create=True)
         self._writer.execute("PRAGMA wal_autocheckpoint = 0")
         try:
             migrate(self._writer, path, migrations)

@@ -58,8 +58,11 @@ def meaning(e: sqlite3.Error) -> Exception:
     return e if number is None else OSError(number, f"database: {e}")
 
 
-def opened(path: Path, *, durable: bool, read_only: bool = False) -> sqlite3.Connection:
+def opened(path: Path, *, durable: bool, create: bool = False, read_only: bool = False) -> sqlite3.Connection:
     """A connection in WAL mode with foreign keys on, and no implicit transactions. Raises OSError.
+
+    create: make the file if it is not there. Only who begins with it does: a file that has gone is not to be taken for
+    an empty one.
 
     The file is this process' alone as long as it has a connection, and every other process is refused: the connections
     of one process then agree in memory, where they would make two to six fcntl() calls a statement (a quarter of a
@@ -67,7 +70,7 @@ def opened(path: Path, *, durable: bool, read_only: bool = False) -> sqlite3.Con
     """
     try:
         connection = sqlite3.connect(
-            f"{path.absolute().as_uri()}?vfs=unix-excl",
+            f"{path.absolute().as_uri()}?vfs=unix-excl&mode={'rwc' if create else 'rw'}",
             uri=True,
             isolation_level=None,
             check_same_thread=False,
