@@ -15,6 +15,7 @@ from support.images_leaf import ImagesLeaf, images_leaf
 from support.requirements import needs
 
 from corral.api.images.v1 import images_pb2 as pb
+from corral.api.types.v1 import types_pb2
 from corral.rpc.errors import (
     CorralError,
     FailedPrecondition,
@@ -129,6 +130,21 @@ async def test_a_registry_without_ranges_is_taken_as_it_is(leaf: ImagesLeaf, fau
     faulty.on = on
     await leaf.pull(f"{faulty.host}/x:1")
     assert len(faulty.of(digest(made))) == 2
+
+
+async def test_a_registry_that_refuses_ranges_is_asked_for_the_whole(leaf: ImagesLeaf, faulty: Faulty) -> None:
+    made = big(faulty)
+    faulty.on = lambda handler, seen: "range" in seen.headers and handler.answer(416) is None
+    await leaf.pull(f"{faulty.host}/x:1")
+    assert [("range" in seen.headers) for seen in faulty.of(digest(made))] == [True, False]
+
+
+async def test_a_registry_that_does_not_know_head_is_asked_for_the_manifest(leaf: ImagesLeaf, faulty: Faulty) -> None:
+    small(faulty)
+    image = await leaf.pull(f"{faulty.host}/x:1")
+    faulty.on = lambda handler, seen: seen.method == "HEAD" and handler.answer(405) is None
+    assert (await leaf.pull(f"{faulty.host}/x:1")).target == image.target
+    assert len(faulty.of("/manifests/", "HEAD")) == 1
 
 
 async def test_a_range_that_begins_elsewhere_is_refused(leaf: ImagesLeaf, faulty: Faulty) -> None:
@@ -296,6 +312,28 @@ async def test_an_index_of_indexes_of_indexes_ends_somewhere(leaf: ImagesLeaf, f
         faulty.add(str(depth + 2), OCI_INDEX, data)
         entry = described(OCI_INDEX, data, platform={"os": "linux", "architecture": "amd64"})
     await fails(leaf, f"{faulty.host}/x:9", InvalidArgument, "nested more than 4 deep")
+
+
+async def test_indexes_that_name_no_platform_are_looked_into(leaf: ImagesLeaf, faulty: Faulty) -> None:
+    small(faulty)
+    inner = [
+        {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [described(OCI_MANIFEST, data, platform=platform)]}
+        for data, platform in (
+            (b"{}", {"os": "linux", "architecture": "s390x"}),
+            (faulty.manifests["1"][1], {"os": "linux", "architecture": "amd64"}),
+        )
+    ]
+    for document in inner:
+        faulty.add("inner", OCI_INDEX, json.dumps(document).encode())
+    outer = [described(OCI_INDEX, json.dumps(document).encode()) for document in inner]
+    index = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": outer}).encode()
+    faulty.add("2", OCI_INDEX, index)
+    amd64 = types_pb2.Platform(os="linux", architecture="amd64")
+    image = await leaf.pull(f"{faulty.host}/x:2", platform=amd64)
+    assert (image.target.digest, image.manifest.digest) == (digest(index), digest(faulty.manifests["1"][1]))
+    arm = types_pb2.Platform(os="linux", architecture="arm")
+    with pytest.raises(NotFound, match="it offers linux/amd64, linux/s390x"):
+        await leaf.pull(f"{faulty.host}/x:2", platform=arm)
 
 
 async def test_a_list_of_referrers_without_end_is_given_up(leaf: ImagesLeaf, faulty: Faulty) -> None:

@@ -102,6 +102,17 @@ async def test_a_mirror_that_gives_other_content_is_left_for_the_registry(
     assert len(faulty.of(digest(made))) == 1
 
 
+async def test_a_mirror_that_gives_a_page_for_people_is_left_for_the_registry(
+    leaf: ImagesLeaf, faulty: Faulty, mirror: Faulty, tmp_path: Path
+) -> None:
+    name = mirrored(tmp_path, faulty, mirror)
+    small(faulty)
+    page = b"<html>please log in to this network</html>"
+    mirror.on = lambda handler, _: handler.answer(200, page, Content_Type="text/html") is None
+    await leaf.pull(name)
+    assert mirror.seen
+
+
 async def test_a_mirror_that_may_not_resolve_is_not_asked_what_a_tag_means(
     leaf: ImagesLeaf, faulty: Faulty, mirror: Faulty, tmp_path: Path
 ) -> None:

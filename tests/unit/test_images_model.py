@@ -73,7 +73,8 @@ def test_an_index_is_read_with_platforms() -> None:
 @pytest.mark.parametrize(
     ("document", "why"),
     [
-        (manifest(schemaVersion=1), "schemaVersion is not 2"),
+        (manifest(schemaVersion=1), "schema 1 is not taken any more"),
+        (manifest(schemaVersion=None), "schemaVersion is not 2: it is no manifest"),
         (manifest(manifests=[descriptor(OCI_MANIFEST)]), "both an index and a manifest"),
         ({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": 3}, "manifests is not a list"),
         (manifest(config=None), "config is missing"),
@@ -149,7 +150,6 @@ def test_null_means_absent_as_go_writes_it() -> None:
 @pytest.mark.parametrize(
     ("document", "why"),
     [
-        (config(rootfs=None), "rootfs is missing"),
         (config(rootfs={"diff_ids": ["x"]}), "64 hex digits"),
         (config(rootfs={"diff_ids": [OTHER] * 501}), "at most 500"),
         (config(config={"Env": "A=1"}), "Env is not a list"),
@@ -164,6 +164,10 @@ def test_a_bad_config_is_refused_by_its_place(document: object, why: str) -> Non
     with pytest.raises(InvalidArgument) as caught:
         read_config(document)
     assert why in caught.value.message
+
+
+def test_a_config_without_a_root_file_system_is_one_of_no_layers() -> None:
+    assert read_config({}).diff_ids == read_config(config(rootfs=None)).diff_ids == ()
 
 
 def test_a_senseless_time_is_no_time() -> None:

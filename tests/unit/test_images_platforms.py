@@ -24,6 +24,18 @@ def offered(*platforms: str) -> list[Descriptor]:
         ("linux/arm/v7", ["linux/arm/v5", "linux/arm/v7", "linux/arm/v6"], "linux/arm/v7"),
         ("linux/arm/v6", ["linux/arm/v5", "linux/arm/v7", "linux/arm/v6"], "linux/arm/v6"),
         ("linux/amd64", ["unknown/unknown", "windows/amd64"], None),
+        ("linux/amd64", ["linux/amd64/v3", "linux/amd64/v1"], "linux/amd64/v1"),
+        ("linux/amd64/v3", ["linux/amd64", "linux/amd64/v4", "linux/amd64/v2"], "linux/amd64/v2"),
+        ("linux/amd64", ["linux/386", "linux/amd64"], "linux/amd64"),
+        ("linux/amd64", ["linux/386"], "linux/386"),
+        ("linux/386", ["linux/amd64"], None),
+        ("linux/arm64", ["linux/arm/v6", "linux/arm/v7"], "linux/arm/v7"),
+        ("linux/arm64/v9.2", ["linux/arm64/v9.4", "linux/arm64/v9", "linux/arm64/v8"], "linux/arm64/v9"),
+        ("linux/arm/v7", ["linux/arm/v8"], None),
+        ("linux/arm/v8", ["linux/armhf", "linux/arm/6"], "linux/armhf"),
+        ("linux/x86_64", ["linux/aarch64", "linux/amd64"], "linux/amd64"),
+        ("linux/aarch64", ["linux/arm64/v8", "linux/amd64"], "linux/arm64/v8"),
+        ("linux/amd64/new", ["linux/amd64/v2", "linux/amd64/new"], "linux/amd64/new"),
     ],
 )
 def test_the_best_that_runs_is_taken(wanted: str, among: list[str], taken: str | None) -> None:

@@ -15,7 +15,7 @@ from corral.images.model import (
     Platform,
     parse_manifest_or_index,
 )
-from corral.images.platforms import choose
+from corral.images.platforms import choices
 from corral.rpc.errors import FailedPrecondition, NotFound
 from corral.store import Database
 
@@ -67,10 +67,13 @@ class Holdings:
         document = parsed(self._document(target))
         if isinstance(document, Manifest):
             return target
-        wanted = choose(document.manifests, platform)
-        if wanted is None:
-            raise NotFound(f"the image has nothing for {platform}: choose with --platform", reason="NO_PLATFORM")
-        return self.chosen(wanted, platform)
+        missing = NotFound(f"the image has nothing for {platform}: choose with --platform", reason="NO_PLATFORM")
+        for wanted in choices(document.manifests, platform):
+            try:
+                return self.chosen(wanted, platform)
+            except NotFound as e:
+                missing = e
+        raise missing
 
     def _gather(self, target: Descriptor, found: Holding) -> None:
         if target.digest in found.documents or target.digest in found.missing:

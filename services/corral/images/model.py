@@ -154,7 +154,13 @@ def parse_manifest_or_index(data: bytes, what: str, *, media_type: str = "") -> 
     """
     document = parse_document(data, what, max_bytes=MAX_MANIFEST_BYTES)
     if document.integer("schemaVersion") != 2:
-        raise document.refusal("schemaVersion", "is not 2: push the image again with a builder of this decade")
+        is_old = document.integer("schemaVersion") == 1 or "fsLayers" in document
+        raise document.refusal(
+            "schemaVersion",
+            "is not 2: docker's image manifest schema 1 is not taken any more, push the image again by a newer builder"
+            if is_old
+            else "is not 2: it is no manifest of an image",
+        )
     declared = document.text("mediaType")
     if declared and media_type and declared != media_type:
         raise document.refusal("mediaType", f"is {declared[:100]!r}, but its descriptor says {media_type[:100]!r}")
@@ -208,12 +214,10 @@ def check_runnable(manifest: Manifest, what: str) -> None:
 def parse_config(data: bytes, what: str) -> Config:
     """The image config in `data`. Raises InvalidArgument."""
     document = parse_document(data, what, max_bytes=MAX_CONFIG_BYTES)
-    rootfs = document.child("rootfs")
-    if rootfs is None:
-        raise document.refusal("rootfs", "is missing")
-    diff_ids = rootfs.texts("diff_ids")
+    rootfs = document.child("rootfs")  # an image without layers may lack it
+    diff_ids = rootfs.texts("diff_ids") if rootfs else ()
     if len(diff_ids) > MAX_LAYERS:
-        raise rootfs.refusal("diff_ids", f"has {len(diff_ids)} layers; the kernel stacks at most {MAX_LAYERS}")
+        raise document.refusal("rootfs", f"has {len(diff_ids)} layers; the kernel stacks at most {MAX_LAYERS}")
     config = document.child("config")
     return Config(
         created=parse_time(document.text("created")),

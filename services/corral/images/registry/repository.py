@@ -29,6 +29,7 @@ from corral.rpc.errors import CorralError, FailedPrecondition
 ACCEPT = ", ".join((*sorted(MANIFESTS), *sorted(INDEXES), "*/*;q=0.5"))
 CONNECT_ATTEMPTS = 2
 MAX_STREAMS = 6
+_NO_SUCH_METHOD = frozenset({405, 501})
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/(?:[0-9]+|\*)")
 
 log = structlog.get_logger()
@@ -129,8 +130,10 @@ class Repository:
         """What a tag points at, without fetching it; None where hosts do not say. Raises NotFound and the like."""
 
         async def attempt(host: Host) -> Descriptor | None:
-            reply = await host.ask(self._manifest_request("HEAD", name))
+            reply = await host.ask(self._manifest_request("HEAD", name, expect=(200, *_NO_SUCH_METHOD)))
             reply.close()
+            if reply.status != 200:
+                return None
             digest = reply.headers.get("Docker-Content-Digest", "")
             size = number(reply.headers.get("Content-Length"))
             if not is_digest(digest) or size is None:
@@ -181,8 +184,8 @@ class Repository:
 
         return Repository([await self.first(Capability.PUSH, attempt, f"repository {self.path}")], self.reference)
 
-    def _manifest_request(self, method: str, name: str) -> Request:
-        return Request(method, f"{self.path}/manifests/{name}", self.pulling, {"Accept": ACCEPT})
+    def _manifest_request(self, method: str, name: str, *, expect: Collection[int] = (200,)) -> Request:
+        return Request(method, f"{self.path}/manifests/{name}", self.pulling, {"Accept": ACCEPT}, expect)
 
     def _image(self, name: str) -> str:
         return f"image {self.reference.familiar_repository}{'@' if is_digest(name) else ':'}{name}"
@@ -194,20 +197,21 @@ class Repository:
     # Blobs
 
     async def open_blob(self, descriptor: Descriptor, start: int = 0, end: int = 0) -> BlobStream:
-        """The blob from `start` to `end` (0: its end), as a stream that is to be read."""
+        """The blob from `start` to `end` (0: its end), as a stream that is to be read.
+
+        A host that takes no ranges, and says so, is asked for the whole.
+        """
         last = (end or descriptor.size_bytes) - 1
+        path = f"{self.path}/blobs/{descriptor.digest}"
+        whole = Request("GET", path, self.pulling)
+        part = Request("GET", path, self.pulling, {"Range": f"bytes={start}-{last}"}, (200, 206, 416))
         ranged = (start, last) != (0, descriptor.size_bytes - 1)
-        headers = {"Range": f"bytes={start}-{last}"} if ranged else {}
 
         async def attempt(host: Host) -> BlobStream:
-            request = Request(
-                "GET",
-                f"{self.path}/blobs/{descriptor.digest}",
-                self.pulling,
-                headers,
-                expect=(200, 206) if ranged else (200,),
-            )
-            reply = await host.ask(request)
+            reply = await host.ask(part if ranged else whole)
+            if reply.status == 416:
+                reply.close()
+                reply = await host.ask(whole)
             try:
                 return _stream(reply, host, descriptor, start)
             except BaseException:
@@ -265,6 +269,8 @@ def _proven(reply: Reply, data: bytes, name: str, expected: Descriptor | None, h
     for wanted in (name if is_digest(name) else "", expected.digest if expected else "", said):
         if is_digest(wanted) and digest != wanted:
             raise Untrusted(f"{where} with the digest {digest} instead of {wanted}")
+    if expected is None and not data.lstrip().startswith((b"{", b"[")):
+        raise Untrusted(f"{where} that is none, {reply.headers.get('Content-Type', '')[:80]!r}: a proxy's page perhaps")
     if expected is not None and expected.size_bytes != len(data):
         raise Untrusted(f"{where} of {len(data)} bytes instead of {expected.size_bytes}")
     media_type = (expected.media_type if expected else "") or _media_type(reply)

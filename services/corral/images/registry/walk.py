@@ -18,7 +18,7 @@ from corral.images.model import (
     Platform,
     parse_manifest_or_index,
 )
-from corral.images.platforms import choose
+from corral.images.platforms import choices
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import InvalidArgument, NotFound
 
@@ -59,30 +59,34 @@ class Walk:
         """Raises InvalidArgument, NotFound if there is nothing for the platform, and what the source raises."""
         target = replace(target, media_type=(await self._document(target)).media_type)
         chosen = await self._choose(target, depth=0)
+        if chosen is None:
+            raise self._nothing()
         if self._everything:
             await self._follow(target, depth=0)
         manifest = self._seen[chosen.digest]
         assert isinstance(manifest, Manifest)
         return Tree(target, chosen, manifest, self._contents, self._edges)
 
-    async def _choose(self, descriptor: Descriptor, *, depth: int) -> Descriptor:
+    async def _choose(self, descriptor: Descriptor, *, depth: int) -> Descriptor | None:
+        """The manifest to run. None: there is nothing for the platform below."""
         document = await self._document(descriptor)
         if isinstance(document, Manifest):
             self._add(descriptor, document)
             return descriptor
         if depth >= MAX_DEPTH:
             raise InvalidArgument(f"{self._what} has indexes nested more than {MAX_DEPTH} deep", reason="BAD_DOCUMENT")
-        wanted = choose(document.manifests, self._platform)
-        if wanted is None and self._everything:
-            wanted = next((m for m in document.manifests if m.media_type in MANIFESTS), None)
-        if wanted is None:
-            raise self._nothing(document)
-        chosen = await self._choose(wanted, depth=depth + 1)
-        self._edge(descriptor, wanted)
-        return chosen
+        wanted = choices(document.manifests, self._platform)
+        if not wanted and self._everything:
+            wanted = [m for m in document.manifests if m.media_type in MANIFESTS][:1]
+        for child in wanted:
+            self._edge(descriptor, child)
+            if (chosen := await self._choose(child, depth=depth + 1)) is not None:
+                return chosen
+        return None
 
-    def _nothing(self, index: Index) -> NotFound:
-        offered = sorted({str(m.platform) for m in index.manifests if m.platform and m.platform.os != "unknown"})
+    def _nothing(self) -> NotFound:
+        listed = (m.platform for index in self._seen.values() if isinstance(index, Index) for m in index.manifests)
+        offered = sorted({str(platform) for platform in listed if platform and platform.os != "unknown"})
         return NotFound(
             f"{self._what} has nothing for {self._platform}; it offers {', '.join(offered) or 'nothing'}:"
             " choose with --platform",
