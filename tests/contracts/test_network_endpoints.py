@@ -35,7 +35,6 @@ from corral.rpc.errors import (
     InvalidArgument,
     NotFound,
     ResourceExhausted,
-    Unimplemented,
 )
 
 pytestmark = needs("root", "netns", "nft", "nsenter", "ip")
@@ -367,12 +366,6 @@ async def test_endpoints_are_listed_by_network_and_namespace(net: Calls) -> None
     assert await net.ids(network="one") == ["a"]
     assert await net.ids(all_namespaces=True) == ["a", "b", "c"]
     assert list((await net.network("one")).endpoints) == ["a"]
-
-
-async def test_what_is_not_there_yet_says_so(net: Calls) -> None:
-    await net.attach("a")
-    with pytest.raises(Unimplemented, match="network"):
-        await net.endpoints.Connect(pb.ConnectRequest(endpoint_id="a"))
 
 
 async def test_endpoints_hang_on_the_default_bridge(lab: Lab, net: Calls) -> None:

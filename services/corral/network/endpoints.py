@@ -3,6 +3,8 @@
     Attach   row ATTACHING, addresses  ->  veth pairs, files  ->  row READY, journal
     Detach   veth pairs off their bridges, namespace unpinned, files removed  ->  row and addresses gone, journal
 
+What changes one that stands is in corral.network.connections and corral.network.publishing.
+
 Failing anywhere in Attach undoes it all. A daemon that dies in between leaves an ATTACHING row, which the next start
 undoes, or a READY one whose kernel objects are gone, which the next Attach makes anew and the next Detach deletes. An
 address is free only once nothing can use it any more. Without interfaces there is nothing to undo, and one
@@ -13,11 +15,11 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from corral.network import bridge, planning, port_rows, store
 from corral.network.allocations import Allocations
+from corral.network.connections import Connections, Wanted, attachments_of, differ_in_networks
 from corral.network.files import FileStore
 from corral.network.links import link_exists
 from corral.network.model import (
@@ -39,11 +41,6 @@ from corral.network.standing import Standing
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from corral.store import Database, Transaction, failpoint
-
-if TYPE_CHECKING:
-    pass
-
-type Wanted = Sequence[tuple[Attachment, Network]]
 
 
 class Endpoints:
@@ -72,6 +69,7 @@ class Endpoints:
         self._boot_id = boot_id
         self._host_prefix = host_prefix
         self._standing = standing
+        self._connections = Connections(db, held, standing, resolvers, host_prefix=host_prefix)
         self.files = files
         self._locks: WeakValueDictionary[EndpointKey, asyncio.Lock] = WeakValueDictionary()
         self._running: set[asyncio.Task[Endpoint | None]] = set()
@@ -90,14 +88,19 @@ class Endpoints:
 
     async def _attach(self, key: EndpointKey, request: Request) -> Endpoint:
         existing = self.find(key)
+        if existing is not None:
+            await self._mend(existing)
         if existing is not None and self.stands(existing):
-            if alike(existing.request, request):
-                existing = await self._renamed(existing, request)
-                lacking = missing(existing, request.ports)
-                return await self._publishing.publish(existing, lacking) if lacking else existing
-            raise AlreadyExists(
-                f"endpoint {key.id!r} is attached already, in another way: detach it first", reason="ENDPOINT_EXISTS"
-            )
+            if not differ_in_networks(existing.request, request) and not alike(existing.request, request):
+                raise AlreadyExists(
+                    f"endpoint {key.id!r} is attached already, in another way: detach it first",
+                    reason="ENDPOINT_EXISTS",
+                )
+            if existing.request.attachments != request.attachments or existing.mode is not request.mode:
+                wanted = await self._wanted(key.namespace, attachments_of(request))
+                existing = await self._connections.follow(existing, request, wanted)
+            lacking = missing(existing, request.ports)
+            return await self._publishing.publish(existing, lacking) if lacking else existing
         if existing is not None and not alike(existing.request, request):
             await self._detach(existing)
             existing = None
@@ -115,25 +118,6 @@ class Endpoints:
         except BaseException:
             await self._standing.discard(endpoint)
             raise
-
-    async def _renamed(self, existing: Endpoint, request: Request) -> Endpoint:
-        """The endpoint with the aliases that are asked for now."""
-        if existing.request.attachments == request.attachments:
-            return existing
-        aliases = {one.network or DEFAULT_NETWORK: one.aliases for one in request.attachments}
-
-        def write(transaction: Transaction) -> Endpoint:
-            for interface in existing.interfaces:
-                name = interface.network.name
-                store.set_aliases(transaction, existing.key, interface, aliases.get(name, interface.aliases))
-            store.set_request(transaction, existing.key, request)
-            found = store.endpoint(transaction, existing.key)
-            assert found is not None, "its lock is held"
-            return found
-
-        renamed = await self._db.write(write)
-        self._resolvers.changed()
-        return renamed
 
     async def _without_interfaces(self, key: EndpointKey, request: Request) -> Endpoint:
         netns, owner = "", ""
@@ -159,7 +143,7 @@ class Endpoints:
         return self.netns_path(other), other.owner or other.key.id
 
     async def _attach_networks(self, key: EndpointKey, request: Request, existing: Endpoint | None) -> Endpoint:
-        wanted = await self._wanted(key.namespace, request.attachments)
+        wanted = await self._wanted(key.namespace, attachments_of(request))
         netns = await self._take_namespace()
         try:
             ports = await self._publishing.hold(key, request.ports)
@@ -180,7 +164,7 @@ class Endpoints:
 
     async def _wanted(self, namespace: str, attachments: Sequence[Attachment]) -> Wanted:
         wanted = []
-        for attachment in attachments or (Attachment(DEFAULT_NETWORK),):
+        for attachment in attachments:
             network = await self._networks.get(namespace, attachment.network or DEFAULT_NETWORK)
             if network.driver != bridge.DRIVER:
                 raise InvalidArgument(
@@ -223,7 +207,35 @@ class Endpoints:
         ready = self._pool.take()
         return await run_blocking(self._pool.make) if ready is None else ready
 
-    # Ports of those that stand
+    # Changing those that stand
+
+    async def connect(self, key: EndpointKey, attachment: Attachment) -> Endpoint:
+        """Put it into one more network, see Connections.connect(). Raises NotFound, FailedPrecondition too."""
+
+        async def work() -> Endpoint:
+            endpoint = await self._standing_one(key)
+            [(_, network)] = await self._wanted(key.namespace, [attachment])
+            return await self._connections.connect(endpoint, attachment, network)
+
+        return await self._alone(key, work)
+
+    async def disconnect(self, key: EndpointKey, network: str) -> Endpoint:
+        """Take it out of a network, see Connections.disconnect(). Raises NotFound, FailedPrecondition."""
+
+        async def work() -> Endpoint:
+            endpoint = await self._standing_one(key)
+            return await self._connections.disconnect(endpoint, await self._networks.get(key.namespace, network))
+
+        return await self._alone(key, work)
+
+    async def _standing_one(self, key: EndpointKey) -> Endpoint:
+        endpoint = self.get(key)
+        await self._mend(endpoint)
+        if not self.stands(endpoint):
+            raise FailedPrecondition(
+                f"the network of container {key.id[:12]!r} is down: start the container first", reason="NOT_UP"
+            )
+        return endpoint
 
     async def publish(self, key: EndpointKey, ports: Sequence[Port]) -> Endpoint:
         """Publish more ports; those that are published stay. Raises NotFound, AlreadyExists, InvalidArgument."""
@@ -322,6 +334,13 @@ class Endpoints:
         path = self.netns_path(endpoint)
         links = (link_exists(interface.host_name) for interface in endpoint.interfaces)
         return (not path or is_pinned(path)) and all(links)
+
+    async def _mend(self, endpoint: Endpoint) -> None:
+        """Make the links that are missing of one that stands otherwise."""
+        if endpoint.state is not EndpointState.READY or endpoint.boot_id != self._boot_id or not endpoint.interfaces:
+            return
+        if not self.stands(endpoint) and is_pinned(self.netns_path(endpoint)):
+            await self._standing.mend(endpoint)
 
     def netns_path(self, endpoint: Endpoint) -> str:
         """Where the namespace can be joined; empty: it is the host's."""

@@ -21,6 +21,8 @@ from corral.store import Trash, remove_tree
 
 HOSTS, RESOLV_CONF, HOSTNAME = "hosts", "resolv.conf", "hostname"
 _NAMES = (HOSTS, RESOLV_CONF, HOSTNAME)
+MOST_READ = 1 << 20
+"""Characters of a file that a container has written to."""
 
 
 class FileStore:
@@ -87,6 +89,23 @@ class FileStore:
             directory.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             os.rename(temporary, directory)  # noqa: PTH104
 
+    def change(self, key: EndpointKey, before: EtcFiles, after: EtcFiles) -> None:
+        """Write what is different, into the same files: containers have them mounted.
+
+        Whoever is in there may have written to them too: then lines of hosts come and go around what he wrote, and
+        resolv.conf is his. Raises OSError.
+        """
+        directory = self.path(key.namespace, key.id)
+        pairs = ((HOSTS, before.hosts, after.hosts), (RESOLV_CONF, before.resolv_conf, after.resolv_conf))
+        for name, old, new in pairs:
+            if old == new:
+                continue
+            current = _read(f"{directory}/{name}")
+            if current != old:
+                new = current if name == RESOLV_CONF else exchanged(current, old, new)
+            if new != current:
+                _fill(f"{directory}/{name}", new)
+
     def throw(self, key: EndpointKey) -> None:
         """Remove the files, in the background; no error if they are gone. On the event loop; waits for no disk."""
         self.trash.throw(self.directory(key))
@@ -129,9 +148,25 @@ def _make(directory: str) -> None:
             os.close(fd)
 
 
+def exchanged(text: str, old: str, new: str) -> str:
+    """A text without the lines of old that are not in new, and with those of new. Pure."""
+    going = set(old.splitlines()) - set(new.splitlines())
+    kept = [line for line in text.splitlines() if line not in going]
+    coming = [line for line in new.splitlines() if line not in kept]
+    return "".join(f"{line}\n" for line in (*kept, *coming))
+
+
+def _read(path: str) -> str:
+    """A file in which a container may have written anything: no more than is looked at."""
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        return file.read(MOST_READ)
+
+
 def _fill(path: str, text: str) -> None:
+    data = text.encode(errors="surrogateescape")
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        os.write(fd, text.encode())
+        os.write(fd, data)
+        os.ftruncate(fd, len(data))
     finally:
         os.close(fd)

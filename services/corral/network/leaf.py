@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+from collections.abc import Sequence
 
 import structlog
 
@@ -15,6 +16,7 @@ from corral.network.endpoints import Endpoints
 from corral.network.files import FileStore
 from corral.network.firewall import Firewall
 from corral.network.links import NetlinkThread
+from corral.network.model import Endpoint
 from corral.network.names import Names, has_names
 from corral.network.networks import Networks
 from corral.network.pool import NetnsPool
@@ -85,7 +87,9 @@ class Leaf:
             boot_id=boot_id,
             host_prefix=prefix,
         )
-        self._reconciler = recovery.Reconciler(self.db, self.networks, driver, self._firewall, self._publishing, prefix)
+        self._reconciler = recovery.Reconciler(
+            self.db, self.networks, driver, self._firewall, self._publishing, prefix, standing.make_missing
+        )
         self.checker = Checker(
             self.db,
             self._thread,
@@ -101,15 +105,15 @@ class Leaf:
 
     async def start(self) -> None:
         """Undo what is half done, and begin to compare rows with the kernel in the background."""
-        await run_blocking(recovery.sweep, self.db, self._pool, self.endpoints.files)
+        lame = await run_blocking(recovery.sweep, self.db, self._pool, self.endpoints.files)
         self._pool.start()
         self._warming = asyncio.get_running_loop().call_later(WARM_AFTER_S, self._thread.warm)
         if self._reconciler.needed():
-            self._reconciling = asyncio.ensure_future(self._reconcile())
+            self._reconciling = asyncio.ensure_future(self._reconcile(lame))
             self._reconciling.add_done_callback(_log_failure)
 
-    async def _reconcile(self) -> None:
-        await self._thread.run(self._reconciler.run)
+    async def _reconcile(self, lame: Sequence[Endpoint]) -> None:
+        await self._thread.run(lambda netlink: self._reconciler.run(netlink, lame))
         for endpoint in self.db.read_sync(store.endpoints):
             for interface in filter(has_names, endpoint.interfaces):
                 await self._resolvers.listen(interface.network)

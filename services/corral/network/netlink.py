@@ -186,8 +186,25 @@ class Netlink:
         self._requests.ask(
             *(rtnetlink.new_address(index, address, length, plan.name) for address, length in plan.addresses),
             rtnetlink.set_link(index, up=True, what=f"set {plan.name} up"),
-            *(rtnetlink.new_default_route(gateway, index) for gateway in plan.gateways),
+            *(rtnetlink.default_route(gateway, index) for gateway in plan.gateways),
         )
+
+    @staticmethod
+    def reroute_inside(netns: Path, plans: Sequence[InterfacePlan]) -> None:
+        """Set the default routes of interfaces that are there, inside their namespace. Raises OSError."""
+
+        def work() -> None:
+            with contextlib.closing(Netlink()) as netlink:
+                for plan in plans:
+                    if plan.gateways:
+                        netlink.reroute(plan)
+
+        in_namespace(netns, work)
+
+    def reroute(self, plan: InterfacePlan) -> None:
+        """Give the inner end, which is up, its default routes. For a Netlink inside the namespace."""
+        index = index_of(plan.name)
+        self._requests.ask(*(rtnetlink.default_route(gateway, index) for gateway in plan.gateways))
 
     # Lists
 

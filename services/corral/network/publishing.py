@@ -103,6 +103,16 @@ class Publishing:
         conntrack.forget_ports(leading)
         self._host.release(endpoint.key, ports)
 
+    def follow(self, netlink: "Netlink", before: Endpoint, endpoint: Endpoint) -> None:
+        """Let its ports lead to the addresses that it has now. On the netlink thread."""
+        old, new = forwards(before, endpoint.ports), forwards(endpoint, endpoint.ports)
+        gone = [forward for forward in old if forward not in new]
+        if gone:
+            self._firewall.withdraw(gone)
+            conntrack.forget_ports(gone)
+        if new != old:
+            self.open(netlink, endpoint, endpoint.ports)
+
     async def publish(self, endpoint: Endpoint, asked: Sequence[Port]) -> Endpoint:
         """More ports of an endpoint that stands; all or none."""
         check_reachable(endpoint, asked)

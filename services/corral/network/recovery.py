@@ -14,7 +14,7 @@ Nothing else is looked at. Rows and namespaces are done before the first RPC; li
 ahead of whatever RPCs ask of it.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,11 +23,13 @@ import structlog
 
 from corral.network import port_rows, store
 from corral.network.bridge import BridgeDriver
+from corral.network.connections import half_connected
 from corral.network.files import FileStore
 from corral.network.firewall import Firewall
-from corral.network.model import Endpoint, EndpointState, Network, NetworkState
+from corral.network.links import link_exists
+from corral.network.model import Endpoint, EndpointState, Interface, Network, NetworkState
 from corral.network.networks import Networks
-from corral.network.pool import NetnsPool
+from corral.network.pool import NetnsPool, is_pinned
 from corral.network.publishing import Publishing
 from corral.store import Database, Transaction
 
@@ -44,8 +46,12 @@ def boot_id() -> str:
     return BOOT_ID.read_text().strip()
 
 
-def sweep(db: Database, pool: NetnsPool, files: FileStore) -> None:
-    """The part before the first RPC: half made endpoints, namespaces and files that nobody owns. Blocks."""
+def sweep(db: Database, pool: NetnsPool, files: FileStore) -> Sequence[Endpoint]:
+    """The part before the first RPC: half made endpoints, namespaces and files that nobody owns. Blocks.
+
+    Returns endpoints that stand but for some of their links, which the other part makes: what an earlier daemon had
+    begun to disconnect, or somebody has deleted.
+    """
     endpoints = db.read_sync(store.endpoints)
     half = [endpoint for endpoint in endpoints if endpoint.state is EndpointState.ATTACHING]
     ready = [endpoint for endpoint in endpoints if endpoint.state is EndpointState.READY]
@@ -53,15 +59,31 @@ def sweep(db: Database, pool: NetnsPool, files: FileStore) -> None:
     stale_files = files.sweep({endpoint.key for endpoint in ready})
     if half:
         db.write_sync(lambda transaction: _delete_rows(transaction, half))
+    connecting = [(endpoint, interface) for endpoint in ready for interface in half_connected(endpoint)]
+    if connecting:
+        db.write_sync(lambda transaction: _delete_interfaces(transaction, connecting))
     if any(endpoint.ports for endpoint in ready):
         db.write_sync(lambda transaction: port_rows.forget_other_boots(transaction, boot_id()))
     if half or namespaces or stale_files:
         log.info("network.swept", endpoints=len(half), namespaces=len(namespaces), files=len(stale_files))
+    return [endpoint for endpoint in db.read_sync(store.endpoints) if _has_lost_links(endpoint, pool)]
+
+
+def _has_lost_links(endpoint: Endpoint, pool: NetnsPool) -> bool:
+    if endpoint.state is not EndpointState.READY or endpoint.boot_id != boot_id():
+        return False
+    lost = any(not link_exists(interface.host_name) for interface in endpoint.interfaces)
+    return lost and is_pinned(pool.path(endpoint.netns))
 
 
 def _delete_rows(transaction: Transaction, endpoints: list[Endpoint]) -> None:
     for endpoint in endpoints:
         store.delete_endpoint(transaction, endpoint.key)
+
+
+def _delete_interfaces(transaction: Transaction, rows: Sequence[tuple[Endpoint, Interface]]) -> None:
+    for endpoint, interface in rows:
+        store.delete_interface(transaction, endpoint.key, interface)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +96,18 @@ class Reconciler:
     firewall: Firewall
     publishing: Publishing
     host_prefix: str
+    mend: "Callable[[Netlink, Endpoint], None]"
+    """Makes the links of an endpoint that are not there."""
 
     def needed(self) -> bool:
         """Whether there is anything to compare with the kernel. Without networks no link can be ours."""
         return bool(self.db.read_sync(store.networks))
 
-    def run(self, netlink: "Netlink") -> None:
-        """Make the kernel what the rows say. Failures are logged, and met again by whoever uses the network."""
+    def run(self, netlink: "Netlink", lame: Sequence[Endpoint]) -> None:
+        """Make the kernel what the rows say. Failures are logged, and met again by whoever uses the network.
+
+        lame: what sweep() returned. Before anything else is done on this thread.
+        """
         found = self.db.read_sync(store.networks)
         self.firewall.rebuild([network for network in found if network.state is NetworkState.READY])
         for network in found:
@@ -89,6 +116,12 @@ class Reconciler:
             except OSError as e:
                 log.warning("network.not_reconciled", network=network.name, error=str(e))
         self._reconcile_links(netlink, {network.bridge for network in found})
+        for endpoint in lame:
+            try:
+                self.mend(netlink, endpoint)
+                log.info("network.links_made", endpoint=endpoint.key.id)
+            except OSError as e:
+                log.warning("network.links_not_made", endpoint=endpoint.key.id, error=str(e))
         self.publishing.restore(netlink, self.db.read_sync(store.endpoints))
 
     def reconcile(self, netlink: "Netlink", network: Network) -> None:

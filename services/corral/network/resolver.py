@@ -54,6 +54,7 @@ class Resolvers:
         self._upstream = upstream
         self._known: Names | None = None
         self._listening: dict[str, _Listener] = {}
+        self._beginning = asyncio.Lock()
         self._answers: Any = None  # the module corral.network.answers
         self._busy: set[asyncio.Task[None]] = set()
 
@@ -75,15 +76,16 @@ class Resolvers:
 
     async def listen(self, network: Network) -> None:
         """Answer those in a network, whose bridge stands. Where something else has the port, that is but reported."""
-        if self.stands(network):
-            return
-        self.stop(network.id)
-        if self._answers is None:
-            self._answers = await run_blocking(_load)
-        try:
-            self._listening[network.id] = await self._listen(network)
-        except OSError as e:
-            log.warning("network.no_names", network=network.name, error=str(e))
+        async with self._beginning:  # two who want the same would be in each other's way
+            if self.stands(network):
+                return
+            self.stop(network.id)
+            if self._answers is None:
+                self._answers = await run_blocking(_load)
+            try:
+                self._listening[network.id] = await self._listen(network)
+            except OSError as e:
+                log.warning("network.no_names", network=network.name, error=str(e))
 
     async def _listen(self, network: Network) -> _Listener:
         loop, index = asyncio.get_running_loop(), index_of(network.bridge)

@@ -19,7 +19,7 @@ from corral.network.ipam import Address
 from corral.network.links import BridgePlan, InterfacePlan
 
 _SOL_NETLINK, _CAP_ACK, _EXT_ACK = 270, 10, 11
-_REQUEST, _ACK, _EXCL, _CREATE = 0x1, 0x4, 0x200, 0x400
+_REQUEST, _ACK, _REPLACE, _EXCL, _CREATE = 0x1, 0x4, 0x100, 0x200, 0x400
 _CHANGE = _REQUEST | _ACK
 _MAKE = _CHANGE | _EXCL | _CREATE
 _ERROR = 2
@@ -170,10 +170,11 @@ def new_address(index: int, address: Address, length: int, where: str) -> Reques
     return Request(_NEWADDR, _MAKE, body, f"add address {address}/{length} to {where}")
 
 
-def new_default_route(gateway: Address, index: int) -> Request:
+def default_route(gateway: Address, index: int) -> Request:
+    """In the place of another one, where there is one."""
     head = _ROUTE.pack(_family(gateway), 0, 0, 0, _TABLE_MAIN, _PROTOCOL_STATIC, 0, _UNICAST, 0)
     body = head + _attribute(_RTA_GATEWAY, gateway.packed) + _attribute(_RTA_OIF, _WORD.pack(index))
-    return Request(_NEWROUTE, _MAKE, body, f"add default route via {gateway}")
+    return Request(_NEWROUTE, _CHANGE | _CREATE | _REPLACE, body, f"set default route via {gateway}")
 
 
 def _link(index: int = 0, *, up: bool | None = None) -> bytes:

@@ -14,7 +14,6 @@ from corral.network.model import Endpoint, EndpointKey
 from corral.rpc.blocking import run_blocking
 from corral.rpc.checking import check
 from corral.rpc.context import check_id, current_namespace
-from corral.rpc.errors import Unimplemented
 from corral.rpc.events import stream_events
 
 
@@ -109,10 +108,11 @@ class _Endpoints(network_pb2_grpc.EndpointsServicer):
         return network_pb2.ListEndpointsResponse(endpoints=[self._answer(endpoint) for endpoint in found])
 
     async def Connect(self, request: network_pb2.ConnectRequest, context: _Context) -> network_pb2.Endpoint:
-        raise _not_yet("connecting a live container to one more network")
+        key, attachment = _key(request.endpoint_id), wire.attachment(request.network)
+        return self._answer(await self._service.leaf.endpoints.connect(key, attachment))
 
     async def Disconnect(self, request: network_pb2.DisconnectRequest, context: _Context) -> network_pb2.Endpoint:
-        raise _not_yet("taking a live container out of a network")
+        return self._answer(await self._service.leaf.endpoints.disconnect(_key(request.endpoint_id), request.network))
 
     async def Publish(self, request: network_pb2.PublishRequest, context: _Context) -> network_pb2.Endpoint:
         key, ports = _key(request.endpoint_id), wire.ports(request.ports)
@@ -134,7 +134,3 @@ class _Endpoints(network_pb2_grpc.EndpointsServicer):
 
 def _key(endpoint_id: str) -> EndpointKey:
     return EndpointKey(current_namespace(), check_id(endpoint_id, "endpoint id"))
-
-
-def _not_yet(what: str) -> Unimplemented:
-    return Unimplemented(f"{what} is not there yet in this version of corral", reason="NOT_YET")

@@ -11,7 +11,7 @@ from corral.network import bridge, conntrack, etc, sysctls
 from corral.network.config import NetworkConfig
 from corral.network.files import FileStore
 from corral.network.links import NetlinkThread, link_exists
-from corral.network.model import Endpoint
+from corral.network.model import Endpoint, Interface
 from corral.network.names import has_names
 from corral.network.networks import Networks
 from corral.network.pool import NetnsPool
@@ -80,13 +80,59 @@ class Standing:
         if endpoint.ports:
             self._publishing.open(netlink, endpoint, endpoint.ports)
 
+    async def mend(self, endpoint: Endpoint) -> None:
+        """Make those of its links that are not there, in the namespace that is."""
+        await self._listen(endpoint)
+        await self._thread.run(lambda netlink: self.make_missing(netlink, endpoint))
+
+    def make_missing(self, netlink: "Netlink", endpoint: Endpoint) -> None:
+        """The same on the netlink thread, without the resolvers."""
+        self._networks.build_missing(netlink, [interface.network for interface in endpoint.interfaces])
+        path = self._pool.path(endpoint.netns)
+        plans = [plan for plan in bridge.interface_plans(endpoint.interfaces) if not link_exists(plan.host_name)]
+        for plan in plans:
+            netlink.plug(plan, path)
+            failpoint("network.connect.after_plug")
+        netlink.configure_inside(path, plans)
+
+    async def plug(self, before: Endpoint, endpoint: Endpoint) -> None:
+        """Make the links that it has more than before, and what follows from that."""
+        await self._listen(endpoint)
+
+        def work(netlink: "Netlink") -> None:
+            self.make_missing(netlink, endpoint)
+            self._publishing.follow(netlink, before, endpoint)
+            self._change_files(before, endpoint)
+
+        await self._thread.run(work)
+
+    async def unplug(self, before: Endpoint, left: Endpoint, gone: Interface) -> None:
+        """Delete one of its links, and do what follows from that; no error if it is gone already."""
+
+        def work(netlink: "Netlink") -> None:
+            self._publishing.follow(netlink, before, left)
+            netlink.delete_link(gone.host_name)
+            failpoint("network.disconnect.after_unplug")
+            netlink.reroute_inside(self._pool.path(left.netns), bridge.interface_plans(left.interfaces))
+            for address, _ in gone.addresses:
+                conntrack.forget_address(address)  # it may be another's next
+            self._change_files(before, left)
+
+        await self._thread.run(work)
+
+    def _change_files(self, before: Endpoint, endpoint: Endpoint) -> None:
+        old, new = self._texts(before), self._texts(endpoint)
+        self._files.change(endpoint.key, old, new)
+
     def make_inside(self, endpoint: Endpoint) -> None:
         """Its kernel parameters and its files."""
         if endpoint.mode.has_own_namespace:
             sysctls.write(self._pool.path(endpoint.netns), endpoint.request.sysctls)
         if not endpoint.owner:
-            files = etc.compose(endpoint, self._host_files, self._config.fallback_dns, self._resolver_of(endpoint))
-            self._files.write(endpoint.key, files, ready=endpoint.netns)
+            self._files.write(endpoint.key, self._texts(endpoint), ready=endpoint.netns)
+
+    def _texts(self, endpoint: Endpoint) -> etc.EtcFiles:
+        return etc.compose(endpoint, self._host_files, self._config.fallback_dns, self._resolver_of(endpoint))
 
     def _resolver_of(self, endpoint: Endpoint) -> str:
         """Where it asks for names; "" if in no network of it anybody answers."""

@@ -292,8 +292,16 @@ def update_endpoint(transaction: Transaction, endpoint: Endpoint) -> None:
 def set_request(transaction: Transaction, key: EndpointKey, request: Request) -> None:
     """It is asked for in another way from now on."""
     transaction.execute(
-        "UPDATE endpoints SET request = ? WHERE namespace = ? AND id = ?",
-        (encode_request(request), key.namespace, key.id),
+        "UPDATE endpoints SET request = ?, mode = ? WHERE namespace = ? AND id = ?",
+        (encode_request(request), request.mode, key.namespace, key.id),
+    )
+
+
+def delete_interface(transaction: Transaction, key: EndpointKey, interface: Interface) -> None:
+    """Delete its row with its addresses; no error if it is gone."""
+    transaction.execute(
+        "DELETE FROM interfaces WHERE namespace = ? AND endpoint = ? AND network = ?",
+        (key.namespace, key.id, interface.network.id),
     )
 
 
