@@ -224,6 +224,23 @@ def test_another_signal_waits_in_a_frozen_group_until_it_is_thawed(group: Cgroup
         assert eventually(lambda: drain(child))
 
 
+def test_no_signal_misses_a_process_that_always_leaves_its_place_to_a_child(group: Cgroup) -> None:
+    """Who only lists and signals comes too late each time."""
+    group.apply(Resources(pids=PidsLimits(64)))
+
+    def relay(_: int) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        while not os.fork():
+            pass
+        os._exit(0)
+
+    for _ in range(10):
+        with inside(group, relay):
+            assert eventually(lambda: bool(group.pids()))
+            group.kill(signal.SIGTERM)
+            assert eventually(lambda: group.pids() == [])
+
+
 def tell_usr1(say: int) -> None:
     signal.signal(signal.SIGUSR1, lambda *_: os.write(say, b"u"))
     os.write(say, b"r")

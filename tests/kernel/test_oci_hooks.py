@@ -107,7 +107,7 @@ def test_that_fail_undo_the_creation_and_poststop_follows(oci: Runtime, log: Pat
     name = oci.new_id()
     result = oci.call("create", name)
     assert result.returncode == 1
-    assert f"hooks.{point}[0]: {tmp_path}/hook: exit status 4: woe" in result.stderr
+    assert f"error running {point} hook #0: {tmp_path}/hook: exit status 4: woe" in result.stderr
     assert name not in oci.ok("list", "-q")
     points = [which for which, _ in lines(log)]
     assert points == [*POINTS[: POINTS.index(point) + 1], "poststop"]
@@ -117,7 +117,7 @@ def test_poststart_that_fails_stops_the_container(oci: Runtime, log: Path, tmp_p
     (tmp_path / "fail-poststart").touch()
     name = oci.new_id()
     oci.detached("create", name)
-    assert "hooks.poststart[0]" in oci.call("start", name).stderr
+    assert "error running poststart hook #0" in oci.call("start", name).stderr
     while oci.status(name) != "stopped":
         time.sleep(0.01)
     oci.ok("delete", name)
@@ -131,7 +131,7 @@ def test_poststop_that_fails_is_a_warning(oci: Runtime, log: Path, tmp_path: Pat
     result = oci.call("delete", "--force", name)
     assert result.returncode == 0
     assert "level=warning" in result.stderr
-    assert "hooks.poststop[0]" in result.stderr
+    assert "error running poststop hook #0" in result.stderr
     assert name not in oci.ok("list", "-q")
 
 

@@ -156,7 +156,7 @@ def test_what_cannot_be_undone_is_left_to_a_forced_delete(oci: Runtime) -> None:
     write(oci, "createRuntime", f"{join}; echo $PPID > /sys/fs/cgroup/corral-oci/{name}/cgroup.procs; exit 1")
     result = oci.call("create", name)
     assert result.returncode == 1
-    assert "hooks.createRuntime[0]" in result.stderr
+    assert "error running createRuntime hook #0" in result.stderr
     assert "left to be deleted by force" in result.stderr
     assert oci.status(name) == "stopped"
     assert cgroups(name)

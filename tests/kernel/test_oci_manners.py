@@ -41,9 +41,9 @@ def test_a_wrong_number_of_arguments_is_told_with_the_right_one(oci: Runtime) ->
     refused(oci.call("create"), "requires exactly 1 argument(s)", "usage: corral-oci create")
     refused(oci.call("delete", "a", "b"), "requires exactly 1 argument(s)")
     refused(oci.call("kill", "a", "b", "c"), "a minimum of 1 and a maximum of 2 argument(s)")
-    assert "usage: corral-oci exec" in oci.ok("exec", "--help")
+    assert "USAGE:\n   corral-oci exec" in oci.ok("exec", "--help")
     assert oci.ok("help", "kill") == oci.ok("kill", "--help")
-    refused(oci.call("help", "nonsense"), "there is no command", code=3)
+    refused(oci.call("help", "nonsense"), "No help topic for 'nonsense'", code=3)
 
 
 @pytest.mark.parametrize("words", [["create"], ["run"], ["run", "--detach"]])

@@ -254,7 +254,9 @@ class TestFailure:
         with pytest.raises(ExecFailed) as failed:
             lab.create(spec)
         assert failed.value.kind == SETUP
-        assert failed.value.message.startswith(f"hooks.{HOOK_POINTS[point]}[1]: {hook.path}: exit status 3: out")
+        assert failed.value.message.startswith(
+            f"error running {HOOK_POINTS[point]} hook #1: {hook.path}: exit status 3: out"
+        )
         assert failed.value.message.endswith("no such device")
         assert not (tmp_path / "after").exists()
         assert children() <= before
@@ -273,27 +275,32 @@ class TestFailure:
     def test_of_start_container_keeps_the_program_from_being_run(self, lab):
         hooks = Hooks(start_container=(in_container("kill -9 $$"),))
         container = lab.create(hooked(lab, hooks, "touch", "/ran"))
-        with pytest.raises(ExecFailed, match=r"hooks\.startContainer\[0\]: /bin/busybox: signal 9"):
+        with pytest.raises(ExecFailed, match=r"error running startContainer hook #0: /bin/busybox: signal 9"):
             container.start()
         assert lab.wait(container.init) == 1
         assert not (lab.upper / "ran").exists()
 
     def test_of_poststart_stops_the_container(self, lab, on_host):
         container = lab.create(hooked(lab, Hooks(poststart=(on_host("bad", "exit 1"),)), "sleep", "60"))
-        with pytest.raises(ExecFailed, match=r"hooks\.poststart\[0\]"):
+        with pytest.raises(ExecFailed, match=r"error running poststart hook #0"):
             container.start()
         assert lab.wait(container.init) == -9
 
     def test_of_poststop_keeps_nothing_from_being_run(self, lab, on_host, tmp_path):
         hooks = Hooks(poststop=(on_host("bad", "exit 1"), Hook("/nowhere"), on_host("good", f"cat > {tmp_path}/state")))
         warnings = run_poststop(hooks, State("the-id", "/no/such/bundle", {"a": "b"}))
-        assert [warning.partition(": ")[0] for warning in warnings] == ["hooks.poststop[0]", "hooks.poststop[1]"]
+        assert [warning.partition(": ")[0] for warning in warnings] == [
+            "error running poststop hook #0",
+            "error running poststop hook #1",
+        ]
         assert os.strerror(errno.ENOENT) in warnings[1]
         state = json.loads((tmp_path / "state").read_text())
         assert (state["status"], state["id"], state["pid"]) == ("stopped", "the-id", 0)
 
     def test_to_be_there_is_one(self, lab):
-        with pytest.raises(ExecFailed, match=r"hooks\.prestart\[0\]: /no/such/hook: .*No such file or directory"):
+        with pytest.raises(
+            ExecFailed, match=r"error running prestart hook #0: /no/such/hook: .*No such file or directory"
+        ):
             lab.create(hooked(lab, Hooks(prestart=(Hook("/no/such/hook"),))))
 
     @pytest.mark.parametrize("script", ["sleep 60", "while :; do echo chatter; done", "sleep 60 & wait"])

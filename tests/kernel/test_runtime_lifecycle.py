@@ -117,7 +117,7 @@ def test_init_ends_with_the_runtime(lab):
     [
         ("nonsense", EXEC_NOT_FOUND, "executable file not found in $PATH"),
         ("/bin/nonsense", EXEC_NOT_FOUND, "no such file or directory"),
-        ("/etc", EXEC_DENIED, "permission denied"),
+        ("/etc", EXEC_DENIED, "is a directory"),
         ("/etc/passwd", EXEC_DENIED, "permission denied"),
         ("/etc/passwd/x", EXEC_NOT_FOUND, "no such file or directory"),
         ("/garbage", EXEC_DENIED, "exec format error"),

@@ -7,6 +7,10 @@ import struct
 
 from corral.kernel.syscalls import DEVPTS_SUPER_MAGIC, filesystem_magic
 
+_TCGETS, _TCSETS = 0x5401, 0x5402
+_TERMIOS = struct.Struct("=4I20s")
+"""struct termios: the flags of input, output, control and line discipline, and which characters do what."""
+_ONLCR = 0o4
 _TIOCSPTLCK = 0x40045431
 _TIOCGPTPEER = 0x5441
 _TIOCSCTTY, _TIOCGWINSZ, _TIOCSWINSZ = 0x540E, 0x5413, 0x5414
@@ -46,6 +50,12 @@ def window_size(fd: int) -> tuple[int, int]:
     """(columns, rows) of a terminal."""
     height, width, _, _ = struct.unpack("HHHH", fcntl.ioctl(fd, _TIOCGWINSZ, bytes(8)))
     return width, height
+
+
+def leave_newlines(fd: int) -> None:
+    """Have no carriage return put before a newline that is written to a terminal."""
+    inward, outward, *rest = _TERMIOS.unpack(fcntl.ioctl(fd, _TCGETS, bytes(_TERMIOS.size)))
+    fcntl.ioctl(fd, _TCSETS, _TERMIOS.pack(inward, outward & ~_ONLCR, *rest))
 
 
 def make_controlling(slave: int) -> None:

@@ -34,6 +34,9 @@ def plan_of(
     """All that init needs to know. Raises ValueError naming the member that can't be honoured."""
     check_spec(spec)
     assert spec.process is not None
+    sysctl = check_sysctl(spec.linux.sysctl, [namespace.type for namespace in spec.linux.namespaces])
+    if spec.domainname and sysctl.get("kernel/domainname", spec.domainname) != spec.domainname:
+        raise ValueError("linux.sysctl.kernel.domainname: domainname says something else")
     new = plans.created(spec)
     if console_size is None and (box := spec.process.console_size) is not None:
         console_size = (box.width, box.height)
@@ -51,7 +54,7 @@ def plan_of(
         program=program,
         hostname=spec.hostname,
         domainname=spec.domainname,
-        sysctl=check_sysctl(spec.linux.sysctl, [namespace.type for namespace in spec.linux.namespaces]),
+        sysctl=sysctl,
         propagation=plans.PROPAGATION[spec.linux.rootfs_propagation],
         propagation_recursive=spec.linux.rootfs_propagation[:1] == "r",
         unshare=Kind.CGROUP.flag if Kind.CGROUP in new else 0,

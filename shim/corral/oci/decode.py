@@ -1,6 +1,7 @@
 """JSON to frozen dataclasses and back, driven by their annotations.
 
-A field `no_new_privileges` is `noNewPrivileges` in JSON. Unknown members are ignored, as runtime-spec wants; a wrong
+A field `no_new_privileges` is `noNewPrivileges` in JSON, and `nonewprivileges` too, as with runc, if there is no
+member of the right name. Unknown members are ignored, as runtime-spec wants; a wrong
 value is refused by a ValueError that begins with its JSON path (`process.user.uid: …`).
 """
 
@@ -103,6 +104,8 @@ _ACRONYMS = {"io": "IO", "oom": "OOM", "id": "ID", "iops": "IOPS", "cpu": "CPU"}
 def _for_dataclass(cls: type[_Dataclass]) -> _Decoder:
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = [(f.name, json_name(f.name)) for f in dataclasses.fields(cls)]
+    names = {name.lower(): name for _, name in fields}
+    exact = frozenset(names.values())
     decoders: dict[str, _Decoder] = {}  # made for what a document has: most have a tenth of what they may
     required = [
         json_name(f.name)
@@ -113,6 +116,8 @@ def _for_dataclass(cls: type[_Dataclass]) -> _Decoder:
     def build(value: object) -> object:
         if not isinstance(value, dict):
             raise _wrong("an object", value)
+        if not exact.issuperset(value):
+            value = _respelled(value, names) | value
         for name in required:
             if value.get(name) is None:
                 raise _Wrong("missing").inside(f".{name}")
@@ -129,6 +134,11 @@ def _for_dataclass(cls: type[_Dataclass]) -> _Decoder:
         return cls(**members)
 
     return build
+
+
+def _respelled(value: dict[str, object], names: Mapping[str, str]) -> dict[str, object]:
+    """Members by their right names, by names in lower case: Go's decoder, and so runc, does not mind the case."""
+    return {names[low]: item for name, item in value.items() if (low := name.lower()) in names}
 
 
 def _for(hint: object) -> _Decoder:

@@ -85,7 +85,9 @@ def _of_the_host(device: Device) -> int | None:
         with contextlib.suppress(OSError), paths.opened(os.open(path, os.O_PATH | os.O_CLOEXEC)) as fd:
             status = os.fstat(fd)
             if stat.S_IFMT(status.st_mode) == kind and status.st_rdev == os.makedev(device.major, device.minor):
-                return mount.clone_tree(fd)
+                tree = mount.clone_tree(fd)
+                mount.set_attributes(tree, attr_set=mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NOEXEC)
+                return tree
     return None
 
 

@@ -49,7 +49,7 @@ def run_hooks(hooks: Hooks, point: str, state: State, *, env: Mapping[str, str],
             _run(hook, state, env, directory, of_host=point != "start_container")
         except (OSError, _Failed) as e:
             reason = (e.strerror or str(e)) if isinstance(e, OSError) else str(e)
-            raise ExecFailed(SETUP, f"hooks.{HOOK_POINTS[point]}[{i}]: {hook.path}: {reason}") from e
+            raise ExecFailed(SETUP, f"error running {HOOK_POINTS[point]} hook #{i}: {hook.path}: {reason}") from e
 
 
 def run_poststop(hooks: Hooks | None, state: State) -> list[str]:
@@ -64,7 +64,7 @@ def run_poststop(hooks: Hooks | None, state: State) -> list[str]:
         try:
             run_hooks(one, "poststop", state.at(STOPPED), env=os.environ, directory=state.bundle)
         except ExecFailed as e:
-            warnings.append(e.message.replace("[0]", f"[{i}]", 1))
+            warnings.append(e.message.replace("#0", f"#{i}", 1))
     return warnings
 
 

@@ -142,7 +142,7 @@ def proceed(
         namespaces.join(pids.fd, Kind.PID.flag, what=pids.path)
     stone = _make_stone(plan, channel, gate) if plan.by_stone else None
     program = settle(plan, stage, stdio, channel.send_listener, controlling=pids is None)
-    if gate is not None:  # who starts it may not be there to be told
+    if gate is not None or stone is not None:  # who starts it may not be there to be told, and a stone can't tell all
         programs.check_executable(program)
     kept = [*stdio.kept, *gates, *([] if stone is None else [stone])]
     (hand_back if pids is None else go_on)(channel, stage.console_master, kept)
@@ -305,7 +305,7 @@ def settle(
     if plan.domainname:
         hostname.set_domain_name(plan.domainname)
     if stage.console_slave is not None:
-        use_terminal(stage.console_slave, controlling=controlling)
+        use_terminal(stage.console_slave, stdio, controlling=controlling)
     else:
         use_own_null(stage.root, stdio)
     return programs.become(plan.program, stage.root, tell_listener)

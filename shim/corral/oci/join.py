@@ -64,7 +64,7 @@ def run_joined(
         master: int | None = None
         if terminal is not None:
             master, slave = _open_terminal(root, terminal)
-            use_terminal(slave, controlling=False)
+            use_terminal(slave, stdio, controlling=False)
         else:
             use_own_null(root, stdio)
         program = programs.become(program, root, channel.send_listener)

@@ -1,12 +1,12 @@
 """linux.resources of config.json as the limits of a cgroup. Pure.
 
-Zero is Go's "not set" for every number here, so it is no limit but none of our business; -1 is no limit.
+Zero is Go's "not set" for every number here but one, so it is no limit but none of our business; -1 is no limit.
 """
 
 from collections.abc import Iterable
 
 from corral.kernel import cgroup
-from corral.oci.resources import BlockIO, Cpu, Memory, Network, ThrottleDevice
+from corral.oci.resources import BlockIO, Cpu, Memory, Network, Pids, ThrottleDevice
 from corral.oci.spec import DeviceRule, DeviceType, Resources
 
 _TYPES = {DeviceType.ALL: "a", DeviceType.BLOCK: "b", DeviceType.CHAR: "c", DeviceType.UNBUFFERED: "c"}
@@ -30,7 +30,7 @@ def _limits(wanted: Resources, devices: tuple[cgroup.DeviceRule, ...] | None) ->
     return cgroup.Resources(
         cpu=_cpu(wanted.cpu or Cpu()),
         memory=_memory(wanted.memory or Memory()),
-        pids=cgroup.PidsLimits((wanted.pids.limit if wanted.pids else None) or None),
+        pids=cgroup.PidsLimits(_pids(wanted.pids)),
         io=_io(wanted.block_io or BlockIO()),
         hugetlb=tuple(cgroup.HugetlbLimit(each.page_size, each.limit) for each in wanted.hugepage_limits),
         network=_network(wanted.network or Network()),
@@ -40,6 +40,11 @@ def _limits(wanted: Resources, devices: tuple[cgroup.DeviceRule, ...] | None) ->
         devices=devices,
         unified=wanted.unified,
     )
+
+
+def _pids(pids: Pids | None) -> int | None:
+    """No processes but init: 0 and 1 are the same, and systemd knows only 1. Source: runtime-spec 1.3; runc 1.4."""
+    return None if pids is None or pids.limit is None else pids.limit or 1
 
 
 def _cpu(cpu: Cpu) -> cgroup.CpuLimits:

@@ -57,6 +57,8 @@ _SUPERBLOCK = {
 }
 # No kernel we run on prints a message or takes a mandatory lock; i_version is each file system's own affair.
 _IGNORED = frozenset(("defaults", "nomand", "mand", "loud", "silent", "noiversion", "iversion"))
+OF_ACLS = ("acl", "noacl")
+"""Flags of mount(2) that a tmpfs does not look at, and that fsconfig(2) has no word for; others may have options."""
 # For mount(8) and fstab(5) only.
 _FSTAB = frozenset(("auto", "noauto", "nouser", "_netdev"))
 _UNSUPPORTED = frozenset(("move", "rmove"))
@@ -150,7 +152,7 @@ def _with_rare(options: MountOptions, rare: list[str]) -> MountOptions:
 def known() -> set[str]:
     """Every option that parse() does not leave to the file system."""
     recursive = {*_SET, *_CLEAR, *_ATIME, *_PROPAGATION, "bind", "idmap"}
-    return recursive | {f"r{name}" for name in recursive} | _IGNORED | (_RARE - _UNSUPPORTED)
+    return recursive | {f"r{name}" for name in recursive} | _IGNORED | (_RARE - _UNSUPPORTED) | {*OF_ACLS}
 
 
 def _changed(attributes: Attributes, option: str) -> Attributes | None:

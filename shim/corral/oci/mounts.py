@@ -357,7 +357,7 @@ def _directory_without_links(root: int, path: str) -> int:
 def _sentence(e: OSError) -> str:
     match e.errno:
         case errno.ELOOP:
-            return "a symbolic link stands in the way in the image"
+            return "must be mounted on ordinary directory: a symbolic link stands in the way in the image"
         case errno.ENOTDIR:
             return "it is no directory in the image"
         case errno.EISDIR:

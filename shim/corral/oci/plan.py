@@ -67,7 +67,7 @@ def steps_of(
     if spec.linux.readonly_paths:
         steps.append(ReadonlyPaths(spec.linux.readonly_paths))
     if spec.linux.masked_paths:
-        steps.append(MaskedPaths(spec.linux.masked_paths))
+        steps.append(MaskedPaths(tuple(dict.fromkeys(spec.linux.masked_paths))))
     steps.append(ReadonlyTmpfs())
     if (spec.root is not None and spec.root.readonly) or root.options.attributes.set & MOUNT_ATTR_RDONLY:
         steps.append(ReadonlyRoot())
@@ -97,6 +97,8 @@ def _options(mount: Mount, path: str) -> mount_options.MountOptions:
     options = list(mount.options)
     if mount.type in ("bind", "rbind") and not {"bind", "rbind"} & set(options):
         options.append(mount.type)
+    if mount.type == "tmpfs":
+        options = [option for option in options if option not in mount_options.OF_ACLS]
     try:
         return mount_options.parse(options)
     except ValueError as e:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # loaded for those who ask for it
     from corral.oci.labels import Labels
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where a program is looked for that is given no PATH. It stays without one, as with runc."""
+_IS_DIRECTORY = "is a directory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ class Program:
 
     def start_as(self, identity: Identity) -> "Program":
         """The same program, run by identity."""
-        env = self.env if "HOME" in self.env else {**self.env, "HOME": identity.home}
+        env = self.env if self.env.get("HOME") else {**self.env, "HOME": identity.home}
         return replace(self, uid=identity.uid, gid=identity.gid, groups=identity.groups, env=env)
 
     def inherited(self) -> "Program":
@@ -76,7 +78,6 @@ class Program:
 def program_of(spec: Process, linux: Linux, *, user: str | None) -> Program:
     """The program that a process object describes. Raises ValueError for names the kernel does not know."""
     env = dict(assignment.split("=", 1) for assignment in spec.env)
-    env.setdefault("PATH", DEFAULT_PATH)
     for limit in spec.rlimits:
         if limit.type not in rlimits.NAMES:
             raise ValueError(f"process.rlimits: unknown resource limit {limit.type!r}")
@@ -154,7 +155,12 @@ def warnings_of(process: Process) -> list[str]:
         return []
     sets = (asked.bounding, asked.effective, asked.permitted, asked.inheritable, asked.ambient)
     unknown = capabilities.unknown(name for names in sets for name in names)
-    return [f"process.capabilities: {', '.join(map(repr, unknown))}: unknown, and ignored"] if unknown else []
+    warnings = [f"process.capabilities: {', '.join(map(repr, unknown))}: unknown, and ignored"] if unknown else []
+    lacking = capabilities.mask_of(asked.ambient) & ~(
+        capabilities.mask_of(asked.permitted) & capabilities.mask_of(asked.inheritable)
+    )
+    why = "it is not both permitted and inheritable"
+    return warnings + [f"can't raise ambient capability {name}: {why}" for name in capabilities.names_of(lacking)]
 
 
 def adjust_oom_score(wanted: int | None) -> None:
@@ -304,22 +310,29 @@ def execute(program: Program) -> NoReturn:
     process.unblock_signals()
     name = program.args[0]
     denied: OSError | None = None
-    for candidate in candidates(name, program.env["PATH"]):
+    for candidate in candidates(program):
         try:
             os.execve(candidate, program.args, program.env)  # noqa: S606
         except (FileNotFoundError, NotADirectoryError):
             continue
         except PermissionError as e:
-            denied = e
+            denied = IsADirectoryError(errno.EISDIR, _IS_DIRECTORY) if _is_directory(candidate) else e
         except OSError as e:
             raise refusal(name, e) from e
     raise refusal(name, denied or FileNotFoundError())
 
 
+def _is_directory(path: str) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)  # noqa: PTH116 - a path of the container, as execve takes it
+    except OSError:
+        return False
+
+
 def check_executable(program: Program) -> None:
     """Raise the ExecFailed that execute() would, as far as file modes tell it."""
     name, denied = program.args[0], ""
-    for candidate in candidates(name, program.env["PATH"]):
+    for candidate in candidates(program):
         try:
             mode = os.stat(candidate).st_mode  # noqa: PTH116 - a path of the container, as execve takes it
         except (FileNotFoundError, NotADirectoryError):
@@ -327,7 +340,9 @@ def check_executable(program: Program) -> None:
         except OSError as e:
             denied = denied or (e.strerror or str(e)).lower()
             continue
-        if not stat.S_ISDIR(mode) and mode & 0o111:
+        if stat.S_ISDIR(mode):
+            denied = denied or _IS_DIRECTORY
+        elif mode & 0o111:
             return
         denied = denied or "permission denied"
     if denied:
@@ -335,11 +350,12 @@ def check_executable(program: Program) -> None:
     raise _not_found(name)
 
 
-def candidates(name: str, path: str) -> Iterable[str]:
+def candidates(program: Program) -> Iterable[str]:
     """The paths under which a program is tried; an empty entry of PATH is not the working directory, but nothing."""
+    name = program.args[0]
     if "/" in name:
         return (name,)
-    return (f"{directory}/{name}" for directory in path.split(":") if directory)
+    return (f"{directory}/{name}" for directory in program.env.get("PATH", DEFAULT_PATH).split(":") if directory)
 
 
 def _not_found(name: str) -> ExecFailed:

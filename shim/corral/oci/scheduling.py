@@ -51,7 +51,7 @@ class IOPriority:
     """0 is the highest priority of a class."""
 
     class_: IOPriorityClass
-    priority: Annotated[int, Range(0, 7)]
+    priority: Annotated[int, Range(0, 7)] = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,8 @@ class Stdio:
     stderr: int | None = None
     kept: tuple[int, ...] = ()
     """Further fds, inheritable, which the process has under the same numbers."""
+    newlines: bool = False
+    """What the process writes to its terminal gets no carriage returns: no terminal is there to read them."""
 
     def given(self) -> list[int]:
         """The fds that are there."""
@@ -61,8 +63,10 @@ def use_own_null(root: int, stdio: Stdio) -> None:
             os.dup2(fd, place, inheritable=True)
 
 
-def use_terminal(slave: int, *, controlling: bool = True) -> None:
+def use_terminal(slave: int, stdio: Stdio, *, controlling: bool = True) -> None:
     """Make a pty slave all of 0, 1 and 2, and the controlling terminal of this session leader."""
+    if stdio.newlines:
+        tty.leave_newlines(slave)
     if controlling:
         tty.make_controlling(slave)
     for place in range(3):

@@ -128,5 +128,5 @@ def cross(fd: int, program: Program, channel: int, gate: int | None) -> NoReturn
     for kept in (channel, gate):
         if kept is not None:
             os.set_inheritable(kept, True)
-    paths = programs.candidates(program.args[0], program.env["PATH"])
+    paths = programs.candidates(program)
     os.execve(fd, [*paths, "", *program.args], program.env)  # noqa: S606

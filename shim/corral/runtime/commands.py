@@ -93,7 +93,7 @@ def _dispatch(options: Options, log: Log, words: list[str]) -> int:
             return 0
         name, rest = rest[0], ["--help"]
     if name not in COMMANDS:
-        raise CommandError(f"there is no command {name!r}; --help lists them", UNKNOWN_COMMAND_CODE)
+        raise CommandError(f"No help topic for {name!r}; --help lists the commands", UNKNOWN_COMMAND_CODE)
     module_name, function, flags_name, least, most, usage = COMMANDS[name]
     index.load(module_name)
     module = import_module(f"corral.runtime.{module_name}")
@@ -111,6 +111,7 @@ def _dispatch(options: Options, log: Log, words: list[str]) -> int:
         rootless=_rootless(options),
         with_cgroups=manager != "disabled",
         systemd=manager == "systemd",
+        named=options.has("root"),
     )
     command: Command = getattr(module, function)
     return command(context, own, arguments)
@@ -167,7 +168,8 @@ def _usage() -> str:
 
 
 def _usage_of(name: str, flags: Flags, arguments: str) -> str:
-    lines = [f"usage: corral-oci {name} [FLAG...] {arguments}".rstrip(), "", "flags:"]
+    lines = ["NAME:", f"   corral-oci {name}", "", "USAGE:"]
+    lines += [f"   corral-oci {name} [FLAG...] {arguments}".rstrip(), "", "OPTIONS:"]
     return "\n".join([*lines, *_flag_lines({**flags, "help,h": SWITCH})]) + "\n"
 
 

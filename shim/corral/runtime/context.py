@@ -7,7 +7,7 @@ from corral.runtime.log import Log
 class Context:
     """The global flags, understood."""
 
-    __slots__ = ("_rootless", "log", "root", "systemd", "with_cgroups")
+    __slots__ = ("_rootless", "log", "named", "root", "systemd", "with_cgroups")
 
     def __init__(
         self,
@@ -17,8 +17,11 @@ class Context:
         rootless: bool | None = None,
         with_cgroups: bool = True,
         systemd: bool = False,
+        named: bool = False,
     ) -> None:
         self.root, self.log = root, log
+        self.named = named
+        """The root is one that was asked for."""
         self.systemd = systemd
         """It is systemd that makes the cgroups of new containers; an older one knows who made its."""
         self._rootless = rootless

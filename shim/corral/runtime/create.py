@@ -14,10 +14,10 @@ RUN_FLAGS: Flags = {**BUNDLE_FLAGS, "detach,d": SWITCH, "keep": SWITCH, "no-subr
 def create(context: Context, options: Options, arguments: list[str]) -> int:
     """Make a container whose init waits for start, as a child of whoever adopts it."""
     kept = handover.kept_fds(options)
-    bundle = Bundle(options.text("bundle"))
+    bundle = Bundle(options)
     by_stone = sealed_unless_left(bundle.spec)
     handover.check_terminal(bundle.process, options, detached=True)
-    stdio = handover.own_stdio(bundle.process, kept)
+    stdio = handover.own_stdio(bundle.process, options, kept)
     way = Way(stdio, with_gate=True, by_stone=by_stone)
     with making.made(context, bundle, options, arguments[0], way) as made:
         handover.tell_of(made.container.init, options)
@@ -28,7 +28,7 @@ def create(context: Context, options: Options, arguments: list[str]) -> int:
 def run(context: Context, options: Options, arguments: list[str]) -> int:
     """create and start, and unless --detach is given: stay, pass signals on, and delete it in the end."""
     kept = handover.kept_fds(options)
-    bundle = Bundle(options.text("bundle"))
+    bundle = Bundle(options)
     by_stone = sealed_unless_left(bundle.spec)
     detach = options.on("detach")
     handover.check_terminal(bundle.process, options, detached=detach)
@@ -37,7 +37,7 @@ def run(context: Context, options: Options, arguments: list[str]) -> int:
         signals = foreground.hold_signals()
         if not options.on("no-subreaper"):
             process.set_child_subreaper()
-    stdio = handover.own_stdio(bundle.process, kept)
+    stdio = handover.own_stdio(bundle.process, options, kept)
     way = Way(stdio, with_gate=False, by_stone=by_stone)
     with making.made(context, bundle, options, arguments[0], way) as made:
         handover.tell_of(made.container.init, options)

@@ -2,11 +2,12 @@
 
 import contextlib
 import fcntl
+import os
 import time
 from dataclasses import replace
 
 from corral.kernel import process as processes
-from corral.kernel.cgroup import Cgroup
+from corral.kernel.cgroup import Cgroup, detect
 from corral.oci.attendance import ProcessHandle
 from corral.oci.container import Container
 from corral.oci.decode import encode
@@ -83,7 +84,7 @@ def _run(
     user = None if options.has("process") else _looked_up(options.text("user"))
     asked = any(options.texts("cgroup"))
     return container.exec(
-        wanted, user=user, stdio=handover.own_stdio(wanted, kept), cgroup_paths=paths, exact_cgroup=asked
+        wanted, user=user, stdio=handover.own_stdio(wanted, options, kept), cgroup_paths=paths, exact_cgroup=asked
     )
 
 
@@ -98,12 +99,30 @@ def _wait_until_thawed(context: Context, container_id: str) -> None:
 
 
 def _within(paths: tuple[str, ...], wanted: list[str]) -> tuple[str, ...]:
-    """The directories of the container's cgroup, or of one below it that is there already."""
+    """The directories of the container's cgroup, or of one below it that is there already.
+
+    `CONTROLLER[,...]:PATH` is one in those hierarchies of v1, as with runc.
+    """
     for each in wanted:
-        if ":" in each or ".." in each.split("/"):
-            raise CommandError(f"--cgroup: {each!r} is not the path of a cgroup below the container's")
-        paths = tuple([f"{path}/{each.lstrip('/')}".rstrip("/") for path in paths])
+        controllers, colon, below = each.rpartition(":")
+        if ".." in below.split("/"):
+            raise CommandError(f"--cgroup: bad sub cgroup path {below!r}: it must lie below the container's")
+        of = {_directory_of(name, paths) for name in controllers.split(",")} if colon else {*paths}
+        paths = tuple([f"{path}/{below.lstrip('/')}".rstrip("/") if path in of else path for path in paths])
+    for path in paths if wanted else ():
+        if not os.access(path, os.F_OK):
+            raise CommandError(f"--cgroup: error adding pid to cgroup {path}: no such file or directory")
     return paths
+
+
+def _directory_of(controller: str, paths: tuple[str, ...]) -> str:
+    """The container's cgroup in the v1 hierarchy of a controller."""
+    hierarchy = detect().of(controller)
+    if hierarchy is not None and hierarchy.version == 1:
+        for path in paths:
+            if path.startswith(f"{hierarchy.mount_point}/"):
+                return path
+    raise CommandError(f"--cgroup: unknown controller {controller!r}")
 
 
 def _process(spec: Spec, options: Options, words: list[str]) -> Process:
@@ -150,7 +169,9 @@ def _with_capabilities(own: Capabilities, names: list[str]) -> Capabilities:
     def more(held: tuple[str, ...]) -> tuple[str, ...]:
         return (*held, *(name for name in names if name not in held))
 
-    return replace(own, bounding=more(own.bounding), effective=more(own.effective), permitted=more(own.permitted))
+    with_more = replace(own, bounding=more(own.bounding), effective=more(own.effective), permitted=more(own.permitted))
+    # As with runc: what is not inheritable can't be ambient, and none becomes inheritable here (CVE-2022-29162).
+    return replace(with_more, ambient=more(own.ambient)) if own.inheritable else with_more
 
 
 def _group(text: str) -> int:

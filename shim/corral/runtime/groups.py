@@ -77,9 +77,9 @@ def _make(limits: Resources, path: str) -> Cgroup:
     except FileExistsError:
         group = driver.open(path)
     if pids := group.pids():
-        raise CommandError(f"container's cgroup {path} is not empty: {len(pids)} process(es) found")
+        raise CommandError(f"container's cgroup is not empty: {len(pids)} process(es) found in {path}")
     if group.is_frozen():
-        raise CommandError(f"container's cgroup {path} is unexpectedly frozen")
+        raise CommandError(f"container's cgroup unexpectedly frozen: {path}")
     return driver.create(path, limits, adopt=True)
 
 

@@ -53,9 +53,11 @@ def with_listen_fds(process: Process) -> Process:
     return replace(process, env=(*process.env, f"LISTEN_FDS={listening}", "LISTEN_PID=1"))
 
 
-def own_stdio(process: Process, kept: tuple[int, ...]) -> Stdio:
+def own_stdio(process: Process, options: Options, kept: tuple[int, ...]) -> Stdio:
     """This command's own 0, 1 and 2, for a process without a terminal."""
-    return Stdio(kept=kept) if process.terminal else Stdio(0, 1, 2, kept)
+    if not process.terminal:
+        return Stdio(0, 1, 2, kept)
+    return Stdio(kept=kept, newlines=not options.has("console-socket") and not os.isatty(1))
 
 
 def tell_of(handle: "ProcessHandle", options: Options) -> None:

@@ -38,7 +38,7 @@ class Log:
 
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         if self._form == "json":
-            line = json.dumps({"level": level, "msg": message, "time": now})
+            line = json.dumps({"level": level, "msg": message, "time": now}, separators=(",", ":"))
         else:
             line = f"time={json.dumps(now)} level={level} msg={json.dumps(message, ensure_ascii=False)}"
         data = f"{line}\n".encode("utf-8", "surrogateescape")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BUNDLE_FLAGS: Flags = {
     "bundle,b": VALUE,
+    "config,f": VALUE,  # as crun has it
     "console-socket": VALUE,
     "pid-file": VALUE,
     "pidfd-socket": VALUE,
@@ -50,16 +51,21 @@ class Way:
 class Bundle:
     """A bundle directory and its specification."""
 
-    def __init__(self, path: str) -> None:
-        """Read it. Raises CommandError if there is none, ValueError for what is wrong in it."""
-        self.path = os.path.realpath(path or ".")
+    def __init__(self, options: Options) -> None:
+        """Read those of --bundle and --config; a relative name of the latter counts from the bundle.
+
+        Raises CommandError if there is none, ValueError for what is wrong in it.
+        """
+        self.path = os.path.realpath(options.text("bundle", "."))
+        config = options.text("config", "config.json")
+        config = config if config.startswith("/") else f"{self.path}/{config}"
         try:
-            with open(f"{self.path}/config.json", encoding="utf-8") as file:
+            with open(config, encoding="utf-8") as file:
                 self.document = loads(file.read())
         except (FileNotFoundError, NotADirectoryError):
-            raise CommandError(f"JSON specification file {self.path}/config.json not found") from None
+            raise CommandError(f"JSON specification file {config} not found") from None
         except ValueError as e:
-            raise CommandError(f"{self.path}/config.json: {e}") from None
+            raise CommandError(f"{config}: {e}") from None
         self.spec = Spec.from_json(self.document)
 
     @property

@@ -16,8 +16,8 @@ from corral.runtime.state import Place, Record
 if TYPE_CHECKING:
     from corral.oci.spec import Spec
 
-KILL_FLAGS: Flags = {"all,a": SWITCH}
-DELETE_FLAGS: Flags = {"force,f": SWITCH}
+KILL_FLAGS: Flags = {"all,a": SWITCH, "regex,r": SWITCH}
+DELETE_FLAGS: Flags = {"force,f": SWITCH, "regex,r": SWITCH}
 _DIE_S = 10.0
 
 
@@ -42,9 +42,26 @@ def parse_signal(text: str) -> int:
 def kill(context: Context, options: Options, arguments: list[str]) -> int:
     """Send a signal to init or, with --all, to every process."""
     number = parse_signal(arguments[1] if len(arguments) > 1 else "TERM")
-    everybody = options.on("all")
+    for container_id in _named(context, options, arguments[0]):
+        _kill(context, container_id, number, everybody=options.on("all"))
+    return 0
+
+
+def _named(context: Context, options: Options, name: str) -> list[str]:
+    """The container of this id or, with --regex, as crun has it, all in whose ids something matches."""
+    if not options.on("regex"):
+        return [name]
+    import re
+
+    try:
+        return [container_id for container_id in state.ids(context.root) if re.search(name, container_id)]
+    except re.error as e:
+        raise CommandError(f"--regex: {name!r}: {e}") from None
+
+
+def _kill(context: Context, container_id: str, number: int, *, everybody: bool) -> None:
     # Not locked: a pidfd can't hit another process, and whoever hangs in a locked command must be killable.
-    with state.opened(context.root, arguments[0], lock=None) as place:
+    with state.opened(context.root, container_id, lock=None) as place:
         record = place.record()
         group = life.cgroup_of(record)
         alive = life.init_lives(record)
@@ -52,9 +69,9 @@ def kill(context: Context, options: Options, arguments: list[str]) -> int:
         if everybody or (number == signal.SIGKILL and not record.own_pids):
             if group is not None and (alive or group.pids()):
                 group.kill(number)
-                return 0
+                return
             if everybody and not alive:
-                return 0
+                return
         pidfd = life.open_init(record)
         try:
             process.send_signal(pidfd, number)
@@ -64,12 +81,12 @@ def kill(context: Context, options: Options, arguments: list[str]) -> int:
             os.close(pidfd)
         if number == signal.SIGKILL and group is not None and group.is_frozen():
             group.thaw()  # who is frozen can't die
-    return 0
 
 
 def delete(context: Context, options: Options, arguments: list[str]) -> int:
     """Remove what a stopped container left; with --force end it first, and do not mind if there is none."""
-    _remove(context, arguments[0], force=options.on("force"))
+    for container_id in _named(context, options, arguments[0]):
+        _remove(context, container_id, force=options.on("force"))
     return 0
 
 

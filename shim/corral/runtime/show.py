@@ -26,6 +26,8 @@ def print_state(context: Context, _options: Options, arguments: list[str]) -> in
 def print_list(context: Context, options: Options, _arguments: list[str]) -> int:
     """Print all containers below the root."""
     form = _format(options)
+    if context.named and not os.path.isdir(context.root):  # noqa: PTH112 - a string, as everything here
+        raise CommandError(f"--root: no such directory: {context.root}")
     rows: list[dict[str, object]] = []
     for container_id in state.ids(context.root):
         try:

@@ -3,6 +3,8 @@
 import json
 import os
 
+from corral.kernel.cgroup import detect
+from corral.kernel.cgroup.layout import Kind
 from corral.oci import OCI_VERSION
 from corral.oci.features import features_document
 from corral.runtime.context import Context
@@ -31,7 +33,9 @@ _NO = ["nosuid", "noexec", "nodev"]
 def print_spec(_context: Context, options: Options, _arguments: list[str]) -> int:
     """Write a config.json to begin with into the bundle; one that is there is left alone."""
     path = os.path.join(options.text("bundle") or ".", "config.json")  # noqa: PTH118 - as the flag gave it
-    document = rootless_spec(os.geteuid(), os.getegid()) if options.on("rootless") else default_spec()
+    shown = detect().kind is not Kind.V2  # as runc's: a cgroup namespace on a host of v2 alone
+    rootless = options.on("rootless")
+    document = rootless_spec(os.geteuid(), os.getegid(), shown=shown) if rootless else default_spec(shown=shown)
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except FileExistsError:
@@ -42,8 +46,8 @@ def print_spec(_context: Context, options: Options, _arguments: list[str]) -> in
     return 0
 
 
-def default_spec() -> dict[str, object]:
-    """A shell in namespaces of its own, on a read-only root."""
+def default_spec(*, shown: bool = False) -> dict[str, object]:
+    """A shell in namespaces of its own, on a read-only root. shown: the host's paths of cgroups."""
     return _spec(
         [
             _mount("/sys", "sysfs", "sysfs", [*_NO, "ro"]),
@@ -51,13 +55,13 @@ def default_spec() -> dict[str, object]:
         ],
         {
             "resources": {"devices": [{"allow": False, "access": "rwm"}]},
-            "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount", "cgroup")],
+            "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount", *_cgroup(shown=shown))],
         },
         devpts=["gid=5"],
     )
 
 
-def rootless_spec(uid: int, gid: int) -> dict[str, object]:
+def rootless_spec(uid: int, gid: int, *, shown: bool = False) -> dict[str, object]:
     """The same for an ordinary user, who is root in it and shares the host's network."""
     return _spec(
         [
@@ -67,10 +71,14 @@ def rootless_spec(uid: int, gid: int) -> dict[str, object]:
         {
             "uidMappings": [{"containerID": 0, "hostID": uid, "size": 1}],
             "gidMappings": [{"containerID": 0, "hostID": gid, "size": 1}],
-            "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "cgroup", "user")],
+            "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", *_cgroup(shown=shown), "user")],
         },
         devpts=[],
     )
+
+
+def _cgroup(*, shown: bool) -> tuple[str, ...]:
+    return () if shown else ("cgroup",)
 
 
 def _spec(mounts: list[object], linux: dict[str, object], *, devpts: list[str]) -> dict[str, object]:

@@ -112,5 +112,6 @@ def _raw(path: str, where: Directories, name: str, value: str) -> Step:
     controller = {"io": "blkio"}.get(owner, owner)
     directory, version = where.get(controller, ("", 0))
     if version != 2:
-        raise steps.unsupported(path, f"{name}: controller {owner!r} is not in cgroup v2 on this host")
+        why = f"controller {owner!r} is not in cgroup v2 on this host"
+        raise steps.unsupported(path, f"invalid configuration: {name}: {why}")
     return Write(f"{directory}/{name}", value)
