@@ -38,6 +38,14 @@ def test_create_start_wait_rm(box: Corrald, name: str) -> None:
     assert box.corral("inspect", name).returncode == 1
 
 
+def test_start_with_attach_shows_every_run_and_ends_with_its_code(box: Corrald, name: str) -> None:
+    ok(box, "create", "--name", name, "busybox", "sh", "-c", "echo begun; exit 3")
+    for _ in range(3):
+        shown = box.corral("start", "-a", name)
+        assert (shown.stdout, shown.returncode) == (b"begun\n", 3), shown.stderr
+    assert ok(box, "logs", name) == "begun\n" * 3
+
+
 def test_an_exited_container_starts_again_on_its_own_files(box: Corrald, name: str) -> None:
     script = "echo x >> /count; wc -l < /count"
     ok(box, "run", "--name", name, "busybox", "sh", "-c", script)

@@ -122,3 +122,63 @@ def test_the_default_network_stays(box: Corrald) -> None:
     failed = box.corral("network", "rm", "bridge")
     assert failed.returncode == 1
     assert b"bridge" in failed.stderr
+
+
+def networks(box: Corrald, name: str) -> list[str]:
+    return [each["network"] for each in json.loads(ok(box, "inspect", name))[0]["endpoint"].get("interfaces", [])]
+
+
+def test_a_running_container_comes_into_a_network_and_goes_again(box: Corrald, name: str) -> None:
+    first, second = box.place.network
+    net, other = f"{name}-net", f"{name}-other"
+    ok(box, "network", "create", "--subnet", f"{first}.{second}.144.0/24", net)
+    try:
+        ok(box, "run", "-d", "--name", other, "--network", net, "busybox", "sleep", "100")
+        ok(box, "run", "-d", "--name", name, "busybox", "sleep", "100")
+        assert not reaches(box, name, address(box, other))
+        ok(box, "network", "connect", "--alias", "nick", net, name)
+        ok(box, "network", "connect", "--alias", "nick", net, name)
+        assert networks(box, name) == ["bridge", net]
+        assert reaches(box, name, other)
+        assert reaches(box, other, "nick")
+        assert reaches(box, other, name)
+        ok(box, "restart", "-t", "0", name)
+        assert networks(box, name) == ["bridge", net]
+        assert reaches(box, other, "nick")
+        ok(box, "network", "disconnect", "bridge", name)
+        assert networks(box, name) == [net]
+        ok(box, "restart", "-t", "0", name)
+        assert networks(box, name) == [net]
+        ok(box, "network", "disconnect", net, name)
+        assert networks(box, name) == []
+        again = box.corral("network", "disconnect", net, name)
+        assert again.returncode == 1
+        assert f"container {name} is not in network '{net}'" in again.stderr.decode()
+    finally:
+        box.corral("rm", "-f", other, name)
+        ok(box, "network", "rm", net)
+
+
+def test_a_container_that_does_not_run_is_in_the_network_with_its_next_start(box: Corrald, name: str) -> None:
+    first, second = box.place.network
+    net = f"{name}-net"
+    ok(box, "network", "create", "--subnet", f"{first}.{second}.145.0/24", net)
+    try:
+        ok(box, "create", "--name", name, "--network", "none", "busybox", "sh", "-c", "ls /sys/class/net")
+        ok(box, "network", "connect", "--ip", f"{first}.{second}.145.77", net, name)
+        assert ok(box, "start", "-a", name).split() == ["eth0", "lo"]
+        assert address(box, name) == f"{first}.{second}.145.77"
+        ok(box, "network", "disconnect", net, name)
+        assert ok(box, "start", "-a", name).split() == ["lo"]
+    finally:
+        box.corral("rm", "-f", name)
+        ok(box, "network", "rm", net)
+
+
+def test_what_has_no_network_of_its_own_comes_into_none(box: Corrald, name: str) -> None:
+    ok(box, "run", "-d", "--name", name, "--network", "host", "busybox", "sleep", "100")
+    refused = box.corral("network", "connect", "bridge", name)
+    assert refused.returncode == 1
+    assert "has no network of its own (host)" in refused.stderr.decode()
+    missing = box.corral("network", "connect", "nowhere", name)
+    assert missing.returncode == 1

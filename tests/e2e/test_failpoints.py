@@ -163,6 +163,8 @@ class Life:
         containers = self.client.containers
         self.call(lambda: containers.start("one"))
         self.call(self.update)
+        self.call(lambda: self.client.networks.connect("bridge", "one"))
+        self.call(lambda: self.client.networks.disconnect("bridge", "one"), NotFound)
         self.call(lambda: containers.pause("one"), FailedPrecondition)
         # The pause of a daemon that died before it said so is undone.
         if self.call(lambda: containers.get("one")).status == engine_pb2.STATUS_PAUSED:

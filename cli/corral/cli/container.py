@@ -36,7 +36,7 @@ def start_command(app: App, containers: tuple[str, ...], attach: bool, interacti
     from corral.cli.terminal import DEFAULT_DETACH_KEYS, Session, parse_detach_keys
     from corral.client.execution import Attachment
 
-    found = app.client.containers.get(containers[0])
+    found = app.client.containers.start(containers[0], create_only=True)
     session = Session(
         app.client,
         Attachment(found.id, stdin=interactive and found.config.stdin, stdout=True, stderr=True, lossless=True),

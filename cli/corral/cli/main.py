@@ -50,7 +50,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "login": ("registry", "Prove who you are to a registry"),
     "logout": ("registry", "Forget a login"),
     "snapshot": ("snapshot", "Snapshots: ls, inspect, mounts, usage, rm, drivers"),
-    "network": ("network", "Networks: create, ls, inspect, rm"),
+    "network": ("network", "Networks: create, ls, inspect, connect, disconnect, rm"),
     "volume": ("volume", "Volumes: create, ls, inspect, rm, prune"),
     "system": ("system", "The engine: info, version, check-host"),
     "version": ("system", "Show the versions of client and daemon"),

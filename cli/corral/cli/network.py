@@ -71,6 +71,46 @@ def inspect_command(app: App, names: tuple[str, ...]) -> None:
     show_json([app.client.networks.get(name) for name in names])
 
 
+@network_command.command("connect")
+@click.option("--ip", "ipv4_address", default="", help="Fixed IPv4 address in the network")
+@click.option("--ip6", "ipv6_address", default="", help="Fixed IPv6 address in the network")
+@click.option("--mac-address", default="", help="MAC address")
+@click.option("--alias", "aliases", multiple=True, help="Further name in the network")
+@click.option("--interface", default="", help="Name of the interface inside; default the next ethN")
+@click.argument("network")
+@click.argument("container")
+@pass_app
+def connect_command(
+    app: App,
+    network: str,
+    container: str,
+    ipv4_address: str,
+    ipv6_address: str,
+    mac_address: str,
+    aliases: tuple[str, ...],
+    interface: str,
+) -> None:
+    """Put a container into one more network: at once if it runs, else with its next start."""
+    app.client.networks.connect(
+        network,
+        container,
+        ipv4_address=ipv4_address,
+        ipv6_address=ipv6_address,
+        mac_address=mac_address,
+        aliases=aliases,
+        interface=interface,
+    )
+
+
+@network_command.command("disconnect")
+@click.argument("network")
+@click.argument("container")
+@pass_app
+def disconnect_command(app: App, network: str, container: str) -> None:
+    """Take a container out of a network."""
+    app.client.networks.disconnect(network, container)
+
+
 @network_command.command("rm")
 @click.argument("names", nargs=-1, required=True)
 @pass_app

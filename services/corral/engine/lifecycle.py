@@ -61,6 +61,21 @@ class Lifecycle:
                 record = await self._make_again(record)
             return await self._run(replace(record, restart_count=0), by_user=True)
 
+    async def make_again(self, reference: str) -> ContainerRecord:
+        """Make an ended container again, as Create leaves it; nothing happens to any other."""
+        return await self._core.background.to_the_end(self._made_again(self._core.resolve(reference)))
+
+    async def _made_again(self, named: ContainerRecord) -> ContainerRecord:
+        async with self._core.locks.of((named.namespace, named.id)):
+            record = self._core.get(named.namespace, named.id)
+            if record.status in ALIVE:
+                record = await self._true_state(record)
+            if record.status is not Status.EXITED:
+                return record
+            self._core.forget_backoff((named.namespace, named.id))
+            made = replace(await self._make_again(record), status=Status.CREATED)
+            return await self._core.database.write(lambda tx: store.save_made_again(tx, made))
+
     async def start_again(self, ended: ContainerRecord, is_wanted: Callable[[ContainerRecord], bool]) -> None:
         """Start a container that ended as `ended` says, if nothing has happened to it since and it is still wanted."""
         async with self._core.locks.of((ended.namespace, ended.id)):

@@ -37,13 +37,14 @@ class Status(IntEnum):
 
 # CREATING: an intent. The leaves may or may not hold something for it; undone at the next start.
 # REMOVING: the same on the way out; finished at the next start.
-# RUNNING -> CREATED happens when the engine died between the intent to start and the start.
+# RUNNING -> CREATED happens when the engine died between the intent to start and the start; EXITED -> CREATED when a
+# client wants to attach before it starts again.
 ALLOWED: dict[Status, frozenset[Status]] = {
     Status.CREATING: frozenset({Status.CREATED, Status.REMOVING}),
     Status.CREATED: frozenset({Status.RUNNING, Status.EXITED, Status.REMOVING}),
     Status.RUNNING: frozenset({Status.PAUSED, Status.EXITED, Status.REMOVING, Status.CREATED}),
     Status.PAUSED: frozenset({Status.RUNNING, Status.EXITED, Status.REMOVING}),
-    Status.EXITED: frozenset({Status.RUNNING, Status.REMOVING}),
+    Status.EXITED: frozenset({Status.CREATED, Status.RUNNING, Status.REMOVING}),
     Status.REMOVING: frozenset(),
     Status.RESTARTING: frozenset(),
 }

@@ -3,7 +3,8 @@
 1. The end of tasks' journal is merged, so that exits that happened meanwhile are known as they were.
 2. Rows that say CREATING are undone, rows that say REMOVING are finished.
 3. Rows are compared with tasks and cgroups: an end nobody journalled, a start that did not happen, half a freeze.
-4. What leaves keep for the engine, but no row describes, is removed.
+4. Endpoints are made what configs say, where one was being connected or disconnected.
+5. What leaves keep for the engine, but no row describes, is removed.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from corral.api.tasks.v1 import tasks_pb2
 from corral.engine import pauses, store
 from corral.engine.core import Core, Key
 from corral.engine.leaves import persistently
+from corral.engine.networking import Networking
 from corral.engine.records import ALIVE, ContainerRecord, Status, to_ns
 from corral.engine.removal import Removal, lost_exit
 from corral.engine.requests import OWNER
@@ -45,8 +47,11 @@ class _Labelled(Protocol):
 class Recovery:
     """See the module."""
 
-    def __init__(self, core: Core, removal: Removal, catch_up: Callable[[str], Awaitable[None]]) -> None:
+    def __init__(
+        self, core: Core, removal: Removal, networking: Networking, catch_up: Callable[[str], Awaitable[None]]
+    ) -> None:
         self._core = core
+        self._networking = networking
         self._removal = removal
         self._catch_up = catch_up
         self._passing: list[tuple[str, str]] = []
@@ -74,12 +79,13 @@ class Recovery:
                 log.info("recovery.retry", error=str(e), next_s=delay_s)
 
     async def run(self) -> None:
-        """All four steps. Raises Unavailable, and may then be called again."""
+        """All five steps. Raises Unavailable, and may then be called again."""
         await self._catch_up("tasks")
         await self._finish_halves()
         await self.compare_tasks()
         await self._compare_frozen()
         await self._resume_passing()
+        await self._networking.settle()
         await self._sweep()
         for record in self._found_ended:
             now = self._find((record.namespace, record.id))
@@ -93,6 +99,8 @@ class Recovery:
             await self.compare_tasks()
         elif origin == "cgroups":
             await self._compare_frozen()
+        elif origin == "network":
+            await self._networking.settle()
         await self._finish_halves()
 
     async def _finish_halves(self) -> None:

@@ -1,10 +1,10 @@
 """What the engine asks of the leaves for one container. Pure translations of its config."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from corral.api.cgroups.v1.cgroups_pb2 import CreateCgroupRequest
-from corral.api.engine.v1.engine_pb2 import ContainerConfig
+from corral.api.engine.v1.engine_pb2 import ContainerConfig, NetworkConfig
 from corral.api.images.v1.images_pb2 import PrepareSnapshotRequest
 from corral.api.network.v1.network_pb2 import AttachRequest, NetworkAttachment, PortMapping
 from corral.api.tasks.v1.tasks_pb2 import CreateTaskRequest, LogOptions
@@ -94,7 +94,7 @@ def network(
         request.netns_path = rest
     else:
         request.mode = AttachRequest.MODE_NETWORKS
-        request.networks.extend(_attachments(asked.mode, asked.attachments))
+        request.networks.extend(attachments(asked))
         if _HOST_NAME.fullmatch(name):
             for attachment in request.networks:
                 if name not in attachment.aliases:
@@ -121,15 +121,16 @@ def network_again(record: ContainerRecord, *, host_hostname: str, other_ports: b
     return request
 
 
-def _attachments(mode: str, given: Iterable[NetworkAttachment]) -> list[NetworkAttachment]:
-    """`given`, the first of which is `mode`'s network."""
-    attachments = list(given) or [NetworkAttachment()]
-    if not attachments[0].network or mode not in ("", attachments[0].network):
-        first = NetworkAttachment()
-        first.CopyFrom(attachments[0])
-        first.network = mode or DEFAULT_NETWORK
-        attachments[0] = first
-    return attachments
+def attachments(asked: NetworkConfig) -> Sequence[NetworkAttachment]:
+    """The networks to join, copied: those given, the first of which is the mode's. None in a mode of another kind."""
+    if asked.mode in _PLAIN_MODES or ":" in asked.mode:
+        return ()
+    found = [NetworkAttachment() for _ in asked.attachments or (None,)]
+    for copy, given in zip(found, asked.attachments, strict=False):
+        copy.CopyFrom(given)
+    if not found[0].network or asked.mode not in ("", found[0].network):
+        found[0].network = asked.mode or DEFAULT_NETWORK
+    return found
 
 
 def _port(text: str) -> PortMapping:

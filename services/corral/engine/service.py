@@ -21,6 +21,7 @@ from corral.engine.execs import Execs
 from corral.engine.leaves import Leaves
 from corral.engine.lifecycle import Lifecycle
 from corral.engine.merge import Merger, write_merged_event
+from corral.engine.networking import Networking
 from corral.engine.ports import Ports
 from corral.engine.records import ContainerRecord
 from corral.engine.recovery import Recovery
@@ -92,7 +93,7 @@ class EngineService:
         core.on_exit = act_on_exit
         core.on_stays_ended = ports.on_exit
         core.on_found_ended = lambda record: act_on_exit(record, at_boot=True)
-        views = Views(core)
+        views, networking = Views(core), Networking(core)
         self._containers.serve(
             core,
             views,
@@ -100,11 +101,12 @@ class EngineService:
             lifecycle,
             removal,
             Updates(core),
+            networking,
         )
         self._volumes.serve(Volumes(core))
         self._streams = Streams(core)
         self._merger = Merger(core)
-        recovery = Recovery(core, removal, self._merger.catch_up)
+        recovery = Recovery(core, removal, networking, self._merger.catch_up)
         self._system.serve(System(core, _version()), DiskUsage(core), Checker(core, recovery), config, database)
         self._merger.on_reconnect = recovery.after_outage
         await recovery.start()
@@ -140,6 +142,7 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
         lifecycle: Lifecycle,
         removal: Removal,
         updates: Updates,
+        networking: Networking,
     ) -> None:
         """Called before the first RPC is let in."""
         self._core = core
@@ -148,6 +151,7 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
         self._lifecycle = lifecycle
         self._removal = removal
         self._updates = updates
+        self._networking = networking
         self._commits = Commits(core, lifecycle)
         self._execs = Execs(core)
         self._sizes = Sizes(core)
@@ -163,7 +167,8 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
         return (await self._creation.create(request)).to_wire()
 
     async def Start(self, request: pb.StartContainerRequest, context: object) -> pb.Container:
-        return (await self._lifecycle.start(request.container)).to_wire()
+        act = self._lifecycle.make_again if request.create_only else self._lifecycle.start
+        return (await act(request.container)).to_wire()
 
     async def Stop(self, request: pb.StopContainerRequest, context: object) -> pb.Container:
         record = await self._lifecycle.stop(request.container, signal=request.signal, timeout_s=_timeout_s(request))
@@ -207,6 +212,12 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
 
     async def Update(self, request: pb.UpdateContainerRequest, context: object) -> pb.Container:
         return await self._views.of(await self._updates.update(request))
+
+    async def Connect(self, request: pb.ConnectContainerRequest, context: object) -> pb.Container:
+        return await self._views.of(await self._networking.connect(request.container, request.network))
+
+    async def Disconnect(self, request: pb.DisconnectContainerRequest, context: object) -> pb.Container:
+        return await self._views.of(await self._networking.disconnect(request.container, request.network))
 
     async def Commit(self, request: pb.CommitContainerRequest, context: object) -> images_pb2.Image:
         return await self._commits.commit(request)

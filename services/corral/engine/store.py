@@ -214,6 +214,26 @@ def save_started(tx: Transaction, record: ContainerRecord, *, by_user: bool) -> 
     )
 
 
+def save_made_again(tx: Transaction, record: ContainerRecord) -> ContainerRecord:
+    """EXITED -> CREATED, with the new task."""
+    check_move(get(tx, record.namespace, record.id), Status.CREATED)
+    tx.execute(
+        "UPDATE container SET status = ?, pid = ?, endpoint = ?, cgroup_path = ?, log_path = ?, bundle = ?"
+        " WHERE namespace = ? AND id = ?",
+        (
+            Status.CREATED,
+            record.pid,
+            record.endpoint.SerializeToString() if record.endpoint else None,
+            record.cgroup_path,
+            record.log_path,
+            record.bundle,
+            record.namespace,
+            record.id,
+        ),
+    )
+    return record
+
+
 def announce_started(tx: Transaction, record: ContainerRecord) -> None:
     """Journal that the present run began, once. Called when tasks tells so, or tells of its end."""
     rows = tx.execute(
@@ -268,10 +288,18 @@ def set_stopped_by_user(tx: Transaction, record: ContainerRecord) -> None:
 
 
 def save_config(tx: Transaction, namespace: str, id_: str, config: ContainerConfig) -> None:
-    """Labels, limits or restart policy changed."""
+    """Labels, limits, restart policy or networks changed."""
     tx.execute(
         "UPDATE container SET config = ? WHERE namespace = ? AND id = ?",
         (config.SerializeToString(), namespace, id_),
+    )
+
+
+def save_endpoint(tx: Transaction, namespace: str, id_: str, endpoint: Endpoint) -> None:
+    """Its place in networks changed."""
+    tx.execute(
+        "UPDATE container SET endpoint = ? WHERE namespace = ? AND id = ?",
+        (endpoint.SerializeToString(), namespace, id_),
     )
 
 

@@ -77,9 +77,13 @@ class Containers:
         made = await self.create(image, args, name=name, pull=pull, platform=platform, **options)
         return await self.start(made.id)
 
-    async def start(self, container: str) -> engine_pb2.Container:
-        """Starts a created or exited container."""
-        return await self._engine.unary(self._stub.Start, engine_pb2.StartContainerRequest(container=container))
+    async def start(self, container: str, *, create_only: bool = False) -> engine_pb2.Container:
+        """Starts a created or exited container.
+
+        create_only: an exited one is only made again, as create() leaves it: attach, then start it.
+        """
+        request = engine_pb2.StartContainerRequest(container=container, create_only=create_only)
+        return await self._engine.unary(self._stub.Start, request)
 
     async def stop(self, container: str, *, timeout_s: float | None = None, signal: str = "") -> engine_pb2.Container:
         """The stop signal, after `timeout_s` SIGKILL; returns when it has ended."""

@@ -78,9 +78,13 @@ class Containers:
         made = self.create(image, args, name=name, pull=pull, platform=platform, **options)
         return self.start(made.id)
 
-    def start(self, container: str) -> engine_pb2.Container:
-        """Starts a created or exited container."""
-        return self._engine.unary(self._stub.Start, engine_pb2.StartContainerRequest(container=container))
+    def start(self, container: str, *, create_only: bool = False) -> engine_pb2.Container:
+        """Starts a created or exited container.
+
+        create_only: an exited one is only made again, as create() leaves it: attach, then start it.
+        """
+        request = engine_pb2.StartContainerRequest(container=container, create_only=create_only)
+        return self._engine.unary(self._stub.Start, request)
 
     def stop(self, container: str, *, timeout_s: float | None = None, signal: str = "") -> engine_pb2.Container:
         """The stop signal, after `timeout_s` SIGKILL; returns when it has ended."""

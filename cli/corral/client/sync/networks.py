@@ -1,10 +1,11 @@
 # Generated from corral/client/aio/networks.py by cli/generate_sync.py.
 """Networks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from corral.api.engine.v1 import engine_pb2
     from corral.api.network.v1 import network_pb2
     from corral.client.sync import Client
 
@@ -39,6 +40,46 @@ class Networks:
         stub = network_pb2_grpc.NetworksStub(leaf.channel)
         answer = leaf.unary(stub.List, network_pb2.ListNetworksRequest())
         return answer.networks
+
+    def connect(
+        self,
+        network: str,
+        container: str,
+        *,
+        ipv4_address: str = "",
+        ipv6_address: str = "",
+        mac_address: str = "",
+        aliases: Iterable[str] = (),
+        interface: str = "",
+    ) -> "engine_pb2.Container":
+        """Puts a container into one more network: at once if it runs, else with its next start.
+
+        aliases: further names that the others in there find it by. interface: its name inside, `eth1` say.
+        """
+        from corral.api.engine.v1 import engine_pb2, engine_pb2_grpc
+        from corral.api.network.v1 import network_pb2
+
+        attachment = network_pb2.NetworkAttachment(
+            network=network,
+            ipv4_address=ipv4_address,
+            ipv6_address=ipv6_address,
+            mac_address=mac_address,
+            aliases=aliases,
+            interface=interface,
+        )
+        engine = self._client.engine()
+        stub = engine_pb2_grpc.ContainersStub(engine.channel)
+        request = engine_pb2.ConnectContainerRequest(container=container, network=attachment)
+        return engine.unary(stub.Connect, request)
+
+    def disconnect(self, network: str, container: str) -> "engine_pb2.Container":
+        """Takes a container out of a network."""
+        from corral.api.engine.v1 import engine_pb2, engine_pb2_grpc
+
+        engine = self._client.engine()
+        stub = engine_pb2_grpc.ContainersStub(engine.channel)
+        request = engine_pb2.DisconnectContainerRequest(container=container, network=network)
+        return engine.unary(stub.Disconnect, request)
 
     def remove(self, name: str) -> None:
         """Removes a network that no container uses."""

@@ -104,6 +104,16 @@ class ContainersStub:
                 request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.UpdateContainerRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.FromString,
                 _registered_method=True)
+        self.Connect = channel.unary_unary(
+                '/corral.engine.v1.Containers/Connect',
+                request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ConnectContainerRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.FromString,
+                _registered_method=True)
+        self.Disconnect = channel.unary_unary(
+                '/corral.engine.v1.Containers/Disconnect',
+                request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.DisconnectContainerRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.FromString,
+                _registered_method=True)
         self.Commit = channel.unary_unary(
                 '/corral.engine.v1.Containers/Commit',
                 request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CommitContainerRequest.SerializeToString,
@@ -244,6 +254,21 @@ class ContainersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Connect(self, request, context):
+        """Puts a container into one more network, or takes it out of one: at once if it runs, else with its next start.
+        NOT_FOUND: container, network, or it is not in there. ALREADY_EXISTS: it is in there in another way.
+        FAILED_PRECONDITION: it has no network of its own, the address is taken, a published port would lead nowhere.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Disconnect(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Commit(self, request, context):
         """Makes an image of what the container has written, pausing it meanwhile unless `no_pause`.
         """
@@ -369,6 +394,16 @@ def add_ContainersServicer_to_server(servicer, server):
             'Update': grpc.unary_unary_rpc_method_handler(
                     servicer.Update,
                     request_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.UpdateContainerRequest.FromString,
+                    response_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.SerializeToString,
+            ),
+            'Connect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Connect,
+                    request_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ConnectContainerRequest.FromString,
+                    response_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.SerializeToString,
+            ),
+            'Disconnect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Disconnect,
+                    request_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.DisconnectContainerRequest.FromString,
                     response_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.SerializeToString,
             ),
             'Commit': grpc.unary_unary_rpc_method_handler(
@@ -769,6 +804,60 @@ class Containers:
             target,
             '/corral.engine.v1.Containers/Update',
             corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.UpdateContainerRequest.SerializeToString,
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Connect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.engine.v1.Containers/Connect',
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ConnectContainerRequest.SerializeToString,
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Disconnect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.engine.v1.Containers/Disconnect',
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.DisconnectContainerRequest.SerializeToString,
             corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.FromString,
             options,
             channel_credentials,

@@ -71,6 +71,12 @@ class ContainersStub:
     Rename: _grpc.UnaryUnaryMultiCallable[_engine_pb2.RenameContainerRequest, _engine_pb2.Container]
     Update: _grpc.UnaryUnaryMultiCallable[_engine_pb2.UpdateContainerRequest, _engine_pb2.Container]
     """Changes limits, restart policy, labels of a container, running or not."""
+    Connect: _grpc.UnaryUnaryMultiCallable[_engine_pb2.ConnectContainerRequest, _engine_pb2.Container]
+    """Puts a container into one more network, or takes it out of one: at once if it runs, else with its next start.
+    NOT_FOUND: container, network, or it is not in there. ALREADY_EXISTS: it is in there in another way.
+    FAILED_PRECONDITION: it has no network of its own, the address is taken, a published port would lead nowhere.
+    """
+    Disconnect: _grpc.UnaryUnaryMultiCallable[_engine_pb2.DisconnectContainerRequest, _engine_pb2.Container]
     Commit: _grpc.UnaryUnaryMultiCallable[_engine_pb2.CommitContainerRequest, _images_pb2.Image]
     """Makes an image of what the container has written, pausing it meanwhile unless `no_pause`."""
     Exec: _grpc.UnaryUnaryMultiCallable[_engine_pb2.ExecContainerRequest, _engine_pb2.ExecContainerResponse]
@@ -117,6 +123,12 @@ class ContainersAsyncStub(ContainersStub):
     Rename: _aio.UnaryUnaryMultiCallable[_engine_pb2.RenameContainerRequest, _engine_pb2.Container]  # type: ignore[assignment]
     Update: _aio.UnaryUnaryMultiCallable[_engine_pb2.UpdateContainerRequest, _engine_pb2.Container]  # type: ignore[assignment]
     """Changes limits, restart policy, labels of a container, running or not."""
+    Connect: _aio.UnaryUnaryMultiCallable[_engine_pb2.ConnectContainerRequest, _engine_pb2.Container]  # type: ignore[assignment]
+    """Puts a container into one more network, or takes it out of one: at once if it runs, else with its next start.
+    NOT_FOUND: container, network, or it is not in there. ALREADY_EXISTS: it is in there in another way.
+    FAILED_PRECONDITION: it has no network of its own, the address is taken, a published port would lead nowhere.
+    """
+    Disconnect: _aio.UnaryUnaryMultiCallable[_engine_pb2.DisconnectContainerRequest, _engine_pb2.Container]  # type: ignore[assignment]
     Commit: _aio.UnaryUnaryMultiCallable[_engine_pb2.CommitContainerRequest, _images_pb2.Image]  # type: ignore[assignment]
     """Makes an image of what the container has written, pausing it meanwhile unless `no_pause`."""
     Exec: _aio.UnaryUnaryMultiCallable[_engine_pb2.ExecContainerRequest, _engine_pb2.ExecContainerResponse]  # type: ignore[assignment]
@@ -238,6 +250,24 @@ class ContainersServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_engine_pb2.Container, _abc.Awaitable[_engine_pb2.Container]]:
         """Changes limits, restart policy, labels of a container, running or not."""
+
+    @_abc_1.abstractmethod
+    def Connect(
+        self,
+        request: _engine_pb2.ConnectContainerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_pb2.Container, _abc.Awaitable[_engine_pb2.Container]]:
+        """Puts a container into one more network, or takes it out of one: at once if it runs, else with its next start.
+        NOT_FOUND: container, network, or it is not in there. ALREADY_EXISTS: it is in there in another way.
+        FAILED_PRECONDITION: it has no network of its own, the address is taken, a published port would lead nowhere.
+        """
+
+    @_abc_1.abstractmethod
+    def Disconnect(
+        self,
+        request: _engine_pb2.DisconnectContainerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_pb2.Container, _abc.Awaitable[_engine_pb2.Container]]: ...
 
     @_abc_1.abstractmethod
     def Commit(

@@ -1,0 +1,168 @@
+"""Networks of a container that exists: one more, or one less, while it runs or before its next start.
+
+    config, durably  ->  network.Attach, which makes it so  ->  the endpoint's new state
+
+An engine that dies in between finds a config and an endpoint that differ, and asks for the same again.
+"""
+
+from collections.abc import Sequence
+
+import structlog
+
+from corral.api.engine.v1.engine_pb2 import ContainerConfig
+from corral.api.network.v1.network_pb2 import GetNetworkRequest, NetworkAttachment
+from corral.engine import requests, store
+from corral.engine.core import Core
+from corral.engine.leaves import persistently
+from corral.engine.records import ALIVE, ContainerRecord, Status
+from corral.rpc.context import in_namespace
+from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, NotFound, Unavailable
+from corral.store import Transaction, failpoint
+
+log = structlog.get_logger()
+
+ATTACHED = ALIVE | {Status.CREATED}
+"""Of the others an endpoint may be there, and is made to fit by their next start."""
+
+
+class Networking:
+    """See the module."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def connect(self, reference: str, attachment: NetworkAttachment) -> ContainerRecord:
+        """Put a container into one more network; the same call again is no error.
+
+        Raises NotFound, AlreadyExists if it is in there in another way, FailedPrecondition if it has no network of its
+        own or the address is taken, InvalidArgument, ResourceExhausted if there is no address left.
+        """
+        record = self._core.resolve(reference)
+        return await self._core.background.to_the_end(self._connect(record, attachment))
+
+    async def _connect(self, named: ContainerRecord, attachment: NetworkAttachment) -> ContainerRecord:
+        async with self._core.locks.of((named.namespace, named.id)):
+            record = self._own_network(named)
+            wanted = NetworkAttachment()
+            wanted.CopyFrom(attachment)
+            wanted.network = await self._name_of(attachment.network)
+            asked = list(requests.attachments(record.config.network))
+            known = await self._find(asked, wanted.network)
+            if known is None:
+                return await self._change(record, with_networks(record.config, [*asked, wanted]))
+            known.network = wanted.network
+            if known == wanted:
+                return await self._change(record, record.config)
+            raise AlreadyExists(
+                f"container {record.name} is in network {wanted.network!r} already: disconnect it first",
+                reason="CONNECTED",
+            )
+
+    async def disconnect(self, reference: str, network: str) -> ContainerRecord:
+        """Take a container out of a network. Raises NotFound, FailedPrecondition if a published port would lead
+        nowhere."""
+        record = self._core.resolve(reference)
+        return await self._core.background.to_the_end(self._disconnect(record, network))
+
+    async def _disconnect(self, named: ContainerRecord, network: str) -> ContainerRecord:
+        async with self._core.locks.of((named.namespace, named.id)):
+            record = self._own_network(named)
+            name = await self._name_of(network)
+            asked = list(requests.attachments(record.config.network))
+            known = await self._find(asked, name)
+            if known is None:
+                raise NotFound(f"container {record.name} is not in network {name!r}", reason="NOT_CONNECTED")
+            return await self._change(record, with_networks(record.config, [one for one in asked if one is not known]))
+
+    def _own_network(self, named: ContainerRecord) -> ContainerRecord:
+        record = self._core.get(named.namespace, named.id)
+        if record.status is Status.REMOVING:
+            raise FailedPrecondition(f"container {record.name} is being removed", reason="REMOVING")
+        kind, _, rest = record.config.network.mode.partition(":")
+        if kind == "host" or rest:
+            raise FailedPrecondition(
+                f"container {record.name} has no network of its own ({record.config.network.mode}): it can be in no"
+                " other",
+                reason="BAD_MODE",
+            )
+        return record
+
+    async def _name_of(self, network: str) -> str:
+        found = await self._core.leaves.networks.Get(GetNetworkRequest(name=network))
+        return found.name
+
+    async def _find(self, asked: Sequence[NetworkAttachment], name: str) -> NetworkAttachment | None:
+        """The one that means a network, which it may call by its id."""
+        for one in asked:
+            if name in (one.network, await self._name_of(one.network)):
+                return one
+        return None
+
+    async def _change(self, record: ContainerRecord, config: ContainerConfig) -> ContainerRecord:
+        """Write the config down and make it so; where that can't be, the old one is back."""
+        changed = await self._save(record, config)
+        failpoint("engine.networks.after_config")
+        if record.status not in ATTACHED:
+            return changed
+        try:
+            return await self._attach(changed)
+        except Unavailable:  # it is made so when the leaf is back
+            raise
+        except CorralError:
+            await self._save(record, record.config)
+            raise
+
+    async def _save(self, record: ContainerRecord, config: ContainerConfig) -> ContainerRecord:
+        def write(tx: Transaction) -> ContainerRecord:
+            store.save_config(tx, record.namespace, record.id, config)
+            return store.get(tx, record.namespace, record.id)
+
+        return await self._core.database.write(write, durable=True)
+
+    async def _attach(self, record: ContainerRecord) -> ContainerRecord:
+        request = requests.network_again(record, host_hostname=self._core.host.hostname)
+        endpoint = await persistently(lambda: self._core.leaves.endpoints.Attach(request))
+        failpoint("engine.networks.after_attach")
+
+        def write(tx: Transaction) -> ContainerRecord:
+            store.save_endpoint(tx, record.namespace, record.id, endpoint)
+            return store.get(tx, record.namespace, record.id)
+
+        return await self._core.database.write(write)
+
+    async def settle(self) -> None:
+        """Make endpoints what configs say, where the engine, or the leaf, was away in between. Raises Unavailable."""
+        for record in self._core.database.read_sync(lambda view: store.containers_in(view, tuple(ATTACHED))):
+            if agree(record) or (record.namespace, record.id) in self._core.being_made:
+                continue
+            async with self._core.locks.of((record.namespace, record.id)):
+                await self._settle(record)
+
+    async def _settle(self, found: ContainerRecord) -> None:
+        record = self._core.database.read_sync(lambda view: store.find(view, found.namespace, found.id))
+        if record is None or record.status not in ATTACHED or agree(record):
+            return
+        with in_namespace(record.namespace):
+            try:
+                await self._attach(record)
+            except Unavailable:
+                raise
+            except CorralError as e:
+                log.warning("networks.not_settled", container=record.id, error=str(e))
+
+
+def agree(record: ContainerRecord) -> bool:
+    """Whether its endpoint is in as many networks as its config asks for: they change one at a time. Pure."""
+    if record.endpoint is None:
+        return True
+    return len(requests.attachments(record.config.network)) == len(record.endpoint.interfaces)
+
+
+def with_networks(config: ContainerConfig, attachments: Sequence[NetworkAttachment]) -> ContainerConfig:
+    """`config` with other networks; without any its mode is "none". Pure."""
+    new = ContainerConfig()
+    new.CopyFrom(config)
+    new.network.mode = attachments[0].network if attachments else "none"
+    del new.network.attachments[:]
+    new.network.attachments.extend(attachments)
+    return new
