@@ -1,6 +1,7 @@
 """What is promised of a driver's own directory."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,12 @@ pytestmark = needs("root")
 
 
 @pytest.fixture(params=CASES, ids=case_id)
-def driver(request: pytest.FixtureRequest, tmp_path: Path, file_systems: FileSystems) -> Snapshotter:
+def driver(request: pytest.FixtureRequest, tmp_path: Path, file_systems: FileSystems) -> Iterator[Snapshotter]:
     made = driver_at(request.param[0], place_for(request.param, tmp_path, file_systems))
     made.open()
     made.open()  # again, as at every start
-    return made
+    yield made
+    made.close()
 
 
 def test_a_staged_tree_becomes_a_layer(driver: Snapshotter, tmp_path: Path) -> None:

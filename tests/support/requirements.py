@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from corral.kernel import labels
+from corral.kernel.device_mapper import why_none
 
 
 def needs(*what: str) -> pytest.MarkDecorator:
@@ -139,6 +140,10 @@ def _project_quota(kind: str) -> Callable[[], str | None]:
     return probe
 
 
+def _device_mapper() -> str | None:
+    return _root() or why_none("thin-pool") or None
+
+
 def _simple_quotas() -> str | None:
     """Linux 6.7 and btrfs-progs 6.7 have them."""
     from support.file_systems import file_system
@@ -174,4 +179,5 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "xfs-projects": _project_quota("xfs-projects"),
     "btrfs-quotas": _simple_quotas,
     "erofs": _file_system("erofs"),
+    "device mapper": _device_mapper,
 }

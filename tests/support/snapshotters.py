@@ -3,7 +3,7 @@
 import io
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,20 @@ from corral.images.drivers import DRIVERS, make_driver
 from corral.images.layers.apply import Limits
 from corral.images.layers.errors import BadLayer
 from corral.images.layers.worker import run_job
-from corral.images.snapshotter import Snapshotter, TreeId
+from corral.images.snapshotter import NOTHING_MISSING, Snapshotter, TreeId
+from corral.kernel.device_mapper import why_none
 from support.file_systems import FileSystems, lacking_file_system
 from support.images import Entry, layer
 
+
+def _runs_here(name: str) -> bool:
+    """Few kernels of containers have a device mapper: `make test-vm` has one."""
+    return name != "btrfs" and (name != "devicemapper" or not why_none("thin-pool"))
+
+
 # A driver, and the file system that its directory lies on; "" is the one that tests have theirs on.
 CASES = (
-    *((name, "") for name in DRIVERS if name != "btrfs"),
+    *((name, "") for name in DRIVERS if _runs_here(name)),
     ("native", "btrfs"),
     ("native", "xfs"),
     ("btrfs", "btrfs"),
@@ -49,6 +56,11 @@ def driver_at(name: str, root: Path) -> Snapshotter:
 def unpack_here(driver: Snapshotter, tree: TreeId, *entries: Entry) -> None:
     """Stage a tree and unpack a layer with these entries into it, as the bottom one."""
     target = driver.stage(tree)
+    _unpack(driver, target, entries)
+    driver.build(tree, (), NOTHING_MISSING)
+
+
+def _unpack(driver: Snapshotter, target: Path, entries: Sequence[Entry]) -> None:
     with tempfile.NamedTemporaryFile() as blob:
         blob.write(layer(entries))
         blob.flush()

@@ -17,6 +17,9 @@ class ImagesConfig:
     state: Path
     # How layers are stacked. `corral snapshot drivers` lists them.
     driver: str = "overlayfs"
+    # Of the driver devicemapper: block devices for its pool, the metadata's zeroed at first. Empty: files are made.
+    thin_data: str = ""
+    thin_metadata: str = ""
     # Processes that unpack layers, started when needed. 0: one per CPU, at most four.
     unpack_workers: int = 0
     # An idle unpacking process ends after this time.

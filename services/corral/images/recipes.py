@@ -192,9 +192,10 @@ class Recipes:
             await run_blocking(directory.rmdir)
 
     def _place(self, layer: _Layer) -> str:
-        """Where the layer alone is: a directory, or a file system in a file."""
+        """Where the layer alone is: a directory, or a file system in a file or on a device."""
         [mount] = self._drivers.of(layer.driver).mounts(layer.tree, (layer.tree,), writable=False)
-        return mount.parts[int(mount.source[1:])].source if mount.source.startswith("@") else mount.source
+        part, _, _ = mount.source[1:].partition("/")
+        return mount.parts[int(part)].source if mount.source.startswith("@") else mount.source
 
 
 def _unmakeable(digest: Digest, why: str) -> FailedPrecondition:

@@ -17,7 +17,7 @@ from corral.images.collector import Collector
 from corral.images.committer import Committer
 from corral.images.config import ImagesConfig
 from corral.images.content import ContentStore
-from corral.images.drivers import Drivers
+from corral.images.drivers import Drivers, on_devices
 from corral.images.exporter import Exporter
 from corral.images.host_mounts import HostMounts
 from corral.images.images import Images
@@ -55,7 +55,8 @@ class ImagesService:
         gate = Gate(config.policy)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._jobs: set[Future[dict[str, Any]]] = set()
-        self._drivers = Drivers(config.root, config.driver, self._work)
+        makers = on_devices(config.thin_data, config.thin_metadata)
+        self._drivers = Drivers(config.root, config.driver, self._work, makers)
         driver = self._drivers.default
         config.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._drivers.open()
@@ -208,4 +209,5 @@ class ImagesService:
         await self._tending.stop()
         await self._marks.stop()
         self._importer.close()
+        await run_blocking(self._drivers.close)
         self._database.close()

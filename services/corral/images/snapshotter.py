@@ -122,6 +122,10 @@ class Snapshotter(Protocol):
         """Make what it needs below its directory."""
         ...
 
+    def close(self) -> None:
+        """Let go of what the kernel holds for it and nobody uses: devices, say. It may be used again."""
+        ...
+
     def stage(self, tree: TreeId) -> Path:
         """An empty directory to unpack a layer into. Not a layer yet: a crash leaves nothing but this directory."""
         ...

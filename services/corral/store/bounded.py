@@ -21,7 +21,10 @@ IMAGE_TYPE = "ext4"
 IMAGE_OPTIONS = ("loop", "discard")  # what is deleted inside gives its room back
 _EMPTY = "user.corral.empty"
 # Nothing kept for root; and what a new file reads as zeros anyhow is not written, neither now nor once it is mounted.
-_MKFS_OPTIONS = ("-q", "-F", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=1")
+_MKFS_OPTIONS = ("-q", "-F", "-m", "0")
+_IN_A_FILE = ("-E", "lazy_itable_init=0,lazy_journal_init=1")
+# Where all reads as zeros, nothing has to be made so; and the journal is no larger than it is worth.
+_ON_ZEROS = ("-i", "8192", "-J", "size=32", "-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1")
 _SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 
 
@@ -67,14 +70,28 @@ def make_image(image: Path, size_bytes: int, content: Path) -> None:
     """
     with image.open("xb") as file:
         file.truncate(max(size_bytes, MIN_IMAGE_BYTES))
-    program = _mkfs() or f"mkfs.{IMAGE_TYPE}"
-    command = [program, *_MKFS_OPTIONS, "-d", str(content), str(image)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode:
+    try:
+        _mkfs_on(image, *_IN_A_FILE, "-d", str(content), str(image))
+    except OSError:
         image.unlink(missing_ok=True)
-        raise OSError(5, f"{program}: {done.stderr.strip() or done.returncode}", str(image))
+        raise
     with suppress(OSError):  # a file system without attributes: what is empty then counts as used
         os.setxattr(image, _EMPTY, b"%d" % image.stat().st_blocks)
+
+
+def make_file_system(device: Path, size_bytes: int) -> None:
+    """An empty file system of that size on a larger block device, all of which reads as zeros. Raises OSError."""
+    _mkfs_on(device, *_ON_ZEROS, str(device), f"{size_bytes >> 10}k")
+
+
+def _mkfs_on(path: Path, *arguments: str) -> None:
+    """Raises OSError."""
+    program = _mkfs() or f"mkfs.{IMAGE_TYPE}"
+    done = subprocess.run(
+        [program, *_MKFS_OPTIONS, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise OSError(5, f"{program}: {done.stderr.strip() or done.returncode}", str(path))
 
 
 def image_usage(image: Path) -> int:

@@ -68,6 +68,8 @@ def _make(part: Mount) -> int:
     options = mount_options.parse(part.options)
     attributes = options.attributes.set | (options.attributes.atime or 0)
     data = tuple(option for option in options.data if option != "loop")
+    if attributes & mount.MOUNT_ATTR_RDONLY:  # the device may be, and then its file system has to be told
+        data = (*data, "ro")
     family, _, subtype = part.type.partition(".")
     if family == "fuse" and subtype:  # the source is the program
         return mount_served(part.source, data, subtype=subtype, attributes=attributes)

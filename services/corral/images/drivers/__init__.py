@@ -5,11 +5,13 @@ stay what they are: usable and removable, until their containers are gone.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from corral.images.drivers.absent import ABSENT
 from corral.images.drivers.blockfile import Blockfile
 from corral.images.drivers.btrfs import Btrfs
+from corral.images.drivers.devicemapper import Devicemapper
 from corral.images.drivers.erofs import Erofs
 from corral.images.drivers.fuse_overlayfs import FuseOverlayfs
 from corral.images.drivers.native import Native
@@ -25,26 +27,41 @@ DRIVERS: Mapping[str, Callable[[Path, Work], Snapshotter]] = {
     "btrfs": Btrfs,
     "erofs": Erofs,
     "blockfile": Blockfile,
+    "devicemapper": Devicemapper,
     "fuse-overlayfs": FuseOverlayfs,
 }
 DIRECTORIES: Mapping[str, str] = {"overlayfs": "overlay"}
 
 
-def make_driver(name: str, root: Path, work: Work) -> Snapshotter:
+def make_driver(
+    name: str, root: Path, work: Work, makers: Mapping[str, Callable[[Path, Work], Snapshotter]] = DRIVERS
+) -> Snapshotter:
     """The driver called `name`, with its directory below `root`. Raises KeyError."""
-    return DRIVERS[name](root / DIRECTORIES.get(name, name), work)
+    return makers[name](root / DIRECTORIES.get(name, name), work)
+
+
+def on_devices(data: str, metadata: str) -> Mapping[str, Callable[[Path, Work], Snapshotter]]:
+    """DRIVERS, with these for the thin pool; empty: instead files of its own."""
+    on, counted_on = (Path(path) if path else None for path in (data, metadata))
+    return {**DRIVERS, "devicemapper": partial(Devicemapper, data=on, metadata=counted_on)}
 
 
 class Drivers:
     """All drivers, and which of them have trees below one root."""
 
-    def __init__(self, root: Path, default: str, work: Work) -> None:
+    def __init__(
+        self,
+        root: Path,
+        default: str,
+        work: Work,
+        makers: Mapping[str, Callable[[Path, Work], Snapshotter]] = DRIVERS,
+    ) -> None:
         """Raises FailedPrecondition if the default does not exist, or cannot run there."""
         if default in ABSENT:
             raise _unusable(default, ABSENT[default]())
         if default not in DRIVERS:
             raise FailedPrecondition(f"there is no snapshot driver {default!r}; there is {', '.join(DRIVERS)}")
-        self._all = {name: make_driver(name, root, work) for name in DRIVERS}
+        self._all = {name: make_driver(name, root, work, makers) for name in DRIVERS}
         self.default = self._all[default]
         self._directories = {name: root / DIRECTORIES.get(name, name) for name in DRIVERS}
         if reason := self.default.check():
@@ -54,6 +71,11 @@ class Drivers:
         """Make what the drivers that have trees here, and the default, need below their directories."""
         for driver in self:
             driver.open()
+
+    def close(self) -> None:
+        """Let go of what the kernel holds for them and nobody uses."""
+        for driver in self:
+            driver.close()
 
     def __iter__(self) -> Iterator[Snapshotter]:
         """The default, and those that have made trees here."""

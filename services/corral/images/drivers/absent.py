@@ -1,7 +1,6 @@
 """Drivers that other engines have and this one has not: why each is not to be had here, and what to use instead."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from corral.images.drivers.places import kernel_has
 
@@ -12,11 +11,4 @@ def _aufs() -> str:
     return "corral stacks layers by overlayfs, which every kernel that has aufs has as well: use that"
 
 
-def _devicemapper() -> str:
-    devices = Path("/proc/devices").read_text().split()
-    if "device-mapper" not in devices:
-        return "this kernel has no device mapper: use blockfile, which gives every tree a size of its own too"
-    return "corral makes no thin pools: use blockfile, which gives every tree a size of its own too"
-
-
-ABSENT: Mapping[str, Callable[[], str]] = {"aufs": _aufs, "devicemapper": _devicemapper}
+ABSENT: Mapping[str, Callable[[], str]] = {"aufs": _aufs}

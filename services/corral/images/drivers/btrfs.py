@@ -46,6 +46,9 @@ class Btrfs:
         for path in (self._root, self._tmp, self._building, self._layers, self._active):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
+    def close(self) -> None:
+        """The kernel holds nothing."""
+
     def stage(self, tree: TreeId) -> Path:
         return _new_subvolume(self._tmp / str(tree))
 

@@ -41,6 +41,9 @@ class Native:
         for path in (self._root, self._tmp, self._layers, self._whole, self._active):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
+    def close(self) -> None:
+        """The kernel holds nothing."""
+
     def stage(self, tree: TreeId) -> Path:
         return new_directory(self._tmp / str(tree))
 

@@ -81,6 +81,9 @@ class Overlayfs:
         for path in (self._root, self._tmp, self._layers, self._active, self._ready, self._bounded):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
+    def close(self) -> None:
+        """The kernel holds nothing."""
+
     def stage(self, tree: TreeId) -> Path:
         return new_directory(self._tmp / str(tree))
 

@@ -25,6 +25,13 @@ def file_system_of(path: Path) -> str:
     return ""
 
 
+def takes_devices(path: Path) -> bool:
+    """Whether device nodes in `path`, or what exists of it, can be opened."""
+    while not path.exists():
+        path = path.parent
+    return not os.statvfs(path).f_flag & os.ST_NODEV
+
+
 def kernel_has(file_system: str) -> bool:
     """Whether the kernel has it loaded."""
     return file_system in Path("/proc/filesystems").read_text().split()

@@ -5,6 +5,7 @@ if there is none, one is made, and nobody else can make another meanwhile (corra
 """
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,8 @@ from corral.kernel.mount import MOUNT_ATTR_RDONLY, new_mount, set_attributes
 
 @contextmanager
 def mounted_together(file: str) -> Iterator[int]:
-    """The root of the ext4 file system in `file`, read-only for us alone. Raises OSError."""
-    device = _device_of(file)
+    """The root of the ext4 file system in or on `file`, read-only for us alone. Raises OSError."""
+    device = file if stat.S_ISBLK(os.stat(file).st_mode) else _device_of(file)  # noqa: PTH116 - a string
     if device is None:
         fd = mount_file("ext4", file, device=True)  # writable, since its journal may have to be played
     else:

@@ -5,11 +5,13 @@
          {"op": "complete", "layer": DIR, "below": [DIR, …], "implicit": […], "links": [[…], …]}
          {"op": "complete_image", "directory": DIR, "below": [DIR or IMAGE, …], "implicit": […], "links": [[…], …]}
          {"op": "lay", "layers": [DIR, …], "target": DIR}, or with "file" as they are: directories in that ext4 image
+         {"op": "fill", "device": PATH, "staged": DIR, "implicit": […], "links": [[…], …]}: complete, and lay on the
+         tree of an ext4 file system on that device
          {"op": "pack", "source": DIR, "below": […], "target": FILE}: a layer, gzipped, of the changes in DIR
          {"op": "pack_whole", "layers": [DIR or IMAGE, …], "options": […], "target": FILE}: a tar of all, merged
          {"op": "compare", "source": DIR, "below": [DIR or IMAGE, …], "target": FILE}: a line [KIND, PATH] per change
          Of pack and compare: with "since_ns" DIR is no upper directory but the whole tree, as old as that; with "file"
-         it lies in that ext4 image.
+         it lies in that ext4 image, or on that device. IMAGE may be a device too, with a tree as fill makes one.
     out  {"progress": BYTES of the blob read}…, then {"ok": {…}} or {"error": KIND, "errno": N, "message": SENTENCE}
          FORM: "directory", or "image" for an EROFS image in the directory
          KIND: "bad" (the data), "os" (the machine), "bug"
@@ -24,6 +26,7 @@ import hashlib
 import json
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
@@ -203,10 +206,16 @@ def _complete_image(job: Job, _limits: Limits, _report: TextIO) -> dict[str, obj
 
 
 def _opened(path: str, stack: ExitStack) -> int:
-    """The root of a layer: a directory, or an image, mounted for us alone."""
-    if os.path.isdir(path):  # noqa: PTH112 - a string
+    """The root of a layer: a directory, or an image or a device, mounted for us alone."""
+    mode = os.stat(path).st_mode  # noqa: PTH116 - a string
+    if stat.S_ISDIR(mode):
         fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     else:
+    elif stat.S_ISBLK(mode):
+        from corral.images.layers.devices import TREE, mounted
+
+        root = stack.enter_context(mounted(path))
+        fd = os.open(TREE, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
         fd = mount_file("erofs", path, attributes=MOUNT_ATTR_RDONLY)
     stack.callback(os.close, fd)
     return fd
@@ -226,6 +235,13 @@ def _lay(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
 
 
 def _pack(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
+def _fill(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
+    from corral.images.layers.devices import fill
+
+    links = [(a, b) for a, b in job["links"]]
+    return {"size_bytes": fill(job["device"], Path(job["staged"]), job["implicit"], links)}
+
+
     with ExitStack() as stack:
         plain = Hashed(_packed_changes(job, stack))
         size = 0
@@ -245,7 +261,7 @@ def _packed_changes(job: Job, stack: ExitStack) -> Iterator[bytes]:
 
 
 def _opened_upper(job: Job, stack: ExitStack) -> int:
-    """`source`, which may lie in an ext4 file system of its own, the `file`."""
+    """`source`, which may lie in an ext4 file system of its own, in or on the `file`."""
     if not (file := job.get("file")):
         return _opened(job["source"], stack)
     from corral.images.layers.shared import mounted_together
@@ -325,6 +341,7 @@ _OPERATIONS: Mapping[str, Callable[[Job, Limits, TextIO], dict[str, object]]] = 
     "complete_image": _complete_image,
     "lay": _lay,
     "pack": _pack,
+    "fill": _fill,
     "pack_whole": _pack_whole,
     "compare": _compare,
     "recipe": _recipe,
