@@ -210,12 +210,12 @@ def _opened(path: str, stack: ExitStack) -> int:
     mode = os.stat(path).st_mode  # noqa: PTH116 - a string
     if stat.S_ISDIR(mode):
         fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    else:
     elif stat.S_ISBLK(mode):
         from corral.images.layers.devices import TREE, mounted
 
         root = stack.enter_context(mounted(path))
         fd = os.open(TREE, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
+    else:
         fd = mount_file("erofs", path, attributes=MOUNT_ATTR_RDONLY)
     stack.callback(os.close, fd)
     return fd
@@ -234,7 +234,6 @@ def _lay(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
     return {}
 
 
-def _pack(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
 def _fill(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
     from corral.images.layers.devices import fill
 
@@ -242,6 +241,7 @@ def _fill(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
     return {"size_bytes": fill(job["device"], Path(job["staged"]), job["implicit"], links)}
 
 
+def _pack(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
     with ExitStack() as stack:
         plain = Hashed(_packed_changes(job, stack))
         size = 0
@@ -340,8 +340,8 @@ _OPERATIONS: Mapping[str, Callable[[Job, Limits, TextIO], dict[str, object]]] = 
     "complete": _complete,
     "complete_image": _complete_image,
     "lay": _lay,
-    "pack": _pack,
     "fill": _fill,
+    "pack": _pack,
     "pack_whole": _pack_whole,
     "compare": _compare,
     "recipe": _recipe,
