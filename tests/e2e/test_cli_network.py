@@ -182,3 +182,26 @@ def test_what_has_no_network_of_its_own_comes_into_none(box: Corrald, name: str)
     assert "has no network of its own (host)" in refused.stderr.decode()
     missing = box.corral("network", "connect", "nowhere", name)
     assert missing.returncode == 1
+
+
+def test_a_container_begins_in_several_networks_with_names_of_its_own(box: Corrald, name: str) -> None:
+    first, second = box.place.network
+    nets = [f"{name}-{letter}" for letter in "ab"]
+    for number, net in enumerate(nets):
+        ok(box, "network", "create", "--subnet", f"{first}.{second}.{146 + number}.0/24", net)
+    other = f"{name}-other"
+    try:
+        own = f"{first}.{second}.147.99"
+        ok(
+            box, "run", "-d", "--name", name, "--network", nets[0], "--network", f"name={nets[1]},alias=db,ip={own}",
+            "--network-alias", "web", "--mac-address", "02:42:ac:11:00:99", "busybox", "sleep", "100",
+        )  # fmt: skip
+        assert networks(box, name) == nets
+        assert "02:42:ac:11:00:99" in ok(box, "exec", name, "cat", "/sys/class/net/eth0/address")
+        ok(box, "run", "-d", "--name", other, "--network", nets[1], "busybox", "sleep", "100")
+        assert own in ok(box, "exec", other, "ping", "-c", "1", "-w", "3", "db")
+        assert not reaches(box, other, "web")
+    finally:
+        box.corral("rm", "-f", name, other)
+        for net in nets:
+            ok(box, "network", "rm", net)

@@ -37,6 +37,22 @@ def test_a_signal_is_128_and_its_number(box: Corrald) -> None:
     assert run(box, "busybox", "sh", "-c", "sh -c 'kill -KILL $$'; exit $?")[0] == 137
 
 
+def test_limits_reach_the_cgroup(box: Corrald, name: str) -> None:
+    device = next((path.read_text().strip() for path in Path("/sys/block").glob("*/dev")), "")
+    io = ("--device-write-bps", f"{device}:10m") if device else ()
+    box.corral(
+        "run", "-d", "--name", name, "--cpu-period", "50000", "--cpu-quota", "20000", "--oom-score-adj", "200", *io,
+        "busybox", "sleep", "100", check=True,
+    )  # fmt: skip
+    pid = int(str(inspect(box, name)["pid"]))
+    assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "200\n"
+    stats = inspect(box, name)["config"]["resources"]  # type: ignore[index]
+    assert (stats["cpu"]["quota_us"], stats["cpu"]["period_us"]) in ((20000, 50000), ("20000", "50000"))
+    box.corral("update", "--cpu-quota", "30000", name, check=True)
+    quota = inspect(box, name)["config"]["resources"]["cpu"]["quota_us"]  # type: ignore[index]
+    assert int(quota) == 30000
+
+
 def test_a_missing_command_is_127_and_one_clear_sentence(box: Corrald) -> None:
     code, out, err = run(box, "busybox", "no-such-command")
     assert (code, out) == (127, "")

@@ -286,7 +286,7 @@ def parse_time(text: str) -> "Timestamp":
     """RFC 3339, seconds since 1970, or how long ago. Raises ValueError."""
     from google.protobuf.timestamp_pb2 import Timestamp
 
-    from corral.client.options import duration_s
+    from corral.client.quantities import duration_s
 
     when = Timestamp()
     if text.replace(".", "", 1).isdigit():

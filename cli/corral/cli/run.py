@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from corral.client.options import ContainerOptions
 
 _MANY: dict[str, Any] = {"multiple": True}
+_NETWORKS = "a network's name; may be repeated, and be name=web,alias=db,ip=…"
 
 # Flags, name of the option in corral.client.options, help; the rest goes to click.
 CHANGEABLE: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
@@ -24,10 +25,21 @@ CHANGEABLE: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--memory-swap",), "Memory plus swap; -1 for no limit", {"default": ""}),
     (("--memory-reservation",), "Soft memory limit", {"default": ""}),
     (("--cpus",), "CPUs, such as 1.5", {"type": float, "default": 0.0}),
+    (("--cpu-period",), "Period of the CPU quota, in microseconds", {"type": int, "default": 0}),
+    (("--cpu-quota",), "CPU time in each period, in microseconds; -1 for no limit", {"type": int, "default": 0}),
+    (("--cpu-rt-period",), "The same of real-time scheduling", {"type": int, "default": 0}),
+    (("--cpu-rt-runtime",), "The same of real-time scheduling", {"type": int, "default": 0}),
     (("-c", "--cpu-shares"), "Relative weight, default 1024", {"type": int, "default": 0}),
     (("--cpuset-cpus",), "CPUs to run on, such as 0-2,4", {"default": ""}),
     (("--cpuset-mems",), "Memory nodes to use", {"default": ""}),
     (("--pids-limit",), "Most processes; -1 for no limit", {"type": int, "default": 0}),
+    (("--blkio-weight",), "Relative weight of block I/O, 10 to 1000", {"type": int, "default": 0}),
+    (("--blkio-weight-device", "blkio_weight_devices"), "The same for one device, /dev/x:WEIGHT", _MANY),
+    (("--device-read-bps",), "Most bytes read per second, /dev/x:10m", _MANY),
+    (("--device-write-bps",), "Most bytes written per second, /dev/x:10m", _MANY),
+    (("--device-read-iops",), "Most reads per second, /dev/x:100", _MANY),
+    (("--device-write-iops",), "Most writes per second, /dev/x:100", _MANY),
+    (("--cgroup-conf",), "Raw key of cgroup v2, memory.high=64M", _MANY),
     (("--restart",), "no, always, on-failure[:N] or unless-stopped", {"default": ""}),
     (("-l", "--label", "labels"), "Label, KEY=VALUE", _MANY),
 )
@@ -39,13 +51,20 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("-u", "--user"), "User: name or uid, with :group", {"default": ""}),
     (("--group-add",), "Further group of the process", _MANY),
     (("-h", "--hostname"), "Host name inside", {"default": ""}),
+    (("--domainname",), "NIS domain name inside", {"default": ""}),
     (("-v", "--volume", "volumes"), "Bind mount or volume, SOURCE:TARGET[:ro]", _MANY),
     (("--mount", "mounts"), "Mount, type=bind|volume|tmpfs,source=…,target=…", _MANY),
     (("--tmpfs",), "tmpfs, TARGET[:size=64m,mode=1777]", _MANY),
     (("--read-only",), "Root file system read-only", {"is_flag": True}),
     *CHANGEABLE,
-    (("--network", "--net", "network"), "bridge, host, none, container:ID or a network's name", {"default": ""}),
+    (("--memory-swappiness",), "0 to 100; cgroup v1 only", {"type": click.IntRange(0, 100), "default": None}),
+    (("--oom-kill-disable",), "Sleep instead of being killed; cgroup v1 only", {"is_flag": True}),
+    (("--oom-score-adj",), "Whom the kernel kills first, -1000 to 1000", {"type": int, "default": None}),
+    (("--network", "--net", "network"), f"bridge, host, none, container:ID or {_NETWORKS}", _MANY),
+    (("--network-alias", "network_aliases"), "Further name in the network", _MANY),
     (("--ip",), "Fixed address in the network", {"default": ""}),
+    (("--ip6",), "Fixed IPv6 address in the network", {"default": ""}),
+    (("--mac-address",), "MAC address", {"default": ""}),
     (("-p", "--publish", "ports"), "Publish a port, [IP:][HOST:]CONTAINER[/udp]", _MANY),
     (("-P", "--publish-all"), "Publish every port that the image exposes", {"is_flag": True}),
     (("--dns",), "Name server", _MANY),
@@ -67,11 +86,13 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--pid",), "PID namespace: host or container:ID", {"default": ""}),
     (("--ipc",), "IPC namespace: host or container:ID", {"default": ""}),
     (("--uts",), "UTS namespace: host", {"default": ""}),
+    (("--cgroupns",), "cgroup namespace: private or host", {"default": ""}),
     (("--cgroup-parent",), "Parent of the container's cgroup", {"default": ""}),
     (("--log-driver",), "json-file, cri or none", {"default": ""}),
     (("--log-opt", "log_options"), "Log option, max-size=16m or max-file=4", _MANY),
 )
-_PAIRS = ("labels", "sysctls", "log_options")
+_PAIRS = ("labels", "sysctls", "log_options", "cgroup_conf")
+_MAY_BE_ZERO = ("stop_timeout_s", "memory_swappiness", "oom_score_adj")
 
 
 def _container_options[F: Callable[..., object]](function: F) -> F:
@@ -237,8 +258,7 @@ def _options_from_flags(flags: dict[str, Any]) -> "ContainerOptions":
     options: ContainerOptions = {
         k: v for k, v in flags.items() if v not in (None, (), {}, [], 0, False) or k == "entrypoint"
     }  # type: ignore[assignment]
-    if flags["stop_timeout_s"] is not None:
-        options["stop_timeout_s"] = flags["stop_timeout_s"]
+    options.update({key: flags[key] for key in _MAY_BE_ZERO if flags[key] is not None})  # type: ignore[typeddict-item]
     for key in ("memory", "memory_swap", "memory_reservation", "shm_size", *("user", "hostname")):
         if options.get(key) == "":
             del options[key]  # type: ignore[misc]

@@ -16,8 +16,8 @@ def update_command(app: App, containers: tuple[str, ...], **flags: Any) -> int:
     changes = {name: value for name, value in flags.items() if value}
     if not changes:
         raise click.UsageError("nothing is to be changed: give a limit, --restart or --label")
-    if "labels" in changes:
-        changes["labels"] = dict(label.partition("=")[::2] for label in changes["labels"])
+    for key in {"labels", "cgroup_conf"} & changes.keys():
+        changes[key] = dict(text.partition("=")[::2] for text in changes[key])
     return each(containers, lambda container: app.client.containers.update(container, **changes))
 
 

@@ -4,22 +4,18 @@ Pure functions from strings to messages; both clients and the command line build
 `container_config`. Every ValueError names the option's value and says what is understood.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 from corral.api.engine.v1 import engine_pb2 as pb
 from corral.api.images.v1 import images_pb2
-from corral.api.network.v1 import network_pb2
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1 import types_pb2
+from corral.client.network_options import NetworkOptions, network_config
+from corral.client.quantities import size_bytes
+from corral.client.resource_options import ResourceOptions, resources
 
-_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[bkmgtp]?)(i?b)?", re.IGNORECASE)
-_UNITS = {unit: 1024**power for power, unit in enumerate("bkmgtp")} | {"": 1}
-_DURATION = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>ns|us|µs|ms|s|m|h)")
-_DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_CPU_PERIOD_US = 100_000
 _PROPAGATIONS = frozenset({"rprivate", "private", "rshared", "shared", "rslave", "slave"})
 _LOG_DRIVERS = {
     "json-file": tasks_pb2.LogOptions.DRIVER_JSON_FILE,
@@ -34,22 +30,14 @@ _RESTART_MODES = {
 }
 
 
-class UpdateOptions(TypedDict, total=False):
+class UpdateOptions(ResourceOptions, total=False):
     """What of a container can be changed later; each as in ContainerOptions."""
 
-    memory: int | str
-    memory_swap: int | str
-    memory_reservation: int | str
-    cpus: float
-    cpu_shares: int
-    cpuset_cpus: str
-    cpuset_mems: str
-    pids_limit: int
     restart: str
     labels: Mapping[str, str]
 
 
-class ContainerOptions(TypedDict, total=False):
+class ContainerOptions(ResourceOptions, NetworkOptions, total=False):
     """Everything about a container but its image and arguments. Absent: the image's default, then corral's."""
 
     entrypoint: Sequence[str] | str | None  # replaces the image's; "" resets it
@@ -58,6 +46,7 @@ class ContainerOptions(TypedDict, total=False):
     user: str  # "name", "uid", "name:group", "uid:gid"
     group_add: Sequence[str]
     hostname: str
+    domainname: str
     labels: Mapping[str, str]
     terminal: bool
     stdin: bool
@@ -67,22 +56,6 @@ class ContainerOptions(TypedDict, total=False):
     mounts: Sequence[str]  # "type=bind,source=…,target=…" as docker's --mount
     tmpfs: Sequence[str]  # "/path[:size=64m,mode=1777]"
     read_only: bool
-    memory: int | str  # bytes, or "64m"
-    memory_swap: int | str  # memory plus swap; "-1" no bound
-    memory_reservation: int | str
-    cpus: float
-    cpu_shares: int
-    cpuset_cpus: str
-    cpuset_mems: str
-    pids_limit: int
-    network: str
-    ip: str
-    ports: Sequence[str]  # "[ip:][host:]container[/protocol]"
-    publish_all: bool  # those that the image exposes
-    dns: Sequence[str]
-    dns_search: Sequence[str]
-    dns_options: Sequence[str]
-    extra_hosts: Sequence[str]  # "name:address"
     cap_add: Sequence[str]
     cap_drop: Sequence[str]
     privileged: bool
@@ -101,6 +74,8 @@ class ContainerOptions(TypedDict, total=False):
     pid: str
     ipc: str
     uts: str
+    cgroupns: str
+    oom_score_adj: int
     cgroup_parent: str
     log_driver: str
     log_options: Mapping[str, str]  # "max-size", "max-file"
@@ -123,6 +98,7 @@ def container_config(image: str, args: Sequence[str] = (), **options: object) ->
         user=o.get("user", ""),
         group_add=o.get("group_add", ()),
         hostname=o.get("hostname", ""),
+        domainname=o.get("domainname", ""),
         labels=o.get("labels", {}),
         terminal=o.get("terminal", False),
         stdin=o.get("stdin", False),
@@ -142,20 +118,23 @@ def container_config(image: str, args: Sequence[str] = (), **options: object) ->
         pid_mode=o.get("pid", ""),
         ipc_mode=o.get("ipc", ""),
         uts_mode=o.get("uts", ""),
+        cgroupns_mode=o.get("cgroupns", ""),
         mounts=[
             *(volume(v) for v in o.get("volumes", ())),
             *(mount(m) for m in o.get("mounts", ())),
             *(tmpfs(t) for t in o.get("tmpfs", ())),
         ],
         ulimits=[ulimit(u) for u in o.get("ulimits", ())],
-        resources=_resources(o),
-        network=_network(o),
+        resources=resources(o),
+        network=network_config(o),
         log=log_options(o.get("log_driver", ""), o.get("log_options", {})),
     )
     if size := o.get("console_size"):
         config.console_size.CopyFrom(types_pb2.WindowSize(width=size[0], height=size[1]))
     if (grace := o.get("stop_timeout_s")) is not None:
         config.stop_timeout.FromNanoseconds(round(grace * 1e9))
+    if (score := o.get("oom_score_adj")) is not None:
+        config.oom_score_adj = score
     if policy := o.get("restart"):
         config.restart.CopyFrom(restart_policy(policy))
     _apply_security(config, o.get("security", ()))
@@ -164,7 +143,7 @@ def container_config(image: str, args: Sequence[str] = (), **options: object) ->
 
 def update_request(container: str, **options: Unpack[UpdateOptions]) -> pb.UpdateContainerRequest:
     """The message for these changes. Raises ValueError for what is not understood."""
-    limits = _resources(options)
+    limits = resources(options)
     request = pb.UpdateContainerRequest(container=container, resources=limits, labels=options.get("labels", {}))
     if policy := options.get("restart"):
         request.restart.CopyFrom(restart_policy(policy))
@@ -179,32 +158,6 @@ def _storage_quota(options: Iterable[str]) -> int:
             raise ValueError(f"storage option {option!r} is not understood: give size=10g")
         quota = size_bytes(value)
     return quota
-
-
-def size_bytes(value: int | str) -> int:
-    """Bytes of 64, "64m", "1.5g", "-1". Units are powers of 1024, as docker has them."""
-    if isinstance(value, int):
-        return value
-    if value.strip() == "-1":
-        return -1
-    found = _SIZE.fullmatch(value.strip())
-    if found is None:
-        raise ValueError(f"size {value!r} is not understood: give a number with b, k, m, g or t, such as 64m")
-    return int(float(found["number"]) * _UNITS[found["unit"].lower()])
-
-
-def duration_s(value: float | str) -> float:
-    """Seconds of 10, "10", "1m30s", "500ms"."""
-    if isinstance(value, int | float):
-        return float(value)
-    try:
-        return float(value)
-    except ValueError:
-        pass
-    parts = list(_DURATION.finditer(value))
-    if not parts or "".join(p[0] for p in parts) != value:
-        raise ValueError(f"duration {value!r} is not understood: give seconds, or 1h2m3s, or 500ms")
-    return sum(float(p["number"]) * _DURATION_UNITS[p["unit"]] for p in parts)
 
 
 def environment(env: Mapping[str, str] | Iterable[str]) -> list[str]:
@@ -295,26 +248,6 @@ def tmpfs(text: str) -> pb.VolumeMount:
     return result
 
 
-def port(text: str) -> list[network_pb2.PortMapping]:
-    """Published ports: [IP:][HOST:]CONTAINER[/PROTOCOL], where HOST and CONTAINER may be ranges of one length."""
-    body, _, protocol = text.partition("/")
-    head, _, container = body.rpartition(":")
-    ip, _, host = head.rpartition(":") if head.count(":") else ("", "", head)
-    try:
-        inner = _port_range(container)
-        outer = _port_range(host) if host else range(len(inner))
-    except ValueError:
-        outer, inner = range(0), range(1)
-    if len(outer) != len(inner) or protocol not in ("", "tcp", "udp", "sctp"):
-        raise ValueError(f"port {text!r} is not understood: give [IP:][HOST:]CONTAINER[/tcp|udp|sctp]")
-    return [
-        network_pb2.PortMapping(
-            host_ip=ip.strip("[]"), host_port=h if host else 0, container_port=c, protocol=protocol or "tcp"
-        )
-        for h, c in zip(outer, inner, strict=True)
-    ]
-
-
 def ulimit(text: str) -> pb.Ulimit:
     """A limit in docker's --ulimit form: NAME=SOFT[:HARD]."""
     name, _, values = text.partition("=")
@@ -389,63 +322,6 @@ def _apply_mount_options(result: pb.VolumeMount, options: Iterable[str], text: s
             result.no_copy = True
         elif option not in ("z", "Z"):  # SELinux relabelling: nothing to do where SELinux is off
             raise ValueError(f"volume {text!r}: option {option!r} is not known")
-
-
-def _port_range(text: str) -> range:
-    first, _, last = text.partition("-")
-    ports = range(int(first), int(last or first) + 1)
-    if not ports or ports[0] < 1 or ports[-1] > 65535:
-        raise ValueError(text)
-    return ports
-
-
-def _resources(o: ContainerOptions | UpdateOptions) -> types_pb2.Resources | None:
-    resources = types_pb2.Resources()
-    if memory := o.get("memory"):
-        resources.memory.limit_bytes = size_bytes(memory)
-    if swap := o.get("memory_swap"):
-        resources.memory.swap_bytes = size_bytes(swap)
-    if reservation := o.get("memory_reservation"):
-        resources.memory.reservation_bytes = size_bytes(reservation)
-    if cpus := o.get("cpus"):
-        if cpus < 0.01:
-            raise ValueError(f"cpus {cpus:g} is too little: the least is 0.01")
-        resources.cpu.period_us = _CPU_PERIOD_US
-        resources.cpu.quota_us = round(cpus * _CPU_PERIOD_US)
-    if shares := o.get("cpu_shares"):
-        resources.cpu.shares = shares
-    if cpuset := o.get("cpuset_cpus"):
-        resources.cpu.cpus = cpuset
-    if mems := o.get("cpuset_mems"):
-        resources.cpu.mems = mems
-    if limit := o.get("pids_limit"):
-        resources.pids.limit = limit
-    return resources if resources.ByteSize() else None
-
-
-def _network(o: ContainerOptions) -> pb.NetworkConfig | None:
-    network = pb.NetworkConfig(
-        mode=o.get("network", ""),
-        publish_all=o.get("publish_all", False),
-        ports=[mapping for p in o.get("ports", ()) for mapping in port(p)],
-        extra_hosts=[_host_entry(h) for h in o.get("extra_hosts", ())],
-    )
-    if ip := o.get("ip"):
-        field = "ipv6_address" if ":" in ip else "ipv4_address"
-        network.attachments.add(network=network.mode, **{field: ip})
-    dns = network_pb2.DnsOptions(
-        servers=o.get("dns", ()), search=o.get("dns_search", ()), options=o.get("dns_options", ())
-    )
-    if dns.ByteSize():
-        network.dns.CopyFrom(dns)
-    return network if network.ByteSize() else None
-
-
-def _host_entry(text: str) -> network_pb2.HostEntry:
-    name, _, address = text.partition(":")
-    if not name or not address:
-        raise ValueError(f"host {text!r} is not understood: give NAME:ADDRESS")
-    return network_pb2.HostEntry(name=name, address=address.strip("[]"))
 
 
 def _apply_security(config: pb.ContainerConfig, options: Iterable[str]) -> None:

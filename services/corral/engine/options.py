@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, RestartPolicy, Ulimit, VolumeMount
+from corral.api.network.v1.network_pb2 import NetworkAttachment
 from corral.engine.signals import parse_signal
 from corral.kernel import capabilities, rlimits
 from corral.rpc.context import check_id
@@ -133,6 +134,13 @@ def _check_namespaces(config: ContainerConfig) -> None:
             raise InvalidArgument(f"{value!r} is no {option} mode: use 'private', 'host' or 'container:ID'")
     if config.uts_mode == "host" and (config.hostname or config.domainname):
         raise InvalidArgument("a container in the host's UTS namespace (--uts host) cannot have a hostname of its own")
+    asked = config.network
+    if (asked.mode in ("host", "none") or ":" in asked.mode) and any(
+        one != NetworkAttachment(network=asked.mode) for one in asked.attachments
+    ):
+        raise InvalidArgument(
+            f"the network mode {asked.mode!r} goes with no other network, and has no addresses or aliases of its own"
+        )
     if config.network.mode == "host" and config.network.ports:
         raise InvalidArgument("ports cannot be published in the host's network: its ports are the host's already")
 

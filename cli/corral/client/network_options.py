@@ -1,0 +1,116 @@
+"""The networks of a container, from the words people use: "web,alias=db", "8080:80/udp", "name:10.0.0.1"."""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+from corral.api.engine.v1 import engine_pb2 as pb
+from corral.api.network.v1 import network_pb2
+
+
+class NetworkOptions(TypedDict, total=False):
+    """What a container asks of its networks."""
+
+    # bridge, host, none, container:ID, ns:/path or a network's name. Or several networks, each also as
+    # "name=web,alias=db,ip=10.1.0.7,mac-address=…,interface-name=eth0".
+    network: str | Sequence[str]
+    network_aliases: Sequence[str]  # in the first network
+    ip: str  # likewise, of either version
+    ip6: str
+    mac_address: str
+    ports: Sequence[str]  # "[ip:][host:]container[/protocol]"
+    publish_all: bool  # those that the image exposes
+    dns: Sequence[str]
+    dns_search: Sequence[str]
+    dns_options: Sequence[str]
+    extra_hosts: Sequence[str]  # "name:address"
+
+
+_FIELDS = {
+    "name": "network",
+    "alias": "aliases",
+    "ip": "ipv4_address",
+    "ip6": "ipv6_address",
+    "mac-address": "mac_address",
+    "interface-name": "interface",
+}
+
+
+def network_config(o: NetworkOptions) -> pb.NetworkConfig | None:
+    """The message for these options; None where they ask for nothing. Raises ValueError."""
+    wanted = o.get("network", "")
+    attachments = [attachment(text) for text in ([wanted] if isinstance(wanted, str) else wanted)]
+    config = pb.NetworkConfig(
+        mode=attachments[0].network if attachments else "",
+        publish_all=o.get("publish_all", False),
+        ports=[mapping for p in o.get("ports", ()) for mapping in port(p)],
+        extra_hosts=[_host_entry(h) for h in o.get("extra_hosts", ())],
+    )
+    first = attachments[0] if attachments else network_pb2.NetworkAttachment()
+    first.aliases.extend(o.get("network_aliases", ()))
+    first.mac_address = o.get("mac_address", "") or first.mac_address
+    for ip in filter(None, (o.get("ip", ""), o.get("ip6", ""))):
+        setattr(first, "ipv6_address" if ":" in ip else "ipv4_address", ip)
+    if len(attachments) > 1 or first != network_pb2.NetworkAttachment(network=config.mode):
+        config.attachments.extend([first, *attachments[1:]])
+    dns = network_pb2.DnsOptions(
+        servers=o.get("dns", ()), search=o.get("dns_search", ()), options=o.get("dns_options", ())
+    )
+    if dns.ByteSize():
+        config.dns.CopyFrom(dns)
+    return config if config.ByteSize() else None
+
+
+def attachment(text: str) -> network_pb2.NetworkAttachment:
+    """A network in docker's --network form: its name or mode, or name=NAME and what else is asked of it."""
+    found = network_pb2.NetworkAttachment()
+    if "=" not in text or text.startswith(("container:", "ns:")):
+        found.network = text
+        return found
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        field = _FIELDS.get(key)
+        if field is None or not value:
+            known = ", ".join(f"{name}=" for name in _FIELDS)
+            raise ValueError(f"network {text!r} is not understood: give a name, or {known} separated by commas")
+        if field == "aliases":
+            found.aliases.append(value)
+        else:
+            setattr(found, field, value)
+    if not found.network:
+        raise ValueError(f"network {text!r} has no name=")
+    return found
+
+
+def port(text: str) -> list[network_pb2.PortMapping]:
+    """Published ports: [IP:][HOST:]CONTAINER[/PROTOCOL], where HOST and CONTAINER may be ranges of one length."""
+    body, _, protocol = text.partition("/")
+    head, _, container = body.rpartition(":")
+    ip, _, host = head.rpartition(":") if head.count(":") else ("", "", head)
+    try:
+        inner = _port_range(container)
+        outer = _port_range(host) if host else range(len(inner))
+    except ValueError:
+        outer, inner = range(0), range(1)
+    if len(outer) != len(inner) or protocol not in ("", "tcp", "udp", "sctp"):
+        raise ValueError(f"port {text!r} is not understood: give [IP:][HOST:]CONTAINER[/tcp|udp|sctp]")
+    return [
+        network_pb2.PortMapping(
+            host_ip=ip.strip("[]"), host_port=h if host else 0, container_port=c, protocol=protocol or "tcp"
+        )
+        for h, c in zip(outer, inner, strict=True)
+    ]
+
+
+def _port_range(text: str) -> range:
+    first, _, last = text.partition("-")
+    ports = range(int(first), int(last or first) + 1)
+    if not ports or ports[0] < 1 or ports[-1] > 65535:
+        raise ValueError(text)
+    return ports
+
+
+def _host_entry(text: str) -> network_pb2.HostEntry:
+    name, _, address = text.partition(":")
+    if not name or not address:
+        raise ValueError(f"host {text!r} is not understood: give NAME:ADDRESS")
+    return network_pb2.HostEntry(name=name, address=address.strip("[]"))
