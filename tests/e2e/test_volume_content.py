@@ -1,9 +1,15 @@
 """A new volume begins with what the image has in its place, with modes and owners, once."""
 
+import json
+import os
+import struct
+import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from support.corrald import Corrald
+from support.images import Entry, busybox_layer, directory, image_config, layer, symlink, write_oci_archive
 
 MAKE = (
     "mkdir -p /data/sub && echo one > /data/one && echo two > /data/sub/two && ln -s one /data/link"
@@ -88,3 +94,32 @@ def test_a_copy_that_fails_leaves_the_volume_empty(box: Corrald, name: str, imag
         assert run(box, "-v", f"{name}:/v", "busybox", "ls", "-A", "/v") == ""
     finally:
         ok(box, "image", "rm", f"deep-{name}")
+
+
+def test_attributes_capabilities_and_hard_links_come_along(box: Corrald, name: str, tmp_path: Path) -> None:
+    capability = struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0)  # CAP_NET_BIND_SERVICE, effective
+    pax = {"SCHILY.xattr.user.kind": "here", "SCHILY.xattr.security.capability": capability.decode("utf-8")}
+    entries = [
+        directory("data"), directory("data/a"), directory("data/b"),
+        Entry("data/a/one", b"content", 0o755, uid=1000, gid=1000, pax=pax),
+        Entry("data/b/two", kind=tarfile.LNKTYPE, link="data/a/one"),
+        symlink("data/link", "nowhere"),
+        Entry("data/b/three", kind=tarfile.LNKTYPE, link="data/link"),
+    ]  # fmt: skip
+    layers = [busybox_layer(), layer(entries)]
+    archive = write_oci_archive(tmp_path / "i.tar", f"{name}:1", layers, image_config(layers))
+    ok(box, "load", "-i", str(archive))
+    try:
+        run(box, "-v", f"{name}:/data", f"{name}:1", "true")
+        [volume] = json.loads(ok(box, "volume", "inspect", name))
+        there = Path(volume["mountpoint"])
+        one = there / "a/one"
+        assert os.getxattr(one, "user.kind") == b"here"
+        assert os.getxattr(one, "security.capability") == capability
+        assert (one.stat().st_uid, one.stat().st_mtime) == (1000, 0)
+        assert one.samefile(there / "b/two")
+        assert (there / "b/three").lstat().st_ino == (there / "link").lstat().st_ino
+        assert (there / "link").lstat().st_mtime == 0
+    finally:
+        box.corral("volume", "rm", name)
+        ok(box, "image", "rm", f"{name}:1")
