@@ -192,6 +192,24 @@ async def test_lost_and_changed_blobs_are_told_with_their_images(leaf: ImagesLea
     assert await leaf.names() == []
 
 
+async def test_a_deep_check_reads_layers_too(leaf: ImagesLeaf, archive: Path) -> None:
+    [image] = await leaf.load(archive)
+    digest = image.layers[0].blob.digest
+    blob = leaf.root / "blobs/sha256" / digest[7:]
+    data = blob.read_bytes()
+    blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert await check(leaf) == []
+    [finding] = (await leaf.images.Check(types_pb2.CheckRequest(deep=True))).findings
+    assert (finding.subject, finding.problem) == (f"blob {digest}", "was changed on disk")
+    assert "docker.io/library/x:1" in finding.remedy
+    [finding] = (await leaf.images.Check(types_pb2.CheckRequest(deep=True, repair=True))).findings
+    assert finding.repaired
+    assert not blob.exists()
+    await leaf.load(archive)
+    assert blob.read_bytes() == data
+    assert not (await leaf.images.Check(types_pb2.CheckRequest(deep=True))).findings
+
+
 # A lost database
 
 
@@ -342,7 +360,7 @@ async def test_marks_follow_what_they_mark(leaf: ImagesLeaf, archive: Path) -> N
     await leaf.prepare("c", image="x:1")
     for _ in range(200):
         marks = [json.loads(path.read_text())["key"] for path in (leaf.root / "marks").iterdir()]
-        if len(marks) == 3 and (leaf.root / "names.json").exists():
+        if len(marks) == 3 and json.loads((leaf.root / "names.json").read_text()):
             break
         await asyncio.sleep(0.02)
     assert "c" in marks

@@ -34,7 +34,7 @@ def check(daemon: Corrald, *options: str, code: int) -> list[str]:
 
 
 def test_nothing_is_found_where_nothing_is_wrong(box: Corrald, name: str) -> None:
-    assert check(box, code=0) == []
+    assert check(box, "--deep", code=0) == []
     box.corral("run", "-d", "--name", name, "-v", "/v", "busybox", "sleep", "1000", check=True)
     assert check(box, "--repair", code=0) == []
     box.corral("pause", name, check=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.corrald import Corrald, running
-from support.images import write_busybox
+from support.images import Entry, image_config, layer, write_busybox, write_oci_archive
 from support.registry import Registry
 from support.registry import running as registry_running
 from support.requirements import needs
@@ -51,11 +51,46 @@ def test_images_are_listed_by_template_and_filter(box: Corrald) -> None:
     table = said(box, "images", "--format", r"table {{.Repository}}\t{{.Size}}", "busybox").splitlines()
     assert [line.split()[0] for line in table] == ["REPOSITORY", "busybox"]
     assert said(box, "ps", "-a", "--format", "{{.Names}}") == ""
-    for words in (["--filter", "since=x"], ["--format", "{{range .}}"], ["--format", "yaml"]):
+    said(box, "tag", "busybox", "team/other:2")
+    wanted = ["-f", "reference=team/*:1", "-f", "reference=team/*:2", "--format", "{{.Tag}}"]
+    assert said(box, "images", *wanted) == "1\n2\n"
+    said(box, "rmi", "team/other:2")
+    for words in (["--filter", "size=x"], ["--format", "{{range .}}"], ["--format", "yaml"]):
         wrong = box.corral("images", *words)
         assert wrong.returncode in (1, 2)
         assert b"Traceback" not in wrong.stderr
         assert b"give" in wrong.stderr or b"understood" in wrong.stderr or b"none of" in wrong.stderr
+
+
+def test_images_are_compared_by_when_they_were_made(box: Corrald, tmp_path: Path) -> None:
+    layers = [layer([Entry("f", b"young")])]
+    config = json.loads(image_config(layers, Labels={"kind": "young"})) | {"created": "2025-06-01T00:00:00Z"}
+    archive = write_oci_archive(tmp_path / "young.tar", "young:1", layers, json.dumps(config).encode())
+    said(box, "load", "-i", str(archive))
+    form = ["--format", "{{.Repository}}"]
+    assert said(box, "images", "-f", "since=busybox", *form) == "young\n"
+    assert said(box, "images", "-f", "before=young:1", "-f", "reference=busybox", *form) == "busybox\n"
+    assert said(box, "images", "-f", "until=2025-03-01", "-f", "reference=young", *form) == ""
+    assert said(box, "images", "-f", "label!=kind=box", *form) == "young\n"
+    row = said(box, "images", "--format", "{{.Digest}} {{.CreatedSince}}", "young")
+    assert row.startswith("sha256:")
+    assert row.endswith(" ago\n")
+    for filters in (["label!=kind"], ["label=kind=box", "label=other"], ["until=2025-03-01", "label=kind=young"]):
+        said(box, "image", "prune", "-a", *(word for text in filters for word in ("--filter", text)))
+    assert said(box, "images", "-q", "young")
+    assert "young:1" in said(box, "image", "prune", "-a", "--filter", "label=kind=young", "--filter", "label!=x")
+    assert not said(box, "images", "-q", "young")
+    assert said(box, "images", "-q", "busybox")
+
+
+def test_templates_that_were_written_for_docker_find_its_names(box: Corrald) -> None:
+    form = '{{index .RepoTags 0}} {{.Os}}/{{.Architecture}} {{index .Config.Labels "kind"}} {{index .RepoDigests 0}}'
+    shown = said(box, "image", "inspect", "-f", form, "busybox").split()
+    assert shown[0] in ("busybox:latest", "team/app:1")
+    assert shown[1].startswith("linux/")
+    assert shown[2] == "box"
+    assert shown[3] == f"busybox@{said(box, 'image', 'inspect', '-f', '{{.Target.Digest}}', 'busybox').strip()}"
+    assert said(box, "image", "inspect", "-f", "{{.RootFS.Type}} {{.Size}}", "busybox").startswith("layers 2")
 
 
 def test_inspect_shows_what_is_here_and_names_what_is_not(box: Corrald) -> None:

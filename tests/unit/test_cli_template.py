@@ -31,6 +31,8 @@ ROW = template.row_of(("REPOSITORY", "TAG", "IMAGE ID", "CREATED BY"), ("box", "
         (r"{{.Tag}}\t{{.Tag}}\n", "1\t1\n"),
         ("{{json .Tag}}", '"1"'),
         ("plain {{.Tag}}", "plain 1"),
+        ('{{index .Config "working_dir"}}{{index .Config "none"}}', "/w"),
+        ("{{index .Config.Env 0}} {{ index .id 0 }}", "A=1 <no value>"),
     ],
 )
 def test_names_are_filled_in(text: str, shown: str) -> None:
@@ -42,11 +44,17 @@ def test_the_whole_thing_is_its_json() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{{range .A}}x{{end}}", "{{.A", "{{}}", "{{.A | upper}}", "{{if .A}}", "}}", "{{..}}"]
+    "text",
+    ["{{range .A}}x{{end}}", "{{.A", "{{}}", "{{.A | upper}}", "{{if .A}}", "}}", "{{..}}", "{{index .A}}"],
 )
 def test_what_is_not_understood_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not understood"):
         template.render(text, DOCUMENT, ROW)
+
+
+def test_a_number_past_the_end_is_told() -> None:
+    with pytest.raises(ValueError, match="number 1 of 1"):
+        template.render("{{index .Config.Env 1}}", DOCUMENT)
 
 
 def test_a_table_has_headings() -> None:

@@ -115,11 +115,12 @@ def test_parts_are_made_one_by_one_and_are_all_of_it() -> None:
 
 def test_a_partial_blob_that_goes_while_others_are_collected_is_nobodys_trouble(tmp_path: Path) -> None:
     partials = Partials(tmp_path, keep_s=0.0)
-    (tmp_path / "partial" / "ab.data").symlink_to("gone")  # it is listed, and there is nothing behind the name
-    (tmp_path / "partial" / "cd.data").write_bytes(b"x")
+    gone, there = (tmp_path / "partial" / f"{byte * 32}.data" for byte in ("ab", "cd"))
+    gone.symlink_to("gone")  # it is listed, and there is nothing behind the name
+    there.write_bytes(b"x")
     removed, reclaimed = partials.collect(grace=False)
-    assert (removed, reclaimed > 0) == (["sha256:cd"], True)
-    assert not (tmp_path / "partial" / "cd.data").exists()
+    assert (removed, reclaimed > 0) == ([f"sha256:{'cd' * 32}"], True)
+    assert not there.exists()
 
 
 async def test_a_partial_blob_that_is_open_is_not_collected(tmp_path: Path) -> None:

@@ -14,16 +14,17 @@ if TYPE_CHECKING:
 
 @click.command("check")
 @click.option("--repair", is_flag=True, help="Put right what is found")
+@click.option("--deep", is_flag=True, help="Hash what is stored of every layer too: as long as it takes to read it")
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", help="Output form")
 @pass_app
-def check_command(app: App, repair: bool, form: str) -> int:
+def check_command(app: App, repair: bool, deep: bool, form: str) -> int:
     """Compare what every service has written down with what is there, and with what the others know.
 
     One line for each thing that does not fit, with what --repair does about it; exit code 1 if any is left. That is
     how to get images and containers back after the database of images was lost or damaged: --repair makes it anew from
     blobs and trees.
     """
-    findings = app.client.system.check(repair=repair)
+    findings = app.client.system.check(repair=repair, deep=deep)
     for finding in findings:
         click.echo(json.dumps(plain(finding), ensure_ascii=False) if form == "json" else readable(_line(finding)))
     return int(any(not finding.repaired for finding in findings))

@@ -141,7 +141,7 @@ def _image_rows(image: "images_pb2.ImageUsage") -> Iterator[tuple[str, ...]]:
     for name in image.names or ("",):
         yield (
             *split_name(name),
-            image.id.removeprefix("sha256:")[:_SHORT_ID],
+            image.id.rpartition(":")[2][:_SHORT_ID],
             created,
             human_size(image.size_bytes),
             human_size(image.shared_bytes),

@@ -23,7 +23,7 @@ def history_command(app: App, name: str, no_trunc: bool, form: str, quiet: bool)
     """Show the steps that an image was made in, the last one first, and what each has added."""
     steps = steps_of(app.client.images.get(name))
     ids = [layer.diff_id if layer else "<none>" for _, layer in steps]
-    shown = ids if no_trunc else [each.removeprefix("sha256:")[:12] for each in ids]
+    shown = ids if no_trunc else [each.rpartition(":")[2][:12] for each in ids]
     rows = [_row(entry, layer, each, no_trunc) for (entry, layer), each in zip(steps, shown, strict=True)]
     headings = ("LAYER", "CREATED", "CREATED BY", "SIZE", "COMMENT")
     show_rows(headings, rows, [entry for entry, _ in steps], form, shown if quiet else None)

@@ -1,6 +1,5 @@
 """`corral image`."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
@@ -8,12 +7,14 @@ import click
 from corral.cli.app import App, ImageName, complain, pass_app
 from corral.cli.archive import bring_in, export_command, keep_blobs_option, load_command, save_command
 from corral.cli.history import history_command
+from corral.cli.image_filters import find_images, parse_prune_filters
 from corral.cli.mounting import mount_command, unmount_command
 from corral.cli.output import format_option, human_age, human_size, show_json, show_rows
 from corral.cli.registry import pull_command, push_command, referrers_command
 
 if TYPE_CHECKING:
     from corral.api.images.v1 import images_pb2
+    from corral.cli.output import Json
 
 
 @click.group("image")
@@ -61,7 +62,12 @@ def import_command(app: App, archive: str, name: str, keep_blobs: bool | None, q
 @click.option("-a", "--all", "everything", is_flag=True, help="Accepted for docker's sake: all are shown")
 @click.option("--digests", is_flag=True, help="Digests too")
 @click.option(
-    "-f", "--filter", "filters", multiple=True, metavar="KEY=VALUE", help="dangling=true, reference=PATTERN or label=…"
+    "-f",
+    "--filter",
+    "filters",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="reference=PATTERN, label=KEY[=VALUE], dangling=true, before=IMAGE, since=IMAGE or until=TIME",
 )
 @click.option("--no-trunc", is_flag=True, help="Whole ids")
 @format_option
@@ -78,41 +84,20 @@ def ls_command(
 ) -> None:
     """List images."""
     del everything
-    pattern, fits = _filters(pattern, filters)
-    images = [image for image in app.client.images.list(pattern) if fits(image)]
-    ids = [i.id if no_trunc else i.id.removeprefix("sha256:")[:12] for i in images]
-    headings = ("REPOSITORY", "TAG", *(("DIGEST",) if digests else ()), "IMAGE ID", "UPDATED", "SIZE")
+    images = find_images(app.client, pattern, filters)
+    digests = digests or form not in ("table", "json")  # a template may ask for it
+    ids = [i.id if no_trunc else i.id.partition(":")[2][:12] for i in images]
+    headings = ("REPOSITORY", "TAG", *(("DIGEST",) if digests else ()), "IMAGE ID", "UPDATED", "SIZE", "CREATED SINCE")
     rows = []
     for image, short in zip(images, ids, strict=True):
         repository, tag = split_name(image.familiar_name)
         digest = (image.target.digest,) if digests else ()
         age, size = f"{human_age(image.updated_at)} ago", human_size(image.size_bytes)
-        rows.append((repository, tag, *digest, short, age, size))
+        created = f"{human_age(image.created_at)} ago" if image.HasField("created_at") else "N/A"
+        rows.append((repository, tag, *digest, short, age, size, created))
+    if form == "table":
+        headings, rows = headings[:-1], [row[:-1] for row in rows]
     show_rows(headings, rows, images, form, ids if quiet else None)
-
-
-def _filters(pattern: str, filters: tuple[str, ...]) -> "tuple[str, Callable[[images_pb2.Image], bool]]":
-    """The pattern to ask for, and which of those images fit. Raises ValueError."""
-    labels, dangling = [], None
-    for text in filters:
-        key, _, value = text.partition("=")
-        if key == "dangling" and value in ("true", "1", "false", "0"):
-            dangling = value in ("true", "1")
-        elif key == "label" and value:
-            labels.append(value.partition("=")[::2])
-        elif key == "reference" and value and not pattern:
-            pattern = value
-        else:
-            raise ValueError(
-                f"filter {text!r} is not understood: give dangling=true, label=KEY[=VALUE], or reference=PATTERN once"
-            )
-
-    def fits(image: "images_pb2.Image") -> bool:
-        if dangling is not None and dangling == bool(image.name):
-            return False
-        return all(key in image.config.labels and value in ("", image.config.labels[key]) for key, value in labels)
-
-    return pattern, fits
 
 
 images_command = click.Command("images", params=ls_command.params, callback=ls_command.callback, help="List images.")
@@ -142,8 +127,24 @@ def inspect_command(app: App, names: tuple[str, ...], form: str) -> int:
         except CorralError as e:
             complain(e)
             failed = 1
-    show_json(found, form)
+    show_json(found, form, more=_names_of_docker)
     return failed
+
+
+def _names_of_docker(image: "images_pb2.Image") -> "dict[str, Json]":
+    """What templates that were written for docker ask for by other names."""
+    repository, _ = split_name(image.familiar_name)
+    tagged = [name.removeprefix("docker.io/").removeprefix("library/") for name in image.names if "@" not in name]
+    return {
+        "repo_tags": list(tagged),
+        "repo_digests": [f"{repository}@{image.target.digest}"] if image.name else [],
+        "os": image.platform.os,
+        "architecture": image.platform.architecture,
+        "variant": image.platform.variant,
+        "size": image.size_bytes,
+        "created": image.created_at.ToJsonString() if image.HasField("created_at") else "",
+        "root_fs": {"type": "layers", "layers": [layer.diff_id for layer in image.layers]},
+    }
 
 
 @image_command.command("tag")
@@ -190,21 +191,20 @@ for _alias, _command in (("list", ls_command), ("remove", rm_command)):
 @click.option("-a", "--all", "everything", is_flag=True, help="Also named images that no container uses")
 @click.option("-f", "--force", is_flag=True, help="Accepted for docker's sake: nothing is asked")
 @click.option(
-    "--filter", "filters", multiple=True, metavar="until=TIME", help="Only images made before then, or that long ago"
+    "--filter",
+    "filters",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Only images made before until=TIME, or that long ago; with or without label[!]=KEY[=VALUE]",
 )
 @pass_app
 def prune_command(app: App, everything: bool, force: bool, filters: tuple[str, ...]) -> None:
     """Remove what nothing refers to."""
-    from corral.cli.container import parse_time
-
     del force
-    until = None
-    for text in filters:
-        key, _, value = text.partition("=")
-        if key != "until" or not value:
-            raise ValueError(f"filter {text!r} is not understood: give until=TIME, such as until=24h")
-        until = parse_time(value)
-    answer = app.client.images.prune(all=everything, until=until)
+    only = parse_prune_filters(filters)
+    answer = app.client.images.prune(
+        all=everything, until=only.until, labels=only.labels, without_labels=only.without_labels
+    )
     for name in (*answer.untagged, *answer.deleted):
         click.echo(name)
     click.echo(f"Total reclaimed space: {human_size(answer.reclaimed_bytes)}")

@@ -67,14 +67,17 @@ def _show_by_template(
     click.echo(_columns([template.headings(form), *lines]))
 
 
-def show_json(messages: "Sequence[Message]", form: str = "") -> None:
-    """What `inspect` prints: one JSON list, or for each what a template says."""
+def show_json[M: "Message"](
+    messages: Sequence[M], form: str = "", *, more: Callable[[M], dict[str, Json]] | None = None
+) -> None:
+    """What `inspect` prints: one JSON list, or for each what a template says. more: what that may name besides."""
     documents = [plain(message) for message in messages]
     if form in ("", "json"):
         click.echo(json.dumps(documents, indent=2, ensure_ascii=False))
     else:
-        for document in documents:
-            click.echo(template.render(form, document))
+        for message, document in zip(messages, documents, strict=True):
+            known = {**more(message), **document} if more and isinstance(document, dict) else document
+            click.echo(template.render(form, known))
 
 
 def plain(message: "Message") -> Json:

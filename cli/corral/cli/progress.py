@@ -27,7 +27,7 @@ def shown[P: (images_pb2.ImportResponse, images_pb2.PullResponse, images_pb2.Pus
 
 
 def _name(progress: "types_pb2.Progress") -> str:
-    return progress.item.removeprefix("sha256:")[:_SHORT]
+    return progress.item.rpartition(":")[2][:_SHORT]
 
 
 def _step(progress: "types_pb2.Progress") -> str:

@@ -1,7 +1,8 @@
 """Output by a template, as people write it for docker: {{.Repository}}:{{.Tag}}, {{json .}}, table {{.ID}}\\t{{.Size}}.
 
 A name is a column's, without its spaces (IMAGE ID is .ImageID, or .ID), else a member of the JSON form, with or without
-its underscores, a member of a member behind another dot. Nothing else of Go's language is understood.
+its underscores, a member of a member behind another dot. {{index .Labels "key"}} and {{index .Names 0}} are one of
+many. Nothing else of Go's language is understood.
 """
 
 import json
@@ -14,7 +15,10 @@ import click
 if TYPE_CHECKING:
     from corral.cli.output import Json
 
-_PLACE = re.compile(r"\{\{\s*(json\s+)?\.((?:[A-Za-z_][A-Za-z0-9_]*)?(?:\.[A-Za-z_][A-Za-z0-9_]*)*)\s*\}\}")
+_PATH = r"\.(?:[A-Za-z_][A-Za-z0-9_]*)?(?:\.[A-Za-z_][A-Za-z0-9_]*)*"
+_PLACE = re.compile(
+    rf'\{{\{{\s*(?:(?P<json>json\s+)?(?P<path>{_PATH})|index\s+(?P<many>{_PATH})\s+(?:"(?P<key>[^"]*)"|(?P<number>[0-9]+)))\s*\}}\}}'
+)
 _TABLE = re.compile(r"table\s+")
 _ESCAPES = {r"\t": "\t", r"\n": "\n"}
 NO_VALUE = "<no value>"
@@ -43,16 +47,22 @@ def columns(template: str) -> list[str]:
 
 def headings(template: str) -> list[str]:
     """A heading for each of its cells."""
-    return [_PLACE.sub(lambda match: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", match[2]).upper(), cell)
-            for cell in columns(template)]  # fmt: skip
+    return [_PLACE.sub(_heading, cell) for cell in columns(template)]
+
+
+def _heading(match: re.Match[str]) -> str:
+    name = match["key"] or (match["path"] or match["many"])[1:]
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).upper()
 
 
 def render(template: str, document: "Json", row: Mapping[str, str] | None = None) -> str:
     """The text for one thing. Raises ValueError for what is not understood."""
 
     def fill(match: re.Match[str]) -> str:
-        value = _look_up(match[2], document, row or {})
-        if match[1]:
+        value = _look_up((match["path"] or match["many"])[1:], document, row or {})
+        if match["many"]:
+            value = _member(value, match["key"], match["number"])
+        if match["json"]:
             return json.dumps(value, ensure_ascii=False)
         if value is None:
             return NO_VALUE
@@ -89,6 +99,16 @@ def _look_up(path: str, document: "Json", row: Mapping[str, str]) -> "Json":
             return None
         value = next((item for key, item in value.items() if _plain(key) == _plain(name)), None)
     return value
+
+
+def _member(value: "Json", key: str | None, number: str | None) -> "Json":
+    """One of many. A key that is not there is empty, as with Go's maps. Raises ValueError for a number past the end."""
+    if key is not None:
+        return value.get(key, "") if isinstance(value, dict) else None
+    at = int(number or 0)
+    if isinstance(value, list) and at >= len(value):
+        raise ValueError(f"the template asks for number {at} of {len(value)}, counted from 0")
+    return value[at] if isinstance(value, list) else None
 
 
 def _plain(name: str) -> str:

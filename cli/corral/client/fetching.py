@@ -10,7 +10,7 @@ from corral.rpc.errors import NotFound
 type Pull = Literal["missing", "always", "never"]
 
 PULLS: tuple[Pull, ...] = ("missing", "always", "never")
-_ID = re.compile(r"(sha256:)?[0-9a-f]{64}")
+_ID = re.compile(r"(sha256:)?[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 
 
 def check_pull(pull: str) -> None:

@@ -33,11 +33,11 @@ class Checker:
         self._recovery = recovery
         self._files = FileChecker(core)
 
-    async def check(self, *, repair: bool) -> list[Finding]:
-        """Of all namespaces. Raises Unavailable if a leaf does not answer."""
+    async def check(self, *, repair: bool, deep: bool = False) -> list[Finding]:
+        """Of all namespaces; deep: with the content of all blobs. Raises Unavailable if a leaf does not answer."""
         leaves = self._core.leaves
         found: list[Finding] = []
-        images = await leaves.images.Check(CheckRequest(repair=repair))
+        images = await leaves.images.Check(CheckRequest(repair=repair, deep=deep))
         found += images.findings
         for leaf in (leaves.cgroups, leaves.networks, leaves.tasks):
             response: CheckResponse = await leaf.Check(CheckRequest(repair=repair))

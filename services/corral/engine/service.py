@@ -298,7 +298,7 @@ class SystemServicer(engine_pb2_grpc.SystemServicer):
         return await self._disk_usage.usage()
 
     async def Check(self, request: types_pb2.CheckRequest, context: object) -> types_pb2.CheckResponse:
-        return types_pb2.CheckResponse(findings=await self._checker.check(repair=request.repair))
+        return types_pb2.CheckResponse(findings=await self._checker.check(repair=request.repair, deep=request.deep))
 
     async def CheckHost(self, request: pb.CheckHostRequest, context: object) -> pb.CheckHostResponse:
         return pb.CheckHostResponse(checks=await self._system.check_host())

@@ -101,7 +101,7 @@ class Blobs:
     async def write(self, expected: Expected, source: AsyncIterator[bytes], namespace: str, lease: str) -> BlobRecord:
         """Store what `source` yields. Raises InvalidArgument if it is not as expected, ResourceExhausted."""
         try:
-            ingest = await run_blocking(self._content.begin)
+            ingest = await run_blocking(self._content.begin, expected.digest or "")
         except OSError as e:
             raise explained(e, "cannot store the blob") from e
         try:

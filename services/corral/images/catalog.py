@@ -6,13 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from corral.images.digest import PREFIX, Digest, is_digest
+from corral.images.digest import ALGORITHM, Digest, hex_of, is_digest
 from corral.images.model import Descriptor
 from corral.images.reference import DEFAULT_DOMAIN, Reference, parse_reference
 from corral.rpc.errors import CorralError, InvalidArgument, NotFound
 from corral.store import Row, Snapshot, Transaction
 
-_ID_PREFIX = re.compile(r"(?:sha256:)?([0-9a-f]{4,64})")
+_ID_PREFIX = re.compile(r"(?:(sha256|sha512):)?([0-9a-f]{4,128})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def find(snapshot: Snapshot, namespace: str, text: str) -> ImageRecord:
     if reference is not None and (record := by_reference(snapshot, namespace, reference)) is not None:
         return record
     if (match := _ID_PREFIX.fullmatch(text)) is not None:
-        record = _by_id_prefix(snapshot, namespace, PREFIX + match[1], text)
+        record = _by_id_prefix(snapshot, namespace, f"{match[1] or ALGORITHM}:{match[2]}", text)
         if record is not None:
             return record
     raise problem if problem and not match else _unknown(text, reference)
@@ -94,7 +94,7 @@ def _by_id_prefix(snapshot: Snapshot, namespace: str, prefix: str, text: str) ->
     )
     ids = {row["image_id"] for row in rows}
     if len(ids) > 1:
-        shown = ", ".join(sorted(i.removeprefix(PREFIX)[:16] for i in ids)[:4])
+        shown = ", ".join(sorted(hex_of(i)[:16] for i in ids)[:4])
         raise InvalidArgument(
             f"{text!r} is the beginning of {len(ids)} image ids ({shown}, …): write more of it", reason="AMBIGUOUS"
         )

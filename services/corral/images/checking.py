@@ -6,13 +6,14 @@ that it has numbered, the files that it is writing, and what is placed under the
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from corral.images import catalog, recipes, trees
 from corral.images.collector import Collector
-from corral.images.content import ContentStore, discard
+from corral.images.content import ContentStore, discard, is_proven
 from corral.images.details import DetailsCache
 from corral.images.digest import Digest
 from corral.images.drivers import Drivers
@@ -31,7 +32,7 @@ from corral.rpc.errors import CorralError
 from corral.store import Database, Snapshot, Transaction
 from corral.store.mountinfo import mounts_below
 
-# Documents are read and hashed in a check, layers are not.
+# Documents are read and hashed in every check, layers only in a deep one.
 MAX_HASHED_BYTES = 8 << 20
 
 
@@ -71,8 +72,8 @@ class Checker:
         self._lost_layers = LostLayers(database, content, drivers, details, unpacker)
         self._file = database.path.stat().st_ino
 
-    async def look(self) -> Sequence[Found]:
-        """All that does not fit."""
+    async def look(self, *, deep: bool = False) -> Sequence[Found]:
+        """All that does not fit. deep: blobs are hashed, whatever they are."""
         if self._rebuilder.is_needed():
             return [
                 Found(
@@ -87,6 +88,8 @@ class Checker:
             return found
         async with self._collector.changing:
             found += await run_blocking(self._blob_findings)
+        if deep:
+            found += await run_blocking(self._content_findings)
         found += await run_blocking(self._file_findings)
         return found + await run_blocking(self._tree_findings)
 
@@ -149,6 +152,18 @@ class Checker:
             except CorralError:
                 return "was changed on disk"
         return ""
+
+    def _content_findings(self) -> list[Found]:
+        """Under no lock, since it takes long: blobs come whole, and one that goes meanwhile is not one to tell of."""
+        found = []
+        for digest, blob in sorted(self._database.read_sync(_blobs).items()):
+            path = self._content.path(digest)
+            with suppress(FileNotFoundError):
+                if blob.is_document or path.stat().st_size != blob.size_bytes or is_proven(path, digest):
+                    continue
+                if path.exists():
+                    found.append(self._lost_blob(blob, "was changed on disk"))
+        return found
 
     def _lost_blob(self, blob: _Blob, problem: str) -> Found:
         names = ", ".join(blob.users)

@@ -1,8 +1,8 @@
 """Blobs on disk, each a file named by its digest.
 
-    ingest/<random>        being written; removed when the daemon starts
-    blobs/sha256/<hex>     whole and proven
-    recipes/<hex>          instead of one that is not kept: see corral.images.recipes
+    ingest/<random>          being written; removed when the daemon starts
+    blobs/<algorithm>/<hex>  whole and proven
+    recipes/<hex>            instead of one that is not kept: see corral.images.recipes
 
 A blob is written once, hashed as it comes, and renamed. Whether it is wanted is for the database to say: a file
 without a row is left over from a crash.
@@ -14,9 +14,10 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
 
-from corral.images.digest import ALGORITHM, PREFIX, Digest, digest_of, hex_of, is_digest
+from corral.images.digest import HEX_DIGITS, Digest, algorithm_of, digest_by, digest_of, digest_of_hex, hasher, hex_of
 from corral.rpc.errors import InvalidArgument, NotFound
 from corral.store.files import fsync_directory
 
@@ -26,10 +27,11 @@ READ_BYTES = 1 << 20
 class Ingest:
     """A blob that is being written. close() or discard() it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, like: str = "") -> None:
+        """like: a digest whose algorithm is used."""
         self.path = path
         self.size_bytes = 0
-        self._hash = hashlib.sha256()
+        self._hash = hasher(like)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
     def write(self, data: bytes | memoryview) -> None:
@@ -41,7 +43,7 @@ class Ingest:
 
     @property
     def digest(self) -> Digest:
-        return Digest(PREFIX + self._hash.hexdigest())
+        return digest_by(self._hash)
 
     def verify(self, expected: Digest | None, size_bytes: int) -> None:
         """Raises InvalidArgument unless digest and size are as expected; None and 0 expect nothing."""
@@ -73,9 +75,10 @@ class ContentStore:
     """The files. Blocking; every method is quick but for read and write of large blobs."""
 
     def __init__(self, root: Path) -> None:
-        self._blobs = root / "blobs" / ALGORITHM
+        self._blobs = {algorithm: root / "blobs" / algorithm for algorithm in HEX_DIGITS}
         self._ingests = root / "ingest"
-        self._blobs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for directory in self._blobs.values():
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._ingests.mkdir(exist_ok=True, mode=0o700)
         self._recipes = root / "recipes"
         self._recipes.mkdir(exist_ok=True, mode=0o700)
@@ -84,10 +87,10 @@ class ContentStore:
         self.whole: Callable[[Path], AbstractAsyncContextManager[None]] = lambda _path: nullcontext()
 
     def path(self, digest: Digest) -> Path:
-        return self._blobs / hex_of(digest)
+        return self._blobs[algorithm_of(digest)] / hex_of(digest)
 
     def is_blob(self, path: Path) -> bool:
-        return path.parent == self._blobs
+        return path.parent in self._blobs.values()
 
     def recipe(self, digest: Digest) -> Path:
         """Where it says how the blob is made again, if it is not kept."""
@@ -100,11 +103,11 @@ class ContentStore:
     def recipes(self) -> Iterator[Digest]:
         """Every blob that there is a recipe of."""
         for path in self._recipes.iterdir():
-            if is_digest(PREFIX + path.name):
-                yield Digest(PREFIX + path.name)
+            if (digest := digest_of_hex(path.name)) is not None:
+                yield digest
 
-    def begin(self) -> Ingest:
-        return Ingest(self._new_ingest())
+    def begin(self, like: str = "") -> Ingest:
+        return Ingest(self._new_ingest(), like)
 
     def _new_ingest(self) -> Path:
         return self._ingests / f"{self._process}{secrets.token_hex(8)}"
@@ -127,7 +130,8 @@ class ContentStore:
 
     def sync_names(self) -> None:
         """Make what was published durable."""
-        fsync_directory(self._blobs)
+        for directory in self._blobs.values():
+            fsync_directory(directory)
 
     def read(self, digest: Digest, *, max_bytes: int) -> bytes:
         """A small blob, proven again. Raises NotFound, InvalidArgument."""
@@ -137,7 +141,7 @@ class ContentStore:
                 data = file.read(max_bytes + 1)
         except FileNotFoundError as e:
             raise NotFound(f"blob {digest} is not here: import or pull its image again", reason="NO_BLOB") from e
-        if digest_of(data) != digest:
+        if digest_of(data, digest) != digest:
             raise InvalidArgument(
                 f"blob {digest} was changed on disk: remove its image and import or pull it again",
                 reason="DIGEST_MISMATCH",
@@ -151,13 +155,20 @@ class ContentStore:
 
     def stored(self) -> Iterator[Digest]:
         """Every blob that is there."""
-        for path in self._blobs.iterdir():
-            if is_digest(PREFIX + path.name):
-                yield Digest(PREFIX + path.name)
+        for path in self._files():
+            if self._is_named_rightly(path):
+                yield Digest(f"{path.parent.name}:{path.name}")
+
+    def _is_named_rightly(self, path: Path) -> bool:
+        digest = digest_of_hex(path.name)
+        return digest is not None and algorithm_of(digest) == path.parent.name
+
+    def _files(self) -> Iterator[Path]:
+        return chain.from_iterable(directory.iterdir() for directory in self._blobs.values())
 
     def strangers(self) -> list[Path]:
         """What is among the blobs and is none, and what is being written by nobody here."""
-        found = [path for path in self._blobs.iterdir() if not is_digest(PREFIX + path.name)]
+        found = [path for path in self._files() if not self._is_named_rightly(path)]
         return found + [path for path in self._ingests.iterdir() if not path.name.startswith(self._process)]
 
     def clean(self) -> int:
@@ -166,6 +177,12 @@ class ContentStore:
         for path in left:
             discard(path)
         return len(left)
+
+
+def is_proven(path: Path, digest: Digest) -> bool:
+    """Whether the file has the digest. Raises FileNotFoundError, OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm_of(digest)).hexdigest() == hex_of(digest)
 
 
 def discard(path: Path) -> None:

@@ -5,7 +5,6 @@ at least what this host, or the platform asked for, runs. Each blob is proven on
 damaged one has no end.
 """
 
-import hashlib
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from corral.images.blobs import Blobs
 from corral.images.catalog import ImageRecord
 from corral.images.collector import Collector
 from corral.images.content import ContentStore
-from corral.images.digest import PREFIX, Digest, is_digest
+from corral.images.digest import Digest, digest_by, hasher, is_digest
 from corral.images.holdings import Holding, Holdings, parsed
 from corral.images.layers.headers import END, header, padding
 from corral.images.layers.tar import Entry, Kind
@@ -44,7 +43,7 @@ class Exporter:
 
     def __init__(self, database: Database, content: ContentStore, blobs: Blobs, collector: Collector) -> None:
         self._database = database
-        self._holdings = Holdings(database, content)
+        self._holdings = Holdings(database, content, for_owner=True)
         self._blobs = blobs
         self._collector = collector
 
@@ -103,13 +102,13 @@ class Exporter:
         yield END
 
     async def _proven(self, digest: Digest, size_bytes: int) -> AsyncGenerator[bytes]:
-        proof, done = hashlib.sha256(), 0
+        proof, done = hasher(digest), 0
         async with aclosing(self._blobs.read(digest, 0, 0)) as chunks:
             async for chunk in chunks:
                 await run_blocking(proof.update, chunk)
                 done += len(chunk)
                 yield chunk
-        if done != size_bytes or PREFIX + proof.hexdigest() != digest:
+        if done != size_bytes or digest_by(proof) != digest:
             raise InvalidArgument(
                 f"blob {digest} was changed on disk: remove its image and import or pull it again; the archive that"
                 " was being written is not complete",

@@ -43,9 +43,11 @@ class Holding:
 class Holdings:
     """Blocking: it reads what it tells of."""
 
-    def __init__(self, database: Database, content: ContentStore) -> None:
+    def __init__(self, database: Database, content: ContentStore, *, for_owner: bool = False) -> None:
+        """for_owner: with what may not be passed on to others."""
         self._database = database
         self._content = content
+        self._for_owner = for_owner
 
     def gathered(self, target: Descriptor) -> Holding:
         """All that is here below `target`, itself included."""
@@ -95,7 +97,7 @@ class Holdings:
         found.documents[target.digest] = document
 
     def _add(self, child: Descriptor, found: Holding) -> None:
-        if any(word in child.media_type for word in _NOT_OURS):
+        if not self._for_owner and any(word in child.media_type for word in _NOT_OURS):
             return
         if self._is_here(child.digest):
             found.contents[child.digest] = child

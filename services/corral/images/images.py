@@ -11,6 +11,7 @@ from corral.images.collector import Collected, Collector
 from corral.images.content import ContentStore
 from corral.images.details import Details, DetailsCache
 from corral.images.digest import Digest
+from corral.images.model import Config
 from corral.images.offers import Offers
 from corral.images.policy.gate import Gate
 from corral.images.reference import parse_reference
@@ -37,6 +38,23 @@ class ImageView:
 class Removed:
     untagged: Sequence[str]
     collected: Collected
+
+
+@dataclass(frozen=True, slots=True)
+class Only:
+    """Which images may go: those made before then, with all `labels`, "KEY" or "KEY=VALUE", and none of `without`."""
+
+    until_ns: int | None = None
+    labels: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+    def fits(self, config: Config) -> bool:
+        """An image that does not say when it was made is as old as can be."""
+        until = None if self.until_ns is None else datetime.fromtimestamp(self.until_ns / 1e9, UTC)
+        if until is not None and config.created is not None and config.created >= until:
+            return False
+        labels = {*config.config.labels, *(f"{key}={value}" for key, value in config.config.labels.items())}
+        return labels.issuperset(self.labels) and labels.isdisjoint(self.without)
 
 
 class Images:
@@ -149,32 +167,32 @@ class Images:
         await persist(self._database)
         return Removed([record.name for record in records if record.name], await self._collector.collect())
 
-    async def prune(self, namespace: str, *, everything: bool, until_ns: int | None = None) -> Removed:
+    async def prune(self, namespace: str, *, everything: bool, only: Only) -> Removed:
         """Remove nameless images that nothing uses, with `everything` named ones too; then all that is out of reach.
 
-        until_ns: only images that say that they were made before; and blobs in their time of grace stay.
+        only: what goes is not all that could; so blobs in their time of grace stay, too.
         """
         await self._collector.end_expired()
-        old = None if until_ns is None else await run_blocking(self._made_before, namespace, until_ns)
+        fitting = None if only == Only() else await run_blocking(self._fitting, namespace, only)
 
         def remove(transaction: Transaction) -> list[ImageRecord]:
             found = disuse.unused(transaction, namespace, self._collector.is_pinned, dangling=not everything)
-            going = [record for image in found for record in image.records if old is None or record.image_id in old]
+            records = (record for image in found for record in image.records)
+            going = [record for record in records if fitting is None or record.image_id in fitting]
             catalog.remove(transaction, going)
             return going
 
         records = await write_much(self._database, remove)
         failpoint("images.prune.after_rows")
-        collected = await self._collector.collect(grace=until_ns is not None)
+        collected = await self._collector.collect(grace=fitting is not None)
         await persist(self._database)
         return Removed([record.name for record in records if record.name], collected)
 
-    def _made_before(self, namespace: str, until_ns: int) -> set[Digest]:
-        """Ids of images; one that does not say when it was made is as old as can be."""
-        until = datetime.fromtimestamp(until_ns / 1e9, UTC)
+    def _fitting(self, namespace: str, only: Only) -> set[Digest]:
+        """Ids of images."""
         records = self._database.read_sync(lambda s: catalog.everything(s, namespace))
-        made = {record.image_id: self._details.get(record.manifest).config.created for record in records}
-        return {image_id for image_id, created in made.items() if created is None or created < until}
+        configs = {record.image_id: self._details.get(record.manifest).config for record in records}
+        return {image_id for image_id, config in configs.items() if only.fits(config)}
 
 
 def _remove(transaction: Transaction, namespace: str, name: str, *, force: bool) -> list[ImageRecord]:

@@ -65,6 +65,8 @@ class Descriptor:
     annotations: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
     platform: Platform | None = None
     artifact_type: str = ""
+    # Where else the content may be had.
+    urls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,7 @@ def parse_descriptor(document: Document) -> Descriptor:
         annotations=document.text_map("annotations"),
         platform=_parse_platform(platform) if platform else None,
         artifact_type=document.text("artifactType"),
+        urls=document.texts("urls"),
     )
 
 

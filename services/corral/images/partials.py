@@ -10,7 +10,6 @@ lose pieces that the log tells of; the digest shows that, and the blob is then f
 """
 
 import asyncio
-import hashlib
 import os
 import re
 import time
@@ -23,7 +22,7 @@ from threading import Lock
 import structlog
 
 from corral.images.content import READ_BYTES
-from corral.images.digest import PREFIX, Digest, hex_of, is_digest
+from corral.images.digest import Digest, digest_by, digest_of_hex, hasher, hex_of
 from corral.images.store import uninterrupted
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import DEFAULT_NAMESPACE
@@ -63,7 +62,7 @@ class Partial:
         """Bytes that an earlier one has left."""
         self._log_path = _file(stem, LOG)
         self._lock = Lock()
-        self._hash = hashlib.sha256()
+        self._hash = hasher(digest)
         self._ranges: list[Range] = []
         self._fd = self._log = -1
 
@@ -136,11 +135,11 @@ class Partial:
 
     @property
     def is_proven(self) -> bool:
-        return self.hashed == self.size_bytes and PREFIX + self._hash.hexdigest() == self.digest
+        return self.hashed == self.size_bytes and self.found_digest == self.digest
 
     @property
     def found_digest(self) -> str:
-        return PREFIX + self._hash.hexdigest()
+        return digest_by(self._hash)
 
     def sync(self) -> None:
         os.fsync(self._fd)
@@ -162,8 +161,8 @@ def _file(stem: Path, suffix: str) -> Path:
     return stem.with_name(stem.name + suffix)  # a namespace may have dots
 
 
-def _digest_of(stem: Path) -> str:
-    return PREFIX + stem.name.partition(BETWEEN)[0]
+def _digest_of(stem: Path) -> Digest | None:
+    return digest_of_hex(stem.name.partition(BETWEEN)[0])
 
 
 def _remove(stem: Path, oldest: float) -> int | None:
@@ -230,7 +229,7 @@ class Partials:
             entries = [_stat(_file(stem, suffix)) for suffix in (DATA, LOG)]
             # A file with another name is a blob by now, and counts as that.
             size = sum(entry.st_blocks * 512 for entry in entries if entry is not None and entry.st_nlink == 1)
-            parts.append(Part(_digest_of(stem), size, stem.name in self._open))
+            parts.append(Part(_digest_of(stem) or stem.name, size, stem.name in self._open))
         return parts
 
     def leftovers(self, is_stored: Callable[[str], bool]) -> Mapping[str, str]:
@@ -242,11 +241,12 @@ class Partials:
         for stem, suffixes in names.items():
             if stem in self._open:
                 continue
-            if not is_digest(_digest_of(Path(stem))) or not suffixes <= {DATA, LOG}:
+            digest = _digest_of(Path(stem))
+            if digest is None or not suffixes <= {DATA, LOG}:
                 found[stem] = "is nothing of ours"
             elif suffixes != {DATA, LOG}:
                 found[stem] = "has lost one of its files"
-            elif BETWEEN not in stem and is_stored(PREFIX + stem):  # of others: whoever had it may be the default's
+            elif BETWEEN not in stem and is_stored(digest):  # of others: whoever had it may be the default's
                 found[stem] = "has come to its end: its blob is here"
         return found
 
@@ -266,7 +266,7 @@ class Partials:
             with self._choosing:
                 freed = None if stem.name in self._open else _remove(stem, oldest)
             if freed is not None:
-                removed.append(_digest_of(stem))
+                removed.append(_digest_of(stem) or stem.name)
                 reclaimed += freed
         return removed, reclaimed
 

@@ -9,8 +9,6 @@ of the content is taken for a leftover then, and rows may be added beside it.
 """
 
 import errno
-import hashlib
-import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,9 +20,9 @@ from corral.images import catalog, holders, recipes, trees
 from corral.images.blobs import insert_blob
 from corral.images.catalog import ImageRecord
 from corral.images.collector import Collector
-from corral.images.content import ContentStore
+from corral.images.content import ContentStore, is_proven
 from corral.images.details import DetailsCache
-from corral.images.digest import PREFIX, Digest
+from corral.images.digest import Digest
 from corral.images.drivers import Drivers
 from corral.images.layers import recipe
 from corral.images.marks import DIRECTORY, Marked, Marks
@@ -96,7 +94,7 @@ def _move_aside(path: Path, reason: str) -> None:
 
 
 def _has_content(root: Path) -> bool:
-    places = (root / "blobs" / "sha256", root / DIRECTORY)
+    places = (*(root / "blobs").glob("*"), root / DIRECTORY)
     return any(place.is_dir() and any(place.iterdir()) for place in places)
 
 
@@ -198,12 +196,11 @@ class Rebuilder:
     def _look_at_blobs(self) -> _Blobs:
         found = _Blobs()
         for digest in self._content.stored():
-            with self._content.path(digest).open("rb") as file:
-                proven = PREFIX + hashlib.file_digest(file, "sha256").hexdigest() == digest
-                size = os.fstat(file.fileno()).st_size
-            if not proven:
+            path = self._content.path(digest)
+            if not is_proven(path, digest):
                 found.damaged.append(digest)
                 continue
+            size = path.stat().st_size
             found.sizes[digest] = size
             if size <= MAX_MANIFEST_BYTES and (document := self._document(digest)) is not None:
                 found.documents[digest] = document

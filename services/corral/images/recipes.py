@@ -24,7 +24,7 @@ from corral.images.catalog import ImageRecord
 from corral.images.collector import Collector
 from corral.images.content import ContentStore
 from corral.images.details import DetailsCache
-from corral.images.digest import PREFIX, Digest
+from corral.images.digest import Digest, digest_of_hex
 from corral.images.drivers import Drivers
 from corral.images.errors import explained
 from corral.images.layers.errors import BadLayer
@@ -144,8 +144,8 @@ class Recipes:
     async def whole(self, path: Path) -> AsyncIterator[None]:
         """Within the block the file of a blob is there, unless the blob itself is not. Raises FailedPrecondition,
         ResourceExhausted."""
-        digest = Digest(PREFIX + path.name)
-        if not self._content.is_blob(path) or not self._content.recipe(digest).exists():
+        digest = digest_of_hex(path.name)
+        if digest is None or not self._content.is_blob(path) or not self._content.recipe(digest).exists():
             yield
             return
         self._users[digest] += 1

@@ -242,14 +242,18 @@ class Images:
         *,
         all: bool = False,  # noqa: A002 - docker's word
         until: "Timestamp | None" = None,
+        labels: Sequence[str] = (),
+        without_labels: Sequence[str] = (),
     ) -> images_pb2.PruneResponse:
         """Removes what nothing refers to; with `all` also images that no container uses. `until`: only images that say
-        that they were made before."""
+        that they were made before; and only those with all `labels`, "KEY" or "KEY=VALUE", and none `without_labels`.
+        """
         from corral.api.images.v1 import images_pb2_grpc
 
         leaf = self._client.leaf("images")
         stub = images_pb2_grpc.ImagesStub(leaf.channel)
-        return leaf.unary(stub.Prune, images_pb2.PruneRequest(all=all, until=until))
+        request = images_pb2.PruneRequest(all=all, until=until, labels=labels, without_labels=without_labels)
+        return leaf.unary(stub.Prune, request)
 
 
 def _file_chunks(path: Path) -> Iterable[bytes]:

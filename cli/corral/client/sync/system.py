@@ -46,9 +46,13 @@ class System:
         """What images, containers and volumes take on disk, and what of it could go."""
         return self._engine.unary(self._stub.DiskUsage, engine_pb2.DiskUsageRequest())
 
-    def check(self, *, repair: bool = False) -> Sequence[types_pb2.Finding]:
-        """What does not fit together, in all services and namespaces; with `repair` it is put right."""
-        answer = self._engine.unary(self._stub.Check, types_pb2.CheckRequest(repair=repair))
+    def check(self, *, repair: bool = False, deep: bool = False) -> Sequence[types_pb2.Finding]:
+        """What does not fit together, in all services and namespaces; with `repair` it is put right.
+
+        deep: every blob is hashed, too.
+        """
+        request = types_pb2.CheckRequest(repair=repair, deep=deep)
+        answer = self._engine.unary(self._stub.Check, request)
         return answer.findings
 
     def check_host(self) -> Sequence[engine_pb2.Check]:

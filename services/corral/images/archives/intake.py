@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from corral.images.content import Ingest
-from corral.images.digest import PREFIX, Digest
+from corral.images.digest import Digest, algorithm_of, digest_of_hex, hex_of
 from corral.images.layers.bounds import bounded
 from corral.images.layers.compression import decompressed
 from corral.images.layers.errors import BadLayer
@@ -27,11 +27,11 @@ MAX_LINKS = 10
 
 # The first telling name of an archive that holds images. Others begin with a directory of a root file system.
 _OF_AN_ARCHIVE = re.compile(
-    r"oci-layout|index\.json|manifest\.json|repositories|config\.json|blobs/sha256/.+|layer\.tar|(?:.*/)?layer\.tar"
+    r"oci-layout|index\.json|manifest\.json|repositories|config\.json|blobs/sha(?:256|512)/.+|layer\.tar|(?:.*/)?layer\.tar"
     r"|(?:sha256:)?[0-9a-f]{64}(?:/.*|\.json|\.tar|\.tar\.gz|\.tar\.zst)?"
 )
-_SAYS_NOTHING = frozenset({"", "blobs", "blobs/sha256"})
-_BLOB = re.compile(r"blobs/sha256/([0-9a-f]{64})")
+_SAYS_NOTHING = frozenset({"", "blobs", "blobs/sha256", "blobs/sha512"})
+_BLOB = re.compile(r"blobs/(sha256|sha512)/([0-9a-f]+)")
 
 
 class StoredFile(NamedTuple):
@@ -60,7 +60,7 @@ class Intake:
         return None
 
     def blob(self, digest: Digest) -> StoredFile | None:
-        return self.find(f"blobs/sha256/{digest.removeprefix(PREFIX)}")
+        return self.find(f"blobs/{algorithm_of(digest)}/{hex_of(digest)}")
 
 
 def looks_like_archive(chunks: Iterator[bytes]) -> tuple[bool, Iterator[bytes]]:
@@ -113,7 +113,7 @@ def _take_entry(entry: Entry, reader: TarReader, intake: Intake, path: Path) -> 
         intake.links.pop(name, None)
         if (old := intake.files.pop(name, None)) is not None:
             old.path.unlink()
-        intake.files[name] = _store(reader, path, _BLOB.fullmatch(name))
+        intake.files[name] = _store(reader, path, _digest_named(name))
     elif entry.kind in (Kind.SYMLINK, Kind.HARDLINK):
         # docker save once wrote a layer that two images share as a link, "../<id>/layer.tar".
         intake.links[name] = _link_target(entry, parts)
@@ -130,15 +130,22 @@ def _link_target(entry: Entry, parts: list[str]) -> str:
     return "/".join(resolved)
 
 
-def _store(reader: TarReader, path: Path, blob: re.Match[str] | None) -> StoredFile:
-    ingest = Ingest(path)
+def _digest_named(name: str) -> Digest | None:
+    """Of a blob, which its name promises."""
+    match = _BLOB.fullmatch(name)
+    digest = digest_of_hex(match[2]) if match else None
+    return digest if match and digest and algorithm_of(digest) == match[1] else None
+
+
+def _store(reader: TarReader, path: Path, blob: Digest | None) -> StoredFile:
+    ingest = Ingest(path, blob or "")
     try:
         for view in reader.payload():
             ingest.write(view)
     finally:
         ingest.close()
-    if blob and ingest.digest != PREFIX + blob[1]:
-        raise BadLayer(f"its blob {PREFIX}{blob[1]} has other content ({ingest.digest}): it is damaged")
+    if blob and ingest.digest != blob:
+        raise BadLayer(f"its blob {blob} has other content ({ingest.digest}): it is damaged")
     return StoredFile(path, ingest.digest, ingest.size_bytes)
 
 

@@ -1,8 +1,8 @@
 """The files of an archive that is to be written, as a table: an OCI layout, and for docker its own table beside.
 
-    blobs/sha256/<hex>    every document and all content, as they are
-    index.json            one entry for each name, or for each image that is to have none
-    manifest.json         docker-archive only: configs and layers by file, with familiar names
+    blobs/<algorithm>/<hex>  every document and all content, as they are
+    index.json               one entry for each name, or for each image that is to have none
+    manifest.json            docker-archive only: configs and layers by file, with familiar names
     oci-layout
 
 This is what `docker save` writes since 25; older readers take manifest.json, others index.json, and with that the
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from corral.images.archives.docker import TABLE
 from corral.images.archives.oci import FULL_NAME, INDEX, LAYOUT, REF_NAME
-from corral.images.digest import Digest, hex_of
+from corral.images.digest import Digest, algorithm_of, hex_of
 from corral.images.holdings import Holding
 from corral.images.model import OCI_INDEX, Descriptor, Manifest
 from corral.images.reference import Reference
@@ -57,7 +57,7 @@ def members(images: Sequence[Outgoing], *, for_docker: bool) -> list[Member]:
 
 
 def blob_name(digest: Digest) -> str:
-    return f"blobs/sha256/{hex_of(digest)}"
+    return f"blobs/{algorithm_of(digest)}/{hex_of(digest)}"
 
 
 def _blobs(images: Sequence[Outgoing]) -> Mapping[Digest, int]:

@@ -2,7 +2,7 @@
 
     oci-layout            {"imageLayoutVersion": "1.0.0"}
     index.json            descriptors of manifests and indexes, named by annotations
-    blobs/sha256/<hex>
+    blobs/<algorithm>/<hex>
 
 Source: OCI image-spec image-layout.md; the annotation io.containerd.image.name as docker and containerd write it.
 """

@@ -73,9 +73,10 @@ class Blob:
 class Hashed:
     """Chunks, and the digest of those that were passed on."""
 
-    def __init__(self, chunks: Iterator[bytes]) -> None:
+    def __init__(self, chunks: Iterator[bytes], like: str = "") -> None:
+        """like: a digest whose algorithm is used, if not sha256."""
         self._chunks = chunks
-        self._hash = hashlib.sha256()
+        self._hash = hashlib.new(like.partition(":")[0] or "sha256")
 
     def __iter__(self) -> Iterator[bytes]:
         for chunk in self._chunks:
@@ -84,7 +85,7 @@ class Hashed:
 
     @property
     def digest(self) -> str:
-        return f"sha256:{self._hash.hexdigest()}"
+        return f"{self._hash.name}:{self._hash.hexdigest()}"
 
     def prove(self, diff_id: str) -> None:
         """Raises BadLayer."""
@@ -99,7 +100,7 @@ def unpack(
     with ExitStack() as threads:  # which end with it, whatever happens: an interpreter does not end while one works
         # Three threads: one decodes, one hashes, one makes the files; all of them wait for the GIL but seldom.
         decoded = prefetched(bounded(decompressed(blob.chunks()), limits.plain_bytes))
-        plain = Hashed(threads.enter_context(closing(decoded)))
+        plain = Hashed(threads.enter_context(closing(decoded)), diff_id)
         stream = ByteStream(threads.enter_context(closing(prefetched(iter(plain)))))
         reader = TarReader(stream, needs_end=not diff_id)
         applied = _apply_to(target, reader, _progress(blob, report), form=form, bottom=bottom, limits=limits)
@@ -145,7 +146,7 @@ def _make_image(
 
 def measure(blob: Blob, diff_id: str, limits: Limits) -> dict[str, object]:
     """Prove the diff id of a layer that is here already, and need not be unpacked again."""
-    plain = Hashed(bounded(decompressed(blob.chunks()), limits.plain_bytes))
+    plain = Hashed(bounded(decompressed(blob.chunks()), limits.plain_bytes), diff_id)
     for _ in plain:
         pass
     plain.prove(diff_id)

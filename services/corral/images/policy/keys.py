@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from corral.images.digest import Digest, hex_of
+from corral.images.digest import Digest, algorithm_of, hex_of
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
@@ -44,6 +44,8 @@ class PublicKey:
         from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
         from cryptography.hazmat.primitives.hashes import SHA256
 
+        if algorithm_of(digest) != "sha256":
+            return False
         hashed = bytes.fromhex(hex_of(digest))
         try:
             if isinstance(self._key, EllipticCurvePublicKey):

@@ -112,6 +112,7 @@ class Download:
         finally:
             stream.reply.close()
             if writing is not None:
+                writing.add_done_callback(_heard)  # also if a cancellation comes before its result is looked at
                 await uninterrupted(asyncio.wait((writing,)))  # the file is closed after it
                 self._count(part, writing.result())
         return None
@@ -128,6 +129,11 @@ class Download:
                 await uninterrupted(run_blocking(self._partial.hash_on, HASH_BYTES))
             if self._partial.hashed < self._partial.size_bytes:
                 await self._came.wait()
+
+
+def _heard(writing: asyncio.Future[int]) -> None:
+    if not writing.cancelled():
+        writing.exception()
 
 
 async def _gathered(stream: BlobStream, start: int, end: int) -> AsyncIterator[tuple[int, list[bytes]]]:

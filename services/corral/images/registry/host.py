@@ -8,7 +8,7 @@ from urllib.parse import urlencode, urlsplit, urlunsplit
 from corral.images.registry.auth import Authorizer
 from corral.images.registry.backoff import retry_after_s
 from corral.images.registry.challenge import parse_challenges
-from corral.images.registry.credentials import Credentials
+from corral.images.registry.credentials import ANONYMOUS, Credentials
 from corral.images.registry.endpoints import Endpoint
 from corral.images.registry.errors import MAX_ERROR_BYTES, Refused, Untrusted, parse_answer
 from corral.images.registry.http import Body, Call, Http, Reply, origin, shown
@@ -40,6 +40,17 @@ class Host:
         self.failures = 0
         self._http = http
         self._tls: ssl.SSLContext | None = None
+
+    def stranger(self, url: str) -> "Host":
+        """The host of an address that anybody may have written, who gets nothing of ours.
+
+        Raises Untrusted for what is none.
+        """
+        scheme, name, _ = origin(url)
+        if scheme not in ("http", "https") or not name:
+            raise Untrusted(f"{shown(url)} is no address of the web")
+        endpoint = Endpoint(f"{scheme}://{urlsplit(url).netloc.rpartition('@')[2]}", is_registry=False)
+        return Host(self._http, endpoint, ANONYMOUS)
 
     async def ask(self, request: Request) -> Reply:
         """The answer, if its status is one that was hoped for. Raises Trouble, FailedPrecondition."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from urllib.parse import urlencode
 
-from corral.images.digest import digest_of, hex_of
+from corral.images.digest import algorithm_of, digest_of, hex_of
 from corral.images.document import parse_document
 from corral.images.holdings import Document
 from corral.images.model import MAX_MANIFEST_BYTES, OCI_INDEX, Descriptor, Index, parse_descriptor, parse_index
@@ -23,6 +23,7 @@ from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import InvalidArgument, NotFound
 
 MAX_REFERRERS = 10_000
+MAX_TAG_DIGITS = 64  # of a digest, in the tag that stands for its referrers
 MAX_BYTES = 16 << 20  # of all pages together
 
 
@@ -72,7 +73,7 @@ def _index(data: bytes, where: str) -> Index:
 
 
 def fallback_tag(subject: Descriptor) -> str:
-    return f"sha256-{hex_of(subject.digest)}"
+    return f"{algorithm_of(subject.digest)}-{hex_of(subject.digest)[:MAX_TAG_DIGITS]}"
 
 
 async def _by_tag(repository: Repository, subject: Descriptor) -> Sequence[Descriptor]:

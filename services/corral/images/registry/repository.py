@@ -24,7 +24,7 @@ from corral.images.registry.errors import About, CannotConnect, Refused, Trouble
 from corral.images.registry.host import Host, Request
 from corral.images.registry.http import Http, Reply, number
 from corral.rpc.blocking import run_blocking
-from corral.rpc.errors import CorralError, FailedPrecondition
+from corral.rpc.errors import CorralError, FailedPrecondition, NotFound
 
 ACCEPT = ", ".join((*sorted(MANIFESTS), *sorted(INDEXES), "*/*;q=0.5"))
 CONNECT_ATTEMPTS = 2
@@ -68,6 +68,8 @@ class Repository:
         self._hosts = list(hosts)
         self.reference = reference
         self.path = reference.path
+        # By the address that they are for.
+        self._strangers: dict[str, Host] = {}
         # Connections that bring content, of all blobs together.
         self.streams = asyncio.Semaphore(MAX_STREAMS)
 
@@ -167,7 +169,7 @@ class Repository:
             reply = await host.ask(Request("PUT", path, scopes, headers, (200, 201, 202), document.data))
             reply.close()
             said = reply.headers.get("Docker-Content-Digest", "")
-            if is_digest(said) and said != descriptor.digest:
+            if is_digest(said) and said != digest_of(document.data, said):
                 where = host.endpoint.authority
                 raise Untrusted(f"{where} stored the manifest as {said} instead of {descriptor.digest}")
             return "OCI-Subject" in reply.headers
@@ -199,26 +201,29 @@ class Repository:
     async def open_blob(self, descriptor: Descriptor, start: int = 0, end: int = 0) -> BlobStream:
         """The blob from `start` to `end` (0: its end), as a stream that is to be read.
 
-        A host that takes no ranges, and says so, is asked for the whole.
+        What registries may not pass on is where its descriptor says.
         """
-        last = (end or descriptor.size_bytes) - 1
-        path = f"{self.path}/blobs/{descriptor.digest}"
-        whole = Request("GET", path, self.pulling)
-        part = Request("GET", path, self.pulling, {"Range": f"bytes={start}-{last}"}, (200, 206, 416))
-        ranged = (start, last) != (0, descriptor.size_bytes - 1)
 
         async def attempt(host: Host) -> BlobStream:
-            reply = await host.ask(part if ranged else whole)
-            if reply.status == 416:
-                reply.close()
-                reply = await host.ask(whole)
-            try:
-                return _stream(reply, host, descriptor, start)
-            except BaseException:
-                reply.close()
-                raise
+            return await _opened(host, f"{self.path}/blobs/{descriptor.digest}", self.pulling, descriptor, start, end)
 
-        return await self.first(Capability.PULL, attempt, f"blob {descriptor.digest}")
+        try:
+            return await self.first(Capability.PULL, attempt, f"blob {descriptor.digest}")
+        except NotFound:
+            if (stream := await self._elsewhere(descriptor, start, end)) is None:
+                raise
+            return stream
+
+    async def _elsewhere(self, descriptor: Descriptor, start: int, end: int) -> BlobStream | None:
+        """The first that answers. Source: image-spec descriptor.md "urls"."""
+        for url in descriptor.urls:
+            try:
+                if url not in self._strangers:
+                    self._strangers[url] = self._hosts[0].stranger(url)
+                return await _opened(self._strangers[url], url, (), descriptor, start, end)
+            except (Trouble, ValueError) as e:
+                log.info("images.url_failed", digest=descriptor.digest, error=str(e))
+        return None
 
     async def small_blob(self, descriptor: Descriptor, max_bytes: int) -> bytes:
         """A whole blob that is kept in memory, proven."""
@@ -226,7 +231,7 @@ class Repository:
         async def attempt(host: Host) -> bytes:
             reply = await host.ask(Request("GET", f"{self.path}/blobs/{descriptor.digest}", self.pulling))
             data = await reply.read(max_bytes)
-            if digest_of(data) != descriptor.digest or len(data) != descriptor.size_bytes:
+            if digest_of(data, descriptor.digest) != descriptor.digest or len(data) != descriptor.size_bytes:
                 raise Untrusted(f"{host.endpoint.authority} gave something else for blob {descriptor.digest}")
             return data
 
@@ -264,17 +269,36 @@ def _proven(reply: Reply, data: bytes, name: str, expected: Descriptor | None, h
     where = f"{host.endpoint.authority} gave a manifest"
     if len(data) > MAX_MANIFEST_BYTES:
         raise Untrusted(f"{where} of more than {MAX_MANIFEST_BYTES >> 20} MiB")
-    digest = digest_of(data)
     said = reply.headers.get("Docker-Content-Digest", "")
-    for wanted in (name if is_digest(name) else "", expected.digest if expected else "", said):
-        if is_digest(wanted) and digest != wanted:
-            raise Untrusted(f"{where} with the digest {digest} instead of {wanted}")
+    promised = [word for word in (expected.digest if expected else "", name, said) if is_digest(word)]
+    for wanted in promised:
+        if (found := digest_of(data, wanted)) != wanted:
+            raise Untrusted(f"{where} with the digest {found} instead of {wanted}")
+    digest = digest_of(data, *promised[:1])
     if expected is None and not data.lstrip().startswith((b"{", b"[")):
         raise Untrusted(f"{where} that is none, {reply.headers.get('Content-Type', '')[:80]!r}: a proxy's page perhaps")
     if expected is not None and expected.size_bytes != len(data):
         raise Untrusted(f"{where} of {len(data)} bytes instead of {expected.size_bytes}")
     media_type = (expected.media_type if expected else "") or _media_type(reply)
     return Document(Descriptor(media_type, digest, len(data)), data)
+
+
+async def _opened(
+    host: Host, path: str, scopes: Sequence[str], descriptor: Descriptor, start: int, end: int
+) -> BlobStream:
+    """A host that takes no ranges, and says so, is asked for the whole. Raises Trouble."""
+    last = (end or descriptor.size_bytes) - 1
+    whole = Request("GET", path, scopes)
+    part = Request("GET", path, scopes, {"Range": f"bytes={start}-{last}"}, (200, 206, 416))
+    reply = await host.ask(whole if (start, last) == (0, descriptor.size_bytes - 1) else part)
+    if reply.status == 416:
+        reply.close()
+        reply = await host.ask(whole)
+    try:
+        return _stream(reply, host, descriptor, start)
+    except BaseException:
+        reply.close()
+        raise
 
 
 def _stream(reply: Reply, host: Host, descriptor: Descriptor, start: int) -> BlobStream:

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from corral.images.digest import Digest, hex_of
+from corral.images.digest import Digest
 from corral.images.document import parse_document
 from corral.images.model import MAX_MANIFEST_BYTES, Descriptor, parse_descriptor
 from corral.images.policy.gate import Demand
@@ -83,7 +83,7 @@ class Prover:
 
     async def _artifacts(self, image: Descriptor) -> AsyncGenerator[Sequence[Signature]]:
         """The signatures of one artifact after the other; the next one is not asked for before it is wanted."""
-        if (signatures := await self._artifact(f"sha256-{hex_of(image.digest)}.sig")) is not None:
+        if (signatures := await self._artifact(f"{image.digest.replace(':', '-')}.sig")) is not None:
             yield signatures
         referrers = await self._referrers(image)
         if any(each.artifact_type.startswith(BUNDLE_TYPE) for each in referrers):

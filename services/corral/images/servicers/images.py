@@ -4,6 +4,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import grpc.aio
@@ -17,7 +18,7 @@ from corral.images.catalog import ImageRecord
 from corral.images.checking import Checker
 from corral.images.committer import CommitOptions, Committer
 from corral.images.exporter import Exporter, ExportOptions
-from corral.images.images import Images
+from corral.images.images import Images, Only
 from corral.images.importer import Format, Importer, ImportOptions
 from corral.images.recipes import Recipes
 from corral.images.reference import parse_reference
@@ -138,7 +139,8 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
 
     async def Prune(self, request: pb.PruneRequest, context: Context) -> pb.PruneResponse:
         until_ns = wire.time_ns(request.until) if request.HasField("until") else None
-        removed = await self._images.prune(current_namespace(), everything=request.all, until_ns=until_ns)
+        only = Only(until_ns, tuple(request.labels), tuple(request.without_labels))
+        removed = await self._images.prune(current_namespace(), everything=request.all, only=only)
         deleted, reclaimed = wire.from_collected(removed.collected)
         return pb.PruneResponse(untagged=removed.untagged, deleted=deleted, reclaimed_bytes=reclaimed)
 
@@ -146,7 +148,7 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
         return wire.from_disk_usage(await self._accounts.usage(current_namespace()))
 
     async def Check(self, request: types.CheckRequest, context: Context) -> types.CheckResponse:
-        return await check("images", self._checker.look, repair=request.repair)
+        return await check("images", partial(self._checker.look, deep=request.deep), repair=request.repair)
 
     async def Events(self, request: types.EventsRequest, context: Context) -> AsyncIterator[types.EventsResponse]:
         async for response in stream_events(self._database.journal, request):

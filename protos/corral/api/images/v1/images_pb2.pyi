@@ -1127,21 +1127,31 @@ class PruneRequest(_message.Message):
 
     ALL_FIELD_NUMBER: _builtins.int
     UNTIL_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    WITHOUT_LABELS_FIELD_NUMBER: _builtins.int
     all: _builtins.bool
     """Also remove named images that no snapshot uses."""
     @_builtins.property
     def until(self) -> _timestamp_pb2.Timestamp:
         """Only images that were made before that, as they say themselves; what else nothing refers to has its time of grace."""
 
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only images that have all of these, "KEY" or "KEY=VALUE", and none of those."""
+
+    @_builtins.property
+    def without_labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
         all: _builtins.bool = ...,
         until: _timestamp_pb2.Timestamp | None = ...,
+        labels: _abc.Iterable[_builtins.str] | None = ...,
+        without_labels: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["until", b"until"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "until", b"until"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all", b"all", "labels", b"labels", "until", b"until", "without_labels", b"without_labels"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
