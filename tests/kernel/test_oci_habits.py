@@ -1,5 +1,6 @@
 """What the test suites of runc and crun hold a runtime to, and no specification says."""
 
+import contextlib
 import json
 import os
 import pty
@@ -223,3 +224,48 @@ def test_a_root_that_is_asked_for_must_be_there_to_be_listed(oci: Runtime) -> No
 def test_a_path_that_is_masked_twice_is_covered_once(oci: Runtime) -> None:
     (oci.bundle / "rootfs/hidden").mkdir()
     assert linux(oci, "grep -c ' /hidden ' /proc/mounts", maskedPaths=["/hidden", "/hidden"]) == "1\n"
+
+
+@contextlib.contextmanager
+def parent(controller: str, name: str) -> Iterator[Path]:
+    """A cgroup of v1 that somebody else made, for one of a container to lie in."""
+    above = Path("/sys/fs/cgroup") / controller / f"{name}-above"
+    above.mkdir()
+    try:
+        yield above
+    finally:
+        for hierarchy in detect().hierarchies:
+            with contextlib.suppress(FileNotFoundError):
+                (Path(hierarchy.mount_point) / above.name).rmdir()
+
+
+@pytest.mark.skipif(not Path("/sys/fs/cgroup/cpuset").is_dir(), reason="there is no cpuset of cgroup v1")
+def test_a_cpuset_that_somebody_made_and_left_empty_is_filled(oci: Runtime) -> None:
+    name = oci.new_id()
+    with parent("cpuset", name) as above:
+        (above / "cpuset.cpus").write_text("\n")
+        (above / "cpuset.mems").write_text("\n")
+        assert linux(oci, "echo fine", cgroupsPath=f"/{above.name}/{name}") == "fine\n"
+        assert (above / "cpuset.cpus").read_text() == (above.parent / "cpuset.cpus").read_text()
+
+
+@pytest.mark.skipif(
+    not Path("/sys/fs/cgroup/cpu/cpu.rt_runtime_us").exists(), reason="no groups of real-time processes"
+)
+def test_a_real_time_period_may_be_less_than_the_runtime_was(oci: Runtime) -> None:
+    name = oci.new_id()
+    spec = oci.spec("sleep", "1000")
+    oci.write_spec(spec | {"linux": spec["linux"] | {"cgroupsPath": f"/{name}-above/{name}"}})  # type: ignore[operator]
+    with parent("cpu", name) as above:
+        (above / "cpu.rt_runtime_us").write_text("700000")
+        oci.detached("run", "--detach", name)
+        for period, runtime in ((900_001, 600_001), (10_000, 3_000), (100_000, 20_000)):
+            oci.ok("update", "--cpu-rt-period", str(period), "--cpu-rt-runtime", str(runtime), name)
+            found = [int((above / name / f"cpu.rt_{file}_us").read_text()) for file in ("period", "runtime")]
+            assert found == [period, runtime]
+        oci.ok("delete", "--force", name)
+
+
+def test_an_access_of_devices_may_hold_an_a_that_says_nothing(oci: Runtime) -> None:
+    rules = [{"allow": False, "access": "rwm"}, {"allow": True, "type": "c", "major": 1, "minor": 11, "access": "ra"}]
+    assert linux(oci, "echo fine", resources={"devices": rules}) == "fine\n"

@@ -108,4 +108,7 @@ def _rule(rule: DeviceRule, position: int) -> cgroup.DeviceRule:
     kind = _TYPES.get(rule.type)
     if kind is None:
         raise ValueError(f"linux.resources.devices[{position}].type: {rule.type.value!r} is not a, b or c")
-    return cgroup.DeviceRule(rule.allow, kind, rule.major, rule.minor, rule.access or "rwm")
+    # Also `rwa`: an `a` beside others says nothing, as with runc.
+    return cgroup.DeviceRule(
+        rule.allow, kind, rule.major, rule.minor, rule.access.replace("a", "") or rule.access or "rwm"
+    )

@@ -29,11 +29,20 @@ def plan(directory: str, wanted: CpuLimits) -> list[Step]:
         check_range(path, wanted.shares, convert.SHARES_MIN, convert.SHARES_MAX, what="CPU shares")
         steps.append(Write(path, str(wanted.shares)))
     steps += _bandwidth(directory, wanted)
-    if wanted.realtime_period_us is not None:
-        steps.append(Write(f"{directory}/{RT_PERIOD}", str(wanted.realtime_period_us)))
+    return steps + _realtime(directory, wanted)
+
+
+def _realtime(directory: str, wanted: CpuLimits) -> list[Step]:
+    """The runtime has to lie within the period all the time: a period that the present one exceeds comes second."""
+    path = f"{directory}/{RT_RUNTIME}"
+    runtime: list[Step] = []
     if wanted.realtime_runtime_us is not None:
-        steps.append(Write(f"{directory}/{RT_RUNTIME}", str(wanted.realtime_runtime_us)))
-    return steps
+        runtime = [Write(path, str(wanted.realtime_runtime_us))]
+    if wanted.realtime_period_us is None:
+        return runtime
+    period: list[Step] = [Write(f"{directory}/{RT_PERIOD}", str(wanted.realtime_period_us))]
+    shrinks = bool(runtime) and files.read_number(path, 0) > wanted.realtime_period_us
+    return runtime + period if shrinks else period + runtime
 
 
 def _bandwidth(directory: str, wanted: CpuLimits) -> list[Step]:

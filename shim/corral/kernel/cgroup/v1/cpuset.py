@@ -13,9 +13,14 @@ CLONE_CHILDREN = "cgroup.clone_children"
 
 
 def inherit(directory: str, parent: str) -> None:
-    """Give a new cpuset its parent's memory nodes and CPUs, where cgroup.clone_children has not done so."""
+    """Give a new cpuset its parent's memory nodes and CPUs, where cgroup.clone_children has not done so.
+
+    A parent that somebody has made and left empty is given its own first, as with runc.
+    """
     if files.read(f"{directory}/{MEMS}"):  # the kernel fills both, or neither
         return
+    if not files.read(f"{parent}/{MEMS}"):  # not the root, which has all there are
+        inherit(parent, parent.rpartition("/")[0])
     for name in (MEMS, CPUS):
         files.write(f"{directory}/{name}", files.read(f"{parent}/{name}"))
 
