@@ -17,6 +17,7 @@ from support.corrald import Corrald
 from support.file_systems import FileSystems
 from support.images import write_busybox
 from support.leaks import TAG_VARIABLE, Watch
+from support.preloaded import PROGRAMS
 from support.requirements import lacking
 
 ALLOWED_SKIPS = Path(__file__).parent / "allowed-skips.txt"
@@ -36,6 +37,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="all",
         help="the daemon under test: all services in one process, or one process each",
     )
+    parser.addoption(
+        "--preloaded",
+        action="store_true",
+        help="fork corrald and corral from processes that have loaded them, instead of executing them",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[WATCH] = Watch(tag)
     config.stash[SKIPS] = {}
     config.stash[PROBLEMS] = []
+    PROGRAMS.wanted = config.getoption("--preloaded")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -64,6 +71,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
+    PROGRAMS.close()
     problems = config.stash[PROBLEMS]
     problems += [f"left on the machine: {item}" for item in config.stash[WATCH].left_behind()]
     if os.environ.get("CI") == "true":

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Self
 
 from support import sweep
 from support.leaks import TAG_VARIABLE
+from support.preloaded import PROGRAMS, Forked
 
 if TYPE_CHECKING:
     from corral.client.sync import Client
 
 SERVICES = ("images", "cgroups", "network", "tasks", "engine")
 CORRAL = Path(sys.executable).parent / "corral"
+COMMAND = (sys.executable, "-m", "corral.daemon")
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 15.0
 
@@ -109,9 +111,9 @@ class Corrald:
     private_names: bool = True  # bridge, table and cgroups of its own; False where no real service is hosted
     environment: Mapping[str, str] = field(default_factory=dict)
     options: Sequence[str] = ()
-    command: Sequence[str] = (sys.executable, "-m", "corral.daemon")
+    command: Sequence[str] = COMMAND
     place: Place = field(default_factory=Place.make)
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    processes: dict[str, subprocess.Popen[bytes] | Forked] = field(default_factory=dict)
 
     @property
     def address(self) -> str:
@@ -165,22 +167,21 @@ class Corrald:
         process = self.processes.get(name)
         return process is not None and process.poll() is None
 
-    def _spawn(self, name: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    def _spawn(self, name: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes] | Forked:
         config = self.place.directory / "config.toml"
         private = self.place.settings() if self.private_names else {"daemon": {"socket_group": ""}}
         config.write_text(to_toml(merged(private, self.settings)), "utf-8")
-        command = [*self.command, "--config", str(config), "--root", str(self.root), "--state", str(self.state)]
+        arguments = ["--config", str(config), "--root", str(self.root), "--state", str(self.state)]
         wanted = [name] if self.split else self.services
         for service in wanted:
-            command += ["--service", service]
-        with (self.place.directory / f"{name}.log").open("ab") as log:
-            return subprocess.Popen(
-                [*command, *self.options],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=os.environ | self.environment | environment,
-            )
+            arguments += ["--service", service]
+        arguments += self.options
+        environment = os.environ | self.environment | environment
+        with (self.place.directory / f"{name}.log").open("ab") as log, open(os.devnull, "rb") as null:
+            preloaded = PROGRAMS.get("corral.daemon") if self.command == COMMAND else None
+            if preloaded is not None:
+                return preloaded.fork(arguments, environment, (null, log, log))
+            return subprocess.Popen([*self.command, *arguments], stdin=null, stdout=log, stderr=log, env=environment)
 
     def _await_ready(self, name: str, mark: int) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -230,9 +231,12 @@ class Corrald:
         self, *arguments: str, stdin: bytes | None = None, timeout_s: float = 60.0, check: bool = False
     ) -> subprocess.CompletedProcess[bytes]:
         """Run the command `corral` against this daemon; without `stdin` it reads /dev/null."""
+        environment = os.environ | {"CORRAL_ADDRESS": self.address}
+        if stdin is None and (preloaded := PROGRAMS.get("corral.cli")) is not None:
+            return preloaded.run(arguments, environment, timeout_s=timeout_s, check=check)
         return subprocess.run(
             [CORRAL, *arguments],
-            env=os.environ | {"CORRAL_ADDRESS": self.address},
+            env=environment,
             input=stdin,
             stdin=subprocess.DEVNULL if stdin is None else None,
             capture_output=True,

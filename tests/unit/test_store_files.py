@@ -82,4 +82,4 @@ def test_a_failpoint_kills_its_process_at_the_nth_hit():
     }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
     assert done.returncode == -9
-    assert done.stdout == b"0\n1\n2\n"
+    assert (done.stdout, done.stderr) == (b"0\n1\n2\n", b"failpoint x\n")

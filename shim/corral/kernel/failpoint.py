@@ -2,9 +2,9 @@
 
     CORRAL_FAILPOINTS="tasks.create.after_clone=kill,images.import.commit=error@2,store.before_commit=sleep:0.5"
 
-`name=ACTION[@N]`: ACTION is `kill` (SIGKILL to this process), `error` (OSError EIO) or `sleep:SECONDS`; with @N only
-the N-th time the place is reached, else every time. The variable is read once, at import; when it is unset a failpoint
-is one empty call.
+`name=ACTION[@N]`: ACTION is `kill` (SIGKILL to this process, once the place's name is on stderr), `error` (OSError EIO)
+or `sleep:SECONDS`; with @N only the N-th time the place is reached, else every time. The variable is read once, at
+import; when it is unset a failpoint is one empty call.
 """
 
 import errno
@@ -27,6 +27,7 @@ class Trigger:
 
     def fire(self, name: str) -> None:
         if self.action == "kill":
+            os.write(2, f"failpoint {name}\n".encode())
             os.kill(os.getpid(), signal.SIGKILL)
         elif self.action == "error":
             raise OSError(errno.EIO, f"failpoint {name}")
