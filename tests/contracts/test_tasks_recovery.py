@@ -162,10 +162,11 @@ async def test_a_clean_stop_harms_no_task(own_daemon: Corrald, rootfs: Path):
         zygote = zygote_of(own_daemon)
     own_daemon.stop()
     assert is_alive(pid)
-    assert not is_alive(zygote)
+    assert is_alive(zygote), "who else would see the container's end, should its shim be killed"
     async with serving(own_daemon, rootfs) as tasks:
         assert (await tasks.get(task_id)).pid == pid
         await tasks.delete(task_id, force=True)
+        await eventually(lambda: not is_alive(zygote))
 
 
 async def test_a_killed_zygote_harms_nobody_and_is_replaced(own_daemon: Corrald, rootfs: Path):
@@ -194,35 +195,80 @@ async def test_creates_survive_a_zygote_that_dies_meanwhile(own_daemon: Corrald,
     await eventually(lambda: nothing_left(own_daemon))
 
 
-async def test_a_killed_shim_costs_the_exit_code_and_says_so(own_daemon: Corrald, rootfs: Path):
+async def test_a_killed_shim_has_an_heir(own_daemon: Corrald, rootfs: Path):
+    """Clients stay attached, no byte and no exit is lost, execs go on, and the next one works."""
     async with serving(own_daemon, rootfs) as tasks:
-        task_id = await tasks.run("sleep", "1000")
-        await tasks.exec(task_id, "e", "sleep", "1000")
+        script = "i=0; while [ $i -lt 300 ]; do echo $((i=i+1)); usleep 2000; done; read x; echo $x; exit 29"
+        task_id = await tasks.run("sh", "-c", script, stdin=True)
+        await tasks.exec(task_id, "e", "sh", "-c", "read x; exit $x", stdin=True)
         await tasks.start(task_id, "e")
-        task = await tasks.get(task_id)
-        async with tasks.attached(task_id, stdout=True) as attached:
-            os.kill(task.shim_pid, signal.SIGKILL)
+        before = await tasks.get(task_id)
+        async with tasks.attached(task_id, stdin=True, stdout=True) as attached:
+            for _ in range(3):
+                await attached.read_one()
+                shim_pid = (await tasks.get(task_id)).shim_pid
+                os.kill(shim_pid, signal.SIGKILL)
+                await eventually(lambda pid=shim_pid: not is_alive(pid))  # type: ignore[misc]
+                await tasks.kill(task_id, signal.SIGCHLD)
+                after = await tasks.get(task_id)
+                assert (after.pid, after.status) == (before.pid, pb.STATUS_RUNNING)
+                assert is_alive(after.shim_pid)
+            assert after.shim_pid != before.shim_pid
+            await tasks.exec(task_id, "f", "sh", "-c", "exit 4")
+            await tasks.start(task_id, "f")
+            assert (await tasks.wait(task_id, "f")).code == 4
+            async with tasks.attached(task_id, "e", stdin=True) as other:
+                await other.send(b"31\n")
+                assert (await tasks.wait(task_id, "e")).code == 31
+            await attached.read_until(b"\n300\n")
+            await attached.send(b"last\n")
             exited = await attached.drain()
-        assert (exited.known, exited.code) == (False, 255)
-        assert "shim was killed" in exited.reason
-        assert not (await tasks.wait(task_id, "e")).known
-        assert not is_alive(task.pid)
-        assert (await tasks.get(task_id)).status == pb.STATUS_STOPPED
+        assert attached.stdout.endswith(b"\n300\nlast\n")
+        assert (exited.known, exited.code, exited.reason) == (True, 29, "")
+        lines = [entry.line for entry in await tasks.logs(task_id)]
+        assert lines == [*(b"%d\n" % number for number in range(1, 301)), b"last\n"]
+        assert (await tasks.topics(task_id)).count("task.adopted") == 3
         await tasks.delete(task_id)
-    await eventually(lambda: nothing_left(own_daemon))
+    await eventually(lambda: nothing_left(own_daemon) and not shims(own_daemon.state))
 
 
-async def test_a_shim_killed_while_the_daemon_is_down(own_daemon: Corrald, rootfs: Path):
+async def test_a_terminal_outlives_its_shim(own_daemon: Corrald, rootfs: Path):
+    async with serving(own_daemon, rootfs) as tasks, asyncio.timeout(20):
+        task_id = await tasks.run("sh", terminal=True, stdin=True)
+        async with tasks.attached(task_id, stdin=True, stdout=True) as attached:
+            await attached.read_until(b"#")
+            shim_pid = (await tasks.get(task_id)).shim_pid
+            os.kill(shim_pid, signal.SIGKILL)
+            await eventually(lambda: not is_alive(shim_pid))
+            await attached.resize(81, 33)
+            await attached.send(b"stty size; exit 6\n")
+            exited = await attached.drain()
+        assert b"33 81" in attached.stdout
+        assert exited.code == 6
+        await tasks.delete(task_id)
+
+
+async def test_shims_killed_while_the_daemon_is_down(own_daemon: Corrald, rootfs: Path):
+    """One container goes on until there is a daemon again, another one ends with nobody but the zygote to see it."""
     async with serving(own_daemon, rootfs) as tasks:
-        task_id = await tasks.run("sleep", "1000")
-        task = await tasks.get(task_id)
+        script = "i=0; until [ $i = 300 ]; do echo $((i=i+1)); usleep 3000; done; until %s; do sleep 0.05; done; exit 9"
+        ids = [await tasks.run("sh", "-c", script % condition) for condition in ("[ -e /tmp/go ]", "true")]
+        before = [await tasks.get(task_id) for task_id in ids]
         own_daemon.kill9()
-    os.kill(task.shim_pid, signal.SIGKILL)
+    for task in before:
+        os.kill(task.shim_pid, signal.SIGKILL)
+    await eventually(lambda: not is_alive(before[1].pid))
     async with serving(own_daemon, rootfs) as tasks:
-        exited = await tasks.wait(task_id)
-        assert (exited.known, exited.code) == (False, 255)
-        assert not is_alive(task.pid)
-        await tasks.delete(task_id)
+        after = await tasks.get(ids[0])
+        assert (after.pid, after.status) == (before[0].pid, pb.STATUS_RUNNING)
+        assert after.shim_pid != before[0].shim_pid
+        (rootfs / "tmp/go").touch()
+        for task_id in ids:
+            exited = await tasks.wait(task_id)
+            assert (exited.known, exited.code) == (True, 9)
+            assert [int(entry.line) for entry in await tasks.logs(task_id)] == list(range(1, 301))
+            await tasks.delete(task_id)
+    (rootfs / "tmp/go").unlink()
     await eventually(lambda: nothing_left(own_daemon))
 
 

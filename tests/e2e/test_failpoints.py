@@ -125,17 +125,19 @@ class Life:
     # Before: what a start finds
 
     def prepare(self) -> None:
-        """A container that runs, one whose shim dies while no daemon looks, and a cgroup that no container has."""
+        """A container that runs, one that dies with its shim and zygote while no daemon looks, a cgroup of none."""
         containers = self.client.containers
         self.kept = containers.run("busybox", ["sleep", "1000"], name="kept", network="bridge")
         self.lost = containers.run("busybox", ["sleep", "1000"], name="lost", network="none")
-        shim = containers.get("lost").shim_pid
+        lost = containers.get("lost")
+        zygote = int(Path(f"/proc/{lost.shim_pid}/stat").read_text().rpartition(")")[2].split()[1])
         labels = {"corral.owner": "engine", "corral.namespace": "default", "corral.container": "stray"}
         leaf = self.client.leaf("cgroups")
         stub = cgroups_pb2_grpc.CgroupsStub(leaf.channel)
         leaf.unary(stub.Create, cgroups_pb2.CreateCgroupRequest(id="stray", labels=labels))
         self.daemon.kill9()
-        os.kill(shim, signal.SIGKILL)
+        for pid in (zygote, lost.shim_pid, lost.pid):
+            os.kill(pid, signal.SIGKILL)
 
     def start(self, armed: Sequence[str]) -> None:
         self.armed = list(armed)

@@ -350,6 +350,8 @@ class Shim:
         except TimeoutError:
             os.kill(self.pid, signal.SIGKILL)
             raise
+        finally:
+            shutil.rmtree(self.bundle)  # the zygote keeps what a killed shim has left until nobody can want it
 
 
 class Workshop:

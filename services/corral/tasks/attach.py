@@ -10,18 +10,21 @@ import asyncio
 import fcntl
 import os
 from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import TracebackType
 from typing import Self
 
 from corral.rpc.errors import FailedPrecondition, NotFound, Unavailable
 from corral.tasks.live import Process, Task
+from corral.tasks.shim import Shim
 
 CHUNK = 256 << 10
 PIPE_SIZE = 1 << 20
 JUST_ENDED_S = 2.0
+# How long after one of its pipes a dead shim's socket is seen to be closed, at most.
+HANG_UP_S = 0.1
 
 
 class Stream(Enum):
@@ -43,14 +46,27 @@ class Wanted:
 
 
 class Attachment:
-    """Our ends of one client's pipes; closed by close(), the context manager's exit."""
+    """Our ends of one client's pipes; closed by close(), the context manager's exit.
 
-    def __init__(self) -> None:
+    Should the shim be killed, they are made anew with its heir: what the dead one had taken and not passed on does not
+    reach this client, and is in the log.
+    """
+
+    def __init__(self, task: Task, process: Process, wanted: Wanted) -> None:
         self._loop = asyncio.get_running_loop()
+        self._task, self._process, self._wanted = task, process, wanted
+        self._shim: Shim | None = None
+        self._again, self._still = asyncio.Event(), asyncio.Event()
+        self._still.set()
         self._outputs: dict[Stream, int] = {}
         self._stdin = -1
         self._wake: Callable[[], None] = _nobody
-        self.detached = False
+        self._detach = asyncio.Event()
+
+    @property
+    def detached(self) -> bool:
+        """Whether detach() was called."""
+        return self._detach.is_set()
 
     @classmethod
     async def open(cls, task: Task, process: Process, wanted: Wanted) -> Self:
@@ -58,22 +74,33 @@ class Attachment:
 
         Raises CorralError.
         """
-        attachment = cls()
+        attachment = cls(task, process, wanted)
         try:
-            await attachment._attach(task, process, wanted)
+            await attachment._attach(wanted)
         except BaseException:
             attachment.close()
             raise
         return attachment
 
-    async def _attach(self, task: Task, process: Process, wanted: Wanted) -> None:
+    async def _attach(self, wanted: Wanted) -> None:
+        task, process = self._task, self._process
+        await task.settled.wait()
         if process.ended.is_set():
             return
         fields: dict[str, object] = {"lossless": wanted.lossless, "replay": wanted.replay}
         theirs = self._make_pipes(process, wanted, fields)
         try:
+            shim = self._shim = task.connected()
+        except Unavailable:
+            for fd in theirs:
+                os.close(fd)
+            self.close()
+            if await process.has_ended(within_s=JUST_ENDED_S):
+                return
+            raise
+        try:
             # From here on the connection owns their ends, whatever happens.
-            await task.connected().attach(process.row.exec_id, fields, theirs)
+            await shim.attach(process.row.exec_id, fields, theirs)
         except (FailedPrecondition, NotFound, Unavailable):
             self.close()
             if not await process.has_ended(within_s=JUST_ENDED_S):
@@ -103,7 +130,39 @@ class Attachment:
         return theirs
 
     async def output(self) -> AsyncGenerator[tuple[Stream, bytes]]:
-        """Chunks as they come, up to 256 KiB each, until the shim has closed every stream."""
+        """Chunks as they come, up to 256 KiB each, until the process has ended and all was read, or detach()."""
+        while True:
+            async with aclosing(self._until_closed()) as output:
+                async for chunk in output:
+                    yield chunk
+            if self.detached or not await self._attached_again():
+                return
+
+    async def _attached_again(self) -> bool:
+        """Once the shim has closed every stream: whether another one has taken over, and the process goes on."""
+        while (shim := self._shim) is not None and not self._process.ended.is_set() and not self.detached:
+            await _first_of(self._process.ended, shim.closed, self._detach)
+            if not shim.closed.is_set():
+                continue
+            await self._task.settled.wait()
+            if self._process.ended.is_set() or self.detached:
+                break
+            wanted = replace(self._wanted, replay=False, stdin=self._stdin >= 0)
+            if not (wanted.stdin or wanted.stdout or wanted.stderr):
+                self._shim = None
+                break
+            self._still.clear()
+            self.close()
+            try:
+                await self._attach(wanted)
+            finally:
+                self._still.set()
+            self._again.set()
+            self._again = asyncio.Event()
+            return True
+        return False
+
+    async def _until_closed(self) -> AsyncGenerator[tuple[Stream, bytes]]:
         while self._outputs and not self.detached:
             idle = True
             for stream, fd in tuple(self._outputs.items()):
@@ -141,13 +200,29 @@ class Attachment:
     async def write_stdin(self, data: bytes) -> None:
         """Pass on all of data once there is room; what nobody wants any more is thrown away."""
         view = memoryview(data)
+        await self._still.wait()
         while view and self._stdin >= 0:
             try:
                 view = view[os.write(self._stdin, view) :]
             except BlockingIOError:
                 await self._writable()
             except BrokenPipeError:
-                self.close_stdin()
+                if not await self._has_heir():
+                    self.close_stdin()
+                await self._still.wait()
+
+    async def _has_heir(self) -> bool:
+        """After stdin was refused: whether only the shim is gone, and another one takes more."""
+        shim, again = self._shim, self._again
+        if shim is None:
+            return False
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HANG_UP_S):
+                await shim.closed.wait()
+        if not shim.closed.is_set():
+            return False
+        await _first_of(self._process.ended, again)
+        return again.is_set()
 
     async def _writable(self) -> None:
         ready = self._loop.create_future()
@@ -166,7 +241,7 @@ class Attachment:
 
     def detach(self) -> None:
         """What was written to stdin still arrives; output() ends."""
-        self.detached = True
+        self._detach.set()
         self.close_stdin()
         self._wake()
 
@@ -181,6 +256,16 @@ class Attachment:
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    """Wait until one of them is set."""
+    waiting = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for each in waiting:
+            each.cancel()
 
 
 def _nobody() -> None:

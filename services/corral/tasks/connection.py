@@ -150,8 +150,12 @@ class Connection:
             return
         if "error" in message:
             future.set_exception(_error(mapping(message, "error")))
-        else:
-            future.set_result(cast(Message, mapping(message, "ok")))
+            return
+        reply = cast(Message, mapping(message, "ok"))
+        names = reply.get("streams")
+        if isinstance(names, list):  # descriptors came along, one for each; whoever asked owns them
+            reply["streams"] = dict(zip(names, self._channel.take_fds(len(names)), strict=True))
+        future.set_result(reply)
 
     def _lose(self, why: str) -> None:
         self._close_sent_fds()

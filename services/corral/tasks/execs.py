@@ -46,6 +46,7 @@ class Execs:
         Raises NotFound, AlreadyExists, FailedPrecondition if the task does not run, CorralError.
         """
         task = self.registry.get(key)
+        await task.settled.wait()
         if task.init.row.status is not Status.RUNNING:
             raise FailedPrecondition(
                 f"container {key.id} is not running: {task.init.row.status.name.lower()}", reason="NOT_RUNNING"
@@ -103,6 +104,7 @@ class Execs:
             failpoint("tasks.delete_exec.after_shim")
             await self._database.write(lambda transaction: store.delete_exec(transaction, process.row))
             del task.processes[exec_id]
+            process.let_go()
         if not process.ended.is_set():
             # It was never started; whoever waits for it would wait for ever.
             process.release(Exit.unknown("deleted before it was started", exited_at_ns=time.time_ns()))
@@ -111,7 +113,7 @@ class Execs:
         if not force:
             raise FailedPrecondition(f"{process.what} is running; kill it first", reason="RUNNING")
         with suppress(FailedPrecondition):  # it has just ended
-            await task.connected().kill(process.row.exec_id, SIGKILL, everything=False)
+            await (await task.reached()).kill(process.row.exec_id, SIGKILL, everything=False)
         try:
             async with asyncio.timeout(KILL_S):
                 await process.ended.wait()

@@ -86,6 +86,7 @@ class Tasks:
                 raise
             self.registry.add(task)
             self._recovery.follow(task)
+            task.keep_streams(INIT)
         log.info("task.created", container_id=new.key.id, pid=task.init.row.pid, shim_pid=task.row.shim_pid)
         return task
 
@@ -132,6 +133,7 @@ class Tasks:
         """
         task = self.registry.get(key)
         process = task.process(exec_id)
+        await task.settled.wait()
         async with process.lock:
             if not process.row.may(Status.RUNNING):
                 raise FailedPrecondition(
@@ -148,7 +150,11 @@ class Tasks:
                 assert identity is not None
                 await process.mark_started(self._database, identity, time.time_ns())
                 failpoint("tasks.start.after_row")
+                if exec_id:
+                    task.keep_streams(exec_id)
                 return process
+        if isinstance(failure, Unavailable) and await _runs_all_the_same(task, process):
+            return process
         await self._not_started(process, failure)
         raise failure if process.row.is_init else await told(failure, task)
 
@@ -172,24 +178,28 @@ class Tasks:
         process = task.process(exec_id)
         if process.ended.is_set():
             raise FailedPrecondition(f"{process.what} is not running: it has ended", reason="NOT_RUNNING")
+        shim = await task.reached()
         try:
-            await task.connected().kill(exec_id, number, everything=everything)
+            await shim.kill(exec_id, number, everything=everything)
         except Unavailable as e:
-            if await process.has_ended(within_s=JUST_ENDED_S):
+            if await process.has_ended(within_s=JUST_ENDED_S if shim.is_open else HANG_UP_S):
                 raise FailedPrecondition(f"{process.what} is not running: it has ended", reason="NOT_RUNNING") from e
-            raise
+            if shim.is_open:
+                raise
+            await (await task.reached()).kill(exec_id, number, everything=everything)
 
     async def resize(self, key: TaskKey, exec_id: str, width: int, height: int) -> None:
         """Raises FailedPrecondition if the process has no terminal, CorralError."""
         task = self.registry.get(key)
         task.process(exec_id)
-        await task.connected().resize(exec_id, width, height)
+        await (await task.reached()).resize(exec_id, width, height)
 
     async def close_stdin(self, key: TaskKey, exec_id: str) -> None:
         """Let a process read the end of its stdin; one that has ended needs nothing. Raises CorralError."""
         task = self.registry.get(key)
         if not task.process(exec_id).ended.is_set():
-            await task.connected().close_stdin(exec_id)
+            task.process(exec_id).let_go("stdin")
+            await (await task.reached()).close_stdin(exec_id)
 
     # Ending
 
@@ -217,7 +227,7 @@ class Tasks:
         """Kill a task and wait for its exit, so that also this exit is seen and journalled."""
         failpoint("tasks.delete.before_kill")
         try:
-            await task.connected().kill(INIT, SIGKILL, everything=True)
+            await (await task.reached()).kill(INIT, SIGKILL, everything=True)
         except CorralError as e:
             log.info("task.not_killed", container_id=task.row.key.id, error=str(e))  # it may just have ended
         if await task.init.has_ended(within_s=KILL_S):
@@ -253,3 +263,13 @@ class Tasks:
                 async with asyncio.timeout(HANG_UP_S):
                     await task.shim.closed.wait()
         task.close()
+
+
+async def _runs_all_the_same(task: Task, process: Process) -> bool:
+    """Whether a process runs, or has, though its shim was killed before it could say so."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(HANG_UP_S):
+            if task.shim is not None:
+                await task.shim.closed.wait()
+    await task.settled.wait()
+    return process.row.started_at_ns is not None

@@ -1,6 +1,7 @@
 """Tasks as they live in this process: the rows, who waits for them, and the connection to the shim."""
 
 import asyncio
+import os
 from contextlib import suppress
 
 import structlog
@@ -25,12 +26,14 @@ class Process:
     """One process: its row as it is now, and its end, which any number may wait for.
 
     The row is written under the lock, so that moves reach the database in the order in which they happened.
+    streams: copies of what its shim has open of it, for the shim that may have to come after that.
     """
 
-    __slots__ = ("ended", "lock", "row")
+    __slots__ = ("ended", "lock", "row", "streams")
 
     def __init__(self, row: ProcessRow) -> None:
         self.row = row
+        self.streams: dict[str, int] = {}
         self.lock = asyncio.Lock()
         self.ended = asyncio.Event()
         if row.status is Status.STOPPED:
@@ -50,6 +53,20 @@ class Process:
         facts = {"namespace": self.row.task.namespace, "container_id": self.row.task.id}
         return facts if self.row.is_init else {**facts, "exec_id": self.row.exec_id}
 
+    def keep(self, streams: dict[str, int]) -> None:
+        """Own these copies of its streams, until it has ended."""
+        self.let_go()
+        self.streams = streams
+        if self.ended.is_set():
+            self.let_go()
+
+    def let_go(self, *names: str) -> None:
+        """Close copies of streams: those named, or all."""
+        for name in names or tuple(self.streams):
+            fd = self.streams.pop(name, None)
+            if fd is not None:
+                os.close(fd)
+
     async def wait(self) -> Exit:
         """How it ended, once it has."""
         await self.ended.wait()
@@ -67,6 +84,7 @@ class Process:
         """Nothing is written any more; whoever waits is told this."""
         self.row = self.row.ended(how)
         self.ended.set()
+        self.let_go()
 
     async def mark_started(self, database: Database, identity: Identity, at_ns: int) -> None:
         """It runs. The caller holds the lock."""
@@ -98,20 +116,26 @@ class Process:
                 # True whatever the database says; exit.json brings it there at the latest at the next start.
                 self.row = row
                 self.ended.set()
+                self.let_go()
             log.info("task.exited", **self._facts(), code=how.code, **({"reason": how.reason} if how.reason else {}))
             failpoint("tasks.exited.after_row")
 
 
 class Task:
-    """One task and its processes, init among them. `shim` is None once its shim has ended."""
+    """One task and its processes, init among them. `shim` is None once its shim has ended.
 
-    __slots__ = ("_inherited", "bundle", "processes", "row", "shim")
+    settled: not set from when a shim went away until its heir has taken over, or the task's end is known.
+    """
+
+    __slots__ = ("_inherited", "bundle", "processes", "row", "settled", "shim")
 
     def __init__(self, row: TaskRow, bundle: Bundle, processes: list[Process]) -> None:
         self.row = row
         self.bundle = bundle
         self.processes = {process.row.exec_id: process for process in processes}
         self.shim: Shim | None = None
+        self.settled = asyncio.Event()
+        self.settled.set()
         self._inherited: dict[str, object] | None = None
 
     async def inherited(self) -> dict[str, object]:
@@ -136,14 +160,28 @@ class Task:
             raise NotFound(f"container {self.row.key.id} has no exec {exec_id!r}", reason="NO_EXEC")
         return process
 
+    async def reached(self) -> Shim:
+        """Its shim; if that was killed, the one that takes over. Not to be awaited under a process's lock, for which
+        the takeover waits. Raises Unavailable if there is none."""
+        await self.settled.wait()
+        return self.connected()
+
     def connected(self) -> Shim:
         """Its shim. Raises Unavailable."""
         if self.shim is None or not self.shim.is_open:
             raise Unavailable(f"the shim of container {self.row.key.id} is gone", reason="SHIM_GONE")
         return self.shim
 
+    def keep_streams(self, exec_id: str) -> None:
+        """Have the shim send copies of a process's streams, which outlive it here."""
+        process = self.processes.get(exec_id)
+        if process is not None and self.shim is not None:
+            self.shim.streams(exec_id, process.keep)
+
     def close(self) -> None:
-        """Hang up."""
+        """Hang up, and let go of what is kept."""
+        for process in self.processes.values():
+            process.let_go()
         if self.shim is not None:
             self.shim.close()
             self.shim = None

@@ -74,6 +74,7 @@ class Exit:
             started_at_ns=optional_int(record, "started_at_ns"),
             dropped_bytes=optional_int(record, "dropped_bytes") or 0,
             reason=str(record.get("reason") or ""),
+            known=record.get("known") is not False,
         )
 
     @classmethod
@@ -151,7 +152,7 @@ class LogRow:
 
 @dataclass(frozen=True, slots=True)
 class TaskRow:
-    """What of a task never changes. A process is named by pid and start time: also the shim.
+    """What of a task never changes, but for its shim. A process is named by pid and start time: also the shim.
 
     `create`: the request that made it, as JSON; another shim that is to take the container over has to know it.
     """

@@ -1,8 +1,9 @@
 """Finding the truth about a task without having watched: when the service starts, and when a shim hangs up.
 
 shim answers            adopt it: its state, and every move that it saw and we did not
+init runs               another shim takes it over (heirs)
 exit.json               that is how it ended
-neither                 kill init if it lives (named by pid and start time); the task is lost, with the reason
+neither                 kill what is left (named by pid and start time); the task is lost, with the reason
 
 bundle without row      a creation that was cut short: end its shim, remove it
 row without bundle      lost, with the reason
@@ -22,13 +23,14 @@ from corral.rpc.errors import CorralError
 from corral.store import Database
 from corral.tasks import store
 from corral.tasks.bundle import Bundles
+from corral.tasks.heirs import Heirs
 from corral.tasks.identity import Identity
 from corral.tasks.live import Process, Task
 from corral.tasks.model import Exit, TaskKey
 from corral.tasks.processes import members
 from corral.tasks.registry import Registry
 from corral.tasks.shim import ProcessReport, Shim, StateReport
-from corral.tasks.spawning import UNDO_S, undo
+from corral.tasks.spawning import UNDO_S, Spawner, end_unused, undo
 
 log = structlog.get_logger()
 
@@ -46,11 +48,14 @@ NOT_EXECUTED = "its program could not be executed"
 class Recovery:
     """Keeps tasks in line with the world."""
 
-    def __init__(self, registry: Registry, database: Database, bundles: Bundles, *, timeout_s: float) -> None:
+    def __init__(
+        self, registry: Registry, database: Database, bundles: Bundles, spawner: Spawner, *, timeout_s: float
+    ) -> None:
         self._registry = registry
         self._database = database
         self._bundles = bundles
         self._timeout_s = timeout_s
+        self._heirs = Heirs(database, spawner)
 
     async def recover_all(self) -> None:
         """Take over what an earlier process left; nothing else may happen before this is done."""
@@ -82,7 +87,9 @@ class Recovery:
 
     async def settle_again(self, task: Task) -> None:
         """For a task that has no shim though nothing says that it has ended."""
+        await task.settled.wait()
         if task.shim is None:
+            task.settled.clear()
             await self._recover(task)
 
     def follow(self, task: Task) -> None:
@@ -98,6 +105,7 @@ class Recovery:
         def closed() -> None:
             if not self._registry.is_stopping:
                 task.shim = None
+                task.settled.clear()
                 self._registry.in_background(self._recover(task, heir_s=HEIR_S))
 
         def out_of_memory(kills: int) -> None:
@@ -105,20 +113,34 @@ class Recovery:
             record = partial(store.out_of_memory, key=task.row.key, kills=kills, at_ns=time.time_ns())
             self._registry.in_background(self._database.write(record))
 
-        shim.follow(exited, closed, out_of_memory)
+        def stdin_closed(exec_id: str) -> None:
+            process = task.processes.get(exec_id)
+            if process is not None:
+                process.let_go("stdin")
+
+        shim.follow(exited, closed, out_of_memory, stdin_closed)
 
     async def _recover(self, task: Task, *, heir_s: float = 0.0) -> None:
+        try:
+            await self._find_truth(task, heir_s)
+        finally:
+            task.settled.set()
+
+    async def _find_truth(self, task: Task, heir_s: float) -> None:
         for process in tuple(task.processes.values()):
             async with process.lock:  # what was reported is being written
                 pass
         if all(process.ended.is_set() for process in task.processes.values()):
             return
-        shim = await self._adopt(task)
+        shim = await self._adopt(task) or await self._heirs.find(task)
         if shim is None:
             await self._settle(task, heir_s)
             return
         task.shim = shim
         self.follow(task)
+        for exec_id, process in task.processes.items():
+            if not process.ended.is_set():
+                task.keep_streams(exec_id)
 
     # There is a shim
 
@@ -132,6 +154,9 @@ class Recovery:
         try:
             report = await shim.state()
             failpoint("tasks.adopt.after_state")
+            if report.init is None:  # an heir that this service did not live to see
+                await end_unused(shim)
+                return None
             if _is_of(report, task):
                 await self._catch_up(task, shim, report)
                 return shim
@@ -145,7 +170,10 @@ class Recovery:
         return None
 
     async def _catch_up(self, task: Task, shim: Shim, report: StateReport) -> None:
-        started_at_ns = (await run_blocking(task.bundle.record)).started_at_ns
+        record = await run_blocking(task.bundle.record)
+        started_at_ns = record.started_at_ns
+        if record.shim is not None and record.shim.pid == report.shim_pid:
+            await self._heirs.note(task, record.shim)
         for exec_id, process in tuple(task.processes.items()):
             known = report.processes.get(exec_id)
             if known is None:

@@ -70,7 +70,7 @@ class TasksService:
         bundles = self._bundles = Bundles(config.state, config.root)
         parallel = config.parallel_creates or CREATES_PER_CPU * (os.cpu_count() or 1)
         spawner = Spawner(zygote, parallel=parallel, timeout_s=config.shim_timeout_s)
-        recovery = Recovery(self._registry, database, bundles, timeout_s=config.shim_timeout_s)
+        recovery = Recovery(self._registry, database, bundles, spawner, timeout_s=config.shim_timeout_s)
         await recovery.recover_all()
         tasks = Tasks(self._registry, database, bundles, spawner, recovery)
         checker = Checker(self._registry, bundles, recovery, config.state)

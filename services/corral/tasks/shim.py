@@ -42,7 +42,7 @@ class StateReport:
         return self.processes.get(INIT)
 
 
-def _ignore(_kills: int) -> None:
+def _ignore(_what: object) -> None:
     """Nobody asked."""
 
 
@@ -58,6 +58,7 @@ class Shim:
         self._early: list[Message] = []
         self._on_exit: Callable[[str, Exit], None] | None = None
         self._on_oom: Callable[[int], None] = _ignore
+        self._on_stdin_close: Callable[[str], None] = _ignore
         self._on_close: Callable[[], None] | None = None
         self.closed = asyncio.Event()
         self._connection = Connection(sock, on_event=self._event, on_close=self._closed)
@@ -69,10 +70,13 @@ class Shim:
         on_exit: Callable[[str, Exit], None],
         on_close: Callable[[], None],
         on_oom: Callable[[int], None] = _ignore,
+        on_stdin_close: Callable[[str], None] = _ignore,
     ) -> None:
         """From now on on_exit gets the exec id and the end of each process, on_oom the number of processes killed for
-        memory so far, both first what was reported already; on_close is called when the shim has gone away."""
+        memory so far, on_stdin_close the exec id of each that is to get no more input, all of them first what was
+        reported already; on_close is called when the shim has gone away."""
         self._on_exit, self._on_oom, self._on_close = on_exit, on_oom, on_close
+        self._on_stdin_close = on_stdin_close
         early, self._early = self._early, []
         for message in early:
             self._event(message)
@@ -90,6 +94,21 @@ class Shim:
     async def create(self, fields: Message) -> Identity:
         """Make the container; returns its init, which waits for start."""
         return _identity(await self._ask("create", fields)) or _missing("create")
+
+    async def adopt(self, exec_id: str, fields: Message, fds: Sequence[int]) -> None:
+        """Take over a process of a shim that was killed, with its streams, which are taken over in any case."""
+        await self._ask("adopt", {"exec": exec_id, **fields}, fds)
+
+    def streams(self, exec_id: str, then: Callable[[dict[str, int]], None]) -> None:
+        """Ask for copies of a process's streams; `then` owns them. Without an answer it is not called."""
+        reply = self._connection.request("streams", {"exec": exec_id})
+
+        def came(reply: asyncio.Future[Message]) -> None:
+            if not reply.cancelled() and reply.exception() is None:
+                streams = reply.result().get("streams")
+                then(streams if isinstance(streams, dict) else {})
+
+        reply.add_done_callback(came)
 
     async def start(self, exec_id: str) -> Identity | None:
         """Let a process run. An exec begins to exist now and its identity is returned."""
@@ -150,6 +169,8 @@ class Shim:
         match message.get("event"):
             case "exited":
                 self._on_exit(str(message.get("exec") or INIT), Exit.from_shim(message))
+            case "stdin_closed":
+                self._on_stdin_close(str(message.get("exec") or INIT))
             case "oom":
                 self._on_oom(optional_int(message, "oom_kills") or 1)
 

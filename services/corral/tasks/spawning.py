@@ -60,6 +60,26 @@ class Spawner:
                 await undo(bundle, timeout_s=UNDO_S)
                 raise
 
+    async def spawn_heir(self, bundle: Bundle) -> tuple[Shim, Identity]:
+        """A shim for a bundle whose own was killed; it has adopted nothing yet. Raises CorralError, OSError."""
+        async with self._turn:
+            for _ in range(ATTEMPTS):
+                with bundle.listen() as listener:
+                    shim = Shim(bundle.connect(), timeout_s=self._timeout_s)
+                    try:
+                        return shim, await self._fork(bundle, listener)
+                    except (
+                        ConnectionLostError
+                    ):  # the zygote died, perhaps before it forked: this socket is not used again
+                        await end_unused(shim)
+                    except TimeoutError as e:
+                        shim.close()
+                        raise Unavailable(f"the zygote did not fork a shim: {e}", reason="ZYGOTE_STUCK") from e
+                    except BaseException:
+                        shim.close()
+                        raise
+        raise Unavailable("no shim could be started: its zygote keeps dying; see zygote.log", reason="ZYGOTE_DIES")
+
     async def _spawn(self, bundle: Bundle, listener: socket.socket, fields: Message) -> Spawned:
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -146,3 +166,10 @@ async def end_shim(bundle: Bundle, *, timeout_s: float) -> None:
                 await gone.wait()
     finally:
         shim.close()
+
+
+async def end_unused(shim: Shim) -> None:
+    """End a shim that holds no container, if it is there at all, and hang up."""
+    with suppress(CorralError):
+        await shim.delete()
+    shim.close()

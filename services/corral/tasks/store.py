@@ -79,6 +79,16 @@ def insert_task(transaction: Transaction, task: TaskRow, init: ProcessRow) -> No
     _journal(transaction, task.key, "task.created", {"pid": init.pid, "shim_pid": task.shim_pid})
 
 
+def adopted(transaction: Transaction, task: TaskRow) -> None:
+    """Another shim looks after the task, as its row says."""
+    rows = transaction.execute(
+        "UPDATE tasks SET shim_pid = ?, shim_start_time = ? WHERE namespace = ? AND id = ? RETURNING id",
+        (task.shim_pid, task.shim_start_time, task.key.namespace, task.key.id),
+    )
+    if rows:
+        _journal(transaction, task.key, "task.adopted", {"shim_pid": task.shim_pid})
+
+
 def insert_exec(transaction: Transaction, process: ProcessRow) -> None:
     """An exec that the shim knows now. Raises corral.store.Duplicate, corral.store.Referenced (no such task)."""
     _insert_process(transaction, process)

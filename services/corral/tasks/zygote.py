@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 SOCKET_FD = 3
 OUTPUT_MAX_BYTES = 1 << 20
-END_S = 5.0
+END_S = 0.2
 LIVED_LONG_S = 1.0
 RESTART_MIN_S, RESTART_MAX_S = 0.05, 5.0
 _PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from corral.shim.zygote import main; main()"
@@ -49,15 +49,15 @@ class Zygote:
         self._supervisor = asyncio.create_task(self._supervise(), name="zygote")
 
     async def stop(self) -> None:
-        """End it and wait until it has ended. Shims live on."""
+        """Leave it: it ends at once, or with the last of its shims, which live on."""
         self._stopping.set()
         if self._connection is not None:
             self._connection.close()
         if self._supervisor is not None:
             await asyncio.wait((self._supervisor,), timeout=END_S)
-            if not self._supervisor.done():
-                os.kill(self.pid, signal.SIGKILL)  # our child, which only the supervisor reaps
-                await self._supervisor
+            if not self._supervisor.done():  # it has shims to look after
+                self._supervisor.cancel()
+                await asyncio.wait((self._supervisor,))
 
     async def spawn(self, bundle: Bundle, listener: socket.socket) -> Identity:
         """Fork a shim for the bundle, serving `listener`, which stays the caller's.

@@ -124,7 +124,19 @@ def has_executed(pid: int, started: int) -> bool | None:
     return not int(fields[_FLAGS]) & _PF_FORKNOEXEC if int(fields[_START_TIME]) == started else None
 
 
-_FLAGS, _START_TIME = 6, 19
+def zombie_status(pid: int, started: int) -> int | None:
+    """How the process of a pid and start time ended, as wait(2) would tell, if it has and nobody has reaped it.
+
+    0 to a caller who lacks CAP_SYS_PTRACE over it. Raises FileNotFoundError (or ProcessLookupError) if it is gone.
+    Source: proc_pid_stat(5), field 52.
+    """
+    fields = _stat(pid)
+    if fields[_STATE] != b"Z" or int(fields[_START_TIME]) != started:
+        return None
+    return int(fields[_EXIT_CODE])
+
+
+_STATE, _FLAGS, _START_TIME, _EXIT_CODE = 0, 6, 19, 49
 _PF_FORKNOEXEC = 0x40
 
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from enum import Enum
 from json.encoder import encode_basestring, encode_basestring_ascii
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from corral.kernel.failpoint import failpoint
+from corral.shim.spool import STREAMS, Position, Spool, StreamName
 
-type StreamName = Literal["stdout", "stderr"]
 type Format = Callable[[bytes, StreamName, str, bool], bytes]
 
 PIECE_LIMIT = 16 << 10
@@ -124,17 +124,26 @@ class LogFile:
     After it was opened nothing raises and nothing blocks: what the disk does not take is refused.
     """
 
-    __slots__ = ("_fd", "_max_files", "_max_size", "_path", "_size")
+    __slots__ = ("_fd", "_inode", "_max_files", "_max_size", "_path", "_size")
 
     def __init__(self, path: str, *, max_size: int, max_files: int) -> None:
         """A max_size of 0 is no limit. Raises OSError if the file cannot be opened."""
         self._path, self._max_size, self._max_files = path, max_size, max(1, max_files)
-        self._fd, self._size = _open(path)
+        self._fd, self._inode, self._size = _open(path)
+
+    @property
+    def position(self) -> Position:
+        """Which file the next append goes to, and how large that is."""
+        return self._inode, self._size
+
+    def make_room(self, size: int) -> None:
+        """Rotate, if as many bytes more would be too much for one file."""
+        if self._max_size and self._size and self._size + size > self._max_size:
+            self._rotate()
 
     def append(self, data: bytes) -> bool:
         """Write all of data, or nothing of it and return False."""
-        if self._max_size and self._size and self._size + len(data) > self._max_size:
-            self._rotate()
+        self.make_room(len(data))
         written = 0
         try:
             failpoint("shim.log.write")
@@ -142,15 +151,16 @@ class LogFile:
         except OSError:
             return False
         if written == len(data):
+            failpoint("shim.log.written")
             self._size += written
             return True
         return self._finish_or_undo(data, written)
 
     def reopen(self) -> None:
         """Follow the name after somebody renamed the file. Raises OSError and keeps the old file if that fails."""
-        fd, size = _open(self._path)
+        fd, inode, size = _open(self._path)
         os.close(self._fd)
-        self._fd, self._size = fd, size
+        self._fd, self._inode, self._size = fd, inode, size
 
     def close(self) -> None:
         """Close the file."""
@@ -187,17 +197,21 @@ class LogFile:
             return
 
 
-def _open(path: str) -> tuple[int, int]:
+def _open(path: str) -> tuple[int, int, int]:
     # O_NONBLOCK: should the name be a FIFO or a device, a stuck reader must not block the container.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     fd = os.open(path, flags, 0o640)
-    return fd, os.fstat(fd).st_size
+    status = os.fstat(fd)
+    return fd, status.st_ino, status.st_size
 
 
 class Log(Protocol):
     """Where a container's output is kept."""
 
     dropped_bytes: int
+
+    def take(self, stream: StreamName, fd: int, size: int, *, pipe: bool) -> bytes:
+        """Read from a pipe or a terminal what is to be written next. Raises as os.read() does."""
 
     def write(self, stream: StreamName, data: bytes) -> None:
         """Take bytes as the container wrote them, cut anywhere."""
@@ -218,6 +232,10 @@ class NoLog:
 
     dropped_bytes: int = 0
 
+    def take(self, stream: StreamName, fd: int, size: int, *, pipe: bool) -> bytes:
+        """Read it."""
+        return os.read(fd, size)
+
     def write(self, stream: StreamName, data: bytes) -> None:
         """Forget it."""
 
@@ -234,13 +252,20 @@ class NoLog:
 class FileLog:
     """A log in lines of one format. `dropped_bytes` counts the container's bytes that the disk did not take."""
 
-    __slots__ = ("_file", "_format", "_format_last", "_waiting", "dropped_bytes")
+    __slots__ = ("_file", "_format", "_format_last", "_spool", "_waiting", "dropped_bytes")
 
-    def __init__(self, file: LogFile, driver: str) -> None:
-        self._file = file
+    def __init__(self, file: LogFile, driver: str, spool: Spool | None = None) -> None:
+        """spool: where what is taken is kept until it is written; what an earlier shim left there is written first."""
+        self._file, self._spool = file, spool
         self._format, self._format_last = FORMATS[driver]
         self._waiting: dict[StreamName, bytes] = {}
         self.dropped_bytes = 0
+        if spool is not None:
+            self._go_on(spool)
+
+    def take(self, stream: StreamName, fd: int, size: int, *, pipe: bool) -> bytes:
+        """Read what is to be written next; should this process be killed before it is, it is not lost."""
+        return os.read(fd, size) if self._spool is None else self._spool.take(stream, fd, size, pipe=pipe)
 
     def write(self, stream: StreamName, data: bytes) -> None:
         """Append the lines that are complete now, with the present time."""
@@ -249,14 +274,16 @@ class FileLog:
         for part, group in cut(waiting + data):
             if part is Part.REST:
                 self._waiting[stream] = group
-            elif not self._file.append(self._format(group, stream, now, part is Part.LINES)):
-                self.dropped_bytes += len(group)
+            else:
+                self._append(stream, len(group), self._format(group, stream, now, part is Part.LINES))
+        if self._spool is not None:
+            self._spool.tidy(stream)
 
     def end(self, stream: StreamName) -> None:
         """Append the rest of a line that will not be completed."""
         rest = self._waiting.pop(stream, b"")
-        if rest and not self._file.append(self._format_last(rest, stream, timestamp(time.time_ns()), False)):
-            self.dropped_bytes += len(rest)
+        if rest:
+            self._append(stream, len(rest), self._format_last(rest, stream, timestamp(time.time_ns()), False))
 
     def reopen(self) -> None:
         """Open the file again by its name, as after a rotation by somebody else. Raises OSError."""
@@ -267,10 +294,44 @@ class FileLog:
         for stream in tuple(self._waiting):
             self.end(stream)
         self._file.close()
+        if self._spool is not None:
+            self._spool.close()
+
+    def _append(self, stream: StreamName, size: int, frame: bytes) -> None:
+        self._file.make_room(len(frame))
+        if self._spool is not None:
+            self._spool.begin(stream, self._file.position)
+        if not self._file.append(frame):
+            self.dropped_bytes += size
+        if self._spool is not None:
+            self._spool.logged(stream, size, self._file.position)
+
+    def _go_on(self, spool: Spool) -> None:
+        """Write what the shim before had taken and not written."""
+        left = {stream: spool.unlogged(stream) for stream in STREAMS}
+        logged = spool.perhaps_logged(self._file.position)
+        if logged is not None and left[logged]:
+            _, group = next(cut(left[logged]))
+            spool.logged(logged, len(group), self._file.position)
+            left[logged] = left[logged][len(group) :]
+        for stream, data in left.items():
+            if data:
+                self.write(stream, data)
 
 
-def open_log(driver: str, path: str, *, max_size: int, max_files: int) -> Log:
-    """The log that a container asked for. Raises OSError if its file cannot be opened."""
+def open_log(driver: str, path: str, *, max_size: int, max_files: int, directory: int | None = None) -> Log:
+    """The log that a container asked for; directory: an fd of its bundle, for a Spool.
+
+    Raises OSError if the file cannot be opened.
+    """
     if driver == "none":
         return NoLog()
-    return FileLog(LogFile(path, max_size=max_size, max_files=max_files), driver)
+    file = LogFile(path, max_size=max_size, max_files=max_files)
+    return FileLog(file, driver, None if directory is None else _spool_in(directory))
+
+
+def _spool_in(directory: int) -> Spool | None:
+    try:
+        return Spool(directory)
+    except OSError:  # a full disk is no reason to have no container
+        return None

@@ -141,14 +141,23 @@ class Output:
         "_read_size",
         "_replay",
         "_retry",
+        "_take",
         "_tap",
         "_terminal",
         "_watching",
     )
 
-    def __init__(self, loop: Loop, *, tap: Callable[[bytes], None], on_end: Callable[[], None]) -> None:
-        """tap gets every byte, on_end is called once; clients may attach before there is anything to read."""
-        self._loop, self._tap, self._on_end = loop, tap, on_end
+    def __init__(
+        self,
+        loop: Loop,
+        *,
+        take: Callable[[int, int], bytes] = os.read,
+        tap: Callable[[bytes], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        """take reads, of an fd as many bytes at most; tap gets every byte, on_end is called once; clients may attach
+        before there is anything to read."""
+        self._loop, self._take, self._tap, self._on_end = loop, take, tap, on_end
         self._fd = -1
         self._terminal = self._exited = self._ended = self._watching = False
         self._read_size = READ_SIZE
@@ -161,6 +170,11 @@ class Output:
     def ended(self) -> bool:
         """Whether there will be no more output."""
         return self._ended
+
+    @property
+    def fd(self) -> int:
+        """What is read, -1 if nothing is."""
+        return self._fd
 
     def begin(self, fd: int, *, terminal: bool) -> None:
         """Start reading fd, and own it. With a terminal, fd is the master and its hang-up is no end before the exit."""
@@ -222,7 +236,7 @@ class Output:
     def _read(self) -> bytes | None:
         """One read, handed on. None: nothing there now, or the end."""
         try:
-            data = os.read(self._fd, self._read_size)
+            data = self._take(self._fd, self._read_size)
         except BlockingIOError:
             return None
         except OSError as e:

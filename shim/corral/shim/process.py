@@ -39,13 +39,15 @@ ALLOWED = {
 
 _FAILURE_CODES = {EXEC_NOT_FOUND: 127, EXEC_DENIED: 126}
 _OTHER_FAILURE = 128
+_UNKNOWN = 255
+UNSEEN = "its shim was killed, and nobody saw how it ended; exit code unknown"
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What the kernel told about the end of a process: a wait(2) status and when it was read."""
+    """What the kernel told about the end of a process: a wait(2) status and when it was read; None: it told nobody."""
 
-    status: int
+    status: int | None
     at_ns: int
 
     @classmethod
@@ -58,11 +60,13 @@ class Ended:
     @property
     def signal(self) -> int | None:
         """The signal that ended it."""
-        return os.WTERMSIG(self.status) if os.WIFSIGNALED(self.status) else None
+        return None if self.status is None or not os.WIFSIGNALED(self.status) else os.WTERMSIG(self.status)
 
     @property
     def code(self) -> int:
-        """As a shell reports it."""
+        """As a shell reports it, 255 if it is not known."""
+        if self.status is None:
+            return _UNKNOWN
         return 128 + os.WTERMSIG(self.status) if os.WIFSIGNALED(self.status) else os.WEXITSTATUS(self.status)
 
 
@@ -94,6 +98,8 @@ class ContainerProcess:
     ended: Ended | None = None
     exit: Exit | None = None
     drain_timer: Timer | None = None
+    is_child: bool = True
+    """Else another shim made it, and somebody else reaps it."""
     _reaped: bool = False
 
     def move(self, state: State) -> None:
@@ -135,11 +141,11 @@ class ContainerProcess:
     @property
     def alive(self) -> bool:
         """Whether the process exists and has not been reaped."""
-        return self.handle is not None and self.ended is None
+        return self.handle is not None and self.handle.pidfd >= 0 and self.ended is None
 
     def signal(self, number: int) -> None:
         """Send a signal. Raises ShimError: failed_precondition if the process is gone, invalid_argument."""
-        if self.handle is None or self.ended is not None:
+        if self.handle is None or not self.alive:
             raise ShimError("failed_precondition", f"{self.what} is not running")
         try:
             kernel_process.send_signal(self.handle.pidfd, number)
@@ -163,12 +169,13 @@ class ContainerProcess:
             pid=self.pid,
             start_time=self.start_time,
             dropped_bytes=dropped_bytes,
-            reason=failure.reason if failure else "",
+            reason=failure.reason if failure else "" if self.ended.status is not None else UNSEEN,
+            known=failure is not None or self.ended.status is not None,
         )
 
     def reap(self) -> None:
         """Let the kernel forget the process; its end is known and on disk."""
-        if not self._reaped:
+        if self.is_child and not self._reaped:
             self._reaped = True
             os.waitpid(self.pid, 0)
 

@@ -80,6 +80,8 @@ class Exit:
     start_time: int
     dropped_bytes: int = 0
     reason: str = ""
+    known: bool = True
+    """False if nobody saw it: then code is 255."""
 
     def to_json(self) -> dict[str, object]:
         """The content of exit.json, and of the event that follows it."""
@@ -95,16 +97,20 @@ class Exit:
             "start_time": self.start_time,
             "dropped_bytes": self.dropped_bytes,
             "reason": self.reason,
+            "known": self.known,
         }
 
 
-def write_json(directory: int, name: str, content: Mapping[str, object], *, step: str, durable: bool = True) -> None:
+def write_json(
+    directory: int, name: str, content: Mapping[str, object], *, step: str, durable: bool = True, replace: bool = True
+) -> None:
     """Make `name` in the directory (an fd) hold exactly this: a reader sees the old or the new content.
 
     durable: also after a power loss; not needed for what only tells of living processes. step names the failpoints.
-    Raises OSError; then the old content stands.
+    Raises OSError; then the old content stands. So it does with FileExistsError, if it is there and is not to be
+    replaced, for a writer that is not the only one.
     """
-    temporary = f"{name}.tmp"
+    temporary = f"{name}.tmp" if replace else f"{name}.new"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=directory)
     try:
         try:
@@ -114,7 +120,11 @@ def write_json(directory: int, name: str, content: Mapping[str, object], *, step
         finally:
             os.close(fd)
         failpoint(f"{step}.before_rename")
-        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+        if not replace:
+            os.link(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+            os.unlink(temporary, dir_fd=directory)
+        else:
+            os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(temporary, dir_fd=directory)

@@ -17,6 +17,8 @@ type Fields = Mapping[str, object]
 _ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}")
 DEFAULT_LOG_SIZE = 16 << 20
 DEFAULT_LOG_FILES = 5
+STDIN, CONSOLE = "stdin", "console"
+STREAM_NAMES = (STDIN, "stdout", "stderr", CONSOLE)
 
 
 def _wrong(name: str, wanted: str) -> ShimError:
@@ -175,6 +177,48 @@ class Exec:
         if not name:
             raise ShimError("invalid_argument", "exec: missing")
         return cls(name, _object(fields, "process"), text(fields, "user", "") or None, flag(fields, "stdin"))
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """Take over a process whose shim was killed: the container's own first, then its execs.
+
+    streams: what comes along as descriptors, in this order (corral.shim.stdio). terminal is for execs, log and
+    cgroup_paths are for the container's own process.
+    """
+
+    exec_id: str
+    pid: int
+    start_time: int
+    created_at_ns: int
+    started_at_ns: int
+    terminal: bool
+    stdin: bool
+    streams: tuple[str, ...]
+    log: LogOptions
+    cgroup_paths: tuple[Path, ...]
+
+    @classmethod
+    def parse(cls, fields: Fields) -> Self:
+        """Raises ShimError(invalid_argument)."""
+        streams = _strings(fields, "streams")
+        if len(set(streams)) < len(streams) or not set(streams) <= set(STREAM_NAMES):
+            raise _wrong("streams", f"some of {', '.join(STREAM_NAMES)}")
+        pid, start_time = integer(fields, "pid"), integer(fields, "start_time")
+        if not 0 < pid < 1 << 31 or start_time < 0:
+            raise _wrong("pid", "that of a process, with its start_time")
+        return cls(
+            exec_id=exec_id(fields),
+            pid=pid,
+            start_time=start_time,
+            created_at_ns=integer(fields, "created_at_ns", 0),
+            started_at_ns=integer(fields, "started_at_ns"),
+            terminal=flag(fields, "terminal"),
+            stdin=flag(fields, "stdin"),
+            streams=streams,
+            log=LogOptions.parse(_object(fields, "log")),
+            cgroup_paths=tuple(Path(path) for path in _strings(_object(fields, "cgroup"), "paths")),
+        )
 
 
 @dataclass(frozen=True, slots=True)

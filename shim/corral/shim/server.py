@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from corral.kernel import signalfd
@@ -19,8 +19,8 @@ from corral.oci.larder import Larder
 from corral.shim import VERSION, report
 from corral.shim.errors import Kind, ShimError, from_os_error
 from corral.shim.loop import IN, OUT, Loop
-from corral.shim.requests import Attach, Create, Exec, exec_id, flag, integer, size
-from corral.shim.shim import STUCK_S, Shim
+from corral.shim.requests import Adopt, Attach, Create, Exec, exec_id, flag, integer, size
+from corral.shim.shim import STDIN_CLOSED, STUCK_S, Shim
 from corral.shim.wire import Channel, Message, ProtocolError
 
 PROTOCOL = 1
@@ -35,11 +35,11 @@ SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.
 class Connection:
     """One client. `handler` gets each message; the hello comes first."""
 
-    __slots__ = ("channel", "closed", "greeted", "subscribed", "writing")
+    __slots__ = ("channel", "closed", "greeted", "keeps", "subscribed", "writing")
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
-        self.closed = self.greeted = self.subscribed = self.writing = False
+        self.closed = self.greeted = self.keeps = self.subscribed = self.writing = False
 
 
 class Server:
@@ -78,6 +78,8 @@ class Server:
             "reopen_log": lambda _c, _m: shim.reopen_log(),
             "delete": self._delete,
             "delete_exec": lambda _, m: shim.delete_exec(exec_id(m)),
+            "adopt": lambda c, m: shim.adopt(Adopt.parse(m), c.channel.take_fds),
+            "streams": self._streams,
         }
 
     def begin(self) -> None:
@@ -196,11 +198,11 @@ class Server:
         self._reply_error(connection, None, ShimError("invalid_argument", str(error)))
         self._close(connection)
 
-    def _send(self, connection: Connection, message: Message) -> None:
+    def _send(self, connection: Connection, message: Message, fds: Sequence[int] = ()) -> None:
         if connection.closed:
             return
         try:
-            connection.channel.send(message)
+            connection.channel.send(message, fds)
             self._flush(connection)
         except EOFError:
             self._close(connection)
@@ -227,9 +229,20 @@ class Server:
         connection.subscribed = True
         return {}
 
+    def _streams(self, connection: Connection, message: Message) -> None:
+        """Copies of a process's streams, for the shim after this one; none for who does not read its replies.
+
+        From then on the client is told when it has to close that of a stdin, too.
+        """
+        connection.keeps = True
+        streams = {} if connection.channel.unsent else self.shim.streams(exec_id(message))
+        reply = {"id": message.get("id"), "ok": {"streams": list(streams)}}
+        self._send(connection, reply, list(streams.values()))
+
     def _publish(self, event: Message) -> None:
+        keepers_only = event["event"] == STDIN_CLOSED
         for connection in tuple(self._connections.values()):
-            if connection.subscribed:
+            if connection.keeps if keepers_only else connection.subscribed:
                 self._send(connection, event)
 
     def _on_signal(self) -> None:

@@ -25,6 +25,7 @@ from corral.oci.program import warnings_of
 from corral.oci.runtime import Container
 from corral.oci.spec import Process, Spec
 from corral.shim import records, report
+from corral.shim.adoption import EndWatch, hold, written_exit
 from corral.shim.errors import ShimError
 from corral.shim.ledger import Ledger
 from corral.shim.leftovers import kill_leftovers
@@ -32,13 +33,15 @@ from corral.shim.logs import Log, NoLog, open_log
 from corral.shim.loop import Loop
 from corral.shim.oom import OomCounter, with_ordinary_score
 from corral.shim.process import ContainerProcess, Ended, StartFailure, State
-from corral.shim.requests import Attach, Create, Exec
+from corral.shim.requests import Adopt, Attach, Create, Exec, LogOptions
 from corral.shim.stdio import ProcessIO
-from corral.shim.wire import Message
+from corral.shim.wire import Message, close_all
 
 DRAIN_S = 2.0
 STUCK_S = 5.0
 END_CHECK_S = 0.01
+STDIN_CLOSED = "stdin_closed"
+"""The event that only those get who keep copies of streams."""
 
 
 class Shim:
@@ -99,7 +102,7 @@ class Shim:
         program = with_ordinary_score(spec.process)
         spec = replace(spec, process=program)
         wanted = request.log
-        log = open_log(wanted.driver, wanted.path, max_size=wanted.max_size, max_files=wanted.max_files)
+        log = self._open_log(wanted)
         io = self._io("", log, terminal=program.terminal, stdin=request.stdin)
         try:
             with io.child_ends() as stdio:
@@ -220,7 +223,78 @@ class Shim:
             directory=self._directory,
             prefix=f"{records.EXECS}/{exec_id}." if exec_id else "",
             on_end=lambda: self._output_ended(exec_id),
+            on_stdin_close=lambda: self._stdin_closed(exec_id),
         )
+
+    def _open_log(self, wanted: LogOptions) -> Log:
+        return open_log(
+            wanted.driver,
+            wanted.path,
+            max_size=wanted.max_size,
+            max_files=wanted.max_files,
+            directory=self._directory,
+        )
+
+    def _stdin_closed(self, exec_id: str) -> None:
+        """Whoever keeps a copy of its writing end must close that: only then it reads as ended."""
+        process = self._processes.get(exec_id)
+        if process is not None and process.ended is None:
+            self._publish({"event": STDIN_CLOSED, "exec": exec_id})
+
+    # Taking over from a shim that was killed.
+
+    def adopt(self, request: Adopt, take_fds: Callable[[int], Sequence[int]]) -> Message:
+        """Look after a process that runs already, or has ended since. Its output goes on where the log ends."""
+        fds = list(take_fds(len(request.streams)))
+        streams = dict(zip(request.streams, fds, strict=True))
+        try:
+            process = self._adopt_exec(request) if request.exec_id else self._adopt_init(request)
+            process.is_child = False
+            process.move(State.CREATED)
+            process.started(request.started_at_ns)
+            self._processes[request.exec_id] = process
+        except BaseException:
+            close_all(fds)
+            raise
+        process.io.resume(streams)
+        assert process.handle is not None
+        EndWatch(
+            self.loop,
+            process.handle,
+            written=lambda: None if request.exec_id else written_exit(self._directory),
+            on_end=lambda ended: self._ended(process, ended),
+        )
+        return {"pid": process.pid, "start_time": process.start_time}
+
+    def _adopt_init(self, request: Adopt) -> ContainerProcess:
+        if self.state is not State.NEW:
+            raise ShimError("already_exists", "this shim has a container already")
+        spec = Spec.from_json(records.read_json(self._directory, "config.json"))
+        if spec.process is None:
+            raise ShimError("invalid_argument", "process: config.json has none")
+        handle = hold(request.pid, request.start_time)
+        self._cgroup_paths, self._log = request.cgroup_paths, self._open_log(request.log)
+        self._container = Container(spec, handle, None, self.bundle.name, str(self.bundle))
+        io = self._io("", self._log, terminal=spec.process.terminal, stdin=request.stdin)
+        init = ContainerProcess("", io, spec.process, handle=handle)
+        self._ledger.created_at_ns = request.created_at_ns
+        self._oom = self._watch_oom()
+        self._larder.close()
+        self._write_record_soon(init)
+        self.loop.call_later(0, lambda: self._hold_mounts(init))
+        return init
+
+    def _adopt_exec(self, request: Adopt) -> ContainerProcess:
+        spec = self._made().spec.process
+        assert spec is not None
+        if request.exec_id in self._processes:
+            raise ShimError("already_exists", f"exec {request.exec_id!r} already exists")
+        io = self._io(request.exec_id, NoLog(), terminal=request.terminal, stdin=request.stdin)
+        return ContainerProcess(request.exec_id, io, spec, handle=hold(request.pid, request.start_time))
+
+    def streams(self, exec_id: str) -> dict[str, int]:
+        """What another process may keep for the one that adopts; the fds stay this one's."""
+        return self._find(exec_id).io.streams()
 
     def _hold_mounts(self, init: ContainerProcess) -> None:
         """Keep its mount namespace until its exit is told: the kernel tells us of that only once it has taken apart

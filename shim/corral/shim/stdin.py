@@ -5,6 +5,7 @@ A process that closed its standard input makes every client's end close; one tha
 
 import os
 import termios
+from collections.abc import Callable
 
 from corral.shim.loop import ERROR_ONLY, IN, OUT, Loop
 
@@ -24,10 +25,11 @@ class ClientInput:
 class Stdin:
     """Writes what clients send; begin() tells where to."""
 
-    __slots__ = ("_clients", "_closing", "_ended", "_fd", "_loop", "_read_size", "_terminal", "_unwritten")
+    __slots__ = ("_clients", "_closing", "_ended", "_fd", "_loop", "_on_close", "_read_size", "_terminal", "_unwritten")
 
-    def __init__(self, loop: Loop) -> None:
-        self._loop, self._fd = loop, -1
+    def __init__(self, loop: Loop, *, on_close: Callable[[], None] = lambda: None) -> None:
+        """on_close is called once, when the process is to get no more."""
+        self._loop, self._fd, self._on_close = loop, -1, on_close
         self._terminal = self._closing = self._ended = False
         self._clients: dict[int, ClientInput] = {}
         self._unwritten = memoryview(b"")
@@ -37,6 +39,11 @@ class Stdin:
     def ended(self) -> bool:
         """Whether the process gets no more input."""
         return self._ended
+
+    @property
+    def fd(self) -> int:
+        """What is written to, -1 if nothing is."""
+        return self._fd
 
     def begin(self, fd: int, *, terminal: bool) -> None:
         """Start writing to fd: a pipe, or a terminal's master. Owns fd."""
@@ -68,13 +75,15 @@ class Stdin:
 
     def close(self) -> None:
         """End at once: the process is gone, or does not want more."""
-        self._ended = True
+        ended, self._ended = self._ended, True
         self._drop_clients()
         self._unwritten = memoryview(b"")
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             self._loop.forget(fd)
             os.close(fd)
+        if not ended:
+            self._on_close()
 
     def _drop_clients(self) -> None:
         for client in tuple(self._clients.values()):

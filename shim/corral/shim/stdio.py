@@ -2,26 +2,27 @@
 
 Without a terminal, stdout and stderr are FIFOs in the bundle that the process opens read-write (through descriptors
 made here): were the shim to die, the process gets no SIGPIPE and a new shim can open them again. stdin is a plain pipe,
-since a FIFO opened read-write would never read as ended.
+since a FIFO opened read-write would never read as ended. That and a terminal's master can't be opened a second time:
+who wants them to outlive this process asks for copies (streams), and hands them to the next one (resume).
 """
 
 import contextlib
 import fcntl
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from corral.kernel import tty
 from corral.oci.runtime import Stdio
 from corral.shim.errors import ShimError
-from corral.shim.logs import Log, StreamName
+from corral.shim.logs import Log
 from corral.shim.loop import Loop
 from corral.shim.output import Output
-from corral.shim.requests import Attach
+from corral.shim.requests import CONSOLE, STDIN, Attach
+from corral.shim.spool import STREAMS, StreamName
 from corral.shim.stdin import Stdin
 from corral.shim.wire import close_all
 
-STREAMS: tuple[StreamName, StreamName] = ("stdout", "stderr")
 PIPE_SIZE = 1 << 20
 # A process that is not root opens /dev/stdout through /proc, which asks for this; nobody else gets into the bundle.
 _ANYBODY = 0o666
@@ -42,11 +43,15 @@ class ProcessIO:
         directory: int,
         prefix: str,
         on_end: Callable[[], None],
+        on_stdin_close: Callable[[], None] = lambda: None,
     ) -> None:
-        """FIFOs will be called <prefix>stdout and <prefix>stderr in the directory (an fd). on_end: no more output."""
+        """FIFOs will be called <prefix>stdout and <prefix>stderr in the directory (an fd). on_end: no more output.
+
+        on_stdin_close: the process gets no more input.
+        """
         self._loop, self._log, self._on_end, self.terminal = loop, log, on_end, terminal
         self._directory, self._prefix = directory, prefix
-        self._stdin = Stdin(loop) if stdin else None
+        self._stdin = Stdin(loop, on_close=on_stdin_close) if stdin else None
         names = STREAMS[:1] if terminal else STREAMS
         self._outputs = {name: self._output(name) for name in names}
         self.console = -1
@@ -73,6 +78,40 @@ class ProcessIO:
             self._outputs["stdout"].begin(os.dup(console), terminal=True)
             if self._stdin is not None:
                 self._stdin.begin(os.dup(console), terminal=True)
+
+    def streams(self) -> dict[str, int]:
+        """What another process needs to keep for resume(), by name; the fds stay this one's."""
+        fds: dict[str, int] = {CONSOLE: self.console}
+        if not self.terminal:
+            fds = {name: each.fd for name, each in self._outputs.items()}
+        if self._stdin is not None and not self.terminal:
+            fds[STDIN] = self._stdin.fd
+        return {name: fd for name, fd in fds.items() if fd >= 0}
+
+    def resume(self, streams: Mapping[str, int]) -> None:
+        """Go on where a shim that was killed has ended; the fds, those of streams(), are owned from here on.
+
+        A FIFO that did not come along is opened by its name. What is not to be had has ended.
+        """
+        if self.terminal:
+            if CONSOLE in streams:
+                self.begin(streams[CONSOLE])
+                return
+            self.abandon()
+        else:
+            for name, output in self._outputs.items():
+                try:
+                    output.begin(streams[name] if name in streams else self._reopen(name), terminal=False)
+                except FileNotFoundError:
+                    output.abandon()
+        if self._stdin is not None:
+            if STDIN in streams:
+                self._stdin.begin(streams[STDIN], terminal=False)
+            else:
+                self._stdin.close()
+
+    def _reopen(self, name: str) -> int:
+        return os.open(self._prefix + name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._directory)
 
     def attach(self, request: Attach, fds: Sequence[int]) -> None:
         """Connect a client, whose descriptors are owned from here on (closed on any error)."""
@@ -149,8 +188,13 @@ class ProcessIO:
                     os.unlink(self._prefix + name, dir_fd=self._directory)
 
     def _output(self, name: StreamName) -> Output:
-        log = self._log
-        return Output(self._loop, tap=lambda data: log.write(name, data), on_end=lambda: self._output_ended(name))
+        log, pipe = self._log, not self.terminal
+        return Output(
+            self._loop,
+            take=lambda fd, size: log.take(name, fd, size, pipe=pipe),
+            tap=lambda data: log.write(name, data),
+            on_end=lambda: self._output_ended(name),
+        )
 
     def _output_ended(self, name: StreamName) -> None:
         self._log.end(name)

@@ -4,15 +4,16 @@
 
     {"id":1,"op":"spawn","bundle":PATH,"namespace":NS,"container":ID} + its listening socket
         --> {"id":1,"ok":{"pid":PID,"start_time":TICKS}}
-    EOF on fd 3 ends the zygote.
+    EOF on fd 3 ends the zygote, once it has no child and keeps nothing any more.
 
 One shim is always ready ahead, forked and waiting for its bundle, so that a request waits neither for fork(2) nor for a
 newborn's page faults, nor for the mounts that every container has. It takes its orders over a socketpair and ends with
 the zygote while it has none.
 
-Each shim is a session of its own, so killing the zygote, or its ending, harms none of them: they become init's. Until
-then the zygote reaps them, which not every init does, and inherits what a shim that was killed leaves behind: should
-that be a container's own process, its exit is written to the bundle in the shim's place.
+Each shim is a session of its own, so killing the zygote harms none of them: they become init's. Until then the zygote
+reaps them, which not every init does, and inherits what a shim that was killed leaves behind: it keeps the output from
+being lost until another shim reads it, and should a container's own process end, writes its exit to the bundle in the
+shim's place. So it stays for them when its daemon has gone.
 
 It holds host privilege and its children are what sets up containers, so it runs sealed (see seal.py) and non-dumpable.
 """
@@ -33,7 +34,8 @@ from corral.oci.larder import Larder
 from corral.oci.rehearsal import Typical
 from corral.shim import oom, orphans, preload, report, seal
 from corral.shim.errors import ShimError, from_os_error
-from corral.shim.loop import IN, Loop
+from corral.shim.loop import IN, Loop, Timer
+from corral.shim.orphans import Orphaned
 from corral.shim.process import Ended
 from corral.shim.requests import text
 from corral.shim.server import Server
@@ -74,6 +76,7 @@ def _settle() -> None:
 
 # The next spare is forked once the shim that was asked for has had the processors to itself.
 SPARE_PAUSE_S = 0.015
+LOOK_S = 0.2
 
 
 @dataclass(slots=True)
@@ -106,8 +109,10 @@ class Zygote:
         self._loop = Loop()
         self._signals = signalfd.open_signalfd((signal.SIGCHLD,))
         self._bundles: dict[int, Path] = {}  # of living shims, by pid
-        self._orphaned: list[Path] = []  # of shims that were killed
+        self._orphaned: dict[Path, Orphaned] = {}  # of shims that were killed
         self._spare: Spare | None = None
+        self._abandoned = False
+        self._look_again: Timer | None = None
 
     def run(self) -> None:
         """Serve until the end."""
@@ -121,7 +126,30 @@ class Zygote:
             for message in self._control.receive():
                 self._control.send(self._answer(message))
         except EOFError:
+            self._loop.forget(self._control.sock.fileno())
+            self._control.sock.close()
+            self._abandoned = True
+            if self._spare is not None:
+                self._spare.orders.sock.close()  # which ends it
+            self._end_if_alone()
+
+    def _end_if_alone(self) -> None:
+        """Without a daemon: stay while there is a child to reap, or output that no shim reads yet."""
+        for bundle in [bundle for bundle, orphaned in self._orphaned.items() if orphaned.has_heir(bundle)]:
+            self._orphaned.pop(bundle).close()
+        if self._look_again is not None:
+            self._look_again.cancel()
+        if any(orphaned.fifos for orphaned in self._orphaned.values()) or self._has_children():
+            self._look_again = self._loop.call_later(LOOK_S, self._end_if_alone)
+        else:
             self._loop.stop()
+
+    def _has_children(self) -> bool:
+        try:
+            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return False
+        return True
 
     def _answer(self, message: Message) -> Message:
         number = message.get("id")
@@ -149,6 +177,8 @@ class Zygote:
                 if not spare.assign(listener, bundle, namespace, container):
                     raise ShimError("unavailable", "the shim ended before it was told what to do")
             self._bundles[spare.pid] = bundle
+            if bundle in self._orphaned:  # it has a shim again, which reads from now on, or is told to
+                self._loop.call_later(LOOK_S, self._orphaned.pop(bundle).close)
         finally:
             os.close(listener)
         failpoint("zygote.spawn.after_fork")
@@ -156,7 +186,7 @@ class Zygote:
         return {"pid": spare.pid, "start_time": spare.start_time}
 
     def _make_spare(self) -> None:
-        if self._spare is None:
+        if self._spare is None and not self._abandoned:
             with contextlib.suppress(OSError):  # a request will meet the same error and tell it
                 self._spare = self._fork_spare()
 
@@ -176,6 +206,11 @@ class Zygote:
     def _on_child(self) -> None:
         """Reap shims that have ended, and orphans of those that were killed."""
         signalfd.read_signals(self._signals)
+        self._reap()
+        if self._abandoned:
+            self._end_if_alone()
+
+    def _reap(self) -> None:
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -192,7 +227,7 @@ class Zygote:
                 # Its shim may be dying only just now, and not be in the second list yet.
                 orphans.write_exit([*self._bundles.values(), *self._orphaned], pid, Ended(status, time.time_ns()))
             elif os.WIFSIGNALED(status) or os.WEXITSTATUS(status):
-                self._orphaned.append(bundle)
+                self._orphaned[bundle] = Orphaned.of(bundle, pid)
 
 
 def _become_shim(orders: socket.socket, typical: Typical) -> NoReturn:

@@ -1,0 +1,148 @@
+"""Another shim for a container whose own was killed, while its processes go on.
+
+It is handed what the dead one was told and made: the log, the cgroups, each process by pid and start time, and copies
+of their streams, as far as this service has them (Process.streams). Without those it opens the FIFOs by name; a
+terminal's master, or the writing end of a stdin, is to be had from nowhere else.
+"""
+
+import asyncio
+import json
+import os
+import time
+from contextlib import suppress
+from dataclasses import replace
+
+import structlog
+
+from corral.kernel.process import has_executed
+from corral.rpc.blocking import run_blocking
+from corral.rpc.errors import CorralError
+from corral.shim.wire import Message
+from corral.store import Database
+from corral.tasks import store
+from corral.tasks.identity import Identity
+from corral.tasks.live import Process, Task
+from corral.tasks.model import Exit, Status, TaskKey
+from corral.tasks.shim import Shim
+from corral.tasks.spawning import Spawner, end_unused
+
+log = structlog.get_logger()
+
+ATTEMPTS = 3
+KILL_S = 10.0
+# An init that was about to execute its program when its shim was killed either does so within this or ends.
+EXECUTE_S = 1.0
+LOOK_S = 0.005
+# Of the heirs of one container within LATELY_S, each beyond ATTEMPTS waits longer by PAUSE_S.
+LATELY_S = 30.0
+PAUSE_S, PAUSE_MAX_S = 0.1, 2.0
+EXEC_LOST = "the shim was killed, and this exec with it, or before it was started; exit code unknown"
+
+
+class Heirs:
+    """Finds a new shim for a task."""
+
+    def __init__(self, database: Database, spawner: Spawner) -> None:
+        self._database = database
+        self._spawner = spawner
+        self._lately: dict[TaskKey, tuple[float, ...]] = {}  # when heirs were made
+
+    async def find(self, task: Task) -> Shim | None:
+        """A shim that has taken over, and tells of what happens from now on; None if there is nothing to take over.
+
+        A container that has ended is taken over too, if it may have left output that is in no log yet.
+        """
+        if not await self._is_wanted(task):
+            return None
+        if not await self._may_try(task):
+            log.error("task.not_inherited", container_id=task.row.key.id, error="its shims keep dying")
+            return None
+        await task.shim_identity.kill(within_s=KILL_S)  # it may only be stuck
+        for _ in range(ATTEMPTS):
+            try:
+                return await self._replace(task)
+            except (CorralError, OSError) as e:
+                log.warning("task.not_inherited", container_id=task.row.key.id, error=str(e))
+        return None
+
+    async def note(self, task: Task, shim: Identity) -> None:
+        """Write down whose shim the task has now, if it is another one than before."""
+        if shim == task.shim_identity:
+            return
+        row = task.row = replace(task.row, shim_pid=shim.pid, shim_start_time=shim.start_time)
+        await self._database.write(lambda transaction: store.adopted(transaction, row))
+
+    async def _may_try(self, task: Task) -> bool:
+        """Wait before one heir after the other; False if too many died over a container that has ended."""
+        now = time.monotonic()
+        lately = self._lately.pop(task.row.key, ())
+        lately = (*(at for at in lately if now - at < LATELY_S), now)
+        self._lately = {key: tries for key, tries in self._lately.items() if now - tries[-1] < LATELY_S}
+        self._lately[task.row.key] = lately
+        runs = task.init.identity is not None and task.init.identity.runs
+        if len(lately) > ATTEMPTS:
+            await asyncio.sleep(min(PAUSE_S * (len(lately) - ATTEMPTS), PAUSE_MAX_S))
+        return runs or len(lately) <= ATTEMPTS
+
+    async def _is_wanted(self, task: Task) -> bool:
+        init = task.init
+        if init.ended.is_set() or init.identity is None or not await run_blocking(task.bundle.exists):
+            return False
+        written = await run_blocking(task.bundle.exit)
+        if written is not None and not written.reason:
+            return False  # by its shim, which had all output by then
+        if not init.identity.runs and not init.streams and written is None:
+            return False
+        return init.row.status is Status.RUNNING or await _executes(init.identity)
+
+    async def _replace(self, task: Task) -> Shim:
+        shim, identity = await self._spawner.spawn_heir(task.bundle)
+        try:
+            started_at_ns = task.init.row.started_at_ns or time.time_ns()
+            await self._hand_over(shim, task, task.init, started_at_ns)
+        except BaseException:
+            await end_unused(shim)
+            raise
+        await self.note(task, identity)
+        if task.init.row.status is Status.CREATED:
+            assert task.init.identity is not None
+            async with task.init.lock:
+                await task.init.mark_started(self._database, task.init.identity, started_at_ns)
+        for process in tuple(task.processes.values()):
+            if not process.row.is_init and not process.ended.is_set():
+                await self._hand_over_exec(shim, task, process)
+        log.warning("task.inherited", container_id=task.row.key.id, shim_pid=identity.pid)
+        return shim
+
+    async def _hand_over_exec(self, shim: Shim, task: Task, process: Process) -> None:
+        with suppress(CorralError):
+            if process.row.status is Status.RUNNING:
+                await self._hand_over(shim, task, process, process.row.started_at_ns or time.time_ns())
+                return
+        await process.mark_ended(self._database, Exit.unknown(EXEC_LOST, exited_at_ns=time.time_ns()))
+
+    async def _hand_over(self, shim: Shim, task: Task, process: Process, started_at_ns: int) -> None:
+        created = json.loads(task.row.create)
+        row = process.row
+        fields: Message = {
+            "log": created.get("log"),
+            "cgroup": created.get("cgroup"),
+            "pid": row.pid,
+            "start_time": row.start_time,
+            "created_at_ns": task.row.created_at_ns,
+            "started_at_ns": started_at_ns,
+            "terminal": row.terminal,
+            "stdin": row.stdin,
+            "streams": list(process.streams),
+        }
+        await shim.adopt(row.exec_id, fields, [os.dup(fd) for fd in process.streams.values()])
+
+
+async def _executes(init: Identity) -> bool:
+    """Whether a container that was about to be started has become its program."""
+    for _ in range(int(EXECUTE_S / LOOK_S)):
+        executed = has_executed(init.pid, init.start_time) if init.runs else False
+        if executed is not False or not init.runs:
+            return bool(executed)
+        await asyncio.sleep(LOOK_S)
+    return False
