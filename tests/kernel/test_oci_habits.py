@@ -4,12 +4,13 @@ import contextlib
 import json
 import os
 import pty
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.ocicommand import Runtime, runtime_in
+from support.ocicommand import Runtime, runtime_in, wait_until
 from support.requirements import needs
 
 from corral.kernel.cgroup import detect
@@ -269,3 +270,20 @@ def test_a_real_time_period_may_be_less_than_the_runtime_was(oci: Runtime) -> No
 def test_an_access_of_devices_may_hold_an_a_that_says_nothing(oci: Runtime) -> None:
     rules = [{"allow": False, "access": "rwm"}, {"allow": True, "type": "c", "major": 1, "minor": 11, "access": "ra"}]
     assert linux(oci, "echo fine", resources={"devices": rules}) == "fine\n"
+
+
+@pytest.mark.parametrize("own_users", [False, True], ids=["a-stone-waits", "the-runtime-waits"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
+def test_a_container_that_is_not_started_ends_by_a_signal(oci: Runtime, number: int, own_users: bool) -> None:
+    spec = oci.spec("sleep", "1000")
+    if own_users:
+        whole = [{"containerID": 0, "hostID": 0, "size": 2**32 - 1}]
+        kinds = [{"type": kind} for kind in ("pid", "mount", "uts", "ipc", "network", "user")]
+        spec["linux"] |= {"namespaces": kinds, "uidMappings": whole, "gidMappings": whole}  # type: ignore[operator]
+    oci.write_spec(spec)
+    name = oci.new_id()
+    oci.detached("create", name)
+    oci.ok("kill", name, str(signal.SIGUSR1.value))
+    assert oci.status(name) == "created"
+    oci.ok("kill", name, str(number))
+    wait_until(lambda: oci.status(name) == "stopped")

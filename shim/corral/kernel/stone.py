@@ -3,6 +3,7 @@
 Its arguments are the paths that this one may have, an empty string, and its own arguments. It reads a message from the
 channel, or, if it has a gate, from whoever connects there once it has had one from the channel. Then it tries the paths
 in their order, as execvp(3) does. If that fails it writes one of its answers to where the message came from.
+As a pid 1 it would be deaf to what ends others: SIGHUP, SIGINT, SIGQUIT and SIGTERM end it with 128 and their number.
 
     answers: (errno, length, message) each; the last one, with errno 0, is for all others
 """
@@ -11,7 +12,7 @@ import struct
 
 MACHINES = frozenset(("x86_64",))
 """Whose code it is, as uname(2) calls them."""
-CALLS = ("accept4", "close", "execve", "exit_group", "fcntl", "read", "write")
+CALLS = ("accept4", "close", "execve", "exit_group", "fcntl", "read", "rt_sigaction", "write")
 """All that it asks of the kernel."""
 
 # Source: syscall(2), execve(2), and the System V ABI for what a new program finds on its stack.
@@ -21,6 +22,25 @@ _CODE = bytes.fromhex(
     "bd00000000"  #       mov ebp, CHANNEL
     "41bc00000000"  #     mov r12d, GATE            -1: there is none
     "4531f6"  #           xor r14d, r14d            how many connections are over
+    "488d0538010000"  #   lea rax, [rip+ended]      struct sigaction: handler, flags, restorer, mask
+    "48890424"  #         mov [rsp], rax
+    "48c744240800000004"  # mov qword [rsp+8], SA_RESTORER
+    "4889442410"  #       mov [rsp+16], rax
+    "48c744241800000000"  # mov qword [rsp+24], 0
+    "bb0f000000"  #       mov ebx, 15
+    # catch:
+    "b80e800000"  #       mov eax, 0x800e           SIGHUP, SIGINT, SIGQUIT and SIGTERM
+    "0fa3d8"  #           bt eax, ebx
+    "7314"  #             jnc less
+    "89df"  #             mov edi, ebx
+    "4889e6"  #           mov rsi, rsp
+    "31d2"  #             xor edx, edx
+    "41ba08000000"  #     mov r10d, 8
+    "b80d000000"  #       mov eax, 13
+    "0f05"  #             syscall                   rt_sigaction
+    # less:
+    "ffcb"  #             dec ebx
+    "75de"  #             jnz catch
     # listen:
     "89ef"  #             mov edi, ebp
     "4889e6"  #           mov rsi, rsp
@@ -91,7 +111,7 @@ _CODE = bytes.fromhex(
     "83f801"  #           cmp eax, 1                EPERM
     "74ce"  #             je try
     # failed:
-    "488d352c000000"  #   lea rsi, [rip+answers]
+    "488d3539000000"  #   lea rsi, [rip+answers]
     # next:
     "8b0e"  #             mov ecx, [rsi]            an errno, or 0 for all others
     "8b5604"  #           mov edx, [rsi+4]          the length of what follows
@@ -108,6 +128,10 @@ _CODE = bytes.fromhex(
     "0f05"  #             syscall                   write
     # dead:
     "bf01000000"  #       mov edi, 1
+    "b8e7000000"  #       mov eax, 231
+    "0f05"  #             syscall                   exit_group
+    # ended:
+    "8dbf80000000"  #     lea edi, [rdi+128]        the signal
     "b8e7000000"  #       mov eax, 231
     "0f05"  #             syscall                   exit_group
 )

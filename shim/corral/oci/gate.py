@@ -7,7 +7,9 @@ over that connection, as over a channel, how it went.
 
 import _socket as socket  # the part in C, which has all that is used here and takes a tenth of the time to load
 import os
+import signal
 
+from corral.kernel import process
 from corral.oci.channel import ChildEnd
 
 
@@ -50,7 +52,11 @@ def is_attended(path: str) -> bool:
 
 
 def wait_at(gate: int, channel: ChildEnd) -> ChildEnd:
-    """Let go of the channel to the runtime and wait for who starts this process: the channel to that one."""
+    """Let go of the channel to the runtime and wait for who starts this process: the channel to that one.
+
+    Until then it ends by the signals that end a process, as runc's does.
+    """
+    _end_by_signals()
     channel.close()
     listener = socket.socket(fileno=gate)
     while True:
@@ -58,5 +64,17 @@ def wait_at(gate: int, channel: ChildEnd) -> ChildEnd:
         started_by = ChildEnd(socket.socket(fileno=fd))
         if started_by.wait_for_start():
             os.close(listener.detach())
+            process.reset_signals()
             return started_by
         started_by.close()
+
+
+def _end_by_signals() -> None:
+    """Have what ends others end a pid 1 too, which is deaf to it otherwise: with 128 and the number of the signal."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, _end_by)
+    process.unblock_signals()
+
+
+def _end_by(number: int, _frame: object) -> None:
+    os._exit(128 + number)
