@@ -212,9 +212,18 @@ def test_shares_divide_a_processor_that_two_groups_want(cgroup_driver: Driver) -
     few, many = (
         cgroup_driver.create(fresh_path(), Resources(cpu=CpuLimits(shares=shares, cpus="0"))) for shares in (256, 4096)
     )
-    with inside(few, lambda _: spin(1.5)) as poor, inside(many, lambda _: spin(1.5)) as rich:
-        (_, little), (_, much) = poor.end(), rich.end()
+    # Neither is ever alone while it is measured.
+    with inside(few, lambda _: spin(60)), inside(many, lambda _: spin(60)):
+        before = used_ns(few), used_ns(many)
+        time.sleep(1.5)
+        little, much = used_ns(few) - before[0], used_ns(many) - before[1]
     assert much > 3 * little
+
+
+def used_ns(group: Cgroup) -> int:
+    stats = group.read().cpu
+    assert stats
+    return stats.usage_ns
 
 
 def test_a_process_runs_only_on_the_cpus_of_its_group(group: Cgroup) -> None:

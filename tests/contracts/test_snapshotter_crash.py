@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
-from support.corrald import Corrald, PlaceOn
+from support.corrald import PATIENCE, Corrald, PlaceOn
 from support.file_systems import SIMPLE_QUOTAS, FileSystems
 from support.images import Entry, image_config, layer, write_docker_archive
 from support.images_leaf import ImagesLeaf
@@ -100,7 +100,7 @@ async def test_killed_there_nothing_is_left_and_all_can_be_done(
         async with serving(daemon, failpoint) as leaf:
             with pytest.raises(Unavailable):
                 await live(leaf, archive, tmp_path / "m")
-            await asyncio.to_thread(daemon.processes["corrald"].wait, 10)
+            await asyncio.to_thread(daemon.processes["corrald"].wait, 10 * PATIENCE)
         daemon.processes.clear()
         async with serving(daemon) as leaf:
             await live(leaf, archive, tmp_path / "m")
@@ -119,7 +119,7 @@ async def test_killed_there_nothing_is_left_and_all_can_be_done(
 async def agreed(leaf: ImagesLeaf, driver: Snapshotter) -> int:
     """How many trees are on disk, once they are as many as the service says; removal goes on beside the requests."""
     described = len((await leaf.snapshots.List(pb.ListSnapshotsRequest())).snapshots)
-    for _ in range(200):
+    for _ in range(int(200 * PATIENCE)):
         if len(trees(leaf, driver)) == described:
             break
         await asyncio.sleep(0.05)

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 SERVICES = ("images", "cgroups", "network", "tasks", "engine")
 CORRAL = Path(sys.executable).parent / "corral"
 COMMAND = (sys.executable, "-m", "corral.daemon")
-START_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 15.0
+PATIENCE = float(os.environ.get("CORRAL_TEST_PATIENCE", "1"))
+"""How much longer everything may take: an emulated machine is slow."""
+START_TIMEOUT_S = 30.0 * PATIENCE
+STOP_TIMEOUT_S = 15.0 * PATIENCE
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,8 @@ def _fetch(tree: Path) -> None:
             found = re.search(r"Depends: (linux-image-\S+)", described.stdout)
             if found is None:
                 raise Missing(f"apt knows no {PACKAGE}: try `apt-get update`")
-            subprocess.run(["apt-get", "-qq", "download", found[1]], cwd=work, check=True)
+            as_root = ("-o", "APT::Sandbox::User=root")  # the cache is root's
+            subprocess.run(["apt-get", "-qq", *as_root, "download", found[1]], cwd=work, check=True)
             [package] = Path(work).glob("*.deb")
             new = Path(work, "tree")
             subprocess.run(["dpkg-deb", "-x", package, new], check=True)

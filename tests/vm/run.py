@@ -22,12 +22,21 @@ from pathlib import Path
 
 from kernel import Missing, cache, initramfs, kernel
 
-PROGRAMS = {"qemu-system-x86_64": "qemu-system-x86", "modprobe": "kmod", "mkfs.ext4": "e2fsprogs"}
+PROGRAMS = {
+    "qemu-system-x86_64": "qemu-system-x86",
+    "modprobe": "kmod",
+    "mkfs.ext4": "e2fsprogs",
+    "mkfs.xfs": "xfsprogs",
+    "mkfs.btrfs": "btrfs-progs",
+}
 WITH_SYSTEMD = {"/usr/lib/systemd/systemd": "systemd", "dbus-daemon": "dbus"}
 # What tests use and nobody would load for them.
 LOAD = ("loop", "btrfs", "xfs", "erofs", "dm_thin_pool", "br_netfilter")
 DISK_BYTES = 32 << 30
 OPTIONS = "quiet panic=-1 console=ttyS0 mitigations=off init_on_alloc=0"
+# The fullest processor, without what only costs time there.
+EMULATED = ["-accel", "tcg,thread=multi", "-cpu", "max,-la57,-smap,-smep,-umip,-pku,-pks,-svm"]
+EMULATED_OPTIONS = "nopti tsc=reliable lpj=10000000"
 # Units that only cost time, or cover this machine's files.
 MASKED = ("tmp.mount", "systemd-timesyncd.service", "systemd-binfmt.service", "sys-kernel-debug.mount")
 TARGET = "[Unit]\nRequires=sysinit.target\nWants=corral-vm.service dbus.socket\n"
@@ -87,19 +96,7 @@ def _run(run: Path, command: Sequence[str], arguments: argparse.Namespace) -> in
     """The command's exit status. `run` is the directory that the machine may write to."""
     found = kernel()
     initramfs(found, run / "initramfs")
-    with (run / "disk").open("wb") as disk:
-        disk.truncate(DISK_BYTES)
-    subprocess.run(["mkfs.ext4", "-q", "-F", run / "disk"], check=True)
-    variables = " ".join(
-        f"{name}={shlex.quote(os.environ[name])}" for name in ("PATH", "HOME", "CI") if name in os.environ
-    )
-    (run / "command").write_text(
-        COMMAND.format(cd=shlex.quote(str(Path.cwd())), command=f"env {variables} {shlex.join(command)}")
-    )
-    systemd = "yes" if arguments.systemd else ""
-    (run / "run.conf").write_text(f"MODULES={found.modules}\nLOAD='{' '.join(LOAD)}'\nSYSTEMD={systemd}\n")
-    (run / "corral-vm.target").write_text(TARGET)
-    (run / "corral-vm.service").write_text(SERVICE)
+    _prepare(run, found.modules, command, systemd=arguments.systemd)
     # Were its input to end, the machine would see its output as closed.
     machine = subprocess.Popen(_qemu(run, found.image, memory=arguments.memory), stdin=subprocess.PIPE)
     try:
@@ -116,23 +113,38 @@ def _run(run: Path, command: Sequence[str], arguments: argparse.Namespace) -> in
     return int((run / "status").read_text())
 
 
+def _prepare(run: Path, modules: Path, command: Sequence[str], *, systemd: bool) -> None:
+    """The disk, and the files that init.sh reads."""
+    with (run / "disk").open("wb") as disk:
+        disk.truncate(DISK_BYTES)
+    subprocess.run(["mkfs.ext4", "-q", "-F", run / "disk"], check=True)
+    passed = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    variables = {**passed, "CORRAL_TEST_PATIENCE": "1" if _can_kvm() else "20"}
+    words = ["env", *(f"{name}={value}" for name, value in variables.items()), *command]
+    (run / "command").write_text(COMMAND.format(cd=shlex.quote(str(Path.cwd())), command=shlex.join(words)))
+    chosen = "yes" if systemd else ""
+    (run / "run.conf").write_text(f"MODULES={modules}\nLOAD='{' '.join(LOAD)}'\nSYSTEMD={chosen}\n")
+    (run / "corral-vm.target").write_text(TARGET)
+    (run / "corral-vm.service").write_text(SERVICE)
+
+
+def _can_kvm() -> bool:
+    """The node is there in many a virtual machine that cannot."""
+    has = re.search(r"\b(vmx|svm)\b", Path("/proc/cpuinfo").read_text()) is not None
+    return has and os.access("/dev/kvm", os.W_OK)
+
+
 def _console(run: Path) -> str:
     return "its console's last lines:\n" + (run / "console").read_text(errors="replace")[-3000:]
 
 
 def _qemu(run: Path, image: Path, *, memory: str) -> list[str]:
-    can_kvm = re.search(r"\b(vmx|svm)\b", Path("/proc/cpuinfo").read_text()) and os.access("/dev/kvm", os.W_OK)
-    how = (
-        ["-accel", "kvm", "-cpu", "host"]
-        if can_kvm
-        else ["-accel", "tcg,thread=multi", "-cpu", "max,-la57,-smap,-smep,-umip,-pku,-pks,-svm"]
-    )
     masked = " ".join(f"systemd.mask={unit}" for unit in MASKED)
-    emulated = "" if can_kvm else "nopti tsc=reliable lpj=10000000"
+    how, more = (["-accel", "kvm", "-cpu", "host"], "") if _can_kvm() else (EMULATED, EMULATED_OPTIONS)
     return [
         *("qemu-system-x86_64", "-M", "pc,usb=off", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *(*how, "-smp", str(os.cpu_count()), "-m", memory),
-        *("-kernel", str(image), "-initrd", str(run / "initramfs"), "-append", f"{OPTIONS} {emulated} {masked}"),
+        *("-kernel", str(image), "-initrd", str(run / "initramfs"), "-append", f"{OPTIONS} {more} {masked}"),
         *("-serial", f"file:{run}/console"),
         *("-device", "virtio-serial-pci", "-chardev", "stdio,id=output,signal=off"),
         *("-device", "virtserialport,chardev=output,nr=1"),
