@@ -31,7 +31,7 @@ def log(oci: Runtime, tmp_path: Path) -> Path:
     )
     hook.chmod(0o755)
     spec = oci.spec("sleep", "1000")
-    script = "echo startContainer $(cat) >> /log"
+    script = "echo startContainer $(cat) >> /log; test ! -e /fail-startContainer"
     inside = {"path": "/bin/busybox", "args": ["busybox", "sh", "-c", script]}
     spec["hooks"] = {
         point: [inside if point == "startContainer" else {"path": str(hook), "args": ["hook", point], "timeout": 20}]
@@ -113,15 +113,17 @@ def test_that_fail_undo_the_creation_and_poststop_follows(oci: Runtime, log: Pat
     assert points == [*POINTS[: POINTS.index(point) + 1], "poststop"]
 
 
-def test_poststart_that_fails_stops_the_container(oci: Runtime, log: Path, tmp_path: Path) -> None:
-    (tmp_path / "fail-poststart").touch()
+@pytest.mark.parametrize("point", ["startContainer", "poststart"])
+def test_that_fail_at_start_destroy_the_container(oci: Runtime, log: Path, tmp_path: Path, point: str) -> None:
+    """Source: runtime-spec runtime.md "Lifecycle", 7, 9, 12 and 13."""
+    failing = tmp_path if point == "poststart" else oci.bundle / "rootfs"
+    (failing / f"fail-{point}").touch()
     name = oci.new_id()
     oci.detached("create", name)
-    assert "error running poststart hook #0" in oci.call("start", name).stderr
-    while oci.status(name) != "stopped":
-        time.sleep(0.01)
-    oci.ok("delete", name)
+    assert f"error running {point} hook #0" in oci.call("start", name).stderr
+    assert "does not exist" in oci.call("state", name).stderr
     assert lines(log)[-1][0] == "poststop"
+    assert oci.call("delete", "--force", name).returncode == 0
 
 
 def test_poststop_that_fails_is_a_warning(oci: Runtime, log: Path, tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ EXEC_NOT_FOUND = "exec_not_found"
 EXEC_DENIED = "exec_denied"
 SETUP = "setup"
 
+HOOK_FAILED = "error running "
+"""How the message begins if it is a hook that failed."""
+
 
 class ExecFailed(Exception):
     """The container's program can't be run; message is a sentence for the user.

@@ -25,7 +25,7 @@ from typing import NoReturn
 
 from corral.kernel import process
 from corral.oci.channel import ChildEnd
-from corral.oci.errors import SETUP, ExecFailed
+from corral.oci.errors import HOOK_FAILED, SETUP, ExecFailed
 from corral.oci.spec import HOOK_POINTS, Hook, Hooks
 from corral.oci.stage import Stage, Step
 from corral.oci.state import CREATED, CREATING, STOPPED, State
@@ -49,7 +49,7 @@ def run_hooks(hooks: Hooks, point: str, state: State, *, env: Mapping[str, str],
             _run(hook, state, env, directory, of_host=point != "start_container")
         except (OSError, _Failed) as e:
             reason = (e.strerror or str(e)) if isinstance(e, OSError) else str(e)
-            raise ExecFailed(SETUP, f"error running {HOOK_POINTS[point]} hook #{i}: {hook.path}: {reason}") from e
+            raise ExecFailed(SETUP, f"{HOOK_FAILED}{HOOK_POINTS[point]} hook #{i}: {hook.path}: {reason}") from e
 
 
 def run_poststop(hooks: Hooks | None, state: State) -> list[str]:

@@ -154,14 +154,22 @@ def proceed(
         os._exit(1)
     if gate is not None:
         channel = wait_at(gate, channel)
-    if plan.hooks is not None and plan.hooks.at_start:
-        program = programs.filtered(program)
-        plan.hooks.start(program.env)
-    if plan.stays:
-        from corral.oci import reaper  # loaded by who made the plan
+    _execute(plan, program, channel)
 
-        reaper.stay(channel, program)
-    programs.execute(program)
+
+def _execute(plan: InitPlan, program: programs.Program, channel: ChildEnd) -> NoReturn:
+    """Become the program; channel is to who has started it, who is told what goes wrong."""
+    try:
+        if plan.hooks is not None and plan.hooks.at_start:
+            program = programs.filtered(program)
+            plan.hooks.start(program.env)
+        if plan.stays:
+            from corral.oci import reaper  # loaded by who made the plan
+
+            reaper.stay(channel, program)
+        programs.execute(program)
+    except BaseException as e:  # noqa: BLE001 - likewise
+        report_and_exit(channel, e)
 
 
 def _make_stone(plan: InitPlan, channel: ChildEnd, gate: int | None) -> int:

@@ -1,6 +1,7 @@
 """start."""
 
 from corral.oci.container import Container
+from corral.oci.errors import HOOK_FAILED, ExecFailed
 from corral.runtime import life, state
 from corral.runtime.context import Context
 from corral.runtime.errors import CommandError
@@ -15,8 +16,14 @@ def start(context: Context, _options: Options, arguments: list[str]) -> int:
         container = _at_its_gate(place, record)
         try:
             container.start(place.let_go)
-        finally:
+        except ExecFailed as e:
             place.remove_gate()
+            if e.message.startswith(HOOK_FAILED):  # runtime-spec runtime.md "Lifecycle", 7 and 9: on to 12, its end
+                from corral.runtime.remove import undo
+
+                undo(context, place, record)
+            raise
+        place.remove_gate()
     return 0
 
 
