@@ -13,7 +13,7 @@ from corral.api.images.v1 import images_pb2
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1 import types_pb2
 from corral.client.network_options import NetworkOptions, network_config
-from corral.client.quantities import size_bytes
+from corral.client.quantities import duration_s, size_bytes
 from corral.client.resource_options import ResourceOptions, resources
 
 _PROPAGATIONS = frozenset({"rprivate", "private", "rshared", "shared", "rslave", "slave"})
@@ -21,6 +21,12 @@ _LOG_DRIVERS = {
     "json-file": tasks_pb2.LogOptions.DRIVER_JSON_FILE,
     "cri": tasks_pb2.LogOptions.DRIVER_CRI,
     "none": tasks_pb2.LogOptions.DRIVER_NONE,
+}
+_HEALTH_ACTIONS = {
+    "none": pb.ContainerConfig.HEALTH_ACTION_NONE,
+    "kill": pb.ContainerConfig.HEALTH_ACTION_KILL,
+    "restart": pb.ContainerConfig.HEALTH_ACTION_RESTART,
+    "stop": pb.ContainerConfig.HEALTH_ACTION_STOP,
 }
 _RESTART_MODES = {
     "no": pb.RestartPolicy.MODE_NO,
@@ -77,6 +83,14 @@ class ContainerOptions(ResourceOptions, NetworkOptions, total=False):
     cgroupns: str
     oom_score_adj: int
     cgroup_parent: str
+    health_cmd: str  # a line for the image's shell; "none" switches the image's health check off
+    # Seconds, or "1m30s".
+    health_interval: float | str
+    health_timeout: float | str
+    health_start_period: float | str
+    health_start_interval: float | str
+    health_retries: int
+    health_on_failure: str  # "none", "kill", "restart", "stop"
     log_driver: str
     log_options: Mapping[str, str]  # "max-size", "max-file"
 
@@ -137,6 +151,7 @@ def container_config(image: str, args: Sequence[str] = (), **options: object) ->
         config.oom_score_adj = score
     if policy := o.get("restart"):
         config.restart.CopyFrom(restart_policy(policy))
+    _apply_health(config, o)
     _apply_security(config, o.get("security", ()))
     return config
 
@@ -148,6 +163,28 @@ def update_request(container: str, **options: Unpack[UpdateOptions]) -> pb.Updat
     if policy := options.get("restart"):
         request.restart.CopyFrom(restart_policy(policy))
     return request
+
+
+def _apply_health(config: pb.ContainerConfig, o: ContainerOptions) -> None:
+    check = config.healthcheck
+    if command := o.get("health_cmd", ""):
+        check.test.extend(["NONE"] if command == "none" else ["CMD-SHELL", command])
+    times = {
+        "interval": o.get("health_interval"),
+        "timeout": o.get("health_timeout"),
+        "start_period": o.get("health_start_period"),
+        "start_interval": o.get("health_start_interval"),
+    }
+    for name, value in times.items():
+        if value:
+            getattr(check, name).FromNanoseconds(round(duration_s(value) * 1e9))
+    if not 0 <= (retries := o.get("health_retries", 0)) < 1 << 31:
+        raise ValueError(f"health retries {retries} is not understood: give a number of failures, 1 or more")
+    check.retries = retries
+    if action := o.get("health_on_failure"):
+        if action not in _HEALTH_ACTIONS:
+            raise ValueError(f"{action!r} is nothing to do about an unhealthy container: {', '.join(_HEALTH_ACTIONS)}")
+        config.health_on_failure = _HEALTH_ACTIONS[action]
 
 
 def _storage_quota(options: Iterable[str]) -> int:

@@ -48,6 +48,15 @@ class AsyncTransport:
         finally:
             call.cancel()
 
+    async def gather[Request, Answer](
+        self, method: "grpc.aio.StreamUnaryMultiCallable[Request, Answer]", requests: AsyncIterator[Request]
+    ) -> Answer:
+        """The answer to all of `requests`. Raises a kind of CorralError."""
+        try:
+            return await method(requests, metadata=self._metadata)
+        except grpc.RpcError as e:
+            raise from_rpc_error(e, address=self.address) from e
+
     def exchange[Request, Answer](
         self, method: "grpc.aio.StreamStreamMultiCallable[Request, Answer]", requests: AsyncIterator[Request]
     ) -> "AsyncExchange[Answer]":
@@ -94,6 +103,15 @@ class Transport:
             raise from_rpc_error(e, address=self.address) from e
         finally:
             call.cancel()
+
+    def gather[Request, Answer](
+        self, method: "grpc.StreamUnaryMultiCallable[Request, Answer]", requests: Iterator[Request]
+    ) -> Answer:
+        """The answer to all of `requests`. Raises a kind of CorralError."""
+        try:
+            return method(requests, metadata=self._metadata)
+        except grpc.RpcError as e:
+            raise from_rpc_error(e, address=self.address) from e
 
     def exchange[Request, Answer](
         self, method: "grpc.StreamStreamMultiCallable[Request, Answer]", requests: Iterator[Request]

@@ -29,6 +29,13 @@ def build_mounts(
     return (*(mount for mount in own if PurePosixPath(mount.destination) not in targets), *asked)
 
 
+def asked_binds(config: ContainerConfig, volume_paths: Mapping[str, str]) -> tuple[Mount, ...]:
+    """Those volumes and directories of the host that were asked for, in the order in which they are made."""
+    kinds = (VolumeMount.TYPE_BIND, VolumeMount.TYPE_VOLUME)
+    asked = (_asked(mount, volume_paths, fill=False) for mount in config.mounts if mount.type in kinds)
+    return tuple(sorted(asked, key=_depth))
+
+
 def _depth(mount: Mount) -> tuple[int, str]:
     """Parents first, else a mount on /a would hide the one on /a/b."""
     return len(PurePosixPath(mount.destination).parts), mount.destination

@@ -14,10 +14,12 @@ from corral.engine import store
 from corral.engine.checking import Checker
 from corral.engine.commits import Commits
 from corral.engine.config import EngineConfig
+from corral.engine.copying import Copying
 from corral.engine.core import Core, host_facts
 from corral.engine.creation import Creation
 from corral.engine.disk_usage import DiskUsage
 from corral.engine.execs import Execs
+from corral.engine.health import Checks
 from corral.engine.leaves import Leaves
 from corral.engine.lifecycle import Lifecycle
 from corral.engine.merge import Merger, write_merged_event
@@ -93,7 +95,10 @@ class EngineService:
         core.on_exit = act_on_exit
         core.on_stays_ended = ports.on_exit
         core.on_found_ended = lambda record: act_on_exit(record, at_boot=True)
-        views, networking = Views(core), Networking(core)
+        execs = Execs(core)
+        checks = Checks(core, lifecycle, execs)
+        core.on_start = checks.on_start
+        views, networking = Views(core, checks), Networking(core)
         self._containers.serve(
             core,
             views,
@@ -102,6 +107,8 @@ class EngineService:
             removal,
             Updates(core),
             networking,
+            execs,
+            task_making,
         )
         self._volumes.serve(Volumes(core))
         self._streams = Streams(core)
@@ -110,6 +117,7 @@ class EngineService:
         self._system.serve(System(core, _version()), DiskUsage(core), Checker(core, recovery), config, database)
         self._merger.on_reconnect = recovery.after_outage
         await recovery.start()
+        checks.on_daemon_start()
         self._merger.start()
 
     async def stop(self) -> None:
@@ -143,6 +151,8 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
         removal: Removal,
         updates: Updates,
         networking: Networking,
+        execs: Execs,
+        task_making: TaskMaking,
     ) -> None:
         """Called before the first RPC is let in."""
         self._core = core
@@ -153,7 +163,8 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
         self._updates = updates
         self._networking = networking
         self._commits = Commits(core, lifecycle)
-        self._execs = Execs(core)
+        self._execs = execs
+        self._copying = Copying(core, task_making)
         self._sizes = Sizes(core)
         self._usage = Usage(core, self._sizes)
 
@@ -221,6 +232,14 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
 
     async def Commit(self, request: pb.CommitContainerRequest, context: object) -> images_pb2.Image:
         return await self._commits.commit(request)
+
+    async def CopyFrom(self, request: pb.CopyFromRequest, context: object) -> AsyncIterator[pb.CopyFromResponse]:
+        async for response in self._copying.out(request):
+            yield response
+
+    async def CopyTo(self, request_iterator: AsyncIterator[pb.CopyToRequest], context: object) -> pb.CopyToResponse:
+        await self._copying.into(request_iterator)
+        return pb.CopyToResponse()
 
     async def Exec(self, request: pb.ExecContainerRequest, context: object) -> pb.ExecContainerResponse:
         id_, exec_id = await self._execs.make(request)

@@ -63,7 +63,7 @@ class TaskMaking:
         """Create the task; returns the record with what is known of it. Raises CorralError."""
         config = record.config
         directory = self._core.make_container_directory(record)
-        volume_paths = await run_blocking(self._ready_sources, record) if config.mounts else {}
+        volume_paths = await run_blocking(self.ready_sources, record) if config.mounts else {}
         with ExitStack() as opened:
             joined = await self._joined(config, opened)
             request = self._request(record, rootfs, cgroup_paths, volume_paths, joined, f"{directory}/{LOG_NAME}")
@@ -145,7 +145,7 @@ class TaskMaking:
         except OSError as e:
             raise from_os_error(e, f"cannot use the volume {name!r}") from e
 
-    def _ready_sources(self, record: ContainerRecord) -> dict[str, str]:
+    def ready_sources(self, record: ContainerRecord) -> dict[str, str]:
         """Make the directories of volumes and, where wanted, of bind mounts; returns the volumes' paths."""
         paths = {}
         for mount in record.config.mounts:

@@ -1,7 +1,7 @@
 # Generated from corral/client/aio/containers.py by cli/generate_sync.py.
 """Containers, and the processes in them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Unpack
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -189,6 +189,27 @@ class Containers:
         for part in leaf.stream(stub.Export, images_pb2.SnapshotRequest(key=found.snapshot_key or found.id)):
             yield part.data
 
+    def copy_from(
+        self, container: str, path: str, *, follow_link: bool = False, stat_only: bool = False
+    ) -> Iterator[engine_pb2.CopyFromResponse]:
+        """What is at a path of a container, and then the bytes of a tar of it.
+
+        follow_link: if it is a symbolic link, of what that leads to. stat_only: no tar.
+        """
+        request = engine_pb2.CopyFromRequest(
+            container=container, path=path, follow_link=follow_link, stat_only=stat_only
+        )
+        for part in self._engine.stream(self._stub.CopyFrom, request):
+            yield part
+
+    def copy_to(self, container: str, path: str, tar: Iterable[bytes], *, as_root: bool = False) -> None:
+        """Puts what is in a tar, plain or compressed, into a directory of a container.
+
+        as_root: all belongs to root, instead of to whom the tar says.
+        """
+        header = engine_pb2.CopyToHeader(container=container, path=path, as_root=as_root)
+        self._engine.gather(self._stub.CopyTo, _copy_requests(header, tar))
+
     def resize(self, container: str, *, exec_id: str = "", width: int, height: int) -> None:
         """Sets the size of a process's terminal."""
         size = types_pb2.WindowSize(width=width, height=height)
@@ -301,3 +322,9 @@ def _stop_request(container: str, timeout_s: float | None, signal: str) -> engin
     if timeout_s is not None:
         request.timeout.FromNanoseconds(round(timeout_s * 1e9))
     return request
+
+
+def _copy_requests(header: engine_pb2.CopyToHeader, chunks: Iterable[bytes]) -> Iterator[engine_pb2.CopyToRequest]:
+    yield engine_pb2.CopyToRequest(header=header)
+    for chunk in chunks:
+        yield engine_pb2.CopyToRequest(data=chunk)

@@ -260,6 +260,29 @@ class ContainerConfig(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _HealthAction:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _HealthActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[ContainerConfig._HealthAction.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        HEALTH_ACTION_UNSPECIFIED: ContainerConfig._HealthAction.ValueType  # 0
+        """HEALTH_ACTION_NONE"""
+        HEALTH_ACTION_NONE: ContainerConfig._HealthAction.ValueType  # 1
+        HEALTH_ACTION_KILL: ContainerConfig._HealthAction.ValueType  # 2
+        """Its restart policy sees that as an end like any other."""
+        HEALTH_ACTION_RESTART: ContainerConfig._HealthAction.ValueType  # 3
+        HEALTH_ACTION_STOP: ContainerConfig._HealthAction.ValueType  # 4
+
+    class HealthAction(_HealthAction, metaclass=_HealthActionEnumTypeWrapper): ...
+    HEALTH_ACTION_UNSPECIFIED: ContainerConfig.HealthAction.ValueType  # 0
+    """HEALTH_ACTION_NONE"""
+    HEALTH_ACTION_NONE: ContainerConfig.HealthAction.ValueType  # 1
+    HEALTH_ACTION_KILL: ContainerConfig.HealthAction.ValueType  # 2
+    """Its restart policy sees that as an end like any other."""
+    HEALTH_ACTION_RESTART: ContainerConfig.HealthAction.ValueType  # 3
+    HEALTH_ACTION_STOP: ContainerConfig.HealthAction.ValueType  # 4
+
     @_typing.final
     class LabelsEntry(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
@@ -347,6 +370,7 @@ class ContainerConfig(_message.Message):
     CGROUPNS_MODE_FIELD_NUMBER: _builtins.int
     USERNS_MODE_FIELD_NUMBER: _builtins.int
     LOG_FIELD_NUMBER: _builtins.int
+    HEALTH_ON_FAILURE_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """Any name that corral.images.v1.Images.Get takes."""
     working_dir: _builtins.str
@@ -386,6 +410,8 @@ class ContainerConfig(_message.Message):
     uts_mode: _builtins.str
     cgroupns_mode: _builtins.str
     userns_mode: _builtins.str
+    health_on_failure: Global___ContainerConfig.HealthAction.ValueType
+    """What is done when the health check finds it unhealthy."""
     @_builtins.property
     def entrypoint(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Replaces the image's entrypoint; ["" ] resets it."""
@@ -494,10 +520,11 @@ class ContainerConfig(_message.Message):
         cgroupns_mode: _builtins.str = ...,
         userns_mode: _builtins.str = ...,
         log: _tasks_pb2.LogOptions | None = ...,
+        health_on_failure: Global___ContainerConfig.HealthAction.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_no_new_privileges", b"_no_new_privileges", "_oom_score_adj", b"_oom_score_adj", "console_size", b"console_size", "healthcheck", b"healthcheck", "log", b"log", "network", b"network", "no_new_privileges", b"no_new_privileges", "oom_score_adj", b"oom_score_adj", "resources", b"resources", "restart", b"restart", "stop_timeout", b"stop_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_no_new_privileges", b"_no_new_privileges", "_oom_score_adj", b"_oom_score_adj", "apparmor_profile", b"apparmor_profile", "args", b"args", "auto_remove", b"auto_remove", "cap_add", b"cap_add", "cap_drop", b"cap_drop", "cgroup_parent", b"cgroup_parent", "cgroupns_mode", b"cgroupns_mode", "console_size", b"console_size", "devices", b"devices", "domainname", b"domainname", "entrypoint", b"entrypoint", "env", b"env", "group_add", b"group_add", "healthcheck", b"healthcheck", "hostname", b"hostname", "image", b"image", "init", b"init", "ipc_mode", b"ipc_mode", "labels", b"labels", "log", b"log", "masked_paths", b"masked_paths", "mounts", b"mounts", "network", b"network", "no_new_privileges", b"no_new_privileges", "oom_score_adj", b"oom_score_adj", "override_paths", b"override_paths", "pid_mode", b"pid_mode", "privileged", b"privileged", "read_only_rootfs", b"read_only_rootfs", "readonly_paths", b"readonly_paths", "resources", b"resources", "restart", b"restart", "seccomp_profile", b"seccomp_profile", "selinux_label", b"selinux_label", "shm_size_bytes", b"shm_size_bytes", "stdin", b"stdin", "stdin_once", b"stdin_once", "stop_signal", b"stop_signal", "stop_timeout", b"stop_timeout", "storage_quota_bytes", b"storage_quota_bytes", "sysctls", b"sysctls", "terminal", b"terminal", "ulimits", b"ulimits", "user", b"user", "userns_mode", b"userns_mode", "uts_mode", b"uts_mode", "working_dir", b"working_dir"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_no_new_privileges", b"_no_new_privileges", "_oom_score_adj", b"_oom_score_adj", "apparmor_profile", b"apparmor_profile", "args", b"args", "auto_remove", b"auto_remove", "cap_add", b"cap_add", "cap_drop", b"cap_drop", "cgroup_parent", b"cgroup_parent", "cgroupns_mode", b"cgroupns_mode", "console_size", b"console_size", "devices", b"devices", "domainname", b"domainname", "entrypoint", b"entrypoint", "env", b"env", "group_add", b"group_add", "health_on_failure", b"health_on_failure", "healthcheck", b"healthcheck", "hostname", b"hostname", "image", b"image", "init", b"init", "ipc_mode", b"ipc_mode", "labels", b"labels", "log", b"log", "masked_paths", b"masked_paths", "mounts", b"mounts", "network", b"network", "no_new_privileges", b"no_new_privileges", "oom_score_adj", b"oom_score_adj", "override_paths", b"override_paths", "pid_mode", b"pid_mode", "privileged", b"privileged", "read_only_rootfs", b"read_only_rootfs", "readonly_paths", b"readonly_paths", "resources", b"resources", "restart", b"restart", "seccomp_profile", b"seccomp_profile", "selinux_label", b"selinux_label", "shm_size_bytes", b"shm_size_bytes", "stdin", b"stdin", "stdin_once", b"stdin_once", "stop_signal", b"stop_signal", "stop_timeout", b"stop_timeout", "storage_quota_bytes", b"storage_quota_bytes", "sysctls", b"sysctls", "terminal", b"terminal", "ulimits", b"ulimits", "user", b"user", "userns_mode", b"userns_mode", "uts_mode", b"uts_mode", "working_dir", b"working_dir"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__no_new_privileges: _TypeAlias = _typing.Literal["no_new_privileges"]  # noqa: Y015
     _WhichOneofArgType__no_new_privileges: _TypeAlias = _typing.Literal["_no_new_privileges", b"_no_new_privileges"]  # noqa: Y015
@@ -1158,6 +1185,169 @@ class UpdateContainerRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UpdateContainerRequest: _TypeAlias = UpdateContainerRequest  # noqa: Y015
+
+@_typing.final
+class CopyFromRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTAINER_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    FOLLOW_LINK_FIELD_NUMBER: _builtins.int
+    STAT_ONLY_FIELD_NUMBER: _builtins.int
+    container: _builtins.str
+    path: _builtins.str
+    """From the container's root. With "/" or "/." at its end it must be a directory."""
+    follow_link: _builtins.bool
+    """If it is a symbolic link, where that leads."""
+    stat_only: _builtins.bool
+    """Only tell what it is."""
+    def __init__(
+        self,
+        *,
+        container: _builtins.str = ...,
+        path: _builtins.str = ...,
+        follow_link: _builtins.bool = ...,
+        stat_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "follow_link", b"follow_link", "path", b"path", "stat_only", b"stat_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CopyFromRequest: _TypeAlias = CopyFromRequest  # noqa: Y015
+
+@_typing.final
+class CopyFromResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAT_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """Bytes of the tar, in which all is below `stat.name`."""
+    @_builtins.property
+    def stat(self) -> Global___PathStat:
+        """First."""
+
+    def __init__(
+        self,
+        *,
+        stat: Global___PathStat | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "part", b"part", "stat", b"stat"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "part", b"part", "stat", b"stat"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["stat", "data"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___CopyFromResponse: _TypeAlias = CopyFromResponse  # noqa: Y015
+
+@_typing.final
+class PathStat(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    MTIME_FIELD_NUMBER: _builtins.int
+    LINK_TARGET_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """the last part of the path; "." for the root"""
+    size: _builtins.int
+    mode: _builtins.int
+    """As of stat(2): type and permissions."""
+    link_target: _builtins.str
+    """Of a symbolic link."""
+    @_builtins.property
+    def mtime(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        size: _builtins.int = ...,
+        mode: _builtins.int = ...,
+        mtime: _timestamp_pb2.Timestamp | None = ...,
+        link_target: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mtime", b"mtime"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["link_target", b"link_target", "mode", b"mode", "mtime", b"mtime", "name", b"name", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PathStat: _TypeAlias = PathStat  # noqa: Y015
+
+@_typing.final
+class CopyToRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    @_builtins.property
+    def header(self) -> Global___CopyToHeader:
+        """First."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___CopyToHeader | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "header", b"header", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "header", b"header", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "data"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___CopyToRequest: _TypeAlias = CopyToRequest  # noqa: Y015
+
+@_typing.final
+class CopyToHeader(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTAINER_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    AS_ROOT_FIELD_NUMBER: _builtins.int
+    container: _builtins.str
+    path: _builtins.str
+    """A directory that is there."""
+    as_root: _builtins.bool
+    """All belongs to root, instead of to whom the tar says."""
+    def __init__(
+        self,
+        *,
+        container: _builtins.str = ...,
+        path: _builtins.str = ...,
+        as_root: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_root", b"as_root", "container", b"container", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CopyToHeader: _TypeAlias = CopyToHeader  # noqa: Y015
+
+@_typing.final
+class CopyToResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CopyToResponse: _TypeAlias = CopyToResponse  # noqa: Y015
 
 @_typing.final
 class ConnectContainerRequest(_message.Message):

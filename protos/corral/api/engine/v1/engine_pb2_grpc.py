@@ -119,6 +119,16 @@ class ContainersStub:
                 request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CommitContainerRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.Image.FromString,
                 _registered_method=True)
+        self.CopyFrom = channel.unary_stream(
+                '/corral.engine.v1.Containers/CopyFrom',
+                request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CopyFromRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CopyFromResponse.FromString,
+                _registered_method=True)
+        self.CopyTo = channel.stream_unary(
+                '/corral.engine.v1.Containers/CopyTo',
+                request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CopyToRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CopyToResponse.FromString,
+                _registered_method=True)
         self.Exec = channel.unary_unary(
                 '/corral.engine.v1.Containers/Exec',
                 request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ExecContainerRequest.SerializeToString,
@@ -276,6 +286,22 @@ class ContainersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CopyFrom(self, request, context):
+        """Files of a container, running or not, as a tar: volumes and all as its programs see them.
+        NOT_FOUND: container, path.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CopyTo(self, request_iterator, context):
+        """Puts what is in a tar, plain or compressed, into a directory of a container. What is there is replaced, but no
+        directory by something else or the other way round: FAILED_PRECONDITION. NOT_FOUND: container, directory.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Exec(self, request, context):
         """Makes an exec process, not started (attach first, then ExecStart).
         """
@@ -410,6 +436,16 @@ def add_ContainersServicer_to_server(servicer, server):
                     servicer.Commit,
                     request_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CommitContainerRequest.FromString,
                     response_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.Image.SerializeToString,
+            ),
+            'CopyFrom': grpc.unary_stream_rpc_method_handler(
+                    servicer.CopyFrom,
+                    request_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CopyFromRequest.FromString,
+                    response_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CopyFromResponse.SerializeToString,
+            ),
+            'CopyTo': grpc.stream_unary_rpc_method_handler(
+                    servicer.CopyTo,
+                    request_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CopyToRequest.FromString,
+                    response_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CopyToResponse.SerializeToString,
             ),
             'Exec': grpc.unary_unary_rpc_method_handler(
                     servicer.Exec,
@@ -886,6 +922,60 @@ class Containers:
             '/corral.engine.v1.Containers/Commit',
             corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CommitContainerRequest.SerializeToString,
             corral_dot_api_dot_images_dot_v1_dot_images__pb2.Image.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CopyFrom(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/corral.engine.v1.Containers/CopyFrom',
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CopyFromRequest.SerializeToString,
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CopyFromResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CopyTo(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/corral.engine.v1.Containers/CopyTo',
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CopyToRequest.SerializeToString,
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CopyToResponse.FromString,
             options,
             channel_credentials,
             insecure,

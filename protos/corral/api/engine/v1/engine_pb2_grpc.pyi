@@ -79,6 +79,14 @@ class ContainersStub:
     Disconnect: _grpc.UnaryUnaryMultiCallable[_engine_pb2.DisconnectContainerRequest, _engine_pb2.Container]
     Commit: _grpc.UnaryUnaryMultiCallable[_engine_pb2.CommitContainerRequest, _images_pb2.Image]
     """Makes an image of what the container has written, pausing it meanwhile unless `no_pause`."""
+    CopyFrom: _grpc.UnaryStreamMultiCallable[_engine_pb2.CopyFromRequest, _engine_pb2.CopyFromResponse]
+    """Files of a container, running or not, as a tar: volumes and all as its programs see them.
+    NOT_FOUND: container, path.
+    """
+    CopyTo: _grpc.StreamUnaryMultiCallable[_engine_pb2.CopyToRequest, _engine_pb2.CopyToResponse]
+    """Puts what is in a tar, plain or compressed, into a directory of a container. What is there is replaced, but no
+    directory by something else or the other way round: FAILED_PRECONDITION. NOT_FOUND: container, directory.
+    """
     Exec: _grpc.UnaryUnaryMultiCallable[_engine_pb2.ExecContainerRequest, _engine_pb2.ExecContainerResponse]
     """Makes an exec process, not started (attach first, then ExecStart)."""
     ExecStart: _grpc.UnaryUnaryMultiCallable[_engine_pb2.ExecStartRequest, _engine_pb2.ExecStartResponse]
@@ -131,6 +139,14 @@ class ContainersAsyncStub(ContainersStub):
     Disconnect: _aio.UnaryUnaryMultiCallable[_engine_pb2.DisconnectContainerRequest, _engine_pb2.Container]  # type: ignore[assignment]
     Commit: _aio.UnaryUnaryMultiCallable[_engine_pb2.CommitContainerRequest, _images_pb2.Image]  # type: ignore[assignment]
     """Makes an image of what the container has written, pausing it meanwhile unless `no_pause`."""
+    CopyFrom: _aio.UnaryStreamMultiCallable[_engine_pb2.CopyFromRequest, _engine_pb2.CopyFromResponse]  # type: ignore[assignment]
+    """Files of a container, running or not, as a tar: volumes and all as its programs see them.
+    NOT_FOUND: container, path.
+    """
+    CopyTo: _aio.StreamUnaryMultiCallable[_engine_pb2.CopyToRequest, _engine_pb2.CopyToResponse]  # type: ignore[assignment]
+    """Puts what is in a tar, plain or compressed, into a directory of a container. What is there is replaced, but no
+    directory by something else or the other way round: FAILED_PRECONDITION. NOT_FOUND: container, directory.
+    """
     Exec: _aio.UnaryUnaryMultiCallable[_engine_pb2.ExecContainerRequest, _engine_pb2.ExecContainerResponse]  # type: ignore[assignment]
     """Makes an exec process, not started (attach first, then ExecStart)."""
     ExecStart: _aio.UnaryUnaryMultiCallable[_engine_pb2.ExecStartRequest, _engine_pb2.ExecStartResponse]  # type: ignore[assignment]
@@ -276,6 +292,26 @@ class ContainersServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_images_pb2.Image, _abc.Awaitable[_images_pb2.Image]]:
         """Makes an image of what the container has written, pausing it meanwhile unless `no_pause`."""
+
+    @_abc_1.abstractmethod
+    def CopyFrom(
+        self,
+        request: _engine_pb2.CopyFromRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_engine_pb2.CopyFromResponse], _abc.AsyncIterator[_engine_pb2.CopyFromResponse]]:
+        """Files of a container, running or not, as a tar: volumes and all as its programs see them.
+        NOT_FOUND: container, path.
+        """
+
+    @_abc_1.abstractmethod
+    def CopyTo(
+        self,
+        request_iterator: _MaybeAsyncIterator[_engine_pb2.CopyToRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_pb2.CopyToResponse, _abc.Awaitable[_engine_pb2.CopyToResponse]]:
+        """Puts what is in a tar, plain or compressed, into a directory of a container. What is there is replaced, but no
+        directory by something else or the other way round: FAILED_PRECONDITION. NOT_FOUND: container, directory.
+        """
 
     @_abc_1.abstractmethod
     def Exec(
