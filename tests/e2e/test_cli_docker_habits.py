@@ -93,6 +93,22 @@ def test_templates_that_were_written_for_docker_find_its_names(box: Corrald) -> 
     assert said(box, "image", "inspect", "-f", "{{.RootFS.Type}} {{.Size}}", "busybox").startswith("layers 2")
 
 
+def test_history_by_template_and_import_by_docker_s_words(box: Corrald, tmp_path: Path) -> None:
+    form = "{{.ID}} {{.CreatedBy}} {{.CreatedSince}}"
+    [step] = said(box, "history", "--no-trunc", "--format", form, "busybox").splitlines()
+    assert step.startswith("sha256:")
+    assert "corral tests" in step
+    assert step.endswith(" ago")
+    (tmp_path / "root.tar").write_bytes(layer([Entry("f", b"content")]))
+    assert said(box, "import", "-q", str(tmp_path / "root.tar"), "made:1") == "made:1\n"
+    assert box.corral("import", "--as", "a:1", str(tmp_path / "root.tar"), "b:1").returncode == 2
+    (tmp_path / "there").mkdir()
+    said(box, "image", "mount", "made:1", str(tmp_path / "there"))
+    assert (tmp_path / "there/f").read_bytes() == b"content"
+    said(box, "image", "umount", str(tmp_path / "there"))
+    said(box, "rmi", "made:1")
+
+
 def test_inspect_shows_what_is_here_and_names_what_is_not(box: Corrald) -> None:
     result = box.corral("image", "inspect", "none:1", "busybox")
     assert result.returncode == 1

@@ -85,6 +85,11 @@ def test_a_layout_directory_is_an_archive_too(box: Corrald, tmp_path: Path) -> N
         tar.extractall(tmp_path / "layout", filter="data")
     box.corral("image", "import", str(tmp_path / "layout"), "--as", "layout:1", check=True)
     box.corral("image", "rm", "layout:1", check=True)
+    # Several layouts may share their blobs.
+    (tmp_path / "layout/blobs").rename(tmp_path / "shared")
+    (tmp_path / "layout/blobs").symlink_to(tmp_path / "shared")
+    box.corral("image", "import", str(tmp_path / "layout"), "--as", "layout:2", check=True)
+    box.corral("image", "rm", "layout:2", check=True)
 
 
 @needs("skopeo")

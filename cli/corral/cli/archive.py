@@ -1,7 +1,9 @@
 """`corral save` and `load`: images as archives."""
 
+import os
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -27,38 +29,45 @@ keep_blobs_option = click.option(
 def bring_in(app: App, archive: str, header: "images_pb2.ImportHeader", *, quiet: bool) -> "list[images_pb2.Image]":
     """Import a file, an OCI layout's directory, or what stdin yields."""
     images: list[images_pb2.Image] = []
-    with _open_archive(archive) as file:
-        if archive != STANDARD and not Path(archive).is_dir():
-            header.total_bytes = Path(archive).stat().st_size
-        chunks = iter(lambda: file.read(_CHUNK), b"")
+    with ExitStack() as stack:
+        if archive != STANDARD and Path(archive).is_dir():
+            chunks = _tar_of_layout(Path(archive))
+        else:
+            file = _open_archive(archive, stack)
+            header.total_bytes = 0 if archive == STANDARD else os.fstat(file.fileno()).st_size
+            chunks = iter(lambda: file.read(_CHUNK), b"")
         for part in shown(app.client.images.load_stream(header, chunks), quiet=quiet, lines=False):
             images.extend(part.result.images)
     return images
 
 
-def _open_archive(archive: str) -> BinaryIO:
-    if archive == STANDARD:
-        if sys.stdin.isatty():
-            raise click.UsageError("the archive would come from the terminal: give a file, or pipe one in")
-        return sys.stdin.buffer
-    if Path(archive).is_dir():
-        return _tar_of_layout(Path(archive))
-    return Path(archive).open("rb")
+def _open_archive(archive: str, stack: ExitStack) -> BinaryIO:
+    if archive != STANDARD:
+        return stack.enter_context(Path(archive).open("rb"))
+    if sys.stdin.isatty():
+        raise click.UsageError("the archive would come from the terminal: give a file, or pipe one in")
+    return sys.stdin.buffer
 
 
-def _tar_of_layout(directory: Path) -> BinaryIO:
-    """An OCI layout directory as the tar that the service reads."""
+def _tar_of_layout(directory: Path) -> Iterator[bytes]:
+    """An OCI layout directory as the tar that the service reads, made as it goes. Raises ValueError, OSError."""
     import tarfile
-    import tempfile
 
     if not (directory / "oci-layout").exists():
         raise ValueError(f"{directory} is a directory without oci-layout: give an OCI layout, or an archive file")
-    spool = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
-    with tarfile.open(fileobj=spool, mode="w") as tar:
-        for child in sorted(directory.iterdir()):
-            tar.add(child, arcname=child.name)
-    spool.seek(0)
-    return spool
+    found = (Path(above, name) for above, _, names in os.walk(directory, followlinks=True) for name in names)
+    for path in sorted(path for path in found if path.is_file()):
+        with path.open("rb") as file:
+            info = tarfile.TarInfo(str(path.relative_to(directory)))
+            info.size = left = os.fstat(file.fileno()).st_size
+            yield info.tobuf(tarfile.PAX_FORMAT)
+            while left and (data := file.read(min(_CHUNK, left))):
+                left -= len(data)
+                yield data
+        if left:
+            raise ValueError(f"{path} became shorter while it was read: import the layout again when it is finished")
+        yield bytes(-info.size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)
 
 
 def write_out(chunks: Iterator[bytes], output: str) -> None:

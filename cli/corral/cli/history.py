@@ -25,7 +25,9 @@ def history_command(app: App, name: str, no_trunc: bool, form: str, quiet: bool)
     ids = [layer.diff_id if layer else "<none>" for _, layer in steps]
     shown = ids if no_trunc else [each.rpartition(":")[2][:12] for each in ids]
     rows = [_row(entry, layer, each, no_trunc) for (entry, layer), each in zip(steps, shown, strict=True)]
-    headings = ("LAYER", "CREATED", "CREATED BY", "SIZE", "COMMENT")
+    headings: tuple[str, ...] = ("LAYER", "CREATED", "CREATED BY", "SIZE", "COMMENT")
+    if form not in ("table", "json"):  # what templates that were written for docker call them
+        headings, rows = (*headings, "ID", "CREATED SINCE"), [(*row, row[0], row[1]) for row in rows]
     show_rows(headings, rows, [entry for entry, _ in steps], form, shown if quiet else None)
 
 

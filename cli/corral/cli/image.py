@@ -43,12 +43,18 @@ image_command.add_command(unmount_command)
 @keep_blobs_option
 @click.option("-q", "--quiet", is_flag=True, help="Only the names")
 @click.argument("archive", type=click.Path(exists=True, dir_okay=True, allow_dash=True))
+@click.argument("called", default="", metavar="[NAME:TAG]")
 @pass_app
-def import_command(app: App, archive: str, name: str, keep_blobs: bool | None, quiet: bool, **config: object) -> None:
+def import_command(
+    app: App, archive: str, called: str, name: str, keep_blobs: bool | None, quiet: bool, **config: object
+) -> None:
     """Import ARCHIVE: a docker or OCI archive, an OCI layout, or a plain root file system tar; - reads stdin."""
     from corral.api.images.v1 import images_pb2
     from corral.client.options import image_config
 
+    if name and called:
+        raise click.UsageError("the name is given twice, behind the archive and with --as")
+    name = name or called
     header = images_pb2.ImportHeader(name=name, keep_blobs=keep_blobs)
     if any(config.values()):
         header.config.CopyFrom(image_config(**config))  # type: ignore[arg-type]
@@ -181,7 +187,7 @@ def rm_command(app: App, names: tuple[str, ...], force: bool) -> int:
 
 rmi_command = click.Command("rmi", params=rm_command.params, callback=rm_command.callback, help=rm_command.help)
 # What docker has other words for.
-for _alias, _command in (("list", ls_command), ("remove", rm_command)):
+for _alias, _command in (("list", ls_command), ("remove", rm_command), ("umount", unmount_command)):
     image_command.add_command(
         click.Command(_alias, params=_command.params, callback=_command.callback, help=_command.help, hidden=True)
     )
