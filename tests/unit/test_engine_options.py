@@ -58,7 +58,6 @@ def test_a_request_that_can_never_work_is_refused_with_a_sentence_that_names_the
 @pytest.mark.parametrize(
     "wanted",
     [
-        config(healthcheck=Healthcheck(test=["CMD", "true"])),
         config(userns_mode="keep-id"),
         config(mounts=[mount(VolumeMount.TYPE_IMAGE, source="busybox", target="/a")]),
     ],

@@ -151,7 +151,7 @@ def rename_command(app: App, container: str, new_name: str) -> None:
 
 @click.command("ps")
 @click.option("-a", "--all", "everything", is_flag=True, help="Also those that do not run")
-@click.option("-f", "--filter", "filters", multiple=True, help="KEY=VALUE: name, id, status, label, image, network")
+@click.option("-f", "--filter", "filters", multiple=True, help="KEY=VALUE: name, id, status, health, label, image…")
 @click.option("--no-trunc", is_flag=True, help="Whole ids and commands")
 @click.option("-s", "--size", is_flag=True, help="What each has written, and how much that is with its image")
 @format_option
@@ -197,12 +197,15 @@ def _size(c: "engine_pb2.Container") -> str:
     return f"{human_size(c.size_rw_bytes)}{quota} (virtual {human_size(c.size_root_bytes)})"
 
 
+_HEALTH = ("", " (health: starting)", " (healthy)", " (unhealthy)")
+
+
 def _status(c: "engine_pb2.Container") -> str:
     from corral.api.engine.v1 import engine_pb2
 
     if c.status in (engine_pb2.STATUS_RUNNING, engine_pb2.STATUS_PAUSED):
         paused = " (Paused)" if c.status == engine_pb2.STATUS_PAUSED else ""
-        return f"Up {human_age(c.started_at)}{paused}"
+        return f"Up {human_age(c.started_at)}{paused or _HEALTH[c.health.state]}"
     if c.status == engine_pb2.STATUS_EXITED:
         return f"Exited ({c.exit.code}) {human_age(c.finished_at)} ago{' OOM' if c.exit.oom_killed else ''}"
     if c.status == engine_pb2.STATUS_RESTARTING:

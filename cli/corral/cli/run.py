@@ -88,6 +88,14 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--uts",), "UTS namespace: host", {"default": ""}),
     (("--cgroupns",), "cgroup namespace: private or host", {"default": ""}),
     (("--cgroup-parent",), "Parent of the container's cgroup", {"default": ""}),
+    (("--health-cmd",), "Line for its shell whose exit code tells its health", {"default": ""}),
+    (("--health-interval",), "Time between two of its runs, default 30s", {"default": ""}),
+    (("--health-timeout",), "Time that it may take, default 30s", {"default": ""}),
+    (("--health-retries",), "Failures in a row that make it unhealthy, default 3", {"type": int, "default": 0}),
+    (("--health-start-period",), "Time in which failures do not count", {"default": ""}),
+    (("--health-start-interval",), "Time between two runs in that, default 5s", {"default": ""}),
+    (("--health-on-failure",), "none, kill, restart or stop", {"default": ""}),
+    (("--no-healthcheck",), "Not the image's health check", {"is_flag": True}),
     (("--log-driver",), "json-file, cri or none", {"default": ""}),
     (("--log-opt", "log_options"), "Log option, max-size=16m or max-file=4", _MANY),
 )
@@ -253,6 +261,10 @@ def _options_from_flags(flags: dict[str, Any]) -> "ContainerOptions":
     flags["env"] = [_env_value(e) for e in (*lines, *flags["env"]) if "=" in e or not e or e in os.environ]
     for key in _PAIRS:
         flags[key] = dict(_pair(key, text) for text in flags[key])
+    if flags.pop("no_healthcheck"):
+        if flags["health_cmd"]:
+            raise ValueError("--no-healthcheck and --health-cmd exclude one another: leave one out")
+        flags["health_cmd"] = "none"
     if flags["terminal"] and (size := window_size()):
         flags["console_size"] = size
     options: ContainerOptions = {

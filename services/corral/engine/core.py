@@ -161,6 +161,8 @@ class Core:
     on_exit: Callable[[ContainerRecord], None] = lambda _: None
     # Called with the record of one that has ended and, against expectation, is not to run again.
     on_stays_ended: Callable[[ContainerRecord], None] = lambda _: None
+    # Called with the record of a container that was just started.
+    on_start: Callable[[ContainerRecord], None] = lambda _: None
     # As on_exit, for one that the daemon finds ended when it starts.
     on_found_ended: Callable[[ContainerRecord], None] = lambda _: None
 

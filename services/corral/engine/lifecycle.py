@@ -59,7 +59,7 @@ class Lifecycle:
             self._core.forget_backoff((named.namespace, named.id))
             if record.status is Status.EXITED:
                 record = await self._make_again(record)
-            return await self._run(replace(record, restart_count=0), by_user=True)
+            return self._started(await self._run(replace(record, restart_count=0), by_user=True))
 
     async def make_again(self, reference: str) -> ContainerRecord:
         """Make an ended container again, as Create leaves it; nothing happens to any other."""
@@ -86,7 +86,11 @@ class Lifecycle:
                 self._core.on_stays_ended(record)
                 return
             counted = await self._core.database.write(lambda tx: store.count_restart(tx, record))
-            await self._run(await self._make_again(counted), by_user=False)
+            self._started(await self._run(await self._make_again(counted), by_user=False))
+
+    def _started(self, record: ContainerRecord) -> ContainerRecord:
+        self._core.on_start(record)
+        return record
 
     async def _true_state(self, record: ContainerRecord, *, no_start_is_on_its_way: bool = False) -> ContainerRecord:
         """The record, after asking tasks whether it still is as it says."""

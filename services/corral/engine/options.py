@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, RestartPolicy, Ulimit, VolumeMount
 from corral.api.network.v1.network_pb2 import NetworkAttachment
+from corral.engine.health_rules import check_healthcheck
 from corral.engine.signals import parse_signal
 from corral.kernel import capabilities, rlimits
 from corral.rpc.context import check_id
@@ -26,6 +27,9 @@ def check(config: ContainerConfig) -> None:
         raise InvalidArgument("no image is named", reason="NO_IMAGE")
     _refuse_what_is_not_there_yet(config)
     check_restart_policy(config.restart)
+    check_healthcheck(config.healthcheck)
+    if config.health_on_failure not in ContainerConfig.HealthAction.values():
+        raise InvalidArgument(f"{config.health_on_failure} is nothing that can be done about an unhealthy container")
     if config.auto_remove and config.restart.mode > RestartPolicy.MODE_NO:
         raise InvalidArgument("a container that is removed when it ends (--rm) cannot be restarted: leave one out")
     _check_process(config)
@@ -58,8 +62,6 @@ def check_restart_policy(policy: RestartPolicy) -> None:
 
 
 def _refuse_what_is_not_there_yet(config: ContainerConfig) -> None:
-    if config.healthcheck.test and list(config.healthcheck.test) != ["NONE"]:
-        raise _not_yet("health checks are")
     if config.userns_mode not in ("", "host"):
         raise _not_yet("user namespaces (--userns) are")
     if any(mount.type == VolumeMount.TYPE_IMAGE for mount in config.mounts):

@@ -5,6 +5,7 @@ from pathlib import PurePosixPath
 
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, VolumeMount
 from corral.api.images.v1.images_pb2 import ImageConfig
+from corral.engine.health_rules import resolved as resolved_healthcheck
 from corral.engine.options import check_mount_target
 from corral.engine.signals import parse_signal
 from corral.rpc.errors import InvalidArgument
@@ -29,6 +30,9 @@ def resolve(
     config.user = asked.user or image.user
     config.working_dir = asked.working_dir or image.working_dir or "/"
     config.stop_signal = asked.stop_signal or _stop_signal(image)
+    config.ClearField("healthcheck")
+    if (check := resolved_healthcheck(asked.healthcheck, image.healthcheck)).test:
+        config.healthcheck.CopyFrom(check)
     if asked.uts_mode != "host":
         config.hostname = asked.hostname or default_hostname(id_)
     for key, value in image.labels.items():

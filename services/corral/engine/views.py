@@ -7,6 +7,8 @@ from corral.api.engine.v1.engine_pb2 import Container, ListContainersRequest
 from corral.api.tasks.v1.tasks_pb2 import STATUS_STOPPED, GetTaskRequest, ListTasksRequest, Task
 from corral.engine import store
 from corral.engine.core import Core
+from corral.engine.health import Checks
+from corral.engine.health_rules import HEALTH_WORDS, health_word
 from corral.engine.records import ALIVE, SETTLED, ContainerRecord, Status
 from corral.rpc.context import current_namespace
 from corral.rpc.errors import InvalidArgument, NotFound, Unavailable
@@ -17,8 +19,9 @@ _HAS_TASK = ALIVE | {Status.CREATED}
 class Views:
     """See the module."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, checks: Checks) -> None:
         self._core = core
+        self._checks = checks
 
     async def get(self, reference: str) -> Container:
         """One container. Raises NotFound, FailedPrecondition if ambiguous."""
@@ -26,6 +29,15 @@ class Views:
 
     async def of(self, record: ContainerRecord) -> Container:
         """The message for a record. While tasks does not answer it shows what was known last."""
+        container = await self._without_health(record)
+        self._show_health(record, container)
+        return container
+
+    def _show_health(self, record: ContainerRecord, container: Container) -> None:
+        if (health := self._checks.of(record)) is not None:
+            container.health.CopyFrom(health)
+
+    async def _without_health(self, record: ContainerRecord) -> Container:
         if record.status not in _HAS_TASK:
             return self._ended(record)
         try:
@@ -45,6 +57,7 @@ class Views:
         for record in records:
             task = tasks.get(record.id) if record.status in _HAS_TASK else None
             container = merged(record, task) if task is not None else self._ended(record)
+            self._show_health(record, container)
             shown = request.all or "status" in request.filters or container.status in _SHOWN
             if shown and wanted(container):
                 found.append(container)
@@ -93,6 +106,8 @@ def _filter(filters: Mapping[str, object]) -> Callable[[Container], bool]:
         wanted = tuple(values.values)  # type: ignore[attr-defined]
         if key == "status" and (unknown := set(wanted) - {status.word for status in SETTLED | {Status.REMOVING}}):
             raise InvalidArgument(f"{min(unknown)!r} is no status of a container", reason="BAD_FILTER")
+        if key == "health" and (unknown := set(wanted) - set(HEALTH_WORDS)):
+            raise InvalidArgument(f"{min(unknown)!r} is no health: use {', '.join(HEALTH_WORDS)}", reason="BAD_FILTER")
         tests.append((test, wanted))
     return lambda container: all(any(test(container, value) for value in wanted) for test, wanted in tests)
 
@@ -123,4 +138,5 @@ _TESTS: Mapping[str, Callable[[Container, str], bool]] = {
     "label": _has_label,
     "image": _has_image,
     "network": _has_network,
+    "health": lambda container, wanted: health_word(container.health.state) == wanted,
 }

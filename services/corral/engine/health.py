@@ -1,0 +1,169 @@
+"""Health checks: a program that runs in a container again and again, and what it says of that.
+
+    started --interval--> probe: an exec, killed after the timeout --> exit code --> STARTING, HEALTHY, UNHEALTHY
+
+Until the first success, failures within the start period do not count, and probes follow one another at the start
+interval. Then `retries` failures in a row make a container unhealthy. That it became so, or healthy, is journalled, and
+may kill, stop or restart it. The rules and defaults are docker's ("HEALTHCHECK" of the Dockerfile reference).
+
+The verdict is kept in memory: after a restart of the daemon a container is "starting", and is probed at once.
+"""
+
+import asyncio
+import time
+from contextlib import suppress
+
+import structlog
+
+from corral.api.engine.v1 import engine_pb2 as pb
+from corral.api.tasks.v1 import tasks_pb2
+from corral.engine import store
+from corral.engine.core import Core, Key
+from corral.engine.execs import Execs
+from corral.engine.health_rules import Rules, Verdict, health_word
+from corral.engine.lifecycle import Lifecycle
+from corral.engine.naming import random_id
+from corral.engine.records import ALIVE, ContainerRecord, Status
+from corral.engine.removal import SIGKILL
+from corral.rpc.context import in_namespace
+from corral.rpc.errors import CorralError, NotFound, Unavailable
+
+log = structlog.get_logger()
+
+OUTPUT_BYTES = 4096
+
+
+class Checks:
+    """Probes every container that runs and has a health check."""
+
+    def __init__(self, core: Core, lifecycle: Lifecycle, execs: Execs) -> None:
+        self._core = core
+        self._lifecycle = lifecycle
+        self._execs = execs
+        self._verdicts: dict[Key, Verdict] = {}
+        self._watching: dict[Key, asyncio.Task[None]] = {}
+
+    def of(self, record: ContainerRecord) -> pb.Health | None:
+        """What is known of a container; None if it has no health check, or never ran while this daemon did."""
+        verdict = self._verdicts.get((record.namespace, record.id))
+        return None if verdict is None else verdict.to_wire()
+
+    def on_daemon_start(self) -> None:
+        """Go on with what an earlier daemon has left running."""
+        for record in self._core.database.read_sync(lambda view: store.containers_in(view, ALIVE)):
+            self.on_start(record, at_once=True)
+
+    def on_start(self, record: ContainerRecord, *, at_once: bool = False) -> None:
+        """A container has been started, or was found running (then it is probed at_once)."""
+        rules = Rules.of(record.config.healthcheck)
+        if rules is None:
+            return
+        key = (record.namespace, record.id)
+        if key not in self._verdicts:
+            self._core.watch.removal(key).add_done_callback(lambda _: self._forget(key))
+        self._verdicts[key] = Verdict()
+        if (before := self._watching.get(key)) is not None:
+            before.cancel()
+        self._watching[key] = self._core.background.spawn_endless(self._watch(record, rules, at_once=at_once))
+
+    def _forget(self, key: Key) -> None:
+        self._verdicts.pop(key, None)
+        if (watching := self._watching.pop(key, None)) is not None:
+            watching.cancel()
+
+    async def _watch(self, record: ContainerRecord, rules: Rules, *, at_once: bool) -> None:
+        key = (record.namespace, record.id)
+        with in_namespace(record.namespace):
+            while True:
+                if not at_once:
+                    await asyncio.sleep(self._pause_s(key, record, rules))
+                at_once = False
+                with suppress(NotFound):
+                    now = self._core.get(*key)
+                    if now.status in ALIVE and now.started_ns == record.started_ns:
+                        if now.status is Status.RUNNING:
+                            await self._probe(now, rules)
+                        continue
+                return
+
+    def _pause_s(self, key: Key, record: ContainerRecord, rules: Rules) -> float:
+        starting = self._verdicts[key].state == pb.Health.STATE_STARTING
+        return rules.start_interval_s if starting and _age_s(record) < rules.start_period_s else rules.interval_s
+
+    async def _probe(self, record: ContainerRecord, rules: Rules) -> None:
+        since_start_s = _age_s(record)
+        try:
+            code, output = await self._run(record, rules)
+        except Unavailable:
+            return  # tasks is away: that says nothing of the container
+        except CorralError as e:
+            if self._core.get(record.namespace, record.id).status is not Status.RUNNING:
+                return
+            code, output = 1, e.message
+        key = (record.namespace, record.id)
+        before = self._verdicts[key]
+        after = self._verdicts[key] = before.after(code, output, rules, since_start_s=since_start_s)
+        if after.state != before.state:
+            await self._tell(record, after)
+
+    async def _run(self, record: ContainerRecord, rules: Rules) -> tuple[int, str]:
+        """One probe: its exit code, and the beginning of its output."""
+        exec_id = f"health-{random_id()[:16]}"
+        tasks = self._core.leaves.tasks
+        await self._execs.make(pb.ExecContainerRequest(container=record.id, exec_id=exec_id, args=rules.args))
+        try:
+            async with asyncio.timeout(rules.timeout_s):
+                return await self._output_of(record, exec_id)
+        except TimeoutError:
+            with suppress(CorralError):
+                await tasks.Kill(tasks_pb2.KillRequest(id=record.id, exec_id=exec_id, signal=SIGKILL))
+            return 1, f"the health check took longer than {rules.timeout_s:g} s, and was killed"
+        finally:
+            forget = tasks_pb2.DeleteExecRequest(id=record.id, exec_id=exec_id, force=True)
+            with suppress(CorralError):
+                await tasks.DeleteExec(forget)
+
+    async def _output_of(self, record: ContainerRecord, exec_id: str) -> tuple[int, str]:
+        tasks, output = self._core.leaves.tasks, bytearray()
+        header = tasks_pb2.AttachHeader(id=record.id, exec_id=exec_id, stdout=True, stderr=True)
+        call = tasks.Attach(iter((tasks_pb2.AttachRequest(header=header),)))
+        try:
+            async for response in call:
+                match response.WhichOneof("part"):
+                    case "attached":
+                        await tasks.Start(tasks_pb2.StartRequest(id=record.id, exec_id=exec_id))
+                    case "exited":
+                        return response.exited.code, bytes(output).decode("utf-8", "replace")
+                    case _ if len(output) < OUTPUT_BYTES:
+                        output += (response.stdout or response.stderr)[: OUTPUT_BYTES - len(output)]
+        finally:
+            call.cancel()
+        raise Unavailable(f"the output of exec {exec_id} ended without its exit")
+
+    async def _tell(self, record: ContainerRecord, verdict: Verdict) -> None:
+        word = health_word(verdict.state)
+        log.info("container.checked", container=record.id, health=word)
+        facts = {"name": record.name, "health": word}
+        await self._core.database.write(
+            lambda tx: tx.journal("container.checked", record.id, facts, namespace=record.namespace)
+        )
+        if verdict.state == pb.Health.STATE_UNHEALTHY:
+            self._core.background.spawn(self._act(record))
+
+    async def _act(self, record: ContainerRecord) -> None:
+        """What the container is to suffer for being unhealthy. A kill is one that its restart policy sees."""
+        with in_namespace(record.namespace), suppress(NotFound):
+            try:
+                match record.config.health_on_failure:
+                    case pb.ContainerConfig.HEALTH_ACTION_KILL:
+                        await self._core.leaves.tasks.Kill(tasks_pb2.KillRequest(id=record.id, signal=SIGKILL))
+                    case pb.ContainerConfig.HEALTH_ACTION_STOP:
+                        await self._lifecycle.stop(record.id, signal="", timeout_s=None)
+                    case pb.ContainerConfig.HEALTH_ACTION_RESTART:
+                        await self._lifecycle.restart(record.id, signal="", timeout_s=None)
+            except (CorralError, OSError) as e:
+                log.warning("container.unhealthy_action_failed", container=record.id, error=str(e))
+
+
+def _age_s(record: ContainerRecord) -> float:
+    return (time.time_ns() - record.started_ns) / 1e9

@@ -1,0 +1,96 @@
+"""Health checks: probed in the container, told to everybody, acted on."""
+# ruff: noqa: ASYNC110 (these tests wait for what happens in time)
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from support.corrald import Corrald
+from support.engine import EngineClient
+from support.engine_fixtures import engine, loaded
+from support.requirements import needs
+
+from corral.api.engine.v1 import engine_pb2 as pb
+from corral.api.images.v1.images_pb2 import Healthcheck
+from corral.rpc.errors import InvalidArgument
+
+__all__ = ["engine", "loaded"]
+pytestmark = needs("root", "overlayfs", "busybox")
+SOON = Duration(nanos=50_000_000)
+
+
+def check(command: str, **more: object) -> Healthcheck:
+    return Healthcheck(test=["CMD-SHELL", command], **({"interval": SOON, "retries": 2} | more))  # type: ignore[arg-type]
+
+
+async def until(engine: EngineClient, name: str, wanted: Callable[[pb.Container], bool]) -> pb.Container:
+    async with asyncio.timeout(30):
+        while not wanted(found := await engine.get(name)):
+            await asyncio.sleep(0.05)
+    return found
+
+
+async def test_it_is_what_its_probe_says_it_is(engine: EngineClient) -> None:
+    probe = "echo looked; test -e /tmp/well"
+    await engine.run("sleep", "1000", name="probed", healthcheck=check(probe))
+    assert (await engine.get("probed")).health.state == pb.Health.STATE_STARTING
+    sick = await until(engine, "probed", lambda c: c.health.state == pb.Health.STATE_UNHEALTHY)
+    assert (sick.status, sick.health.last_output) == (pb.STATUS_RUNNING, "looked\n")
+    assert sick.health.failing_streak >= 2
+    assert [c.name for c in await engine.listed(health="unhealthy")] == ["probed"]
+    made = pb.ExecContainerRequest(container="probed", args=["touch", "/tmp/well"])
+    exec_ = await engine.containers.Exec(made)
+    await engine.containers.ExecStart(pb.ExecStartRequest(container="probed", exec_id=exec_.exec_id))
+    well = await until(engine, "probed", lambda c: c.health.state == pb.Health.STATE_HEALTHY)
+    assert well.health.failing_streak == 0
+    topics = await engine.topics_of(well.id, prefix="container.")
+    assert topics.count("container.checked") == 2
+    await engine.delete("probed", force=True)
+
+
+async def test_a_probe_that_hangs_is_killed_and_counts_as_a_failure(engine: EngineClient) -> None:
+    hanging = check("sleep 1000", timeout=Duration(nanos=200_000_000), retries=1)
+    await engine.run("sleep", "1000", name="hangs", healthcheck=hanging)
+    sick = await until(engine, "hangs", lambda c: c.health.state == pb.Health.STATE_UNHEALTHY)
+    assert "longer than 0.2 s" in sick.health.last_output
+    tops = await engine.containers.Top(pb.TopRequest(container="hangs"))
+    assert len([p for p in tops.processes if "1000" in p.command]) <= 2, "probes do not pile up"
+    await engine.delete("hangs", force=True)
+
+
+@pytest.mark.parametrize("action", ["KILL", "STOP", "RESTART"])
+async def test_what_is_done_about_an_unhealthy_one(engine: EngineClient, action: str) -> None:
+    value = pb.ContainerConfig.HealthAction.Value(f"HEALTH_ACTION_{action}")
+    script = "trap 'exit 5' TERM; while :; do sleep 0.05; done"
+    id_ = await engine.run(
+        "sh", "-c", script, name="acted", healthcheck=check("false", retries=1), health_on_failure=value
+    )
+    if action == "RESTART":
+        began = (await engine.get(id_)).started_at.ToNanoseconds()
+        await until(engine, id_, lambda c: c.started_at.ToNanoseconds() > began and c.status == pb.STATUS_RUNNING)
+    else:
+        ended = await until(engine, id_, lambda c: c.status == pb.STATUS_EXITED)
+        assert ended.exit.code == {"KILL": 137, "STOP": 5}[action]
+    await engine.delete(id_, force=True)
+
+
+async def test_nonsense_is_refused(engine: EngineClient) -> None:
+    with pytest.raises(InvalidArgument, match="health check"):
+        await engine.create("true", healthcheck=Healthcheck(test=["whatever"]))
+    with pytest.raises(InvalidArgument, match="unhealthy"):
+        await engine.create("true", health_on_failure=77)
+
+
+def test_the_command_line_has_dockers_options(loaded: Corrald) -> None:
+    flags = ("--health-cmd", "true", "--health-interval", "100ms", "--health-retries", "1", "--health-timeout", "9s")
+    loaded.corral("run", "-d", "--name", "well", "--network", "none", *flags, "busybox", "sleep", "1000", check=True)
+    for _ in range(200):
+        shown = loaded.corral("ps", "--filter", "health=healthy").stdout
+        if b"(healthy)" in shown:
+            break
+    assert b"(healthy)" in shown
+    refused = loaded.corral("run", "--no-healthcheck", "--health-cmd", "x", "busybox", "true")
+    assert refused.returncode == 125
+    assert b"exclude one another" in refused.stderr
+    loaded.corral("rm", "-f", "well", check=True)
