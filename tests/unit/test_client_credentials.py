@@ -105,6 +105,18 @@ def test_what_docker_wrote_is_understood(home: Path) -> None:
     assert credentials.find("token.example").registry_token == "abc"
 
 
+def test_the_environment_is_asked_before_the_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(home, {"auths": {registry: {"auth": packed("file:secret")} for registry in ("a.example", "b.example")}})
+    monkeypatch.setenv("DOCKER_AUTH_CONFIG", json.dumps({"auths": {"https://a.example": {"auth": packed("ci:job")}}}))
+    assert credentials.find("a.example") == RegistryAuth(username="ci", password="job")
+    assert credentials.find("b.example").username == "file"
+    for text in ("secret{", "[]"):
+        monkeypatch.setenv("DOCKER_AUTH_CONFIG", text)
+        with pytest.raises(ValueError, match="DOCKER_AUTH_CONFIG is not a JSON object") as caught:
+            credentials.find("a.example")
+        assert "secret" not in str(caught.value)
+
+
 def test_a_link_to_the_file_stays_one(home: Path) -> None:
     write(home, {})
     path = home / "docker" / "config.json"

@@ -164,6 +164,7 @@ server = "https://registry-1.docker.io"
     x-one = "1"
     x-two = ["2", "3"]
 [host."http://a.example:81/cache"]
+  dial_timeout = "1m1.5s"
   skip_verify = true
 [host."https://c.example/registry"]
   override_path = true
@@ -177,6 +178,7 @@ server = "https://registry-1.docker.io"
     assert first.connect_s == 1.5
     assert (first.is_registry, first.mirror_of) == (False, "docker.io")
     assert (second.base, second.tls.skip_verify) == ("http://a.example:81/cache/v2", True)
+    assert second.connect_s == 61.5
     assert third.base == "https://c.example/registry"
     assert (last.base, last.is_registry, last.mirror_of) == ("https://registry-1.docker.io/v2", True, "")
 
@@ -239,6 +241,7 @@ def test_files_as_docker_has_them(tmp_path: Path) -> None:
         ('[host."https://x"]\nclient = [["a", "b", "c"]]', "client"),
         ('[host."https://x"]\nca = 3', "ca"),
         ('[host."https://x"]\ndial_timeout = "soon"', "dial_timeout"),
+        ('[host."https://x"]\ndial_timeout = "1m and 30s"', "dial_timeout"),
         ('[host."https://x".header]\n"a b" = "c"', "header"),
         ('[host."https://x".header]\na = "c\\r\\nd: e"', "header"),
     ],

@@ -4,9 +4,10 @@
     {"auths": {"registry.example": {"auth": base64("user:password")} or {"identitytoken": …}},
      "credHelpers": {"registry.example": "NAME"}, "credsStore": "NAME"}
 
+$DOCKER_AUTH_CONFIG may hold such a document with "auths", which is asked before the file and is not written to.
 With a helper, the program docker-credential-NAME keeps the secrets: `get`, `store` and `erase` as its argument, the
 registry or a JSON object on stdin.
-Source: docker/cli "config.json"; docker/docker-credential-helpers, README "Development".
+Source: docker/cli "config.json" and "DOCKER_AUTH_CONFIG"; docker/docker-credential-helpers, README "Development".
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from urllib.parse import urlsplit
 
 from corral.api.images.v1.images_pb2 import RegistryAuth
 
+ENVIRONMENT = "DOCKER_AUTH_CONFIG"
 DEFAULT_REGISTRY = "docker.io"
 # As docker writes it, for historical reasons.
 DEFAULT_KEY = "https://index.docker.io/v1/"
@@ -56,14 +58,31 @@ async def async_registry_auth(name: str) -> RegistryAuth:
 
 def find(registry: str) -> RegistryAuth:
     """What is kept for a registry; empty if nothing is. Raises ValueError, OSError."""
+    if (found := _in_auths(_environment(), registry)) is not None:
+        return found
     config = _read()
     helper = _helper(config, registry)
     if helper and (found := _ask_helper(helper, registry)) is not None:
         return found
+    return _in_auths(config, registry) or RegistryAuth()
+
+
+def _in_auths(config: _Config, registry: str) -> RegistryAuth | None:
     for key, entry in _table(config, "auths").items():
         if _registry_of_key(key) == registry and isinstance(entry, dict):
             return _from_entry(entry, registry)
-    return RegistryAuth()
+    return None
+
+
+def _environment() -> _Config:
+    """As build services hand logins on. Its text, which is a secret, is not repeated in errors."""
+    try:
+        config = json.loads(os.environ.get(ENVIRONMENT) or "{}")
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"${ENVIRONMENT} is not a JSON object as docker's config.json is: correct it, or unset it")
+    return config
 
 
 def store(registry: str, auth: RegistryAuth) -> str:

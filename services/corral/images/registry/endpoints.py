@@ -35,8 +35,8 @@ DEFAULT_DIRECTORY = "_default"
 HUB = "https://registry-1.docker.io"
 CONNECT_S = 15.0
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m)")
-_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class Capability(StrEnum):
@@ -242,10 +242,10 @@ def _headers(value: object, where: str) -> tuple[tuple[str, str], ...]:
 def _duration_s(value: object, where: str) -> float:
     if value is None:
         return CONNECT_S
-    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
+    parts = list(_DURATION.finditer(value)) if isinstance(value, str) else []
+    if not parts or "".join(part[0] for part in parts) != value:
         raise ValueError(f'{where}: dial_timeout {value!r} is no time such as "3s"')
-    return float(match[1]) * _UNITS_S[match[2]]
+    return sum(float(part[1]) * _UNITS_S[part[2]] for part in parts)
 
 
 def _texts(value: object, where: str) -> list[str]:
