@@ -22,7 +22,9 @@ from corral.kernel.seccomp.tables import numbers
 from corral.kernel.syscalls import MACHINE
 from corral.oci import defaults
 from corral.oci.errors import ExecFailed
+from corral.oci.listener import pass_to_listener
 from corral.oci.spec import Action, IdMapping, Namespace, Seccomp, SeccompSyscall
+from corral.oci.state import State
 
 pytestmark = needs("root", "overlayfs", "busybox", "userns")
 
@@ -218,3 +220,26 @@ def test_a_listener_that_is_not_there_fails_the_container(lab, tmp_path, kind):
 def test_without_one_the_path_is_ignored(lab):
     profile = replace(defaults.seccomp(defaults.CAPABILITIES), listener_path="/no/such/socket")
     assert lab.run("echo fine", linux={"seccomp": profile}).output == "fine\n"
+
+
+def test_a_listener_may_hang_up_as_soon_as_it_has_been_told(tmp_path):
+    """It was told once more, of nothing, which fails where nobody is left."""
+    path = tmp_path / "agent"
+    profile = Seccomp(default_action=Action.ALLOW, listener_path=str(path))
+    told = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def listen() -> None:
+            for _ in range(500):
+                connection, _ = listener.accept()
+                told.append(connection.recv(65536))
+                connection.close()
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        for _ in range(500):
+            pass_to_listener(profile, 0, os.getpid(), State("the-id", "/bundle", {}))
+        thread.join()
+    assert len(told) == 500

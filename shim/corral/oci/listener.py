@@ -33,7 +33,9 @@ def pass_to_listener(profile: Seccomp, fd: int, pid: int, state: State) -> None:
             connection.settimeout(_PATIENCE_S)  # a listener that takes nothing must not hold up its container for ever
             connection.connect(profile.listener_path)
             sent = connection.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
-            connection.sendall(data[sent:])
+            if sent < len(data):  # who has it all may have hung up, and would be told in vain even of nothing
+                connection.sendall(data[sent:])
     except OSError as e:
         reason = e.strerror or str(e)
-        raise ExecFailed(SETUP, f"linux.seccomp.listenerPath: {profile.listener_path}: {reason}") from e
+        where = f"linux.seccomp.listenerPath: failed to connect with seccomp agent {profile.listener_path}"
+        raise ExecFailed(SETUP, f"{where}: {reason}") from e
