@@ -39,6 +39,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "top": ("container", "List the processes of a container"),
     "stats": ("container", "Show what containers use"),
     "events": ("events", "Show what happened, and what happens"),
+    "container": ("container_group", "Containers: all of the above by their noun, ls and prune"),
     "image": ("image", "Images: pull, push, import, save, load, ls, inspect, history, mount, tag, rm, prune"),
     "history": ("history", "Show how an image came to be"),
     "images": ("image", "List images"),
@@ -52,14 +53,21 @@ VERBS: dict[str, tuple[str, str]] = {
     "login": ("registry", "Prove who you are to a registry"),
     "logout": ("registry", "Forget a login"),
     "snapshot": ("snapshot", "Snapshots: ls, inspect, mounts, usage, rm, drivers"),
-    "network": ("network", "Networks: create, ls, inspect, connect, disconnect, rm"),
+    "network": ("network", "Networks: create, ls, inspect, connect, disconnect, rm, prune"),
     "volume": ("volume", "Volumes: create, ls, inspect, rm, prune"),
-    "system": ("system", "The engine: info, version, check-host"),
+    "system": ("system", "The engine: info, version, check-host, df, check, prune"),
     "version": ("system", "Show the versions of client and daemon"),
     "completion": ("completion", "Print a completion script for a shell"),
 }
 # Exit code of `run`, `create` and `exec` when corral itself failed, as docker has it.
 ENGINE_FAILED = 125
+
+
+def load_verb(verb: str) -> click.Command:
+    """The command of one of VERBS."""
+    command = getattr(importlib.import_module(f"corral.cli.{VERBS[verb][0]}"), f"{verb}_command")
+    assert isinstance(command, click.Command)
+    return command
 
 
 class LazyGroup(click.Group):
@@ -71,10 +79,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(f"corral.cli.{VERBS[cmd_name][0]}")
-        command = getattr(module, f"{cmd_name}_command")
-        assert isinstance(command, click.Command)
-        return command
+        return load_verb(cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -153,7 +158,8 @@ def _report(error: Exception, args: "Sequence[str]") -> int:
 
 
 def _verb(args: "Sequence[str]") -> str:
-    return next((a for a in args if a in VERBS), "")
+    """What is to be done, be it by its noun: `corral container run` is run."""
+    return next((a for a in args if a in VERBS and a != "container"), "")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,15 @@ import click
 
 from corral.cli.app import App, each, pass_app
 from corral.cli.output import format_option, show_json, show_rows
+from corral.cli.prune import network_prune_command
 
 
 @click.group("network")
 def network_command() -> None:
     """Networks."""
+
+
+network_command.add_command(network_prune_command)
 
 
 @network_command.command("create")

@@ -8,6 +8,7 @@ from corral.cli.app import App, pass_app
 from corral.cli.check import check_command
 from corral.cli.disk import df_command
 from corral.cli.output import enum_word, human_size, plain, show_rows
+from corral.cli.prune import system_prune_command
 
 _FORM = click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", help="Output form")
 
@@ -19,6 +20,7 @@ def system_command() -> None:
 
 system_command.add_command(df_command)
 system_command.add_command(check_command)
+system_command.add_command(system_prune_command)
 
 
 @system_command.command("info")
