@@ -223,7 +223,7 @@ def test_without_one_the_path_is_ignored(lab):
 
 
 def test_a_listener_may_hang_up_as_soon_as_it_has_been_told(tmp_path):
-    """It was told once more, of nothing, which fails where nobody is left."""
+    """It was told once more, of nothing, which fails where nobody is left; and one that is busy was not waited for."""
     path = tmp_path / "agent"
     profile = Seccomp(default_action=Action.ALLOW, listener_path=str(path))
     told = []

@@ -6,13 +6,14 @@ Source: OCI runtime-spec config-linux.md "Seccomp" (listenerPath) and "The Conta
 import array
 import json
 import socket
+import struct
 
 from corral.oci import OCI_VERSION
 from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.spec import Seccomp
 from corral.oci.state import State
 
-_PATIENCE_S = 10.0
+_PATIENCE_S = 10
 
 
 def pass_to_listener(profile: Seccomp, fd: int, pid: int, state: State) -> None:
@@ -30,7 +31,8 @@ def pass_to_listener(profile: Seccomp, fd: int, pid: int, state: State) -> None:
     data = json.dumps(message).encode()
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(_PATIENCE_S)  # a listener that takes nothing must not hold up its container for ever
+            # Whoever takes nothing must not hold up the container for ever; who has many to greet is waited for.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _PATIENCE_S, 0))
             connection.connect(profile.listener_path)
             sent = connection.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
             if sent < len(data):  # who has it all may have hung up, and would be told in vain even of nothing
