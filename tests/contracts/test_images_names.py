@@ -12,6 +12,7 @@ from support.tars import packed
 
 from corral.api.images.v1 import images_pb2 as pb
 from corral.api.types.v1 import types_pb2 as types
+from corral.images.wire import from_image
 from corral.rpc.context import in_namespace
 from corral.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 
@@ -119,6 +120,18 @@ async def test_an_image_that_loses_its_last_name_stays_nameless_until_prune(leaf
     assert two.id not in pruned.deleted
     with pytest.raises(NotFound):
         await get(leaf, one.id)
+
+
+async def test_an_image_that_goes_while_it_is_told_of_is_no_fault(leaf: ImagesLeaf, tmp_path: Path) -> None:
+    """Of its layers those stay that another image has. So it was with a pull, whose image went before its answer."""
+    await load(leaf, tmp_path, "one:1", "shared", "own")
+    await load(leaf, tmp_path, "two:1", "shared")
+    images = leaf.service._images
+    record = images.find("default", "one:1")
+    from_image(images.view(record))
+    await remove(leaf, "one:1")
+    told = from_image(images.view(record))
+    assert [each.size_bytes for each in told.layers] == [0, 0]
 
 
 async def test_with_the_last_name_goes_all_that_only_this_image_used(leaf: ImagesLeaf, tmp_path: Path) -> None:

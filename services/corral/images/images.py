@@ -92,7 +92,8 @@ class Images:
         sizes: tuple[int, ...] = ()
         if record.chain_id:
             here = trees.layers(snapshot, details.chain, self._driver.name)
-            sizes = tuple(here[chain_id].size_bytes for chain_id in details.chain if chain_id in here)
+            if all(chain_id in here for chain_id in details.chain):  # else it has been removed meanwhile
+                sizes = tuple(here[chain_id].size_bytes for chain_id in details.chain)
         return ImageView(record, details, names, sizes)
 
     async def view_all(self, namespace: str, pattern: str) -> Sequence[ImageView]:
