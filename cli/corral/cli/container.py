@@ -59,11 +59,12 @@ def stop_command(app: App, containers: tuple[str, ...], grace_s: float | None, s
 
 @click.command("restart")
 @click.option("-t", "--time", "--timeout", "grace_s", type=float, help="Seconds until SIGKILL, default 10")
+@click.option("-s", "--signal", default="", help="Signal to send first")
 @_names
 @pass_app
-def restart_command(app: App, containers: tuple[str, ...], grace_s: float | None) -> int:
+def restart_command(app: App, containers: tuple[str, ...], grace_s: float | None, signal: str) -> int:
     """Stop and start containers."""
-    return each(containers, lambda c: app.client.containers.restart(c, timeout_s=grace_s))
+    return each(containers, lambda c: app.client.containers.restart(c, timeout_s=grace_s, signal=signal))
 
 
 @click.command("kill")
@@ -152,12 +153,22 @@ def rename_command(app: App, container: str, new_name: str) -> None:
 @click.command("ps")
 @click.option("-a", "--all", "everything", is_flag=True, help="Also those that do not run")
 @click.option("-f", "--filter", "filters", multiple=True, help="KEY=VALUE: name, id, status, health, label, image…")
+@click.option("-n", "--last", type=int, default=-1, help="Only the N made last, whether they run or not")
+@click.option("-l", "--latest", is_flag=True, help="Only the one made last, whether it runs or not")
 @click.option("--no-trunc", is_flag=True, help="Whole ids and commands")
 @click.option("-s", "--size", is_flag=True, help="What each has written, and how much that is with its image")
 @format_option
 @pass_app
 def ps_command(
-    app: App, everything: bool, filters: Sequence[str], no_trunc: bool, size: bool, form: str, quiet: bool
+    app: App,
+    everything: bool,
+    filters: Sequence[str],
+    last: int,
+    latest: bool,
+    no_trunc: bool,
+    size: bool,
+    form: str,
+    quiet: bool,
 ) -> None:
     """List containers."""
     wanted: dict[str, list[str]] = {}
@@ -166,7 +177,11 @@ def ps_command(
         if not separator:
             raise ValueError(f"filter {text!r} is not understood: give KEY=VALUE")
         wanted.setdefault(key, []).append(value)
-    containers = app.client.containers.list(all=everything or "status" in wanted, filters=dict(wanted), size=size)
+    count = 1 if latest else last
+    everything = everything or count >= 0 or not wanted.keys().isdisjoint(("status", "exited"))
+    containers = app.client.containers.list(all=everything, filters=dict(wanted), size=size)
+    if count >= 0:
+        containers = containers[:count]  # the newest come first
     show_rows(
         ("CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAMES", *(["SIZE"] if size else [])),
         [(*_ps_row(c, no_trunc), *([_size(c)] if size else [])) for c in containers],
@@ -256,12 +271,12 @@ def _inspected(app: App, name: str, kind: str | None, *, size: bool) -> "engine_
 @click.option("-f", "--follow", is_flag=True, help="Go on as more is written")
 @click.option("--since", help="Only from this time: RFC 3339, or how long ago, such as 10m")
 @click.option("--until", help="Only up to this time")
-@click.option("-n", "--tail", type=int, help="Only the last N lines")
+@click.option("-n", "--tail", default="all", metavar="N", help="Only the last N lines")
 @click.option("-t", "--timestamps", is_flag=True, help="Show when each line was written")
 @_name
 @pass_app
 def logs_command(
-    app: App, container: str, follow: bool, since: str | None, until: str | None, tail: int | None, timestamps: bool
+    app: App, container: str, follow: bool, since: str | None, until: str | None, tail: str, timestamps: bool
 ) -> None:
     """Show a container's log."""
     from corral.api.tasks.v1 import tasks_pb2
@@ -271,7 +286,7 @@ def logs_command(
         follow=follow,
         since=parse_time(since) if since else None,
         until=parse_time(until) if until else None,
-        tail=tail if tail is None or tail >= 0 else None,
+        tail=_tail(tail),
     )
     begins_line = {1: True, 2: True}
     for entry in entries:
@@ -283,6 +298,14 @@ def logs_command(
         begins_line[fd] = not entry.partial
         if follow:
             stream.flush()
+
+
+def _tail(text: str) -> int | None:
+    """As docker: all, or a negative number, is every line."""
+    try:
+        return None if text == "all" or int(text) < 0 else int(text)
+    except ValueError:
+        raise ValueError(f"--tail {text!r} is not understood: give a number of lines, or all") from None
 
 
 def parse_time(text: str) -> "Timestamp":

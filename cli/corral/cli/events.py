@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.option("--after", type=int, default=0, help="Only after this sequence number")
 @click.option("--since", help="Only from this time: RFC 3339, or how long ago, such as 10m")
 @click.option("--until", help="Only up to this time, then end")
-@click.option("-f", "--filter", "filters", multiple=True, help="topic=container.*, subject=ID")
+@click.option("-f", "--filter", "filters", multiple=True, help="topic=, subject=, container=, image=, type=, event=")
 @click.option("--no-follow", is_flag=True, help="End at the last event there is")
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", help="Output form")
 @pass_app
@@ -35,17 +35,82 @@ def events_command(
     request.since.CopyFrom(parse_time(since or ("1970-01-01" if after or no_follow else "0s")))
     if until:
         request.until.CopyFrom(parse_time(until))
-    for text in filters:
-        key, _, value = text.partition("=")
-        if key not in ("topic", "subject") or not value:
-            raise ValueError(f"filter {text!r} is not understood: give topic=… or subject=…")
-        (request.topics if key == "topic" else request.subjects).append(value)
+    _apply_filters(app, request, filters)
     for answer in app.client.system.events(request):
         if answer.HasField("gap"):
             click.echo(f"corral: events before {answer.gap.resumes_at} are no longer kept", err=True)
         for event in answer.events:
             click.echo(json.dumps(plain(event), ensure_ascii=False) if form == "json" else _line(event))
         sys.stdout.flush()
+
+
+# What docker calls what happens, and those of its words that are ours.
+_EVENTS = {
+    "create": "*.created",
+    "destroy": "container.removed",
+    "die": "container.died",
+    "exec_die": "task.exec.exited",
+    "exec_start": "task.exec.started",
+    "health_status": "container.checked",
+    "oom": "task.oom",
+    "pause": "container.paused",
+    "pull": "image.pulled",
+    "remove": "*.removed",
+    "rename": "container.renamed",
+    "start": "container.started",
+    "stop": "container.stopped",
+    "tag": "image.tagged",
+    "unpause": "container.unpaused",
+}
+_KINDS = ("container", "image", "volume", "network", "snapshot", "task", "endpoint", "cgroup", "content")
+
+
+def _apply_filters(app: App, request: "types_pb2.EventsRequest", filters: tuple[str, ...]) -> None:
+    """As docker: values of one key are or'ed, keys are and'ed."""
+    kinds, names = [], []
+    for text in filters:
+        key, _, value = text.partition("=")
+        match key:
+            case "topic" if value:
+                request.topics.append(value)
+            case "subject" | "image" | "volume" | "network" if value:
+                request.subjects.append(value)
+            case "container" if value:
+                request.subjects.append(_id_of(app, value))
+            case "type" if value in _KINDS:
+                kinds.append(value)
+            case "event" if value in _EVENTS:
+                names.append(_EVENTS[value])
+            case "type":
+                raise ValueError(f"{value!r} is nothing that events are about: it is one of {', '.join(_KINDS)}")
+            case "event":
+                raise ValueError(f"{value!r} is no event: it is one of {', '.join(_EVENTS)}; or give topic=…")
+            case _:
+                raise ValueError(f"filter {text!r} is not understood: give container=, image=, type=, event= or topic=")
+    request.topics.extend(_topics(kinds, names))
+
+
+def _topics(kinds: list[str], names: list[str]) -> list[str]:
+    if not names:
+        return [f"{kind}.*" for kind in kinds]
+    patterns = []
+    for name in names:
+        about = name.partition(".")[0]
+        if about != "*":
+            patterns += [name] if not kinds or about in kinds or (about == "task" and "container" in kinds) else []
+        else:
+            patterns += [f"{kind}{name[1:]}" for kind in kinds or _KINDS]
+    return patterns or ["none.of.these"]
+
+
+def _id_of(app: App, name: str) -> str:
+    """A container's id; what is no container any more may be the id of one that was."""
+    from corral.rpc.errors import CorralError
+
+    try:
+        return app.client.containers.get(name).id
+    except CorralError:
+        return name
 
 
 def _line(event: "types_pb2.Event") -> str:

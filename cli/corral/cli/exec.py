@@ -13,7 +13,8 @@ _CONTEXT = {"allow_interspersed_args": False}
 @click.option("-i", "--interactive", "stdin", is_flag=True, help="Keep stdin open")
 @click.option("-t", "--tty", "terminal", is_flag=True, help="Give it a terminal")
 @click.option("-d", "--detach", is_flag=True, help="Leave it running in the background")
-@click.option("-e", "--env", multiple=True, help="Set an environment variable, NAME=VALUE")
+@click.option("-e", "--env", multiple=True, help="Set an environment variable, NAME=VALUE, or NAME to pass it on")
+@click.option("--env-file", multiple=True, type=click.Path(exists=True), help="Read environment variables from a file")
 @click.option("-w", "--workdir", "working_dir", default="", help="Working directory inside")
 @click.option("-u", "--user", default="", help="User: name or uid, with :group")
 @click.option("--privileged", is_flag=True, help="All capabilities")
@@ -29,13 +30,14 @@ def exec_command(
     terminal: bool,
     detach: bool,
     env: Sequence[str],
+    env_file: Sequence[str],
     working_dir: str,
     user: str,
     privileged: bool,
     detach_keys: str,
 ) -> int:
     """Run a further command in a running container; the exit code is the command's."""
-    from corral.cli.run import exit_code
+    from corral.cli.run import exit_code, passed_on
     from corral.cli.terminal import Session, parse_detach_keys, require_terminal, window_size
     from corral.client.execution import Attachment
     from corral.client.options import environment
@@ -47,7 +49,7 @@ def exec_command(
     made = containers.exec_create(
         container,
         args,
-        env=environment(env),
+        env=environment(passed_on(env_file, env)),
         working_dir=working_dir,
         user=user,
         terminal=terminal,

@@ -257,8 +257,7 @@ def _options_from_flags(flags: dict[str, Any]) -> "ContainerOptions":
     from corral.cli.terminal import window_size
 
     flags = dict(flags)
-    lines = [line for file in flags.pop("env_file") for line in _env_file(file)]
-    flags["env"] = [_env_value(e) for e in (*lines, *flags["env"]) if "=" in e or not e or e in os.environ]
+    flags["env"] = passed_on(flags.pop("env_file"), flags["env"])
     for key in _PAIRS:
         flags[key] = dict(_pair(key, text) for text in flags[key])
     if flags.pop("no_healthcheck"):
@@ -275,6 +274,12 @@ def _options_from_flags(flags: dict[str, Any]) -> "ContainerOptions":
         if options.get(key) == "":
             del options[key]  # type: ignore[misc]
     return options
+
+
+def passed_on(files: Sequence[str], env: Sequence[str]) -> list[str]:
+    """Environment variables from files, then single ones; a NAME alone has this process's value, if that has one."""
+    lines = [line for file in files for line in _env_file(file)]
+    return [_env_value(e) for e in (*lines, *env) if "=" in e or not e or e in os.environ]
 
 
 def _env_file(path: str) -> list[str]:

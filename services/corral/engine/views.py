@@ -9,7 +9,7 @@ from corral.engine import store
 from corral.engine.core import Core
 from corral.engine.health import Checks
 from corral.engine.health_rules import HEALTH_WORDS, health_word
-from corral.engine.records import ALIVE, SETTLED, ContainerRecord, Status
+from corral.engine.records import ALIVE, SETTLED, ContainerRecord, Status, to_ns
 from corral.rpc.context import current_namespace
 from corral.rpc.errors import InvalidArgument, NotFound, Unavailable
 
@@ -49,7 +49,7 @@ class Views:
     async def list(self, request: ListContainersRequest) -> list[Container]:
         """Newest first; one call to tasks, however many there are. Raises InvalidArgument for an unknown filter."""
         namespace = current_namespace()
-        wanted = _filter(request.filters)
+        wanted = _filter({key: tuple(values.values) for key, values in request.filters.items()}, self._created_ns)
         records = await self._core.database.read(lambda view: store.containers(view, namespace))
         records = [record for record in records if record.status is not Status.CREATING]
         tasks = await self._tasks() if any(record.status in _HAS_TASK for record in records) else {}
@@ -58,10 +58,13 @@ class Views:
             task = tasks.get(record.id) if record.status in _HAS_TASK else None
             container = merged(record, task) if task is not None else self._ended(record)
             self._show_health(record, container)
-            shown = request.all or "status" in request.filters or container.status in _SHOWN
+            shown = request.all or not _OF_ENDED.isdisjoint(request.filters) or container.status in _SHOWN
             if shown and wanted(container):
                 found.append(container)
         return found
+
+    def _created_ns(self, reference: str) -> int:
+        return self._core.resolve(reference).created_ns
 
     def _ended(self, record: ContainerRecord) -> Container:
         """One without a task. That it is to be started again no row says."""
@@ -80,6 +83,8 @@ class Views:
         return {task.id: task for task in response.tasks}
 
 
+# Filters that ask for those which do not run, too.
+_OF_ENDED = frozenset({"status", "exited"})
 _SHOWN = frozenset(int(status) for status in ALIVE | {Status.RESTARTING})
 
 
@@ -97,13 +102,20 @@ def merged(record: ContainerRecord, task: Task) -> Container:
 # Filters
 
 
-def _filter(filters: Mapping[str, object]) -> Callable[[Container], bool]:
-    tests = []
-    for key, values in filters.items():
+def _filter(filters: Mapping[str, tuple[str, ...]], created_ns: Callable[[str], int]) -> Callable[[Container], bool]:
+    """created_ns: when the container that a reference means was made."""
+    tests: list[tuple[Callable[[Container, str], bool], tuple[str, ...]]] = []
+    for key, wanted in filters.items():
+        if key in ("before", "since"):
+            limits = [created_ns(reference) for reference in wanted]
+            tests.append((_made_before if key == "before" else _made_since, tuple(map(str, limits))))
+            continue
         test = _TESTS.get(key)
         if test is None:
-            raise InvalidArgument(f"{key!r} is no filter: use {', '.join(sorted(_TESTS))}", reason="BAD_FILTER")
-        wanted = tuple(values.values)  # type: ignore[attr-defined]
+            known = ", ".join(sorted((*_TESTS, "before", "since")))
+            raise InvalidArgument(f"{key!r} is no filter: use {known}", reason="BAD_FILTER")
+        if key == "exited" and (wrong := [value for value in wanted if not value.isdecimal()]):
+            raise InvalidArgument(f"{wrong[0]!r} is no exit code: give a number", reason="BAD_FILTER")
         if key == "status" and (unknown := set(wanted) - {status.word for status in SETTLED | {Status.REMOVING}}):
             raise InvalidArgument(f"{min(unknown)!r} is no status of a container", reason="BAD_FILTER")
         if key == "health" and (unknown := set(wanted) - set(HEALTH_WORDS)):
@@ -126,6 +138,22 @@ def _has_image(container: Container, wanted: str) -> bool:
     )
 
 
+def _made_before(container: Container, limit_ns: str) -> bool:
+    return to_ns(container.created_at) < int(limit_ns)
+
+
+def _made_since(container: Container, limit_ns: str) -> bool:
+    return to_ns(container.created_at) > int(limit_ns)
+
+
+def _has_exited(container: Container, code: str) -> bool:
+    return container.status == Status.EXITED.wire and container.exit.code == int(code)
+
+
+def _has_volume(container: Container, wanted: str) -> bool:
+    return any(wanted in (mount.source, mount.target) for mount in container.config.mounts)
+
+
 def _has_network(container: Container, wanted: str) -> bool:
     names: Iterable[str] = (interface.network for interface in container.endpoint.interfaces)
     return wanted in names or wanted == (container.config.network.mode or "bridge")
@@ -137,6 +165,9 @@ _TESTS: Mapping[str, Callable[[Container, str], bool]] = {
     "status": lambda container, wanted: Status(container.status).word == wanted,
     "label": _has_label,
     "image": _has_image,
+    "ancestor": _has_image,
+    "exited": _has_exited,
+    "volume": _has_volume,
     "network": _has_network,
     "health": lambda container, wanted: health_word(container.health.state) == wanted,
 }

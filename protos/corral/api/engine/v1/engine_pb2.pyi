@@ -1056,7 +1056,9 @@ class ListContainersRequest(_message.Message):
     """Tell their sizes too, which takes time."""
     @_builtins.property
     def filters(self) -> _containers.MessageMap[_builtins.str, Global___FilterValues]:
-        """"name", "id", "status", "label", "image", "network" -> values; keys are and'ed, values or'ed."""
+        """"name", "id", "status", "health", "label", "image" (or "ancestor"), "network", "volume", "exited" (a code), "before"
+        and "since" (a container) -> values; keys are and'ed, values or'ed.
+        """
 
     def __init__(
         self,

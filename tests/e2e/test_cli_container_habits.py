@@ -1,0 +1,93 @@
+"""Containers as the hands of docker's users expect: filters, and options that are easily missed."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.corrald import Corrald
+from support.engine_fixtures import loaded
+from support.requirements import needs
+
+__all__ = ["loaded"]
+pytestmark = needs("root", "overlayfs", "busybox")
+
+
+@pytest.fixture(scope="module")
+def own(loaded: Corrald) -> Iterator[Corrald]:
+    """Two that have ended, with codes 3 and 0, and one that runs, made in this order."""
+    words = {"three": ("sh", "-c", "echo a; echo b; exit 3"), "zero": ("true",), "runs": ("sleep", "1000")}
+    for name, args in words.items():
+        loaded.corral(
+            "run", "-d", "--network", "none", "--name", name, "-v", f"{name}:/data", "busybox", *args, check=True
+        )
+        if name != "runs":
+            loaded.corral("wait", name, check=True)
+    yield loaded
+    for name in words:
+        loaded.corral("rm", "-f", name, check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("-l",), ["runs"]),
+        (("-n", "2"), ["runs", "zero"]),
+        (("--filter", "exited=3"), ["three"]),
+        (("-a", "--filter", "before=zero"), ["three"]),
+        (("-a", "--filter", "since=zero"), ["runs"]),
+        (("-a", "--filter", "ancestor=busybox", "--filter", "volume=zero"), ["zero"]),
+        (("--filter", "health=none"), ["runs"]),
+    ],
+)
+def test_ps_finds(own: Corrald, options: tuple[str, ...], expected: list[str]) -> None:
+    shown = own.corral("ps", *options, "--format", "{{.Names}}", check=True).stdout.decode().split()
+    assert shown == expected
+
+
+@pytest.mark.parametrize("wrong", ["exited=three", "health=ill", "before=nobody", "colour=red"])
+def test_a_filter_that_is_none_is_refused(own: Corrald, wrong: str) -> None:
+    refused = own.corral("ps", "--filter", wrong)
+    assert refused.returncode == 1
+    assert wrong.partition("=")[2] in refused.stderr.decode() or "no filter" in refused.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        (("container=three", "event=die"), {("container.died", "three")}),
+        (("type=container", "event=create", "container=zero"), {("container.created", "zero")}),
+        (
+            ("container=runs", "event=start", "event=create", "type=container"),
+            {("container.created", "runs"), ("container.started", "runs")},
+        ),
+        (("type=volume", "volume=runs"), {("volume.created", "runs")}),
+    ],
+)
+def test_events_are_found_by_dockers_words(own: Corrald, filters: tuple[str, ...], expected: set[object]) -> None:
+    options = [word for text in filters for word in ("--filter", text)]
+    lines = own.corral("events", "--no-follow", "--format", "json", *options, check=True).stdout.decode().splitlines()
+    events = [json.loads(line) for line in lines]
+    assert {(event["topic"], event["payload"].get("name", event["subject"])) for event in events} == expected
+    refused = own.corral("events", "--no-follow", "--filter", "event=dance")
+    assert b"is no event: it is one of" in refused.stderr
+
+
+def test_logs_take_all_for_a_number(own: Corrald) -> None:
+    assert own.corral("logs", "--tail", "all", "three").stdout == b"a\nb\n"
+    assert own.corral("logs", "-n", "1", "three").stdout == b"b\n"
+    assert b"give a number of lines, or all" in own.corral("logs", "--tail", "many", "three").stderr
+
+
+def test_exec_takes_its_environment_from_files_and_from_here(own: Corrald, tmp_path: Path) -> None:
+    file = tmp_path / "env"
+    file.write_text("# a comment\nFROM_FILE=one\nPATH_LIKE\n")
+    os.environ["FROM_HERE"] = "two"
+    script = "echo $FROM_FILE $FROM_HERE $LAST"
+    options = ("--env-file", str(file), "-e", "FROM_HERE", "-e", "LAST=three")
+    try:
+        shown = own.corral("exec", *options, "runs", "sh", "-c", script, check=True).stdout
+    finally:
+        del os.environ["FROM_HERE"]
+    assert shown == b"one two three\n"
