@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PROTOS := $(shell find protos -name '*.proto' | sort)
 
-.PHONY: setup generate check test test-e2e test-crashes test-images test-cli test-contracts test-kernel test-unit test-vm test-vm-drivers test-vm-cgroups test-vm-systemd demo bench crash-test clean
+.PHONY: setup generate check test test-e2e test-crashes test-images test-registries test-cli test-contracts test-kernel test-unit test-vm test-vm-drivers test-vm-cgroups test-vm-systemd demo bench crash-test clean
 
 # Installs what is needed by name and creates .venv; running it again changes nothing.
 setup:
@@ -22,9 +22,9 @@ check: setup
 	$(PY) cli/generate_sync.py --check
 
 # In parts, side by side: most tests wait for the kernel, or for a time to pass. The longest come first.
-PARTS := crashes images contracts e2e cli kernel unit
+PARTS := images e2e contracts cli crashes registries kernel unit
 test: setup
-	@$(MAKE) --no-print-directory --keep-going --jobs=3 --output-sync=target $(PARTS:%=test-%)
+	@$(MAKE) --no-print-directory --keep-going --jobs=4 --output-sync=target $(PARTS:%=test-%)
 
 COMMANDS := $(wildcard tests/e2e/test_cli_*.py)
 CRASHES := tests/e2e/test_failpoints.py tests/e2e/test_engine_recovery.py
@@ -35,8 +35,11 @@ test-crashes:
 test-cli:
 	$(PY) -m pytest $(COMMANDS) $(PYTEST_ARGS)
 IMAGES := $(wildcard tests/contracts/test_images_*.py)
+REGISTRIES := $(wildcard tests/contracts/test_images_registry_*.py tests/contracts/test_images_policy*.py)
 test-images:
-	$(PY) -m pytest $(IMAGES) $(PYTEST_ARGS)
+	$(PY) -m pytest $(filter-out $(REGISTRIES),$(IMAGES)) $(PYTEST_ARGS)
+test-registries:
+	$(PY) -m pytest $(REGISTRIES) $(PYTEST_ARGS)
 test-contracts:
 	$(PY) -m pytest $(filter-out $(IMAGES),$(wildcard tests/contracts/test_*.py)) $(PYTEST_ARGS)
 test-kernel test-unit: test-%:

@@ -36,6 +36,7 @@ from corral.kernel import process
 from corral.kernel.paths import opened
 from corral.oci.rehearsal import Typical
 from corral.shim import seal, zygote
+from corral.tasks.zygote import _PROGRAM
 
 pytestmark = needs("root", "busybox")
 
@@ -276,6 +277,20 @@ def test_a_sealed_copy_in_memory_serves_where_mounts_cannot() -> None:
     assert sealed == "True"
     assert prefix == sys.base_prefix
     assert "memfd:corral-python" in mapped[0]
+
+
+def test_a_zygote_is_sealed_before_it_loads_what_it_would_load_again(tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    command = [sys.executable, "-I", "-S", "-X", "importtime", "-c", _PROGRAM, str(Path(seal.__file__).parents[2])]
+    ours, its = socket.socketpair()
+    ours.close()
+    to_report = (os.POSIX_SPAWN_OPEN, 2, str(report), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    with its:
+        pid = os.posix_spawn(command[0], command, {}, file_actions=[(os.POSIX_SPAWN_DUP2, its.fileno(), 3), to_report])
+    assert os.waitpid(pid, 0)[1] == 0
+    loaded = [line.rpartition("|")[2].strip() for line in report.read_text().splitlines()]
+    names = ("corral.shim.seal", "corral.shim.zygote", "corral.oci.runtime")
+    assert [loaded.count(name) for name in names] == [2, 1, 1]
 
 
 def test_an_interpreter_on_an_ordinary_mount_is_not_sealed() -> None:

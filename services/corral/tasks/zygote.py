@@ -29,7 +29,10 @@ OUTPUT_MAX_BYTES = 1 << 20
 END_S = 0.2
 LIVED_LONG_S = 1.0
 RESTART_MIN_S, RESTART_MAX_S = 0.05, 5.0
-_PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from corral.shim.zygote import main; main()"
+_PROGRAM = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from corral.shim.seal import be_sealed; be_sealed(); "
+    "from corral.shim.zygote import main; main()"
+)
 
 
 class Zygote:

@@ -15,7 +15,19 @@ from typing import NoReturn
 from corral.kernel import mount
 from corral.kernel.syscalls import AT_FDCWD
 
+SEALED = "--sealed"
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+def be_sealed() -> None:
+    """Go on sealed: as the same program from its beginning, so whatever it has loaded by then it loads twice.
+
+    Raises OSError, SystemExit.
+    """
+    if SEALED not in sys.argv:
+        execute_sealed(SEALED)
+    if not is_sealed():
+        raise SystemExit("corral zygote: the interpreter could not be sealed")
 
 
 def execute_sealed(marker: str) -> NoReturn:

@@ -22,7 +22,6 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,15 +41,11 @@ from corral.shim.server import Server
 from corral.shim.wire import Channel, Message, ProtocolError
 
 CONTROL_FD = 3
-SEALED = "--sealed"
 
 
 def main() -> None:
     """Be the zygote. Started as `python -I -S -c … ` with a connected socket as fd 3."""
-    if SEALED not in sys.argv:
-        seal.execute_sealed(SEALED)
-    if not seal.is_sealed():
-        raise SystemExit("corral zygote: the interpreter could not be sealed")
+    seal.be_sealed()
     _settle()
     typical = Typical()
     preload.preload()
