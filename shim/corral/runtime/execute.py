@@ -106,7 +106,7 @@ def _within(paths: tuple[str, ...], wanted: list[str]) -> tuple[str, ...]:
     for each in wanted:
         controllers, colon, below = each.rpartition(":")
         if ".." in below.split("/"):
-            raise CommandError(f"--cgroup: bad sub cgroup path {below!r}: it must lie below the container's")
+            raise CommandError(f"--cgroup: bad sub cgroup path {below!r}: `..` components are not allowed")
         of = {_directory_of(name, paths) for name in controllers.split(",")} if colon else {*paths}
         paths = tuple([f"{path}/{below.lstrip('/')}".rstrip("/") if path in of else path for path in paths])
     for path in paths if wanted else ():
