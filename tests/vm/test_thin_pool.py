@@ -196,7 +196,9 @@ def test_a_quota_is_what_is_free_whatever_lies_below(driver: Devicemapper, tmp_p
         (root / "f").write_bytes(bytes(QUOTA // 2))
     driver.adopt(ONE)
     for tree, quota in ((TWO, QUOTA), (THREE, 20 << 30)):
+        before = stored(tmp_path / "d")
         driver.prepare(tree, (ONE,), writable=True, quota_bytes=quota)
+        assert stored(tmp_path / "d") < before + (64 << 20)  # and not what inode tables take, 256 MiB of the larger one
         with mounted(driver.mounts(tree, (ONE,), writable=True), tmp_path / "m") as root:
             room = os.statvfs(root)
             assert quota - (1 << 20) < room.f_bavail * room.f_frsize <= quota

@@ -14,14 +14,13 @@ layer laid upon it, and a writable tree's a copy of the uppermost layer's. Block
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from corral.images.drivers.places import new_directory, numbered, takes_devices
 from corral.images.drivers.thin_pool import MAX_NUMBER, ThinPool
 from corral.images.drivers.usage import measure
 from corral.images.layers import devices
-from corral.images.layers.devices import SPARE_BYTES, TREE, tree_in
+from corral.images.layers.devices import OPTIONS, SPARE_BYTES, TREE, tree_in
 from corral.images.layers.removal import GoOn, always, remove_tree
 from corral.images.snapshotter import Apart, Form, Missing, Mount, TreeId, Usage, Work
 from corral.kernel import device_mapper
@@ -31,8 +30,6 @@ from corral.store.bounded import make_file_system, why_no_image
 from corral.store.files import atomic_write, fsync_directory
 
 _NUMBER, _NODE, _MADE = "thin", "device", "made"
-# What is deleted gives its room back; and inode tables, which read as zeros, are not written with zeros.
-_OPTIONS = ("discard", "noinit_itable")
 
 
 class Devicemapper:
@@ -76,7 +73,7 @@ class Devicemapper:
                 self._new(new, None)
                 failpoint("images.devicemapper.after_device")
                 make_file_system(self._node(new), SPARE_BYTES + SPARE_BYTES // 4)
-                with self._mounted(new) as (_, root):
+                with devices.mounted(self._node(new)) as root:
                     new_directory(tree_in(root))
                     syncfs(root)
                 self._pool.deactivate(new.name)
@@ -123,13 +120,6 @@ class Devicemapper:
         self._pool.activate(_number(base), base.name, node, read_only=read_only)
         return node
 
-    @contextmanager
-    def _mounted(self, base: Path) -> Iterator[tuple[Path, int]]:
-        """The node, and an fd of the root of its file system."""
-        node = self._node(base)
-        with devices.mounted(node) as root:
-            yield node, root
-
     def is_layer(self, tree: TreeId) -> bool:
         return (self._layers / str(tree)).is_dir()
 
@@ -156,8 +146,7 @@ class Devicemapper:
         self._new(base, self._layers / str(chain[0]) if chain else self._nothing())
         failpoint("images.devicemapper.after_snapshot")
         if quota_bytes:
-            with self._mounted(base) as (node, root):
-                devices.bound(root, node, quota_bytes)
+            devices.bound(self._node(base), quota_bytes)
             failpoint("images.devicemapper.after_quota")
         (base / _MADE).touch()
 
@@ -165,7 +154,7 @@ class Devicemapper:
         is_shared = bool(chain) and not writable
         base = self._layers / str(chain[0]) if is_shared else self._active / str(tree)
         node = self._node(base, read_only=is_shared) if base.is_dir() else base / _NODE
-        part = Mount("ext4", str(node), ("ro",) if is_shared else _OPTIONS)
+        part = Mount("ext4", str(node), ("ro",) if is_shared else OPTIONS)
         return [Mount("bind", f"@0/{TREE}", ("bind", "rw" if writable else "ro"), parts=(part,))]
 
     def apart(self, tree: TreeId, chain: Sequence[TreeId]) -> Apart:
@@ -179,10 +168,7 @@ class Devicemapper:
     def adopt(self, tree: TreeId) -> None:
         base, layer = self._active / str(tree), self._layers / str(tree)
         if not layer.is_dir():
-            with self._mounted(base) as (node, root):
-                devices.release(root)
-                devices.make_room(root, node, SPARE_BYTES)
-                syncfs(root)
+            devices.release(self._node(base))
             self._pool.deactivate(base.name)  # whoever is still using it would write to what others are copies of
             base.rename(layer)
             failpoint("images.devicemapper.after_adoption")
@@ -194,7 +180,7 @@ class Devicemapper:
             made = (base / _MADE).stat().st_ctime_ns
         except FileNotFoundError:  # a view of layers
             return Usage(0, 0)
-        with self._mounted(base) as (_, root):
+        with devices.mounted(self._node(base)) as root:
             return measure(tree_in(root), since_ns=made)
 
     def remove(self, tree: TreeId, *, go_on: GoOn = always) -> None:

@@ -20,13 +20,15 @@ from corral.store.measuring import measure_tree
 TREE = "fs"
 """The directory that a tree is in."""
 BALLAST = "ballast"
+OPTIONS = ("discard", "noinit_itable")
+"""What is deleted gives its room back, and inode tables, which read as zeros, are not filled with zeros."""
 SPARE_BYTES = 10 << 30
 """Free in every layer: what a container without a quota can write, so that none has to wait for more."""
 _SPARE_INODES = 65_536
 
 
 @contextmanager
-def mounted(device: Path | str) -> Iterator[int]:
+def mounted(device: Path | str, options: Sequence[str] = OPTIONS) -> Iterator[int]:
     """The root of the file system on a device, seen by us alone, for as long as the block lasts. Raises OSError.
 
     It may be in use by others, and is the same file system then. Writable if the device is.
@@ -37,7 +39,7 @@ def mounted(device: Path | str) -> Iterator[int]:
     finally:
         os.close(fd)
     attributes = MOUNT_ATTR_RDONLY if read_only else 0
-    root = new_mount("ext4", str(device), ("ro",) if read_only else (), attributes=attributes)
+    root = new_mount("ext4", str(device), ("ro",) if read_only else options, attributes=attributes)
     try:
         directory = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
     finally:
@@ -54,12 +56,12 @@ def fill(device: str, staged: Path, implicit: Sequence[str], links: Sequence[tup
     Raises OSError, BadLayer.
     """
     with mounted(device) as root:
-        tree = tree_in(root)
-        added = complete(staged, [tree], implicit, links)
-        size, inodes = measure_tree(staged)
-        # Blocks of directories and of indexes may be more here than there.
-        make_room(root, device, size + size // 8 + SPARE_BYTES, inodes=inodes + _SPARE_INODES)
-        lay([staged], tree)
+        added = complete(staged, [tree_in(root)], implicit, links)
+    size, inodes = measure_tree(staged)
+    # Blocks of directories and of indexes may be more here than there.
+    make_room(device, size + size // 8 + SPARE_BYTES, inodes=inodes + _SPARE_INODES)
+    with mounted(device) as root:
+        lay([staged], tree_in(root))
         syncfs(root)
     remove_tree(staged)
     return added
@@ -70,18 +72,16 @@ def tree_in(root: int) -> Path:
     return Path(f"/proc/self/fd/{root}/{TREE}")
 
 
-def make_room(root: int, device: Path | str, free_bytes: int, *, inodes: int = 0) -> None:
-    """Make a mounted file system so large that so much of it is free. Raises OSError."""
-    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        unit = ext4.block_bytes(fd)
+def make_room(device: Path | str, free_bytes: int, *, inodes: int = 0) -> None:
+    """Make a file system, which nobody has mounted, so large that so much of it is free. Raises OSError."""
+    # With what it is mounted otherwise, the kernel would write out the tables of all that is new, zeros, at once.
+    with mounted(device, ()) as root, open(device, "rb", buffering=0) as file:
+        unit = ext4.block_bytes(file.fileno())
         while (more := _lacking(root, free_bytes, inodes)) > 0:
-            before = ext4.size_bytes(fd)
-            ext4.grow(root, min(before + more, block.size_bytes(fd)) // unit)
-            if ext4.size_bytes(fd) <= before:
+            before = ext4.size_bytes(file.fileno())
+            ext4.grow(root, min(before + more, block.size_bytes(file.fileno())) // unit)
+            if ext4.size_bytes(file.fileno()) <= before:
                 return  # the device has no more
-    finally:
-        os.close(fd)
 
 
 def _lacking(root: int, free_bytes: int, inodes: int) -> int:
@@ -93,20 +93,24 @@ def _lacking(root: int, free_bytes: int, inodes: int) -> int:
     return short + short // 16 + (16 << 20) if short > 0 else 0
 
 
-def bound(root: int, device: Path | str, limit_bytes: int) -> None:
-    """Have the tree no more free room than that. Raises OSError."""
-    make_room(root, device, limit_bytes)
-    status = os.fstatvfs(root)
-    more = status.f_bavail * status.f_frsize - limit_bytes
-    if more > 0:
-        fd = os.open(BALLAST, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=root)
-        try:
-            os.posix_fallocate(fd, 0, more)
-        finally:
-            os.close(fd)
+def bound(device: Path | str, limit_bytes: int) -> None:
+    """Have the tree of a file system, which nobody has mounted, no more free room than that. Raises OSError."""
+    make_room(device, limit_bytes)
+    with mounted(device) as root:
+        status = os.fstatvfs(root)
+        more = status.f_bavail * status.f_frsize - limit_bytes
+        if more > 0:
+            fd = os.open(BALLAST, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=root)
+            try:
+                os.posix_fallocate(fd, 0, more)
+            finally:
+                os.close(fd)
 
 
-def release(root: int) -> None:
-    """Undo bound(). Raises OSError."""
-    with suppress(FileNotFoundError):
-        os.unlink(BALLAST, dir_fd=root)
+def release(device: Path | str) -> None:
+    """Undo bound(), and have it clean and synced. Raises OSError."""
+    with mounted(device) as root:  # which plays its journal
+        with suppress(FileNotFoundError):
+            os.unlink(BALLAST, dir_fd=root)
+        syncfs(root)
+    make_room(device, SPARE_BYTES)
