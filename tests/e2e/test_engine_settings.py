@@ -10,7 +10,7 @@ from support.requirements import needs
 
 from corral.api.engine.v1 import engine_pb2 as pb
 from corral.api.types.v1.types_pb2 import CpuResources, MemoryResources, PidsResources, Resources
-from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
+from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, InvalidArgument, NotFound
 
 __all__ = ["engine", "loaded"]
 pytestmark = needs("root", "overlayfs", "busybox", "netns")
@@ -220,7 +220,7 @@ async def test_volumes_by_hand(engine: EngineClient) -> None:
         await engine.volumes.Create(pb.CreateVolumeRequest(name="v"))
     with pytest.raises(InvalidArgument, match="driver"):
         await engine.volumes.Create(pb.CreateVolumeRequest(name="w", driver="nfs"))
-    with pytest.raises(Unimplemented, match="mount options"):
+    with pytest.raises(InvalidArgument, match="'device' is missing"):
         await engine.volumes.Create(pb.CreateVolumeRequest(name="w", options={"type": "nfs"}))
     await engine.volumes.Remove(pb.RemoveVolumeRequest(name="v"))
     with pytest.raises(NotFound, match="no such volume: v"):

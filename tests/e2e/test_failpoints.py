@@ -169,6 +169,8 @@ class Life:
         self.call(lambda: client.images.pull(f"{self.registry.host}/far:1", keep_blobs=False))
         self.call(lambda: client.volumes.create("vol"), AlreadyExists)
         self.call(lambda: client.volumes.create("bounded", options={"size": "8m"}), AlreadyExists)
+        elsewhere = {"type": "tmpfs", "device": "tmpfs", "o": "size=1m"}
+        self.call(lambda: client.volumes.create("elsewhere", options=elsewhere), AlreadyExists)
         first, second = self.daemon.place.network
         subnet = network_pb2.Subnet(cidr=f"{first}.{second}.128.0/24")
         network = network_pb2.CreateNetworkRequest(name="net", subnets=[subnet])
@@ -183,7 +185,7 @@ class Life:
                 name="one",
                 network="net",
                 ports=["7"],
-                volumes=["vol:/v", "/anonymous"],
+                volumes=["vol:/v", "elsewhere:/elsewhere", "/anonymous"],
                 cgroup_parent=parent,
                 memory="64m",
             ),
@@ -247,6 +249,7 @@ class Life:
         self.call(lambda: client.networks.remove("net"), NotFound)
         self.call(lambda: client.volumes.remove("vol"), NotFound)
         self.call(lambda: client.volumes.remove("bounded"), NotFound)
+        self.call(lambda: client.volumes.remove("elsewhere"), NotFound)
         self.call(lambda: client.images.remove("img"), NotFound)
         self.call(lambda: client.images.remove("other:1"), NotFound)
         self.call(lambda: client.images.remove(f"{self.registry.host}/far:1"), NotFound)

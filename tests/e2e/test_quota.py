@@ -122,7 +122,8 @@ def test_a_bounded_volume_outlives_the_daemon_and_goes_without_a_trace(box: Corr
         (["volume", "create", "--opt", "size=lots"], "is not understood"),
         (["volume", "create", "--opt", "size=9"], "at least 4 MiB"),
         (["volume", "create", "--opt", "colour=red"], "no option of a volume"),
-        (["volume", "create", "--opt", "type=nfs"], "not there yet"),
+        (["volume", "create", "--opt", "type=nfs"], "'device' is missing"),
+        (["volume", "create", "--opt", "type=tmpfs", "--opt", "device=x", "--opt", "size=9m"], "cannot be bounded"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(box: Corrald, words: list[str], why: str) -> None:

@@ -13,7 +13,7 @@ def volume_command() -> None:
 
 @volume_command.command("create")
 @click.option("--label", "labels", multiple=True, help="KEY=VALUE")
-@click.option("-o", "--opt", "options", multiple=True, help="size=10g: no more than that is written in it")
+@click.option("-o", "--opt", "options", multiple=True, help="size=10g; or type, device and o of mount(8)")
 @click.argument("name", default="")
 @pass_app
 def create_command(app: App, name: str, labels: tuple[str, ...], options: tuple[str, ...]) -> None:

@@ -1,6 +1,6 @@
-"""The directories of volumes, some of which hold no more than so many bytes.
+"""The directories of volumes, some of which hold no more than so many bytes, or lie elsewhere.
 
-    <volume>/data     what is mounted in containers
+    <volume>/data     what is mounted in containers; of one that lies elsewhere, where that is mounted
     <volume>/image    of a bounded one, where neither projects are counted nor subvolumes can be bounded: a file system
                       that is mounted on data, in the host's sight, so that all containers that use it share the one
 
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from corral.engine import mounted_volumes
 from corral.kernel import btrfs, mount
 from corral.kernel.loop import mount_file
 from corral.kernel.syscalls import AT_FDCWD, filesystem_magic
@@ -59,17 +60,30 @@ def check_bounds(root: Path) -> None:
         raise FailedPrecondition(f"a volume's size cannot be bounded here: {reason}", reason="NO_QUOTA")
 
 
-def ready(directory: Path, quota: int) -> Path:
-    """Have the volume's data directory, made if need be; returns it. Blocking. Raises OSError."""
-    data, image = directory / "data", directory / "image"
+def ready(directory: Path, options: Mapping[str, str]) -> Path:
+    """Have the data directory of a volume with these options, made if need be; returns it. Blocking.
+
+    Raises OSError; FailedPrecondition if it lies elsewhere, where it cannot be had.
+    """
+    data, image, quota = directory / "data", directory / "image", quota_bytes(options)
     directory.mkdir(parents=True, exist_ok=True)
-    if not quota:
+    if (source := mounted_volumes.source_of(options)) is not None:
+        mounted_volumes.ready(data, source)
+    elif not quota:
         data.mkdir(exist_ok=True)
     elif image.exists() or (not data.exists() and not counts_projects(directory) and not _bounds_subvolumes(directory)):
         _ready_image(directory, data, image, quota)
     elif not data.exists():
         _make_bounded(directory, data, quota)
     return data
+
+
+def prepare(directory: Path, options: Mapping[str, str]) -> None:
+    """The same, but of one that lies elsewhere, whose server may be down now, only the place. Raises OSError."""
+    if mounted_volumes.source_of(options) is None:
+        ready(directory, options)
+    else:
+        (directory / "data").mkdir(parents=True, exist_ok=True)
 
 
 def _bounds_subvolumes(path: Path) -> bool:
@@ -126,9 +140,7 @@ def _ready_image(directory: Path, data: Path, image: Path, quota: int) -> None:
 def remove(directory: Path) -> None:
     """Remove a volume that no container uses; none there is no error. Blocking. Raises OSError."""
     data = directory / "data"
-    if (directory / "image").exists() and data.is_mount():  # a subvolume looks like one too
-        mount.umount(data)
-        failpoint("engine.volume.after_unmount")
+    mounted_volumes.release(data)  # what is there is not ours to remove, if it lies elsewhere
     release_project(data)
     if data.is_dir() and _bounds_subvolumes(data):
         _lift(data)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from corral.engine import bounded_volumes, store, volume_rows
+from corral.engine import bounded_volumes, mounted_volumes, store, volume_rows
 from corral.engine.core import Core, Key
 from corral.engine.volume_rows import VolumeRecord
 from corral.kernel import mount
@@ -49,20 +49,23 @@ class FileChecker:
         ]
         for key, volume in sorted(known.items()):
             found += self._volume(volume, is_there=key in volumes)
-        bounded = {self._directory(volume) / "data" for volume in known.values() if volume.quota_bytes}
+        mounted = [volume for volume in known.values() if volume.quota_bytes or volume.lies_elsewhere]
+        expected = {self._directory(volume) / "data" for volume in mounted}
         found += [
             Found(
                 f"mount {path}", "belongs to no volume", "repair unmounts it", partial(run_blocking, mount.umount, path)
             )
             for path in mounts
-            if path not in bounded and (path.parent.parent.name, path.parent.name) in known
+            if path not in expected and (path.parent.parent.name, path.parent.name) in known
         ]
         return found
 
     def _volume(self, volume: VolumeRecord, *, is_there: bool) -> Iterator[Found]:
         subject = f"volume {volume.namespace}/{volume.name}"
         directory = self._directory(volume)
-        repair = partial(run_blocking, bounded_volumes.ready, directory, volume.quota_bytes)
+        repair = partial(run_blocking, bounded_volumes.prepare, directory, volume.options)
+        if volume.lies_elsewhere and mounted_volumes.is_mounted(directory / "data"):
+            return
         if not is_there or not (directory / "data").is_dir():
             yield Found(subject, "has lost its directory", "repair makes an empty one", repair)
         elif volume.quota_bytes and (directory / "image").exists() and not (directory / "data").is_mount():

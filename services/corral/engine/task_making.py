@@ -141,7 +141,7 @@ class TaskMaking:
     def _ready_volume(self, namespace: str, name: str) -> Path:
         volume = self._core.database.read_sync(lambda view: volume_rows.get_volume(view, namespace, name))
         try:
-            return bounded_volumes.ready(self._core.volume_root(namespace) / name, volume.quota_bytes)
+            return bounded_volumes.ready(self._core.volume_root(namespace) / name, volume.options)
         except OSError as e:
             raise from_os_error(e, f"cannot use the volume {name!r}") from e
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from corral.engine.bounded_volumes import quota_bytes
+from corral.engine.mounted_volumes import source_of
 from corral.rpc.errors import NotFound
 from corral.store import Referenced, Row, Snapshot, Transaction
 
@@ -25,6 +26,11 @@ class VolumeRecord:
     def quota_bytes(self) -> int:
         """0 if it is not bounded."""
         return quota_bytes(self.options)
+
+    @property
+    def lies_elsewhere(self) -> bool:
+        """It is mounted from there, by who uses it."""
+        return source_of(self.options) is not None
 
 
 def insert_volume(tx: Transaction, volume: VolumeRecord) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 import structlog
 
 from corral.api.engine.v1.engine_pb2 import CreateVolumeRequest, Volume
-from corral.engine import bounded_volumes, volume_rows
+from corral.engine import bounded_volumes, mounted_volumes, volume_rows
 from corral.engine.core import Core
 from corral.engine.naming import random_id
 from corral.engine.records import from_ns
 from corral.engine.volume_rows import VolumeRecord
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import check_id, current_namespace
-from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unimplemented, from_os_error
+from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, from_os_error
 from corral.store import Duplicate, Referenced, Transaction, failpoint
 
 DRIVER = "local"
@@ -29,7 +29,7 @@ class Volumes:
         self._core = core
 
     async def create(self, request: CreateVolumeRequest) -> Volume:
-        """Raises AlreadyExists, InvalidArgument, Unimplemented for options of mount(8)."""
+        """Raises AlreadyExists, InvalidArgument."""
         if request.driver not in ("", DRIVER):
             raise InvalidArgument(f"there is no volume driver {request.driver!r}: the only one is {DRIVER!r}")
         options = dict(request.options)
@@ -49,7 +49,7 @@ class Volumes:
         failpoint("engine.volume.after_row")
         # Should this not happen any more, the first container that uses the volume makes the directory.
         try:
-            await run_blocking(bounded_volumes.ready, self._directory(volume), volume.quota_bytes)
+            await run_blocking(bounded_volumes.prepare, self._directory(volume), volume.options)
         except OSError as e:
             await self._remove(volume)
             raise from_os_error(e, f"cannot make the volume {volume.name!r}") from e
@@ -123,15 +123,14 @@ class Volumes:
 
 
 def _check_options(options: Mapping[str, str]) -> None:
-    """Raises InvalidArgument, Unimplemented."""
-    mounting = {"type", "device", "o"} & options.keys()
-    if mounting:
-        raise Unimplemented(
-            "volumes with mount options (type, device, o) are not there yet in this version of corral",
-            reason="NOT_YET",
+    """Raises InvalidArgument."""
+    if unknown := options.keys() - {bounded_volumes.SIZE} - mounted_volumes.OPTIONS:
+        raise InvalidArgument(
+            f"{min(unknown)!r} is no option of a volume: there are 'size', or 'type', 'device' and 'o'",
+            reason="BAD_OPTION",
         )
-    if unknown := options.keys() - {bounded_volumes.SIZE}:
-        raise InvalidArgument(f"{min(unknown)!r} is no option of a volume: there is 'size'", reason="BAD_OPTION")
+    if mounted_volumes.source_of(options) is not None and bounded_volumes.SIZE in options:
+        raise InvalidArgument("a volume that lies elsewhere cannot be bounded by 'size'", reason="BAD_OPTION")
 
 
 def sweep(core: Core) -> None:
@@ -147,8 +146,11 @@ def sweep(core: Core) -> None:
         if (directory.parent.name, directory.name) not in known:
             bounded_volumes.remove(directory)
     for volume in volumes:
-        if volume.quota_bytes or not (core.volume_root(volume.namespace) / volume.name / "data").is_dir():
+        directory = core.volume_root(volume.namespace) / volume.name
+        if volume.lies_elsewhere and mounted_volumes.is_mounted(directory / "data"):
+            continue
+        if volume.quota_bytes or not (directory / "data").is_dir():
             try:
-                bounded_volumes.ready(core.volume_root(volume.namespace) / volume.name, volume.quota_bytes)
+                bounded_volumes.prepare(directory, volume.options)
             except OSError as e:  # whoever wants to use it is told
                 log.warning("volume.not_ready", volume=volume.name, error=str(e))
