@@ -165,3 +165,30 @@ def test_a_login_without_a_terminal_says_what_to_give(
     said(box, "tag", "busybox", f"{registry.host}/a")
     assert said(box, "pull", f"{registry.host}/a").splitlines()[0] == "Using default tag: latest"
     assert said(box, "logout", f"https://{registry.host}") == f"Removing login credentials for {registry.host}\n"
+
+
+def test_volumes_of_another_container_and_labels_of_a_file(box: Corrald, tmp_path: Path) -> None:
+    (tmp_path / "labels").write_text("# comment\na=1\nb=2\n")
+    (tmp_path / "bound").mkdir()
+    said(
+        box,
+        "run",
+        "--name",
+        "first",
+        "-v",
+        "/data",
+        "-v",
+        f"{tmp_path}/bound:/b",
+        "busybox",
+        "touch",
+        "/data/x",
+        "/b/y",
+    )
+    out = said(
+        box, "run", "--rm", "--name", "second", "--volumes-from", "first", "--label-file", f"{tmp_path}/labels",
+        "busybox", "ls", "/data", "/b",
+    )  # fmt: skip
+    assert {"x", "y"} <= set(out.split())
+    refused = box.corral("run", "--rm", "--volumes-from", "first:ro", "busybox", "touch", "/b/z")
+    assert b"Read-only file system" in refused.stderr
+    said(box, "rm", "-v", "first")

@@ -46,6 +46,7 @@ CHANGEABLE: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
 _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--entrypoint",), "Replace the image's entrypoint", {"default": None}),
     (("-e", "--env"), "Set an environment variable, NAME=VALUE, or NAME to pass it on", _MANY),
+    (("--label-file",), "Read labels from a file", {"multiple": True, "type": click.Path(exists=True)}),
     (("--env-file",), "Read environment variables from a file", {"multiple": True, "type": click.Path(exists=True)}),
     (("-w", "--workdir", "working_dir"), "Working directory inside", {"default": ""}),
     (("-u", "--user"), "User: name or uid, with :group", {"default": ""}),
@@ -53,6 +54,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("-h", "--hostname"), "Host name inside", {"default": ""}),
     (("--domainname",), "NIS domain name inside", {"default": ""}),
     (("-v", "--volume", "volumes"), "Bind mount or volume, SOURCE:TARGET[:ro]", _MANY),
+    (("--volumes-from",), "The volumes and bind mounts of another container, NAME[:ro]", _MANY),
     (("--mount", "mounts"), "Mount, type=bind|volume|tmpfs,source=…,target=…", _MANY),
     (("--tmpfs",), "tmpfs, TARGET[:size=64m,mode=1777]", _MANY),
     (("--read-only",), "Root file system read-only", {"is_flag": True}),
@@ -195,6 +197,8 @@ def _create(
     app: App, image: str, args: Sequence[str], name: str, cidfile: str | None, flags: dict[str, Any]
 ) -> "engine_pb2.Container":
     fetch = Fetch(flags.pop("pull"), flags.pop("platform"), flags.pop("quiet"))
+    borrowed = [volume for text in flags.pop("volumes_from") for volume in _volumes_of(app, text)]
+    flags["volumes"] = (*borrowed, *flags["volumes"])
     options = _options_from_flags(flags)
     if cidfile and Path(cidfile).exists():
         raise ValueError(f"the file {cidfile} exists: remove it, or give another --cidfile")
@@ -203,6 +207,18 @@ def _create(
     if cidfile:
         Path(cidfile).write_text(made.id, encoding="utf-8")
     return made
+
+
+def _volumes_of(app: App, text: str) -> list[str]:
+    """What another container has mounted from outside, as for -v; of ours at the same place ours is taken."""
+    from corral.api.engine.v1 import engine_pb2
+
+    name, _, access = text.partition(":")
+    if access not in ("", "ro", "rw"):
+        raise ValueError(f"volumes from {text!r} are not understood: give NAME, NAME:ro or NAME:rw")
+    kinds = (engine_pb2.VolumeMount.TYPE_BIND, engine_pb2.VolumeMount.TYPE_VOLUME)
+    mounts = [mount for mount in app.client.containers.get(name).config.mounts if mount.type in kinds]
+    return [f"{m.source}:{m.target}:{'ro' if m.read_only or access == 'ro' else 'rw'}" for m in mounts]
 
 
 class Fetch(NamedTuple):
@@ -258,6 +274,7 @@ def _options_from_flags(flags: dict[str, Any]) -> "ContainerOptions":
 
     flags = dict(flags)
     flags["env"] = passed_on(flags.pop("env_file"), flags["env"])
+    flags["labels"] = [*(line for file in flags.pop("label_file") for line in _env_file(file)), *flags["labels"]]
     for key in _PAIRS:
         flags[key] = dict(_pair(key, text) for text in flags[key])
     if flags.pop("no_healthcheck"):
