@@ -12,7 +12,7 @@ import sys
 import tarfile
 import urllib.error
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -112,13 +112,15 @@ async def world(directory: Path, **settings: object) -> AsyncIterator[World]:
 
 def children() -> set[str]:
     """Processes of this one that unpack."""
-    found = set()
-    for task in Path("/proc/self/task").iterdir():
-        for pid in (task / "children").read_text().split():
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if b"corral.images.layers" in command:
-                found.add(pid)
-    return found
+    pids = [pid for task in Path("/proc/self/task").iterdir() for pid in told(task / "children").split()]
+    return {pid for pid in pids if "corral.images.layers" in told(Path(f"/proc/{pid}/cmdline"))}
+
+
+def told(of_process: Path) -> str:
+    """A file of /proc, which is empty once its thread or process has ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return of_process.read_text()
+    return ""
 
 
 type Bring = Callable[[], Awaitable[object]]
