@@ -31,6 +31,17 @@ START_TIMEOUT_S = 30.0 * PATIENCE
 STOP_TIMEOUT_S = 15.0 * PATIENCE
 
 
+def _second_byte(tag: str) -> int:
+    return 70 + int(tag[-4:], 16) % 180
+
+
+def _second_bytes() -> set[int]:
+    """Of the host's routes below 10.0.0.0/8: those of neighbours. Source: proc_pid_net(5), route."""
+    rows = (line.split() for line in Path("/proc/net/route").read_text("utf-8").splitlines()[1:])
+    found = (int(row[1], 16).to_bytes(4, "little") for row in rows)
+    return {address[1] for address in found if address[0] == 10}
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Names that no other engine on this machine has."""
@@ -45,7 +56,11 @@ class Place:
         """run_in: where to have the run state, say on a tmpfs, as /run is on most hosts."""
         # The session's tag is part of it, so that the search for leaks knows whose it is. Short: a link's name has at
         # most 15 characters.
-        tag = f"{os.environ.get(TAG_VARIABLE, 'corral')}{secrets.token_hex(2)}"
+        taken = _second_bytes()
+        while True:
+            tag = f"{os.environ.get(TAG_VARIABLE, 'corral')}{secrets.token_hex(2)}"
+            if _second_byte(tag) not in taken:
+                break
         return cls(tag, Path(tempfile.mkdtemp(prefix=f"{tag}-", dir="/tmp")), Path(run_in, tag) if run_in else None)
 
     @property
@@ -71,7 +86,7 @@ class Place:
     @property
     def network(self) -> tuple[int, int]:
         """The first two bytes of its private /16, below those that tests name; neighbours differ, in practice."""
-        return 10, 128 + int(self.tag[-2:], 16) % 90
+        return 10, _second_byte(self.tag)
 
     def settings(self) -> dict[str, dict[str, object]]:
         first, second = self.network
