@@ -351,7 +351,9 @@ class Shim:
             os.kill(self.pid, signal.SIGKILL)
             raise
         finally:
-            shutil.rmtree(self.bundle)  # the zygote keeps what a killed shim has left until nobody can want it
+            shutil.rmtree(
+                self.bundle, ignore_errors=True
+            )  # the zygote keeps what a killed shim has left until nobody can want it
 
 
 class Workshop:

@@ -2,12 +2,13 @@
 
 import contextlib
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Self
 
+from corral.oci.runtime import ProcessHandle
 from corral.shim import records
+from corral.shim.adoption import EndWatch, hold
+from corral.shim.loop import Loop
 from corral.shim.process import Ended
 from corral.shim.records import Exit, Record
 from corral.shim.spool import STREAMS
@@ -15,58 +16,85 @@ from corral.shim.spool import STREAMS
 REASON = "its shim was killed before it could report the exit"
 
 
-@dataclass(slots=True)
 class Orphaned:
-    """A bundle without a shim. While its FIFOs are held open, what was written to them stays, whoever wrote it ends."""
+    """A bundle without a shim. While its FIFOs are held open, what was written to them stays, whoever wrote it ends.
 
-    shim_pid: int
-    fifos: tuple[int, ...]
+    Its container's end is written down, also if somebody else reaps it.
+    """
 
-    @classmethod
-    def of(cls, bundle: Path, shim_pid: int) -> Self:
+    __slots__ = ("_bundle", "_fifos", "_init", "_loop", "_recorded")
+
+    def __init__(self, loop: Loop, bundle: Path) -> None:
         """Hold what there is; a terminal has no FIFOs."""
-        fifos = []
+        self._loop, self._bundle = loop, bundle
+        self._fifos: list[int] = []
+        self._recorded, self._init = -1, -1
         for name in STREAMS:
             with contextlib.suppress(OSError):
-                fifos.append(os.open(bundle / name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC))
-        return cls(shim_pid, tuple(fifos))
+                self._fifos.append(os.open(bundle / name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC))
+        with contextlib.suppress(OSError), _opened(bundle) as directory:
+            record = _record(directory)
+            if record is not None:
+                self._recorded = record.shim_pid
+                self._watch(hold(record.init_pid, record.init_start_time))
 
-    def has_heir(self, bundle: Path) -> bool:
+    @property
+    def is_held(self) -> bool:
+        """Whether there is anything of it."""
+        return bool(self._fifos) or self._init >= 0
+
+    def has_heir(self) -> bool:
         """Whether another shim has taken over since, or nobody will because the bundle is gone."""
         try:
-            directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            with _opened(self._bundle) as directory:
+                record = _record(directory)
+                return record is None or record.shim_pid != self._recorded
         except OSError:
             return True
-        try:
-            record = _record(directory)
-            return record is None or record.shim_pid != self.shim_pid
-        finally:
-            os.close(directory)
 
     def close(self) -> None:
-        """Let go of it."""
-        for fifo in self.fifos:
-            os.close(fifo)
-        self.fifos = ()
+        """Let go of it; harmless when repeated."""
+        while self._fifos:
+            os.close(self._fifos.pop())
+        if self._init >= 0:
+            self._loop.forget(self._init)
+            os.close(self._init)
+            self._init = -1
+
+    def _watch(self, init: ProcessHandle) -> None:
+        self._init = init.pidfd
+        if init.pidfd >= 0:
+            EndWatch(self._loop, init, written=lambda: None, on_end=lambda ended: self._ended(init, ended))
+
+    def _ended(self, init: ProcessHandle, ended: Ended) -> None:
+        if self._init < 0:
+            return
+        os.close(self._init)
+        self._init = -1
+        if ended.status is not None:
+            write_exit([self._bundle], init.pid, ended)
+
+
+@contextlib.contextmanager
+def _opened(bundle: Path) -> Iterator[int]:
+    directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield directory
+    finally:
+        os.close(directory)
 
 
 def write_exit(bundles: Iterable[Path], pid: int, ended: Ended) -> None:
     """Write exit.json into the bundle whose record names this pid as init, if there is one and it has none.
 
-    The caller has just reaped it, so the pid is that process's.
+    The caller has just reaped it, or held it by a pidfd: the pid is that process's.
     """
     for bundle in bundles:
-        try:
-            directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            continue  # deleted
-        try:
+        with contextlib.suppress(OSError), _opened(bundle) as directory:  # else it is deleted
             record = _record(directory)
             if record is not None and record.init_pid == pid:
                 _write(directory, record, ended)
                 return
-        finally:
-            os.close(directory)
 
 
 def _record(directory: int) -> Record | None:

@@ -258,6 +258,8 @@ class Shim:
             raise
         process.io.resume(streams)
         assert process.handle is not None
+        if not request.exec_id:
+            self._ledger.write_record(process)  # from here on nobody else has to hold what is resumed
         EndWatch(
             self.loop,
             process.handle,
@@ -280,7 +282,6 @@ class Shim:
         self._ledger.created_at_ns = request.created_at_ns
         self._oom = self._watch_oom()
         self._larder.close()
-        self._write_record_soon(init)
         self.loop.call_later(0, lambda: self._hold_mounts(init))
         return init
 

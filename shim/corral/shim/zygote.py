@@ -129,15 +129,20 @@ class Zygote:
             self._end_if_alone()
 
     def _end_if_alone(self) -> None:
-        """Without a daemon: stay while there is a child to reap, or output that no shim reads yet."""
-        for bundle in [bundle for bundle, orphaned in self._orphaned.items() if orphaned.has_heir(bundle)]:
+        """Without a daemon: stay while there is a child to reap, or something kept that no shim has taken over yet."""
+        self._look_after_orphaned()
+        if not any(orphaned.is_held for orphaned in self._orphaned.values()) and not self._has_children():
+            self._loop.stop()
+
+    def _look_after_orphaned(self) -> None:
+        """Let go of what has a shim again, now and, while there is more, later."""
+        for bundle in [bundle for bundle, orphaned in self._orphaned.items() if orphaned.has_heir()]:
             self._orphaned.pop(bundle).close()
         if self._look_again is not None:
             self._look_again.cancel()
-        if any(orphaned.fifos for orphaned in self._orphaned.values()) or self._has_children():
-            self._look_again = self._loop.call_later(LOOK_S, self._end_if_alone)
-        else:
-            self._loop.stop()
+        if self._orphaned or self._abandoned:
+            again = self._end_if_alone if self._abandoned else self._look_after_orphaned
+            self._look_again = self._loop.call_later(LOOK_S, again)
 
     def _has_children(self) -> bool:
         try:
@@ -172,8 +177,6 @@ class Zygote:
                 if not spare.assign(listener, bundle, namespace, container):
                     raise ShimError("unavailable", "the shim ended before it was told what to do")
             self._bundles[spare.pid] = bundle
-            if bundle in self._orphaned:  # it has a shim again, which reads from now on, or is told to
-                self._loop.call_later(LOOK_S, self._orphaned.pop(bundle).close)
         finally:
             os.close(listener)
         failpoint("zygote.spawn.after_fork")
@@ -222,7 +225,10 @@ class Zygote:
                 # Its shim may be dying only just now, and not be in the second list yet.
                 orphans.write_exit([*self._bundles.values(), *self._orphaned], pid, Ended(status, time.time_ns()))
             elif os.WIFSIGNALED(status) or os.WEXITSTATUS(status):
-                self._orphaned[bundle] = Orphaned.of(bundle, pid)
+                before, self._orphaned[bundle] = self._orphaned.get(bundle), Orphaned(self._loop, bundle)
+                if before is not None:
+                    before.close()
+                self._look_again = self._loop.call_later(LOOK_S, self._look_after_orphaned)
 
 
 def _become_shim(orders: socket.socket, typical: Typical) -> NoReturn:
