@@ -1,10 +1,12 @@
 """Archives become images, over gRPC."""
 
 import asyncio
+import bz2
 import gc
 import gzip
 import io
 import json
+import lzma
 import subprocess
 import tarfile
 from collections.abc import AsyncIterator, Callable
@@ -31,6 +33,8 @@ from support.tars import packed
 from corral.api.images.v1 import images_pb2 as pb
 from corral.api.types.v1 import types_pb2 as types
 from corral.rpc.errors import AlreadyExists, InvalidArgument, NotFound
+
+PACKERS = (bytes, gzip.compress, zstandard.compress, bz2.compress, lzma.compress)
 
 pytestmark = needs("root", "overlayfs")
 
@@ -92,7 +96,7 @@ async def test_both_forms_of_one_image_have_one_id_and_share_their_layers(leaf: 
     assert len(snapshots.snapshots) == 2
 
 
-@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress], ids=["plain", "gzip", "zstd"])
+@pytest.mark.parametrize("pack", PACKERS, ids=["plain", "gzip", "zstd", "bzip2", "xz"])
 async def test_the_whole_archive_may_be_compressed(
     leaf: ImagesLeaf, tmp_path: Path, pack: Callable[[bytes], bytes]
 ) -> None:
@@ -102,7 +106,7 @@ async def test_the_whole_archive_may_be_compressed(
     assert image.familiar_name == "packed:1"
 
 
-@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress], ids=["plain", "gzip", "zstd"])
+@pytest.mark.parametrize("pack", PACKERS, ids=["plain", "gzip", "zstd", "bzip2", "xz"])
 async def test_a_root_file_system_becomes_an_image_with_a_config(
     leaf: ImagesLeaf, tmp_path: Path, pack: Callable[[bytes], bytes]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import lzma
 import tracemalloc
 import zlib
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corral.images.layers.compression import CHUNK_BYTES, Compression, decompressed, detect
+from corral.images.layers.compression import CHUNK_BYTES, Compression, as_layer, decompressed, detect
 from corral.images.layers.errors import BadLayer, Truncated
 
 
@@ -24,7 +25,13 @@ def plain(data: bytes, size: int = 4096) -> bytes:
     return b"".join(decompressed(pieces(data, size)))
 
 
-PACKERS = {"plain": bytes, "gzip": gzip.compress, "zstd": zstandard.compress}
+PACKERS = {
+    "plain": bytes,
+    "gzip": gzip.compress,
+    "zstd": zstandard.compress,
+    "bzip2": bz2.compress,
+    "xz": lambda data: lzma.compress(data, preset=0),
+}
 
 
 @pytest.mark.parametrize("packer", PACKERS)
@@ -34,15 +41,24 @@ def test_data_comes_back_in_pieces_of_any_size(packer: str, data: bytes, size: i
     assert plain(packed, size) == (packed if packer == "plain" else data)
 
 
-@pytest.mark.parametrize("packer", ["gzip", "zstd"])
+@pytest.mark.parametrize("packer", ["gzip", "zstd", "bzip2", "xz"])
 @pytest.mark.parametrize("size", [1, 3, 4096])
 def test_several_members_are_one_stream(packer: str, size: int) -> None:
     pack = PACKERS[packer]
     assert plain(pack(b"one") + pack(b"") + pack(b"two"), size) == b"onetwo"
 
 
-def test_zeros_behind_gzip_data_are_passed_over() -> None:
-    assert plain(gzip.compress(b"data") + bytes(5000)) == b"data"
+@pytest.mark.parametrize("packer", ["gzip", "bzip2", "xz"])
+def test_zeros_and_what_is_no_member_are_passed_over_behind_one(packer: str) -> None:
+    packed = PACKERS[packer](b"data")
+    assert plain(packed + bytes(5000)) == b"data"
+    assert plain(packed + b"else", 5) == b"data"
+
+
+def test_what_no_media_type_tells_of_is_no_layer_as_it_is() -> None:
+    for packer, is_kept in (("plain", True), ("gzip", True), ("zstd", True), ("bzip2", False), ("xz", False)):
+        packed = PACKERS[packer](b"some data")
+        assert b"".join(as_layer(pieces(packed, 3))) == (packed if is_kept else b"some data")
 
 
 def test_a_zstd_frame_that_says_nothing_is_passed_over() -> None:
@@ -68,9 +84,14 @@ def test_damaged_data_is_refused(packer: str) -> None:
         plain(bytes(packed))
 
 
-def test_other_compressions_are_refused_by_name() -> None:
-    with pytest.raises(BadLayer, match="bzip2 or xz"):
-        plain(bz2.compress(b"x"))
+@pytest.mark.parametrize("packer", ["bzip2", "xz"])
+def test_other_compressions_are_refused_where_they_are_damaged(packer: str) -> None:
+    packed = bytearray(PACKERS[packer](bytes(range(256)) * 500))
+    with pytest.raises(Truncated):
+        plain(bytes(packed[:-5]))
+    packed[len(packed) // 2] ^= 0xFF
+    with pytest.raises(BadLayer, match=f"{packer} data is corrupt"):
+        plain(bytes(packed))
 
 
 @pytest.mark.parametrize("packer", ["gzip", "zstd"])

@@ -209,7 +209,7 @@ def _read_archive(options: ImportOptions, pipe: ChunkPipe, directory: Path, max_
                 "this is a plain root file system, not an archive of images: give the image a name with --as NAME:TAG",
                 reason="NAME_NEEDED",
             )
-        return _Taken(None, take_whole(chunks, directory / "layer"))
+        return _Taken(None, take_whole(chunks, directory / "layer", max_bytes=max_bytes))
     finally:
         pipe.close_reader()
 

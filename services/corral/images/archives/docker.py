@@ -20,6 +20,7 @@ from corral.images.details import make_details
 from corral.images.digest import PREFIX
 from corral.images.document import Document, parse_documents
 from corral.images.layers.compression import HEAD_BYTES, Compression, detect
+from corral.images.layers.errors import BadLayer
 from corral.images.model import (
     MAX_CONFIG_BYTES,
     MAX_MANIFEST_BYTES,
@@ -99,7 +100,12 @@ def _check_name(name: str, file: StoredFile) -> None:
 def layer_type(path: Path) -> str:
     """The media type of a layer, by what it is compressed with."""
     with path.open("rb") as file:
-        return OCI_LAYER + _SUFFIX[detect(file.read(HEAD_BYTES))]
+        kind = detect(file.read(HEAD_BYTES))
+    if kind not in _SUFFIX:
+        raise BadLayer(
+            f"a layer in it is compressed with {kind}, which no media type tells of: give it by gzip or zstd"
+        )
+    return OCI_LAYER + _SUFFIX[kind]
 
 
 def _manifest_bytes(manifest: Manifest) -> bytes:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from corral.images.content import Ingest
 from corral.images.digest import Digest, algorithm_of, digest_of_hex, hex_of
 from corral.images.layers.bounds import bounded
-from corral.images.layers.compression import decompressed
+from corral.images.layers.compression import as_layer, decompressed
 from corral.images.layers.errors import BadLayer
 from corral.images.layers.stream import ByteStream, prefetched
 from corral.images.layers.tar import Entry, Kind, TarReader
@@ -149,11 +149,11 @@ def _store(reader: TarReader, path: Path, blob: Digest | None) -> StoredFile:
     return StoredFile(path, ingest.digest, ingest.size_bytes)
 
 
-def take_whole(chunks: Iterator[bytes], path: Path) -> StoredFile:
-    """Write a root file system's archive as it is. Raises OSError."""
+def take_whole(chunks: Iterator[bytes], path: Path, *, max_bytes: int) -> StoredFile:
+    """Write a root file system's archive, as a layer can be. Raises BadLayer, OSError."""
     ingest = Ingest(path)
     try:
-        for chunk in chunks:
+        for chunk in bounded(as_layer(chunks), max_bytes):
             ingest.write(chunk)
     finally:
         ingest.close()

@@ -1,4 +1,5 @@
-"""gzip, zstd or plain, found out from the first bytes; decoded in pieces of bounded size, whatever the input claims.
+"""gzip, zstd, xz, bzip2 or plain, found out from the first bytes; decoded in pieces of bounded size, whatever the input
+claims. No media type of a layer tells of xz and bzip2: docker takes them for archives, and so do we.
 
 isal and zstandard release the GIL while they work. isal takes half as long as zlib to decode gzip. Nothing is
 encoded by it: what zlib makes is smaller, and the same on every processor.
@@ -27,38 +28,52 @@ _HEADER_CRC, _EXTRA, _NAME, _COMMENT, _RESERVED = 0x02, 0x04, 0x08, 0x10, 0xE0
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _BZIP2 = b"BZh"
 _XZ = b"\xfd7zX"
+MAX_XZ_MEMORY_BYTES = 128 << 20  # xz -9 takes 65 MiB
 
 
 class Compression(StrEnum):
     PLAIN = ""
     GZIP = "gzip"
     ZSTD = "zstd"
+    BZIP2 = "bzip2"
+    XZ = "xz"
 
 
 def detect(head: bytes) -> Compression:
-    """What data that begins with `head` (at least HEAD_BYTES, unless it is shorter) is. Raises BadLayer."""
+    """What data that begins with `head` (at least HEAD_BYTES, unless it is shorter) is."""
     if head.startswith(_GZIP):
         return Compression.GZIP
     if head.startswith(_ZSTD) or (head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50):  # or a skippable frame
         return Compression.ZSTD
-    if head.startswith((_BZIP2, _XZ)):
-        raise BadLayer("it is compressed with bzip2 or xz; corral reads gzip, zstd and plain tar")
-    return Compression.PLAIN
+    if head.startswith(_BZIP2):
+        return Compression.BZIP2
+    return Compression.XZ if head.startswith(_XZ) else Compression.PLAIN
 
 
 def decompressed(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """The plain data behind `chunks`, in pieces of at most CHUNK_BYTES if it was compressed. Raises BadLayer."""
+    kind, chunks = _looked_at(chunks)
+    if kind is Compression.GZIP:
+        return _gunzip(chunks)
+    if kind is Compression.ZSTD:
+        return _unzstd(chunks)
+    return chunks if kind is Compression.PLAIN else _unpacked(kind, chunks)
+
+
+def as_layer(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """As they are, if a media type can tell how they are compressed, else the plain data. Raises BadLayer."""
+    kind, chunks = _looked_at(chunks)
+    return _unpacked(kind, chunks) if kind in (Compression.BZIP2, Compression.XZ) else chunks
+
+
+def _looked_at(chunks: Iterator[bytes]) -> tuple[Compression, Iterator[bytes]]:
+    """What they are, and all of them again."""
     head = b""
     for chunk in chunks:
         head += chunk
         if len(head) >= HEAD_BYTES:
             break
-    kind = detect(head)
-    if kind is Compression.GZIP:
-        return _gunzip(_again(head, chunks))
-    if kind is Compression.ZSTD:
-        return _unzstd(_again(head, chunks))
-    return _again(head, chunks)
+    return detect(head), _again(head, chunks)
 
 
 def compressed(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -134,6 +149,37 @@ def gzip_header_end(data: bytes) -> int:
     if len(data) == MAX_GZIP_HEADER_BYTES:
         raise BadLayer(f"its gzip data is corrupt: the header of a member has more than {MAX_GZIP_HEADER_BYTES} bytes")
     return 0
+
+
+def _unpacked(kind: Compression, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Any number of streams of xz or bzip2; what is behind the last one is left unread."""
+    import bz2  # both are seldom wanted
+    import lzma
+
+    def begin() -> "bz2.BZ2Decompressor | lzma.LZMADecompressor":
+        if kind is Compression.BZIP2:
+            return bz2.BZ2Decompressor()
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_XZ_MEMORY_BYTES)
+
+    decoder = begin()
+    for data in chunks:
+        while data or not (decoder.eof or decoder.needs_input):
+            if decoder.eof:
+                if not (data := data.lstrip(b"\0")):
+                    break
+                if not data.startswith((_BZIP2, _XZ)[kind is Compression.XZ][: len(data)]):
+                    deque(chunks, maxlen=0)  # who sends them does not wait for us then
+                    return
+                decoder = begin()
+            try:
+                plain = decoder.decompress(data, CHUNK_BYTES)
+            except (OSError, ValueError, lzma.LZMAError) as e:
+                raise BadLayer(f"its {kind} data is corrupt: {e}") from e
+            if plain:
+                yield plain
+            data = decoder.unused_data if decoder.eof else b""
+    if not decoder.eof:
+        raise Truncated(f"its {kind} data ends too early: it was cut off")
 
 
 class _Reader:
