@@ -235,7 +235,7 @@ async def test_a_killed_shim_has_an_heir(own_daemon: Corrald, rootfs: Path):
 async def test_a_terminal_outlives_its_shim(own_daemon: Corrald, rootfs: Path):
     async with serving(own_daemon, rootfs) as tasks, asyncio.timeout(20):
         task_id = await tasks.run("sh", terminal=True, stdin=True)
-        async with tasks.attached(task_id, stdin=True, stdout=True) as attached:
+        async with tasks.attached(task_id, stdin=True, stdout=True, replay=True) as attached:
             await attached.read_until(b"#")
             shim_pid = (await tasks.get(task_id)).shim_pid
             os.kill(shim_pid, signal.SIGKILL)

@@ -21,7 +21,7 @@ from corral.shim.loop import IN as READABLE
 REPLAY_SIZE = 64 << 10
 LOSSY_BACKLOG = 1 << 20
 READ_SIZE = 64 << 10
-LARGE_READ_SIZE = 1 << 20
+LARGE_READ_SIZE = 512 << 10
 DRAIN_LIMIT = 8 << 20
 HUNG_UP_RETRY_S = 0.1
 
