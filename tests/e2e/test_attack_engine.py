@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import tarfile
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from support import images
 from support.corrald import Corrald
-from support.engine import EngineClient, import_image
+from support.engine import EngineClient, eventually, import_image
 from support.engine_fixtures import engine, loaded
 from support.requirements import needs
 
@@ -233,11 +234,15 @@ async def test_two_containers_that_share_pids_are_ended_one_by_one(engine: Engin
     """The second one's end takes its own processes along, and none of the first one's."""
     first = await engine.run("sleep", "60", name="first")
     second = await engine.run("sh", "-c", "sleep 61 & sleep 62 & exec sleep 63", pid_mode=f"container:{first}")
-    _, shown = await engine.exec(first, "ps")
-    assert all(f"sleep {seconds}".encode() in shown for seconds in (60, 61, 62, 63))
+
+    async def asleep(*seconds: bytes) -> None:
+        async def shown() -> bool:
+            _, processes = await engine.exec(first, "ps")
+            return sorted(re.findall(rb"sleep (\d+)$", processes, re.MULTILINE)) == list(seconds)
+
+        await eventually(shown)
+
+    await asleep(b"60", b"61", b"62", b"63")
     await engine.kill(second, "KILL")
     await engine.wait(second)
-    await asyncio.sleep(0.2)
-    _, shown = await engine.exec(first, "ps")
-    assert b"sleep 60" in shown
-    assert not any(f"sleep {seconds}".encode() in shown for seconds in (61, 62, 63)), shown
+    await asleep(b"60")
