@@ -74,6 +74,17 @@ def test_events_are_found_by_dockers_words(own: Corrald, filters: tuple[str, ...
     assert b"is no event: it is one of" in refused.stderr
 
 
+def test_templates_that_were_written_for_docker_find_its_names(own: Corrald) -> None:
+    form = (
+        "{{.State.Status}} {{.State.Running}} {{.State.ExitCode}} {{.HostConfig.RestartPolicy.Name}} {{.Config.Image}}"
+    )
+    assert own.corral("inspect", "-f", form, "three", check=True).stdout == b"exited false 3 no busybox\n"
+    pid = int(own.corral("inspect", "-f", "{{.State.Pid}}", "runs", check=True).stdout)
+    assert Path(f"/proc/{pid}/comm").read_text() == "sleep\n"
+    assert own.corral("inspect", "-f", "{{.Path}} {{json .Args}}", "runs").stdout == b'sleep ["1000"]\n'
+    assert own.corral("inspect", "-f", "{{.State.FinishedAt}}", "runs").stdout == b"0001-01-01T00:00:00Z\n"
+
+
 def test_logs_take_all_for_a_number(own: Corrald) -> None:
     assert own.corral("logs", "--tail", "all", "three").stdout == b"a\nb\n"
     assert own.corral("logs", "-n", "1", "three").stdout == b"b\n"

@@ -11,10 +11,12 @@ from corral.cli.app import App, ContainerName, complain, each, pass_app
 from corral.cli.output import enum_word, format_option, human_age, human_size, show_json, show_rows
 
 if TYPE_CHECKING:
+    from google.protobuf.message import Message
     from google.protobuf.timestamp_pb2 import Timestamp
 
     from corral.api.engine.v1 import engine_pb2
     from corral.api.images.v1 import images_pb2
+    from corral.cli.output import Json
 
 _names = click.argument("containers", nargs=-1, required=True, type=ContainerName())
 _name = click.argument("container", type=ContainerName())
@@ -247,8 +249,15 @@ def inspect_command(app: App, containers: tuple[str, ...], size: bool, form: str
         except CorralError as e:
             complain(e)
             failed = 1
-    show_json(found, form)
+    show_json(found, form, more=_names_of_docker)
     return failed
+
+
+def _names_of_docker(message: "Message") -> "dict[str, Json]":
+    from corral.api.engine.v1 import engine_pb2
+    from corral.cli.docker_names import names_of
+
+    return names_of(message) if isinstance(message, engine_pb2.Container) else {}
 
 
 def _inspected(app: App, name: str, kind: str | None, *, size: bool) -> "engine_pb2.Container | images_pb2.Image":
