@@ -118,10 +118,15 @@ async def looks(leaf: ImagesLeaf, at: Path, *, writable: bool) -> Fingerprint:
     with mounted(made.mounts, at) as root:
         with (root / "holes").open("rb") as file:  # some tell of holes by their blocks, some by where they are
             hole = os.lseek(file.fileno(), 0, os.SEEK_HOLE)
-            assert 0 < hole < 1 << 20 or os.fstat(file.fileno()).st_blocks < 1000
+            assert 0 < hole < 1 << 20 or os.fstat(file.fileno()).st_blocks < 1000 or are_small_images(leaf.root)
         found = fingerprint(root)
     kind, uid, gid, _, *rest = found["."]  # the root of a writable overlay is as old as its upper directory
     return {**found, ".": (kind, uid, gid, *rest)}
+
+
+def are_small_images(root: Path) -> bool:
+    """EROFS of Linux 6.12 tells of holes in neither way."""
+    return 0 < sum(path.stat().st_blocks * 512 for path in root.glob("erofs/i/*")) < 16 << 20
 
 
 @pytest.fixture(scope="module")
