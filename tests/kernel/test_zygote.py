@@ -163,17 +163,21 @@ def test_killing_the_zygote_harms_no_container(shop: Workshop) -> None:
             os.close(fd)
 
 
-def test_a_daemon_that_dies_takes_the_zygote_along_and_no_shim() -> None:
+def test_a_daemon_that_dies_takes_the_zygote_along_once_its_last_shim_has_ended() -> None:
     with run_directory() as directory:
         root = make_root(directory)
         zygote = Zygote()
         shim = Shim(zygote, directory, "c1", config(root, "sleep", "100"))
         shim.create()
         shim.start()
-        zygote.close()
+        zygote.peer.close()
         assert shim.state()["state"] == "running"
+        assert os.waitpid(zygote.pid, os.WNOHANG) == (0, 0)
+        shim.call("delete")
+        assert shim.wait()["code"] == 137
+        os.waitpid(zygote.pid, 0)
+        zygote.stderr.close()
         shim.close()
-        assert shim.exit_file()["code"] == 137
 
 
 def test_shims_that_end_do_not_stay_zombies(shop: Workshop) -> None:
