@@ -201,7 +201,7 @@ async def test_a_container_does_not_leave_its_quota_by_making_subvolumes(
 def test_a_volume_on_btrfs_is_not_left_either(kind: str, file_systems: FileSystems) -> None:
     """Without simple quotas it is a file system in a file."""
     directory = file_systems.place(kind) / "v"
-    data = bounded_volumes.ready(directory, QUOTA)
+    data = bounded_volumes.ready(directory, {"size": str(QUOTA)})
     assert (directory / "image").exists() == (kind == "btrfs")
     try:
         if kind == SIMPLE_QUOTAS:

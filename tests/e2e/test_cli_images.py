@@ -223,7 +223,7 @@ class running_on_small_disk:  # noqa: N801 - used as a function
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.daemon.stop()
-        subprocess.run(["umount", "-l", self.daemon.root], check=True)  # its zygote may just be ending
+        subprocess.run(["umount", self.daemon.root], check=True)
         self.daemon.close()
 
 

@@ -82,7 +82,7 @@ class TasksService:
         if self._bundles is not None:
             await self._bundles.close()
         if self._zygote is not None:
-            await self._zygote.stop()
+            await self._zygote.stop(has_shims=bool(self._registry.of(None)))
         if self._database is not None:
             self._database.close()
 

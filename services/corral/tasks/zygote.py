@@ -26,7 +26,8 @@ log = structlog.get_logger()
 
 SOCKET_FD = 3
 OUTPUT_MAX_BYTES = 1 << 20
-END_S = 0.2
+END_S, STAY_S = 5.0, 0.2
+"""How long to wait for its end, and what it takes to see whether it ends where that is not certain."""
 LIVED_LONG_S = 1.0
 RESTART_MIN_S, RESTART_MAX_S = 0.05, 5.0
 _PROGRAM = (
@@ -51,14 +52,17 @@ class Zygote:
         """Start it; spawn() may be called at once."""
         self._supervisor = asyncio.create_task(self._supervise(), name="zygote")
 
-    async def stop(self) -> None:
-        """Leave it: it ends at once, or with the last of its shims, which live on."""
+    async def stop(self, *, has_shims: bool) -> None:
+        """Leave it: it ends at once, or with the last of its shims, which live on.
+
+        has_shims: it may have some. Without any it has ended when this returns, and holds no file of ours any more.
+        """
         self._stopping.set()
         if self._connection is not None:
             self._connection.close()
         if self._supervisor is not None:
-            await asyncio.wait((self._supervisor,), timeout=END_S)
-            if not self._supervisor.done():  # it has shims to look after
+            await asyncio.wait((self._supervisor,), timeout=STAY_S if has_shims else END_S)
+            if not self._supervisor.done():
                 self._supervisor.cancel()
                 await asyncio.wait((self._supervisor,))
 
