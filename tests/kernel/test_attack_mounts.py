@@ -94,7 +94,7 @@ def test_cve_2019_19921_and_cve_2025_54867_proc_and_sys_that_are_links(lab, name
     (volume / "fake").mkdir(parents=True)
     spec = lab.spec("true")
     for mounts in ((bind("/volume", volume), *spec.mounts), (*spec.mounts, bind("/volume", volume))):
-        with pytest.raises(ExecFailed, match=f"mount /{name}: a symbolic link"):
+        with pytest.raises(ExecFailed, match=f"mount /{name}: .*a symbolic link"):
             lab.run_spec(replace(spec, mounts=mounts))
     assert list((volume / "fake").iterdir()) == []
 

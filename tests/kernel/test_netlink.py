@@ -153,7 +153,7 @@ def test_of_several_requests_the_first_failure_is_told_in_the_kernels_own_words(
     here, there = spaces
     plug(here, there)
     strange = replace(VETH, gateways=[ip_address("10.99.0.1"), ip_address("fd99::1")])
-    with pytest.raises(OSError, match=r"add default route via 10\.99\.0\.1: Network is unreachable \(.+\)") as refused:
+    with pytest.raises(OSError, match=r"set default route via 10\.99\.0\.1: Network is unreachable \(.+\)") as refused:
         Netlink.configure_inside(there, [strange])
     assert refused.value.errno == errno.ENETUNREACH
     [peer] = ip(there, "link", "show", "eth0")
