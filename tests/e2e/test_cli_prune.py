@@ -61,6 +61,15 @@ def test_a_filter_that_is_not_understood_is_named(box: Corrald) -> None:
         assert b"'size=1' is not understood" in refused.stderr
 
 
+def test_volumes_are_not_pruned_past_a_filter(box: Corrald) -> None:
+    anonymous = ok(box, "volume", "create").strip()
+    refused = box.corral("system", "prune", "--volumes", "--filter", "label=none")
+    assert refused.returncode == 1
+    assert b"--volumes and --filter exclude one another" in refused.stderr
+    assert ok(box, "volume", "ls", "-q").split() == [anonymous]
+    ok(box, "volume", "rm", anonymous)
+
+
 def test_the_noun_changes_no_exit_code(box: Corrald) -> None:
     assert box.corral("container", "run", "--no-such-flag", "busybox").returncode == 125
     assert box.corral("container", "ls", "--no-such-flag").returncode == 2

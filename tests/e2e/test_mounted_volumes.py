@@ -8,6 +8,8 @@ from support.corrald import Corrald, running
 from support.images import write_busybox
 from support.requirements import needs
 
+from corral.kernel import mount
+
 pytestmark = needs("root", "overlayfs", "busybox")
 
 
@@ -74,3 +76,38 @@ def test_what_cannot_be_mounted_is_told_when_it_is_used(box: Corrald, tmp_path: 
         flags = [word for key, value in options.items() for word in ("--opt", f"{key}={value}")]
         assert words in box.corral("volume", "create", *flags, "bad").stderr
     assert ok(box, "volume", "ls", "-q") == ""
+
+
+def test_one_that_is_busy_is_told_and_stays(box: Corrald, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    create(box, "busy", type="none", o="bind", device=str(tmp_path))
+    ok(box, "run", "--rm", "-v", "busy:/v", "busybox", "true")
+    data = box.root / "engine/volumes/default/busy/data"
+    with (data / "mine").open():
+        refused = box.corral("volume", "rm", "busy")
+        assert refused.returncode == 1
+        assert b"is in use" in refused.stderr
+        assert ok(box, "volume", "prune", "-a") == ""
+        assert ok(box, "volume", "ls", "-q") == "busy\n"
+    ok(box, "volume", "rm", "busy")
+    assert (mounts(box), (tmp_path / "mine").read_text()) == ([], "mine")
+
+
+def test_a_daemon_starts_though_what_is_left_of_one_is_busy(box: Corrald, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    left = box.root / "engine/volumes/default/left"
+    box.kill9()
+    (left / "data").mkdir(parents=True)
+    mount.bind(tmp_path, left / "data")
+    with (left / "data/mine").open():
+        box.start()
+        assert ok(box, "volume", "ls", "-q") == ""
+    box.kill9()
+    box.start()
+    assert not left.exists()
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_an_rbind_is_refused(box: Corrald) -> None:
+    flags = ("--opt", "type=none", "--opt", "o=ro,rbind", "--opt", "device=/")
+    assert b"cannot be an rbind" in box.corral("volume", "create", *flags, "bad").stderr

@@ -54,6 +54,8 @@ def network_prune_command(app: App, filters: Sequence[str]) -> None:
 def system_prune_command(app: App, everything: bool, volumes: bool, filters: Sequence[str]) -> None:
     """Remove containers that do not run, networks that nobody is in, and images without a name that nobody uses."""
     only = parse_prune_filters(filters)
+    if volumes and filters:
+        raise ValueError("--volumes and --filter exclude one another: volumes are not filtered")
     removed, freed = _prune_containers(app, only)
     _tell("Deleted Containers", removed)
     _tell("Deleted Networks", _prune_networks(app, only))

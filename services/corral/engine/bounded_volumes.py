@@ -10,7 +10,7 @@ All of it can be repeated: what a crash left half-made is made anew, and what a 
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from corral.engine import mounted_volumes
@@ -82,7 +82,7 @@ def prepare(directory: Path, options: Mapping[str, str]) -> None:
     """The same, but of one that lies elsewhere, whose server may be down now, only the place. Raises OSError."""
     if mounted_volumes.source_of(options) is None:
         ready(directory, options)
-    else:
+    elif not mounted_volumes.is_mounted(directory / "data"):
         (directory / "data").mkdir(parents=True, exist_ok=True)
 
 
@@ -137,10 +137,16 @@ def _ready_image(directory: Path, data: Path, image: Path, quota: int) -> None:
         lost.rmdir()
 
 
-def remove(directory: Path) -> None:
-    """Remove a volume that no container uses; none there is no error. Blocking. Raises OSError."""
+def remove(directory: Path, *, lies_elsewhere: bool = False) -> None:
+    """Remove a volume that no container uses; none there is no error. Blocking. Raises OSError.
+
+    What is mounted on its data is not ours to remove: only an empty directory goes then, which rmdir(2) sees to.
+    """
     data = directory / "data"
-    mounted_volumes.release(data)  # what is there is not ours to remove, if it lies elsewhere
+    if lies_elsewhere or mounted_volumes.is_mounted(data):
+        mounted_volumes.release(data)
+        with suppress(FileNotFoundError):
+            data.rmdir()
     release_project(data)
     if data.is_dir() and _bounds_subvolumes(data):
         _lift(data)

@@ -49,6 +49,8 @@ class DiskUsage:
 
     def _measure(self, volume: VolumeRecord) -> int:
         directory = self._core.volume_root(volume.namespace) / volume.name
+        if volume.lies_elsewhere:
+            return 0  # nothing of it is on this disk, and its server may be gone
         if volume.quota_bytes:
             return bounded_volumes.used_bytes(directory)
         try:

@@ -7,7 +7,10 @@ all containers share the one, and stays until the volume is removed, or the host
 Source: docker/docs, "docker volume create", driver-specific options; mount(8).
 """
 
+import os
+import signal
 import subprocess
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,8 @@ from corral.store.mountinfo import mounts_below
 OPTIONS = frozenset({"type", "device", "o"})
 PATIENCE_S = 60.0
 """A server that does not answer must not hold up a start for ever."""
+_LOCKS: dict[Path, threading.Lock] = {}
+"""By where it is mounted: containers that start at the same time have it mounted once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,32 +55,44 @@ def source_of(options: Mapping[str, str]) -> Source | None:
 
 def ready(data: Path, source: Source) -> None:
     """Have it mounted on `data`. Blocking. Raises FailedPrecondition with mount(8)'s own words, OSError."""
-    data.mkdir(parents=True, exist_ok=True)
-    if is_mounted(data):
-        return
+    with _lock_of(data):
+        if not is_mounted(data):
+            data.mkdir(parents=True, exist_ok=True)
+            _mount(data, source)
+
+
+def _mount(data: Path, source: Source) -> None:
     options = ["-o", source.options] if source.options else []
     command = ["mount", "-t", source.type, *options, "--", source.device, str(data)]
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE_S, check=False
-        )
-    except subprocess.TimeoutExpired as e:
-        raise _refused(data, source, f"no answer within {PATIENCE_S:g} seconds") from e
-    if done.returncode:
-        raise _refused(data, source, " ".join(done.stderr.split()) or f"mount ended with status {done.returncode}")
+    null = subprocess.DEVNULL
+    with subprocess.Popen(
+        command, stdin=null, stdout=null, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            _, said = process.communicate(timeout=PATIENCE_S)
+        except subprocess.TimeoutExpired as e:
+            os.killpg(process.pid, signal.SIGKILL)  # with the helper that it has started, such as mount.nfs
+            raise _refused(data, source, f"no answer within {PATIENCE_S:g} seconds") from e
+    if process.returncode:
+        raise _refused(data, source, " ".join(said.split()) or f"mount ended with status {process.returncode}")
     failpoint("engine.volume.after_foreign_mount")
 
 
 def release(data: Path) -> None:
     """Unmount whatever is on `data`; no error if nothing is. Blocking. Raises OSError."""
-    while is_mounted(data):
-        mount.umount(data)
-        failpoint("engine.volume.after_unmount")
+    with _lock_of(data):
+        while is_mounted(data):
+            mount.umount(data)
+            failpoint("engine.volume.after_unmount")
 
 
 def is_mounted(data: Path) -> bool:
     """By the kernel's list: to stat(2) a subvolume looks like a mount, and waits for a server that is gone."""
     return data in mounts_below(data.parent)
+
+
+def _lock_of(data: Path) -> threading.Lock:
+    return _LOCKS.setdefault(data, threading.Lock())
 
 
 def _refused(data: Path, source: Source, why: str) -> FailedPrecondition:

@@ -123,7 +123,10 @@ class Removal:
         removed = await self._core.database.write(lambda tx: _forget(tx, last, volumes=volumes))
         failpoint("engine.delete.after_row")
         for name in removed:
-            await run_blocking(bounded_volumes.remove, self._core.volume_root(record.namespace) / name)
+            try:
+                await run_blocking(bounded_volumes.remove, self._core.volume_root(record.namespace) / name)
+            except OSError as e:  # it is busy, say: the daemon's next start comes to it again
+                log.warning("volume.not_removed", volume=name, error=str(e))
         self._core.watch.tell_removal((record.namespace, record.id), last.exit)
         return last
 

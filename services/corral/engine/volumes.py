@@ -1,7 +1,9 @@
 """Volumes: directories of the engine's own that outlive containers. The one driver is `local`."""
 
+import errno
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -14,8 +16,8 @@ from corral.engine.records import from_ns
 from corral.engine.volume_rows import VolumeRecord
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import check_id, current_namespace
-from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, from_os_error
-from corral.store import Duplicate, Referenced, Transaction, failpoint
+from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, from_os_error
+from corral.store import Duplicate, Referenced, Snapshot, Transaction, failpoint
 
 DRIVER = "local"
 
@@ -73,6 +75,8 @@ class Volumes:
         await self._core.background.to_the_end(self._remove(volume))
 
     async def _remove(self, volume: VolumeRecord) -> None:
+        if volume.lies_elsewhere and not volume.containers:
+            await self._release(volume)
         try:
             await self._core.database.write(
                 lambda tx: volume_rows.delete_volume(tx, volume.namespace, volume.name), durable=True
@@ -83,25 +87,52 @@ class Volumes:
                 f"the volume {volume.name!r} is used by {users}: remove that first", reason="VOLUME_IN_USE"
             ) from e
         failpoint("engine.volume.after_removal")
-        await run_blocking(bounded_volumes.remove, self._directory(volume))
+        await self._remove_directory(volume)
+
+    async def _release(self, volume: VolumeRecord) -> None:
+        """Before it is forgotten, so that one that is busy is still there, whole."""
+        try:
+            await run_blocking(mounted_volumes.release, self._directory(volume) / "data")
+        except OSError as e:
+            if e.errno != errno.EBUSY:
+                raise
+            raise FailedPrecondition(
+                f"the volume {volume.name!r} is in use: somebody has files of it open, or mounts in it",
+                reason="VOLUME_IN_USE",
+            ) from e
+
+    async def _remove_directory(self, volume: VolumeRecord) -> None:
+        await run_blocking(
+            lambda: bounded_volumes.remove(self._directory(volume), lies_elsewhere=volume.lies_elsewhere)
+        )
 
     async def prune(self, *, everything: bool) -> list[str]:
-        """Remove anonymous volumes that no container uses, with `everything` named ones too; returns their names."""
+        """Remove anonymous volumes that no container uses, with `everything` named ones too; returns their names.
+
+        One that lies elsewhere, and is busy there, stays.
+        """
         namespace = current_namespace()
 
-        def forget(tx: Transaction) -> list[VolumeRecord]:
-            unused = [
+        def unused(view: Snapshot, *, elsewhere: bool) -> list[VolumeRecord]:
+            return [
                 volume
-                for volume in volume_rows.volumes(tx, namespace)
-                if not volume.containers and (volume.anonymous or everything)
+                for volume in volume_rows.volumes(view, namespace)
+                if not volume.containers and (volume.anonymous or everything) and volume.lies_elsewhere == elsewhere
             ]
-            for volume in unused:
+
+        def forget(tx: Transaction) -> list[VolumeRecord]:
+            forgotten = unused(tx, elsewhere=False)
+            for volume in forgotten:
                 volume_rows.delete_volume(tx, namespace, volume.name)
-            return unused
+            return forgotten
 
         removed = await self._core.database.write(forget, durable=True)
         for volume in removed:
-            await run_blocking(bounded_volumes.remove, self._directory(volume))
+            await self._remove_directory(volume)
+        for volume in self._core.database.read_sync(lambda view: unused(view, elsewhere=True)):
+            with suppress(FailedPrecondition, NotFound):
+                await self._remove(volume)
+                removed.append(volume)
         return [volume.name for volume in removed]
 
     def _directory(self, volume: VolumeRecord) -> Path:
@@ -129,6 +160,8 @@ def _check_options(options: Mapping[str, str]) -> None:
             f"{min(unknown)!r} is no option of a volume: there are 'size', or 'type', 'device' and 'o'",
             reason="BAD_OPTION",
         )
+    if "rbind" in options.get("o", "").split(","):
+        raise InvalidArgument("a volume cannot be an rbind, whose submounts would stay: use bind", reason="BAD_OPTION")
     if mounted_volumes.source_of(options) is not None and bounded_volumes.SIZE in options:
         raise InvalidArgument("a volume that lies elsewhere cannot be bounded by 'size'", reason="BAD_OPTION")
 
@@ -144,7 +177,10 @@ def sweep(core: Core) -> None:
     root = core.config.root / "volumes"
     for directory in root.glob("*/*"):
         if (directory.parent.name, directory.name) not in known:
-            bounded_volumes.remove(directory)
+            try:
+                bounded_volumes.remove(directory)
+            except OSError as e:  # it is busy, say: the next start comes to it again
+                log.warning("volume.not_removed", directory=str(directory), error=str(e))
     for volume in volumes:
         directory = core.volume_root(volume.namespace) / volume.name
         if volume.lies_elsewhere and mounted_volumes.is_mounted(directory / "data"):
