@@ -50,7 +50,7 @@ def test_files_and_directories_come_out(box: Corrald, container: str, tmp_path: 
     ok(box, f"{container}:/data/one", tmp_path / "new")
     assert (tmp_path / "new").read_text() == "one\n"
     ok(box, f"{container}:data/one", tmp_path)
-    assert stat.S_IMODE((tmp_path / "one").stat().st_mode) == 0o4751
+    assert stat.S_IMODE((tmp_path / "one").stat().st_mode) == 0o751  # it is another's now: nobody becomes that
     ok(box, f"{container}:/data", tmp_path / "renamed")
     ok(box, f"{container}:/data", tmp_path)
     (tmp_path / "contents").mkdir()
@@ -186,3 +186,36 @@ def test_a_container_that_was_never_started_and_one_read_only(box: Corrald, name
             box.corral("wait", other)
     finally:
         box.corral("rm", "-f", other)
+
+
+def test_a_second_copy_does_not_go_through_a_link_that_the_first_has_brought(
+    box: Corrald, living: str, tmp_path: Path
+) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/precious").write_text("of the host")
+    script = "mkdir /d; ln -s ../home /d/x"
+    box.corral("exec", living, "sh", "-c", script, check=True)
+    (tmp_path / "place").mkdir()
+    ok(box, f"{living}:/d", tmp_path)
+    assert (tmp_path / "d/x").is_symlink()
+    box.corral("exec", living, "sh", "-c", "rm /d/x; mkdir /d/x; echo taken > /d/x/precious", check=True)
+    refused = cp(box, f"{living}:/d", tmp_path)
+    assert refused.returncode == 1
+    assert b"d/x is there, and is no directory" in refused.stderr
+    assert (tmp_path / "home/precious").read_text() == "of the host"
+
+
+def test_the_hosts_proc_leads_nowhere(box: Corrald, name: str, tmp_path: Path) -> None:
+    """A container that sees the host's processes plants a link through the root of one."""
+    secret = tmp_path / "secret"
+    secret.write_text("of the host")
+    (tmp_path / "app/sub").mkdir(parents=True)
+    (tmp_path / "app/sub/secret").write_text("planted")
+    box.corral("run", "-d", "--name", name, "--pid", "host", "busybox", "sleep", "1000", check=True)
+    box.corral("exec", name, "sh", "-c", f"mkdir /c; ln -s /proc/1/root{tmp_path} /c/sub", check=True)
+    assert cp(box, f"{tmp_path}/app/.", f"{name}:/c").returncode == 1
+    assert cp(box, secret, f"{name}:/c/sub").returncode == 1
+    assert cp(box, f"{name}:/c/sub/secret", tmp_path / "stolen").returncode == 1
+    assert cp(box, "-L", f"{name}:/c/sub", tmp_path / "stolen").returncode == 1
+    assert secret.read_text() == "of the host"
+    assert not (tmp_path / "stolen").exists()

@@ -1,8 +1,11 @@
 """`corral cp`: files between a container and this host, with docker's rules for what goes where.
 
-What a container sends is not trusted: nothing is written outside of the destination.
+What a container sends is not trusted: nothing is written outside of the destination, whatever links it has had put
+there before.
 """
+# ruff: noqa: PTH119, PTH120
 
+import contextlib
 import io
 import os
 import stat
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 STANDARD = "-"
 CHUNK = 256 << 10
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @click.command("cp")
@@ -88,27 +92,101 @@ def _destination(found: "engine_pb2.PathStat", path: str, target: str) -> tuple[
 
 
 def _unpack(tar: tarfile.TarFile, root: str, place: Path, name: str, *, keep_ids: bool) -> None:
-    for member in tar:
-        renamed = _renamed(member.name, root, name)
-        if renamed is None:
-            raise ValueError(f"the container sent {member.name!r}, which is not below what was asked for")
-        if member.islnk():
-            member.linkname = _renamed(member.linkname, root, name) or ""
-        if not renamed:  # the directory whose contents were asked for
-            continue
-        member.name = renamed
-        target = place / renamed
-        if not member.isdir() and (target.is_symlink() or target.is_file()):
-            target.unlink()
-        if not (keep_ids and os.geteuid() == 0):
-            member = member.replace(uid=os.geteuid(), gid=os.getegid(), uname="", gname="", deep=False)
-        tar.extract(member, place, numeric_owner=True, filter=_as_it_is)
+    top = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for member in tar:
+            renamed = _renamed(member.name, root, name)
+            linked = _renamed(member.linkname, root, name) if member.islnk() else ""
+            if renamed is None or linked is None:
+                raise ValueError(f"the container sent {member.name!r}, which is not below what was asked for")
+            if renamed not in ("", "."):  # the directory whose contents were asked for
+                _put(tar, member, top, renamed, linked, keep_ids=keep_ids and os.geteuid() == 0)
+    finally:
+        os.close(top)
 
 
-def _as_it_is(member: tarfile.TarInfo, place: str) -> tarfile.TarInfo:
-    """All kinds of files, with all their permissions, but none outside. Raises tarfile.FilterError."""
-    checked = tarfile.tar_filter(member, place)
-    return checked.replace(mode=member.mode, deep=False)
+def _put(tar: tarfile.TarFile, member: tarfile.TarInfo, top: int, path: str, linked: str, *, keep_ids: bool) -> None:
+    """Write one entry. On the way to it no link is followed: those below the destination may be the container's."""
+    above, name = _opened(top, os.path.dirname(path)), os.path.basename(path)
+    try:
+        _make_way(member, above, name, path)
+        mode = member.mode & (0o7777 if keep_ids else 0o777)
+        if member.isreg():
+            _put_file(tar, member, above, name, mode, keep_ids=keep_ids)
+            return
+        elif member.isdir():
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=above)
+            fd = os.open(name, _DIRECTORY, dir_fd=above)
+            try:
+                os.fchmod(fd, mode | 0o700 * (os.geteuid() != 0))  # who is not root is to write in it
+            finally:
+                os.close(fd)
+        elif member.issym():
+            os.symlink(member.linkname, name, dir_fd=above)
+        elif member.islnk():
+            there = _opened(top, os.path.dirname(linked))
+            try:
+                os.link(
+                    os.path.basename(linked), name, src_dir_fd=there, dst_dir_fd=above, follow_symlinks=False
+                )  # fmt: skip
+            finally:
+                os.close(there)
+            return
+        elif member.isfifo():
+            os.mkfifo(name, mode, dir_fd=above)
+        else:
+            kind = stat.S_IFCHR if member.ischr() else stat.S_IFBLK
+            os.mknod(name, kind | mode, os.makedev(member.devmajor, member.devminor), dir_fd=above)
+        if keep_ids:
+            os.chown(name, member.uid, member.gid, dir_fd=above, follow_symlinks=False)
+        os.utime(name, (member.mtime, member.mtime), dir_fd=above, follow_symlinks=False)
+    finally:
+        os.close(above)
+
+
+def _opened(top: int, path: str) -> int:
+    """A directory below the destination, made if it is missing. Raises ValueError for a link in the way."""
+    at = os.dup(top)
+    for name in filter(None, path.split("/")):
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o755, dir_fd=at)
+            below = os.open(name, _DIRECTORY, dir_fd=at)
+        except OSError as e:
+            raise ValueError(f"{path}: {name} is in the way, and no directory ({e.strerror}): remove it first") from e
+        finally:
+            os.close(at)
+        at = below
+    return at
+
+
+def _make_way(member: tarfile.TarInfo, above: int, name: str, path: str) -> None:
+    """Remove what is there, but for a directory; neither takes the place of the other."""
+    try:
+        status = os.stat(name, dir_fd=above, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(status.st_mode) != member.isdir():
+        raise ValueError(f"{path} is there, and is {'no ' * member.isdir()}directory: remove it first")
+    if not member.isdir():
+        os.unlink(name, dir_fd=above)
+
+
+def _put_file(
+    tar: tarfile.TarFile, member: tarfile.TarInfo, above: int, name: str, mode: int, *, keep_ids: bool
+) -> None:
+    source = tar.extractfile(member)
+    assert source is not None
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(name, flags, 0o600, dir_fd=above)
+    with source, open(fd, "wb", buffering=0) as file:
+        while data := source.read(CHUNK):
+            file.write(data)
+        if keep_ids:
+            os.fchown(fd, member.uid, member.gid)
+        os.fchmod(fd, mode)
+        os.utime(fd, (member.mtime, member.mtime))
 
 
 def _renamed(name: str, root: str, new: str) -> str | None:

@@ -11,10 +11,11 @@
 
 Whatever is in there is hostile. So no path is resolved before this process sees nothing else than the container does;
 by then all that is needed is loaded and nothing can be any more, and names of users are not looked up (CVE-2019-14271).
-It can't be traced from inside. Symbolic links lead where they lead inside, as for the container's own programs.
+It can't be traced from inside. Symbolic links lead where they lead inside, but the kernel's own ones, in a procfs that
+may be the host's (`--pid host`), lead nowhere; and no name is looked up twice.
 """
 # Paths are the container's, as the kernel takes them.
-# ruff: noqa: PTH101, PTH102, PTH103, PTH108, PTH112, PTH115, PTH116, PTH119, PTH120, PTH208, PTH211
+# ruff: noqa: PTH119, PTH120
 
 import contextlib
 import errno
@@ -24,12 +25,13 @@ import stat
 import sys
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, BinaryIO, NoReturn
 
-from corral.kernel import namespaces, process
+from corral.kernel import namespaces, paths, process
 from corral.kernel.namespaces import Kind
+from corral.kernel.syscalls import PROC_SUPER_MAGIC, SYSFS_MAGIC, filesystem_magic
 from corral.oci import OCI_VERSION, init
 from corral.oci.blueprint import plan_of
 from corral.oci.imports import close_imports
@@ -139,29 +141,29 @@ def _mounts(given: object) -> Sequence[Mount]:
 
 @dataclass(slots=True)
 class _Found:
-    """One file on its way into the tar."""
+    """One file on its way into the tar: where it is, what it is called there and in the tar, and what it is."""
 
-    path: str
+    above: int
+    called: str
     name: str
     status: os.stat_result
 
 
 def _copy_out(job: Mapping[str, object], out: BinaryIO) -> None:
-    asked = str(job["path"])
-    path = os.path.normpath(f"/{asked}")
-    if job.get("follow") or asked.endswith(("/", "/.")):
-        path = os.path.realpath(path, strict=True)
-    status = os.lstat(path)
-    if asked.endswith(("/", "/.")) and not stat.S_ISDIR(status.st_mode):
+    asked, root = str(job["path"]), os.open("/", os.O_PATH | os.O_DIRECTORY)
+    path, inside = os.path.normpath(f"/{asked}"), asked.endswith(("/", "/."))
+    flags = os.O_PATH | (0 if job.get("follow") or inside else os.O_NOFOLLOW)
+    fd = _located(root, path, flags)
+    status = os.fstat(fd)
+    if inside and not stat.S_ISDIR(status.st_mode):
         raise Refused("invalid_argument", f"{asked}: not a directory")
     name = os.path.basename(path) or "."
-    link = os.readlink(path) if stat.S_ISLNK(status.st_mode) else ""
     header = {
         "name": name,
         "size": status.st_size,
         "mode": status.st_mode,
         "mtime_ns": status.st_mtime_ns,
-        "link_target": link,
+        "link_target": os.readlink("", dir_fd=fd) if stat.S_ISLNK(status.st_mode) else "",
     }
     out.write(json.dumps(header).encode() + b"\n")
     if not job.get("data"):
@@ -169,47 +171,75 @@ def _copy_out(job: Mapping[str, object], out: BinaryIO) -> None:
     out.flush()
     with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, bufsize=CHUNK) as tar:
         first: dict[tuple[int, int], str] = {}
-        for found in _walk(path, name, status):
-            _add(tar, found, first)
+        if stat.S_ISDIR(status.st_mode):
+            directory = _located(root, path, os.O_RDONLY | os.O_DIRECTORY)
+            _add(tar, _Found(directory, ".", name, os.fstat(directory)), first)
+            _add_below(tar, directory, name, first)
+        elif flags & os.O_NOFOLLOW:
+            above = _located(root, os.path.dirname(path), os.O_PATH | os.O_DIRECTORY)
+            _add(tar, _Found(above, os.path.basename(path), name, status), first)
+        else:
+            file = _located(root, path, os.O_RDONLY | os.O_NONBLOCK)
+            _add_file(tar, file, tarfile.TarInfo(name))
 
 
-def _walk(path: str, name: str, status: os.stat_result) -> Iterator[_Found]:
-    """It and all that is below, parents first, in the order of names. What goes meanwhile is left out."""
-    waiting = [_Found(path, name, status)]
+def _located(root: int, path: str, flags: int) -> int:
+    try:
+        return paths.open_in_root(root, path, flags)
+    except OSError as e:
+        raise OSError(e.errno, os.strerror(e.errno or 0), path) from e
+
+
+def _add_below(tar: tarfile.TarFile, top: int, name: str, first: dict[tuple[int, int], str]) -> None:
+    """All that is in a directory, parents first, in the order of names. What goes meanwhile is left out."""
+    waiting = [(top, name, _names(top))]
     while waiting:
-        found = waiting.pop()
-        yield found
-        if not stat.S_ISDIR(found.status.st_mode):
+        directory, above, names = waiting[-1]
+        if not names:
+            os.close(directory)
+            waiting.pop()
             continue
+        called = names.pop()
         try:
-            names = sorted(os.listdir(found.path), reverse=True)
+            status = os.stat(called, dir_fd=directory, follow_symlinks=False)
+            found = _Found(directory, called, f"{above}/{called}", status)
+            _add(tar, found, first)
+            if stat.S_ISDIR(status.st_mode):
+                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+                below = os.open(called, flags, dir_fd=directory)
+                waiting.append((below, found.name, _names(below)))
         except FileNotFoundError:
             continue
-        for each in names:
-            below = f"{found.path.rstrip('/')}/{each}"
-            with contextlib.suppress(FileNotFoundError):
-                waiting.append(_Found(below, f"{found.name}/{each}", os.lstat(below)))
+
+
+def _names(directory: int) -> list[str]:
+    """The last one first; none of what is but the kernel's voice."""
+    if filesystem_magic(directory) in (PROC_SUPER_MAGIC, SYSFS_MAGIC):
+        return []
+    return sorted(os.listdir(directory), reverse=True)
 
 
 def _add(tar: tarfile.TarFile, found: _Found, first: dict[tuple[int, int], str]) -> None:
     status, info = found.status, tarfile.TarInfo(found.name)
-    info.mode, info.uid, info.gid = stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid
-    info.mtime = status.st_mtime
     inode = (status.st_dev, status.st_ino)
     if not stat.S_ISDIR(status.st_mode) and status.st_nlink > 1:
         if inode in first:
+            _describe(info, status)
             info.type, info.linkname = tarfile.LNKTYPE, first[inode]
-            tar.addfile(info)
+            _put_in(tar, info)
             return
         first[inode] = found.name
     if stat.S_ISREG(status.st_mode):
-        _add_file(tar, found, info)
+        # Not to wait for a writer, should it be a FIFO by now.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        _add_file(tar, os.open(found.called, flags, dir_fd=found.above), info)
         return
+    _describe(info, status)
     if stat.S_ISDIR(status.st_mode):
         info.type = tarfile.DIRTYPE
     elif stat.S_ISLNK(status.st_mode):
         info.type = tarfile.SYMTYPE
-        info.linkname = os.readlink(found.path)
+        info.linkname = os.readlink(found.called, dir_fd=found.above)
     elif stat.S_ISFIFO(status.st_mode):
         info.type = tarfile.FIFOTYPE
     elif stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
@@ -217,22 +247,30 @@ def _add(tar: tarfile.TarFile, found: _Found, first: dict[tuple[int, int], str])
         info.devmajor, info.devminor = os.major(status.st_rdev), os.minor(status.st_rdev)
     else:  # a socket
         return
-    tar.addfile(info)
+    _put_in(tar, info)
 
 
-def _add_file(tar: tarfile.TarFile, found: _Found, info: tarfile.TarInfo) -> None:
-    try:  # not to wait for a writer, should it be a FIFO by now
-        fd = os.open(found.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
+def _describe(info: tarfile.TarInfo, status: os.stat_result) -> None:
+    info.mode, info.uid, info.gid = stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid
+    info.mtime = status.st_mtime
+
+
+def _add_file(tar: tarfile.TarFile, fd: int, info: tarfile.TarInfo) -> None:
+    """A regular file; what else it has become meanwhile is left out."""
     with open(fd, "rb", buffering=0) as file:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             return
+        _describe(info, status)
         info.size = status.st_size
         names = [name for name in os.listxattr(fd) if name.startswith(_COPIED_XATTRS)]
         info.pax_headers = {f"{_XATTR}{n}": os.getxattr(fd, n).decode("utf-8", "surrogateescape") for n in names}
-        tar.addfile(info, _Whole(file, info.size))
+        _put_in(tar, info, _Whole(file, info.size))
+
+
+def _put_in(tar: tarfile.TarFile, info: tarfile.TarInfo, data: "_Whole | None" = None) -> None:
+    tar.addfile(info, data)
+    tar.members.clear()  # type: ignore[attr-defined]  # else it would remember millions
 
 
 class _Whole:
@@ -253,23 +291,26 @@ class _Whole:
 
 
 def _copy_in(job: Mapping[str, object], source: BinaryIO) -> None:
-    directory = str(job["path"])
+    place = os.path.normpath(f"/{job['path']}")
+    root = os.open("/", os.O_PATH | os.O_DIRECTORY)
     try:
-        directory = os.path.realpath(f"/{directory}", strict=True)
+        os.close(paths.open_in_root(root, place, os.O_PATH | os.O_DIRECTORY))
     except FileNotFoundError:
-        raise Refused("not_found", f"{directory}: no such directory") from None
-    if not os.path.isdir(directory):
-        raise Refused("failed_precondition", f"{directory}: not a directory")
-    os.chdir(directory)
+        raise Refused("not_found", f"{place}: no such directory") from None
+    except NotADirectoryError:
+        raise Refused("failed_precondition", f"{place}: not a directory") from None
     times: list[tuple[str, float]] = []
     with tarfile.open(fileobj=source, mode="r|*", bufsize=CHUNK) as tar:
         for member in tar:
             name = _inside(member.name)
-            _put(tar, member, name, keep_ids=bool(job.get("keep_ids")))
-            if member.isdir():
-                times.append((name, member.mtime))
-    for name, mtime in reversed(times):
-        os.utime(name, (mtime, mtime))
+            if name:
+                _put(tar, member, root, f"{place}/{name}", place, keep_ids=bool(job.get("keep_ids")))
+                if member.isdir():
+                    times.append((f"{place}/{name}", member.mtime))
+            tar.members.clear()  # type: ignore[attr-defined]
+    for path, mtime in reversed(times):
+        with paths.opened(_parent(root, path)) as above:
+            os.utime(os.path.basename(path), (mtime, mtime), dir_fd=above, follow_symlinks=False)
     while source.read(CHUNK):  # whoever sends it is to see it taken
         pass
 
@@ -278,63 +319,82 @@ def _inside(name: str) -> str:
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if ".." in parts:
         raise Refused("invalid_argument", f"the archive's entry {name!r} leads out of the directory")
-    return "/".join(parts) or "."
+    return "/".join(parts)
 
 
-def _put(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str, *, keep_ids: bool) -> None:
-    above = os.path.dirname(name)
-    if above:
-        os.makedirs(above, 0o755, exist_ok=True)
-    _make_way(member, name)
-    if member.isreg():
-        _put_file(tar, member, name)
-    elif member.isdir():
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(name, 0o700)
-    elif member.issym():
-        os.symlink(member.linkname, name)
-    elif member.islnk():
-        os.link(_inside(member.linkname), name, follow_symlinks=False)
-        return
-    elif member.isfifo():
-        os.mkfifo(name, 0o600)
-    elif member.ischr() or member.isblk():
-        kind = stat.S_IFCHR if member.ischr() else stat.S_IFBLK
-        os.mknod(name, kind | 0o600, os.makedev(member.devmajor, member.devminor))
-    else:
-        raise Refused("invalid_argument", f"the archive's entry {member.name!r} is of a kind that is not known")
+def _parent(root: int, path: str) -> int:
+    """The directory that a path is in, made if it is missing."""
+    return paths.make_directory_in_root(root, os.path.dirname(path))
+
+
+def _put(tar: tarfile.TarFile, member: tarfile.TarInfo, root: int, path: str, place: str, *, keep_ids: bool) -> None:
     uid, gid = (member.uid, member.gid) if keep_ids else (0, 0)
-    os.chown(name, uid, gid, follow_symlinks=False)
-    if member.issym():
-        return
-    os.chmod(name, member.mode & 0o7777)
-    for key, value in member.pax_headers.items():
-        if key.startswith(_XATTR) and key.removeprefix(_XATTR).startswith(_COPIED_XATTRS):
-            os.setxattr(name, key.removeprefix(_XATTR), value.encode("utf-8", "surrogateescape"))
-    if not member.isdir():
-        os.utime(name, (member.mtime, member.mtime))
+    mode, name = member.mode & 0o7777, os.path.basename(path)
+    with paths.opened(_parent(root, path)) as above:
+        _make_way(member, above, name)
+        if member.isreg():
+            _put_file(tar, member, above, name, uid, gid)
+            return
+        if member.isdir():
+            _put_directory(member, above, name, uid, gid)
+            return
+        if member.islnk():
+            linked = f"{place}/{_inside(member.linkname)}"
+            with paths.opened(paths.open_in_root(root, os.path.dirname(linked), os.O_PATH | os.O_DIRECTORY)) as there:
+                os.link(
+                    os.path.basename(linked), name, src_dir_fd=there, dst_dir_fd=above, follow_symlinks=False
+                )  # fmt: skip
+            return
+        if member.issym():
+            os.symlink(member.linkname, name, dir_fd=above)
+        elif member.isfifo():
+            os.mkfifo(name, mode, dir_fd=above)
+        elif member.ischr() or member.isblk():
+            kind = stat.S_IFCHR if member.ischr() else stat.S_IFBLK
+            os.mknod(name, kind | mode, os.makedev(member.devmajor, member.devminor), dir_fd=above)
+        else:
+            raise Refused("invalid_argument", f"the archive's entry {member.name!r} is of a kind that is not known")
+        os.chown(name, uid, gid, dir_fd=above, follow_symlinks=False)
+        os.utime(name, (member.mtime, member.mtime), dir_fd=above, follow_symlinks=False)
 
 
-def _make_way(member: tarfile.TarInfo, name: str) -> None:
-    """Remove what is there, but for a directory; neither takes the place of the other."""
+def _make_way(member: tarfile.TarInfo, above: int, name: str) -> None:
+    """Remove what is there, but for a directory; neither takes the place of the other. A link is no directory."""
     try:
-        status = os.lstat(name)
+        status = os.stat(name, dir_fd=above, follow_symlinks=False)
     except FileNotFoundError:
         return
-    if member.isdir() and stat.S_ISLNK(status.st_mode):
-        with contextlib.suppress(FileNotFoundError):
-            status = os.stat(name)
     if stat.S_ISDIR(status.st_mode) != member.isdir():
         kinds = ("a directory", "no directory") if member.isdir() else ("no directory", "a directory")
         raise Refused("failed_precondition", f"{name}: is {kinds[1]} and cannot be overwritten by {kinds[0]}")
     if not member.isdir():
-        os.unlink(name)
+        os.unlink(name, dir_fd=above)
 
 
-def _put_file(tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> None:
+def _put_directory(member: tarfile.TarInfo, above: int, name: str, uid: int, gid: int) -> None:
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(name, 0o700, dir_fd=above)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with paths.opened(os.open(name, flags, dir_fd=above)) as fd:
+        _dress(member, fd, uid, gid)
+
+
+def _put_file(tar: tarfile.TarFile, member: tarfile.TarInfo, above: int, name: str, uid: int, gid: int) -> None:
     source = tar.extractfile(member)
     assert source is not None
-    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(name, flags, 0o600, dir_fd=above)
     with source, open(fd, "wb", buffering=0) as file:
         while data := source.read(CHUNK):
             file.write(data)
+        _dress(member, fd, uid, gid)
+        os.utime(fd, (member.mtime, member.mtime))
+
+
+def _dress(member: tarfile.TarInfo, fd: int, uid: int, gid: int) -> None:
+    os.fchown(fd, uid, gid)
+    os.fchmod(fd, member.mode & 0o7777)
+    for key, value in member.pax_headers.items():
+        name = key.removeprefix(_XATTR)
+        if name != key and name.startswith(_COPIED_XATTRS):
+            os.setxattr(fd, name, value.encode("utf-8", "surrogateescape"))
