@@ -156,6 +156,21 @@ class LogFile:
             return True
         return self._finish_or_undo(data, written)
 
+    def undo_torn(self, before: Position, size: int) -> bool:
+        """Cut off what was appended since `before`, if it is less than `size` bytes; whether it was, and is gone.
+
+        A write(2) that a SIGKILL interrupts has written some pages of its data.
+        """
+        inode, kept = before
+        if inode != self._inode or self._size >= kept + size:
+            return False
+        try:
+            os.ftruncate(self._fd, kept)
+        except OSError:
+            return False
+        self._size = kept
+        return True
+
     def reopen(self) -> None:
         """Follow the name after somebody renamed the file. Raises OSError and keeps the old file if that fails."""
         fd, inode, size = _open(self._path)
@@ -262,6 +277,7 @@ class FileLog:
         self.dropped_bytes = 0
         if spool is not None:
             self._go_on(spool)
+            spool.begin(STREAMS[0], file.position)
 
     def take(self, stream: StreamName, fd: int, size: int, *, pipe: bool) -> bytes:
         """Read what is to be written next; should this process be killed before it is, it is not lost."""
@@ -310,10 +326,13 @@ class FileLog:
         """Write what the shim before had taken and not written."""
         left = {stream: spool.unlogged(stream) for stream in STREAMS}
         logged = spool.perhaps_logged(self._file.position)
-        if logged is not None and left[logged]:
-            _, group = next(cut(left[logged]))
-            spool.logged(logged, len(group), self._file.position)
-            left[logged] = left[logged][len(group) :]
+        if logged is not None and spool.marked is not None and left[logged]:
+            part, group = next(cut(left[logged]))
+            form = self._format_last if part is Part.REST else self._format
+            frame = form(group, logged, timestamp(0), part is Part.LINES)  # as long as with any other time
+            if not self._file.undo_torn(spool.marked, len(frame)):
+                spool.logged(logged, len(group), self._file.position)
+                left[logged] = left[logged][len(group) :]
         for stream, data in left.items():
             if data:
                 self.write(stream, data)

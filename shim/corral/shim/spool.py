@@ -5,7 +5,8 @@
     spool.mark: the log's inode and size after what was appended last, and how far each spool is in the log by then
 
 A byte leaves the FIFO and enters the spool in one system call, and every append is followed by a new mark. So what lies
-behind the mark was taken and is not in the log; all but the first group of it perhaps, which is if the log has grown.
+behind the mark was taken and is not in the log; all but the first group of it perhaps, which is if the log has grown by
+as much. The first mark is written before anything is taken: without one, spools are none.
 What comes from a terminal, which splice(2) does not read, is in the spool only after it was read.
 
     stdout.spool    where its second byte counts from, 8 bytes, then the stream from there on
@@ -52,17 +53,25 @@ class Spool:
         inode, size, *starts, current = _MARK.unpack(mark)
         self._marked, self._current = (inode, size), STREAMS[current]
         for stream, start in zip(STREAMS, starts, strict=True):
+            self._starts[stream] = self._bases[stream] = self._ends[stream] = start
             with contextlib.suppress(FileNotFoundError):
                 fd = os.open(_file(stream), os.O_RDWR | os.O_CLOEXEC, dir_fd=self._directory)
+                if len(head := os.pread(fd, _BASE.size, 0)) < _BASE.size:  # killed while it made the file
+                    os.close(fd)
+                    continue
                 self._fds[stream] = fd
-                (base,) = _BASE.unpack(os.pread(fd, _BASE.size, 0))
+                (base,) = _BASE.unpack(head)
                 self._bases[stream], self._ends[stream] = base, base + os.fstat(fd).st_size - _BASE.size
-            self._starts[stream] = start
 
     def unlogged(self, stream: StreamName) -> bytes:
         """What was taken from a stream and is not in the log, as far as the mark tells."""
         start, end = self._starts[stream], self._ends[stream]
         return os.pread(self._fds[stream], end - start, self._place(stream, start)) if end > start else b""
+
+    @property
+    def marked(self) -> Position | None:
+        """Where the log ended when the last mark was written; None if none was."""
+        return self._marked
 
     def perhaps_logged(self, log: Position) -> StreamName | None:
         """The stream whose first group was appended after the last mark, if the log is at `log` now."""
@@ -154,7 +163,7 @@ class Spool:
         if self._fds[stream] < 0:
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             fd = self._fds[stream] = os.open(_file(stream), flags, _MODE, dir_fd=self._directory)
-            os.pwrite(fd, _BASE.pack(0), 0)
+            os.pwrite(fd, _BASE.pack(self._bases[stream]), 0)
         return self._fds[stream]
 
     def _place(self, stream: StreamName, offset: int) -> int:

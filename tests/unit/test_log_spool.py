@@ -1,0 +1,83 @@
+"""What a shim that is killed has taken and not logged, found by the next one."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from corral.shim.logs import FileLog, LogFile
+from corral.shim.spool import MARK, Spool
+
+LINES = b"".join(b"line %d\n" % number for number in range(1000))
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[int]:
+    fd = os.open(tmp_path, os.O_PATH | os.O_DIRECTORY)
+    yield fd
+    os.close(fd)
+
+
+def opened(path: Path, directory: int, driver: str = "json-file") -> FileLog:
+    """As a shim opens it; it is killed by not being closed."""
+    return FileLog(LogFile(str(path), max_size=0, max_files=1), driver, Spool(directory))
+
+
+def take(log: FileLog, data: bytes) -> bytes:
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, data)
+        return log.take("stdout", reader, len(data), pipe=True)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def logged(path: Path) -> bytes:
+    return "".join(json.loads(line)["log"] for line in path.read_bytes().splitlines()).encode()
+
+
+@pytest.mark.parametrize("text", [b"no newline", b"a line\n"])
+def test_what_was_taken_before_the_first_append_is_kept(tmp_path: Path, directory: int, text: bytes) -> None:
+    path = tmp_path / "log"
+    take(opened(path, directory), text)
+    opened(path, directory).close()
+    assert logged(path) == text
+
+
+def test_a_spool_that_was_only_just_made_is_none(tmp_path: Path, directory: int) -> None:
+    path = tmp_path / "log"
+    log = opened(path, directory)
+    log.write("stdout", take(log, b"first\n"))
+    (tmp_path / "stdout.spool").write_bytes(b"\0\0\0")
+    heir = opened(path, directory)
+    take(heir, b"second\n")
+    opened(path, directory).close()
+    assert logged(path) == b"first\nsecond\n"
+
+
+@pytest.mark.parametrize("driver", ["json-file", "cri"])
+@pytest.mark.parametrize("torn", [1, 4096, -1])
+def test_an_append_that_was_torn_is_made_again(tmp_path: Path, directory: int, torn: int, driver: str) -> None:
+    path = tmp_path / "log"
+    log = opened(path, directory, driver)
+    log.write("stdout", take(log, b"before\n"))
+    mark, before = (tmp_path / MARK).read_bytes(), path.stat().st_size
+    log.write("stdout", take(log, LINES))
+    whole = path.read_bytes()
+    for kept, expected in ((before + torn if torn > 0 else len(whole) + torn, whole), (len(whole), whole)):
+        path.write_bytes(whole[:kept])
+        (tmp_path / MARK).write_bytes(mark)
+        opened(path, directory, driver).close()
+        stamped = len(b"2026-01-02T03:04:05.123456789Z")
+        assert len(path.read_bytes()) == len(expected)
+        assert texts(path, driver, stamped) == [b"before\n", *LINES.splitlines(keepends=True)]
+
+
+def texts(path: Path, driver: str, stamped: int) -> list[bytes]:
+    lines = path.read_bytes().splitlines(keepends=True)
+    if driver == "cri":
+        return [line[stamped + len(b" stdout F ") :] for line in lines]
+    return [json.loads(line)["log"].encode() for line in lines]
