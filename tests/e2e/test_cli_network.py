@@ -205,3 +205,31 @@ def test_a_container_begins_in_several_networks_with_names_of_its_own(box: Corra
         box.corral("rm", "-f", name, other)
         for net in nets:
             ok(box, "network", "rm", net)
+
+
+def test_a_network_that_was_removed_meanwhile_is_let_go_of(box: Corrald, name: str) -> None:
+    first, second = box.place.network
+    net = f"{name}-net"
+    ok(box, "network", "create", "--subnet", f"{first}.{second}.148.0/24", net)
+    ok(box, "run", "--name", name, "busybox", "true")
+    ok(box, "network", "connect", net, name)
+    ok(box, "network", "rm", net)
+    assert box.corral("start", name).returncode == 1
+    ok(box, "network", "disconnect", net, name)
+    ok(box, "start", "-a", name)
+
+
+def test_an_interface_that_the_container_took_down_holds_up_nothing(box: Corrald, name: str) -> None:
+    first, second = box.place.network
+    net = f"{name}-net"
+    ok(box, "network", "create", "--subnet", f"{first}.{second}.149.0/24", net)
+    try:
+        ok(box, "run", "-d", "--name", name, "--network", net, "--cap-add", "NET_ADMIN", "busybox", "sleep", "100")
+        ok(box, "network", "connect", "bridge", name)
+        ok(box, "exec", name, "ip", "link", "set", "eth1", "down")
+        ok(box, "network", "disconnect", net, name)
+        assert networks(box, name) == ["bridge"]
+        ok(box, "network", "connect", net, name)
+    finally:
+        box.corral("rm", "-f", name)
+        ok(box, "network", "rm", net)

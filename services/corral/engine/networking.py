@@ -6,6 +6,7 @@ An engine that dies in between finds a config and an endpoint that differ, and a
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import structlog
 
@@ -67,12 +68,22 @@ class Networking:
     async def _disconnect(self, named: ContainerRecord, network: str) -> ContainerRecord:
         async with self._core.locks.of((named.namespace, named.id)):
             record = self._own_network(named)
-            name = await self._name_of(network)
+            try:
+                name = await self._name_of(network)
+            except NotFound:  # it was removed while the container did not run
+                name = network
             asked = list(requests.attachments(record.config.network))
             known = await self._find(asked, name)
             if known is None:
                 raise NotFound(f"container {record.name} is not in network {name!r}", reason="NOT_CONNECTED")
-            return await self._change(record, with_networks(record.config, [one for one in asked if one is not known]))
+            left = [one for one in asked if one is not known]
+            if not left and (record.config.network.ports or record.config.network.publish_all):
+                raise FailedPrecondition(
+                    f"ports of container {record.name} are published by network {name!r}: connect it to another network"
+                    " first",
+                    reason="PORT_UNREACHABLE",
+                )
+            return await self._change(record, with_networks(record.config, left))
 
     def _own_network(self, named: ContainerRecord) -> ContainerRecord:
         record = self._core.get(named.namespace, named.id)
@@ -94,8 +105,12 @@ class Networking:
     async def _find(self, asked: Sequence[NetworkAttachment], name: str) -> NetworkAttachment | None:
         """The one that means a network, which it may call by its id."""
         for one in asked:
-            if name in (one.network, await self._name_of(one.network)):
+            if one.network == name:
                 return one
+        for one in asked:
+            with suppress(NotFound):  # that one was removed while the container did not run
+                if await self._name_of(one.network) == name:
+                    return one
         return None
 
     async def _change(self, record: ContainerRecord, config: ContainerConfig) -> ContainerRecord:
@@ -152,10 +167,11 @@ class Networking:
 
 
 def agree(record: ContainerRecord) -> bool:
-    """Whether its endpoint is in as many networks as its config asks for: they change one at a time. Pure."""
+    """Whether its endpoint is in the networks that its config names; one that it names by its id differs. Pure."""
     if record.endpoint is None:
         return True
-    return len(requests.attachments(record.config.network)) == len(record.endpoint.interfaces)
+    asked = sorted(one.network for one in requests.attachments(record.config.network))
+    return asked == sorted(interface.network for interface in record.endpoint.interfaces)
 
 
 def with_networks(config: ContainerConfig, attachments: Sequence[NetworkAttachment]) -> ContainerConfig:

@@ -76,8 +76,10 @@ class Connections:
             failpoint("network.connect.before_request")
             await self._db.write(lambda transaction: _connected(transaction, connected, made))
         except BaseException:
-            await self._standing.unplug(connected, endpoint, made)
-            await self._db.write(lambda transaction: self._delete(transaction, endpoint, made))
+            try:
+                await self._standing.unplug(connected, endpoint, made)
+            finally:  # a link that is left is removed by the next start
+                await self._db.write(lambda transaction: self._delete(transaction, endpoint, made))
             raise
         self._resolvers.changed()
         return connected

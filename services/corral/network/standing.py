@@ -7,6 +7,8 @@ there waits.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import structlog
+
 from corral.network import bridge, conntrack, etc, sysctls
 from corral.network.config import NetworkConfig
 from corral.network.files import FileStore
@@ -23,6 +25,8 @@ from corral.store import failpoint
 
 if TYPE_CHECKING:
     from corral.network.netlink import Netlink
+
+log = structlog.get_logger()
 
 
 class Standing:
@@ -113,7 +117,10 @@ class Standing:
             self._publishing.follow(netlink, before, left)
             netlink.delete_link(gone.host_name)
             failpoint("network.disconnect.after_unplug")
-            netlink.reroute_inside(self._pool.path(left.netns), bridge.interface_plans(left.interfaces))
+            try:
+                netlink.reroute_inside(self._pool.path(left.netns), bridge.interface_plans(left.interfaces))
+            except OSError as e:  # who may administer the network in there has changed it
+                log.warning("network.not_rerouted", endpoint=left.key.id, error=str(e))
             for address, _ in gone.addresses:
                 conntrack.forget_address(address)  # it may be another's next
             self._change_files(before, left)
