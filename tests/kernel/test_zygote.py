@@ -180,6 +180,47 @@ def test_a_daemon_that_dies_takes_the_zygote_along_once_its_last_shim_has_ended(
         shim.close()
 
 
+def test_it_ends_also_after_a_shim_that_was_killed_when_it_had_told_the_exit() -> None:
+    with run_directory() as directory:
+        root = make_root(directory)
+        zygote = Zygote({"CORRAL_FAILPOINTS": "shim.exit.after_rename=kill"})
+        shim = Shim(zygote, directory, "c1", config(root, "true"))
+        shim.create()
+        shim.start()
+        assert shim.wait()["reason"] == ""
+        zygote.peer.close()
+        wait_gone(zygote.pid)
+        assert os.waitpid(zygote.pid, os.WNOHANG)[0] == zygote.pid
+        zygote.stderr.close()
+        shim.close()
+
+
+def test_it_sleeps_while_it_only_waits_for_a_shim_to_end() -> None:
+    with run_directory() as directory:
+        root = make_root(directory)
+        zygote = Zygote()
+        shim = Shim(zygote, directory, "c1", config(root, "sleep", "100"))
+        shim.create()
+        shim.start()
+        zygote.peer.close()
+        time.sleep(0.5)  # until its spare has ended
+        before = switches_of(zygote.pid)
+        time.sleep(1)
+        assert switches_of(zygote.pid) == before
+        shim.call("delete")
+        shim.wait()
+        wait_gone(zygote.pid)
+        os.waitpid(zygote.pid, 0)
+        zygote.stderr.close()
+        shim.close()
+
+
+def switches_of(pid: int) -> int:
+    """How often a process has gone to sleep."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+
 def test_shims_that_end_do_not_stay_zombies(shop: Workshop) -> None:
     shims = [shop.run("true") for _ in range(5)]
     for shim in shims:

@@ -28,14 +28,15 @@ class Orphaned:
         """Hold what there is; a terminal has no FIFOs."""
         self._loop, self._bundle = loop, bundle
         self._fifos: list[int] = []
-        self._recorded, self._init = -1, -1
+        self._recorded: tuple[int, int] | None = None  # pid and start time of its shim
+        self._init = -1
         for name in STREAMS:
             with contextlib.suppress(OSError):
                 self._fifos.append(os.open(bundle / name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC))
         with contextlib.suppress(OSError), _opened(bundle) as directory:
             record = _record(directory)
             if record is not None:
-                self._recorded = record.shim_pid
+                self._recorded = record.shim_pid, record.shim_start_time
                 self._watch(hold(record.init_pid, record.init_start_time))
 
     @property
@@ -44,11 +45,13 @@ class Orphaned:
         return bool(self._fifos) or self._init >= 0
 
     def has_heir(self) -> bool:
-        """Whether another shim has taken over since, or nobody will because the bundle is gone."""
+        """Whether another shim has taken over since, or nobody will: the bundle is gone, or its shim wrote the exit."""
         try:
             with _opened(self._bundle) as directory:
                 record = _record(directory)
-                return record is None or record.shim_pid != self._recorded
+                if record is None or (record.shim_pid, record.shim_start_time) != self._recorded:
+                    return True
+                return _is_told(directory)
         except OSError:
             return True
 
@@ -101,6 +104,13 @@ def _record(directory: int) -> Record | None:
     with contextlib.suppress(OSError, ValueError):
         return Record.from_json(records.read_json(directory, records.RECORD))
     return None
+
+
+def _is_told(directory: int) -> bool:
+    """Whether a shim wrote exit.json: what is written in its place has this module's reason."""
+    with contextlib.suppress(OSError, ValueError):
+        return records.read_json(directory, records.EXIT).get("reason") != REASON
+    return False
 
 
 def _write(directory: int, record: Record, ended: Ended) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from corral.kernel.failpoint import failpoint
 from corral.kernel.namespaces import Kind, open_namespace
+from corral.kernel.process import start_time
 from corral.oci import plan, runtime
 from corral.oci.errors import ExecFailed
 from corral.oci.larder import Larder
@@ -300,8 +301,17 @@ class Shim:
     def _hold_mounts(self, init: ContainerProcess) -> None:
         """Keep its mount namespace until its exit is told: the kernel tells us of that only once it has taken apart
         what is init's alone, which for a namespace with mounts takes milliseconds."""
+        if init.ended is not None or init.handle is None or init.handle.pidfd < 0:
+            return
         with contextlib.suppress(OSError):  # without it the exit is told a little later, and no more than that
-            self._mounts = open_namespace(f"/proc/{init.pid}/ns/{Kind.MOUNT.file}") if init.ended is None else None
+            mounts = open_namespace(f"/proc/{init.pid}/ns/{Kind.MOUNT.file}")
+            try:
+                # Only now: one that this process has not made may have ended, and its pid be another's.
+                if start_time(init.pid) == init.start_time:
+                    self._mounts, mounts = mounts, -1
+            finally:
+                if mounts >= 0:
+                    os.close(mounts)
 
     def _let_mounts_go(self) -> None:
         if self._mounts is not None:

@@ -140,7 +140,7 @@ class Zygote:
             self._orphaned.pop(bundle).close()
         if self._look_again is not None:
             self._look_again.cancel()
-        if self._orphaned or self._abandoned:
+        if self._orphaned:
             again = self._end_if_alone if self._abandoned else self._look_after_orphaned
             self._look_again = self._loop.call_later(LOOK_S, again)
 
