@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from support.corrald import Corrald
-from support.engine import EngineClient
+from support.engine import EngineClient, engine_of
 from support.engine_fixtures import engine, loaded
 from support.requirements import needs
 
@@ -72,6 +72,50 @@ async def test_what_is_done_about_an_unhealthy_one(engine: EngineClient, action:
     else:
         ended = await until(engine, id_, lambda c: c.status == pb.STATUS_EXITED)
         assert ended.exit.code == {"KILL": 137, "STOP": 5}[action]
+    await engine.delete(id_, force=True)
+
+
+async def test_a_probe_that_a_daemon_left_when_it_died_is_ended(engine: EngineClient, loaded: Corrald) -> None:
+    async def probes(engine: EngineClient) -> int:
+        tops = await engine.containers.Top(pb.TopRequest(container="left"))
+        return len([p for p in tops.processes if p.command == "sleep 777"])
+
+    async def begin(engine: EngineClient) -> None:
+        async with asyncio.timeout(30):
+            while not await probes(engine):
+                await asyncio.sleep(0.05)
+
+    await engine.run("sleep", "1000", name="left", healthcheck=check("exec sleep 777"))
+    await begin(engine)
+    loaded.kill9()
+    loaded.start()
+    async with engine_of(loaded) as again:
+        await begin(again)
+        async with asyncio.timeout(30):
+            while await probes(again) != 1:
+                await asyncio.sleep(0.05)
+        await asyncio.sleep(0.5)
+        assert await probes(again) == 1
+        await again.delete("left", force=True)
+
+
+@pytest.mark.parametrize("sick_first", [False, True])
+async def test_a_user_who_stops_it_has_the_last_word(engine: EngineClient, sick_first: bool) -> None:
+    sick = "" if sick_first else "touch /tmp/sick; "
+    script = f"trap '{sick}sleep 1; exit 5' TERM; while :; do sleep 0.05; done"
+    probe = check("test ! -e /tmp/sick", retries=1)
+    action = pb.ContainerConfig.HEALTH_ACTION_RESTART
+    id_ = await engine.run("sh", "-c", script, name="stopped", healthcheck=probe, health_on_failure=action)
+    began = (await until(engine, id_, lambda c: c.health.state == pb.Health.STATE_HEALTHY)).started_at
+    if sick_first:
+        made = await engine.containers.Exec(pb.ExecContainerRequest(container=id_, args=["touch", "/tmp/sick"]))
+        await engine.containers.ExecStart(pb.ExecStartRequest(container=id_, exec_id=made.exec_id))
+        await until(engine, id_, lambda c: c.health.state == pb.Health.STATE_UNHEALTHY)
+        await asyncio.sleep(0.3)
+    await engine.containers.Stop(pb.StopContainerRequest(container=id_))
+    await asyncio.sleep(1.5)
+    ended = await engine.get(id_)
+    assert (ended.status, ended.exit.code, ended.started_at) == (pb.STATUS_EXITED, 5, began)
     await engine.delete(id_, force=True)
 
 

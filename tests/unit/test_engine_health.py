@@ -48,6 +48,18 @@ def test_what_is_left_out_is_as_in_the_image_then_as_docker_has_it() -> None:
     assert (list(replaced.test), replaced.retries) == (["CMD", "other"], 9)
 
 
+def test_an_image_may_not_ask_for_probes_without_a_pause() -> None:
+    nothing = Duration(nanos=1)
+    hostile = Healthcheck(test=["CMD", "probe"], interval=nothing, start_interval=nothing)
+    found = Rules.of(resolved(Healthcheck(), hostile))
+    assert found is not None
+    assert (found.interval_s, found.start_interval_s) == (1, 1)
+    asked = Rules.of(resolved(Healthcheck(interval=Duration(nanos=50_000_000)), hostile))
+    assert asked is not None
+    assert (asked.interval_s, asked.start_interval_s) == (0.05, 1)
+    assert not resolved(Healthcheck(), Healthcheck(test=["CMD", "x"])).HasField("interval")
+
+
 def test_it_can_be_switched_off_and_an_image_that_talks_nonsense_has_none() -> None:
     image = Healthcheck(test=["CMD", "probe"])
     assert Rules.of(resolved(Healthcheck(test=["NONE"]), image)) is None

@@ -21,6 +21,7 @@ from corral.engine import store
 from corral.engine.core import Core, Key
 from corral.engine.execs import Execs
 from corral.engine.health_rules import Rules, Verdict, health_word
+from corral.engine.leaves import persistently
 from corral.engine.lifecycle import Lifecycle
 from corral.engine.naming import random_id
 from corral.engine.records import ALIVE, ContainerRecord, Status
@@ -31,6 +32,8 @@ from corral.rpc.errors import CorralError, NotFound, Unavailable
 log = structlog.get_logger()
 
 OUTPUT_BYTES = 4096
+_PREFIX = "health-"
+"""Of the ids of execs that are probes."""
 
 
 class Checks:
@@ -64,7 +67,8 @@ class Checks:
         self._verdicts[key] = Verdict()
         if (before := self._watching.get(key)) is not None:
             before.cancel()
-        self._watching[key] = self._core.background.spawn_endless(self._watch(record, rules, at_once=at_once))
+        run = self._core.get(*key)  # whether a user's stop came before it is known from the row alone
+        self._watching[key] = self._core.background.spawn_endless(self._watch(run, rules, at_once=at_once))
 
     def _forget(self, key: Key) -> None:
         self._verdicts.pop(key, None)
@@ -74,6 +78,8 @@ class Checks:
     async def _watch(self, record: ContainerRecord, rules: Rules, *, at_once: bool) -> None:
         key = (record.namespace, record.id)
         with in_namespace(record.namespace):
+            if at_once:
+                await self._forget_probes(record)
             while True:
                 if not at_once:
                     await asyncio.sleep(self._pause_s(key, record, rules))
@@ -82,7 +88,7 @@ class Checks:
                     now = self._core.get(*key)
                     if now.status in ALIVE and now.started_ns == record.started_ns:
                         if now.status is Status.RUNNING:
-                            await self._probe(now, rules)
+                            await self._probe(now, rules, run=record)
                         continue
                 return
 
@@ -90,7 +96,16 @@ class Checks:
         starting = self._verdicts[key].state == pb.Health.STATE_STARTING
         return rules.start_interval_s if starting and _age_s(record) < rules.start_period_s else rules.interval_s
 
-    async def _probe(self, record: ContainerRecord, rules: Rules) -> None:
+    async def _forget_probes(self, record: ContainerRecord) -> None:
+        """Those that a daemon had under way when it died."""
+        tasks = self._core.leaves.tasks
+        with suppress(CorralError):
+            task = await persistently(lambda: tasks.Get(tasks_pb2.GetTaskRequest(id=record.id)))
+            for left in task.execs:
+                if left.id.startswith(_PREFIX):
+                    await tasks.DeleteExec(tasks_pb2.DeleteExecRequest(id=record.id, exec_id=left.id, force=True))
+
+    async def _probe(self, record: ContainerRecord, rules: Rules, *, run: ContainerRecord) -> None:
         since_start_s = _age_s(record)
         try:
             code, output = await self._run(record, rules)
@@ -105,10 +120,12 @@ class Checks:
         after = self._verdicts[key] = before.after(code, output, rules, since_start_s=since_start_s)
         if after.state != before.state:
             await self._tell(record, after)
+            if after.state == pb.Health.STATE_UNHEALTHY:
+                self._core.background.spawn(self._act(record, run))
 
     async def _run(self, record: ContainerRecord, rules: Rules) -> tuple[int, str]:
         """One probe: its exit code, and the beginning of its output."""
-        exec_id = f"health-{random_id()[:16]}"
+        exec_id = f"{_PREFIX}{random_id()[:16]}"
         tasks = self._core.leaves.tasks
         await self._execs.make(pb.ExecContainerRequest(container=record.id, exec_id=exec_id, args=rules.args))
         try:
@@ -147,20 +164,23 @@ class Checks:
         await self._core.database.write(
             lambda tx: tx.journal("container.checked", record.id, facts, namespace=record.namespace)
         )
-        if verdict.state == pb.Health.STATE_UNHEALTHY:
-            self._core.background.spawn(self._act(record))
 
-    async def _act(self, record: ContainerRecord) -> None:
-        """What the container is to suffer for being unhealthy. A kill is one that its restart policy sees."""
+    async def _act(self, record: ContainerRecord, run: ContainerRecord) -> None:
+        """What the container is to suffer for being unhealthy. A kill is one that its restart policy sees.
+
+        A run that is over, or that a user stops, suffers nothing.
+        """
         with in_namespace(record.namespace), suppress(NotFound):
             try:
+                if not await self._lifecycle.goes_on(run):
+                    return
                 match record.config.health_on_failure:
                     case pb.ContainerConfig.HEALTH_ACTION_KILL:
                         await self._core.leaves.tasks.Kill(tasks_pb2.KillRequest(id=record.id, signal=SIGKILL))
                     case pb.ContainerConfig.HEALTH_ACTION_STOP:
                         await self._lifecycle.stop(record.id, signal="", timeout_s=None)
                     case pb.ContainerConfig.HEALTH_ACTION_RESTART:
-                        await self._lifecycle.restart(record.id, signal="", timeout_s=None)
+                        await self._lifecycle.restart_run(run)
             except (CorralError, OSError) as e:
                 log.warning("container.unhealthy_action_failed", container=record.id, error=str(e))
 

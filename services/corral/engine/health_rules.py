@@ -15,6 +15,8 @@ from corral.rpc.errors import InvalidArgument
 
 INTERVAL_S, TIMEOUT_S, START_INTERVAL_S, RETRIES = 30.0, 30.0, 5.0, 3
 LONGEST_S = 10 * 365 * 86400.0
+SHORTEST_OF_IMAGE_S = 1
+"""Between probes, as an image may ask: a user may ask for less, and knows the host."""
 _SHELL = ("/bin/sh", "-c")
 _OFF = ["NONE"]
 _TIMES: tuple[Literal["interval", "timeout", "start_period", "start_interval"], ...]
@@ -43,6 +45,9 @@ def resolved(asked: Healthcheck, image: Healthcheck) -> Healthcheck:
     with suppress(InvalidArgument):
         check_healthcheck(image)
         result.CopyFrom(image)
+        for pause in (result.interval, result.start_interval):
+            if 0 < _seconds(pause, 0.0) < SHORTEST_OF_IMAGE_S:
+                pause.CopyFrom(Duration(seconds=SHORTEST_OF_IMAGE_S))
     if asked.test:
         result.ClearField("test")
         result.test.extend(asked.test)

@@ -276,6 +276,31 @@ class Lifecycle:
             self._core.restarting.discard(key)
         return await self._start(record)
 
+    async def restart_run(self, run: ContainerRecord) -> None:
+        """Restart it as nobody but the engine wants it: not if this run is over, nor if a user stops it meanwhile."""
+        await self._core.background.to_the_end(self._restart_run(run))
+
+    async def _restart_run(self, run: ContainerRecord) -> None:
+        key = (run.namespace, run.id)
+        if not await self.goes_on(run):
+            return
+        self._core.restarting.add(key)
+        try:
+            ended = await self._stop(self._core.get(*key), signal="", timeout_s=None)
+        finally:
+            self._core.restarting.discard(key)
+        await self.start_again(ended, lambda now: now.stopped_by_user == run.stopped_by_user)
+        now = self._core.get(*key)
+        if now.finished_ns == ended.finished_ns:  # it stays so, which nobody has acted on yet
+            self._core.on_exit(now)
+
+    async def goes_on(self, run: ContainerRecord) -> bool:
+        """Whether this run of a container is not over, nor has a user begun to stop it since `run` was read."""
+        async with self._core.locks.of((run.namespace, run.id)):
+            now = self._core.get(run.namespace, run.id)
+            same = now.status in ALIVE and now.started_ns == run.started_ns
+            return same and now.stopped_by_user == run.stopped_by_user
+
     async def kill(self, reference: str, *, signal: str, everything: bool) -> None:
         """Send a signal, SIGKILL if none is named. SIGKILL also ends a paused container."""
         record = self._core.resolve(reference)
