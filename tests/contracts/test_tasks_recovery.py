@@ -94,6 +94,11 @@ def zygote_of(daemon: Corrald) -> int:
     return pid
 
 
+def living_shims(daemon: Corrald) -> set[int]:
+    """Without the zygote, which holds the FIFOs of a shim that was killed until there is another one."""
+    return {pid for pid in shims(daemon.state) if Path(f"/proc/{pid}/comm").read_text() == "corral-shim\n"}
+
+
 def nothing_left(daemon: Corrald) -> bool:
     places = (*daemon.root.glob("tasks/logs/*/*"), *daemon.root.glob("tasks/trash/*"), *daemon.state.glob("trash/*"))
     return not daemon.leftovers() and not places
@@ -230,6 +235,79 @@ async def test_a_killed_shim_has_an_heir(own_daemon: Corrald, rootfs: Path):
         assert (await tasks.topics(task_id)).count("task.adopted") == 3
         await tasks.delete(task_id)
     await eventually(lambda: nothing_left(own_daemon) and not shims(own_daemon.state))
+
+
+async def test_an_heir_that_gets_stuck_is_ended_and_the_next_one_takes_over(rootfs: Path):
+    """It may have taken over by then, so nothing that it is told is to end the container."""
+    with Corrald(services=("tasks",), settings={"tasks": {"shim_timeout_s": 2}}) as daemon:
+        async with serving(daemon, rootfs, "shim.record.before_rename=sleep:1@1") as tasks, asyncio.timeout(30):
+            task_id = await tasks.run("sleep", "1000")
+            before = await tasks.get(task_id)
+            os.kill(before.shim_pid, signal.SIGKILL)
+            await eventually(lambda: living_shims(daemon) - {before.shim_pid})
+            [stuck] = living_shims(daemon) - {before.shim_pid}
+            await asyncio.sleep(0.5)
+            os.kill(stuck, signal.SIGSTOP)
+            await tasks.kill(task_id, signal.SIGCHLD)
+            after = await tasks.get(task_id)
+            assert (after.pid, after.status) == (before.pid, pb.STATUS_RUNNING)
+            assert living_shims(daemon) == {after.shim_pid}
+            assert after.shim_pid != stuck
+            await tasks.delete(task_id, force=True)
+
+
+async def test_an_heir_stays_the_only_one_although_that_cannot_be_written(own_daemon: Corrald, rootfs: Path):
+    async with serving(own_daemon, rootfs) as tasks:
+        task_id = await tasks.run("sleep", "1000")
+        before = await tasks.get(task_id)
+        own_daemon.kill9()
+    os.kill(before.shim_pid, signal.SIGKILL)
+    async with serving(own_daemon, rootfs, "store.before_commit=error@1") as tasks:
+        after = await tasks.get(task_id)
+        assert (after.pid, after.status) == (before.pid, pb.STATUS_RUNNING)
+        assert living_shims(own_daemon) == {after.shim_pid}
+        await tasks.kill(task_id, signal.SIGKILL)
+        assert (await tasks.wait(task_id)).code == 137
+        await tasks.delete(task_id, force=True)
+
+
+@pytest.mark.parametrize("hit", [1, 2])
+async def test_execs_go_on_when_the_daemon_is_killed_over_the_taking_over(own_daemon: Corrald, rootfs: Path, hit: int):
+    async with serving(own_daemon, rootfs) as tasks:
+        task_id = await tasks.run("sleep", "1000")
+        await tasks.exec(task_id, "e", "sh", "-c", "until [ -e /tmp/go ]; do sleep 0.05; done; exit 6")
+        await tasks.start(task_id, "e")
+        shim_pid = (await tasks.get(task_id)).shim_pid
+        own_daemon.kill9()
+    os.kill(shim_pid, signal.SIGKILL)
+    with contextlib.suppress(RuntimeError):
+        own_daemon.start(environment={"CORRAL_FAILPOINTS": f"store.before_commit=kill@{hit}"})
+    own_daemon.kill9()
+    async with serving(own_daemon, rootfs) as tasks:
+        (rootfs / "tmp/go").touch()
+        exited = await tasks.wait(task_id, "e")
+        (rootfs / "tmp/go").unlink()
+        assert (exited.known, exited.code) == (True, 6)
+        await tasks.delete(task_id, force=True)
+
+
+async def test_a_client_misses_nothing_that_an_heir_reads_before_it_is_back(own_daemon: Corrald, rootfs: Path):
+    async with serving(own_daemon, rootfs) as tasks, asyncio.timeout(30):
+        script = "echo 0; until [ -e /tmp/go ]; do sleep 0.05; done; seq 1 2000; read x; echo $x"
+        task_id = await tasks.run("sh", "-c", script, stdin=True)
+        async with tasks.attached(task_id, stdin=True, stdout=True, replay=True) as attached:
+            await attached.read_until(b"0\n")
+            shim_pid = (await tasks.get(task_id)).shim_pid
+            os.kill(shim_pid, signal.SIGSTOP)
+            (rootfs / "tmp/go").touch()
+            await asyncio.sleep(0.5)  # until all of it is in the FIFO
+            os.kill(shim_pid, signal.SIGKILL)
+            await attached.read_until(b"\n2000\n")
+            await attached.send(b"last\n")
+            await attached.drain()
+        (rootfs / "tmp/go").unlink()
+        assert attached.stdout.split() == [*(b"%d" % number for number in range(2001)), b"last"]
+        await tasks.delete(task_id)
 
 
 async def test_a_terminal_outlives_its_shim(own_daemon: Corrald, rootfs: Path):

@@ -7,6 +7,8 @@ import pytest
 
 from corral.store import Database, Duplicate, Referenced
 from corral.tasks import store
+from corral.tasks.bundle import Bundles
+from corral.tasks.live import Process, Task
 from corral.tasks.model import ALLOWED, Exit, LogRow, ProcessRow, Status, TaskKey, TaskRow, origins
 
 KEY = TaskKey("default", "c1")
@@ -41,6 +43,17 @@ def test_every_status_has_its_moves_and_stopped_is_final():
     assert origins(Status.RUNNING) == (Status.CREATED,)
     with pytest.raises(AssertionError):
         INIT.ended(HOW).started(pid=1, start_time=1, at_ns=1)
+
+
+def test_a_task_is_settled_when_the_last_that_was_to_be_found_out_is(tmp_path: Path):
+    """A shim may go away while it is still being found out what has become of the one before."""
+    task = Task(TASK, Bundles(tmp_path / "state", tmp_path / "root").of(KEY), [Process(INIT)])
+    task.unsettle()
+    task.unsettle()
+    task.settle()
+    assert not task.settled.is_set()
+    task.settle()
+    assert task.settled.is_set()
 
 
 def test_an_exit_survives_the_database_and_reads_what_shims_write():

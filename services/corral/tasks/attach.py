@@ -56,6 +56,7 @@ class Attachment:
         self._loop = asyncio.get_running_loop()
         self._task, self._process, self._wanted = task, process, wanted
         self._shim: Shim | None = None
+        self._shim_identity = task.shim_identity
         self._again, self._still = asyncio.Event(), asyncio.Event()
         self._still.set()
         self._outputs: dict[Stream, int] = {}
@@ -90,7 +91,8 @@ class Attachment:
         fields: dict[str, object] = {"lossless": wanted.lossless, "replay": wanted.replay}
         theirs = self._make_pipes(process, wanted, fields)
         try:
-            shim = self._shim = task.connected()
+            shim, self._shim_identity = task.connected(), task.shim_identity
+            self._shim = shim
         except Unavailable:
             for fd in theirs:
                 os.close(fd)
@@ -147,7 +149,9 @@ class Attachment:
             await self._task.settled.wait()
             if self._process.ended.is_set() or self.detached:
                 break
-            wanted = replace(self._wanted, replay=False, stdin=self._stdin >= 0)
+            # What an heir has read until now, nobody has passed on to this client.
+            has_heir = self._task.shim_identity != self._shim_identity
+            wanted = replace(self._wanted, replay=has_heir, stdin=self._stdin >= 0)
             if not (wanted.stdin or wanted.stdout or wanted.stderr):
                 self._shim = None
                 break

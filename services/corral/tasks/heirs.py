@@ -9,7 +9,8 @@ import asyncio
 import json
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import structlog
@@ -24,7 +25,7 @@ from corral.tasks.identity import Identity
 from corral.tasks.live import Process, Task
 from corral.tasks.model import Exit, Status, TaskKey
 from corral.tasks.shim import Shim
-from corral.tasks.spawning import Spawner, end_unused
+from corral.tasks.spawning import Spawner
 
 log = structlog.get_logger()
 
@@ -101,25 +102,31 @@ class Heirs:
             started_at_ns = task.init.row.started_at_ns or time.time_ns()
             await self._hand_over(shim, task, task.init, started_at_ns)
         except BaseException:
-            await end_unused(shim)
+            # Nothing that it is told: it may have taken over, and would end the container.
+            shim.close()
+            await identity.kill(within_s=KILL_S)
             raise
-        await self.note(task, identity)
+        with _written(task):
+            await self.note(task, identity)
         if task.init.row.status is Status.CREATED:
             assert task.init.identity is not None
             async with task.init.lock:
-                await task.init.mark_started(self._database, task.init.identity, started_at_ns)
+                with _written(task):
+                    await task.init.mark_started(self._database, task.init.identity, started_at_ns)
         for process in tuple(task.processes.values()):
             if not process.row.is_init and not process.ended.is_set():
-                await self._hand_over_exec(shim, task, process)
+                await self.hand_over_exec(shim, task, process)
         log.warning("task.inherited", container_id=task.row.key.id, shim_pid=identity.pid)
         return shim
 
-    async def _hand_over_exec(self, shim: Shim, task: Task, process: Process) -> None:
-        with suppress(CorralError):
+    async def hand_over_exec(self, shim: Shim, task: Task, process: Process) -> None:
+        """Have a shim that has taken over the container take over an exec too; one that it does not take is lost."""
+        with suppress(CorralError, OSError):
             if process.row.status is Status.RUNNING:
                 await self._hand_over(shim, task, process, process.row.started_at_ns or time.time_ns())
                 return
-        await process.mark_ended(self._database, Exit.unknown(EXEC_LOST, exited_at_ns=time.time_ns()))
+        with _written(task):
+            await process.mark_ended(self._database, Exit.unknown(EXEC_LOST, exited_at_ns=time.time_ns()))
 
     async def _hand_over(self, shim: Shim, task: Task, process: Process, started_at_ns: int) -> None:
         created = json.loads(task.row.create)
@@ -136,6 +143,15 @@ class Heirs:
             "streams": list(process.streams),
         }
         await shim.adopt(row.exec_id, fields, [os.dup(fd) for fd in process.streams.values()])
+
+
+@contextmanager
+def _written(task: Task) -> Iterator[None]:
+    """A row that cannot be written is no reason to give up a shim that has taken over: the next start finds it."""
+    try:
+        yield
+    except Exception as e:  # noqa: BLE001 - whatever a database raises
+        log.error("task.not_written", container_id=task.row.key.id, error=str(e))
 
 
 async def _executes(init: Identity) -> bool:

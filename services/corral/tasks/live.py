@@ -127,7 +127,7 @@ class Task:
     settled: not set from when a shim went away until its heir has taken over, or the task's end is known.
     """
 
-    __slots__ = ("_inherited", "bundle", "processes", "row", "settled", "shim")
+    __slots__ = ("_inherited", "_unsettled", "bundle", "processes", "row", "settled", "shim")
 
     def __init__(self, row: TaskRow, bundle: Bundle, processes: list[Process]) -> None:
         self.row = row
@@ -136,7 +136,19 @@ class Task:
         self.shim: Shim | None = None
         self.settled = asyncio.Event()
         self.settled.set()
+        self._unsettled = 0
         self._inherited: dict[str, object] | None = None
+
+    def unsettle(self) -> None:
+        """Something is to be found out, and settle() called once it is."""
+        self._unsettled += 1
+        self.settled.clear()
+
+    def settle(self) -> None:
+        """It is found out; the task is settled if nothing else is to be."""
+        self._unsettled -= 1
+        if not self._unsettled:
+            self.settled.set()
 
     async def inherited(self) -> dict[str, object]:
         """The fields of an OCI process object that an exec has as init has them, unless it says otherwise."""

@@ -72,6 +72,7 @@ class Recovery:
 
         async with asyncio.TaskGroup() as group:
             for task in tasks:
+                task.unsettle()
                 group.create_task(in_turn(self._recover(task)))
             for key in strays:
                 group.create_task(in_turn(self._remove_stray(key)))
@@ -87,9 +88,10 @@ class Recovery:
 
     async def settle_again(self, task: Task) -> None:
         """For a task that has no shim though nothing says that it has ended."""
-        await task.settled.wait()
+        while not task.settled.is_set():
+            await task.settled.wait()
         if task.shim is None:
-            task.settled.clear()
+            task.unsettle()
             await self._recover(task)
 
     def follow(self, task: Task) -> None:
@@ -105,7 +107,7 @@ class Recovery:
         def closed() -> None:
             if not self._registry.is_stopping:
                 task.shim = None
-                task.settled.clear()
+                task.unsettle()
                 self._registry.in_background(self._recover(task, heir_s=HEIR_S))
 
         def out_of_memory(kills: int) -> None:
@@ -124,7 +126,7 @@ class Recovery:
         try:
             await self._find_truth(task, heir_s)
         finally:
-            task.settled.set()
+            task.settle()
 
     async def _find_truth(self, task: Task, heir_s: float) -> None:
         for process in tuple(task.processes.values()):
@@ -176,7 +178,10 @@ class Recovery:
             await self._heirs.note(task, record.shim)
         for exec_id, process in tuple(task.processes.items()):
             known = report.processes.get(exec_id)
-            if known is None:
+            if known is None and process.identity is not None and process.identity.runs:
+                # This service was killed after an heir had taken over the container, and before its execs.
+                await self._heirs.hand_over_exec(shim, task, process)
+            elif known is None:
                 await self._settle_exec(task, process)
             else:
                 await self._catch_up_process(process, known, started_at_ns or time.time_ns())
