@@ -64,18 +64,24 @@ class Holdings:
 
     def chosen(self, target: Descriptor, platform: Platform) -> Descriptor:
         """The manifest for `platform`. Raises NotFound."""
+        if (found := self._choose(target, platform, set())) is None:
+            raise NotFound(f"the image has nothing for {platform}: choose with --platform", reason="NO_PLATFORM")
+        return found
+
+    def _choose(self, target: Descriptor, platform: Platform, barren: set[Digest]) -> Descriptor | None:
+        """None if there is none below. barren: indexes of which that is known, to which this adds."""
         if target.media_type not in INDEXES or not self._is_here(target.digest):
             return target
+        if target.digest in barren:
+            return None
         document = parsed(self._document(target))
         if isinstance(document, Manifest):
             return target
-        missing = NotFound(f"the image has nothing for {platform}: choose with --platform", reason="NO_PLATFORM")
         for wanted in choices(document.manifests, platform):
-            try:
-                return self.chosen(wanted, platform)
-            except NotFound as e:
-                missing = e
-        raise missing
+            if (found := self._choose(wanted, platform, barren)) is not None:
+                return found
+        barren.add(target.digest)
+        return None
 
     def _gather(self, target: Descriptor, found: Holding) -> None:
         if target.digest in found.documents or target.digest in found.missing:
@@ -97,7 +103,7 @@ class Holdings:
         found.documents[target.digest] = document
 
     def _add(self, child: Descriptor, found: Holding) -> None:
-        if not self._for_owner and any(word in child.media_type for word in _NOT_OURS):
+        if not self._for_owner and is_foreign(child):
             return
         if self._is_here(child.digest):
             found.contents[child.digest] = child
@@ -109,6 +115,11 @@ class Holdings:
 
     def _is_here(self, digest: Digest) -> bool:
         return self._database.read_sync(lambda s: is_stored(s, self._content, digest))
+
+
+def is_foreign(layer: Descriptor) -> bool:
+    """Whether registries may not pass it on."""
+    return any(word in layer.media_type for word in _NOT_OURS)
 
 
 def parsed(document: Document) -> Manifest | Index:

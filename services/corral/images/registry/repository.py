@@ -5,7 +5,9 @@ while.
 """
 
 import asyncio
+import ipaddress
 import re
+import socket
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from corral.images.digest import Digest, digest_of, is_digest
-from corral.images.holdings import Document
+from corral.images.holdings import Document, is_foreign
 from corral.images.model import INDEXES, MANIFESTS, MAX_MANIFEST_BYTES, Descriptor
 from corral.images.reference import Reference
 from corral.images.registry import backoff
@@ -22,13 +24,15 @@ from corral.images.registry.credentials import Credentials
 from corral.images.registry.endpoints import Capability, endpoints
 from corral.images.registry.errors import About, CannotConnect, Refused, Trouble, Untrusted, explained
 from corral.images.registry.host import Host, Request
-from corral.images.registry.http import Http, Reply, number
+from corral.images.registry.http import Http, Reply, number, origin, shown
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import CorralError, FailedPrecondition, NotFound
 
 ACCEPT = ", ".join((*sorted(MANIFESTS), *sorted(INDEXES), "*/*;q=0.5"))
 CONNECT_ATTEMPTS = 2
 MAX_STREAMS = 6
+MAX_URLS = 4
+"""Of a layer, that are asked: each takes its time."""
 _NO_SUCH_METHOD = frozenset({405, 501})
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/(?:[0-9]+|\*)")
 
@@ -210,13 +214,19 @@ class Repository:
         try:
             return await self.first(Capability.PULL, attempt, f"blob {descriptor.digest}")
         except NotFound:
-            if (stream := await self._elsewhere(descriptor, start, end)) is None:
+            if (stream := await self.elsewhere(descriptor, start, end)) is None:
                 raise
             return stream
 
-    async def _elsewhere(self, descriptor: Descriptor, start: int, end: int) -> BlobStream | None:
-        """The first that answers. Source: image-spec descriptor.md "urls"."""
-        for url in descriptor.urls:
+    async def elsewhere(self, descriptor: Descriptor, start: int, end: int) -> BlobStream | None:
+        """The first that answers, of a layer that is not for registries. Source: image-spec descriptor.md "urls"."""
+        if not is_foreign(descriptor):
+            return None
+        registry_is_near = any(host.endpoint.is_registry and is_near(host.endpoint.base) for host in self._hosts)
+        for url in descriptor.urls[:MAX_URLS]:
+            if is_near(url) and not registry_is_near:
+                log.info("images.url_refused", digest=descriptor.digest, url=shown(url))
+                continue
             try:
                 if url not in self._strangers:
                     self._strangers[url] = self._hosts[0].stranger(url)
@@ -236,6 +246,27 @@ class Repository:
             return data
 
         return await self.first(Capability.PULL, attempt, f"blob {descriptor.digest}")
+
+
+def is_near(url: str) -> bool:
+    """Whether it is an address of this host or its link, where a stranger's words must not make us ask.
+
+    By what it says alone: a name may lead there too, as a redirect may. "localhost" is such by RFC 6761 section 6.3.
+    """
+    try:
+        name = origin(url)[1].rstrip(".")
+        if name == "localhost" or name.endswith(".localhost"):
+            return True
+        address = _address(name)
+    except (ValueError, OSError):
+        return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_link_local or address.is_unspecified
+
+
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """What getaddrinfo(3) takes as one: 127.1 and 0x7f000001 too, as inet_aton(3) has it. Raises ValueError, OSError."""
+    return ipaddress.ip_address(name) if ":" in name else ipaddress.IPv4Address(socket.inet_aton(name))
 
 
 def _was_to_be_expected(host: Host, e: Trouble) -> bool:

@@ -54,6 +54,8 @@ class Walk:
         self._edges: set[tuple[Digest, Digest]] = set()
         self._seen: dict[Digest, Manifest | Index] = {}
         self._followed: set[Digest] = set()
+        # Indexes below which there is nothing for the platform, at whatever depth: no need to look there again.
+        self._barren: set[Digest] = set()
 
     async def run(self, target: Descriptor) -> Tree:
         """Raises InvalidArgument, NotFound if there is nothing for the platform, and what the source raises."""
@@ -69,6 +71,8 @@ class Walk:
 
     async def _choose(self, descriptor: Descriptor, *, depth: int) -> Descriptor | None:
         """The manifest to run. None: there is nothing for the platform below."""
+        if descriptor.digest in self._barren:
+            return None
         document = await self._document(descriptor)
         if isinstance(document, Manifest):
             self._add(descriptor, document)
@@ -82,6 +86,7 @@ class Walk:
             self._edge(descriptor, child)
             if (chosen := await self._choose(child, depth=depth + 1)) is not None:
                 return chosen
+        self._barren.add(descriptor.digest)
         return None
 
     def _nothing(self) -> NotFound:
