@@ -1,5 +1,6 @@
 """Volumes that lie elsewhere (--opt type, device, o): mounted when used, shared, kept over a kill, never emptied."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +107,15 @@ def test_a_daemon_starts_though_what_is_left_of_one_is_busy(box: Corrald, tmp_pa
     box.start()
     assert not left.exists()
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_what_lies_elsewhere_takes_no_place_on_this_disk(box: Corrald, tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(bytes(300_000))
+    create(box, "far", type="none", o="bind", device=str(tmp_path))
+    ok(box, "run", "--rm", "-v", "far:/v", "busybox", "true")
+    whole = json.loads(ok(box, "system", "df", "-v", "--format", "json"))
+    assert [(volume["name"], int(volume.get("size_bytes", 0))) for volume in whole["volumes"]] == [("far", 0)]
+    ok(box, "volume", "rm", "far")
 
 
 def test_an_rbind_is_refused(box: Corrald) -> None:

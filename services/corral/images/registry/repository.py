@@ -265,7 +265,7 @@ def is_near(url: str) -> bool:
 
 
 def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """What getaddrinfo(3) takes as one: 127.1 and 0x7f000001 too, as inet_aton(3) has it. Raises ValueError, OSError."""
+    """What getaddrinfo(3) takes as one: 127.1 too, as inet_aton(3) has it. Raises ValueError, OSError."""
     return ipaddress.ip_address(name) if ":" in name else ipaddress.IPv4Address(socket.inet_aton(name))
 
 
