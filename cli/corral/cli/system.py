@@ -59,6 +59,18 @@ def system_version_command(app: App, form: str) -> None:
     click.echo(f"  Python {server.python_version}, Linux {server.kernel_release}")
 
 
+@system_command.command("upgrade")
+@pass_app
+def upgrade_command(app: App) -> None:
+    """Have the daemon execute itself anew, with the code and settings that are on disk now.
+
+    Nobody's connection is refused meanwhile, and containers are not concerned. If what is on disk would not start, the
+    daemon goes on as it is.
+    """
+    before, after = app.client.system.upgrade()
+    click.echo(f"corrald {before.version} is now {after.version}")
+
+
 version_command = click.Command(
     "version", params=system_version_command.params, callback=system_version_command.callback, help="Show versions."
 )

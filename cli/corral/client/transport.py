@@ -1,7 +1,8 @@
 """Calls over one gRPC channel: the namespace goes along, and every failure is a kind of CorralError."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -9,7 +10,7 @@ import grpc.aio
 
 from corral.rpc.address import OPTIONS, Target, Tls, UnixAddress, parse_address
 from corral.rpc.context import NAMESPACE_KEY
-from corral.rpc.errors import from_rpc_error
+from corral.rpc.errors import PAUSES_S, UNSERVED, from_rpc_error
 
 
 class AsyncTransport:
@@ -29,24 +30,49 @@ class AsyncTransport:
     async def unary[Request, Answer](
         self, method: "grpc.aio.UnaryUnaryMultiCallable[Request, Answer]", request: Request
     ) -> Answer:
-        """The answer. Raises a kind of CorralError."""
-        try:
-            return await method(request, metadata=self._metadata)
-        except grpc.RpcError as e:
-            raise from_rpc_error(e, address=self.address) from e
+        """The answer. Raises a kind of CorralError.
+
+        A call that was not served because the daemon just executes itself anew is made again, here and in stream().
+        """
+        for pause_s in (*PAUSES_S, None):
+            try:
+                return await method(request, metadata=self._metadata)
+            except grpc.RpcError as e:
+                await asyncio.sleep(self._pause(e, pause_s))
+        raise AssertionError
 
     async def stream[Request, Answer](
-        self, method: "grpc.aio.UnaryStreamMultiCallable[Request, Answer]", request: Request
+        self,
+        method: "grpc.aio.UnaryStreamMultiCallable[Request, Answer]",
+        request: Request,
+        resume: Callable[[], Request] | None = None,
     ) -> AsyncIterator[Answer]:
-        """The answers as they come. Raises a kind of CorralError."""
-        call = method(request, metadata=self._metadata)
-        try:
-            async for answer in call:
-                yield answer
-        except grpc.RpcError as e:
-            raise from_rpc_error(e, address=self.address) from e
-        finally:
-            call.cancel()
+        """The answers as they come. Raises a kind of CorralError.
+
+        `resume` changes the request, once some answers have come, to one for the rest.
+        """
+        pauses, answered = iter(PAUSES_S), False
+        while True:
+            call = method(request, metadata=self._metadata)
+            try:
+                async for answer in call:
+                    pauses, answered = iter(PAUSES_S), True
+                    yield answer
+                return
+            except grpc.RpcError as e:
+                pause_s = self._pause(e, next(pauses, None) if resume or not answered else None)
+            finally:
+                call.cancel()
+            if resume is not None and answered:
+                request = resume()
+            await asyncio.sleep(pause_s)
+
+    def _pause(self, e: grpc.RpcError, pause_s: float | None) -> float:
+        """How long to wait before another attempt. Raises what the failure stands for if there is none."""
+        error = from_rpc_error(e, address=self.address)
+        if error.reason != UNSERVED or pause_s is None:
+            raise error from e
+        return pause_s
 
     async def gather[Request, Answer](
         self, method: "grpc.aio.StreamUnaryMultiCallable[Request, Answer]", requests: AsyncIterator[Request]
@@ -86,23 +112,43 @@ class Transport:
     def unary[Request, Answer](
         self, method: "grpc.UnaryUnaryMultiCallable[Request, Answer]", request: Request
     ) -> Answer:
-        """The answer. Raises a kind of CorralError."""
-        try:
-            return method(request, metadata=self._metadata)
-        except grpc.RpcError as e:
-            raise from_rpc_error(e, address=self.address) from e
+        """The answer. Raises a kind of CorralError. As AsyncTransport.unary()."""
+        for pause_s in (*PAUSES_S, None):
+            try:
+                return method(request, metadata=self._metadata)
+            except grpc.RpcError as e:
+                time.sleep(self._pause(e, pause_s))
+        raise AssertionError
 
     def stream[Request, Answer](
-        self, method: "grpc.UnaryStreamMultiCallable[Request, Answer]", request: Request
+        self,
+        method: "grpc.UnaryStreamMultiCallable[Request, Answer]",
+        request: Request,
+        resume: Callable[[], Request] | None = None,
     ) -> Iterator[Answer]:
-        """The answers as they come. Raises a kind of CorralError."""
-        call = method(request, metadata=self._metadata)
-        try:
-            yield from call
-        except grpc.RpcError as e:
-            raise from_rpc_error(e, address=self.address) from e
-        finally:
-            call.cancel()
+        """The answers as they come. Raises a kind of CorralError. As AsyncTransport.stream()."""
+        pauses, answered = iter(PAUSES_S), False
+        while True:
+            call = method(request, metadata=self._metadata)
+            try:
+                for answer in call:
+                    pauses, answered = iter(PAUSES_S), True
+                    yield answer
+                return
+            except grpc.RpcError as e:
+                pause_s = self._pause(e, next(pauses, None) if resume or not answered else None)
+            finally:
+                call.cancel()
+            if resume is not None and answered:
+                request = resume()
+            time.sleep(pause_s)
+
+    def _pause(self, e: grpc.RpcError, pause_s: float | None) -> float:
+        """How long to wait before another attempt. Raises what the failure stands for if there is none."""
+        error = from_rpc_error(e, address=self.address)
+        if error.reason != UNSERVED or pause_s is None:
+            raise error from e
+        return pause_s
 
     def gather[Request, Answer](
         self, method: "grpc.StreamUnaryMultiCallable[Request, Answer]", requests: Iterator[Request]

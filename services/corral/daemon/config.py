@@ -44,6 +44,8 @@ class DaemonConfig:
     log_level: str = "info"
     # How long calls may take to end when the daemon is stopped.
     grace_s: float = 2.0
+    # How long they may take when it executes itself anew: whoever connects meanwhile waits.
+    upgrade_grace_s: float = 10.0
     # PEM files, for addresses tcp://.
     tls_cert: Path | None = None
     tls_key: Path | None = None

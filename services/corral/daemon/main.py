@@ -7,8 +7,8 @@ import faulthandler
 import gc
 import os
 import signal
+import socket
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ import uvloop
 from corral.daemon import config as settings
 from corral.daemon import logs, roots, table
 from corral.daemon.notify import notify
+from corral.daemon.upgrade import SIGNAL, Upgrading, boot_time_s, children, execute, reap
 from corral.daemon.version import Common, package_version
 from corral.rpc.address import Address
 from corral.rpc.errors import CorralError, InvalidArgument
+from corral.rpc.handover import Handover, take
 from corral.rpc.server import serve
 from corral.rpc.service import Service
 
@@ -55,18 +57,20 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--log-level", choices=tuple(logs.LEVELS))
     for name, what in (("cert", "certificate"), ("key", "private key"), ("ca", "CA that signs clients")):
         parser.add_argument(f"--tls-{name}", type=Path, metavar="FILE", help=f"PEM file: {what}, for tcp:// addresses")
+    parser.add_argument("--check", action="store_true", help="only say whether it would start: exit with 0 if so")
     parser.add_argument("--version", action="version", version=f"corrald {package_version()}")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code; a start that fails prints one sentence."""
+    argv = sys.argv[1:] if argv is None else argv
     options = arguments().parse_args(argv)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # "where does it hang?"
     try:
-        run(options)
+        run(options, argv)
     except (CorralError, OSError, ValueError, ImportError) as e:
         if options.log_level == "debug":
             raise
@@ -75,8 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, argv: Sequence[str]) -> None:
     """Host until SIGTERM or SIGINT. Raises CorralError, OSError, ValueError, ImportError if it cannot start."""
+    handover = take()
     config = with_options(settings.load(options.config), options)
     daemon = config.daemon
     logs.configure(daemon.log_format, daemon.log_level)
@@ -87,8 +92,31 @@ def run(options: argparse.Namespace) -> None:
         name: settings.service_config(name, table.TABLE[name], config, known, root=daemon.root, state=daemon.state)
         for name in names
     }
-    with roots.claimed({name: c.root for name, c in configs.items()}, daemon.state, addresses):
-        uvloop.run(host(daemon, configs, addresses), debug=daemon.log_level == "debug")
+    if options.check:
+        for name in names:
+            table.TABLE[name].service_class()
+        daemon.tls()
+        return
+    own = {str(address) for address in addresses}
+    called = {address for c in configs.values() for address in getattr(c, "addresses", {}).values()}
+    elsewhere = sorted(called - own)
+    with roots.claimed({name: c.root for name, c in configs.items()}, daemon.state, addresses, handover) as locks:
+        hosting = Hosting(daemon, configs, addresses, elsewhere, argv, handover)
+        waiting = uvloop.run(host(hosting), debug=daemon.log_level == "debug")
+        if waiting is not None:
+            execute(argv, locks, waiting, handover.generation + 1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hosting:
+    """What one process serves, and where."""
+
+    daemon: settings.DaemonConfig
+    configs: Mapping[str, Any]
+    addresses: Sequence[Address]
+    elsewhere: Sequence[str]
+    argv: Sequence[str]
+    handover: Handover
 
 
 def with_options(config: settings.Config, options: argparse.Namespace) -> settings.Config:
@@ -107,13 +135,19 @@ def with_options(config: settings.Config, options: argparse.Namespace) -> settin
     return dataclasses.replace(config, daemon=daemon)
 
 
-async def host(daemon: settings.DaemonConfig, configs: Mapping[str, Any], addresses: Sequence[Address]) -> None:
-    """Run the services from their settings until a signal comes."""
+async def host(hosting: Hosting) -> Mapping[Path, socket.socket] | None:
+    """Run the services from their settings until a signal comes; if that asks for an upgrade, returns where
+    connections wait for it."""
+    daemon, configs, handover = hosting.daemon, hosting.configs, hosting.handover
     loop = asyncio.get_running_loop()
     loop.slow_callback_duration = SLOW_CALLBACK_S
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, stop, number)
+    upgrading = Upgrading(hosting.argv, stop, handover.generation, grace_s=daemon.upgrade_grace_s)
+    loop.add_signal_handler(SIGNAL, upgrading.on_signal)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [SIGNAL])
+    inherited = [loop.create_task(reap(pid)) for pid in (children() if handover.generation else ())]
     services = [construct(name, config) for name, config in configs.items()]
 
     def on_ready(bound: Sequence[Address]) -> None:
@@ -121,30 +155,39 @@ async def host(daemon: settings.DaemonConfig, configs: Mapping[str, Any], addres
         gc.collect()
         gc.freeze()
         notify("READY=1")
+        upgrading.set_ready()
         log.info(
             "daemon.ready",
             addresses=[str(address) for address in bound],
             services=list(configs),
             pid=os.getpid(),
-            took_ms=round(age_s() * 1000),
+            generation=handover.generation,
+            took_ms=round(age_s(handover) * 1000),
         )
 
     def on_stop() -> None:
         notify("STOPPING=1")
         log.info("daemon.stopping", grace_s=daemon.grace_s)
 
-    await serve(
+    waiting = await serve(
         services,
-        addresses=addresses,
+        addresses=hosting.addresses,
+        upgrade=upgrading.plan,
+        waiting=[socket.socket(fileno=fd) for fd in handover.waiting.values()],
         stop=stop,
         grace_s=daemon.grace_s,
         tls=daemon.tls(),
         socket_group=daemon.socket_group,
-        extra=Common(list(configs), daemon.root, daemon.state),
+        extra=Common(list(configs), daemon.root, daemon.state, upgrading, hosting.elsewhere),
         on_ready=on_ready,
         on_stop=on_stop,
     )
+    for task in inherited:
+        task.cancel()
+    if upgrading.plan.wanted:
+        return waiting
     log.info("daemon.stopped")
+    return None
 
 
 def construct(name: str, config: Any) -> Service:
@@ -162,11 +205,13 @@ def on_signal(stop: asyncio.Event, number: int) -> None:
     stop.set()
 
 
-def age_s() -> float:
-    """Seconds since this process was started, its imports included, in steps of 10 ms."""
+def age_s(handover: Handover) -> float:
+    """Seconds since this program was executed, its imports included, in steps of 10 ms."""
+    if handover.began_s is not None:
+        return boot_time_s() - handover.began_s
     fields = Path("/proc/self/stat").read_text("ascii").rpartition(")")[2].split()
     started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc_pid_stat(5)
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    return boot_time_s() - started
 
 
 if __name__ == "__main__":

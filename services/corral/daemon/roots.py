@@ -1,37 +1,51 @@
 """Directories and locks of one process: nobody else may work on the same root, or listen at the same path."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from corral.rpc.address import Address, UnixAddress
 from corral.rpc.errors import CorralError, FailedPrecondition, from_os_error
+from corral.rpc.handover import Handover
 from corral.store import Lock, LockHeld
 
 
 @contextmanager
-def claimed(roots: Mapping[str, Path], state: Path, addresses: Sequence[Address]) -> Iterator[None]:
-    """Make the directories and hold every lock while the block runs.
+def claimed(
+    roots: Mapping[str, Path], state: Path, addresses: Sequence[Address], handover: Handover
+) -> Iterator[Mapping[str, int]]:
+    """Make the directories and hold every lock while the block runs; yields the descriptors of the locks by path.
+
+    What this process had locked before it executed itself anew it never lets go of.
 
     One lock per service directory, so that `corrald` and `corrald --service tasks` exclude each other too; one per
     socket, so that whoever finds a socket there knows that it is stale. Raises FailedPrecondition naming the holder.
     """
+    held: dict[str, int] = {}
+
+    def claim(path: Path, does: str, option: str) -> None:
+        lock = locks.enter_context(_lock(path, does, option, handover.locks.get(str(path), -1)))
+        held[str(path)] = lock.fileno()
+
     with ExitStack() as locks:
         try:
             for name, root in roots.items():
                 _make_private(root)
-                locks.enter_context(_lock(root / "lock", f"works on {root}", f"--root (service {name})"))
+                claim(root / "lock", f"works on {root}", f"--root (service {name})")
             # Anyone may pass through to a socket; its mode says who may connect.
             state.mkdir(0o711, parents=True, exist_ok=True)
             for address in addresses:
                 if isinstance(address, UnixAddress):
                     path = address.path
-                    lock = _lock(path.with_name(f"{path.name}.lock"), f"listens at {path}", "--address or --state")
-                    locks.enter_context(lock)
-                    remove_stale_socket(path)
+                    claim(path.with_name(f"{path.name}.lock"), f"listens at {path}", "--address or --state")
+                    if str(path) not in handover.waiting:
+                        remove_stale_socket(path)
+            for path_text in handover.locks.keys() - held.keys():  # the settings say otherwise now
+                os.close(handover.locks[path_text])
         except OSError as e:
             raise from_os_error(e, "cannot prepare the directories") from e
-        yield
+        yield held
 
 
 def _make_private(root: Path) -> None:
@@ -40,9 +54,9 @@ def _make_private(root: Path) -> None:
     root.mkdir(0o700, exist_ok=True)
 
 
-def _lock(path: Path, does: str, option: str) -> Lock:
+def _lock(path: Path, does: str, option: str, inherited: int) -> Lock:
     try:
-        return Lock(path)
+        return Lock(path, inherited=inherited)
     except LockHeld as e:
         raise already(does, e.holder, option) from e
 

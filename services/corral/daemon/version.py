@@ -10,6 +10,7 @@ from typing import Any
 import grpc.aio
 
 from corral.api.version.v1 import version_pb2, version_pb2_grpc
+from corral.daemon.upgrade import Upgrading, upgrade_at
 
 VERSION_SERVICE = "corral.version.v1.Version"
 
@@ -25,8 +26,18 @@ def package_version() -> str:
 class VersionServicer(version_pb2_grpc.VersionServicer):
     """Who answers here."""
 
-    def __init__(self, services: Sequence[str], apis: Sequence[str], root: Path, state: Path) -> None:
+    def __init__(
+        self,
+        services: Sequence[str],
+        apis: Sequence[str],
+        root: Path,
+        state: Path,
+        upgrading: Upgrading,
+        elsewhere: Sequence[str],
+    ) -> None:
         self._services = services
+        self._upgrading = upgrading
+        self._elsewhere = elsewhere
         self._apis = apis
         self._root = root
         self._state = state
@@ -40,22 +51,36 @@ class VersionServicer(version_pb2_grpc.VersionServicer):
             kernel_release=os.uname().release,
             root=str(self._root),
             state=str(self._state),
+            generation=self._upgrading.generation,
+            pid=os.getpid(),
         )
+
+    async def Upgrade(self, request: version_pb2.UpgradeRequest, context: Any) -> version_pb2.UpgradeResponse:  # noqa: N802
+        if not request.only_this and request.generation >= self._upgrading.generation:
+            for address in self._elsewhere:  # first those that we call
+                await upgrade_at(address)
+        await self._upgrading.beyond(request.generation)
+        return version_pb2.UpgradeResponse(version=package_version(), generation=self._upgrading.generation)
 
 
 class Common:
     """Adds the servicers of this module to a host."""
 
-    def __init__(self, services: Sequence[str], root: Path, state: Path) -> None:
+    def __init__(
+        self, services: Sequence[str], root: Path, state: Path, upgrading: Upgrading, elsewhere: Sequence[str]
+    ) -> None:
+        """elsewhere: the addresses of other processes whose services ours call."""
         self._services = services
         self._root = root
         self._state = state
+        self._upgrading = upgrading
+        self._elsewhere = elsewhere
 
     def __call__(self, server: grpc.aio.Server, full_names: Sequence[str]) -> Sequence[str]:
         from grpc_reflection.v1alpha import reflection
 
         apis = sorted({name.rpartition(".")[0] for name in full_names if name.startswith("corral.")})
-        servicer = VersionServicer(self._services, apis, self._root, self._state)
+        servicer = VersionServicer(self._services, apis, self._root, self._state, self._upgrading, self._elsewhere)
         version_pb2_grpc.add_VersionServicer_to_server(servicer, server)
         reflection.enable_server_reflection([*full_names, VERSION_SERVICE, reflection.SERVICE_NAME], server)  # type: ignore[no-untyped-call]
         return [VERSION_SERVICE, reflection.SERVICE_NAME]

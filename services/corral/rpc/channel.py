@@ -3,7 +3,9 @@
 A thin wrapper around the multi-callables instead of grpc.aio interceptors: those run each call in a task of its own.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Iterable
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, cast
 from weakref import WeakSet
@@ -14,7 +16,7 @@ import grpc.aio
 from corral.rpc import local
 from corral.rpc.address import OPTIONS, Target, Tls, parse_address
 from corral.rpc.context import NAMESPACE_KEY, REQUEST_ID_KEY, current_call
-from corral.rpc.errors import from_rpc_error
+from corral.rpc.errors import PAUSES_S, UNSERVED, Unavailable, from_rpc_error
 from corral.rpc.local_call import LocalStreamCall, LocalUnaryCall
 
 type _Serializer = Callable[[Any], bytes]
@@ -99,7 +101,7 @@ class CorralChannel(grpc.aio.Channel):
         deserialize: _Deserializer | None,
     ) -> Callable[..., "_Call"]:
         """A call that takes the wire only where it must."""
-        over_the_wire, address, here = self._wrapped(inner), self._address, self._here
+        over_the_wire, address, here = self._wrapped(inner, _Again), self._address, self._here
 
         def call(
             request: Any, *, timeout: float | None = None, metadata: _Metadata | None = None, **options: Any
@@ -121,11 +123,12 @@ class CorralChannel(grpc.aio.Channel):
     def stream_stream(self, *args: Any, **kwargs: Any) -> Any:
         return self._wrapped(self._inner.stream_stream(*args, **kwargs))
 
-    def _wrapped(self, begin: Callable[..., Any]) -> Callable[..., "_Call"]:
+    def _wrapped(self, begin: Callable[..., Any], kind: "type[_Call] | None" = None) -> Callable[..., "_Call"]:
         address = self._address
 
         def call(*args: Any, metadata: _Metadata | None = None, **kwargs: Any) -> _Call:
-            return _Call(begin(*args, metadata=_with_context(metadata), **kwargs), address)
+            again = partial(begin, *args, metadata=_with_context(metadata), **kwargs)
+            return _Again(again, address) if kind is _Again else _Call(again(), address)
 
         return call
 
@@ -213,3 +216,39 @@ class _Call:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+
+class _Again(_Call):
+    """A call with one request. Where a server that leaves has not begun it, it is made again, for a while."""
+
+    __slots__ = ("_begin",)
+
+    def __init__(self, begin: Callable[[], Any], address: str) -> None:
+        super().__init__(begin(), address)
+        self._begin = begin
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        for pause_s in PAUSES_S:
+            try:
+                return (yield from super().__await__())
+            except Unavailable as e:
+                if e.reason != UNSERVED:
+                    raise
+            yield from asyncio.sleep(pause_s).__await__()
+            self._inner = self._begin()
+        return (yield from super().__await__())
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        begun = False
+        for pause_s in (*PAUSES_S, None):
+            try:
+                async for message in super().__aiter__():
+                    begun = True
+                    yield message
+            except Unavailable as e:
+                if e.reason != UNSERVED or begun or pause_s is None:
+                    raise
+            else:
+                return
+            await asyncio.sleep(pause_s)
+            self._inner = self._begin()

@@ -25,6 +25,11 @@ MAX_FACT_BYTES = 200
 MAX_FACTS_BYTES = 1200
 ENCODED_ELLIPSIS = 9
 
+# Of an Unavailable: nobody has begun to serve the call, so the same call may be made again.
+UNSERVED = "UNSERVED"
+# What to wait before each further attempt then: an upgrade takes a second or two, on a busy machine more.
+PAUSES_S = (0.01, 0.02, 0.05, 0.1, 0.2, *(0.5,) * 60)
+
 _NO_METADATA: Mapping[str, str] = MappingProxyType({})
 
 
@@ -170,6 +175,8 @@ def from_rpc_error(error: grpc.RpcError, *, address: str = "") -> CorralError:
     info = _error_info(error)
     if info is not None:
         return kind(message, reason=info.reason, metadata=dict(info.metadata))
+    if _says_unserved(code, message):
+        return Unavailable(f"corral{f' at {address}' if address else ''} went away; try again", reason=UNSERVED)
     if code is grpc.StatusCode.UNAVAILABLE and _came_from_library(message):
         where = f" at {address}" if address else ""
         # "failed to connect to all addresses; last error: …; error: No such file or directory"
@@ -178,6 +185,14 @@ def from_rpc_error(error: grpc.RpcError, *, address: str = "") -> CorralError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Unavailable(f"no answer within the deadline{f' from {address}' if address else ''}", reason=code.name)
     return kind(message, reason="" if kind.code is code else code.name)
+
+
+def _says_unserved(code: grpc.StatusCode, message: str) -> bool:
+    """Whether gRPC's own words tell that a server which shut down at this moment has not seen the call. Where corral
+    has, it says itself why a call ends."""
+    if code is grpc.StatusCode.CANCELLED:
+        return message in ("CANCELLED", "RST_STREAM")
+    return code is grpc.StatusCode.UNAVAILABLE and message.startswith("Stream removed (GOAWAY received")
 
 
 def _came_from_library(message: str) -> bool:

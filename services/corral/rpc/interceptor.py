@@ -21,7 +21,7 @@ from corral.rpc.context import (
     current_followers,
     new_request_id,
 )
-from corral.rpc.errors import CorralError, Internal, Unavailable, Unimplemented, from_os_error, to_status
+from corral.rpc.errors import UNSERVED, CorralError, Internal, Unavailable, Unimplemented, from_os_error, to_status
 
 log = structlog.get_logger()
 
@@ -29,6 +29,7 @@ type _Context = grpc.aio.ServicerContext[Any, Any]
 type _Handler = grpc.RpcMethodHandler[Any, Any]
 
 STOPPING = "corral is stopping; try again when it is back"
+MOVING = "corral is being upgraded; try again"
 
 
 class Gate:
@@ -37,7 +38,7 @@ class Gate:
 
     def __init__(self) -> None:
         self._decided = asyncio.Event()
-        self._refusal = "not started"
+        self._refusal = Unavailable("not started")
         self.is_open = False
         self.inside: set[asyncio.Task[Any]] = set()
         self.followers: set[asyncio.Task[Any]] = set()
@@ -46,17 +47,23 @@ class Gate:
         self.is_open = True
         self._decided.set()
 
-    def shut(self, refusal: str = STOPPING) -> None:
+    def shut(self, *, upgrading: bool = False) -> None:
         """Let nobody in any more, also not those who wait."""
         self.is_open = False
-        self._refusal = refusal
+        self._refusal = Unavailable(MOVING, reason=UNSERVED) if upgrading else Unavailable(STOPPING, reason="STOPPING")
         self._decided.set()
+
+    def refusal(self, task: "asyncio.Task[Any] | None" = None) -> CorralError:
+        """What to tell who comes now, or was cut off: only who merely followed may ask again and change nothing."""
+        if self._refusal.reason == UNSERVED and task is not None and task not in self.followers:
+            return Unavailable("corral was upgraded before this was done; see what has become of it", reason="CUT_OFF")
+        return self._refusal
 
     async def wait(self) -> None:
         """Return once the gate is open. Raises Unavailable if it was shut instead."""
         await self._decided.wait()
         if not self.is_open:
-            raise Unavailable(self._refusal, reason="STOPPING")
+            raise self.refusal()
 
     async def drain(self, seconds: float) -> None:
         """Wait for the calls inside; cancel those that only follow now, and what is still there after `seconds`."""
@@ -199,7 +206,7 @@ class _Around:
         if isinstance(e, asyncio.CancelledError):
             if self._gate.is_open or context.cancelled():
                 raise e  # the client went away
-            e = Unavailable(STOPPING, reason="STOPPING")
+            e = self._gate.refusal(asyncio.current_task())
         error = e if isinstance(e, CorralError) else self._translated(e)
         code, message, trailers = to_status(error)
         await context.abort(code, message, trailers)

@@ -2,6 +2,7 @@
 
     bind and listen  ->  start() each, in order; its gate opens and its health becomes SERVING  ->  ready
     stop             ->  each in reverse: shut its gate, let its calls end (grace), cancel the rest, stop()  ->  close
+    hand_over        ->  a waiting socket in the place of ours, clients told to go  ->  as stop
 
 Composers come after the leaves they call, so while a composer drains its leaves still answer.
 """
@@ -9,9 +10,11 @@ Composers come after the leaves they call, so while a composer drains its leaves
 import asyncio
 import grp
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -22,6 +25,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from corral.rpc import local
 from corral.rpc.address import MAX_MESSAGE_BYTES, Address, Target, TcpAddress, Tls, UnixAddress
 from corral.rpc.errors import FailedPrecondition
+from corral.rpc.handover import Latecomers, hidden, make_waiting
 from corral.rpc.interceptor import CallInterceptor, Gate
 from corral.rpc.service import Service
 
@@ -39,9 +43,20 @@ OPTIONS = (
 SOCKET_MODE = 0o660
 # Calls that are left when the time is over get this much to notice.
 LAST_CALLS_S = 0.1
+# When connections of latecomers are asked to come again.
+STAY_MS = 1000
 
 # Adds servicers of the host itself (version, reflection) given the full names of all hosted; returns their full names.
 type Extra = Callable[[grpc.aio.Server, Sequence[str]], Sequence[str]]
+
+
+@dataclass(slots=True)
+class Upgrade:
+    """How to end, if not for good."""
+
+    grace_s: float
+    on_begin: Callable[[], None]
+    wanted: bool = False
 
 
 @dataclass(slots=True)
@@ -72,12 +87,20 @@ class Host:
             self.full_names += extra(self._server, self.full_names)
         self._started: list[_Hosted] = []
         self._targets: list[Target] = []
+        self._sockets: dict[Path, int] = {}  # with the inode of each
+        self._late: asyncio.Task[None] | None = None
 
     async def start(
-        self, addresses: Sequence[Address], *, tls: Tls | None = None, socket_group: str = ""
+        self,
+        addresses: Sequence[Address],
+        *,
+        tls: Tls | None = None,
+        socket_group: str = "",
+        waiting: Sequence[socket.socket] = (),
     ) -> Sequence[Address]:
         """Listen, then start every service; returns the addresses, with real ports.
 
+        waiting: what hand_over() of an earlier host returned; is taken over.
         Raises what a service's start() raised, after stopping those that had started; FailedPrecondition if an address
         cannot be listened on.
         """
@@ -86,6 +109,8 @@ class Host:
         await self._health.set("", NOT_SERVING)
         bound = [self._bind(address, tls, socket_group) for address in addresses]
         await self._server.start()
+        if waiting:
+            self._late = asyncio.create_task(self._serve_late(waiting, bound[0]), name="latecomers")
         local.announce(map(str, bound), self)
         try:
             for hosted in self._hosted:
@@ -101,14 +126,39 @@ class Host:
 
     async def stop(self, *, grace_s: float) -> None:
         """Calls that run get `grace_s` to end; those that come now, or stay longer, end with UNAVAILABLE."""
+        await self._health.enter_graceful_shutdown()
+        await self._stop_services(grace_s, upgrading=False)
+        local.withdraw(self)
+        await self._stop_late()
+        await self._server.stop(LAST_CALLS_S)
+        for path, inode in self._sockets.items():
+            with suppress(FileNotFoundError):
+                if path.stat().st_ino == inode:
+                    path.unlink()
+        self._close()
+
+    async def hand_over(self, *, grace_s: float) -> Mapping[Path, socket.socket]:
+        """stop(), for somebody who will listen at the same addresses: connections to unix sockets wait for it in what
+        is returned. Clients are told to connect anew. Raises OSError, and then goes on as before."""
+        waiting = {path: make_waiting(path) for path in self._sockets}
+        for path in waiting:
+            hidden(path).rename(path)
+        leaving = asyncio.create_task(self._server.stop(grace_s + LAST_CALLS_S))
+        await self._stop_services(grace_s, upgrading=True)
+        local.withdraw(self)
+        await self._stop_late()
+        await leaving
+        self._close()
+        return waiting
+
+    async def _stop_services(self, grace_s: float, *, upgrading: bool) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + grace_s
-        await self._health.enter_graceful_shutdown()
         for hosted in self._hosted:
             if hosted not in self._started:
-                hosted.gate.shut()
+                hosted.gate.shut(upgrading=upgrading)
         for hosted in reversed(self._started):
-            hosted.gate.shut()
+            hosted.gate.shut(upgrading=upgrading)
             await hosted.gate.drain(max(deadline - loop.time(), LAST_CALLS_S))
             try:
                 await hosted.service.stop()
@@ -116,10 +166,32 @@ class Host:
                 # The others must still be stopped; a next start recovers what this one left.
                 log.exception("service.stop_failed", service=hosted.service.name)
         self._started.clear()
-        local.withdraw(self)
-        await self._server.stop(LAST_CALLS_S)
+
+    def _close(self) -> None:
         for target in self._targets:
             target.close()
+
+    async def _serve_late(self, waiting: Sequence[socket.socket], address: Address) -> None:
+        """Serve who waited, until the last of them has come to the real address."""
+        assert isinstance(address, UnixAddress)
+        options = (*OPTIONS, ("grpc.max_connection_age_ms", STAY_MS))
+        server = grpc.aio.server(handlers=self._server.handlers, interceptors=[self._interceptor], options=options)
+        path = address.path.with_name(f".{address.path.name}.late")
+        target = Target(UnixAddress(path))
+        server.add_insecure_port(target.name)
+        await server.start()
+        latecomers = Latecomers(waiting, target.name.removeprefix("unix:"))
+        try:
+            await latecomers.gone()
+        finally:
+            await latecomers.close()
+            await server.stop(LAST_CALLS_S)
+            target.close()
+
+    async def _stop_late(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            await asyncio.wait((self._late,))
 
     def find(self, method: str) -> "local.Handler | None":
         """What callers in this process may call without the wire; see corral.rpc.local."""
@@ -132,7 +204,9 @@ class Host:
     def _bind(self, address: Address, tls: Tls | None, socket_group: str) -> Address:
         if isinstance(address, TcpAddress):
             return self._bind_tcp(address, tls)
-        target = Target(address)
+        # Made elsewhere and put in its place: what is there may be a socket at which clients wait for this one.
+        new = UnixAddress(hidden(address.path))
+        target = Target(new)
         self._targets.append(target)
         # The socket never exists with wider permissions than it is to have.
         old = os.umask(0o777 & ~SOCKET_MODE)
@@ -143,7 +217,9 @@ class Host:
         finally:
             os.umask(old)
         if socket_group:
-            _give_to_group(address, socket_group)
+            _give_to_group(new, socket_group)
+        new.path.rename(address.path)
+        self._sockets[address.path] = address.path.stat().st_ino
         return address
 
     def _bind_tcp(self, address: TcpAddress, tls: Tls | None) -> TcpAddress:
@@ -189,15 +265,20 @@ async def serve(
     addresses: Sequence[Address],
     stop: asyncio.Event,
     grace_s: float,
+    upgrade: Upgrade | None = None,
+    waiting: Sequence[socket.socket] = (),
     tls: Tls | None = None,
     socket_group: str = "",
     extra: Extra | None = None,
     on_ready: Callable[[Sequence[Address]], None] = lambda _: None,
     on_stop: Callable[[], None] = lambda: None,
-) -> None:
-    """Serve until `stop` is set. See Host for order and errors."""
+) -> Mapping[Path, socket.socket]:
+    """Serve until `stop` is set. See Host for order and errors.
+
+    If an upgrade is wanted by then, returns where connections wait for who serves next, who takes them as `waiting`.
+    """
     host = Host(services, extra=extra)
-    starting = asyncio.ensure_future(host.start(addresses, tls=tls, socket_group=socket_group))
+    starting = asyncio.ensure_future(host.start(addresses, tls=tls, socket_group=socket_group, waiting=waiting))
     stopping = asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -205,10 +286,14 @@ async def serve(
             starting.cancel()  # asked to stop while recovering; start() undoes itself
             with suppress(asyncio.CancelledError):
                 await starting
-            return
+            return {}
         on_ready(starting.result())
         await stopping
+        if upgrade is not None and upgrade.wanted:
+            upgrade.on_begin()
+            return await host.hand_over(grace_s=upgrade.grace_s)
         on_stop()
         await host.stop(grace_s=grace_s)
+        return {}
     finally:
         stopping.cancel()

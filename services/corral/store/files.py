@@ -59,10 +59,13 @@ class Lock:
     third process lock a new file of the same name.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises LockHeld at once if it is taken, OSError if the file cannot be made."""
+    def __init__(self, path: Path, *, inherited: int = -1) -> None:
+        """Raises LockHeld at once if it is taken, OSError if the file cannot be made.
+
+        inherited: a descriptor that holds it already, from before this program was executed.
+        """
         self.path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._fd = inherited if inherited >= 0 else os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
@@ -71,6 +74,10 @@ class Lock:
             raise LockHeld(path, int(holder) if holder.isdigit() else None) from e
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def fileno(self) -> int:
+        """What holds it, across execve if it is made inheritable."""
+        return self._fd
 
     def release(self) -> None:
         """Free the lock; harmless when repeated."""

@@ -34,6 +34,18 @@ class System:
         stub = version_pb2_grpc.VersionStub(self._engine.channel)
         return self._engine.unary(stub.Get, version_pb2.GetRequest())
 
+    def upgrade(self) -> "tuple[version_pb2.GetResponse, version_pb2.UpgradeResponse]":
+        """Has the daemon, and the processes whose services it calls, execute themselves anew; what it was, and is then.
+
+        Raises FailedPrecondition if what is on disk would not start: the daemon goes on.
+        """
+        from corral.api.version.v1 import version_pb2, version_pb2_grpc
+
+        stub = version_pb2_grpc.VersionStub(self._engine.channel)
+        before = self._engine.unary(stub.Get, version_pb2.GetRequest())
+        request = version_pb2.UpgradeRequest(generation=before.generation)
+        return before, self._engine.unary(stub.Upgrade, request)
+
     def info(self) -> engine_pb2.InfoResponse:
         """Counts, directories and facts about the host."""
         return self._engine.unary(self._stub.Info, engine_pb2.InfoRequest())
@@ -61,6 +73,10 @@ class System:
         return answer.checks
 
     def events(self, request: types_pb2.EventsRequest) -> Iterator[types_pb2.EventsResponse]:
-        """The journal of all services: replayed from `request.after`, then followed."""
-        for answer in self._engine.stream(self._stub.Events, request):
+        """The journal of all services: replayed from `request.after`, then followed, over upgrades too."""
+        rest = types_pb2.EventsRequest()
+        rest.CopyFrom(request)
+        for answer in self._engine.stream(self._stub.Events, request, lambda: rest):
+            for event in answer.events[-1:]:
+                rest.after = event.seq
             yield answer

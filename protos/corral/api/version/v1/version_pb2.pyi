@@ -44,6 +44,8 @@ class GetResponse(_message.Message):
     KERNEL_RELEASE_FIELD_NUMBER: _builtins.int
     ROOT_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of the package, "0.1.0"."""
     python_version: _builtins.str
@@ -51,6 +53,9 @@ class GetResponse(_message.Message):
     root: _builtins.str
     """Directories of this daemon."""
     state: _builtins.str
+    generation: _builtins.int
+    """How often the process has executed itself anew."""
+    pid: _builtins.int
     @_builtins.property
     def services(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Services hosted at this address: "images", "tasks", "network", "cgroups", "engine"."""
@@ -69,11 +74,59 @@ class GetResponse(_message.Message):
         kernel_release: _builtins.str = ...,
         root: _builtins.str = ...,
         state: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        pid: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["apis", b"apis", "kernel_release", b"kernel_release", "python_version", b"python_version", "root", b"root", "services", b"services", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apis", b"apis", "generation", b"generation", "kernel_release", b"kernel_release", "pid", b"pid", "python_version", b"python_version", "root", b"root", "services", b"services", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetResponse: _TypeAlias = GetResponse  # noqa: Y015
+
+@_typing.final
+class UpgradeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    ONLY_THIS_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    """From GetResponse."""
+    only_this: _builtins.bool
+    """Not the other processes whose services this one calls."""
+    def __init__(
+        self,
+        *,
+        generation: _builtins.int = ...,
+        only_this: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "only_this", b"only_this"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpgradeRequest: _TypeAlias = UpgradeRequest  # noqa: Y015
+
+@_typing.final
+class UpgradeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    generation: _builtins.int
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        generation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpgradeResponse: _TypeAlias = UpgradeResponse  # noqa: Y015

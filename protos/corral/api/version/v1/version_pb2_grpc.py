@@ -39,6 +39,11 @@ class VersionStub:
                 request_serializer=corral_dot_api_dot_version_dot_v1_dot_version__pb2.GetRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_version_dot_v1_dot_version__pb2.GetResponse.FromString,
                 _registered_method=True)
+        self.Upgrade = channel.unary_unary(
+                '/corral.version.v1.Version/Upgrade',
+                request_serializer=corral_dot_api_dot_version_dot_v1_dot_version__pb2.UpgradeRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_version_dot_v1_dot_version__pb2.UpgradeResponse.FromString,
+                _registered_method=True)
 
 
 class VersionServicer:
@@ -50,6 +55,15 @@ class VersionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Upgrade(self, request, context):
+        """Makes this process execute itself anew, with what is on disk, unless it has since the generation given. Connections
+        wait meanwhile. UNAVAILABLE with ErrorInfo reason "UNSERVED" from one that is about to: ask again, and the new one
+        answers. FAILED_PRECONDITION if what is on disk would not start: nothing has changed then.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VersionServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -57,6 +71,11 @@ def add_VersionServicer_to_server(servicer, server):
                     servicer.Get,
                     request_deserializer=corral_dot_api_dot_version_dot_v1_dot_version__pb2.GetRequest.FromString,
                     response_serializer=corral_dot_api_dot_version_dot_v1_dot_version__pb2.GetResponse.SerializeToString,
+            ),
+            'Upgrade': grpc.unary_unary_rpc_method_handler(
+                    servicer.Upgrade,
+                    request_deserializer=corral_dot_api_dot_version_dot_v1_dot_version__pb2.UpgradeRequest.FromString,
+                    response_serializer=corral_dot_api_dot_version_dot_v1_dot_version__pb2.UpgradeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +105,33 @@ class Version:
             '/corral.version.v1.Version/Get',
             corral_dot_api_dot_version_dot_v1_dot_version__pb2.GetRequest.SerializeToString,
             corral_dot_api_dot_version_dot_v1_dot_version__pb2.GetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Upgrade(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.version.v1.Version/Upgrade',
+            corral_dot_api_dot_version_dot_v1_dot_version__pb2.UpgradeRequest.SerializeToString,
+            corral_dot_api_dot_version_dot_v1_dot_version__pb2.UpgradeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -32,11 +32,21 @@ class VersionStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> VersionAsyncStub: ...
     Get: _grpc.UnaryUnaryMultiCallable[_version_pb2.GetRequest, _version_pb2.GetResponse]
+    Upgrade: _grpc.UnaryUnaryMultiCallable[_version_pb2.UpgradeRequest, _version_pb2.UpgradeResponse]
+    """Makes this process execute itself anew, with what is on disk, unless it has since the generation given. Connections
+    wait meanwhile. UNAVAILABLE with ErrorInfo reason "UNSERVED" from one that is about to: ask again, and the new one
+    answers. FAILED_PRECONDITION if what is on disk would not start: nothing has changed then.
+    """
 
 @_typing.type_check_only
 class VersionAsyncStub(VersionStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Get: _aio.UnaryUnaryMultiCallable[_version_pb2.GetRequest, _version_pb2.GetResponse]  # type: ignore[assignment]
+    Upgrade: _aio.UnaryUnaryMultiCallable[_version_pb2.UpgradeRequest, _version_pb2.UpgradeResponse]  # type: ignore[assignment]
+    """Makes this process execute itself anew, with what is on disk, unless it has since the generation given. Connections
+    wait meanwhile. UNAVAILABLE with ErrorInfo reason "UNSERVED" from one that is about to: ask again, and the new one
+    answers. FAILED_PRECONDITION if what is on disk would not start: nothing has changed then.
+    """
 
 class VersionServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -45,5 +55,16 @@ class VersionServicer(metaclass=_abc_1.ABCMeta):
         request: _version_pb2.GetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_version_pb2.GetResponse, _abc.Awaitable[_version_pb2.GetResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Upgrade(
+        self,
+        request: _version_pb2.UpgradeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_version_pb2.UpgradeResponse, _abc.Awaitable[_version_pb2.UpgradeResponse]]:
+        """Makes this process execute itself anew, with what is on disk, unless it has since the generation given. Connections
+        wait meanwhile. UNAVAILABLE with ErrorInfo reason "UNSERVED" from one that is about to: ask again, and the new one
+        answers. FAILED_PRECONDITION if what is on disk would not start: nothing has changed then.
+        """
 
 def add_VersionServicer_to_server(servicer: VersionServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

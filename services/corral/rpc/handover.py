@@ -1,0 +1,161 @@
+"""Sockets that outlive the program behind them: a process that executes itself anew drops no connection.
+
+    before   a plain socket is put in the place of gRPC's (rename(2)), so who connects from now on waits in its queue
+             gRPC tells its clients to go (GOAWAY), and lets their calls end
+    execve   the plain socket's descriptor, and those of the locks, are inherited
+    after    gRPC's new socket is put in its place; the bytes of those who wait are passed on to it
+
+gRPC takes no socket that is there already. So the connections of those who waited lead through here; a server of their
+own asks them to come again after a moment, at the real socket, which clients do between two calls.
+"""
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from corral.rpc.address import Target, UnixAddress
+
+log = structlog.get_logger()
+
+VARIABLE = "CORRAL_HANDOVER"
+QUEUE = 4096
+# How long somebody who looked up the old socket may take to connect to it.
+LOOKED_UP_S = 2.0
+CHUNK = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """What a process leaves to the one that it becomes: open descriptors, by path."""
+
+    locks: Mapping[str, int] = field(default_factory=dict)
+    waiting: Mapping[str, int] = field(default_factory=dict)
+    generation: int = 0
+    began_s: float | None = None
+    """When the new program was executed, by CLOCK_BOOTTIME."""
+
+    def to_text(self) -> str:
+        """For the variable."""
+        return json.dumps(asdict(self))
+
+
+def take() -> Handover:
+    """What was left to this process, nothing for one that was started by others; asking again finds nothing.
+
+    The descriptors are the caller's, and not inherited any further.
+    """
+    text = os.environ.pop(VARIABLE, "")
+    if not text:
+        return Handover()
+    handover = Handover(**json.loads(text))
+    for fd in (*handover.locks.values(), *handover.waiting.values()):
+        os.set_inheritable(fd, False)
+    return handover
+
+
+def hidden(path: Path) -> Path:
+    """Where a socket is made that is then put at `path`."""
+    return path.with_name(f".{path.name}.new")
+
+
+def make_waiting(path: Path) -> socket.socket:
+    """A socket to be put in the place of the one at `path`, with its owner and mode; whoever connects waits.
+
+    Raises OSError.
+    """
+    new = UnixAddress(hidden(path))
+    waiting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    target = Target(new)
+    try:
+        before = path.stat()
+        new.path.unlink(missing_ok=True)
+        old = os.umask(0o777)
+        try:
+            waiting.bind(target.name.removeprefix("unix:"))
+        finally:
+            os.umask(old)
+        os.chown(new.path, before.st_uid, before.st_gid)
+        new.path.chmod(before.st_mode & 0o777)
+        waiting.listen(QUEUE)
+    except BaseException:
+        waiting.close()
+        raise
+    finally:
+        target.close()
+    return waiting
+
+
+class Latecomers:
+    """Connections that waited, passed on to where a server listens. Use from one event loop."""
+
+    def __init__(self, waiting: Sequence[socket.socket], to: str) -> None:
+        """`waiting`: taken over. `to`: a path that connect(2) takes."""
+        self._to = to
+        self._relays: set[asyncio.Task[None]] = set()
+        self._accepting = [asyncio.create_task(self._accept(each), name="latecomers") for each in waiting]
+
+    async def gone(self) -> None:
+        """Returns when the last of them has ended its connection."""
+        await asyncio.gather(*self._accepting)
+        while self._relays:
+            await asyncio.wait(self._relays)
+
+    async def close(self) -> None:
+        """End their connections."""
+        tasks = (*self._accepting, *self._relays)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _accept(self, waiting: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        count = 0
+        with waiting, suppress(TimeoutError):
+            while True:
+                async with asyncio.timeout(LOOKED_UP_S):
+                    connection, _ = await loop.sock_accept(waiting)
+                count += 1
+                relay = asyncio.create_task(self._relay(connection), name="latecomer")
+                self._relays.add(relay)
+                relay.add_done_callback(self._relays.discard)
+        log.info("upgrade.latecomers_taken", count=count)
+
+    async def _relay(self, connection: socket.socket) -> None:
+        with suppress(OSError):
+            reader, writer = await asyncio.open_unix_connection(sock=connection)
+            try:
+                theirs, ours = await asyncio.open_unix_connection(self._to)
+                try:
+                    await _first_of(_pass_on(reader, ours), _pass_on(theirs, writer))
+                finally:
+                    ours.close()
+            finally:
+                writer.close()
+
+
+async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Until either side has ended."""
+    with suppress(OSError):
+        while data := await reader.read(CHUNK):
+            writer.write(data)
+            await writer.drain()
+
+
+async def _first_of(*ways: Coroutine[Any, Any, None]) -> None:
+    """HTTP/2 has no half-closed connections: the end of one way is the end of both."""
+    tasks = [asyncio.create_task(way) for way in ways]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
