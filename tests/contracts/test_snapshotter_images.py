@@ -19,6 +19,7 @@ from support.tars import archive, member, pax
 
 from corral.api.images.v1 import images_pb2 as pb
 from corral.api.types.v1 import types_pb2
+from corral.images.drivers.places import kernel_has
 from corral.rpc.errors import FailedPrecondition
 
 pytestmark = needs("root", "overlayfs")
@@ -209,9 +210,10 @@ async def test_a_driver_that_does_not_exist_or_cannot_run_is_refused_at_start(tm
     with pytest.raises(FailedPrecondition, match="no snapshot driver 'best'; there is overlayfs, "):
         async with images_leaf(tmp_path / "root", driver="best"):
             pass
-    with pytest.raises(FailedPrecondition, match="aufs cannot be used: this kernel has no aufs"):
-        async with images_leaf(tmp_path / "root", driver="aufs"):
-            pass
+    if not kernel_has("aufs"):
+        with pytest.raises(FailedPrecondition, match="aufs cannot be used: this kernel has no aufs"):
+            async with images_leaf(tmp_path / "root", driver="aufs"):
+                pass
     with pytest.raises(FailedPrecondition, match="overlayfs cannot be used: overlayfs takes no"):
         async with images_leaf(tmp_path / "a:b", driver="overlayfs"):
             pass

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Protocol
 
 from corral.kernel import mount
-from corral.kernel.overlay import new_overlay
 from corral.oci.parts import attach, located, located_options, make_parts
 from corral.oci.spec import Mount
+from corral.oci.trees import new
 
 READ_ONLY = 1  # MOUNT_ATTR_RDONLY
 SERVER_ENDS_S = 5.0
@@ -93,9 +93,8 @@ def _attach_root(described: Described, target: Path, parts: Sequence[int]) -> No
         tree = mount.clone_tree(-100, located(described.source, parts))
         mount.set_attributes(tree, attr_set=attributes)
     else:
-        assert described.type == "overlay"
         options = [option for option in described.options if option not in ("ro", "rw")]
-        tree = new_overlay(located_options(options, parts), attributes=attributes, scratch=str(target))
+        tree = new(described.type, described.source, located_options(options, parts), attributes, str(target))
     where = os.open(target, os.O_PATH | os.O_DIRECTORY)
     try:
         mount.move_mount(tree, where)

@@ -5,7 +5,7 @@ set -e
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
 mount -t devtmpfs dev /dev
-for module in /modules/*; do insmod "$module"; done
+for module in /modules/*; do [ ! -e "$module" ] || insmod "$module"; done
 mount -t 9p -o "ro,cache=loose,$SHARED" host /host
 mount -t 9p -o "$SHARED" run /run
 . /run/run.conf
@@ -14,9 +14,11 @@ mount -t 9p -o "$SHARED" run /run
 mount -t tmpfs -o size=75% memory /memory
 mkdir /memory/upper /memory/work
 mount -t overlay -o lowerdir=/host,upperdir=/memory/upper,workdir=/memory/work root /root
-modules=usr/lib/modules/$(uname -r)
-mkdir -p "/root/$modules"
-mount --bind "/host$MODULES/lib/modules/$(uname -r)" "/root/$modules"
+[ -z "$MODULES" ] || {
+    modules=usr/lib/modules/$(uname -r)
+    mkdir -p "/root/$modules"
+    mount --bind "/host$MODULES/lib/modules/$(uname -r)" "/root/$modules"
+}
 
 cd /root
 mount -t proc -o nosuid,nodev,noexec proc proc

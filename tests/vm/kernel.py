@@ -23,11 +23,11 @@ class Missing(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """Files of one kernel. modules: the directory that has lib/modules/<version>."""
+    """Files of one kernel. modules: the directory that has lib/modules/<version>; None: all is built in."""
 
     image: Path
-    modules: Path
-    version: str
+    modules: Path | None = None
+    version: str = ""
 
 
 def cache() -> Path:
@@ -78,6 +78,8 @@ def initramfs(of: Kernel, target: Path) -> None:
 
 
 def _modules(of: Kernel) -> Iterator[bytes]:
+    if of.modules is None:
+        return
     command = ["modprobe", "-d", of.modules.parent, "-S", of.version, "-a", "--show-depends", *FIRST]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for path in dict.fromkeys(re.findall(r"insmod (\S+)", listed)):

@@ -1,6 +1,6 @@
 """Run a command in a virtual machine: Debian's stock kernel, cgroup v2 alone, over this machine's own files.
 
-    .venv/bin/python tests/vm/run.py [--systemd] [--timeout S] -- COMMAND [ARGUMENT…]
+    .venv/bin/python tests/vm/run.py [--systemd] [--timeout S] [--kernel IMAGE] -- COMMAND [ARGUMENT…]
 
 The machine sees all files of this one, read-only; what it writes is in its memory, and gone with it, but for TMPDIR
 (/var/tmp), a disk of its own. There is no network but lo. The command's output comes through as it is written, and its
@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from kernel import Missing, cache, initramfs, kernel
+from kernel import Kernel, Missing, cache, initramfs, kernel
 
 PROGRAMS = {
     "qemu-system-x86_64": "qemu-system-x86",
@@ -66,8 +66,11 @@ def main() -> int:
     parser.add_argument("--systemd", action="store_true", help="systemd is pid 1, and the command a service")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds, with the boot (%(default)s)")
     parser.add_argument("--memory", default="4G")
+    parser.add_argument("--kernel", type=Path, help="a bzImage with all it needs built in, instead of Debian's kernel")
     parser.add_argument("command", nargs="+")
     arguments = parser.parse_args()
+    if arguments.kernel and not arguments.kernel.is_file():
+        parser.error(f"there is no kernel {arguments.kernel}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         _require(PROGRAMS | (WITH_SYSTEMD if arguments.systemd else {}))
@@ -94,7 +97,7 @@ def _require(programs: dict[str, str]) -> None:
 
 def _run(run: Path, command: Sequence[str], arguments: argparse.Namespace) -> int:
     """The command's exit status. `run` is the directory that the machine may write to."""
-    found = kernel()
+    found = Kernel(arguments.kernel) if arguments.kernel else kernel()
     initramfs(found, run / "initramfs")
     _prepare(run, found.modules, command, systemd=arguments.systemd)
     # Were its input to end, the machine would see its output as closed.
@@ -113,7 +116,7 @@ def _run(run: Path, command: Sequence[str], arguments: argparse.Namespace) -> in
     return int((run / "status").read_text())
 
 
-def _prepare(run: Path, modules: Path, command: Sequence[str], *, systemd: bool) -> None:
+def _prepare(run: Path, modules: Path | None, command: Sequence[str], *, systemd: bool) -> None:
     """The disk, and the files that init.sh reads."""
     with (run / "disk").open("wb") as disk:
         disk.truncate(DISK_BYTES)
@@ -123,7 +126,7 @@ def _prepare(run: Path, modules: Path, command: Sequence[str], *, systemd: bool)
     words = ["env", *(f"{name}={value}" for name, value in variables.items()), *command]
     (run / "command").write_text(COMMAND.format(cd=shlex.quote(str(Path.cwd())), command=shlex.join(words)))
     chosen = "yes" if systemd else ""
-    (run / "run.conf").write_text(f"MODULES={modules}\nLOAD='{' '.join(LOAD)}'\nSYSTEMD={chosen}\n")
+    (run / "run.conf").write_text(f"MODULES={modules or ''}\nLOAD='{' '.join(LOAD)}'\nSYSTEMD={chosen}\n")
     (run / "corral-vm.target").write_text(TARGET)
     (run / "corral-vm.service").write_text(SERVICE)
 

@@ -25,6 +25,7 @@ from corral.images.store import SHARED, uninterrupted, write_much
 from corral.images.tending import Tending
 from corral.images.trees import Kind, TreeRecord
 from corral.images.unpacker import TreeIds, Unpacker
+from corral.kernel.aufs import split_branches
 from corral.kernel.mount import umount
 from corral.rpc.blocking import run_blocking
 from corral.rpc.checking import Found
@@ -347,6 +348,7 @@ def _gone(mounts: Sequence[Mount]) -> Path | None:
         options = dict(option.partition("=")[::2] for option in mount.options)
         paths = [options[key] for key in ("upperdir", "workdir") if key in options]
         paths += options.get("lowerdir", "").split(":")
+        paths += [directory for directory, _ in split_branches(options.get("br", ""))]
         if mount.source.startswith("/"):
             paths.append(mount.source)
         for path in paths:

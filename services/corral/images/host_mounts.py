@@ -16,10 +16,10 @@ from corral.images.snapshots import Snapshots, Wanted
 from corral.images.snapshotter import Mount
 from corral.images.trees import Kind, TreeRecord
 from corral.kernel import mount as kernel
-from corral.kernel.overlay import new_overlay
 from corral.kernel.syscalls import AT_FDCWD
 from corral.oci.parts import attach, located, located_options, make_parts
 from corral.oci.spec import Mount as Described
+from corral.oci.trees import new
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from corral.store import failpoint
@@ -136,7 +136,7 @@ def _mount(mounts: Sequence[Mount], where: str) -> None:
             kernel.set_attributes(tree, attr_set=attributes)
         else:
             options = [option for option in wanted.options if option not in _ACCESS]
-            tree = new_overlay(located_options(options, parts), attributes=attributes, scratch=where)
+            tree = new(wanted.type, wanted.source, located_options(options, parts), attributes, where)
             stack.callback(os.close, tree)
         target = os.open(where, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, target)

@@ -80,6 +80,7 @@ NOTHING_MISSING = Missing()
 class Apart:
     """Where the changes of an active tree are: in the directory `source`, an upper one of overlayfs.
 
+    marks: if "aufs", what hides something in it and in the layers is told in that form.
     file: that lies in this ext4 image. since_ns: it is the whole tree instead, which was as it is `below` at that time.
     below: roots of the layers, the uppermost first.
     """
@@ -88,6 +89,7 @@ class Apart:
     below: Sequence[str] = ()
     file: str = ""
     since_ns: int = 0
+    marks: str = ""
 
 
 @dataclass(frozen=True, slots=True)

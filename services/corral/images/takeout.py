@@ -14,6 +14,7 @@ from corral.images.errors import explained
 from corral.images.layers.errors import BadLayer
 from corral.images.snapshots import Snapshots
 from corral.images.workers import Workers
+from corral.kernel.aufs import split_branches
 from corral.rpc.blocking import run_blocking
 
 
@@ -44,8 +45,11 @@ class Takeout:
     def _job(self, namespace: str, key: str) -> Mapping[str, object]:
         [mount] = self._snapshots.mounts(namespace, key)
         options = dict(option.partition("=")[::2] for option in mount.options)
-        if mount.type != "overlay":
-            layers, more = [mount.source], []
+        more: list[str] = []
+        if mount.type == "bind":
+            layers = [mount.source]
+        elif mount.type == "aufs":
+            layers = [directory for directory, _ in split_branches(options["br"])]
         else:
             upper = options.pop("upperdir", "")
             layers = [upper, *options.pop("lowerdir").split(":")] if upper else options.pop("lowerdir").split(":")
@@ -57,4 +61,4 @@ class Takeout:
         else:
             own = {}
         files = [mount.parts[int(path[1:])].source if path.startswith("@") else path for path in layers]
-        return {"op": "pack_whole", "layers": files, "options": more, **own}
+        return {"op": "pack_whole", "type": mount.type, "layers": files, "options": more, **own}

@@ -49,7 +49,8 @@ _MOVE_MOUNT_T_SYMLINKS = 0x10
 _MOVE_MOUNT_T_EMPTY_PATH = 0x40
 _FSOPEN_CLOEXEC = 1
 _FSMOUNT_CLOEXEC = 1
-_SET_FLAG, _SET_STRING, _SET_PATH, _SET_FD, _CMD_CREATE = 0, 1, 3, 5, 6
+_FSPICK_CLOEXEC, _FSPICK_EMPTY_PATH = 0x1, 0x8
+_SET_FLAG, _SET_STRING, _SET_PATH, _SET_FD, _CMD_CREATE, _CMD_RECONFIGURE = 0, 1, 3, 5, 6, 7
 
 # fsconfig(2) copies a string value into 256 bytes.
 _MAX_VALUE = 255
@@ -65,6 +66,7 @@ _mount_setattr = syscall("mount_setattr", _int, _str, _uint, _str, ctypes.c_size
 _fsopen = syscall("fsopen", _str, _uint)
 _fsconfig = syscall("fsconfig", _int, _uint, _str, _str, _int)
 _fsmount = syscall("fsmount", _int, _uint, _uint)
+_fspick = syscall("fspick", _int, _str, _uint)
 _pivot_root = syscall("pivot_root", _str, _str)
 _mount = libc("mount", _str, _str, _str, ctypes.c_ulong, _str)
 _umount2 = libc("umount2", _str, _int)
@@ -138,13 +140,30 @@ def new_mount(
             _configure(context, fstype, "source", source)
         for key, fd in (descriptors or {}).items():
             _check_context(_fsconfig(context, _SET_FD, key.encode(), None, fd), context, f"fsconfig {key}", fstype)
-        for option in options:
-            key, equals, value = option.partition("=")
-            _configure(context, fstype, key, value if equals else None)
+        _configure_all(context, fstype, options)
         _check_context(_fsconfig(context, _CMD_CREATE, None, None, 0), context, "fsconfig create", fstype)
         return _check_context(_fsmount(context, _FSMOUNT_CLOEXEC, attributes), context, "fsmount", fstype)
     finally:
         os.close(context)
+
+
+def reconfigure(tree: int, fstype: str, options: Iterable[str]) -> None:
+    """Give the file system of the mount that the fd is the root of more options, as `mount -o remount` does.
+
+    Raises OSError naming the file system and, where the kernel gave one, its reason.
+    """
+    context = check(_fspick(tree, b"", _FSPICK_CLOEXEC | _FSPICK_EMPTY_PATH), "fspick", fstype)
+    try:
+        _configure_all(context, fstype, options)
+        _check_context(_fsconfig(context, _CMD_RECONFIGURE, None, None, 0), context, "fsconfig reconfigure", fstype)
+    finally:
+        os.close(context)
+
+
+def _configure_all(context: int, fstype: str, options: Iterable[str]) -> None:
+    for option in options:
+        key, equals, value = option.partition("=")
+        _configure(context, fstype, key, value if equals else None)
 
 
 def _configure(context: int, fstype: str, key: str, value: str | None) -> None:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 
 from corral.kernel import mount
+from corral.kernel.aufs import join_branches, split_branches
 from corral.kernel.fuse import mount_served
 from corral.kernel.loop import mount_file
 from corral.kernel.overlay import split_lower
@@ -47,12 +48,15 @@ def located(path: str, parts: Sequence[int]) -> str:
 
 
 def located_options(options: Sequence[str], parts: Sequence[int]) -> tuple[str, ...]:
-    """Options of an overlay, with every path as this process finds it."""
+    """Options of an overlay or of aufs, with every path as this process finds it."""
     return tuple(_located_option(option, parts) for option in options)
 
 
 def _located_option(option: str, parts: Sequence[int]) -> str:
     key, _, value = option.partition("=")
+    if key == "br":
+        branches = ((located(directory, parts), permission) for directory, permission in split_branches(value))
+        return f"br={join_branches(branches)}"
     if key not in _PATHS:
         return option
     if key != "lowerdir":

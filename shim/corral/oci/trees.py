@@ -2,7 +2,7 @@
 
 import errno
 
-from corral.kernel import mount, overlay
+from corral.kernel import aufs, mount, overlay
 from corral.kernel.mount import MOUNT_ATTR__ATIME, MOUNT_ATTR_IDMAP
 from corral.kernel.syscalls import AT_FDCWD
 from corral.oci.errors import SETUP, ExecFailed
@@ -39,6 +39,8 @@ def new(fstype: str, source: str, data: tuple[str, ...], attributes: int, scratc
     """A new file system. scratch: a directory that an overlay may cover for a moment."""
     if fstype == "overlay":
         return overlay.new_overlay(data, attributes=attributes, scratch=scratch)
+    if fstype == "aufs":
+        return aufs.new_aufs(data, attributes=attributes)
     return mount.new_mount(fstype, source or fstype, data, attributes=attributes)
 
 

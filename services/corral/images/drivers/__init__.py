@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from corral.images.drivers.absent import ABSENT
+from corral.images.drivers.aufs import Aufs
 from corral.images.drivers.blockfile import Blockfile
 from corral.images.drivers.btrfs import Btrfs
 from corral.images.drivers.devicemapper import Devicemapper
@@ -29,6 +29,7 @@ DRIVERS: Mapping[str, Callable[[Path, Work], Snapshotter]] = {
     "blockfile": Blockfile,
     "devicemapper": Devicemapper,
     "fuse-overlayfs": FuseOverlayfs,
+    "aufs": Aufs,
 }
 DIRECTORIES: Mapping[str, str] = {"overlayfs": "overlay"}
 
@@ -57,8 +58,6 @@ class Drivers:
         makers: Mapping[str, Callable[[Path, Work], Snapshotter]] = DRIVERS,
     ) -> None:
         """Raises FailedPrecondition if the default does not exist, or cannot run there."""
-        if default in ABSENT:
-            raise _unusable(default, ABSENT[default]())
         if default not in DRIVERS:
             raise FailedPrecondition(f"there is no snapshot driver {default!r}; there is {', '.join(DRIVERS)}")
         self._all = {name: make_driver(name, root, work, makers) for name in DRIVERS}
@@ -103,8 +102,7 @@ class Drivers:
 
     def reasons(self) -> Mapping[str, str]:
         """By name why each cannot run on this host; empty if it can."""
-        own = {name: driver.check() for name, driver in self._all.items()}
-        return own | {name: why() for name, why in ABSENT.items()}
+        return {name: driver.check() for name, driver in self._all.items()}
 
 
 def _unusable(name: str, reason: str) -> FailedPrecondition:

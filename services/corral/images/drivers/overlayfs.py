@@ -178,6 +178,7 @@ class Overlayfs:
         base, file, layer = (above / str(tree) for above in (self._active, self._bounded, self._layers))
         if not layer.is_dir():
             upper = self._take_out(tree, file) if file.exists() else base / "u"
+            self._finish(upper)
             sync_file_system(upper)
             release_project(base)
             upper.rename(layer)
@@ -185,6 +186,9 @@ class Overlayfs:
         fsync_directory(self._layers)
         remove_tree(base)
         file.unlink(missing_ok=True)
+
+    def _finish(self, upper: Path) -> None:
+        """Make a layer of what was written to: it is one."""
 
     def _take_out(self, tree: TreeId, file: Path) -> Path:
         """A copy of the upper directory that is in a file; an earlier one may have been interrupted."""

@@ -12,14 +12,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from corral.images.layers.apply import OPAQUE_XATTR
 from corral.images.layers.errors import BadLayer
+from corral.images.layers.hiding import Marks, has_whiteout, is_opaque, is_whiteout
 from corral.images.layers.tree import Tree
 from corral.kernel.paths import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, openat2
 
 
-def complete(layer: Path, below: Sequence[Path], implicit: Sequence[str], links: Sequence[tuple[str, str]]) -> int:
-    """Finish the unpacked `layer`; `below` are the layers under it, the uppermost first. Returns the bytes added.
+def complete(
+    layer: Path,
+    below: Sequence[Path],
+    implicit: Sequence[str],
+    links: Sequence[tuple[str, str]],
+    marks: Marks = Marks.OVERLAY,
+) -> int:
+    """Finish the unpacked `layer`; `below` are the layers under it, the uppermost first, with these marks. Returns the
+    bytes added.
 
     Raises BadLayer if a hard link leads nowhere.
     """
@@ -28,10 +35,10 @@ def complete(layer: Path, below: Sequence[Path], implicit: Sequence[str], links:
     with ExitStack() as stack:
         roots = [_opened_root(path, stack) for path in below]
         tree = stack.enter_context(Tree(layer))
-        added = sum(_link(tree, roots, name, target) for name, target in links)
+        added = sum(_link(tree, roots, name, target, marks) for name, target in links)
         # Deepest first, the root last: what happens in a directory changes its time.
         for path in sorted({*implicit, *tree.implicit}, key=_depth, reverse=True):
-            _inherit(tree, roots, path)
+            _inherit(tree, roots, path, marks)
     return added
 
 
@@ -46,12 +53,12 @@ def _opened_root(path: Path, stack: ExitStack) -> int:
 
 
 @contextmanager
-def visible(roots: Sequence[int], path: str) -> Iterator[int | None]:
+def visible(roots: Sequence[int], path: str, marks: Marks = Marks.OVERLAY) -> Iterator[int | None]:
     """An O_PATH descriptor of what `path` is in the layers `roots`, the uppermost first; None if nothing, or hidden."""
     fd = None
     for root in roots:
         fd = _open_beneath(root, path)
-        if fd is not None or _hides(root, path):
+        if fd is not None or _hides(root, path, marks):
             break
     if fd is not None and is_whiteout(os.fstat(fd)):
         os.close(fd)
@@ -61,10 +68,6 @@ def visible(roots: Sequence[int], path: str) -> Iterator[int | None]:
     finally:
         if fd is not None:
             os.close(fd)
-
-
-def is_whiteout(status: os.stat_result) -> bool:
-    return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
 
 
 def _open_beneath(root: int, path: str) -> int | None:
@@ -78,32 +81,27 @@ def _open_beneath(root: int, path: str) -> int | None:
         raise
 
 
-def _hides(root: int, path: str) -> bool:
+def _hides(root: int, path: str, marks: Marks) -> bool:
     """Whether a layer that lacks `path` hides what lies below it there."""
     parts = path.split("/")
-    for depth in range(1, len(parts)):
-        fd = _open_beneath(root, "/".join(parts[:depth]))
+    for depth, name in enumerate(parts):
+        fd = _open_beneath(root, "/".join(parts[:depth]) or ".")
         if fd is None:
             return False
         try:
-            if not stat.S_ISDIR(os.fstat(fd).st_mode) or _is_opaque(fd):
+            if not stat.S_ISDIR(os.fstat(fd).st_mode) or (depth and is_opaque(fd, marks)):
+                return True
+            if has_whiteout(fd, name, marks):
                 return True
         finally:
             os.close(fd)
     return False
 
 
-def _is_opaque(fd: int) -> bool:
-    try:
-        return os.getxattr(f"/proc/self/fd/{fd}", OPAQUE_XATTR) == b"y"
-    except OSError:
-        return False
-
-
-def _inherit(tree: Tree, roots: Sequence[int], path: str) -> None:
+def _inherit(tree: Tree, roots: Sequence[int], path: str, marks: Marks) -> None:
     parts = path.split("/") if path else ["."]
     parent = tree.find_parent(parts)
-    with visible(roots, path or ".") as source:
+    with visible(roots, path or ".", marks) as source:
         if parent is None or source is None:
             return
         status = os.fstat(source)
@@ -126,13 +124,13 @@ def _copy_attributes(source: int, status: os.stat_result, target: int) -> None:
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def _link(tree: Tree, roots: Sequence[int], name: str, target: str) -> int:
+def _link(tree: Tree, roots: Sequence[int], name: str, target: str, marks: Marks) -> int:
     """Make hard link `name` to `target`, which this layer lacked when the entry came."""
     parts = target.split("/")
     added = 0
     found = tree.find_parent(parts)
     if found is None or not _exists(parts[-1], found):
-        added = _copy_up(tree, roots, name, target)
+        added = _copy_up(tree, roots, name, target, marks)
     names = name.split("/")
     source = os.dup(tree.parent(parts))
     try:
@@ -151,9 +149,9 @@ def _exists(name: str, parent: int) -> bool:
         return False
 
 
-def _copy_up(tree: Tree, roots: Sequence[int], name: str, target: str) -> int:
+def _copy_up(tree: Tree, roots: Sequence[int], name: str, target: str, marks: Marks) -> int:
     parts = target.split("/")
-    with visible(roots, target) as source:
+    with visible(roots, target, marks) as source:
         if source is None or not stat.S_ISREG(os.fstat(source).st_mode):
             raise BadLayer(f"entry {name[:200]!r} is a hard link to {target[:200]!r}, which no layer has")
         status = os.fstat(source)

@@ -1,11 +1,12 @@
-"""What a tree of changes, as overlayfs keeps them, adds to the layers below it, changes in them, and deletes."""
+"""What a tree of changes, as overlayfs or aufs keeps it, adds to the layers below it, changes in them, and deletes."""
 
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 
-from corral.images.layers.below import is_whiteout, visible
+from corral.images.layers.below import visible
+from corral.images.layers.hiding import Marks, listed
 from corral.images.layers.packing import open_directory
 
 
@@ -17,18 +18,18 @@ class Change(StrEnum):
     DELETED = "D"
 
 
-def changes(root: int, below: Sequence[int]) -> Iterator[tuple[Change, str]]:
+def changes(root: int, below: Sequence[int], marks: Marks = Marks.OVERLAY) -> Iterator[tuple[Change, str]]:
     """Paths, directory by directory; `below` are the layers' roots, the uppermost first. Of a directory that is gone,
     or stands in the place of another one, only what is there now is told."""
     waiting = [""]
     while waiting:
         path = waiting.pop()
         inner = []
-        for name, status in _listed(root, path):
+        for name, status in _listed(root, path, marks):
             inside = f"{path}/{name}" if path else name
-            with visible(below, inside) as fd:
+            with visible(below, inside, marks) as fd:
                 was = fd is not None
-            if is_whiteout(status):
+            if status is None:
                 if was:
                     yield Change.DELETED, inside
                 continue
@@ -38,18 +39,12 @@ def changes(root: int, below: Sequence[int]) -> Iterator[tuple[Change, str]]:
         waiting += reversed(inner)
 
 
-def _listed(root: int, path: str) -> list[tuple[str, os.stat_result]]:
-    """What is in a directory, unless it has gone meanwhile."""
+def _listed(root: int, path: str, marks: Marks) -> list[tuple[str, os.stat_result | None]]:
+    """What is in a directory, unless it has gone meanwhile; None: it hides what is below of that name."""
     fd = open_directory(root, path)
     if fd is None:
         return []
-    found = []
     try:
-        for name in sorted(os.listdir(fd), key=os.fsencode):  # noqa: PTH208 - a descriptor
-            try:
-                found.append((name, os.stat(name, dir_fd=fd, follow_symlinks=False)))
-            except FileNotFoundError:
-                continue
+        return list(listed(fd, marks))
     finally:
         os.close(fd)
-    return found

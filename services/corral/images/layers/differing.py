@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from corral.images.layers.below import is_whiteout, visible
+from corral.images.layers.below import visible
 from corral.images.layers.comparing import Change
+from corral.images.layers.hiding import is_whiteout
 from corral.images.layers.packing import attributes_of, open_directory
 
 _CHUNK = 1 << 20

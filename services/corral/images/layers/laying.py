@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from corral.images.layers.apply import OPAQUE_XATTR
-from corral.images.layers.below import is_whiteout
+from corral.images.layers.hiding import is_whiteout
 from corral.images.layers.removal import remove_below
 from corral.kernel.copying import clone_file, copy_file
 
@@ -142,7 +142,7 @@ class _Laying:
             self._copy_other(name, status)
 
     def _link(self, first: tuple[str, ...], name: str) -> None:
-        above = _open_deep(self._root, first[:-1])
+        above = open_deep(self._root, first[:-1])
         try:
             os.link(first[-1], name, src_dir_fd=above, dst_dir_fd=self._target, follow_symlinks=False)
         finally:
@@ -202,7 +202,7 @@ def _is_opaque(directory: int) -> bool:
         raise
 
 
-def _open_deep(root: int, parts: Sequence[str]) -> int:
+def open_deep(root: int, parts: Sequence[str]) -> int:
     """A directory of the tree, whose path may be longer than open(2) takes one."""
     fd = os.dup(root)
     for start in range(0, len(parts), _PIECE):

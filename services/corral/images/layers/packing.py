@@ -1,7 +1,7 @@
 """Packs a tree into a tar: what Applier makes of a layer, made into a layer again.
 
-    a character device 0:0 NAME         .wh.NAME
-    a directory marked opaque           .wh..wh..opq in it
+    what hides NAME                     .wh.NAME
+    what hides all in a directory       .wh..wh..opq in it, unless one above it is opaque
 
 In each directory come first its files and then its directories, both in byte order, with times in whole seconds, so the
 same tree gives the same bytes. Whoever wrote the tree may still be writing: every directory is opened from the root,
@@ -17,10 +17,10 @@ import stat
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
-from corral.images.layers.apply import OPAQUE, OPAQUE_XATTR, USER_OVERLAY, WHITEOUT, XATTR_NAMES, XATTR_PREFIXES
-from corral.images.layers.below import is_whiteout
+from corral.images.layers.apply import OPAQUE, USER_OVERLAY, WHITEOUT, XATTR_NAMES, XATTR_PREFIXES
 from corral.images.layers.errors import BadLayer
 from corral.images.layers.headers import END, header, padding
+from corral.images.layers.hiding import Marks, is_opaque, is_whiteout, listed
 from corral.images.layers.tar import MAX_PATH_BYTES, Entry, Kind
 from corral.kernel.paths import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, openat2
 
@@ -40,9 +40,10 @@ _KINDS = {
 }
 
 
-def packed(root: int) -> Iterator[bytes]:
-    """The tar of the tree below the directory `root`. Raises BadLayer for what no tar can hold, OSError."""
-    yield from _Packer(root).pack()
+def packed(root: int, marks: Marks = Marks.OVERLAY) -> Iterator[bytes]:
+    """The tar of the tree below the directory `root`, with what its marks hide. Raises OSError, and BadLayer
+    for what no tar can hold."""
+    yield from _Packer(root, marks).pack()
     yield END
 
 
@@ -65,24 +66,25 @@ def open_directory(root: int, path: str) -> int | None:
 class _Packer:
     """One tree."""
 
-    def __init__(self, root: int) -> None:
+    def __init__(self, root: int, marks: Marks = Marks.OVERLAY) -> None:
         self._root = root
+        self._marks = marks
         self._links: dict[tuple[int, int], bytes] = {}
 
     def pack(self) -> Iterator[bytes]:
-        waiting = [""]
+        waiting = [("", False)]
         while waiting:
-            path = waiting.pop()
+            path, covered = waiting.pop()
             fd = open_directory(self._root, path)
             if fd is None:
                 continue
             try:
                 if path:
-                    yield from self._directory(path, fd)
+                    covered = yield from self._directory(path, fd, covered=covered)
                 below = yield from self._inside(path, fd)
             finally:
                 os.close(fd)
-            waiting += reversed(below)
+            waiting += ((inner, covered) for inner in reversed(below))
 
     def pack_some(self, changes: Iterable[tuple[bool, str]]) -> Iterator[bytes]:
         with ExitStack() as opened:
@@ -110,24 +112,28 @@ class _Packer:
                 entry.xattrs = attributes_of(fd)
                 yield header(entry)
 
-    def _directory(self, path: str, fd: int) -> Iterator[bytes]:
+    def _directory(self, path: str, fd: int, *, covered: bool) -> Generator[bytes, None, bool]:
+        """Returns whether it hides what is below it; covered: another one above does already."""
         entry = _entry(os.fsencode(path) + b"/", Kind.DIRECTORY, os.fstat(fd))
         entry.xattrs = attributes_of(fd)
         yield header(entry)
-        if _is_opaque(fd):
-            yield header(Entry(entry.name + OPAQUE.encode(), Kind.FILE, 0, 0, 0, 0, 0))
+        if covered or not is_opaque(fd, self._marks):
+            return covered
+        yield header(Entry(entry.name + OPAQUE.encode(), Kind.FILE, 0, 0, 0, 0, 0))
+        return True
 
     def _inside(self, path: str, fd: int) -> Generator[bytes, None, list[str]]:
         """Everything but directories, whose paths are returned."""
         below = []
-        for name in sorted(os.listdir(fd), key=os.fsencode):
+        for name, status in listed(fd, self._marks):
             inside = f"{path}/{name}" if path else name
             _check_length(inside)
-            with suppress(FileNotFoundError):
-                status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                if stat.S_ISDIR(status.st_mode):
-                    below.append(inside)
-                else:
+            if status is None:
+                yield _whiteout(os.fsencode(inside))
+            elif stat.S_ISDIR(status.st_mode):
+                below.append(inside)
+            else:
+                with suppress(FileNotFoundError):
                     yield from self._other(inside, name, fd, status)
         return below
 
@@ -258,10 +264,3 @@ def attributes_of(fd: int | str) -> dict[bytes, bytes]:
             with suppress(OSError):
                 found[name] = os.getxattr(fd, text)
     return found
-
-
-def _is_opaque(fd: int) -> bool:
-    try:
-        return os.getxattr(fd, OPAQUE_XATTR) == b"y"
-    except OSError:
-        return False

@@ -3,15 +3,19 @@
     in   {"op": "apply", "blob": PATH, "target": DIR, "form": FORM, "bottom": BOOL, "diff_id": "sha256:…" or ""}
          {"op": "measure", "blob": PATH, "diff_id": "sha256:…"}
          {"op": "complete", "layer": DIR, "below": [DIR, …], "implicit": […], "links": [[…], …]}
+         {"op": "complete_aufs", "layer": DIR, "below": [DIR, …], "implicit": […], "links": [[…], …]}: complete, as one
+         that aufs can stack
          {"op": "complete_image", "directory": DIR, "below": [DIR or IMAGE, …], "implicit": […], "links": [[…], …]}
          {"op": "lay", "layers": [DIR, …], "target": DIR}, or with "file" as they are: directories in that ext4 image
          {"op": "fill", "device": PATH, "staged": DIR, "implicit": […], "links": [[…], …]}: complete, and lay on the
          tree of an ext4 file system on that device
          {"op": "pack", "source": DIR, "below": […], "target": FILE}: a layer, gzipped, of the changes in DIR
-         {"op": "pack_whole", "layers": [DIR or IMAGE, …], "options": […], "target": FILE}: a tar of all, merged
+         {"op": "pack_whole", "layers": [DIR or IMAGE, …], "options": […], "target": FILE}: a tar of all, merged by
+         overlayfs, or by "type"
          {"op": "compare", "source": DIR, "below": [DIR or IMAGE, …], "target": FILE}: a line [KIND, PATH] per change
          Of pack and compare: with "since_ns" DIR is no upper directory but the whole tree, as old as that; with "file"
-         it lies in that ext4 image, or on that device. IMAGE may be a device too, with a tree as fill makes one.
+         it lies in that ext4 image, or on that device; with "marks" DIR and what is below it tell in another form than
+         overlayfs' what they hide. IMAGE may be a device too, with a tree as fill makes one.
     out  {"progress": BYTES of the blob read}…, then {"ok": {…}} or {"error": KIND, "errno": N, "message": SENTENCE}
          FORM: "directory", or "image" for an EROFS image in the directory
          KIND: "bad" (the data), "os" (the machine), "bug"
@@ -28,7 +32,7 @@ import os
 import signal
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, TextIO
@@ -40,13 +44,15 @@ from corral.images.layers.bounds import bound_memory, bounded
 from corral.images.layers.comparing import Change, changes
 from corral.images.layers.compression import CHUNK_BYTES, compressed, decompressed
 from corral.images.layers.errors import BadLayer
+from corral.images.layers.hiding import Marks
 from corral.images.layers.laying import lay
 from corral.images.layers.packing import packed, packed_changes
 from corral.images.layers.stream import ByteStream, prefetched
 from corral.images.layers.tar import TarReader
 from corral.images.layers.tree import Tree
+from corral.kernel.aufs import join_branches, new_aufs
 from corral.kernel.loop import mount_file
-from corral.kernel.mount import MOUNT_ATTR_RDONLY
+from corral.kernel.mount import MOUNT_ATTR_RDONLY, clone_tree, set_attributes
 from corral.kernel.overlay import new_overlay
 from corral.kernel.process import set_parent_death_signal
 
@@ -199,6 +205,15 @@ def _complete(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
     return {"size_bytes": added}
 
 
+def _complete_aufs(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
+    from corral.images.layers.aufs import convert  # which one driver needs
+
+    layer, below = Path(job["layer"]), [Path(path) for path in job["below"]]
+    added = complete(layer, below, job["implicit"], [(a, b) for a, b in job["links"]], Marks.AUFS) if below else 0
+    convert(layer, bottom=not below)
+    return {"size_bytes": added}
+
+
 def _complete_image(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
     with ExitStack() as stack:
         below = [_opened(path, stack) for path in job["below"]]
@@ -257,8 +272,12 @@ def _packed_changes(job: Job, stack: ExitStack) -> Iterator[bytes]:
     """The layer of an upper directory, or of what a whole tree has become since it was made."""
     root = _opened_upper(job, stack)
     if not job.get("since_ns"):
-        return packed(root)
+        return packed(root, _marks(job))
     return packed_changes(root, ((kind is Change.DELETED, path) for kind, path in _differing(job, root, stack)))
+
+
+def _marks(job: Job) -> Marks:
+    return Marks(job.get("marks") or Marks.OVERLAY)
 
 
 def _opened_upper(job: Job, stack: ExitStack) -> int:
@@ -282,7 +301,9 @@ def _pack_whole(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]
         fds = [_opened_upper(job, stack)] if job.get("file") else []
         fds += [_opened(path, stack) for path in job["layers"]]
         root = fds[0]
-        if len(fds) > 1:
+        if job.get("type") == "aufs":
+            root = _merged_by_aufs(fds, stack)
+        elif len(fds) > 1:
             lower = ":".join(f"/proc/self/fd/{fd}" for fd in fds)
             scratch = os.path.dirname(job["target"])  # noqa: PTH120 - a string
             root = new_overlay((f"lowerdir={lower}", *job["options"]), attributes=MOUNT_ATTR_RDONLY, scratch=scratch)
@@ -292,6 +313,19 @@ def _pack_whole(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]
     return {}
 
 
+def _merged_by_aufs(layers: Sequence[int], stack: ExitStack) -> int:
+    """Of read-only mounts of them: aufs would remove its own files from the root of a tree that is in use."""
+    branches = []
+    for fd in layers:
+        tree = clone_tree(fd)
+        stack.callback(os.close, tree)
+        set_attributes(tree, attr_set=MOUNT_ATTR_RDONLY)
+        branches.append((f"/proc/self/fd/{tree}", "ro+wh"))
+    root = new_aufs((f"br={join_branches(branches)}", "dirperm1", "noplink"), attributes=MOUNT_ATTR_RDONLY)
+    stack.callback(os.close, root)
+    return root
+
+
 def _compare(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
     with ExitStack() as stack:
         root = _opened_upper(job, stack)
@@ -299,7 +333,7 @@ def _compare(job: Job, _limits: Limits, _report: TextIO) -> dict[str, object]:
             if job.get("since_ns"):
                 found = _differing(job, root, stack)
             else:
-                found = changes(root, [_opened(path, stack) for path in job["below"]])
+                found = changes(root, [_opened(path, stack) for path in job["below"]], _marks(job))
             file.writelines(json.dumps([kind.value, path]) + "\n" for kind, path in found)
         return {}
 
@@ -339,6 +373,7 @@ _OPERATIONS: Mapping[str, Callable[[Job, Limits, TextIO], dict[str, object]]] = 
     "apply": _apply,
     "measure": _measure,
     "complete": _complete,
+    "complete_aufs": _complete_aufs,
     "complete_image": _complete_image,
     "lay": _lay,
     "fill": _fill,
