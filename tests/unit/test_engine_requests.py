@@ -8,10 +8,15 @@ from corral.api.tasks.v1.tasks_pb2 import LogOptions
 from corral.api.types.v1.types_pb2 import CpuResources, DeviceRule, MemoryResources, Resources
 from corral.engine import requests
 from corral.engine.devices import GrantedDevice, rules
+from corral.engine.records import ContainerRecord, Status
 from corral.oci.spec import Device, DeviceType
 from corral.rpc.errors import InvalidArgument
 
 ID = "0123456789abcdef" * 4
+
+
+def record(config: ContainerConfig) -> ContainerRecord:
+    return ContainerRecord("ns", ID, "web", Status.CREATING, config, created_ns=1)
 
 
 def network(mode: str = "", **fields: object) -> AttachRequest:
@@ -114,7 +119,7 @@ def test_rules_that_were_asked_for_are_taken_as_they_are() -> None:
 
 def test_the_log_is_kept_outside_the_task_unless_the_caller_says_where() -> None:
     def log_of(config: ContainerConfig) -> str:
-        request = requests.task(config, "n", ID, spec=b"", rootfs=(), cgroup_paths=(), log_path="/engine/log")
+        request = requests.task(record(config), spec=b"", rootfs=(), cgroup_paths=(), log_path="/engine/log")
         return request.log.path
 
     assert log_of(ContainerConfig()) == "/engine/log"
@@ -128,7 +133,7 @@ def test_all_that_leaves_keep_for_a_container_says_whose_it_is() -> None:
         requests.snapshot(config, "ns", ID),
         requests.cgroup(config, (), "ns", ID, swap_default=True),
         requests.network(config, "ns", ID, name="web", host_hostname=""),
-        requests.task(config, "ns", ID, spec=b"", rootfs=(), cgroup_paths=(), log_path="/x"),
+        requests.task(record(config), spec=b"", rootfs=(), cgroup_paths=(), log_path="/x"),
     )
     for request in made:
         assert request.labels["corral.owner"] == "engine"

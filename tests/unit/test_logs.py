@@ -244,5 +244,5 @@ def test_a_stuck_reader_of_a_fifo_does_not_block(tmp_path: Path) -> None:
 
 def test_a_log_that_cannot_be_opened_says_so(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="log") as caught:
-        logs.open_log("cri", str(tmp_path / "none" / "log"), max_size=0, max_files=1)
+        LogFile(str(tmp_path / "none" / "log"), max_size=0, max_files=1)
     assert caught.value.errno == errno.ENOENT

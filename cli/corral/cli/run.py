@@ -98,8 +98,8 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--health-start-interval",), "Time between two runs in that, default 5s", {"default": ""}),
     (("--health-on-failure",), "none, kill, restart or stop", {"default": ""}),
     (("--no-healthcheck",), "Not the image's health check", {"is_flag": True}),
-    (("--log-driver",), "json-file, cri or none", {"default": ""}),
-    (("--log-opt", "log_options"), "Log option, max-size=16m or max-file=4", _MANY),
+    (("--log-driver",), "json-file, cri, none, syslog, journald, binary:///path/of/program", {"default": ""}),
+    (("--log-opt", "log_options"), "Log option, such as max-size=16m or tag={{.Name}}", _MANY),
 )
 _PAIRS = ("labels", "sysctls", "log_options", "cgroup_conf")
 _MAY_BE_ZERO = ("stop_timeout_s", "memory_swappiness", "oom_score_adj")

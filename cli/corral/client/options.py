@@ -10,18 +10,13 @@ from typing import Unpack
 
 from corral.api.engine.v1 import engine_pb2 as pb
 from corral.api.images.v1 import images_pb2
-from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1 import types_pb2
+from corral.client.log_options import log_options
 from corral.client.network_options import NetworkOptions, network_config
 from corral.client.quantities import duration_s, size_bytes
 from corral.client.resource_options import ResourceOptions, resources
 
 _PROPAGATIONS = frozenset({"rprivate", "private", "rshared", "shared", "rslave", "slave"})
-_LOG_DRIVERS = {
-    "json-file": tasks_pb2.LogOptions.DRIVER_JSON_FILE,
-    "cri": tasks_pb2.LogOptions.DRIVER_CRI,
-    "none": tasks_pb2.LogOptions.DRIVER_NONE,
-}
 _HEALTH_ACTIONS = {
     "none": pb.ContainerConfig.HEALTH_ACTION_NONE,
     "kill": pb.ContainerConfig.HEALTH_ACTION_KILL,
@@ -91,8 +86,8 @@ class ContainerOptions(ResourceOptions, NetworkOptions, total=False):
     health_start_interval: float | str
     health_retries: int
     health_on_failure: str  # "none", "kill", "restart", "stop"
-    log_driver: str
-    log_options: Mapping[str, str]  # "max-size", "max-file"
+    log_driver: str  # "json-file", "cri", "none", "syslog", "journald", "binary:///path/of/program?argument=value"
+    log_options: Mapping[str, str]  # in docker's words
 
 
 def container_config(image: str, args: Sequence[str] = (), **options: object) -> pb.ContainerConfig:
@@ -303,22 +298,6 @@ def restart_policy(text: str) -> pb.RestartPolicy:
             f"restart policy {text!r} is not understood: give no, always, unless-stopped or on-failure[:N]"
         )
     return pb.RestartPolicy(mode=_RESTART_MODES[mode], max_retries=int(retries or 0))
-
-
-def log_options(driver: str, options: Mapping[str, str]) -> tasks_pb2.LogOptions | None:
-    """Log driver and its options "max-size" and "max-file"."""
-    if not driver and not options:
-        return None
-    if driver and driver not in _LOG_DRIVERS:
-        raise ValueError(f"log driver {driver!r} is not known: give one of {', '.join(_LOG_DRIVERS)}")
-    unknown = options.keys() - {"max-size", "max-file"}
-    if unknown:
-        raise ValueError(f"log option {min(unknown)!r} is not known: give max-size or max-file")
-    return tasks_pb2.LogOptions(
-        driver=_LOG_DRIVERS.get(driver, tasks_pb2.LogOptions.DRIVER_UNSPECIFIED),
-        max_size_bytes=size_bytes(options.get("max-size", 0)),
-        max_files=int(options.get("max-file", "0")),
-    )
 
 
 def image_config(

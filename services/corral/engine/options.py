@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, RestartPolicy, Ulimit, VolumeMount
 from corral.api.network.v1.network_pb2 import NetworkAttachment
+from corral.engine import log_subject
 from corral.engine.health_rules import check_healthcheck
 from corral.engine.signals import parse_signal
 from corral.kernel import capabilities, rlimits
@@ -34,6 +35,7 @@ def check(config: ContainerConfig) -> None:
         raise InvalidArgument("a container that is removed when it ends (--rm) cannot be restarted: leave one out")
     _check_process(config)
     _check_host_names(config)
+    log_subject.check(config.log)
     for mount in config.mounts:
         _check_mount(mount)
     _check_targets(config.mounts)

@@ -9,6 +9,7 @@ from corral.api.images.v1.images_pb2 import PrepareSnapshotRequest
 from corral.api.network.v1.network_pb2 import AttachRequest, NetworkAttachment, PortMapping
 from corral.api.tasks.v1.tasks_pb2 import CreateTaskRequest, LogOptions
 from corral.api.types.v1.types_pb2 import DeviceRule, Mount, Resources
+from corral.engine.log_subject import log_options
 from corral.engine.records import ContainerRecord
 from corral.engine.resolve import default_hostname
 from corral.rpc.errors import InvalidArgument
@@ -141,22 +142,20 @@ def _port(text: str) -> PortMapping:
 
 
 def task(
-    config: ContainerConfig,
-    namespace: str,
-    id_: str,
+    record: ContainerRecord,
     *,
     spec: bytes,
     rootfs: Iterable[Mount],
     cgroup_paths: Iterable[str],
     log_path: str,
 ) -> CreateTaskRequest:
-    """The running side. Its log is kept over restarts, so it is ours to name and to remove."""
-    log = LogOptions()
-    log.CopyFrom(config.log)
+    """The running side. Its log is kept over restarts, so it is ours to name and to remove. Raises InvalidArgument."""
+    config = record.config
+    log = log_options(config, record.id, record.name, record.image_id)
     if not log.path and log.driver != LogOptions.DRIVER_NONE:
         log.path = log_path
     return CreateTaskRequest(
-        id=id_,
+        id=record.id,
         spec=spec,
         rootfs=rootfs,
         user=config.user,
@@ -165,5 +164,5 @@ def task(
         cgroup_paths=cgroup_paths,
         log=log,
         console_size=config.console_size if config.HasField("console_size") else None,
-        labels=labels(namespace, id_),
+        labels=labels(record.namespace, record.id),
     )

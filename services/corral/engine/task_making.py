@@ -94,9 +94,7 @@ class TaskMaking:
             is_new=not record.started_ns,
         )
         return requests.task(
-            config,
-            record.namespace,
-            record.id,
+            record,
             spec=encode(build(config, facts)),
             rootfs=rootfs,
             cgroup_paths=cgroup_paths,

@@ -15,6 +15,8 @@ class TasksConfig:
     # Rotation of logs whose creator did not say.
     log_max_size_bytes: int = 16 << 20
     log_max_files: int = 4
+    # Where systemd's journal listens, for the log driver journald.
+    journal_socket: Path = Path("/run/systemd/journal/socket")
     # Containers set up at once; more wait their turn. 0: four per CPU.
     parallel_creates: int = 0
     # A shim that does not answer within this is given up.

@@ -10,6 +10,7 @@ from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import FailedPrecondition
 from corral.tasks.entries import PARSERS, Entry, Selection
 from corral.tasks.live import Task
+from corral.tasks.log_drivers import SENDING
 from corral.tasks.logfiles import LogFiles
 from corral.tasks.watch import DirectoryWatch
 
@@ -30,14 +31,17 @@ async def stream_log(
     Raises FailedPrecondition if the task keeps no log.
     """
     log = task.row.log
-    if log.driver not in PARSERS:
+    form = "json-file" if log.driver in SENDING and log.path else log.driver
+    if form not in PARSERS:
         raise FailedPrecondition(
-            f"container {task.row.key.id} keeps no log: it was created with log driver {log.driver!r}", reason="NO_LOG"
+            f"container {task.row.key.id} keeps no log that can be read: it was created with log driver {log.driver!r}"
+            + (" and cache-disabled" if log.driver in SENDING else ""),
+            reason="NO_LOG",
         )
     with ExitStack() as stack:
         # Watched from before the first look, so no change is missed between a look and a wait.
         changed = _watched(stack, watch, Path(log.path).parent) if follow else None
-        files = await run_blocking(LogFiles, log.path, log.max_files, PARSERS[log.driver], selection)
+        files = await run_blocking(LogFiles, log.path, log.max_files, PARSERS[form], selection)
         stack.callback(files.close)
         while True:
             last = not follow or task.init.ended.is_set() or selection.is_over(time.time_ns())

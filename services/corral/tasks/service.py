@@ -19,7 +19,7 @@ from corral.rpc.context import check_id, current_namespace
 from corral.rpc.errors import CorralError, InvalidArgument
 from corral.rpc.events import stream_events
 from corral.store import Database
-from corral.tasks import translate
+from corral.tasks import log_drivers, translate
 from corral.tasks.attach import Attachment, Stream
 from corral.tasks.bundle import Bundles
 from corral.tasks.checking import Checker
@@ -27,7 +27,8 @@ from corral.tasks.config import TasksConfig
 from corral.tasks.execs import Execs
 from corral.tasks.lifecycle import Tasks
 from corral.tasks.logs import stream_log
-from corral.tasks.model import TaskKey
+from corral.tasks.model import TaskKey, mapping
+from corral.tasks.parking import Parked, Parking
 from corral.tasks.processes import pids
 from corral.tasks.recovery import Recovery
 from corral.tasks.registry import Registry
@@ -118,6 +119,7 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
     async def Start(
         self, request: pb.StartRequest, context: Context[pb.StartRequest, pb.StartResponse]
     ) -> pb.StartResponse:
+        new.fields["log"] = await log_drivers.reached(mapping(new.fields, "log"))
         process = await self._tasks.start(_key(request.id), request.exec_id)
         return pb.StartResponse(pid=process.row.pid)
 

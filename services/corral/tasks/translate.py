@@ -10,6 +10,7 @@ from corral.api.types.v1 import types_pb2 as types_pb
 from corral.rpc.context import check_id
 from corral.rpc.errors import InvalidArgument
 from corral.rpc.events import nanoseconds, timestamp
+from corral.tasks import log_drivers
 from corral.tasks.attach import Wanted
 from corral.tasks.bundle import default_log
 from corral.tasks.config import TasksConfig
@@ -18,14 +19,6 @@ from corral.tasks.execs import NewExec
 from corral.tasks.lifecycle import NewTask
 from corral.tasks.live import Process, Task
 from corral.tasks.model import Exit, LogRow, Status, TaskKey, mapping
-
-_DRIVERS = {
-    pb.LogOptions.DRIVER_UNSPECIFIED: "json-file",
-    pb.LogOptions.DRIVER_JSON_FILE: "json-file",
-    pb.LogOptions.DRIVER_CRI: "cri",
-    pb.LogOptions.DRIVER_NONE: "none",
-}
-
 
 _STREAMS = {"stdout": pb.LogEntry.STREAM_STDOUT, "stderr": pb.LogEntry.STREAM_STDERR}
 
@@ -114,6 +107,7 @@ def new_task(namespace: str, request: pb.CreateTaskRequest, config: TasksConfig)
     key = TaskKey(namespace, check_id(request.id, "container id"))
     process = mapping(_object(request.spec, "spec"), "process")
     log = _log(request.log, config, key)
+    sent = log_drivers.fields(request.log, config, key)
     fields: dict[str, object] = {
         "rootfs": [_mount(mount) for mount in request.rootfs],
         "user": request.user or None,
@@ -126,6 +120,7 @@ def new_task(namespace: str, request: pb.CreateTaskRequest, config: TasksConfig)
             "path": log.path,
             "max_size": log.max_size_bytes,
             "max_files": log.max_files,
+            **sent,
         },
         "cgroup": {"paths": [_absolute(path, "cgroup_paths") for path in request.cgroup_paths]},
     }
@@ -174,15 +169,14 @@ def _args(process: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def _log(options: pb.LogOptions, config: TasksConfig, key: TaskKey) -> LogRow:
-    driver = _DRIVERS.get(options.driver)
-    if driver is None:
-        raise InvalidArgument(f"log.driver: {options.driver} is no driver of this version", reason="BAD_LOG")
+    driver = log_drivers.check_options(options)
+    kept = driver not in log_drivers.SENDING or log_drivers.is_cached(options)
     if options.max_size_bytes < 0:
         raise InvalidArgument("log.max_size_bytes must not be negative", reason="BAD_LOG")
     path = _absolute(options.path, "log.path") if options.path else default_log(config.root, key)
     return LogRow(
         driver=driver,
-        path="" if driver == "none" else path,
+        path="" if driver == "none" or not kept else path,
         max_size_bytes=options.max_size_bytes or config.log_max_size_bytes,
         max_files=options.max_files or config.log_max_files,
     )

@@ -9,11 +9,13 @@ Text without a newline waits, up to PIECE_LIMIT, until its line is complete or t
 Framing works on a whole read at once, not line by line: each step is one call into C.
 """
 
+import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from json.encoder import encode_basestring, encode_basestring_ascii
 from pathlib import Path
 from typing import Protocol
@@ -71,9 +73,12 @@ def _before_split_character(data: bytes, start: int, end: int) -> int:
     return end
 
 
-def json_lines(group: bytes, stream: StreamName, timestamp: str, whole: bool) -> bytes:
-    """Docker's json-file framing of whole lines, or of one piece of a line. What is not UTF-8 becomes U+FFFD."""
-    tail = f',"stream":"{stream}","time":"{timestamp}"}}\n'
+def json_lines(group: bytes, stream: StreamName, timestamp: str, whole: bool, *, attrs: str = "") -> bytes:
+    """Docker's json-file framing of whole lines, or of one piece of a line. What is not UTF-8 becomes U+FFFD.
+
+    attrs: a member, and the comma before it, that each line has.
+    """
+    tail = f',"stream":"{stream}"{attrs},"time":"{timestamp}"}}\n'
     if not whole:
         return f'{{"log":{encode_basestring(group.decode("utf-8", "replace"))}{tail}'.encode()
     seam = f'\\n"{tail}{{"log":"'
@@ -234,6 +239,12 @@ class Log(Protocol):
     def end(self, stream: StreamName) -> None:
         """The stream ended: write what waits for a newline."""
 
+    def delivered(self, stuck_s: float) -> bool:
+        """Whether all is written, or what is not won't be: nothing was taken for that many seconds."""
+
+    def streams(self) -> Mapping[str, int]:
+        """What the shim after this one can't open again, by stream; the fds stay this one's."""
+
     def reopen(self) -> None:
         """Open the file again by its name. Raises OSError."""
 
@@ -257,6 +268,14 @@ class NoLog:
     def end(self, stream: StreamName) -> None:
         """Nothing waits."""
 
+    def delivered(self, stuck_s: float) -> bool:
+        """Nothing waits."""
+        return True
+
+    def streams(self) -> Mapping[str, int]:
+        """None."""
+        return {}
+
     def reopen(self) -> None:
         """Nothing is open."""
 
@@ -269,10 +288,18 @@ class FileLog:
 
     __slots__ = ("_file", "_format", "_format_last", "_spool", "_waiting", "dropped_bytes")
 
-    def __init__(self, file: LogFile, driver: str, spool: Spool | None = None) -> None:
-        """spool: where what is taken is kept until it is written; what an earlier shim left there is written first."""
+    def __init__(
+        self, file: LogFile, driver: str, spool: Spool | None = None, *, attrs: Mapping[str, str] | None = None
+    ) -> None:
+        """spool: where what is taken is kept until it is written; what an earlier shim left there is written first.
+
+        attrs: told with each line, by a format that can.
+        """
         self._file, self._spool = file, spool
         self._format, self._format_last = FORMATS[driver]
+        if attrs and driver == "json-file":
+            text = f',"attrs":{json.dumps(attrs, separators=(",", ":"))}'
+            self._format = self._format_last = partial(json_lines, attrs=text)
         self._waiting: dict[StreamName, bytes] = {}
         self.dropped_bytes = 0
         if spool is not None:
@@ -300,6 +327,14 @@ class FileLog:
         rest = self._waiting.pop(stream, b"")
         if rest:
             self._append(stream, len(rest), self._format_last(rest, stream, timestamp(time.time_ns()), False))
+
+    def delivered(self, stuck_s: float) -> bool:
+        """It is written at once."""
+        return True
+
+    def streams(self) -> Mapping[str, int]:
+        """None: a file can be opened again."""
+        return {}
 
     def reopen(self) -> None:
         """Open the file again by its name, as after a rotation by somebody else. Raises OSError."""
@@ -336,21 +371,3 @@ class FileLog:
         for stream, data in left.items():
             if data:
                 self.write(stream, data)
-
-
-def open_log(driver: str, path: str, *, max_size: int, max_files: int, directory: int | None = None) -> Log:
-    """The log that a container asked for; directory: an fd of its bundle, for a Spool.
-
-    Raises OSError if the file cannot be opened.
-    """
-    if driver == "none":
-        return NoLog()
-    file = LogFile(path, max_size=max_size, max_files=max_files)
-    return FileLog(file, driver, None if directory is None else _spool_in(directory))
-
-
-def _spool_in(directory: int) -> Spool | None:
-    try:
-        return Spool(directory)
-    except OSError:  # a full disk is no reason to have no container
-        return None

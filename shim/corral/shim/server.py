@@ -18,8 +18,9 @@ from corral.oci.errors import ExecFailed
 from corral.oci.larder import Larder
 from corral.shim import VERSION, report
 from corral.shim.errors import Kind, ShimError, from_os_error
+from corral.shim.fields import flag, integer
 from corral.shim.loop import IN, OUT, Loop
-from corral.shim.requests import Adopt, Attach, Create, Exec, exec_id, flag, integer, size
+from corral.shim.requests import Adopt, Attach, Create, Exec, exec_id, size
 from corral.shim.shim import STDIN_CLOSED, STUCK_S, Shim
 from corral.shim.wire import Channel, Message, ProtocolError
 

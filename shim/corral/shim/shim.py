@@ -12,7 +12,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,11 +30,12 @@ from corral.shim.adoption import EndWatch, hold, written_exit
 from corral.shim.errors import ShimError
 from corral.shim.ledger import Ledger
 from corral.shim.leftovers import kill_leftovers
-from corral.shim.logs import Log, NoLog, open_log
+from corral.shim.log_drivers import open_log
+from corral.shim.logs import Log, NoLog
 from corral.shim.loop import Loop
 from corral.shim.oom import OomCounter, with_ordinary_score
 from corral.shim.process import ContainerProcess, Ended, StartFailure, State
-from corral.shim.requests import Adopt, Attach, Create, Exec, LogOptions
+from corral.shim.requests import LOG_PREFIX, Adopt, Attach, Create, Exec
 from corral.shim.stdio import ProcessIO
 from corral.shim.wire import Message, close_all
 
@@ -102,8 +103,7 @@ class Shim:
             raise ShimError("invalid_argument", "process: config.json has none")
         program = with_ordinary_score(spec.process)
         spec = replace(spec, process=program)
-        wanted = request.log
-        log = self._open_log(wanted)
+        log = open_log(self.loop, request.log, directory=self._directory)
         io = self._io("", log, terminal=program.terminal, stdin=request.stdin)
         try:
             with io.child_ends() as stdio:
@@ -227,15 +227,6 @@ class Shim:
             on_stdin_close=lambda: self._stdin_closed(exec_id),
         )
 
-    def _open_log(self, wanted: LogOptions) -> Log:
-        return open_log(
-            wanted.driver,
-            wanted.path,
-            max_size=wanted.max_size,
-            max_files=wanted.max_files,
-            directory=self._directory,
-        )
-
     def _stdin_closed(self, exec_id: str) -> None:
         """Whoever keeps a copy of its writing end must close that: only then it reads as ended."""
         process = self._processes.get(exec_id)
@@ -248,8 +239,9 @@ class Shim:
         """Look after a process that runs already, or has ended since. Its output goes on where the log ends."""
         fds = list(take_fds(len(request.streams)))
         streams = dict(zip(request.streams, fds, strict=True))
+        of_log = {name: streams.pop(name) for name in request.streams if name.startswith(LOG_PREFIX)}
         try:
-            process = self._adopt_exec(request) if request.exec_id else self._adopt_init(request)
+            process = self._adopt_exec(request) if request.exec_id else self._adopt_init(request, of_log)
             process.is_child = False
             process.move(State.CREATED)
             process.started(request.started_at_ns)
@@ -269,14 +261,16 @@ class Shim:
         )
         return {"pid": process.pid, "start_time": process.start_time}
 
-    def _adopt_init(self, request: Adopt) -> ContainerProcess:
+    def _adopt_init(self, request: Adopt, of_log: Mapping[str, int]) -> ContainerProcess:
         if self.state is not State.NEW:
             raise ShimError("already_exists", "this shim has a container already")
         spec = Spec.from_json(records.read_json(self._directory, "config.json"))
         if spec.process is None:
             raise ShimError("invalid_argument", "process: config.json has none")
         handle = hold(request.pid, request.start_time)
-        self._cgroup_paths, self._log = request.cgroup_paths, self._open_log(request.log)
+        resumed = {name.removeprefix(LOG_PREFIX): fd for name, fd in of_log.items()}
+        self._log = open_log(self.loop, request.log, directory=self._directory, resumed=resumed)
+        self._cgroup_paths = request.cgroup_paths
         self._container = Container(spec, handle, None, self.bundle.name, str(self.bundle))
         io = self._io("", self._log, terminal=spec.process.terminal, stdin=request.stdin)
         init = ContainerProcess("", io, spec.process, handle=handle)
@@ -296,7 +290,8 @@ class Shim:
 
     def streams(self, exec_id: str) -> dict[str, int]:
         """What another process may keep for the one that adopts; the fds stay this one's."""
-        return self._find(exec_id).io.streams()
+        streams = self._find(exec_id).io.streams()
+        return streams if exec_id else streams | {f"{LOG_PREFIX}{name}": fd for name, fd in self._log.streams().items()}
 
     def _hold_mounts(self, init: ContainerProcess) -> None:
         """Keep its mount namespace until its exit is told: the kernel tells us of that only once it has taken apart
@@ -473,7 +468,8 @@ class Shim:
     def _check_end(self) -> None:
         """End once execs are reaped and clients have their bytes, or take none any more."""
         waiting = time.monotonic() < self._wait_until and any(p.alive for p in self._processes.values())
-        if waiting or not all(process.io.delivered(STUCK_S) for process in self._processes.values()):
+        logged = self._log.delivered(STUCK_S)
+        if waiting or not logged or not all(process.io.delivered(STUCK_S) for process in self._processes.values()):
             self.loop.call_later(END_CHECK_S, self._check_end)
             return
         self._log.close()

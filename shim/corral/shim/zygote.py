@@ -33,10 +33,10 @@ from corral.oci.larder import Larder
 from corral.oci.rehearsal import Typical
 from corral.shim import oom, orphans, preload, report, seal
 from corral.shim.errors import ShimError, from_os_error
+from corral.shim.fields import text
 from corral.shim.loop import IN, Loop, Timer
 from corral.shim.orphans import Orphaned
 from corral.shim.process import Ended
-from corral.shim.requests import text
 from corral.shim.server import Server
 from corral.shim.wire import Channel, Message, ProtocolError
 

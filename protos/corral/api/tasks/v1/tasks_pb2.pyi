@@ -276,6 +276,11 @@ class LogOptions(_message.Message):
         DRIVER_CRI: LogOptions._Driver.ValueType  # 2
         """kubelet's format"""
         DRIVER_NONE: LogOptions._Driver.ValueType  # 3
+        DRIVER_SYSLOG: LogOptions._Driver.ValueType  # 4
+        """Those that send. Beside that they keep a json-file to be read, unless their option "cache-disabled" is "true"."""
+        DRIVER_JOURNALD: LogOptions._Driver.ValueType  # 5
+        DRIVER_BINARY: LogOptions._Driver.ValueType  # 6
+        """containerd's logging programs"""
 
     class Driver(_Driver, metaclass=_DriverEnumTypeWrapper): ...
     DRIVER_UNSPECIFIED: LogOptions.Driver.ValueType  # 0
@@ -285,11 +290,39 @@ class LogOptions(_message.Message):
     DRIVER_CRI: LogOptions.Driver.ValueType  # 2
     """kubelet's format"""
     DRIVER_NONE: LogOptions.Driver.ValueType  # 3
+    DRIVER_SYSLOG: LogOptions.Driver.ValueType  # 4
+    """Those that send. Beside that they keep a json-file to be read, unless their option "cache-disabled" is "true"."""
+    DRIVER_JOURNALD: LogOptions.Driver.ValueType  # 5
+    DRIVER_BINARY: LogOptions.Driver.ValueType  # 6
+    """containerd's logging programs"""
+
+    @_typing.final
+    class OptionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     DRIVER_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     MAX_SIZE_BYTES_FIELD_NUMBER: _builtins.int
     MAX_FILES_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    PROGRAM_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
     driver: Global___LogOptions.Driver.ValueType
     path: _builtins.str
     """Absolute path of the file. Empty: in the service's own directory."""
@@ -297,6 +330,18 @@ class LogOptions(_message.Message):
     """Rotate when a file would grow past this. Default 16 MiB."""
     max_files: _builtins.int
     """Files kept, the current one included. Default 4."""
+    program: _builtins.str
+    """DRIVER_BINARY: "binary:///path/of/program?argument=value". It runs as root, on the host."""
+    @_builtins.property
+    def options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """In docker's words, those of the driver: "syslog-address", "syslog-facility", "syslog-format", "cache-disabled",
+        "mode" and "max-buffer-size". The engine takes "tag", "labels", "labels-regex", "env" and "env-regex" too.
+        """
+
+    @_builtins.property
+    def subject(self) -> Global___LogSubject:
+        """What is told with each line by drivers that can. The engine fills this in."""
+
     def __init__(
         self,
         *,
@@ -304,14 +349,67 @@ class LogOptions(_message.Message):
         path: _builtins.str = ...,
         max_size_bytes: _builtins.int = ...,
         max_files: _builtins.int = ...,
+        options: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        program: _builtins.str = ...,
+        subject: Global___LogSubject | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "max_files", b"max_files", "max_size_bytes", b"max_size_bytes", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["driver", b"driver", "max_files", b"max_files", "max_size_bytes", b"max_size_bytes", "options", b"options", "path", b"path", "program", b"program", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LogOptions: _TypeAlias = LogOptions  # noqa: Y015
+
+@_typing.final
+class LogSubject(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class AttributesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    TAG_FIELD_NUMBER: _builtins.int
+    ATTRIBUTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    image: _builtins.str
+    tag: _builtins.str
+    """Empty: the first 12 characters of the id."""
+    @_builtins.property
+    def attributes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        image: _builtins.str = ...,
+        tag: _builtins.str = ...,
+        attributes: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "image", b"image", "name", b"name", "tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogSubject: _TypeAlias = LogSubject  # noqa: Y015
 
 @_typing.final
 class StartRequest(_message.Message):

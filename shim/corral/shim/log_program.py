@@ -1,0 +1,164 @@
+"""A program of the host that gets a container's output: containerd's binary logging protocol.
+
+    fd 3  the container's stdout     CONTAINER_ID, CONTAINER_NAMESPACE    all of its environment
+    fd 4  the container's stderr     0, 1, 2                              /dev/null
+    fd 5  closed by it, or written to, when it is ready
+
+It is started once. It reads the end of both streams when the container has ended, and ends by itself; nobody waits for
+it. Source: containerd, runtime/v2/README.md, "Logging"; pkg/process/io.go.
+"""
+
+import errno
+import fcntl
+import os
+import select
+import time
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from corral.kernel import process
+from corral.shim.errors import ShimError
+from corral.shim.sending import Receiver
+from corral.shim.spool import STREAMS, StreamName
+
+READY_S = 10.0
+_ENDED_S = 0.1
+_FIRST_FD = 3
+_UMASK = 0o022
+
+
+class PipeReceiver:
+    """The writing end of a pipe, owned. Once nobody reads it any more it is over."""
+
+    returns = hears = False
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        os.set_blocking(fd, False)
+
+    def connect(self) -> None:
+        """There is nothing to connect to."""
+        raise BrokenPipeError(errno.EPIPE, "the logging program has ended")
+
+    def fileno(self) -> int:
+        """-1 once it is over."""
+        return self._fd
+
+    def send(self, message: bytes) -> int:
+        """As Receiver."""
+        return os.write(self._fd, message)
+
+    def close(self) -> None:
+        """Let the reader read the end."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Ended:
+    """In the place of a program that is no longer there."""
+
+    returns = hears = False
+
+    def connect(self) -> None:
+        """There is nothing to connect to."""
+        raise BrokenPipeError(errno.EPIPE, "the logging program has ended")
+
+    def fileno(self) -> int:
+        """None."""
+        return -1
+
+    def send(self, message: bytes) -> int:
+        """Nobody takes it."""
+        raise BrokenPipeError(errno.EPIPE, "the logging program has ended")
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+def start(program: Sequence[str], env: Mapping[str, str]) -> dict[StreamName, Receiver]:
+    """Start it and wait until it is ready; returns the pipes it reads.
+
+    Raises ShimError if it cannot be executed, ends before it is ready, or is not ready within READY_S; OSError.
+    """
+    theirs: list[int] = []
+    ours: list[int] = []
+    try:
+        for _ in STREAMS:
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            theirs.append(reader)
+            ours.append(writer)
+        ready, told = os.pipe2(os.O_CLOEXEC)
+        ours.append(ready)
+        theirs.append(told)
+        failed, failure = os.pipe2(os.O_CLOEXEC)
+        ours.append(failed)
+        theirs.append(failure)
+        pid, pidfd = process.clone(0)
+        if pid == 0:
+            _become(program, env, theirs[:-1], failure)
+        ours.append(pidfd)
+        while theirs:
+            os.close(theirs.pop())
+        try:
+            _await_ready(program[0], ready, failed, pidfd)
+        except BaseException:
+            process.send_signal(pidfd, 9)
+            raise
+        stdout, stderr = ours[:2]
+        del ours[:2]
+        return {"stdout": PipeReceiver(stdout), "stderr": PipeReceiver(stderr)}
+    finally:
+        for fd in (*theirs, *ours):
+            os.close(fd)
+
+
+def resumed(fds: Mapping[str, int]) -> dict[StreamName, Receiver]:
+    """The pipes of one that was started by another shim, as far as they were kept."""
+    return {stream: PipeReceiver(fds[stream]) if stream in fds else Ended() for stream in STREAMS}
+
+
+def _await_ready(name: str, ready: int, failed: int, pidfd: int) -> None:
+    """Until it says so. Raises ShimError; the kernel's own reason is what came over `failed`."""
+    reason = os.read(failed, 4096).decode("utf-8", "replace")
+    if reason:
+        raise _failed(name, f"cannot be executed: {reason}")
+    if not _readable(ready, READY_S):
+        raise _failed(name, f"is not ready within {READY_S:g} s: it has to close its descriptor 5")
+    if not os.read(ready, 1) and _readable(pidfd, _ENDED_S):
+        raise _failed(name, "has ended before it was ready")
+
+
+def _failed(name: str, how: str) -> ShimError:
+    return ShimError("failed_precondition", f"the logging program {name} {how}")
+
+
+def _readable(fd: int, seconds: float) -> bool:
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    until = time.monotonic() + seconds
+    while not (found := poller.poll(max(0.0, until - time.monotonic()) * 1000)) and time.monotonic() < until:
+        pass
+    return bool(found)
+
+
+def _become(program: Sequence[str], env: Mapping[str, str], fds: Sequence[int], failure: int) -> NoReturn:
+    try:
+        process.lose_oom_protection()
+        process.reset_signals()
+        os.setsid()
+        os.chdir("/")
+        os.umask(_UMASK)
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 20) for fd in (null, null, null, *fds)]
+        failure = fcntl.fcntl(failure, fcntl.F_DUPFD_CLOEXEC, 40)
+        for place, fd in enumerate(high):
+            os.dup2(fd, place, inheritable=True)
+        process.close_fds((*range(_FIRST_FD + len(fds)), failure))
+        process.unblock_signals()
+        os.execve(program[0], list(program), dict(env))  # noqa: S606 - that is what the driver is for
+    except BaseException as e:  # noqa: BLE001 - a fork of the shim must not run on in its code
+        reason = (e.strerror or str(e)) if isinstance(e, OSError) else f"{type(e).__name__}: {e}"
+        os.write(failure, reason.encode("utf-8", "replace"))
+    finally:
+        os._exit(127)
