@@ -151,6 +151,28 @@ async def test_streams_can_also_be_read_and_written_message_by_message(echo: Ech
     assert await call.read() is grpc.aio.EOF
 
 
+async def test_who_writes_to_a_conversation_that_failed_is_not_held_up(echo: Echo):
+    async def refuse(request: bytes) -> None:
+        raise errors.NotFound("gone")
+
+    echo.hook = refuse
+    call = echo.stub.both()
+    await call.write(b"a")
+    with pytest.raises(errors.NotFound):
+        await call.read()
+    with pytest.raises((errors.CorralError, asyncio.InvalidStateError)):
+        await call.write(b"b")
+
+
+async def test_a_conversation_whose_caller_leaves_is_cancelled(echo: Echo):
+    call = echo.stub.both()
+    await call.write(b"a")
+    assert await call.read() == b"a"
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call.read()
+
+
 async def test_a_call_within_the_process_takes_the_short_cut(echo: Echo, path: str):
     await echo.stub.one(b"")
     assert (echo.peer == "local") is (path == "local")

@@ -17,7 +17,7 @@ from corral.rpc import local
 from corral.rpc.address import OPTIONS, Target, Tls, parse_address
 from corral.rpc.context import NAMESPACE_KEY, REQUEST_ID_KEY, current_call
 from corral.rpc.errors import PAUSES_S, UNSERVED, Unavailable, from_rpc_error
-from corral.rpc.local_call import LocalStreamCall, LocalUnaryCall
+from corral.rpc.local_call import LocalExchange, LocalStreamCall, LocalUnaryCall
 
 type _Serializer = Callable[[Any], bytes]
 type _Deserializer = Callable[[bytes], Any]
@@ -70,7 +70,7 @@ class CorralChannel(grpc.aio.Channel):
         self._inner = inner
         self._target = target
         self._address = address
-        self._here: WeakSet[LocalUnaryCall | LocalStreamCall] = WeakSet()
+        self._here: WeakSet[LocalUnaryCall | LocalStreamCall | LocalExchange] = WeakSet()
 
     def unary_unary(
         self,
@@ -120,8 +120,29 @@ class CorralChannel(grpc.aio.Channel):
     def stream_unary(self, *args: Any, **kwargs: Any) -> Any:
         return self._wrapped(self._inner.stream_unary(*args, **kwargs))
 
-    def stream_stream(self, *args: Any, **kwargs: Any) -> Any:
-        return self._wrapped(self._inner.stream_stream(*args, **kwargs))
+    def stream_stream(
+        self,
+        method: str,
+        request_serializer: _Serializer | None = None,
+        response_deserializer: _Deserializer | None = None,
+        **options: Any,
+    ) -> Any:
+        over_the_wire = self._wrapped(
+            self._inner.stream_stream(method, request_serializer, response_deserializer, **options)
+        )
+        address, here = self._address, self._here
+
+        def call(
+            requests: Any = None, *, timeout: float | None = None, metadata: _Metadata | None = None, **options: Any
+        ) -> _Call:
+            handler = local.find(address, method) if requests is None else None
+            if handler is None:
+                return over_the_wire(requests, timeout=timeout, metadata=metadata, **options)
+            made = LocalExchange(handler, request_serializer, response_deserializer, _with_context(metadata), timeout)
+            here.add(made)
+            return _Call(made, address)
+
+        return call
 
     def _wrapped(self, begin: Callable[..., Any], kind: "type[_Call] | None" = None) -> Callable[..., "_Call"]:
         address = self._address

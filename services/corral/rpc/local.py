@@ -2,8 +2,8 @@
 
 A composer calls its leaves by address, always through a channel. Where the address is one of our own process, a call
 with one request goes straight to the handler that the server would run: the same messages (serialised, so that nobody
-shares one), metadata, gate, interceptor and errors, only no HTTP/2 in between (see local_call). Streams of requests
-take the wire, as do all calls to other processes.
+shares one), metadata, gate, interceptor and errors, only no HTTP/2 in between (see local_call). So does a conversation
+whose requests are written one by one. Iterators of requests take the wire, as do all calls to other processes.
 
 Measured on 2 cores: 14 us a call instead of 460; ten such calls make one container's life.
 """

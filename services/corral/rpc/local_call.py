@@ -13,8 +13,9 @@ import grpc.aio
 
 from corral.rpc.local import Handler, Metadata
 
-# Responses a handler may be ahead of its caller.
+# Responses a handler may be ahead of its caller; in a conversation, whose messages may be large, also the other way.
 AHEAD = 16
+AHEAD_OF_TALK = 4
 
 
 class LocalContext:
@@ -159,25 +160,41 @@ def _serialised(handler: Handler, reply: Any) -> bytes:
     return data
 
 
-class Responses:
-    """Responses on their way from a handler to its caller. The handler waits when it is too far ahead."""
+class Messages:
+    """Messages on their way between a handler and its caller. Who puts them waits when it is too far ahead."""
 
-    def __init__(self) -> None:
+    def __init__(self, ahead: int = AHEAD) -> None:
+        self._ahead = ahead
         self._items: deque[bytes] = deque()
-        self._ended = False
+        self._ended = self._unwanted = False
         self._news = asyncio.Event()
         self._room = asyncio.Event()
 
     async def put(self, item: bytes) -> None:
-        while len(self._items) >= AHEAD:
+        while len(self._items) >= self._ahead and not self._unwanted:
             self._room.clear()
             await self._room.wait()
         self._items.append(item)
         self._news.set()
 
     def end(self) -> None:
+        """No more will be put."""
         self._ended = True
         self._news.set()
+
+    def drop(self) -> None:
+        """Nobody will get any more: who puts need not wait."""
+        self._unwanted = True
+        self._room.set()
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        item = await self.get()
+        if item is None:
+            raise StopAsyncIteration
+        return item
 
     async def get(self) -> bytes | None:
         """The next one, or None at the end."""
@@ -193,7 +210,7 @@ class Responses:
 class StreamContext(LocalContext):
     """For handlers that write their responses instead of yielding them."""
 
-    def __init__(self, metadata: Metadata, timeout_s: float | None, handler: Handler, responses: Responses) -> None:
+    def __init__(self, metadata: Metadata, timeout_s: float | None, handler: Handler, responses: Messages) -> None:
         super().__init__(metadata, timeout_s)
         self._handler = handler
         self._responses = responses
@@ -202,22 +219,25 @@ class StreamContext(LocalContext):
         await self._responses.put(_serialised(self._handler, message))
 
 
-class LocalStreamCall(_InFlight):
-    """A call for a stream of responses; behaves as grpc.aio.UnaryStreamCall where that is used."""
+class _LocalStream(_InFlight):
+    """A call with a stream of responses."""
 
     def __init__(
         self,
         handler: Handler,
-        request: bytes,
+        behaviour: Any,
+        request: Any,
         deserialize: Callable[[bytes], Any] | None,
         metadata: Metadata,
         timeout_s: float | None,
+        *,
+        ahead: int = AHEAD,
     ) -> None:
         self._deserialize = deserialize
-        self._responses = responses = Responses()
+        self._responses = responses = Messages(ahead)
         context = StreamContext(metadata, timeout_s, handler, responses)
         # The task knows the responses but not this object, which is dropped by a caller that lost interest.
-        super().__init__(context, _begun(_within(timeout_s, _stream(handler, request, context, responses))))
+        super().__init__(context, _begun(_within(timeout_s, _stream(handler, behaviour, request, context, responses))))
         self._task.add_done_callback(lambda _: responses.end())
 
     def __del__(self) -> None:
@@ -240,9 +260,51 @@ class LocalStreamCall(_InFlight):
             yield message
 
 
-async def _stream(handler: Handler, request: bytes, context: StreamContext, responses: Responses) -> None:
-    behaviour: Any = handler.unary_stream
-    result = behaviour(_parsed(handler, request), context)
+class LocalStreamCall(_LocalStream):
+    """A call for a stream of responses; behaves as grpc.aio.UnaryStreamCall where that is used."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        request: bytes,
+        deserialize: Callable[[bytes], Any] | None,
+        metadata: Metadata,
+        timeout_s: float | None,
+    ) -> None:
+        behaviour: Any = handler.unary_stream
+        super().__init__(handler, behaviour, _parsed(handler, request), deserialize, metadata, timeout_s)
+
+
+class LocalExchange(_LocalStream):
+    """A conversation; behaves as grpc.aio.StreamStreamCall, made without requests, where that is used."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        serialize: Callable[[Any], bytes] | None,
+        deserialize: Callable[[bytes], Any] | None,
+        metadata: Metadata,
+        timeout_s: float | None,
+    ) -> None:
+        self._serialize = serialize
+        self._requests = requests = Messages(AHEAD_OF_TALK)
+        behaviour: Any = handler.stream_stream
+        asked = (_parsed(handler, request) async for request in requests)
+        super().__init__(handler, behaviour, asked, deserialize, metadata, timeout_s, ahead=AHEAD_OF_TALK)
+        self._task.add_done_callback(lambda _: requests.drop())
+
+    async def write(self, request: Any) -> None:
+        """Raises InvalidStateError after the end, as grpc.aio does."""
+        if self._task.done():
+            raise asyncio.InvalidStateError("the call has ended")
+        await self._requests.put(self._serialize(request) if self._serialize else request)
+
+    async def done_writing(self) -> None:
+        self._requests.end()
+
+
+async def _stream(handler: Handler, behaviour: Any, request: Any, context: StreamContext, responses: Messages) -> None:
+    result = behaviour(request, context)
     if inspect.isasyncgen(result):
         async for reply in result:
             await responses.put(_serialised(handler, reply))

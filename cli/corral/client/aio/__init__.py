@@ -89,6 +89,8 @@ class AsyncClient:
         for transport in self._transports.values():
             await transport.close()
         self._transports.clear()
+        for noun in ("containers", "images", "snapshots", "networks", "volumes", "system"):
+            self.__dict__.pop(noun, None)  # they know the closed channel
 
     def engine(self) -> AsyncTransport:
         """The channel to the address this client was made for."""

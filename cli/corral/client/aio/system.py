@@ -1,6 +1,7 @@
 """The engine as a whole."""
 
 from collections.abc import AsyncIterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from corral.api.engine.v1 import engine_pb2, engine_pb2_grpc
@@ -22,7 +23,7 @@ class System:
     def _engine(self) -> AsyncTransport:
         return self._client.engine()
 
-    @property
+    @cached_property
     def _stub(self) -> "engine_pb2_grpc.SystemAsyncStub":
         return engine_pb2_grpc.SystemStub(self._engine.channel)
 

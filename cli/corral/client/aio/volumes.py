@@ -1,6 +1,7 @@
 """Volumes."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from corral.api.engine.v1 import engine_pb2, engine_pb2_grpc
@@ -20,7 +21,7 @@ class Volumes:
     def _engine(self) -> AsyncTransport:
         return self._client.engine()
 
-    @property
+    @cached_property
     def _stub(self) -> "engine_pb2_grpc.VolumesAsyncStub":
         return engine_pb2_grpc.VolumesStub(self._engine.channel)
 

@@ -90,6 +90,8 @@ class Client:
         for transport in self._transports.values():
             transport.close()
         self._transports.clear()
+        for noun in ("containers", "images", "snapshots", "networks", "volumes", "system"):
+            self.__dict__.pop(noun, None)  # they know the closed channel
 
     def engine(self) -> Transport:
         """The channel to the address this client was made for."""

@@ -2,6 +2,7 @@
 """The engine as a whole."""
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from corral.api.engine.v1 import engine_pb2, engine_pb2_grpc
@@ -23,7 +24,7 @@ class System:
     def _engine(self) -> Transport:
         return self._client.engine()
 
-    @property
+    @cached_property
     def _stub(self) -> "engine_pb2_grpc.SystemStub":
         return engine_pb2_grpc.SystemStub(self._engine.channel)
 

@@ -2,6 +2,7 @@
 """Volumes."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from corral.api.engine.v1 import engine_pb2, engine_pb2_grpc
@@ -21,7 +22,7 @@ class Volumes:
     def _engine(self) -> Transport:
         return self._client.engine()
 
-    @property
+    @cached_property
     def _stub(self) -> "engine_pb2_grpc.VolumesStub":
         return engine_pb2_grpc.VolumesStub(self._engine.channel)
 
