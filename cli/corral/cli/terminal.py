@@ -1,6 +1,6 @@
 """A terminal, or pipes, joined to a process in a container.
 
-    stdin, signals --(pump thread)--> queue --> request stream --> process
+    stdin, signals --(pump thread)--> outbox --> request stream --> process
     stdout, stderr <---------------- main thread <--------------- answers
 
 The pump sleeps in select on stdin and on a wake-up pipe that signal handlers write to, so that no RPC is ever made
@@ -14,22 +14,21 @@ import signal
 import sys
 import termios
 import threading
+import time
 import tty
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from queue import SimpleQueue
+from dataclasses import dataclass, field, replace
 
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1 import types_pb2
+from corral.cli.outbox import Outbox
 from corral.client.execution import Attachment
 from corral.client.sync import Client
 from corral.client.transport import Exchange
-from corral.rpc.errors import CorralError
+from corral.rpc.errors import PAUSES_S, UNSERVED, CorralError, Unavailable
 
 DEFAULT_DETACH_KEYS = "ctrl-p,ctrl-q"
 _CHUNK = 256 * 1024
-# At most this many chunks wait between stdin and the wire.
-_QUEUED_CHUNKS = 16
 # After so many SIGINT or SIGTERM the session ends, whatever the container does; docker's number.
 _PATIENCE = 3
 # Signals that are about this process, not about the container.
@@ -104,8 +103,7 @@ class Session:
     detach_keys: bytes = b""
     signal_proxy: bool = True
     _answers: Exchange[tasks_pb2.AttachResponse] | None = None
-    _queue: "SimpleQueue[tasks_pb2.AttachRequest | None]" = field(default_factory=SimpleQueue)
-    _room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_QUEUED_CHUNKS))
+    _outbox: Outbox = field(default_factory=Outbox)
     _wake: tuple[int, int] = (-1, -1)
     _asked_to_end: int = 0
 
@@ -129,28 +127,42 @@ class Session:
             return self._receive(on_attached)
 
     def _receive(self, on_attached: Callable[[], object]) -> types_pb2.ExitStatus | None:
-        self._answers = self.client.containers.attach(self.attachment, self._requests())
+        attachment, begun = replace(self.attachment, resumable=True), False
+        pauses, stdin_bytes = iter(PAUSES_S), 0
         try:
-            for part in self._answers:
-                match part.WhichOneof("part"):
-                    case "attached":
-                        on_attached()
-                    case "stdout":
-                        write_all(1, part.stdout)
-                    case "stderr":
-                        write_all(2, part.stderr)
-                    case "exited":
-                        return part.exited
+            while True:
+                self._answers = self.client.containers.attach(attachment, self._outbox.requests())
+                parked = None
+                try:
+                    for part in self._answers:
+                        match part.WhichOneof("part"):
+                            case "attached":
+                                if not begun:
+                                    begun = True
+                                    on_attached()
+                                pauses = iter(PAUSES_S)
+                            case "stdout":
+                                write_all(1, part.stdout)
+                            case "stderr":
+                                write_all(2, part.stderr)
+                            case "parked":
+                                parked = part.parked
+                            case "exited":
+                                return part.exited
+                except Unavailable as e:
+                    # Nobody has served this call; or it was parked.
+                    if e.reason != UNSERVED or (pause_s := next(pauses, None)) is None:
+                        raise
+                else:
+                    return None
+                if parked is not None:
+                    attachment, stdin_bytes = replace(attachment, resume=parked.token), parked.stdin_bytes
+                self._outbox.rewind(stdin_bytes)
+                time.sleep(pause_s)
         finally:
-            self._queue.put(None)
-            self._answers.cancel()
-        return None
-
-    def _requests(self) -> Iterator[tasks_pb2.AttachRequest]:
-        while (request := self._queue.get()) is not None:
-            yield request
-            if request.HasField("stdin"):
-                self._room.release()
+            self._outbox.end()
+            if self._answers is not None:
+                self._answers.cancel()
 
     # ------------------------------------------------------------ pump thread
 
@@ -177,12 +189,11 @@ class Session:
             self._detach()
             return False
         if not data:
-            self._queue.put(None)
+            self._outbox.end()
             return False
         passed, detach = keys.feed(data)
         if passed:
-            self._room.acquire()
-            self._queue.put(tasks_pb2.AttachRequest(stdin=passed))
+            self._outbox.put(tasks_pb2.AttachRequest(stdin=passed))
         if detach:
             self._detach()
         return not detach
@@ -204,17 +215,17 @@ class Session:
 
     def _detach(self) -> None:
         """What was typed before still arrives; then the call ends without an exit status."""
-        self._queue.put(tasks_pb2.AttachRequest(detach=tasks_pb2.Detach()))
-        self._queue.put(None)
+        self._outbox.put(tasks_pb2.AttachRequest(detach=tasks_pb2.Detach()))
+        self._outbox.end()
 
     def _send_size(self) -> None:
         if size := window_size():
             resize = types_pb2.WindowSize(width=size[0], height=size[1])
-            self._queue.put(tasks_pb2.AttachRequest(resize=resize))
+            self._outbox.put(tasks_pb2.AttachRequest(resize=resize))
 
     def _stop_pump(self, pump: threading.Thread) -> None:
         os.write(self._wake[1], b"\0")
-        self._room.release()
+        self._outbox.end()
         pump.join(timeout=1)
 
     # ------------------------------------------------------------ signals

@@ -18,6 +18,8 @@ class Attachment:
     stderr: bool = False
     lossless: bool = False
     replay: bool = False
+    resumable: bool = False
+    resume: str = ""
 
     def first_request(self) -> tasks_pb2.AttachRequest:
         """The message that opens the stream."""
@@ -29,6 +31,8 @@ class Attachment:
             stderr=self.stderr,
             lossless=self.lossless,
             replay=self.replay,
+            resumable=self.resumable,
+            resume=self.resume,
         )
         return tasks_pb2.AttachRequest(header=header)
 

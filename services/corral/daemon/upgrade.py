@@ -25,7 +25,7 @@ from corral.kernel.paths import opened
 from corral.kernel.process import pidfd_open
 from corral.rpc.channel import open_channel
 from corral.rpc.errors import UNSERVED, CorralError, FailedPrecondition, Unavailable
-from corral.rpc.handover import VARIABLE, Handover
+from corral.rpc.handover import VARIABLE, Handover, all_kept
 from corral.rpc.server import Upgrade
 
 log = structlog.get_logger()
@@ -129,8 +129,9 @@ def execute(
     argv: Sequence[str], locks: Mapping[str, int], waiting: Mapping[Path, socket.socket], generation: int
 ) -> None:
     """Become the program that is on disk. Returns only by OSError."""
-    handover = Handover(locks, {str(path): each.fileno() for path, each in waiting.items()}, generation, boot_time_s())
-    for fd in (*handover.locks.values(), *handover.waiting.values()):
+    sockets = {str(path): each.fileno() for path, each in waiting.items()}
+    handover = Handover(locks, sockets, all_kept(), generation, boot_time_s())
+    for fd in handover.fds():
         os.set_inheritable(fd, True)
     # Until the new program handles it, it would kill.
     signal.pthread_sigmask(signal.SIG_BLOCK, [SIGNAL])

@@ -39,6 +39,7 @@ from corral.engine.views import Views
 from corral.engine.volumes import Volumes
 from corral.rpc.blocking import run_blocking
 from corral.rpc.channel import Channels
+from corral.rpc.context import only_follows
 from corral.rpc.events import stream_events
 from corral.store import Database, Trash
 
@@ -204,6 +205,7 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
         return pb.DeleteContainerResponse(id=record.id, exit=record.exit)
 
     async def Wait(self, request: pb.WaitContainerRequest, context: object) -> pb.WaitContainerResponse:
+        only_follows()
         return pb.WaitContainerResponse(exit=await self._lifecycle.wait(request.container, request.condition))
 
     async def Get(self, request: pb.GetContainerRequest, context: object) -> pb.Container:
@@ -249,6 +251,7 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
         return pb.ExecStartResponse(pid=await self._execs.start(request.container, request.exec_id))
 
     async def ExecWait(self, request: pb.ExecWaitRequest, context: object) -> pb.WaitContainerResponse:
+        only_follows()
         status = await self._execs.wait(request.container, request.exec_id, remove=request.remove)
         return pb.WaitContainerResponse(exit=status)
 
@@ -259,6 +262,7 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
     async def Stats(
         self, request: pb.ContainerStatsRequest, context: object
     ) -> AsyncIterator[pb.ContainerStatsResponse]:
+        only_follows()
         async for response in self._usage.stats(request.containers, request.interval_ms):
             yield response
 

@@ -13,10 +13,13 @@ import grpc.aio
 
 from corral.api.tasks.v1 import tasks_pb2
 from corral.engine.core import Core
+from corral.rpc.context import only_follows
 from corral.rpc.errors import CorralError, InvalidArgument
 
 ATTACH = "/corral.tasks.v1.Tasks/Attach"
 LOGS = "/corral.tasks.v1.Tasks/Logs"
+
+PARK = tasks_pb2.AttachRequest(park=tasks_pb2.Park()).SerializeToString()
 
 type _Context = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -42,7 +45,9 @@ class Streams:
         task = asyncio.current_task()
         assert task is not None
         readers.add(task)
-        sending = asyncio.ensure_future(_send(call, message.SerializeToString(), requests))
+        parking = asyncio.Event()
+        only_follows(parking.set if message.header.resumable else None)
+        sending = asyncio.ensure_future(_send(call, message.SerializeToString(), requests, parking))
         try:
             # Not "async for": gRPC does not allow it beside write().
             while isinstance(response := await call.read(), bytes):
@@ -53,10 +58,13 @@ class Streams:
             readers.discard(task)
             if not readers:
                 self._core.attached.pop((record.namespace, record.id), None)
+        if parking.is_set():
+            raise asyncio.CancelledError
 
     async def logs(self, request: bytes, context: _Context) -> None:
         """As corral.tasks.v1.Tasks.Logs. Raises CorralError."""
         message = tasks_pb2.LogsRequest.FromString(request)
+        only_follows()
         message.id = self._core.resolve(message.id).id
         call = self._logs(message.SerializeToString())
         try:
@@ -66,15 +74,33 @@ class Streams:
             call.cancel()
 
 
-async def _send(call: Any, first: bytes, requests: AsyncIterator[bytes]) -> None:
-    """Pass the client's messages on; the end of its stream is passed on too."""
+async def _send(call: Any, first: bytes, requests: AsyncIterator[bytes], parking: asyncio.Event) -> None:
+    """Pass the client's messages on, until its attachment is to be parked; the end of its stream is passed on too."""
+    wanted = asyncio.ensure_future(parking.wait())
+    reading: asyncio.Future[bytes | None] | None = None
     try:
         await call.write(first)
-        async for request in requests:
+        while True:
+            reading = asyncio.ensure_future(_next(requests))
+            await asyncio.wait((reading, wanted), return_when=asyncio.FIRST_COMPLETED)
+            if wanted.done():
+                await call.write(PARK)
+                return
+            if (request := reading.result()) is None:
+                break
             await call.write(request)
+        # Only now, since nothing can be said after it.
         await call.done_writing()
     except (CorralError, asyncio.InvalidStateError):
         pass  # the call has ended, and whoever reads it says why
+    finally:
+        wanted.cancel()
+        if reading is not None:
+            reading.cancel()
+
+
+async def _next(requests: AsyncIterator[bytes]) -> bytes | None:
+    return await anext(requests, None)
 
 
 SERVICE = "corral.engine.v1.Containers"

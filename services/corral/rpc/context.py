@@ -7,10 +7,11 @@ corral.rpc.channel forward them, so one request id names the whole tree of calls
 import asyncio
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from corral.rpc.errors import InvalidArgument
@@ -35,17 +36,24 @@ current_call: ContextVar[Call | None] = ContextVar("corral_call", default=None)
 
 
 # The calls of the same service that only_follows() was called in; set by the server interceptor.
-current_followers: ContextVar[set[asyncio.Task[Any]] | None] = ContextVar("corral_followers", default=None)
+current_followers: ContextVar[dict[asyncio.Task[Any], Callable[[], None]] | None] = ContextVar(
+    "corral_followers", default=None
+)
 
 
-def only_follows() -> None:
+def only_follows(end: Callable[[], None] | None = None) -> None:
     """Say of the call being served that it merely watches, for as long as the client likes: events, logs, a wait.
 
-    Such a call is ended at once when its service is asked to stop; other calls get time to finish their work.
+    Such a call is ended at once when its service is asked to stop; other calls get time to finish their work. `end` is
+    called for that, and the call then raises CancelledError itself; else it is cancelled.
     """
     followers, task = current_followers.get(), asyncio.current_task()
     if followers is not None and task is not None:
-        followers.add(task)
+        followers[task] = end or partial(_cancel, task)
+
+
+def _cancel(task: asyncio.Task[Any]) -> None:
+    task.cancel()
 
 
 def current_namespace() -> str:

@@ -38,9 +38,15 @@ class Handover:
 
     locks: Mapping[str, int] = field(default_factory=dict)
     waiting: Mapping[str, int] = field(default_factory=dict)
+    kept: Sequence[tuple[str, Mapping[str, str | int], Mapping[str, int]]] = ()
     generation: int = 0
     began_s: float | None = None
     """When the new program was executed, by CLOCK_BOOTTIME."""
+
+    def fds(self) -> Sequence[int]:
+        """All of them."""
+        kept = [fd for _, _, fds in self.kept for fd in fds.values()]
+        return [*self.locks.values(), *self.waiting.values(), *kept]
 
     def to_text(self) -> str:
         """For the variable."""
@@ -56,9 +62,40 @@ def take() -> Handover:
     if not text:
         return Handover()
     handover = Handover(**json.loads(text))
-    for fd in (*handover.locks.values(), *handover.waiting.values()):
+    for fd in handover.fds():
         os.set_inheritable(fd, False)
+    _inherited.extend(Kept(*each) for each in handover.kept)
     return handover
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a service leaves to itself: descriptors, and what it has to know of them."""
+
+    purpose: str
+    facts: Mapping[str, str | int]
+    fds: Mapping[str, int]
+
+
+_kept: list[Kept] = []
+_inherited: list[Kept] = []
+
+
+def keep(kept: Kept) -> None:
+    """Called by a service that is stopped. Where nothing follows, the end of the process closes the descriptors."""
+    _kept.append(kept)
+
+
+def inherited(purpose: str) -> Sequence[Kept]:
+    """Called by the same service in the program that follows; the descriptors are its own then."""
+    found = [each for each in _inherited if each.purpose == purpose]
+    _inherited[:] = [each for each in _inherited if each.purpose != purpose]
+    return found
+
+
+def all_kept() -> Sequence[tuple[str, Mapping[str, str | int], Mapping[str, int]]]:
+    """For a Handover."""
+    return [(each.purpose, each.facts, each.fds) for each in _kept]
 
 
 def hidden(path: Path) -> Path:

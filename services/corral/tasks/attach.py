@@ -9,7 +9,7 @@ Each step waits for the next one, so it is the process that waits for a lossless
 import asyncio
 import fcntl
 import os
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -21,6 +21,7 @@ from corral.tasks.live import Process, Task
 from corral.tasks.shim import Shim
 
 CHUNK = 256 << 10
+STDIN = "stdin"
 PIPE_SIZE = 1 << 20
 JUST_ENDED_S = 2.0
 # How long after one of its pipes a dead shim's socket is seen to be closed, at most.
@@ -63,11 +64,30 @@ class Attachment:
         self._stdin = -1
         self._wake: Callable[[], None] = _nobody
         self._detach = asyncio.Event()
+        self.parked = False
+        self.stdin_bytes = 0
+        """How many the process was given."""
 
     @property
     def detached(self) -> bool:
-        """Whether detach() was called."""
+        """Whether detach() or park() was called."""
         return self._detach.is_set()
+
+    @property
+    def fds(self) -> Mapping[str, int]:
+        """Ours, by stream."""
+        stdin = {STDIN: self._stdin} if self._stdin >= 0 else {}
+        return {stream.value: fd for stream, fd in self._outputs.items()} | stdin
+
+    @classmethod
+    def again(cls, task: Task, process: Process, wanted: Wanted, fds: Mapping[str, int], stdin_bytes: int) -> Self:
+        """One that was parked, from what it told."""
+        attachment = cls(task, process, wanted)
+        attachment._outputs = {stream: fds[stream.value] for stream in Stream if stream.value in fds}
+        attachment._stdin, attachment.stdin_bytes = fds.get(STDIN, -1), stdin_bytes
+        with suppress(Unavailable):
+            attachment._shim, attachment._shim_identity = task.connected(), task.shim_identity
+        return attachment
 
     @classmethod
     async def open(cls, task: Task, process: Process, wanted: Wanted) -> Self:
@@ -207,7 +227,9 @@ class Attachment:
         await self._still.wait()
         while view and self._stdin >= 0:
             try:
-                view = view[os.write(self._stdin, view) :]
+                written = os.write(self._stdin, view)
+                self.stdin_bytes += written
+                view = view[written:]
             except BlockingIOError:
                 await self._writable()
             except BrokenPipeError:
@@ -242,6 +264,17 @@ class Attachment:
         fd, self._stdin = self._stdin, -1
         if fd >= 0:
             os.close(fd)
+
+    def park(self) -> None:
+        """Output() ends where it is; what comes waits in the pipes."""
+        self.parked = True
+        self._detach.set()
+        self._wake()
+
+    def unpark(self) -> None:
+        """Output() may be asked for the rest."""
+        self.parked = False
+        self._detach.clear()
 
     def detach(self) -> None:
         """What was written to stdin still arrives; output() ends."""

@@ -5,7 +5,8 @@ import asyncio
 import os
 import resource
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import ExitStack, aclosing, suppress
+from functools import partial
 
 import grpc.aio
 import structlog
@@ -15,7 +16,7 @@ from corral.api.tasks.v1 import tasks_pb2_grpc
 from corral.api.types.v1 import types_pb2 as types_pb
 from corral.rpc.blocking import run_blocking
 from corral.rpc.checking import check
-from corral.rpc.context import check_id, current_namespace
+from corral.rpc.context import check_id, current_namespace, only_follows
 from corral.rpc.errors import CorralError, InvalidArgument
 from corral.rpc.events import stream_events
 from corral.store import Database
@@ -100,15 +101,19 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
     def __init__(self, config: TasksConfig) -> None:
         self._config = config
         self._watch = DirectoryWatch()
+        self._parking: Parking | None = None
 
     def close(self) -> None:
         """Release what the calls used."""
         self._watch.close()
+        if self._parking is not None:
+            self._parking.close()
 
     def serve(self, tasks: Tasks, execs: Execs, checker: Checker, database: Database) -> None:
         self._registry = tasks.registry
         self._tasks = tasks
         self._execs = execs
+        self._parking = Parking(tasks.registry)
         self._checker = checker
         self._database = database
 
@@ -145,6 +150,7 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
         return pb.CloseStdinResponse()
 
     async def Wait(self, request: pb.WaitRequest, context: Context[pb.WaitRequest, pb.WaitResponse]) -> pb.WaitResponse:
+        only_follows()
         how = await self._tasks.wait(_key(request.id), request.exec_id)
         return pb.WaitResponse(exit=translate.exit_status(how))
 
@@ -182,20 +188,38 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
         header = await _header(request_iterator)
         task = self._registry.get(_key(header.id))
         process = task.process(header.exec_id)
-        with await Attachment.open(task, process, translate.wanted(header)) as attachment:
+        wanted = translate.wanted(header)
+        assert self._parking is not None
+        if header.resume:
+            attachment = self._parking.take(header.resume, task.row.key, header.exec_id)
+        else:
+            attachment = await Attachment.open(task, process, wanted)
+        stopping = asyncio.Event()
+        parks = partial(_park, attachment, stopping) if header.resumable else None
+        only_follows(parks)
+        with ExitStack() as held:
+            held.enter_context(attachment)
             await context.write(pb.AttachResponse(attached=pb.Attached(terminal=process.row.terminal)))
             feeding = asyncio.create_task(self._feed(request_iterator, attachment, header))
+            how = None
             try:
                 async with aclosing(attachment.output()) as output:
                     async for stream, data in output:
                         await context.write(_OUTPUT[stream](data))
-                if attachment.detached:
-                    return
-                how = await process.wait()
+                if not attachment.detached:
+                    how = await process.wait()
             finally:
                 feeding.cancel()
                 await asyncio.gather(feeding, return_exceptions=True)
-            await context.write(pb.AttachResponse(exited=translate.exit_status(how)))
+            if how is not None:
+                await context.write(pb.AttachResponse(exited=translate.exit_status(how)))
+            elif attachment.parked:
+                held.pop_all()
+                token = self._parking.park(Parked(task.row.key, header.exec_id, wanted, attachment))
+                parked = pb.Parked(token=token, stdin_bytes=attachment.stdin_bytes)
+                await context.write(pb.AttachResponse(parked=parked))
+        if stopping.is_set():
+            raise asyncio.CancelledError
 
     async def _feed(
         self, requests: AsyncIterator[pb.AttachRequest], attachment: Attachment, header: pb.AttachHeader
@@ -212,12 +236,16 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
                 case "detach":
                     attachment.detach()
                     return
+                case "park":
+                    attachment.park()
+                    return
         attachment.close_stdin()
 
     async def Logs(
         self, request: pb.LogsRequest, context: Context[pb.LogsRequest, pb.LogsResponse]
     ) -> AsyncIterator[pb.LogsResponse]:
         task = self._registry.get(_key(request.id))
+        only_follows()
         selection = translate.selection(request)
         async with aclosing(stream_log(task, selection, self._watch, follow=request.follow)) as batches:
             async for batch in batches:
@@ -235,6 +263,11 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
     ) -> AsyncIterator[types_pb.EventsResponse]:
         async for event in stream_events(self._database.journal, request):
             yield event
+
+
+def _park(attachment: Attachment, stopping: asyncio.Event) -> None:
+    stopping.set()
+    attachment.park()
 
 
 _OUTPUT = {

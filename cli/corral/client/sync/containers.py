@@ -12,6 +12,7 @@ from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1 import types_pb2
 from corral.client.execution import Attachment, Collected, ExecResult, attach_requests
 from corral.client.fetching import Pull, check_pull, may_fetch
+from corral.client.following import LogPosition
 from corral.client.options import ContainerOptions, UpdateOptions, container_config, update_request
 from corral.client.transport import Exchange, Transport
 from corral.rpc.errors import NotFound
@@ -295,12 +296,13 @@ class Containers:
         stdout: bool = True,
         stderr: bool = True,
     ) -> Iterator[tasks_pb2.LogEntry]:
-        """The container's log, oldest line first."""
+        """The container's log, oldest line first; over upgrades of the daemon too."""
         request = tasks_pb2.LogsRequest(
             id=container, follow=follow, since=since, until=until, tail=tail, stdout=stdout, stderr=stderr
         )
-        for answer in self._engine.stream(self._stub.Logs, request):
-            for entry in answer.entries:
+        position = LogPosition(request)
+        for answer in self._engine.stream(self._stub.Logs, request, position.rest):
+            for entry in position.new(answer.entries):
                 yield entry
 
     def stats(

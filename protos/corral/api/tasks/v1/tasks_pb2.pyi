@@ -634,6 +634,7 @@ class AttachRequest(_message.Message):
     STDIN_FIELD_NUMBER: _builtins.int
     RESIZE_FIELD_NUMBER: _builtins.int
     DETACH_FIELD_NUMBER: _builtins.int
+    PARK_FIELD_NUMBER: _builtins.int
     stdin: _builtins.bytes
     """up to 1 MiB each"""
     @_builtins.property
@@ -646,6 +647,10 @@ class AttachRequest(_message.Message):
     def detach(self) -> Global___Detach:
         """Ends the call without `exited`, once everything sent before has arrived. The process goes on."""
 
+    @_builtins.property
+    def park(self) -> Global___Park:
+        """Ends the call after a `parked`."""
+
     def __init__(
         self,
         *,
@@ -653,12 +658,13 @@ class AttachRequest(_message.Message):
         stdin: _builtins.bytes = ...,
         resize: _types_pb2.WindowSize | None = ...,
         detach: Global___Detach | None = ...,
+        park: Global___Park | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["detach", b"detach", "header", b"header", "part", b"part", "resize", b"resize", "stdin", b"stdin"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["detach", b"detach", "header", b"header", "park", b"park", "part", b"part", "resize", b"resize", "stdin", b"stdin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detach", b"detach", "header", b"header", "part", b"part", "resize", b"resize", "stdin", b"stdin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detach", b"detach", "header", b"header", "park", b"park", "part", b"part", "resize", b"resize", "stdin", b"stdin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "stdin", "resize", "detach"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "stdin", "resize", "detach", "park"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
@@ -680,6 +686,21 @@ class Detach(_message.Message):
 Global___Detach: _TypeAlias = Detach  # noqa: Y015
 
 @_typing.final
+class Park(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Park: _TypeAlias = Park  # noqa: Y015
+
+@_typing.final
 class AttachHeader(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -690,6 +711,8 @@ class AttachHeader(_message.Message):
     STDERR_FIELD_NUMBER: _builtins.int
     LOSSLESS_FIELD_NUMBER: _builtins.int
     REPLAY_FIELD_NUMBER: _builtins.int
+    RESUMABLE_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     exec_id: _builtins.str
     stdin: _builtins.bool
@@ -701,6 +724,10 @@ class AttachHeader(_message.Message):
     """
     replay: _builtins.bool
     """First send what was written lately (up to 64 KiB), for a terminal that comes late."""
+    resumable: _builtins.bool
+    """The client knows `parked`."""
+    resume: _builtins.str
+    """Go on with what was parked under this token; the other fields are then as they were."""
     def __init__(
         self,
         *,
@@ -711,10 +738,12 @@ class AttachHeader(_message.Message):
         stderr: _builtins.bool = ...,
         lossless: _builtins.bool = ...,
         replay: _builtins.bool = ...,
+        resumable: _builtins.bool = ...,
+        resume: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exec_id", b"exec_id", "id", b"id", "lossless", b"lossless", "replay", b"replay", "stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exec_id", b"exec_id", "id", b"id", "lossless", b"lossless", "replay", b"replay", "resumable", b"resumable", "resume", b"resume", "stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -728,6 +757,7 @@ class AttachResponse(_message.Message):
     STDOUT_FIELD_NUMBER: _builtins.int
     STDERR_FIELD_NUMBER: _builtins.int
     EXITED_FIELD_NUMBER: _builtins.int
+    PARKED_FIELD_NUMBER: _builtins.int
     stdout: _builtins.bytes
     stderr: _builtins.bytes
     @_builtins.property
@@ -738,6 +768,12 @@ class AttachResponse(_message.Message):
     def exited(self) -> _types_pb2.ExitStatus:
         """Last message."""
 
+    @_builtins.property
+    def parked(self) -> Global___Parked:
+        """Last message, where not the process ends but who serves: attach anew with this token, and not a byte is missed.
+        Kept for a minute.
+        """
+
     def __init__(
         self,
         *,
@@ -745,16 +781,40 @@ class AttachResponse(_message.Message):
         stdout: _builtins.bytes = ...,
         stderr: _builtins.bytes = ...,
         exited: _types_pb2.ExitStatus | None = ...,
+        parked: Global___Parked | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "exited", b"exited", "part", b"part", "stderr", b"stderr", "stdout", b"stdout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "exited", b"exited", "parked", b"parked", "part", b"part", "stderr", b"stderr", "stdout", b"stdout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "exited", b"exited", "part", b"part", "stderr", b"stderr", "stdout", b"stdout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "exited", b"exited", "parked", b"parked", "part", b"part", "stderr", b"stderr", "stdout", b"stdout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["attached", "stdout", "stderr", "exited"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["attached", "stdout", "stderr", "exited", "parked"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
 Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
+
+@_typing.final
+class Parked(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    STDIN_BYTES_FIELD_NUMBER: _builtins.int
+    token: _builtins.str
+    stdin_bytes: _builtins.int
+    """Bytes of stdin that the process was given, of all that was sent since the first attach: send the rest again."""
+    def __init__(
+        self,
+        *,
+        token: _builtins.str = ...,
+        stdin_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["stdin_bytes", b"stdin_bytes", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Parked: _TypeAlias = Parked  # noqa: Y015
 
 @_typing.final
 class Attached(_message.Message):

@@ -1,0 +1,260 @@
+"""corrald executes itself anew while clients call, wait, follow and are attached: none of them sees anything of it."""
+
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+from support.corrald import CORRAL, PATIENCE, Corrald
+from support.requirements import needs
+
+from corral.api.types.v1 import types_pb2
+from corral.api.version.v1 import version_pb2, version_pb2_grpc
+
+pytestmark = needs("root", "overlayfs", "netns")
+
+UPGRADES = int(os.environ.get("CORRAL_TEST_UPGRADES", "5"))
+
+
+def upgrade(daemon: Corrald) -> None:
+    done = daemon.corral("system", "upgrade", timeout_s=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(b"corrald ")
+
+
+def pids(daemon: Corrald) -> list[int]:
+    return [process.pid for process in daemon.processes.values()]
+
+
+@contextmanager
+def meanwhile(*acts: Callable[[], object]) -> Iterator[dict[str, int]]:
+    """Each over and over in a thread of its own; yields how often it worked. Raises what one raised."""
+    stop, counts = threading.Event(), {}
+    failures: list[BaseException] = []
+
+    def go(act: Callable[[], object]) -> None:
+        while not stop.is_set() and not failures:
+            try:
+                act()
+            except BaseException as e:  # noqa: BLE001
+                failures.append(e)
+            counts[act.__name__] = counts.get(act.__name__, 0) + 1
+            time.sleep(0.005)
+
+    threads = [threading.Thread(target=go, args=(act,)) for act in acts]
+    for thread in threads:
+        thread.start()
+    try:
+        yield counts
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
+
+
+def test_no_call_fails_while_it_is_upgraded_again_and_again(box: Corrald) -> None:
+    with box.client() as client:
+
+        def over_one_connection() -> None:
+            client.system.version()
+
+        def over_a_new_connection() -> None:
+            with box.client() as new:
+                new.system.info()
+
+        def without_our_client() -> None:
+            with grpc.insecure_channel(box.address) as channel:
+                version_pb2_grpc.VersionStub(channel).Get(version_pb2.GetRequest())
+
+        before = client.system.version()
+        with meanwhile(over_one_connection, over_a_new_connection, without_our_client) as counts:
+            for _ in range(UPGRADES):
+                upgrade(box)
+        after = client.system.version()
+    assert min(counts.values()) > 10 * UPGRADES, counts
+    assert (after.generation, after.pid) == (before.generation + UPGRADES, before.pid)
+
+
+def test_no_descriptor_and_no_process_is_left_of_the_programs_before(box: Corrald) -> None:
+    def held() -> list[int]:
+        return [len([*Path(f"/proc/{pid}/fd").iterdir()]) for pid in pids(box)]
+
+    upgrade(box)
+    before = held()
+    for _ in range(3):
+        upgrade(box)
+    deadline = time.monotonic() + 20 * PATIENCE
+    hidden = [*box.state.glob(".*")]
+    while hidden or any(now > was for now, was in zip(held(), before, strict=True)):
+        assert time.monotonic() < deadline, (before, held(), hidden)
+        hidden = [*box.state.glob(".*")]
+        time.sleep(0.1)
+    for pid in pids(box):
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        states = [Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] for child in children]
+        assert "Z" not in states
+
+
+def test_an_attached_client_misses_no_byte_either_way(box: Corrald, tmp_path: Path) -> None:
+    """Both ways at once, as fast as it goes: what is on its way when the daemon leaves must arrive, once."""
+    size = 600 << 20
+    command = [str(CORRAL), "run", "--rm", "-i", "busybox", "cat"]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"CORRAL_ADDRESS": box.address},
+    ) as run:
+        assert run.stdin is not None
+        assert run.stdout is not None
+        sent, got = hashlib.sha256(), hashlib.sha256()
+
+        def feed() -> None:
+            assert run.stdin is not None
+            left = size
+            while left > 0:
+                block = os.urandom(1 << 20)
+                sent.update(block)
+                run.stdin.write(block)
+                left -= len(block)
+            run.stdin.close()
+
+        feeding = threading.Thread(target=feed)
+        feeding.start()
+        read = len(first := run.stdout.read(1 << 20))
+        got.update(first)
+        upgrading = threading.Thread(target=upgrade, args=(box,))
+        upgrading.start()
+        while block := run.stdout.read1(1 << 20):
+            got.update(block)
+            read += len(block)
+        feeding.join()
+        upgrading.join()
+        assert (run.wait(30), read) == (0, size)
+    assert got.digest() == sent.digest()
+
+
+def test_who_waits_and_who_follows_the_log_or_the_journal_goes_on(box: Corrald, name: str) -> None:
+    lines = "i=0; while [ $i -lt 400 ]; do echo line $i; i=$((i+1)); usleep 20000; done; exit 5"
+    with box.client() as client:
+        client.containers.run("busybox", ["sh", "-c", lines], name=name)
+        last = client.containers.get(name)
+        waited: list[int] = []
+        followed: list[bytes] = []
+        events: list[types_pb2.Event] = []
+
+        def wait() -> None:
+            waited.append(client.containers.wait(name).code)
+
+        def follow() -> None:
+            followed.extend(entry.line for entry in client.containers.logs(name, follow=True))
+
+        def watch() -> None:
+            request = types_pb2.EventsRequest(subjects=[last.id])
+            for answer in client.system.events(request):
+                events.extend(answer.events)
+                if any(event.topic == "container.died" for event in answer.events):
+                    return
+
+        threads = [threading.Thread(target=act) for act in (wait, follow, watch)]
+        for thread in threads:
+            thread.start()
+        for _ in range(2):
+            upgrade(box)
+        for thread in threads:
+            thread.join(60 * PATIENCE)
+        client.containers.remove(name, force=True)
+    assert waited == [5]
+    assert followed == [b"line %d\n" % n for n in range(400)]
+    numbers = [event.seq for event in events]
+    assert numbers == sorted(set(numbers))
+    assert [e.topic for e in events].count("container.died") == 1
+
+
+def test_containers_are_not_touched(box: Corrald, name: str) -> None:
+    with box.client() as client:
+        client.containers.run("busybox", ["sleep", "1000"], name=name)
+        before = client.containers.get(name)
+        shim = Path(f"/proc/{before.pid}/stat").read_text()
+        upgrade(box)
+        after = client.containers.get(name)
+        assert (after.pid, after.shim_pid, after.started_at) == (before.pid, before.shim_pid, before.started_at)
+        assert Path(f"/proc/{after.pid}/stat").read_text().split()[21] == shim.split()[21]
+        assert client.containers.exec(name, ["echo", "there"]).stdout == b"there\n"
+        client.containers.remove(name, force=True)
+
+
+def test_what_would_not_start_is_refused_and_the_old_one_goes_on(box: Corrald) -> None:
+    config = box.place.directory / "config.toml"
+    good = config.read_text()
+    config.write_text(good + "\n[engine]\nlimit_of_patience = 3\n")
+    try:
+        done = box.corral("system", "upgrade", timeout_s=120)
+        assert done.returncode == 1
+        assert b"would not start, so this one goes on" in done.stderr
+        assert b"has no setting 'limit_of_patience'" in done.stderr
+        process = list(box.processes.values())[-1]
+        process.send_signal(signal.SIGUSR2)
+        deadline = time.monotonic() + 30 * PATIENCE
+        while not box.events("daemon.upgrade_refused"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with box.client() as client:
+            assert client.system.info()
+    finally:
+        config.write_text(good)
+    upgrade(box)
+
+
+def test_a_second_daemon_never_gets_in_between(box: Corrald) -> None:
+    """The locks are held while the program is exchanged."""
+    command = [*box.command, "--root", str(box.root), "--state", str(box.state)]
+    command += ["--service", "tasks", "--config", str(box.place.directory / "config.toml")]
+    stop = threading.Event()
+    codes: list[tuple[int, bytes]] = []
+
+    def intrude() -> None:
+        while not stop.is_set():
+            done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+            codes.append((done.returncode, done.stderr))
+
+    intruders = [threading.Thread(target=intrude) for _ in range(2)]
+    for thread in intruders:
+        thread.start()
+    try:
+        for _ in range(2):
+            upgrade(box)
+    finally:
+        stop.set()
+        for thread in intruders:
+            thread.join()
+    assert len(codes) > 2
+    assert all(code == 1 and b"another corrald (process" in said for code, said in codes), codes
+
+
+def test_the_service_manager_sees_a_reload_of_the_same_process() -> None:
+    with Corrald() as daemon:
+        path = daemon.place.directory / "notify"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.bind(str(path))
+            manager.settimeout(60)
+            daemon.start(environment={"NOTIFY_SOCKET": str(path)})
+            assert manager.recv(200) == b"READY=1"
+            before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+            daemon.processes["corrald"].send_signal(signal.SIGUSR2)
+            reloading, _, when = manager.recv(200).partition(b"\n")
+            assert reloading == b"RELOADING=1"
+            assert before < int(when.removeprefix(b"MONOTONIC_USEC="))
+            assert manager.recv(200) == b"READY=1"
+        ready = daemon.events("daemon.ready")
+        assert [event["generation"] for event in ready] == [0, 1]
+        assert ready[0]["pid"] == ready[1]["pid"]
