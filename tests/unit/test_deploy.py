@@ -53,5 +53,6 @@ def test_containers_outlive_the_unit_and_its_restart(unit: str) -> None:
     service = parser["Service"]
     assert (service["Type"], service["KillMode"], service["Delegate"]) == ("notify", "process", "yes")
     assert service["RuntimeDirectoryPreserve"] == "yes"
+    assert service["ExecReload"] == "/bin/kill -USR2 $MAINPID"
     name = unit.removeprefix("corral-")
     assert service["ExecStart"].endswith("json" if unit == "corrald" else f"--service {name}")

@@ -46,7 +46,8 @@ class Streams:
         assert task is not None
         readers.add(task)
         parking = asyncio.Event()
-        only_follows(parking.set if message.header.resumable else None)
+        if message.header.resumable:
+            only_follows(parking.set)
         sending = asyncio.ensure_future(_send(call, message.SerializeToString(), requests, parking))
         try:
             # Not "async for": gRPC does not allow it beside write().

@@ -195,8 +195,8 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
         else:
             attachment = await Attachment.open(task, process, wanted)
         stopping = asyncio.Event()
-        parks = partial(_park, attachment, stopping) if header.resumable else None
-        only_follows(parks)
+        if header.resumable:
+            only_follows(partial(_park, attachment, stopping))
         with ExitStack() as held:
             held.enter_context(attachment)
             await context.write(pb.AttachResponse(attached=pb.Attached(terminal=process.row.terminal)))
