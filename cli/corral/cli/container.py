@@ -224,7 +224,8 @@ def _status(c: "engine_pb2.Container") -> str:
         paused = " (Paused)" if c.status == engine_pb2.STATUS_PAUSED else ""
         return f"Up {human_age(c.started_at)}{paused or _HEALTH[c.health.state]}"
     if c.status == engine_pb2.STATUS_EXITED:
-        return f"Exited ({c.exit.code}) {human_age(c.finished_at)} ago{' OOM' if c.exit.oom_killed else ''}"
+        why = " OOM" if c.exit.oom_killed else " (timed out)" if c.exit.timed_out else ""
+        return f"Exited ({c.exit.code}) {human_age(c.finished_at)} ago{why}"
     if c.status == engine_pb2.STATUS_RESTARTING:
         return f"Restarting ({c.exit.code}) {human_age(c.finished_at)} ago"
     return enum_word(engine_pb2.Status.Name(c.status), "Status").capitalize()
@@ -282,12 +283,23 @@ def _inspected(app: App, name: str, kind: str | None, *, size: bool) -> "engine_
 @click.option("--until", help="Only up to this time")
 @click.option("-n", "--tail", default="all", metavar="N", help="Only the last N lines")
 @click.option("-t", "--timestamps", is_flag=True, help="Show when each line was written")
+@click.option("--reopen", is_flag=True, help="Show nothing: have it opened again by its name, as after a rotation")
 @_name
 @pass_app
 def logs_command(
-    app: App, container: str, follow: bool, since: str | None, until: str | None, tail: str, timestamps: bool
+    app: App,
+    container: str,
+    follow: bool,
+    since: str | None,
+    until: str | None,
+    tail: str,
+    timestamps: bool,
+    reopen: bool,
 ) -> None:
     """Show a container's log."""
+    if reopen:
+        app.client.containers.reopen_log(container)
+        return
     from corral.api.tasks.v1 import tasks_pb2
 
     entries = app.client.containers.logs(

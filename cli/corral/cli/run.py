@@ -84,6 +84,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--storage-opt", "storage_options"), "size=10g: no more than that is written in it", _MANY),
     (("--stop-signal",), "Signal that ends it, default the image's, else SIGTERM", {"default": ""}),
     (("--stop-timeout", "stop_timeout_s"), "Seconds until SIGKILL, default 10", {"type": float, "default": None}),
+    (("--timeout",), "Kill it when it has run for so many seconds, 0: never", {"default": ""}),
     (("--init",), "Run a small init as pid 1", {"is_flag": True}),
     (("--pid",), "PID namespace: host or container:ID", {"default": ""}),
     (("--ipc",), "IPC namespace: host or container:ID", {"default": ""}),
@@ -188,6 +189,8 @@ def exit_code(status: "types_pb2.ExitStatus") -> int:
     """The code a shell sees; says why where the number alone does not tell."""
     if status.oom_killed:
         click.echo("corral: the container was killed: out of memory (OOM)", err=True)
+    elif status.timed_out:
+        click.echo("corral: the container was killed: its time (--timeout) was over", err=True)
     elif not status.known:
         complain(status.reason or "how the container ended is not known")
     return status.code

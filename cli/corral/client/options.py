@@ -69,6 +69,7 @@ class ContainerOptions(ResourceOptions, NetworkOptions, total=False):
     storage_options: Iterable[str]
     stop_signal: str
     stop_timeout_s: float
+    timeout: float | str  # seconds, or "1m30s": killed when it has run so long
     auto_remove: bool
     restart: str  # "no", "always", "on-failure[:N]", "unless-stopped"
     init: bool
@@ -142,6 +143,8 @@ def container_config(image: str, args: Sequence[str] = (), **options: object) ->
         config.console_size.CopyFrom(types_pb2.WindowSize(width=size[0], height=size[1]))
     if (grace := o.get("stop_timeout_s")) is not None:
         config.stop_timeout.FromNanoseconds(round(grace * 1e9))
+    if timeout := duration_s(o.get("timeout") or 0):
+        config.timeout.FromNanoseconds(round(timeout * 1e9))
     if (score := o.get("oom_score_adj")) is not None:
         config.oom_score_adj = score
     if policy := o.get("restart"):

@@ -206,6 +206,7 @@ def exit_from_event(event: Event, payload: Mapping[str, JSON]) -> ExitStatus:
         exited_at=from_ns(exited_ns) if isinstance(exited_ns, int) else event.time,
         reason=str(payload.get("reason") or ""),
         known=bool(known),
+        timed_out=bool(payload.get("timed_out")),
     )
 
 

@@ -51,6 +51,8 @@ def check(config: ContainerConfig) -> None:
         raise InvalidArgument(f"the size of the writable layer cannot be negative ({config.storage_quota_bytes})")
     if config.shm_size_bytes < 0:
         raise InvalidArgument(f"the size of /dev/shm cannot be negative ({config.shm_size_bytes})")
+    if config.HasField("timeout") and config.timeout.ToNanoseconds() <= 0:
+        raise InvalidArgument("the time after which a container is killed (--timeout) must be more than 0")
     if config.HasField("stop_timeout") and config.stop_timeout.ToNanoseconds() < 0:
         raise InvalidArgument("the stop timeout cannot be negative")
 

@@ -10,6 +10,7 @@ from corral.api.network.v1.network_pb2 import AttachRequest, NetworkAttachment, 
 from corral.api.tasks.v1.tasks_pb2 import CreateTaskRequest, LogOptions
 from corral.api.types.v1.types_pb2 import DeviceRule, Mount, Resources
 from corral.engine.log_subject import log_options
+from corral.engine.port_mappings import missing, superfluous
 from corral.engine.records import ContainerRecord
 from corral.engine.resolve import default_hostname
 from corral.rpc.errors import InvalidArgument
@@ -115,7 +116,8 @@ def network_again(record: ContainerRecord, *, host_hostname: str, other_ports: b
     if record.endpoint is not None:
         named = {port.host_port for port in record.config.network.ports}
         del request.ports[:]
-        request.ports.extend(record.endpoint.ports)
+        request.ports.extend(port for port in record.endpoint.ports if port not in superfluous(record))
+        request.ports.extend(missing(record))
         for port in request.ports:
             if other_ports and port.host_port not in named:
                 port.host_port = 0
@@ -161,6 +163,7 @@ def task(
         user=config.user,
         stdin=config.stdin,
         stdin_once=config.stdin_once,
+        timeout=config.timeout if config.HasField("timeout") else None,
         cgroup_paths=cgroup_paths,
         log=log,
         console_size=config.console_size if config.HasField("console_size") else None,

@@ -9,13 +9,14 @@ import grpc.aio
 from corral.api.engine.v1 import engine_pb2 as pb
 from corral.api.engine.v1 import engine_pb2_grpc
 from corral.api.images.v1 import images_pb2
+from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1 import types_pb2
 from corral.engine import store
 from corral.engine.checking import Checker
 from corral.engine.commits import Commits
 from corral.engine.config import EngineConfig
 from corral.engine.copying import Copying
-from corral.engine.core import Core, host_facts
+from corral.engine.core import Core, host_facts, require_alive
 from corral.engine.creation import Creation
 from corral.engine.disk_usage import DiskUsage
 from corral.engine.execs import Execs
@@ -225,6 +226,11 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
 
     async def Update(self, request: pb.UpdateContainerRequest, context: object) -> pb.Container:
         return await self._views.of(await self._updates.update(request))
+
+    async def ReopenLog(self, request: tasks_pb2.ReopenLogRequest, context: object) -> tasks_pb2.ReopenLogResponse:
+        record = self._core.resolve(request.id)
+        require_alive(record, "told to open its log again")
+        return await self._core.leaves.tasks.ReopenLog(tasks_pb2.ReopenLogRequest(id=record.id))
 
     async def Connect(self, request: pb.ConnectContainerRequest, context: object) -> pb.Container:
         return await self._views.of(await self._networking.connect(request.container, request.network))

@@ -267,6 +267,8 @@ def exit_facts(record: ContainerRecord) -> dict[str, str | int | bool]:
     facts: dict[str, str | int | bool] = {"name": record.name, "image": record.config.image}
     if record.exit is not None:
         facts |= {"exit_code": record.exit.code, "oom_killed": record.exit.oom_killed}
+        if record.exit.timed_out:
+            facts["timed_out"] = True
         if record.exit.reason:
             facts["reason"] = record.exit.reason
     return facts

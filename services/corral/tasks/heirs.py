@@ -134,6 +134,7 @@ class Heirs:
         fields: Message = {
             "log": created.get("log"),
             "cgroup": created.get("cgroup"),
+            "timeout_ns": created.get("timeout_ns"),
             "pid": row.pid,
             "start_time": row.start_time,
             "created_at_ns": task.row.created_at_ns,

@@ -194,6 +194,13 @@ class Tasks:
         task.process(exec_id)
         await (await task.reached()).resize(exec_id, width, height)
 
+    async def reopen_log(self, key: TaskKey) -> None:
+        """Have the log opened again by its name. Raises FailedPrecondition if the task has ended, CorralError."""
+        task = self.registry.get(key)
+        if task.init.ended.is_set():
+            raise FailedPrecondition(f"container {key.id} has ended, and writes no log", reason="NOT_RUNNING")
+        await (await task.reached()).reopen_log()
+
     async def close_stdin(self, key: TaskKey, exec_id: str) -> None:
         """Let a process read the end of its stdin; one that has ended needs nothing. Raises CorralError."""
         task = self.registry.get(key)

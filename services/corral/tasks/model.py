@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Self, cast
 
 INIT = ""
+TIMED_OUT = "it was killed because its time (--timeout) was over"
 UNKNOWN_CODE = 255
 
 
@@ -59,6 +60,12 @@ class Exit:
     dropped_bytes: int = 0
     reason: str = ""
     known: bool = True
+    timed_out: bool = False
+
+    @property
+    def sentence(self) -> str:
+        """What to tell people where the code does not tell all."""
+        return self.reason or (TIMED_OUT if self.timed_out else "")
 
     @classmethod
     def from_shim(cls, record: Mapping[str, object]) -> Self:
@@ -75,6 +82,7 @@ class Exit:
             dropped_bytes=optional_int(record, "dropped_bytes") or 0,
             reason=str(record.get("reason") or ""),
             known=record.get("known") is not False,
+            timed_out=record.get("timed_out") is True,
         )
 
     @classmethod

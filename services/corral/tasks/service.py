@@ -119,12 +119,12 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
 
     async def Create(self, request: pb.CreateTaskRequest, context: Context[pb.CreateTaskRequest, pb.Task]) -> pb.Task:
         new = translate.new_task(current_namespace(), request, self._config)
+        new.fields["log"] = await log_drivers.reached(mapping(new.fields, "log"))
         return translate.task_message(await self._tasks.create(new))
 
     async def Start(
         self, request: pb.StartRequest, context: Context[pb.StartRequest, pb.StartResponse]
     ) -> pb.StartResponse:
-        new.fields["log"] = await log_drivers.reached(mapping(new.fields, "log"))
         process = await self._tasks.start(_key(request.id), request.exec_id)
         return pb.StartResponse(pid=process.row.pid)
 
@@ -174,6 +174,12 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
     ) -> pb.DeleteExecResponse:
         await self._execs.delete(_key(request.id), request.exec_id, force=request.force)
         return pb.DeleteExecResponse()
+
+    async def ReopenLog(
+        self, request: pb.ReopenLogRequest, context: Context[pb.ReopenLogRequest, pb.ReopenLogResponse]
+    ) -> pb.ReopenLogResponse:
+        await self._tasks.reopen_log(_key(request.id))
+        return pb.ReopenLogResponse()
 
     async def Pids(self, request: pb.PidsRequest, context: Context[pb.PidsRequest, pb.PidsResponse]) -> pb.PidsResponse:
         task = self._registry.get(_key(request.id))

@@ -126,6 +126,10 @@ class Shim:
         """Signal a process, or every process of the container."""
         await self._ask("kill", {"exec": exec_id, "signal": signal, "all": everything})
 
+    async def reopen_log(self) -> None:
+        """Open the log again by its name."""
+        await self._ask("reopen_log", {})
+
     async def resize(self, exec_id: str, width: int, height: int) -> None:
         """Tell a terminal its size."""
         await self._ask("resize", {"exec": exec_id, "width": width, "height": height})

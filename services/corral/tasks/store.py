@@ -111,6 +111,7 @@ def ended(transaction: Transaction, process: ProcessRow) -> None:
     if how.oom:
         out_of_memory(transaction, process.task, kills=1, at_ns=how.exited_at_ns)
     payload: dict[str, JSON] = {"pid": process.pid} | {name: getattr(how, name) for name in Exit.__slots__}
+    payload["reason"] = how.sentence
     _journal_process(transaction, process, "exited", payload, how.exited_at_ns)
 
 

@@ -30,8 +30,9 @@ def exit_status(how: Exit) -> types_pb.ExitStatus:
         signal=how.signal or 0,
         oom_killed=how.oom,
         exited_at=timestamp(how.exited_at_ns),
-        reason=how.reason,
+        reason=how.sentence,
         known=how.known,
+        timed_out=how.timed_out,
     )
 
 
@@ -122,6 +123,7 @@ def new_task(namespace: str, request: pb.CreateTaskRequest, config: TasksConfig)
             "max_files": log.max_files,
             **sent,
         },
+        "timeout_ns": _timeout(request),
         "cgroup": {"paths": [_absolute(path, "cgroup_paths") for path in request.cgroup_paths]},
     }
     return NewTask(
@@ -151,6 +153,13 @@ def new_exec(request: pb.ExecRequest) -> NewExec:
         terminal=bool(process.get("terminal")),
         stdin=request.stdin,
     )
+
+
+def _timeout(request: pb.CreateTaskRequest) -> int:
+    timeout_ns = request.timeout.ToNanoseconds()
+    if request.HasField("timeout") and timeout_ns <= 0:
+        raise InvalidArgument("timeout: must be more than 0", reason="BAD_TIMEOUT")
+    return timeout_ns
 
 
 def _object(data: bytes, what: str) -> Mapping[str, object]:

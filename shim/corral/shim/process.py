@@ -8,6 +8,7 @@ new --> created --> running --> stopped
 import os
 from dataclasses import dataclass
 from enum import Enum
+from signal import SIGKILL
 from typing import Self
 
 from corral.kernel import process as kernel_process
@@ -98,6 +99,8 @@ class ContainerProcess:
     ended: Ended | None = None
     exit: Exit | None = None
     drain_timer: Timer | None = None
+    timed_out: bool = False
+    """Its time is over: a SIGKILL that ends it was sent for that."""
     is_child: bool = True
     """Else another shim made it, and somebody else reaps it."""
     _reaped: bool = False
@@ -171,6 +174,7 @@ class ContainerProcess:
             dropped_bytes=dropped_bytes,
             reason=failure.reason if failure else "" if self.ended.status is not None else UNSEEN,
             known=failure is not None or self.ended.status is not None,
+            timed_out=self.timed_out and self.ended.signal == SIGKILL,
         )
 
     def reap(self) -> None:

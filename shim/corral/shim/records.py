@@ -82,6 +82,7 @@ class Exit:
     reason: str = ""
     known: bool = True
     """False if nobody saw it: then code is 255."""
+    timed_out: bool = False
 
     def to_json(self) -> dict[str, object]:
         """The content of exit.json, and of the event that follows it."""
@@ -98,6 +99,7 @@ class Exit:
             "dropped_bytes": self.dropped_bytes,
             "reason": self.reason,
             "known": self.known,
+            "timed_out": self.timed_out,
         }
 
 

@@ -47,6 +47,8 @@ class Create:
     console_size: tuple[int, int] | None
     log: LogOptions
     cgroup_paths: tuple[Path, ...]
+    timeout_ns: int
+    """From its start on; 0: it has time for ever."""
 
     @classmethod
     def parse(cls, fields: Fields) -> Self:
@@ -61,7 +63,15 @@ class Create:
             console_size=_console_size(fields),
             log=LogOptions.parse(mapping(fields, "log")),
             cgroup_paths=tuple(Path(path) for path in strings(mapping(fields, "cgroup"), "paths")),
+            timeout_ns=_timeout(fields),
         )
+
+
+def _timeout(fields: Fields) -> int:
+    timeout_ns = integer(fields, "timeout_ns", 0)
+    if timeout_ns < 0:
+        raise wrong("timeout_ns", "0 or more")
+    return timeout_ns
 
 
 def _mount(value: object) -> Mount:
@@ -102,8 +112,8 @@ class Exec:
 class Adopt:
     """Take over a process whose shim was killed: the container's own first, then its execs.
 
-    streams: what comes along as descriptors, in this order (corral.shim.stdio). terminal is for execs, log and
-    cgroup_paths are for the container's own process.
+    streams: what comes along as descriptors, in this order (corral.shim.stdio). terminal is for execs; log,
+    cgroup_paths and timeout_ns are for the container's own process.
     """
 
     exec_id: str
@@ -116,6 +126,7 @@ class Adopt:
     streams: tuple[str, ...]
     log: LogOptions
     cgroup_paths: tuple[Path, ...]
+    timeout_ns: int
 
     @classmethod
     def parse(cls, fields: Fields) -> Self:
@@ -137,6 +148,7 @@ class Adopt:
             streams=streams,
             log=LogOptions.parse(mapping(fields, "log")),
             cgroup_paths=tuple(Path(path) for path in strings(mapping(fields, "cgroup"), "paths")),
+            timeout_ns=_timeout(fields),
         )
 
 

@@ -74,6 +74,7 @@ class Shim:
         self._oom: OomCounter | None = None
         self._mounts: int | None = None
         self._wait_until = 0.0
+        self._timeout_ns = 0
 
     @property
     def state(self) -> State:
@@ -130,6 +131,7 @@ class Shim:
         for warning in warnings_of(program):
             report.write(self._directory, warning)
         self._log, self._container, self._cgroup_paths = log, container, request.cgroup_paths
+        self._timeout_ns = request.timeout_ns
         return self._created(ContainerProcess("", io, program), container)
 
     def _created(self, init: ContainerProcess, container: Container) -> Message:
@@ -163,9 +165,24 @@ class Shim:
             raise
         failpoint("shim.start.after_exec")
         init.started(started_at_ns)
+        self._limit_time(init)
         self._write_record_soon(init)
         self._publish(init.started_event())
         return {}
+
+    def _limit_time(self, init: ContainerProcess) -> None:
+        """Kill it once its time is over. What is left of that is told by the clock, as an heir can't know more."""
+        if not self._timeout_ns or init.started_at_ns is None:
+            return
+        left_ns = init.started_at_ns + self._timeout_ns - time.time_ns()
+
+        def time_is_over() -> None:
+            init.timed_out = True
+            failpoint("shim.timeout.before_kill")
+            if init.alive:
+                init.signal(signal.SIGKILL)
+
+        self.loop.call_later(max(0, left_ns) / 1e9, time_is_over)
 
     def add_exec(self, request: Exec) -> Message:
         """Register a process to be started later, so that clients can attach before its first byte."""
@@ -252,6 +269,8 @@ class Shim:
         process.io.resume(streams)
         assert process.handle is not None
         if not request.exec_id:
+            self._timeout_ns = request.timeout_ns
+            self._limit_time(process)
             self._ledger.write_record(process)  # from here on nobody else has to hold what is resumed
         EndWatch(
             self.loop,

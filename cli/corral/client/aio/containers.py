@@ -150,6 +150,10 @@ class Containers:
         request = engine_pb2.RenameContainerRequest(container=container, name=name)
         return await self._engine.unary(self._stub.Rename, request)
 
+    async def reopen_log(self, container: str) -> None:
+        """Has the log of a container that runs opened again by its name, as after a rotation by another program."""
+        await self._engine.unary(self._stub.ReopenLog, tasks_pb2.ReopenLogRequest(id=container))
+
     async def update(self, container: str, **changes: Unpack[UpdateOptions]) -> engine_pb2.Container:
         """Changes limits, restart policy and labels of a container, running or not; what is not named stays."""
         return await self._engine.unary(self._stub.Update, update_request(container, **changes))

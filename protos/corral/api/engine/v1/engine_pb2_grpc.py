@@ -159,6 +159,11 @@ class ContainersStub:
                 request_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.LogsRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.LogsResponse.FromString,
                 _registered_method=True)
+        self.ReopenLog = channel.unary_unary(
+                '/corral.engine.v1.Containers/ReopenLog',
+                request_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ReopenLogRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ReopenLogResponse.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_stream(
                 '/corral.engine.v1.Containers/Stats',
                 request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ContainerStatsRequest.SerializeToString,
@@ -341,6 +346,13 @@ class ContainersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReopenLog(self, request, context):
+        """As corral.tasks.v1.Tasks.ReopenLog, likewise. FAILED_PRECONDITION if it does not run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stats(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -476,6 +488,11 @@ def add_ContainersServicer_to_server(servicer, server):
                     servicer.Logs,
                     request_deserializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.LogsRequest.FromString,
                     response_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.LogsResponse.SerializeToString,
+            ),
+            'ReopenLog': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReopenLog,
+                    request_deserializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ReopenLogRequest.FromString,
+                    response_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ReopenLogResponse.SerializeToString,
             ),
             'Stats': grpc.unary_stream_rpc_method_handler(
                     servicer.Stats,
@@ -1138,6 +1155,33 @@ class Containers:
             '/corral.engine.v1.Containers/Logs',
             corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.LogsRequest.SerializeToString,
             corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.LogsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReopenLog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.engine.v1.Containers/ReopenLog',
+            corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ReopenLogRequest.SerializeToString,
+            corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ReopenLogResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -96,6 +96,8 @@ class ContainersStub:
     """As corral.tasks.v1.Tasks.Attach, with `header.id` a container in the sense above."""
     Logs: _grpc.UnaryStreamMultiCallable[_tasks_pb2.LogsRequest, _tasks_pb2.LogsResponse]
     """As corral.tasks.v1.Tasks.Logs, likewise."""
+    ReopenLog: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.ReopenLogRequest, _tasks_pb2.ReopenLogResponse]
+    """As corral.tasks.v1.Tasks.ReopenLog, likewise. FAILED_PRECONDITION if it does not run."""
     Stats: _grpc.UnaryStreamMultiCallable[_engine_pb2.ContainerStatsRequest, _engine_pb2.ContainerStatsResponse]
     Top: _grpc.UnaryUnaryMultiCallable[_engine_pb2.TopRequest, _engine_pb2.TopResponse]
     """Processes inside."""
@@ -156,6 +158,8 @@ class ContainersAsyncStub(ContainersStub):
     """As corral.tasks.v1.Tasks.Attach, with `header.id` a container in the sense above."""
     Logs: _aio.UnaryStreamMultiCallable[_tasks_pb2.LogsRequest, _tasks_pb2.LogsResponse]  # type: ignore[assignment]
     """As corral.tasks.v1.Tasks.Logs, likewise."""
+    ReopenLog: _aio.UnaryUnaryMultiCallable[_tasks_pb2.ReopenLogRequest, _tasks_pb2.ReopenLogResponse]  # type: ignore[assignment]
+    """As corral.tasks.v1.Tasks.ReopenLog, likewise. FAILED_PRECONDITION if it does not run."""
     Stats: _aio.UnaryStreamMultiCallable[_engine_pb2.ContainerStatsRequest, _engine_pb2.ContainerStatsResponse]  # type: ignore[assignment]
     Top: _aio.UnaryUnaryMultiCallable[_engine_pb2.TopRequest, _engine_pb2.TopResponse]  # type: ignore[assignment]
     """Processes inside."""
@@ -357,6 +361,14 @@ class ContainersServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_tasks_pb2.LogsResponse], _abc.AsyncIterator[_tasks_pb2.LogsResponse]]:
         """As corral.tasks.v1.Tasks.Logs, likewise."""
+
+    @_abc_1.abstractmethod
+    def ReopenLog(
+        self,
+        request: _tasks_pb2.ReopenLogRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tasks_pb2.ReopenLogResponse, _abc.Awaitable[_tasks_pb2.ReopenLogResponse]]:
+        """As corral.tasks.v1.Tasks.ReopenLog, likewise. FAILED_PRECONDITION if it does not run."""
 
     @_abc_1.abstractmethod
     def Stats(

@@ -14,6 +14,7 @@ Exec makes it (CREATED), Start runs it. Whoever wants all its output attaches be
 from collections import abc as _abc
 from corral.api.types.v1 import types_pb2 as _types_pb2
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -210,6 +211,7 @@ class CreateTaskRequest(_message.Message):
     CONSOLE_SIZE_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     STDIN_ONCE_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     spec: _builtins.bytes
     """OCI runtime-spec config.json. root.path may be anything: the root is made of `rootfs`."""
@@ -237,6 +239,10 @@ class CreateTaskRequest(_message.Message):
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """From its start on; then it is killed, by its shim. Absent: for ever."""
+
     def __init__(
         self,
         *,
@@ -250,10 +256,11 @@ class CreateTaskRequest(_message.Message):
         console_size: _types_pb2.WindowSize | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         stdin_once: _builtins.bool = ...,
+        timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["console_size", b"console_size", "log", b"log"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["console_size", b"console_size", "log", b"log", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup_paths", b"cgroup_paths", "console_size", b"console_size", "id", b"id", "labels", b"labels", "log", b"log", "rootfs", b"rootfs", "spec", b"spec", "stdin", b"stdin", "stdin_once", b"stdin_once", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup_paths", b"cgroup_paths", "console_size", b"console_size", "id", b"id", "labels", b"labels", "log", b"log", "rootfs", b"rootfs", "spec", b"spec", "stdin", b"stdin", "stdin_once", b"stdin_once", "timeout", b"timeout", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1130,6 +1137,40 @@ class LogEntry(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LogEntry: _TypeAlias = LogEntry  # noqa: Y015
+
+@_typing.final
+class ReopenLogRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReopenLogRequest: _TypeAlias = ReopenLogRequest  # noqa: Y015
+
+@_typing.final
+class ReopenLogResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReopenLogResponse: _TypeAlias = ReopenLogResponse  # noqa: Y015
 
 @_typing.final
 class PidsRequest(_message.Message):

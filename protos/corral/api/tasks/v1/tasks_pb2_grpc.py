@@ -100,6 +100,11 @@ class TasksStub:
                 request_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.LogsRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.LogsResponse.FromString,
                 _registered_method=True)
+        self.ReopenLog = channel.unary_unary(
+                '/corral.tasks.v1.Tasks/ReopenLog',
+                request_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ReopenLogRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ReopenLogResponse.FromString,
+                _registered_method=True)
         self.Pids = channel.unary_unary(
                 '/corral.tasks.v1.Tasks/Pids',
                 request_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.PidsRequest.SerializeToString,
@@ -211,6 +216,13 @@ class TasksServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReopenLog(self, request, context):
+        """Opens a task's log again by its name, as after a rotation by another program; one that is sent, its connection.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Pids(self, request, context):
         """Pids inside, as the host counts them.
         """
@@ -298,6 +310,11 @@ def add_TasksServicer_to_server(servicer, server):
                     servicer.Logs,
                     request_deserializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.LogsRequest.FromString,
                     response_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.LogsResponse.SerializeToString,
+            ),
+            'ReopenLog': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReopenLog,
+                    request_deserializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ReopenLogRequest.FromString,
+                    response_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ReopenLogResponse.SerializeToString,
             ),
             'Pids': grpc.unary_unary_rpc_method_handler(
                     servicer.Pids,
@@ -666,6 +683,33 @@ class Tasks:
             '/corral.tasks.v1.Tasks/Logs',
             corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.LogsRequest.SerializeToString,
             corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.LogsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReopenLog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.tasks.v1.Tasks/ReopenLog',
+            corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ReopenLogRequest.SerializeToString,
+            corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ReopenLogResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -70,6 +70,8 @@ class TasksStub:
     """Forgets an exec that has ended (or kills it with `force`)."""
     Logs: _grpc.UnaryStreamMultiCallable[_tasks_pb2.LogsRequest, _tasks_pb2.LogsResponse]
     """Lines of a task's log, over rotated files."""
+    ReopenLog: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.ReopenLogRequest, _tasks_pb2.ReopenLogResponse]
+    """Opens a task's log again by its name, as after a rotation by another program; one that is sent, its connection."""
     Pids: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.PidsRequest, _tasks_pb2.PidsResponse]
     """Pids inside, as the host counts them."""
     Check: _grpc.UnaryUnaryMultiCallable[_types_pb2.CheckRequest, _types_pb2.CheckResponse]
@@ -109,6 +111,8 @@ class TasksAsyncStub(TasksStub):
     """Forgets an exec that has ended (or kills it with `force`)."""
     Logs: _aio.UnaryStreamMultiCallable[_tasks_pb2.LogsRequest, _tasks_pb2.LogsResponse]  # type: ignore[assignment]
     """Lines of a task's log, over rotated files."""
+    ReopenLog: _aio.UnaryUnaryMultiCallable[_tasks_pb2.ReopenLogRequest, _tasks_pb2.ReopenLogResponse]  # type: ignore[assignment]
+    """Opens a task's log again by its name, as after a rotation by another program; one that is sent, its connection."""
     Pids: _aio.UnaryUnaryMultiCallable[_tasks_pb2.PidsRequest, _tasks_pb2.PidsResponse]  # type: ignore[assignment]
     """Pids inside, as the host counts them."""
     Check: _aio.UnaryUnaryMultiCallable[_types_pb2.CheckRequest, _types_pb2.CheckResponse]  # type: ignore[assignment]
@@ -223,6 +227,14 @@ class TasksServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_tasks_pb2.LogsResponse], _abc.AsyncIterator[_tasks_pb2.LogsResponse]]:
         """Lines of a task's log, over rotated files."""
+
+    @_abc_1.abstractmethod
+    def ReopenLog(
+        self,
+        request: _tasks_pb2.ReopenLogRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tasks_pb2.ReopenLogResponse, _abc.Awaitable[_tasks_pb2.ReopenLogResponse]]:
+        """Opens a task's log again by its name, as after a rotation by another program; one that is sent, its connection."""
 
     @_abc_1.abstractmethod
     def Pids(

@@ -848,6 +848,7 @@ class ExitStatus(_message.Message):
     EXITED_AT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     KNOWN_FIELD_NUMBER: _builtins.int
+    TIMED_OUT_FIELD_NUMBER: _builtins.int
     code: _builtins.int
     """0 to 255; 128 + n for signal n."""
     signal: _builtins.int
@@ -858,6 +859,8 @@ class ExitStatus(_message.Message):
     """A sentence where code does not tell all ("the shim was killed; exit code unknown")."""
     known: _builtins.bool
     """False: nobody saw the exit, and code is 255 by convention. The container is "lost"."""
+    timed_out: _builtins.bool
+    """It was killed because its time was over."""
     @_builtins.property
     def exited_at(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
@@ -869,10 +872,11 @@ class ExitStatus(_message.Message):
         exited_at: _timestamp_pb2.Timestamp | None = ...,
         reason: _builtins.str = ...,
         known: _builtins.bool = ...,
+        timed_out: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["exited_at", b"exited_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "exited_at", b"exited_at", "known", b"known", "oom_killed", b"oom_killed", "reason", b"reason", "signal", b"signal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "exited_at", b"exited_at", "known", b"known", "oom_killed", b"oom_killed", "reason", b"reason", "signal", b"signal", "timed_out", b"timed_out"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
