@@ -24,8 +24,9 @@ OPTIONS: Sequence[tuple[str, Any]] = (
     # A daemon that restarts is back within a second; gRPC's own default waits for up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 500),
-    # In spite of its name this is how long one attempt to connect may take; a busy machine needs its time.
-    ("grpc.min_reconnect_backoff_ms", 5000),
+    # In spite of its name this is how long one attempt to connect may take. A daemon that executes itself anew answers
+    # those who have connected meanwhile, but on a busy machine it takes its time.
+    ("grpc.min_reconnect_backoff_ms", 20_000),
 )
 
 # sockaddr_un.sun_path is 108 bytes with its NUL. Source: unix(7).
