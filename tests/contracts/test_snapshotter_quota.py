@@ -29,6 +29,7 @@ COUNTING = (
     ("overlayfs", "ext4-projects"),
     ("overlayfs", "xfs-projects"),
     ("native", "xfs-projects"),
+    ("aufs", "ext4-projects"),
     ("btrfs", SIMPLE_QUOTAS),
 )
 

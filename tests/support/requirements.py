@@ -175,6 +175,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "btrfs": _file_system("btrfs"),
     "xfs": _file_system("xfs"),
     "ext4": _file_system("ext4"),
+    "aufs": _file_system("aufs"),
     "ext4-projects": _project_quota("ext4-projects"),
     "xfs-projects": _project_quota("xfs-projects"),
     "btrfs-quotas": _simple_quotas,

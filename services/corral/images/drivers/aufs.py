@@ -3,7 +3,6 @@ told in aufs' own form. Directories are as those of overlayfs, below aufs/; `w` 
 
 noplink   a file with several names that is copied up is one name's alone, as with overlayfs; else the others would
           change too, but only until the tree is mounted again
-diropq=a  a new directory hides what may ever be below it, as with overlayfs
 dirperm1  the uppermost directory alone says who may enter
 
 Source: aufs(5).
@@ -65,8 +64,8 @@ class Aufs(Overlayfs):
         upper = [told.get("upperdir", mount.source)] if writable else []
         lower = filter(None, told.get("lowerdir", "").split(":"))
         branches = join_branches([*((path, "rw") for path in upper), *((path, "ro+wh") for path in lower)])
-        access = ("diropq=a",) if writable and chain else () if writable else ("ro",)
-        return [Mount("aufs", "aufs", (f"br={branches}", *access, "dirperm1", "noplink"), parts=mount.parts)]
+        options = (f"br={branches}", "rw" if writable else "ro", "dirperm1", "noplink")
+        return [Mount("aufs", "aufs", options, parts=mount.parts)]
 
     def apart(self, tree: TreeId, chain: Sequence[TreeId]) -> Apart:
         return replace(super().apart(tree, chain), marks="aufs")

@@ -1,7 +1,7 @@
 """Packs a tree into a tar: what Applier makes of a layer, made into a layer again.
 
     what hides NAME                     .wh.NAME
-    what hides all in a directory       .wh..wh..opq in it, unless one above it is opaque
+    what hides all in a directory       .wh..wh..opq in it
 
 In each directory come first its files and then its directories, both in byte order, with times in whole seconds, so the
 same tree gives the same bytes. Whoever wrote the tree may still be writing: every directory is opened from the root,
@@ -72,19 +72,19 @@ class _Packer:
         self._links: dict[tuple[int, int], bytes] = {}
 
     def pack(self) -> Iterator[bytes]:
-        waiting = [("", False)]
+        waiting = [""]
         while waiting:
-            path, covered = waiting.pop()
+            path = waiting.pop()
             fd = open_directory(self._root, path)
             if fd is None:
                 continue
             try:
                 if path:
-                    covered = yield from self._directory(path, fd, covered=covered)
+                    yield from self._directory(path, fd)
                 below = yield from self._inside(path, fd)
             finally:
                 os.close(fd)
-            waiting += ((inner, covered) for inner in reversed(below))
+            waiting += reversed(below)
 
     def pack_some(self, changes: Iterable[tuple[bool, str]]) -> Iterator[bytes]:
         with ExitStack() as opened:
@@ -112,15 +112,12 @@ class _Packer:
                 entry.xattrs = attributes_of(fd)
                 yield header(entry)
 
-    def _directory(self, path: str, fd: int, *, covered: bool) -> Generator[bytes, None, bool]:
-        """Returns whether it hides what is below it; covered: another one above does already."""
+    def _directory(self, path: str, fd: int) -> Iterator[bytes]:
         entry = _entry(os.fsencode(path) + b"/", Kind.DIRECTORY, os.fstat(fd))
         entry.xattrs = attributes_of(fd)
         yield header(entry)
-        if covered or not is_opaque(fd, self._marks):
-            return covered
-        yield header(Entry(entry.name + OPAQUE.encode(), Kind.FILE, 0, 0, 0, 0, 0))
-        return True
+        if is_opaque(fd, self._marks):
+            yield header(Entry(entry.name + OPAQUE.encode(), Kind.FILE, 0, 0, 0, 0, 0))
 
     def _inside(self, path: str, fd: int) -> Generator[bytes, None, list[str]]:
         """Everything but directories, whose paths are returned."""
