@@ -1,7 +1,7 @@
 """`make bench`: speed and memory of corral, and of the peers that are installed, interleaved in one run.
 
     make bench                      all of it, about seven minutes
-    bench.py NAME...                only these: cold api exec verbs memory many unpack
+    bench.py NAME...                only these: cold api exec verbs memory many unpack logs health
     CORRAL_BENCH_ROUNDS (20)        how often each is measured
 
 Figures are medians; ratios are against corral's own figure of the same run. Peers get private roots and are skipped,
@@ -20,7 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import memory
+from logging_rate import bench_logs
 from peers import CorralOci, Peer, Runc, installed_peers, memory_directory, quiet
+from probes import bench_health
 from support.corrald import CORRAL, Corrald, Place, running
 from support.images import write_busybox
 from unpack import bench_unpack
@@ -180,6 +182,8 @@ BENCHES: dict[str, Callable[[Corrald, list[Peer]], None]] = {
     "many": bench_many,
     "verbs": bench_verbs,
     "unpack": bench_unpack,
+    "logs": bench_logs,
+    "health": bench_health,
 }
 
 

@@ -141,14 +141,14 @@ class Checks:
                 await tasks.DeleteExec(forget)
 
     async def _output_of(self, record: ContainerRecord, exec_id: str) -> tuple[int, str]:
-        tasks, output = self._core.leaves.tasks, bytearray()
-        header = tasks_pb2.AttachHeader(id=record.id, exec_id=exec_id, stdout=True, stderr=True)
-        call = tasks.Attach(iter((tasks_pb2.AttachRequest(header=header),)))
+        output = bytearray()
+        header = tasks_pb2.AttachHeader(id=record.id, exec_id=exec_id, stdout=True, stderr=True, start=True)
+        call = self._core.leaves.tasks.Attach()
         try:
-            async for response in call:
+            await call.write(tasks_pb2.AttachRequest(header=header))
+            await call.done_writing()
+            while isinstance(response := await call.read(), tasks_pb2.AttachResponse):
                 match response.WhichOneof("part"):
-                    case "attached":
-                        await tasks.Start(tasks_pb2.StartRequest(id=record.id, exec_id=exec_id))
                     case "exited":
                         return response.exited.code, bytes(output).decode("utf-8", "replace")
                     case _ if len(output) < OUTPUT_BYTES:
