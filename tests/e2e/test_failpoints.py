@@ -198,6 +198,8 @@ class Life:
         self.call(self.update)
         self.call(lambda: self.client.networks.connect("bridge", "one"))
         self.call(lambda: self.client.networks.disconnect("bridge", "one"), NotFound)
+        self.call(lambda: containers.publish("one", ["8"]))
+        self.call(lambda: containers.unpublish("one", ["8"]), NotFound)
         self.call(lambda: containers.pause("one"), FailedPrecondition)
         # The pause of a daemon that died before it said so is undone.
         if self.call(lambda: containers.get("one")).status == engine_pb2.STATUS_PAUSED:

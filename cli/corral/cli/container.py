@@ -120,29 +120,6 @@ def wait_command(app: App, containers: tuple[str, ...], condition: str) -> int:
     return each(containers, lambda c: app.client.containers.wait(c, condition), show=lambda _, exit_: str(exit_.code))
 
 
-@click.command("port")
-@_name
-@click.argument("port", required=False, metavar="[PORT[/PROTOCOL]]")
-@pass_app
-def port_command(app: App, container: str, port: str | None) -> None:
-    """Show which ports of the host lead to a container's."""
-    number, _, protocol = (port or "").partition("/")
-    found = sorted(app.client.containers.get(container).endpoint.ports, key=lambda p: (p.container_port, p.protocol))
-    for each_port in found:
-        where = f"{_bracketed(each_port.host_ip or '0.0.0.0')}:{each_port.host_port}"
-        if port is None:
-            click.echo(f"{each_port.container_port}/{each_port.protocol} -> {where}")
-        elif (str(each_port.container_port), each_port.protocol) == (number, protocol or "tcp"):
-            click.echo(where)
-            return
-    if port is not None:
-        raise click.ClickException(f"container {container} does not publish port {number}/{protocol or 'tcp'}")
-
-
-def _bracketed(address: str) -> str:
-    return f"[{address}]" if ":" in address else address
-
-
 @click.command("rename")
 @_name
 @click.argument("new_name")

@@ -27,7 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "exec": ("exec", "Run a further command in a running container"),
     "attach": ("exec", "Attach this terminal to a running container"),
     "pause": ("container", "Freeze every process of containers"),
-    "port": ("container", "Show which ports of the host lead to a container's"),
+    "port": ("port", "Show which ports of the host lead to a container's; add, rm"),
     "update": ("update", "Change limits, restart policy and labels of containers"),
     "unpause": ("container", "Let paused containers go on"),
     "wait": ("container", "Wait until containers end; print their exit codes"),

@@ -1,6 +1,6 @@
 """The networks of a container, from the words people use: "web,alias=db", "8080:80/udp", "name:10.0.0.1"."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
 from corral.api.engine.v1 import engine_pb2 as pb
@@ -99,6 +99,11 @@ def port(text: str) -> list[network_pb2.PortMapping]:
         )
         for h, c in zip(outer, inner, strict=True)
     ]
+
+
+def ports_request(container: str, ports: Iterable[str]) -> pb.ContainerPortsRequest:
+    """These ports of a container. Raises ValueError."""
+    return pb.ContainerPortsRequest(container=container, ports=[mapping for text in ports for mapping in port(text)])
 
 
 def _port_range(text: str) -> range:

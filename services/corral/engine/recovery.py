@@ -3,7 +3,7 @@
 1. The end of tasks' journal is merged, so that exits that happened meanwhile are known as they were.
 2. Rows that say CREATING are undone, rows that say REMOVING are finished.
 3. Rows are compared with tasks and cgroups: an end nobody journalled, a start that did not happen, half a freeze.
-4. Endpoints are made what configs say, where one was being connected or disconnected.
+4. Endpoints are made what configs say, where networks or ports of one were being changed.
 5. What leaves keep for the engine, but no row describes, is removed.
 """
 
@@ -22,6 +22,7 @@ from corral.engine import pauses, store
 from corral.engine.core import Core, Key
 from corral.engine.leaves import persistently
 from corral.engine.networking import Networking
+from corral.engine.publishing import Publishing
 from corral.engine.records import ALIVE, ContainerRecord, Status, to_ns
 from corral.engine.removal import Removal, lost_exit
 from corral.engine.requests import OWNER
@@ -48,10 +49,16 @@ class Recovery:
     """See the module."""
 
     def __init__(
-        self, core: Core, removal: Removal, networking: Networking, catch_up: Callable[[str], Awaitable[None]]
+        self,
+        core: Core,
+        removal: Removal,
+        networking: Networking,
+        publishing: Publishing,
+        catch_up: Callable[[str], Awaitable[None]],
     ) -> None:
         self._core = core
         self._networking = networking
+        self._publishing = publishing
         self._removal = removal
         self._catch_up = catch_up
         self._passing: list[tuple[str, str]] = []
@@ -85,7 +92,7 @@ class Recovery:
         await self.compare_tasks()
         await self._compare_frozen()
         await self._resume_passing()
-        await self._networking.settle()
+        await self._settle_networks()
         await self._sweep()
         for record in self._found_ended:
             now = self._find((record.namespace, record.id))
@@ -100,8 +107,12 @@ class Recovery:
         elif origin == "cgroups":
             await self._compare_frozen()
         elif origin == "network":
-            await self._networking.settle()
+            await self._settle_networks()
         await self._finish_halves()
+
+    async def _settle_networks(self) -> None:
+        await self._networking.settle()
+        await self._publishing.settle()
 
     async def _finish_halves(self) -> None:
         halves = self._records(Status.CREATING, Status.REMOVING)

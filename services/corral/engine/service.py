@@ -26,6 +26,7 @@ from corral.engine.lifecycle import Lifecycle
 from corral.engine.merge import Merger, write_merged_event
 from corral.engine.networking import Networking
 from corral.engine.ports import Ports
+from corral.engine.publishing import Publishing
 from corral.engine.records import ContainerRecord
 from corral.engine.recovery import Recovery
 from corral.engine.removal import Removal
@@ -100,7 +101,7 @@ class EngineService:
         execs = Execs(core)
         checks = Checks(core, lifecycle, execs)
         core.on_start = checks.on_start
-        views, networking = Views(core, checks), Networking(core)
+        views, networking, publishing = Views(core, checks), Networking(core), Publishing(core)
         self._containers.serve(
             core,
             views,
@@ -109,13 +110,14 @@ class EngineService:
             removal,
             Updates(core),
             networking,
+            publishing,
             execs,
             task_making,
         )
         self._volumes.serve(Volumes(core))
         self._streams = Streams(core)
         self._merger = Merger(core)
-        recovery = Recovery(core, removal, networking, self._merger.catch_up)
+        recovery = Recovery(core, removal, networking, publishing, self._merger.catch_up)
         self._system.serve(System(core, _version()), DiskUsage(core), Checker(core, recovery), config, database)
         self._merger.on_reconnect = recovery.after_outage
         await recovery.start()
@@ -153,6 +155,7 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
         removal: Removal,
         updates: Updates,
         networking: Networking,
+        publishing: Publishing,
         execs: Execs,
         task_making: TaskMaking,
     ) -> None:
@@ -164,6 +167,7 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
         self._removal = removal
         self._updates = updates
         self._networking = networking
+        self._publishing = publishing
         self._commits = Commits(core, lifecycle)
         self._execs = execs
         self._copying = Copying(core, task_making)
@@ -237,6 +241,12 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
 
     async def Disconnect(self, request: pb.DisconnectContainerRequest, context: object) -> pb.Container:
         return await self._views.of(await self._networking.disconnect(request.container, request.network))
+
+    async def Publish(self, request: pb.ContainerPortsRequest, context: object) -> pb.Container:
+        return await self._views.of(await self._publishing.publish(request.container, request.ports))
+
+    async def Unpublish(self, request: pb.ContainerPortsRequest, context: object) -> pb.Container:
+        return await self._views.of(await self._publishing.unpublish(request.container, request.ports))
 
     async def Commit(self, request: pb.CommitContainerRequest, context: object) -> images_pb2.Image:
         return await self._commits.commit(request)

@@ -241,7 +241,7 @@ class Endpoints:
         """Publish more ports; those that are published stay. Raises NotFound, AlreadyExists, InvalidArgument."""
 
         async def work() -> Endpoint:
-            endpoint = self.get(key)
+            endpoint = await self._standing_one(key)
             lacking = missing(endpoint, ports)
             return await self._publishing.publish(endpoint, lacking) if lacking else endpoint
 

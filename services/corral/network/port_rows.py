@@ -18,6 +18,16 @@ def check(snapshot: Snapshot, key: EndpointKey, ports: Iterable[Port]) -> None:
             )
 
 
+def check_own(snapshot: Snapshot, key: EndpointKey, ports: Iterable[Port]) -> None:
+    """Raises AlreadyExists for one that leads to another port of the same endpoint."""
+    for port in ports:
+        if port.host_port and holder(snapshot, port) == key:
+            raise AlreadyExists(
+                f"port {port} of the host leads to another port of the container already: withdraw that first",
+                reason="PORT_TAKEN",
+            )
+
+
 def insert(transaction: Transaction, key: EndpointKey, ports: Iterable[Port]) -> None:
     """Publish ports of an endpoint. Raises AlreadyExists."""
     check(transaction, key, ports)

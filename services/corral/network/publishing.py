@@ -35,14 +35,13 @@ def all_forwards(db: Database, boot_id: str) -> list[Forward]:
 
 
 def alike(one: Request, other: Request) -> bool:
-    """Whether they ask for the same, but for what can change later: ports of the host, and names. Pure."""
+    """Whether they ask for the same, but for what can change later: ports, and names. Pure."""
     return one == other or _lasting(one) == _lasting(other)
 
 
 def _lasting(request: Request) -> Request:
-    ports = tuple(replace(port, host_port=0) for port in request.ports)
     attachments = tuple(replace(attachment, aliases=()) for attachment in request.attachments)
-    return replace(request, ports=ports, attachments=attachments)
+    return replace(request, ports=(), attachments=attachments)
 
 
 def missing(endpoint: Endpoint, asked: Iterable[Port]) -> list[Port]:
@@ -116,14 +115,15 @@ class Publishing:
     async def publish(self, endpoint: Endpoint, asked: Sequence[Port]) -> Endpoint:
         """More ports of an endpoint that stands; all or none."""
         check_reachable(endpoint, asked)
+        self._db.read_sync(lambda snapshot: port_rows.check_own(snapshot, endpoint.key, asked))
         ports = await self.hold(endpoint.key, asked)
         try:
             published = await self._db.write(lambda transaction: _insert(transaction, endpoint, ports))
             failpoint("network.publish.after_rows")
             await self._thread.run(lambda netlink: self.open(netlink, published, ports))
         except BaseException:
+            await self._thread.run(lambda _: self.shut(endpoint, ports))
             await self._db.write(lambda transaction: port_rows.delete(transaction, endpoint.key, ports))
-            self.release(endpoint.key, ports)
             raise
         return published
 

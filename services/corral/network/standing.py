@@ -151,7 +151,7 @@ class Standing:
             self._publishing.shut(endpoint, endpoint.ports)
         for interface in endpoint.interfaces:
             netlink.unplug(interface.host_name)
-            for address, _ in interface.addresses if endpoint.request.ports else ():
+            for address, _ in interface.addresses if endpoint.request.ports or endpoint.ports else ():
                 conntrack.forget_address(address)  # it may be another's next
         failpoint("network.detach.after_unplug")
         self._pool.discard(endpoint.netns)

@@ -13,6 +13,7 @@ from corral.api.types.v1 import types_pb2
 from corral.client.execution import Attachment, Collected, ExecResult, attach_requests
 from corral.client.fetching import Pull, check_pull, may_fetch
 from corral.client.following import LogPosition
+from corral.client.network_options import ports_request
 from corral.client.options import ContainerOptions, UpdateOptions, container_config, update_request
 from corral.client.transport import Exchange, Transport
 from corral.rpc.errors import NotFound
@@ -148,6 +149,17 @@ class Containers:
         """Gives a container another name."""
         request = engine_pb2.RenameContainerRequest(container=container, name=name)
         return self._engine.unary(self._stub.Rename, request)
+
+    def publish(self, container: str, ports: Iterable[str]) -> engine_pb2.Container:
+        """Publishes more ports of a container: at once if it runs, else with its next start. All or none.
+
+        ports: "[ip:][host:]container[/protocol]", as when a container is made.
+        """
+        return self._engine.unary(self._stub.Publish, ports_request(container, ports))
+
+    def unpublish(self, container: str, ports: Iterable[str]) -> engine_pb2.Container:
+        """Withdraws ports of a container; one named without the host's port is whichever leads there."""
+        return self._engine.unary(self._stub.Unpublish, ports_request(container, ports))
 
     def reopen_log(self, container: str) -> None:
         """Has the log of a container that runs opened again by its name, as after a rotation by another program."""

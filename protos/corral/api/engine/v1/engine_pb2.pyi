@@ -1403,6 +1403,31 @@ class DisconnectContainerRequest(_message.Message):
 Global___DisconnectContainerRequest: _TypeAlias = DisconnectContainerRequest  # noqa: Y015
 
 @_typing.final
+class ContainerPortsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTAINER_FIELD_NUMBER: _builtins.int
+    PORTS_FIELD_NUMBER: _builtins.int
+    container: _builtins.str
+    @_builtins.property
+    def ports(self) -> _containers.RepeatedCompositeFieldContainer[_network_pb2.PortMapping]:
+        """To withdraw: host_port 0 means whichever leads there, host_ip "" any address."""
+
+    def __init__(
+        self,
+        *,
+        container: _builtins.str = ...,
+        ports: _abc.Iterable[_network_pb2.PortMapping] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "ports", b"ports"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContainerPortsRequest: _TypeAlias = ContainerPortsRequest  # noqa: Y015
+
+@_typing.final
 class ExecContainerRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

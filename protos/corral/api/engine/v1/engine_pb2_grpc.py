@@ -114,6 +114,16 @@ class ContainersStub:
                 request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.DisconnectContainerRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.FromString,
                 _registered_method=True)
+        self.Publish = channel.unary_unary(
+                '/corral.engine.v1.Containers/Publish',
+                request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ContainerPortsRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.FromString,
+                _registered_method=True)
+        self.Unpublish = channel.unary_unary(
+                '/corral.engine.v1.Containers/Unpublish',
+                request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ContainerPortsRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.FromString,
+                _registered_method=True)
         self.Commit = channel.unary_unary(
                 '/corral.engine.v1.Containers/Commit',
                 request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CommitContainerRequest.SerializeToString,
@@ -284,6 +294,22 @@ class ContainersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Publish(self, request, context):
+        """Publishes more ports of a container, or withdraws some: at once if it runs, else with its next start. All or none.
+        ALREADY_EXISTS: a port of the host is taken. INVALID_ARGUMENT: one would lead nowhere. FAILED_PRECONDITION: the
+        container has no network of its own. Those that are published already are no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpublish(self, request, context):
+        """NOT_FOUND: it does not publish one of them; then all stay.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Commit(self, request, context):
         """Makes an image of what the container has written, pausing it meanwhile unless `no_pause`.
         """
@@ -442,6 +468,16 @@ def add_ContainersServicer_to_server(servicer, server):
             'Disconnect': grpc.unary_unary_rpc_method_handler(
                     servicer.Disconnect,
                     request_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.DisconnectContainerRequest.FromString,
+                    response_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.SerializeToString,
+            ),
+            'Publish': grpc.unary_unary_rpc_method_handler(
+                    servicer.Publish,
+                    request_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ContainerPortsRequest.FromString,
+                    response_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.SerializeToString,
+            ),
+            'Unpublish': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpublish,
+                    request_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ContainerPortsRequest.FromString,
                     response_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.SerializeToString,
             ),
             'Commit': grpc.unary_unary_rpc_method_handler(
@@ -911,6 +947,60 @@ class Containers:
             target,
             '/corral.engine.v1.Containers/Disconnect',
             corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.DisconnectContainerRequest.SerializeToString,
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Publish(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.engine.v1.Containers/Publish',
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ContainerPortsRequest.SerializeToString,
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpublish(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.engine.v1.Containers/Unpublish',
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ContainerPortsRequest.SerializeToString,
             corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Container.FromString,
             options,
             channel_credentials,

@@ -77,6 +77,13 @@ class ContainersStub:
     FAILED_PRECONDITION: it has no network of its own, the address is taken, a published port would lead nowhere.
     """
     Disconnect: _grpc.UnaryUnaryMultiCallable[_engine_pb2.DisconnectContainerRequest, _engine_pb2.Container]
+    Publish: _grpc.UnaryUnaryMultiCallable[_engine_pb2.ContainerPortsRequest, _engine_pb2.Container]
+    """Publishes more ports of a container, or withdraws some: at once if it runs, else with its next start. All or none.
+    ALREADY_EXISTS: a port of the host is taken. INVALID_ARGUMENT: one would lead nowhere. FAILED_PRECONDITION: the
+    container has no network of its own. Those that are published already are no error.
+    """
+    Unpublish: _grpc.UnaryUnaryMultiCallable[_engine_pb2.ContainerPortsRequest, _engine_pb2.Container]
+    """NOT_FOUND: it does not publish one of them; then all stay."""
     Commit: _grpc.UnaryUnaryMultiCallable[_engine_pb2.CommitContainerRequest, _images_pb2.Image]
     """Makes an image of what the container has written, pausing it meanwhile unless `no_pause`."""
     CopyFrom: _grpc.UnaryStreamMultiCallable[_engine_pb2.CopyFromRequest, _engine_pb2.CopyFromResponse]
@@ -139,6 +146,13 @@ class ContainersAsyncStub(ContainersStub):
     FAILED_PRECONDITION: it has no network of its own, the address is taken, a published port would lead nowhere.
     """
     Disconnect: _aio.UnaryUnaryMultiCallable[_engine_pb2.DisconnectContainerRequest, _engine_pb2.Container]  # type: ignore[assignment]
+    Publish: _aio.UnaryUnaryMultiCallable[_engine_pb2.ContainerPortsRequest, _engine_pb2.Container]  # type: ignore[assignment]
+    """Publishes more ports of a container, or withdraws some: at once if it runs, else with its next start. All or none.
+    ALREADY_EXISTS: a port of the host is taken. INVALID_ARGUMENT: one would lead nowhere. FAILED_PRECONDITION: the
+    container has no network of its own. Those that are published already are no error.
+    """
+    Unpublish: _aio.UnaryUnaryMultiCallable[_engine_pb2.ContainerPortsRequest, _engine_pb2.Container]  # type: ignore[assignment]
+    """NOT_FOUND: it does not publish one of them; then all stay."""
     Commit: _aio.UnaryUnaryMultiCallable[_engine_pb2.CommitContainerRequest, _images_pb2.Image]  # type: ignore[assignment]
     """Makes an image of what the container has written, pausing it meanwhile unless `no_pause`."""
     CopyFrom: _aio.UnaryStreamMultiCallable[_engine_pb2.CopyFromRequest, _engine_pb2.CopyFromResponse]  # type: ignore[assignment]
@@ -288,6 +302,25 @@ class ContainersServicer(metaclass=_abc_1.ABCMeta):
         request: _engine_pb2.DisconnectContainerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_engine_pb2.Container, _abc.Awaitable[_engine_pb2.Container]]: ...
+
+    @_abc_1.abstractmethod
+    def Publish(
+        self,
+        request: _engine_pb2.ContainerPortsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_pb2.Container, _abc.Awaitable[_engine_pb2.Container]]:
+        """Publishes more ports of a container, or withdraws some: at once if it runs, else with its next start. All or none.
+        ALREADY_EXISTS: a port of the host is taken. INVALID_ARGUMENT: one would lead nowhere. FAILED_PRECONDITION: the
+        container has no network of its own. Those that are published already are no error.
+        """
+
+    @_abc_1.abstractmethod
+    def Unpublish(
+        self,
+        request: _engine_pb2.ContainerPortsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_pb2.Container, _abc.Awaitable[_engine_pb2.Container]]:
+        """NOT_FOUND: it does not publish one of them; then all stay."""
 
     @_abc_1.abstractmethod
     def Commit(
