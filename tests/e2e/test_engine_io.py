@@ -156,6 +156,66 @@ async def test_exec_has_a_terminal_and_input_if_asked(engine: EngineClient) -> N
     assert b"hi\r\n" in output
 
 
+def exec_header(*args: str, **process: object) -> pb.ExecRunRequest:
+    request = pb.ExecContainerRequest(container="host", args=args, **process)  # type: ignore[arg-type]
+    return pb.ExecRunRequest(header=pb.ExecRunHeader(process=request, stdout=True, stderr=True, lossless=True))
+
+
+async def no_execs(engine: EngineClient) -> bool:
+    async with asyncio.timeout(5):
+        while (await engine.get("host")).exec_ids:  # noqa: ASYNC110 - no event tells it
+            await asyncio.sleep(0.01)
+    return True
+
+
+async def test_an_exec_in_one_call_tells_all_and_is_forgotten(engine: EngineClient) -> None:
+    await engine.run("sleep", "100", name="host")
+    call = engine.containers.ExecRun()
+    await call.write(exec_header("sh", "-c", "cat; echo bad >&2; exit 4", stdin=True))
+    attached = (await call.read()).attached
+    os.kill(attached.pid, 0)
+    assert list((await engine.get("host")).exec_ids) == [attached.exec_id]
+    await call.write(pb.ExecRunRequest(stdin=b"in\n"))
+    await call.done_writing()
+    parts = []
+    while isinstance(part := await call.read(), tasks_pb2.AttachResponse):
+        parts.append(part)
+    assert b"".join(part.stdout for part in parts) == b"in\n"
+    assert b"".join(part.stderr for part in parts) == b"bad\n"
+    assert parts[-1].exited.code == 4
+    assert await no_execs(engine)
+
+
+@pytest.mark.parametrize(("program", "reason"), [("nosuch", "EXEC_NOT_FOUND"), ("/etc", "EXEC_DENIED")])
+async def test_an_exec_in_one_call_that_cannot_run_says_why_and_is_forgotten(
+    engine: EngineClient, program: str, reason: str
+) -> None:
+    await engine.run("sleep", "100", name="host")
+    call = engine.containers.ExecRun()
+    await call.write(exec_header(program))
+    with pytest.raises(CorralError) as raised:
+        await call.read()
+    assert raised.value.reason == reason
+    assert await no_execs(engine)
+
+
+async def test_the_process_of_an_exec_in_one_call_goes_on_when_its_client_leaves(engine: EngineClient) -> None:
+    await engine.run("sleep", "100", name="host")
+    call = engine.containers.ExecRun()
+    await call.write(exec_header("sh", "-c", "sleep 0.5; echo done > /tmp/done; sleep 100"))
+    await call.read()
+    call.cancel()
+    await asyncio.sleep(1)
+    assert (await engine.exec("host", "cat", "/tmp/done")) == (0, b"done\n")
+
+
+async def test_an_exec_in_one_call_begins_with_its_header(engine: EngineClient) -> None:
+    call = engine.containers.ExecRun()
+    await call.write(pb.ExecRunRequest(stdin=b"x"))
+    with pytest.raises(InvalidArgument, match="header"):
+        await call.read()
+
+
 @pytest.mark.parametrize(("program", "reason"), [("nosuch", "EXEC_NOT_FOUND"), ("/etc", "EXEC_DENIED")])
 async def test_an_exec_that_cannot_run_says_why(engine: EngineClient, program: str, reason: str) -> None:
     await engine.run("sleep", "100", name="host")

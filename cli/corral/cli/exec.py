@@ -60,17 +60,11 @@ def exec_command(
     if detach:
         containers.exec_start(made.id, made.exec_id)
         return 0
-    session = Session(
-        app.client,
-        Attachment(made.id, made.exec_id, stdin=stdin, stdout=True, stderr=True, lossless=True),
-        terminal=terminal,
-        detach_keys=keys,
+    attachment = Attachment(
+        made.id, made.exec_id, stdin=stdin, stdout=True, stderr=True, lossless=True, start=True, forget=True
     )
-    status = session.run(lambda: containers.exec_start(made.id, made.exec_id))
-    if status is None:
-        return 0
-    containers.exec_wait(made.id, made.exec_id)
-    return exit_code(status)
+    status = Session(app.client, attachment, terminal=terminal, detach_keys=keys).run()
+    return 0 if status is None else exit_code(status)
 
 
 @click.command("attach")
@@ -105,5 +99,5 @@ def attach_command(app: App, container: str, no_stdin: bool, detach_keys: str, s
         detach_keys=keys,
         signal_proxy=sig_proxy,
     )
-    status = session.run(lambda: None)
+    status = session.run()
     return 0 if status is None else exit_code(status)

@@ -107,7 +107,7 @@ class Session:
     _wake: tuple[int, int] = (-1, -1)
     _asked_to_end: int = 0
 
-    def run(self, on_attached: Callable[[], object]) -> types_pb2.ExitStatus | None:
+    def run(self, on_attached: Callable[[], object] = lambda: None) -> types_pb2.ExitStatus | None:
         """Joins the streams; calls `on_attached` when no output can be missed any more.
 
         Returns how the process ended, or None after a detach. Raises KeyboardInterrupt when asked often to end.

@@ -1,8 +1,10 @@
-"""What goes in and comes out of an attached process. `attach_requests` has an asyncio and a plain form."""
+"""What goes in and comes out of a process. `attach_requests` has an asyncio and a plain form."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+from corral.api.engine.v1 import engine_pb2
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1 import types_pb2
 
@@ -20,6 +22,8 @@ class Attachment:
     replay: bool = False
     resumable: bool = False
     resume: str = ""
+    start: bool = False
+    forget: bool = False
 
     def first_request(self) -> tasks_pb2.AttachRequest:
         """The message that opens the stream."""
@@ -33,8 +37,54 @@ class Attachment:
             replay=self.replay,
             resumable=self.resumable,
             resume=self.resume,
+            start=self.start,
+            forget=self.forget,
         )
         return tasks_pb2.AttachRequest(header=header)
+
+
+def exec_request(
+    container: str,
+    args: Sequence[str],
+    *,
+    env: Sequence[str] = (),
+    working_dir: str = "",
+    user: str = "",
+    terminal: bool = False,
+    stdin: bool = False,
+    privileged: bool = False,
+    console_size: tuple[int, int] | None = None,
+) -> engine_pb2.ExecContainerRequest:
+    """A further process. Fields as in corral.engine.v1.ExecContainerRequest; console_size is columns and lines."""
+    size = None if console_size is None else types_pb2.WindowSize(width=console_size[0], height=console_size[1])
+    return engine_pb2.ExecContainerRequest(
+        container=container,
+        args=args,
+        env=env,
+        working_dir=working_dir,
+        user=user,
+        terminal=terminal,
+        stdin=stdin,
+        privileged=privileged,
+        console_size=size,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """A process to be made, attached to and run in one call. Streams as in corral.engine.v1.ExecRunHeader."""
+
+    process: engine_pb2.ExecContainerRequest
+    stdout: bool = True
+    stderr: bool = True
+    lossless: bool = True
+
+    def first_request(self) -> engine_pb2.ExecRunRequest:
+        """The message that opens the stream."""
+        header = engine_pb2.ExecRunHeader(
+            process=self.process, stdout=self.stdout, stderr=self.stderr, lossless=self.lossless
+        )
+        return engine_pb2.ExecRunRequest(header=header)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +120,24 @@ class Collected:
         return ExecResult(self._exit.code, b"".join(self._stdout), b"".join(self._stderr), self._exit)
 
 
-async def async_attach_requests(
-    attachment: Attachment, requests: AsyncIterator[tasks_pb2.AttachRequest] | None
-) -> AsyncIterator[tasks_pb2.AttachRequest]:
+class Opening[Request](Protocol):
+    """What a conversation begins with: an Attachment or an Execution."""
+
+    def first_request(self) -> Request: ...
+
+
+async def async_attach_requests[Request](
+    opening: Opening[Request], requests: AsyncIterator[Request] | None
+) -> AsyncIterator[Request]:
     """The opening message, then what the caller sends."""
-    yield attachment.first_request()
+    yield opening.first_request()
     if requests is not None:
         async for request in requests:
             yield request
 
 
-def attach_requests(
-    attachment: Attachment, requests: Iterator[tasks_pb2.AttachRequest] | None
-) -> Iterator[tasks_pb2.AttachRequest]:
+def attach_requests[Request](opening: Opening[Request], requests: Iterator[Request] | None) -> Iterator[Request]:
     """The opening message, then what the caller sends."""
-    yield attachment.first_request()
+    yield opening.first_request()
     if requests is not None:
         yield from requests

@@ -6,12 +6,14 @@ import json
 from corral.api.engine.v1.engine_pb2 import ExecContainerRequest
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1.types_pb2 import ExitStatus, WindowSize
+from corral.engine import secrets
 from corral.engine.core import Core, require_alive
 from corral.engine.naming import random_id
 from corral.engine.records import ContainerRecord, Status
 from corral.engine.resolve import lay_env
 from corral.engine.spec import process_for_exec
 from corral.oci.decode import encode
+from corral.rpc.blocking import run_blocking
 from corral.rpc.context import check_id
 from corral.rpc.errors import FailedPrecondition, InvalidArgument, Unavailable
 
@@ -24,17 +26,18 @@ class Execs:
     def __init__(self, core: Core) -> None:
         self._core = core
 
-    async def make(self, request: ExecContainerRequest) -> tuple[str, str]:
-        """Register a process; returns the ids of container and exec. Raises FailedPrecondition unless it runs."""
+    async def make(self, request: ExecContainerRequest) -> tuple[ContainerRecord, str]:
+        """Register a process; returns its container and its id. Raises FailedPrecondition unless it runs."""
         record = self._running(request.container)
         if not request.args or not request.args[0]:
             raise InvalidArgument("there is nothing to run: give a command", reason="NO_COMMAND")
         exec_id = check_id(request.exec_id, "exec id") if request.exec_id else random_id()
+        secret_env = await self._secret_env(record) if record.config.secrets else {}
         process = process_for_exec(
             record.config,
             self._core.host,
             args=tuple(request.args),
-            env=lay_env(request.env),
+            env=lay_env((f"{name}={value}" for name, value in secret_env.items()), request.env),
             working_dir=request.working_dir,
             terminal=request.terminal,
             privileged=request.privileged,
@@ -49,7 +52,11 @@ class Execs:
                 console_size=request.console_size if request.HasField("console_size") else None,
             )
         )
-        return record.id, exec_id
+        return record, exec_id
+
+    async def _secret_env(self, record: ContainerRecord) -> dict[str, str]:
+        _, env = await run_blocking(lambda: secrets.of_container(self._core, record, env_only=True))
+        return env
 
     def _running(self, reference: str) -> ContainerRecord:
         record = self._core.resolve(reference)

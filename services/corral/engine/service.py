@@ -31,6 +31,7 @@ from corral.engine.records import ContainerRecord
 from corral.engine.recovery import Recovery
 from corral.engine.removal import Removal
 from corral.engine.restarts import Restarts
+from corral.engine.secrets import Secrets
 from corral.engine.sizes import Sizes
 from corral.engine.streams import Streams, register
 from corral.engine.system import System
@@ -58,6 +59,7 @@ class EngineService:
         self._config = config
         self._containers = ContainersServicer()
         self._volumes = VolumesServicer()
+        self._secrets = SecretsServicer()
         self._system = SystemServicer()
         self._streams: Streams | None = None
         self._channels = Channels()
@@ -65,10 +67,11 @@ class EngineService:
         self._merger: Merger | None = None
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
-        """Add the servicers; Attach and Logs go through unparsed."""
+        """Add the servicers; Attach, ExecRun and Logs go through unparsed."""
         register(self._open_streams, server)
         engine_pb2_grpc.add_ContainersServicer_to_server(self._containers, server)
         engine_pb2_grpc.add_VolumesServicer_to_server(self._volumes, server)
+        engine_pb2_grpc.add_SecretsServicer_to_server(self._secrets, server)
         engine_pb2_grpc.add_SystemServicer_to_server(self._system, server)
         return [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]
 
@@ -115,7 +118,8 @@ class EngineService:
             task_making,
         )
         self._volumes.serve(Volumes(core))
-        self._streams = Streams(core)
+        self._secrets.serve(Secrets(core))
+        self._streams = Streams(core, execs)
         self._merger = Merger(core)
         recovery = Recovery(core, removal, networking, publishing, self._merger.catch_up)
         self._system.serve(System(core, _version()), DiskUsage(core), Checker(core, recovery), config, database)
@@ -144,7 +148,7 @@ def _version() -> str:
 
 
 class ContainersServicer(engine_pb2_grpc.ContainersServicer):
-    """corral.engine.v1.Containers. Attach and Logs are in corral.engine.streams."""
+    """corral.engine.v1.Containers. Attach, ExecRun and Logs are in corral.engine.streams."""
 
     def serve(
         self,
@@ -175,6 +179,9 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
         self._usage = Usage(core, self._sizes)
 
     async def Attach(self, request_iterator: object, context: object) -> None:  # type: ignore[override]
+        raise NotImplementedError("passed on unparsed, see corral.engine.streams")
+
+    async def ExecRun(self, request_iterator: object, context: object) -> None:  # type: ignore[override]
         raise NotImplementedError("passed on unparsed, see corral.engine.streams")
 
     async def Logs(self, request: object, context: object) -> None:  # type: ignore[override]
@@ -260,8 +267,8 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
         return pb.CopyToResponse()
 
     async def Exec(self, request: pb.ExecContainerRequest, context: object) -> pb.ExecContainerResponse:
-        id_, exec_id = await self._execs.make(request)
-        return pb.ExecContainerResponse(id=id_, exec_id=exec_id)
+        record, exec_id = await self._execs.make(request)
+        return pb.ExecContainerResponse(id=record.id, exec_id=exec_id)
 
     async def ExecStart(self, request: pb.ExecStartRequest, context: object) -> pb.ExecStartResponse:
         return pb.ExecStartResponse(pid=await self._execs.start(request.container, request.exec_id))
@@ -312,6 +319,26 @@ class VolumesServicer(engine_pb2_grpc.VolumesServicer):
 
     async def Prune(self, request: pb.PruneVolumesRequest, context: object) -> pb.PruneVolumesResponse:
         return pb.PruneVolumesResponse(removed=await self._volumes.prune(everything=request.all))
+
+
+class SecretsServicer(engine_pb2_grpc.SecretsServicer):
+    """corral.engine.v1.Secrets."""
+
+    def serve(self, secrets: Secrets) -> None:
+        self._secrets = secrets
+
+    async def Create(self, request: pb.CreateSecretRequest, context: object) -> pb.Secret:
+        return await self._secrets.create(request)
+
+    async def Get(self, request: pb.GetSecretRequest, context: object) -> pb.Secret:
+        return await self._secrets.get(request.name)
+
+    async def List(self, request: pb.ListSecretsRequest, context: object) -> pb.ListSecretsResponse:
+        return pb.ListSecretsResponse(secrets=await self._secrets.every())
+
+    async def Remove(self, request: pb.RemoveSecretRequest, context: object) -> pb.RemoveSecretResponse:
+        await self._secrets.remove(request.name)
+        return pb.RemoveSecretResponse()
 
 
 class SystemServicer(engine_pb2_grpc.SystemServicer):

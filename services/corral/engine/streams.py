@@ -1,4 +1,4 @@
-"""Attach and Logs: passed on to tasks, byte for byte.
+"""Attach, ExecRun and Logs: passed on to tasks, byte for byte.
 
 Only the first message is read and rewritten, to name the container by its id. All others go through as they came,
 neither parsed nor copied into messages: a pipeline's speed is that of the transport.
@@ -11,8 +11,11 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from corral.api.engine.v1 import engine_pb2
 from corral.api.tasks.v1 import tasks_pb2
 from corral.engine.core import Core
+from corral.engine.execs import Execs
+from corral.engine.records import ContainerRecord
 from corral.rpc.context import only_follows
 from corral.rpc.errors import CorralError, InvalidArgument
 
@@ -25,10 +28,11 @@ type _Context = grpc.aio.ServicerContext[bytes, bytes]
 
 
 class Streams:
-    """See the module. Both methods take and give serialized messages."""
+    """See the module. The methods take and give serialized messages."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, execs: Execs) -> None:
         self._core = core
+        self._execs = execs
         self._attach: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = core.leaves.tasks_channel.stream_stream(ATTACH)
         self._logs: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = core.leaves.tasks_channel.unary_stream(LOGS)
 
@@ -40,6 +44,35 @@ class Streams:
             raise InvalidArgument("the first message of Attach must be the header", reason="NO_HEADER")
         record = self._core.resolve(message.header.id)
         message.header.id = record.id
+        await self._converse(record, message, requests, context)
+
+    async def exec_run(self, requests: AsyncIterator[bytes], context: _Context) -> None:
+        """As corral.engine.v1.Containers.ExecRun. Raises CorralError."""
+        first = await anext(aiter(requests), None)
+        message = engine_pb2.ExecRunRequest.FromString(first or b"")
+        if message.WhichOneof("part") != "header":
+            raise InvalidArgument("the first message of ExecRun must be the header", reason="NO_HEADER")
+        asked = message.header
+        record, exec_id = await self._execs.make(asked.process)
+        header = tasks_pb2.AttachHeader(
+            id=record.id,
+            exec_id=exec_id,
+            stdin=asked.process.stdin,
+            stdout=asked.stdout,
+            stderr=asked.stderr,
+            lossless=asked.lossless,
+            start=True,
+            forget=True,
+        )
+        await self._converse(record, tasks_pb2.AttachRequest(header=header), requests, context)
+
+    async def _converse(
+        self,
+        record: ContainerRecord,
+        message: tasks_pb2.AttachRequest,
+        requests: AsyncIterator[bytes],
+        context: _Context,
+    ) -> None:
         call = self._attach()
         readers = self._core.attached.setdefault((record.namespace, record.id), set())
         task = asyncio.current_task()
@@ -108,7 +141,7 @@ SERVICE = "corral.engine.v1.Containers"
 
 
 def register(streams: Callable[[], Streams], server: grpc.aio.Server) -> None:
-    """Serve the two methods without (de)serializers; call it before the servicer is added, the first handler counts.
+    """Serve them without (de)serializers; call it before the servicer is added, the first handler counts.
 
     `streams` is asked at each call.
     """
@@ -116,11 +149,15 @@ def register(streams: Callable[[], Streams], server: grpc.aio.Server) -> None:
     async def attach(requests: AsyncIterator[bytes], context: _Context) -> None:
         await streams().attach(requests, context)
 
+    async def exec_run(requests: AsyncIterator[bytes], context: _Context) -> None:
+        await streams().exec_run(requests, context)
+
     async def logs(request: bytes, context: _Context) -> None:
         await streams().logs(request, context)
 
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Attach": grpc.stream_stream_rpc_method_handler(attach),
+        "ExecRun": grpc.stream_stream_rpc_method_handler(exec_run),
         "Logs": grpc.unary_stream_rpc_method_handler(logs),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))

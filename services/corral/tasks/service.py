@@ -205,7 +205,9 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
             only_follows(partial(_park, attachment, stopping))
         with ExitStack() as held:
             held.enter_context(attachment)
-            await context.write(pb.AttachResponse(attached=pb.Attached(terminal=process.row.terminal)))
+            if header.start and not header.resume:
+                await self._start_attached(header)
+            await context.write(pb.AttachResponse(attached=translate.attached(process.row)))
             feeding = asyncio.create_task(self._feed(request_iterator, attachment, header))
             how = None
             try:
@@ -218,6 +220,8 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
                 feeding.cancel()
                 await asyncio.gather(feeding, return_exceptions=True)
             if how is not None:
+                if header.forget:
+                    self._forget_soon(header)
                 await context.write(pb.AttachResponse(exited=translate.exit_status(how)))
             elif attachment.parked:
                 held.pop_all()
@@ -226,6 +230,18 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
                 await context.write(pb.AttachResponse(parked=parked))
         if stopping.is_set():
             raise asyncio.CancelledError
+
+    async def _start_attached(self, header: pb.AttachHeader) -> None:
+        try:
+            await self._tasks.start(_key(header.id), header.exec_id)
+        except CorralError:
+            if header.forget:
+                self._forget_soon(header)
+            raise
+
+    def _forget_soon(self, header: pb.AttachHeader) -> None:
+        """The client need not wait for that."""
+        self._registry.in_background(self._execs.delete(_key(header.id), header.exec_id, force=False))
 
     async def _feed(
         self, requests: AsyncIterator[pb.AttachRequest], attachment: Attachment, header: pb.AttachHeader

@@ -1,6 +1,7 @@
 """Between the wire of corral.tasks.v1 and the values of this package."""
 
 import json
+from base64 import b64encode
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import cast
@@ -18,7 +19,7 @@ from corral.tasks.entries import Entry, Selection
 from corral.tasks.execs import NewExec
 from corral.tasks.lifecycle import NewTask
 from corral.tasks.live import Process, Task
-from corral.tasks.model import Exit, LogRow, Status, TaskKey, mapping
+from corral.tasks.model import Exit, LogRow, ProcessRow, Status, TaskKey, mapping
 
 _STREAMS = {"stdout": pb.LogEntry.STREAM_STDOUT, "stderr": pb.LogEntry.STREAM_STDERR}
 
@@ -84,6 +85,11 @@ def wanted(header: pb.AttachHeader) -> Wanted:
     )
 
 
+def attached(row: ProcessRow) -> pb.Attached:
+    """The first message to a client that is attached."""
+    return pb.Attached(terminal=row.terminal, exec_id=row.exec_id, pid=row.pid or 0)
+
+
 def selection(request: pb.LogsRequest) -> Selection:
     """Which entries of a log are asked for."""
     wanted_streams = {"stdout": request.stdout, "stderr": request.stderr}
@@ -137,7 +143,26 @@ def new_task(namespace: str, request: pb.CreateTaskRequest, config: TasksConfig)
         log=log,
         cgroup_paths=tuple(request.cgroup_paths),
         labels=dict(request.labels),
+        secrets=_secrets(request),
     )
+
+
+def _secrets(request: pb.CreateTaskRequest) -> dict[str, object]:
+    found: dict[str, object] = {}
+    if request.secrets:
+        found["secrets"] = [
+            {
+                "target": _absolute(secret.target, "secrets.target"),
+                "uid": secret.uid,
+                "gid": secret.gid,
+                "mode": secret.mode & 0o7777,
+                "data": b64encode(secret.data).decode(),
+            }
+            for secret in request.secrets
+        ]
+    if request.secret_env:
+        found["secret_env"] = [f"{name}={value}" for name, value in request.secret_env.items()]
+    return found
 
 
 def new_exec(request: pb.ExecRequest) -> NewExec:

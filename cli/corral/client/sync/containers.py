@@ -2,6 +2,7 @@
 """Containers, and the processes in them."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Unpack
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -10,7 +11,14 @@ from corral.api.engine.v1 import engine_pb2, engine_pb2_grpc
 from corral.api.images.v1 import images_pb2
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1 import types_pb2
-from corral.client.execution import Attachment, Collected, ExecResult, attach_requests
+from corral.client.execution import (
+    Attachment,
+    Collected,
+    ExecResult,
+    Execution,
+    attach_requests,
+    exec_request,
+)
 from corral.client.fetching import Pull, check_pull, may_fetch
 from corral.client.following import LogPosition
 from corral.client.network_options import ports_request
@@ -32,7 +40,7 @@ class Containers:
     def _engine(self) -> Transport:
         return self._client.engine()
 
-    @property
+    @cached_property
     def _stub(self) -> "engine_pb2_grpc.ContainersStub":
         return engine_pb2_grpc.ContainersStub(self._engine.channel)
 
@@ -247,18 +255,17 @@ class Containers:
         console_size: tuple[int, int] | None = None,
     ) -> engine_pb2.ExecContainerResponse:
         """Makes a further process in a running container, not started: attach to it first."""
-        request = engine_pb2.ExecContainerRequest(
-            container=container,
-            args=args,
+        request = exec_request(
+            container,
+            args,
             env=env,
             working_dir=working_dir,
             user=user,
             terminal=terminal,
             stdin=stdin,
             privileged=privileged,
+            console_size=console_size,
         )
-        if console_size:
-            request.console_size.CopyFrom(types_pb2.WindowSize(width=console_size[0], height=console_size[1]))
         return self._engine.unary(self._stub.Exec, request)
 
     def exec_start(self, container: str, exec_id: str) -> int:
@@ -283,14 +290,20 @@ class Containers:
         user: str = "",
     ) -> ExecResult:
         """Runs a further process in a running container and returns its output and exit code."""
-        made = self.exec_create(container, args, env=env, working_dir=working_dir, user=user)
+        process = exec_request(container, args, env=env, working_dir=working_dir, user=user)
         collected = Collected()
-        for part in self.attach(Attachment(made.id, made.exec_id, stdout=True, stderr=True, lossless=True)):
-            if part.HasField("attached"):
-                self.exec_start(made.id, made.exec_id)
+        for part in self.exec_run(Execution(process)):
             collected.add(part)
-        self.exec_wait(made.id, made.exec_id)
         return collected.result()
+
+    def exec_run(
+        self, execution: Execution, requests: Iterator[engine_pb2.ExecRunRequest] | None = None
+    ) -> Exchange[tasks_pb2.AttachResponse]:
+        """Runs a further process: its output as it comes, the last message telling how it ended.
+
+        `requests` are as those of `attach`.
+        """
+        return self._engine.exchange(self._stub.ExecRun, attach_requests(execution, requests))
 
     def attach(
         self, attachment: Attachment, requests: Iterator[tasks_pb2.AttachRequest] | None = None

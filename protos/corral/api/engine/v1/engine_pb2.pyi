@@ -1568,6 +1568,78 @@ class ExecWaitRequest(_message.Message):
 Global___ExecWaitRequest: _TypeAlias = ExecWaitRequest  # noqa: Y015
 
 @_typing.final
+class ExecRunRequest(_message.Message):
+    """But for the first message as tasks.v1.AttachRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    STDIN_FIELD_NUMBER: _builtins.int
+    RESIZE_FIELD_NUMBER: _builtins.int
+    DETACH_FIELD_NUMBER: _builtins.int
+    stdin: _builtins.bytes
+    """up to 1 MiB each"""
+    @_builtins.property
+    def header(self) -> Global___ExecRunHeader:
+        """first message"""
+
+    @_builtins.property
+    def resize(self) -> _types_pb2.WindowSize: ...
+    @_builtins.property
+    def detach(self) -> _tasks_pb2.Detach:
+        """Ends the call without `exited`, once everything sent before has arrived. The process goes on."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___ExecRunHeader | None = ...,
+        stdin: _builtins.bytes = ...,
+        resize: _types_pb2.WindowSize | None = ...,
+        detach: _tasks_pb2.Detach | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["detach", b"detach", "header", b"header", "part", b"part", "resize", b"resize", "stdin", b"stdin"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detach", b"detach", "header", b"header", "part", b"part", "resize", b"resize", "stdin", b"stdin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "stdin", "resize", "detach"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___ExecRunRequest: _TypeAlias = ExecRunRequest  # noqa: Y015
+
+@_typing.final
+class ExecRunHeader(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROCESS_FIELD_NUMBER: _builtins.int
+    STDOUT_FIELD_NUMBER: _builtins.int
+    STDERR_FIELD_NUMBER: _builtins.int
+    LOSSLESS_FIELD_NUMBER: _builtins.int
+    stdout: _builtins.bool
+    stderr: _builtins.bool
+    lossless: _builtins.bool
+    """As tasks.v1.AttachHeader's."""
+    @_builtins.property
+    def process(self) -> Global___ExecContainerRequest:
+        """With stdin, what the client sends is its stdin."""
+
+    def __init__(
+        self,
+        *,
+        process: Global___ExecContainerRequest | None = ...,
+        stdout: _builtins.bool = ...,
+        stderr: _builtins.bool = ...,
+        lossless: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lossless", b"lossless", "process", b"process", "stderr", b"stderr", "stdout", b"stdout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExecRunHeader: _TypeAlias = ExecRunHeader  # noqa: Y015
+
+@_typing.final
 class ResizeContainerRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

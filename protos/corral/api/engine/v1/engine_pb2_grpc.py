@@ -154,6 +154,11 @@ class ContainersStub:
                 request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ExecWaitRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.WaitContainerResponse.FromString,
                 _registered_method=True)
+        self.ExecRun = channel.stream_stream(
+                '/corral.engine.v1.Containers/ExecRun',
+                request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ExecRunRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.AttachResponse.FromString,
+                _registered_method=True)
         self.Resize = channel.unary_unary(
                 '/corral.engine.v1.Containers/Resize',
                 request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ResizeContainerRequest.SerializeToString,
@@ -352,6 +357,14 @@ class ContainersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExecRun(self, request_iterator, context):
+        """Exec, Attach, ExecStart and ExecWait (remove) in one call: for a client that stays until the process has ended. The
+        process of one that leaves goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Resize(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -509,6 +522,11 @@ def add_ContainersServicer_to_server(servicer, server):
                     servicer.ExecWait,
                     request_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ExecWaitRequest.FromString,
                     response_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.WaitContainerResponse.SerializeToString,
+            ),
+            'ExecRun': grpc.stream_stream_rpc_method_handler(
+                    servicer.ExecRun,
+                    request_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ExecRunRequest.FromString,
+                    response_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.AttachResponse.SerializeToString,
             ),
             'Resize': grpc.unary_unary_rpc_method_handler(
                     servicer.Resize,
@@ -1164,6 +1182,33 @@ class Containers:
             '/corral.engine.v1.Containers/ExecWait',
             corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ExecWaitRequest.SerializeToString,
             corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.WaitContainerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExecRun(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/corral.engine.v1.Containers/ExecRun',
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ExecRunRequest.SerializeToString,
+            corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.AttachResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -98,6 +98,10 @@ class ContainersStub:
     """Makes an exec process, not started (attach first, then ExecStart)."""
     ExecStart: _grpc.UnaryUnaryMultiCallable[_engine_pb2.ExecStartRequest, _engine_pb2.ExecStartResponse]
     ExecWait: _grpc.UnaryUnaryMultiCallable[_engine_pb2.ExecWaitRequest, _engine_pb2.WaitContainerResponse]
+    ExecRun: _grpc.StreamStreamMultiCallable[_engine_pb2.ExecRunRequest, _tasks_pb2.AttachResponse]
+    """Exec, Attach, ExecStart and ExecWait (remove) in one call: for a client that stays until the process has ended. The
+    process of one that leaves goes on.
+    """
     Resize: _grpc.UnaryUnaryMultiCallable[_engine_pb2.ResizeContainerRequest, _engine_pb2.ResizeContainerResponse]
     Attach: _grpc.StreamStreamMultiCallable[_tasks_pb2.AttachRequest, _tasks_pb2.AttachResponse]
     """As corral.tasks.v1.Tasks.Attach, with `header.id` a container in the sense above."""
@@ -167,6 +171,10 @@ class ContainersAsyncStub(ContainersStub):
     """Makes an exec process, not started (attach first, then ExecStart)."""
     ExecStart: _aio.UnaryUnaryMultiCallable[_engine_pb2.ExecStartRequest, _engine_pb2.ExecStartResponse]  # type: ignore[assignment]
     ExecWait: _aio.UnaryUnaryMultiCallable[_engine_pb2.ExecWaitRequest, _engine_pb2.WaitContainerResponse]  # type: ignore[assignment]
+    ExecRun: _aio.StreamStreamMultiCallable[_engine_pb2.ExecRunRequest, _tasks_pb2.AttachResponse]  # type: ignore[assignment]
+    """Exec, Attach, ExecStart and ExecWait (remove) in one call: for a client that stays until the process has ended. The
+    process of one that leaves goes on.
+    """
     Resize: _aio.UnaryUnaryMultiCallable[_engine_pb2.ResizeContainerRequest, _engine_pb2.ResizeContainerResponse]  # type: ignore[assignment]
     Attach: _aio.StreamStreamMultiCallable[_tasks_pb2.AttachRequest, _tasks_pb2.AttachResponse]  # type: ignore[assignment]
     """As corral.tasks.v1.Tasks.Attach, with `header.id` a container in the sense above."""
@@ -371,6 +379,16 @@ class ContainersServicer(metaclass=_abc_1.ABCMeta):
         request: _engine_pb2.ExecWaitRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_engine_pb2.WaitContainerResponse, _abc.Awaitable[_engine_pb2.WaitContainerResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def ExecRun(
+        self,
+        request_iterator: _MaybeAsyncIterator[_engine_pb2.ExecRunRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_tasks_pb2.AttachResponse], _abc.AsyncIterator[_tasks_pb2.AttachResponse]]:
+        """Exec, Attach, ExecStart and ExecWait (remove) in one call: for a client that stays until the process has ended. The
+        process of one that leaves goes on.
+        """
 
     @_abc_1.abstractmethod
     def Resize(

@@ -720,6 +720,8 @@ class AttachHeader(_message.Message):
     REPLAY_FIELD_NUMBER: _builtins.int
     RESUMABLE_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    FORGET_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     exec_id: _builtins.str
     stdin: _builtins.bool
@@ -735,6 +737,12 @@ class AttachHeader(_message.Message):
     """The client knows `parked`."""
     resume: _builtins.str
     """Go on with what was parked under this token; the other fields are then as they were."""
+    start: _builtins.bool
+    """Start the process, created and not started, once the client is attached; errors as Start's, and an exec that cannot
+    be started is forgotten.
+    """
+    forget: _builtins.bool
+    """Forget the exec once it has ended; its id is free a moment after `exited`."""
     def __init__(
         self,
         *,
@@ -747,10 +755,12 @@ class AttachHeader(_message.Message):
         replay: _builtins.bool = ...,
         resumable: _builtins.bool = ...,
         resume: _builtins.str = ...,
+        start: _builtins.bool = ...,
+        forget: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exec_id", b"exec_id", "id", b"id", "lossless", b"lossless", "replay", b"replay", "resumable", b"resumable", "resume", b"resume", "stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exec_id", b"exec_id", "forget", b"forget", "id", b"id", "lossless", b"lossless", "replay", b"replay", "resumable", b"resumable", "resume", b"resume", "start", b"start", "stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -828,15 +838,23 @@ class Attached(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TERMINAL_FIELD_NUMBER: _builtins.int
+    EXEC_ID_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
     terminal: _builtins.bool
+    exec_id: _builtins.str
+    """As asked for, or as made by ExecRun."""
+    pid: _builtins.int
+    """On the host; 0 if it was not started yet."""
     def __init__(
         self,
         *,
         terminal: _builtins.bool = ...,
+        exec_id: _builtins.str = ...,
+        pid: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["terminal", b"terminal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exec_id", b"exec_id", "pid", b"pid", "terminal", b"terminal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
