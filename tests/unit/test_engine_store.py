@@ -14,14 +14,14 @@ from corral.engine.merge import write_merged_event
 from corral.engine.records import ALLOWED, ContainerRecord, Status
 from corral.engine.volume_rows import VolumeRecord
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, NotFound
-from corral.store import JSON, Database, Duplicate, Referenced, Transaction
+from corral.store import JSON, Database, Duplicate, Referenced, Retention, Transaction
 
 NS = "default"
 
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
-    with store.open_database(tmp_path / "engine.db", journal_keep=1000) as opened:
+    with store.open_database(tmp_path / "engine.db", journal_keep=Retention()) as opened:
         yield opened
 
 

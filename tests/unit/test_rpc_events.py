@@ -8,7 +8,7 @@ from google.protobuf.struct_pb2 import Struct
 from corral.api.types.v1 import types_pb2
 from corral.rpc.context import in_namespace
 from corral.rpc.events import nanoseconds, stream_events, timestamp, write_event, write_facts
-from corral.store import Database
+from corral.store import Database, Retention
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ async def test_a_gap_says_where_it_resumes(tmp_path: Path):
     with Database(tmp_path / "y.db", [], durable=False) as db:
         for i in range(6):
             add(db, "t", str(i))
-        db.prune_journal(2)
+        db.prune_journal(Retention(2))
     with Database(tmp_path / "y.db", [], durable=False) as db:
         [response] = await ask(db, after=1, no_follow=True)
         assert not (await ask(db, after=4, no_follow=True))[0].HasField("gap")

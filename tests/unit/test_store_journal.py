@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from corral.store import GAP_TOPIC, Database, Event, Transaction
+from corral.store import GAP_TOPIC, Database, Event, Retention, Transaction
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ async def test_pruned_events_are_reported_as_a_gap(tmp_path: Path):
     with Database(tmp_path / "y.db", [], durable=False) as db:
         for i in range(10):
             add(db, str(i))
-        db.prune_journal(4)
+        db.prune_journal(Retention(4))
     with Database(tmp_path / "y.db", [], durable=False) as db:
         gap, *rest = await take(db, 5, after=2)
         assert gap.topic == GAP_TOPIC
@@ -97,12 +97,52 @@ async def test_a_transaction_that_fails_leaves_no_event_in_memory_either(db: Dat
 
 
 async def test_the_journal_prunes_itself(tmp_path: Path):
-    with Database(tmp_path / "y.db", [], durable=False, journal_keep=50) as db:
+    with Database(tmp_path / "y.db", [], durable=False, journal_keep=Retention(50)) as db:
         for _ in range(5):
             db.write_sync(lambda tx: [tx.journal("t", "s", namespace="default") for _ in range(101)])
         kept = db.write_sync(lambda tx: tx.one("SELECT count(*) FROM journal")[0])
         assert kept <= 50 + 101
         assert db.journal.last_seq() == 505
+
+
+async def test_what_is_too_old_goes_and_the_newest_stays_whatever_its_age(tmp_path: Path):
+    with Database(tmp_path / "y.db", [], durable=False) as db:
+        for days_ago in range(10, 5, -1):
+            when = time.time_ns() - days_ago * 86400 * 10**9
+            db.write_sync(lambda tx, n=days_ago, at=when: tx.journal("t", f"{n}", namespace="default", time_ns=at))
+        db.prune_journal(Retention(age_s=8.5 * 86400))
+    with Database(tmp_path / "y.db", [], durable=False) as db:
+        gap, *rest = await take(db, 4)
+        assert (gap.is_gap, gap.payload["next"]) == (True, 3)
+        assert [e.subject for e in rest] == ["8", "7", "6"]
+        db.prune_journal(Retention(age_s=1))
+    with Database(tmp_path / "y.db", [], durable=False) as db:
+        assert [e.subject for e in (await take(db, 2))[1:]] == ["6"]
+        assert add(db, "next") == 6
+
+
+async def test_what_takes_too_much_room_goes(tmp_path: Path):
+    with Database(tmp_path / "y.db", [], durable=False) as db:
+        for n in range(20):
+            db.write_sync(lambda tx, n=n: tx.journal("t", f"{n:04}", {"text": "x" * 1000}, namespace="default"))
+        db.prune_journal(Retention(size_bytes=5500))
+    with Database(tmp_path / "y.db", [], durable=False) as db:
+        gap, *rest = await take(db, 6)
+        assert gap.is_gap
+        assert [e.subject for e in rest] == ["0015", "0016", "0017", "0018", "0019"]
+        db.prune_journal(Retention(size_bytes=1))
+    with Database(tmp_path / "y.db", [], durable=False) as db:
+        assert [e.subject for e in (await take(db, 2))[1:]] == ["0019"]
+
+
+async def test_old_events_go_when_another_one_comes(tmp_path: Path):
+    with Database(tmp_path / "y.db", [], durable=False, journal_keep=Retention(age_s=0.2)) as db:
+        add(db, "old")
+        await asyncio.sleep(0.4)
+        for subject in ("new", "newer"):
+            add(db, subject)
+        kept = db.write_sync(lambda tx: [row[0] for row in tx.execute("SELECT subject FROM journal ORDER BY seq")])
+        assert kept == ["new", "newer"]
 
 
 async def test_a_number_from_another_life_of_the_file_is_a_gap(db: Database):
@@ -114,7 +154,7 @@ async def test_a_number_from_another_life_of_the_file_is_a_gap(db: Database):
 
 async def test_numbers_are_not_reused_after_pruning(db: Database):
     add(db, "a")
-    db.prune_journal(0)
+    db.prune_journal(Retention(0))
     assert add(db, "b") == 2
     assert db.journal.last_seq() == 2
 
@@ -124,7 +164,7 @@ async def test_numbers_go_on_after_pruning_and_reopening(tmp_path: Path):
         with Database(tmp_path / "y.db", [], durable=False) as db:
             assert db.journal.last_seq() == expected - 1
             assert add(db, "a") == expected
-            db.prune_journal(0)
+            db.prune_journal(Retention(0))
 
 
 async def test_a_replay_until_now_ends_by_itself(db: Database):

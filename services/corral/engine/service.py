@@ -44,7 +44,7 @@ from corral.rpc.blocking import run_blocking
 from corral.rpc.channel import Channels
 from corral.rpc.context import only_follows
 from corral.rpc.events import stream_events
-from corral.store import Database, Trash
+from corral.store import Database, Retention, Trash
 
 STOP_GRACE_S = 5.0
 
@@ -83,7 +83,8 @@ class EngineService:
         """Open the records and make them and the leaves agree; leaves that are not up yet are waited for in the
         background."""
         config = self._config
-        database = await run_blocking(store.open_database, config.root / "engine.db", journal_keep=config.journal_keep)
+        kept = Retention(config.journal_keep, config.journal_max_age_s, config.journal_max_bytes)
+        database = await run_blocking(store.open_database, config.root / "engine.db", journal_keep=kept)
         leaves = Leaves.connect(config.addresses, self._channels)
         core = self._core = Core(config, database, leaves, host_facts(), Trash(config.root / "trash"))
         removal = Removal(core)

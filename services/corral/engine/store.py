@@ -16,7 +16,7 @@ from corral.engine import pauses
 from corral.engine.records import ALLOWED, ContainerRecord, Status
 from corral.engine.volume_rows import VolumeRecord, use_volumes
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, NotFound
-from corral.store import JSON, Database, Duplicate, Row, Snapshot, Transaction
+from corral.store import JSON, Database, Duplicate, Retention, Row, Snapshot, Transaction
 
 MIGRATIONS: Sequence[str] = (
     """
@@ -82,7 +82,7 @@ _SELECT = f"SELECT {_COLUMNS} FROM container"  # noqa: S608 (constants)
 _INSERT = f"INSERT INTO container ({_COLUMNS}) VALUES ({', '.join('?' * 18)})"  # noqa: S608
 
 
-def open_database(path: Path, *, journal_keep: int) -> Database:
+def open_database(path: Path, *, journal_keep: Retention) -> Database:
     """The engine's database, made if it is not there. Its followers are told at once: what is merged has waited."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     return Database(path, MIGRATIONS, durable=False, on_loop=True, journal_keep=journal_keep, journal_delay_s=0)

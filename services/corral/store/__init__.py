@@ -3,7 +3,7 @@
 from corral.kernel.failpoint import failpoint
 from corral.store.database import ConstraintError, Database, Duplicate, Referenced, Row, Snapshot, Transaction
 from corral.store.files import Lock, LockHeld, atomic_write
-from corral.store.journal import GAP_TOPIC, JSON, Event, Journal
+from corral.store.journal import GAP_TOPIC, JSON, Event, Journal, Retention
 from corral.store.trash import Trash, remove_tree
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Lock",
     "LockHeld",
     "Referenced",
+    "Retention",
     "Row",
     "Snapshot",
     "Transaction",

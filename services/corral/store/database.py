@@ -28,7 +28,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from corral.kernel.failpoint import failpoint
-from corral.store.journal import BASE_SCHEMA, GATHER_S, JSON, Event, Journal, as_read, insert, newest_seq, prune
+from corral.store.journal import (
+    BASE_SCHEMA,
+    GATHER_S,
+    JSON,
+    Event,
+    Journal,
+    Retention,
+    as_read,
+    insert,
+    newest_seq,
+    prune,
+)
 from corral.store.pending import Pending
 from corral.store.sql import ConstraintError, Duplicate, Referenced, Row, SqlValue, execute, opened, translated
 
@@ -107,6 +118,9 @@ class Transaction(Snapshot):
             insert(self._connection, self.events)
 
 
+ALL_THAT_IS_SANE = Retention()
+
+
 class Database:
     """See the module. Usable from any thread and any event loop."""
 
@@ -117,7 +131,7 @@ class Database:
         *,
         durable: bool,
         on_loop: bool = False,
-        journal_keep: int = 100_000,
+        journal_keep: Retention = ALL_THAT_IS_SANE,
         journal_delay_s: float = GATHER_S,
     ) -> None:
         """Open or create the file and bring its schema up to date: `migrations[n]` takes version n to n + 1.
@@ -189,8 +203,8 @@ class Database:
         self._put(pending)
         return future.result()
 
-    def prune_journal(self, keep: int) -> None:
-        """Ask for the removal of all but the newest `keep` events; returns at once."""
+    def prune_journal(self, keep: Retention) -> None:
+        """Ask for the removal of what of the journal is beyond; returns at once."""
         pending, _ = Pending.for_thread(lambda transaction: prune(transaction.execute, keep))
         self._pending.put(pending)
 

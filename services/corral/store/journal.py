@@ -42,6 +42,7 @@ PAGE = 128
 TAIL = 128
 # How long the first event of a burst waits for others before followers are woken.
 GATHER_S = 0.05
+MOST_BETWEEN_PRUNINGS_S = 3600.0
 # Rows per INSERT.
 INSERTED_AT_ONCE = 16
 
@@ -111,21 +112,57 @@ def _insertion(rows: int) -> str:
     return f"INSERT INTO journal VALUES {', '.join(['(?, ?, ?, ?, ?, ?)'] * rows)}"  # noqa: S608 (constants)
 
 
-def prune(run: Callable[[str, tuple[int]], object], keep: int) -> None:
-    """Delete all but the newest `keep` events, and always keep one: its number says which the next one has."""
-    run("DELETE FROM journal WHERE seq <= (SELECT max(seq) FROM journal) - ?", (max(keep, 1),))
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Which events stay: what is beyond any of the bounds goes, the oldest first, when the next ones are written.
+
+    The newest always stays. Reached by a tenth too late, lest every commit prunes.
+    """
+
+    events: int = 100_000
+    age_s: float | None = None
+    size_bytes: int | None = None
+    """Of what they say, without what the table takes."""
+
+    @property
+    def looks_after_events(self) -> int:
+        """How many come between two prunings."""
+        return max(self.events // 10, 100)
+
+    @property
+    def looks_after_s(self) -> float:
+        """How long it is between two prunings, if an event comes at all."""
+        return MOST_BETWEEN_PRUNINGS_S if self.age_s is None else min(self.age_s / 10, MOST_BETWEEN_PRUNINGS_S)
+
+
+def prune(run: Callable[[str, tuple[int]], object], keep: Retention) -> None:
+    """Delete what is beyond, and always keep one: its number says which the next one has."""
+    run("DELETE FROM journal WHERE seq <= (SELECT max(seq) FROM journal) - ?", (max(keep.events, 1),))
+    if keep.age_s is not None:
+        run(_PRUNE_BY_AGE, (time.time_ns() - round(keep.age_s * 1e9),))
+    if keep.size_bytes is not None:
+        run(_PRUNE_BY_SIZE, (keep.size_bytes,))
+
+
+# Always a beginning: what is in the middle would be no gap that anybody is told of.
+_PRUNE_BY_AGE = """DELETE FROM journal WHERE seq < coalesce(
+    (SELECT seq FROM journal WHERE time_ns >= ? ORDER BY seq LIMIT 1), (SELECT max(seq) FROM journal))"""
+_PRUNE_BY_SIZE = """DELETE FROM journal WHERE seq < (SELECT max(seq) FROM journal) AND seq <= (SELECT max(seq) FROM (
+    SELECT seq, sum(length(CAST(payload AS BLOB)) + length(CAST(subject AS BLOB)) + length(topic))
+        OVER (ORDER BY seq DESC) AS bytes FROM journal) WHERE bytes > ?)"""
 
 
 class Journal:
     """The journal of one Database."""
 
-    def __init__(self, database: "Database", newest_seq: int, *, keep: int, delay_s: float) -> None:
-        """Of the events at least the newest `keep` stay. Followers are woken within `delay_s` of a commit."""
+    def __init__(self, database: "Database", newest_seq: int, *, keep: Retention, delay_s: float) -> None:
+        """Followers are woken within `delay_s` of a commit."""
         self._database = database
         self._newest_seq = newest_seq
         self._keep = keep
         self._delay_s = delay_s
         self._since_pruning = 0
+        self._pruned_at_s = -keep.looks_after_s
         self._lock = threading.Lock()
         self._followers: set[_Follower] = set()
         self._closed = False
@@ -193,8 +230,9 @@ class Journal:
         for follower in self._all_followers():
             follower.wake()
         self._since_pruning += len(events)
-        if self._since_pruning > max(self._keep // 10, 100):
-            self._since_pruning = 0
+        now_s = time.monotonic()
+        if self._since_pruning > self._keep.looks_after_events or now_s - self._pruned_at_s > self._keep.looks_after_s:
+            self._since_pruning, self._pruned_at_s = 0, now_s
             self._database.prune_journal(self._keep)
 
     def recount(self, newest_seq: int) -> None:
