@@ -54,6 +54,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "logout": ("registry", "Forget a login"),
     "snapshot": ("snapshot", "Snapshots: ls, inspect, mounts, usage, rm, drivers"),
     "network": ("network", "Networks: create, ls, inspect, connect, disconnect, rm, prune"),
+    "secret": ("secret", "Secrets: create, ls, inspect, rm"),
     "volume": ("volume", "Volumes: create, ls, inspect, rm, prune"),
     "system": ("system", "The engine: info, version, check-host, df, check, prune"),
     "version": ("system", "Show the versions of client and daemon"),

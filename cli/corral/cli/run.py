@@ -57,6 +57,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--volumes-from",), "The volumes and bind mounts of another container, NAME[:ro]", _MANY),
     (("--mount", "mounts"), "Mount, type=bind|volume|tmpfs,source=…,target=…", _MANY),
     (("--tmpfs",), "tmpfs, TARGET[:size=64m,mode=1777]", _MANY),
+    (("--secret", "secrets"), "Secret, NAME[,target=…,uid=…,gid=…,mode=…,type=mount|env]", _MANY),
     (("--read-only",), "Root file system read-only", {"is_flag": True}),
     *CHANGEABLE,
     (("--memory-swappiness",), "0 to 100; cgroup v1 only", {"type": click.IntRange(0, 100), "default": None}),

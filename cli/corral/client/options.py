@@ -15,6 +15,7 @@ from corral.client.log_options import log_options
 from corral.client.network_options import NetworkOptions, network_config
 from corral.client.quantities import duration_s, size_bytes
 from corral.client.resource_options import ResourceOptions, resources
+from corral.client.secret_options import secret_mount
 
 _PROPAGATIONS = frozenset({"rprivate", "private", "rshared", "shared", "rslave", "slave"})
 _HEALTH_ACTIONS = {
@@ -69,6 +70,7 @@ class ContainerOptions(ResourceOptions, NetworkOptions, total=False):
     storage_options: Iterable[str]
     stop_signal: str
     stop_timeout_s: float
+    secrets: Sequence[str]  # "name", "name,target=…,uid=…,gid=…,mode=…,type=mount|env"
     timeout: float | str  # seconds, or "1m30s": killed when it has run so long
     auto_remove: bool
     restart: str  # "no", "always", "on-failure[:N]", "unless-stopped"
@@ -137,6 +139,7 @@ def container_config(image: str, args: Sequence[str] = (), **options: object) ->
         ulimits=[ulimit(u) for u in o.get("ulimits", ())],
         resources=resources(o),
         network=network_config(o),
+        secrets=[secret_mount(s) for s in o.get("secrets", ())],
         log=log_options(o.get("log_driver", ""), o.get("log_options", {})),
     )
     if size := o.get("console_size"):

@@ -19,7 +19,7 @@ from corral.api.cgroups.v1.cgroups_pb2 import Cgroup
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, CreateContainerRequest, VolumeMount
 from corral.api.images.v1.images_pb2 import GetImageRequest, PrepareSnapshotResponse
 from corral.api.network.v1.network_pb2 import Endpoint
-from corral.engine import requests, store, volume_rows
+from corral.engine import requests, secrets, store, volume_rows
 from corral.engine.core import Core, require_alive
 from corral.engine.leaves import persistently
 from corral.engine.naming import random_id, random_name
@@ -50,6 +50,7 @@ class Creation:
         """Raises CorralError; then nothing is left."""
         namespace = current_namespace()
         check(request.config)
+        secrets.check(request.config.secrets, (mount.target for mount in request.config.mounts))
         id_ = check_id(request.id, "container id") if request.id else random_id()
         config = self._with_full_ids(request.config)
         for mount in config.mounts:

@@ -26,6 +26,7 @@ from corral.engine.publishing import Publishing
 from corral.engine.records import ALIVE, ContainerRecord, Status, to_ns
 from corral.engine.removal import Removal, lost_exit
 from corral.engine.requests import OWNER
+from corral.engine.secrets import sweep as sweep_secrets
 from corral.engine.volumes import sweep as sweep_volumes
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import in_namespace
@@ -68,6 +69,7 @@ class Recovery:
         self._passing = self._core.database.read_sync(pauses.everything)
         self._found_ended = self._records(Status.EXITED)
         await run_blocking(sweep_volumes, self._core)
+        await run_blocking(sweep_secrets, self._core)
         await run_blocking(self._core.trash.empty)
         try:
             await self.run()

@@ -12,7 +12,7 @@ from pathlib import Path
 from corral.api.engine.v1.engine_pb2 import ContainerConfig
 from corral.api.network.v1.network_pb2 import Endpoint
 from corral.api.types.v1.types_pb2 import ExitStatus
-from corral.engine import pauses
+from corral.engine import pauses, secret_rows
 from corral.engine.records import ALLOWED, ContainerRecord, Status
 from corral.engine.volume_rows import VolumeRecord, use_volumes
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, NotFound
@@ -72,6 +72,7 @@ CREATE TABLE merged (
 """,
     "ALTER TABLE container ADD COLUMN stopped_by_user INTEGER NOT NULL DEFAULT 0",
     pauses.SCHEMA,
+    secret_rows.SCHEMA,
 )
 
 _COLUMNS = (
@@ -124,6 +125,7 @@ def insert_container(tx: Transaction, record: ContainerRecord, volumes: Iterable
     except Duplicate as e:
         raise _taken(tx, record) from e
     use_volumes(tx, record.namespace, record.id, volumes)
+    secret_rows.use_secrets(tx, record.namespace, record.id, {mount.secret for mount in record.config.secrets})
 
 
 def _taken(tx: Snapshot, record: ContainerRecord) -> AlreadyExists:

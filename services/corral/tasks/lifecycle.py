@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from signal import SIGKILL
 
 import structlog
@@ -49,6 +49,8 @@ class NewTask:
     log: LogRow
     cgroup_paths: tuple[str, ...]
     labels: Mapping[str, str]
+    # The shim's too, but to be written down nowhere.
+    secrets: dict[str, object] = field(default_factory=dict, repr=False)
 
 
 class Tasks:
@@ -93,12 +95,13 @@ class Tasks:
     async def _spawn(self, new: NewTask, bundle: Bundle) -> Spawned:
         if new.log.path.startswith(f"{bundle.logs}/"):
             await run_blocking(bundle.make_logs)
+        fields = new.fields | new.secrets
         try:
-            return await self._spawner.spawn(bundle, new.config, new.fields)
+            return await self._spawner.spawn(bundle, new.config, fields)
         except FileExistsError:
             # No task has it, so it is what a failed undo left.
             await undo(bundle, timeout_s=UNDO_S)
-            return await self._spawner.spawn(bundle, new.config, new.fields)
+            return await self._spawner.spawn(bundle, new.config, fields)
 
     def _task(self, new: NewTask, spawned: Spawned, bundle: Bundle) -> Task:
         row = TaskRow(

@@ -30,6 +30,7 @@ def plan_of(
     new_keyring: bool = True,
     container_id: str = "",
     by_stone: bool = False,
+    secrets: Step | None = None,
 ) -> InitPlan:
     """All that init needs to know. Raises ValueError naming the member that can't be honoured."""
     check_spec(spec)
@@ -45,7 +46,13 @@ def plan_of(
     shares_mounts = all(namespace.type is not Kind.MOUNT for namespace in spec.linux.namespaces)
     if Kind.MOUNT in new or shares_mounts:
         steps = plans.steps_of(
-            spec, bundle=bundle, rootfs=rootfs, cgroups=cgroups, console_size=console_size, hooks=hooks
+            spec,
+            bundle=bundle,
+            rootfs=rootfs,
+            cgroups=cgroups,
+            console_size=console_size,
+            hooks=hooks,
+            secrets=secrets,
         )
     program = program_of(spec.process, spec.linux, user=user)
     return InitPlan(

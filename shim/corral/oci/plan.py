@@ -42,15 +42,19 @@ def steps_of(
     cgroups: Sequence[str],
     console_size: tuple[int, int] | None,
     hooks: Step | None = None,
+    secrets: Step | None = None,
 ) -> list[Step]:
     """The steps of a container's root, in order. Raises ValueError naming the member that can't be honoured.
 
     hooks: what is to be done once all is mounted; what it puts there is masked, or made read-only, as all else.
+    secrets: what comes after all mounts that were asked for.
     """
     root = _root(spec, bundle, rootfs)
     steps: list[Step] = [root]
     steps += [_mount(mount, f"rootfs[{i}]", bundle, cgroups, spec) for i, mount in enumerate(rootfs) if i > 0]
     steps += [_mount(mount, f"mounts[{i}]", bundle, cgroups, spec) for i, mount in enumerate(spec.mounts)]
+    if secrets is not None:
+        steps.append(secrets)
     steps.append(DefaultDevices())
     steps += [DeviceNode(device) for device in spec.linux.devices]
     steps.append(DefaultLinks())

@@ -38,7 +38,7 @@ from corral.oci.container import Container
 from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, ExecFailed
 from corral.oci.init import InitPlan, Way, run_init
 from corral.oci.spec import Mount, Spec
-from corral.oci.stage import PidNamespace
+from corral.oci.stage import PidNamespace, Step
 from corral.oci.stdio import Stdio
 
 if TYPE_CHECKING:  # loaded for those who ask for it
@@ -72,6 +72,7 @@ def create(
     larder: "Larder | None" = None,
     container_id: str = "",
     by_stone: bool = False,
+    secrets: Step | None = None,
 ) -> Container:
     """Make a container: returns when init has finished its set-up and waits for start().
 
@@ -83,7 +84,8 @@ def create(
 
     gate: the fd of a gate (corral.oci.gate), for leave_at_gate(). larder: mounts made ahead; the caller closes it.
     container_id: what hooks and seccomp listeners are told; without one, the name of the bundle. by_stone: this
-    process is not sealed, and the specification suits corral.oci.stepping_stone.
+    process is not sealed, and the specification suits corral.oci.stepping_stone. secrets: files that no specification
+    has (corral.oci.secret_files).
 
     If this fails, the specification's poststop hooks (corral.oci.hooks.run_poststop) are the caller's to run, once it
     has undone what it did.
@@ -99,6 +101,7 @@ def create(
         new_keyring=new_keyring,
         container_id=container_id,
         by_stone=by_stone,
+        secrets=secrets,
     )
     with contextlib.ExitStack() as stack:
         membership = stack.enter_context(contextlib.closing(Membership.open(cgroups)))

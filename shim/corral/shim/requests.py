@@ -3,11 +3,13 @@
 Fields that this version does not know are ignored, so an older shim works under a newer daemon.
 """
 
+import binascii
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from corral.oci.secret_files import SecretFile
 from corral.oci.spec import Mount
 from corral.shim.errors import ShimError
 from corral.shim.fields import Fields, array, flag, integer, mapping, strings, text, wrong
@@ -49,6 +51,9 @@ class Create:
     cgroup_paths: tuple[Path, ...]
     timeout_ns: int
     """From its start on; 0: it has time for ever."""
+    secrets: tuple[SecretFile, ...] = field(default=(), repr=False)
+    secret_env: tuple[str, ...] = field(default=(), repr=False)
+    """Assignments; like the secrets in no file."""
 
     @classmethod
     def parse(cls, fields: Fields) -> Self:
@@ -64,7 +69,22 @@ class Create:
             log=LogOptions.parse(mapping(fields, "log")),
             cgroup_paths=tuple(Path(path) for path in strings(mapping(fields, "cgroup"), "paths")),
             timeout_ns=_timeout(fields),
+            secrets=tuple(_secret(item) for item in array(fields, "secrets")),
+            secret_env=strings(fields, "secret_env"),
         )
+
+
+def _secret(value: object) -> SecretFile:
+    if not isinstance(value, dict):
+        raise wrong("secrets", "an array of objects")
+    target, uid, gid, mode = text(value, "target"), integer(value, "uid"), integer(value, "gid"), integer(value, "mode")
+    if not target.startswith("/") or not all(0 <= each < 1 << 32 for each in (uid, gid)) or not 0 <= mode <= 0o7777:
+        raise wrong("secrets", "files with an absolute target, a uid, a gid and a mode")
+    try:
+        data = binascii.a2b_base64(text(value, "data"))
+    except ValueError as e:
+        raise wrong("secrets.data", "base64") from e
+    return SecretFile(target, uid, gid, mode, data)
 
 
 def _timeout(fields: Fields) -> int:

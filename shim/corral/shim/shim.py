@@ -24,6 +24,7 @@ from corral.oci.errors import ExecFailed
 from corral.oci.larder import Larder
 from corral.oci.program import warnings_of
 from corral.oci.runtime import Container
+from corral.oci.secret_files import SecretFiles
 from corral.oci.spec import Process, Spec
 from corral.shim import records, report
 from corral.shim.adoption import EndWatch, hold, written_exit
@@ -103,6 +104,7 @@ class Shim:
         if spec.process is None:
             raise ShimError("invalid_argument", "process: config.json has none")
         program = with_ordinary_score(spec.process)
+        program = replace(program, env=(*program.env, *request.secret_env))
         spec = replace(spec, process=program)
         log = open_log(self.loop, request.log, directory=self._directory)
         io = self._io("", log, terminal=program.terminal, stdin=request.stdin)
@@ -119,6 +121,7 @@ class Shim:
                     stdio=stdio,
                     console_size=request.console_size,
                     larder=self._larder,
+                    secrets=SecretFiles(request.secrets) if request.secrets else None,
                 )
         except BaseException as e:
             log.close()

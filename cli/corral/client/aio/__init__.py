@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from corral.client.aio.containers import Containers
     from corral.client.aio.images import Images
     from corral.client.aio.networks import Networks
+    from corral.client.aio.secrets import Secrets
     from corral.client.aio.snapshots import Snapshots
     from corral.client.aio.system import System
     from corral.client.aio.volumes import Volumes
@@ -63,6 +64,13 @@ class AsyncClient:
         return Networks(self)
 
     @cached_property
+    def secrets(self) -> "Secrets":
+        """Secrets."""
+        from corral.client.aio.secrets import Secrets
+
+        return Secrets(self)
+
+    @cached_property
     def volumes(self) -> "Volumes":
         """Volumes."""
         from corral.client.aio.volumes import Volumes
@@ -89,7 +97,7 @@ class AsyncClient:
         for transport in self._transports.values():
             await transport.close()
         self._transports.clear()
-        for noun in ("containers", "images", "snapshots", "networks", "volumes", "system"):
+        for noun in ("containers", "images", "snapshots", "networks", "secrets", "volumes", "system"):
             self.__dict__.pop(noun, None)  # they know the closed channel
 
     def engine(self) -> AsyncTransport:

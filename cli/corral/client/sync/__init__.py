@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from corral.client.sync.containers import Containers
     from corral.client.sync.images import Images
     from corral.client.sync.networks import Networks
+    from corral.client.sync.secrets import Secrets
     from corral.client.sync.snapshots import Snapshots
     from corral.client.sync.system import System
     from corral.client.sync.volumes import Volumes
@@ -64,6 +65,13 @@ class Client:
         return Networks(self)
 
     @cached_property
+    def secrets(self) -> "Secrets":
+        """Secrets."""
+        from corral.client.sync.secrets import Secrets
+
+        return Secrets(self)
+
+    @cached_property
     def volumes(self) -> "Volumes":
         """Volumes."""
         from corral.client.sync.volumes import Volumes
@@ -90,7 +98,7 @@ class Client:
         for transport in self._transports.values():
             transport.close()
         self._transports.clear()
-        for noun in ("containers", "images", "snapshots", "networks", "volumes", "system"):
+        for noun in ("containers", "images", "snapshots", "networks", "secrets", "volumes", "system"):
             self.__dict__.pop(noun, None)  # they know the closed channel
 
     def engine(self) -> Transport:

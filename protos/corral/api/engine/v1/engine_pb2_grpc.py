@@ -1634,6 +1634,218 @@ class Volumes:
             _registered_method=True)
 
 
+class SecretsStub:
+    """---------------------------------------------------------------- secrets
+
+    What containers are given as files that never reach a disk inside, or as variables. No call tells their content.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Create = channel.unary_unary(
+                '/corral.engine.v1.Secrets/Create',
+                request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CreateSecretRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Secret.FromString,
+                _registered_method=True)
+        self.Get = channel.unary_unary(
+                '/corral.engine.v1.Secrets/Get',
+                request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.GetSecretRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Secret.FromString,
+                _registered_method=True)
+        self.List = channel.unary_unary(
+                '/corral.engine.v1.Secrets/List',
+                request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ListSecretsRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ListSecretsResponse.FromString,
+                _registered_method=True)
+        self.Remove = channel.unary_unary(
+                '/corral.engine.v1.Secrets/Remove',
+                request_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.RemoveSecretRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.RemoveSecretResponse.FromString,
+                _registered_method=True)
+
+
+class SecretsServicer:
+    """---------------------------------------------------------------- secrets
+
+    What containers are given as files that never reach a disk inside, or as variables. No call tells their content.
+    """
+
+    def Create(self, request, context):
+        """ALREADY_EXISTS. INVALID_ARGUMENT: empty, or more than 512000 bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Get(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def List(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Remove(self, request, context):
+        """FAILED_PRECONDITION while a container uses it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_SecretsServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Create': grpc.unary_unary_rpc_method_handler(
+                    servicer.Create,
+                    request_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CreateSecretRequest.FromString,
+                    response_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Secret.SerializeToString,
+            ),
+            'Get': grpc.unary_unary_rpc_method_handler(
+                    servicer.Get,
+                    request_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.GetSecretRequest.FromString,
+                    response_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Secret.SerializeToString,
+            ),
+            'List': grpc.unary_unary_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ListSecretsRequest.FromString,
+                    response_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ListSecretsResponse.SerializeToString,
+            ),
+            'Remove': grpc.unary_unary_rpc_method_handler(
+                    servicer.Remove,
+                    request_deserializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.RemoveSecretRequest.FromString,
+                    response_serializer=corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.RemoveSecretResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'corral.engine.v1.Secrets', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('corral.engine.v1.Secrets', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Secrets:
+    """---------------------------------------------------------------- secrets
+
+    What containers are given as files that never reach a disk inside, or as variables. No call tells their content.
+    """
+
+    @staticmethod
+    def Create(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.engine.v1.Secrets/Create',
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.CreateSecretRequest.SerializeToString,
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Secret.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Get(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.engine.v1.Secrets/Get',
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.GetSecretRequest.SerializeToString,
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.Secret.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def List(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.engine.v1.Secrets/List',
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ListSecretsRequest.SerializeToString,
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.ListSecretsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Remove(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.engine.v1.Secrets/Remove',
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.RemoveSecretRequest.SerializeToString,
+            corral_dot_api_dot_engine_dot_v1_dot_engine__pb2.RemoveSecretResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class SystemStub:
     """---------------------------------------------------------------- system
 

@@ -508,6 +508,76 @@ class VolumesServicer(metaclass=_abc_1.ABCMeta):
 
 def add_VolumesServicer_to_server(servicer: VolumesServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
+class SecretsStub:
+    """---------------------------------------------------------------- secrets
+
+    What containers are given as files that never reach a disk inside, or as variables. No call tells their content.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> SecretsAsyncStub: ...
+    Create: _grpc.UnaryUnaryMultiCallable[_engine_pb2.CreateSecretRequest, _engine_pb2.Secret]
+    """ALREADY_EXISTS. INVALID_ARGUMENT: empty, or more than 512000 bytes."""
+    Get: _grpc.UnaryUnaryMultiCallable[_engine_pb2.GetSecretRequest, _engine_pb2.Secret]
+    List: _grpc.UnaryUnaryMultiCallable[_engine_pb2.ListSecretsRequest, _engine_pb2.ListSecretsResponse]
+    Remove: _grpc.UnaryUnaryMultiCallable[_engine_pb2.RemoveSecretRequest, _engine_pb2.RemoveSecretResponse]
+    """FAILED_PRECONDITION while a container uses it."""
+
+@_typing.type_check_only
+class SecretsAsyncStub(SecretsStub):
+    """---------------------------------------------------------------- secrets
+
+    What containers are given as files that never reach a disk inside, or as variables. No call tells their content.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Create: _aio.UnaryUnaryMultiCallable[_engine_pb2.CreateSecretRequest, _engine_pb2.Secret]  # type: ignore[assignment]
+    """ALREADY_EXISTS. INVALID_ARGUMENT: empty, or more than 512000 bytes."""
+    Get: _aio.UnaryUnaryMultiCallable[_engine_pb2.GetSecretRequest, _engine_pb2.Secret]  # type: ignore[assignment]
+    List: _aio.UnaryUnaryMultiCallable[_engine_pb2.ListSecretsRequest, _engine_pb2.ListSecretsResponse]  # type: ignore[assignment]
+    Remove: _aio.UnaryUnaryMultiCallable[_engine_pb2.RemoveSecretRequest, _engine_pb2.RemoveSecretResponse]  # type: ignore[assignment]
+    """FAILED_PRECONDITION while a container uses it."""
+
+class SecretsServicer(metaclass=_abc_1.ABCMeta):
+    """---------------------------------------------------------------- secrets
+
+    What containers are given as files that never reach a disk inside, or as variables. No call tells their content.
+    """
+
+    @_abc_1.abstractmethod
+    def Create(
+        self,
+        request: _engine_pb2.CreateSecretRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_pb2.Secret, _abc.Awaitable[_engine_pb2.Secret]]:
+        """ALREADY_EXISTS. INVALID_ARGUMENT: empty, or more than 512000 bytes."""
+
+    @_abc_1.abstractmethod
+    def Get(
+        self,
+        request: _engine_pb2.GetSecretRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_pb2.Secret, _abc.Awaitable[_engine_pb2.Secret]]: ...
+
+    @_abc_1.abstractmethod
+    def List(
+        self,
+        request: _engine_pb2.ListSecretsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_pb2.ListSecretsResponse, _abc.Awaitable[_engine_pb2.ListSecretsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Remove(
+        self,
+        request: _engine_pb2.RemoveSecretRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_pb2.RemoveSecretResponse, _abc.Awaitable[_engine_pb2.RemoveSecretResponse]]:
+        """FAILED_PRECONDITION while a container uses it."""
+
+def add_SecretsServicer_to_server(servicer: SecretsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
 class SystemStub:
     """---------------------------------------------------------------- system"""
 
