@@ -19,3 +19,5 @@ class EngineConfig:
     journal_keep: int = 100_000
     journal_max_age_s: float = 2_592_000.0
     journal_max_bytes: int = 67_108_864
+    # HOST:PORT at which Prometheus finds /metrics, for whoever reaches it. Empty: nowhere.
+    metrics_address: str = ""

@@ -3,6 +3,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import grpc.aio
 
@@ -46,6 +47,9 @@ from corral.rpc.context import only_follows
 from corral.rpc.events import stream_events
 from corral.store import Database, Retention, Trash
 
+if TYPE_CHECKING:
+    from corral.engine.metrics import Exporter
+
 STOP_GRACE_S = 5.0
 
 
@@ -65,6 +69,7 @@ class EngineService:
         self._channels = Channels()
         self._core: Core | None = None
         self._merger: Merger | None = None
+        self._exporter: Exporter | None = None
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """Add the servicers; Attach, ExecRun and Logs go through unparsed."""
@@ -127,10 +132,21 @@ class EngineService:
         self._merger.on_reconnect = recovery.after_outage
         await recovery.start()
         checks.on_daemon_start()
+        if config.metrics_address:
+            await self._export(core, config.metrics_address)
         self._merger.start()
+
+    async def _export(self, core: Core, address: str) -> None:
+        from corral.engine import metrics  # its library takes 40 ms to load
+
+        exporter = metrics.Exporter(address, lambda: metrics.read(core))
+        await run_blocking(exporter.start)
+        self._exporter = exporter
 
     async def stop(self) -> None:
         """Let changes finish, stop following the leaves, close the database."""
+        if self._exporter is not None:
+            await run_blocking(self._exporter.stop)
         if self._core is not None:
             await self._core.background.stop(STOP_GRACE_S)
             await self._core.trash.close()
