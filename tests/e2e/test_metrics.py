@@ -14,7 +14,6 @@ from support.corrald import Corrald, running
 from support.registry import free_port
 from support.requirements import needs
 
-from corral.client.options import ContainerOptions
 from corral.engine.metrics import Exporter, Readings
 from corral.rpc.errors import FailedPrecondition, InvalidArgument, Unavailable
 
