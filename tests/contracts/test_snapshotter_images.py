@@ -41,6 +41,7 @@ def hardlink(name: str, target: str) -> Entry:
     return Entry(name, kind=tarfile.LNKTYPE, link=target)
 
 
+LONG = "n" * 255
 BOTTOM = [
     directory("./", 0o751),
     directory("etc", 0o755),
@@ -63,7 +64,7 @@ BOTTOM = [
     Entry("pipe", b"", 0o600, tarfile.FIFOTYPE),
     Entry("ping", b"p", 0o755, pax={"SCHILY.xattr.security.capability": PING_CAPABILITY}),
     Entry("noted", b"n", pax={"SCHILY.xattr.user.note": "hello", "SCHILY.xattr.trusted.overlay.redirect": "/etc"}),
-    Entry("n" * 255, b"long"),
+    Entry(LONG, b"long"),
     Entry("ünïcode/" + "d" * 200 + "/" + "e" * 200, b"deep"),
     Entry("lib/through-a-link", b"l"),
     Entry("becomes-a-directory", b"f"),
@@ -109,8 +110,17 @@ SPARSE = archive(
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    layers = [layer(BOTTOM), SPARSE, layer(MIDDLE), layer(TOP)]
-    return write_docker_archive(tmp_path_factory.mktemp("image") / "i.tar", "i:1", layers, image_config(layers))
+    return write_image(tmp_path_factory.mktemp("image") / "i.tar", layers_for("overlayfs"))
+
+
+def layers_for(driver: str) -> list[bytes]:
+    """Without a name that is too long for it."""
+    bottom = [entry for entry in BOTTOM if driver != "aufs" or entry.name != LONG]
+    return [layer(bottom), SPARSE, layer(MIDDLE), layer(TOP)]
+
+
+def write_image(path: Path, layers: list[bytes]) -> Path:
+    return write_docker_archive(path, "i:1", layers, image_config(layers))
 
 
 async def looks(leaf: ImagesLeaf, at: Path, *, writable: bool) -> Fingerprint:
@@ -149,26 +159,26 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, file_systems: FileSyst
 
 
 async def test_an_image_is_the_same_with_every_driver(
-    place: tuple[str, Path], image: Path, reference: Fingerprint, tmp_path: Path
+    place: tuple[str, Path], reference: Fingerprint, tmp_path: Path
 ) -> None:
     name, root = place
     async with images_leaf(root / "root", driver=name) as leaf:
-        await leaf.load(image)
+        await leaf.load(write_image(tmp_path / "image.tar", layers_for(name)))
         for writable in (True, False):
             found, wanted = await looks(leaf, tmp_path / "m", writable=writable), reference
+            if name == "aufs":
+                wanted = {key: value for key, value in wanted.items() if key != LONG}
             if name == "fuse-overlayfs":  # it shows the names of one file as files of their own
                 found, wanted = ({key: value[:6] for key, value in each.items()} for each in (found, wanted))
             assert {key: found.get(key) for key in wanted} == wanted
             assert found.keys() == wanted.keys()
 
 
-async def test_layers_that_are_here_are_not_unpacked_again(
-    place: tuple[str, Path], image: Path, tmp_path: Path
-) -> None:
+async def test_layers_that_are_here_are_not_unpacked_again(place: tuple[str, Path], tmp_path: Path) -> None:
     name, root = place
     async with images_leaf(root / "root", driver=name) as leaf:
-        await leaf.load(image)
-        more = [layer(BOTTOM), SPARSE, layer(MIDDLE), layer(TOP), layer([Entry("on-top", b"t")])]
+        await leaf.load(write_image(tmp_path / "image.tar", layers_for(name)))
+        more = [*layers_for(name), layer([Entry("on-top", b"t")])]
         other = write_docker_archive(tmp_path / "j.tar", "j:1", more, image_config(more))
         said = await leaf.load_all(other)
         steps = [(part.progress.item, part.progress.step) for part in said if part.HasField("progress")]

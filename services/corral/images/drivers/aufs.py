@@ -3,7 +3,10 @@ told in aufs' own form. Directories are as those of overlayfs, below aufs/; `w` 
 
 noplink   a file with several names that is copied up is one name's alone, as with overlayfs; else the others would
           change too, but only until the tree is mounted again
+xino      is not given here: whoever mounts it has the table of inode numbers in a tmpfs (corral.kernel.aufs)
 dirperm1  the uppermost directory alone says who may enter
+
+What aufs itself bounds: names have 242 bytes, and times that are set are in whole seconds.
 
 Source: aufs(5).
 """
@@ -18,8 +21,9 @@ from pathlib import Path
 
 from corral.images.drivers.overlayfs import Overlayfs
 from corral.images.drivers.places import file_system_of, kernel_has
-from corral.images.layers.aufs import clean
-from corral.images.snapshotter import Apart, Missing, Mount, TreeId, Work
+from corral.images.drivers.usage import measure
+from corral.images.layers.aufs import clean, kept_for_itself
+from corral.images.snapshotter import Apart, Missing, Mount, TreeId, Usage, Work
 from corral.kernel.aufs import join_branches
 from corral.store import failpoint
 
@@ -69,6 +73,11 @@ class Aufs(Overlayfs):
 
     def apart(self, tree: TreeId, chain: Sequence[TreeId]) -> Apart:
         return replace(super().apart(tree, chain), marks="aufs")
+
+    def _measure(self, upper: Path) -> Usage:
+        found, kept = measure(upper), list(kept_for_itself(upper))
+        size_bytes = sum(status.st_blocks for status in kept) * 512
+        return Usage(max(0, found.size_bytes - size_bytes), max(0, found.inodes - len(kept)))
 
     def _finish(self, upper: Path) -> None:
         clean(upper)

@@ -205,7 +205,10 @@ class Overlayfs:
         upper = base / "u"
         if upper.is_dir() and (counted := project_usage(base)) is not None:
             return Usage(counted.used_bytes, counted.inodes)
-        return measure(upper) if upper.is_dir() else Usage(0, 0)  # a view of layers has no directory of its own
+        return self._measure(upper) if upper.is_dir() else Usage(0, 0)  # a view of layers has no directory of its own
+
+    def _measure(self, upper: Path) -> Usage:
+        return measure(upper)
 
     def remove(self, tree: TreeId, *, go_on: GoOn = always) -> None:
         self._looks.pop(tree, None)

@@ -6,6 +6,7 @@ as they were.
 
 import os
 import stat
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -66,6 +67,15 @@ def _may_be_device(entry: os.DirEntry[str]) -> bool:
 
 def _mark(name: str, directory: int) -> None:
     os.close(os.open(name, _MARK, 0o444, dir_fd=directory))
+
+
+def kept_for_itself(upper: Path) -> Iterator[os.stat_result]:
+    """What aufs has put into the root of what it writes to, and nothing of what was written is yet."""
+    for name in ("aufs", "orph"):
+        with suppress(FileNotFoundError):
+            status = (upper / f"{WHITEOUT_META}{name}").lstat()
+            if stat.S_ISDIR(status.st_mode) or status.st_nlink == 1:  # else it is the whiteouts as well
+                yield status
 
 
 def clean(upper: Path) -> None:
