@@ -335,6 +335,15 @@ class Endpoints:
         links = (link_exists(interface.host_name) for interface in endpoint.interfaces)
         return (not path or is_pinned(path)) and all(links)
 
+    async def mend(self, key: EndpointKey) -> None:
+        """Make the links again that are missing of one that stands otherwise; no error if it is gone."""
+
+        async def work() -> None:
+            if (endpoint := self.find(key)) is not None:
+                await self._mend(endpoint)
+
+        await self._alone(key, work)
+
     async def _mend(self, endpoint: Endpoint) -> None:
         """Make the links that are missing of one that stands otherwise."""
         if endpoint.state is not EndpointState.READY or endpoint.boot_id != self._boot_id or not endpoint.interfaces:

@@ -16,9 +16,15 @@ IP6_FORWARD = Path("/proc/sys/net/ipv6/conf/all/forwarding")
 class Firewall:
     """One table. For the netlink thread only: libnftables works in the namespace of the thread that opened it."""
 
-    def __init__(self, table: str, ports: Callable[[], Sequence[Forward]] = tuple) -> None:
-        """ports: all that are published, for when the table is built anew."""
+    def __init__(
+        self,
+        table: str,
+        ports: Callable[[], Sequence[Forward]] = tuple,
+        networks: Callable[[], Sequence[Network]] = tuple,
+    ) -> None:
+        """ports, networks: all that are published, and that stand, for when the table is built anew."""
         self._ports = ports
+        self._networks = networks
         self.table = self._table = table
         self._nftables: Nftables | None = None
         self._known = False  # whether the table is what this process made it
@@ -58,8 +64,14 @@ class Firewall:
                 raise
 
     def publish(self, ports: Sequence[Forward]) -> None:
-        """Let ports lead to containers whose networks stand."""
-        self._run(rules.add_ports(self._table, ports))
+        """Let ports lead to containers whose networks stand. They have their rows: where somebody has just removed the
+        table, it is built anew with them."""
+        try:
+            self._run(rules.add_ports(self._table, ports))
+        except NftablesError as e:
+            if e.errno != errno.ENOENT:
+                raise
+            self.rebuild(self._networks())
 
     def withdraw(self, ports: Sequence[Forward]) -> None:
         """Let them lead nowhere; no error where the table is missing."""

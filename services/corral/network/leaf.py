@@ -16,14 +16,16 @@ from corral.network.endpoints import Endpoints
 from corral.network.files import FileStore
 from corral.network.firewall import Firewall
 from corral.network.links import NetlinkThread
-from corral.network.model import Endpoint
+from corral.network.model import Endpoint, Network, NetworkState
 from corral.network.names import Names, has_names
 from corral.network.networks import Networks
 from corral.network.pool import NetnsPool
 from corral.network.publishing import Publishing
 from corral.network.resolver import Resolvers
+from corral.network.restoring import Restoring
 from corral.network.standing import Standing
 from corral.network.store import MIGRATIONS
+from corral.network.watching import Watch
 from corral.rpc.blocking import run_blocking
 from corral.store import Database
 
@@ -54,7 +56,9 @@ class Leaf:
         self.db = Database(config.root / "network.db", MIGRATIONS, durable=False, on_loop=True)
         self._thread = NetlinkThread()
         boot_id = recovery.boot_id()
-        self._firewall = Firewall(config.nft_table, lambda: publishing.all_forwards(self.db, boot_id))
+        self._firewall = Firewall(
+            config.nft_table, lambda: publishing.all_forwards(self.db, boot_id), self._ready_networks
+        )
         self._publishing = Publishing(self.db, self._thread, self._firewall)
         host_files = etc.HostFiles(config.resolv_conf, config.resolved_conf)
         self._resolvers = Resolvers(
@@ -100,6 +104,10 @@ class Leaf:
             self._reconciler,
             recovery.boot_id(),
         )
+        self._restoring = Restoring(
+            self.db, self._thread, self.networks, self.endpoints, self._resolvers, self._reconciler
+        )
+        self._watch = Watch(config.nft_table, self._restoring.on_lost)
         self._reconciling: asyncio.Future[None] | None = None
         self._warming: asyncio.TimerHandle | None = None
 
@@ -107,10 +115,20 @@ class Leaf:
         """Undo what is half done, and begin to compare rows with the kernel in the background."""
         lame = await run_blocking(recovery.sweep, self.db, self._pool, self.endpoints.files)
         self._pool.start()
+        self._start_watch()
         self._warming = asyncio.get_running_loop().call_later(WARM_AFTER_S, self._thread.warm)
         if self._reconciler.needed():
             self._reconciling = asyncio.ensure_future(self._reconcile(lame))
             self._reconciling.add_done_callback(_log_failure)
+
+    def _start_watch(self) -> None:
+        try:
+            self._watch.start()
+        except OSError as e:  # a kernel without nftables, say
+            log.warning("network.not_watched", error=str(e))
+
+    def _ready_networks(self) -> Sequence[Network]:
+        return [one for one in self.db.read_sync(store.networks) if one.state is NetworkState.READY]
 
     async def _reconcile(self, lame: Sequence[Endpoint]) -> None:
         await self._thread.run(lambda netlink: self._reconciler.run(netlink, lame))
@@ -122,6 +140,8 @@ class Leaf:
         """Finish what is under way and end threads and files. Containers keep their network."""
         if self._warming is not None:
             self._warming.cancel()
+        self._watch.close()
+        await self._restoring.close()
         await self.endpoints.close()
         if self._reconciling is not None:
             await asyncio.wait((self._reconciling,))

@@ -243,6 +243,14 @@ class Networks:
 
     # Use and removal
 
+    def is_built(self, network: Network) -> bool:
+        """Whether it is known to have stood in the kernel since this process began."""
+        return network.id in self._built
+
+    def build_anew(self, netlink: "Netlink", network: Network) -> None:
+        """Mend what stood. On the netlink thread."""
+        self._build(netlink, network)
+
     def build_missing(self, netlink: "Netlink", networks: Iterable[Network]) -> None:
         """Make sure that these stand in the kernel. On the netlink thread."""
         for network in networks:

@@ -11,8 +11,8 @@ import structlog
 
 from corral.network import conntrack, port_rows, store
 from corral.network.firewall import Firewall, route_loopback_to
-from corral.network.links import NetlinkThread
-from corral.network.model import Endpoint, EndpointKey, EndpointState, Forward, Port, Request
+from corral.network.links import NetlinkThread, link_exists
+from corral.network.model import Endpoint, EndpointKey, EndpointState, Forward, Interface, Port, Request
 from corral.network.ports import HostPorts, check_reachable, forwards
 from corral.rpc.errors import CorralError
 from corral.store import Database, Transaction, failpoint
@@ -87,9 +87,7 @@ class Publishing:
         """Let recorded ports lead to an endpoint that stands. On the netlink thread. Raises InvalidArgument."""
         check_reachable(endpoint, ports)
         for interface in endpoint.interfaces:
-            netlink.reflect(interface.host_name)
-            if not interface.network.internal:
-                route_loopback_to(interface.network.bridge)
+            _let_through(netlink, interface)
         failpoint("network.publish.before_rules")
         leading = forwards(endpoint, ports)
         self._firewall.publish(leading)
@@ -138,7 +136,7 @@ class Publishing:
         """Hold what rows say is published. On the netlink thread. What another program has by now is but reported."""
         for endpoint in endpoints:
             for interface in endpoint.interfaces if endpoint.ports else ():
-                netlink.reflect(interface.host_name)
+                _let_through(netlink, interface)
             lost = [port for port in endpoint.ports if not self._host.holds(endpoint.key, port)]
             for port in lost:
                 try:
@@ -149,6 +147,13 @@ class Publishing:
     def close(self) -> None:
         """Let go of all sockets."""
         self._host.close()
+
+
+def _let_through(netlink: "Netlink", interface: Interface) -> None:
+    """See that callers from the container itself and from the host's loopback get to its ports."""
+    netlink.reflect(interface.host_name)
+    if not interface.network.internal and link_exists(interface.network.bridge):
+        route_loopback_to(interface.network.bridge)
 
 
 def _insert(transaction: Transaction, endpoint: Endpoint, ports: Sequence[Port]) -> Endpoint:

@@ -124,6 +124,22 @@ class Reconciler:
                 log.warning("network.links_not_made", endpoint=endpoint.key.id, error=str(e))
         self.publishing.restore(netlink, self.db.read_sync(store.endpoints))
 
+    def restore_rules(self) -> None:
+        """Build the table anew for what stands."""
+        found = self.db.read_sync(store.networks)
+        self.firewall.rebuild([network for network in found if network.state is NetworkState.READY])
+
+    def restore_bridges(self, netlink: "Netlink", bridges: Sequence[Network]) -> None:
+        """Make bridges again, or mend them, with what was plugged into them. Raises OSError."""
+        # A removal that has begun meanwhile has its turn on this thread after this.
+        ready = {network.id for network in self.db.read_sync(store.networks) if network.state is NetworkState.READY}
+        for network in bridges:
+            if network.id in ready:
+                self.networks.build_anew(netlink, network)
+        if bridges:
+            self._reconcile_links(netlink, {network.bridge for network in bridges})
+            self.publishing.restore(netlink, self.db.read_sync(store.endpoints))
+
     def reconcile(self, netlink: "Netlink", network: Network) -> None:
         """Make one network whole, or finish its removal. Raises OSError."""
         if network.state is NetworkState.READY:

@@ -276,6 +276,12 @@ def insert_interface(transaction: Transaction, key: EndpointKey, interface: Inte
     return int(row[0])
 
 
+def endpoint_of_link(snapshot: Snapshot, host_name: str) -> EndpointKey | None:
+    """Whose pair has that end on the host."""
+    row = snapshot.one("SELECT namespace, endpoint FROM interfaces WHERE host_name = ?", (host_name,))
+    return None if row is None else EndpointKey(row[0], row[1])
+
+
 def set_interface_mac(transaction: Transaction, interface_id: int, mac: str) -> None:
     """Known only once the address is."""
     transaction.execute("UPDATE interfaces SET mac = ? WHERE id = ?", (mac, interface_id))

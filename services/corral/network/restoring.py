@@ -1,0 +1,126 @@
+"""What others deleted of ours is made again, soon after (see corral.network.watching for how that is known).
+
+    rules                 the whole table, from the rows, in one transaction
+    bridge, its address   the bridge, its ports and addresses; its resolver listens anew
+    host's end of a pair  the pair, in the namespace that is still there
+
+Rows decide: what is being removed by ourselves has none by then, or says so. A change waits a moment for others that
+come with it, and for a while after the last time, so that whoever deletes on and on costs little.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import structlog
+
+from corral.network import store
+from corral.network.endpoints import Endpoints
+from corral.network.links import NetlinkThread, link_exists
+from corral.network.model import EndpointKey, Network, NetworkState
+from corral.network.names import has_names
+from corral.network.networks import Networks
+from corral.network.recovery import Reconciler
+from corral.network.resolver import Resolvers
+from corral.network.watching import NOTHING, Lost
+from corral.rpc.errors import CorralError
+from corral.store import Database, Snapshot
+
+if TYPE_CHECKING:
+    from corral.network.netlink import Netlink
+
+log = structlog.get_logger()
+
+GATHER_S = 0.1
+PAUSE_S = 0.5
+
+
+class Restoring:
+    """See the module. For the event loop."""
+
+    def __init__(
+        self,
+        db: Database,
+        thread: NetlinkThread,
+        networks: Networks,
+        endpoints: Endpoints,
+        resolvers: Resolvers,
+        reconciler: Reconciler,
+    ) -> None:
+        self._db = db
+        self._thread = thread
+        self._networks = networks
+        self._endpoints = endpoints
+        self._resolvers = resolvers
+        self._reconciler = reconciler
+        self._lost = NOTHING
+        self._task: asyncio.Task[None] | None = None
+
+    def on_lost(self, lost: Lost) -> None:
+        """Somebody deleted something that may be ours."""
+        self._lost |= lost
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._work())
+
+    async def close(self) -> None:
+        """Leave off, but finish what is under way."""
+        self._lost = NOTHING
+        if self._task is not None:
+            await asyncio.wait((self._task,))
+
+    async def _work(self) -> None:
+        while self._lost:
+            await asyncio.sleep(GATHER_S)
+            lost, self._lost = self._lost, NOTHING
+            try:
+                if await self._restore(lost):
+                    await asyncio.sleep(PAUSE_S)
+            except (OSError, CorralError) as e:
+                log.warning("network.not_restored", error=str(e))
+
+    async def _restore(self, lost: Lost) -> bool:
+        """Returns whether anything was missing."""
+        standing = [one for one in self._db.read_sync(store.networks) if self._stood(one)]
+        bridges = [one for one in standing if lost.unknown or one.bridge in lost.links]
+        if lost.rules or bridges or (lost.unknown and standing):
+            await self._thread.run(lambda netlink: self._mend_host(netlink, lost, bridges))
+            await self._listen(bridges)
+        ends = await self._mend_pairs(lost, [one.bridge for one in standing])
+        if lost.rules or bridges:
+            log.info("network.restored", rules=lost.rules, bridges=[one.bridge for one in bridges])
+        return bool(lost.rules or bridges or ends)
+
+    def _stood(self, network: Network) -> bool:
+        return network.state is NetworkState.READY and self._networks.is_built(network)
+
+    def _mend_host(self, netlink: "Netlink", lost: Lost, bridges: Sequence[Network]) -> None:
+        if lost.rules or lost.unknown:
+            self._reconciler.restore_rules()
+        self._reconciler.restore_bridges(netlink, bridges)
+
+    async def _listen(self, bridges: Sequence[Network]) -> None:
+        """Resolvers are bound to the bridge that is gone."""
+        gone = {one.id for one in bridges}
+        for network_id in gone:
+            self._resolvers.stop(network_id)
+        for endpoint in self._db.read_sync(store.endpoints) if gone else ():
+            for interface in filter(has_names, endpoint.interfaces):
+                if interface.network.id in gone:
+                    await self._resolvers.listen(interface.network)
+
+    async def _mend_pairs(self, lost: Lost, bridges: Sequence[str]) -> int:
+        """Pairs whose host's end is gone; returns of how many endpoints."""
+        names = lost.links - set(bridges)
+        if lost.unknown:
+            endpoints = await self._db.read(store.endpoints)
+            names |= {each.host_name for endpoint in endpoints for each in endpoint.interfaces}
+        gone = [name for name in names if not link_exists(name)]
+        keys = {self._db.read_sync(_owner_of(name)) for name in gone} - {None}
+        for key in keys:
+            assert key is not None
+            await self._endpoints.mend(key)
+        return len(keys)
+
+
+def _owner_of(host_name: str) -> Callable[[Snapshot], EndpointKey | None]:
+    return lambda snapshot: store.endpoint_of_link(snapshot, host_name)
