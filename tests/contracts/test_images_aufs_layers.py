@@ -165,6 +165,11 @@ def test_a_name_that_aufs_has_no_room_for_is_refused(layers: Layers, length: int
         layers.add(Entry(name, b"x"))
 
 
+def test_a_name_that_aufs_keeps_for_itself_is_refused(layers: Layers) -> None:
+    with pytest.raises(BadLayer, match=r"the name '\.wh\.d' is one that aufs keeps for itself"):
+        layers.add(Entry(".wh.d/f", b"x"))
+
+
 def test_a_deep_layer_is_converted_to_its_end(tmp_path: Path) -> None:
     """Longer than any path, and than there are descriptors."""
     made = tmp_path / "deep"

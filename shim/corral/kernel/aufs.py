@@ -4,8 +4,8 @@ Source: aufs(5); aufs's fs/aufs/fsctx.c, opts.c and whout.c.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 from corral.kernel import mount
 
@@ -21,36 +21,41 @@ def new_aufs(options: Iterable[str], *, attributes: int = 0) -> int:
     The inode numbers that it remembers lie in a tmpfs, which nobody sees and which goes with it. Raises OSError with
     the kernel's reason.
     """
-    branches, flags = [], []
+    branches: list[Branch] = []
+    flags = []
     for option in options:
         key, _, value = option.partition("=")
         if key == "br":
             branches += split_branches(value)
         else:
             flags.append(option)
+    numbers = mount.new_mount("tmpfs", "aufs", ("mode=700",), attributes=mount.MOUNT_ATTR_NODEV)
+    try:
+        with _appended(branches[:_AT_ONCE]) as first:
+            options = (*flags, *first, f"xino=/proc/self/fd/{numbers}/xino")
+            tree = mount.new_mount("aufs", "aufs", options, attributes=attributes)
+    finally:
+        os.close(numbers)
+    try:
+        for start in range(_AT_ONCE, len(branches), _AT_ONCE):
+            with _appended(branches[start : start + _AT_ONCE]) as more:
+                mount.reconfigure(tree, "aufs", more)
+    except BaseException:
+        os.close(tree)
+        raise
+    return tree
+
+
+@contextmanager
+def _appended(branches: Iterable[Branch]) -> Iterator[list[str]]:
+    """The options that add them. A directory is named by an fd, which is short, for as long as the options are read."""
     with ExitStack() as stack:
-        numbers = mount.new_mount("tmpfs", "aufs", ("mode=700",), attributes=mount.MOUNT_ATTR_NODEV)
-        stack.callback(os.close, numbers)
-        named = tuple(_named(branches, stack))
-        first = (*flags, *named[:_AT_ONCE], f"xino=/proc/self/fd/{numbers}/xino")
-        tree = mount.new_mount("aufs", "aufs", first, attributes=attributes)
-        try:
-            for start in range(_AT_ONCE, len(named), _AT_ONCE):
-                mount.reconfigure(tree, "aufs", named[start : start + _AT_ONCE])
-        except BaseException:
-            os.close(tree)
-            raise
-        return tree
-
-
-def _named(branches: Sequence[Branch], stack: ExitStack) -> Iterator[str]:
-    """The options that add them, from the top downwards. A directory is named by an fd, which is short."""
-    key = "br"
-    for directory, permission in branches:
-        fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        stack.callback(os.close, fd)
-        yield f"{key}=/proc/self/fd/{fd}={permission}"
-        key = "append"
+        options = []
+        for directory, permission in branches:
+            fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            options.append(f"append=/proc/self/fd/{fd}={permission}")
+        yield options
 
 
 def split_branches(value: str) -> list[Branch]:

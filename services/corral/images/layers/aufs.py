@@ -25,7 +25,7 @@ _MARK = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 def convert(layer: Path, *, bottom: bool) -> None:
     """Of a layer as it is unpacked. bottom: nothing lies below it, so it need not tell what it hides.
 
-    Raises OSError, BadLayer for names that aufs has no room for.
+    Raises OSError, BadLayer for names that aufs cannot show.
     """
     root = os.open(layer, _DIRECTORY)
     waiting: list[tuple[str, ...]] = [()]
@@ -47,6 +47,8 @@ def _convert(directory: int, *, hides: bool, opaque: bool) -> list[str]:
     with os.scandir(directory) as found:
         entries = list(found)
     for entry in entries:
+        if entry.name.startswith(WHITEOUT):  # a directory on the way to something: aufs would fail over it
+            raise BadLayer(f"the name {entry.name[:60]!r} is one that aufs keeps for itself")
         if len(os.fsencode(entry.name)) > MAX_NAME_BYTES:
             raise BadLayer(f"the name {entry.name[:60]!r}… has more than the {MAX_NAME_BYTES} bytes that aufs takes")
         if _may_be_device(entry) and is_whiteout(entry.stat(follow_symlinks=False)):
