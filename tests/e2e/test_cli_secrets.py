@@ -157,3 +157,15 @@ def test_bad_secrets_are_refused_and_nothing_is_made(box: Corrald, name: str, se
     assert {path.name for path in (box.root / "engine" / "secrets" / "default").iterdir()} == {
         json.loads(ok(box, "secret", "inspect", secret))[0]["id"]
     }
+
+
+def test_a_secret_whose_content_is_lost_is_told_of(box: Corrald, name: str, secret: str) -> None:
+    ok(box, "create", "--name", name, "--secret", secret, "busybox", "true")
+    ok(box, "start", "-a", name)
+    [file] = (box.root / "engine" / "secrets" / "default").iterdir()
+    file.unlink()
+    assert f"secret default/{secret} has lost its content" in " ".join(
+        box.corral("system", "check").stdout.decode().split()
+    )
+    result = box.corral("start", "-a", name)
+    assert (result.returncode, b"is lost" in result.stderr) == (1, True)

@@ -171,10 +171,13 @@ class Life:
         self.call(lambda: client.volumes.create("bounded", options={"size": "8m"}), AlreadyExists)
         elsewhere = {"type": "tmpfs", "device": "tmpfs", "o": "size=1m"}
         self.call(lambda: client.volumes.create("elsewhere", options=elsewhere), AlreadyExists)
+        self.call(lambda: client.secrets.create("key", b"of nobody"), AlreadyExists)
         first, second = self.daemon.place.network
         subnet = network_pb2.Subnet(cidr=f"{first}.{second}.128.0/24")
         network = network_pb2.CreateNetworkRequest(name="net", subnets=[subnet])
         self.call(lambda: client.networks.create(network), AlreadyExists)
+        lan = network_pb2.CreateNetworkRequest(name="lan", driver="macvlan")
+        self.call(lambda: client.networks.create(lan), AlreadyExists)
         with pytest.raises(CorralError, match="nobody-here"):
             self.call(lambda: client.containers.create("busybox", ["true"], name="no", user="nobody-here"))
         parent = f"{self.daemon.place.cgroup_parent}-own"
@@ -186,6 +189,8 @@ class Life:
                 network="net",
                 ports=["7"],
                 volumes=["vol:/v", "elsewhere:/elsewhere", "/anonymous"],
+                secrets=["key"],
+                mounts=["type=image,source=busybox,target=/box", "type=image,source=busybox,target=/own,rw"],
                 cgroup_parent=parent,
                 memory="64m",
             ),
@@ -198,6 +203,8 @@ class Life:
         self.call(self.update)
         self.call(lambda: self.client.networks.connect("bridge", "one"))
         self.call(lambda: self.client.networks.disconnect("bridge", "one"), NotFound)
+        self.call(lambda: self.client.networks.connect("lan", "one"))
+        self.call(lambda: self.client.networks.disconnect("lan", "one"), NotFound)
         self.call(lambda: containers.publish("one", ["8"]))
         self.call(lambda: containers.unpublish("one", ["8"]), NotFound)
         self.call(lambda: containers.pause("one"), FailedPrecondition)
@@ -249,9 +256,11 @@ class Life:
         for name in ("one", "kept", "lost"):
             self.call(lambda name=name: client.containers.remove(name, force=True, volumes=True), NotFound)
         self.call(lambda: client.networks.remove("net"), NotFound)
+        self.call(lambda: client.networks.remove("lan"), NotFound)
         self.call(lambda: client.volumes.remove("vol"), NotFound)
         self.call(lambda: client.volumes.remove("bounded"), NotFound)
         self.call(lambda: client.volumes.remove("elsewhere"), NotFound)
+        self.call(lambda: client.secrets.remove("key"), NotFound)
         self.call(lambda: client.images.remove("img"), NotFound)
         self.call(lambda: client.images.remove("other:1"), NotFound)
         self.call(lambda: client.images.remove(f"{self.registry.host}/far:1"), NotFound)
@@ -273,6 +282,7 @@ class Life:
         found = [f"cgroup {path}" for path in cgroups(own) if depth_below(path, own) > 0]
         for what, root in {
             "volume": place.root / "engine" / "volumes",
+            "secret": place.root / "engine" / "secrets",
             "log of": place.root / "engine" / "containers",
             "files of": place.root / "network" / "endpoints",
         }.items():

@@ -55,7 +55,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--domainname",), "NIS domain name inside", {"default": ""}),
     (("-v", "--volume", "volumes"), "Bind mount or volume, SOURCE:TARGET[:ro]", _MANY),
     (("--volumes-from",), "The volumes and bind mounts of another container, NAME[:ro]", _MANY),
-    (("--mount", "mounts"), "Mount, type=bind|volume|tmpfs,source=…,target=…", _MANY),
+    (("--mount", "mounts"), "Mount, type=bind|volume|tmpfs|image,source=…,target=…", _MANY),
     (("--tmpfs",), "tmpfs, TARGET[:size=64m,mode=1777]", _MANY),
     (("--secret", "secrets"), "Secret, NAME[,target=…,uid=…,gid=…,mode=…,type=mount|env]", _MANY),
     (("--read-only",), "Root file system read-only", {"is_flag": True}),

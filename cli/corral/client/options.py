@@ -255,11 +255,21 @@ def mount(text: str) -> pb.VolumeMount:
                 result.tmpfs_mode = int(value, 8)
             case "volume-nocopy":
                 result.no_copy = value in ("", "true", "1")
+            case "rw" | "readwrite":
+                result.writable = value in ("", "true", "1")
+            case "subpath" | "image-subpath":
+                result.subpath = value
             case _:
                 raise ValueError(
                     f"mount {text!r}: {part!r} is not understood; known are type=bind|volume|tmpfs|image, source, "
-                    "target, readonly, bind-propagation, tmpfs-size, tmpfs-mode, volume-nocopy"
+                    "target, readonly, bind-propagation, tmpfs-size, tmpfs-mode, volume-nocopy, and of an image rw, "
+                    "subpath"
                 )
+    if result.type != pb.VolumeMount.TYPE_IMAGE:
+        if result.writable:  # as all others are, unless they are read-only
+            result.read_only = result.writable = False
+    elif not result.writable:
+        result.read_only = True
     if not result.target.startswith("/"):
         raise ValueError(f"mount {text!r} needs target= with an absolute path")
     if result.type == pb.VolumeMount.TYPE_BIND and not result.source.startswith("/"):

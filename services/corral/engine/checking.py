@@ -94,9 +94,12 @@ class Checker:
             self._stray("endpoint", key, leaves.endpoints.Detach, DetachRequest(endpoint_id=key[1]))
             for key in strays(endpoints.endpoints)
         ]
+        ownerless = set(strays(snapshots))
         found += [
-            self._stray("snapshot", key, leaves.snapshots.Remove, RemoveSnapshotRequest(key=key[1]))
-            for key in strays(snapshots)
+            self._stray("snapshot", key, leaves.snapshots.Remove, RemoveSnapshotRequest(key=snapshot.key))
+            for snapshot in snapshots  # a container may have several
+            if is_ours(snapshot.labels)
+            and (key := (snapshot.labels["corral.namespace"], snapshot.labels["corral.container"])) in ownerless
         ]
         return found
 
@@ -109,12 +112,11 @@ class Checker:
         )
 
     async def _listed_snapshots(self) -> Mapping[str, Mapping[str, Snapshot]]:
-        """The active ones of each namespace, by key."""
+        """Those of each namespace, by key."""
         found: dict[str, dict[str, Snapshot]] = {}
         for namespace in self._core.database.read_sync(store.namespaces):
             with in_namespace(namespace):
-                request = ListSnapshotsRequest(kind=Snapshot.KIND_ACTIVE)
-                listed = await self._core.leaves.snapshots.List(request)
+                listed = await self._core.leaves.snapshots.List(ListSnapshotsRequest())
             found[namespace] = {snapshot.key: snapshot for snapshot in listed.snapshots}
         return found
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from corral.engine import bounded_volumes, mounted_volumes, store, volume_rows
 from corral.engine.core import Core, Key
+from corral.engine.secrets import file_of as secret_file
+from corral.engine.secrets import known_files as known_secrets
 from corral.engine.volume_rows import VolumeRecord
 from corral.kernel import mount
 from corral.rpc.blocking import run_blocking
@@ -49,6 +51,15 @@ class FileChecker:
         ]
         for key, volume in sorted(known.items()):
             found += self._volume(volume, is_there=key in volumes)
+        found += [
+            Found(
+                f"secret {secret.namespace}/{secret.name}",
+                "has lost its content",
+                "remove it, with the containers that use it, and make them again",
+            )
+            for secret in known_secrets(self._core).values()
+            if not secret_file(self._core, secret).is_file()
+        ]
         mounted = [volume for volume in known.values() if volume.quota_bytes or volume.lies_elsewhere]
         expected = {self._directory(volume) / "data" for volume in mounted}
         found += [

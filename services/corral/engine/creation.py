@@ -19,7 +19,7 @@ from corral.api.cgroups.v1.cgroups_pb2 import Cgroup
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, CreateContainerRequest, VolumeMount
 from corral.api.images.v1.images_pb2 import GetImageRequest, PrepareSnapshotResponse
 from corral.api.network.v1.network_pb2 import Endpoint
-from corral.engine import requests, secrets, store, volume_rows
+from corral.engine import image_mounts, requests, secrets, store, volume_rows
 from corral.engine.core import Core, require_alive
 from corral.engine.leaves import persistently
 from corral.engine.naming import random_id, random_name
@@ -161,6 +161,7 @@ class Creation:
             persistently(lambda: self._tasks.make_cgroup(record)),
             persistently(lambda: leaves.snapshots.Prepare(snapshot)),
             persistently(lambda: leaves.endpoints.Attach(attach)),
+            image_mounts.prepare(leaves, record),
         )
         return prepared, endpoint, cgroup
 

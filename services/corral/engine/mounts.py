@@ -24,8 +24,10 @@ def build_mounts(
     own = (*_system_mounts(config), *_network_files(config, endpoint))
     if not config.mounts:
         return own
-    asked = sorted((_asked(mount, volume_paths, fill=fill_volumes) for mount in config.mounts), key=_depth)
-    targets = {PurePosixPath(mount.destination) for mount in asked}
+    # Those of images the task is told of apart.
+    given = [mount for mount in config.mounts if mount.type != VolumeMount.TYPE_IMAGE]
+    asked = sorted((_asked(mount, volume_paths, fill=fill_volumes) for mount in given), key=_depth)
+    targets = {PurePosixPath(mount.target) for mount in config.mounts}
     return (*(mount for mount in own if PurePosixPath(mount.destination) not in targets), *asked)
 
 

@@ -68,8 +68,6 @@ def check_restart_policy(policy: RestartPolicy) -> None:
 def _refuse_what_is_not_there_yet(config: ContainerConfig) -> None:
     if config.userns_mode not in ("", "host"):
         raise _not_yet("user namespaces (--userns) are")
-    if any(mount.type == VolumeMount.TYPE_IMAGE for mount in config.mounts):
-        raise _not_yet("mounts of images are")
 
 
 def _not_yet(what: str) -> Unimplemented:
@@ -114,8 +112,21 @@ def _check_mount(mount: VolumeMount) -> None:
         raise InvalidArgument(f"the source of a bind mount must be an absolute path, {mount.source!r} is not")
     if mount.type == VolumeMount.TYPE_VOLUME and mount.source:
         check_id(mount.source, "volume name")
+    if mount.type == VolumeMount.TYPE_IMAGE:
+        _check_image(mount)
+    elif mount.subpath or mount.writable:
+        raise InvalidArgument(f"the mount at {mount.target}: only those of images have a subpath or are rw")
     if mount.type == VolumeMount.TYPE_UNSPECIFIED:
-        raise InvalidArgument(f"the mount at {mount.target} has no type: give bind, volume or tmpfs")
+        raise InvalidArgument(f"the mount at {mount.target} has no type: give bind, volume, tmpfs or image")
+
+
+def _check_image(mount: VolumeMount) -> None:
+    if not mount.source:
+        raise InvalidArgument(f"the mount at {mount.target} names no image: give source=IMAGE", reason="NO_IMAGE")
+    if mount.propagation or mount.options or (mount.read_only and mount.writable):
+        raise InvalidArgument(f"the mount of an image at {mount.target} is either read-only or rw, and has no options")
+    if "\0" in mount.subpath or ".." in PurePosixPath(mount.subpath).parts:
+        raise InvalidArgument(f"the subpath {mount.subpath!r} is no path without '..'")
 
 
 def _check_targets(mounts: Iterable[VolumeMount]) -> None:

@@ -15,7 +15,7 @@ from typing import Protocol
 import structlog
 
 from corral.api.cgroups.v1.cgroups_pb2 import DeleteCgroupRequest, ListCgroupsRequest, ThawRequest
-from corral.api.images.v1.images_pb2 import ListSnapshotsRequest, RemoveSnapshotRequest, Snapshot
+from corral.api.images.v1.images_pb2 import ListSnapshotsRequest, RemoveSnapshotRequest
 from corral.api.network.v1.network_pb2 import DetachRequest, ListEndpointsRequest
 from corral.api.tasks.v1 import tasks_pb2
 from corral.engine import pauses, store
@@ -250,9 +250,12 @@ class Recovery:
             await self.sweep_one("endpoint", key, leaves.endpoints.Detach, DetachRequest(endpoint_id=key[1]))
         for namespace in self._core.database.read_sync(store.namespaces):
             with in_namespace(namespace):
-                snapshots = await leaves.snapshots.List(ListSnapshotsRequest(kind=Snapshot.KIND_ACTIVE))
-            for key in self.strays(snapshots.snapshots):
-                await self.sweep_one("snapshot", key, leaves.snapshots.Remove, RemoveSnapshotRequest(key=key[1]))
+                snapshots = await leaves.snapshots.List(ListSnapshotsRequest())
+            strays = set(self.strays(snapshots.snapshots))
+            for snapshot in snapshots.snapshots:  # a container may have several
+                if is_ours(snapshot.labels) and (key := (namespace, snapshot.labels["corral.container"])) in strays:
+                    request = RemoveSnapshotRequest(key=snapshot.key)
+                    await self.sweep_one("snapshot", key, leaves.snapshots.Remove, request)
 
     def strays(self, resources: Iterable[_Labelled]) -> list[Key]:
         """Those of the engine's own that no row describes."""

@@ -16,7 +16,7 @@ from corral.api.images.v1.images_pb2 import RemoveSnapshotRequest
 from corral.api.network.v1.network_pb2 import DetachRequest
 from corral.api.tasks.v1.tasks_pb2 import DeleteTaskRequest, KillRequest
 from corral.api.types.v1.types_pb2 import ExitStatus
-from corral.engine import bounded_volumes, store, volume_rows
+from corral.engine import bounded_volumes, image_mounts, store, volume_rows
 from corral.engine.core import Core, apply_exit
 from corral.engine.leaves import persistently
 from corral.engine.records import ALIVE, ContainerRecord, Status
@@ -111,7 +111,10 @@ class Removal:
             # That it is being removed must be on disk before that is gone which no start could make again.
             await intent
             failpoint("engine.delete.after_intent")
-            await persistently(lambda: leaves.snapshots.Remove(RemoveSnapshotRequest(key=id_)))
+            for key in (id_, *image_mounts.keys(record.config, id_)):
+                request = RemoveSnapshotRequest(key=key)
+                await persistently(lambda request=request: leaves.snapshots.Remove(request))  # type: ignore[misc]
+                failpoint("engine.delete.after_tree")
 
         intent = self._core.background.spawn(self._intend(record, status, volumes=volumes))
         if status is None:

@@ -12,7 +12,7 @@ from corral.api.cgroups.v1.cgroups_pb2 import Cgroup, CreateCgroupRequest
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, VolumeMount
 from corral.api.tasks.v1.tasks_pb2 import CreateTaskRequest, GetTaskRequest, Task
 from corral.api.types.v1.types_pb2 import Mount
-from corral.engine import bounded_volumes, devices, requests, secrets, volume_rows
+from corral.engine import bounded_volumes, devices, image_mounts, requests, secrets, volume_rows
 from corral.engine.core import Core, require_alive
 from corral.engine.leaves import persistently
 from corral.engine.records import ContainerRecord
@@ -67,6 +67,8 @@ class TaskMaking:
         with ExitStack() as opened:
             joined = await self._joined(config, opened)
             request = self._request(record, rootfs, cgroup_paths, volume_paths, joined, f"{directory}/{LOG_NAME}")
+            if config.mounts:
+                request.images.extend(await image_mounts.mounted(self._core.leaves, record))
             if config.secrets:
                 files, env = await run_blocking(secrets.of_container, self._core, record)
                 request.secrets.extend(files)

@@ -130,6 +130,7 @@ def new_task(namespace: str, request: pb.CreateTaskRequest, config: TasksConfig)
             **sent,
         },
         "timeout_ns": _timeout(request),
+        "images": [_image(image) for image in request.images],
         "cgroup": {"paths": [_absolute(path, "cgroup_paths") for path in request.cgroup_paths]},
     }
     return NewTask(
@@ -145,6 +146,17 @@ def new_task(namespace: str, request: pb.CreateTaskRequest, config: TasksConfig)
         labels=dict(request.labels),
         secrets=_secrets(request),
     )
+
+
+def _image(image: pb.ImageMount) -> dict[str, object]:
+    if image.tree.parts:
+        raise InvalidArgument("images.tree: only the root can be put together from parts", reason="BAD_MOUNT")
+    return {
+        "target": _absolute(image.target, "images.target"),
+        "tree": _mount(image.tree),
+        "subpath": image.subpath,
+        "writable": image.writable,
+    }
 
 
 def _secrets(request: pb.CreateTaskRequest) -> dict[str, object]:

@@ -17,6 +17,7 @@ from corral.oci.sysctl import check_sysctl
 
 if TYPE_CHECKING:  # loaded for those who ask for it
     from corral.oci.hooks import InitHooks
+    from corral.oci.image_mounts import ImageMount
 
 
 def plan_of(
@@ -31,6 +32,7 @@ def plan_of(
     container_id: str = "",
     by_stone: bool = False,
     secrets: Step | None = None,
+    images: "Sequence[ImageMount]" = (),
 ) -> InitPlan:
     """All that init needs to know. Raises ValueError naming the member that can't be honoured."""
     check_spec(spec)
@@ -53,6 +55,7 @@ def plan_of(
             console_size=console_size,
             hooks=hooks,
             secrets=secrets,
+            images=images,
         )
     program = program_of(spec.process, spec.linux, user=user)
     return InitPlan(

@@ -21,6 +21,9 @@ from corral.oci.mounts import (
 from corral.oci.spec import IdMapping, Mount, Spec
 from corral.oci.stage import IdMap, Step
 
+if TYPE_CHECKING:  # loaded for those who ask for it
+    from corral.oci.image_mounts import ImageMount
+
 PROPAGATION = {
     "": MS_PRIVATE,
     "private": MS_PRIVATE,
@@ -43,16 +46,22 @@ def steps_of(
     console_size: tuple[int, int] | None,
     hooks: Step | None = None,
     secrets: Step | None = None,
+    images: "Sequence[ImageMount]" = (),
 ) -> list[Step]:
     """The steps of a container's root, in order. Raises ValueError naming the member that can't be honoured.
 
     hooks: what is to be done once all is mounted; what it puts there is masked, or made read-only, as all else.
-    secrets: what comes after all mounts that were asked for.
+    secrets: what comes after all mounts that were asked for. images: what comes among those.
     """
     root = _root(spec, bundle, rootfs)
     steps: list[Step] = [root]
     steps += [_mount(mount, f"rootfs[{i}]", bundle, cgroups, spec) for i, mount in enumerate(rootfs) if i > 0]
-    steps += [_mount(mount, f"mounts[{i}]", bundle, cgroups, spec) for i, mount in enumerate(spec.mounts)]
+    mounts = [_mount(mount, f"mounts[{i}]", bundle, cgroups, spec) for i, mount in enumerate(spec.mounts)]
+    if images:
+        from corral.oci.image_mounts import laid_in
+
+        mounts = laid_in([(mount.destination, step) for mount, step in zip(spec.mounts, mounts, strict=True)], images)
+    steps += mounts
     if secrets is not None:
         steps.append(secrets)
     steps.append(DefaultDevices())

@@ -43,6 +43,7 @@ from corral.oci.stdio import Stdio
 
 if TYPE_CHECKING:  # loaded for those who ask for it
     from corral.oci.allotment import Allotment
+    from corral.oci.image_mounts import ImageMount
     from corral.oci.larder import Larder
 
 __all__ = [
@@ -73,6 +74,7 @@ def create(
     container_id: str = "",
     by_stone: bool = False,
     secrets: Step | None = None,
+    images: "Sequence[ImageMount]" = (),
 ) -> Container:
     """Make a container: returns when init has finished its set-up and waits for start().
 
@@ -85,7 +87,7 @@ def create(
     gate: the fd of a gate (corral.oci.gate), for leave_at_gate(). larder: mounts made ahead; the caller closes it.
     container_id: what hooks and seccomp listeners are told; without one, the name of the bundle. by_stone: this
     process is not sealed, and the specification suits corral.oci.stepping_stone. secrets: files that no specification
-    has (corral.oci.secret_files).
+    has (corral.oci.secret_files). images: trees of other images (corral.oci.image_mounts).
 
     If this fails, the specification's poststop hooks (corral.oci.hooks.run_poststop) are the caller's to run, once it
     has undone what it did.
@@ -102,6 +104,7 @@ def create(
         container_id=container_id,
         by_stone=by_stone,
         secrets=secrets,
+        images=images,
     )
     with contextlib.ExitStack() as stack:
         membership = stack.enter_context(contextlib.closing(Membership.open(cgroups)))

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+from corral.oci import mount_options
+from corral.oci.image_mounts import ImageMount
+from corral.oci.mounts import NewFilesystem
 from corral.oci.secret_files import SecretFile
 from corral.oci.spec import Mount
 from corral.shim.errors import ShimError
@@ -52,6 +55,7 @@ class Create:
     timeout_ns: int
     """From its start on; 0: it has time for ever."""
     secrets: tuple[SecretFile, ...] = field(default=(), repr=False)
+    images: tuple[ImageMount, ...] = ()
     secret_env: tuple[str, ...] = field(default=(), repr=False)
     """Assignments; like the secrets in no file."""
 
@@ -70,8 +74,28 @@ class Create:
             cgroup_paths=tuple(Path(path) for path in strings(mapping(fields, "cgroup"), "paths")),
             timeout_ns=_timeout(fields),
             secrets=tuple(_secret(item) for item in array(fields, "secrets")),
+            images=tuple(_image(item) for item in array(fields, "images")),
             secret_env=strings(fields, "secret_env"),
         )
+
+
+def _image(value: object) -> ImageMount:
+    if not isinstance(value, dict):
+        raise wrong("images", "an array of objects")
+    target, tree = text(value, "target"), _mount(mapping(value, "tree"))
+    if not target.startswith("/"):
+        raise wrong("images.target", "an absolute path")
+    try:
+        options = mount_options.parse(tree.options)
+    except ValueError as e:
+        raise ShimError("invalid_argument", f"images.tree: {e}") from e
+    return ImageMount(
+        target,
+        NewFilesystem(target, tree.type, tree.source, options),
+        options.bind,
+        text(value, "subpath", ""),
+        flag(value, "writable"),
+    )
 
 
 def _secret(value: object) -> SecretFile:

@@ -122,6 +122,7 @@ class Shim:
                     console_size=request.console_size,
                     larder=self._larder,
                     secrets=SecretFiles(request.secrets) if request.secrets else None,
+                    images=request.images,
                 )
         except BaseException as e:
             log.close()

@@ -624,6 +624,8 @@ class VolumeMount(_message.Message):
     TMPFS_MODE_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     NO_COPY_FIELD_NUMBER: _builtins.int
+    WRITABLE_FIELD_NUMBER: _builtins.int
+    SUBPATH_FIELD_NUMBER: _builtins.int
     type: Global___VolumeMount.Type.ValueType
     source: _builtins.str
     target: _builtins.str
@@ -638,6 +640,10 @@ class VolumeMount(_message.Message):
     tmpfs_mode: _builtins.int
     no_copy: _builtins.bool
     """Volume: do not fill an empty one with the image's content."""
+    writable: _builtins.bool
+    """Image: what is written goes into a tree of the container's own. Else nothing can be written."""
+    subpath: _builtins.str
+    """Image: only this file or directory of it."""
     @_builtins.property
     def options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Further options, "noexec"."""
@@ -655,10 +661,12 @@ class VolumeMount(_message.Message):
         tmpfs_mode: _builtins.int = ...,
         options: _abc.Iterable[_builtins.str] | None = ...,
         no_copy: _builtins.bool = ...,
+        writable: _builtins.bool = ...,
+        subpath: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_source", b"create_source", "no_copy", b"no_copy", "options", b"options", "propagation", b"propagation", "read_only", b"read_only", "source", b"source", "target", b"target", "tmpfs_mode", b"tmpfs_mode", "tmpfs_size_bytes", b"tmpfs_size_bytes", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_source", b"create_source", "no_copy", b"no_copy", "options", b"options", "propagation", b"propagation", "read_only", b"read_only", "source", b"source", "subpath", b"subpath", "target", b"target", "tmpfs_mode", b"tmpfs_mode", "tmpfs_size_bytes", b"tmpfs_size_bytes", "type", b"type", "writable", b"writable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -234,6 +234,7 @@ class CreateTaskRequest(_message.Message):
     TIMEOUT_FIELD_NUMBER: _builtins.int
     SECRETS_FIELD_NUMBER: _builtins.int
     SECRET_ENV_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     spec: _builtins.bytes
     """OCI runtime-spec config.json. root.path may be anything: the root is made of `rootfs`."""
@@ -273,6 +274,10 @@ class CreateTaskRequest(_message.Message):
 
     @_builtins.property
     def secret_env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageMount]:
+        """Trees of images, each mounted after what lies above its target and before what lies below."""
+
     def __init__(
         self,
         *,
@@ -289,14 +294,46 @@ class CreateTaskRequest(_message.Message):
         timeout: _duration_pb2.Duration | None = ...,
         secrets: _abc.Iterable[Global___SecretFile] | None = ...,
         secret_env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        images: _abc.Iterable[Global___ImageMount] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["console_size", b"console_size", "log", b"log", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup_paths", b"cgroup_paths", "console_size", b"console_size", "id", b"id", "labels", b"labels", "log", b"log", "rootfs", b"rootfs", "secret_env", b"secret_env", "secrets", b"secrets", "spec", b"spec", "stdin", b"stdin", "stdin_once", b"stdin_once", "timeout", b"timeout", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup_paths", b"cgroup_paths", "console_size", b"console_size", "id", b"id", "images", b"images", "labels", b"labels", "log", b"log", "rootfs", b"rootfs", "secret_env", b"secret_env", "secrets", b"secrets", "spec", b"spec", "stdin", b"stdin", "stdin_once", b"stdin_once", "timeout", b"timeout", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateTaskRequest: _TypeAlias = CreateTaskRequest  # noqa: Y015
+
+@_typing.final
+class ImageMount(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: _builtins.int
+    TREE_FIELD_NUMBER: _builtins.int
+    SUBPATH_FIELD_NUMBER: _builtins.int
+    WRITABLE_FIELD_NUMBER: _builtins.int
+    target: _builtins.str
+    """absolute path inside"""
+    subpath: _builtins.str
+    """What of the tree is mounted, resolved inside it. Empty: all of it."""
+    writable: _builtins.bool
+    @_builtins.property
+    def tree(self) -> _types_pb2.Mount: ...
+    def __init__(
+        self,
+        *,
+        target: _builtins.str = ...,
+        tree: _types_pb2.Mount | None = ...,
+        subpath: _builtins.str = ...,
+        writable: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tree", b"tree"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["subpath", b"subpath", "target", b"target", "tree", b"tree", "writable", b"writable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImageMount: _TypeAlias = ImageMount  # noqa: Y015
 
 @_typing.final
 class SecretFile(_message.Message):
