@@ -1,6 +1,7 @@
 """From a specification to the list of steps that set a container up. Pure: nothing here touches the kernel."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from corral.kernel.mount import MOUNT_ATTR_RDONLY, MS_PRIVATE, MS_SHARED, MS_SLAVE, MS_UNBINDABLE
 from corral.kernel.namespaces import Kind
