@@ -29,7 +29,6 @@ from corral.rpc.errors import (
     InvalidArgument,
     NotFound,
     ResourceExhausted,
-    Unimplemented,
 )
 
 pytestmark = needs("root", "netns", "nft", "nsenter", "ip")
@@ -217,7 +216,6 @@ async def test_an_interface_name_of_ones_own(lab: Lab, net: Calls) -> None:
         {"interface": "a name that is long"},
         {"mtu": 10},
         {"mtu": 100_000},
-        {"ipv6": True},
     ],
 )
 async def test_nonsense_is_refused(net: Calls, fields: dict[str, object]) -> None:
@@ -226,9 +224,9 @@ async def test_nonsense_is_refused(net: Calls, fields: dict[str, object]) -> Non
     assert await net.network_names() == ["bridge", "host", "none"]
 
 
-async def test_an_unknown_driver_is_not_there_yet(net: Calls) -> None:
-    with pytest.raises(Unimplemented, match="macvlan"):
-        await net.create("mine", driver="macvlan")
+async def test_an_unknown_driver_is_refused_with_the_names_of_those_there_are(net: Calls) -> None:
+    with pytest.raises(InvalidArgument, match="use bridge, macvlan, ipvlan"):
+        await net.create("mine", driver="weave")
 
 
 async def test_the_journal_tells_what_happened(net: Calls) -> None:

@@ -233,3 +233,43 @@ def test_an_interface_that_the_container_took_down_holds_up_nothing(box: Corrald
     finally:
         box.corral("rm", "-f", name)
         ok(box, "network", "rm", net)
+
+
+def test_a_network_is_made_with_dockers_options(box: Corrald, name: str) -> None:
+    ok(box, "network", "create", "--ipv6", "--icc=false", "-o", "com.docker.network.driver.mtu=1300", name)
+    try:
+        [made] = json.loads(ok(box, "network", "inspect", name))
+        assert made["mtu"] == 1300
+        assert [":" in subnet["cidr"] for subnet in made["subnets"]] == [False, True]
+        ok(box, "run", "-d", "--name", name, "--network", name, "busybox", "sleep", "100")
+        ok(box, "run", "-d", "--name", f"{name}-b", "--network", name, "busybox", "sleep", "100")
+        assert not reaches(box, name, address(box, f"{name}-b"))
+    finally:
+        box.corral("rm", "-f", name, f"{name}-b")
+        ok(box, "network", "rm", name)
+
+
+def test_containers_of_a_macvlan_network_reach_one_another(box: Corrald, name: str) -> None:
+    ok(box, "network", "create", "-d", "macvlan", name)
+    try:
+        ok(box, "run", "-d", "--name", name, "--network", name, "busybox", "sleep", "100")
+        ok(box, "run", "-d", "--name", f"{name}-b", "busybox", "sleep", "100")
+        ok(box, "network", "connect", name, f"{name}-b")
+        assert reaches(box, f"{name}-b", address(box, name))
+        ok(box, "restart", "-t", "0", name)
+        assert reaches(box, f"{name}-b", address(box, name))
+    finally:
+        box.corral("rm", "-f", name, f"{name}-b")
+        ok(box, "network", "rm", name)
+
+
+def test_a_network_that_cannot_be_is_refused_in_one_sentence(box: Corrald, name: str) -> None:
+    for arguments, why in (
+        (("-d", "weave"), "there is no network driver 'weave': use bridge, macvlan, ipvlan"),
+        (("-d", "macvlan", "-o", "parent=nowhere0"), "needs the link nowhere0 of this host"),
+        (("-o", "encrypted=true"), "network driver bridge has no option 'encrypted'"),
+    ):
+        refused = box.corral("network", "create", *arguments, name)
+        assert refused.returncode == 1
+        assert why in refused.stderr.decode()
+        assert len(refused.stderr.splitlines()) == 1

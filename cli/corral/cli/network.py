@@ -16,7 +16,7 @@ network_command.add_command(network_prune_command)
 
 
 @network_command.command("create")
-@click.option("-d", "--driver", default="bridge", show_default=True, help="Driver")
+@click.option("-d", "--driver", default="bridge", show_default=True, help="bridge, macvlan or ipvlan")
 @click.option("--subnet", "subnets", multiple=True, help="Subnet, 10.1.0.0/24; one is chosen otherwise")
 @click.option(
     "--gateway", "gateways", multiple=True, help="Gateway of each subnet, in order; default the first address"
@@ -24,6 +24,9 @@ network_command.add_command(network_prune_command)
 @click.option("--ip-range", "ranges", multiple=True, help="Part of each subnet to give out, in order")
 @click.option("--internal", is_flag=True, help="No way out")
 @click.option("--mtu", type=int, default=0, help="MTU; default the host's")
+@click.option("--ipv6", is_flag=True, help="IPv6 too; its subnet is chosen where none is named")
+@click.option("--icc", type=bool, help="Whether its containers reach one another  [default: true]")
+@click.option("-o", "--opt", "options", multiple=True, help="KEY=VALUE, as docker's drivers have them")
 @click.option("--label", "labels", multiple=True, help="KEY=VALUE")
 @click.argument("name")
 @pass_app
@@ -36,6 +39,9 @@ def create_command(
     ranges: tuple[str, ...],
     internal: bool,
     mtu: int,
+    ipv6: bool,
+    icc: bool | None,
+    options: tuple[str, ...],
     labels: tuple[str, ...],
 ) -> None:
     """Create a network."""
@@ -43,7 +49,12 @@ def create_command(
 
     if len(gateways) > len(subnets) or len(ranges) > len(subnets):
         raise ValueError("--gateway and --ip-range need a --subnet each")
-    request = network_pb2.CreateNetworkRequest(name=name, driver=driver, internal=internal, mtu=mtu)
+    request = network_pb2.CreateNetworkRequest(name=name, driver=driver, internal=internal, mtu=mtu, ipv6=ipv6)
+    if icc is not None:
+        request.options["com.docker.network.bridge.enable_icc"] = str(icc).lower()
+    for option in options:
+        key, _, value = option.partition("=")
+        request.options[key] = value
     for number, cidr in enumerate(subnets):
         request.subnets.add(
             cidr=cidr,

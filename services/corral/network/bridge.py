@@ -1,20 +1,20 @@
-"""The bridge driver: a Linux bridge per network, a veth pair per endpoint. Runs on the netlink thread."""
+"""The bridge driver: a Linux bridge per network, a veth pair per endpoint."""
 
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from corral.network import network_options as options
 from corral.network import subnets
 from corral.network.firewall import Firewall, switch_on_forwarding
-from corral.network.links import BridgePlan, InterfacePlan
-from corral.network.model import Interface, Network
-from corral.rpc.errors import FailedPrecondition
+from corral.network.links import BridgePlan, link_exists
+from corral.network.model import BRIDGE_DRIVER, Network, NetworkSpec
+from corral.rpc.errors import FailedPrecondition, InvalidArgument
 from corral.store import failpoint
 
 if TYPE_CHECKING:
     from corral.network.netlink import Netlink
-
-DRIVER = "bridge"
 
 
 def bridge_plan(network: Network) -> BridgePlan:
@@ -23,36 +23,31 @@ def bridge_plan(network: Network) -> BridgePlan:
     return BridgePlan(network.bridge, subnets.mac_of(network.ranges[0].gateway), network.mtu, gateways)
 
 
-def interface_plans(interfaces: Iterable[Interface]) -> list[InterfacePlan]:
-    """The veth pairs of an endpoint, in order. The first network with a way out has the default route."""
-    plans = []
-    routed: set[int] = set()  # IP versions that have their default route
-    for interface in interfaces:
-        network = interface.network
-        gateways = []
-        for address, part in interface.addresses:
-            if not network.internal and address.version not in routed:
-                routed.add(address.version)
-                gateways.append(part.gateway)
-        plans.append(
-            InterfacePlan(
-                name=interface.name,
-                host_name=interface.host_name,
-                bridge=network.bridge,
-                mac=interface.mac,
-                mtu=network.mtu,
-                addresses=[(address, part.subnet.prefixlen) for address, part in interface.addresses],
-                gateways=gateways,
-            )
-        )
-    return plans
-
-
 class BridgeDriver:
-    """Builds and removes what networks are in the kernel."""
+    """See corral.network.driver."""
+
+    name = BRIDGE_DRIVER
 
     def __init__(self, firewall: Firewall) -> None:
         self._firewall = firewall
+
+    def check(self, spec: NetworkSpec) -> NetworkSpec:
+        options.refuse_unknown(spec, options.BRIDGE_NAME, options.ICC, options.MASQUERADE, options.MTU)
+        options.boolean(spec.options, options.ICC, default=True)
+        options.boolean(spec.options, options.MASQUERADE, default=True)
+        name = spec.options.get(options.BRIDGE_NAME, "")
+        if name and spec.interface not in ("", name):
+            raise InvalidArgument(
+                f"the bridge cannot be called both {name!r} and {spec.interface!r}", reason="BAD_OPTION"
+            )
+        return replace(options.with_mtu(spec), interface=name or spec.interface)
+
+    def prove(self, netlink: "Netlink", network: Network) -> None:
+        """What exists under its name is not ours."""
+        if link_exists(network.bridge):
+            raise FailedPrecondition(
+                f"the host already has an interface {network.bridge}: choose another name", reason="INTERFACE_TAKEN"
+            )
 
     def build(self, netlink: "Netlink", network: Network, others: Sequence[Network]) -> bool:
         """Make, or mend, the bridge of a network and let it through the firewall; `others` are the networks that exist.

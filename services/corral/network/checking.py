@@ -111,10 +111,11 @@ class Checker:
             if network.state is not NetworkState.READY:
                 problem = f"was left {network.state}"
                 found.append(Found(subject, problem, "repair removes it", partial(self._reconcile, network)))
-            elif not link_exists(network.bridge):
-                problem = f"has lost its bridge {network.bridge}"
+            elif not link_exists(network.lower):
+                what = "bridge" if network.is_bridge else "parent"
+                problem = f"has lost its {what} {network.lower}"
                 found.append(Found(subject, problem, "repair makes it anew", partial(self._reconcile, network)))
-        if networks and not self.firewall.stands():
+        if any(network.is_bridge for network in networks) and not self.firewall.stands():
             found.append(
                 Found(f"nftables table {self.firewall.table}", "is gone", "repair makes it anew", self._rebuild_rules)
             )

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
-from corral.network import bridge, planning, port_rows, store
+from corral.network import planning, port_rows, store
 from corral.network.allocations import Allocations
 from corral.network.connections import Connections, Wanted, attachments_of, differ_in_networks
 from corral.network.files import FileStore
@@ -33,7 +33,7 @@ from corral.network.model import (
     Port,
     Request,
 )
-from corral.network.networks import Networks
+from corral.network.networks import HOST, NONE, Networks
 from corral.network.pool import NetnsPool, is_pinned
 from corral.network.publishing import Publishing, alike, meant, missing
 from corral.network.resolver import Resolvers
@@ -166,7 +166,7 @@ class Endpoints:
         wanted = []
         for attachment in attachments:
             network = await self._networks.get(namespace, attachment.network or DEFAULT_NETWORK)
-            if network.driver != bridge.DRIVER:
+            if network.driver in (HOST.driver, NONE.driver):
                 raise InvalidArgument(
                     f"network {network.name!r} is a mode of its own: it cannot be combined with networks",
                     reason="BAD_MODE",
@@ -332,7 +332,7 @@ class Endpoints:
         if endpoint.state is not EndpointState.READY or endpoint.boot_id != self._boot_id:
             return False
         path = self.netns_path(endpoint)
-        links = (link_exists(interface.host_name) for interface in endpoint.interfaces)
+        links = (link_exists(each.host_name) for each in endpoint.interfaces if each.network.is_bridge)
         return (not path or is_pinned(path)) and all(links)
 
     async def mend(self, key: EndpointKey) -> None:

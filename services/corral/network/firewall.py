@@ -40,7 +40,8 @@ class Firewall:
         return True
 
     def rebuild(self, networks: Sequence[Network]) -> None:
-        """Replace the table by what these networks need; no network, no table."""
+        """Replace the table by what the bridges of these networks need; no bridge, no table."""
+        networks = [network for network in networks if network.is_bridge]
         self._run(rules.table(self._table, networks, self._ports()) if networks else rules.remove_table(self._table))
         self._known = bool(networks)
 

@@ -25,6 +25,7 @@ from corral.network.resolver import Resolvers
 from corral.network.restoring import Restoring
 from corral.network.standing import Standing
 from corral.network.store import MIGRATIONS
+from corral.network.sublinks import IPVLAN, MACVLAN, SubLinkDriver
 from corral.network.watching import Watch
 from corral.rpc.blocking import run_blocking
 from corral.store import Database
@@ -67,8 +68,9 @@ class Leaf:
         )
         files = FileStore(config.root / "endpoints")
         self._pool = NetnsPool(netns, config.netns_pool_size, files)
-        driver, held, prefix = BridgeDriver(self._firewall), Allocations(), host_prefix(config)
-        self.networks = Networks(config, self.db, self._thread, driver, held, self._resolvers.stop)
+        drivers = (BridgeDriver(self._firewall), SubLinkDriver(MACVLAN), SubLinkDriver(IPVLAN))
+        held, prefix = Allocations(), host_prefix(config)
+        self.networks = Networks(config, self.db, self._thread, drivers, held, self._resolvers.stop)
         standing = Standing(
             config,
             self._thread,
@@ -92,7 +94,7 @@ class Leaf:
             host_prefix=prefix,
         )
         self._reconciler = recovery.Reconciler(
-            self.db, self.networks, driver, self._firewall, self._publishing, prefix, standing.make_missing
+            self.db, self.networks, self._firewall, self._publishing, prefix, standing.make_missing
         )
         self.checker = Checker(
             self.db,

@@ -33,8 +33,18 @@ class BridgePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class SubLink:
+    """A link that shares another one: "macvlan" or "ipvlan", with the kernel's numbers of its mode and flags."""
+
+    kind: str
+    mode: int
+    flags: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class InterfacePlan:
-    """A veth pair as it should be: `name` inside the namespace, `host_name` on the bridge."""
+    """A veth pair as it should be: `name` inside the namespace, `host_name` on the bridge. Or, with `sublink`, a link
+    of that kind inside, whose parent is called `bridge`."""
 
     name: str
     host_name: str
@@ -43,6 +53,9 @@ class InterfacePlan:
     mtu: int
     addresses: Sequence[tuple[Address, int]]
     gateways: Sequence[Address]  # of default routes
+    versions_by_link: Sequence[int] = ()  # IP versions whose default route has no gateway
+    sublink: SubLink | None = None
+    isolated: bool = False  # from other such ends on the same bridge
 
 
 def index_of(name: str) -> int:

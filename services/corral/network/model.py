@@ -7,6 +7,7 @@ from enum import StrEnum
 from corral.network.ipam import Address, Subnet
 
 DEFAULT_NETWORK = "bridge"
+BRIDGE_DRIVER = "bridge"
 # The namespace of networks that corral itself made: they are seen from every namespace.
 BUILTIN_NAMESPACE = ""
 
@@ -72,6 +73,32 @@ class Network:
     @property
     def builtin(self) -> bool:
         return self.namespace == BUILTIN_NAMESPACE
+
+    @property
+    def is_bridge(self) -> bool:
+        """Whether it has a bridge of this host, with rules, ports and names."""
+        return self.driver == BRIDGE_DRIVER
+
+    @property
+    def lower(self) -> str:
+        """The host's link that its endpoints hang on; ours if it has the name in `bridge`."""
+        return self.bridge if self.is_bridge else self.options.get("parent", "") or self.bridge
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkSpec:
+    """What Create was asked for."""
+
+    namespace: str
+    name: str
+    driver: str = BRIDGE_DRIVER
+    ranges: Sequence[Range] = ()
+    mtu: int = 0
+    internal: bool = False
+    ipv6: bool = False
+    interface: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +186,7 @@ class Interface:
 
     network: Network
     name: str  # inside
-    host_name: str  # the other end
+    host_name: str  # the other end, on the network's bridge; where there is none nothing has that name
     mac: str
     addresses: tuple[tuple[Address, Range], ...] = ()
     aliases: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ SHORT_ID = 12
 
 def has_names(interface: Interface) -> bool:
     """Whether containers find one another by name in its network."""
-    return not interface.network.builtin
+    return interface.network.is_bridge and not interface.network.builtin
 
 
 class Names:

@@ -32,7 +32,7 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 from corral.kernel.netns import in_namespace
 from corral.network import rtnetlink
 from corral.network.ipam import Address
-from corral.network.links import BridgePlan, InterfacePlan, Route, index_of, link_exists, name_of
+from corral.network.links import BridgePlan, InterfacePlan, Route, SubLink, index_of, link_exists, name_of
 
 DEFAULT_MTU = 1500
 
@@ -143,7 +143,50 @@ class Netlink:
         Raises OSError(ENODEV) if the bridge is missing, EEXIST if a name is taken.
         """
         with _namespace_fd(netns) as fd:
+            if plan.sublink is not None:
+                self._requests.ask(rtnetlink.new_sublink(plan, plan.sublink, index_of(plan.bridge), fd))
+                return
             self._requests.ask(rtnetlink.new_veth(plan, index_of(plan.bridge), fd))
+        if plan.isolated:
+            self.isolate(plan.host_name)
+
+    def isolate(self, host_name: str) -> None:
+        """Let it reach the bridge itself only. Raises OSError(ENODEV)."""
+        self._requests.ask(rtnetlink.isolate(index_of(host_name), f"isolate {host_name}"))
+
+    def try_sublink(self, kind: SubLink, parent: str) -> None:
+        """Make such a link, and delete it. Raises OSError: EOPNOTSUPP if the kernel lacks the kind, EBUSY and others
+        if the parent does not take it."""
+        name = f"crltry{os.getpid() % 10**7}"
+        plan = InterfacePlan(name, "", parent, "", 0, (), ())
+        self._requests.ask(rtnetlink.new_sublink(plan, kind, index_of(parent), None))
+        self.delete_link(name)
+
+    def ensure_cable(self, name: str, peer: str) -> None:
+        """A pair of links of this namespace, both up, where it is not there; with either goes the other."""
+        if not link_exists(name):
+            self._requests.ask(rtnetlink.new_cable(name, peer))
+        for each in (name, peer):
+            self._requests.ask(rtnetlink.set_link(index_of(each), up=True, what=f"set {each} up"))
+
+    def make_vlan(self, name: str, parent: str, tag: int) -> None:
+        """A tagged network on a link. Raises OSError: ENODEV without the parent, EOPNOTSUPP."""
+        self._requests.ask(rtnetlink.new_vlan(name, index_of(parent), tag))
+
+    @staticmethod
+    def is_inside(netns: Path, name: str) -> bool:
+        """Whether a link has that name inside a namespace. Raises OSError."""
+        return in_namespace(netns, lambda: link_exists(name))
+
+    @staticmethod
+    def delete_inside(netns: Path, name: str) -> None:
+        """Delete a link inside a namespace; no error if there is none."""
+
+        def work() -> None:
+            with contextlib.closing(Netlink()) as netlink:
+                netlink.delete_link(name)
+
+        in_namespace(netns, work)
 
     def unplug(self, host_name: str) -> bool:
         """Cut the pair off the bridge at once; False if it is gone already. It is deleted with its namespace."""
@@ -187,6 +230,7 @@ class Netlink:
             *(rtnetlink.new_address(index, address, length, plan.name) for address, length in plan.addresses),
             rtnetlink.set_link(index, up=True, what=f"set {plan.name} up"),
             *(rtnetlink.default_route(gateway, index) for gateway in plan.gateways),
+            *(rtnetlink.route_by_link(version, index) for version in plan.versions_by_link),
         )
 
     @staticmethod
@@ -196,7 +240,7 @@ class Netlink:
         def work() -> None:
             with contextlib.closing(Netlink()) as netlink:
                 for plan in plans:
-                    if plan.gateways:
+                    if plan.gateways or plan.versions_by_link:
                         netlink.reroute(plan)
 
         in_namespace(netns, work)
@@ -204,7 +248,10 @@ class Netlink:
     def reroute(self, plan: InterfacePlan) -> None:
         """Give the inner end, which is up, its default routes. For a Netlink inside the namespace."""
         index = index_of(plan.name)
-        self._requests.ask(*(rtnetlink.default_route(gateway, index) for gateway in plan.gateways))
+        self._requests.ask(
+            *(rtnetlink.default_route(gateway, index) for gateway in plan.gateways),
+            *(rtnetlink.route_by_link(version, index) for version in plan.versions_by_link),
+        )
 
     # Lists
 

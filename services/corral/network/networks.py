@@ -11,17 +11,25 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from corral.network import allocations, bridge, store, subnets
+from corral.network import allocations, store, subnets
 from corral.network.allocations import Allocations
-from corral.network.bridge import BridgeDriver
 from corral.network.config import NetworkConfig
+from corral.network.driver import Driver
 from corral.network.ipam import Subnet
 from corral.network.links import NetlinkThread, Route, link_exists
-from corral.network.model import BUILTIN_NAMESPACE, DEFAULT_NETWORK, EndpointKey, Network, NetworkState, Range
-from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unimplemented
+from corral.network.model import (
+    BRIDGE_DRIVER,
+    BUILTIN_NAMESPACE,
+    DEFAULT_NETWORK,
+    EndpointKey,
+    Network,
+    NetworkSpec,
+    NetworkState,
+)
+from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from corral.store import Database, Duplicate, Snapshot, Transaction, failpoint
 
 if TYPE_CHECKING:
@@ -33,22 +41,6 @@ FORWARDING_FACT = "ip_forward_switched_on"
 HOST = Network(id="0" * 63 + "1", namespace=BUILTIN_NAMESPACE, name="host", driver="host")
 NONE = Network(id="0" * 63 + "2", namespace=BUILTIN_NAMESPACE, name="none", driver="none")
 MIN_MTU, MAX_MTU = 576, 65535
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkSpec:
-    """What Create was asked for."""
-
-    namespace: str
-    name: str
-    driver: str = bridge.DRIVER
-    ranges: Sequence[Range] = ()
-    mtu: int = 0
-    internal: bool = False
-    ipv6: bool = False
-    interface: str = ""
-    options: Mapping[str, str] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +60,7 @@ class Networks:
         config: NetworkConfig,
         db: Database,
         thread: NetlinkThread,
-        driver: BridgeDriver,
+        drivers: Sequence[Driver],
         held: Allocations,
         on_remove: Callable[[str], None],
     ) -> None:
@@ -77,7 +69,7 @@ class Networks:
         self._config = config
         self._db = db
         self._thread = thread
-        self._driver = driver
+        self._drivers = {driver.name: driver for driver in drivers}
         self._allocations = held
         self._making_default = asyncio.Lock()
         self._built: set[str] = set()  # ids of networks that are known to stand in the kernel
@@ -86,8 +78,11 @@ class Networks:
 
     async def create(self, spec: NetworkSpec) -> Network:
         """Make a network. Raises AlreadyExists, FailedPrecondition (overlap, interface name taken), InvalidArgument."""
-        _check(spec)
-        routes, mtu = await self._thread.run(lambda netlink: (netlink.routes(), spec.mtu or self._mtu(netlink)))
+        spec = self._check(spec)
+        is_bridge = spec.driver == BRIDGE_DRIVER
+        routes, mtu = await self._thread.run(
+            lambda netlink: (netlink.routes(), spec.mtu or (self._mtu(netlink) if is_bridge else 0))
+        )
         network_id = secrets.token_hex(ID_HEX_CHARS // 2)
         network = Network(
             id=network_id,
@@ -98,7 +93,7 @@ class Networks:
             ranges=tuple(spec.ranges),
             mtu=mtu,
             internal=spec.internal,
-            ipv6=any(part.subnet.version == 6 for part in spec.ranges),
+            ipv6=spec.ipv6 or any(part.subnet.version == 6 for part in spec.ranges),
             options=dict(spec.options),
             labels=dict(spec.labels),
             created_ns=time.time_ns(),
@@ -115,13 +110,18 @@ class Networks:
 
     def _insert(self, transaction: Transaction, network: Network, routes: Iterable[Route]) -> Network:
         existing = store.networks(transaction)
+        _refuse_shared_parent(existing, network)
         taken = self._taken(existing, routes)
-        if network.ranges:
-            for part in network.ranges:
-                subnets.refuse_overlap(part.subnet, taken)
-        else:
+        # The network of a parent is one that the host has a route to, and that is what it is for.
+        others = taken if network.is_bridge else self._taken(existing, ())
+        for part in network.ranges:
+            subnets.refuse_overlap(part.subnet, others)
+        versions = {part.subnet.version for part in network.ranges}
+        if 4 not in versions:
             subnet = subnets.choose(self._config.pools, self._config.pool_prefix, taken)
-            network = replace(network, ranges=(subnets.make_range(str(subnet)),))
+            network = replace(network, ranges=(subnets.make_range(str(subnet)), *network.ranges))
+        if network.ipv6 and 6 not in versions:
+            network = replace(network, ranges=(*network.ranges, subnets.make_range(str(subnets.unique_local(taken)))))
         try:
             store.insert_network(transaction, network)
         except Duplicate as e:
@@ -136,20 +136,32 @@ class Networks:
         return found
 
     def _build_new(self, netlink: "Netlink", network: Network) -> None:
-        """Build a network that never stood; what exists under its interface's name is not ours."""
-        if link_exists(network.bridge):
-            raise FailedPrecondition(
-                f"the host already has an interface {network.bridge}: choose another name", reason="INTERFACE_TAKEN"
-            )
+        """Build a network that never stood."""
+        driver = self.driver_of(network)
+        driver.prove(netlink, network)
         try:
             self._build(netlink, network)
         except BaseException:
-            self._driver.remove(netlink, network)
+            driver.remove(netlink, network)
             raise
+
+    def driver_of(self, network: Network) -> Driver:
+        """Whose network it is."""
+        return self._drivers[network.driver]
+
+    def _check(self, spec: NetworkSpec) -> NetworkSpec:
+        """Raises InvalidArgument, AlreadyExists."""
+        driver = self._drivers.get(spec.driver)
+        if driver is None:
+            known = ", ".join(self._drivers)
+            raise InvalidArgument(f"there is no network driver {spec.driver!r}: use {known}", reason="BAD_DRIVER")
+        spec = driver.check(spec)
+        _check(spec)
+        return spec
 
     def _build(self, netlink: "Netlink", network: Network) -> None:
         others = [one for one in self._db.read_sync(store.networks) if one.state is NetworkState.READY]
-        if self._driver.build(netlink, network, others):
+        if self.driver_of(network).build(netlink, network, others):
             self._db.write_sync(lambda transaction: store.remember(transaction, FORWARDING_FACT, str(time.time_ns())))
         self._built.add(network.id)
 
@@ -161,7 +173,7 @@ class Networks:
         """Subnets that a new network must not overlap, each with its owner. Routes through our own bridges are our
         networks."""
         existing = list(existing)
-        ours = {network.bridge for network in existing}
+        ours = {network.bridge for network in existing if network.is_bridge}
         taken = {part.subnet: f"network {network.name!r}" for network in existing for part in network.ranges}
         for route in routes:
             if route.interface not in ours and route.subnet not in taken:
@@ -188,7 +200,7 @@ class Networks:
             id=secrets.token_hex(ID_HEX_CHARS // 2),
             namespace=BUILTIN_NAMESPACE,
             name=DEFAULT_NETWORK,
-            driver=bridge.DRIVER,
+            driver=BRIDGE_DRIVER,
             bridge=self._config.bridge,
             ranges=(subnets.make_range(str(subnet)),),
             mtu=mtu,
@@ -254,7 +266,7 @@ class Networks:
     def build_missing(self, netlink: "Netlink", networks: Iterable[Network]) -> None:
         """Make sure that these stand in the kernel. On the netlink thread."""
         for network in networks:
-            if network.id not in self._built or not link_exists(network.bridge):
+            if network.id not in self._built or not link_exists(network.lower):
                 self._build(netlink, network)
 
     async def remove(self, namespace: str, name: str) -> None:
@@ -266,7 +278,7 @@ class Networks:
         failpoint("network.remove.after_row")
         self._built.discard(network.id)
         self._on_remove(network.id)
-        await self._thread.run(lambda netlink: self._driver.remove(netlink, network))
+        await self._thread.run(lambda netlink: self.driver_of(network).remove(netlink, network))
         await self._db.write(lambda transaction: self._forget(transaction, network))
 
     def _forget(self, transaction: Transaction, network: Network) -> None:
@@ -276,12 +288,8 @@ class Networks:
 
 
 def _check(spec: NetworkSpec) -> None:
-    if spec.driver != bridge.DRIVER:
-        raise Unimplemented(f"network driver {spec.driver!r} is not there yet: use {bridge.DRIVER!r}", reason="NOT_YET")
     if spec.name in (DEFAULT_NETWORK, HOST.name, NONE.name, "container", "default"):
         raise AlreadyExists(f"network {spec.name!r} is builtin: choose another name", reason="NETWORK_EXISTS")
-    if spec.ipv6 and not any(part.subnet.version == 6 for part in spec.ranges):
-        raise InvalidArgument("an IPv6 network needs an IPv6 subnet: name one with --subnet", reason="BAD_SUBNET")
     if spec.mtu and not MIN_MTU <= spec.mtu <= MAX_MTU:
         raise InvalidArgument(f"MTU {spec.mtu} is not between {MIN_MTU} and {MAX_MTU}", reason="BAD_MTU")
     if spec.interface:
@@ -289,8 +297,16 @@ def _check(spec: NetworkSpec) -> None:
     for number, part in enumerate(spec.ranges):
         others = {other.subnet: f"subnet {other.subnet} of the same network" for other in spec.ranges[:number]}
         subnets.refuse_overlap(part.subnet, others)
-    if spec.ranges and not any(part.subnet.version == 4 for part in spec.ranges):
-        raise Unimplemented("a network without an IPv4 subnet is not there yet: add one", reason="NOT_YET")
+
+
+def _refuse_shared_parent(existing: Iterable[Network], network: Network) -> None:
+    for other in existing:
+        if not network.is_bridge and network.lower in (other.lower, other.bridge):
+            raise FailedPrecondition(
+                f"{network.lower} carries network {other.name!r} already: name another parent, or a VLAN of it, like"
+                f" {network.lower}.10",
+                reason="PARENT_TAKEN",
+            )
 
 
 def _ready(transaction: Transaction, network: Network) -> Network:

@@ -7,6 +7,7 @@ from corral.network import store, subnets
 from corral.network.allocations import Allocations
 from corral.network.ipam import Address
 from corral.network.model import Attachment, Endpoint, EndpointKey, Interface, Network, NetworkState, Range
+from corral.network.sublinks import has_own_mac
 from corral.rpc.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from corral.store import Duplicate, Transaction
 
@@ -41,6 +42,11 @@ def _insert_interface(
     now = store.network_by_id(transaction, network.id)
     if now is None or now.state is not NetworkState.READY:
         raise FailedPrecondition(f"network {network.name!r} is being removed", reason="NETWORK_GOING")
+    if attachment.mac and not has_own_mac(network):
+        raise InvalidArgument(
+            f"interfaces in network {network.name!r} have the hardware address of its parent: leave out --mac-address",
+            reason="BAD_MAC",
+        )
     host_name = f"{host_prefix}{os.urandom(HOST_NAME_BYTES).hex()}"
     try:
         interface_id = store.insert_interface(
@@ -51,7 +57,7 @@ def _insert_interface(
             f"network {network.name!r} or interface {name!r} is named twice: once is enough", reason="TWICE"
         ) from e
     addresses = _take_addresses(transaction, attachment, network, interface_id, held)
-    if not attachment.mac:
+    if not attachment.mac and has_own_mac(network):
         store.set_interface_mac(transaction, interface_id, subnets.mac_of(addresses[0]))
 
 

@@ -36,7 +36,8 @@ def _forwards(endpoint: Endpoint, port: Port) -> list[Forward]:
     for version in (4, 6):
         if port.version not in (None, version):
             continue
-        reachable = (each.address(version) for each in endpoint.interfaces if not each.network.internal)
+        ways = (each for each in endpoint.interfaces if each.network.is_bridge and not each.network.internal)
+        reachable = (each.address(version) for each in ways)
         held = next((each for each in reachable if each is not None), None)
         if held is not None:
             found.append(Forward(port.protocol, port.host_ip, port.host_port, held[0], port.container_port))
@@ -50,7 +51,7 @@ def check_reachable(endpoint: Endpoint, asked: Iterable[Port]) -> None:
             version = f"IPv{port.version} " if port.version else ""
             raise InvalidArgument(
                 f"port {port.container_port}/{port.protocol} cannot be published: the container has no {version}address"
-                " in a network with a way out",
+                " in a bridge network with a way out",
                 reason="PORT_UNREACHABLE",
             )
 

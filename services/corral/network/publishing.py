@@ -151,6 +151,8 @@ class Publishing:
 
 def _let_through(netlink: "Netlink", interface: Interface) -> None:
     """See that callers from the container itself and from the host's loopback get to its ports."""
+    if not interface.network.is_bridge:
+        return
     netlink.reflect(interface.host_name)
     if not interface.network.internal and link_exists(interface.network.bridge):
         route_loopback_to(interface.network.bridge)

@@ -22,15 +22,16 @@ from typing import TYPE_CHECKING
 import structlog
 
 from corral.network import port_rows, store
-from corral.network.bridge import BridgeDriver
 from corral.network.connections import half_connected
 from corral.network.files import FileStore
 from corral.network.firewall import Firewall
 from corral.network.links import link_exists
 from corral.network.model import Endpoint, EndpointState, Interface, Network, NetworkState
+from corral.network.network_options import may_talk
 from corral.network.networks import Networks
 from corral.network.pool import NetnsPool, is_pinned
 from corral.network.publishing import Publishing
+from corral.rpc.errors import CorralError
 from corral.store import Database, Transaction
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def sweep(db: Database, pool: NetnsPool, files: FileStore) -> Sequence[Endpoint]
 def _has_lost_links(endpoint: Endpoint, pool: NetnsPool) -> bool:
     if endpoint.state is not EndpointState.READY or endpoint.boot_id != boot_id():
         return False
-    lost = any(not link_exists(interface.host_name) for interface in endpoint.interfaces)
+    bridged = (interface for interface in endpoint.interfaces if interface.network.is_bridge)
+    lost = any(not link_exists(interface.host_name) for interface in bridged)
     return lost and is_pinned(pool.path(endpoint.netns))
 
 
@@ -92,7 +94,6 @@ class Reconciler:
 
     db: Database
     networks: Networks
-    driver: BridgeDriver
     firewall: Firewall
     publishing: Publishing
     host_prefix: str
@@ -113,14 +114,14 @@ class Reconciler:
         for network in found:
             try:
                 self.reconcile(netlink, network)
-            except OSError as e:
+            except (OSError, CorralError) as e:
                 log.warning("network.not_reconciled", network=network.name, error=str(e))
-        self._reconcile_links(netlink, {network.bridge for network in found})
+        self._reconcile_links(netlink, {network.bridge for network in found if network.is_bridge})
         for endpoint in lame:
             try:
                 self.mend(netlink, endpoint)
                 log.info("network.links_made", endpoint=endpoint.key.id)
-            except OSError as e:
+            except (OSError, CorralError) as e:
                 log.warning("network.links_not_made", endpoint=endpoint.key.id, error=str(e))
         self.publishing.restore(netlink, self.db.read_sync(store.endpoints))
 
@@ -145,7 +146,7 @@ class Reconciler:
         if network.state is NetworkState.READY:
             self.networks.build_missing(netlink, [network])
             return
-        self.driver.remove(netlink, network)
+        self.networks.driver_of(network).remove(netlink, network)
         self.db.write_sync(lambda transaction: _finish_removal(transaction, network))
         log.info("network.undone", network=network.name, state=network.state)
 
@@ -154,7 +155,7 @@ class Reconciler:
         links = [link for link in netlink.links("veth") if link[0].startswith(self.host_prefix)]
         # Read after the links: an Attach meanwhile has its row before its link.
         endpoints = self.db.read_sync(store.endpoints)
-        bridges = {network.bridge for network in self.db.read_sync(store.networks)}
+        bridges = {network.bridge for network in self.db.read_sync(store.networks) if network.is_bridge}
         owned = {interface.host_name for endpoint in endpoints for interface in endpoint.interfaces}
         return [name for name, master in links if name not in owned and name not in dying and master in (*bridges, "")]
 
@@ -171,6 +172,8 @@ class Reconciler:
                 orphans.append(name)
             elif interface is not None and not master:
                 netlink.enslave(name, interface.network.bridge)
+                if not may_talk(interface.network):
+                    netlink.isolate(name)
         if orphans:
             log.info("network.links_removed", links=orphans)
 

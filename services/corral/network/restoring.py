@@ -91,7 +91,7 @@ class Restoring:
         return bool(lost.rules or bridges or ends)
 
     def _stood(self, network: Network) -> bool:
-        return network.state is NetworkState.READY and self._networks.is_built(network)
+        return network.is_bridge and network.state is NetworkState.READY and self._networks.is_built(network)
 
     def _mend_host(self, netlink: "Netlink", lost: Lost, bridges: Sequence[Network]) -> None:
         if lost.rules or lost.unknown:

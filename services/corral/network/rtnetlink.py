@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from corral.network.ipam import Address
-from corral.network.links import BridgePlan, InterfacePlan
+from corral.network.links import BridgePlan, InterfacePlan, SubLink
 
 _SOL_NETLINK, _CAP_ACK, _EXT_ACK = 270, 10, 11
 _REQUEST, _ACK, _REPLACE, _EXCL, _CREATE = 0x1, 0x4, 0x100, 0x200, 0x400
@@ -28,12 +28,13 @@ _MESSAGE_ATTRIBUTE = 1
 
 _NEWLINK, _DELLINK, _SETLINK, _NEWADDR, _NEWROUTE = 16, 17, 19, 20, 24
 _ADDRESS, _IFNAME, _MTU, _MASTER, _LINKINFO, _NET_NS_FD = 1, 3, 4, 10, 18, 28
-_PROTINFO, _NESTED, _BRPORT_MODE = 12, 0x8000, 4
+_PROTINFO, _NESTED, _BRPORT_MODE, _BRPORT_ISOLATED = 12, 0x8000, 4, 33
+_LOWER, _MACVLAN_MODE, _IPVLAN_MODE, _IPVLAN_FLAGS, _VLAN_ID = 5, 1, 1, 2, 1
 _INFO_KIND, _INFO_DATA, _VETH_PEER = 1, 2, 1
 _IFF_UP = 1
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_NODAD = 1, 2, 2
 _RTA_OIF, _RTA_GATEWAY = 4, 5
-_TABLE_MAIN, _PROTOCOL_STATIC, _UNICAST = 254, 4, 1
+_TABLE_MAIN, _PROTOCOL_STATIC, _UNICAST, _SCOPE_LINK = 254, 4, 1, 253
 
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port
 _LINK = struct.Struct("=BxHiII")  # family, device type, index, flags, which of them
@@ -42,6 +43,7 @@ _ROUTE = struct.Struct("=BBBBBBBBI")  # family, prefixes, tos, table, protocol, 
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
 _INTEGER = struct.Struct("=i")
 _WORD = struct.Struct("=I")
+_HALF = struct.Struct("=H")
 
 _ANSWER_BYTES = 65536
 
@@ -131,7 +133,7 @@ def _aligned(length: int) -> int:
 
 def new_bridge(plan: BridgePlan) -> Request:
     """A bridge, down, with a MAC of its own: else it takes that of its lowest port, which come and go."""
-    body = _link() + _name(plan.name) + _mac(plan.mac) + _mtu(plan.mtu) + _info("bridge")
+    body = _link() + _name(plan.name) + _mac(plan.mac) + (_mtu(plan.mtu) if plan.mtu else b"") + _info("bridge")
     return Request(_NEWLINK, _MAKE, body, f"add bridge {plan.name}")
 
 
@@ -142,6 +144,47 @@ def new_veth(plan: InterfacePlan, master: int, netns_fd: int) -> Request:
     own = _name(plan.host_name) + _mtu(plan.mtu) + _attribute(_MASTER, _WORD.pack(master))
     body = _link(up=True) + own + _info("veth", _attribute(_VETH_PEER, peer))
     return Request(_NEWLINK, _MAKE, body, f"add veth {plan.host_name} to {plan.bridge}")
+
+
+def new_sublink(plan: InterfacePlan, kind: SubLink, parent: int, netns_fd: int | None) -> Request:
+    """A macvlan or ipvlan link of a parent, in a namespace or, down, here."""
+    mac = _mac(plan.mac) if plan.mac else b""
+    mtu = _mtu(plan.mtu) if plan.mtu else b""
+    netns = b"" if netns_fd is None else _attribute(_NET_NS_FD, _WORD.pack(netns_fd))
+    if kind.kind == "macvlan":
+        data = _attribute(_MACVLAN_MODE, _WORD.pack(kind.mode))
+    else:
+        data = _attribute(_IPVLAN_MODE, _HALF.pack(kind.mode)) + _attribute(_IPVLAN_FLAGS, _HALF.pack(kind.flags))
+    body = _link() + _name(plan.name) + mac + mtu + _attribute(_LOWER, _WORD.pack(parent)) + netns
+    return Request(_NEWLINK, _MAKE, body + _info(kind.kind, data), f"add {kind.kind} {plan.name} to {plan.bridge}")
+
+
+def new_cable(name: str, peer: str) -> Request:
+    """A veth pair with both ends here. A link has a carrier only while its other end is up."""
+    ends = _attribute(_VETH_PEER, _link() + _name(peer))
+    return Request(_NEWLINK, _MAKE, _link() + _name(name) + _info("veth", ends), f"add veth {name} to {peer}")
+
+
+def new_vlan(name: str, parent: int, tag: int) -> Request:
+    """A tagged network on a link, up."""
+    body = _link(up=True) + _name(name) + _attribute(_LOWER, _WORD.pack(parent))
+    return Request(_NEWLINK, _MAKE, body + _info("vlan", _attribute(_VLAN_ID, _HALF.pack(tag))), f"add VLAN {name}")
+
+
+def isolate(index: int, what: str) -> Request:
+    """Let the bridge pass no frame between this end and others that are isolated."""
+    head = _LINK.pack(socket.AF_BRIDGE, 0, index, 0, 0)
+    body = head + _attribute(_PROTINFO | _NESTED, _attribute(_BRPORT_ISOLATED, b"\1"))
+    return Request(_SETLINK, _CHANGE, body, what)
+
+
+def route_by_link(version: int, index: int) -> Request:
+    """A default route without a gateway."""
+    family = socket.AF_INET if version == 4 else socket.AF_INET6
+    scope = _SCOPE_LINK if version == 4 else 0
+    head = _ROUTE.pack(family, 0, 0, 0, _TABLE_MAIN, _PROTOCOL_STATIC, scope, _UNICAST, 0)
+    body = head + _attribute(_RTA_OIF, _WORD.pack(index))
+    return Request(_NEWROUTE, _CHANGE | _CREATE | _REPLACE, body, "set default route through the link")
 
 
 def set_link(index: int, *, up: bool, what: str, master: int | None = None) -> Request:

@@ -22,6 +22,7 @@ corral.network.firewall. Source: libnftables-json(5).
 from collections.abc import Iterable, Mapping, Sequence
 
 from corral.network.model import ANY_HOST_IPS, Forward, Network
+from corral.network.network_options import is_masqueraded, may_talk
 
 type Json = bool | int | str | Sequence[Json] | Mapping[str, Json] | None
 type Command = Mapping[str, Json]
@@ -104,12 +105,13 @@ def remove_table(name: str) -> list[Command]:
 
 def elements(network: Network) -> Mapping[str, Sequence[Json]]:
     """What stands in each set for a network."""
-    own: dict[str, Sequence[Json]] = {
-        "bridges": [network.bridge],
-        "same": [{"concat": [network.bridge, network.bridge]}],
-    }
+    own: dict[str, Sequence[Json]] = {"bridges": [network.bridge]}
+    if may_talk(network):
+        own["same"] = [{"concat": [network.bridge, network.bridge]}]
     if network.internal:
         own["internal"] = [network.bridge]
+        return own
+    if not is_masqueraded(network):
         return own
     for version in (4, 6):
         subnets = [part.subnet for part in network.ranges if part.subnet.version == version]

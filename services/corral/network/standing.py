@@ -5,18 +5,20 @@ there waits.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
 
-from corral.network import bridge, conntrack, etc, sysctls
+from corral.network import conntrack, etc, sysctls
 from corral.network.config import NetworkConfig
 from corral.network.files import FileStore
-from corral.network.links import NetlinkThread, link_exists
+from corral.network.links import InterfacePlan, NetlinkThread, link_exists
 from corral.network.model import Endpoint, Interface
 from corral.network.names import has_names
 from corral.network.networks import Networks
-from corral.network.pool import NetnsPool
+from corral.network.plans import interface_plans
+from corral.network.pool import NetnsPool, is_pinned
 from corral.network.publishing import Publishing
 from corral.network.reaper import Reaper
 from corral.network.resolver import Resolvers
@@ -73,7 +75,7 @@ class Standing:
     def _make(self, netlink: "Netlink", endpoint: Endpoint) -> None:
         self._networks.build_missing(netlink, [interface.network for interface in endpoint.interfaces])
         path = self._pool.path(endpoint.netns)
-        plans = bridge.interface_plans(endpoint.interfaces)
+        plans = interface_plans(endpoint.interfaces)
         for plan in plans:
             if link_exists(plan.host_name):  # of an earlier life, in a namespace that somebody still holds
                 netlink.delete_link(plan.host_name)
@@ -93,7 +95,7 @@ class Standing:
         """The same on the netlink thread, without the resolvers."""
         self._networks.build_missing(netlink, [interface.network for interface in endpoint.interfaces])
         path = self._pool.path(endpoint.netns)
-        plans = [plan for plan in bridge.interface_plans(endpoint.interfaces) if not link_exists(plan.host_name)]
+        plans = [plan for plan in interface_plans(endpoint.interfaces) if not _is_plugged(netlink, plan, path)]
         for plan in plans:
             netlink.plug(plan, path)
             failpoint("network.connect.after_plug")
@@ -112,13 +114,17 @@ class Standing:
 
     async def unplug(self, before: Endpoint, left: Endpoint, gone: Interface) -> None:
         """Delete one of its links, and do what follows from that; no error if it is gone already."""
+        path = self._pool.path(left.netns)
 
         def work(netlink: "Netlink") -> None:
             self._publishing.follow(netlink, before, left)
-            netlink.delete_link(gone.host_name)
+            if gone.network.is_bridge:
+                netlink.delete_link(gone.host_name)
+            elif is_pinned(path):
+                netlink.delete_inside(path, gone.name)
             failpoint("network.disconnect.after_unplug")
             try:
-                netlink.reroute_inside(self._pool.path(left.netns), bridge.interface_plans(left.interfaces))
+                netlink.reroute_inside(path, interface_plans(left.interfaces))
             except OSError as e:  # who may administer the network in there has changed it
                 log.warning("network.not_rerouted", endpoint=left.key.id, error=str(e))
             for address, _ in gone.addresses:
@@ -150,7 +156,10 @@ class Standing:
         if endpoint.ports:
             self._publishing.shut(endpoint, endpoint.ports)
         for interface in endpoint.interfaces:
-            netlink.unplug(interface.host_name)
+            if interface.network.is_bridge:
+                netlink.unplug(interface.host_name)
+            elif is_pinned(path := self._pool.path(endpoint.netns)):  # who still holds it is to lose the address
+                netlink.delete_inside(path, interface.name)
             for address, _ in interface.addresses if endpoint.request.ports or endpoint.ports else ():
                 conntrack.forget_address(address)  # it may be another's next
         failpoint("network.detach.after_unplug")
@@ -160,7 +169,7 @@ class Standing:
         """Take everything back that is there of it."""
         if endpoint.interfaces:
             await self._thread.run(lambda netlink: self._unmake(netlink, endpoint))
-            self._reaper.watch(interface.host_name for interface in endpoint.interfaces)
+            self._reaper.watch(each.host_name for each in endpoint.interfaces if each.network.is_bridge)
             self._throw_files(endpoint)
         else:
             await self.discard(endpoint)
@@ -179,3 +188,7 @@ class Standing:
     async def close(self) -> None:
         """Wait for what is under way."""
         await self._reaper.close()
+
+
+def _is_plugged(netlink: "Netlink", plan: InterfacePlan, netns: Path) -> bool:
+    return link_exists(plan.host_name) if plan.host_name else netlink.is_inside(netns, plan.name)

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from corral.api.network.v1 import network_pb2
-from corral.network import bridge, subnets, sysctls
+from corral.network import subnets, sysctls
 from corral.network.etc import HOST_GATEWAY
 from corral.network.files import HOSTNAME, HOSTS, RESOLV_CONF
-from corral.network.model import Attachment, Dns, Endpoint, Interface, Mode, Port, Request
-from corral.network.networks import Described, NetworkSpec
+from corral.network.model import BRIDGE_DRIVER, Attachment, Dns, Endpoint, Interface, Mode, NetworkSpec, Port, Request
+from corral.network.networks import Described
 from corral.rpc.context import check_id
 from corral.rpc.errors import InvalidArgument
 
@@ -46,7 +46,7 @@ def network_spec(request: network_pb2.CreateNetworkRequest, namespace: str) -> N
     return NetworkSpec(
         namespace=namespace,
         name=check_id(request.name, "network name"),
-        driver=request.driver or bridge.DRIVER,
+        driver=request.driver or BRIDGE_DRIVER,
         ranges=ranges,
         mtu=request.mtu,
         internal=request.internal,
@@ -76,7 +76,7 @@ def network(described: Described) -> network_pb2.Network:
         id=value.id,
         driver=value.driver,
         subnets=parts,
-        interface=value.bridge,
+        interface=value.lower,
         mtu=value.mtu,
         internal=value.internal,
         options=value.options,
@@ -227,7 +227,7 @@ def _interface(value: Interface) -> network_pb2.Interface:
     message = network_pb2.Interface(
         network=value.network.name,
         name=value.name,
-        host_name=value.host_name,
+        host_name=value.host_name if value.network.is_bridge else "",
         mac_address=value.mac,
         aliases=value.aliases,
     )
