@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import pytest
 from support.corrald import CORRAL, PATIENCE, Corrald
 from support.requirements import needs
 
@@ -103,43 +104,58 @@ def test_no_descriptor_and_no_process_is_left_of_the_programs_before(box: Corral
         assert "Z" not in states
 
 
-def test_an_attached_client_misses_no_byte_either_way(box: Corrald, tmp_path: Path) -> None:
+@contextmanager
+def command(box: Corrald, *arguments: str, stdin: int = subprocess.DEVNULL) -> Iterator["subprocess.Popen[bytes]"]:
+    environment = os.environ | {"CORRAL_ADDRESS": box.address}
+    with subprocess.Popen([str(CORRAL), *arguments], stdin=stdin, stdout=subprocess.PIPE, env=environment) as process:
+        yield process
+
+
+def test_an_attached_client_misses_no_byte_either_way(box: Corrald) -> None:
     """Both ways at once, as fast as it goes: what is on its way when the daemon leaves must arrive, once."""
-    size = 600 << 20
-    command = [str(CORRAL), "run", "--rm", "-i", "busybox", "cat"]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"CORRAL_ADDRESS": box.address},
-    ) as run:
+    with command(box, "run", "--rm", "-i", "busybox", "cat", stdin=subprocess.PIPE) as run:
         assert run.stdin is not None
         assert run.stdout is not None
         sent, got = hashlib.sha256(), hashlib.sha256()
+        upgraded = threading.Event()
 
         def feed() -> None:
             assert run.stdin is not None
-            left = size
-            while left > 0:
+            while not upgraded.is_set():
                 block = os.urandom(1 << 20)
                 sent.update(block)
                 run.stdin.write(block)
-                left -= len(block)
             run.stdin.close()
 
-        feeding = threading.Thread(target=feed)
-        feeding.start()
-        read = len(first := run.stdout.read(1 << 20))
-        got.update(first)
-        upgrading = threading.Thread(target=upgrade, args=(box,))
-        upgrading.start()
+        def act() -> None:
+            try:
+                upgrade(box)
+            finally:
+                upgraded.set()
+
+        threads = [threading.Thread(target=feed), threading.Thread(target=act)]
+        threads[0].start()
+        got.update(run.stdout.read(1 << 20))
+        threads[1].start()
         while block := run.stdout.read1(1 << 20):
             got.update(block)
-            read += len(block)
-        feeding.join()
-        upgrading.join()
-        assert (run.wait(30), read) == (0, size)
+        for thread in threads:
+            thread.join()
+        assert run.wait(30) == 0
     assert got.digest() == sent.digest()
+
+
+@pytest.mark.parametrize("interactive", [False, True], ids=["without-stdin", "after-the-end-of-stdin"])
+def test_whoever_only_reads_goes_on_too(box: Corrald, interactive: bool) -> None:
+    options = ["-i"] if interactive else []
+    script = "cat; i=0; while [ $i -lt 300 ]; do echo $i; echo $i >&2; i=$((i+1)); usleep 20000; done; exit 3"
+    with command(box, "run", "--rm", *options, "busybox", "sh", "-c", script) as run:
+        assert run.stdout is not None
+        first = run.stdout.readline()
+        upgrade(box)
+        rest = run.stdout.read()
+        assert run.wait(30) == 3
+    assert (first + rest).split() == [b"%d" % n for n in range(300)]
 
 
 def test_who_waits_and_who_follows_the_log_or_the_journal_goes_on(box: Corrald, name: str) -> None:

@@ -132,11 +132,12 @@ class Session:
         try:
             while True:
                 self._answers = self.client.containers.attach(attachment, self._outbox.requests())
-                parked = None
+                parked, attached = None, False
                 try:
                     for part in self._answers:
                         match part.WhichOneof("part"):
                             case "attached":
+                                attached = True
                                 if not begun:
                                     begun = True
                                     on_attached()
@@ -150,8 +151,9 @@ class Session:
                             case "exited":
                                 return part.exited
                 except Unavailable as e:
-                    # Nobody has served this call; or it was parked.
-                    if e.reason != UNSERVED or (pause_s := next(pauses, None)) is None:
+                    # Either nobody has served this call, or it was parked.
+                    lost = attached and parked is None
+                    if e.reason != UNSERVED or lost or (pause_s := next(pauses, None)) is None:
                         raise
                 else:
                     return None

@@ -180,9 +180,10 @@ class Removal:
         self._core.background.spawn(self._remove_when_read(record))
 
     async def _remove_when_read(self, record: ContainerRecord) -> None:
-        readers = self._core.attached.get((record.namespace, record.id))
-        if readers:
-            await asyncio.wait(set(readers), timeout=ATTACHED_GRACE_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ATTACHED_GRACE_S):
+                while readers := self._core.attached.get((record.namespace, record.id)):
+                    await asyncio.wait(set(readers))
         try:
             with in_namespace(record.namespace):
                 await self._delete(record, force=True, volumes=True)

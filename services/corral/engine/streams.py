@@ -13,15 +13,17 @@ import grpc.aio
 
 from corral.api.engine.v1 import engine_pb2
 from corral.api.tasks.v1 import tasks_pb2
+from corral.engine.absence import Absences
 from corral.engine.core import Core
 from corral.engine.execs import Execs
 from corral.engine.records import ContainerRecord
 from corral.rpc.context import only_follows
-from corral.rpc.errors import CorralError, InvalidArgument
+from corral.rpc.errors import UNSERVED, CorralError, InvalidArgument, Unavailable
 
 ATTACH = "/corral.tasks.v1.Tasks/Attach"
 LOGS = "/corral.tasks.v1.Tasks/Logs"
 
+END_OF_STDIN = tasks_pb2.AttachRequest(end_of_stdin=tasks_pb2.EndOfStdin()).SerializeToString()
 PARK = tasks_pb2.AttachRequest(park=tasks_pb2.Park()).SerializeToString()
 
 type _Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -33,8 +35,13 @@ class Streams:
     def __init__(self, core: Core, execs: Execs) -> None:
         self._core = core
         self._execs = execs
+        self._absences = Absences(core.attached)
         self._attach: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = core.leaves.tasks_channel.stream_stream(ATTACH)
         self._logs: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = core.leaves.tasks_channel.unary_stream(LOGS)
+
+    def close(self) -> None:
+        """Who was sent away is left to the program that may follow."""
+        self._absences.close()
 
     async def attach(self, requests: AsyncIterator[bytes], context: _Context) -> None:
         """As corral.tasks.v1.Tasks.Attach. Raises CorralError."""
@@ -78,6 +85,8 @@ class Streams:
         task = asyncio.current_task()
         assert task is not None
         readers.add(task)
+        if message.header.resume:
+            self._absences.end((record.namespace, record.id))
         parking = asyncio.Event()
         if message.header.resumable:
             only_follows(parking.set)
@@ -86,9 +95,15 @@ class Streams:
             # Not "async for": gRPC does not allow it beside write().
             while isinstance(response := await call.read(), bytes):
                 await context.write(response)
+        except Unavailable as e:
+            if message.header.resumable and e.reason == UNSERVED:
+                self._absences.begin((record.namespace, record.id))
+            raise
         finally:
             sending.cancel()
             call.cancel()
+            if parking.is_set():
+                self._absences.begin((record.namespace, record.id))
             readers.discard(task)
             if not readers:
                 self._core.attached.pop((record.namespace, record.id), None)
@@ -123,8 +138,10 @@ async def _send(call: Any, first: bytes, requests: AsyncIterator[bytes], parking
             if (request := reading.result()) is None:
                 break
             await call.write(request)
-        # Only now, since nothing can be said after it.
-        await call.done_writing()
+        # Not the end of the stream: nothing could be said after it.
+        await call.write(END_OF_STDIN)
+        await wanted
+        await call.write(PARK)
     except (CorralError, asyncio.InvalidStateError):
         pass  # the call has ended, and whoever reads it says why
     finally:

@@ -261,6 +261,8 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
                 case "park":
                     attachment.park()
                     return
+                case "end_of_stdin":
+                    attachment.close_stdin()
         attachment.close_stdin()
 
     async def Logs(

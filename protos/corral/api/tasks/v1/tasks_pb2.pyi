@@ -743,6 +743,7 @@ class AttachRequest(_message.Message):
     RESIZE_FIELD_NUMBER: _builtins.int
     DETACH_FIELD_NUMBER: _builtins.int
     PARK_FIELD_NUMBER: _builtins.int
+    END_OF_STDIN_FIELD_NUMBER: _builtins.int
     stdin: _builtins.bytes
     """up to 1 MiB each"""
     @_builtins.property
@@ -759,6 +760,10 @@ class AttachRequest(_message.Message):
     def park(self) -> Global___Park:
         """Ends the call after a `parked`."""
 
+    @_builtins.property
+    def end_of_stdin(self) -> Global___EndOfStdin:
+        """Half-closes stdin, where the request stream has to stay open for a `park`."""
+
     def __init__(
         self,
         *,
@@ -767,16 +772,32 @@ class AttachRequest(_message.Message):
         resize: _types_pb2.WindowSize | None = ...,
         detach: Global___Detach | None = ...,
         park: Global___Park | None = ...,
+        end_of_stdin: Global___EndOfStdin | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["detach", b"detach", "header", b"header", "park", b"park", "part", b"part", "resize", b"resize", "stdin", b"stdin"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["detach", b"detach", "end_of_stdin", b"end_of_stdin", "header", b"header", "park", b"park", "part", b"part", "resize", b"resize", "stdin", b"stdin"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detach", b"detach", "header", b"header", "park", b"park", "part", b"part", "resize", b"resize", "stdin", b"stdin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detach", b"detach", "end_of_stdin", b"end_of_stdin", "header", b"header", "park", b"park", "part", b"part", "resize", b"resize", "stdin", b"stdin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "stdin", "resize", "detach", "park"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "stdin", "resize", "detach", "park", "end_of_stdin"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
 Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
+
+@_typing.final
+class EndOfStdin(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndOfStdin: _TypeAlias = EndOfStdin  # noqa: Y015
 
 @_typing.final
 class Detach(_message.Message):
