@@ -16,7 +16,7 @@ from corral.kernel.namespaces import Kind
 from corral.kernel.rlimits import UNLIMITED
 from corral.oci import defaults
 from corral.oci.spec import Action, Device, DeviceType, Mount, Process, Spec
-from corral.rpc.errors import InvalidArgument, NotFound, Unimplemented
+from corral.rpc.errors import InvalidArgument, NotFound
 
 ALL = frozenset(f"CAP_{name}" for name in capabilities.NAMES)
 HOST = HostFacts(hostname="thehost", machine="x86_64", kernel=(6, 18), capabilities=ALL)
@@ -188,7 +188,7 @@ def test_the_size_of_shm() -> None:
 def test_limits_users_groups_and_scores_reach_the_process() -> None:
     found = process(
         ulimits=[Ulimit(name="core", soft=-1, hard=-1), Ulimit(name="nproc", soft=5, hard=9)],
-        group_add=["27", "44"],
+        group_add=["27", "audio", "44"],
         oom_score_adj=-5,
         working_dir="/srv",
         no_new_privileges=False,
@@ -197,13 +197,14 @@ def test_limits_users_groups_and_scores_reach_the_process() -> None:
     limits = {limit.type: (limit.soft, limit.hard) for limit in found.rlimits}
     assert limits["RLIMIT_CORE"] == (UNLIMITED, UNLIMITED)
     assert limits["RLIMIT_NPROC"] == (5, 9)
-    assert found.user.additional_gids == (27, 44)
+    assert (found.user.additional_gids, found.user.group_names) == ((27, 44), ("audio",))
     assert (found.oom_score_adj, found.cwd, found.no_new_privileges, found.terminal) == (-5, "/srv", False, True)
 
 
-def test_a_group_by_name_is_refused_and_never_ignored() -> None:
-    with pytest.raises(Unimplemented, match="number"):
-        spec(group_add=["audio"])
+def test_what_is_no_group_is_refused() -> None:
+    for name in ("", "a:b", "a\nb"):
+        with pytest.raises(InvalidArgument, match="no name of a group"):
+            spec(group_add=[name])
     with pytest.raises(InvalidArgument, match="too large"):
         spec(group_add=["4294967295"])
 

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import click
 
 from corral.cli.app import App, ContainerName, pass_app
+from corral.cli.flags import SwitchCommand
 
 _CONTEXT = {"allow_interspersed_args": False}
 
 
-@click.command("exec", context_settings=_CONTEXT)
+@click.command("exec", cls=SwitchCommand, context_settings=_CONTEXT)
 @click.option("-i", "--interactive", "stdin", is_flag=True, help="Keep stdin open")
 @click.option("-t", "--tty", "terminal", is_flag=True, help="Give it a terminal")
 @click.option("-d", "--detach", is_flag=True, help="Leave it running in the background")
@@ -67,7 +68,7 @@ def exec_command(
     return 0 if status is None else exit_code(status)
 
 
-@click.command("attach")
+@click.command("attach", cls=SwitchCommand)
 @click.option("--no-stdin", is_flag=True, help="Do not send what is typed")
 @click.option("--detach-keys", default="ctrl-p,ctrl-q", show_default=True, help="Keys that detach this terminal")
 @click.option("--sig-proxy/--no-sig-proxy", default=True, help="Pass signals on to the container")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from corral.cli.app import App, ImageName, complain, pass_app
+from corral.cli.flags import SwitchCommand
 
 if TYPE_CHECKING:
     from corral.api.engine.v1 import engine_pb2
@@ -131,7 +132,7 @@ def _container_options[F: Callable[..., object]](function: F) -> F:
 _CONTEXT = {"ignore_unknown_options": False, "allow_interspersed_args": False, "help_option_names": ["--help"]}
 
 
-@click.command("create", context_settings=_CONTEXT)
+@click.command("create", cls=SwitchCommand, context_settings=_CONTEXT)
 @_container_options
 @pass_app
 def create_command(app: App, image: str, args: Sequence[str], name: str, cidfile: str | None, **flags: Any) -> None:
@@ -139,9 +140,17 @@ def create_command(app: App, image: str, args: Sequence[str], name: str, cidfile
     click.echo(_create(app, image, args, name, cidfile, flags).id)
 
 
-@click.command("run", context_settings=_CONTEXT)
+@click.command("run", cls=SwitchCommand, context_settings=_CONTEXT)
 @_container_options
 @click.option("-d", "--detach", is_flag=True, help="Leave it running in the background and print its id")
+@click.option(
+    "-a",
+    "--attach",
+    "streams",
+    multiple=True,
+    type=click.Choice(("stdin", "stdout", "stderr"), case_sensitive=False),
+    help="Only attach to these",
+)
 @click.option("--detach-keys", default="ctrl-p,ctrl-q", show_default=True, help="Keys that detach this terminal")
 @click.option("--sig-proxy/--no-sig-proxy", default=True, help="Pass signals on to the container")
 @pass_app
@@ -152,6 +161,7 @@ def run_command(
     name: str,
     cidfile: str | None,
     detach: bool,
+    streams: Sequence[str],
     detach_keys: str,
     sig_proxy: bool,
     **flags: Any,
@@ -159,10 +169,15 @@ def run_command(
     """Create a container and run a command in it; the exit code is the command's."""
     from corral.cli import terminal
 
+    if detach and streams:
+        raise ValueError("-d and -a exclude one another: leave one out")
     keys = terminal.parse_detach_keys(detach_keys)
-    if flags["terminal"] and flags["stdin"] and not detach:
+    attached = set(streams) or {"stdin", "stdout", "stderr"}
+    stdin = "stdin" in attached and (flags["stdin"] or "stdin" in streams)
+    if flags["terminal"] and stdin and not detach:
         terminal.require_terminal()
-    made = _create(app, image, args, name, cidfile, flags | {"stdin_once": flags["stdin"] and not detach})
+    flags["stdin"] = flags["stdin"] or stdin
+    made = _create(app, image, args, name, cidfile, flags | {"stdin_once": stdin and not detach})
     if detach:
         _start(app, made)
         click.echo(made.id)
@@ -172,11 +187,13 @@ def run_command(
 
     session = terminal.Session(
         app.client,
-        Attachment(made.id, stdin=flags["stdin"], stdout=True, stderr=True, lossless=True),
+        Attachment(made.id, stdin=stdin, stdout="stdout" in attached, stderr="stderr" in attached, lossless=True),
         terminal=flags["terminal"],
         detach_keys=keys,
         signal_proxy=sig_proxy,
     )
+    if attached == {"stdin"}:
+        click.echo(made.id)
     status = session.run(lambda: _start(app, made))
     if status is None:
         return 0

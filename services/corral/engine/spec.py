@@ -18,7 +18,7 @@ from corral.kernel.namespaces import Kind
 from corral.kernel.rlimits import UNLIMITED
 from corral.oci import OCI_VERSION, defaults, reaper
 from corral.oci.spec import Capabilities, Linux, Namespace, Process, Rlimit, Root, Seccomp, Spec, User
-from corral.rpc.errors import InvalidArgument, Unimplemented
+from corral.rpc.errors import InvalidArgument
 
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -86,7 +86,7 @@ def _process(config: ContainerConfig, facts: Facts, capabilities: Sequence[str])
         args=(*config.entrypoint, *config.args),
         env=tuple(lay_env(given, config.env)),
         terminal=config.terminal,
-        user=User(additional_gids=_additional_gids(config.group_add)),
+        user=_groups(config.group_add),
         capabilities=_in_sets(capabilities),
         rlimits=_rlimits(config),
         no_new_privileges=not config.HasField("no_new_privileges") or config.no_new_privileges,
@@ -129,17 +129,19 @@ def _cap(name: str) -> str:
     return f"CAP_{name}"
 
 
-def _additional_gids(groups: Iterable[str]) -> tuple[int, ...]:
-    found = []
+def _groups(groups: Iterable[str]) -> User:
+    """Further groups: numbers, and names that are looked up inside, when the process begins."""
+    gids, names = [], []
     for group in groups:
         if not (group.isascii() and group.isdigit()):
-            raise Unimplemented(
-                f"the group {group!r} can only be added by its number in this version of corral", reason="NOT_YET"
-            )
+            if not group or not group.isprintable() or ":" in group:
+                raise InvalidArgument(f"{group!r} is no name of a group, and no number")
+            names.append(group)
+            continue
         if int(group) > 2**32 - 2:
             raise InvalidArgument(f"the group id {group} is too large")
-        found.append(int(group))
-    return tuple(found)
+        gids.append(int(group))
+    return User(additional_gids=tuple(gids), group_names=tuple(names))
 
 
 def _rlimits(config: ContainerConfig) -> tuple[Rlimit, ...]:
@@ -209,7 +211,7 @@ def process_for_exec(
         args=args,
         env=tuple(lay_env(given, config.env, env)),
         terminal=terminal,
-        user=User(additional_gids=_additional_gids(config.group_add)),
+        user=_groups(config.group_add),
         capabilities=_in_sets(capabilities),
         rlimits=_rlimits(config),
         no_new_privileges=not privileged and (not config.HasField("no_new_privileges") or config.no_new_privileges),

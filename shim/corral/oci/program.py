@@ -18,7 +18,7 @@ from corral.kernel.namespaces import Kind
 from corral.kernel.privilege import is_hosts_root
 from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, ExecFailed
 from corral.oci.spec import Capabilities, Linux, Process, Rlimit, Seccomp
-from corral.oci.users import Identity, identify
+from corral.oci.users import Identity, find_groups, identify
 
 if TYPE_CHECKING:  # loaded for those who ask for it
     from corral.kernel.seccomp import Filter
@@ -53,6 +53,7 @@ class Program:
     uid: int
     gid: int
     groups: tuple[int, ...]
+    group_names: tuple[str, ...]
     capabilities: CapabilitySets
     no_new_privs: bool
     rlimits: tuple[Rlimit, ...]
@@ -93,6 +94,7 @@ def program_of(spec: Process, linux: Linux, *, user: str | None) -> Program:
         uid=spec.user.uid,
         gid=spec.user.gid,
         groups=spec.user.additional_gids,
+        group_names=spec.user.group_names,
         capabilities=capability_sets(spec.capabilities, available),
         no_new_privs=spec.no_new_privileges,
         rlimits=spec.rlimits,
@@ -200,7 +202,8 @@ def become(program: Program, root: int, tell_listener: Callable[[int], None]) ->
 
     tell_listener gets the descriptor by which a listener answers calls, and must return once it is on its way there.
     """
-    program = program.start_as(identify(root, program.user, program.uid, program.gid, program.groups))
+    groups = (*program.groups, *find_groups(root, program.group_names))
+    program = program.start_as(identify(root, program.user, program.uid, program.gid, groups))
     with _mapped("user", program.uid):
         hand_over_stdio(program.uid, terminal=program.terminal)
     enter_directory(root, program.cwd)

@@ -36,6 +36,8 @@ class User:
     umask: U32 | None = None
     additional_gids: tuple[Uid, ...] = ()
     username: str = ""
+    group_names: tuple[str, ...] = ()
+    """Further groups, by name, of the container's own /etc/group. No runtime-spec has it; corral's engine asks so."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ numbers from 2^32 - 1 on are refused instead of becoming root.
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from corral.kernel import paths
@@ -121,6 +121,14 @@ def _find_group(user: str, name: str, data: bytes) -> int:
         if group.name == name:
             return group.gid
     raise ExecFailed(SETUP, f"unable to find group {name}: no matching entries in the container's /etc/group")
+
+
+def find_groups(root: int, names: Sequence[str]) -> tuple[int, ...]:
+    """The gids of groups that are called so in root. Raises ExecFailed for one that is not there."""
+    if not names:
+        return ()
+    data = read_database(root, "/etc/group", required=True)
+    return tuple(_find_group(name, name, data) for name in names)
 
 
 def _memberships(account: Account | None, data: bytes) -> tuple[int, ...]:
