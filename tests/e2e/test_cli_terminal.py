@@ -29,7 +29,8 @@ class Terminal:
         ).stdout
 
     def open(self, command: list[str], address: str, width: int = 80, height: int = 24) -> None:
-        line = f"CORRAL_ADDRESS={address} {shlex.join(command)}; echo code=$?; exec sleep 1000"
+        # The shell outlives a ctrl-c, but not by ignoring it, which the command would inherit.
+        line = f"trap : INT; CORRAL_ADDRESS={address} {shlex.join(command)}; echo code=$?; exec sleep 1000"
         self.tmux("new-session", "-d", "-x", str(width), "-y", str(height), f"sh -c {shlex.quote(line)}")
 
     def type(self, text: str) -> None:
@@ -119,6 +120,122 @@ def test_two_terminals_on_one_container_see_the_same(box: Corrald, terminal: Ter
         terminal.wait_for("both-9")
     finally:
         second.tmux("kill-server")
+
+
+@pytest.fixture
+def other(terminal: Terminal) -> Iterator[Terminal]:
+    """A second terminal."""
+    opened = Terminal(f"{terminal.server}-b")
+    yield opened
+    subprocess.run(["tmux", "-L", opened.server, "kill-server"], capture_output=True, check=False)
+
+
+def test_one_of_two_terminals_detaches_and_the_other_goes_on(
+    box: Corrald, terminal: Terminal, other: Terminal, name: str
+) -> None:
+    terminal.open([str(CORRAL), "run", "--name", name, "-it", "busybox", "sh"], box.address)
+    terminal.wait_for("/ #")
+    other.open([str(CORRAL), "attach", "--detach-keys", "ctrl-x,d", name], box.address)
+    other.wait_for("/ #")
+    other.press("C-x")
+    other.type("d")
+    other.wait_for("code=0")
+    terminal.type("echo alone-$((6*7))\n")
+    terminal.wait_for("alone-42")
+    assert "alone-42" not in other.screen()
+    terminal.type("exit 4\n")
+    terminal.wait_for("code=4")
+
+
+def test_the_size_is_that_of_the_terminal_that_was_attached_or_changed_last(
+    box: Corrald, terminal: Terminal, other: Terminal, name: str
+) -> None:
+    def asks_for(size: str, asking: Terminal) -> None:
+        asking.type(f"until stty size | grep '{size}'; do usleep 50000; done\n")
+        asking.wait_for(f"\n{size}")
+
+    terminal.open([str(CORRAL), "run", "--name", name, "-it", "busybox", "sh"], box.address, 90, 30)
+    terminal.wait_for("/ #")
+    asks_for("30 90", terminal)
+    other.open([str(CORRAL), "attach", name], box.address, 71, 21)
+    other.wait_for("/ #")
+    asks_for("21 71", terminal)
+    terminal.tmux("resize-window", "-x", "95", "-y", "33")
+    asks_for("33 95", terminal)
+    other.tmux("resize-window", "-x", "77", "-y", "25")
+    asks_for("25 77", terminal)
+    terminal.press("C-p", "C-q")
+    terminal.wait_for("code=0")
+    terminal.tmux("kill-server")
+    terminal.open([str(CORRAL), "attach", name], box.address, 88, 28)
+    terminal.wait_for("/ #")
+    asks_for("28 88", terminal)
+
+
+@pytest.mark.parametrize("options", [[], ["-i"]], ids=["plain", "interactive"])
+def test_ctrl_c_without_a_terminal_is_a_signal_to_the_container(
+    box: Corrald, terminal: Terminal, name: str, options: list[str]
+) -> None:
+    script = "trap 'echo told; exit 9' INT; echo ready; while :; do sleep 0.1; done"
+    terminal.open([str(CORRAL), "run", "--name", name, *options, "busybox", "sh", "-c", script], box.address)
+    terminal.wait_for("ready")
+    terminal.press("C-c")
+    screen = terminal.wait_for("code=9")
+    assert "told" in screen
+
+
+def test_ctrl_c_ends_an_attached_command_at_last_where_the_container_ignores_it(
+    box: Corrald, terminal: Terminal, name: str
+) -> None:
+    script = "trap '' INT; echo ready; while :; do sleep 0.1; done"
+    terminal.open([str(CORRAL), "run", "--name", name, "busybox", "sh", "-c", script], box.address)
+    terminal.wait_for("ready")
+    for _ in range(3):
+        terminal.press("C-c")
+        time.sleep(0.2)
+    terminal.wait_for("asked 3 times to end")
+    terminal.wait_for("code=")
+    assert name in box.corral("ps").stdout.decode()
+
+
+def test_ctrl_c_without_signal_proxy_ends_the_command_and_leaves_the_container(
+    box: Corrald, terminal: Terminal, name: str
+) -> None:
+    script = "echo ready; while :; do sleep 0.1; done"
+    run = [str(CORRAL), "run", "--name", name, "--no-sig-proxy", "busybox", "sh", "-c", script]
+    terminal.open(run, box.address)
+    terminal.wait_for("ready")
+    terminal.press("C-c")
+    terminal.wait_for("code=")
+    assert name in box.corral("ps").stdout.decode()
+
+
+def test_ctrl_c_at_an_exec_is_no_signal_to_the_container(box: Corrald, terminal: Terminal, name: str) -> None:
+    script = "trap 'exit 9' INT; while :; do sleep 0.1; done"
+    box.corral("run", "-d", "--name", name, "busybox", "sh", "-c", script, check=True)
+    terminal.open([str(CORRAL), "exec", name, "sh", "-c", "echo ready; sleep 1000"], box.address)
+    terminal.wait_for("ready")
+    terminal.press("C-c")
+    terminal.wait_for("code=")
+    time.sleep(0.5)
+    assert name in box.corral("ps").stdout.decode()
+
+
+def test_a_shell_in_a_terminal_goes_on_over_an_upgrade_of_the_daemon(
+    box: Corrald, terminal: Terminal, name: str
+) -> None:
+    terminal.open([str(CORRAL), "run", "--name", name, "-it", "busybox", "sh"], box.address)
+    terminal.wait_for("/ #")
+    terminal.type("x=kept; ")
+    box.corral("system", "upgrade", timeout_s=110, check=True)
+    terminal.type("echo $x-$((1+2))\n")
+    screen = terminal.wait_for("kept-3", timeout_s=60)
+    assert "corral:" not in screen
+    terminal.tmux("resize-window", "-x", "99", "-y", "32")
+    terminal.type("until stty size | grep '32 99'; do usleep 50000; done\n")
+    terminal.wait_for("\n32 99")
+    terminal.type("exit 6\n")
+    terminal.wait_for("code=6")
 
 
 def test_exec_with_a_terminal(box: Corrald, terminal: Terminal, name: str) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @click.command("events")
-@click.option("--after", type=int, default=0, help="Only after this sequence number")
+@click.option("--after", type=click.IntRange(min=0), help="All after this sequence number; 0: from the first")
 @click.option("--since", help="Only from this time: RFC 3339, or how long ago, such as 10m")
 @click.option("--until", help="Only up to this time, then end")
 @click.option("-f", "--filter", "filters", multiple=True, help="topic=, subject=, container=, image=, type=, event=")
@@ -22,17 +22,24 @@ if TYPE_CHECKING:
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", help="Output form")
 @pass_app
 def events_command(
-    app: App, after: int, since: str | None, until: str | None, filters: tuple[str, ...], no_follow: bool, form: str
+    app: App,
+    after: int | None,
+    since: str | None,
+    until: str | None,
+    filters: tuple[str, ...],
+    no_follow: bool,
+    form: str,
 ) -> None:
     """Show what happened, and what happens.
 
-    Without --after and --since only new events are shown.
+    Without --after and --since only new events are shown. Whoever keeps the number of the last event it has dealt with,
+    and gives it to --after, gets each event once, whatever dies meanwhile.
     """
     from corral.api.types.v1 import types_pb2
     from corral.cli.container import parse_time
 
-    request = types_pb2.EventsRequest(after=after, no_follow=no_follow)
-    request.since.CopyFrom(parse_time(since or ("1970-01-01" if after or no_follow else "0s")))
+    request = types_pb2.EventsRequest(after=after or 0, no_follow=no_follow)
+    request.since.CopyFrom(parse_time(since or ("0s" if after is None and not no_follow else "1970-01-01")))
     if until:
         request.until.CopyFrom(parse_time(until))
     _apply_filters(app, request, filters)

@@ -106,6 +106,7 @@ class Session:
     _outbox: Outbox = field(default_factory=Outbox)
     _wake: tuple[int, int] = (-1, -1)
     _asked_to_end: int = 0
+    _passed_on: set[signal.Signals] = field(default_factory=set)
 
     def run(self, on_attached: Callable[[], object] = lambda: None) -> types_pb2.ExitStatus | None:
         """Joins the streams; calls `on_attached` when no output can be missed any more.
@@ -210,7 +211,7 @@ class Session:
             elif number == signal.SIGHUP and self.terminal:
                 self._detach()
                 return False
-            else:
+            elif number in self._passed_on:  # whatever has a handler of Python's wakes us, SIGINT for one
                 with contextlib.suppress(CorralError):  # it may just have ended
                     self.client.containers.kill(self.attachment.container, str(number))
         return True
@@ -236,7 +237,8 @@ class Session:
     def _signals(self) -> Iterator[None]:
         wanted = {signal.SIGWINCH} if self.terminal else set()
         if self.signal_proxy and not self.attachment.exec_id:
-            wanted |= {s for s in signal.valid_signals() if s not in _OWN_SIGNALS}
+            self._passed_on = {s for s in signal.valid_signals() if s not in _OWN_SIGNALS}
+            wanted |= self._passed_on
         before = {}
         for number in wanted:
             with contextlib.suppress(OSError, ValueError):
