@@ -239,7 +239,7 @@ async def test_a_connect_cut_short_never_was(lab: Lab, point: str, action: str) 
     async with lab.calls() as net:
         await net.create("one")
         first = await net.attach(name)
-        links = lab.veths()
+        links, files = lab.veths(), (text(first.hosts_path), text(first.resolv_conf_path))
     interrupted(lab, f"{point}={action}")
     async with lab.calls() as net:
         with pytest.raises(CorralError):
@@ -250,6 +250,7 @@ async def test_a_connect_cut_short_never_was(lab: Lab, point: str, action: str) 
     async with lab.calls() as net:
         assert eventually(lambda: lab.veths() == links)
         assert await net.get(name) == first
+        assert (text(first.hosts_path), text(first.resolv_conf_path)) == files
         assert (await net.network("one")).subnets[0].used == 0
         assert "endpoint.connected" not in await topics(net, name)
         connected = await connect(net, name, "one")
@@ -264,6 +265,7 @@ async def test_a_disconnect_cut_short_is_still_connected(lab: Lab, point: str) -
         other = await net.attach("b", "one")
         await net.attach("a")
         connected = await connect(net, "a", "one")
+        files = (lines(connected.hosts_path), text(connected.resolv_conf_path))
     interrupted(lab, f"{point}=kill")
     async with lab.calls() as net:
         with pytest.raises(CorralError):
@@ -273,6 +275,7 @@ async def test_a_disconnect_cut_short_is_still_connected(lab: Lab, point: str) -
     async with lab.calls() as net:
         assert await net.get("a") == connected
         assert eventually(lambda: connected.interfaces[1].host_name in lab.veths())
+        assert (lines(connected.hosts_path), text(connected.resolv_conf_path)) == files
         assert reaches(connected.netns_path, address(other))
         left = await disconnect(net, "a", "one")
         assert networks(left) == [("bridge", "eth0")]

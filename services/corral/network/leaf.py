@@ -71,7 +71,7 @@ class Leaf:
         drivers = (BridgeDriver(self._firewall), SubLinkDriver(MACVLAN), SubLinkDriver(IPVLAN))
         held, prefix = Allocations(), host_prefix(config)
         self.networks = Networks(config, self.db, self._thread, drivers, held, self._resolvers.stop)
-        standing = Standing(
+        standing = self._standing = Standing(
             config,
             self._thread,
             self.networks,
@@ -115,7 +115,10 @@ class Leaf:
 
     async def start(self) -> None:
         """Undo what is half done, and begin to compare rows with the kernel in the background."""
+        cut = recovery.cut_connects(self.db)
         lame = await run_blocking(recovery.sweep, self.db, self._pool, self.endpoints.files)
+        for before, endpoint in (*cut, *((recovery.without_lost_links(one), one) for one in lame)):
+            await run_blocking(self._standing.settle_files, before, endpoint)
         self._pool.start()
         self._start_watch()
         self._warming = asyncio.get_running_loop().call_later(WARM_AFTER_S, self._thread.warm)

@@ -15,7 +15,7 @@ ahead of whatever RPCs ask of it.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,6 +76,19 @@ def _has_lost_links(endpoint: Endpoint, pool: NetnsPool) -> bool:
     bridged = (interface for interface in endpoint.interfaces if interface.network.is_bridge)
     lost = any(not link_exists(interface.host_name) for interface in bridged)
     return lost and is_pinned(pool.path(endpoint.netns))
+
+
+def cut_connects(db: Database) -> Sequence[tuple[Endpoint, Endpoint]]:
+    """Endpoints that an earlier daemon was about to connect to a network: as it had them, and as they are to be."""
+    ready = (endpoint for endpoint in db.read_sync(store.endpoints) if endpoint.state is EndpointState.READY)
+    halves = ((endpoint, len(half_connected(endpoint))) for endpoint in ready)
+    return [(one, replace(one, interfaces=one.interfaces[:-count])) for one, count in halves if count]
+
+
+def without_lost_links(endpoint: Endpoint) -> Endpoint:
+    """As its files tell of it, should an earlier daemon have begun to disconnect it."""
+    there = (each for each in endpoint.interfaces if not each.network.is_bridge or link_exists(each.host_name))
+    return replace(endpoint, interfaces=tuple(there))
 
 
 def _delete_rows(transaction: Transaction, endpoints: list[Endpoint]) -> None:

@@ -23,6 +23,7 @@ from corral.network.publishing import Publishing
 from corral.network.reaper import Reaper
 from corral.network.resolver import Resolvers
 from corral.rpc.blocking import run_blocking
+from corral.rpc.errors import CorralError
 from corral.store import failpoint
 
 if TYPE_CHECKING:
@@ -133,6 +134,16 @@ class Standing:
 
         await self._thread.run(work)
 
+    def settle_files(self, before: Endpoint, endpoint: Endpoint) -> None:
+        """Have its files tell what it is, after a change that was cut short. Blocks; what fails is told in the log."""
+        if endpoint.owner:
+            return
+        try:
+            old, new = (self._texts(one, started=False) for one in (before, endpoint))
+            self._files.change(endpoint.key, old, new)
+        except (OSError, CorralError) as e:
+            log.warning("network.files_not_settled", endpoint=endpoint.key.id, error=str(e))
+
     def _change_files(self, before: Endpoint, endpoint: Endpoint) -> None:
         old, new = self._texts(before), self._texts(endpoint)
         self._files.change(endpoint.key, old, new)
@@ -144,12 +155,14 @@ class Standing:
         if not endpoint.owner:
             self._files.write(endpoint.key, self._texts(endpoint), ready=endpoint.netns)
 
-    def _texts(self, endpoint: Endpoint) -> etc.EtcFiles:
-        return etc.compose(endpoint, self._host_files, self._config.fallback_dns, self._resolver_of(endpoint))
+    def _texts(self, endpoint: Endpoint, *, started: bool = True) -> etc.EtcFiles:
+        own = self._resolver_of(endpoint, started=started)
+        return etc.compose(endpoint, self._host_files, self._config.fallback_dns, own)
 
-    def _resolver_of(self, endpoint: Endpoint) -> str:
-        """Where it asks for names; "" if in no network of it anybody answers."""
-        served = (each.network for each in endpoint.interfaces if self._resolvers.serves(each.network))
+    def _resolver_of(self, endpoint: Endpoint, *, started: bool) -> str:
+        """Where it asks for names; "" if in no network of it anybody answers, or will once resolvers are started."""
+        named = (each.network for each in endpoint.interfaces if has_names(each))
+        served = (network for network in named if not started or self._resolvers.serves(network))
         return next((str(network.ranges[0].gateway) for network in served), "")
 
     def _unmake(self, netlink: "Netlink", endpoint: Endpoint) -> None:
