@@ -22,6 +22,7 @@ from corral.images.layers.packing import packed
 from corral.images.layers.removal import remove_tree
 from corral.images.snapshotter import Missing, TreeId
 from corral.kernel.aufs import join_branches, split_branches
+from corral.oci.parts import located_options
 
 pytestmark = needs("root")
 
@@ -241,7 +242,7 @@ def test_what_aufs_keeps_for_itself_goes_when_a_tree_becomes_a_layer(upper: Path
     assert (upper / ".wh.b").stat().st_nlink == 3
 
 
-def test_a_tree_is_mounted_of_branches_and_nothing_hides_what_its_paths_hold(tmp_path: Path) -> None:
+def test_a_tree_is_mounted_of_branches_the_uppermost_first(tmp_path: Path) -> None:
     driver = Aufs(Path("/v/aufs"), work_here)
     [mount] = driver.mounts(TreeId(3), (TreeId(2), TreeId(1)), writable=True)
     assert (mount.type, mount.source) == ("aufs", "aufs")
@@ -258,6 +259,11 @@ def test_a_tree_is_mounted_of_branches_and_nothing_hides_what_its_paths_hold(tmp
 def test_branches_are_read_as_they_are_written() -> None:
     branches = [("/a=b/u", "rw"), ("/l/1", "ro+wh")]
     assert split_branches(join_branches(branches)) == branches
+
+
+def test_a_branch_may_lie_in_a_part_of_the_root() -> None:
+    found = located_options(("br=@0/u=rw:/l/1=ro+wh", "noplink"), (7,))
+    assert found == ("br=/proc/self/fd/7/u=rw:/l/1=ro+wh", "noplink")
 
 
 @pytest.mark.parametrize(("told", "count"), [("", 127), ("x\nCONFIG_AUFS_BRANCH_MAX_1023=y\n", 1023)])

@@ -104,6 +104,18 @@ def test_propagation(place):
         assert ("shared:" in " ".join(info(place)[6:])) is bool(word)
 
 
+def test_a_mounted_file_system_takes_more_options(place):
+    tree = mount.new_mount("tmpfs", options=("size=1m",))
+    try:
+        mount.reconfigure(tree, "tmpfs", ("size=2m",))
+        room = os.statvfs(tree)
+        assert room.f_blocks * room.f_frsize == 2 << 20
+        with pytest.raises(OSError, match=r"fsconfig size=much: .*tmpfs"):
+            mount.reconfigure(tree, "tmpfs", ("size=much",))
+    finally:
+        os.close(tree)
+
+
 def test_errors_name_call_and_paths(tmp_path):
     with pytest.raises(OSError, match=f"umount2: Invalid argument: '{tmp_path}'"):
         mount.umount(tmp_path)
