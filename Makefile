@@ -27,7 +27,7 @@ test: setup
 	@$(MAKE) --no-print-directory --keep-going --jobs=4 --output-sync=target $(PARTS:%=test-%)
 
 COMMANDS := $(wildcard tests/e2e/test_cli_*.py)
-CRASHES := tests/e2e/test_failpoints.py tests/e2e/test_engine_recovery.py
+CRASHES := tests/e2e/test_failpoints.py tests/e2e/test_engine_recovery.py tests/e2e/test_storm.py
 test-e2e:
 	$(PY) -m pytest $(filter-out $(COMMANDS) $(CRASHES),$(wildcard tests/e2e/test_*.py)) $(PYTEST_ARGS)
 test-crashes:

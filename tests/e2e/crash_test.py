@@ -1,159 +1,161 @@
-"""`make crash-test`: kill -9 of corrald at random moments while containers are created, run and deleted in a loop.
+"""`make crash-test`: whatever is killed, and whenever, nothing is lost, nothing is left and nothing is invented.
 
-    CORRAL_KILLS (200)  how often     CORRAL_SEED  to repeat a run     CORRAL_SPLIT=1  five processes, one is killed
+    failpoints   every failpoint of every service: killed there, started again, looked through (test_failpoints.py)
+    daemon       kill -9 of corrald at random moments while containers are created, run and deleted in a loop
+    storm        kill -9 of anything: the daemon, services of five processes, zygotes, shims, all at once; under
+                 creates, execs, attached clients, stdin, followed logs, terminals, deletes; shims kill themselves, too
+    lines        300 containers write numbered lines while their daemon is killed every second for a minute
 
-Twenty workers each create a container, start it, wait for its exit code, which is known beforehand, and delete it. A
-call that a kill broke is repeated until the daemon is back. A container whose exit code is not the one asked for is
-"lost"; so is one that vanished before it was deleted. What is there after all are deleted is "leaked".
+    CORRAL_KILLS (200)         of the daemon      CORRAL_SPLIT=1   of one of five processes instead
+    CORRAL_STORM_KILLS (1000)  in the storm       CORRAL_SEED      to repeat what is done (not what happens by it)
+    CORRAL_PHASES              those wanted       CORRAL_TRACE=1   tell of every kill
+    CORRAL_LINES (300)         containers that write lines
+
+A container whose exit code is not the one asked for is a fault, and so is one that vanished, a line that is missing in
+a log or is there twice, an event that tells wrongly, and what is left after all are deleted. What the design lets be
+unknown, the end of a process that nobody was there to see, must be told to be unknown, and is counted apart.
 """
 
-import contextlib
+import argparse
 import os
 import random
+import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support.corrald import SERVICES, Corrald, running
+from crash.lines import kill_under_lines
+from crash.storm import DAEMON_ONLY, FIVE_PROCESSES, ONE_PROCESS, SERVICES_ONLY, SIMPLE_LOAD, Storm, StuckError
+from crash.tally import Fault, Tally
+from support.corrald import Corrald, running
 from support.images import write_busybox
-from support.sweep import forgotten
+from support.preloaded import PROGRAMS
 
-from corral.client.sync import Client
-from corral.rpc.errors import AlreadyExists, CorralError, NotFound, Unavailable
-
-WORKERS = 20
-KILLS = int(os.environ.get("CORRAL_KILLS", "200"))
-SEED = int(os.environ.get("CORRAL_SEED", str(random.SystemRandom().randrange(1 << 32))))
-SPLIT = os.environ.get("CORRAL_SPLIT", "") not in ("", "0")
-# A worker that makes no step for this long is stuck.
-STUCK_S = 120
+TESTS = Path(__file__).resolve().parents[1]
+PHASES = ("failpoints", "daemon", "storm", "lines")
+LINES_S = 60
+FAILPOINT_TESTS = ("e2e/test_failpoints.py", "kernel/test_shim_crash.py", "kernel/test_shim_adoption.py")
 
 
-@dataclass(slots=True)
-class Tally:
-    """What the workers saw, counted under one lock."""
-
-    ran: int = 0
-    broken_calls: int = 0
-    lost: list[str] = field(default_factory=list)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def finished(self) -> None:
-        with self._lock:
-            self.ran += 1
-
-    def broke(self) -> None:
-        with self._lock:
-            self.broken_calls += 1
-
-    def lose(self, what: str) -> None:
-        print(f"LOST {what}", flush=True)
-        with self._lock:
-            self.lost.append(what)
+def options(arguments: Sequence[str]) -> argparse.Namespace:
+    environment = os.environ.get
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=int(environment("CORRAL_KILLS", "200")))
+    parser.add_argument("--storm-kills", type=int, default=int(environment("CORRAL_STORM_KILLS", "1000")))
+    parser.add_argument("--lines", type=int, default=int(environment("CORRAL_LINES", "300")))
+    parser.add_argument("--seed", type=int, default=int(environment("CORRAL_SEED", str(random.randrange(1 << 32)))))
+    parser.add_argument("--split", action="store_true", default=environment("CORRAL_SPLIT", "") not in ("", "0"))
+    parser.add_argument("--trace", action="store_true", default=environment("CORRAL_TRACE", "") not in ("", "0"))
+    parser.add_argument("--phases", default=environment("CORRAL_PHASES", ",".join(PHASES)))
+    return parser.parse_args(arguments)
 
 
-class Worker(threading.Thread):
-    """Creates, runs and deletes containers until told to stop."""
-
-    def __init__(self, number: int, daemon: Corrald, tally: Tally, stop: threading.Event) -> None:
-        super().__init__(name=f"worker-{number}", daemon=True)
-        self.number = number
-        self.client: Client = daemon.client()
-        self.tally = tally
-        self.stop = stop
-        self.random = random.Random(SEED + number)
-        self.doing = "nothing yet"
-        self.since = time.monotonic()
-
-    def run(self) -> None:
-        round_number = 0
-        while not self.stop.is_set():
-            round_number += 1
-            try:
-                self.one_container(f"w{self.number}-{round_number}")
-            except CorralError as e:
-                self.tally.lose(f"w{self.number}-{round_number}: {type(e).__name__}: {e} while {self.doing}")
-
-    def one_container(self, name: str) -> None:
-        code = self.random.randrange(256)
-        nap = self.random.choice(["", "", "sleep 0.05; ", "sleep 0.3; "])
-        network = "none" if self.number % 2 else "bridge"
-        self.create(name, ["sh", "-c", f"{nap}exit {code}"], network)
-        self.persist("start", name, lambda: self.client.containers.start(name))
-        status = self.persist("wait", name, lambda: self.client.containers.wait(name))
-        if not status.known or status.code != code:
-            self.tally.lose(
-                f"{name}: exit code {code} came out as {status.code} (known={status.known}: {status.reason})"
-            )
-        with contextlib.suppress(NotFound):  # a repeated delete whose first call succeeded
-            self.persist("delete", name, lambda: self.client.containers.remove(name, force=True))
-        self.tally.finished()
-
-    def create(self, name: str, args: list[str], network: str) -> None:
-        """A create that a kill broke is either done or undone: "taken" by ourselves is done."""
-        try:
-            self.persist(
-                "create", name, lambda: self.client.containers.create("busybox", args, name=name, network=network)
-            )
-        except AlreadyExists:
-            self.persist("get", name, lambda: self.client.containers.get(name))
-
-    def persist[T](self, verb: str, name: str, call: Callable[[], T]) -> T:
-        """Repeats a call until an answer comes that no kill broke."""
-        self.doing, self.since = f"{verb} {name}", time.monotonic()
-        while True:
-            try:
-                return call()
-            except Unavailable:
-                self.tally.broke()
-                if time.monotonic() - self.since > STUCK_S:
-                    raise
-                time.sleep(0.05)
-
-
-def kill_at_random(daemon: Corrald, workers: list[Worker]) -> None:
-    """The kills, each followed by a restart."""
-    chance = random.Random(SEED)
-    for number in range(1, KILLS + 1):
-        time.sleep(chance.uniform(0, 1.5) if chance.random() < 0.8 else chance.uniform(0, 0.05))
-        victim = chance.choice(SERVICES) if SPLIT else "corrald"
-        daemon.kill9(victim)
-        daemon.start()
-        if number % 20 == 0:
-            slow = max(workers, key=lambda w: time.monotonic() - w.since)
-            print(f"{number} kills, {workers[0].tally.ran} containers; slowest: {slow.doing}", flush=True)
-        for worker in workers:
-            if not worker.is_alive() or time.monotonic() - worker.since > STUCK_S:
-                raise SystemExit(f"{worker.name} is stuck while {worker.doing}\n{daemon.log(victim)}")
-
-
-def main() -> None:
-    print(f"crash test: {KILLS} kills, {WORKERS} workers, seed {SEED}{', five processes' if SPLIT else ''}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="corral-crash-") as scratch, running(split=SPLIT) as daemon:
+@contextmanager
+def daemon_with_busybox(*, split: bool) -> Iterator[Corrald]:
+    with tempfile.TemporaryDirectory(prefix="corral-crash-") as scratch, running(split=split) as daemon:
         archive = write_busybox(Path(scratch) / "busybox.tar")
         with daemon.client() as client:
             client.images.load(archive, name="busybox")
-        tally, stop = Tally(), threading.Event()
-        workers = [Worker(n, daemon, tally, stop) for n in range(WORKERS)]
-        for worker in workers:
-            worker.start()
-        kill_at_random(daemon, workers)
-        stop.set()
-        for worker in workers:
-            worker.join(STUCK_S)
-        time.sleep(2)  # what is removed in the background
-        leaked = forgotten(daemon)
-    for leak in leaked:
-        print(f"LEAKED {leak}")
-    print(f"{tally.ran} containers, {tally.broken_calls} calls broken and repeated")
-    print(f"{KILLS} kills, {len(tally.lost)} lost, {len(leaked)} leaked")
-    raise SystemExit(1 if tally.lost or leaked else 0)
+        yield daemon
+
+
+def failpoints(_: argparse.Namespace) -> bool:
+    """As pytest runs them, and how many there are."""
+    print("failpoints: every one of them", flush=True)
+    command = [sys.executable, "-m", "pytest", "-q", "--preloaded", "-k", "not killed_there"]
+    done = subprocess.run(
+        [*command, *(TESTS / name for name in FAILPOINT_TESTS)], stdout=subprocess.PIPE, text=True, check=False
+    )
+    sys.path.insert(0, str(TESTS / "e2e"))
+    from test_failpoints import triggers
+
+    print(done.stdout if done.returncode else done.stdout.splitlines()[-1])
+    if not done.returncode:
+        print(f"{len(triggers())} failpoints of services, 0 lost, 0 leaked", flush=True)
+    return done.returncode == 0
+
+
+def daemon(wanted: argparse.Namespace) -> bool:
+    """Kills of the daemon alone."""
+    kinds = SERVICES_ONLY if wanted.split else DAEMON_ONLY
+    print(f"daemon: {wanted.kills} kills, {len(SIMPLE_LOAD)} workers{', five processes' if wanted.split else ''}")
+    tally = Tally(trace=wanted.trace)
+    with daemon_with_busybox(split=wanted.split) as corrald:
+        left = run(Storm(corrald, wanted.kills, wanted.seed, kinds, SIMPLE_LOAD, arm=0, tally=tally))
+    tell(tally, left)
+    lost = tally.faults.total()
+    print(f"{wanted.kills} kills, {lost} lost, {len(left)} leaked", flush=True)
+    return not lost and not left
+
+
+def storm(wanted: argparse.Namespace) -> bool:
+    """Half of the kills with one process, half with five."""
+    tally, left = Tally(trace=wanted.trace), []
+    for split, kinds in ((False, ONE_PROCESS), (True, FIVE_PROCESSES)):
+        kills = (wanted.storm_kills + 1) // 2 if split is False else wanted.storm_kills // 2
+        print(f"storm: {kills} kills, {'five processes' if split else 'one process'}", flush=True)
+        with daemon_with_busybox(split=split) as corrald:
+            left += run(Storm(corrald, kills, wanted.seed, kinds, tally=tally))
+    tell(tally, left)
+    faults = tally.faults
+    print(
+        f"{wanted.storm_kills} kills, {faults[Fault.LOST]} lost, {len(left)} leaked,"
+        f" {faults[Fault.WRONG_CODE]} wrong exit codes, {faults[Fault.MISSING]} bytes of output missing"
+    )
+    print(f"{faults[Fault.TWICE]} bytes of output twice, {faults[Fault.MISTOLD]} lives told wrongly", flush=True)
+    return tally.is_clean and not left
+
+
+def lines(wanted: argparse.Namespace) -> bool:
+    """Numbered lines."""
+    print(f"lines: {wanted.lines} containers, a kill every second for {LINES_S} seconds", flush=True)
+    tally = Tally(trace=wanted.trace)
+    with daemon_with_busybox(split=False) as corrald:
+        left = kill_under_lines(corrald, tally, containers=wanted.lines, seconds=LINES_S)
+    tell(tally, left)
+    faults = tally.faults
+    print(
+        f"{tally.counts['lines']} lines of {wanted.lines} containers, {LINES_S} kills,"
+        f" {faults[Fault.MISSING]} bytes missing, {faults[Fault.TWICE]} bytes twice",
+        flush=True,
+    )
+    return tally.is_clean and not left
+
+
+def run(storm: Storm) -> list[str]:
+    try:
+        return storm.run()
+    except StuckError as e:
+        raise SystemExit(f"{e}\n{storm.daemon.log()[-20000:]}") from e
+
+
+def tell(tally: Tally, left: Sequence[str]) -> None:
+    for what in left:
+        print(f"LEAKED {what}")
+    for what, number in sorted(tally.counts.items()):
+        print(f"  {number} {what}")
+
+
+def main() -> None:
+    wanted = options(sys.argv[1:])
+    phases = wanted.phases.split(",")
+    if unknown := set(phases) - set(PHASES):
+        raise SystemExit(f"no such phase: {', '.join(sorted(unknown))}; there are {', '.join(PHASES)}")
+    PROGRAMS.wanted = True  # most of a start would be the loading of Python's modules
+    print(f"crash test, seed {wanted.seed}", flush=True)
+    sound = True
+    for phase in (failpoints, daemon, storm, lines):
+        if phase.__name__ in phases:
+            began = time.monotonic()
+            sound &= phase(wanted)
+            print(f"({phase.__name__}: {time.monotonic() - began:.0f} s)\n", flush=True)
+    PROGRAMS.close()
+    raise SystemExit(0 if sound else 1)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ def test_a_shim_is_a_session_of_its_own_at_the_root_with_nothing_of_the_daemon(s
     targets = sorted(str(link.readlink()) for link in links if link not in ready)
     assert [target for target in targets if target.startswith("/")] == ["/dev/null"] * 3 + [str(shim.bundle)] * 2
     kinds = sorted(target.partition(":")[0] for target in targets if not target.startswith("/"))
-    assert kinds == ["anon_inode", "anon_inode", "socket", "socket"]  # epoll, signalfd; listener, this client
+    # epoll, signalfd; listener, this client, the zygote
+    assert kinds == ["anon_inode", "anon_inode", "socket", "socket", "socket"]
 
 
 def test_the_interpreter_cannot_be_written_through_proc(shop: Workshop) -> None:

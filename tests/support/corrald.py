@@ -187,7 +187,9 @@ class Corrald:
     def _spawn(self, name: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes] | Forked:
         config = self.place.directory / "config.toml"
         private = self.place.settings() if self.private_names else {"daemon": {"socket_group": ""}}
-        config.write_text(to_toml(merged(private, self.settings)), "utf-8")
+        text = to_toml(merged(private, self.settings))
+        if not config.exists() or config.read_text("utf-8") != text:  # one that was just started may be reading it
+            config.write_text(text, "utf-8")
         arguments = ["--config", str(config), "--root", str(self.root), "--state", str(self.state)]
         wanted = [name] if self.split else self.services
         for service in wanted:

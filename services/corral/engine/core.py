@@ -207,6 +207,12 @@ class Core:
         self.tell_exit(ended)
         return ended
 
+    async def record_lost(self, record: ContainerRecord, reason: str) -> ContainerRecord:
+        """Write down that its task is gone: so is how it ended; or it never ran, and the next start makes a task."""
+        if await self.database.write(lambda tx: store.take_back_start(tx, record.namespace, record.id)):
+            return self.get(record.namespace, record.id)
+        return await self.record_exit(record, lost_exit(reason))
+
     def forget_backoff(self, key: Key) -> None:
         """Do not start it again after all, if that is what it waits for."""
         if (waiting := self.backoffs.pop(key, None)) is not None:
@@ -217,6 +223,13 @@ class Core:
         assert record.exit is not None
         self.watch.tell_exit((record.namespace, record.id), record.exit)
         self.on_exit(record)
+
+
+def lost_exit(reason: str) -> ExitStatus:
+    """Nobody saw how it ended; 255 by convention."""
+    status = ExitStatus(code=255, known=False, reason=reason)
+    status.exited_at.GetCurrentTime()
+    return status
 
 
 def apply_exit(

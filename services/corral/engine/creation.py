@@ -79,6 +79,8 @@ class Creation:
 
     async def _make(self, record: ContainerRecord) -> ContainerRecord:
         key = (record.namespace, record.id)
+        if key in self._core.being_made:  # the id was given, as another one's has been
+            raise AlreadyExists(f"a container with id {record.id} is being made already", reason="ID_TAKEN")
         self._core.being_made.add(key)
         try:
             record = await self._intend(record)
@@ -102,7 +104,7 @@ class Creation:
             try:
                 await self._core.database.write(partial(store.insert_container, record=record, volumes=volumes))
             except AlreadyExists as e:
-                if await self._give_back(record.namespace, e.metadata.get("container", record.id)):
+                if await self._give_back(record, e.metadata.get("container", record.id)):
                     continue
                 if named or e.reason != "NAME_TAKEN":
                     raise
@@ -110,17 +112,18 @@ class Creation:
             return record
         raise AlreadyExists("no free name was found: give the container one", reason="NAME_TAKEN")
 
-    async def _give_back(self, namespace: str, id_: str) -> bool:
+    async def _give_back(self, record: ContainerRecord, id_: str) -> bool:
         """Finish the undoing of a create that failed, so that whoever tries it again is not told that it was done.
 
-        False if the container is none such. Raises Unavailable while it can't be undone.
+        record: what is to be made; it may have been given the very id of the one that failed. False if the container is
+        none such. Raises Unavailable while it can't be undone.
         """
-        key = (namespace, id_)
+        key = (record.namespace, id_)
         async with self._core.locks.of(key):
             half = self._core.database.read_sync(lambda view: store.find(view, *key))
             if half is None:  # it was given back meanwhile
                 return True
-            if half.status is not Status.CREATING or key in self._core.being_made:
+            if half.status is not Status.CREATING or (id_ != record.id and key in self._core.being_made):
                 return False
             await self._removal.remove(half, volumes=True)
         return True

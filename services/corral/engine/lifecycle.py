@@ -18,7 +18,7 @@ from corral.engine import pauses, requests, store
 from corral.engine.core import Core, require_alive
 from corral.engine.leaves import persistently
 from corral.engine.records import ALIVE, ContainerRecord, Status
-from corral.engine.removal import SIGKILL, lost_exit
+from corral.engine.removal import SIGKILL
 from corral.engine.signals import parse_signal
 from corral.engine.task_making import TaskMaking
 from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, Internal, NotFound, Unavailable
@@ -62,7 +62,8 @@ class Lifecycle:
             return self._started(await self._run(replace(record, restart_count=0), by_user=True))
 
     async def make_again(self, reference: str) -> ContainerRecord:
-        """Make an ended container again, as Create leaves it; nothing happens to any other."""
+        """Make an ended container again, as Create leaves it, and one that was created and has lost its task; nothing
+        happens to any other."""
         return await self._core.background.to_the_end(self._made_again(self._core.resolve(reference)))
 
     async def _made_again(self, named: ContainerRecord) -> ContainerRecord:
@@ -70,11 +71,21 @@ class Lifecycle:
             record = self._core.get(named.namespace, named.id)
             if record.status in ALIVE:
                 record = await self._true_state(record)
-            if record.status is not Status.EXITED:
+            if record.status is not Status.EXITED and not await self._lacks_task(record):
                 return record
             self._core.forget_backoff((named.namespace, named.id))
             made = replace(await self._make_again(record), status=Status.CREATED)
             return await self._core.database.write(lambda tx: store.save_made_again(tx, made))
+
+    async def _lacks_task(self, record: ContainerRecord) -> bool:
+        """Whether it was created, and its task is lost, as after a reboot or when its shim was killed."""
+        if record.status is not Status.CREATED:
+            return False
+        try:
+            await self._core.leaves.tasks.Get(tasks_pb2.GetTaskRequest(id=record.id))
+        except NotFound:
+            return True
+        return False
 
     async def start_again(self, ended: ContainerRecord, is_wanted: Callable[[ContainerRecord], bool]) -> None:
         """Start a container that ended as `ended` says, if nothing has happened to it since and it is still wanted."""
@@ -97,7 +108,7 @@ class Lifecycle:
         try:
             task = await self._core.leaves.tasks.Get(tasks_pb2.GetTaskRequest(id=record.id))
         except NotFound:
-            return await self._core.record_exit(record, lost_exit("its task is gone"))
+            return await self._core.record_lost(record, "its task is gone")
         if no_start_is_on_its_way and task.status == tasks_pb2.STATUS_CREATED and record.status is Status.RUNNING:
             # An engine died between the intent to start and the start, and recovery has not come to it yet.
             return await self._core.database.write(
@@ -415,12 +426,30 @@ class Lifecycle:
             except Unavailable:
                 await asyncio.sleep(WAIT_RETRY_S)
             except NotFound:
-                now = self._core.get(record.namespace, record.id)
-                if now.exit is not None:
-                    return now.exit
-                if now.status not in ALIVE:
-                    raise
-                return lost_exit("its task is gone")
+                if (status := await self._exit_without_task(record)) is not None:
+                    return status
+                await asyncio.sleep(WAIT_RETRY_S)
+
+    async def _exit_without_task(self, record: ContainerRecord) -> ExitStatus | None:
+        """Of a container whose task is gone; None if it has one again, or gets one when it is started.
+
+        Raises NotFound if it was removed.
+        """
+        async with self._core.locks.of((record.namespace, record.id)):  # a start may just make it again
+            now = self._core.get(record.namespace, record.id)
+            if now.exit is not None:
+                return now.exit
+            if now.status is Status.CREATED:
+                return None
+            if now.status not in ALIVE:
+                raise _gone(now)
+            try:
+                await self._core.leaves.tasks.Get(tasks_pb2.GetTaskRequest(id=record.id))
+            except NotFound:
+                now = await self._core.record_lost(now, "its task is gone")
+            except Unavailable:
+                pass
+            return now.exit
 
 
 async def _within(waiting: "asyncio.Future[ExitStatus]", seconds: float) -> ExitStatus | None:

@@ -24,7 +24,7 @@ from corral.engine.leaves import persistently
 from corral.engine.networking import Networking
 from corral.engine.publishing import Publishing
 from corral.engine.records import ALIVE, ContainerRecord, Status, to_ns
-from corral.engine.removal import Removal, lost_exit
+from corral.engine.removal import Removal
 from corral.engine.requests import OWNER
 from corral.engine.secrets import sweep as sweep_secrets
 from corral.engine.volumes import sweep as sweep_volumes
@@ -167,7 +167,7 @@ class Recovery:
                 await self._undo_new_task(now, task)
             elif task is None:
                 log.warning("recovery.task_lost", container=now.id)
-                await self._core.record_exit(now, lost_exit("its task was lost; the exit code is not known"))
+                await self._core.record_lost(now, "its task was lost; the exit code is not known")
             elif task.status == tasks_pb2.STATUS_STOPPED:
                 await self._core.record_exit(now, task.exit)
             elif now.status is Status.CREATED:  # it was started, and the disk was too full to write that down

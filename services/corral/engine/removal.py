@@ -17,7 +17,7 @@ from corral.api.network.v1.network_pb2 import DetachRequest
 from corral.api.tasks.v1.tasks_pb2 import DeleteTaskRequest, KillRequest
 from corral.api.types.v1.types_pb2 import ExitStatus
 from corral.engine import bounded_volumes, image_mounts, store, volume_rows
-from corral.engine.core import Core, apply_exit
+from corral.engine.core import Core, apply_exit, lost_exit
 from corral.engine.leaves import persistently
 from corral.engine.records import ALIVE, ContainerRecord, Status
 from corral.rpc.blocking import run_blocking
@@ -192,13 +192,6 @@ class Removal:
         except (CorralError, OSError) as e:
             log.warning("auto_remove.postponed", container=record.id, error=str(e))
             self.postpone(record)
-
-
-def lost_exit(reason: str) -> ExitStatus:
-    """Nobody saw how it ended; 255 by convention."""
-    status = ExitStatus(code=255, known=False, reason=reason)
-    status.exited_at.GetCurrentTime()
-    return status
 
 
 def _forget(tx: Transaction, record: ContainerRecord, *, volumes: bool) -> list[str]:

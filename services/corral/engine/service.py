@@ -125,7 +125,7 @@ class EngineService:
         )
         self._volumes.serve(Volumes(core))
         self._secrets.serve(Secrets(core))
-        self._streams = Streams(core, execs)
+        self._streams = Streams(core, execs, lifecycle)
         self._merger = Merger(core)
         recovery = Recovery(core, removal, networking, publishing, self._merger.catch_up)
         self._system.serve(System(core, _version()), DiskUsage(core), Checker(core, recovery), config, database)

@@ -73,6 +73,8 @@ CREATE TABLE merged (
     "ALTER TABLE container ADD COLUMN stopped_by_user INTEGER NOT NULL DEFAULT 0",
     pauses.SCHEMA,
     secret_rows.SCHEMA,
+    # A start that tasks tells of and no row, since the engine was killed before it wrote that, is told all the same.
+    f"UPDATE container SET announced = 0 WHERE status = {int(Status.CREATED)}",  # noqa: S608 (a constant)
 )
 
 _COLUMNS = (
@@ -146,7 +148,7 @@ def save_created(tx: Transaction, record: ContainerRecord) -> None:
     """CREATING -> CREATED, with all that the leaves answered."""
     tx.execute(
         "UPDATE container SET status = ?, config = ?, pid = ?, image_id = ?, endpoint = ?, cgroup_path = ?,"
-        " log_path = ?, bundle = ?, snapshot_driver = ? WHERE namespace = ? AND id = ?",
+        " log_path = ?, bundle = ?, snapshot_driver = ?, announced = 0 WHERE namespace = ? AND id = ?",
         (
             record.status,
             record.config.SerializeToString(),
@@ -198,10 +200,12 @@ def save_started(tx: Transaction, record: ContainerRecord, *, by_user: bool) -> 
             "UPDATE container SET stopped_by_user = 0 WHERE namespace = ? AND id = ?", (record.namespace, record.id)
         )
     tx.execute(
-        "UPDATE container SET status = ?, started_ns = ?, finished_ns = 0, pid = ?, announced = 0, exit = NULL,"
+        "UPDATE container SET announced = CASE status WHEN ? THEN announced ELSE 0 END,"
+        " status = ?, started_ns = ?, finished_ns = 0, pid = ?, exit = NULL,"
         " endpoint = ?, cgroup_path = ?, log_path = ?, bundle = ?, restart_count = ?"
         " WHERE namespace = ? AND id = ?",
         (
+            Status.CREATED,  # tasks may have told already
             Status.RUNNING,
             record.started_ns,
             record.pid,
@@ -217,11 +221,12 @@ def save_started(tx: Transaction, record: ContainerRecord, *, by_user: bool) -> 
 
 
 def save_made_again(tx: Transaction, record: ContainerRecord) -> ContainerRecord:
-    """EXITED -> CREATED, with the new task."""
-    check_move(get(tx, record.namespace, record.id), Status.CREATED)
+    """EXITED -> CREATED, with the new task; one that was CREATED gets another task."""
+    if (now := get(tx, record.namespace, record.id)).status is not Status.CREATED:
+        check_move(now, Status.CREATED)
     tx.execute(
-        "UPDATE container SET status = ?, pid = ?, endpoint = ?, cgroup_path = ?, log_path = ?, bundle = ?"
-        " WHERE namespace = ? AND id = ?",
+        "UPDATE container SET status = ?, pid = ?, endpoint = ?, cgroup_path = ?, log_path = ?, bundle = ?,"
+        " announced = 0 WHERE namespace = ? AND id = ?",
         (
             Status.CREATED,
             record.pid,
@@ -245,6 +250,16 @@ def announce_started(tx: Transaction, record: ContainerRecord) -> None:
     if rows:
         facts: dict[str, JSON] = {"name": record.name, "image": record.config.image, "pid": record.pid}
         tx.journal("container.started", record.id, facts, namespace=record.namespace)
+
+
+def take_back_start(tx: Transaction, namespace: str, id_: str) -> bool:
+    """RUNNING -> CREATED, if that was but the intent: tasks has told of no start. Its journal must have been merged, or
+    its task be gone."""
+    rows = tx.execute(
+        "UPDATE container SET status = ? WHERE namespace = ? AND id = ? AND status = ? AND announced = 0 RETURNING id",
+        (Status.CREATED, namespace, id_, Status.RUNNING),
+    )
+    return bool(rows)
 
 
 def save_exit(tx: Transaction, record: ContainerRecord) -> None:

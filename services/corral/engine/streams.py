@@ -16,9 +16,10 @@ from corral.api.tasks.v1 import tasks_pb2
 from corral.engine.absence import Absences
 from corral.engine.core import Core
 from corral.engine.execs import Execs
-from corral.engine.records import ContainerRecord
+from corral.engine.lifecycle import Lifecycle
+from corral.engine.records import ContainerRecord, Status
 from corral.rpc.context import only_follows
-from corral.rpc.errors import UNSERVED, CorralError, InvalidArgument, Unavailable
+from corral.rpc.errors import UNSERVED, CorralError, InvalidArgument, NotFound, Unavailable
 
 ATTACH = "/corral.tasks.v1.Tasks/Attach"
 LOGS = "/corral.tasks.v1.Tasks/Logs"
@@ -32,9 +33,10 @@ type _Context = grpc.aio.ServicerContext[bytes, bytes]
 class Streams:
     """See the module. The methods take and give serialized messages."""
 
-    def __init__(self, core: Core, execs: Execs) -> None:
+    def __init__(self, core: Core, execs: Execs, lifecycle: Lifecycle) -> None:
         self._core = core
         self._execs = execs
+        self._lifecycle = lifecycle
         self._absences = Absences(core.attached)
         self._attach: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = core.leaves.tasks_channel.stream_stream(ATTACH)
         self._logs: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = core.leaves.tasks_channel.unary_stream(LOGS)
@@ -51,7 +53,15 @@ class Streams:
             raise InvalidArgument("the first message of Attach must be the header", reason="NO_HEADER")
         record = self._core.resolve(message.header.id)
         message.header.id = record.id
-        await self._converse(record, message, requests, context)
+        try:
+            await self._converse(record, message, requests, context)
+        except NotFound as e:
+            now = self._core.get(record.namespace, record.id)
+            if e.reason != "NO_TASK" or now.status is not Status.CREATED:
+                raise
+            # It was created, and has lost its task with its shim, or by a reboot; a start would make that again, too.
+            await self._lifecycle.make_again(record.id)
+            await self._converse(record, message, requests, context)
 
     async def exec_run(self, requests: AsyncIterator[bytes], context: _Context) -> None:
         """As corral.engine.v1.Containers.ExecRun. Raises CorralError."""

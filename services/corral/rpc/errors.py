@@ -177,6 +177,8 @@ def from_rpc_error(error: grpc.RpcError, *, address: str = "") -> CorralError:
         return kind(message, reason=info.reason, metadata=dict(info.metadata))
     if _says_unserved(code, message):
         return Unavailable(f"corral{f' at {address}' if address else ''} went away; try again", reason=UNSERVED)
+    if code is grpc.StatusCode.INTERNAL and message.startswith(_BROKEN_CALL):
+        return Unavailable(f"corral{f' at {address}' if address else ''} went away", reason="UNREACHABLE")
     if code is grpc.StatusCode.UNAVAILABLE and _came_from_library(message):
         where = f" at {address}" if address else ""
         # "failed to connect to all addresses; last error: …; error: No such file or directory"
@@ -185,6 +187,10 @@ def from_rpc_error(error: grpc.RpcError, *, address: str = "") -> CorralError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Unavailable(f"no answer within the deadline{f' from {address}' if address else ''}", reason=code.name)
     return kind(message, reason="" if kind.code is code else code.name)
+
+
+_BROKEN_CALL = "Internal error from Core"
+"""Details of a call of grpc.aio's whose channel broke in the middle of a read."""
 
 
 def _says_unserved(code: grpc.StatusCode, message: str) -> bool:

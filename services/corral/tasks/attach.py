@@ -17,11 +17,11 @@ from types import TracebackType
 from typing import Self
 
 from corral.rpc.errors import FailedPrecondition, NotFound, Unavailable
-from corral.tasks.live import Process, Task
+from corral.tasks.live import STDIN, Process, Task
 from corral.tasks.shim import Shim
 
 CHUNK = 256 << 10
-STDIN = "stdin"
+READER = "stdin.reader"
 PIPE_SIZE = 1 << 20
 JUST_ENDED_S = 2.0
 # How long after one of its pipes a dead shim's socket is seen to be closed, at most.
@@ -49,8 +49,8 @@ class Wanted:
 class Attachment:
     """Our ends of one client's pipes; closed by close(), the context manager's exit.
 
-    Should the shim be killed, they are made anew with its heir: what the dead one had taken and not passed on does not
-    reach this client, and is in the log.
+    Should the shim be killed, its heir gets the same pipe of input, with what is in it, and new ones for output: what
+    the dead one had taken and not passed on does not reach this client, and is in the log.
     """
 
     def __init__(self, task: Task, process: Process, wanted: Wanted) -> None:
@@ -61,7 +61,7 @@ class Attachment:
         self._again, self._still = asyncio.Event(), asyncio.Event()
         self._still.set()
         self._outputs: dict[Stream, int] = {}
-        self._stdin = -1
+        self._stdin = self._reader = -1  # both ends: the reader is a copy, for an heir
         self._wake: Callable[[], None] = _nobody
         self._detach = asyncio.Event()
         self.parked = False
@@ -76,8 +76,10 @@ class Attachment:
     @property
     def fds(self) -> Mapping[str, int]:
         """Ours, by stream."""
-        stdin = {STDIN: self._stdin} if self._stdin >= 0 else {}
-        return {stream.value: fd for stream, fd in self._outputs.items()} | stdin
+        stdin = {STDIN: self._stdin, READER: self._reader}
+        return {stream.value: fd for stream, fd in self._outputs.items()} | {
+            n: fd for n, fd in stdin.items() if fd >= 0
+        }
 
     @classmethod
     def again(cls, task: Task, process: Process, wanted: Wanted, fds: Mapping[str, int], stdin_bytes: int) -> Self:
@@ -85,6 +87,8 @@ class Attachment:
         attachment = cls(task, process, wanted)
         attachment._outputs = {stream: fds[stream.value] for stream in Stream if stream.value in fds}
         attachment._stdin, attachment.stdin_bytes = fds.get(STDIN, -1), stdin_bytes
+        attachment._reader = fds.get(READER, -1)
+        process.on_stdin_close.add(attachment._let_reader_go)
         with suppress(Unavailable):
             attachment._shim, attachment._shim_identity = task.connected(), task.shim_identity
         return attachment
@@ -96,6 +100,7 @@ class Attachment:
         Raises CorralError.
         """
         attachment = cls(task, process, wanted)
+        process.on_stdin_close.add(attachment._let_reader_go)
         try:
             await attachment._attach(wanted)
         except BaseException:
@@ -134,8 +139,10 @@ class Attachment:
         theirs = []
         try:
             if wanted.stdin and process.row.stdin:
-                reader, self._stdin = _pipe()
-                theirs.append(reader)
+                if self._reader < 0:
+                    self.close_stdin()
+                    self._reader, self._stdin = _pipe()
+                theirs.append(os.dup(self._reader))
                 fields |= {"stdin": True, "stdin_once": process.row.stdin_once}
             for stream, asked in ((Stream.STDOUT, wanted.stdout), (Stream.STDERR, wanted.stderr)):
                 if asked and not (stream is Stream.STDERR and process.row.terminal):
@@ -171,12 +178,12 @@ class Attachment:
                 break
             # What an heir has read until now, nobody has passed on to this client.
             has_heir = self._task.shim_identity != self._shim_identity
-            wanted = replace(self._wanted, replay=has_heir, stdin=self._stdin >= 0)
+            wanted = replace(self._wanted, replay=has_heir, stdin=max(self._stdin, self._reader) >= 0)
             if not (wanted.stdin or wanted.stdout or wanted.stderr):
                 self._shim = None
                 break
             self._still.clear()
-            self.close()
+            self._close_outputs()
             try:
                 await self._attach(wanted)
             finally:
@@ -284,7 +291,17 @@ class Attachment:
 
     def close(self) -> None:
         """Close our ends; harmless when repeated."""
+        self._process.on_stdin_close.discard(self._let_reader_go)
+        self._let_reader_go()
         self.close_stdin()
+        self._close_outputs()
+
+    def _let_reader_go(self) -> None:
+        fd, self._reader = self._reader, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _close_outputs(self) -> None:
         while self._outputs:
             os.close(self._outputs.popitem()[1])
 

@@ -2,7 +2,7 @@
 
     <state>/shim/<namespace>/<id>/   config.json                   written here, before the shim is spawned
                                      socket                        listening before the shim runs
-                                     record.json exit.json execs/  written by the shim
+                                     record.json starting exit.json execs/  written by the shim
     <root>/logs/<namespace>/<id>/    log.json, log.json.1 …        written by the shim
     <state>/trash/ <root>/trash/     either of them, on its way out
 
@@ -26,7 +26,7 @@ from corral.tasks.identity import Identity
 from corral.tasks.model import Exit, TaskKey, optional_int
 
 CONFIG, SOCKET = "config.json", "socket"
-RECORD, EXIT, EXECS = "record.json", "exit.json", "execs"
+RECORD, EXIT, EXECS, STARTING = "record.json", "exit.json", "execs", "starting"
 LOGS, LOG = "logs", "log.json"
 BACKLOG = 128
 
@@ -117,6 +117,10 @@ class Bundle:
     def exit(self) -> Exit | None:
         """How init ended, if its shim wrote that down."""
         return _exit(self.path / EXIT)
+
+    def may_have_run(self) -> bool:
+        """Whether a shim may have told init to become its program."""
+        return (self.path / STARTING).exists()
 
     def exec_exit(self, exec_id: str) -> Exit | None:
         """How an exec ended, if the shim wrote that down."""

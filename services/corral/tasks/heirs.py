@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
@@ -22,6 +23,7 @@ from corral.shim.wire import Message
 from corral.store import Database
 from corral.tasks import store
 from corral.tasks.identity import Identity
+from corral.tasks.keeper import fetch
 from corral.tasks.live import Process, Task
 from corral.tasks.model import Exit, Status, TaskKey
 from corral.tasks.shim import Shim
@@ -31,6 +33,9 @@ log = structlog.get_logger()
 
 ATTEMPTS = 3
 KILL_S = 10.0
+KEPT_S = 2.0
+UNSTARTED_CODE = 1
+"""Of an init whose shim has gone away before it told it to become its program."""
 # An init that was about to execute its program when its shim was killed either does so within this or ends.
 EXECUTE_S = 1.0
 LOOK_S = 0.005
@@ -94,9 +99,14 @@ class Heirs:
             return False  # by its shim, which had all output by then
         if not init.identity.runs and not init.streams and written is None:
             return False
-        return init.row.status is Status.RUNNING or await _executes(init.identity)
+        if init.row.status is Status.RUNNING or await _executes(init.identity):
+            return True
+        # A short life between the last words of its shim and now.
+        ended = written is not None and written.code != UNSTARTED_CODE
+        return ended and await run_blocking(task.bundle.may_have_run)
 
     async def _replace(self, task: Task) -> Shim:
+        await self._take_from_zygote(task)
         shim, identity = await self._spawner.spawn_heir(task.bundle)
         try:
             started_at_ns = task.init.row.started_at_ns or time.time_ns()
@@ -118,6 +128,20 @@ class Heirs:
                 await self.hand_over_exec(shim, task, process)
         log.warning("task.inherited", container_id=task.row.key.id, shim_pid=identity.pid)
         return shim
+
+    async def _take_from_zygote(self, task: Task) -> None:
+        """What this service has not seen its shim to have, the zygote may have kept."""
+        task.was_attended = bool(task.init.streams)
+        kept = await run_blocking(partial(fetch, task.bundle.path, timeout_s=KEPT_S))
+        for exec_id, streams in (kept or {}).items():
+            process = task.processes.get(exec_id)
+            known = process.streams if process is not None and not process.ended.is_set() else dict(streams)
+            for name, fd in streams.items():
+                if name in known:
+                    os.close(fd)
+                else:
+                    known[name] = fd
+        task.was_attended |= kept is not None
 
     async def hand_over_exec(self, shim: Shim, task: Task, process: Process) -> None:
         """Have a shim that has taken over the container take over an exec too; one that it does not take is lost."""
@@ -142,6 +166,7 @@ class Heirs:
             "terminal": row.terminal,
             "stdin": row.stdin,
             "streams": list(process.streams),
+            "unattended": not task.was_attended,
         }
         await shim.adopt(row.exec_id, fields, [os.dup(fd) for fd in process.streams.values()])
 

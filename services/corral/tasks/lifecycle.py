@@ -134,9 +134,8 @@ class Tasks:
 
         Raises NotFound and PermissionDenied also for a program that cannot be executed.
         """
-        task = self.registry.get(key)
+        task = await self._settled(key)
         process = task.process(exec_id)
-        await task.settled.wait()
         async with process.lock:
             if not process.row.may(Status.RUNNING):
                 raise FailedPrecondition(
@@ -158,8 +157,17 @@ class Tasks:
                 return process
         if isinstance(failure, Unavailable) and await _runs_all_the_same(task, process):
             return process
+        self.registry.get(key)  # it may be no more, as its shim was killed before it was started
         await self._not_started(process, failure)
         raise failure if process.row.is_init else await told(failure, task)
+
+    async def _settled(self, key: TaskKey) -> Task:
+        """A task with its shim, or whose end is known. Raises NotFound."""
+        while True:
+            task = self.registry.get(key)
+            await task.settled.wait()
+            if self.registry.find(key) is task:
+                return task
 
     async def _not_started(self, process: Process, failure: CorralError) -> None:
         """A refused exec has ended without having been; that of init the shim reports itself."""
@@ -229,6 +237,8 @@ class Tasks:
                 )
             if not task.init.ended.is_set():
                 await self._end(task)
+            if self.registry.find(key) is not task:  # it had never run, and was forgotten with its shim
+                return None
             await self._forget(task)
         log.info("task.deleted", container_id=key.id)
         return task.init.row.exit

@@ -2,13 +2,14 @@
 
 import asyncio
 import os
+from collections.abc import Callable
 from contextlib import suppress
 
 import structlog
 
 from corral.kernel.failpoint import failpoint
 from corral.rpc.blocking import run_blocking
-from corral.rpc.errors import FailedPrecondition, NotFound, Unavailable
+from corral.rpc.errors import CorralError, FailedPrecondition, NotFound, Unavailable
 from corral.store import Database, Referenced, Transaction
 from corral.tasks import store
 from corral.tasks.bundle import Bundle
@@ -19,6 +20,8 @@ from corral.tasks.shim import Shim
 log = structlog.get_logger()
 
 JUST_ENDED_S = 2.0
+STDIN = "stdin"
+"""Among a process's streams: the writing end of its standard input."""
 OF_ONE_PROCESS = frozenset({"args", "terminal", "consoleSize"})
 
 
@@ -29,13 +32,15 @@ class Process:
     streams: copies of what its shim has open of it, for the shim that may have to come after that.
     """
 
-    __slots__ = ("ended", "lock", "row", "streams")
+    __slots__ = ("ended", "forgotten", "lock", "on_stdin_close", "row", "streams")
 
     def __init__(self, row: ProcessRow) -> None:
         self.row = row
         self.streams: dict[str, int] = {}
+        self.on_stdin_close: set[Callable[[], None]] = set()
         self.lock = asyncio.Lock()
         self.ended = asyncio.Event()
+        self.forgotten: CorralError | None = None
         if row.status is Status.STOPPED:
             self.ended.set()
 
@@ -59,6 +64,14 @@ class Process:
         self.streams = streams
         if self.ended.is_set():
             self.let_go()
+        elif self.row.stdin and not self.row.terminal and STDIN not in streams:
+            self.stdin_closed()
+
+    def stdin_closed(self) -> None:
+        """It takes no more input."""
+        self.let_go(STDIN)
+        for tell in tuple(self.on_stdin_close):
+            tell()
 
     def let_go(self, *names: str) -> None:
         """Close copies of streams: those named, or all."""
@@ -68,8 +81,10 @@ class Process:
                 os.close(fd)
 
     async def wait(self) -> Exit:
-        """How it ended, once it has."""
+        """How it ended, once it has. Raises Unavailable if it never ran, and is no more."""
         await self.ended.wait()
+        if self.forgotten is not None:
+            raise self.forgotten
         assert self.row.exit is not None
         return self.row.exit
 
@@ -83,6 +98,12 @@ class Process:
     def release(self, how: Exit) -> None:
         """Nothing is written any more; whoever waits is told this."""
         self.row = self.row.ended(how)
+        self.ended.set()
+        self.let_go()
+
+    def forget(self, why: CorralError) -> None:
+        """It never ran, and never will; whoever waits is told so."""
+        self.forgotten = why
         self.ended.set()
         self.let_go()
 
@@ -122,18 +143,20 @@ class Process:
 
 
 class Task:
-    """One task and its processes, init among them. `shim` is None once its shim has ended.
+    """One task and its processes, init among them. `shim` is None once its shim has ended; was_attended: then this
+    service, or a zygote, held its output.
 
     settled: not set from when a shim went away until its heir has taken over, or the task's end is known.
     """
 
-    __slots__ = ("_inherited", "_unsettled", "bundle", "processes", "row", "settled", "shim")
+    __slots__ = ("_inherited", "_unsettled", "bundle", "processes", "row", "settled", "shim", "was_attended")
 
     def __init__(self, row: TaskRow, bundle: Bundle, processes: list[Process]) -> None:
         self.row = row
         self.bundle = bundle
         self.processes = {process.row.exec_id: process for process in processes}
         self.shim: Shim | None = None
+        self.was_attended = False
         self.settled = asyncio.Event()
         self.settled.set()
         self._unsettled = 0

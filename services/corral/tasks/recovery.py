@@ -3,6 +3,7 @@
 shim answers            adopt it: its state, and every move that it saw and we did not
 init runs               another shim takes it over (heirs)
 exit.json               that is how it ended
+it was never started    forget it: whoever wants to start it makes it again
 neither                 kill what is left (named by pid and start time); the task is lost, with the reason
 
 bundle without row      a creation that was cut short: end its shim, remove it
@@ -12,6 +13,7 @@ row without bundle      lost, with the reason
 import asyncio
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,14 +21,15 @@ import structlog
 
 from corral.kernel.failpoint import failpoint
 from corral.rpc.blocking import run_blocking
-from corral.rpc.errors import CorralError
+from corral.rpc.errors import CorralError, Unavailable
+from corral.shim.records import BY_ZYGOTE
 from corral.store import Database
 from corral.tasks import store
 from corral.tasks.bundle import Bundles
-from corral.tasks.heirs import Heirs
+from corral.tasks.heirs import UNSTARTED_CODE, Heirs
 from corral.tasks.identity import Identity
 from corral.tasks.live import Process, Task
-from corral.tasks.model import Exit, TaskKey
+from corral.tasks.model import Exit, Status, TaskKey
 from corral.tasks.processes import members
 from corral.tasks.registry import Registry
 from corral.tasks.shim import ProcessReport, Shim, StateReport
@@ -43,6 +46,8 @@ SHIM_KILLED = "the shim was killed; exit code unknown"
 BUNDLE_GONE = "the bundle is gone (the machine was restarted, or its run state removed); exit code unknown"
 NOT_SEEN = "the container ended before this exec's exit was seen; exit code unknown"
 NOT_EXECUTED = "its program could not be executed"
+NEVER_RAN = "its shim was killed before it was started"
+MAY_HAVE_RUN = "the shim was killed while it started the container; exit code unknown"
 
 
 class Recovery:
@@ -118,7 +123,7 @@ class Recovery:
         def stdin_closed(exec_id: str) -> None:
             process = task.processes.get(exec_id)
             if process is not None:
-                process.let_go("stdin")
+                process.stdin_closed()
 
         shim.follow(exited, closed, out_of_memory, stdin_closed)
 
@@ -201,7 +206,12 @@ class Recovery:
 
     async def _settle(self, task: Task, heir_s: float) -> None:
         """Whatever of the task has not ended ends now, one way or the other."""
+        if await self._never_ran(task):
+            await self._forget(task)
+            return
         how, reason = await self._find_exit(task, heir_s)
+        if how is not None and how.reason == BY_ZYGOTE and how.started_at_ns is None:
+            how = replace(how, started_at_ns=how.exited_at_ns)  # it did start, and nobody has written down when
         if how is None and not task.init.ended.is_set():
             log.warning("task.lost", container_id=task.row.key.id, reason=reason)
         for process in tuple(task.processes.values()):
@@ -209,18 +219,41 @@ class Recovery:
                 await self._settle_exec(task, process)
         await task.init.mark_ended(self._database, how or Exit.unknown(reason, exited_at_ns=time.time_ns()))
 
+    async def _never_ran(self, task: Task) -> bool:
+        """Whether its shim went away before it told init to become the container's program."""
+        if task.init.row.status is not Status.CREATED or task.init.ended.is_set():
+            return False
+        how = await run_blocking(task.bundle.exit)
+        was_seen = how is not None and not how.reason  # init was ended, say, and its shim lived to see that
+        return not was_seen and not await run_blocking(task.bundle.may_have_run)
+
+    async def _forget(self, task: Task) -> None:
+        key = task.row.key
+        await self._end_processes(task)
+        if self._registry.find(key) is not task:  # it was deleted meanwhile
+            return
+        log.warning("task.forgotten", container_id=key.id, reason=NEVER_RAN)
+        await self._database.write(lambda transaction: store.delete_task(transaction, key))
+        task.bundle.discard()
+        if self._registry.find(key) is task:
+            self._registry.remove(task)
+        for process in task.processes.values():
+            process.forget(Unavailable(f"container {key.id} has no task any more: {NEVER_RAN}", reason="NEVER_RAN"))
+
     async def _find_exit(self, task: Task, heir_s: float) -> tuple[Exit | None, str]:
         """How init ended, or why nobody knows. Afterwards nothing of it lives."""
         if task.init.ended.is_set():
             return task.init.row.exit, ""
         reason = SHIM_KILLED if await run_blocking(task.bundle.exists) else BUNDLE_GONE
         how = await run_blocking(task.bundle.exit)
-        if how is not None:
+        if how is not None and not how.reason:
             return how, ""
         # Killed before it is called dead: a shim that only hung up may be writing its exit just now.
         was_running = task.init.identity is not None and task.init.identity.runs
         await self._end_processes(task)
         how = await self._written_exit(task, heir_s)
+        if how is not None and how.reason and how.code == UNSTARTED_CODE and task.init.row.status is Status.CREATED:
+            return None, MAY_HAVE_RUN
         # What the heir saw of a process that still ran is only our own kill.
         return (None if was_running and how is not None and how.reason else how), reason
 

@@ -7,6 +7,7 @@ Whoever inherited the process reaps it, and only then does the kernel tell other
 
 import contextlib
 import os
+import select
 import time
 from collections.abc import Callable
 
@@ -20,8 +21,20 @@ REAPED_S = 1.0
 ASK_S = 0.005
 
 
-def hold(pid: int, start_time: int) -> ProcessHandle:
-    """The process that began at start_time; one that is gone has a pidfd of -1."""
+def runs(handle: ProcessHandle) -> bool:
+    """Whether a process has not ended."""
+    if handle.pidfd < 0:
+        return False
+    poll = select.poll()
+    poll.register(handle.pidfd, select.POLLIN)
+    return not poll.poll(0)
+
+
+def hold(pid: int, start_time: int, pidfd: int = -1) -> ProcessHandle:
+    """The process that began at start_time; one that is gone has a pidfd of -1. A pidfd of it, if there is one, is
+    owned from here on."""
+    if pidfd >= 0:
+        return ProcessHandle(pid, pidfd, start_time, None)
     gone = ProcessHandle(pid, -1, start_time, None)
     try:
         pidfd = process.pidfd_open(pid)
@@ -89,10 +102,10 @@ def _of_zombie(handle: ProcessHandle) -> int | None:
     return None
 
 
-def written_exit(directory: int) -> Ended | None:
-    """What exit.json in the bundle (an fd) tells, which the zygote writes for a shim that was killed."""
+def written_exit(directory: int, exec_id: str = "") -> Ended | None:
+    """What the bundle (an fd) tells of how a process ended, which the zygote writes for a shim that was killed."""
     with contextlib.suppress(OSError, ValueError):
-        content = records.read_json(directory, records.EXIT)
+        content = records.read_json(directory, records.exit_file(exec_id))
         code, number, at_ns = (content.get(name) for name in ("code", "signal", "exited_at_ns"))
         if content.get("known") is not False and isinstance(code, int) and isinstance(at_ns, int):
             return Ended(number if isinstance(number, int) else (code & 0xFF) << 8, at_ns)

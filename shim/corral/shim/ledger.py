@@ -38,25 +38,26 @@ class Ledger:
         )
         records.write_json(self._directory, records.RECORD, record.to_json(), step="shim.record", durable=False)
 
+    def mark_starting(self) -> None:
+        """Init is about to be told to become its program. Raises OSError."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+        os.close(os.open(records.STARTING, flags, 0o600, dir_fd=self._directory))
+
     def write_exit(self, ended: records.Exit) -> None:
         """How a process ended; on disk before this returns."""
         step = "shim.exec_exit" if ended.exec_id else "shim.exit"
         try:
-            records.write_json(self._directory, _exit_file(ended.exec_id), ended.to_json(), step=step)
+            records.write_json(self._directory, records.exit_file(ended.exec_id), ended.to_json(), step=step)
         except OSError as e:
             # The event still tells; without a disk there is nothing better.
-            report.write(self._directory, f"{_exit_file(ended.exec_id)}: {e}")
+            report.write(self._directory, f"{records.exit_file(ended.exec_id)}: {e}")
 
     def remove_exit(self, exec_id: str) -> None:
         """Nobody asks for it any more."""
-        records.remove(self._directory, _exit_file(exec_id))
+        records.remove(self._directory, records.exit_file(exec_id))
 
     def run_poststop(self, spec: Spec) -> None:
         """The hooks of a container that is no more: nobody but the shim knows for sure when that is."""
         state = State(self._bundle.name, str(self._bundle), spec.annotations)
         for warning in hooks.run_poststop(spec.hooks, state):
             report.write(self._directory, warning)
-
-
-def _exit_file(exec_id: str) -> str:
-    return f"{records.EXECS}/{exec_id}.json" if exec_id else records.EXIT

@@ -8,12 +8,11 @@ from pathlib import Path
 from corral.oci.runtime import ProcessHandle
 from corral.shim import records
 from corral.shim.adoption import EndWatch, hold
+from corral.shim.keeping import Counter, Kept
 from corral.shim.loop import Loop
 from corral.shim.process import Ended
 from corral.shim.records import Exit, Record
 from corral.shim.spool import STREAMS
-
-REASON = "its shim was killed before it could report the exit"
 
 
 class Orphaned:
@@ -22,11 +21,12 @@ class Orphaned:
     Its container's end is written down, also if somebody else reaps it.
     """
 
-    __slots__ = ("_bundle", "_fifos", "_init", "_loop", "_recorded")
+    __slots__ = ("_bundle", "_counter", "_fifos", "_init", "_kept", "_loop", "_recorded")
 
-    def __init__(self, loop: Loop, bundle: Path) -> None:
-        """Hold what there is; a terminal has no FIFOs."""
-        self._loop, self._bundle = loop, bundle
+    def __init__(self, loop: Loop, bundle: Path, kept: Kept) -> None:
+        """Hold what there is, and what its shim gave away; a terminal has no FIFOs."""
+        self._loop, self._bundle, self._kept = loop, bundle, kept
+        self._counter: Counter | None = None
         self._fifos: list[int] = []
         self._recorded: tuple[int, int] | None = None  # pid and start time of its shim
         self._init = -1
@@ -38,11 +38,16 @@ class Orphaned:
             if record is not None:
                 self._recorded = record.shim_pid, record.shim_start_time
                 self._watch(hold(record.init_pid, record.init_start_time))
+                self._counter = Counter(loop, bundle, kept)
+
+    def exec_ended(self, pid: int, ended: Ended) -> bool:
+        """Write down how an exec of it ended; whether the pid is one's."""
+        return write_exec_exit(self._bundle, self._kept, pid, ended)
 
     @property
     def is_held(self) -> bool:
         """Whether there is anything of it."""
-        return bool(self._fifos) or self._init >= 0
+        return bool(self._fifos) or self._init >= 0 or any(self._kept.streams.values())
 
     def has_heir(self) -> bool:
         """Whether another shim has taken over since, or nobody will: the bundle is gone, or its shim wrote the exit."""
@@ -57,6 +62,10 @@ class Orphaned:
 
     def close(self) -> None:
         """Let go of it; harmless when repeated."""
+        self._kept.close()
+        if self._counter is not None:
+            self._counter.close()
+            self._counter = None
         while self._fifos:
             os.close(self._fifos.pop())
         if self._init >= 0:
@@ -100,6 +109,21 @@ def write_exit(bundles: Iterable[Path], pid: int, ended: Ended) -> None:
                 return
 
 
+def write_exec_exit(bundle: Path, kept: Kept, pid: int, ended: Ended) -> bool:
+    """Write down how an exec ended that its shim has told of; whether it has.
+
+    The caller has just reaped it.
+    """
+    known = kept.execs.pop(pid, None)
+    if known is None:
+        return False
+    how = _exit(ended, pid, known.start_time, known.started_at_ns, exec_id=known.exec_id)
+    with contextlib.suppress(OSError), _opened(bundle) as directory:  # else it is deleted, or was written by the shim
+        name = records.exit_file(known.exec_id)
+        records.write_json(directory, name, how.to_json(), step="zygote.orphan_exec", replace=False)
+    return True
+
+
 def _record(directory: int) -> Record | None:
     with contextlib.suppress(OSError, ValueError):
         return Record.from_json(records.read_json(directory, records.RECORD))
@@ -109,21 +133,25 @@ def _record(directory: int) -> Record | None:
 def _is_told(directory: int) -> bool:
     """Whether a shim wrote exit.json: what is written in its place has this module's reason."""
     with contextlib.suppress(OSError, ValueError):
-        return records.read_json(directory, records.EXIT).get("reason") != REASON
+        return records.read_json(directory, records.EXIT).get("reason") != records.BY_ZYGOTE
     return False
 
 
 def _write(directory: int, record: Record, ended: Ended) -> None:
     with contextlib.suppress(OSError):  # that it is there already, written by a shim, among others
-        how = Exit(
-            exec_id="",
-            code=ended.code,
-            signal=ended.signal,
-            oom=False,
-            started_at_ns=record.started_at_ns,
-            exited_at_ns=ended.at_ns,
-            pid=record.init_pid,
-            start_time=record.init_start_time,
-            reason=REASON,
-        )
+        how = _exit(ended, record.init_pid, record.init_start_time, record.started_at_ns)
         records.write_json(directory, records.EXIT, how.to_json(), step="zygote.orphan", replace=False)
+
+
+def _exit(ended: Ended, pid: int, start_time: int, started_at_ns: int | None, *, exec_id: str = "") -> Exit:
+    return Exit(
+        exec_id=exec_id,
+        code=ended.code,
+        signal=ended.signal,
+        oom=False,
+        started_at_ns=started_at_ns,
+        exited_at_ns=ended.at_ns,
+        pid=pid,
+        start_time=start_time,
+        reason=records.BY_ZYGOTE,
+    )

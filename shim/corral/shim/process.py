@@ -41,6 +41,7 @@ ALLOWED = {
 _FAILURE_CODES = {EXEC_NOT_FOUND: 127, EXEC_DENIED: 126}
 _OTHER_FAILURE = 128
 _UNKNOWN = 255
+UNATTENDED = "it ended while nothing looked after it: what it wrote last may be missing"
 UNSEEN = "its shim was killed, and nobody saw how it ended; exit code unknown"
 
 
@@ -103,6 +104,8 @@ class ContainerProcess:
     """Its time is over: a SIGKILL that ends it was sent for that."""
     is_child: bool = True
     """Else another shim made it, and somebody else reaps it."""
+    was_unattended: bool = False
+    """It ended while nobody held its output."""
     _reaped: bool = False
 
     def move(self, state: State) -> None:
@@ -162,6 +165,7 @@ class ContainerProcess:
         if self.ended is None:
             raise AssertionError(f"process {self.exec_id!r} has not ended")
         failure = self.failure
+        why = UNATTENDED if self.was_unattended else ""
         return Exit(
             exec_id=self.exec_id,
             code=failure.code if failure else self.ended.code,
@@ -172,7 +176,7 @@ class ContainerProcess:
             pid=self.pid,
             start_time=self.start_time,
             dropped_bytes=dropped_bytes,
-            reason=failure.reason if failure else "" if self.ended.status is not None else UNSEEN,
+            reason=failure.reason if failure else why if self.ended.status is not None else UNSEEN,
             known=failure is not None or self.ended.status is not None,
             timed_out=self.timed_out and self.ended.signal == SIGKILL,
         )

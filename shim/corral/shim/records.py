@@ -13,7 +13,11 @@ from corral.kernel.failpoint import failpoint
 RECORD = "record.json"
 EXIT = "exit.json"
 EXECS = "execs"
+STARTING = "starting"
+"""There from before init is told to become its program: without it, it never was."""
 VERSION = 1
+BY_ZYGOTE = "its shim was killed before it could report the exit"
+"""The reason in an exit that the zygote has written in a shim's place."""
 _READ_SIZE = 64 << 10
 
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
@@ -149,6 +153,11 @@ def _write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+
+
+def exit_file(exec_id: str) -> str:
+    """Where the exit of a process is written, "" being the container's own."""
+    return f"{EXECS}/{exec_id}.json" if exec_id else EXIT
 
 
 def exists(directory: int, name: str) -> bool:

@@ -19,10 +19,10 @@ from corral.shim.fields import Fields, array, flag, integer, mapping, strings, t
 from corral.shim.log_options import LogOptions
 
 _ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}")
-STDIN, CONSOLE = "stdin", "console"
+STDIN, CONSOLE, PIDFD = "stdin", "console", "pidfd"
 LOG_PREFIX = "log."
 """Streams of what the log goes to."""
-STREAM_NAMES = (STDIN, "stdout", "stderr", CONSOLE, f"{LOG_PREFIX}stdout", f"{LOG_PREFIX}stderr")
+STREAM_NAMES = (STDIN, "stdout", "stderr", CONSOLE, PIDFD, f"{LOG_PREFIX}stdout", f"{LOG_PREFIX}stderr")
 
 
 def exec_id(fields: Fields) -> str:
@@ -156,8 +156,9 @@ class Exec:
 class Adopt:
     """Take over a process whose shim was killed: the container's own first, then its execs.
 
-    streams: what comes along as descriptors, in this order (corral.shim.stdio). terminal is for execs; log,
-    cgroup_paths and timeout_ns are for the container's own process.
+    streams: what comes along as descriptors, in this order (corral.shim.stdio), the process's pidfd among them.
+    unattended: nobody has held its output meanwhile. terminal is for execs; log, cgroup_paths and timeout_ns are for
+    the container's own process.
     """
 
     exec_id: str
@@ -168,6 +169,7 @@ class Adopt:
     terminal: bool
     stdin: bool
     streams: tuple[str, ...]
+    unattended: bool
     log: LogOptions
     cgroup_paths: tuple[Path, ...]
     timeout_ns: int
@@ -190,6 +192,7 @@ class Adopt:
             terminal=flag(fields, "terminal"),
             stdin=flag(fields, "stdin"),
             streams=streams,
+            unattended=flag(fields, "unattended"),
             log=LogOptions.parse(mapping(fields, "log")),
             cgroup_paths=tuple(Path(path) for path in strings(mapping(fields, "cgroup"), "paths")),
             timeout_ns=_timeout(fields),

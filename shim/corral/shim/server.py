@@ -19,6 +19,7 @@ from corral.oci.larder import Larder
 from corral.shim import VERSION, report
 from corral.shim.errors import Kind, ShimError, from_os_error
 from corral.shim.fields import flag, integer
+from corral.shim.keeping import Keeper
 from corral.shim.loop import IN, OUT, Loop
 from corral.shim.requests import Adopt, Attach, Create, Exec, exec_id, size
 from corral.shim.shim import STDIN_CLOSED, STUCK_S, Shim
@@ -55,10 +56,13 @@ class Server:
         namespace: str,
         container: str,
         larder: Larder | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
-        """listener is bound and listening already, so a client can never come too early. larder: as for Shim."""
+        """listener is bound and listening already, so a client can never come too early. The rest is as for Shim."""
         self._loop, self._listener, self._namespace, self._container = loop, listener, namespace, container
-        self.shim = Shim(self._loop, bundle, publish=self._publish, on_end=self._shim_ended, larder=larder)
+        self.shim = Shim(
+            self._loop, bundle, publish=self._publish, on_end=self._shim_ended, larder=larder, keeper=keeper
+        )
         self._directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._connections: dict[int, Connection] = {}
         self._waiting_for_end: list[tuple[Connection, object]] = []

@@ -23,12 +23,13 @@ from corral.oci import plan, runtime
 from corral.oci.errors import ExecFailed
 from corral.oci.larder import Larder
 from corral.oci.program import warnings_of
-from corral.oci.runtime import Container
+from corral.oci.runtime import Container, ProcessHandle
 from corral.oci.secret_files import SecretFiles
 from corral.oci.spec import Process, Spec
 from corral.shim import records, report
-from corral.shim.adoption import EndWatch, hold, written_exit
+from corral.shim.adoption import EndWatch, hold, runs, written_exit
 from corral.shim.errors import ShimError
+from corral.shim.keeping import Keeper
 from corral.shim.ledger import Ledger
 from corral.shim.leftovers import kill_leftovers
 from corral.shim.log_drivers import open_log
@@ -36,7 +37,7 @@ from corral.shim.logs import Log, NoLog
 from corral.shim.loop import Loop
 from corral.shim.oom import OomCounter, with_ordinary_score
 from corral.shim.process import ContainerProcess, Ended, StartFailure, State
-from corral.shim.requests import LOG_PREFIX, Adopt, Attach, Create, Exec
+from corral.shim.requests import LOG_PREFIX, PIDFD, STDIN, Adopt, Attach, Create, Exec
 from corral.shim.stdio import ProcessIO
 from corral.shim.wire import Message, close_all
 
@@ -58,11 +59,13 @@ class Shim:
         publish: Callable[[Message], None],
         on_end: Callable[[], None],
         larder: Larder | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         """publish sends an event to every subscriber; on_end is called once nothing is left to do but to tell them.
 
-        larder: mounts made ahead, owned from here on.
+        larder: mounts made ahead; keeper: who holds streams, too; both owned from here on.
         """
+        self._keeper = keeper or Keeper()
         self._larder = larder or Larder()
         self.loop, self.bundle, self._publish, self._on_end = loop, bundle, publish, on_end
         self._directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -90,6 +93,7 @@ class Shim:
             process.release()
         if self._oom is not None:
             self._oom.close()
+        self._keeper.close()
         self._let_mounts_go()
         self._larder.close()
         os.close(self._directory)
@@ -147,6 +151,7 @@ class Shim:
         self._oom = self._watch_oom()
         self._write_record_soon(init)
         self.loop.call_later(0, lambda: self._hold_mounts(init))
+        self.loop.call_later(0, lambda: self._keeper.keep(init, self.streams("")))
         return {"pid": init.pid, "start_time": init.start_time}
 
     def start(self, exec_id: str) -> Message:
@@ -160,6 +165,7 @@ class Shim:
 
     def _start_init(self, init: ContainerProcess) -> Message:
         started_at_ns = time.time_ns()
+        self._ledger.mark_starting()
         failpoint("shim.start.before_exec")
         try:
             self._made().start()
@@ -217,6 +223,7 @@ class Shim:
         self._by_pid[process.pid] = process
         process.started(started_at_ns)
         process.io.begin(process.handle.console)
+        self._keeper.keep(process, self.streams(process.exec_id))
         self._publish(process.started_event())
         return {"pid": process.pid, "start_time": process.start_time}
 
@@ -250,6 +257,7 @@ class Shim:
 
     def _stdin_closed(self, exec_id: str) -> None:
         """Whoever keeps a copy of its writing end must close that: only then it reads as ended."""
+        self._keeper.drop(exec_id, STDIN)
         process = self._processes.get(exec_id)
         if process is not None and process.ended is None:
             self._publish({"event": STDIN_CLOSED, "exec": exec_id})
@@ -261,36 +269,39 @@ class Shim:
         fds = list(take_fds(len(request.streams)))
         streams = dict(zip(request.streams, fds, strict=True))
         of_log = {name: streams.pop(name) for name in request.streams if name.startswith(LOG_PREFIX)}
+        handle = hold(request.pid, request.start_time, streams.pop(PIDFD, -1))
         try:
-            process = self._adopt_exec(request) if request.exec_id else self._adopt_init(request, of_log)
+            process = (
+                self._adopt_exec(request, handle) if request.exec_id else self._adopt_init(request, handle, of_log)
+            )
             process.is_child = False
             process.move(State.CREATED)
             process.started(request.started_at_ns)
+            process.was_unattended = request.unattended and not runs(handle)
             self._processes[request.exec_id] = process
         except BaseException:
-            close_all(fds)
+            close_all([*fds, handle.pidfd])
             raise
         process.io.resume(streams)
-        assert process.handle is not None
+        self._keeper.keep(process, self.streams(request.exec_id))
         if not request.exec_id:
             self._timeout_ns = request.timeout_ns
             self._limit_time(process)
             self._ledger.write_record(process)  # from here on nobody else has to hold what is resumed
         EndWatch(
             self.loop,
-            process.handle,
-            written=lambda: None if request.exec_id else written_exit(self._directory),
+            handle,
+            written=lambda: written_exit(self._directory, request.exec_id),
             on_end=lambda ended: self._ended(process, ended),
         )
         return {"pid": process.pid, "start_time": process.start_time}
 
-    def _adopt_init(self, request: Adopt, of_log: Mapping[str, int]) -> ContainerProcess:
+    def _adopt_init(self, request: Adopt, handle: ProcessHandle, of_log: Mapping[str, int]) -> ContainerProcess:
         if self.state is not State.NEW:
             raise ShimError("already_exists", "this shim has a container already")
         spec = Spec.from_json(records.read_json(self._directory, "config.json"))
         if spec.process is None:
             raise ShimError("invalid_argument", "process: config.json has none")
-        handle = hold(request.pid, request.start_time)
         resumed = {name.removeprefix(LOG_PREFIX): fd for name, fd in of_log.items()}
         self._log = open_log(self.loop, request.log, directory=self._directory, resumed=resumed)
         self._cgroup_paths = request.cgroup_paths
@@ -303,17 +314,20 @@ class Shim:
         self.loop.call_later(0, lambda: self._hold_mounts(init))
         return init
 
-    def _adopt_exec(self, request: Adopt) -> ContainerProcess:
+    def _adopt_exec(self, request: Adopt, handle: ProcessHandle) -> ContainerProcess:
         spec = self._made().spec.process
         assert spec is not None
         if request.exec_id in self._processes:
             raise ShimError("already_exists", f"exec {request.exec_id!r} already exists")
         io = self._io(request.exec_id, NoLog(), terminal=request.terminal, stdin=request.stdin)
-        return ContainerProcess(request.exec_id, io, spec, handle=hold(request.pid, request.start_time))
+        return ContainerProcess(request.exec_id, io, spec, handle=handle)
 
     def streams(self, exec_id: str) -> dict[str, int]:
         """What another process may keep for the one that adopts; the fds stay this one's."""
-        streams = self._find(exec_id).io.streams()
+        process = self._find(exec_id)
+        streams = process.io.streams()
+        if process.handle is not None and process.handle.pidfd >= 0:
+            streams[PIDFD] = process.handle.pidfd
         return streams if exec_id else streams | {f"{LOG_PREFIX}{name}": fd for name, fd in self._log.streams().items()}
 
     def _hold_mounts(self, init: ContainerProcess) -> None:
@@ -459,7 +473,9 @@ class Shim:
         failpoint("shim.exit.before_event")
         self._publish({"event": "exited", **process.exit.to_json()})
         failpoint("shim.exit.after_event")
-        if not process.exec_id:
+        if process.exec_id:
+            self._keeper.forget(process.exec_id)
+        else:
             self._init_finished()
 
     def _write_exit(self, process: ContainerProcess) -> records.Exit:

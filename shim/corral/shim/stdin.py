@@ -1,9 +1,15 @@
 """The standard input of a process, merged from any number of clients, with backpressure to all of them.
 
 A process that closed its standard input makes every client's end close; one that merely does not read makes them wait.
+
+From a client's pipe splice(2) moves bytes to the process in one step: what this process has not passed on when it is
+killed is in that pipe still, for who has kept its end.
 """
 
+import fcntl
 import os
+import stat
+import struct
 import termios
 from collections.abc import Callable
 
@@ -11,27 +17,47 @@ from corral.shim.loop import ERROR_ONLY, IN, OUT, Loop
 
 READ_SIZE = 64 << 10
 LARGE_READ_SIZE = 1 << 20
+_INT = struct.Struct("=i")
 
 
 class ClientInput:
     """One client's end. `once`: its EOF ends the standard input, unless other clients are attached."""
 
-    __slots__ = ("fd", "once", "watching")
+    __slots__ = ("fd", "is_pipe", "once", "watching")
 
     def __init__(self, fd: int, *, once: bool) -> None:
         self.fd, self.once, self.watching = fd, once, False
+        self.is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether something that it sent is still to be passed on."""
+        return bool(self.is_pipe and _INT.unpack(fcntl.ioctl(self.fd, termios.FIONREAD, bytes(_INT.size)))[0])
 
 
 class Stdin:
     """Writes what clients send; begin() tells where to."""
 
-    __slots__ = ("_clients", "_closing", "_ended", "_fd", "_loop", "_on_close", "_read_size", "_terminal", "_unwritten")
+    __slots__ = (
+        "_clients",
+        "_closing",
+        "_ended",
+        "_fd",
+        "_full",
+        "_loop",
+        "_on_close",
+        "_read_size",
+        "_splices",
+        "_terminal",
+        "_unwritten",
+    )
 
     def __init__(self, loop: Loop, *, on_close: Callable[[], None] = lambda: None) -> None:
         """on_close is called once, when the process is to get no more."""
         self._loop, self._fd, self._on_close = loop, -1, on_close
         self._terminal = self._closing = self._ended = False
         self._clients: dict[int, ClientInput] = {}
+        self._splices, self._full = True, False
         self._unwritten = memoryview(b"")
         self._read_size = READ_SIZE
 
@@ -69,9 +95,16 @@ class Stdin:
             self._write()
             return
         self._closing = True
-        self._drop_clients()
-        if self._fd >= 0 and not self._unwritten:
+        self._close_if_written()
+
+    def _close_if_written(self) -> None:
+        for client in tuple(self._clients.values()):
+            if not client.has_more:
+                self._drop(client)
+        if self._fd >= 0 and not self._unwritten and not self._clients:
             self.close()
+        else:
+            self._regulate()
 
     def close(self) -> None:
         """End at once: the process is gone, or does not want more."""
@@ -99,7 +132,7 @@ class Stdin:
         """Either wait for clients to send, or for the process to take what they sent."""
         if self._fd < 0:
             return
-        blocked = bool(self._unwritten)
+        blocked = bool(self._unwritten) or self._full
         if blocked:
             self._loop.watch(self._fd, OUT, self._on_process)
         elif self._terminal:
@@ -118,6 +151,28 @@ class Stdin:
         self._loop.watch(client.fd, IN, lambda _events: self._on_client(client))
 
     def _on_client(self, client: ClientInput) -> None:
+        if client.is_pipe and self._splices:
+            self._splice(client)
+        else:
+            self._pass_on(client)
+        if self._closing and not self._ended:
+            self._close_if_written()
+
+    def _splice(self, client: ClientInput) -> None:
+        try:
+            moved = os.splice(client.fd, self._fd, LARGE_READ_SIZE, flags=os.SPLICE_F_NONBLOCK)
+        except BlockingIOError:
+            self._full = True  # there is something to read, so it is the process that takes no more
+            self._regulate()
+        except BrokenPipeError:
+            self.close()
+        except OSError:  # a kind of terminal that does not take it
+            self._splices = False
+        else:
+            if not moved:
+                self._client_ended(client)
+
+    def _pass_on(self, client: ClientInput) -> None:
         try:
             data = os.read(client.fd, self._read_size)
         except BlockingIOError:
@@ -138,7 +193,10 @@ class Stdin:
             self.close_when_written()
 
     def _on_process(self, events: int) -> None:
-        if events & OUT and self._unwritten:
+        if events & OUT and self._full:
+            self._full = False
+            self._regulate()
+        elif events & OUT and self._unwritten:
             self._write()
         else:
             self.close()
@@ -152,7 +210,7 @@ class Stdin:
         except OSError:
             self.close()
             return
-        if self._closing and not self._unwritten:
+        if self._closing and not self._unwritten and not self._clients:
             self.close()
         else:
             self._regulate()

@@ -12,8 +12,9 @@ the zygote while it has none.
 
 Each shim is a session of its own, so killing the zygote harms none of them: they become init's. Until then the zygote
 reaps them, which not every init does, and inherits what a shim that was killed leaves behind: it keeps the output from
-being lost until another shim reads it, and should a container's own process end, writes its exit to the bundle in the
-shim's place. So it stays for them when its daemon has gone.
+being lost until another shim reads it, and should a container's process end, writes its exit to the bundle in the
+shim's place (see orphans.py). What has no name it has copies of (see keeping.py). So it stays for them when its daemon
+has gone.
 
 It holds host privilege and its children are what sets up containers, so it runs sealed (see seal.py) and non-dumpable.
 """
@@ -34,6 +35,7 @@ from corral.oci.rehearsal import Typical
 from corral.shim import oom, orphans, preload, report, seal
 from corral.shim.errors import ShimError, from_os_error
 from corral.shim.fields import text
+from corral.shim.keeping import Keeper, Kept
 from corral.shim.loop import IN, Loop, Timer
 from corral.shim.orphans import Orphaned
 from corral.shim.process import Ended
@@ -83,14 +85,13 @@ class Spare:
     orders: Channel
 
     def assign(self, listener: int, bundle: Path, namespace: str, container: str) -> bool:
-        """Make it the shim of this bundle; False if it is dead."""
+        """Make it the shim of this bundle; False if it is dead. What comes over orders from then on is to be kept."""
         try:
             order = {"bundle": str(bundle), "namespace": namespace, "container": container}
             self.orders.send(order, (listener,))
         except EOFError:
+            self.orders.close()
             return False
-        finally:
-            self.orders.sock.close()
         return True
 
 
@@ -104,6 +105,7 @@ class Zygote:
         self._loop = Loop()
         self._signals = signalfd.open_signalfd((signal.SIGCHLD,))
         self._bundles: dict[int, Path] = {}  # of living shims, by pid
+        self._kept: dict[int, Kept] = {}  # for living shims, by pid
         self._orphaned: dict[Path, Orphaned] = {}  # of shims that were killed
         self._spare: Spare | None = None
         self._abandoned = False
@@ -177,6 +179,8 @@ class Zygote:
                 if not spare.assign(listener, bundle, namespace, container):
                     raise ShimError("unavailable", "the shim ended before it was told what to do")
             self._bundles[spare.pid] = bundle
+            kept = self._kept[spare.pid] = Kept(self._loop, spare.orders)
+            kept.begin()
         finally:
             os.close(listener)
         failpoint("zygote.spawn.after_fork")
@@ -217,18 +221,31 @@ class Zygote:
             if pid == 0:
                 return
             if self._spare is not None and pid == self._spare.pid:
-                self._spare.orders.sock.close()
+                self._spare.orders.close()
                 self._spare = None
                 continue
             bundle = self._bundles.pop(pid, None)
             if bundle is None:
-                # Its shim may be dying only just now, and not be in the second list yet.
-                orphans.write_exit([*self._bundles.values(), *self._orphaned], pid, Ended(status, time.time_ns()))
-            elif os.WIFSIGNALED(status) or os.WEXITSTATUS(status):
-                before, self._orphaned[bundle] = self._orphaned.get(bundle), Orphaned(self._loop, bundle)
+                self._orphan_ended(pid, Ended(status, time.time_ns()))
+                continue
+            kept = self._kept.pop(pid)
+            kept.drain()
+            if os.WIFSIGNALED(status) or os.WEXITSTATUS(status):
+                before, self._orphaned[bundle] = self._orphaned.get(bundle), Orphaned(self._loop, bundle, kept)
                 if before is not None:
                     before.close()
                 self._look_again = self._loop.call_later(LOOK_S, self._look_after_orphaned)
+            else:
+                kept.close()
+
+    def _orphan_ended(self, pid: int, ended: Ended) -> None:
+        """Its shim may be dying only just now, and not be orphaned yet."""
+        for shim, kept in self._kept.items():
+            kept.drain()
+            if orphans.write_exec_exit(self._bundles[shim], kept, pid, ended):
+                return
+        if not any(orphaned.exec_ended(pid, ended) for orphaned in self._orphaned.values()):
+            orphans.write_exit([*self._bundles.values(), *self._orphaned], pid, ended)
 
 
 def _become_shim(orders: socket.socket, typical: Typical) -> NoReturn:
@@ -246,15 +263,17 @@ def _become_shim(orders: socket.socket, typical: Typical) -> NoReturn:
             larder.stock()
         with contextlib.suppress(Exception):  # it is but to be quicker later, and no reason to be no shim
             typical.plan()
+        to_zygote = Channel(orders)
         try:
-            order, listener = _receive_order(Channel(orders))
+            order, listener = _receive_order(to_zygote)
         except EOFError:  # the zygote has ended
             os._exit(0)
         bundle = Path(text(order, "bundle"))
         failpoint("shim.spawned")
         namespace, container = text(order, "namespace"), text(order, "container")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, listener)
-        Server(loop, sock, bundle, namespace=namespace, container=container, larder=larder).begin()
+        keeper = Keeper(to_zygote)
+        Server(loop, sock, bundle, namespace=namespace, container=container, larder=larder, keeper=keeper).begin()
         loop.run()
         status = 0
     except BaseException as e:  # noqa: BLE001 - the last frame of this process
@@ -269,7 +288,6 @@ def _receive_order(orders: Channel) -> tuple[Message, int]:
     while True:
         for message in orders.receive():
             (listener,) = orders.take_fds(1)
-            orders.sock.close()
             return message, listener
 
 

@@ -1,0 +1,162 @@
+"""Shims that are killed at other moments than while their containers run, and together with their daemon."""
+
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from support.corrald import Corrald, running
+from support.requirements import needs
+
+from corral.api.engine.v1 import engine_pb2
+from corral.api.tasks.v1 import tasks_pb2
+from corral.api.types.v1 import types_pb2
+from corral.client.execution import Attachment, Collected
+from corral.client.sync import Client
+from corral.rpc.errors import Unavailable
+
+pytestmark = needs("root", "overlayfs", "busybox")
+
+
+@pytest.fixture(scope="module")
+def daemon(busybox_archive: Path) -> Iterator[Corrald]:
+    with running() as made:
+        with made.client() as client:
+            client.images.load(busybox_archive, name="busybox")
+        yield made
+
+
+@pytest.fixture
+def client(daemon: Corrald) -> Iterator[Client]:
+    with daemon.client() as made:
+        yield made
+        for container in made.containers.list(all=True):
+            made.containers.remove(container.id, force=True)
+
+
+def kill_shim(client: Client, container: str) -> None:
+    shim = client.containers.get(container).shim_pid
+    pidfd = os.pidfd_open(shim)
+    os.kill(shim, signal.SIGKILL)
+    select.select([pidfd], [], [], 5)
+    os.close(pidfd)
+
+
+def topics_of(client: Client, container: str) -> list[str]:
+    request = types_pb2.EventsRequest(no_follow=True)
+    events = [event for answer in client.system.events(request) for event in answer.events]
+    return [event.topic for event in events if event.subject == container and event.topic.startswith("container.")]
+
+
+def test_a_created_container_whose_shim_was_killed_starts_all_the_same(client: Client) -> None:
+    client.containers.create("busybox", ["sh", "-c", "exit 9"], name="made", id="made", network="none")
+    kill_shim(client, "made")
+    client.containers.start("made")
+    status = client.containers.wait("made")
+    assert (status.code, status.known) == (9, True)
+    assert topics_of(client, "made") == ["container.created", "container.started", "container.died"]
+
+
+def test_it_can_be_attached_to_before_it_is_started(client: Client) -> None:
+    client.containers.create("busybox", ["sh", "-c", "echo hello; exit 9"], name="made", network="none")
+    kill_shim(client, "made")
+    time.sleep(0.3)
+    collected = Collected()
+    for part in client.containers.attach(Attachment("made", stdout=True, lossless=True)):
+        if part.HasField("attached"):
+            client.containers.start("made")
+        collected.add(part)
+    assert (collected.result().stdout, collected.result().exit.code) == (b"hello\n", 9)
+
+
+def test_who_waits_for_a_container_to_be_started_waits_on_when_its_shim_is_killed(
+    client: Client, daemon: Corrald
+) -> None:
+    client.containers.create("busybox", ["sh", "-c", "exit 4"], name="made", network="none")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.containers.wait, "made", "next-exit")
+        time.sleep(0.2)
+        kill_shim(client, "made")
+        time.sleep(0.3)
+        assert not waiting.done()
+        client.containers.start("made")
+        assert waiting.result(10).code == 4
+
+
+def test_a_terminal_outlives_a_shim_and_a_daemon_that_are_killed_together(client: Client, daemon: Corrald) -> None:
+    script = "i=0; while [ $i -lt 20 ]; do i=$((i+1)); echo line $i; sleep 0.1; done; exit 8"
+    client.containers.run("busybox", ["sh", "-c", script], name="screen", network="none", terminal=True, stdin=True)
+    shim = client.containers.get("screen").shim_pid
+    time.sleep(0.5)
+    os.kill(shim, signal.SIGKILL)
+    daemon.kill9()
+    daemon.start()
+    status = eventually(lambda: client.containers.wait("screen"))
+    assert (status.code, status.known) == (8, True)
+    lines = [entry.line for entry in client.containers.logs("screen")]
+    assert b"".join(lines) == b"".join(b"line %d\r\n" % i for i in range(1, 21))
+
+
+def test_an_exec_that_ends_while_its_shim_and_the_daemon_are_dead_has_its_exit_code(
+    client: Client, daemon: Corrald
+) -> None:
+    client.containers.run("busybox", ["sleep", "1000"], name="long", network="none")
+    made = client.containers.exec_create("long", ["sh", "-c", "sleep 0.5; exit 31"])
+    client.containers.exec_start("long", made.exec_id)
+    shim = client.containers.get("long").shim_pid
+    daemon.kill9()
+    os.kill(shim, signal.SIGKILL)
+    time.sleep(1)
+    daemon.start()
+    status = eventually(lambda: client.containers.exec_wait("long", made.exec_id))
+    assert (status.code, status.known) == (31, True)
+
+
+def test_input_that_a_client_has_sent_reaches_the_process_over_the_death_of_its_shim(
+    client: Client, daemon: Corrald
+) -> None:
+    """The process reads late, so that the pipes on the way are full when the shim is killed."""
+    text = "".join(f"line {number}\n" for number in range(60_000)).encode()
+    script = ["sh", "-c", "sleep 1; cat; exit 6"]
+    client.containers.create("busybox", script, name="fed", network="none", stdin=True, stdin_once=True)
+
+    def requests() -> Iterator[tasks_pb2.AttachRequest]:
+        for start in range(0, len(text), 20_000):
+            yield tasks_pb2.AttachRequest(stdin=text[start : start + 20_000])
+
+    attachment = Attachment("fed", stdin=True, stderr=True, lossless=True)
+    for part in client.containers.attach(attachment, requests()):
+        if part.HasField("attached"):
+            client.containers.start("fed")
+            time.sleep(0.4)
+            kill_shim(client, "fed")
+    assert client.containers.wait("fed").code == 6
+    assert b"".join(entry.line for entry in client.containers.logs("fed")) == text
+
+
+def test_a_create_by_the_id_of_one_that_cannot_be_undone_yet_is_not_told_that_it_was_done(
+    busybox_archive: Path,
+) -> None:
+    with running(split=True) as five, five.client() as client:
+        client.images.load(busybox_archive, name="busybox")
+        five.kill9("network")
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                client.containers.create("busybox", ["true"], name="half", id="half")
+        five.start("network")
+        made = client.containers.create("busybox", ["true"], name="half", id="half", network="none")
+        assert made.status == engine_pb2.STATUS_CREATED
+        client.containers.remove("half", force=True)
+
+
+def eventually[T](call: Callable[[], T]) -> T:
+    """Its answer, once the daemon is reached again."""
+    while True:
+        try:
+            return call()
+        except Unavailable:
+            time.sleep(0.05)

@@ -1,0 +1,200 @@
+"""What a zygote keeps for a shim that is killed, and what lies in pipes meanwhile."""
+
+import fcntl
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from shimclient import Shim, Workshop, Zygote, connect, read_until, wait_gone, workshop
+from support.requirements import needs
+
+from corral.kernel.process import pidfd_info, pidfd_open
+from corral.tasks.keeper import fetch
+
+pytestmark = needs("root", "busybox")
+
+
+@pytest.fixture(scope="module")
+def shop() -> Iterator[Workshop]:
+    with workshop() as made:
+        yield made
+
+
+def kill(shim: Shim) -> dict[str, object]:
+    """Returns the state before."""
+    state = shim.state()
+    os.kill(shim.pid, signal.SIGKILL)
+    wait_gone(shim.pid)
+    shim.peer.close()
+    return state
+
+
+def heir_of(zygote: Zygote, shim: Shim) -> Shim:
+    (shim.bundle / "socket").unlink()
+    shim.pid = int(str(zygote.spawn(shim.bundle, container=shim.name)["pid"]))
+    shim.peer = connect(shim.bundle)
+    shim.call = shim.peer.call
+    return shim
+
+
+def adopt(heir: Shim, of: dict[str, object], streams: dict[str, int], **fields: object) -> None:
+    log = {"driver": "json-file", "path": str(heir.log)}
+    identity = {name: of[name] for name in ("pid", "start_time")}
+    heir.call(
+        "adopt",
+        list(streams.values()),
+        streams=list(streams),
+        log=log,
+        started_at_ns=1,
+        stdin=True,
+        **identity,
+        **fields,
+    )
+    for fd in streams.values():
+        os.close(fd)
+
+
+def kept_by_zygote(shim: Shim, exec_id: str = "") -> dict[str, int]:
+    deadline = time.monotonic() + 5
+    while (kept := fetch(shim.bundle, timeout_s=5)) is None:
+        assert time.monotonic() < deadline, "nobody keeps anything"
+        time.sleep(0.01)
+    for other in kept.keys() - {exec_id}:
+        for fd in kept[other].values():
+            os.close(fd)
+    return kept[exec_id]
+
+
+def test_a_terminal_outlives_its_shim_though_no_daemon_has_a_copy(shop: Workshop) -> None:
+    shim = shop.run("sh", "-c", "echo first; read x; echo got $x; exit 19", terminal=True, stdin=True)
+    (out,) = shim.attach("stdout", lossless=True)
+    read_until(out, b"first")
+    os.close(out)
+    of = kill(shim)
+    streams = kept_by_zygote(shim)
+    assert list(streams) == ["console"]
+    heir = heir_of(shop.zygote, shim)
+    adopt(heir, of, streams)
+    stdin, out = heir.attach("stdin", "stdout", lossless=True)
+    os.write(stdin, b"that\n")
+    read_until(out, b"got that")
+    os.close(stdin)
+    os.close(out)
+    assert heir.wait()["code"] == 19
+
+
+def test_a_stdin_that_is_closed_is_kept_by_nobody(shop: Workshop) -> None:
+    shim = shop.run("sh", "-c", "cat; exit 5", stdin=True)
+    shim.call("close_stdin")
+    assert shim.wait()["code"] == 5
+
+
+def test_the_zygote_writes_how_an_exec_ended_whose_shim_was_killed(shop: Workshop) -> None:
+    shim = shop.run("sleep", "1000")
+    shim.exec("e", "sh", "-c", "sleep 0.3; exit 23")
+    shim.start("e")
+    of = kill(shim)
+    written = shim.bundle / "execs/e.json"
+    deadline = time.monotonic() + 5
+    while not written.exists():
+        assert time.monotonic() < deadline, "nobody has written it"
+        time.sleep(0.01)
+    assert json.loads(written.read_text())["code"] == 23
+    heir = heir_of(shop.zygote, shim)
+    adopt(heir, of, {})
+    execs = of["execs"]
+    assert isinstance(execs, dict)
+    adopt(heir, execs["e"], {}, exec="e")
+    found = heir.wait_state("stopped", "e")["exit"]
+    assert isinstance(found, dict)
+    assert (found["code"], found["known"]) == (23, True)
+
+
+def streams_of(shim: Shim) -> dict[str, int]:
+    shim.peer.send({"id": 1000, "op": "streams", "exec": ""})
+    while True:
+        for message in shim.peer.channel.receive():
+            if message.get("id") == 1000:
+                reply = message["ok"]
+                assert isinstance(reply, dict)
+                names = reply["streams"]
+                return dict(zip(names, shim.peer.channel.take_fds(len(names)), strict=True))
+
+
+def test_an_exit_that_neither_shim_nor_zygote_lived_to_see_is_told_by_a_pidfd() -> None:
+    with workshop() as shop:
+        shim = shop.run("sh", "-c", "read x; exit 21", stdin=True)
+        streams = streams_of(shim)
+        old, shop.zygote = shop.zygote, Zygote()
+        os.kill(old.pid, signal.SIGKILL)
+        wait_gone(old.pid)
+        of = kill(shim)
+        os.write(streams["stdin"], b"\n")
+        wait_gone(int(str(of["pid"])))
+        heir = heir_of(shop.zygote, shim)
+        adopt(heir, of, streams)
+        exited = heir.wait()
+        assert (exited["code"], exited["known"]) == (21, True) if tells_exits() else not exited["known"]
+        shop.zygote.close()
+        shop.zygote = old
+
+
+def tells_exits() -> bool:
+    """Whether this kernel tells by a pidfd how a process ended that somebody else has reaped (Linux >= 6.15)."""
+    pid = os.posix_spawn("/bin/true", ["true"], {})
+    pidfd = pidfd_open(pid)
+    try:
+        os.waitpid(pid, 0)
+        return pidfd_info(pidfd).exit_status == 0
+    except OSError:
+        return False
+    finally:
+        os.close(pidfd)
+
+
+def test_what_an_exited_container_wrote_last_is_said_to_be_missing_if_nobody_held_it(shop: Workshop) -> None:
+    shim = shop.run("sh", "-c", "sleep 0.2; exit 3")
+    of = kill(shim)
+    wait_gone(int(str(of["pid"])))
+    heir = heir_of(shop.zygote, shim)
+    adopt(heir, of, {}, unattended=True)
+    exited = heir.wait()
+    assert "may be missing" in str(exited["reason"])
+    assert exited["code"] == 3
+
+
+def test_input_on_its_way_is_not_lost_with_a_shim(shop: Workshop) -> None:
+    shim = shop.run("sh", "-c", "sleep 0.3; cat; exit 6", stdin=True)
+    streams = streams_of(shim)
+    text = "".join(f"line {number}\n" for number in range(100_000)).encode()
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1 << 20)
+    shim.call("attach", [reader], stdin=True, stdin_once=True)
+    os.set_blocking(writer, False)
+    sent = os.write(writer, text)
+    time.sleep(0.1)  # the shim has passed on as much as the process's pipe takes
+    sent += os.write(writer, text[sent:])
+    of = kill(shim)
+    heir = heir_of(shop.zygote, shim)
+    adopt(heir, of, streams)
+    heir.call("attach", [reader], stdin=True, stdin_once=True)
+    os.close(reader)
+    os.set_blocking(writer, True)
+    while sent < len(text):
+        sent += os.write(writer, text[sent:])
+    os.close(writer)
+    assert heir.wait()["code"] == 6
+    assert "".join(line for _, line in heir.log_entries()).encode() == text
+
+
+def test_only_who_was_told_to_start_may_have_run(shop: Workshop) -> None:
+    shim = shop.spawn("sleep", "100")
+    shim.create()
+    assert not (shim.bundle / "starting").exists()
+    shim.start()
+    assert (shim.bundle / "starting").exists()
+    assert Path(f"/proc/{shim.state()['pid']}").exists()
