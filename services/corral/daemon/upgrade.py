@@ -48,7 +48,7 @@ class Upgrading:
     def __init__(self, argv: Sequence[str], stop: asyncio.Event, generation: int, *, grace_s: float) -> None:
         """`stop` is what ends the host; generation: how often this process has been upgraded."""
         self.generation = generation
-        self.plan = Upgrade(grace_s, self._on_begin)
+        self.plan = Upgrade(grace_s, self._on_begin, self._on_failure)
         self._argv = argv
         self._stop = stop
         self._asked: asyncio.Task[None] | None = None
@@ -88,6 +88,11 @@ class Upgrading:
     def _on_begin(self) -> None:
         notify_reloading()
         log.info("daemon.upgrading", generation=self.generation)
+
+    def _on_failure(self, e: OSError) -> None:
+        self.plan.wanted = False
+        log.error("daemon.upgrade_failed", reason=str(e))
+        notify(f"STATUS=Not upgraded: {e}")
 
 
 def _told(asked: "asyncio.Task[None]") -> None:
@@ -141,8 +146,11 @@ def execute(
 
 def children() -> Sequence[int]:
     """Of this process, whoever started them: the program before has left its zygote, which stays for its shims."""
-    tasks = Path("/proc/self/task").iterdir()
-    return [int(pid) for task in tasks for pid in (task / "children").read_text("ascii").split()]
+    found: list[int] = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # a kernel without CONFIG_PROC_CHILDREN, where one zombie stays for each upgrade
+            found += map(int, (task / "children").read_text("ascii").split())
+    return found
 
 
 async def reap(pid: int) -> None:

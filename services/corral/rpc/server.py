@@ -56,6 +56,8 @@ class Upgrade:
 
     grace_s: float
     on_begin: Callable[[], None]
+    on_failure: Callable[[OSError], None]
+    """It goes on instead."""
     wanted: bool = False
 
 
@@ -137,10 +139,22 @@ class Host:
                     path.unlink()
         self._close()
 
-    async def hand_over(self, *, grace_s: float) -> Mapping[Path, socket.socket]:
-        """stop(), for somebody who will listen at the same addresses: connections to unix sockets wait for it in what
-        is returned. Clients are told to connect anew. Raises OSError, and then goes on as before."""
-        waiting = {path: make_waiting(path) for path in self._sockets}
+    def make_places(self) -> Mapping[Path, socket.socket]:
+        """Where connections to our unix sockets are to wait. Raises OSError; nothing has changed then."""
+        places: dict[Path, socket.socket] = {}
+        try:
+            for path in self._sockets:
+                places[path] = make_waiting(path)
+        except OSError:
+            for path, place in places.items():
+                place.close()
+                hidden(path).unlink(missing_ok=True)
+            raise
+        return places
+
+    async def hand_over(self, waiting: Mapping[Path, socket.socket], *, grace_s: float) -> Mapping[Path, socket.socket]:
+        """stop(), for somebody who will listen at the same addresses: connections to unix sockets wait for it in
+        make_places(), which is returned. Clients are told to connect anew."""
         for path in waiting:
             hidden(path).rename(path)
         leaving = asyncio.create_task(self._server.stop(grace_s + LAST_CALLS_S))
@@ -288,10 +302,19 @@ async def serve(
                 await starting
             return {}
         on_ready(starting.result())
-        await stopping
-        if upgrade is not None and upgrade.wanted:
+        while True:
+            await stopping
+            if upgrade is None or not upgrade.wanted:
+                break
+            try:
+                places = host.make_places()
+            except OSError as e:
+                upgrade.on_failure(e)
+                stop.clear()
+                stopping = asyncio.ensure_future(stop.wait())
+                continue
             upgrade.on_begin()
-            return await host.hand_over(grace_s=upgrade.grace_s)
+            return await host.hand_over(places, grace_s=upgrade.grace_s)
         on_stop()
         await host.stop(grace_s=grace_s)
         return {}
