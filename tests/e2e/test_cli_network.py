@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from support.corrald import Corrald
+from support.requirements import needs
 
 
 def ok(box: Corrald, *args: str) -> str:
@@ -273,3 +274,23 @@ def test_a_network_that_cannot_be_is_refused_in_one_sentence(box: Corrald, name:
         assert refused.returncode == 1
         assert why in refused.stderr.decode()
         assert len(refused.stderr.splitlines()) == 1
+
+
+@needs("cni")
+def test_a_network_of_cni_is_made_from_its_configuration(box: Corrald, name: str, tmp_path: Path) -> None:
+    subnet = "{}.{}.130".format(*box.place.network)
+    ranges = [[{"subnet": f"{subnet}.0/24", "gateway": f"{subnet}.1"}]]
+    ipam = {"type": "host-local", "dataDir": str(tmp_path), "ranges": ranges}
+    config = tmp_path / "net.conflist"
+    config.write_text(json.dumps({"cniVersion": "1.0.0", "plugins": [{"type": "ptp", "ipam": ipam}]}))
+    ok(box, "network", "create", "-d", "cni", "--cni-config", str(config), name)
+    try:
+        ok(box, "run", "-d", "--name", name, "--network", name, "busybox", "sleep", "100")
+        assert address(box, name) == f"{subnet}.2"
+        assert reaches(box, name, f"{subnet}.1")
+        ok(box, "restart", "-t", "0", name)
+        assert reaches(box, name, f"{subnet}.1")
+    finally:
+        box.corral("rm", "-f", name)
+        ok(box, "network", "rm", name)
+    assert list(tmp_path.glob(f"{name}/{subnet}*")) == []

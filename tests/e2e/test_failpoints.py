@@ -58,6 +58,15 @@ def triggers() -> list[str]:
     return [f"{name}=kill{f'@{hit}' if hit else ''}" for name in names for hit in HITS.get(name, (0,))]
 
 
+CNI_CONFIG = '{"cniVersion": "1.0.0", "type": "stub"}'
+# Gives the address that it has, once.
+CNI_PLUGIN = """#!/bin/sh
+cat > /dev/null
+case $CNI_COMMAND in
+ADD) mkdir {directory}/held-192.0.2.2 && echo '{{"cniVersion": "1.0.0", "ips": [{{"address": "192.0.2.2/24"}}]}}';;
+DEL) rm -rf {directory}/held-192.0.2.2;;
+esac
+"""
 LIVES = 8
 
 
@@ -178,6 +187,8 @@ class Life:
         self.call(lambda: client.networks.create(network), AlreadyExists)
         lan = network_pb2.CreateNetworkRequest(name="lan", driver="macvlan")
         self.call(lambda: client.networks.create(lan), AlreadyExists)
+        plugged = network_pb2.CreateNetworkRequest(name="plugged", driver="cni", options={"cni.config": CNI_CONFIG})
+        self.call(lambda: client.networks.create(plugged), AlreadyExists)
         with pytest.raises(CorralError, match="nobody-here"):
             self.call(lambda: client.containers.create("busybox", ["true"], name="no", user="nobody-here"))
         parent = f"{self.daemon.place.cgroup_parent}-own"
@@ -205,6 +216,8 @@ class Life:
         self.call(lambda: self.client.networks.disconnect("bridge", "one"), NotFound)
         self.call(lambda: self.client.networks.connect("lan", "one"))
         self.call(lambda: self.client.networks.disconnect("lan", "one"), NotFound)
+        self.call(lambda: self.client.networks.connect("plugged", "one"))
+        self.call(lambda: self.client.networks.disconnect("plugged", "one"), NotFound)
         self.call(lambda: containers.publish("one", ["8"]))
         self.call(lambda: containers.unpublish("one", ["8"]), NotFound)
         self.call(lambda: containers.pause("one"), FailedPrecondition)
@@ -257,6 +270,7 @@ class Life:
             self.call(lambda name=name: client.containers.remove(name, force=True, volumes=True), NotFound)
         self.call(lambda: client.networks.remove("net"), NotFound)
         self.call(lambda: client.networks.remove("lan"), NotFound)
+        self.call(lambda: client.networks.remove("plugged"), NotFound)
         self.call(lambda: client.volumes.remove("vol"), NotFound)
         self.call(lambda: client.volumes.remove("bounded"), NotFound)
         self.call(lambda: client.volumes.remove("elsewhere"), NotFound)
@@ -287,6 +301,7 @@ class Life:
             "files of": place.root / "network" / "endpoints",
         }.items():
             found += [f"{what} {path.name}" for path in root.glob("*/*")]
+        found += [f"{path.name} of a plugin" for path in (self.archive.parent / "plugins").glob("held-*")]
         found += [f"part of blob {path.name}" for path in (place.root / "images" / "partial").iterdir()]
         volumes = f"{place.root}/engine/volumes/"
         mounts = Path("/proc/self/mountinfo").read_text("utf-8").splitlines()
@@ -338,7 +353,12 @@ class Lives:
         return self.life
 
     def _begin(self) -> Life:
-        daemon = Corrald()
+        plugins = self.archive.parent / "plugins"
+        plugins.mkdir(exist_ok=True)
+        plugin = plugins / "stub"
+        plugin.write_text(CNI_PLUGIN.format(directory=plugins))
+        plugin.chmod(0o755)
+        daemon = Corrald(settings={"network": {"cni_bin_dirs": [str(plugins)]}})
         parent = f"{daemon.place.cgroup_parent}-own"
         self._end.callback(lambda: [path.rmdir() for path in cgroups(parent)])  # as with docker, one asked for stays
         self._end.enter_context(daemon)

@@ -181,4 +181,5 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "btrfs-quotas": _simple_quotas,
     "erofs": _file_system("erofs"),
     "device mapper": _device_mapper,
+    "cni": lambda: None if Path("/usr/lib/cni/bridge").exists() else "needs Debian's containernetworking-plugins",
 }

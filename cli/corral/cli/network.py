@@ -1,5 +1,7 @@
 """`corral network`."""
 
+from typing import TextIO
+
 import click
 
 from corral.cli.app import App, each, pass_app
@@ -16,7 +18,7 @@ network_command.add_command(network_prune_command)
 
 
 @network_command.command("create")
-@click.option("-d", "--driver", default="bridge", show_default=True, help="bridge, macvlan or ipvlan")
+@click.option("-d", "--driver", default="bridge", show_default=True, help="bridge, macvlan, ipvlan or cni")
 @click.option("--subnet", "subnets", multiple=True, help="Subnet, 10.1.0.0/24; one is chosen otherwise")
 @click.option(
     "--gateway", "gateways", multiple=True, help="Gateway of each subnet, in order; default the first address"
@@ -27,6 +29,7 @@ network_command.add_command(network_prune_command)
 @click.option("--ipv6", is_flag=True, help="IPv6 too; its subnet is chosen where none is named")
 @click.option("--icc", type=bool, help="Whether its containers reach one another  [default: true]")
 @click.option("-o", "--opt", "options", multiple=True, help="KEY=VALUE, as docker's drivers have them")
+@click.option("--cni-config", type=click.File("r"), help="Of -d cni: file with its configuration (.conflist, .conf)")
 @click.option("--label", "labels", multiple=True, help="KEY=VALUE")
 @click.argument("name")
 @pass_app
@@ -42,6 +45,7 @@ def create_command(
     ipv6: bool,
     icc: bool | None,
     options: tuple[str, ...],
+    cni_config: TextIO | None,
     labels: tuple[str, ...],
 ) -> None:
     """Create a network."""
@@ -52,6 +56,8 @@ def create_command(
     request = network_pb2.CreateNetworkRequest(name=name, driver=driver, internal=internal, mtu=mtu, ipv6=ipv6)
     if icc is not None:
         request.options["com.docker.network.bridge.enable_icc"] = str(icc).lower()
+    if cni_config is not None:
+        request.options["cni.config"] = cni_config.read()
     for option in options:
         key, _, value = option.partition("=")
         request.options[key] = value

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from corral.network import store
+from corral.network.cni.attachments import CniAttachments
 from corral.network.endpoints import Endpoints
 from corral.network.firewall import Firewall
 from corral.network.links import NetlinkThread, link_exists
@@ -15,6 +16,7 @@ from corral.network.pool import NetnsPool
 from corral.network.recovery import Reconciler
 from corral.rpc.blocking import run_blocking
 from corral.rpc.checking import Found
+from corral.rpc.errors import CorralError
 from corral.store import Database
 
 if TYPE_CHECKING:
@@ -32,12 +34,14 @@ class Checker:
     pool: NetnsPool
     firewall: Firewall
     reconciler: Reconciler
+    cni: CniAttachments
     boot_id: str
 
     async def look(self) -> Sequence[Found]:
         """What is on the host is read before the rows: what is being made has its row first, or soon after."""
         found = await run_blocking(self._on_disk)
         found += await run_blocking(self._endpoints)
+        found += await self._plugins()
         if self.db.read_sync(store.networks):  # without one no link can be ours, and netlink need not be loaded
             found += await self.thread.run(self._in_kernel)
         return found
@@ -97,6 +101,22 @@ class Checker:
     async def _again(self, endpoint: Endpoint) -> None:
         await self.endpoints.attach(endpoint.key, endpoint.request)
 
+    # What plugins made
+
+    async def _plugins(self) -> list[Found]:
+        found = []
+        for endpoint in self.db.read_sync(store.endpoints):
+            for interface in endpoint.interfaces:
+                if not interface.network.is_cni or not self.endpoints.stands(endpoint):
+                    continue
+                try:
+                    await self.cni.check(endpoint, interface)
+                except CorralError as e:
+                    subject = f"endpoint {endpoint.key.namespace}/{endpoint.key.id}"
+                    problem = f"is not as plugins made it in network {interface.network.name}: {e}"
+                    found.append(Found(subject, problem, "remove its container and make it anew", None))
+        return found
+
     # Links and rules
 
     def _in_kernel(self, netlink: "Netlink") -> list[Found]:
@@ -111,7 +131,7 @@ class Checker:
             if network.state is not NetworkState.READY:
                 problem = f"was left {network.state}"
                 found.append(Found(subject, problem, "repair removes it", partial(self._reconcile, network)))
-            elif not link_exists(network.lower):
+            elif not network.is_cni and not link_exists(network.lower):
                 what = "bridge" if network.is_bridge else "parent"
                 problem = f"has lost its {what} {network.lower}"
                 found.append(Found(subject, problem, "repair makes it anew", partial(self._reconcile, network)))

@@ -27,6 +27,8 @@ class NetworkConfig:
     nft_table: str = "corral"
     # MTU of networks that name none; 0: that of the host's default route.
     mtu: int = 0
+    # Where plugins of CNI are looked for, in order.
+    cni_bin_dirs: Sequence[str] = ("/opt/cni/bin", "/usr/lib/cni", "/usr/libexec/cni")
     # Network namespaces kept ready.
     netns_pool_size: int = 8
     # The host's resolver configuration, and the one behind it where systemd-resolved listens on a loopback address.

@@ -72,7 +72,8 @@ class Connections:
         *_, made = connected.interfaces
         try:
             failpoint("network.connect.after_row")
-            await self._standing.plug(endpoint, connected)
+            connected = await self._standing.plug(endpoint, connected)
+            *_, made = connected.interfaces
             failpoint("network.connect.before_request")
             await self._db.write(lambda transaction: _connected(transaction, connected, made))
         except BaseException:

@@ -144,6 +144,8 @@ class Endpoints:
 
     async def _attach_networks(self, key: EndpointKey, request: Request, existing: Endpoint | None) -> Endpoint:
         wanted = await self._wanted(key.namespace, attachments_of(request))
+        if existing is not None:
+            await self._standing.forget_plugins(existing)
         netns = await self._take_namespace()
         try:
             ports = await self._publishing.hold(key, request.ports)
@@ -154,7 +156,7 @@ class Endpoints:
             raise
         try:
             failpoint("network.attach.after_row")
-            await self._standing.make(endpoint)
+            endpoint = await self._standing.make(endpoint)
             failpoint("network.attach.before_ready")
             self._resolvers.changed()
             return await self._db.write(lambda transaction: _become_ready(transaction, endpoint))

@@ -11,12 +11,15 @@ from corral.network import etc, publishing, recovery, store, subnets
 from corral.network.allocations import Allocations
 from corral.network.bridge import BridgeDriver
 from corral.network.checking import Checker
+from corral.network.cni.attachments import CniAttachments
+from corral.network.cni.driver import CniDriver
 from corral.network.config import NetworkConfig
+from corral.network.connections import half_connected
 from corral.network.endpoints import Endpoints
 from corral.network.files import FileStore
 from corral.network.firewall import Firewall
 from corral.network.links import NetlinkThread
-from corral.network.model import Endpoint, Network, NetworkState
+from corral.network.model import Endpoint, EndpointState, Network, NetworkState
 from corral.network.names import Names, has_names
 from corral.network.networks import Networks
 from corral.network.pool import NetnsPool
@@ -28,6 +31,7 @@ from corral.network.store import MIGRATIONS
 from corral.network.sublinks import IPVLAN, MACVLAN, SubLinkDriver
 from corral.network.watching import Watch
 from corral.rpc.blocking import run_blocking
+from corral.rpc.errors import CorralError
 from corral.store import Database
 
 log = structlog.get_logger()
@@ -68,7 +72,13 @@ class Leaf:
         )
         files = FileStore(config.root / "endpoints")
         self._pool = NetnsPool(netns, config.netns_pool_size, files)
-        drivers = (BridgeDriver(self._firewall), SubLinkDriver(MACVLAN), SubLinkDriver(IPVLAN))
+        drivers = (
+            BridgeDriver(self._firewall),
+            SubLinkDriver(MACVLAN),
+            SubLinkDriver(IPVLAN),
+            CniDriver(config.cni_bin_dirs),
+        )
+        self._cni = CniAttachments(self.db, config.cni_bin_dirs, self._pool.path)
         held, prefix = Allocations(), host_prefix(config)
         self.networks = Networks(config, self.db, self._thread, drivers, held, self._resolvers.stop)
         standing = self._standing = Standing(
@@ -80,6 +90,7 @@ class Leaf:
             self._publishing,
             self._resolvers,
             host_files,
+            self._cni,
         )
         self.endpoints = Endpoints(
             self.db,
@@ -104,6 +115,7 @@ class Leaf:
             self._pool,
             self._firewall,
             self._reconciler,
+            self._cni,
             recovery.boot_id(),
         )
         self._restoring = Restoring(
@@ -115,6 +127,7 @@ class Leaf:
 
     async def start(self) -> None:
         """Undo what is half done, and begin to compare rows with the kernel in the background."""
+        await self._undo_halves()
         cut = recovery.cut_connects(self.db)
         lame = await run_blocking(recovery.sweep, self.db, self._pool, self.endpoints.files)
         for before, endpoint in (*cut, *((recovery.without_lost_links(one), one) for one in lame)):
@@ -125,6 +138,20 @@ class Leaf:
         if self._reconciler.needed():
             self._reconciling = asyncio.ensure_future(self._reconcile(lame))
             self._reconciling.add_done_callback(_log_failure)
+
+    async def _undo_halves(self) -> None:
+        """Have plugins of CNI take back what an earlier daemon had begun, before its rows go."""
+        for endpoint in self.db.read_sync(store.endpoints):
+            ready = endpoint.state is EndpointState.READY
+            try:
+                await self._cni.delete(endpoint, half_connected(endpoint) if ready else endpoint.interfaces)
+            except CorralError as e:
+                log.warning("network.cni_not_undone", endpoint=endpoint.key.id, error=str(e))
+
+    async def _collect(self) -> None:
+        networks = [one for one in self._ready_networks() if one.is_cni]
+        if networks:
+            await self._cni.collect(networks, self.db.read_sync(store.endpoints))
 
     def _start_watch(self) -> None:
         try:
@@ -137,6 +164,7 @@ class Leaf:
 
     async def _reconcile(self, lame: Sequence[Endpoint]) -> None:
         await self._thread.run(lambda netlink: self._reconciler.run(netlink, lame))
+        await self._collect()
         for endpoint in self.db.read_sync(store.endpoints):
             for interface in filter(has_names, endpoint.interfaces):
                 await self._resolvers.listen(interface.network)

@@ -7,7 +7,7 @@ from enum import StrEnum
 from corral.network.ipam import Address, Subnet
 
 DEFAULT_NETWORK = "bridge"
-BRIDGE_DRIVER = "bridge"
+BRIDGE_DRIVER, CNI_DRIVER = "bridge", "cni"
 # The namespace of networks that corral itself made: they are seen from every namespace.
 BUILTIN_NAMESPACE = ""
 
@@ -78,6 +78,11 @@ class Network:
     def is_bridge(self) -> bool:
         """Whether it has a bridge of this host, with rules, ports and names."""
         return self.driver == BRIDGE_DRIVER
+
+    @property
+    def is_cni(self) -> bool:
+        """Whether plugins make it: addresses, links and routes are theirs."""
+        return self.driver == CNI_DRIVER
 
     @property
     def lower(self) -> str:
@@ -190,6 +195,8 @@ class Interface:
     mac: str
     addresses: tuple[tuple[Address, Range], ...] = ()
     aliases: tuple[str, ...] = ()
+    # In a network of CNI: what its plugins said that they made, as JSON; "" if they have not, or nobody knows.
+    cni_result: str = ""
 
     def address(self, version: int) -> tuple[Address, Range] | None:
         """The address of that IP version, with its subnet."""

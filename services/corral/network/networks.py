@@ -117,7 +117,7 @@ class Networks:
         for part in network.ranges:
             subnets.refuse_overlap(part.subnet, others)
         versions = {part.subnet.version for part in network.ranges}
-        if 4 not in versions:
+        if 4 not in versions and not network.is_cni:
             subnet = subnets.choose(self._config.pools, self._config.pool_prefix, taken)
             network = replace(network, ranges=(subnets.make_range(str(subnet)), *network.ranges))
         if network.ipv6 and 6 not in versions:
@@ -266,7 +266,7 @@ class Networks:
     def build_missing(self, netlink: "Netlink", networks: Iterable[Network]) -> None:
         """Make sure that these stand in the kernel. On the netlink thread."""
         for network in networks:
-            if network.id not in self._built or not link_exists(network.lower):
+            if network.id not in self._built or not (network.is_cni or link_exists(network.lower)):
                 self._build(netlink, network)
 
     async def remove(self, namespace: str, name: str) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from corral.network import store, subnets
 from corral.network.allocations import Allocations
+from corral.network.cni import documents
+from corral.network.cni.driver import configuration_of
 from corral.network.ipam import Address
 from corral.network.model import Attachment, Endpoint, EndpointKey, Interface, Network, NetworkState, Range
 from corral.network.sublinks import has_own_mac
@@ -42,7 +44,9 @@ def _insert_interface(
     now = store.network_by_id(transaction, network.id)
     if now is None or now.state is not NetworkState.READY:
         raise FailedPrecondition(f"network {network.name!r} is being removed", reason="NETWORK_GOING")
-    if attachment.mac and not has_own_mac(network):
+    if network.is_cni:
+        _require_capabilities(attachment, network)
+    elif attachment.mac and not has_own_mac(network):
         raise InvalidArgument(
             f"interfaces in network {network.name!r} have the hardware address of its parent: leave out --mac-address",
             reason="BAD_MAC",
@@ -56,9 +60,23 @@ def _insert_interface(
         raise InvalidArgument(
             f"network {network.name!r} or interface {name!r} is named twice: once is enough", reason="TWICE"
         ) from e
+    if network.is_cni:
+        return
     addresses = _take_addresses(transaction, attachment, network, interface_id, held)
     if not attachment.mac and has_own_mac(network):
         store.set_interface_mac(transaction, interface_id, subnets.mac_of(addresses[0]))
+
+
+def _require_capabilities(attachment: Attachment, network: Network) -> None:
+    """Raises InvalidArgument for what no plugin of the network would heed."""
+    asked = {documents.IPS: attachment.ipv4 or attachment.ipv6, documents.MAC: attachment.mac}
+    for capability, value in asked.items():
+        if value and not configuration_of(network).has(capability):
+            raise InvalidArgument(
+                f"no plugin of network {network.name!r} takes {value}: its configuration names no capability"
+                f" {capability!r}",
+                reason="NO_CAPABILITY",
+            )
 
 
 def _take_addresses(

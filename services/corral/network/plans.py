@@ -3,16 +3,20 @@
 from collections.abc import Iterable
 
 from corral.network import network_options, sublinks
+from corral.network.cni import documents
 from corral.network.links import InterfacePlan
 from corral.network.model import Interface
 
 
 def interface_plans(interfaces: Iterable[Interface]) -> list[InterfacePlan]:
-    """In order. The first network with a way out has the default route."""
+    """In order. The first network with a way out has the default route. Those of CNI are made by plugins."""
     plans = []
     routed: set[int] = set()  # IP versions that have their default route
     for interface in interfaces:
         network = interface.network
+        if network.is_cni:
+            routed |= documents.routed_versions(interface.cni_result)
+            continue
         first = [
             (address.version, part.gateway)
             for address, part in interface.addresses

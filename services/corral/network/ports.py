@@ -14,6 +14,7 @@ import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from corral.network.cni.driver import maps_ports
 from corral.network.model import ANY_HOST_IPS, Endpoint, EndpointKey, Forward, Port
 from corral.rpc.errors import AlreadyExists, InvalidArgument, ResourceExhausted, from_os_error
 
@@ -46,6 +47,8 @@ def _forwards(endpoint: Endpoint, port: Port) -> list[Forward]:
 
 def check_reachable(endpoint: Endpoint, asked: Iterable[Port]) -> None:
     """Raises InvalidArgument for a port that would lead nowhere."""
+    if any(maps_ports(interface.network) for interface in endpoint.interfaces):
+        return
     for port in asked:
         if not _forwards(endpoint, port):
             version = f"IPv{port.version} " if port.version else ""

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import structlog
 
 from corral.network import conntrack, port_rows, store
+from corral.network.cni.driver import maps_ports
 from corral.network.firewall import Firewall, route_loopback_to
 from corral.network.links import NetlinkThread, link_exists
 from corral.network.model import Endpoint, EndpointKey, EndpointState, Forward, Interface, Port, Request
 from corral.network.ports import HostPorts, check_reachable, forwards
-from corral.rpc.errors import CorralError
+from corral.rpc.errors import CorralError, FailedPrecondition
 from corral.store import Database, Transaction, failpoint
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class Publishing:
     async def publish(self, endpoint: Endpoint, asked: Sequence[Port]) -> Endpoint:
         """More ports of an endpoint that stands; all or none."""
         check_reachable(endpoint, asked)
+        _refuse_lasting(endpoint, asked)
         self._db.read_sync(lambda snapshot: port_rows.check_own(snapshot, endpoint.key, asked))
         ports = await self.hold(endpoint.key, asked)
         try:
@@ -126,7 +128,8 @@ class Publishing:
         return published
 
     async def withdraw(self, endpoint: Endpoint, ports: Sequence[Port]) -> Endpoint:
-        """These are its ports no more."""
+        """These are its ports no more; but for those that plugins of CNI publish, which last as long as it does."""
+        ports = [port for port in ports if not _lasts(endpoint, port)]
         if ports:
             await self._thread.run(lambda _: self.shut(endpoint, ports))
             failpoint("network.withdraw.after_rules")
@@ -147,6 +150,21 @@ class Publishing:
     def close(self) -> None:
         """Let go of all sockets."""
         self._host.close()
+
+
+def _lasts(endpoint: Endpoint, port: Port) -> bool:
+    """Whether a port is published by a plugin of CNI, which does so once and for all."""
+    return not forwards(endpoint, [port]) and any(maps_ports(each.network) for each in endpoint.interfaces)
+
+
+def _refuse_lasting(endpoint: Endpoint, asked: Iterable[Port]) -> None:
+    for port in asked:
+        if _lasts(endpoint, port):
+            raise FailedPrecondition(
+                f"port {port.container_port}/{port.protocol} would be published by a CNI plugin, which does so only"
+                " when a container is made: make it anew with -p",
+                reason="PORT_LASTS",
+            )
 
 
 def _let_through(netlink: "Netlink", interface: Interface) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from corral.network import conntrack, etc, sysctls
+from corral.network.cni.attachments import CniAttachments
 from corral.network.config import NetworkConfig
 from corral.network.files import FileStore
 from corral.network.links import InterfacePlan, NetlinkThread, link_exists
@@ -45,6 +46,7 @@ class Standing:
         publishing: Publishing,
         resolvers: Resolvers,
         host_files: etc.HostFiles,
+        cni: CniAttachments,
     ) -> None:
         self._config = config
         self._thread = thread
@@ -54,6 +56,7 @@ class Standing:
         self._publishing = publishing
         self._resolvers = resolvers
         self._host_files = host_files
+        self._cni = cni
         self._reaper = Reaper(thread)
 
     @property
@@ -61,10 +64,16 @@ class Standing:
         """Links of endpoints that are gone, which the kernel, or we, will delete."""
         return self._reaper.dying
 
-    async def make(self, endpoint: Endpoint) -> None:
-        """Make everything that the row of one with interfaces describes."""
+    async def make(self, endpoint: Endpoint) -> Endpoint:
+        """Make everything that the row of one with interfaces describes; returns it with what plugins gave it."""
         await self._listen(endpoint)
-        await self._thread.run(lambda netlink: self._make(netlink, endpoint))
+        made = await self._cni.add(endpoint)
+        await self._thread.run(lambda netlink: self._make(netlink, made))
+        return made
+
+    async def forget_plugins(self, endpoint: Endpoint) -> None:
+        """What plugins made for it in an earlier boot is not there: have them give back its addresses."""
+        await self._cni.delete(endpoint, endpoint.interfaces)
 
     async def _listen(self, endpoint: Endpoint) -> None:
         """See that its networks have their resolvers, which need the bridges."""
@@ -102,26 +111,29 @@ class Standing:
             failpoint("network.connect.after_plug")
         netlink.configure_inside(path, plans)
 
-    async def plug(self, before: Endpoint, endpoint: Endpoint) -> None:
-        """Make the links that it has more than before, and what follows from that."""
+    async def plug(self, before: Endpoint, endpoint: Endpoint) -> Endpoint:
+        """Make the links that it has more than before, and what follows from that; returns it as make() does."""
         await self._listen(endpoint)
+        made = await self._cni.add(endpoint)
 
         def work(netlink: "Netlink") -> None:
-            self.make_missing(netlink, endpoint)
-            self._publishing.follow(netlink, before, endpoint)
-            self._change_files(before, endpoint)
+            self.make_missing(netlink, made)
+            self._publishing.follow(netlink, before, made)
+            self._change_files(before, made)
 
         await self._thread.run(work)
+        return made
 
     async def unplug(self, before: Endpoint, left: Endpoint, gone: Interface) -> None:
         """Delete one of its links, and do what follows from that; no error if it is gone already."""
         path = self._pool.path(left.netns)
+        await self._cni.delete(before, [gone])
 
         def work(netlink: "Netlink") -> None:
             self._publishing.follow(netlink, before, left)
             if gone.network.is_bridge:
                 netlink.delete_link(gone.host_name)
-            elif is_pinned(path):
+            elif not gone.network.is_cni and is_pinned(path):
                 netlink.delete_inside(path, gone.name)
             failpoint("network.disconnect.after_unplug")
             try:
@@ -168,10 +180,11 @@ class Standing:
     def _unmake(self, netlink: "Netlink", endpoint: Endpoint) -> None:
         if endpoint.ports:
             self._publishing.shut(endpoint, endpoint.ports)
+        path = self._pool.path(endpoint.netns)
         for interface in endpoint.interfaces:
             if interface.network.is_bridge:
                 netlink.unplug(interface.host_name)
-            elif is_pinned(path := self._pool.path(endpoint.netns)):  # who still holds it is to lose the address
+            elif not interface.network.is_cni and is_pinned(path):  # who still holds it is to lose the address
                 netlink.delete_inside(path, interface.name)
             for address, _ in interface.addresses if endpoint.request.ports or endpoint.ports else ():
                 conntrack.forget_address(address)  # it may be another's next
@@ -181,6 +194,7 @@ class Standing:
     async def take_apart(self, endpoint: Endpoint) -> None:
         """Take everything back that is there of it."""
         if endpoint.interfaces:
+            await self._cni.delete(endpoint, endpoint.interfaces)
             await self._thread.run(lambda netlink: self._unmake(netlink, endpoint))
             self._reaper.watch(each.host_name for each in endpoint.interfaces if each.network.is_bridge)
             self._throw_files(endpoint)

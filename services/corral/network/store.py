@@ -12,6 +12,7 @@ from functools import lru_cache
 from ipaddress import ip_address, ip_network
 from typing import Any
 
+from corral.network.cni.documents import addresses as addresses_of
 from corral.network.model import (
     BUILTIN_NAMESPACE,
     Attachment,
@@ -103,6 +104,17 @@ MIGRATIONS: Sequence[str] = (
         FOREIGN KEY (namespace, endpoint) REFERENCES endpoints (namespace, id) ON DELETE CASCADE
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX ports_of_endpoint ON ports (namespace, endpoint);
+    """,
+    """
+    CREATE TABLE cni_results (
+        namespace TEXT NOT NULL,
+        endpoint TEXT NOT NULL,
+        network TEXT NOT NULL,
+        result TEXT NOT NULL,             -- JSON; '' while ADD is under way
+        PRIMARY KEY (namespace, endpoint, network),
+        FOREIGN KEY (namespace, endpoint, network) REFERENCES interfaces (namespace, endpoint, network)
+            ON DELETE CASCADE
+    ) STRICT, WITHOUT ROWID;
     """,
 )
 
@@ -349,7 +361,11 @@ def endpoints(snapshot: Snapshot, *, namespace: str | None = None, network_id: s
 def _endpoint(snapshot: Snapshot, row: Row, known: ByNetwork) -> Endpoint:
     key = EndpointKey(row["namespace"], row["id"])
     mine = (key.namespace, key.id)
-    interfaces = snapshot.execute("SELECT * FROM interfaces WHERE namespace = ? AND endpoint = ? ORDER BY id", mine)
+    interfaces = snapshot.execute(
+        "SELECT i.*, c.result FROM interfaces AS i LEFT JOIN cni_results AS c USING (namespace, endpoint, network)"
+        " WHERE i.namespace = ? AND i.endpoint = ? ORDER BY i.id",
+        mine,
+    )
     ports = snapshot.execute("SELECT * FROM ports WHERE namespace = ? AND endpoint = ?", mine) if interfaces else ()
     return Endpoint(
         key=key,
@@ -377,8 +393,10 @@ def _interface(snapshot: Snapshot, row: Row, known: ByNetwork) -> Interface:
         name=row["name"],
         host_name=row["host_name"],
         mac=row["mac"],
-        addresses=tuple((_address(held["address"]), ranges[held["range"]]) for held in rows),
+        addresses=tuple((_address(held["address"]), ranges[held["range"]]) for held in rows)
+        or (addresses_of(row["result"]) if row["result"] else ()),
         aliases=tuple(json.loads(row["aliases"])),
+        cni_result=row["result"] or "",
     )
 
 

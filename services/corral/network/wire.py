@@ -76,7 +76,7 @@ def network(described: Described) -> network_pb2.Network:
         id=value.id,
         driver=value.driver,
         subnets=parts,
-        interface=value.lower,
+        interface="" if value.is_cni else value.lower,
         mtu=value.mtu,
         internal=value.internal,
         options=value.options,
@@ -241,7 +241,8 @@ def _address(value: Interface, version: int) -> tuple[str, str]:
     if held is None:
         return "", ""
     address, part = held
-    gateway = "" if value.network.internal else str(part.gateway)
+    has_none = value.network.internal or part.gateway == part.subnet.network_address
+    gateway = "" if has_none else str(part.gateway)
     return f"{address}/{part.subnet.prefixlen}", gateway
 
 

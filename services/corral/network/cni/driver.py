@@ -1,0 +1,63 @@
+"""The driver cni: a network that plugins make for each container; on the host it is nothing of ours.
+
+-o cni.config=JSON    the configuration, as the specification has it (`corral network create --cni-config FILE`)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from corral.network import network_options
+from corral.network.cni import documents, plugins
+from corral.network.cni.documents import Configuration
+from corral.network.model import CNI_DRIVER, Network, NetworkSpec
+from corral.rpc.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from corral.network.netlink import Netlink
+
+CONFIG = "cni.config"
+
+
+def configuration_of(network: Network) -> Configuration:
+    """What its plugins are told of it."""
+    return documents.parse(network.options[CONFIG], network.name)
+
+
+def maps_ports(network: Network) -> bool:
+    """Whether a plugin publishes ports of its containers."""
+    return network.is_cni and configuration_of(network).has(documents.PORT_MAPPINGS)
+
+
+@dataclass(frozen=True, slots=True)
+class CniDriver:
+    """See corral.network.driver."""
+
+    directories: Sequence[str]
+
+    @property
+    def name(self) -> str:
+        return CNI_DRIVER
+
+    def check(self, spec: NetworkSpec) -> NetworkSpec:
+        network_options.refuse_unknown(spec, CONFIG)
+        if not spec.options.get(CONFIG):
+            raise InvalidArgument("a network of driver cni needs its --cni-config FILE", reason="BAD_OPTION")
+        if spec.ranges or spec.mtu or spec.interface or spec.internal or spec.ipv6:
+            raise InvalidArgument(
+                "a network of driver cni has what its configuration says: leave out subnets, MTU, --internal, --ipv6",
+                reason="BAD_OPTION",
+            )
+        documents.parse(spec.options[CONFIG], spec.name)
+        return spec
+
+    def prove(self, netlink: "Netlink", network: Network) -> None:
+        """Its plugins are there."""
+        for plugin in configuration_of(network).plugins:
+            plugins.find(plugin, self.directories)
+
+    def build(self, netlink: "Netlink", network: Network, others: Sequence[Network]) -> bool:
+        return False
+
+    def remove(self, netlink: "Netlink", network: Network) -> None:
+        """There is nothing; what its plugins have made on the host, a bridge say, is theirs and may be shared."""

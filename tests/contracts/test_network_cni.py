@@ -1,0 +1,293 @@
+"""Networks of CNI plugins, by packets with Debian's plugins, and by what a plugin of the test's own is told."""
+
+import asyncio
+import contextlib
+import json
+import sqlite3
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support.netlab import HOST, OUTSIDE, Calls, Lab, address, eventually, reaches, tcp_call, tcp_server, text
+from support.requirements import needs
+
+from corral.api.network.v1 import network_pb2 as pb
+from corral.api.types.v1 import types_pb2
+from corral.kernel.netns import remove_pinned
+from corral.rpc.errors import CorralError, FailedPrecondition, InvalidArgument
+
+pytestmark = needs("root", "netns", "nft", "nsenter", "ip", "iptables", "cni")
+NONE = pb.AttachRequest.MODE_NONE
+STUB = """#!/bin/sh
+cd {directory}
+read -r said
+echo "$CNI_COMMAND $CNI_CONTAINERID $CNI_IFNAME" >> calls
+echo "$said" > "last-$CNI_COMMAND"
+if [ -e "fail-$CNI_COMMAND" ]; then echo '{{"code": 11, "msg": "not today", "details": "the stub says so"}}'; exit 1; fi
+case $CNI_COMMAND in
+ADD) echo "$CNI_NETNS" > "held-$CNI_CONTAINERID-$CNI_IFNAME"
+    echo '{{"cniVersion": "1.1.0", "ips": [{{"address": "192.0.2.9/24", "gateway": "192.0.2.1"}}]}}';;
+DEL) rm -f "held-$CNI_CONTAINERID-$CNI_IFNAME";;
+esac
+"""
+
+
+@dataclass
+class Stub:
+    """A plugin that writes down what it is told, and what it holds."""
+
+    directory: Path
+
+    def calls(self) -> list[str]:
+        path = self.directory / "calls"
+        return [line.strip() for line in path.read_text().splitlines()] if path.exists() else []
+
+    def said(self, verb: str) -> Mapping[str, object]:
+        return dict(json.loads((self.directory / f"last-{verb}").read_text()))
+
+    def held(self) -> list[str]:
+        return sorted(path.name for path in self.directory.glob("held-*"))
+
+    def clear(self) -> None:
+        for path in self.directory.glob("*"):
+            path.unlink()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, Stub]]:
+    programs, said = tmp_path_factory.mktemp("plugins"), tmp_path_factory.mktemp("said")
+    program = programs / "stub"
+    program.write_text(STUB.format(directory=said))
+    program.chmod(0o755)
+    with Lab(settings={"cni_bin_dirs": [str(programs), "/usr/lib/cni"]}) as lab:
+        yield lab, Stub(said)
+
+
+@pytest.fixture
+def lab(made: tuple[Lab, Stub]) -> Lab:
+    return made[0]
+
+
+@pytest.fixture
+def stub(made: tuple[Lab, Stub]) -> Iterator[Stub]:
+    made[1].clear()
+    yield made[1]
+    made[1].clear()
+
+
+@pytest.fixture
+async def net(lab: Lab) -> AsyncIterator[Calls]:
+    async with lab.calls() as calls:
+        yield calls
+        for name in await calls.ids():
+            await calls.detach(name)
+        for name in await calls.network_names():
+            if name not in ("bridge", "host", "none"):
+                await calls.remove(name)
+
+
+async def make(net: Calls, *plugins: Mapping[str, object], name: str = "net", version: str = "1.0.0") -> pb.Network:
+    config = json.dumps({"cniVersion": version, "name": "corraltest", "plugins": plugins})
+    request = pb.CreateNetworkRequest(name=name, driver="cni", options={"cni.config": config})
+    return await net.networks.Create(request)
+
+
+def host_local(directory: Path, subnet: str = "10.231.80.0/24") -> Mapping[str, object]:
+    return {
+        "type": "host-local",
+        "dataDir": str(directory),
+        "ranges": [[{"subnet": subnet}]],
+        "routes": [{"dst": "0.0.0.0/0"}],
+    }
+
+
+def bridge(directory: Path) -> Mapping[str, object]:
+    return {
+        "type": "bridge",
+        "bridge": "cnitest0",
+        "isGateway": True,
+        "ipMasq": True,
+        "hairpinMode": True,
+        "ipam": host_local(directory),
+    }
+
+
+def ptp(directory: Path) -> Mapping[str, object]:
+    return {"type": "ptp", "ipMasq": True, "ipam": host_local(directory, "10.231.81.0/24")}
+
+
+PORTMAP: Mapping[str, object] = {"type": "portmap", "capabilities": {"portMappings": True}}
+
+
+def addresses(directory: Path) -> Sequence[str]:
+    """Those that host-local holds."""
+    return sorted(path.name for path in directory.glob("corraltest/10.*"))
+
+
+@pytest.mark.parametrize("plugin", [bridge, ptp])
+async def test_containers_reach_each_other_and_the_world(lab: Lab, net: Calls, tmp_path: Path, plugin: object) -> None:
+    await make(net, plugin(tmp_path))  # type: ignore[operator]
+    a, b = await net.attach("a", "net", hostname="alpha"), await net.attach("b", "net")
+    assert addresses(tmp_path) == sorted((address(a), address(b)))
+    assert reaches(a.netns_path, address(b))
+    assert reaches(a.netns_path, OUTSIDE)
+    assert f"{address(a)}\talpha" in text(a.hosts_path)
+    assert await net.attach("a", "net", hostname="alpha") == a
+    findings = (await net.networks.Check(types_pb2.CheckRequest())).findings
+    assert [finding.problem for finding in findings if "plugins" in finding.problem] == []
+    for name in ("a", "b"):
+        await net.detach(name)
+    assert addresses(tmp_path) == []
+
+
+async def test_portmap_publishes_ports_as_long_as_the_container_is_there(lab: Lab, net: Calls, tmp_path: Path) -> None:
+    await make(net, bridge(tmp_path), PORTMAP)
+    a = await net.attach("a", "net", ports=[pb.PortMapping(container_port=7, host_port=8080)])
+    with tcp_server(a.netns_path, address(a)):
+        assert tcp_call(lab.outside, HOST, 8080)
+        kept = await net.endpoints.Unpublish(pb.UnpublishRequest(endpoint_id="a"))
+        assert [port.host_port for port in kept.ports] == [8080]
+        more = pb.PublishRequest(endpoint_id="a", ports=[pb.PortMapping(container_port=7, host_port=8081)])
+        with pytest.raises(FailedPrecondition, match="only when a container is made"):
+            await net.endpoints.Publish(more)
+    await net.detach("a")
+    with pytest.raises(OSError):  # noqa: PT011 - refused, or nobody answers
+        tcp_call(lab.outside, HOST, 8080)
+
+
+async def test_a_running_container_comes_and_goes(lab: Lab, net: Calls, tmp_path: Path) -> None:
+    await make(net, bridge(tmp_path))
+    a, b = await net.attach("a"), await net.attach("b", "net")
+    request = pb.ConnectRequest(endpoint_id="a", network=pb.NetworkAttachment(network="net"))
+    connected = await net.endpoints.Connect(request)
+    assert [one.name for one in connected.interfaces] == ["eth0", "eth1"]
+    assert reaches(a.netns_path, address(b))
+    await net.endpoints.Disconnect(pb.DisconnectRequest(endpoint_id="a", network="net"))
+    assert addresses(tmp_path) == [address(b)]
+    assert not reaches(b.netns_path, address(connected, 1), within_s=0.3)
+
+
+async def test_a_plugin_is_told_what_the_specification_says(net: Calls, stub: Stub) -> None:
+    first = {"type": "stub", "some": {"thing": 1}, "capabilities": {"portMappings": True, "aliases": True}}
+    await make(net, first, {"type": "stub", "second": True}, version="1.1.0")
+    attachment = pb.NetworkAttachment(network="net", aliases=["db"])
+    await net.attach("a", networks=[attachment], ports=[pb.PortMapping(container_port=7, host_port=8080)])
+    assert stub.calls() == ["STATUS", "STATUS", "ADD default-a eth0", "ADD default-a eth0"]
+    result = {"cniVersion": "1.1.0", "ips": [{"address": "192.0.2.9/24", "gateway": "192.0.2.1"}]}
+    second = {"cniVersion": "1.1.0", "name": "corraltest", "type": "stub", "second": True, "prevResult": result}
+    assert stub.said("ADD") == second
+    await net.detach("a")
+    assert stub.calls()[-2:] == ["DEL default-a eth0", "DEL default-a eth0"]
+    runtime = {
+        "portMappings": [{"hostPort": 8080, "containerPort": 7, "protocol": "tcp"}],
+        "aliases": {"corraltest": ["db"]},
+    }
+    told = {"cniVersion": "1.1.0", "name": "corraltest", "type": "stub", "some": {"thing": 1}}
+    assert stub.said("DEL") == told | {"runtimeConfig": runtime, "prevResult": result}
+
+
+async def test_what_a_plugin_refuses_is_told_and_undone(net: Calls, stub: Stub) -> None:
+    await make(net, {"type": "stub"}, version="1.1.0")
+    for verb in ("STATUS", "ADD"):
+        (stub.directory / f"fail-{verb}").touch()
+        with pytest.raises(FailedPrecondition, match=f"refused {verb}: not today: the stub says so"):
+            await net.attach("a", "net")
+        (stub.directory / f"fail-{verb}").unlink()
+    assert (await net.ids(), stub.held()) == ([], [])
+    await net.attach("a", "net")
+    (stub.directory / "fail-DEL").touch()
+    with pytest.raises(FailedPrecondition, match="refused DEL"):
+        await net.detach("a")
+    (stub.directory / "fail-DEL").unlink()
+    await net.detach("a")
+    assert stub.held() == []
+
+
+async def test_check_tells_what_a_plugin_finds(net: Calls, stub: Stub) -> None:
+    await make(net, {"type": "stub"})
+    await net.attach("a", "net")
+    (stub.directory / "fail-CHECK").touch()
+    findings = (await net.networks.Check(types_pb2.CheckRequest())).findings
+    [problem] = [finding.problem for finding in findings if "plugins" in finding.problem]
+    assert "not today" in problem
+
+
+async def test_garbage_is_collected_when_the_daemon_starts(lab: Lab, net: Calls, stub: Stub) -> None:
+    await make(net, {"type": "stub"}, version="1.1.0")
+    await net.attach("a", "net")
+    lab.corrald.restart()
+    assert eventually(lambda: "GC" in stub.calls())
+    assert stub.said("GC")["cni.dev/valid-attachments"] == [{"containerID": "default-a", "ifname": "eth0"}]
+
+
+async def come_and_go(lab: Lab) -> None:
+    async with lab.calls() as net:
+        await net.attach("a", "net")
+        await net.detach("a")
+
+
+@pytest.mark.parametrize("moment", ["after_row", "after_add", "after_delete"])
+async def test_a_daemon_that_dies_leaves_nothing_with_a_plugin(lab: Lab, net: Calls, stub: Stub, moment: str) -> None:
+    await make(net, {"type": "stub"})
+    lab.corrald.stop()
+    lab.corrald.start(environment={"CORRAL_FAILPOINTS": f"network.cni.{moment}=kill"})
+    with pytest.raises(CorralError):
+        await come_and_go(lab)
+    lab.corrald.processes["corrald"].wait(5)
+    lab.corrald.start()
+    async with lab.calls() as again:
+        await again.detach("a")
+        assert stub.held() == []
+        assert (await again.network("net")).endpoints == []
+
+
+async def test_after_a_reboot_plugins_are_asked_to_forget_before_they_make_anew(
+    lab: Lab, net: Calls, stub: Stub
+) -> None:
+    await make(net, {"type": "stub"})
+    a = await net.attach("a", "net")
+    lab.corrald.stop()
+    remove_pinned(a.netns_path)
+    with contextlib.closing(sqlite3.connect(lab.place.root / "network/network.db")) as db:
+        db.execute("UPDATE endpoints SET boot_id = 'an earlier one'")
+        db.commit()
+    lab.corrald.start()
+    async with lab.calls() as again:
+        await again.attach("a", "net")
+    assert stub.calls() == ["ADD default-a eth0", "DEL default-a eth0", "ADD default-a eth0"]
+
+
+async def test_many_at_once_have_addresses_of_their_own(net: Calls, tmp_path: Path) -> None:
+    await make(net, bridge(tmp_path))
+    made = await asyncio.gather(*(net.attach(f"m{number}", "net") for number in range(8)))
+    assert len({address(one) for one in made}) == 8
+    await asyncio.gather(*(net.detach(f"m{number}") for number in range(8)))
+    assert addresses(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ("", "needs its --cni-config"),
+        ("{", "it is no JSON"),
+        ("[]", "it is no JSON object"),
+        ('{"cniVersion": "9.0.0", "type": "stub"}', "is not between"),
+        ('{"cniVersion": "1.0.0"}', "it has no plugins"),
+        ('{"cniVersion": "1.0.0", "type": "../sh"}', "is no name of a program"),
+        ('{"cniVersion": "1.0.0", "name": "../up", "type": "stub"}', "its name '../up' is none"),
+        ('{"cniVersion": "1.0.0", "type": "nothing-like-it"}', "there is no CNI plugin 'nothing-like-it'"),
+    ],
+)
+async def test_what_cannot_be_is_refused_in_a_sentence(net: Calls, config: str, complaint: str) -> None:
+    request = pb.CreateNetworkRequest(name="net", driver="cni", options={"cni.config": config})
+    with pytest.raises((InvalidArgument, FailedPrecondition), match=complaint):
+        await net.networks.Create(request)
+    assert "net" not in await net.network_names()
+
+
+async def test_an_address_that_no_plugin_would_heed_is_refused(net: Calls, stub: Stub) -> None:
+    await make(net, {"type": "stub"})
+    with pytest.raises(InvalidArgument, match="names no capability 'ips'"):
+        await net.attach("a", networks=[pb.NetworkAttachment(network="net", ipv4_address="192.0.2.7")])
+    assert list(stub.directory.iterdir()) == []
