@@ -294,3 +294,20 @@ def test_a_network_of_cni_is_made_from_its_configuration(box: Corrald, name: str
         box.corral("rm", "-f", name)
         ok(box, "network", "rm", name)
     assert list(tmp_path.glob(f"{name}/{subnet}*")) == []
+
+
+def test_explain_tells_the_way_of_a_packet_in_a_table(box: Corrald, name: str) -> None:
+    ok(box, "run", "-d", "--name", name, "busybox", "sleep", "100")
+    ok(box, "run", "-d", "--name", f"{name}-b", "busybox", "sleep", "100")
+    ok(box, "network", "create", name)
+    try:
+        told = ok(box, "network", "explain", name, f"{name}-b")
+        assert "both are on it" in told
+        ok(box, "network", "connect", name, f"{name}-b")
+        ok(box, "network", "disconnect", "bridge", f"{name}-b")
+        refused = box.corral("network", "explain", name, f"{name}-b")
+        assert refused.returncode == 1
+        assert f"is in network {name}, which others do not reach" in refused.stdout.decode()
+    finally:
+        box.corral("rm", "-f", name, f"{name}-b")
+        ok(box, "network", "rm", name)

@@ -53,7 +53,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "login": ("registry", "Prove who you are to a registry"),
     "logout": ("registry", "Forget a login"),
     "snapshot": ("snapshot", "Snapshots: ls, inspect, mounts, usage, rm, drivers"),
-    "network": ("network", "Networks: create, ls, inspect, connect, disconnect, rm, prune"),
+    "network": ("network", "Networks: create, ls, inspect, connect, disconnect, explain, rm, prune"),
     "secret": ("secret", "Secrets: create, ls, inspect, rm"),
     "volume": ("volume", "Volumes: create, ls, inspect, rm, prune"),
     "system": ("system", "The engine: info, version, check-host, df, check, prune"),

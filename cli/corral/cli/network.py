@@ -1,12 +1,16 @@
 """`corral network`."""
 
-from typing import TextIO
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from corral.cli.app import App, each, pass_app
-from corral.cli.output import format_option, show_json, show_rows
+from corral.cli.app import App, ContainerName, each, pass_app
+from corral.cli.output import enum_word, format_option, show_json, show_rows
 from corral.cli.prune import network_prune_command
+
+if TYPE_CHECKING:
+    from corral.api.engine.v1 import engine_pb2
 
 
 @click.group("network")
@@ -130,6 +134,38 @@ def connect_command(
 def disconnect_command(app: App, network: str, container: str) -> None:
     """Take a container out of a network."""
     app.client.networks.disconnect(network, container)
+
+
+@network_command.command("explain")
+@click.argument("container", type=ContainerName())
+@click.argument("destination", required=False, metavar="[ADDRESS|CONTAINER]")
+@pass_app
+def explain_command(app: App, container: str, destination: str | None) -> int:
+    """Tell why packets of a container reach an address or another container, by default the internet, or why not.
+
+    Nothing is sent, nothing changed. Exits with 1 if they do not.
+    """
+    from corral.api.network.v1 import network_pb2
+
+    of = app.client.containers.get(container)
+    steps = app.client.networks.explain(of.id, _address_of(app, of, destination) if destination else "")
+    rows = [(enum_word(network_pb2.ExplainedStep.Verdict.Name(s.verdict), "Verdict"), s.where, s.says) for s in steps]
+    show_rows(("", "WHERE", "WHAT"), rows, list(steps), "table", None)
+    return int(any(step.verdict == network_pb2.ExplainedStep.VERDICT_DROPS for step in steps))
+
+
+def _address_of(app: App, caller: "engine_pb2.Container", destination: str) -> str:
+    """An address, or that of a container: where both are in a network, the one there."""
+    try:
+        return str(ip_address(destination))
+    except ValueError:
+        pass
+    interfaces = app.client.containers.get(destination).endpoint.interfaces
+    shared = {interface.network for interface in caller.endpoint.interfaces}
+    found = sorted(interfaces, key=lambda interface: interface.network not in shared)
+    if not found:
+        raise ValueError(f"container {destination} has no address")
+    return (found[0].ipv4_address or found[0].ipv6_address).partition("/")[0]
 
 
 @network_command.command("rm")

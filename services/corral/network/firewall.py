@@ -1,7 +1,7 @@
 """Our nftables table in the kernel: the shell around corral.network.rules."""
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from corral.kernel.nftables import Nftables, NftablesError
@@ -38,6 +38,10 @@ class Firewall:
                 raise
             return False
         return True
+
+    def ruleset(self) -> Sequence[Mapping[str, rules.Json]]:
+        """The tables of everybody, with their chains and rules, as libnftables lists them."""
+        return self._run([{"list": {"ruleset": None}}])
 
     def rebuild(self, networks: Sequence[Network]) -> None:
         """Replace the table by what the bridges of these networks need; no bridge, no table."""
@@ -87,10 +91,10 @@ class Firewall:
         if nftables is not None:
             nftables.close()
 
-    def _run(self, commands: Sequence[rules.Command]) -> None:
+    def _run(self, commands: Sequence[rules.Command]) -> Sequence[Mapping[str, rules.Json]]:
         if self._nftables is None:
             self._nftables = Nftables()
-        self._nftables.run(commands)
+        return self._nftables.run(commands)
 
 
 def route_loopback_to(bridge: str) -> None:

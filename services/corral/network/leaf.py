@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import structlog
 
-from corral.network import etc, publishing, recovery, store, subnets
+from corral.network import etc, explaining, facts, publishing, recovery, store, subnets
 from corral.network.allocations import Allocations
 from corral.network.bridge import BridgeDriver
 from corral.network.checking import Checker
@@ -18,8 +18,9 @@ from corral.network.connections import half_connected
 from corral.network.endpoints import Endpoints
 from corral.network.files import FileStore
 from corral.network.firewall import Firewall
+from corral.network.ipam import Address
 from corral.network.links import NetlinkThread
-from corral.network.model import Endpoint, EndpointState, Network, NetworkState
+from corral.network.model import Endpoint, EndpointKey, EndpointState, Network, NetworkState
 from corral.network.names import Names, has_names
 from corral.network.networks import Networks
 from corral.network.pool import NetnsPool
@@ -31,7 +32,7 @@ from corral.network.store import MIGRATIONS
 from corral.network.sublinks import IPVLAN, MACVLAN, SubLinkDriver
 from corral.network.watching import Watch
 from corral.rpc.blocking import run_blocking
-from corral.rpc.errors import CorralError
+from corral.rpc.errors import CorralError, FailedPrecondition
 from corral.store import Database
 
 log = structlog.get_logger()
@@ -168,6 +169,20 @@ class Leaf:
         for endpoint in self.db.read_sync(store.endpoints):
             for interface in filter(has_names, endpoint.interfaces):
                 await self._resolvers.listen(interface.network)
+
+    async def explain(self, key: EndpointKey, destination: Address) -> Sequence[explaining.Step]:
+        """Why a packet of a live endpoint would reach a destination or not. Raises NotFound, FailedPrecondition."""
+        endpoint = self.endpoints.get(key)
+        if not endpoint.mode.has_own_namespace or not self.endpoints.stands(endpoint):
+            raise FailedPrecondition(
+                f"container {key.id[:12]} has no network of its own that is up: there is nothing to explain",
+                reason="NOT_UP",
+            )
+        path = self._pool.path(endpoint.netns)
+        found = await self._thread.run(
+            lambda netlink: facts.gather(netlink, self._firewall, endpoint, path, destination)
+        )
+        return explaining.explain(endpoint, destination, found, self._ready_networks())
 
     async def close(self) -> None:
         """Finish what is under way and end threads and files. Containers keep their network."""

@@ -2,13 +2,18 @@
 
 import asyncio
 import errno
+import fcntl
 import socket
+import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from corral.network.ipam import Address, Subnet
+
+_SIOCGIFFLAGS, _IFF_UP = 0x8913, 1
+_FLAGS = struct.Struct("16sh22x")
 
 if TYPE_CHECKING:
     from corral.network.netlink import Netlink
@@ -20,6 +25,15 @@ class Route:
 
     subnet: Subnet
     interface: str
+
+
+@dataclass(frozen=True, slots=True)
+class PathTaken:
+    """The way that a namespace's routes send packets for an address. refused: they say unreachable, or the like."""
+
+    link: str
+    gateway: Address | None = None
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +87,16 @@ def link_exists(name: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def is_up(name: str) -> bool:
+    """Whether the calling thread's namespace has a link of that name, and it is up. Source: netdevice(7)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        try:
+            answer = fcntl.ioctl(one, _SIOCGIFFLAGS, _FLAGS.pack(name.encode(), 0))
+        except OSError:
+            return False
+    return bool(_FLAGS.unpack(answer)[1] & _IFF_UP)
 
 
 def name_of(index: int | None) -> str:

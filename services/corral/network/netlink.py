@@ -32,7 +32,7 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 from corral.kernel.netns import in_namespace
 from corral.network import rtnetlink
 from corral.network.ipam import Address
-from corral.network.links import BridgePlan, InterfacePlan, Route, SubLink, index_of, link_exists, name_of
+from corral.network.links import BridgePlan, InterfacePlan, PathTaken, Route, SubLink, index_of, link_exists, name_of
 
 DEFAULT_MTU = 1500
 
@@ -79,6 +79,20 @@ class Netlink:
             if not subnet.is_link_local:
                 found.append(Route(subnet, name_of(row.get_attr("RTA_OIF"))))
         return found
+
+    def path_to(self, address: Address) -> PathTaken | None:
+        """The way that packets for an address take from here; None if there is no route."""
+        return self._requests.path_to(address)
+
+    @staticmethod
+    def path_inside(netns: Path, address: Address) -> PathTaken | None:
+        """The same from inside a namespace. Raises OSError."""
+
+        def work() -> PathTaken | None:
+            with contextlib.closing(Netlink()) as netlink:
+                return netlink.path_to(address)
+
+        return in_namespace(netns, work)
 
     def default_mtu(self) -> int:
         """The MTU of the interface with the default route; 1500 without one."""

@@ -9,14 +9,16 @@ pyroute2 takes 0.5 ms for each of them, most of what a container on a bridge cos
 Source: netlink(7), rtnetlink(7), linux/netlink.h, linux/if_link.h, linux/if_addr.h, linux/rtnetlink.h, linux/veth.h.
 """
 
+import errno
 import os
 import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from corral.network.ipam import Address
-from corral.network.links import BridgePlan, InterfacePlan, SubLink
+from corral.network.links import BridgePlan, InterfacePlan, PathTaken, SubLink, name_of
 
 _SOL_NETLINK, _CAP_ACK, _EXT_ACK = 270, 10, 11
 _REQUEST, _ACK, _REPLACE, _EXCL, _CREATE = 0x1, 0x4, 0x100, 0x200, 0x400
@@ -26,14 +28,15 @@ _ERROR = 2
 _ACK_TLVS = 0x200  # in an answer's flags
 _MESSAGE_ATTRIBUTE = 1
 
-_NEWLINK, _DELLINK, _SETLINK, _NEWADDR, _NEWROUTE = 16, 17, 19, 20, 24
+_NEWLINK, _DELLINK, _SETLINK, _NEWADDR, _NEWROUTE, _GETROUTE = 16, 17, 19, 20, 24, 26
 _ADDRESS, _IFNAME, _MTU, _MASTER, _LINKINFO, _NET_NS_FD = 1, 3, 4, 10, 18, 28
 _PROTINFO, _NESTED, _BRPORT_MODE, _BRPORT_ISOLATED = 12, 0x8000, 4, 33
 _LOWER, _MACVLAN_MODE, _IPVLAN_MODE, _IPVLAN_FLAGS, _VLAN_ID = 5, 1, 1, 2, 1
 _INFO_KIND, _INFO_DATA, _VETH_PEER = 1, 2, 1
 _IFF_UP = 1
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_NODAD = 1, 2, 2
-_RTA_OIF, _RTA_GATEWAY = 4, 5
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _LOCAL = 1, 4, 5, 2
+_NO_ROUTE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL)
 _TABLE_MAIN, _PROTOCOL_STATIC, _UNICAST, _SCOPE_LINK = 254, 4, 1, 253
 
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port
@@ -71,6 +74,21 @@ class Requests:
     def close(self) -> None:
         self._socket.close()
 
+    def path_to(self, address: Address) -> PathTaken | None:
+        """The way that the kernel takes to an address; None if it has no route. Raises OSError."""
+        head = _ROUTE.pack(_family(address), address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
+        self._sequence += 1
+        question = Request(_GETROUTE, _REQUEST, head + _attribute(_RTA_DST, address.packed), f"find {address}")
+        self._socket.send(_packed(question, self._sequence))
+        answer = self._socket.recv(_ANSWER_BYTES)
+        _, kind, *_ = _HEADER.unpack_from(answer)
+        if kind == _ERROR:
+            (error,) = _INTEGER.unpack_from(answer, _HEADER.size)
+            if -error in _NO_ROUTE:
+                return None
+            raise _named(-error, "", question.what)
+        return _path(answer[_HEADER.size :])
+
     def ask(self, *requests: Request) -> None:
         """Have a few requests done, in order; they are when this returns.
 
@@ -107,6 +125,19 @@ def _answers(data: bytes) -> Iterator[tuple[int, tuple[int, str] | None]]:
             words = _words(data[at + 2 * _HEADER.size + _INTEGER.size : at + length]) if flags & _ACK_TLVS else ""
             yield sequence, (-error, words) if error else None
         at += _aligned(max(length, _HEADER.size))
+
+
+def _path(body: bytes) -> PathTaken:
+    *_, kind, _ = _ROUTE.unpack_from(body)
+    found: dict[int, bytes] = {}
+    at = _ROUTE.size
+    while at + _ATTRIBUTE.size <= len(body):
+        length, which = _ATTRIBUTE.unpack_from(body, at)
+        found[which] = body[at + _ATTRIBUTE.size : at + length]
+        at += _aligned(max(length, _ATTRIBUTE.size))
+    index = _WORD.unpack(found[_RTA_OIF])[0] if _RTA_OIF in found else 0
+    gateway = ip_address(found[_RTA_GATEWAY]) if _RTA_GATEWAY in found else None
+    return PathTaken(name_of(index), gateway, refused=kind not in (_UNICAST, _LOCAL))
 
 
 def _words(attributes: bytes) -> str:

@@ -7,7 +7,7 @@ import grpc.aio
 
 from corral.api.network.v1 import network_pb2, network_pb2_grpc
 from corral.api.types.v1 import types_pb2
-from corral.network import etc, wire
+from corral.network import etc, subnets, wire
 from corral.network.config import NetworkConfig
 from corral.network.leaf import Leaf
 from corral.network.model import Endpoint, EndpointKey
@@ -15,6 +15,9 @@ from corral.rpc.blocking import run_blocking
 from corral.rpc.checking import check
 from corral.rpc.context import check_id, current_namespace
 from corral.rpc.events import stream_events
+
+# An address of the internet, to look up a way to; nothing is sent there.
+SOMEWHERE = "1.1.1.1"
 
 
 class NetworkService:
@@ -121,6 +124,11 @@ class _Endpoints(network_pb2_grpc.EndpointsServicer):
     async def Unpublish(self, request: network_pb2.UnpublishRequest, context: _Context) -> network_pb2.Endpoint:
         key, ports = _key(request.endpoint_id), wire.ports(request.ports)
         return self._answer(await self._service.leaf.endpoints.unpublish(key, ports))
+
+    async def Explain(self, request: network_pb2.ExplainRequest, context: _Context) -> network_pb2.ExplainResponse:
+        destination = subnets.parse_address(request.destination or SOMEWHERE, "destination")
+        steps = await self._service.leaf.explain(_key(request.endpoint_id), destination)
+        return network_pb2.ExplainResponse(steps=[wire.explained(step) for step in steps])
 
     def _answer(self, endpoint: Endpoint) -> network_pb2.Endpoint:
         endpoints = self._service.leaf.endpoints

@@ -8,6 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from corral.api.network.v1 import network_pb2
 from corral.network import subnets, sysctls
 from corral.network.etc import HOST_GATEWAY
+from corral.network.explaining import Step, Verdict
 from corral.network.files import HOSTNAME, HOSTS, RESOLV_CONF
 from corral.network.model import BRIDGE_DRIVER, Attachment, Dns, Endpoint, Interface, Mode, NetworkSpec, Port, Request
 from corral.network.networks import Described
@@ -250,3 +251,15 @@ def timestamp(nanoseconds: int) -> Timestamp:
     """A time on the wire."""
     seconds, nanos = divmod(nanoseconds, 1_000_000_000)
     return Timestamp(seconds=seconds, nanos=nanos)
+
+
+def explained(step: Step) -> network_pb2.ExplainedStep:
+    """A step of the way."""
+    return network_pb2.ExplainedStep(where=step.where, verdict=_VERDICTS[step.verdict], says=step.says)
+
+
+_VERDICTS: Mapping[Verdict, network_pb2.ExplainedStep.Verdict.ValueType] = {
+    Verdict.PASSES: network_pb2.ExplainedStep.VERDICT_PASSES,
+    Verdict.MAY_DROP: network_pb2.ExplainedStep.VERDICT_MAY_DROP,
+    Verdict.DROPS: network_pb2.ExplainedStep.VERDICT_DROPS,
+}

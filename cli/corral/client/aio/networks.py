@@ -80,6 +80,19 @@ class Networks:
         request = engine_pb2.DisconnectContainerRequest(container=container, network=network)
         return await engine.unary(stub.Disconnect, request)
 
+    async def explain(self, container_id: str, destination: str = "") -> "Sequence[network_pb2.ExplainedStep]":
+        """Why a packet of a running container would reach an address, by default one of the internet, or not.
+
+        container_id: its whole id.
+        """
+        from corral.api.network.v1 import network_pb2, network_pb2_grpc
+
+        leaf = await self._client.leaf("network")
+        stub = network_pb2_grpc.EndpointsStub(leaf.channel)
+        request = network_pb2.ExplainRequest(endpoint_id=container_id, destination=destination)
+        answer = await leaf.unary(stub.Explain, request)
+        return answer.steps
+
     async def remove(self, name: str) -> None:
         """Removes a network that no container uses."""
         from corral.api.network.v1 import network_pb2, network_pb2_grpc

@@ -918,3 +918,93 @@ class UnpublishRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UnpublishRequest: _TypeAlias = UnpublishRequest  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_ID_FIELD_NUMBER: _builtins.int
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    endpoint_id: _builtins.str
+    destination: _builtins.str
+    """An IP address. Empty: one of the internet."""
+    def __init__(
+        self,
+        *,
+        endpoint_id: _builtins.str = ...,
+        destination: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "endpoint_id", b"endpoint_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainedStep]:
+        """In the order of the way."""
+
+    def __init__(
+        self,
+        *,
+        steps: _abc.Iterable[Global___ExplainedStep] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
+class ExplainedStep(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Verdict:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _VerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[ExplainedStep._Verdict.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        VERDICT_UNSPECIFIED: ExplainedStep._Verdict.ValueType  # 0
+        VERDICT_PASSES: ExplainedStep._Verdict.ValueType  # 1
+        VERDICT_MAY_DROP: ExplainedStep._Verdict.ValueType  # 2
+        """rules of others, which are not evaluated"""
+        VERDICT_DROPS: ExplainedStep._Verdict.ValueType  # 3
+
+    class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper): ...
+    VERDICT_UNSPECIFIED: ExplainedStep.Verdict.ValueType  # 0
+    VERDICT_PASSES: ExplainedStep.Verdict.ValueType  # 1
+    VERDICT_MAY_DROP: ExplainedStep.Verdict.ValueType  # 2
+    """rules of others, which are not evaluated"""
+    VERDICT_DROPS: ExplainedStep.Verdict.ValueType  # 3
+
+    WHERE_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    SAYS_FIELD_NUMBER: _builtins.int
+    where: _builtins.str
+    """"container", "host", "chain ip filter FORWARD", …"""
+    verdict: Global___ExplainedStep.Verdict.ValueType
+    says: _builtins.str
+    def __init__(
+        self,
+        *,
+        where: _builtins.str = ...,
+        verdict: Global___ExplainedStep.Verdict.ValueType = ...,
+        says: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["says", b"says", "verdict", b"verdict", "where", b"where"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainedStep: _TypeAlias = ExplainedStep  # noqa: Y015

@@ -366,6 +366,11 @@ class EndpointsStub:
                 request_serializer=corral_dot_api_dot_network_dot_v1_dot_network__pb2.UnpublishRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_network_dot_v1_dot_network__pb2.Endpoint.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/corral.network.v1.Endpoints/Explain',
+                request_serializer=corral_dot_api_dot_network_dot_v1_dot_network__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_network_dot_v1_dot_network__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class EndpointsServicer:
@@ -425,6 +430,14 @@ class EndpointsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Tells why a packet of a live endpoint would reach a destination or not, up to the step that drops it. Nothing is
+        sent, and nothing changed. FAILED_PRECONDITION: it does not stand, or has no network of its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EndpointsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -467,6 +480,11 @@ def add_EndpointsServicer_to_server(servicer, server):
                     servicer.Unpublish,
                     request_deserializer=corral_dot_api_dot_network_dot_v1_dot_network__pb2.UnpublishRequest.FromString,
                     response_serializer=corral_dot_api_dot_network_dot_v1_dot_network__pb2.Endpoint.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=corral_dot_api_dot_network_dot_v1_dot_network__pb2.ExplainRequest.FromString,
+                    response_serializer=corral_dot_api_dot_network_dot_v1_dot_network__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -685,6 +703,33 @@ class Endpoints:
             '/corral.network.v1.Endpoints/Unpublish',
             corral_dot_api_dot_network_dot_v1_dot_network__pb2.UnpublishRequest.SerializeToString,
             corral_dot_api_dot_network_dot_v1_dot_network__pb2.Endpoint.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.network.v1.Endpoints/Explain',
+            corral_dot_api_dot_network_dot_v1_dot_network__pb2.ExplainRequest.SerializeToString,
+            corral_dot_api_dot_network_dot_v1_dot_network__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

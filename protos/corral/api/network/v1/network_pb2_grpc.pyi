@@ -133,6 +133,10 @@ class EndpointsStub:
     Publish: _grpc.UnaryUnaryMultiCallable[_network_pb2.PublishRequest, _network_pb2.Endpoint]
     """Publishes or withdraws ports of a live endpoint."""
     Unpublish: _grpc.UnaryUnaryMultiCallable[_network_pb2.UnpublishRequest, _network_pb2.Endpoint]
+    Explain: _grpc.UnaryUnaryMultiCallable[_network_pb2.ExplainRequest, _network_pb2.ExplainResponse]
+    """Tells why a packet of a live endpoint would reach a destination or not, up to the step that drops it. Nothing is
+    sent, and nothing changed. FAILED_PRECONDITION: it does not stand, or has no network of its own.
+    """
 
 @_typing.type_check_only
 class EndpointsAsyncStub(EndpointsStub):
@@ -152,6 +156,10 @@ class EndpointsAsyncStub(EndpointsStub):
     Publish: _aio.UnaryUnaryMultiCallable[_network_pb2.PublishRequest, _network_pb2.Endpoint]  # type: ignore[assignment]
     """Publishes or withdraws ports of a live endpoint."""
     Unpublish: _aio.UnaryUnaryMultiCallable[_network_pb2.UnpublishRequest, _network_pb2.Endpoint]  # type: ignore[assignment]
+    Explain: _aio.UnaryUnaryMultiCallable[_network_pb2.ExplainRequest, _network_pb2.ExplainResponse]  # type: ignore[assignment]
+    """Tells why a packet of a live endpoint would reach a destination or not, up to the step that drops it. Nothing is
+    sent, and nothing changed. FAILED_PRECONDITION: it does not stand, or has no network of its own.
+    """
 
 class EndpointsServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -216,5 +224,15 @@ class EndpointsServicer(metaclass=_abc_1.ABCMeta):
         request: _network_pb2.UnpublishRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_network_pb2.Endpoint, _abc.Awaitable[_network_pb2.Endpoint]]: ...
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _network_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_network_pb2.ExplainResponse, _abc.Awaitable[_network_pb2.ExplainResponse]]:
+        """Tells why a packet of a live endpoint would reach a destination or not, up to the step that drops it. Nothing is
+        sent, and nothing changed. FAILED_PRECONDITION: it does not stand, or has no network of its own.
+        """
 
 def add_EndpointsServicer_to_server(servicer: EndpointsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,223 @@
+"""Why a packet of a container would reach a destination or not, step by step, as the kernel is now.
+
+    inside     its interfaces, and the route that its namespace takes
+    bridge     the same network: over the bridge, if its containers may talk
+    host       another one: our rules, forwarding, the host's route
+    others     chains of other tables at the same hook: what they drop stays dropped, whatever our table accepts
+
+Facts are gathered first, by corral.network.facts; what they mean is a function of them. Nothing is changed, and no rule
+of others is evaluated: those that may drop are named.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from corral.network import network_options
+from corral.network.ipam import Address
+from corral.network.links import PathTaken
+from corral.network.model import Endpoint, Interface, Network
+from corral.network.rules import Json
+
+
+class Verdict(StrEnum):
+    """What a step does to the packet."""
+
+    PASSES = "passes"
+    MAY_DROP = "may drop"
+    DROPS = "drops"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of the way, in a sentence that a user can act on."""
+
+    where: str
+    verdict: Verdict
+    says: str
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignChain:
+    """A base chain of another table that forwarded packets come to."""
+
+    name: str  # "ip filter FORWARD"
+    policy: str
+    may_drop: bool  # a rule in it, or in a chain that it jumps to, drops or rejects
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What was seen in the kernel."""
+
+    down: Sequence[str] = ()  # of its interfaces, those that are not there or not up
+    inside: PathTaken | None = None  # None: there is no route
+    outside: PathTaken | None = None
+    forwarding: bool = True
+    back: PathTaken | None = None  # the host's way to the container
+    strict_rp_filter: bool = False  # of the container's bridge
+    bridge_filtered: bool = False  # br_netfilter hands bridged packets to the forward hook
+    table_stands: bool = True
+    legacy: bool = False  # rules of the old iptables are loaded
+    chains: Sequence[ForeignChain] = ()
+
+
+def explain(endpoint: Endpoint, destination: Address, facts: Facts, networks: Iterable[Network]) -> list[Step]:
+    """The steps, up to the first that drops it. Pure."""
+    steps: list[Step] = []
+    for step in _steps(endpoint, destination, facts, list(networks)):
+        steps.append(step)
+        if step.verdict is Verdict.DROPS:
+            break
+    return steps
+
+
+def _steps(endpoint: Endpoint, destination: Address, facts: Facts, networks: Sequence[Network]) -> Iterable[Step]:
+    for name in facts.down:
+        yield Step("container", Verdict.DROPS, f"interface {name} is not there, or down: restart the container")
+    taken = facts.inside
+    if taken is None or taken.refused:
+        why = f"its routes refuse {destination}" if taken else f"it has no route to {destination}"
+        yield Step("container", Verdict.DROPS, f"{why}: connect it to a network with a way there that is not internal")
+        return
+    if taken.link == "lo":
+        yield Step("container", Verdict.PASSES, f"{destination} is the container itself")
+        return
+    interface = next((each for each in endpoint.interfaces if each.name == taken.link), None)
+    yield Step("container", Verdict.PASSES, _route_told(taken, interface))
+    if interface is None:
+        yield Step("container", Verdict.MAY_DROP, f"link {taken.link} is not corral's: nothing is known of it")
+    elif not interface.network.is_bridge:
+        yield Step(
+            f"network {interface.network.name}",
+            Verdict.PASSES,
+            f"driver {interface.network.driver}: from here it is not this host that decides",
+        )
+    elif any(destination in part.subnet for part in interface.network.ranges) and not taken.gateway:
+        yield from _bridged(interface.network, destination, facts)
+    else:
+        yield from _routed(interface.network, destination, facts, networks)
+
+
+def _route_told(taken: PathTaken, interface: Interface | None) -> str:
+    via = f" via {taken.gateway}" if taken.gateway else ""
+    network = f" of network {interface.network.name}" if interface is not None else ""
+    return f"leaves by {taken.link}{network}{via}"
+
+
+def _bridged(network: Network, destination: Address, facts: Facts) -> Iterable[Step]:
+    if any(destination == part.gateway for part in network.ranges):
+        yield Step(f"bridge {network.bridge}", Verdict.PASSES, f"{destination} is this host")
+        return
+    if not network_options.may_talk(network):
+        yield Step(
+            f"bridge {network.bridge}",
+            Verdict.DROPS,
+            f"network {network.name} keeps its containers apart ({network_options.ICC}=false)",
+        )
+    yield Step(f"bridge {network.bridge}", Verdict.PASSES, "both are on it")
+    if facts.bridge_filtered:
+        yield Step("br_netfilter", Verdict.PASSES, "hands bridged packets to the forward hook as well")
+        yield from _others(facts)
+
+
+def _routed(network: Network, destination: Address, facts: Facts, networks: Sequence[Network]) -> Iterable[Step]:
+    if not facts.table_stands:
+        yield Step("rules of corral", Verdict.DROPS, "the table is gone: `corral system check --repair` makes it anew")
+    if facts.back is None or facts.back.link != network.bridge:
+        way = f"leave by {facts.back.link}" if facts.back and facts.back.link else "have no route"
+        checked = ", and rp_filter=1 drops what comes from where no answer goes" if facts.strict_rp_filter else ""
+        says = f"answers to the container {way} instead of {network.bridge}: a route of this host overlaps the network"
+        yield Step("host", Verdict.DROPS, says + checked)
+    if network.internal:
+        yield Step("rules of corral", Verdict.DROPS, f"network {network.name} is internal: nothing leaves it")
+    out = facts.outside
+    if out is None or out.refused:
+        yield Step("host", Verdict.DROPS, f"this host has no route to {destination}")
+        return
+    if out.link == "lo":
+        yield Step("host", Verdict.PASSES, f"{destination} is this host")
+        return
+    other = next((one for one in networks if one.is_bridge and one.bridge == out.link), None)
+    if other is not None:
+        yield Step(
+            "rules of corral",
+            Verdict.DROPS,
+            f"{destination} is in network {other.name}, which others do not reach: connect the container to it",
+        )
+    if not facts.forwarding:
+        name = "net.ipv6.conf.all.forwarding" if destination.version == 6 else "net.ipv4.ip_forward"
+        yield Step("host", Verdict.DROPS, f"it forwards nothing: `sysctl -w {name}=1`")
+    via = f" via {out.gateway}" if out.gateway else ""
+    yield Step("host", Verdict.PASSES, f"forwards it to {out.link}{via}")
+    yield from _others(facts)
+    if network_options.is_masqueraded(network):
+        yield Step("rules of corral", Verdict.PASSES, "accepted, and masqueraded as this host")
+    else:
+        yield Step("rules of corral", Verdict.PASSES, "accepted with the container's own address")
+
+
+def _others(facts: Facts) -> Iterable[Step]:
+    for chain in facts.chains:
+        if chain.policy == "drop":
+            yield Step(
+                f"chain {chain.name}",
+                Verdict.MAY_DROP,
+                "its policy is drop, whatever corral accepts: let whoever made it accept these packets there",
+            )
+        elif chain.may_drop:
+            yield Step(f"chain {chain.name}", Verdict.MAY_DROP, "it has rules that drop or reject")
+        else:
+            yield Step(f"chain {chain.name}", Verdict.PASSES, "drops nothing")
+    if facts.legacy:
+        yield Step(
+            "iptables-legacy",
+            Verdict.MAY_DROP,
+            "rules of the old iptables are loaded, which cannot be seen from here: `iptables-legacy -S FORWARD`",
+        )
+
+
+def foreign_chains(ruleset: Iterable[Mapping[str, Json]], table: str, version: int) -> list[ForeignChain]:
+    """The chains of others that forwarded packets of an IP version come to, in the order that they do. Pure.
+
+    ruleset: what libnftables lists of all tables.
+    """
+    families = ("inet", "ip" if version == 4 else "ip6")
+    chains: dict[tuple[str, str, str], Mapping[str, Json]] = {}
+    rules: dict[tuple[str, str, str], list[Json]] = {}
+    for item in ruleset:
+        for kind, thing in item.items():
+            if not isinstance(thing, Mapping) or thing.get("family") not in families:
+                continue
+            family, of = str(thing["family"]), str(thing.get("table"))
+            if (family, of) == ("inet", table):
+                continue
+            if kind == "chain":
+                chains[family, of, str(thing["name"])] = thing
+            elif kind == "rule":
+                rules.setdefault((family, of, str(thing["chain"])), []).append(thing.get("expr"))
+    bases = [(key, chain) for key, chain in chains.items() if chain.get("hook") == "forward"]
+    bases.sort(key=lambda base: int(str(base[1].get("prio", 0))))
+    return [
+        ForeignChain(" ".join(key), str(chain.get("policy", "accept")), _may_drop(key, rules, set()))
+        for key, chain in bases
+    ]
+
+
+def _may_drop(
+    key: tuple[str, str, str], rules: Mapping[tuple[str, str, str], Sequence[Json]], seen: set[tuple[str, str, str]]
+) -> bool:
+    if key in seen:
+        return False
+    seen.add(key)
+    for expressions in rules.get(key, ()):
+        for expression in expressions if isinstance(expressions, Sequence) else ():
+            if not isinstance(expression, Mapping):
+                continue
+            if expression.keys() & {"drop", "reject"}:
+                return True
+            for verb in ("jump", "goto"):
+                target = expression.get(verb)
+                if isinstance(target, Mapping) and _may_drop((key[0], key[1], str(target["target"])), rules, seen):
+                    return True
+    return False

@@ -1,0 +1,65 @@
+"""What corral.network.explaining needs to know, read from the kernel on the netlink thread."""
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from corral.kernel.netns import in_namespace
+from corral.network.explaining import Facts, foreign_chains
+from corral.network.firewall import IP6_FORWARD, IP_FORWARD, Firewall
+from corral.network.ipam import Address
+from corral.network.links import is_up
+from corral.network.model import Endpoint
+
+if TYPE_CHECKING:
+    from corral.network.netlink import Netlink
+
+_CONF = Path("/proc/sys/net/ipv4/conf")
+_BRIDGE_FILTERED = {
+    4: Path("/proc/sys/net/bridge/bridge-nf-call-iptables"),
+    6: Path("/proc/sys/net/bridge/bridge-nf-call-ip6tables"),
+}
+_LEGACY = {4: Path("/proc/net/ip_tables_names"), 6: Path("/proc/net/ip6_tables_names")}
+
+
+def gather(netlink: "Netlink", firewall: Firewall, endpoint: Endpoint, netns: Path, destination: Address) -> Facts:
+    """The facts about the way from an endpoint to a destination. Raises OSError."""
+    names = [each.name for each in endpoint.interfaces]
+    down = in_namespace(netns, lambda: [name for name in names if not is_up(name)])
+    down += [each.host_name for each in endpoint.interfaces if each.network.is_bridge and not is_up(each.host_name)]
+    inside = netlink.path_inside(netns, destination)
+    own = next((each for each in endpoint.interfaces if inside is not None and each.name == inside.link), None)
+    held = own.address(destination.version) if own is not None else None
+    forward = IP_FORWARD if destination.version == 4 else IP6_FORWARD
+    return Facts(
+        down=down,
+        inside=inside,
+        outside=netlink.path_to(destination),
+        back=netlink.path_to(held[0]) if held is not None else None,
+        forwarding=_flag(forward),
+        strict_rp_filter=own is not None and own.network.is_bridge and _is_strict(own.network.bridge),
+        bridge_filtered=_flag(_BRIDGE_FILTERED[destination.version]),
+        table_stands=firewall.stands(),
+        legacy=_names_filter(_LEGACY[destination.version]),
+        chains=foreign_chains(firewall.ruleset(), firewall.table, destination.version),
+    )
+
+
+def _flag(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return path.read_text().strip() not in ("", "0")
+    return False
+
+
+def _is_strict(link: str) -> bool:
+    values = []
+    for name in ("all", link):
+        with contextlib.suppress(OSError, ValueError):
+            values.append(int((_CONF / name / "rp_filter").read_text()))
+    return max(values, default=0) == 1
+
+
+def _names_filter(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return "filter" in path.read_text().split()
+    return False
