@@ -160,7 +160,7 @@ class Creation:
         )
         snapshot = requests.snapshot(config, namespace, id_)
         # The one whose work is done by the kernel comes first: the others prepare theirs meanwhile.
-        cgroup, prepared, endpoint = await _all_or_error(
+        cgroup, prepared, endpoint, _ = await _all_or_error(
             persistently(lambda: self._tasks.make_cgroup(record)),
             persistently(lambda: leaves.snapshots.Prepare(snapshot)),
             persistently(lambda: leaves.endpoints.Attach(attach)),
