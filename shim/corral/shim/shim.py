@@ -511,7 +511,10 @@ class Shim:
         if waiting or not logged or not all(process.io.delivered(STUCK_S) for process in self._processes.values()):
             self.loop.call_later(END_CHECK_S, self._check_end)
             return
+        told = self._log.dropped_bytes
         self._log.close()
+        if left := self._log.dropped_bytes - told:  # the exit is told already
+            report.write(self._directory, f"log: {left} bytes were still waiting to be sent, and are dropped")
         self._ledger.run_poststop(self._made().spec)
         self._on_end()
 
