@@ -311,3 +311,23 @@ def test_explain_tells_the_way_of_a_packet_in_a_table(box: Corrald, name: str) -
     finally:
         box.corral("rm", "-f", name, f"{name}-b")
         ok(box, "network", "rm", name)
+
+
+def test_rates_and_routes_are_asked_for_with_the_network(box: Corrald, name: str) -> None:
+    subnet = "{}.{}.131".format(*box.place.network)
+    ok(box, "network", "create", "--subnet", f"{subnet}.0/24", name)
+    try:
+        route = f"name={name},route=198.51.100.0/24@{subnet}.9"
+        ok(box, "run", "-d", "--name", name, "--network", route, "--net-rate", "8m/4m", "busybox", "sleep", "100")
+        assert f"198.51.100.0/24 via {subnet}.9" in ok(box, "exec", name, "ip", "route")
+        [shown] = json.loads(ok(box, "inspect", name))
+        [attachment] = shown["config"]["network"]["attachments"]
+        assert (int(attachment["receive_bps"]), int(attachment["send_bps"])) == (8_000_000, 4_000_000)
+        ok(box, "restart", "-t", "0", name)
+        assert f"198.51.100.0/24 via {subnet}.9" in ok(box, "exec", name, "ip", "route")
+        refused = box.corral("run", "--rm", "--net-rate", "fast", "busybox", "true")
+        assert refused.returncode == 125
+        assert b"rate 'fast' is not understood" in refused.stderr
+    finally:
+        box.corral("rm", "-f", name)
+        ok(box, "network", "rm", name)

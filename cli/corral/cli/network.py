@@ -102,6 +102,7 @@ def inspect_command(app: App, names: tuple[str, ...]) -> None:
 @click.option("--mac-address", default="", help="MAC address")
 @click.option("--alias", "aliases", multiple=True, help="Further name in the network")
 @click.option("--interface", default="", help="Name of the interface inside; default the next ethN")
+@click.option("--net-rate", "rate", default="", help="Most bits per second there, 100m, or received and sent, 100m/20m")
 @click.argument("network")
 @click.argument("container")
 @pass_app
@@ -114,6 +115,7 @@ def connect_command(
     mac_address: str,
     aliases: tuple[str, ...],
     interface: str,
+    rate: str,
 ) -> None:
     """Put a container into one more network: at once if it runs, else with its next start."""
     app.client.networks.connect(
@@ -124,6 +126,7 @@ def connect_command(
         mac_address=mac_address,
         aliases=aliases,
         interface=interface,
+        rate=rate,
     )
 
 

@@ -69,6 +69,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--ip",), "Fixed address in the network", {"default": ""}),
     (("--ip6",), "Fixed IPv6 address in the network", {"default": ""}),
     (("--mac-address",), "MAC address", {"default": ""}),
+    (("--net-rate",), "Most bits per second that it receives and sends, 100m, or each, 100m/20m", {"default": ""}),
     (("-p", "--publish", "ports"), "Publish a port, [IP:][HOST:]CONTAINER[/udp]", _MANY),
     (("-P", "--publish-all"), "Publish every port that the image exposes", {"is_flag": True}),
     (("--dns",), "Name server", _MANY),

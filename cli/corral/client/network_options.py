@@ -1,5 +1,6 @@
 """The networks of a container, from the words people use: "web,alias=db", "8080:80/udp", "name:10.0.0.1"."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
@@ -17,6 +18,7 @@ class NetworkOptions(TypedDict, total=False):
     ip: str  # likewise, of either version
     ip6: str
     mac_address: str
+    net_rate: str  # bits per second in each network, "100m", or received and sent, "100m/20m"
     ports: Sequence[str]  # "[ip:][host:]container[/protocol]"
     publish_all: bool  # those that the image exposes
     dns: Sequence[str]
@@ -32,7 +34,11 @@ _FIELDS = {
     "ip6": "ipv6_address",
     "mac-address": "mac_address",
     "interface-name": "interface",
+    "rate": "",
+    "route": "",
 }
+_RATE = re.compile(r"(\d+(?:\.\d+)?)([kmg]?)(?:bit)?", re.IGNORECASE)
+_RATE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
 def network_config(o: NetworkOptions) -> pb.NetworkConfig | None:
@@ -48,6 +54,9 @@ def network_config(o: NetworkOptions) -> pb.NetworkConfig | None:
     first = attachments[0] if attachments else network_pb2.NetworkAttachment()
     first.aliases.extend(o.get("network_aliases", ()))
     first.mac_address = o.get("mac_address", "") or first.mac_address
+    if rate := o.get("net_rate", ""):
+        for each in attachments or [first]:
+            limit(each, rate)
     for ip in filter(None, (o.get("ip", ""), o.get("ip6", ""))):
         setattr(first, "ipv6_address" if ":" in ip else "ipv4_address", ip)
     if len(attachments) > 1 or first != network_pb2.NetworkAttachment(network=config.mode):
@@ -74,11 +83,30 @@ def attachment(text: str) -> network_pb2.NetworkAttachment:
             raise ValueError(f"network {text!r} is not understood: give a name, or {known} separated by commas")
         if field == "aliases":
             found.aliases.append(value)
+        elif key == "rate":
+            limit(found, value)
+        elif key == "route":
+            destination, _, gateway = value.partition("@")
+            found.routes.add(destination=destination, gateway=gateway)
         else:
             setattr(found, field, value)
     if not found.network:
         raise ValueError(f"network {text!r} has no name=")
     return found
+
+
+def limit(found: network_pb2.NetworkAttachment, rate: str) -> None:
+    """Limit an attachment to "100m", or what it receives and sends to "100m/20m". Raises ValueError."""
+    received, _, sent = rate.partition("/")
+    found.receive_bps, found.send_bps = rate_bps(received), rate_bps(sent or received)
+
+
+def rate_bps(text: str) -> int:
+    """Bits per second of "100m", "1.5g", "64kbit"; units are powers of 1000, as tc has them. Raises ValueError."""
+    match = _RATE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"rate {text!r} is not understood: give bits per second, such as 100m, or 100m/20m")
+    return int(float(match[1]) * _RATE_UNITS[match[2].lower()])
 
 
 def port(text: str) -> list[network_pb2.PortMapping]:

@@ -70,6 +70,9 @@ class InterfacePlan:
     versions_by_link: Sequence[int] = ()  # IP versions whose default route has no gateway
     sublink: SubLink | None = None
     isolated: bool = False  # from other such ends on the same bridge
+    receive_bps: int = 0  # what the inner end may receive and send; 0: no limit
+    send_bps: int = 0
+    routes: Sequence[tuple[Subnet, Address]] = ()  # further ones, each with its gateway
 
 
 def index_of(name: str) -> int:

@@ -124,6 +124,9 @@ class Attachment:
     mac: str = ""
     aliases: tuple[str, ...] = ()
     interface: str = ""
+    receive_bps: int = 0  # what it may receive and send; 0: no limit
+    send_bps: int = 0
+    routes: tuple[tuple[str, str], ...] = ()  # destinations, each with its gateway
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,6 +163,9 @@ class Netlink:
             self._requests.ask(rtnetlink.new_veth(plan, index_of(plan.bridge), fd))
         if plan.isolated:
             self.isolate(plan.host_name)
+        if plan.receive_bps:
+            index, what = index_of(plan.host_name), f"limit what {plan.host_name} sends"
+            self._requests.ask(rtnetlink.limit_rate(index, plan.receive_bps, what))
 
     def isolate(self, host_name: str) -> None:
         """Let it reach the bridge itself only. Raises OSError(ENODEV)."""
@@ -245,7 +248,10 @@ class Netlink:
             rtnetlink.set_link(index, up=True, what=f"set {plan.name} up"),
             *(rtnetlink.default_route(gateway, index) for gateway in plan.gateways),
             *(rtnetlink.route_by_link(version, index) for version in plan.versions_by_link),
+            *(rtnetlink.route(subnet, gateway, index) for subnet, gateway in plan.routes),
         )
+        if plan.send_bps:
+            self._requests.ask(rtnetlink.limit_rate(index, plan.send_bps, f"limit what {plan.name} sends"))
 
     @staticmethod
     def reroute_inside(netns: Path, plans: Sequence[InterfacePlan]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from ipaddress import ip_address
 
 from corral.network import store, subnets
 from corral.network.allocations import Allocations
@@ -51,6 +52,7 @@ def _insert_interface(
             f"interfaces in network {network.name!r} have the hardware address of its parent: leave out --mac-address",
             reason="BAD_MAC",
         )
+    _check_ways(attachment, network)
     host_name = f"{host_prefix}{os.urandom(HOST_NAME_BYTES).hex()}"
     try:
         interface_id = store.insert_interface(
@@ -65,6 +67,25 @@ def _insert_interface(
     addresses = _take_addresses(transaction, attachment, network, interface_id, held)
     if not attachment.mac and has_own_mac(network):
         store.set_interface_mac(transaction, interface_id, subnets.mac_of(addresses[0]))
+
+
+def _check_ways(attachment: Attachment, network: Network) -> None:
+    """Raises InvalidArgument for limits and routes that the network cannot have."""
+    if network.is_cni and (attachment.receive_bps or attachment.send_bps or attachment.routes):
+        raise InvalidArgument(
+            f"rates and routes in network {network.name!r} are its plugins' (bandwidth, host-local): say so in its"
+            " configuration",
+            reason="BAD_OPTION",
+        )
+    if attachment.receive_bps and not network.is_bridge:
+        raise InvalidArgument(
+            f"what is received in network {network.name!r} (driver {network.driver}) cannot be limited: limit what is"
+            " sent only, RATE/RATE with 0 for no limit",
+            reason="BAD_OPTION",
+        )
+    for _, gateway in attachment.routes:
+        if not any(ip_address(gateway) in part.subnet for part in network.ranges):
+            raise InvalidArgument(f"gateway {gateway} is not in network {network.name!r}", reason="BAD_GATEWAY")
 
 
 def _require_capabilities(attachment: Attachment, network: Network) -> None:

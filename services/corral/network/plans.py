@@ -1,18 +1,20 @@
 """The links of an endpoint as they should be, from its rows. Pure."""
 
 from collections.abc import Iterable
+from ipaddress import ip_address, ip_network
+from itertools import chain, repeat
 
 from corral.network import network_options, sublinks
 from corral.network.cni import documents
 from corral.network.links import InterfacePlan
-from corral.network.model import Interface
+from corral.network.model import Attachment, Endpoint
 
 
-def interface_plans(interfaces: Iterable[Interface]) -> list[InterfacePlan]:
+def interface_plans(endpoint: Endpoint) -> list[InterfacePlan]:
     """In order. The first network with a way out has the default route. Those of CNI are made by plugins."""
     plans = []
     routed: set[int] = set()  # IP versions that have their default route
-    for interface in interfaces:
+    for interface, attachment in zip(endpoint.interfaces, _attachments(endpoint), strict=False):
         network = interface.network
         if network.is_cni:
             routed |= documents.routed_versions(interface.cni_result)
@@ -36,6 +38,14 @@ def interface_plans(interfaces: Iterable[Interface]) -> list[InterfacePlan]:
                 versions_by_link=[version for version, _ in first] if by_link else [],
                 sublink=None if network.is_bridge else sublinks.sublink(network),
                 isolated=network.is_bridge and not network_options.may_talk(network),
+                receive_bps=attachment.receive_bps,
+                send_bps=attachment.send_bps,
+                routes=[(ip_network(subnet), ip_address(gateway)) for subnet, gateway in attachment.routes],
             )
         )
     return plans
+
+
+def _attachments(endpoint: Endpoint) -> Iterable[Attachment]:
+    """How each interface was asked for; the default network may have been asked for without a word."""
+    return chain(endpoint.request.attachments, repeat(Attachment("")))

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 
-from corral.network.ipam import Address
+from corral.network.ipam import Address, Subnet
 from corral.network.links import BridgePlan, InterfacePlan, PathTaken, SubLink, name_of
 
 _SOL_NETLINK, _CAP_ACK, _EXT_ACK = 270, 10, 11
@@ -28,7 +28,7 @@ _ERROR = 2
 _ACK_TLVS = 0x200  # in an answer's flags
 _MESSAGE_ATTRIBUTE = 1
 
-_NEWLINK, _DELLINK, _SETLINK, _NEWADDR, _NEWROUTE, _GETROUTE = 16, 17, 19, 20, 24, 26
+_NEWLINK, _DELLINK, _SETLINK, _NEWADDR, _NEWROUTE, _GETROUTE, _NEWQDISC = 16, 17, 19, 20, 24, 26, 36
 _ADDRESS, _IFNAME, _MTU, _MASTER, _LINKINFO, _NET_NS_FD = 1, 3, 4, 10, 18, 28
 _PROTINFO, _NESTED, _BRPORT_MODE, _BRPORT_ISOLATED = 12, 0x8000, 4, 33
 _LOWER, _MACVLAN_MODE, _IPVLAN_MODE, _IPVLAN_FLAGS, _VLAN_ID = 5, 1, 1, 2, 1
@@ -36,6 +36,9 @@ _INFO_KIND, _INFO_DATA, _VETH_PEER = 1, 2, 1
 _IFF_UP = 1
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_NODAD = 1, 2, 2
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _LOCAL = 1, 4, 5, 2
+_TC_KIND, _TC_OPTIONS, _QDISC_ROOT, _QDISC_HANDLE = 1, 2, 0xFFFFFFFF, 1 << 16
+_TBF_PARAMETERS, _TBF_RATE64, _TBF_BURST, _ETHERNET = 1, 4, 6, 1
+_LARGEST_PACKET = 1 << 16
 _NO_ROUTE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL)
 _TABLE_MAIN, _PROTOCOL_STATIC, _UNICAST, _SCOPE_LINK = 254, 4, 1, 253
 
@@ -47,6 +50,10 @@ _ATTRIBUTE = struct.Struct("=HH")  # length, type
 _INTEGER = struct.Struct("=i")
 _WORD = struct.Struct("=I")
 _HALF = struct.Struct("=H")
+_LONG = struct.Struct("=Q")
+_QDISC = struct.Struct("=BxxxiIII")  # family, index, handle, parent, info
+_RATE = struct.Struct("=BBHhHI")  # cell, link layer, overhead, alignment, smallest packet, bytes per second
+_TBF_REST = struct.Struct("=III")  # limit, buffer, mtu
 
 _ANSWER_BYTES = 65536
 
@@ -216,6 +223,30 @@ def route_by_link(version: int, index: int) -> Request:
     head = _ROUTE.pack(family, 0, 0, 0, _TABLE_MAIN, _PROTOCOL_STATIC, scope, _UNICAST, 0)
     body = head + _attribute(_RTA_OIF, _WORD.pack(index))
     return Request(_NEWROUTE, _CHANGE | _CREATE | _REPLACE, body, "set default route through the link")
+
+
+def limit_rate(index: int, bits_per_s: int, what: str) -> Request:
+    """Let a link send so much and no more: a token bucket, with a queue of 50 ms. Source: tc-tbf(8), linux/pkt_sched.h.
+
+    A burst holds 10 ms, and at least the largest packet that is not cut into pieces yet.
+    """
+    rate = max(bits_per_s // 8, 1)
+    burst = max(rate // 100, _LARGEST_PACKET)
+    queue = min(burst + rate // 20, 0xFFFFFFFF)
+    speed = _RATE.pack(0, _ETHERNET, 0, 0, 0, min(rate, 0xFFFFFFFF))
+    parameters = _attribute(_TBF_PARAMETERS, speed + bytes(_RATE.size) + _TBF_REST.pack(queue, 0, 0))
+    options = parameters + _attribute(_TBF_RATE64, _LONG.pack(rate)) + _attribute(_TBF_BURST, _WORD.pack(burst))
+    head = _QDISC.pack(0, index, _QDISC_HANDLE, _QDISC_ROOT, 0)
+    body = head + _attribute(_TC_KIND, b"tbf\0") + _attribute(_TC_OPTIONS, options)
+    return Request(_NEWQDISC, _CHANGE | _CREATE | _REPLACE, body, what)
+
+
+def route(subnet: Subnet, gateway: Address, index: int) -> Request:
+    """A route by a gateway, in the place of another one."""
+    head = _ROUTE.pack(_family(gateway), subnet.prefixlen, 0, 0, _TABLE_MAIN, _PROTOCOL_STATIC, 0, _UNICAST, 0)
+    own = _attribute(_RTA_DST, subnet.network_address.packed) + _attribute(_RTA_GATEWAY, gateway.packed)
+    body = head + own + _attribute(_RTA_OIF, _WORD.pack(index))
+    return Request(_NEWROUTE, _CHANGE | _CREATE | _REPLACE, body, f"set route to {subnet} via {gateway}")
 
 
 def set_link(index: int, *, up: bool, what: str, master: int | None = None) -> Request:

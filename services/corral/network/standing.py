@@ -85,7 +85,7 @@ class Standing:
     def _make(self, netlink: "Netlink", endpoint: Endpoint) -> None:
         self._networks.build_missing(netlink, [interface.network for interface in endpoint.interfaces])
         path = self._pool.path(endpoint.netns)
-        plans = interface_plans(endpoint.interfaces)
+        plans = interface_plans(endpoint)
         for plan in plans:
             if link_exists(plan.host_name):  # of an earlier life, in a namespace that somebody still holds
                 netlink.delete_link(plan.host_name)
@@ -105,7 +105,7 @@ class Standing:
         """The same on the netlink thread, without the resolvers."""
         self._networks.build_missing(netlink, [interface.network for interface in endpoint.interfaces])
         path = self._pool.path(endpoint.netns)
-        plans = [plan for plan in interface_plans(endpoint.interfaces) if not _is_plugged(netlink, plan, path)]
+        plans = [plan for plan in interface_plans(endpoint) if not _is_plugged(netlink, plan, path)]
         for plan in plans:
             netlink.plug(plan, path)
             failpoint("network.connect.after_plug")
@@ -137,7 +137,7 @@ class Standing:
                 netlink.delete_inside(path, gone.name)
             failpoint("network.disconnect.after_unplug")
             try:
-                netlink.reroute_inside(path, interface_plans(left.interfaces))
+                netlink.reroute_inside(path, interface_plans(left))
             except OSError as e:  # who may administer the network in there has changed it
                 log.warning("network.not_rerouted", endpoint=left.key.id, error=str(e))
             for address, _ in gone.addresses:

@@ -19,6 +19,7 @@ from corral.rpc.errors import InvalidArgument
 _HOSTNAME = re.compile(r"[a-zA-Z0-9_]([a-zA-Z0-9_-]*[a-zA-Z0-9_])?(\.[a-zA-Z0-9_]([a-zA-Z0-9_-]*[a-zA-Z0-9_])?)*\.?")
 MAX_HOSTNAME = 64  # Linux: __NEW_UTS_LEN
 MAX_DOMAIN = 253
+MIN_RATE_BPS, MAX_RATE_BPS = 8_000, 10**12
 _RESOLVER_WORD = re.compile(r"[a-zA-Z0-9_.:%-]+")
 _NAMESPACE_PATH = re.compile(r"/[^\0\n]+")
 
@@ -144,7 +145,25 @@ def attachment(message: network_pb2.NetworkAttachment) -> Attachment:
         mac=subnets.parse_mac(message.mac_address) if message.mac_address else "",
         aliases=tuple(hostname(alias, "alias", MAX_DOMAIN) for alias in message.aliases),
         interface=subnets.check_interface_name(message.interface) if message.interface else "",
+        receive_bps=_rate(message.receive_bps),
+        send_bps=_rate(message.send_bps),
+        routes=tuple(_route(one) for one in message.routes),
     )
+
+
+def _rate(bits_per_s: int) -> int:
+    if bits_per_s and not MIN_RATE_BPS <= bits_per_s <= MAX_RATE_BPS:
+        raise InvalidArgument(
+            f"a rate of {bits_per_s} bits per second is not between {MIN_RATE_BPS} and {MAX_RATE_BPS}",
+            reason="BAD_RATE",
+        )
+    return bits_per_s
+
+
+def _route(message: network_pb2.Route) -> tuple[str, str]:
+    subnet = subnets.parse_subnet(message.destination, "destination of a route")
+    gateway = subnets.parse_address(message.gateway, "gateway of a route", version=subnet.version)
+    return str(subnet), str(gateway)
 
 
 def ports(messages: Iterable[network_pb2.PortMapping]) -> tuple[Port, ...]:

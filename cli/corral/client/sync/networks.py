@@ -51,13 +51,16 @@ class Networks:
         mac_address: str = "",
         aliases: Iterable[str] = (),
         interface: str = "",
+        rate: str = "",
     ) -> "engine_pb2.Container":
         """Puts a container into one more network: at once if it runs, else with its next start.
 
-        aliases: further names that the others in there find it by. interface: its name inside, `eth1` say.
+        aliases: further names that the others in there find it by. interface: its name inside, `eth1` say. rate: bits
+        per second that it may receive and send there, "100m", or each, "100m/20m".
         """
         from corral.api.engine.v1 import engine_pb2, engine_pb2_grpc
         from corral.api.network.v1 import network_pb2
+        from corral.client.network_options import limit
 
         attachment = network_pb2.NetworkAttachment(
             network=network,
@@ -67,6 +70,8 @@ class Networks:
             aliases=aliases,
             interface=interface,
         )
+        if rate:
+            limit(attachment, rate)
         engine = self._client.engine()
         stub = engine_pb2_grpc.ContainersStub(engine.channel)
         request = engine_pb2.ConnectContainerRequest(container=container, network=attachment)

@@ -498,6 +498,9 @@ class NetworkAttachment(_message.Message):
     MAC_ADDRESS_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     INTERFACE_FIELD_NUMBER: _builtins.int
+    RECEIVE_BPS_FIELD_NUMBER: _builtins.int
+    SEND_BPS_FIELD_NUMBER: _builtins.int
+    ROUTES_FIELD_NUMBER: _builtins.int
     network: _builtins.str
     ipv4_address: _builtins.str
     """A fixed address; FAILED_PRECONDITION if it is taken."""
@@ -505,8 +508,15 @@ class NetworkAttachment(_message.Message):
     mac_address: _builtins.str
     interface: _builtins.str
     """Name inside; default eth0, eth1, … in order."""
+    receive_bps: _builtins.int
+    """Bits per second that the container may receive and send there. 0: no limit."""
+    send_bps: _builtins.int
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def routes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Route]:
+        """Ways beside the default one."""
+
     def __init__(
         self,
         *,
@@ -516,14 +526,41 @@ class NetworkAttachment(_message.Message):
         mac_address: _builtins.str = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         interface: _builtins.str = ...,
+        receive_bps: _builtins.int = ...,
+        send_bps: _builtins.int = ...,
+        routes: _abc.Iterable[Global___Route] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "interface", b"interface", "ipv4_address", b"ipv4_address", "ipv6_address", b"ipv6_address", "mac_address", b"mac_address", "network", b"network"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "interface", b"interface", "ipv4_address", b"ipv4_address", "ipv6_address", b"ipv6_address", "mac_address", b"mac_address", "network", b"network", "receive_bps", b"receive_bps", "routes", b"routes", "send_bps", b"send_bps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NetworkAttachment: _TypeAlias = NetworkAttachment  # noqa: Y015
+
+@_typing.final
+class Route(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    GATEWAY_FIELD_NUMBER: _builtins.int
+    destination: _builtins.str
+    """"10.9.0.0/16" """
+    gateway: _builtins.str
+    """in the network"""
+    def __init__(
+        self,
+        *,
+        destination: _builtins.str = ...,
+        gateway: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "gateway", b"gateway"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Route: _TypeAlias = Route  # noqa: Y015
 
 @_typing.final
 class DnsOptions(_message.Message):

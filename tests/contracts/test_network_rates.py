@@ -1,0 +1,146 @@
+"""What containers may receive and send, by how much comes through; and their further routes, by packets."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from support.netlab import OUTSIDE, Calls, Lab, address, command, eventually, reaches
+from support.requirements import needs
+
+from corral.api.network.v1 import network_pb2 as pb
+from corral.kernel.netns import in_namespace
+from corral.rpc.errors import AlreadyExists, InvalidArgument
+
+pytestmark = needs("root", "netns", "nft", "nsenter", "ip", "tc")
+SECONDS = 1.5
+SLOW, FAST = 8_000_000, 40_000_000
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with Lab() as made:
+        yield made
+
+
+@pytest.fixture
+async def net(lab: Lab) -> AsyncIterator[Calls]:
+    async with lab.calls() as calls:
+        yield calls
+        for name in await calls.ids():
+            await calls.detach(name)
+        for name in await calls.network_names():
+            if name not in ("bridge", "host", "none"):
+                await calls.remove(name)
+
+
+def flood(source: str | Path, sink: str | Path, target: str, number: int = 9000) -> float:
+    """Bits per second that come through from one namespace to an address of another."""
+    listener = in_namespace(Path(sink), lambda: socket.create_server((target, number)))
+    came = 0
+
+    def receive() -> None:
+        nonlocal came
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            while data := connection.recv(1 << 16):
+                came += len(data)
+
+    thread = threading.Thread(target=receive, daemon=True)
+    thread.start()
+    caller = in_namespace(Path(source), lambda: socket.create_connection((target, number), 3))
+    begun, chunk = time.monotonic(), bytes(1 << 14)
+    caller.settimeout(0.2)
+    with caller:
+        while time.monotonic() < begun + SECONDS:
+            with contextlib.suppress(TimeoutError):
+                caller.send(chunk)
+        seen, took = came, time.monotonic() - begun
+        listener.close()
+    thread.join(10)
+    return seen * 8 / took
+
+
+async def limited(net: Calls, name: str, network: str = "bridge", **fields: object) -> pb.Endpoint:
+    return await net.attach(name, networks=[pb.NetworkAttachment(network=network, **fields)])  # type: ignore[arg-type]
+
+
+def is_about(measured: float, rate: float) -> bool:
+    return 0.5 * rate < measured < 1.3 * rate
+
+
+async def test_each_way_has_a_limit_of_its_own(lab: Lab, net: Calls) -> None:
+    a = await limited(net, "a", receive_bps=FAST, send_bps=SLOW)
+    sent = flood(a.netns_path, lab.outside, OUTSIDE)
+    assert is_about(sent, SLOW), sent
+    b = await net.attach("b")
+    received = flood(b.netns_path, a.netns_path, address(a), 9001)
+    assert is_about(received, FAST), received
+
+
+async def test_who_is_not_limited_is_not(lab: Lab, net: Calls) -> None:
+    await limited(net, "a", receive_bps=SLOW, send_bps=SLOW)
+    b = await net.attach("b")
+    assert flood(b.netns_path, lab.outside, OUTSIDE, 9002) > 2 * FAST
+
+
+async def test_a_limit_outlives_its_pair(lab: Lab, net: Calls) -> None:
+    a = await limited(net, "a", receive_bps=FAST, send_bps=SLOW)
+    command(lab.host, "ip", "link", "delete", a.interfaces[0].host_name)
+    assert eventually(lambda: reaches(a.netns_path, OUTSIDE, within_s=0.3))
+    for where, link in ((lab.host, a.interfaces[0].host_name), (a.netns_path, "eth0")):
+        [qdisc] = json.loads(command(where, "tc", "-j", "qdisc", "show", "dev", link))
+        assert qdisc["kind"] == "tbf"
+
+
+async def test_the_same_call_again_is_the_same_and_another_rate_is_another_call(net: Calls) -> None:
+    first = await limited(net, "a", send_bps=SLOW)
+    assert await limited(net, "a", send_bps=SLOW) == first
+    with pytest.raises(AlreadyExists):
+        await limited(net, "a", send_bps=FAST)
+
+
+async def test_a_macvlan_network_limits_what_is_sent(net: Calls) -> None:
+    await net.create("lan", driver="macvlan", subnets=[])
+    with pytest.raises(InvalidArgument, match="cannot be limited"):
+        await limited(net, "a", "lan", receive_bps=SLOW)
+    a, b = await limited(net, "a", "lan", send_bps=SLOW), await limited(net, "b", "lan")
+    assert eventually(lambda: reaches(a.netns_path, address(b), within_s=0.3))
+    sent = flood(a.netns_path, b.netns_path, address(b))
+    assert is_about(sent, SLOW), sent
+
+
+async def test_a_further_route_leads_by_a_container_that_routes(lab: Lab, net: Calls) -> None:
+    await net.create("one", "10.231.100.0/24")
+    await net.create("two", "10.231.101.0/24")
+    router = await net.attach("router", "one", "two")
+    in_namespace(Path(router.netns_path), lambda: Path("/proc/sys/net/ipv4/ip_forward").write_text("1"))
+    ways = {
+        "a": ("one", "10.231.101.0/24", address(router, 0)),
+        "b": ("two", "10.231.100.0/24", address(router, 1)),
+    }
+    made = {}
+    for name, (network, destination, gateway) in ways.items():
+        routes = [pb.Route(destination=destination, gateway=gateway)]
+        made[name] = await limited(net, name, network, routes=routes)
+    assert reaches(made["a"].netns_path, address(made["b"]))
+    assert reaches(made["a"].netns_path, OUTSIDE)
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"send_bps": 10}, "is not between"),
+        ({"routes": [pb.Route(destination="10.9.0.0", gateway="10.231.0.1")]}, "destination of a route"),
+        ({"routes": [pb.Route(destination="10.9.0.0/16", gateway="fd00::1")]}, "is not an IPv4 address"),
+        ({"routes": [pb.Route(destination="10.9.0.0/16", gateway="10.9.0.1")]}, "is not in network 'bridge'"),
+    ],
+)
+async def test_what_cannot_be_is_refused_in_a_sentence(net: Calls, fields: dict[str, object], complaint: str) -> None:
+    with pytest.raises(InvalidArgument, match=complaint):
+        await limited(net, "a", **fields)
+    assert await net.ids() == []

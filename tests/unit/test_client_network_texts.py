@@ -1,0 +1,48 @@
+"""Rates and routes of networks as people type them."""
+
+import pytest
+
+from corral.api.network.v1 import network_pb2
+from corral.client.network_options import attachment, network_config, rate_bps
+
+
+@pytest.mark.parametrize(
+    ("text", "bits"),
+    [("100", 100), ("64k", 64_000), ("100m", 100_000_000), ("1.5G", 1_500_000_000), ("8mbit", 8_000_000)],
+)
+def test_rates_are_bits_per_second_in_powers_of_a_thousand(text: str, bits: int) -> None:
+    assert rate_bps(text) == bits
+
+
+@pytest.mark.parametrize("text", ["", "fast", "-1m", "10t", "10m/"])
+def test_what_is_no_rate_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not understood"):
+        rate_bps(text)
+
+
+def test_a_network_has_rates_and_routes_of_its_own() -> None:
+    made = attachment("name=web,rate=100m/20m,route=10.9.0.0/16@10.1.0.1,route=fd09::/64@fd01::1")
+    assert made == network_pb2.NetworkAttachment(
+        network="web",
+        receive_bps=100_000_000,
+        send_bps=20_000_000,
+        routes=[
+            network_pb2.Route(destination="10.9.0.0/16", gateway="10.1.0.1"),
+            network_pb2.Route(destination="fd09::/64", gateway="fd01::1"),
+        ],
+    )
+
+
+def test_net_rate_is_for_every_network() -> None:
+    made = network_config({"network": ["one", "two"], "net_rate": "1m"})
+    assert made is not None
+    assert [(each.network, each.receive_bps, each.send_bps) for each in made.attachments] == [
+        ("one", 1_000_000, 1_000_000),
+        ("two", 1_000_000, 1_000_000),
+    ]
+
+
+def test_net_rate_alone_is_for_the_default_network() -> None:
+    made = network_config({"net_rate": "0/1m"})
+    assert made is not None
+    assert [(each.network, each.receive_bps, each.send_bps) for each in made.attachments] == [("", 0, 1_000_000)]
