@@ -138,6 +138,20 @@ def test_input_that_a_client_has_sent_reaches_the_process_over_the_death_of_its_
     assert b"".join(entry.line for entry in client.containers.logs("fed")) == text
 
 
+@needs("cgroup")
+def test_a_kill_for_memory_while_there_is_no_shim_is_told(client: Client, daemon: Corrald) -> None:
+    script = "sleep 0.8; dd if=/dev/zero of=/dev/shm/x bs=1M count=64; sleep 0.3; exit 7"
+    options = {"memory": "32m", "network": "none"}
+    client.containers.run("busybox", ["sh", "-c", script], name="hungry", id="hungry", **options)  # type: ignore[arg-type]
+    shim = client.containers.get("hungry").shim_pid
+    daemon.kill9()
+    os.kill(shim, signal.SIGKILL)
+    time.sleep(2)
+    daemon.start()
+    status = eventually(lambda: client.containers.wait("hungry"))
+    assert (status.code, status.known, status.oom_killed) == (7, True, True)
+
+
 def test_a_create_by_the_id_of_one_that_cannot_be_undone_yet_is_not_told_that_it_was_done(
     busybox_archive: Path,
 ) -> None:

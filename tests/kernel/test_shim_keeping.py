@@ -13,6 +13,7 @@ from shimclient import Shim, Workshop, Zygote, connect, read_until, wait_gone, w
 from support.requirements import needs
 
 from corral.kernel.process import pidfd_info, pidfd_open
+from corral.shim.server import ABANDONED_S
 from corral.tasks.keeper import fetch
 
 pytestmark = needs("root", "busybox")
@@ -198,3 +199,10 @@ def test_only_who_was_told_to_start_may_have_run(shop: Workshop) -> None:
     shim.start()
     assert (shim.bundle / "starting").exists()
     assert Path(f"/proc/{shim.state()['pid']}").exists()
+
+
+def test_a_shim_that_nobody_wants_any_more_ends(shop: Workshop) -> None:
+    """Who asked for it has given up waiting, as a daemon does when a zygote is late."""
+    shim = shop.spawn("true")
+    shim.peer.close()
+    wait_gone(shim.pid, ABANDONED_S + 10)

@@ -20,6 +20,7 @@ class Ledger:
     def __init__(self, bundle: Path, directory: int) -> None:
         self._bundle, self._directory = bundle, directory
         self.created_at_ns = 0
+        self.oom_uncounted: int | None = None
         self._own: tuple[int, int] | None = None  # this process's pid and start time
 
     def write_record(self, init: ContainerProcess) -> None:
@@ -35,6 +36,7 @@ class Ledger:
             created_at_ns=self.created_at_ns,
             started_at_ns=init.started_at_ns,
             terminal=init.io.terminal,
+            oom_uncounted=self.oom_uncounted,
         )
         records.write_json(self._directory, records.RECORD, record.to_json(), step="shim.record", durable=False)
 

@@ -41,21 +41,32 @@ class OomCounter:
         *,
         on_kill: Callable[[int], None],
         report: Callable[[Exception], None],
+        uncounted: int | None = None,
     ) -> None:
+        """uncounted: as an earlier counter had it, whose kills count, too."""
         self._loop, self._on_kill, self._report = loop, on_kill, report
         self._watch: OomWatch | None = None
         self.kills = 0
         try:
-            self._watch = OomWatch.open(cgroup_paths)
+            self._watch = OomWatch.open(cgroup_paths, uncounted=uncounted)
         except OSError as e:
             report(e)
             return
         loop.watch(self._watch.fileno(), IN, lambda _events: self._count())
 
+    @property
+    def uncounted(self) -> int | None:
+        """How many kills do not count, as they were before the container; None if it is not known."""
+        return None if self._watch is None else self._watch.uncounted
+
     def count(self) -> int:
         """How many there were, looked up now."""
         self._count()
         return self.kills
+
+    def tell(self) -> None:
+        """Call on_kill if there is news."""
+        self._count()
 
     def close(self) -> None:
         """Watch no longer; kills stays."""

@@ -34,6 +34,8 @@ class Record:
     created_at_ns: int
     started_at_ns: int | None
     terminal: bool
+    oom_uncounted: int | None = None
+    """How many OOM kills its cgroup had seen before it."""
 
     def to_json(self) -> dict[str, object]:
         """The content of record.json."""
@@ -46,12 +48,13 @@ class Record:
             "created_at_ns": self.created_at_ns,
             "started_at_ns": self.started_at_ns,
             "terminal": self.terminal,
+            "oom_uncounted": self.oom_uncounted,
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, object]) -> Self:
         """Raises ValueError if something is missing or is no number."""
-        started_at_ns = content.get("started_at_ns")
+        started_at_ns, oom_uncounted = content.get("started_at_ns"), content.get("oom_uncounted")
         return cls(
             shim_pid=_number(content, "shim_pid"),
             shim_start_time=_number(content, "shim_start_time"),
@@ -60,6 +63,7 @@ class Record:
             created_at_ns=_number(content, "created_at_ns"),
             started_at_ns=started_at_ns if isinstance(started_at_ns, int) else None,
             terminal=content.get("terminal") is True,
+            oom_uncounted=oom_uncounted if isinstance(oom_uncounted, int) else None,
         )
 
 

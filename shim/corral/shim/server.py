@@ -21,12 +21,13 @@ from corral.shim.errors import Kind, ShimError, from_os_error
 from corral.shim.fields import flag, integer
 from corral.shim.keeping import Keeper
 from corral.shim.loop import IN, OUT, Loop
+from corral.shim.process import State
 from corral.shim.requests import Adopt, Attach, Create, Exec, exec_id, size
 from corral.shim.shim import STDIN_CLOSED, STUCK_S, Shim
 from corral.shim.wire import Channel, Message, ProtocolError
 
 PROTOCOL = 1
-ABANDONED_S = 60.0
+ABANDONED_S = 10.0
 ACCEPT_PAUSE_S = 0.5
 MAX_CONNECTIONS = 256
 _EXEC_FAILED: dict[str, Kind] = {"exec_not_found": "exec_not_found", "exec_denied": "exec_denied"}
@@ -67,7 +68,6 @@ class Server:
         self._connections: dict[int, Connection] = {}
         self._waiting_for_end: list[tuple[Connection, object]] = []
         self._signals = -1
-        self._contacted = False
         self._end_by = 0.0
         shim = self.shim
         self._ops: dict[str, Callable[[Connection, Message], Message | None]] = {
@@ -126,7 +126,6 @@ class Server:
         if len(self._connections) >= MAX_CONNECTIONS:
             sock.close()
             return
-        self._contacted = True
         sock.setblocking(False)
         connection = Connection(Channel(sock))
         self._connections[sock.fileno()] = connection
@@ -283,6 +282,10 @@ class Server:
             self._loop.stop()
 
     def _end_if_abandoned(self) -> None:
-        """Whoever asked for this shim died before using it."""
-        if not self._contacted:
+        """Whoever asked for this shim died before using it, or has given up waiting for it."""
+        if self.shim.state is not State.NEW:
+            return
+        if self._connections:
+            self._loop.call_later(ABANDONED_S, self._end_if_abandoned)
+        else:
             self._loop.stop()

@@ -309,10 +309,17 @@ class Shim:
         io = self._io("", self._log, terminal=spec.process.terminal, stdin=request.stdin)
         init = ContainerProcess("", io, spec.process, handle=handle)
         self._ledger.created_at_ns = request.created_at_ns
-        self._oom = self._watch_oom()
+        self._oom = self._watch_oom(self._oom_uncounted_before())
+        self.loop.call_later(0, self._oom.tell)  # what was killed while there was no shim is told now
         self._larder.close()
         self.loop.call_later(0, lambda: self._hold_mounts(init))
         return init
+
+    def _oom_uncounted_before(self) -> int | None:
+        """As the shim before has it in its record."""
+        with contextlib.suppress(OSError, ValueError):
+            return records.Record.from_json(records.read_json(self._directory, records.RECORD)).oom_uncounted
+        return None
 
     def _adopt_exec(self, request: Adopt, handle: ProcessHandle) -> ContainerProcess:
         spec = self._made().spec.process
@@ -421,13 +428,16 @@ class Shim:
         self._kill_all()
         return False
 
-    def _watch_oom(self) -> OomCounter:
-        return OomCounter(
+    def _watch_oom(self, uncounted: int | None = None) -> OomCounter:
+        counter = OomCounter(
             self.loop,
             self._cgroup_paths,
             on_kill=lambda kills: self._publish({"event": "oom", "exec": "", "oom_kills": kills}),
             report=lambda e: report.write(self._directory, f"OOM kills: {e}"),
+            uncounted=uncounted,
         )
+        self._ledger.oom_uncounted = counter.uncounted
+        return counter
 
     # The end.
 

@@ -32,13 +32,15 @@ class OomWatch:
 
     __slots__ = ("_before", "_directory", "_epoll", "_eventfd", "_fd", "_last", "_signals", "_uncounted")
 
-    def __init__(self, directory: str, fd: int, eventfd: int, *, since_creation: bool) -> None:
+    def __init__(
+        self, directory: str, fd: int, eventfd: int, *, since_creation: bool, uncounted: int | None = None
+    ) -> None:
         """Take over both fds; an eventfd of -1 means v2, a fd of -1 that there is nothing to watch."""
         self._directory, self._fd, self._eventfd = directory, fd, eventfd
         self._signals = 0
         # On v2 this first look also quiets the file, which has news until it was read once.
         self._before = self._last = self._kills() if fd >= 0 else 0
-        self._uncounted = 0 if since_creation else self._before
+        self._uncounted = 0 if since_creation else self._before if uncounted is None else uncounted
         # An epoll fd is itself readable when a file in it has news: any selector can wait for it.
         self._epoll = select.epoll()
         if eventfd >= 0:
@@ -47,13 +49,14 @@ class OomWatch:
             self._epoll.register(fd, select.EPOLLPRI)
 
     @classmethod
-    def open(cls, paths: "Iterable[Path]", *, since_creation: bool = False) -> Self:
+    def open(cls, paths: "Iterable[Path]", *, since_creation: bool = False, uncounted: int | None = None) -> Self:
         """Watch the one of a cgroup's directories that has a memory controller; without one count() is 0.
 
-        A cgroup may outlive those who ran in it: without since_creation only kills from now on count.
+        A cgroup may outlive those who ran in it: without since_creation only kills from now on count, or those after
+        the ones that an earlier watch found there (uncounted).
         """
         names = ((str(path), name) for path in paths for name in (V2_EVENTS, V1_OOM_CONTROL))
-        return cls._first(names, since_creation=since_creation)
+        return cls._first(names, since_creation=since_creation, uncounted=uncounted)
 
     @classmethod
     def of(cls, directory: str, version: int) -> Self:
@@ -61,7 +64,7 @@ class OomWatch:
         return cls._first([(directory, V2_EVENTS if version == 2 else V1_OOM_CONTROL)], since_creation=True)
 
     @classmethod
-    def _first(cls, names: Iterable[tuple[str, str]], *, since_creation: bool) -> Self:
+    def _first(cls, names: Iterable[tuple[str, str]], *, since_creation: bool, uncounted: int | None = None) -> Self:
         for directory, name in names:
             try:
                 fd = os.open(f"{directory}/{name}", os.O_RDONLY | os.O_CLOEXEC)
@@ -70,10 +73,15 @@ class OomWatch:
             with contextlib.ExitStack() as fds:
                 fds.callback(os.close, fd)
                 eventfd = -1 if name == V2_EVENTS else _register(directory, fd, fds)
-                watch = cls(directory, fd, eventfd, since_creation=since_creation)
+                watch = cls(directory, fd, eventfd, since_creation=since_creation, uncounted=uncounted)
                 fds.pop_all()  # the watch has them now
             return watch
         return cls("", -1, -1, since_creation=since_creation)
+
+    @property
+    def uncounted(self) -> int:
+        """How many kills there had been before those that count."""
+        return self._uncounted
 
     def fileno(self) -> int:
         """A file descriptor that is readable when count() may have changed; call count() to quiet it."""
