@@ -89,6 +89,11 @@ def test_an_image_stays_mounted_while_its_name_and_its_shim_go(box: Corrald, nam
     assert ok(box, "exec", name, "cat", "/x/a") == "above"
     ok(box, "restart", "-t", "0", name)
     assert ok(box, "exec", name, "cat", "/x/a") == "above"
+    ok(box, "kill", name)
+    ok(box, "wait", name)
+    ok(box, "snapshot", "rm", *trees(box))
+    told = " ".join(box.corral("system", "check").stdout.decode().split())
+    assert f"{name} has lost the tree of the image that is mounted at /x" in told
 
 
 def test_bad_mounts_of_images_are_refused_and_nothing_is_left(box: Corrald, name: str, data: str) -> None:

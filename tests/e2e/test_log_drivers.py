@@ -168,9 +168,9 @@ def fields_of(entry: bytes) -> dict[str, bytes]:
 
 def test_the_journal_gets_entries_with_the_fields_that_docker_writes(box: Corrald, name: str, journal: Path) -> None:
     with closing(listening(journal)) as server:
-        ok(box, "run", "-d", "--name", name, "--log-driver", "journald", "--log-opt", "labels=role",
+        ok(box, "run", "-d", "--name", name, "--log-driver", "journald", "--log-opt", "labels=role,priority",
            "--log-opt", "env=COLOUR", "--log-opt", "tag=my {{.Name}}", "-l", "role=db\nslave", "-l", "other=x",
-           "-e", "COLOUR=red", "busybox", "sh", "-c", "echo hello; echo oops >&2")  # fmt: skip
+           "-l", "priority=0", "-e", "COLOUR=red", "busybox", "sh", "-c", "echo hello; echo oops >&2")  # fmt: skip
         entries = sorted((fields_of(server.recv(65536)) for _ in range(2)), key=lambda entry: entry["MESSAGE"])
     id_ = ok(box, "inspect", "-f", "{{.Id}}", name).strip()
     hello, oops = entries
@@ -332,7 +332,7 @@ def test_what_cannot_be_is_refused_with_a_sentence(
 
 
 def test_lines_of_a_json_file_tell_labels_variables_and_tag(box: Corrald, name: str) -> None:
-    ok(box, "run", "--name", name, "--log-opt", "labels=role", "--log-opt", "env-regex=^COL",
+    ok(box, "run", "--name", name, "--log-opt", "labels=role,priority", "--log-opt", "env-regex=^COL",
        "--log-opt", "tag={{.Name}}", "-l", "role=db", "-l", "no=x", "-e", "COLOUR=red",
        "busybox", "echo", 'say "hi"')  # fmt: skip
     path = ok(box, "inspect", "-f", "{{.LogPath}}", name).strip()

@@ -13,7 +13,7 @@ from corral.api.images.v1.images_pb2 import ListSnapshotsRequest, RemoveSnapshot
 from corral.api.network.v1.network_pb2 import DetachRequest, ListEndpointsRequest
 from corral.api.tasks.v1.tasks_pb2 import DeleteTaskRequest, ListTasksRequest
 from corral.api.types.v1.types_pb2 import CheckRequest, CheckResponse, Finding
-from corral.engine import requests, store
+from corral.engine import image_mounts, requests, store
 from corral.engine.checking_files import FileChecker
 from corral.engine.core import Core, Key
 from corral.engine.records import ALIVE, ContainerRecord, Status
@@ -153,6 +153,15 @@ class Checker:
     async def _snapshots(self) -> list[Found]:
         listed = await self._listed_snapshots()
         return [
+            Found(
+                _name(record),
+                f"has lost the tree of the image that is mounted at {mount.target}",
+                "remove it, and make it again",
+            )
+            for record in self._records(*WHOLE)
+            for key, mount in image_mounts.keys(record.config, record.id).items()
+            if key not in listed.get(record.namespace, {})
+        ] + [
             Found(
                 _name(record),
                 "has lost its snapshot",

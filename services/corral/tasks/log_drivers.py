@@ -52,6 +52,8 @@ REACHED_S = 3.0
 _SHORT_ID = 12
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _SIZE = re.compile(r"([0-9]+)\s*([bkmg]?)b?")
+# What the shim says of each line, and no label may.
+_OF_ENTRIES = ("MESSAGE", "PRIORITY", "SYSLOG_TIMESTAMP", "CONTAINER_PARTIAL")
 _NO_FIELD = re.compile(r"[^A-Z0-9_]")
 
 
@@ -219,7 +221,7 @@ def _journal_fields(subject: LogSubject, key: TaskKey) -> dict[str, str]:
         "IMAGE_NAME": subject.image,
         "SYSLOG_IDENTIFIER": tag,
     }
-    return {name: value for name, value in (given | own).items() if name}
+    return {name: value for name, value in (given | own).items() if name and not name.startswith(_OF_ENTRIES)}
 
 
 def _field_name(name: str) -> str:
