@@ -149,8 +149,11 @@ async def test_portmap_publishes_ports_as_long_as_the_container_is_there(lab: La
         kept = await net.endpoints.Unpublish(pb.UnpublishRequest(endpoint_id="a"))
         assert [port.host_port for port in kept.ports] == [8080]
         more = pb.PublishRequest(endpoint_id="a", ports=[pb.PortMapping(container_port=7, host_port=8081)])
-        with pytest.raises(FailedPrecondition, match="only when a container is made"):
+        with pytest.raises(FailedPrecondition, match="publishes ports only when"):
             await net.endpoints.Publish(more)
+        less = pb.UnpublishRequest(endpoint_id="a", ports=kept.ports)
+        with pytest.raises(FailedPrecondition, match="publishes ports only when"):
+            await net.endpoints.Unpublish(less)
     await net.detach("a")
     with pytest.raises(OSError):  # noqa: PT011 - refused, or nobody answers
         tcp_call(lab.outside, HOST, 8080)

@@ -35,7 +35,7 @@ from corral.network.model import (
 )
 from corral.network.networks import HOST, NONE, Networks
 from corral.network.pool import NetnsPool, is_pinned
-from corral.network.publishing import Publishing, alike, meant, missing
+from corral.network.publishing import Publishing, alike, meant, missing, refuse_lasting
 from corral.network.resolver import Resolvers
 from corral.network.standing import Standing
 from corral.rpc.blocking import run_blocking
@@ -254,6 +254,8 @@ class Endpoints:
 
         async def work() -> Endpoint:
             endpoint = self.get(key)
+            if ports:
+                refuse_lasting(endpoint, meant(endpoint, ports))
             return await self._publishing.withdraw(endpoint, meant(endpoint, ports))
 
         return await self._alone(key, work)

@@ -114,7 +114,7 @@ class Publishing:
     async def publish(self, endpoint: Endpoint, asked: Sequence[Port]) -> Endpoint:
         """More ports of an endpoint that stands; all or none."""
         check_reachable(endpoint, asked)
-        _refuse_lasting(endpoint, asked)
+        refuse_lasting(endpoint, asked)
         self._db.read_sync(lambda snapshot: port_rows.check_own(snapshot, endpoint.key, asked))
         ports = await self.hold(endpoint.key, asked)
         try:
@@ -157,12 +157,13 @@ def _lasts(endpoint: Endpoint, port: Port) -> bool:
     return not forwards(endpoint, [port]) and any(maps_ports(each.network) for each in endpoint.interfaces)
 
 
-def _refuse_lasting(endpoint: Endpoint, asked: Iterable[Port]) -> None:
+def refuse_lasting(endpoint: Endpoint, asked: Iterable[Port]) -> None:
+    """Raises FailedPrecondition for ports that plugins of CNI publish, or would."""
     for port in asked:
         if _lasts(endpoint, port):
             raise FailedPrecondition(
-                f"port {port.container_port}/{port.protocol} would be published by a CNI plugin, which does so only"
-                " when a container is made: make it anew with -p",
+                f"port {port.container_port}/{port.protocol} is for a CNI plugin, which publishes ports only when a"
+                " container is made: make it anew",
                 reason="PORT_LASTS",
             )
 
