@@ -55,6 +55,8 @@ class Storm:
     tally: Tally = field(default_factory=Tally)
     excuses: Excuses = field(default_factory=Excuses)
     _zygotes: dict[str, victims.Victim] = field(default_factory=dict)
+    _start_took_s: float = 0.0
+    """On a busy machine kills come more slowly, so that something is done between them."""
 
     def run(self) -> list[str]:
         """Returns what is left when all is deleted. Raises StuckError."""
@@ -101,7 +103,7 @@ class Storm:
         done = 0
         while done < self.kills and not (self.stop_at_fault and not self.tally.is_clean):
             kind = self._chance.choices(list(self.kinds), list(self.kinds.values()))[0]
-            pause_s = 0.6 if kind in ("shim", "zygote") else 1.2
+            pause_s = 0.6 if kind in ("shim", "zygote") else max(1.2, 2 * self._start_took_s)
             time.sleep(self._chance.uniform(0, pause_s if self._chance.random() < 0.8 else 0.05))
             killed = self._kill(kind)
             done += killed > 0
@@ -187,7 +189,9 @@ class Storm:
             environment["CORRAL_FAILPOINTS"] = f"{point}=kill@{self._chance.randrange(1, 4)}"
             self.tally.note(f"starting with {environment['CORRAL_FAILPOINTS']}")
             self.tally.add("starts at which shims were told to kill themselves")
+        began = time.monotonic()
         self.daemon.start(environment=environment)
+        self._start_took_s = time.monotonic() - began
 
 
 ONE_PROCESS = {"daemon": 0.4, "shim": 0.4, "zygote": 0.12, "everything": 0.08}

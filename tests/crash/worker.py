@@ -18,7 +18,7 @@ from crash.tally import Fault, Tally, differences
 
 UNATTENDED = "it ended while nothing looked after it: what it wrote last may be missing"
 # A worker that makes no step for this long is stuck.
-STUCK_S = 120
+STUCK_S = 240
 AGAIN_S = 0.05
 
 

@@ -59,6 +59,24 @@ def test_a_lock_dies_with_its_process(tmp_path: Path):
         Lock(tmp_path / "lock").release()
 
 
+def test_a_lock_waits_for_the_children_of_a_process_that_was_killed(tmp_path: Path):
+    """A daemon that is killed may just have forked somebody, who has its descriptors until a program is executed."""
+    code = (
+        "import os, sys, pathlib, time; from corral.store.files import Lock;"
+        "lock = Lock(pathlib.Path(sys.argv[1]));"
+        "forked = os.fork();"
+        "forked or (time.sleep(0.7), os._exit(0));"
+        "print('ok', flush=True); input()"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-c", code, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as child:
+        assert child.stdout.readline() == b"ok\n"
+        child.kill()
+        child.wait()
+        Lock(tmp_path / "lock").release()
+
+
 def test_failpoints_parse():
     assert parse("") == {}
     assert parse("a.b=kill, c=error@2,d=sleep:0.5@1") == {

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import secrets
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -52,6 +53,32 @@ class LockHeld(Exception):
         self.holder = holder
 
 
+LEFT_BEHIND_S, TRY_AGAIN_S = 5.0, 0.02
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(fd: int) -> int | None:
+    text = os.pread(fd, 32, 0).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 class Lock:
     """An exclusive lock on a file, for one daemon per root; freed by release(), or by the kernel when the process dies.
 
@@ -60,18 +87,21 @@ class Lock:
     """
 
     def __init__(self, path: Path, *, inherited: int = -1) -> None:
-        """Raises LockHeld at once if it is taken, OSError if the file cannot be made.
+        """Raises LockHeld if it is taken, OSError if the file cannot be made.
+
+        That is at once while who took it lives; children that a killed process had just forked hold it a moment longer.
 
         inherited: a descriptor that holds it already, from before this program was executed.
         """
         self.path = path
         self._fd = inherited if inherited >= 0 else os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            holder = os.pread(self._fd, 32, 0).strip()
-            os.close(self._fd)
-            raise LockHeld(path, int(holder) if holder.isdigit() else None) from e
+        give_up_at = time.monotonic() + LEFT_BEHIND_S
+        while not _try_lock(self._fd):
+            holder = _holder(self._fd)
+            if holder is None or _lives(holder) or time.monotonic() > give_up_at:
+                os.close(self._fd)
+                raise LockHeld(path, holder)
+            time.sleep(TRY_AGAIN_S)
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
