@@ -149,3 +149,14 @@ def test_an_exposed_port_can_be_withdrawn_for_good(box: Corrald, name: str) -> N
     assert shown(box, name) == [line]
     ok(box, "rm", "-f", name)
     ok(box, "image", "rm", image)
+
+
+def test_of_two_ports_that_lead_alike_the_named_one_goes(box: Corrald, name: str) -> None:
+    number = free_port()
+    start(box, name, "-p", "80", "-p", f"{number}:80")
+    [left] = [line for line in shown(box, name) if not line.endswith(f":{number}")]
+    ok(box, "port", "rm", name, f"{number}:80")
+    assert shown(box, name) == [left]
+    ok(box, "port", "add", name, f"{number}:80")
+    ok(box, "restart", "-t", "0", name)
+    assert sorted(shown(box, name)) == sorted([left, f"80/tcp -> 0.0.0.0:{number}"])

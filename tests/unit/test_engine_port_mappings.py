@@ -67,3 +67,11 @@ def test_a_port_of_the_host_leads_to_one_of_the_container(other: PortMapping) ->
 
 def test_two_addresses_of_the_host_have_a_port_each() -> None:
     port_mappings.refuse_taken("web", [port(80, 1, "127.0.0.1")], [port(81, 1, "127.0.0.2"), port(82, 1, "::1")])
+
+
+def test_a_port_that_nobody_chose_is_not_taken_for_the_one_that_goes() -> None:
+    before = record([port(80), port(80, 8080)], [port(80, 49153), port(80, 8080)])
+    config = port_mappings.with_ports(before, [port(80, 49153)])
+    after = record(list(config.network.ports), [port(80, 49153), port(80, 8080)])
+    assert port_mappings.superfluous(after) == [port(80, 8080)]
+    assert port_mappings.missing(after) == []

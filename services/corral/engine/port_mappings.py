@@ -95,6 +95,11 @@ def told(port: PortMapping) -> str:
     return f"{address}{host}{port.container_port}/{port.protocol or 'tcp'}"
 
 
+def _leads_alike(one: PortMapping, other: PortMapping) -> bool:
+    kind = (other.container_port, other.protocol or "tcp", _address(other))
+    return (one.container_port, one.protocol or "tcp", _address(one)) == kind
+
+
 def with_ports(
     record: ContainerRecord, published: Iterable[PortMapping], more: Iterable[PortMapping] = ()
 ) -> ContainerConfig:
@@ -108,8 +113,10 @@ def with_ports(
 
 
 def _as_asked(record: ContainerRecord, published: PortMapping) -> PortMapping:
-    """As a config names it: without its number, if nobody chose that."""
+    """As a config names it: without its number, if nobody chose that, and it can be taken for no other."""
     if any(one.host_port and _is(one, published) for one in record.config.network.ports):
+        return published
+    if any(one != published and _leads_alike(one, published) for one in published_by(record)):
         return published
     return PortMapping(
         host_ip=published.host_ip,
