@@ -55,16 +55,22 @@ def test_a_request_that_can_never_work_is_refused_with_a_sentence_that_names_the
         check(wanted)
 
 
+def test_what_is_not_there_yet_is_refused_and_not_ignored() -> None:
+    with pytest.raises(Unimplemented, match="not there yet"):
+        check(config(userns_mode="keep-id"))
+
+
 @pytest.mark.parametrize(
-    "wanted",
+    ("more", "word"),
     [
-        config(userns_mode="keep-id"),
-        config(mounts=[mount(VolumeMount.TYPE_IMAGE, source="busybox", target="/a")]),
+        ({}, "names no image"),
+        ({"source": "busybox", "subpath": "a/../b"}, "without '..'"),
+        ({"source": "busybox", "read_only": True, "writable": True}, "either read-only or rw"),
     ],
 )
-def test_what_is_not_there_yet_is_refused_and_not_ignored(wanted: ContainerConfig) -> None:
-    with pytest.raises(Unimplemented, match="not there yet"):
-        check(wanted)
+def test_mounts_of_images_that_can_never_work_are_refused(more: dict[str, object], word: str) -> None:
+    with pytest.raises(InvalidArgument, match=word):
+        check(config(mounts=[mount(VolumeMount.TYPE_IMAGE, target="/a", **more)]))
 
 
 def test_everything_that_works_at_once_is_accepted() -> None:
