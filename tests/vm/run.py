@@ -1,11 +1,11 @@
 """Run a command in a virtual machine: Debian's stock kernel, cgroup v2 alone, over this machine's own files.
 
-    .venv/bin/python tests/vm/run.py [--systemd] [--timeout S] [--kernel IMAGE] -- COMMAND [ARGUMENT…]
+    .venv/bin/python tests/vm/run.py [--systemd] [--timeout S] [--kernel IMAGE] [--disk FILE] -- COMMAND [ARGUMENT…]
 
 The machine sees all files of this one, read-only; what it writes is in its memory, and gone with it, but for TMPDIR
-(/var/tmp), a disk of its own. There is no network but lo. The command's output comes through as it is written, and its
-exit status is ours; 77: there can be no such machine here; 124: no end in time; 125: the machine died. Without KVM it
-is emulated, and ten to twenty times slower.
+(/var/tmp), a disk of its own, which --disk keeps. There is no network but lo. The command's output comes through as it
+is written, and its exit status is ours; 77: there can be no such machine here; 124: no end in time; 125: the machine
+died, or was reset. Without KVM it is emulated, and ten to twenty times slower.
 """
 
 import argparse
@@ -67,6 +67,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=1800, help="seconds, with the boot (%(default)s)")
     parser.add_argument("--memory", default="4G")
     parser.add_argument("--kernel", type=Path, help="a bzImage with all it needs built in, instead of Debian's kernel")
+    parser.add_argument("--disk", type=Path, metavar="FILE", help="the disk of an earlier run, or where it is kept")
     parser.add_argument("command", nargs="+")
     arguments = parser.parse_args()
     if arguments.kernel and not arguments.kernel.is_file():
@@ -99,9 +100,12 @@ def _run(run: Path, command: Sequence[str], arguments: argparse.Namespace) -> in
     """The command's exit status. `run` is the directory that the machine may write to."""
     found = Kernel(arguments.kernel) if arguments.kernel else kernel()
     initramfs(found, run / "initramfs")
+    disk = arguments.disk or run / "disk"
+    if not disk.exists():
+        _make_disk(disk)
     _prepare(run, found.modules, command, systemd=arguments.systemd)
     # Were its input to end, the machine would see its output as closed.
-    machine = subprocess.Popen(_qemu(run, found.image, memory=arguments.memory), stdin=subprocess.PIPE)
+    machine = subprocess.Popen(_qemu(run, found.image, disk, memory=arguments.memory), stdin=subprocess.PIPE)
     try:
         machine.wait(arguments.timeout)
     except subprocess.TimeoutExpired:
@@ -116,11 +120,14 @@ def _run(run: Path, command: Sequence[str], arguments: argparse.Namespace) -> in
     return int((run / "status").read_text())
 
 
+def _make_disk(disk: Path) -> None:
+    with disk.open("wb") as file:
+        file.truncate(DISK_BYTES)
+    subprocess.run(["mkfs.ext4", "-q", "-F", disk], check=True)
+
+
 def _prepare(run: Path, modules: Path | None, command: Sequence[str], *, systemd: bool) -> None:
-    """The disk, and the files that init.sh reads."""
-    with (run / "disk").open("wb") as disk:
-        disk.truncate(DISK_BYTES)
-    subprocess.run(["mkfs.ext4", "-q", "-F", run / "disk"], check=True)
+    """The files that init.sh reads."""
     passed = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     variables = {**passed, "CORRAL_TEST_PATIENCE": "1" if _can_kvm() else "20"}
     words = ["env", *(f"{name}={value}" for name, value in variables.items()), *command]
@@ -141,7 +148,7 @@ def _console(run: Path) -> str:
     return "its console's last lines:\n" + (run / "console").read_text(errors="replace")[-3000:]
 
 
-def _qemu(run: Path, image: Path, *, memory: str) -> list[str]:
+def _qemu(run: Path, image: Path, disk: Path, *, memory: str) -> list[str]:
     masked = " ".join(f"systemd.mask={unit}" for unit in MASKED)
     how, more = (["-accel", "kvm", "-cpu", "host"], "") if _can_kvm() else (EMULATED, EMULATED_OPTIONS)
     return [
@@ -151,7 +158,7 @@ def _qemu(run: Path, image: Path, *, memory: str) -> list[str]:
         *("-serial", f"file:{run}/console"),
         *("-device", "virtio-serial-pci", "-chardev", "stdio,id=output,signal=off"),
         *("-device", "virtserialport,chardev=output,nr=1"),
-        *("-drive", f"file={run}/disk,format=raw,if=virtio,cache=unsafe,discard=unmap"),
+        *("-drive", f"file={disk},format=raw,if=virtio,cache=unsafe,discard=unmap"),
         *_shared("host", "/", "on"),
         *_shared("run", str(run), "off"),
     ]

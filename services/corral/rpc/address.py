@@ -26,7 +26,7 @@ OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_reconnect_backoff_ms", 500),
     # In spite of its name this is how long one attempt to connect may take. A daemon that executes itself anew answers
     # those who have connected meanwhile, but on a busy machine it takes its time.
-    ("grpc.min_reconnect_backoff_ms", 20_000),
+    ("grpc.min_reconnect_backoff_ms", 60_000),
 )
 
 # sockaddr_un.sun_path is 108 bytes with its NUL. Source: unix(7).
