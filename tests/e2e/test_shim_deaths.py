@@ -65,6 +65,7 @@ def test_it_can_be_attached_to_before_it_is_started(client: Client) -> None:
     client.containers.create("busybox", ["sh", "-c", "echo hello; exit 9"], name="made", network="none")
     kill_shim(client, "made")
     time.sleep(0.3)
+    assert list(client.containers.logs("made")) == []
     collected = Collected()
     for part in client.containers.attach(Attachment("made", stdout=True, lossless=True)):
         if part.HasField("attached"):

@@ -204,7 +204,11 @@ class Lifecycle:
     async def _after_outage(self, running: ContainerRecord, error: Unavailable) -> ContainerRecord:
         """tasks went away during the call: ask what became of it."""
         get = tasks_pb2.GetTaskRequest(id=running.id)
-        task = await persistently(lambda: self._core.leaves.tasks.Get(get))
+        try:
+            task = await persistently(lambda: self._core.leaves.tasks.Get(get))
+        except NotFound:  # it was being made again, or was forgotten with its shim
+            await self._core.record_lost(running, "its task is gone")
+            raise error from None
         if task.status == tasks_pb2.STATUS_CREATED:
             await self._core.database.write(
                 lambda tx: store.set_status(tx, running.namespace, running.id, Status.CREATED)

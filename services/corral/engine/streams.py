@@ -129,6 +129,10 @@ class Streams:
         try:
             async for response in call:
                 await context.write(response)
+        except NotFound as e:
+            if e.reason != "NO_TASK" or self._core.resolve(message.id).status is not Status.CREATED:
+                raise
+            # It never ran, and has lost its task with its shim, or by a reboot: so there is nothing.
         finally:
             call.cancel()
 
