@@ -214,6 +214,17 @@ async def test_the_attach_that_names_other_networks_makes_it_so(lab: Lab, net: C
         await net.attach("a", "two", hostname="beta")
 
 
+async def test_the_attach_that_names_a_network_in_another_way_connects_it_anew(lab: Lab, net: Calls) -> None:
+    await net.create("side", "10.231.64.0/24")
+    await net.attach("a", "bridge", "side")
+    asked = [pb.NetworkAttachment(network="side", ipv4_address="10.231.64.77"), pb.NetworkAttachment(network="bridge")]
+    again = await net.attach("a", networks=asked)
+    assert [address(again, number) for number in (0, 1)].count("10.231.64.77") == 1
+    assert reaches(again.netns_path, "10.231.64.1")
+    assert reaches(lab.host, "10.231.64.77")
+    assert await net.attach("a", networks=asked) == again
+
+
 async def test_the_network_can_be_removed_once_nobody_is_in_there(lab: Lab, net: Calls) -> None:
     await net.create("one")
     await net.attach("a")

@@ -176,6 +176,27 @@ def test_a_container_that_does_not_run_is_in_the_network_with_its_next_start(box
         ok(box, "network", "rm", net)
 
 
+def test_a_stopped_container_leaves_a_network_at_once(box: Corrald, name: str) -> None:
+    first, second = box.place.network
+    nets = [f"{name}-{letter}" for letter in "ab"]
+    for number, net in enumerate(nets):
+        ok(box, "network", "create", "--subnet", f"{first}.{second}.{155 + number}.0/24", net)
+    try:
+        ok(box, "run", "-d", "--name", name, "--network", nets[0], "--network", nets[1], "busybox", "sleep", "100")
+        ok(box, "stop", "-t", "0", name)
+        ok(box, "network", "disconnect", nets[0], name)
+        assert networks(box, name) == [nets[1]]
+        ok(box, "network", "rm", nets[0])
+        ok(box, "network", "disconnect", nets[1], name)
+        ok(box, "network", "connect", "--ip", f"{first}.{second}.156.77", nets[1], name)
+        ok(box, "start", name)
+        assert address(box, name) == f"{first}.{second}.156.77"
+    finally:
+        box.corral("rm", "-f", name)
+        box.corral("network", "rm", nets[0])
+        ok(box, "network", "rm", nets[1])
+
+
 def test_what_has_no_network_of_its_own_comes_into_none(box: Corrald, name: str) -> None:
     ok(box, "run", "-d", "--name", name, "--network", "host", "busybox", "sleep", "100")
     refused = box.corral("network", "connect", "bridge", name)

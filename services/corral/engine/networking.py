@@ -2,6 +2,7 @@
 
     config, durably  ->  network.Attach, which makes it so  ->  the endpoint's new state
 
+What does not run is attached by its next start, but leaves a network at once: nobody is to find that in use by it.
 An engine that dies in between finds a config and an endpoint that differ, and asks for the same again.
 """
 
@@ -11,10 +12,11 @@ from contextlib import suppress
 import structlog
 
 from corral.api.engine.v1.engine_pb2 import ContainerConfig
-from corral.api.network.v1.network_pb2 import GetNetworkRequest, NetworkAttachment
+from corral.api.network.v1.network_pb2 import DetachRequest, DisconnectRequest, GetNetworkRequest, NetworkAttachment
 from corral.engine import requests, store
 from corral.engine.core import Core
 from corral.engine.leaves import persistently
+from corral.engine.port_mappings import with_these
 from corral.engine.records import ALIVE, ContainerRecord, Status
 from corral.rpc.context import in_namespace
 from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, NotFound, Unavailable
@@ -83,7 +85,8 @@ class Networking:
                     " first",
                     reason="PORT_UNREACHABLE",
                 )
-            return await self._change(record, with_networks(record.config, left))
+            changed = await self._change(record, with_networks(record.config, left))
+            return changed if changed.status in ATTACHED else await self._leave(record, changed, name)
 
     def _own_network(self, named: ContainerRecord) -> ContainerRecord:
         record = self._core.get(named.namespace, named.id)
@@ -126,6 +129,32 @@ class Networking:
         except CorralError:
             await self._save(record, record.config)
             raise
+
+    async def _leave(self, before: ContainerRecord, record: ContainerRecord, network: str) -> ContainerRecord:
+        """Take the endpoint of one that does not run out of a network; where that can't be, the old config is back."""
+        if record.endpoint is None:
+            return record
+        endpoints = self._core.leaves.endpoints
+        try:
+            left = await persistently(
+                lambda: endpoints.Disconnect(DisconnectRequest(endpoint_id=record.id, network=network))
+            )
+        except NotFound:  # it was never made so, or is done already
+            return record
+        except FailedPrecondition as e:
+            if e.reason == "NOT_UP":  # of an earlier boot: the next start would make it anew
+                await persistently(lambda: endpoints.Detach(DetachRequest(endpoint_id=record.id)))
+                return record
+            await self._save(record, before.config)
+            raise
+        # The ports that it had are gone with its end; those that it gets again are kept.
+        endpoint = with_these(left, record.endpoint.ports)
+
+        def write(tx: Transaction) -> ContainerRecord:
+            store.save_endpoint(tx, record.namespace, record.id, endpoint)
+            return store.get(tx, record.namespace, record.id)
+
+        return await self._core.database.write(write)
 
     async def _save(self, record: ContainerRecord, config: ContainerConfig) -> ContainerRecord:
         def write(tx: Transaction) -> ContainerRecord:

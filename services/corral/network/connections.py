@@ -111,11 +111,17 @@ class Connections:
 
     async def follow(self, endpoint: Endpoint, request: Request, wanted: Wanted) -> Endpoint:
         """Make its networks, and its names in them, those of another request. Raises as connect() and disconnect()."""
-        kept = {network.id for _, network in wanted}
+        by_id = {network.id: attachment for attachment, network in wanted}
+        pairs = list(zip(attachments_of(endpoint.request), endpoint.interfaces, strict=True))
+        known = {interface.network.id for _, interface in pairs}
+        # New ones first, as published ports must lead somewhere.
+        for attachment, network in [each for each in wanted if each[1].id not in known]:
+            endpoint = await self.connect(endpoint, attachment, network)
+        for attachment, network in [(one, each.network) for one, each in pairs]:
+            if network.id not in by_id or not _alike(attachment, by_id[network.id]):
+                endpoint = await self.disconnect(endpoint, network)
         for attachment, network in wanted:
             endpoint = await self.connect(endpoint, attachment, network)
-        for interface in [each for each in endpoint.interfaces if each.network.id not in kept]:
-            endpoint = await self.disconnect(endpoint, interface.network)
         aliases = {network.id: attachment.aliases for attachment, network in wanted}
 
         def write(transaction: Transaction) -> Endpoint:
