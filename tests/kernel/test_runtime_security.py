@@ -11,8 +11,11 @@ import pytest
 from support.requirements import needs
 
 from corral.kernel import capabilities, process
-from corral.oci import defaults, plan, program
+from corral.oci import defaults, mount_options, plan, program
+from corral.oci.image_mounts import ImageMount
+from corral.oci.mounts import NewFilesystem
 from corral.oci.runtime import SETUP, Container, ExecFailed, Stdio
+from corral.oci.secret_files import SecretFile, SecretFiles
 from corral.oci.spec import Device, DeviceType, Mount
 
 pytestmark = needs("root", "overlayfs", "busybox")
@@ -110,6 +113,29 @@ class TestProc:
         (lab.plant / "alias").symlink_to("/proc")
         with pytest.raises(ExecFailed, match="inside /proc"):
             lab.run("true", mounts=[Mount(place, "tmpfs", "tmpfs", ())])
+
+    @pytest.mark.parametrize("place", ["/proc", "/proc/sys", "/alias"])
+    def test_no_image_is_mounted_on_it_nor_inside_it(self, lab, place):
+        (lab.plant / "alias").symlink_to("/proc/sys/kernel")
+        (tree := lab.directory / "tree").mkdir()
+        image = ImageMount(place, NewFilesystem(place, "bind", str(tree), mount_options.parse(["bind"])), bound=True)
+        with pytest.raises(ExecFailed, match=r"only a procfs|inside /proc"):
+            lab.run_spec(lab.spec("true"), images=(image,))
+
+    @pytest.mark.parametrize(
+        ("link", "leads_to", "target"),
+        [
+            ("run/secrets", "/proc/sys/kernel", "/run/secrets/a"),
+            ("srv/token", "/proc/sys/kernel/ostype", "/srv/token"),
+            ("srv", "/proc", "/srv/version"),
+        ],
+    )
+    def test_no_secret_is_put_inside_it(self, lab, link, leads_to, target):
+        (lab.plant / link).parent.mkdir(exist_ok=True)
+        (lab.plant / link).symlink_to(leads_to)
+        secrets = SecretFiles((SecretFile(target, 0, 0, 0o444, b"x"),))
+        with pytest.raises(ExecFailed, match="inside /proc"):
+            lab.run_spec(lab.spec("true"), secrets=secrets)
 
     def test_single_files_of_it_may_be_covered(self, lab):
         """As lxcfs does."""

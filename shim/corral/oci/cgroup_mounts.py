@@ -37,7 +37,7 @@ class CgroupMount(Step):
             stage.trees[_CGROUP_ROOT] = trees.clone(_CGROUP_ROOT, self.destination, recursive=True)
 
     def apply(self, stage: Stage) -> None:
-        target = place(stage, self.destination, directory=True)
+        target = place(stage, self.destination, None, directory=True)
         if stage.unified:
             self._mount_unified(stage, target)
         else:

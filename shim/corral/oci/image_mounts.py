@@ -48,7 +48,7 @@ class ImageMount(Step):
             attributes = _ATTRIBUTES | (0 if self.writable else MOUNT_ATTR_RDONLY)
             mount.set_attributes(part, attr_set=attributes, where=self.destination)
             is_directory = stat.S_ISDIR(os.fstat(part).st_mode)
-            with paths.opened(place(stage, self.destination, directory=is_directory)) as target:
+            with paths.opened(place(stage, self.destination, None, directory=is_directory)) as target:
                 mount.move_mount(part, target, what="an image", where=self.destination)
 
     def _part(self, tree: int, scratch: str) -> int:

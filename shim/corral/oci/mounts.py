@@ -174,8 +174,7 @@ class BindMount(Step):
         )
         trees.dress(tree, options.attributes)
         trees.dress(tree, options.recursive, recursive=True)
-        with paths.opened(place(stage, self.destination, directory=stat.S_ISDIR(os.fstat(tree).st_mode))) as target:
-            _check_place(target, self.destination, filesystem_magic(tree))
+        with paths.opened(self._place(stage, tree, directory=stat.S_ISDIR(os.fstat(tree).st_mode))) as target:
             mount.move_mount(tree, target, what=self.source, where=self.destination)
         if normal(self.destination) == "/dev":
             stage.dev, stage.dev_is_the_hosts = None, True
@@ -185,8 +184,11 @@ class BindMount(Step):
         from corral.oci.copy_up import fill  # loaded before, by who asked for it
 
         if stat.S_ISDIR(os.fstat(tree).st_mode):
-            with paths.opened(place(stage, self.destination, directory=True)) as covered:
+            with paths.opened(self._place(stage, tree, directory=True)) as covered:
                 fill(tree, covered)
+
+    def _place(self, stage: Stage, tree: int, *, directory: bool) -> int:
+        return place(stage, self.destination, filesystem_magic(tree), directory=directory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,8 +273,8 @@ class NewFilesystem(Step):
         kernel_magic = _KERNEL_MAGIC.get(self.fstype)
         if self.fstype == "tmpfs" and not any(option.startswith("mode=") for option in data):
             data += _mode_of_covered(stage.root, self.destination)
-        with paths.opened(place(stage, self.destination, directory=True, follow=kernel_magic is None)) as target:
-            _check_place(target, self.destination, kernel_magic)
+        follow = kernel_magic is None
+        with paths.opened(place(stage, self.destination, kernel_magic, directory=True, follow=follow)) as target:
             tree = self._ready_or_new(stage, data, flags)
             if self.options.copy_up:
                 from corral.oci.copy_up import copy_directory  # loaded before, by who asked for it
@@ -329,8 +331,12 @@ def _mode_of_covered(root: int, destination: str) -> tuple[str, ...]:
         return (f"mode={stat.S_IMODE(os.fstat(fd).st_mode):o}",)
 
 
-def place(stage: Stage, destination: str, *, directory: bool, follow: bool = True) -> int:
-    """An fd of the mount point inside the root, made where it is missing."""
+def place(stage: Stage, destination: str, magic: int | None, *, directory: bool, follow: bool = True) -> int:
+    """An fd of the mount point inside the root, made where it is missing.
+
+    magic: that of the file system which is to be mounted there, None for one that is not the kernel's own voice.
+    Raises ExecFailed where nothing may be mounted, whatever links of the image led there.
+    """
     try:
         if not follow:
             target = _directory_without_links(stage.root, destination)
@@ -340,9 +346,14 @@ def place(stage: Stage, destination: str, *, directory: bool, follow: bool = Tru
             target = paths.make_file_in_root(stage.root, destination)
     except OSError as e:
         raise ExecFailed(SETUP, f"mount {destination}: {_sentence(e)}") from e
-    if stage.is_root(target):
-        # Whoever joins the mount namespace later would land in the mount, and not in the root.
-        raise ExecFailed(SETUP, f"mount {destination}: it is the root itself in the image")
+    try:
+        if stage.is_root(target):
+            # Whoever joins the mount namespace later would land in the mount, and not in the root.
+            raise ExecFailed(SETUP, f"mount {destination}: it is the root itself in the image")
+        _check_place(target, destination, magic)
+    except BaseException:
+        os.close(target)
+        raise
     return target
 
 

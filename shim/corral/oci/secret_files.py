@@ -50,7 +50,7 @@ class SecretFiles(Step):
             self._mount_alone(stage, elsewhere)
 
     def _mount_directory(self, stage: Stage, files: dict[SecretFile, str]) -> None:
-        with paths.opened(_new_tmpfs()) as tree, paths.opened(place(stage, DIRECTORY, directory=True)) as target:
+        with paths.opened(_new_tmpfs()) as tree, paths.opened(place(stage, DIRECTORY, None, directory=True)) as target:
             for each, name in files.items():
                 _write(tree, name, each)
             mount.set_attributes(tree, attr_set=MOUNT_ATTR_RDONLY, where=DIRECTORY)
@@ -61,7 +61,7 @@ class SecretFiles(Step):
             for number, each in enumerate(files):
                 _write(tree, str(number), each)
             for each, single in zip(files, _taken_apart(tree, len(files), stage.bundle), strict=True):
-                with paths.opened(single), paths.opened(place(stage, each.target, directory=False)) as target:
+                with paths.opened(single), paths.opened(place(stage, each.target, None, directory=False)) as target:
                     mount.set_attributes(single, attr_set=MOUNT_ATTR_RDONLY, where=each.target)
                     mount.move_mount(single, target, what="a secret", where=each.target)
 
