@@ -179,6 +179,44 @@ async def test_without_a_parent_containers_reach_one_another_only(lab: Lab, net:
     assert eventually(lambda: lab.links() == before)
 
 
+async def make_on_vlan(net: Calls) -> str:
+    """A network on a VLAN that is made with it, whose name is returned."""
+    vlan = f"{PARENT}.7"
+    subnets = [pb.Subnet(cidr="10.78.0.0/24")]
+    try:
+        await make(net, name="net", driver="macvlan", options={"parent": vlan}, subnets=subnets)
+    except FailedPrecondition as e:
+        if "this kernel has no VLANs" not in str(e):
+            raise
+        pytest.skip("needs 802.1Q")
+    return vlan
+
+
+def parent_settings(lab: Lab, name: str) -> list[str]:
+    settings = [f"net.ipv6.conf.{name.replace('.', '/')}.{each}" for each in ("accept_ra", "disable_ipv6")]
+    return command(lab.host, "sysctl", "-n", *settings).split()
+
+
+async def test_a_vlan_that_is_made_goes_with_its_network_and_the_host_takes_no_part_in_it(lab: Lab, net: Calls) -> None:
+    vlan = await make_on_vlan(net)
+    assert parent_settings(lab, vlan) == ["0", "1"]
+    await net.attach("a", "net")
+    await net.detach("a")
+    await net.remove("net")
+    assert vlan not in lab.links()
+
+
+async def test_a_vlan_that_another_made_meanwhile_is_not_removed_with_the_network(lab: Lab, net: Calls) -> None:
+    vlan = await make_on_vlan(net)
+    command(lab.host, "ip", "link", "delete", vlan)
+    command(lab.host, "ip", "link", "add", "link", PARENT, "name", vlan, "type", "vlan", "id", "7")
+    await net.attach("a", "net")
+    await net.detach("a")
+    await net.remove("net")
+    assert vlan in lab.links()
+    command(lab.host, "ip", "link", "delete", vlan)
+
+
 @pytest.mark.parametrize(("mode", "talk"), [("bridge", True), ("private", False)])
 async def test_macvlan_modes_are_the_kernels(net: Calls, mode: str, talk: bool) -> None:
     await make(net, **DRIVERS["macvlan"].request(options={"parent": PARENT, "macvlan_mode": mode}))

@@ -161,6 +161,36 @@ async def test_a_network_half_made_or_half_removed_is_gone_after_a_kill(lab: Lab
         await clean(net)
 
 
+async def test_a_network_half_made_takes_no_bridge_of_the_hosts_with_it(lab: Lab) -> None:
+    lab.corrald.stop()
+    lab.corrald.start(environment={"CORRAL_FAILPOINTS": "network.create.after_row=kill@1"})
+    command(lab.host, "ip", "link", "add", "hostsown", "type", "bridge")
+    async with lab.calls() as net:
+        with pytest.raises(CorralError):
+            await net.create("mine", interface="hostsown")
+    lab.corrald.kill9()
+    lab.corrald.start()
+    async with lab.calls() as net:
+        assert eventually(lambda: rows(lab, "networks") == 1)
+        assert "hostsown" in lab.links()
+        command(lab.host, "ip", "link", "delete", "hostsown")
+        await clean(net)
+
+
+async def test_a_bridge_that_another_made_after_a_reboot_is_not_removed_with_its_network(lab: Lab) -> None:
+    async with lab.calls() as net:
+        await net.create("mine", interface="crltmine")
+        lab.corrald.stop()
+        command(lab.host, "ip", "link", "delete", "crltmine")
+        command(lab.host, "ip", "link", "add", "crltmine", "type", "bridge")
+        lab.corrald.start()
+    async with lab.calls() as net:
+        assert reaches((await net.attach("a", "mine")).netns_path, OUTSIDE)
+        await clean(net)
+        assert "crltmine" in lab.links()
+        command(lab.host, "ip", "link", "delete", "crltmine")
+
+
 async def test_namespaces_and_links_that_nobody_owns_are_removed_and_strangers_are_not(lab: Lab) -> None:
     async with lab.calls() as net:
         endpoint = await net.attach("a")

@@ -14,11 +14,13 @@ import pytest
 from support.requirements import needs
 
 from corral.kernel.netns import create_pinned, in_namespace, remove_pinned
-from corral.network.links import BridgePlan, InterfacePlan, Route
+from corral.network.links import BridgePlan, InterfacePlan, Owner, Route
 from corral.network.netlink import Netlink
 
 pytestmark = needs("root", "netns", "nsenter", "ip")
-BRIDGE = BridgePlan("br0", "02:00:00:00:00:07", 1400, [(ip_address("10.231.0.1"), 24), (ip_address("fd00::1"), 64)])
+OWNER = Owner("crlborn", "whose it is")
+BRIDGE_ADDRESSES = [(ip_address("10.231.0.1"), 24), (ip_address("fd00::1"), 64)]
+BRIDGE = BridgePlan("br0", "02:00:00:00:00:07", 1400, BRIDGE_ADDRESSES, OWNER)
 VETH = InterfacePlan(
     name="eth0",
     host_name="v0",

@@ -10,6 +10,7 @@ from corral.network import subnets
 from corral.network.firewall import Firewall, switch_on_forwarding
 from corral.network.links import BridgePlan, link_exists
 from corral.network.model import BRIDGE_DRIVER, Network, NetworkSpec
+from corral.network.ownership import owner
 from corral.rpc.errors import FailedPrecondition, InvalidArgument
 from corral.store import failpoint
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 def bridge_plan(network: Network) -> BridgePlan:
     """The bridge of a network: its gateways are the bridge's addresses."""
     gateways = [(part.gateway, part.subnet.prefixlen) for part in network.ranges]
-    return BridgePlan(network.bridge, subnets.mac_of(network.ranges[0].gateway), network.mtu, gateways)
+    mac = subnets.mac_of(network.ranges[0].gateway)
+    return BridgePlan(network.bridge, mac, network.mtu, gateways, owner(network))
 
 
 class BridgeDriver:
@@ -69,7 +71,7 @@ class BridgeDriver:
         return not network.internal and switch_on_forwarding(ipv6=network.ipv6)
 
     def remove(self, netlink: "Netlink", network: Network) -> None:
-        """Remove the bridge and what the firewall knows of it; no error for what is gone."""
-        netlink.delete_link(network.bridge)
+        """Remove the bridge if we made it, and what the firewall knows of it; no error for what is gone."""
+        netlink.delete_own(network.bridge, owner(network))
         failpoint("network.remove.after_bridge")
         self._firewall.remove(network)

@@ -23,6 +23,7 @@ from corral.network.links import NetlinkThread
 from corral.network.model import Endpoint, EndpointKey, EndpointState, Network, NetworkState
 from corral.network.names import Names, has_names
 from corral.network.networks import Networks
+from corral.network.ownership import PREFIX
 from corral.network.pool import NetnsPool
 from corral.network.publishing import Publishing
 from corral.network.resolver import Resolvers
@@ -37,7 +38,6 @@ from corral.store import Database
 
 log = structlog.get_logger()
 
-PREFIX = "crl"
 TAG_CHARS = 4
 # Opening netlink takes 0.1 s of CPU, for imports: not while the daemon starts, and before the first container wants it.
 WARM_AFTER_S = 0.2

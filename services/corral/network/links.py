@@ -37,6 +37,14 @@ class PathTaken:
 
 
 @dataclass(frozen=True, slots=True)
+class Owner:
+    """How a link of ours is known: the name that it is made under, and its alias from when it has another."""
+
+    birth_name: str
+    alias: str
+
+
+@dataclass(frozen=True, slots=True)
 class BridgePlan:
     """A bridge as it should be."""
 
@@ -44,6 +52,7 @@ class BridgePlan:
     mac: str
     mtu: int
     addresses: Sequence[tuple[Address, int]]  # with the length of the prefix
+    owner: Owner
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,17 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 from corral.kernel.netns import in_namespace
 from corral.network import rtnetlink
 from corral.network.ipam import Address
-from corral.network.links import BridgePlan, InterfacePlan, PathTaken, Route, SubLink, index_of, link_exists, name_of
+from corral.network.links import (
+    BridgePlan,
+    InterfacePlan,
+    Owner,
+    PathTaken,
+    Route,
+    SubLink,
+    index_of,
+    link_exists,
+    name_of,
+)
 
 DEFAULT_MTU = 1500
 
@@ -130,7 +140,7 @@ class Netlink:
         """
         made = not link_exists(plan.name)
         if made:
-            self._requests.ask(rtnetlink.new_bridge(plan))
+            self._make_owned(plan.name, plan.owner, rtnetlink.new_bridge(plan))
         elif plan.name not in dict(self.links("bridge")):
             raise OSError(errno.EEXIST, f"netlink: {plan.name} exists and is not a bridge")
         index = index_of(plan.name)
@@ -142,6 +152,26 @@ class Netlink:
             rtnetlink.set_link(index, up=True, what=f"set {plan.name} up"),
         )
         return made
+
+    def _make_owned(self, name: str, owner: Owner, request: rtnetlink.Request) -> None:
+        """Make a link by a request that gives it the owner's name of birth, and call it what it is to be called."""
+        self.delete_link(owner.birth_name)  # of a process that died here
+        self._requests.ask(request)
+        try:
+            self._requests.ask(rtnetlink.own_link(index_of(owner.birth_name), name, owner.alias))
+        except OSError:
+            self.delete_link(owner.birth_name)
+            raise
+
+    def delete_own(self, name: str, owner: Owner) -> None:
+        """Delete a link of that name if it is the owner's, and what was to have the name; no error if it is gone."""
+        self.delete_link(owner.birth_name)
+        alias = (link.get_attr("IFLA_IFALIAS") for link in self._list_named(name))
+        if owner.alias in alias:
+            self.delete_link(name)
+
+    def _list_named(self, name: str) -> list[Any]:
+        return [link for link in self._list(_list_links()) if link.get_attr("IFLA_IFNAME") == name]
 
     def delete_link(self, name: str) -> bool:
         """Delete a link (a veth with its peer); False if there is none. May take 20 ms and more, see above."""
@@ -186,9 +216,15 @@ class Netlink:
         for each in (name, peer):
             self._requests.ask(rtnetlink.set_link(index_of(each), up=True, what=f"set {each} up"))
 
-    def make_vlan(self, name: str, parent: str, tag: int) -> None:
-        """A tagged network on a link. Raises OSError: ENODEV without the parent, EOPNOTSUPP."""
-        self._requests.ask(rtnetlink.new_vlan(name, index_of(parent), tag))
+    def make_vlan(self, name: str, owner: Owner, parent: str, tag: int) -> None:
+        """A tagged network on a link, up; this host itself takes no part in it.
+
+        Raises OSError: ENODEV without the parent, EOPNOTSUPP.
+        """
+        self._make_owned(name, owner, rtnetlink.new_vlan(owner.birth_name, index_of(parent), tag))
+        _heed_no_router(name)
+        _set_ipv6(name, on=False)
+        self._requests.ask(rtnetlink.set_link(index_of(name), up=True, what=f"set {name} up"))
 
     @staticmethod
     def is_inside(netns: Path, name: str) -> bool:
@@ -242,7 +278,7 @@ class Netlink:
         index = index_of(plan.name)
         if any(address.version == 6 for address, _ in plan.addresses):
             _heed_no_router(plan.name)
-            Path(f"/proc/sys/net/ipv6/conf/{plan.name}/disable_ipv6").write_text("0")
+            _set_ipv6(plan.name, on=True)
         self._requests.ask(
             *(rtnetlink.new_address(index, address, length, plan.name) for address, length in plan.addresses),
             rtnetlink.set_link(index, up=True, what=f"set {plan.name} up"),
@@ -347,6 +383,11 @@ def _heed_no_router(name: str) -> None:
     """Take no route from who advertises himself on a link: there any container can (CVE-2020-13401, CVE-2020-10749)."""
     with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
         Path(f"/proc/sys/net/ipv6/conf/{name}/accept_ra").write_text("0")
+
+
+def _set_ipv6(name: str, *, on: bool) -> None:
+    with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6, where an address of it is refused
+        Path(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6").write_text("0" if on else "1")
 
 
 def _list_links(kind: str = "") -> _Question:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from corral.network import allocations, store, subnets
+from corral.network import allocations, ownership, store, subnets
 from corral.network.allocations import Allocations
 from corral.network.config import NetworkConfig
 from corral.network.driver import Driver
@@ -89,7 +89,7 @@ class Networks:
             namespace=spec.namespace,
             name=spec.name,
             driver=spec.driver,
-            bridge=spec.interface or f"crl{network_id[:12]}",
+            bridge=spec.interface or ownership.name_for(network_id),
             ranges=tuple(spec.ranges),
             mtu=mtu,
             internal=spec.internal,

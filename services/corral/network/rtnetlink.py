@@ -29,7 +29,7 @@ _ACK_TLVS = 0x200  # in an answer's flags
 _MESSAGE_ATTRIBUTE = 1
 
 _NEWLINK, _DELLINK, _SETLINK, _NEWADDR, _NEWROUTE, _GETROUTE, _NEWQDISC = 16, 17, 19, 20, 24, 26, 36
-_ADDRESS, _IFNAME, _MTU, _MASTER, _LINKINFO, _NET_NS_FD = 1, 3, 4, 10, 18, 28
+_ADDRESS, _IFNAME, _MTU, _MASTER, _LINKINFO, _ALIAS, _NET_NS_FD = 1, 3, 4, 10, 18, 20, 28
 _PROTINFO, _NESTED, _BRPORT_MODE, _BRPORT_ISOLATED = 12, 0x8000, 4, 33
 _LOWER, _MACVLAN_MODE, _IPVLAN_MODE, _IPVLAN_FLAGS, _VLAN_ID = 5, 1, 1, 2, 1
 _INFO_KIND, _INFO_DATA, _VETH_PEER = 1, 2, 1
@@ -171,7 +171,13 @@ def _aligned(length: int) -> int:
 
 def new_bridge(plan: BridgePlan) -> Request:
     """A bridge, down, with a MAC of its own: else it takes that of its lowest port, which come and go."""
-    body = _link() + _name(plan.name) + _mac(plan.mac) + (_mtu(plan.mtu) if plan.mtu else b"") + _info("bridge")
+    body = (
+        _link()
+        + _name(plan.owner.birth_name)
+        + _mac(plan.mac)
+        + (_mtu(plan.mtu) if plan.mtu else b"")
+        + _info("bridge")
+    )
     return Request(_NEWLINK, _MAKE, body, f"add bridge {plan.name}")
 
 
@@ -204,8 +210,8 @@ def new_cable(name: str, peer: str) -> Request:
 
 
 def new_vlan(name: str, parent: int, tag: int) -> Request:
-    """A tagged network on a link, up."""
-    body = _link(up=True) + _name(name) + _attribute(_LOWER, _WORD.pack(parent))
+    """A tagged network on a link, down."""
+    body = _link() + _name(name) + _attribute(_LOWER, _WORD.pack(parent))
     return Request(_NEWLINK, _MAKE, body + _info("vlan", _attribute(_VLAN_ID, _HALF.pack(tag))), f"add VLAN {name}")
 
 
@@ -253,6 +259,12 @@ def set_link(index: int, *, up: bool, what: str, master: int | None = None) -> R
     """Set a link up or down, and put it into a bridge (0: out of any)."""
     into = b"" if master is None else _attribute(_MASTER, _WORD.pack(master))
     return Request(_NEWLINK, _CHANGE, _link(index, up=up) + into, what)
+
+
+def own_link(index: int, name: str, alias: str) -> Request:
+    """Give a link that is down its name and alias."""
+    body = _link(index) + _name(name) + _attribute(_ALIAS, alias.encode())
+    return Request(_NEWLINK, _CHANGE, body, f"name a link {name}")
 
 
 def reflect(index: int, what: str) -> Request:

@@ -19,6 +19,7 @@ from corral.network import network_options as options
 from corral.network import subnets
 from corral.network.links import SubLink, link_exists
 from corral.network.model import Network, NetworkSpec
+from corral.network.ownership import owner
 from corral.rpc.errors import FailedPrecondition, InvalidArgument
 from corral.store import failpoint
 
@@ -112,7 +113,7 @@ class SubLinkDriver:
 
     def _make_vlan(self, netlink: "Netlink", network: Network, vlan: options.Vlan) -> None:
         try:
-            netlink.make_vlan(network.lower, vlan.parent, vlan.tag)
+            netlink.make_vlan(network.lower, owner(network), vlan.parent, vlan.tag)
         except OSError as e:
             if e.errno == errno.ENODEV:
                 why = f"there is no link {vlan.parent} on this host"
@@ -124,7 +125,7 @@ class SubLinkDriver:
 
     def remove(self, netlink: "Netlink", network: Network) -> None:
         if network.lower == network.bridge:
-            netlink.delete_link(network.bridge)
+            netlink.delete_own(network.bridge, owner(network))
         failpoint("network.remove.after_bridge")
 
 
