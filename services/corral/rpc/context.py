@@ -35,10 +35,35 @@ class Call:
 current_call: ContextVar[Call | None] = ContextVar("corral_call", default=None)
 
 
-# The calls of the same service that only_follows() was called in; set by the server interceptor.
-current_followers: ContextVar[dict[asyncio.Task[Any], Callable[[], None]] | None] = ContextVar(
-    "corral_followers", default=None
-)
+class Followers:
+    """The calls of one service that only_follows() was called in."""
+
+    def __init__(self) -> None:
+        self._ends: dict[asyncio.Task[Any], Callable[[], None]] = {}
+        self._over = False
+
+    def __contains__(self, task: asyncio.Task[Any]) -> bool:
+        return task in self._ends
+
+    def add(self, task: asyncio.Task[Any], end: Callable[[], None]) -> None:
+        """One that says so only now may be too late to follow anything."""
+        self._ends[task] = end
+        if self._over:
+            end()
+
+    def discard(self, task: asyncio.Task[Any]) -> None:
+        """It has ended."""
+        self._ends.pop(task, None)
+
+    def end(self) -> None:
+        """All of them, and those that come."""
+        self._over = True
+        for end in tuple(self._ends.values()):
+            end()
+
+
+# Of the service that is called; set by the server interceptor.
+current_followers: ContextVar[Followers | None] = ContextVar("corral_followers", default=None)
 
 
 def only_follows(end: Callable[[], None] | None = None) -> None:
@@ -49,7 +74,7 @@ def only_follows(end: Callable[[], None] | None = None) -> None:
     """
     followers, task = current_followers.get(), asyncio.current_task()
     if followers is not None and task is not None:
-        followers[task] = end or partial(_cancel, task)
+        followers.add(task, end or partial(_cancel, task))
 
 
 def _cancel(task: asyncio.Task[Any]) -> None:

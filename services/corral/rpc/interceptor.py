@@ -15,6 +15,7 @@ from corral.rpc.context import (
     NAMESPACE_KEY,
     REQUEST_ID_KEY,
     Call,
+    Followers,
     check_id,
     check_namespace,
     current_call,
@@ -41,7 +42,7 @@ class Gate:
         self._refusal = Unavailable("not started")
         self.is_open = False
         self.inside: set[asyncio.Task[Any]] = set()
-        self.followers: dict[asyncio.Task[Any], Callable[[], None]] = {}
+        self.followers = Followers()
 
     def open(self) -> None:
         self.is_open = True
@@ -67,8 +68,7 @@ class Gate:
 
     async def drain(self, seconds: float) -> None:
         """Wait for the calls inside; cancel those that only follow now, and what is still there after `seconds`."""
-        for end in tuple(self.followers.values()):
-            end()
+        self.followers.end()
         if self.inside:
             await asyncio.wait(self.inside, timeout=seconds)
         remaining = set(self.inside)
@@ -150,7 +150,7 @@ class _Around:
                 await self._fail(context, e)
             finally:
                 inside.discard(task)
-                followers.pop(task, None)
+                followers.discard(task)
 
         return behaviour
 
@@ -171,7 +171,7 @@ class _Around:
                 await self._fail(context, e)
             finally:
                 inside.discard(task)
-                followers.pop(task, None)
+                followers.discard(task)
 
         return behaviour
 

@@ -11,8 +11,8 @@ import asyncio
 import grp
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +41,12 @@ OPTIONS = (
     ("grpc.so_reuseport", 0),  # two daemons must not share a port silently
 )
 SOCKET_MODE = 0o660
+# Only root connects to the socket of latecomers: this process.
+LATE_MODE = 0o600
 # Calls that are left when the time is over get this much to notice.
 LAST_CALLS_S = 0.1
+# A server that is told to go is not to cut anybody: that is for the gates, which say why.
+NEVER_S = 86400.0
 # When connections of latecomers are asked to come again.
 STAY_MS = 1000
 
@@ -111,8 +115,7 @@ class Host:
         await self._health.set("", NOT_SERVING)
         bound = [self._bind(address, tls, socket_group) for address in addresses]
         await self._server.start()
-        if waiting:
-            self._late = asyncio.create_task(self._serve_late(waiting, bound[0]), name="latecomers")
+        self._take_late(waiting)
         local.announce(map(str, bound), self)
         try:
             for hosted in self._hosted:
@@ -157,10 +160,11 @@ class Host:
         make_places(), which is returned. Clients are told to connect anew."""
         for path in waiting:
             hidden(path).rename(path)
-        leaving = asyncio.create_task(self._server.stop(grace_s + LAST_CALLS_S))
+        leaving = asyncio.create_task(self._server.stop(NEVER_S))
         await self._stop_services(grace_s, upgrading=True)
         local.withdraw(self)
         await self._stop_late()
+        await self._server.stop(LAST_CALLS_S)
         await leaving
         self._close()
         return waiting
@@ -185,17 +189,24 @@ class Host:
         for target in self._targets:
             target.close()
 
-    async def _serve_late(self, waiting: Sequence[socket.socket], address: Address) -> None:
+    def _take_late(self, waiting: Sequence[socket.socket]) -> None:
+        if waiting and self._sockets:
+            beside = next(iter(self._sockets))
+            self._late = asyncio.create_task(self._serve_late(waiting, beside), name="latecomers")
+            return
+        for each in waiting:  # the settings know no unix address any more
+            each.close()
+
+    async def _serve_late(self, waiting: Sequence[socket.socket], beside: Path) -> None:
         """Serve who waited, until the last of them has come to the real address."""
-        assert isinstance(address, UnixAddress)
         options = (*OPTIONS, ("grpc.max_connection_age_ms", STAY_MS))
         server = grpc.aio.server(handlers=self._server.handlers, interceptors=[self._interceptor], options=options)
-        path = address.path.with_name(f".{address.path.name}.late")
-        target = Target(UnixAddress(path))
-        server.add_insecure_port(target.name)
-        await server.start()
+        target = Target(UnixAddress(beside.with_name(f".{beside.name}.late")))
+        with _mode(LATE_MODE):
+            server.add_insecure_port(target.name)
         latecomers = Latecomers(waiting, target.name.removeprefix("unix:"))
         try:
+            await server.start()
             await latecomers.gone()
         finally:
             await latecomers.close()
@@ -222,14 +233,11 @@ class Host:
         new = UnixAddress(hidden(address.path))
         target = Target(new)
         self._targets.append(target)
-        # The socket never exists with wider permissions than it is to have.
-        old = os.umask(0o777 & ~SOCKET_MODE)
         try:
-            self._server.add_insecure_port(target.name)
+            with _mode(SOCKET_MODE):
+                self._server.add_insecure_port(target.name)
         except RuntimeError as e:
             raise FailedPrecondition(f"cannot listen on {address}: {e}") from e
-        finally:
-            os.umask(old)
         if socket_group:
             _give_to_group(new, socket_group)
         new.path.rename(address.path)
@@ -252,6 +260,16 @@ class Host:
         except RuntimeError as e:
             raise FailedPrecondition(f"cannot listen on {address}: is the port in use?") from e
         return TcpAddress(address.host, port)
+
+
+@contextmanager
+def _mode(mode: int) -> Iterator[None]:
+    """A socket that is bound in the block never exists with wider permissions than it is to have."""
+    old = os.umask(0o777 & ~mode)
+    try:
+        yield
+    finally:
+        os.umask(old)
 
 
 def _give_to_group(address: UnixAddress, name: str) -> None:

@@ -1,0 +1,119 @@
+"""A host that hands over to the program that follows: what callers are told, and what is there meanwhile."""
+
+import asyncio
+import shutil
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+
+from corral.rpc import errors
+from corral.rpc.address import UnixAddress
+from corral.rpc.context import only_follows
+from corral.rpc.handover import hidden, make_waiting
+from corral.rpc.server import Host
+
+
+class Slow:
+    """One call, which takes as long as it is told to; so does its stop."""
+
+    def __init__(self, name: str = "slow", *, starts_s: float = 0, stops_s: float = 0) -> None:
+        self.name, self.starts_s, self.stops_s = name, starts_s, stops_s
+        self.entered = asyncio.Event()
+        self.follows_after_s: float | None = None
+
+    @property
+    def full_name(self) -> str:
+        return f"corral.test.v1.{self.name.title()}"
+
+    def register(self, server: grpc.aio.Server) -> Sequence[str]:
+        handlers = {"Take": grpc.unary_stream_rpc_method_handler(self.take)}
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(self.full_name, handlers)])
+        return [self.full_name]
+
+    async def start(self) -> None:
+        await asyncio.sleep(self.starts_s)
+
+    async def stop(self) -> None:
+        await asyncio.sleep(self.stops_s)
+
+    async def take(self, request: bytes, _context: object) -> AsyncIterator[bytes]:
+        self.entered.set()
+        if self.follows_after_s is not None:
+            await asyncio.sleep(self.follows_after_s)
+            only_follows()
+        await asyncio.sleep(float(request))
+        yield b"done"
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="corral-test-"))
+    yield path
+    shutil.rmtree(path)
+
+
+async def refusal(channel: grpc.aio.Channel, service: Slow, seconds: float) -> str:
+    """Why the call was not answered."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in channel.unary_stream(f"/{service.full_name}/Take")(str(seconds).encode()):
+            pass
+    return errors.from_rpc_error(caught.value).reason
+
+
+async def handed_over(host: Host, grace_s: float) -> None:
+    for place in (await host.hand_over(host.make_places(), grace_s=grace_s)).values():
+        place.close()
+
+
+async def test_a_call_that_outlasts_the_grace_is_told_that_it_was_an_upgrade_however_slow_the_others_stop(
+    directory: Path,
+) -> None:
+    leaf, composer = Slow("leaf"), Slow("composer", stops_s=0.8)
+    host = Host([leaf, composer])
+    [address] = await host.start([UnixAddress(directory / "s")])
+    async with grpc.aio.insecure_channel(str(address)) as channel:
+        call = asyncio.ensure_future(refusal(channel, leaf, 30))
+        await leaf.entered.wait()
+        await handed_over(host, 0.2)
+        assert await call == "CUT_OFF"
+
+
+async def test_a_call_that_begins_to_follow_after_its_service_was_told_to_stop_ends_at_once(directory: Path) -> None:
+    service = Slow()
+    service.follows_after_s = 0.3
+    host = Host([service])
+    [address] = await host.start([UnixAddress(directory / "s")])
+    async with asyncio.timeout(5), grpc.aio.insecure_channel(str(address)) as channel:
+        call = asyncio.ensure_future(refusal(channel, service, 30))
+        await service.entered.wait()
+        await handed_over(host, 20)
+        assert await call == errors.UNSERVED
+
+
+@pytest.fixture
+def waiting(directory: Path) -> Iterator[socket.socket]:
+    """As the program before has left it, for the address `s`."""
+    with socket.socket(socket.AF_UNIX) as old:
+        old.bind(str(directory / "s"))
+        waiting = make_waiting(directory / "s")
+        hidden(directory / "s").rename(directory / "s")
+    with waiting:
+        yield waiting
+
+
+async def test_who_may_not_connect_to_the_socket_may_not_to_the_one_of_latecomers(
+    directory: Path, waiting: socket.socket
+) -> None:
+    host = Host([Slow()])
+    await host.start([UnixAddress(directory / "s")], waiting=[waiting])
+    late = directory / ".s.late"
+    async with asyncio.timeout(5):
+        while not late.exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert late.stat().st_mode & 0o777 == 0o600
+    await host.stop(grace_s=0)
