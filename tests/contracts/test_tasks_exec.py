@@ -53,6 +53,22 @@ async def test_user_environment_and_stdin_of_an_exec(tasks: TaskClient, running:
     assert attached.stdout == data
 
 
+async def test_an_exec_that_is_to_be_forgotten_is_so_whoever_serves_when_it_ends(tasks: TaskClient, running: str):
+    """Its client has left long since."""
+    await tasks.exec(running, "e", "sh", "-c", "while ! test -e /tmp/end; do usleep 10000; done")
+    async with tasks.attached(running, "e", stdout=True, start=True, forget=True):
+        pass
+    await asyncio.sleep(0.2)
+    assert [each.id for each in (await tasks.get(running)).execs] == ["e"]
+    tasks.daemon.kill9()
+    tasks.daemon.start()
+    (tasks.rootfs / "tmp/end").touch()
+    async with asyncio.timeout(10):
+        while (await tasks.get(running)).execs:  # noqa: ASYNC110 (no event tells it)
+            await asyncio.sleep(0.02)
+    (tasks.rootfs / "tmp/end").unlink()
+
+
 async def test_an_exec_with_a_terminal(tasks: TaskClient, running: str):
     size = types_pb.WindowSize(width=120, height=40)
     await tasks.exec(running, "tty", "stty", "size", terminal=True, console_size=size)

@@ -202,11 +202,26 @@ async def test_an_exec_in_one_call_that_cannot_run_says_why_and_is_forgotten(
 async def test_the_process_of_an_exec_in_one_call_goes_on_when_its_client_leaves(engine: EngineClient) -> None:
     await engine.run("sleep", "100", name="host")
     call = engine.containers.ExecRun()
-    await call.write(exec_header("sh", "-c", "sleep 0.5; echo done > /tmp/done; sleep 100"))
+    await call.write(exec_header("sh", "-c", "sleep 0.5; echo done > /tmp/done; while test -e /tmp/done; do :; done"))
     await call.read()
     call.cancel()
     await asyncio.sleep(1)
     assert (await engine.exec("host", "cat", "/tmp/done")) == (0, b"done\n")
+    assert len((await engine.get("host")).exec_ids) >= 1
+    assert (await engine.exec("host", "rm", "/tmp/done"))[0] == 0
+    assert await no_execs(engine)
+
+
+async def test_an_exec_in_one_call_whose_client_leaves_at_once_is_forgotten(engine: EngineClient) -> None:
+    """Wherever its making is by then."""
+    await engine.run("sleep", "100", name="host")
+    for i in range(20):
+        call = engine.containers.ExecRun()
+        await call.write(exec_header("true"))
+        await asyncio.sleep(i / 1000)
+        call.cancel()
+    await asyncio.sleep(0.5)
+    assert await no_execs(engine)
 
 
 async def test_an_exec_in_one_call_begins_with_its_header(engine: EngineClient) -> None:

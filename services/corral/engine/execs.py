@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import suppress
 
 from corral.api.engine.v1.engine_pb2 import ExecContainerRequest
 from corral.api.tasks.v1 import tasks_pb2
@@ -15,7 +16,7 @@ from corral.engine.spec import process_for_exec
 from corral.oci.decode import encode
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import check_id
-from corral.rpc.errors import FailedPrecondition, InvalidArgument, Unavailable
+from corral.rpc.errors import CorralError, FailedPrecondition, InvalidArgument, Unavailable
 
 RETRY_S = 0.2
 
@@ -42,17 +43,30 @@ class Execs:
             terminal=request.terminal,
             privileged=request.privileged,
         )
-        await self._core.leaves.tasks.Exec(
-            tasks_pb2.ExecRequest(
-                id=record.id,
-                exec_id=exec_id,
-                process=json.dumps(encode(process), separators=(",", ":")).encode(),
-                user=request.user or record.config.user,
-                stdin=request.stdin,
-                console_size=request.console_size if request.HasField("console_size") else None,
-            )
+        message = tasks_pb2.ExecRequest(
+            id=record.id,
+            exec_id=exec_id,
+            process=json.dumps(encode(process), separators=(",", ":")).encode(),
+            user=request.user or record.config.user,
+            stdin=request.stdin,
+            console_size=request.console_size if request.HasField("console_size") else None,
         )
+        try:
+            await self._core.leaves.tasks.Exec(message)
+        except asyncio.CancelledError:
+            if not request.exec_id:  # which nobody was told
+                self.forget_soon(record, exec_id)
+            raise
         return record, exec_id
+
+    def forget_soon(self, record: ContainerRecord, exec_id: str) -> None:
+        """Unless it runs. Nobody waits for that."""
+        forget = tasks_pb2.DeleteExecRequest(id=record.id, exec_id=exec_id)
+        self._core.background.spawn(self._forgotten(forget))
+
+    async def _forgotten(self, request: tasks_pb2.DeleteExecRequest) -> None:
+        with suppress(CorralError):
+            await self._core.leaves.tasks.DeleteExec(request)
 
     async def _secret_env(self, record: ContainerRecord) -> dict[str, str]:
         _, env = await run_blocking(lambda: secrets.of_container(self._core, record, env_only=True))

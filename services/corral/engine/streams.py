@@ -81,7 +81,12 @@ class Streams:
             start=True,
             forget=True,
         )
-        await self._converse(record, tasks_pb2.AttachRequest(header=header), requests, context)
+        try:
+            await self._converse(record, tasks_pb2.AttachRequest(header=header), requests, context)
+        except BaseException:
+            # Tasks forgets what was started. Of a start, or an attachment, it may not even have heard.
+            self._execs.forget_soon(record, exec_id)
+            raise
 
     async def _converse(
         self,

@@ -67,6 +67,7 @@ class Attachment:
         self.parked = False
         self.stdin_bytes = 0
         """How many the process was given."""
+        process.attached.add(self)
 
     @property
     def detached(self) -> bool:
@@ -121,7 +122,7 @@ class Attachment:
         except Unavailable:
             for fd in theirs:
                 os.close(fd)
-            self.close()
+            self._close_pipes()
             if await process.has_ended(within_s=JUST_ENDED_S):
                 return
             raise
@@ -129,7 +130,7 @@ class Attachment:
             # From here on the connection owns their ends, whatever happens.
             await shim.attach(process.row.exec_id, fields, theirs)
         except (FailedPrecondition, NotFound, Unavailable):
-            self.close()
+            self._close_pipes()
             if not await process.has_ended(within_s=JUST_ENDED_S):
                 raise
             # It ended at this moment, and that is no error.
@@ -290,7 +291,12 @@ class Attachment:
         self._wake()
 
     def close(self) -> None:
-        """Close our ends; harmless when repeated."""
+        """Close our ends, and leave; harmless when repeated."""
+        self._close_pipes()
+        self._process.attached.discard(self)
+        self._process.look_unused()
+
+    def _close_pipes(self) -> None:
         self._process.on_stdin_close.discard(self._let_reader_go)
         self._let_reader_go()
         self.close_stdin()

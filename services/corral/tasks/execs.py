@@ -6,7 +6,7 @@ They are started, signalled and waited for as init is: see lifecycle.
 import asyncio
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from signal import SIGKILL
 
 from corral.kernel.failpoint import failpoint
@@ -93,6 +93,10 @@ class Execs:
         process = None if task is None else task.processes.get(exec_id)
         if task is None or process is None or process.row.is_init:
             return
+        await self._delete(task, process, force=force)
+
+    async def _delete(self, task: Task, process: Process, *, force: bool) -> None:
+        exec_id = process.row.exec_id
         if process.row.status is Status.RUNNING:
             await self._end(task, process, force=force)
         async with process.lock:
@@ -108,6 +112,22 @@ class Execs:
         if not process.ended.is_set():
             # It was never started; whoever waits for it would wait for ever.
             process.release(Exit.unknown("deleted before it was started", exited_at_ns=time.time_ns()))
+
+    def forget_once_unused(self, task: Task, process: Process) -> None:
+        """Delete it in the background, once it has ended and no client is attached, or will be back to its attachment.
+
+        Its start writes that down.
+        """
+        process.row = replace(process.row, forget=True)
+        process.on_unused = lambda: self.registry.in_background(self._delete(task, process, force=False))
+        process.look_unused()
+
+    def forget_unused(self) -> None:
+        """The same for those of which an earlier program has written it down."""
+        for task in self.registry.of(None):
+            for process in tuple(task.processes.values()):
+                if process.row.forget:
+                    self.forget_once_unused(task, process)
 
     async def _end(self, task: Task, process: Process, *, force: bool) -> None:
         if not force:

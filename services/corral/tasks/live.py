@@ -25,19 +25,26 @@ STDIN = "stdin"
 OF_ONE_PROCESS = frozenset({"args", "terminal", "consoleSize"})
 
 
+def _nothing() -> None:
+    """It is kept."""
+
+
 class Process:
     """One process: its row as it is now, and its end, which any number may wait for.
 
     The row is written under the lock, so that moves reach the database in the order in which they happened.
     streams: copies of what its shim has open of it, for the shim that may have to come after that.
+    attached: the clients that are, and those that will be back; on_unused is called when it has ended and none is left.
     """
 
-    __slots__ = ("ended", "forgotten", "lock", "on_stdin_close", "row", "streams")
+    __slots__ = ("attached", "ended", "forgotten", "lock", "on_stdin_close", "on_unused", "row", "streams")
 
     def __init__(self, row: ProcessRow) -> None:
         self.row = row
         self.streams: dict[str, int] = {}
         self.on_stdin_close: set[Callable[[], None]] = set()
+        self.attached: set[object] = set()
+        self.on_unused: Callable[[], object] = _nothing
         self.lock = asyncio.Lock()
         self.ended = asyncio.Event()
         self.forgotten: CorralError | None = None
@@ -72,6 +79,11 @@ class Process:
         self.let_go(STDIN)
         for tell in tuple(self.on_stdin_close):
             tell()
+
+    def look_unused(self) -> None:
+        """To be called when it has ended, and when a client has left."""
+        if self.ended.is_set() and not self.attached:
+            self.on_unused()
 
     def let_go(self, *names: str) -> None:
         """Close copies of streams: those named, or all."""
@@ -138,6 +150,7 @@ class Process:
                 self.row = row
                 self.ended.set()
                 self.let_go()
+                self.look_unused()
             log.info("task.exited", **self._facts(), code=how.code, **({"reason": how.reason} if how.reason else {}))
             failpoint("tasks.exited.after_row")
 

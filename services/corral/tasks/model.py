@@ -126,6 +126,8 @@ class ProcessRow:
     # Whether its stdin is open at all, and whether it ends with the client that sent it.
     stdin: bool = False
     stdin_once: bool = False
+    # Whether it is forgotten as soon as it has ended, and nobody is attached.
+    forget: bool = False
     started_at_ns: int | None = None
     exit: Exit | None = None
 

@@ -27,6 +27,7 @@ from corral.tasks.checking import Checker
 from corral.tasks.config import TasksConfig
 from corral.tasks.execs import Execs
 from corral.tasks.lifecycle import Tasks
+from corral.tasks.live import Process, Task
 from corral.tasks.logs import stream_log
 from corral.tasks.model import TaskKey, mapping
 from corral.tasks.parking import Parked, Parking
@@ -114,6 +115,7 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
         self._tasks = tasks
         self._execs = execs
         self._parking = Parking(tasks.registry)
+        execs.forget_unused()  # whoever is parked will be back
         self._checker = checker
         self._database = database
 
@@ -199,14 +201,12 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
         if header.resume:
             attachment = self._parking.take(header.resume, task.row.key, header.exec_id)
         else:
-            attachment = await Attachment.open(task, process, wanted)
+            attachment = await self._opened(header, task, process)
         stopping = asyncio.Event()
-        if header.resumable:
-            only_follows(partial(_park, attachment, stopping))
         with ExitStack() as held:
             held.enter_context(attachment)
-            if header.start and not header.resume:
-                await self._start_attached(header)
+            if header.resumable:
+                only_follows(partial(_park, attachment, stopping))
             await context.write(pb.AttachResponse(attached=translate.attached(process.row)))
             feeding = asyncio.create_task(self._feed(request_iterator, attachment, header))
             how = None
@@ -220,8 +220,6 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
                 feeding.cancel()
                 await asyncio.gather(feeding, return_exceptions=True)
             if how is not None:
-                if header.forget:
-                    self._forget_soon(header)
                 await context.write(pb.AttachResponse(exited=translate.exit_status(how)))
             elif attachment.parked:
                 held.pop_all()
@@ -231,17 +229,23 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
         if stopping.is_set():
             raise asyncio.CancelledError
 
-    async def _start_attached(self, header: pb.AttachHeader) -> None:
+    async def _opened(self, header: pb.AttachHeader, task: Task, process: Process) -> Attachment:
+        """Attached, and started if that is wanted; an exec that is not, and is to be forgotten, is so at once."""
+        if header.forget and header.exec_id:
+            self._execs.forget_once_unused(task, process)
         try:
-            await self._tasks.start(_key(header.id), header.exec_id)
-        except CorralError:
-            if header.forget:
-                self._forget_soon(header)
+            attachment = await Attachment.open(task, process, translate.wanted(header))
+            try:
+                if header.start:
+                    await self._tasks.start(task.row.key, header.exec_id)
+            except BaseException:
+                attachment.close()
+                raise
+        except BaseException:
+            if header.forget and header.start:  # one that runs by now is not deleted
+                self._registry.in_background(self._execs.delete(task.row.key, header.exec_id, force=False))
             raise
-
-    def _forget_soon(self, header: pb.AttachHeader) -> None:
-        """The client need not wait for that."""
-        self._registry.in_background(self._execs.delete(_key(header.id), header.exec_id, force=False))
+        return attachment
 
     async def _feed(
         self, requests: AsyncIterator[pb.AttachRequest], attachment: Attachment, header: pb.AttachHeader

@@ -42,11 +42,13 @@ MIGRATIONS = (
         FOREIGN KEY (namespace, task_id) REFERENCES tasks (namespace, id) ON DELETE CASCADE
     ) STRICT, WITHOUT ROWID
     """,
+    "ALTER TABLE processes ADD COLUMN forget INTEGER NOT NULL DEFAULT 0",
 )
 
 _TASK_COLUMNS = "namespace, id, created_at_ns, shim_pid, shim_start_time, create_request, log, cgroup_paths, labels"
 _PROCESS_COLUMNS = (
-    "namespace, task_id, exec_id, status, pid, start_time, args, terminal, stdin, stdin_once, started_at_ns, exit"
+    "namespace, task_id, exec_id, status, pid, start_time, args, terminal, stdin, stdin_once, forget, started_at_ns,"
+    " exit"
 )
 
 
@@ -152,7 +154,7 @@ def load(snapshot: Snapshot) -> list[StoredTask]:
 
 def _insert_process(transaction: Transaction, process: ProcessRow) -> None:
     transaction.execute(
-        f"INSERT INTO processes ({_PROCESS_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",  # noqa: S608
+        f"INSERT INTO processes ({_PROCESS_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",  # noqa: S608
         (
             process.task.namespace,
             process.task.id,
@@ -164,6 +166,7 @@ def _insert_process(transaction: Transaction, process: ProcessRow) -> None:
             process.terminal,
             process.stdin,
             process.stdin_once,
+            process.forget,
             process.started_at_ns,
             None if process.exit is None else process.exit.to_json(),
         ),
@@ -174,13 +177,14 @@ def _move(transaction: Transaction, process: ProcessRow) -> bool:
     """Bring the row to process's state, if the table of moves allows it from the state that is stored."""
     allowed = json.dumps([int(status) for status in origins(process.status)])
     rows = transaction.execute(
-        "UPDATE processes SET status = ?, pid = ?, start_time = ?, started_at_ns = ?, exit = ?"
+        "UPDATE processes SET status = ?, pid = ?, start_time = ?, forget = ?, started_at_ns = ?, exit = ?"
         " WHERE namespace = ? AND task_id = ? AND exec_id = ?"
         " AND status IN (SELECT value FROM json_each(?)) RETURNING status",
         (
             process.status,
             process.pid,
             process.start_time,
+            process.forget,
             process.started_at_ns,
             None if process.exit is None else process.exit.to_json(),
             process.task.namespace,
@@ -234,6 +238,7 @@ def _process(row: Row) -> ProcessRow:
         terminal=bool(row["terminal"]),
         stdin=bool(row["stdin"]),
         stdin_once=bool(row["stdin_once"]),
+        forget=bool(row["forget"]),
         started_at_ns=row["started_at_ns"],
         exit=None if row["exit"] is None else Exit.from_json(row["exit"]),
     )
