@@ -169,14 +169,44 @@ async def test_a_network_leaves_nothing(lab: Lab, net: Calls) -> None:
 async def test_without_a_parent_containers_reach_one_another_only(lab: Lab, net: Calls) -> None:
     before = lab.links()
     made = await make(net, name="net", driver="macvlan")
-    assert made.interface in lab.links()
+    assert lab.links() == before, "the host takes no part in it"
+    assert made.interface in lab.pins
     a, b = await net.attach("a", "net"), await net.attach("b", "net")
     assert eventually(lambda: reaches(a.netns_path, address(b), within_s=0.5))
     assert not reaches(a.netns_path, OUTSIDE, within_s=0.3)
     for name in ("a", "b"):
         await net.detach(name)
     await net.remove("net")
-    assert eventually(lambda: lab.links() == before)
+    assert made.interface not in lab.pins
+
+
+async def test_a_network_without_a_parent_outlives_the_daemon_and_a_reboot(lab: Lab, net: Calls) -> None:
+    made = await make(net, name="net", driver="macvlan")
+    a = await net.attach("a", "net")
+    for reboot in (False, True):
+        lab.corrald.kill9()
+        if reboot:
+            remove_pinned(lab.place.state / "netns" / made.interface)
+        lab.corrald.start()
+        async with lab.calls() as again:
+            b = await again.attach(f"b{reboot}", "net")
+            if not reboot:
+                assert reaches(a.netns_path, address(b))
+            assert (await again.networks.Check(types_pb2.CheckRequest())).findings == []
+            await again.detach(b.id)
+
+
+async def test_a_network_whose_proof_was_cut_short_leaves_nothing_on_its_parent(lab: Lab, net: Calls) -> None:
+    before = lab.links()
+    lab.corrald.stop()
+    lab.corrald.start(environment={"CORRAL_FAILPOINTS": "network.create.after_probe=kill@1"})
+    async with lab.calls() as again:
+        with pytest.raises(CorralError):
+            await make(again, **DRIVERS["macvlan"].request())
+    lab.corrald.kill9()
+    lab.corrald.start()
+    assert eventually(lambda: len(lab.pins) == 8)
+    assert lab.links() == before
 
 
 async def make_on_vlan(net: Calls) -> str:

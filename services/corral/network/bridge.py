@@ -70,6 +70,9 @@ class BridgeDriver:
         self._firewall.add(network, others)
         return not network.internal and switch_on_forwarding(ipv6=network.ipv6)
 
+    def stands(self, network: Network) -> bool:
+        return link_exists(network.bridge)
+
     def remove(self, netlink: "Netlink", network: Network) -> None:
         """Remove the bridge if we made it, and what the firewall knows of it; no error for what is gone."""
         netlink.delete_own(network.bridge, owner(network))

@@ -9,9 +9,10 @@ from corral.network import store
 from corral.network.cni.attachments import CniAttachments
 from corral.network.endpoints import Endpoints
 from corral.network.firewall import Firewall
-from corral.network.links import NetlinkThread, link_exists
+from corral.network.links import NetlinkThread
 from corral.network.model import Endpoint, EndpointKey, EndpointState, Network, NetworkState
 from corral.network.networks import Networks
+from corral.network.ownership import seclusions
 from corral.network.pool import NetnsPool
 from corral.network.recovery import Reconciler
 from corral.rpc.blocking import run_blocking
@@ -52,7 +53,7 @@ class Checker:
         pinned, ready = self.pool.pinned()
         keys = self.endpoints.files.found()
         endpoints = self.db.read_sync(store.endpoints)
-        used = {endpoint.netns for endpoint in endpoints}
+        used = {endpoint.netns for endpoint in endpoints} | seclusions(self.db.read_sync(store.networks))
         found = [
             Found(
                 f"network namespace {self.pool.path(name)}",
@@ -131,7 +132,7 @@ class Checker:
             if network.state is not NetworkState.READY:
                 problem = f"was left {network.state}"
                 found.append(Found(subject, problem, "repair removes it", partial(self._reconcile, network)))
-            elif not network.is_cni and not link_exists(network.lower):
+            elif not self.networks.stands(network):
                 what = "bridge" if network.is_bridge else "parent"
                 problem = f"has lost its {what} {network.lower}"
                 found.append(Found(subject, problem, "repair makes it anew", partial(self._reconcile, network)))

@@ -5,8 +5,8 @@
     build    what it needs on the host; again at every start, and to mend it
     remove   what build made; no error for what is gone
 
-Vocabulary: the *lower link* of a network is the host's link that its endpoints hang on: its bridge, or the parent of
-their macvlan or ipvlan links. It belongs to the network, and goes with it, only if it has the name in `Network.bridge`.
+Vocabulary: the *lower link* of a network is the link that its endpoints hang on: its bridge, or the parent of their
+macvlan or ipvlan links. It belongs to the network, and goes with it, only if it has the name in `Network.bridge`.
 
 Everything but check() runs on the netlink thread.
 """
@@ -41,6 +41,10 @@ class Driver(Protocol):
 
         Returns whether packet forwarding had to be switched on. Raises FailedPrecondition, OSError.
         """
+        ...
+
+    def stands(self, network: Network) -> bool:
+        """Whether the lower link is there."""
         ...
 
     def remove(self, netlink: "Netlink", network: Network) -> None:

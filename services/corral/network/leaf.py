@@ -75,8 +75,8 @@ class Leaf:
         self._pool = NetnsPool(netns, config.netns_pool_size, files)
         drivers = (
             BridgeDriver(self._firewall),
-            SubLinkDriver(MACVLAN),
-            SubLinkDriver(IPVLAN),
+            SubLinkDriver(MACVLAN, self._pool),
+            SubLinkDriver(IPVLAN, self._pool),
             CniDriver(config.cni_bin_dirs),
         )
         self._cni = CniAttachments(self.db, config.cni_bin_dirs, self._pool.path)

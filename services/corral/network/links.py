@@ -78,6 +78,7 @@ class InterfacePlan:
     gateways: Sequence[Address]  # of default routes
     versions_by_link: Sequence[int] = ()  # IP versions whose default route has no gateway
     sublink: SubLink | None = None
+    secluded: bool = False  # whether the parent is in a namespace of its own
     isolated: bool = False  # from other such ends on the same bridge
     receive_bps: int = 0  # what the inner end may receive and send; 0: no limit
     send_bps: int = 0

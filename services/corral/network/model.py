@@ -85,8 +85,14 @@ class Network:
         return self.driver == CNI_DRIVER
 
     @property
+    def is_secluded(self) -> bool:
+        """Whether the link that its endpoints hang on is in a namespace of its own, pinned under the name in `bridge`:
+        a network that not even the host is in."""
+        return bool(self.bridge) and not self.is_bridge and not self.is_cni and not self.options.get("parent")
+
+    @property
     def lower(self) -> str:
-        """The host's link that its endpoints hang on; ours if it has the name in `bridge`."""
+        """The link that its endpoints hang on; ours if it has the name in `bridge`."""
         return self.bridge if self.is_bridge else self.options.get("parent", "") or self.bridge
 
 

@@ -16,7 +16,7 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -97,12 +97,7 @@ class Netlink:
     @staticmethod
     def path_inside(netns: Path, address: Address) -> PathTaken | None:
         """The same from inside a namespace. Raises OSError."""
-
-        def work() -> PathTaken | None:
-            with contextlib.closing(Netlink()) as netlink:
-                return netlink.path_to(address)
-
-        return in_namespace(netns, work)
+        return _inside(netns, lambda netlink: netlink.path_to(address))
 
     def default_mtu(self) -> int:
         """The MTU of the interface with the default route; 1500 without one."""
@@ -187,9 +182,6 @@ class Netlink:
         Raises OSError(ENODEV) if the bridge is missing, EEXIST if a name is taken.
         """
         with _namespace_fd(netns) as fd:
-            if plan.sublink is not None:
-                self._requests.ask(rtnetlink.new_sublink(plan, plan.sublink, index_of(plan.bridge), fd))
-                return
             self._requests.ask(rtnetlink.new_veth(plan, index_of(plan.bridge), fd))
         if plan.isolated:
             self.isolate(plan.host_name)
@@ -197,24 +189,33 @@ class Netlink:
             index, what = index_of(plan.host_name), f"limit what {plan.host_name} sends"
             self._requests.ask(rtnetlink.limit_rate(index, plan.receive_bps, what))
 
+    def plug_sublink(self, plan: InterfacePlan, kind: SubLink, netns: Path, seclusion: Path | None = None) -> None:
+        """Make a link of a parent, which may be in another namespace than this, inside a namespace.
+
+        Raises OSError: ENODEV without the parent, EEXIST if the name is taken, EOPNOTSUPP if the kernel lacks the kind,
+        EBUSY and others if the parent does not take it.
+        """
+
+        def work(netlink: Netlink) -> None:
+            with _namespace_fd(netns) as fd:
+                netlink._requests.ask(rtnetlink.new_sublink(plan, kind, index_of(plan.bridge), fd))
+
+        if seclusion is None:
+            work(self)
+        else:
+            _inside(seclusion, work)
+
     def isolate(self, host_name: str) -> None:
         """Let it reach the bridge itself only. Raises OSError(ENODEV)."""
         self._requests.ask(rtnetlink.isolate(index_of(host_name), f"isolate {host_name}"))
 
-    def try_sublink(self, kind: SubLink, parent: str) -> None:
-        """Make such a link, and delete it. Raises OSError: EOPNOTSUPP if the kernel lacks the kind, EBUSY and others
-        if the parent does not take it."""
-        name = f"crltry{os.getpid() % 10**7}"
-        plan = InterfacePlan(name, "", parent, "", 0, (), ())
-        self._requests.ask(rtnetlink.new_sublink(plan, kind, index_of(parent), None))
-        self.delete_link(name)
-
-    def ensure_cable(self, name: str, peer: str) -> None:
-        """A pair of links of this namespace, both up, where it is not there; with either goes the other."""
-        if not link_exists(name):
-            self._requests.ask(rtnetlink.new_cable(name, peer))
-        for each in (name, peer):
-            self._requests.ask(rtnetlink.set_link(index_of(each), up=True, what=f"set {each} up"))
+    @staticmethod
+    def lay_cable(name: str, peer: str) -> None:
+        """A pair of links, both up, in the calling thread's namespace."""
+        with contextlib.closing(rtnetlink.Requests()) as requests:
+            requests.ask(rtnetlink.new_cable(name, peer))
+            for each in (name, peer):
+                requests.ask(rtnetlink.set_link(index_of(each), up=True, what=f"set {each} up"))
 
     def make_vlan(self, name: str, owner: Owner, parent: str, tag: int) -> None:
         """A tagged network on a link, up; this host itself takes no part in it.
@@ -234,12 +235,7 @@ class Netlink:
     @staticmethod
     def delete_inside(netns: Path, name: str) -> None:
         """Delete a link inside a namespace; no error if there is none."""
-
-        def work() -> None:
-            with contextlib.closing(Netlink()) as netlink:
-                netlink.delete_link(name)
-
-        in_namespace(netns, work)
+        _inside(netns, lambda netlink: netlink.delete_link(name))
 
     def unplug(self, host_name: str) -> bool:
         """Cut the pair off the bridge at once; False if it is gone already. It is deleted with its namespace."""
@@ -266,12 +262,11 @@ class Netlink:
     def configure_inside(netns: Path, plans: Sequence[InterfacePlan]) -> None:
         """Configure the inner ends of plugged pairs, inside their namespace. Raises OSError."""
 
-        def work() -> None:
-            with contextlib.closing(Netlink()) as netlink:
-                for plan in plans:
-                    netlink.configure(plan)
+        def work(netlink: Netlink) -> None:
+            for plan in plans:
+                netlink.configure(plan)
 
-        in_namespace(netns, work)
+        _inside(netns, work)
 
     def configure(self, plan: InterfacePlan) -> None:
         """Give the inner end its addresses and routes, and set it up. For a Netlink inside the namespace."""
@@ -293,13 +288,12 @@ class Netlink:
     def reroute_inside(netns: Path, plans: Sequence[InterfacePlan]) -> None:
         """Set the default routes of interfaces that are there, inside their namespace. Raises OSError."""
 
-        def work() -> None:
-            with contextlib.closing(Netlink()) as netlink:
-                for plan in plans:
-                    if plan.gateways or plan.versions_by_link:
-                        netlink.reroute(plan)
+        def work(netlink: Netlink) -> None:
+            for plan in plans:
+                if plan.gateways or plan.versions_by_link:
+                    netlink.reroute(plan)
 
-        in_namespace(netns, work)
+        _inside(netns, work)
 
     def reroute(self, plan: InterfacePlan) -> None:
         """Give the inner end, which is up, its default routes. For a Netlink inside the namespace."""
@@ -338,6 +332,16 @@ class Netlink:
                 if header["type"] == NLMSG_DONE:
                     return found, torn
                 found.append(answer)
+
+
+def _inside[T](netns: Path, work: Callable[[Netlink], T]) -> T:
+    """Run work inside a namespace with a Netlink of there. Raises OSError."""
+
+    def enter() -> T:
+        with contextlib.closing(Netlink()) as netlink:
+            return work(netlink)
+
+    return in_namespace(netns, enter)
 
 
 class _Outcome:

@@ -19,7 +19,7 @@ from corral.network.allocations import Allocations
 from corral.network.config import NetworkConfig
 from corral.network.driver import Driver
 from corral.network.ipam import Subnet
-from corral.network.links import NetlinkThread, Route, link_exists
+from corral.network.links import NetlinkThread, Route
 from corral.network.model import (
     BRIDGE_DRIVER,
     BUILTIN_NAMESPACE,
@@ -259,6 +259,10 @@ class Networks:
         """Whether it is known to have stood in the kernel since this process began."""
         return network.id in self._built
 
+    def stands(self, network: Network) -> bool:
+        """Whether the link that its endpoints hang on is there."""
+        return self.driver_of(network).stands(network)
+
     def build_anew(self, netlink: "Netlink", network: Network) -> None:
         """Mend what stood. On the netlink thread."""
         self._build(netlink, network)
@@ -266,7 +270,7 @@ class Networks:
     def build_missing(self, netlink: "Netlink", networks: Iterable[Network]) -> None:
         """Make sure that these stand in the kernel. On the netlink thread."""
         for network in networks:
-            if network.id not in self._built or not (network.is_cni or link_exists(network.lower)):
+            if network.id not in self._built or not self.stands(network):
                 self._build(netlink, network)
 
     async def remove(self, namespace: str, name: str) -> None:

@@ -4,6 +4,8 @@ A link is made under a name that its network alone has. One request gives it the
 alias that says whose it is: a link with neither is somebody else's, whatever its name, and nothing here deletes it.
 """
 
+from collections.abc import Iterable
+
 from corral.network.links import Owner
 from corral.network.model import Network
 
@@ -19,3 +21,8 @@ def name_for(network_id: str) -> str:
 def owner(network: Network) -> Owner:
     """How the link of a network is known."""
     return Owner(name_for(network.id), f"corral network {network.id}")
+
+
+def seclusions(networks: Iterable[Network]) -> set[str]:
+    """The names under which namespaces are pinned that these networks have for themselves."""
+    return {network.bridge for network in networks if network.is_secluded}

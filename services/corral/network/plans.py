@@ -37,6 +37,7 @@ def interface_plans(endpoint: Endpoint) -> list[InterfacePlan]:
                 gateways=[] if by_link else [gateway for _, gateway in first],
                 versions_by_link=[version for version, _ in first] if by_link else [],
                 sublink=None if network.is_bridge else sublinks.sublink(network),
+                secluded=network.is_secluded,
                 isolated=network.is_bridge and not network_options.may_talk(network),
                 receive_bps=attachment.receive_bps,
                 send_bps=attachment.send_bps,

@@ -11,7 +11,7 @@ import socket
 import struct
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import structlog
@@ -129,6 +129,17 @@ class NetnsPool:
         create_pinned(f"{self.directory}/{name}", _prepare)
         self._add_files(name)
         return name
+
+    def make_kept(self, name: str, prepare: Callable[[], object]) -> None:
+        """A namespace under a name of its own, which stays until it is discarded; `prepare` runs inside first, so that
+        what is pinned is whole. Raises OSError."""
+        remove_pinned(f"{self.directory}/{name}")  # of a process that died before it was
+
+        def inside() -> None:
+            _prepare()
+            prepare()
+
+        create_pinned(f"{self.directory}/{name}", inside)
 
     def _add_files(self, name: str) -> None:
         if self._files is not None:

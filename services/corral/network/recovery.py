@@ -29,6 +29,7 @@ from corral.network.links import link_exists
 from corral.network.model import Endpoint, EndpointState, Interface, Network, NetworkState
 from corral.network.network_options import may_talk
 from corral.network.networks import Networks
+from corral.network.ownership import seclusions
 from corral.network.pool import NetnsPool, is_pinned
 from corral.network.publishing import Publishing
 from corral.rpc.errors import CorralError
@@ -56,7 +57,8 @@ def sweep(db: Database, pool: NetnsPool, files: FileStore) -> Sequence[Endpoint]
     endpoints = db.read_sync(store.endpoints)
     half = [endpoint for endpoint in endpoints if endpoint.state is EndpointState.ATTACHING]
     ready = [endpoint for endpoint in endpoints if endpoint.state is EndpointState.READY]
-    namespaces = pool.sweep({endpoint.netns for endpoint in ready})
+    apart = seclusions(db.read_sync(store.networks))
+    namespaces = pool.sweep(apart | {endpoint.netns for endpoint in ready})
     stale_files = files.sweep({endpoint.key for endpoint in ready})
     if half:
         db.write_sync(lambda transaction: _delete_rows(transaction, half))

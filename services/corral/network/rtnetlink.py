@@ -190,11 +190,11 @@ def new_veth(plan: InterfacePlan, master: int, netns_fd: int) -> Request:
     return Request(_NEWLINK, _MAKE, body, f"add veth {plan.host_name} to {plan.bridge}")
 
 
-def new_sublink(plan: InterfacePlan, kind: SubLink, parent: int, netns_fd: int | None) -> Request:
-    """A macvlan or ipvlan link of a parent, in a namespace or, down, here."""
+def new_sublink(plan: InterfacePlan, kind: SubLink, parent: int, netns_fd: int) -> Request:
+    """A macvlan or ipvlan link of a parent, in a namespace."""
     mac = _mac(plan.mac) if plan.mac else b""
     mtu = _mtu(plan.mtu) if plan.mtu else b""
-    netns = b"" if netns_fd is None else _attribute(_NET_NS_FD, _WORD.pack(netns_fd))
+    netns = _attribute(_NET_NS_FD, _WORD.pack(netns_fd))
     if kind.kind == "macvlan":
         data = _attribute(_MACVLAN_MODE, _WORD.pack(kind.mode))
     else:

@@ -89,12 +89,19 @@ class Standing:
         for plan in plans:
             if link_exists(plan.host_name):  # of an earlier life, in a namespace that somebody still holds
                 netlink.delete_link(plan.host_name)
-            netlink.plug(plan, path)
+            self._plug(netlink, plan, path)
             failpoint("network.attach.after_plug")
         self.make_inside(endpoint)  # sysctls find the interfaces there, and not yet up
         netlink.configure_inside(path, plans)
         if endpoint.ports:
             self._publishing.open(netlink, endpoint, endpoint.ports)
+
+    def _plug(self, netlink: "Netlink", plan: InterfacePlan, path: Path) -> None:
+        if plan.sublink is None:
+            netlink.plug(plan, path)
+        else:
+            seclusion = self._pool.path(plan.bridge) if plan.secluded else None
+            netlink.plug_sublink(plan, plan.sublink, path, seclusion)
 
     async def mend(self, endpoint: Endpoint) -> None:
         """Make those of its links that are not there, in the namespace that is."""
@@ -107,7 +114,7 @@ class Standing:
         path = self._pool.path(endpoint.netns)
         plans = [plan for plan in interface_plans(endpoint) if not _is_plugged(netlink, plan, path)]
         for plan in plans:
-            netlink.plug(plan, path)
+            self._plug(netlink, plan, path)
             failpoint("network.connect.after_plug")
         netlink.configure_inside(path, plans)
 

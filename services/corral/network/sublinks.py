@@ -2,7 +2,8 @@
 
     -o parent=eth0       a link that is there, and stays; another network cannot have it too
     -o parent=eth0.10    made as VLAN 10 of eth0 where it is not there, and removed with the network
-    no parent            one end of a cable that leads nowhere: its containers reach one another only
+    no parent            one end of a cable that leads nowhere, in a namespace that nobody is in: its containers reach
+                         one another only, and the host's stack gets no frame of theirs
 
 Containers are hosts of the parent's network, beside this one: no port of the host is published, nothing masqueraded,
 nothing filtered here, and the host itself does not reach them. Names are those that their name servers know.
@@ -13,13 +14,15 @@ Source: docs.docker.com, "Macvlan network driver", "IPvlan network driver"; kern
 import errno
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from corral.network import network_options as options
 from corral.network import subnets
-from corral.network.links import SubLink, link_exists
+from corral.network.links import InterfacePlan, SubLink, link_exists
 from corral.network.model import Network, NetworkSpec
 from corral.network.ownership import owner
+from corral.network.pool import NetnsPool, is_pinned
 from corral.rpc.errors import FailedPrecondition, InvalidArgument
 from corral.store import failpoint
 
@@ -27,7 +30,8 @@ if TYPE_CHECKING:
     from corral.network.netlink import Netlink
 
 MACVLAN, IPVLAN = "macvlan", "ipvlan"
-_PEER_PREFIX = "crp"  # where ours has "crl": of the other end of a cable
+_CABLE_END = "end"
+_PROBE = "probe"
 
 
 def sublink(network: Network) -> SubLink:
@@ -60,6 +64,7 @@ class SubLinkDriver:
     """See the module."""
 
     name: str
+    pool: NetnsPool
 
     def check(self, spec: NetworkSpec) -> NetworkSpec:
         options.refuse_unknown(spec, *_KNOWN[self.name])
@@ -77,7 +82,7 @@ class SubLinkDriver:
 
     def prove(self, netlink: "Netlink", network: Network) -> None:
         """By making such a link, and deleting it."""
-        made = not link_exists(network.lower)
+        made = not self.stands(network)
         try:
             self._ensure_lower(netlink, network)
             self._try(netlink, network)
@@ -88,9 +93,28 @@ class SubLinkDriver:
 
     def _try(self, netlink: "Netlink", network: Network) -> None:
         try:
-            netlink.try_sublink(sublink(network), network.lower)
+            self._probe(netlink, network)
         except OSError as e:
             raise _refusal(network, e) from e
+
+    def _probe(self, netlink: "Netlink", network: Network) -> None:
+        """In a namespace that the next start sweeps away, should this process die."""
+        namespace = self.pool.make()
+        path = self.pool.path(namespace)
+        try:
+            plan = InterfacePlan(_PROBE, "", network.lower, "", 0, (), ())
+            netlink.plug_sublink(plan, sublink(network), path, self._seclusion(network))
+            failpoint("network.create.after_probe")
+            netlink.delete_inside(path, _PROBE)  # at once: some parents carry but one
+        finally:
+            self.pool.discard(namespace)
+
+    def _seclusion(self, network: Network) -> Path | None:
+        return self.pool.path(network.bridge) if network.is_secluded else None
+
+    def stands(self, network: Network) -> bool:
+        path = self._seclusion(network)
+        return link_exists(network.lower) if path is None else is_pinned(path)
 
     def build(self, netlink: "Netlink", network: Network, others: Sequence[Network]) -> bool:
         self._ensure_lower(netlink, network)
@@ -98,8 +122,9 @@ class SubLinkDriver:
         return False
 
     def _ensure_lower(self, netlink: "Netlink", network: Network) -> None:
-        if network.lower == network.bridge and not network.options.get(options.PARENT):
-            netlink.ensure_cable(network.bridge, f"{_PEER_PREFIX}{network.bridge[len(_PEER_PREFIX) :]}")
+        if network.is_secluded:
+            if not self.stands(network):
+                self.pool.make_kept(network.bridge, lambda: netlink.lay_cable(network.bridge, _CABLE_END))
             return
         vlan = options.vlan(network.lower, link_exists)
         if vlan is not None and network.lower == network.bridge:
@@ -124,7 +149,9 @@ class SubLinkDriver:
             raise FailedPrecondition(f"parent {network.lower} cannot be made: {why}", reason="NO_PARENT") from e
 
     def remove(self, netlink: "Netlink", network: Network) -> None:
-        if network.lower == network.bridge:
+        if network.is_secluded:
+            self.pool.discard(network.bridge)
+        elif network.lower == network.bridge:
             netlink.delete_own(network.bridge, owner(network))
         failpoint("network.remove.after_bridge")
 

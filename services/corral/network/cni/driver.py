@@ -59,5 +59,8 @@ class CniDriver:
     def build(self, netlink: "Netlink", network: Network, others: Sequence[Network]) -> bool:
         return False
 
+    def stands(self, network: Network) -> bool:
+        return True
+
     def remove(self, netlink: "Netlink", network: Network) -> None:
         """There is nothing; what its plugins have made on the host, a bridge say, is theirs and may be shared."""
