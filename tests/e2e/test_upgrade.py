@@ -158,6 +158,36 @@ def test_whoever_only_reads_goes_on_too(box: Corrald, interactive: bool) -> None
     assert (first + rest).split() == [b"%d" % n for n in range(300)]
 
 
+def test_a_container_that_removes_itself_and_ends_during_an_upgrade_is_read_first(box: Corrald, name: str) -> None:
+    """The upgrade waits for a call that takes its time; who reads the container was sent away before that."""
+    script = "while ! test -e /end; do usleep 20000; done; echo bye; exit 7"
+    with box.client() as client, box.client() as other:
+        client.containers.run("busybox", ["sleep", "1000"], name=name)
+        exec_ = threading.Thread(target=lambda: other.containers.exec(name, ["sleep", "4"]))
+        exec_.start()
+        with command(box, "run", "--rm", "--name", f"{name}-read", "busybox", "sh", "-c", script) as run:
+            while not (pid := next((c.pid for c in client.containers.list() if c.name == f"{name}-read"), 0)):
+                time.sleep(0.05)
+            ready, begun = len(box.events("daemon.ready")), len(box.events("daemon.upgrading"))
+            box.processes[list(box.processes)[-1]].send_signal(signal.SIGUSR2)
+            deadline = time.monotonic() + 30 * PATIENCE
+            while len(box.events("daemon.upgrading")) == begun:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            time.sleep(0.5)
+            assert len(box.events("daemon.ready")) == ready
+            Path(f"/proc/{pid}/root/end").touch()
+            assert run.stdout is not None
+            assert run.stdout.read() == b"bye\n"
+            assert run.wait(30) == 7
+        exec_.join()
+        deadline = time.monotonic() + 20 * PATIENCE
+        while any(c.name == f"{name}-read" for c in client.containers.list(all=True)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        client.containers.remove(name, force=True)
+
+
 def test_who_waits_and_who_follows_the_log_or_the_journal_goes_on(box: Corrald, name: str) -> None:
     lines = "i=0; while [ $i -lt 400 ]; do echo line $i; i=$((i+1)); usleep 20000; done; exit 5"
     with box.client() as client:

@@ -157,6 +157,8 @@ class Core:
     backoffs: dict[Key, asyncio.Task[Any]] = field(default_factory=dict)
     # Streams of output that are being passed on, by container.
     attached: dict[Key, set[asyncio.Task[Any]]] = field(default_factory=dict)
+    # What a next program would find to be done as well is not begun any more.
+    is_stopping: bool = False
     # Called with a record after its exit was written. Set once, by whoever acts on exits.
     on_exit: Callable[[ContainerRecord], None] = lambda _: None
     # Called with the record of one that has ended and, against expectation, is not to run again.

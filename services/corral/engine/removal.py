@@ -17,6 +17,7 @@ from corral.api.network.v1.network_pb2 import DetachRequest
 from corral.api.tasks.v1.tasks_pb2 import DeleteTaskRequest, KillRequest
 from corral.api.types.v1.types_pb2 import ExitStatus
 from corral.engine import bounded_volumes, image_mounts, store, volume_rows
+from corral.engine.absence import RETURN_S
 from corral.engine.core import Core, apply_exit, lost_exit
 from corral.engine.leaves import persistently
 from corral.engine.records import ALIVE, ContainerRecord, Status
@@ -29,8 +30,8 @@ log = structlog.get_logger()
 
 SIGKILL = 9
 RETRY_FIRST_S, RETRY_MOST_S = 0.5, 30.0
-# How long a container that removes itself waits for clients that still read its output.
-ATTACHED_GRACE_S = 10.0
+# How long a container that removes itself waits for clients that still read its output, or will be back for it.
+ATTACHED_GRACE_S = RETURN_S + 10.0
 
 
 class Removal:
@@ -184,6 +185,8 @@ class Removal:
             async with asyncio.timeout(ATTACHED_GRACE_S):
                 while readers := self._core.attached.get((record.namespace, record.id)):
                     await asyncio.wait(set(readers))
+        if self._core.is_stopping:
+            return  # those whom an upgrade has sent away come back to the next program, which finds it ended
         try:
             with in_namespace(record.namespace):
                 await self._delete(record, force=True, volumes=True)

@@ -145,6 +145,8 @@ class EngineService:
 
     async def stop(self) -> None:
         """Let changes finish, stop following the leaves, close the database."""
+        if self._core is not None:
+            self._core.is_stopping = True
         if self._streams is not None:
             self._streams.close()
         if self._exporter is not None:

@@ -103,12 +103,21 @@ class Streams:
         if message.header.resume:
             self._absences.end((record.namespace, record.id))
         parking = asyncio.Event()
-        if message.header.resumable:
-            only_follows(parking.set)
+
+        def park() -> None:
+            self._core.is_stopping = True
+            parking.set()
+
+        begins = message.header.resumable and message.header.start
+        if message.header.resumable and not begins:
+            only_follows(park)
         sending = asyncio.ensure_future(_send(call, message.SerializeToString(), requests, parking))
         try:
             # Not "async for": gRPC does not allow it beside write().
             while isinstance(response := await call.read(), bytes):
+                if begins:  # whoever is cut off before that can't ask for it again
+                    begins = False
+                    only_follows(park)
                 await context.write(response)
         except Unavailable as e:
             if message.header.resumable and e.reason == UNSERVED:

@@ -4,6 +4,7 @@ Their pipes are kept, with all that is in them and all that comes, until they ar
 """
 
 import asyncio
+import os
 import secrets
 from dataclasses import dataclass
 
@@ -74,6 +75,8 @@ class Parking:
             task = self._registry.get(key)
             process = task.process(exec_id)
         except CorralError:
+            for fd in kept.fds.values():
+                os.close(fd)
             return
         attachment = Attachment.again(task, process, wanted, kept.fds, int(facts["stdin_bytes"]))
         self._keep(str(facts["token"]), Parked(key, exec_id, wanted, attachment))
