@@ -313,6 +313,7 @@ def test_a_program_that_ends_early_holds_up_no_container(box: Corrald, name: str
         ("journald", (), "socket"),
         ("json-file", ("mode=blocking",), "no container of corral waits for its log"),
         ("json-file", ("compress=true",), "no option 'compress'"),
+        ("syslog", ("max-buffer-size=1g",), "give 64m or less"),
         ("json-file", ("max-file=many",), "max-file"),
         ("json-file", ("labels-regex=(",), "no regular expression"),
         ("splunk", (), "'splunk' is not known"),

@@ -170,3 +170,19 @@ def test_an_heir_kills_who_has_had_its_time_while_there_was_no_shim(shop: Worksh
     keeper.let_go()
     exited = heir.wait()
     assert (exited["code"], exited["signal"], exited["timed_out"]) == (137, 9, True)
+
+
+def test_who_was_killed_in_time_has_not_timed_out_however_late_that_is_told(shop: Workshop) -> None:
+    shim = shop.spawn("sleep", "1000")
+    pid = shim.create(timeout_ns=600_000_000)
+    keeper = Keeper(shim)
+    shim.start()
+    started_at_ns = time.time_ns()
+    kill(shim)
+    os.kill(pid, signal.SIGKILL)
+    time.sleep(0.8)
+    heir = heir_of(shop, shim)
+    keeper.hand_over(heir, started_at_ns=started_at_ns, timeout_ns=600_000_000)
+    keeper.let_go()
+    exited = heir.wait()
+    assert (exited["code"], exited["signal"], exited["timed_out"]) == (137, 9, False)

@@ -2,13 +2,14 @@
 
 import json
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from corral.shim.logs import FileLog, LogFile
-from corral.shim.spool import MARK, Spool
+from corral.shim.spool import KEPT, MARK, Spool
 
 LINES = b"".join(b"line %d\n" % number for number in range(1000))
 
@@ -81,3 +82,43 @@ def texts(path: Path, driver: str, stamped: int) -> list[bytes]:
     if driver == "cri":
         return [line[stamped + len(b" stdout F ") :] for line in lines]
     return [json.loads(line)["log"].encode() for line in lines]
+
+
+def waiting(directory: int, size: int) -> Spool:
+    """A spool that so much waits in, and nothing was logged of."""
+    spool = Spool(directory)
+    spool.begin("stdout", (0, 0))
+    reader, writer = os.pipe()
+    for _ in range(size // KEPT):
+        os.write(writer, bytes(KEPT))
+        assert len(spool.take("stdout", reader, KEPT, pipe=True)) == KEPT
+    os.close(reader)
+    os.close(writer)
+    return spool
+
+
+def test_what_waits_is_not_copied_for_the_sake_of_less_that_goes(tmp_path: Path, directory: int) -> None:
+    spool = waiting(directory, 32 * KEPT)
+    first = (tmp_path / "stdout.spool").stat().st_ino
+    copies = 0
+    for _ in range(31):
+        spool.logged("stdout", KEPT, (0, 0))
+        spool.tidy("stdout")
+        copies += (tmp_path / "stdout.spool").stat().st_ino != first
+        first = (tmp_path / "stdout.spool").stat().st_ino
+    assert 1 <= copies <= 6
+    assert len(spool.unlogged("stdout")) == KEPT
+    spool.close()
+
+
+def test_a_spool_that_a_full_disk_tears_is_given_up(tmp_path: Path, directory: int) -> None:
+    spool = waiting(directory, 4 * KEPT)
+    spool.logged("stdout", 2 * KEPT, (0, 0))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (KEPT, before[1]))  # as a disk that is nearly full: it takes a part
+    try:
+        spool.tidy("stdout")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not spool.kept
+    assert not (tmp_path / "stdout.spool").exists()

@@ -49,6 +49,7 @@ _ABOVE = {
 LOCAL_SYSLOG = "unix:///dev/log"
 SYSLOG_PORT = 514
 REACHED_S = 3.0
+MAX_BUFFER_BYTES = 64 << 20
 _SHORT_ID = 12
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _SIZE = re.compile(r"([0-9]+)\s*([bkmg]?)b?")
@@ -119,7 +120,11 @@ def _size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip().lower())
     if match is None or not int(match[1]):
         raise InvalidArgument(f"max-buffer-size {text!r} is no size: give 1m, say", reason="BAD_LOG")
-    return int(match[1]) * _UNITS[match[2]]
+    if (size := int(match[1]) * _UNITS[match[2]]) > MAX_BUFFER_BYTES:
+        raise InvalidArgument(
+            f"max-buffer-size {text!r} is too much memory for one log: give 64m or less", reason="BAD_LOG"
+        )
+    return size
 
 
 # syslog

@@ -1,6 +1,6 @@
 """Processes that another shim made, which was killed: their end, seen by who is not their parent.
 
-    pidfd readable --> PIDFD_GET_INFO (Linux >= 6.15) | exit.json, by the zygote | /proc/PID/stat of a zombie | unknown
+    pidfd readable --> exit.json, by the zygote | PIDFD_GET_INFO (Linux >= 6.15) | /proc/PID/stat of a zombie | unknown
 
 Whoever inherited the process reaps it, and only then does the kernel tell others how it ended.
 """
@@ -62,7 +62,7 @@ class EndWatch:
         written: Callable[[], Ended | None],
         on_end: Callable[[Ended], None],
     ) -> None:
-        """written: what somebody else has written down about the end, asked while the kernel does not tell."""
+        """written: what somebody else has written down about the end."""
         self._loop, self._handle, self._written, self._on_end = loop, handle, written, on_end
         self._give_up_at = 0.0
         if handle.pidfd < 0:
@@ -78,8 +78,9 @@ class EndWatch:
 
     def _ask(self) -> None:
         at_ns = time.time_ns()
-        status = self._told()
-        ended = Ended(status, at_ns) if status is not None else self._written()
+        ended = self._written()  # with the time of the end, which may be long ago
+        if ended is None and (status := self._told()) is not None:
+            ended = Ended(status, at_ns)
         if ended is not None:
             self._on_end(ended)
         elif time.monotonic() < self._give_up_at:

@@ -15,7 +15,8 @@ import struct
 from collections.abc import Mapping
 
 from corral.shim.logs import timestamp
-from corral.shim.sending import Piece, Refused
+from corral.shim.outbox import Refused
+from corral.shim.sending import Piece
 from corral.shim.spool import StreamName
 
 _PRIORITIES = {"stdout": b"6", "stderr": b"3"}

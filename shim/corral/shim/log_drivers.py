@@ -8,7 +8,8 @@ from corral.shim.journal import JournalFraming, JournalReceiver
 from corral.shim.log_options import Destination, LogOptions, ToJournal, ToSyslog
 from corral.shim.logs import FileLog, Log, LogFile, NoLog
 from corral.shim.loop import Loop
-from corral.shim.sending import PipingLog, Receiver, SendingLog
+from corral.shim.outbox import Receiver
+from corral.shim.sending import PipingLog, SendingLog
 from corral.shim.spool import Spool
 from corral.shim.syslog import SyslogFraming, SyslogReceiver
 

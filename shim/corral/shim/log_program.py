@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from corral.kernel import process
 from corral.shim.errors import ShimError
-from corral.shim.sending import Receiver
+from corral.shim.outbox import Receiver
 from corral.shim.spool import STREAMS, StreamName
 
 READY_S = 10.0

@@ -228,7 +228,9 @@ def _open(path: str) -> tuple[int, int, int]:
 class Log(Protocol):
     """Where a container's output is kept."""
 
-    dropped_bytes: int
+    @property
+    def dropped_bytes(self) -> int:
+        """Of the container's, that are not in it."""
 
     def take(self, stream: StreamName, fd: int, size: int, *, pipe: bool) -> bytes:
         """Read from a pipe or a terminal what is to be written next. Raises as os.read() does."""

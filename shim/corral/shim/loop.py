@@ -8,6 +8,8 @@ from collections.abc import Callable
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
 ERROR_ONLY = 0
 """The kernel reports EPOLLERR and EPOLLHUP unasked: who waits for nothing still learns that the peer is gone."""
+LONGEST_WAIT_S = 86_400.0
+"""epoll_wait(2) counts milliseconds in an int, which end after 24 days."""
 
 
 class Timer:
@@ -99,7 +101,7 @@ class Loop:
     def _timeout(self) -> float:
         while self._timers and self._timers[0][2].callback is None:
             heapq.heappop(self._timers)
-        return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else -1
+        return min(max(0.0, self._timers[0][0] - time.monotonic()), LONGEST_WAIT_S) if self._timers else -1
 
     def _run_timers(self) -> None:
         now = time.monotonic()

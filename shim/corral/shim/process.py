@@ -100,8 +100,8 @@ class ContainerProcess:
     ended: Ended | None = None
     exit: Exit | None = None
     drain_timer: Timer | None = None
-    timed_out: bool = False
-    """Its time is over: a SIGKILL that ends it was sent for that."""
+    overdue_since_ns: int | None = None
+    """When its time was over, once it is: a SIGKILL that ends it later was sent for that."""
     is_child: bool = True
     """Else another shim made it, and somebody else reaps it."""
     was_unattended: bool = False
@@ -178,8 +178,12 @@ class ContainerProcess:
             dropped_bytes=dropped_bytes,
             reason=failure.reason if failure else why if self.ended.status is not None else UNSEEN,
             known=failure is not None or self.ended.status is not None,
-            timed_out=self.timed_out and self.ended.signal == SIGKILL,
+            timed_out=self._has_timed_out(self.ended),
         )
+
+    def _has_timed_out(self, ended: Ended) -> bool:
+        overdue = self.overdue_since_ns is not None and ended.at_ns >= self.overdue_since_ns
+        return overdue and ended.signal == SIGKILL
 
     def reap(self) -> None:
         """Let the kernel forget the process; its end is known and on disk."""

@@ -184,15 +184,15 @@ class Shim:
         """Kill it once its time is over. What is left of that is told by the clock, as an heir can't know more."""
         if not self._timeout_ns or init.started_at_ns is None:
             return
-        left_ns = init.started_at_ns + self._timeout_ns - time.time_ns()
+        until_ns = init.started_at_ns + self._timeout_ns
 
         def time_is_over() -> None:
-            init.timed_out = True
+            init.overdue_since_ns = until_ns
             failpoint("shim.timeout.before_kill")
             if init.alive:
                 init.signal(signal.SIGKILL)
 
-        self.loop.call_later(max(0, left_ns) / 1e9, time_is_over)
+        self.loop.call_later(max(0, until_ns - time.time_ns()) / 1e9, time_is_over)
 
     def add_exec(self, request: Exec) -> Message:
         """Register a process to be started later, so that clients can attach before its first byte."""

@@ -13,6 +13,7 @@ What comes from a terminal, which splice(2) does not read, is in the spool only 
 """
 
 import contextlib
+import errno
 import os
 import struct
 from typing import Literal
@@ -117,9 +118,11 @@ class Spool:
 
     def tidy(self, stream: StreamName) -> None:
         """Let go of what is in the log, if it is much."""
-        if not self.kept or self._starts[stream] - self._bases[stream] < KEPT:
+        start = self._starts[stream]
+        # What waits is copied each time: it must be less than what goes, however much it is.
+        if not self.kept or start - self._bases[stream] < max(KEPT, self._ends[stream] - start):
             return
-        start, rest, name = self._starts[stream], self.unlogged(stream), _file(stream)
+        content, name = _BASE.pack(start) + self.unlogged(stream), _file(stream)
         try:
             fd = os.open(
                 f"{name}.new", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _MODE, dir_fd=self._directory
@@ -127,7 +130,8 @@ class Spool:
             old, self._fds[stream] = self._fds[stream], fd
             os.close(old)
             self._bases[stream] = start
-            os.pwrite(fd, _BASE.pack(start) + rest, 0)
+            if os.pwrite(fd, content, 0) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
             os.rename(f"{name}.new", name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         except OSError:
             self.give_up()

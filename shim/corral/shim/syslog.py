@@ -13,7 +13,8 @@ import socket
 import time
 from dataclasses import dataclass
 
-from corral.shim.sending import Piece, Refused
+from corral.shim.outbox import Refused
+from corral.shim.sending import Piece
 from corral.shim.spool import StreamName
 
 FACILITIES = (
