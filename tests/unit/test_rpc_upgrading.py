@@ -15,7 +15,7 @@ from corral.rpc import errors
 from corral.rpc.address import UnixAddress
 from corral.rpc.context import only_follows
 from corral.rpc.handover import hidden, make_waiting
-from corral.rpc.server import Host
+from corral.rpc.server import Host, Upgrade, serve
 
 
 class Slow:
@@ -57,6 +57,10 @@ def directory() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
+def there(directory: Path) -> list[Path]:
+    return [*directory.iterdir()]
+
+
 async def refusal(channel: grpc.aio.Channel, service: Slow, seconds: float) -> str:
     """Why the call was not answered."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -66,7 +70,9 @@ async def refusal(channel: grpc.aio.Channel, service: Slow, seconds: float) -> s
 
 
 async def handed_over(host: Host, grace_s: float) -> None:
-    for place in (await host.hand_over(host.make_places(), grace_s=grace_s)).values():
+    places = host.make_places()
+    await host.hand_over(places, grace_s=grace_s)
+    for place in places.values():
         place.close()
 
 
@@ -117,3 +123,28 @@ async def test_who_may_not_connect_to_the_socket_may_not_to_the_one_of_latecomer
             await asyncio.sleep(0.01)
     assert late.stat().st_mode & 0o777 == 0o600
     await host.stop(grace_s=0)
+
+
+async def test_who_is_asked_to_stop_in_the_middle_of_a_hand_over_stops(directory: Path) -> None:
+    service, stop, ready = Slow(), asyncio.Event(), asyncio.Event()
+    begun: list[bool] = []
+    upgrade = Upgrade(5, lambda: begun.append(True), lambda e: None, wanted=True)
+    address = UnixAddress(directory / "s")
+    serving = asyncio.ensure_future(
+        serve([service], addresses=[address], stop=stop, grace_s=0, upgrade=upgrade, on_ready=lambda _: ready.set())
+    )
+    await ready.wait()
+    async with asyncio.timeout(20), grpc.aio.insecure_channel(str(address)) as channel:
+        call = asyncio.ensure_future(answered(channel, service, 1))
+        await service.entered.wait()
+        stop.set()
+        while not begun:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        upgrade.wanted = False
+        assert await call == b"done"
+        assert await serving is None
+    assert not there(directory)
+
+
+async def answered(channel: grpc.aio.Channel, service: Slow, seconds: float) -> bytes:
+    return b"".join([each async for each in channel.unary_stream(f"/{service.full_name}/Take")(str(seconds).encode())])

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,28 +143,15 @@ async def host(hosting: Hosting) -> Mapping[Path, socket.socket] | None:
     loop = asyncio.get_running_loop()
     loop.slow_callback_duration = SLOW_CALLBACK_S
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, stop, number)
     upgrading = Upgrading(hosting.argv, stop, handover.generation, grace_s=daemon.upgrade_grace_s)
-    loop.add_signal_handler(SIGNAL, upgrading.on_signal)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [SIGNAL])
+    listen_to_signals(upgrading)
     inherited = [loop.create_task(reap(pid)) for pid in (children() if handover.generation else ())]
     services = [construct(name, config) for name, config in configs.items()]
 
     def on_ready(bound: Sequence[Address]) -> None:
-        # What is alive now stays: the collector need not walk it again in the middle of a call.
-        gc.collect()
-        gc.freeze()
         notify("READY=1")
         upgrading.set_ready()
-        log.info(
-            "daemon.ready",
-            addresses=[str(address) for address in bound],
-            services=list(configs),
-            pid=os.getpid(),
-            generation=handover.generation,
-            took_ms=round(age_s(handover) * 1000),
-        )
+        tell_ready(hosting, bound)
 
     def on_stop() -> None:
         notify("STOPPING=1")
@@ -184,10 +172,38 @@ async def host(hosting: Hosting) -> Mapping[Path, socket.socket] | None:
     )
     for task in inherited:
         task.cancel()
-    if upgrading.plan.wanted:
-        return waiting
-    log.info("daemon.stopped")
-    return None
+    if waiting is None:
+        log.info("daemon.stopped")
+    return waiting
+
+
+def listen_to_signals(upgrading: Upgrading) -> None:
+    """Until the loop ends; SIGNAL does nothing from then on, and waits for the program that may follow."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, upgrading.on_end, number)
+
+    def on_signal(*_: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(upgrading.on_signal)
+
+    # Not the loop's: what is still to come when it has closed must not kill.
+    signal.signal(SIGNAL, on_signal)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [SIGNAL])
+
+
+def tell_ready(hosting: Hosting, bound: Sequence[Address]) -> None:
+    """In the log. What is alive now stays: the collector need not walk it again in the middle of a call."""
+    gc.collect()
+    gc.freeze()
+    log.info(
+        "daemon.ready",
+        addresses=[str(address) for address in bound],
+        services=list(hosting.configs),
+        pid=os.getpid(),
+        generation=hosting.handover.generation,
+        took_ms=round(age_s(hosting.handover) * 1000),
+    )
 
 
 def construct(name: str, config: Any) -> Service:
@@ -195,14 +211,6 @@ def construct(name: str, config: Any) -> Service:
     cls: Any = table.TABLE[name].service_class()
     service: Service = cls(config)
     return service
-
-
-def on_signal(stop: asyncio.Event, number: int) -> None:
-    """The first asks for a clean stop; another one means it. Nothing is lost either way: a start recovers."""
-    if stop.is_set():
-        log.warning("daemon.killed", signal=signal.Signals(number).name)
-        os._exit(128 + number)
-    stop.set()
 
 
 def age_s(handover: Handover) -> float:

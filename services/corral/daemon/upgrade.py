@@ -53,6 +53,7 @@ class Upgrading:
         self._stop = stop
         self._asked: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
+        self._ends = False
 
     def set_ready(self) -> None:
         """The host serves."""
@@ -68,6 +69,16 @@ class Upgrading:
             await asyncio.shield(self.ask())
             raise Unavailable("corral is being upgraded; ask again", reason=UNSERVED)
 
+    def on_end(self, number: int) -> None:
+        """SIGTERM, SIGINT: the first asks for a clean stop, also in the middle of an upgrade; another one means it.
+        Nothing is lost either way: a start recovers."""
+        if self._ends:
+            log.warning("daemon.killed", signal=signal.Signals(number).name)
+            os._exit(128 + number)
+        self._ends = True
+        self.plan.wanted = False
+        self._stop.set()
+
     def ask(self) -> "asyncio.Task[None]":
         """Check what is on disk, and begin. The task raises FailedPrecondition if that would not start."""
         if self._asked is None or self._asked.done():
@@ -79,9 +90,13 @@ class Upgrading:
         self.ask().add_done_callback(_told)
 
     async def _ask(self) -> None:
+        # The host must be there to be handed over, and with it what the program before has left to this one.
+        await self._ready.wait()
         if self._stop.is_set():
             return  # it ends already, one way or the other
         await check(command(self._argv))
+        if self._stop.is_set():
+            return
         self.plan.wanted = True
         self._stop.set()
 

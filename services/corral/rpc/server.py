@@ -155,9 +155,9 @@ class Host:
             raise
         return places
 
-    async def hand_over(self, waiting: Mapping[Path, socket.socket], *, grace_s: float) -> Mapping[Path, socket.socket]:
+    async def hand_over(self, waiting: Mapping[Path, socket.socket], *, grace_s: float) -> None:
         """stop(), for somebody who will listen at the same addresses: connections to unix sockets wait for it in
-        make_places(), which is returned. Clients are told to connect anew."""
+        make_places(), which is `waiting`. Clients are told to connect anew."""
         for path in waiting:
             hidden(path).rename(path)
         leaving = asyncio.create_task(self._server.stop(NEVER_S))
@@ -167,7 +167,6 @@ class Host:
         await self._server.stop(LAST_CALLS_S)
         await leaving
         self._close()
-        return waiting
 
     async def _stop_services(self, grace_s: float, *, upgrading: bool) -> None:
         loop = asyncio.get_running_loop()
@@ -262,6 +261,24 @@ class Host:
         return TcpAddress(address.host, port)
 
 
+async def _hand_over(
+    host: Host, places: Mapping[Path, socket.socket], upgrade: Upgrade, on_stop: Callable[[], None]
+) -> Mapping[Path, socket.socket] | None:
+    upgrade.on_begin()
+    await host.hand_over(places, grace_s=upgrade.grace_s)
+    if upgrade.wanted:
+        return places
+    on_stop()  # asked to meanwhile
+    _withdraw(places)
+    return None
+
+
+def _withdraw(places: Mapping[Path, socket.socket]) -> None:
+    for path, place in places.items():
+        place.close()
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def _mode(mode: int) -> Iterator[None]:
     """A socket that is bound in the block never exists with wider permissions than it is to have."""
@@ -304,10 +321,11 @@ async def serve(
     extra: Extra | None = None,
     on_ready: Callable[[Sequence[Address]], None] = lambda _: None,
     on_stop: Callable[[], None] = lambda: None,
-) -> Mapping[Path, socket.socket]:
+) -> Mapping[Path, socket.socket] | None:
     """Serve until `stop` is set. See Host for order and errors.
 
-    If an upgrade is wanted by then, returns where connections wait for who serves next, who takes them as `waiting`.
+    If an upgrade is wanted by then, and still is when all has been handed over, returns where connections wait for who
+    serves next, who takes them as `waiting`; None after an end for good.
     """
     host = Host(services, extra=extra)
     starting = asyncio.ensure_future(host.start(addresses, tls=tls, socket_group=socket_group, waiting=waiting))
@@ -318,7 +336,7 @@ async def serve(
             starting.cancel()  # asked to stop while recovering; start() undoes itself
             with suppress(asyncio.CancelledError):
                 await starting
-            return {}
+            return None
         on_ready(starting.result())
         while True:
             await stopping
@@ -331,10 +349,9 @@ async def serve(
                 stop.clear()
                 stopping = asyncio.ensure_future(stop.wait())
                 continue
-            upgrade.on_begin()
-            return await host.hand_over(places, grace_s=upgrade.grace_s)
+            return await _hand_over(host, places, upgrade, on_stop)
         on_stop()
         await host.stop(grace_s=grace_s)
-        return {}
+        return None
     finally:
         stopping.cancel()
