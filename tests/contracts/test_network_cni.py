@@ -15,6 +15,7 @@ from support.requirements import needs
 from corral.api.network.v1 import network_pb2 as pb
 from corral.api.types.v1 import types_pb2
 from corral.kernel.netns import remove_pinned
+from corral.rpc.context import in_namespace
 from corral.rpc.errors import CorralError, FailedPrecondition, InvalidArgument
 
 pytestmark = needs("root", "netns", "nft", "nsenter", "ip", "iptables", "cni")
@@ -27,6 +28,7 @@ echo "$said" > "last-$CNI_COMMAND"
 if [ -e "fail-$CNI_COMMAND" ]; then echo '{{"code": 11, "msg": "not today", "details": "the stub says so"}}'; exit 1; fi
 case $CNI_COMMAND in
 ADD) echo "$CNI_NETNS" > "held-$CNI_CONTAINERID-$CNI_IFNAME"
+    if [ -e garble ]; then echo hello; exit; fi
     echo '{{"cniVersion": "1.1.0", "ips": [{{"address": "192.0.2.9/24", "gateway": "192.0.2.1"}}]}}';;
 DEL) rm -f "held-$CNI_CONTAINERID-$CNI_IFNAME";;
 esac
@@ -57,9 +59,10 @@ class Stub:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, Stub]]:
     programs, said = tmp_path_factory.mktemp("plugins"), tmp_path_factory.mktemp("said")
-    program = programs / "stub"
-    program.write_text(STUB.format(directory=said))
-    program.chmod(0o755)
+    for name in ("stub", "lame"):
+        program = programs / name
+        program.write_text(STUB.format(directory=said))
+        program.chmod(0o755)
     with Lab(settings={"cni_bin_dirs": [str(programs), "/usr/lib/cni"]}) as lab:
         yield lab, Stub(said)
 
@@ -77,10 +80,25 @@ def stub(made: tuple[Lab, Stub]) -> Iterator[Stub]:
 
 
 @pytest.fixture
+def plugins(lab: Lab) -> Path:
+    return Path(lab.settings["cni_bin_dirs"][0])  # type: ignore[index]
+
+
+@contextlib.contextmanager
+def without_interpreter(program: Path) -> Iterator[None]:
+    whole = program.read_text()
+    program.write_text("#!/no/such/interpreter\n")
+    try:
+        yield
+    finally:
+        program.write_text(whole)
+
+
+@pytest.fixture
 async def net(lab: Lab) -> AsyncIterator[Calls]:
     async with lab.calls() as calls:
         yield calls
-        for name in await calls.ids():
+        for name in {*await calls.ids(), "a", "b"}:  # also what was never finished
             await calls.detach(name)
         for name in await calls.network_names():
             if name not in ("bridge", "host", "none"):
@@ -207,6 +225,38 @@ async def test_what_a_plugin_refuses_is_told_and_undone(net: Calls, stub: Stub) 
     assert stub.held() == []
 
 
+async def test_the_first_failure_is_told_and_what_a_plugin_would_not_undo_is_asked_for_again(
+    net: Calls, stub: Stub
+) -> None:
+    await make(net, {"type": "stub"})
+    connect = pb.ConnectRequest(endpoint_id="b", network=pb.NetworkAttachment(network="net"))
+    await net.attach("b")
+    for verb in ("garble", "fail-DEL"):
+        (stub.directory / verb).touch()
+    with pytest.raises(InvalidArgument, match="plugin stub answered ADD with what is no JSON"):
+        await net.attach("a", "net")
+    with pytest.raises(InvalidArgument, match="plugin stub answered ADD with what is no JSON"):
+        await net.endpoints.Connect(connect)
+    with pytest.raises(FailedPrecondition, match="refused DEL"):
+        await net.endpoints.Connect(connect)
+    for verb in ("garble", "fail-DEL"):
+        (stub.directory / verb).unlink()
+    assert stub.held() == ["held-default-a-eth0", "held-default-b-eth1"]
+    connected = await net.endpoints.Connect(connect)
+    assert [one.name for one in connected.interfaces] == ["eth0", "eth1"]
+    assert stub.calls()[-2:] == ["DEL default-b eth1", "ADD default-b eth1"]
+    await net.detach("b")
+    await net.attach("a", "net")
+    await net.detach("a")
+    assert stub.held() == []
+
+
+async def test_a_plugin_that_cannot_be_executed_is_named(net: Calls, stub: Stub, plugins: Path) -> None:
+    await make(net, {"type": "lame"})
+    with without_interpreter(plugins / "lame"), pytest.raises(FailedPrecondition, match="lame cannot be executed"):
+        await net.attach("a", "net")
+
+
 async def test_check_tells_what_a_plugin_finds(net: Calls, stub: Stub) -> None:
     await make(net, {"type": "stub"})
     await net.attach("a", "net")
@@ -222,6 +272,22 @@ async def test_garbage_is_collected_when_the_daemon_starts(lab: Lab, net: Calls,
     lab.corrald.restart()
     assert eventually(lambda: "GC" in stub.calls())
     assert stub.said("GC")["cni.dev/valid-attachments"] == [{"containerID": "default-a", "ifname": "eth0"}]
+
+
+async def test_garbage_is_what_no_network_of_that_name_has(lab: Lab, net: Calls, stub: Stub) -> None:
+    await make(net, {"type": "stub"}, version="1.1.0")
+    await net.attach("a", "net")
+    with in_namespace("other"):
+        await make(net, {"type": "stub"}, version="1.1.0")
+        await net.attach("b", "net")
+    lab.corrald.restart()
+    assert eventually(lambda: stub.calls().count("GC") == 2)
+    valid = stub.said("GC")["cni.dev/valid-attachments"]
+    with in_namespace("other"):
+        await net.detach("b")
+        await net.remove("net")
+    assert isinstance(valid, list)
+    assert sorted(one["containerID"] for one in valid) == ["default-a", "other-b"]
 
 
 async def come_and_go(lab: Lab) -> None:
@@ -243,6 +309,38 @@ async def test_a_daemon_that_dies_leaves_nothing_with_a_plugin(lab: Lab, net: Ca
         await again.detach("a")
         assert stub.held() == []
         assert (await again.network("net")).endpoints == []
+
+
+@pytest.mark.parametrize("lame", [False, True])
+async def test_what_a_plugin_refuses_at_the_start_is_asked_for_again(
+    lab: Lab, net: Calls, stub: Stub, plugins: Path, lame: bool
+) -> None:
+    await make(net, {"type": "stub"}, {"type": "lame"})
+    lab.corrald.stop()
+    lab.corrald.start(environment={"CORRAL_FAILPOINTS": "network.cni.after_add=kill"})
+    with pytest.raises(CorralError):
+        await net.attach("a", "net")
+    lab.corrald.processes["corrald"].wait(5)
+    (stub.directory / "calls").unlink()
+    with without_interpreter(plugins / "lame") if lame else contextlib.nullcontext():
+        if not lame:
+            (stub.directory / "fail-DEL").touch()
+        lab.corrald.start()
+        assert eventually(lambda: "DEL default-a eth0" in stub.calls())
+        assert await net.ids() == []
+        with pytest.raises(FailedPrecondition, match="is used by 1 container"):
+            await net.remove("net")
+    (stub.directory / "fail-DEL").unlink(missing_ok=True)
+    assert eventually(lambda: stub.held() == [], within_s=15)
+    await removable(net, "net")
+
+
+async def removable(net: Calls, name: str) -> None:
+    for _ in range(200):
+        with contextlib.suppress(FailedPrecondition):
+            return await net.remove(name)
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"{name} is in use")
 
 
 async def test_after_a_reboot_plugins_are_asked_to_forget_before_they_make_anew(

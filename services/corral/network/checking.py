@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from corral.network import store
 from corral.network.cni.attachments import CniAttachments
-from corral.network.endpoints import Endpoints
+from corral.network.endpoints import Endpoints, is_half
 from corral.network.firewall import Firewall
 from corral.network.links import NetlinkThread
-from corral.network.model import Endpoint, EndpointKey, EndpointState, Network, NetworkState
+from corral.network.model import Endpoint, EndpointKey, Network, NetworkState
 from corral.network.networks import Networks
 from corral.network.ownership import seclusions
 from corral.network.pool import NetnsPool
@@ -89,7 +89,7 @@ class Checker:
         found = []
         for endpoint in self.db.read_sync(store.endpoints):
             subject = f"endpoint {endpoint.key.namespace}/{endpoint.key.id}"
-            if endpoint.state is not EndpointState.READY:
+            if is_half(endpoint):
                 repair = partial(self.endpoints.undo_half, endpoint.key)
                 found.append(Found(subject, "was never finished", "repair removes it", repair))
             elif endpoint.boot_id == self.boot_id and not self.endpoints.stands(endpoint):

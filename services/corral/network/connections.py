@@ -3,21 +3,27 @@
     connect      rows of interface and address  ->  veth pair, ports, files  ->  request, journal
     disconnect   ports, veth pair, routes, files  ->  rows, address and request, journal
 
-What fails in connect is undone. A daemon that dies on the way leaves an interface that no request names, which the next
-start removes, or lacks a link that one names, which it makes (see corral.network.recovery).
+What fails in connect is undone; if a plugin of CNI refuses that, by the next call about the endpoint or the next start.
+A daemon that dies on the way leaves an interface that no request names, which the next start removes, or lacks a link
+that one names, which it makes (see corral.network.recovery).
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+import structlog
+
 from corral.network import planning, store
 from corral.network.allocations import Allocations
+from corral.network.cni import rows
 from corral.network.model import DEFAULT_NETWORK, Attachment, Endpoint, Interface, Mode, Network, Request
 from corral.network.ports import check_reachable
 from corral.network.resolver import Resolvers
 from corral.network.standing import Standing
-from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, InvalidArgument, NotFound
 from corral.store import Database, Transaction, failpoint
+
+log = structlog.get_logger()
 
 type Wanted = Sequence[tuple[Attachment, Network]]
 
@@ -77,13 +83,26 @@ class Connections:
             failpoint("network.connect.before_request")
             await self._db.write(lambda transaction: _connected(transaction, connected, made))
         except BaseException:
-            try:
-                await self._standing.unplug(connected, endpoint, made)
-            finally:  # a link that is left is removed by the next start
-                await self._db.write(lambda transaction: self._delete(transaction, endpoint, made))
+            await self._undo_connect(connected, endpoint, made)
             raise
         self._resolvers.changed()
         return connected
+
+    async def _undo_connect(self, connected: Endpoint, endpoint: Endpoint, made: Interface) -> None:
+        try:
+            await self._standing.unplug(connected, endpoint, made)
+        except (CorralError, OSError) as e:  # what is told is why the connect failed
+            log.warning("network.connect_not_undone", endpoint=endpoint.key.id, error=str(e))
+        finally:  # a link that is left is removed by the next start
+            await self._db.write(lambda transaction: self._delete_unless_owed(transaction, endpoint, made))
+
+    async def take_back(self, endpoint: Endpoint, made: Interface) -> Endpoint:
+        """Undo a connect that could not be undone before. Raises FailedPrecondition with a plugin's words."""
+        left = replace(endpoint, interfaces=tuple(each for each in endpoint.interfaces if each is not made))
+        await self._standing.unplug(endpoint, left, made)
+        await self._db.write(lambda transaction: self._delete(transaction, left, made))
+        self._resolvers.changed()
+        return left
 
     async def disconnect(self, endpoint: Endpoint, network: Network) -> Endpoint:
         """Take it out of a network. Raises NotFound if it is not in there, FailedPrecondition if a published port
@@ -146,6 +165,11 @@ class Connections:
     def _delete(self, transaction: Transaction, endpoint: Endpoint, gone: Interface) -> None:
         store.delete_interface(transaction, endpoint.key, gone)
         self._allocations.release(gone.addresses)
+
+    def _delete_unless_owed(self, transaction: Transaction, endpoint: Endpoint, gone: Interface) -> None:
+        """Plugins of CNI that have something of it still are to be asked again."""
+        if not rows.begun(transaction, endpoint.key, gone):
+            self._delete(transaction, endpoint, gone)
 
 
 def half_connected(endpoint: Endpoint) -> Sequence[Interface]:

@@ -17,9 +17,17 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from weakref import WeakValueDictionary
 
+import structlog
+
 from corral.network import planning, port_rows, store
 from corral.network.allocations import Allocations
-from corral.network.connections import Connections, Wanted, attachments_of, differ_in_networks
+from corral.network.connections import (
+    Connections,
+    Wanted,
+    attachments_of,
+    differ_in_networks,
+    half_connected,
+)
 from corral.network.files import FileStore
 from corral.network.links import link_exists
 from corral.network.model import (
@@ -39,8 +47,10 @@ from corral.network.publishing import Publishing, alike, meant, missing, refuse_
 from corral.network.resolver import Resolvers
 from corral.network.standing import Standing
 from corral.rpc.blocking import run_blocking
-from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, InvalidArgument, NotFound
 from corral.store import Database, Transaction, failpoint
+
+log = structlog.get_logger()
 
 
 class Endpoints:
@@ -89,6 +99,7 @@ class Endpoints:
     async def _attach(self, key: EndpointKey, request: Request) -> Endpoint:
         existing = self.find(key)
         if existing is not None:
+            existing = await self._undo_connects(existing)
             await self._mend(existing)
         if existing is not None and self.stands(existing):
             if not differ_in_networks(existing.request, request) and not alike(existing.request, request):
@@ -101,6 +112,9 @@ class Endpoints:
                 existing = await self._connections.follow(existing, request, wanted)
             lacking = missing(existing, request.ports)
             return await self._publishing.publish(existing, lacking) if lacking else existing
+        if existing is not None and existing.state is not EndpointState.READY:
+            await self._detach_silently(existing)
+            existing = None
         if existing is not None and not alike(existing.request, request):
             await self._detach(existing)
             existing = None
@@ -161,8 +175,15 @@ class Endpoints:
             self._resolvers.changed()
             return await self._db.write(lambda transaction: _become_ready(transaction, endpoint))
         except BaseException:
-            await self._detach_silently(endpoint)
+            await self._give_up(endpoint)
             raise
+
+    async def _give_up(self, endpoint: Endpoint) -> None:
+        """Undo an Attach that failed; what can't be is undone by the next Attach or Detach, or the next start."""
+        try:
+            await self._detach_silently(endpoint)
+        except (CorralError, OSError) as e:  # what is told is why the Attach failed
+            log.warning("network.attach_not_undone", endpoint=endpoint.key.id, error=str(e))
 
     async def _wanted(self, namespace: str, attachments: Sequence[Attachment]) -> Wanted:
         wanted = []
@@ -231,7 +252,7 @@ class Endpoints:
         return await self._alone(key, work)
 
     async def _standing_one(self, key: EndpointKey) -> Endpoint:
-        endpoint = self.get(key)
+        endpoint = await self._undo_connects(self.get(key))
         await self._mend(endpoint)
         if not self.stands(endpoint):
             raise FailedPrecondition(
@@ -296,14 +317,26 @@ class Endpoints:
             self._allocations.release(interface.addresses)
 
     async def undo_half(self, key: EndpointKey) -> None:
-        """Remove an endpoint whose making was cut short."""
+        """Remove an endpoint whose making was cut short, or what a connect that was has left of it.
+
+        Raises FailedPrecondition with the words of a plugin of CNI.
+        """
 
         async def work() -> None:
             existing = self.find(key)
-            if existing is not None and existing.state is not EndpointState.READY:
+            if existing is None or not is_half(existing):
+                return
+            if existing.state is EndpointState.READY:
+                await self._undo_connects(existing)
+            else:
                 await self._detach_silently(existing)
 
         await self._alone(key, work)
+
+    async def _undo_connects(self, endpoint: Endpoint) -> Endpoint:
+        for made in half_connected(endpoint):
+            endpoint = await self._connections.take_back(endpoint, made)
+        return endpoint
 
     # Finding
 
@@ -388,6 +421,11 @@ class Endpoints:
             await asyncio.wait(tuple(self._running))
         await self._standing.close()
         await self.files.trash.close()
+
+
+def is_half(endpoint: Endpoint) -> bool:
+    """Whether an Attach or a Connect of it is under way, or was cut short. Pure."""
+    return endpoint.state is not EndpointState.READY or bool(half_connected(endpoint))
 
 
 def _insert_ready(transaction: Transaction, endpoint: Endpoint, existing: Endpoint | None) -> Endpoint:

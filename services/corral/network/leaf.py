@@ -14,13 +14,12 @@ from corral.network.checking import Checker
 from corral.network.cni.attachments import CniAttachments
 from corral.network.cni.driver import CniDriver
 from corral.network.config import NetworkConfig
-from corral.network.connections import half_connected
-from corral.network.endpoints import Endpoints
+from corral.network.endpoints import Endpoints, is_half
 from corral.network.files import FileStore
 from corral.network.firewall import Firewall
 from corral.network.ipam import Address
 from corral.network.links import NetlinkThread
-from corral.network.model import Endpoint, EndpointKey, EndpointState, Network, NetworkState
+from corral.network.model import Endpoint, EndpointKey, Network, NetworkState
 from corral.network.names import Names, has_names
 from corral.network.networks import Networks
 from corral.network.ownership import PREFIX
@@ -41,6 +40,7 @@ log = structlog.get_logger()
 TAG_CHARS = 4
 # Opening netlink takes 0.1 s of CPU, for imports: not while the daemon starts, and before the first container wants it.
 WARM_AFTER_S = 0.2
+FIRST_RETRY_S, LONGEST_RETRY_S = 5.0, 600.0
 
 
 def host_prefix(config: NetworkConfig) -> str:
@@ -124,11 +124,11 @@ class Leaf:
         )
         self._watch = Watch(config.nft_table, self._restoring.on_lost)
         self._reconciling: asyncio.Future[None] | None = None
+        self._undoing: asyncio.Future[None] | None = None
         self._warming: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
         """Undo what is half done, and begin to compare rows with the kernel in the background."""
-        await self._undo_halves()
         cut = recovery.cut_connects(self.db)
         lame = await run_blocking(recovery.sweep, self.db, self._pool, self.endpoints.files)
         for before, endpoint in (*cut, *((recovery.without_lost_links(one), one) for one in lame)):
@@ -139,20 +139,29 @@ class Leaf:
         if self._reconciler.needed():
             self._reconciling = asyncio.ensure_future(self._reconcile(lame))
             self._reconciling.add_done_callback(_log_failure)
+        if self._halves():
+            self._undoing = asyncio.ensure_future(self._undo_halves())
+            self._undoing.add_done_callback(_log_failure)
 
     async def _undo_halves(self) -> None:
-        """Have plugins of CNI take back what an earlier daemon had begun, before its rows go."""
-        for endpoint in self.db.read_sync(store.endpoints):
-            ready = endpoint.state is EndpointState.READY
-            try:
-                await self._cni.delete(endpoint, half_connected(endpoint) if ready else endpoint.interfaces)
-            except CorralError as e:
-                log.warning("network.cni_not_undone", endpoint=endpoint.key.id, error=str(e))
+        """Have plugins of CNI take back what an earlier daemon had begun; again, later, where they refuse."""
+        delay_s = FIRST_RETRY_S
+        while True:
+            for key in self._halves():
+                try:
+                    await self.endpoints.undo_half(key)
+                except (CorralError, OSError) as e:
+                    log.warning("network.cni_not_undone", endpoint=key.id, error=str(e))
+            if not self._halves():
+                return
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, LONGEST_RETRY_S)
+
+    def _halves(self) -> list[EndpointKey]:
+        return [one.key for one in self.db.read_sync(store.endpoints) if is_half(one)]
 
     async def _collect(self) -> None:
-        networks = [one for one in self._ready_networks() if one.is_cni]
-        if networks:
-            await self._cni.collect(networks, self.db.read_sync(store.endpoints))
+        await self._cni.collect([one for one in self._ready_networks() if one.is_cni])
 
     def _start_watch(self) -> None:
         try:
@@ -189,6 +198,8 @@ class Leaf:
         if self._warming is not None:
             self._warming.cancel()
         self._watch.close()
+        if self._undoing is not None:
+            self._undoing.cancel()
         await self._restoring.close()
         await self.endpoints.close()
         if self._reconciling is not None:

@@ -1,7 +1,8 @@
 """What a start finds, and what it does about it.
 
     row                                      kernel                          done
-    endpoint ATTACHING                       anything                        both undone
+    endpoint ATTACHING                       anything                        both undone; later, if plugins of
+                                                                             CNI may have made something for it
     endpoint READY of an earlier boot        nothing                         kept: Attach makes it anew
     network CREATING, REMOVING               anything                        both removed
     network READY                            bridge or rules missing         made anew, ports put back
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from corral.network import port_rows, store
+from corral.network.cni import rows
 from corral.network.connections import half_connected
 from corral.network.files import FileStore
 from corral.network.firewall import Firewall
@@ -57,12 +59,15 @@ def sweep(db: Database, pool: NetnsPool, files: FileStore) -> Sequence[Endpoint]
     endpoints = db.read_sync(store.endpoints)
     half = [endpoint for endpoint in endpoints if endpoint.state is EndpointState.ATTACHING]
     ready = [endpoint for endpoint in endpoints if endpoint.state is EndpointState.READY]
+    owing = [endpoint for endpoint in half if _owes(db, endpoint, endpoint.interfaces)]
+    half = [endpoint for endpoint in half if endpoint not in owing]
     apart = seclusions(db.read_sync(store.networks))
-    namespaces = pool.sweep(apart | {endpoint.netns for endpoint in ready})
+    namespaces = pool.sweep(apart | {endpoint.netns for endpoint in (*ready, *owing)})
     stale_files = files.sweep({endpoint.key for endpoint in ready})
     if half:
         db.write_sync(lambda transaction: _delete_rows(transaction, half))
-    connecting = [(endpoint, interface) for endpoint in ready for interface in half_connected(endpoint)]
+    halves = ((endpoint, interface) for endpoint in ready for interface in half_connected(endpoint))
+    connecting = [(endpoint, interface) for endpoint, interface in halves if not _owes(db, endpoint, (interface,))]
     if connecting:
         db.write_sync(lambda transaction: _delete_interfaces(transaction, connecting))
     if any(endpoint.ports for endpoint in ready):
@@ -70,6 +75,11 @@ def sweep(db: Database, pool: NetnsPool, files: FileStore) -> Sequence[Endpoint]
     if half or namespaces or stale_files:
         log.info("network.swept", endpoints=len(half), namespaces=len(namespaces), files=len(stale_files))
     return [endpoint for endpoint in db.read_sync(store.endpoints) if _has_lost_links(endpoint, pool)]
+
+
+def _owes(db: Database, endpoint: Endpoint, interfaces: Sequence[Interface]) -> bool:
+    """Whether plugins of CNI may have made something for one of them, which they have to take back first."""
+    return db.read_sync(lambda snapshot: any(rows.begun(snapshot, endpoint.key, one) for one in interfaces))
 
 
 def _has_lost_links(endpoint: Endpoint, pool: NetnsPool) -> bool:

@@ -7,6 +7,8 @@ An interface with such a row may have something of a plugin; DEL is asked for it
 namespace. So a daemon that dies anywhere leaves nothing that the next one does not take back.
 """
 
+import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +28,9 @@ from corral.store import Database, failpoint
 
 log = structlog.get_logger()
 
+AT_ONCE = 64
+"""How many ADDs and DELs there are at once; GC takes the turns of all, as it knows nothing of what they make."""
+
 
 class CniAttachments:
     """See the module. Callers hold the endpoint's lock."""
@@ -34,6 +39,7 @@ class CniAttachments:
         self._db = db
         self._directories = directories
         self._netns_path = netns_path
+        self._turns = asyncio.Semaphore(AT_ONCE)
 
     async def add(self, endpoint: Endpoint) -> Endpoint:
         """Have the interfaces made that are not there; returns the endpoint with what plugins gave it.
@@ -42,7 +48,8 @@ class CniAttachments:
         """
         for interface in endpoint.interfaces:
             if interface.network.is_cni and interface.cni_result == rows.UNKNOWN:
-                await self._add(endpoint, interface)
+                async with self._turns:
+                    await self._add(endpoint, interface)
         return self._now(endpoint)
 
     def _now(self, endpoint: Endpoint) -> Endpoint:
@@ -64,10 +71,9 @@ class CniAttachments:
         for plugin in configuration.plugins:
             text = documents.said(configuration, plugin, previous=result, runtime=runtime)
             output = await plugins.run(plugin, "ADD", about, text, self._directories)
-            result = json.loads(output) if output.strip() else result
+            result = documents.result_of(plugin, output, result)
         failpoint("network.cni.after_add")
         made = json.dumps(result or {})
-        documents.addresses(made)  # raises if it is none
         await self._db.write(lambda tx: rows.write(tx, endpoint.key, interface, made), durable=True)
 
     def _begun(self, endpoint: Endpoint, interface: Interface) -> bool:
@@ -78,7 +84,8 @@ class CniAttachments:
         wanted = {one.network.id for one in interfaces if one.network.is_cni}
         for interface in self._now(endpoint).interfaces if wanted else ():
             if interface.network.id in wanted and self._begun(endpoint, interface):
-                await self._delete(endpoint, interface)
+                async with self._turns:
+                    await self._delete(endpoint, interface)
                 failpoint("network.cni.after_delete")
 
     async def _delete(self, endpoint: Endpoint, interface: Interface) -> None:
@@ -112,25 +119,31 @@ class CniAttachments:
             text = documents.said(configuration, plugin, previous=previous, runtime=_runtime(endpoint, interface))
             await plugins.run(plugin, "CHECK", self._about(endpoint, interface), text, self._directories)
 
-    async def collect(self, networks: Iterable[Network], endpoints: Sequence[Endpoint]) -> None:
+    async def collect(self, networks: Iterable[Network]) -> None:
         """Have plugins forget what belongs to no container of ours (GC). What fails is logged."""
         for network in networks:
             configuration = configuration_of(network)
-            if not configuration.has_status_and_gc or configuration.disable_gc:
-                continue
-            valid: Json = [
-                {"containerID": _container(endpoint), "ifname": interface.name}
-                for endpoint in endpoints
-                for interface in endpoint.interfaces
-                if interface.network.id == network.id
-            ]
-            more: Mapping[str, Json] = {"cni.dev/valid-attachments": valid, "cni.dev/attachments": valid}
-            for plugin in configuration.plugins:
-                try:
-                    text = documents.said(configuration, plugin, more=more)
-                    await plugins.run(plugin, "GC", Attached(), text, self._directories)
-                except CorralError as e:
-                    log.warning("network.cni_not_collected", network=network.name, error=str(e))
+            if configuration.has_status_and_gc and not configuration.disable_gc:
+                async with contextlib.AsyncExitStack() as all_turns:
+                    for _ in range(AT_ONCE):
+                        await all_turns.enter_async_context(self._turns)
+                    await self._collect(network, configuration)
+
+    async def _collect(self, network: Network, configuration: Configuration) -> None:
+        # Plugins know a network by its name, which those of several namespaces may have.
+        valid: Json = [
+            {"containerID": _container(endpoint), "ifname": interface.name}
+            for endpoint in self._db.read_sync(store.endpoints)
+            for interface in endpoint.interfaces
+            if interface.network.is_cni and configuration_of(interface.network).name == configuration.name
+        ]
+        more: Mapping[str, Json] = {"cni.dev/valid-attachments": valid, "cni.dev/attachments": valid}
+        for plugin in configuration.plugins:
+            try:
+                text = documents.said(configuration, plugin, more=more)
+                await plugins.run(plugin, "GC", Attached(), text, self._directories)
+            except CorralError as e:
+                log.warning("network.cni_not_collected", network=network.name, error=str(e))
 
     def _about(self, endpoint: Endpoint, interface: Interface) -> Attached:
         path = self._netns_path(endpoint.netns)

@@ -139,6 +139,21 @@ def port_mappings(ports: Sequence[Port]) -> Json:
     ]
 
 
+def result_of(plugin: Plugin, output: bytes, previous: Json) -> Json:
+    """What a plugin's ADD printed; the previous result if it printed nothing. Raises InvalidArgument."""
+    if not output.strip():
+        return previous
+    try:
+        result = json.loads(output)
+    except (ValueError, RecursionError) as e:
+        raise InvalidArgument(
+            f"CNI plugin {plugin.kind} answered ADD with what is no JSON: {e}", reason="BAD_CNI_RESULT"
+        ) from e
+    addresses(json.dumps(result))
+    routed_versions(json.dumps(result))
+    return result  # type: ignore[no-any-return]
+
+
 @lru_cache(maxsize=1024)
 def addresses(result: str) -> tuple[tuple[Address, Range], ...]:
     """What a result says that the container has. Raises InvalidArgument for what is no result."""
@@ -154,12 +169,15 @@ def addresses(result: str) -> tuple[tuple[Address, Range], ...]:
 
 
 def routed_versions(result: str) -> frozenset[int]:
-    """The IP versions for which a result has a default route."""
+    """The IP versions for which a result has a default route. Raises InvalidArgument for what is no result."""
     found = set()
-    for one in json.loads(result).get("routes") or () if result else ():
-        destination = ip_interface(one["dst"])
-        if destination.network.prefixlen == 0:
-            found.add(destination.version)
+    try:
+        for one in json.loads(result).get("routes") or () if result else ():
+            destination = ip_interface(one["dst"])
+            if destination.network.prefixlen == 0:
+                found.add(destination.version)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InvalidArgument(f"a CNI plugin gave routes that are none: {e}", reason="BAD_CNI_RESULT") from e
     return frozenset(found)
 
 

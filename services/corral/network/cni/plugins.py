@@ -8,6 +8,7 @@ They run in the host's network namespace with the daemon's rights. Source: CNI s
 
 import asyncio
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,14 +53,21 @@ async def run(plugin: Plugin, command: str, about: Attached, text: bytes, direct
         "CNI_PATH": os.pathsep.join(directories),
     }
     pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(
-        find(plugin, directories), stdin=pipe, stdout=pipe, stderr=pipe, env=environment, cwd="/"
-    )
+    program = find(plugin, directories)
+    try:
+        process = await asyncio.create_subprocess_exec(
+            program, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, cwd="/", start_new_session=True
+        )
+    except OSError as e:  # a script whose interpreter is not there, say
+        raise FailedPrecondition(
+            f"CNI plugin {program} cannot be executed: {e.strerror}: install it anew", reason="CNI_FAILED"
+        ) from e
     try:
         async with asyncio.timeout(TIMEOUT_S):
             output, errors = await process.communicate(text)
     except BaseException as e:
-        process.kill()
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)  # with the plugin of addresses that it waits for
         await process.wait()
         if isinstance(e, TimeoutError):
             raise _failed(plugin, command, f"it took longer than {TIMEOUT_S:.0f} seconds") from e
