@@ -25,6 +25,7 @@ from support.netlab import (
 from support.requirements import needs
 
 from corral.api.network.v1 import network_pb2 as pb
+from corral.rpc.errors import CorralError
 
 pytestmark = needs("root", "netns", "nft", "nsenter", "ip")
 WITHIN_S = 2.0
@@ -124,6 +125,20 @@ async def test_ports_that_come_while_the_table_is_gone_are_there_with_the_others
         await net.endpoints.Publish(pb.PublishRequest(endpoint_id="a", ports=[port(7, 8081)]))
         assert answers(lab)()
         assert answers(lab, 8081)()
+
+
+async def test_a_port_that_is_being_withdrawn_is_not_there_again_with_the_table(lab: Lab) -> None:
+    lab.corrald.stop()
+    lab.corrald.start(environment={"CORRAL_FAILPOINTS": "network.withdraw.after_rules=error@1"})
+    async with lab.calls() as net:
+        await net.attach("a", ports=[port(), port(7, 8081)])
+        with pytest.raises(CorralError):  # between its rule and its row
+            await net.endpoints.Unpublish(pb.UnpublishRequest(endpoint_id="a", ports=[port()]))
+        command(lab.host, "nft", "flush", "ruleset")
+        assert eventually(lambda: "8081" in lab.ruleset(), within_s=WITHIN_S)
+        assert "8080" not in lab.ruleset()
+        await net.detach("a")
+    lab.corrald.restart()
 
 
 async def test_a_bridge_that_was_deleted_is_made_again_with_its_ports_and_its_resolver(lab: Lab, net: Calls) -> None:

@@ -1,7 +1,6 @@
 """The bridge driver: a Linux bridge per network, a veth pair per endpoint."""
 
 import errno
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -51,8 +50,8 @@ class BridgeDriver:
                 f"the host already has an interface {network.bridge}: choose another name", reason="INTERFACE_TAKEN"
             )
 
-    def build(self, netlink: "Netlink", network: Network, others: Sequence[Network]) -> bool:
-        """Make, or mend, the bridge of a network and let it through the firewall; `others` are the networks that exist.
+    def build(self, netlink: "Netlink", network: Network) -> bool:
+        """Make, or mend, the bridge of a network and let it through the firewall.
 
         Returns whether packet forwarding had to be switched on. Raises FailedPrecondition if the bridge's name is
         taken.
@@ -67,7 +66,7 @@ class BridgeDriver:
                 reason="INTERFACE_TAKEN",
             ) from e
         failpoint("network.build.after_bridge")
-        self._firewall.add(network, others)
+        self._firewall.add(network)
         return not network.internal and switch_on_forwarding(ipv6=network.ipv6)
 
     def stands(self, network: Network) -> bool:

@@ -158,8 +158,4 @@ class Checker:
         await self.thread.run(reconcile)
 
     async def _rebuild_rules(self) -> None:
-        def rebuild(_: "Netlink") -> None:
-            networks = self.db.read_sync(store.networks)
-            self.firewall.rebuild([network for network in networks if network.state is NetworkState.READY])
-
-        await self.thread.run(rebuild)
+        await self.thread.run(lambda _: self.firewall.rebuild())

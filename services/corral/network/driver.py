@@ -11,7 +11,6 @@ macvlan or ipvlan links. It belongs to the network, and goes with it, only if it
 Everything but check() runs on the netlink thread.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from corral.network.model import Network, NetworkSpec
@@ -36,8 +35,8 @@ class Driver(Protocol):
         """Raises FailedPrecondition with the reason if this host cannot have it."""
         ...
 
-    def build(self, netlink: "Netlink", network: Network, others: Sequence[Network]) -> bool:
-        """Make, or mend, what it needs on the host; `others` are the networks that exist.
+    def build(self, netlink: "Netlink", network: Network) -> bool:
+        """Make, or mend, what it needs on the host.
 
         Returns whether packet forwarding had to be switched on. Raises FailedPrecondition, OSError.
         """

@@ -1,7 +1,7 @@
 """Our nftables table in the kernel: the shell around corral.network.rules."""
 
 import errno
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from corral.kernel.nftables import Nftables, NftablesError
@@ -16,15 +16,10 @@ IP6_FORWARD = Path("/proc/sys/net/ipv6/conf/all/forwarding")
 class Firewall:
     """One table. For the netlink thread only: libnftables works in the namespace of the thread that opened it."""
 
-    def __init__(
-        self,
-        table: str,
-        ports: Callable[[], Sequence[Forward]] = tuple,
-        networks: Callable[[], Sequence[Network]] = tuple,
-    ) -> None:
-        """ports, networks: all that are published, and that stand, for when the table is built anew."""
-        self._ports = ports
-        self._networks = networks
+    def __init__(self, table: str) -> None:
+        # What the table holds, for when it is built anew: rows come before what they say is there, or go after it.
+        self._networks: dict[str, Network] = {}
+        self._forwards: dict[Forward, None] = {}
         self.table = self._table = table
         self._nftables: Nftables | None = None
         self._known = False  # whether the table is what this process made it
@@ -43,14 +38,21 @@ class Firewall:
         """The tables of everybody, with their chains and rules, as libnftables lists them."""
         return self._run([{"list": {"ruleset": None}}])
 
-    def rebuild(self, networks: Sequence[Network]) -> None:
-        """Replace the table by what the bridges of these networks need; no bridge, no table."""
-        networks = [network for network in networks if network.is_bridge]
-        self._run(rules.table(self._table, networks, self._ports()) if networks else rules.remove_table(self._table))
+    def begin(self, networks: Iterable[Network], forwards: Iterable[Forward]) -> None:
+        """Replace the table by what the bridges of these networks, and ports of another process, need."""
+        self._networks |= {network.id: network for network in networks if network.is_bridge}
+        self._forwards |= dict.fromkeys(forwards)
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Make the table anew for all that was let through; no bridge, no table."""
+        networks = self._networks.values()
+        self._run(rules.table(self._table, networks, self._forwards) if networks else rules.remove_table(self._table))
         self._known = bool(networks)
 
-    def add(self, network: Network, others: Sequence[Network]) -> None:
+    def add(self, network: Network) -> None:
         """Let a network through. Where the table is missing, or left from another process, it is built anew for all."""
+        self._networks[network.id] = network
         if self._known:
             try:
                 self._run(rules.add_network(self._table, network))
@@ -58,10 +60,11 @@ class Firewall:
             except NftablesError as e:
                 if e.errno != errno.ENOENT:
                     raise
-        self.rebuild([*(other for other in others if other.id != network.id), network])
+        self.rebuild()
 
     def remove(self, network: Network) -> None:
         """Take a network out; no error where the table is missing."""
+        self._networks.pop(network.id, None)
         try:
             self._run(rules.remove_network(self._table, network))
         except NftablesError as e:
@@ -69,17 +72,20 @@ class Firewall:
                 raise
 
     def publish(self, ports: Sequence[Forward]) -> None:
-        """Let ports lead to containers whose networks stand. They have their rows: where somebody has just removed the
-        table, it is built anew with them."""
+        """Let ports lead to containers whose networks stand, also if somebody has just removed the table. What fails is
+        to be withdrawn."""
+        self._forwards |= dict.fromkeys(ports)
         try:
             self._run(rules.add_ports(self._table, ports))
         except NftablesError as e:
             if e.errno != errno.ENOENT:
                 raise
-            self.rebuild(self._networks())
+            self.rebuild()
 
     def withdraw(self, ports: Sequence[Forward]) -> None:
         """Let them lead nowhere; no error where the table is missing."""
+        for port in ports:
+            self._forwards.pop(port, None)
         try:
             self._run(rules.remove_ports(self._table, ports))
         except NftablesError as e:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import structlog
 
-from corral.network import etc, explaining, facts, publishing, recovery, store, subnets
+from corral.network import etc, explaining, facts, recovery, store, subnets
 from corral.network.allocations import Allocations
 from corral.network.bridge import BridgeDriver
 from corral.network.checking import Checker
@@ -62,9 +62,7 @@ class Leaf:
         self.db = Database(config.root / "network.db", MIGRATIONS, durable=False, on_loop=True)
         self._thread = NetlinkThread()
         boot_id = recovery.boot_id()
-        self._firewall = Firewall(
-            config.nft_table, lambda: publishing.all_forwards(self.db, boot_id), self._ready_networks
-        )
+        self._firewall = Firewall(config.nft_table)
         self._publishing = Publishing(self.db, self._thread, self._firewall)
         host_files = etc.HostFiles(config.resolv_conf, config.resolved_conf)
         self._resolvers = Resolvers(

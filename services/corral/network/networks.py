@@ -160,8 +160,7 @@ class Networks:
         return spec
 
     def _build(self, netlink: "Netlink", network: Network) -> None:
-        others = [one for one in self._db.read_sync(store.networks) if one.state is NetworkState.READY]
-        if self.driver_of(network).build(netlink, network, others):
+        if self.driver_of(network).build(netlink, network):
             self._db.write_sync(lambda transaction: store.remember(transaction, FORWARDING_FACT, str(time.time_ns())))
         self._built.add(network.id)
 

@@ -33,7 +33,7 @@ from corral.network.network_options import may_talk
 from corral.network.networks import Networks
 from corral.network.ownership import seclusions
 from corral.network.pool import NetnsPool, is_pinned
-from corral.network.publishing import Publishing
+from corral.network.publishing import Publishing, all_forwards
 from corral.rpc.errors import CorralError
 from corral.store import Database, Transaction
 
@@ -135,7 +135,8 @@ class Reconciler:
         lame: what sweep() returned. Before anything else is done on this thread.
         """
         found = self.db.read_sync(store.networks)
-        self.firewall.rebuild([network for network in found if network.state is NetworkState.READY])
+        standing = [network for network in found if network.state is NetworkState.READY]
+        self.firewall.begin(standing, all_forwards(self.db, boot_id()))
         for network in found:
             try:
                 self.reconcile(netlink, network)
@@ -149,11 +150,6 @@ class Reconciler:
             except (OSError, CorralError) as e:
                 log.warning("network.links_not_made", endpoint=endpoint.key.id, error=str(e))
         self.publishing.restore(netlink, self.db.read_sync(store.endpoints))
-
-    def restore_rules(self) -> None:
-        """Build the table anew for what stands."""
-        found = self.db.read_sync(store.networks)
-        self.firewall.rebuild([network for network in found if network.state is NetworkState.READY])
 
     def restore_bridges(self, netlink: "Netlink", bridges: Sequence[Network]) -> None:
         """Make bridges again, or mend them, with what was plugged into them. Raises OSError."""

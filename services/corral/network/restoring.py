@@ -1,6 +1,6 @@
 """What others deleted of ours is made again, soon after (see corral.network.watching for how that is known).
 
-    rules                 the whole table, from the rows, in one transaction
+    rules                 the whole table, from what it is known to hold, in one transaction
     bridge, its address   the bridge, its ports and addresses; its resolver listens anew
     host's end of a pair  the pair, in the namespace that is still there
 
@@ -95,7 +95,7 @@ class Restoring:
 
     def _mend_host(self, netlink: "Netlink", lost: Lost, bridges: Sequence[Network]) -> None:
         if lost.rules or lost.unknown:
-            self._reconciler.restore_rules()
+            self._reconciler.firewall.rebuild()
         self._reconciler.restore_bridges(netlink, bridges)
 
     async def _listen(self, bridges: Sequence[Network]) -> None:

@@ -12,7 +12,6 @@ Source: docs.docker.com, "Macvlan network driver", "IPvlan network driver"; kern
 """
 
 import errno
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,7 +115,7 @@ class SubLinkDriver:
         path = self._seclusion(network)
         return link_exists(network.lower) if path is None else is_pinned(path)
 
-    def build(self, netlink: "Netlink", network: Network, others: Sequence[Network]) -> bool:
+    def build(self, netlink: "Netlink", network: Network) -> bool:
         self._ensure_lower(netlink, network)
         failpoint("network.build.after_bridge")
         return False

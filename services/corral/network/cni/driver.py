@@ -56,7 +56,7 @@ class CniDriver:
         for plugin in configuration_of(network).plugins:
             plugins.find(plugin, self.directories)
 
-    def build(self, netlink: "Netlink", network: Network, others: Sequence[Network]) -> bool:
+    def build(self, netlink: "Netlink", network: Network) -> bool:
         return False
 
     def stands(self, network: Network) -> bool:
