@@ -158,6 +158,28 @@ def test_whoever_only_reads_goes_on_too(box: Corrald, interactive: bool) -> None
     assert (first + rest).split() == [b"%d" % n for n in range(300)]
 
 
+def test_input_that_is_not_read_waits_until_it_is(box: Corrald) -> None:
+    """More of it than anything between holds."""
+    script = "while ! test -e /go; do usleep 20000; done; md5sum"
+    sent = os.urandom(1 << 20) * 24
+    with command(box, "run", "--rm", "-i", "busybox", "sh", "-c", script, stdin=subprocess.PIPE) as run:
+        assert run.stdin is not None
+        assert run.stdout is not None
+        with box.client() as client:
+            while not (found := [c for c in client.containers.list() if c.pid]):
+                time.sleep(0.05)
+        feeding = threading.Thread(target=lambda: (run.stdin.write(sent), run.stdin.close()))  # type: ignore[union-attr]
+        feeding.start()
+        time.sleep(1)
+        upgrade(box)
+        assert feeding.is_alive()
+        assert run.poll() is None
+        Path(f"/proc/{found[0].pid}/root/go").touch()
+        assert run.stdout.read().split()[0].decode() == hashlib.md5(sent, usedforsecurity=False).hexdigest()
+        assert run.wait(30) == 0
+        feeding.join()
+
+
 def test_a_container_that_removes_itself_and_ends_during_an_upgrade_is_read_first(box: Corrald, name: str) -> None:
     """The upgrade waits for a call that takes its time; who reads the container was sent away before that."""
     script = "while ! test -e /end; do usleep 20000; done; echo bye; exit 7"

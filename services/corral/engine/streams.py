@@ -5,7 +5,9 @@ neither parsed nor copied into messages: a pipeline's speed is that of the trans
 """
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -25,7 +27,6 @@ ATTACH = "/corral.tasks.v1.Tasks/Attach"
 LOGS = "/corral.tasks.v1.Tasks/Logs"
 
 END_OF_STDIN = tasks_pb2.AttachRequest(end_of_stdin=tasks_pb2.EndOfStdin()).SerializeToString()
-PARK = tasks_pb2.AttachRequest(park=tasks_pb2.Park()).SerializeToString()
 
 type _Context = grpc.aio.ServicerContext[bytes, bytes]
 
@@ -102,29 +103,35 @@ class Streams:
         readers.add(task)
         if message.header.resume:
             self._absences.end((record.namespace, record.id))
-        parking = asyncio.Event()
+        attached, parking = asyncio.Event(), asyncio.Event()
 
         def park() -> None:
             self._core.is_stopping = True
             parking.set()
 
+        message.header.client = secrets.token_hex(16) if message.header.resumable else ""
         begins = message.header.resumable and message.header.start
         if message.header.resumable and not begins:
             only_follows(park)
-        sending = asyncio.ensure_future(_send(call, message.SerializeToString(), requests, parking))
+        sending = asyncio.ensure_future(_send(call, message.SerializeToString(), requests))
+        helping = [sending]
+        if message.header.resumable:
+            helping.append(asyncio.ensure_future(self._park(message.header, attached, parking)))
         try:
             # Not "async for": gRPC does not allow it beside write().
             while isinstance(response := await call.read(), bytes):
                 if begins:  # whoever is cut off before that can't ask for it again
                     begins = False
                     only_follows(park)
+                attached.set()
                 await context.write(response)
         except Unavailable as e:
             if message.header.resumable and e.reason == UNSERVED:
                 self._absences.begin((record.namespace, record.id))
             raise
         finally:
-            sending.cancel()
+            for each in helping:
+                each.cancel()
             call.cancel()
             if parking.is_set():
                 self._absences.begin((record.namespace, record.id))
@@ -133,6 +140,14 @@ class Streams:
                 self._core.attached.pop((record.namespace, record.id), None)
         if parking.is_set():
             raise asyncio.CancelledError
+
+    async def _park(self, header: tasks_pb2.AttachHeader, attached: asyncio.Event, parking: asyncio.Event) -> None:
+        """Once that is wanted, and can be. Not a message among the client's: a process may not read those before."""
+        await parking.wait()
+        await attached.wait()
+        request = tasks_pb2.ParkRequest(id=header.id, exec_id=header.exec_id, client=header.client)
+        with suppress(CorralError):  # it has just ended
+            await self._core.leaves.tasks.Park(request)
 
     async def logs(self, request: bytes, context: _Context) -> None:
         """As corral.tasks.v1.Tasks.Logs. Raises CorralError."""
@@ -151,35 +166,14 @@ class Streams:
             call.cancel()
 
 
-async def _send(call: Any, first: bytes, requests: AsyncIterator[bytes], parking: asyncio.Event) -> None:
-    """Pass the client's messages on, until its attachment is to be parked; the end of its stream is passed on too."""
-    wanted = asyncio.ensure_future(parking.wait())
-    reading: asyncio.Future[bytes | None] | None = None
-    try:
+async def _send(call: Any, first: bytes, requests: AsyncIterator[bytes]) -> None:
+    """Pass the client's messages on; the end of its stream is passed on too."""
+    with suppress(CorralError, asyncio.InvalidStateError):  # the call has ended, and whoever reads it says why
         await call.write(first)
-        while True:
-            reading = asyncio.ensure_future(_next(requests))
-            await asyncio.wait((reading, wanted), return_when=asyncio.FIRST_COMPLETED)
-            if wanted.done():
-                await call.write(PARK)
-                return
-            if (request := reading.result()) is None:
-                break
+        async for request in requests:
             await call.write(request)
         # Not the end of the stream: nothing could be said after it.
         await call.write(END_OF_STDIN)
-        await wanted
-        await call.write(PARK)
-    except (CorralError, asyncio.InvalidStateError):
-        pass  # the call has ended, and whoever reads it says why
-    finally:
-        wanted.cancel()
-        if reading is not None:
-            reading.cancel()
-
-
-async def _next(requests: AsyncIterator[bytes]) -> bytes | None:
-    return await anext(requests, None)
 
 
 SERVICE = "corral.engine.v1.Containers"

@@ -17,7 +17,7 @@ from corral.api.types.v1 import types_pb2 as types_pb
 from corral.rpc.blocking import run_blocking
 from corral.rpc.checking import check
 from corral.rpc.context import check_id, current_namespace, only_follows
-from corral.rpc.errors import CorralError, InvalidArgument
+from corral.rpc.errors import CorralError, InvalidArgument, NotFound
 from corral.rpc.events import stream_events
 from corral.store import Database
 from corral.tasks import log_drivers, translate
@@ -103,6 +103,7 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
         self._config = config
         self._watch = DirectoryWatch()
         self._parking: Parking | None = None
+        self._attached: dict[str, Attachment] = {}  # by what their clients are called
 
     def close(self) -> None:
         """Release what the calls used."""
@@ -205,6 +206,9 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
         stopping = asyncio.Event()
         with ExitStack() as held:
             held.enter_context(attachment)
+            if header.client:
+                held.callback(self._attached.pop, header.client, None)
+                self._attached[header.client] = attachment
             if header.resumable:
                 only_follows(partial(_park, attachment, stopping))
             await context.write(pb.AttachResponse(attached=translate.attached(process.row)))
@@ -222,12 +226,21 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
             if how is not None:
                 await context.write(pb.AttachResponse(exited=translate.exit_status(how)))
             elif attachment.parked:
+                self._attached.pop(header.client, None)
                 held.pop_all()
                 token = self._parking.park(Parked(task.row.key, header.exec_id, wanted, attachment))
                 parked = pb.Parked(token=token, stdin_bytes=attachment.stdin_bytes)
                 await context.write(pb.AttachResponse(parked=parked))
         if stopping.is_set():
             raise asyncio.CancelledError
+
+    async def Park(self, request: pb.ParkRequest, context: Context[pb.ParkRequest, pb.ParkResponse]) -> pb.ParkResponse:
+        attachment = self._attached.get(request.client)
+        process = self._registry.get(_key(request.id)).process(request.exec_id)
+        if attachment is None or attachment not in process.attached:
+            raise NotFound(f"{process.what} has no such client", reason="NO_CLIENT")
+        attachment.park()
+        return pb.ParkResponse()
 
     async def _opened(self, header: pb.AttachHeader, task: Task, process: Process) -> Attachment:
         """Attached, and started if that is wanted; an exec that is not, and is to be forgotten, is so at once."""

@@ -830,6 +830,47 @@ class Park(_message.Message):
 Global___Park: _TypeAlias = Park  # noqa: Y015
 
 @_typing.final
+class ParkRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    EXEC_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    exec_id: _builtins.str
+    client: _builtins.str
+    """As in the header."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        exec_id: _builtins.str = ...,
+        client: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "exec_id", b"exec_id", "id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ParkRequest: _TypeAlias = ParkRequest  # noqa: Y015
+
+@_typing.final
+class ParkResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ParkResponse: _TypeAlias = ParkResponse  # noqa: Y015
+
+@_typing.final
 class AttachHeader(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -844,6 +885,7 @@ class AttachHeader(_message.Message):
     RESUME_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
     FORGET_FIELD_NUMBER: _builtins.int
+    CLIENT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     exec_id: _builtins.str
     stdin: _builtins.bool
@@ -864,7 +906,11 @@ class AttachHeader(_message.Message):
     be started is forgotten.
     """
     forget: _builtins.bool
-    """Forget the exec once it has ended; its id is free a moment after `exited`."""
+    """Forget the exec once it has ended and nobody is attached any more, be it after this client has left; its id is free
+    a moment after `exited`.
+    """
+    client: _builtins.str
+    """By which Park names this attachment; unique."""
     def __init__(
         self,
         *,
@@ -879,10 +925,11 @@ class AttachHeader(_message.Message):
         resume: _builtins.str = ...,
         start: _builtins.bool = ...,
         forget: _builtins.bool = ...,
+        client: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exec_id", b"exec_id", "forget", b"forget", "id", b"id", "lossless", b"lossless", "replay", b"replay", "resumable", b"resumable", "resume", b"resume", "start", b"start", "stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "exec_id", b"exec_id", "forget", b"forget", "id", b"id", "lossless", b"lossless", "replay", b"replay", "resumable", b"resumable", "resume", b"resume", "start", b"start", "stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

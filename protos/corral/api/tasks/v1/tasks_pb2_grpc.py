@@ -70,6 +70,11 @@ class TasksStub:
                 request_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.AttachRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.AttachResponse.FromString,
                 _registered_method=True)
+        self.Park = channel.unary_unary(
+                '/corral.tasks.v1.Tasks/Park',
+                request_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ParkRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ParkResponse.FromString,
+                _registered_method=True)
         self.Wait = channel.unary_unary(
                 '/corral.tasks.v1.Tasks/Wait',
                 request_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.WaitRequest.SerializeToString,
@@ -170,6 +175,13 @@ class TasksServicer:
         """Bytes to and from a process. The first request names it; output flows until the process and
         all that held its output have ended, then one `exited` message ends the stream.
         Ending the request stream half-closes stdin. Any number of clients may attach.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Park(self, request, context):
+        """Ends an Attach after a `parked`, as its `park` does, however much stdin waits before that. NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -280,6 +292,11 @@ def add_TasksServicer_to_server(servicer, server):
                     servicer.Attach,
                     request_deserializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.AttachRequest.FromString,
                     response_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.AttachResponse.SerializeToString,
+            ),
+            'Park': grpc.unary_unary_rpc_method_handler(
+                    servicer.Park,
+                    request_deserializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ParkRequest.FromString,
+                    response_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ParkResponse.SerializeToString,
             ),
             'Wait': grpc.unary_unary_rpc_method_handler(
                     servicer.Wait,
@@ -521,6 +538,33 @@ class Tasks:
             '/corral.tasks.v1.Tasks/Attach',
             corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.AttachRequest.SerializeToString,
             corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.AttachResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Park(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.tasks.v1.Tasks/Park',
+            corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ParkRequest.SerializeToString,
+            corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ParkResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -58,6 +58,8 @@ class TasksStub:
     all that held its output have ended, then one `exited` message ends the stream.
     Ending the request stream half-closes stdin. Any number of clients may attach.
     """
+    Park: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.ParkRequest, _tasks_pb2.ParkResponse]
+    """Ends an Attach after a `parked`, as its `park` does, however much stdin waits before that. NOT_FOUND."""
     Wait: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.WaitRequest, _tasks_pb2.WaitResponse]
     """Answers when the process has ended; at once if it has."""
     Get: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.GetTaskRequest, _tasks_pb2.Task]
@@ -99,6 +101,8 @@ class TasksAsyncStub(TasksStub):
     all that held its output have ended, then one `exited` message ends the stream.
     Ending the request stream half-closes stdin. Any number of clients may attach.
     """
+    Park: _aio.UnaryUnaryMultiCallable[_tasks_pb2.ParkRequest, _tasks_pb2.ParkResponse]  # type: ignore[assignment]
+    """Ends an Attach after a `parked`, as its `park` does, however much stdin waits before that. NOT_FOUND."""
     Wait: _aio.UnaryUnaryMultiCallable[_tasks_pb2.WaitRequest, _tasks_pb2.WaitResponse]  # type: ignore[assignment]
     """Answers when the process has ended; at once if it has."""
     Get: _aio.UnaryUnaryMultiCallable[_tasks_pb2.GetTaskRequest, _tasks_pb2.Task]  # type: ignore[assignment]
@@ -179,6 +183,14 @@ class TasksServicer(metaclass=_abc_1.ABCMeta):
         all that held its output have ended, then one `exited` message ends the stream.
         Ending the request stream half-closes stdin. Any number of clients may attach.
         """
+
+    @_abc_1.abstractmethod
+    def Park(
+        self,
+        request: _tasks_pb2.ParkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tasks_pb2.ParkResponse, _abc.Awaitable[_tasks_pb2.ParkResponse]]:
+        """Ends an Attach after a `parked`, as its `park` does, however much stdin waits before that. NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def Wait(
