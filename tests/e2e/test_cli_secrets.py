@@ -142,6 +142,10 @@ def test_bad_secrets_are_refused_and_nothing_is_made(box: Corrald, name: str, se
         assert box.corral("inspect", name).returncode == 1
     twice = box.corral("run", "--name", name, "--secret", secret, "--secret", secret, "busybox", "true")
     assert b"same target" in twice.stderr
+    for targets, told in {("a", "a/b"): b"lies in /run/secrets/a", ("/x/y", "//x/y"): b"same target /x/y"}.items():
+        flags = [word for target in targets for word in ("--secret", f"{secret},target={target}")]
+        result = box.corral("run", "--name", name, *flags, "busybox", "true")
+        assert (result.returncode, told in result.stderr) == (125, True), result.stderr
     covered = box.corral("run", "--name", name, "--secret", secret, "--tmpfs", "/run/secrets/x", "busybox", "true")
     assert b"where the secrets are" in covered.stderr
     large = tmp_path / "large"

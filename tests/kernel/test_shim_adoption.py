@@ -81,6 +81,7 @@ def test_the_heir_has_all_output_the_streams_and_the_exit_code(shop: Workshop) -
     keeper = Keeper(shim)
     kill(shim)
     heir = heir_of(shop, shim)
+    keeper.fds["of.a.newer.version"] = os.open("/dev/null", os.O_RDONLY)
     keeper.hand_over(heir, stdin=True)
     keeper.let_go()
     assert heir.run_exec("echo", "hello") == b"hello\n"
@@ -208,7 +209,7 @@ def test_a_shim_before_a_container_of_its_own_refuses_nonsense(shop: Workshop) -
         shim.call("adopt", pid=1, start_time=1, started_at_ns=1)
     other = shop.spawn("true")
     with pytest.raises(Exception, match="streams"):
-        other.call("adopt", pid=1, start_time=1, started_at_ns=1, streams=["none"])
+        other.call("adopt", pid=1, start_time=1, started_at_ns=1, streams=["stdin", "stdin"])
     with pytest.raises(Exception, match="pid"):
         other.call("adopt", pid=-1, start_time=1, started_at_ns=1)
     assert Path(f"/proc/{shim.state()['pid']}").exists()

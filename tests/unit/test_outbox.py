@@ -152,3 +152,16 @@ def test_the_limit_is_one_of_memory_however_small_messages_are(
             outbox.put("stdout", 1, b"x")
         assert drained(loop, server, 0.3) < 50_000 / 128 + 600  # those, and what the socket holds
         assert outbox.dropped_bytes > 9_000
+
+
+def test_a_server_that_changes_from_streams_to_datagrams_is_spoken_to_in_those(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    receiver = SyslogReceiver(Address("unix", str(path)))
+    with closing(receiver):
+        with listening(path, socket.SOCK_STREAM):
+            receiver.connect()
+            assert (receiver.is_stream, receiver.hears) == (True, True)
+        path.unlink()
+        with listening(path):
+            receiver.connect()
+            assert (receiver.is_stream, receiver.hears) == (False, False)

@@ -138,6 +138,13 @@ def check(mounts: Sequence[SecretMount], targets: Iterable[str]) -> None:
             _check_variable(place)
         else:
             _check_path(mount, place)
+    files = {target(mount) for mount in mounts if not mount.env}
+    for place in sorted(files):
+        if above := files.intersection(map(str, PurePosixPath(place).parents)):
+            raise InvalidArgument(
+                f"the target {place} of a secret lies in {above.pop()}, which is a secret too: choose another",
+                reason="BAD_SECRET",
+            )
     below = [path for path in targets if PurePosixPath(path).is_relative_to(DIRECTORY)]
     if below and any(not mount.env for mount in mounts):
         raise InvalidArgument(f"the mount target {below[0]} lies in {DIRECTORY}, where the secrets are: choose another")
@@ -146,7 +153,8 @@ def check(mounts: Sequence[SecretMount], targets: Iterable[str]) -> None:
 def target(mount: SecretMount) -> str:
     """The variable's name, or the absolute path."""
     given = mount.target or mount.secret
-    return given if mount.env else str(DIRECTORY / given)
+    # Two slashes are not one to pathlib, as POSIX leaves open what they mean.
+    return given if mount.env else f"/{str(DIRECTORY / given).lstrip('/')}"
 
 
 def _check_variable(name: str) -> None:

@@ -156,7 +156,8 @@ class Exec:
 class Adopt:
     """Take over a process whose shim was killed: the container's own first, then its execs.
 
-    streams: what comes along as descriptors, in this order (corral.shim.stdio), the process's pidfd among them.
+    streams: what comes along as descriptors, in this order (corral.shim.stdio), the process's pidfd among them. One
+    that has no name of STREAM_NAMES is closed.
     unattended: nobody has held its output meanwhile. terminal is for execs; log, cgroup_paths and timeout_ns are for
     the container's own process.
     """
@@ -178,7 +179,7 @@ class Adopt:
     def parse(cls, fields: Fields) -> Self:
         """Raises ShimError(invalid_argument)."""
         streams = strings(fields, "streams")
-        if len(set(streams)) < len(streams) or not set(streams) <= set(STREAM_NAMES):
+        if len(set(streams)) < len(streams):
             raise wrong("streams", f"some of {', '.join(STREAM_NAMES)}")
         pid, start_time = integer(fields, "pid"), integer(fields, "start_time")
         if not 0 < pid < 1 << 31 or start_time < 0:

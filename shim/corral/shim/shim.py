@@ -37,7 +37,7 @@ from corral.shim.logs import Log, NoLog
 from corral.shim.loop import Loop
 from corral.shim.oom import OomCounter, with_ordinary_score
 from corral.shim.process import ContainerProcess, Ended, StartFailure, State
-from corral.shim.requests import LOG_PREFIX, PIDFD, STDIN, Adopt, Attach, Create, Exec
+from corral.shim.requests import LOG_PREFIX, PIDFD, STDIN, STREAM_NAMES, Adopt, Attach, Create, Exec
 from corral.shim.stdio import ProcessIO
 from corral.shim.wire import Message, close_all
 
@@ -266,9 +266,10 @@ class Shim:
 
     def adopt(self, request: Adopt, take_fds: Callable[[int], Sequence[int]]) -> Message:
         """Look after a process that runs already, or has ended since. Its output goes on where the log ends."""
-        fds = list(take_fds(len(request.streams)))
-        streams = dict(zip(request.streams, fds, strict=True))
-        of_log = {name: streams.pop(name) for name in request.streams if name.startswith(LOG_PREFIX)}
+        streams = dict(zip(request.streams, take_fds(len(request.streams)), strict=True))
+        close_all([streams.pop(name) for name in request.streams if name not in STREAM_NAMES])  # of a newer version
+        fds = list(streams.values())
+        of_log = {name: streams.pop(name) for name in tuple(streams) if name.startswith(LOG_PREFIX)}
         handle = hold(request.pid, request.start_time, streams.pop(PIDFD, -1))
         try:
             process = (

@@ -87,6 +87,7 @@ class SyslogReceiver:
     def connect(self) -> None:
         """Raises OSError; over TCP also a later send() may, as nobody waits for the server here."""
         self.close()
+        self.is_stream = self.hears = self._address.kind == "tcp"
         self._socket = self._connected()
 
     def _connected(self) -> socket.socket:
