@@ -317,6 +317,28 @@ def test_a_network_of_cni_is_made_from_its_configuration(box: Corrald, name: str
     assert list(tmp_path.glob(f"{name}/{subnet}*")) == []
 
 
+@needs("cni")
+def test_ports_that_plugins_publish_do_not_change_while_the_container_is_stopped(
+    box: Corrald, name: str, tmp_path: Path
+) -> None:
+    subnet = "{}.{}.157".format(*box.place.network)
+    ipam = {"type": "host-local", "dataDir": str(tmp_path), "ranges": [[{"subnet": f"{subnet}.0/24"}]]}
+    portmap = {"type": "portmap", "capabilities": {"portMappings": True}}
+    config = tmp_path / "net.conflist"
+    config.write_text(json.dumps({"cniVersion": "1.0.0", "plugins": [{"type": "ptp", "ipam": ipam}, portmap]}))
+    ok(box, "network", "create", "-d", "cni", "--cni-config", str(config), name)
+    try:
+        ok(box, "run", "-d", "--name", name, "--network", name, "busybox", "sleep", "100")
+        ok(box, "stop", "-t", "0", name)
+        refused = box.corral("port", "add", name, "80")
+        assert refused.returncode == 1
+        assert "publish them only when a container is made: make it anew" in refused.stderr.decode()
+        ok(box, "start", name)
+    finally:
+        box.corral("rm", "-f", name)
+        ok(box, "network", "rm", name)
+
+
 def test_explain_tells_the_way_of_a_packet_in_a_table(box: Corrald, name: str) -> None:
     ok(box, "run", "-d", "--name", name, "busybox", "sleep", "100")
     ok(box, "run", "-d", "--name", f"{name}-b", "busybox", "sleep", "100")

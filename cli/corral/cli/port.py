@@ -9,6 +9,7 @@ from corral.cli.app import App, ContainerName, pass_app
 
 if TYPE_CHECKING:
     from corral.api.engine.v1 import engine_pb2
+    from corral.api.network.v1 import network_pb2
 
 _name = click.argument("container", type=ContainerName())
 _ports = click.argument("ports", nargs=-1, required=True, metavar="[IP:][HOST:]CONTAINER[/PROTOCOL]...")
@@ -69,7 +70,12 @@ def _rm(app: App, container: str, ports: Sequence[str]) -> None:
 def _published(container: "engine_pb2.Container") -> Sequence[tuple[str, str]]:
     """Ports inside, each with where it is published."""
     found = sorted(container.endpoint.ports, key=lambda p: (p.container_port, p.protocol, p.host_port))
-    return [(f"{p.container_port}/{p.protocol}", f"{_bracketed(p.host_ip or '0.0.0.0')}:{p.host_port}") for p in found]
+    return [(f"{p.container_port}/{p.protocol}", _where(p)) for p in found]
+
+
+def _where(port: "network_pb2.PortMapping") -> str:
+    number = port.host_port or "(chosen at its next start)"
+    return f"{_bracketed(port.host_ip or '0.0.0.0')}:{number}"
 
 
 def _lines(container: "engine_pb2.Container") -> Sequence[str]:

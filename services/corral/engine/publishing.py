@@ -11,7 +11,13 @@ from contextlib import suppress
 import structlog
 
 from corral.api.engine.v1.engine_pb2 import ContainerConfig
-from corral.api.network.v1.network_pb2 import Endpoint, PortMapping, PublishRequest, UnpublishRequest
+from corral.api.network.v1.network_pb2 import (
+    Endpoint,
+    GetNetworkRequest,
+    PortMapping,
+    PublishRequest,
+    UnpublishRequest,
+)
 from corral.engine import requests, store
 from corral.engine.core import Core
 from corral.engine.leaves import persistently
@@ -101,6 +107,7 @@ class Publishing:
         assert record.endpoint is not None
         before = record.endpoint
         if record.status not in ATTACHED:
+            await self._refuse_of_plugins(record)
             # Where it waits for its restart, the network has them still.
             record = await self._save(record, config, with_these(before, ports))
             return await self._withdraw_of_ended(record)
@@ -113,6 +120,21 @@ class Publishing:
         except CorralError:
             await self._save(record, record.config, before)
             raise
+
+    async def _refuse_of_plugins(self, record: ContainerRecord) -> None:
+        """Raises FailedPrecondition, as the leaf does for one that runs: plugins of CNI publish ports once and for
+        all."""
+        drivers = set()
+        for asked in requests.attachments(record.config.network):
+            with suppress(NotFound):  # it was removed while the container did not run
+                network = await self._core.leaves.networks.Get(GetNetworkRequest(name=asked.network))
+                drivers.add("internal" if network.internal else network.driver)
+        if "cni" in drivers and "bridge" not in drivers:
+            raise FailedPrecondition(
+                f"ports of container {record.name} are for CNI plugins, which publish them only when a container is"
+                " made: make it anew",
+                reason="PORT_LASTS",
+            )
 
     async def _withdraw_of_ended(self, record: ContainerRecord) -> ContainerRecord:
         unpublish = self._core.leaves.endpoints.Unpublish
