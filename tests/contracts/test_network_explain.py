@@ -125,6 +125,43 @@ async def test_rules_of_others_that_drop_behind_a_jump_are_found(lab: Lab, net: 
         command(lab.host, "nft", "delete", "table", "ip", "strangers")
 
 
+@pytest.mark.parametrize(
+    ("rule", "verdict"),
+    [
+        ("ip saddr vmap { 192.0.2.1 : accept, 192.0.2.2 : drop }", MAY_DROP),
+        ("ip saddr vmap @named", MAY_DROP),
+        ("tcp dport vmap { 80 : jump deep }", MAY_DROP),
+        ("ip saddr vmap { 192.0.2.1 : accept, 192.0.2.2 : return }", PASSES),
+    ],
+)
+async def test_verdicts_in_maps_are_seen(lab: Lab, net: Calls, rule: str, verdict: "pb.ExplainedStep.Verdict") -> None:
+    await net.attach("a")
+    rules = (
+        "add table ip strangers; add chain ip strangers deep; add rule ip strangers deep drop;"
+        "add map ip strangers named { type ipv4_addr : verdict; elements = { 192.0.2.9 : drop }; };"
+        f"add chain ip strangers c {{ type filter hook forward priority 0; }}; add rule ip strangers c {rule}"
+    )
+    command(lab.host, "nft", rules)
+    try:
+        steps = {step.where: step.verdict for step in await explained(net, "a", OUTSIDE)}
+        assert steps["chain ip strangers c"] == verdict
+    finally:
+        command(lab.host, "nft", "delete", "table", "ip", "strangers")
+
+
+@needs("iptables")
+async def test_what_iptables_says_in_its_own_way_may_drop(lab: Lab, net: Calls) -> None:
+    await net.attach("a")
+    rule = ("FORWARD", "-d", "192.0.2.1", "-p", "tcp", "-m", "multiport", "--dports", "1,2")
+    for target, verdict in (("ACCEPT", PASSES), ("REJECT", MAY_DROP)):
+        command(lab.host, "iptables", "-A", *rule, "-j", target)
+        try:
+            steps = {step.where: step.verdict for step in await explained(net, "a", OUTSIDE)}
+        finally:
+            command(lab.host, "iptables", "-D", *rule, "-j", target)
+        assert steps["chain ip filter FORWARD"] == verdict
+
+
 async def test_a_route_of_the_host_that_takes_the_answers_away_is_told(lab: Lab, net: Calls) -> None:
     a = await net.attach("a")
     command(lab.host, "ip", "route", "add", f"{address(a)}/32", "dev", "uplink")

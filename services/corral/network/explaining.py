@@ -177,14 +177,22 @@ def _others(facts: Facts) -> Iterable[Step]:
         )
 
 
+type _Key = tuple[str, str, str]
+"""Family, table, and the name of a chain or map in there."""
+
+_DROPPING = {"drop", "reject", "queue", "synproxy"}
+_HARMLESS_TARGETS = {"CHECKSUM", "CLASSIFY", "CONNMARK", "CT", "DSCP", "LOG", "MARK", "NFLOG", "TCPMSS", "TOS", "TRACE"}
+
+
 def foreign_chains(ruleset: Iterable[Mapping[str, Json]], table: str, version: int) -> list[ForeignChain]:
     """The chains of others that forwarded packets of an IP version come to, in the order that they do. Pure.
 
     ruleset: what libnftables lists of all tables.
     """
     families = ("inet", "ip" if version == 4 else "ip6")
-    chains: dict[tuple[str, str, str], Mapping[str, Json]] = {}
-    rules: dict[tuple[str, str, str], list[Json]] = {}
+    chains: dict[_Key, Mapping[str, Json]] = {}
+    rules: dict[_Key, list[Json]] = {}
+    maps: dict[_Key, Json] = {}
     for item in ruleset:
         for kind, thing in item.items():
             if not isinstance(thing, Mapping) or thing.get("family") not in families:
@@ -196,28 +204,48 @@ def foreign_chains(ruleset: Iterable[Mapping[str, Json]], table: str, version: i
                 chains[family, of, str(thing["name"])] = thing
             elif kind == "rule":
                 rules.setdefault((family, of, str(thing["chain"])), []).append(thing.get("expr"))
+            elif kind == "map":
+                maps[family, of, str(thing["name"])] = thing.get("elem")
     bases = [(key, chain) for key, chain in chains.items() if chain.get("hook") == "forward"]
     bases.sort(key=lambda base: int(str(base[1].get("prio", 0))))
     return [
-        ForeignChain(" ".join(key), str(chain.get("policy", "accept")), _may_drop(key, rules, set()))
+        ForeignChain(" ".join(key), str(chain.get("policy", "accept")), _Rules(rules, maps).may_drop(key, set()))
         for key, chain in bases
     ]
 
 
-def _may_drop(
-    key: tuple[str, str, str], rules: Mapping[tuple[str, str, str], Sequence[Json]], seen: set[tuple[str, str, str]]
-) -> bool:
-    if key in seen:
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """The rules by chain, and the elements of maps, whose verdicts rules may refer to."""
+
+    rules: Mapping[_Key, Sequence[Json]]
+    maps: Mapping[_Key, Json]
+
+    def may_drop(self, chain: _Key, seen: set[_Key]) -> bool:
+        """Whether a rule in a chain, or in one that it leads to, may drop."""
+        if chain in seen:
+            return False
+        seen.add(chain)
+        return any(self._drops(expression, chain, seen) for expression in self.rules.get(chain, ()))
+
+    def _drops(self, said: Json, where: _Key, seen: set[_Key]) -> bool:
+        """Of an expression, however deep its verdicts are: {"vmap": {"data": {"set": [[key, {"drop": null}], …]}}}."""
+        if isinstance(said, Mapping):
+            return any(self._acts(verb, what, where, seen) for verb, what in said.items())
+        if isinstance(said, Sequence) and not isinstance(said, str):
+            return any(self._drops(one, where, seen) for one in said)
         return False
-    seen.add(key)
-    for expressions in rules.get(key, ()):
-        for expression in expressions if isinstance(expressions, Sequence) else ():
-            if not isinstance(expression, Mapping):
-                continue
-            if expression.keys() & {"drop", "reject"}:
-                return True
-            for verb in ("jump", "goto"):
-                target = expression.get(verb)
-                if isinstance(target, Mapping) and _may_drop((key[0], key[1], str(target["target"])), rules, seen):
-                    return True
-    return False
+
+    def _acts(self, verb: str, what: Json, where: _Key, seen: set[_Key]) -> bool:
+        family, table, _ = where
+        named = what if isinstance(what, Mapping) else {}
+        if verb in _DROPPING:
+            return True
+        if verb == "xt":  # an extension of iptables: a match, or a target that may be REJECT
+            return named.get("type") != "match" and named.get("name") not in _HARMLESS_TARGETS
+        if verb in ("jump", "goto"):
+            return self.may_drop((family, table, str(named.get("target"))), seen)
+        data = named.get("data")
+        if verb == "vmap" and isinstance(data, str):
+            return self._drops(self.maps.get((family, table, data.removeprefix("@"))), where, seen)
+        return self._drops(what, where, seen)
