@@ -28,7 +28,7 @@ from corral.daemon.upgrade import SIGNAL, Upgrading, boot_time_s, children, exec
 from corral.daemon.version import Common, package_version
 from corral.rpc.address import Address
 from corral.rpc.errors import CorralError, InvalidArgument
-from corral.rpc.handover import Handover, take
+from corral.rpc.handover import Handover, close_unclaimed, take
 from corral.rpc.server import serve
 from corral.rpc.service import Service
 
@@ -149,9 +149,9 @@ async def host(hosting: Hosting) -> Mapping[Path, socket.socket] | None:
     services = [construct(name, config) for name, config in configs.items()]
 
     def on_ready(bound: Sequence[Address]) -> None:
-        notify("READY=1")
-        upgrading.set_ready()
+        close_unclaimed()
         tell_ready(hosting, bound)
+        upgrading.set_ready()
 
     def on_stop() -> None:
         notify("STOPPING=1")
@@ -193,7 +193,8 @@ def listen_to_signals(upgrading: Upgrading) -> None:
 
 
 def tell_ready(hosting: Hosting, bound: Sequence[Address]) -> None:
-    """In the log. What is alive now stays: the collector need not walk it again in the middle of a call."""
+    """In the log, and to the service manager."""
+    # What is alive now stays: the collector need not walk it again in the middle of a call.
     gc.collect()
     gc.freeze()
     log.info(
@@ -204,6 +205,7 @@ def tell_ready(hosting: Hosting, bound: Sequence[Address]) -> None:
         generation=hosting.handover.generation,
         took_ms=round(age_s(hosting.handover) * 1000),
     )
+    notify("READY=1")
 
 
 def construct(name: str, config: Any) -> Service:

@@ -41,7 +41,10 @@ def claimed(
                     claim(path.with_name(f"{path.name}.lock"), f"listens at {path}", "--address or --state")
                     if str(path) not in handover.waiting:
                         remove_stale_socket(path)
-            for path_text in handover.locks.keys() - held.keys():  # the settings say otherwise now
+            # What the settings do not know any more: who waits there is served, and nobody comes any more.
+            for path_text in handover.waiting.keys() - {str(a.path) for a in addresses if isinstance(a, UnixAddress)}:
+                Path(path_text).unlink(missing_ok=True)
+            for path_text in handover.locks.keys() - held.keys():
                 os.close(handover.locks[path_text])
         except OSError as e:
             raise from_os_error(e, "cannot prepare the directories") from e

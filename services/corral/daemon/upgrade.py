@@ -148,15 +148,22 @@ def boot_time_s() -> float:
 def execute(
     argv: Sequence[str], locks: Mapping[str, int], waiting: Mapping[Path, socket.socket], generation: int
 ) -> None:
-    """Become the program that is on disk. Returns only by OSError."""
+    """Become the program that is on disk. Returns only by FailedPrecondition: then this process can only end."""
     sockets = {str(path): each.fileno() for path, each in waiting.items()}
     handover = Handover(locks, sockets, all_kept(), generation, boot_time_s())
-    for fd in handover.fds():
+    memory = handover.to_memory()
+    for fd in (memory, *handover.fds()):
         os.set_inheritable(fd, True)
     # Until the new program handles it, it would kill.
     signal.pthread_sigmask(signal.SIG_BLOCK, [SIGNAL])
     program = command(argv)
-    os.execve(program[0], program, os.environ | {VARIABLE: handover.to_text()})  # noqa: S606  # what started us
+    try:
+        os.execve(program[0], program, os.environ | {VARIABLE: str(memory)})  # noqa: S606  # what started us
+    except OSError as e:
+        log.error("daemon.upgrade_failed", reason=str(e))
+        raise FailedPrecondition(
+            f"{program[0]} cannot be executed: {e.strerror}; containers go on: start corrald again"
+        ) from e
 
 
 def children() -> Sequence[int]:

@@ -10,12 +10,13 @@ own asks them to come again after a moment, at the real socket, which clients do
 """
 
 import asyncio
+import fcntl
 import json
 import os
 import socket
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from corral.rpc.address import Target, UnixAddress
 log = structlog.get_logger()
 
 VARIABLE = "CORRAL_HANDOVER"
+SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 QUEUE = 4096
 # How long somebody who looked up the old socket may take to connect to it.
 LOOKED_UP_S = 2.0
@@ -49,8 +51,23 @@ class Handover:
         return [*self.locks.values(), *self.waiting.values(), *kept]
 
     def to_text(self) -> str:
-        """For the variable."""
+        """For to_memory()."""
         return json.dumps(asdict(self))
+
+    def to_memory(self) -> int:
+        """A descriptor whose number is for the variable, and whose content is for take(): what is kept for some hundred
+        clients is more than one variable may hold (execve(2): MAX_ARG_STRLEN). Raises OSError."""
+        memory = os.memfd_create("corral-handover", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        with open(memory, "wb", closefd=False) as file:
+            file.write(self.to_text().encode())
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, SEALS)
+        return memory
+
+
+def from_text(text: str) -> Handover:
+    """Of whatever version has written it: what this one does not know is ignored, what is not said is nothing."""
+    known = {each.name for each in fields(Handover)}
+    return Handover(**{name: value for name, value in json.loads(text).items() if name in known})
 
 
 def take() -> Handover:
@@ -58,14 +75,20 @@ def take() -> Handover:
 
     The descriptors are the caller's, and not inherited any further.
     """
-    text = os.environ.pop(VARIABLE, "")
-    if not text:
+    said = os.environ.pop(VARIABLE, "")
+    if not said:
         return Handover()
-    handover = Handover(**json.loads(text))
+    handover = from_text(said if said.startswith("{") else _read(int(said)))  # the text itself, by earlier versions
     for fd in handover.fds():
         os.set_inheritable(fd, False)
     _inherited.extend(Kept(*each) for each in handover.kept)
     return handover
+
+
+def _read(memory: int) -> str:
+    with open(memory, encoding="utf-8") as file:
+        file.seek(0)
+        return file.read()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +98,11 @@ class Kept:
     purpose: str
     facts: Mapping[str, str | int]
     fds: Mapping[str, int]
+
+    def close(self) -> None:
+        """For who has no use for it."""
+        for fd in self.fds.values():
+            os.close(fd)
 
 
 _kept: list[Kept] = []
@@ -91,6 +119,24 @@ def inherited(purpose: str) -> Sequence[Kept]:
     found = [each for each in _inherited if each.purpose == purpose]
     _inherited[:] = [each for each in _inherited if each.purpose != purpose]
     return found
+
+
+def readmit(purpose: str, read: Callable[[Kept], None]) -> None:
+    """inherited(), each given to `read`. Of one that raises LookupError, TypeError or ValueError, as another version
+    has written it, the descriptors are closed."""
+    for kept in inherited(purpose):
+        try:
+            read(kept)
+        except (LookupError, TypeError, ValueError) as e:
+            log.warning("upgrade.kept_not_read", purpose=purpose, reason=repr(e))
+            kept.close()
+
+
+def close_unclaimed() -> None:
+    """Called when all services have started: what is left now is of a service or a version that is gone."""
+    for kept in _inherited:
+        kept.close()
+    _inherited.clear()
 
 
 def all_kept() -> Sequence[tuple[str, Mapping[str, str | int], Mapping[str, int]]]:
@@ -172,7 +218,7 @@ class Latecomers:
             try:
                 theirs, ours = await asyncio.open_unix_connection(self._to)
                 try:
-                    await _first_of(_pass_on(reader, ours), _pass_on(theirs, writer))
+                    await _first_way(_pass_on(reader, ours), _pass_on(theirs, writer))
                 finally:
                     ours.close()
             finally:
@@ -187,7 +233,7 @@ async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
             await writer.drain()
 
 
-async def _first_of(*ways: Coroutine[Any, Any, None]) -> None:
+async def _first_way(*ways: Coroutine[Any, Any, None]) -> None:
     """HTTP/2 has no half-closed connections: the end of one way is the end of both."""
     tasks = [asyncio.create_task(way) for way in ways]
     try:

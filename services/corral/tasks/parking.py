@@ -4,12 +4,11 @@ Their pipes are kept, with all that is in them and all that comes, until they ar
 """
 
 import asyncio
-import os
 import secrets
 from dataclasses import dataclass
 
 from corral.rpc.errors import CorralError, NotFound
-from corral.rpc.handover import Kept, inherited, keep
+from corral.rpc.handover import Kept, keep, readmit
 from corral.tasks.attach import Attachment, Wanted
 from corral.tasks.model import TaskKey
 from corral.tasks.registry import Registry
@@ -35,8 +34,7 @@ class Parking:
         """With what an earlier program has left to this one."""
         self._parked: dict[str, Parked] = {}
         self._registry = registry
-        for kept in inherited(PURPOSE):
-            self._readmit(kept)
+        readmit(PURPOSE, self._readmit)
 
     def park(self, parked: Parked) -> str:
         """Returns the token."""
@@ -70,16 +68,16 @@ class Parking:
     def _readmit(self, kept: Kept) -> None:
         facts = kept.facts
         key, exec_id = TaskKey(str(facts["namespace"]), str(facts["id"])), str(facts["exec_id"])
-        wanted = Wanted(**{name: bool(facts[name]) for name in Wanted.__slots__})
+        token, stdin_bytes = str(facts["token"]), int(facts["stdin_bytes"])
+        wanted = Wanted(**{name: bool(facts.get(name)) for name in Wanted.__slots__})
         try:
             task = self._registry.get(key)
             process = task.process(exec_id)
         except CorralError:
-            for fd in kept.fds.values():
-                os.close(fd)
+            kept.close()
             return
-        attachment = Attachment.again(task, process, wanted, kept.fds, int(facts["stdin_bytes"]))
-        self._keep(str(facts["token"]), Parked(key, exec_id, wanted, attachment))
+        attachment = Attachment.again(task, process, wanted, kept.fds, stdin_bytes)
+        self._keep(token, Parked(key, exec_id, wanted, attachment))
 
     def _keep(self, token: str, parked: Parked) -> None:
         self._parked[token] = parked
