@@ -180,6 +180,21 @@ def test_input_that_is_not_read_waits_until_it_is(box: Corrald) -> None:
         feeding.join()
 
 
+def test_who_is_cut_off_is_told_that_the_container_goes_on_and_how_to_come_back(box: Corrald, name: str) -> None:
+    script = "echo ready; exec sleep 1000"
+    run = [str(CORRAL), "run", "--name", name, "busybox", "sh", "-c", script]
+    environment = os.environ | {"CORRAL_ADDRESS": box.address}
+    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        box.kill9()
+        _, errors = process.communicate(timeout=60)
+    box.start()
+    assert process.returncode == 125
+    assert b"the container goes on, and corral attach " in errors
+    assert name in box.corral("ps", check=True).stdout.decode()
+
+
 def test_a_container_that_removes_itself_and_ends_during_an_upgrade_is_read_first(box: Corrald, name: str) -> None:
     """The upgrade waits for a call that takes its time; who reads the container was sent away before that."""
     script = "while ! test -e /end; do usleep 20000; done; echo bye; exit 7"

@@ -46,6 +46,19 @@ def test_no_byte_is_sent_twice_or_lost_however_often_it_is_cut_short():
     assert got == total
 
 
+def test_what_was_typed_byte_by_byte_is_kept_as_a_few_messages():
+    box, typed = Outbox(), bytes(range(256)) * 64
+    call = box.requests()
+    for n in range(len(typed)):
+        box.put(stdin(typed[n : n + 1]))
+        next(call)
+    box.rewind(1)
+    box.end()
+    again = list(box.requests())
+    assert b"".join(request.stdin for request in again) == typed[1:]
+    assert len(again) <= 4
+
+
 def test_a_detach_on_its_way_is_said_again():
     box = Outbox()
     box.put(stdin(b"x"))

@@ -15,6 +15,8 @@ from corral.rpc.errors import Unavailable
 QUEUED_CHUNKS = 16
 # What may be on its way, in the buffers of both sides, and is kept for a next call.
 KEPT_BYTES = 16 << 20
+# What is typed comes in single bytes, and a message takes some hundreds: less than this is kept with what follows.
+JOINED_BYTES = 4096
 
 
 class Outbox:
@@ -64,6 +66,8 @@ class Outbox:
 
     def _keep(self, request: tasks_pb2.AttachRequest) -> None:
         self._taken_bytes += len(request.stdin)
+        if request.stdin and self._kept and len(self._kept[-1][1].stdin) in range(1, JOINED_BYTES):
+            request = tasks_pb2.AttachRequest(stdin=self._kept.pop()[1].stdin + request.stdin)
         self._kept.append((self._taken_bytes, request))
         while self._kept and self._kept[0][0] < self._taken_bytes - KEPT_BYTES:
             self._kept.popleft()

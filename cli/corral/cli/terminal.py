@@ -43,6 +43,8 @@ _OWN_SIGNALS |= {
     signal.SIGFPE,
     signal.SIGILL,
 }
+# Reasons why a call ends that concern corrald, and not the process.
+_GONE = {UNSERVED, "UNREACHABLE", "CUT_OFF", "STOPPING"}
 
 
 def parse_detach_keys(text: str) -> bytes:
@@ -155,6 +157,8 @@ class Session:
                     # Either nobody has served this call, or it was parked.
                     lost = attached and parked is None
                     if e.reason != UNSERVED or lost or (pause_s := next(pauses, None)) is None:
+                        if begun and e.reason in _GONE:
+                            raise self._cut_off() from e
                         raise
                 else:
                     return None
@@ -166,6 +170,15 @@ class Session:
             self._outbox.end()
             if self._answers is not None:
                 self._answers.cancel()
+
+    def _cut_off(self) -> Unavailable:
+        container = self.attachment.container
+        goes_on = (
+            f"the command goes on in container {container}, and what it says from now on is lost"
+            if self.attachment.exec_id
+            else f"the container goes on, and corral attach {container} shows it again"
+        )
+        return Unavailable(f"corral went away from this terminal; {goes_on}", reason="CUT_OFF")
 
     # ------------------------------------------------------------ pump thread
 
