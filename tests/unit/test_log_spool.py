@@ -1,5 +1,6 @@
 """What a shim that is killed has taken and not logged, found by the next one."""
 
+import contextlib
 import json
 import os
 import resource
@@ -8,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from corral.shim.logs import FileLog, LogFile
-from corral.shim.spool import KEPT, MARK, Spool
+from corral.shim.log_program import PipeReceiver
+from corral.shim.logs import FileLog, Log, LogFile
+from corral.shim.loop import Loop
+from corral.shim.sending import PipingLog, SendingLog
+from corral.shim.spool import KEPT, MARK, STREAMS, Spool
+from corral.shim.syslog import Address, SyslogFraming, SyslogReceiver
 
 LINES = b"".join(b"line %d\n" % number for number in range(1000))
 
@@ -26,7 +31,7 @@ def opened(path: Path, directory: int, driver: str = "json-file") -> FileLog:
     return FileLog(LogFile(str(path), max_size=0, max_files=1), driver, Spool(directory))
 
 
-def take(log: FileLog, data: bytes) -> bytes:
+def take(log: Log, data: bytes) -> bytes:
     reader, writer = os.pipe()
     try:
         os.write(writer, data)
@@ -122,3 +127,42 @@ def test_a_spool_that_a_full_disk_tears_is_given_up(tmp_path: Path, directory: i
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not spool.kept
     assert not (tmp_path / "stdout.spool").exists()
+
+
+@pytest.mark.parametrize("sends", ["lines", "bytes"])
+def test_the_copy_of_a_log_that_nobody_took_has_each_line_once_after_a_kill(
+    tmp_path: Path, directory: int, sends: str
+) -> None:
+    path, loop = tmp_path / "log", Loop()
+
+    def opened() -> Log:
+        cache = FileLog(LogFile(str(path), max_size=0, max_files=1), "json-file")
+        if sends == "lines":
+            nobody = SyslogReceiver(Address("unix", str(tmp_path / "nobody")))
+            return SendingLog(loop, nobody, SyslogFraming(3, "", "t", "-"), cache=cache, spool=Spool(directory))
+        pipes = {stream: PipeReceiver(full_pipe()) for stream in STREAMS}
+        return PipingLog(loop, pipes, cache=cache, spool=Spool(directory))
+
+    def full_pipe() -> int:
+        reader, writer = os.pipe()
+        fds.append(reader)
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while os.write(writer, bytes(4096)):
+                pass
+        return writer
+
+    fds: list[int] = []
+    first = opened()
+    first.write("stdout", take(first, b"one\ntw"))
+    second = opened()  # the first was killed
+    second.write("stdout", take(second, b"o\nthree\n"))
+    take(second, b"four\n")  # and the second before it wrote that
+    third = opened()
+    third.write("stdout", take(third, b"five\n"))
+    assert logged(path) == b"one\ntwo\nthree\nfour\nfive\n"
+    for log in (first, second, third):
+        log.close()
+    for fd in fds:
+        os.close(fd)
+    loop.close()

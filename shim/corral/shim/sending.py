@@ -60,8 +60,9 @@ class SendingLog:
         self._waiting: dict[StreamName, bytes] = {}
         self._lines: dict[StreamName, Piece] = {}
         self._outbox = Outbox(loop, receiver, limit=limit, on_done=self._done)
-        for stream, data in unsent(spool).items():
-            self.write(stream, data)
+        for stream, (data, uncached) in unsent(spool).items():
+            self._keep(stream, uncached)
+            self._send(stream, data)
 
     def take(self, stream: StreamName, fd: int, size: int, *, pipe: bool) -> bytes:
         """Read what is to be sent next; should this process be killed before it is, it is not lost."""
@@ -69,8 +70,16 @@ class SendingLog:
 
     def write(self, stream: StreamName, data: bytes) -> None:
         """Send the lines that are complete now, with the present time."""
+        self._keep(stream, data)
+        self._send(stream, data)
+
+    def _keep(self, stream: StreamName, data: bytes) -> None:
         if self._cache is not None:
             self._cache.write(stream, data)
+            if self._spool is not None:
+                self._spool.copied(stream)
+
+    def _send(self, stream: StreamName, data: bytes) -> None:
         now = time.time_ns()
         for part, group in cut(self._waiting.pop(stream, b"") + data):
             match part:
@@ -156,8 +165,9 @@ class PipingLog:
         self._outboxes = {
             stream: Outbox(loop, receiver, limit=limit, on_done=self._done) for stream, receiver in receivers.items()
         }
-        for stream, data in unsent(spool).items():
-            self.write(stream, data)
+        for stream, (data, uncached) in unsent(spool).items():
+            self._keep(stream, uncached)
+            self._send(stream, data)
 
     def take(self, stream: StreamName, fd: int, size: int, *, pipe: bool) -> bytes:
         """As SendingLog."""
@@ -165,8 +175,16 @@ class PipingLog:
 
     def write(self, stream: StreamName, data: bytes) -> None:
         """Send it, in parts of which each is taken as a whole or not at all."""
+        self._keep(stream, data)
+        self._send(stream, data)
+
+    def _keep(self, stream: StreamName, data: bytes) -> None:
         if self._cache is not None:
             self._cache.write(stream, data)
+            if self._spool is not None:
+                self._spool.copied(stream)
+
+    def _send(self, stream: StreamName, data: bytes) -> None:
         for at in range(0, len(data), _ATOMIC):
             part = data[at : at + _ATOMIC]
             self._outboxes[stream].put(stream, len(part), part)
@@ -215,10 +233,17 @@ _ATOMIC = 4096
 """Of a pipe: PIPE_BUF."""
 
 
-def unsent(spool: Spool | None) -> dict[StreamName, bytes]:
-    """What the shim before had taken and not sent; the spool is begun."""
+def unsent(spool: Spool | None) -> dict[StreamName, tuple[bytes, bytes]]:
+    """What the shim before had taken and not sent, and what of that is in no cache; the spool is begun."""
     if spool is None:
         return {}
-    left = {stream: data for stream in STREAMS if (data := spool.unlogged(stream))}
+    left = {stream: (data, _uncached(spool, stream, data)) for stream in STREAMS if (data := spool.unlogged(stream))}
     spool.begin(STREAMS[0], _NOWHERE)
     return left
+
+
+def _uncached(spool: Spool, stream: StreamName, data: bytes) -> bytes:
+    """A cache has waited for the end of a line that was begun, and lost it."""
+    copied = spool.copied_of_unlogged(stream)
+    begun = next((group for part, group in cut(data[:copied]) if part is Part.REST), b"")
+    return begun + data[copied:]

@@ -2,7 +2,8 @@
 
     process --> FIFO --splice(2)--> stdout.spool --> log file
                                          |
-    spool.mark: the log's inode and size after what was appended last, and how far each spool is in the log by then
+    spool.mark: the log's inode and size after what was appended last, and how far each spool is in the log by then;
+                and how far each was copied elsewhere, if the log is one that sends and keeps a copy
 
 A byte leaves the FIFO and enters the spool in one system call, and every append is followed by a new mark. So what lies
 behind the mark was taken and is not in the log; all but the first group of it perhaps, which is if the log has grown by
@@ -26,7 +27,8 @@ STREAMS: tuple[StreamName, StreamName] = ("stdout", "stderr")
 MARK = "spool.mark"
 KEPT = 64 << 10
 _BASE = struct.Struct("=Q")
-_MARK = struct.Struct("=5Q")
+_MARK = struct.Struct("=7Q")
+_OLD_MARK = struct.Struct("=5Q")
 _MODE = 0o600
 
 type Position = tuple[int, int]
@@ -36,22 +38,23 @@ type Position = tuple[int, int]
 class Spool:
     """The spools of one container's streams. Where the disk takes nothing more it is given up, and output goes on."""
 
-    __slots__ = ("_bases", "_current", "_directory", "_ends", "_fds", "_mark", "_marked", "_starts", "kept")
+    __slots__ = ("_bases", "_copied", "_current", "_directory", "_ends", "_fds", "_mark", "_marked", "_starts", "kept")
 
     def __init__(self, directory: int) -> None:
         """directory: an fd of the bundle, which may hold the spools of the shim before. Raises OSError."""
         self._directory = directory
         self._fds = dict.fromkeys(STREAMS, -1)
-        self._bases, self._ends, self._starts = (dict.fromkeys(STREAMS, 0) for _ in range(3))
+        self._bases, self._ends, self._starts, self._copied = (dict.fromkeys(STREAMS, 0) for _ in range(4))
         self._current = STREAMS[0]
         self._marked: Position | None = None
         self._mark = os.open(MARK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE, dir_fd=directory)
         self.kept = True
-        if len(mark := os.pread(self._mark, _MARK.size, 0)) == _MARK.size:
-            self._restore(mark)
+        if len(mark := os.pread(self._mark, _MARK.size, 0)) >= _OLD_MARK.size:
+            self._restore(mark.ljust(_MARK.size, b"\0"))
 
     def _restore(self, mark: bytes) -> None:
-        inode, size, *starts, current = _MARK.unpack(mark)
+        inode, size, *starts, current, copied, copied_too = _MARK.unpack(mark)
+        self._copied = dict(zip(STREAMS, (copied, copied_too), strict=True))
         self._marked, self._current = (inode, size), STREAMS[current]
         for stream, start in zip(STREAMS, starts, strict=True):
             self._starts[stream] = self._bases[stream] = self._ends[stream] = start
@@ -68,6 +71,16 @@ class Spool:
         """What was taken from a stream and is not in the log, as far as the mark tells."""
         start, end = self._starts[stream], self._ends[stream]
         return os.pread(self._fds[stream], end - start, self._place(stream, start)) if end > start else b""
+
+    def copied(self, stream: StreamName) -> None:
+        """All that was taken from the stream is copied."""
+        self._copied[stream] = self._ends[stream]
+        if self.kept and self._marked is not None:
+            self._write_mark()
+
+    def copied_of_unlogged(self, stream: StreamName) -> int:
+        """How many bytes of unlogged() are copied, as far as the mark tells."""
+        return max(0, self._copied[stream] - self._starts[stream])
 
     @property
     def marked(self) -> Position | None:
@@ -175,7 +188,8 @@ class Spool:
 
     def _write_mark(self) -> None:
         assert self._marked is not None
-        mark = _MARK.pack(*self._marked, *self._starts.values(), STREAMS.index(self._current))
+        current = STREAMS.index(self._current)
+        mark = _MARK.pack(*self._marked, *self._starts.values(), current, *self._copied.values())
         try:
             os.pwrite(self._mark, mark, 0)
         except OSError:
