@@ -135,6 +135,14 @@ async def test_what_takes_too_much_room_goes(tmp_path: Path):
         assert [e.subject for e in (await take(db, 2))[1:]] == ["0019"]
 
 
+async def test_it_prunes_itself_by_the_room_that_it_takes_however_few_the_events_are(tmp_path: Path):
+    with Database(tmp_path / "y.db", [], durable=False, journal_keep=Retention(size_bytes=10_000)) as db:
+        for _ in range(60):
+            db.write_sync(lambda tx: tx.journal("t", "s", {"text": "x" * 1000}, namespace="default"))
+        [bytes_] = db.write_sync(lambda tx: tx.one("SELECT sum(length(payload)) FROM journal"))
+        assert bytes_ <= 12_000
+
+
 async def test_old_events_go_when_another_one_comes(tmp_path: Path):
     with Database(tmp_path / "y.db", [], durable=False, journal_keep=Retention(age_s=0.2)) as db:
         add(db, "old")

@@ -38,7 +38,7 @@ class AsyncTransport:
             try:
                 return await method(request, metadata=self._metadata)
             except grpc.RpcError as e:
-                await asyncio.sleep(self._pause(e, pause_s))
+                await asyncio.sleep(_pause(self.address, e, pause_s))
         raise AssertionError
 
     async def stream[Request, Answer](
@@ -60,19 +60,12 @@ class AsyncTransport:
                     yield answer
                 return
             except grpc.RpcError as e:
-                pause_s = self._pause(e, next(pauses, None) if resume or not answered else None)
+                pause_s = _pause(self.address, e, next(pauses, None) if resume or not answered else None)
             finally:
                 call.cancel()
             if resume is not None and answered:
                 request = resume()
             await asyncio.sleep(pause_s)
-
-    def _pause(self, e: grpc.RpcError, pause_s: float | None) -> float:
-        """How long to wait before another attempt. Raises what the failure stands for if there is none."""
-        error = from_rpc_error(e, address=self.address)
-        if error.reason != UNSERVED or pause_s is None:
-            raise error from e
-        return pause_s
 
     async def gather[Request, Answer](
         self, method: "grpc.aio.StreamUnaryMultiCallable[Request, Answer]", requests: AsyncIterator[Request]
@@ -117,7 +110,7 @@ class Transport:
             try:
                 return method(request, metadata=self._metadata)
             except grpc.RpcError as e:
-                time.sleep(self._pause(e, pause_s))
+                time.sleep(_pause(self.address, e, pause_s))
         raise AssertionError
 
     def stream[Request, Answer](
@@ -136,19 +129,12 @@ class Transport:
                     yield answer
                 return
             except grpc.RpcError as e:
-                pause_s = self._pause(e, next(pauses, None) if resume or not answered else None)
+                pause_s = _pause(self.address, e, next(pauses, None) if resume or not answered else None)
             finally:
                 call.cancel()
             if resume is not None and answered:
                 request = resume()
             time.sleep(pause_s)
-
-    def _pause(self, e: grpc.RpcError, pause_s: float | None) -> float:
-        """How long to wait before another attempt. Raises what the failure stands for if there is none."""
-        error = from_rpc_error(e, address=self.address)
-        if error.reason != UNSERVED or pause_s is None:
-            raise error from e
-        return pause_s
 
     def gather[Request, Answer](
         self, method: "grpc.StreamUnaryMultiCallable[Request, Answer]", requests: Iterator[Request]
@@ -216,6 +202,14 @@ class Exchange[Answer]:
         """Ends the conversation; any thread may call it."""
         self._cancelled = True
         self._call.cancel()
+
+
+def _pause(address: str, e: grpc.RpcError, pause_s: float | None) -> float:
+    """How long to wait before another attempt. Raises what the failure stands for if there is none."""
+    error = from_rpc_error(e, address=address)
+    if error.reason != UNSERVED or pause_s is None:
+        raise error from e
+    return pause_s
 
 
 def _secure(options: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:

@@ -152,6 +152,11 @@ _PRUNE_BY_SIZE = """DELETE FROM journal WHERE seq < (SELECT max(seq) FROM journa
         OVER (ORDER BY seq DESC) AS bytes FROM journal) WHERE bytes > ?)"""
 
 
+def _bytes(event: Event) -> int:
+    """As _PRUNE_BY_SIZE counts."""
+    return len(_text(event.payload)) + len(event.subject.encode()) + len(event.topic)
+
+
 class Journal:
     """The journal of one Database."""
 
@@ -161,7 +166,7 @@ class Journal:
         self._newest_seq = newest_seq
         self._keep = keep
         self._delay_s = delay_s
-        self._since_pruning = 0
+        self._since_pruning = self._bytes_since_pruning = 0
         self._pruned_at_s = -keep.looks_after_s
         self._lock = threading.Lock()
         self._followers: set[_Follower] = set()
@@ -230,10 +235,19 @@ class Journal:
         for follower in self._all_followers():
             follower.wake()
         self._since_pruning += len(events)
-        now_s = time.monotonic()
-        if self._since_pruning > self._keep.looks_after_events or now_s - self._pruned_at_s > self._keep.looks_after_s:
-            self._since_pruning, self._pruned_at_s = 0, now_s
+        if self._keep.size_bytes is not None:
+            self._bytes_since_pruning += sum(map(_bytes, events))
+        if self._is_to_prune():
+            self._since_pruning, self._bytes_since_pruning, self._pruned_at_s = 0, 0, time.monotonic()
             self._database.prune_journal(self._keep)
+
+    def _is_to_prune(self) -> bool:
+        keep, looked_s_ago = self._keep, time.monotonic() - self._pruned_at_s
+        return (
+            self._since_pruning > keep.looks_after_events
+            or looked_s_ago > keep.looks_after_s
+            or (keep.size_bytes is not None and self._bytes_since_pruning > keep.size_bytes / 10)
+        )
 
     def recount(self, newest_seq: int) -> None:
         """Called by who writes, after a failure, with what the table says."""

@@ -340,7 +340,7 @@ class Containers:
     ) -> AsyncIterator[engine_pb2.ContainerStatsResponse]:
         """What containers use, once, or every `interval_ms`."""
         request = engine_pb2.ContainerStatsRequest(containers=containers, interval_ms=interval_ms)
-        async for answer in self._engine.stream(self._stub.Stats, request):
+        async for answer in self._engine.stream(self._stub.Stats, request, resume=lambda: request):
             yield answer
 
     async def top(self, container: str) -> Sequence[engine_pb2.Process]:

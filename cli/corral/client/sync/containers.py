@@ -339,7 +339,7 @@ class Containers:
     ) -> Iterator[engine_pb2.ContainerStatsResponse]:
         """What containers use, once, or every `interval_ms`."""
         request = engine_pb2.ContainerStatsRequest(containers=containers, interval_ms=interval_ms)
-        for answer in self._engine.stream(self._stub.Stats, request):
+        for answer in self._engine.stream(self._stub.Stats, request, resume=lambda: request):
             yield answer
 
     def top(self, container: str) -> Sequence[engine_pb2.Process]:
