@@ -4,6 +4,7 @@ The host here is a namespace of the lab: no rule or link of the machine is touch
 """
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
@@ -159,6 +160,32 @@ async def test_an_address_of_a_bridge_that_was_deleted_is_back(lab: Lab, net: Ca
     a = await net.attach("a")
     command(lab.host, "ip", "address", "flush", "dev", BRIDGE)
     assert eventually(lambda: reaches(a.netns_path, GATEWAY, within_s=0.2), within_s=WITHIN_S)
+
+
+async def test_a_pair_that_is_made_again_is_as_it_was(lab: Lab, net: Calls) -> None:
+    a = await net.attach("a", ports=[port()], sysctls={"net.ipv4.conf.eth0.arp_ignore": "3"})
+    end = a.interfaces[0].host_name
+    command(lab.host, "ip", "link", "delete", end)
+    assert eventually(lambda: reaches(a.netns_path, OUTSIDE, within_s=0.2), within_s=WITHIN_S)
+    assert command(a.netns_path, "sysctl", "-n", "net.ipv4.conf.eth0.arp_ignore").strip() == "3"
+    [link] = json.loads(command(lab.host, "ip", "-j", "-d", "link", "show", end))
+    assert link["linkinfo"]["info_slave_data"]["hairpin"]
+
+
+async def test_a_pair_whose_making_again_was_cut_short_is_whole_after_the_next_start(lab: Lab) -> None:
+    lab.corrald.stop()
+    lab.corrald.start(environment={"CORRAL_FAILPOINTS": "network.connect.after_plug=kill@1"})
+    async with lab.calls() as net:
+        a = await net.attach("a")
+        before = lab.links()
+        command(lab.host, "ip", "link", "delete", a.interfaces[0].host_name)
+        assert eventually(lambda: any(name.endswith("~") for name in lab.links()))
+    lab.corrald.kill9()
+    lab.corrald.start()
+    async with lab.calls() as net:
+        assert eventually(lambda: reaches(a.netns_path, OUTSIDE, within_s=0.2))
+        assert lab.links() == before
+        await net.detach("a")
 
 
 async def test_a_pair_whose_end_on_the_host_was_deleted_is_made_again(lab: Lab, net: Calls) -> None:

@@ -29,7 +29,7 @@ from corral.network.connections import (
     half_connected,
 )
 from corral.network.files import FileStore
-from corral.network.links import link_exists
+from corral.network.lost import lost_links
 from corral.network.model import (
     DEFAULT_NETWORK,
     Attachment,
@@ -246,19 +246,24 @@ class Endpoints:
         """Take it out of a network, see Connections.disconnect(). Raises NotFound, FailedPrecondition."""
 
         async def work() -> Endpoint:
-            endpoint = await self._standing_one(key)
+            endpoint = await self._undo_connects(self.get(key))
+            self._require_up(endpoint)  # and no more: a network whose parent is gone can be left
             return await self._connections.disconnect(endpoint, await self._networks.get(key.namespace, network))
 
         return await self._alone(key, work)
 
     async def _standing_one(self, key: EndpointKey) -> Endpoint:
         endpoint = await self._undo_connects(self.get(key))
+        self._require_up(endpoint)
         await self._mend(endpoint)
-        if not self.stands(endpoint):
-            raise FailedPrecondition(
-                f"the network of container {key.id[:12]!r} is down: start the container first", reason="NOT_UP"
-            )
         return endpoint
+
+    def _require_up(self, endpoint: Endpoint) -> None:
+        path = self.netns_path(endpoint)
+        if endpoint.boot_id != self._boot_id or (path and not is_pinned(path)):
+            raise FailedPrecondition(
+                f"the network of container {endpoint.key.id[:12]!r} is down: start the container first", reason="NOT_UP"
+            )
 
     async def publish(self, key: EndpointKey, ports: Sequence[Port]) -> Endpoint:
         """Publish more ports; those that are published stay. Raises NotFound, AlreadyExists, InvalidArgument."""
@@ -369,8 +374,7 @@ class Endpoints:
         if endpoint.state is not EndpointState.READY or endpoint.boot_id != self._boot_id:
             return False
         path = self.netns_path(endpoint)
-        links = (link_exists(each.host_name) for each in endpoint.interfaces if each.network.is_bridge)
-        return (not path or is_pinned(path)) and all(links)
+        return not path or (is_pinned(path) and not lost_links(endpoint, path))
 
     async def mend(self, key: EndpointKey) -> None:
         """Make the links again that are missing of one that stands otherwise; no error if it is gone."""

@@ -153,7 +153,7 @@ class Netlink:
         self.delete_link(owner.birth_name)  # of a process that died here
         self._requests.ask(request)
         try:
-            self._requests.ask(rtnetlink.own_link(index_of(owner.birth_name), name, owner.alias))
+            self._requests.ask(rtnetlink.rename(index_of(owner.birth_name), name, owner.alias))
         except OSError:
             self.delete_link(owner.birth_name)
             raise
@@ -227,10 +227,14 @@ class Netlink:
         _set_ipv6(name, on=False)
         self._requests.ask(rtnetlink.set_link(index_of(name), up=True, what=f"set {name} up"))
 
-    @staticmethod
-    def is_inside(netns: Path, name: str) -> bool:
-        """Whether a link has that name inside a namespace. Raises OSError."""
-        return in_namespace(netns, lambda: link_exists(name))
+    def rename(self, name: str, wanted: str) -> None:
+        """Give a link that is up another name, in one request. Raises OSError(EEXIST)."""
+        index = index_of(name)
+        self._requests.ask(
+            rtnetlink.set_link(index, up=False, what=f"set {name} down"),
+            rtnetlink.rename(index, wanted),
+            rtnetlink.set_link(index, up=True, what=f"set {wanted} up"),
+        )
 
     @staticmethod
     def delete_inside(netns: Path, name: str) -> None:
@@ -259,22 +263,27 @@ class Netlink:
             self._requests.ask(rtnetlink.reflect(index_of(host_name), f"let {host_name} have its frames back"))
 
     @staticmethod
-    def configure_inside(netns: Path, plans: Sequence[InterfacePlan]) -> None:
-        """Configure the inner ends of plugged pairs, inside their namespace. Raises OSError."""
+    def configure_inside(netns: Path, plans: Sequence[InterfacePlan], born: str = "") -> None:
+        """Configure the inner ends of plugged pairs, inside their namespace; `born`: as they are called until then.
+
+        Raises OSError.
+        """
 
         def work(netlink: Netlink) -> None:
             for plan in plans:
-                netlink.configure(plan)
+                netlink.configure(plan, born or plan.name)
 
         _inside(netns, work)
 
-    def configure(self, plan: InterfacePlan) -> None:
-        """Give the inner end its addresses and routes, and set it up. For a Netlink inside the namespace."""
-        index = index_of(plan.name)
+    def configure(self, plan: InterfacePlan, born: str) -> None:
+        """Give the inner end its name, addresses and routes, and set it up, in one request. For a Netlink inside the
+        namespace."""
+        index = index_of(born)
         if any(address.version == 6 for address, _ in plan.addresses):
-            _heed_no_router(plan.name)
-            _set_ipv6(plan.name, on=True)
+            _heed_no_router(born)
+            _set_ipv6(born, on=True)
         self._requests.ask(
+            *([rtnetlink.rename(index, plan.name)] if born != plan.name else []),
             *(rtnetlink.new_address(index, address, length, plan.name) for address, length in plan.addresses),
             rtnetlink.set_link(index, up=True, what=f"set {plan.name} up"),
             *(rtnetlink.default_route(gateway, index) for gateway in plan.gateways),

@@ -28,6 +28,7 @@ from corral.network.connections import half_connected
 from corral.network.files import FileStore
 from corral.network.firewall import Firewall
 from corral.network.links import link_exists
+from corral.network.lost import lost_links
 from corral.network.model import Endpoint, EndpointState, Interface, Network, NetworkState
 from corral.network.network_options import may_talk
 from corral.network.networks import Networks
@@ -66,10 +67,10 @@ def sweep(db: Database, pool: NetnsPool, files: FileStore) -> Sequence[Endpoint]
     stale_files = files.sweep({endpoint.key for endpoint in ready})
     if half:
         db.write_sync(lambda transaction: _delete_rows(transaction, half))
-    halves = ((endpoint, interface) for endpoint in ready for interface in half_connected(endpoint))
-    connecting = [(endpoint, interface) for endpoint, interface in halves if not _owes(db, endpoint, (interface,))]
-    if connecting:
-        db.write_sync(lambda transaction: _delete_interfaces(transaction, connecting))
+    halves = [(endpoint, interface) for endpoint in ready for interface in half_connected(endpoint)]
+    bridged = [(endpoint, interface) for endpoint, interface in halves if interface.network.is_bridge]
+    if bridged:  # what others have is inside, and taken back as in a disconnect
+        db.write_sync(lambda transaction: _delete_interfaces(transaction, bridged))
     if any(endpoint.ports for endpoint in ready):
         db.write_sync(lambda transaction: port_rows.forget_other_boots(transaction, boot_id()))
     if half or namespaces or stale_files:
@@ -85,9 +86,8 @@ def _owes(db: Database, endpoint: Endpoint, interfaces: Sequence[Interface]) -> 
 def _has_lost_links(endpoint: Endpoint, pool: NetnsPool) -> bool:
     if endpoint.state is not EndpointState.READY or endpoint.boot_id != boot_id():
         return False
-    bridged = (interface for interface in endpoint.interfaces if interface.network.is_bridge)
-    lost = any(not link_exists(interface.host_name) for interface in bridged)
-    return lost and is_pinned(pool.path(endpoint.netns))
+    path = pool.path(endpoint.netns)
+    return bool(endpoint.interfaces) and is_pinned(path) and bool(lost_links(endpoint, path))
 
 
 def cut_connects(db: Database) -> Sequence[tuple[Endpoint, Endpoint]]:

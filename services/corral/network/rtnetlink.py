@@ -261,9 +261,9 @@ def set_link(index: int, *, up: bool, what: str, master: int | None = None) -> R
     return Request(_NEWLINK, _CHANGE, _link(index, up=up) + into, what)
 
 
-def own_link(index: int, name: str, alias: str) -> Request:
-    """Give a link that is down its name and alias."""
-    body = _link(index) + _name(name) + _attribute(_ALIAS, alias.encode())
+def rename(index: int, name: str, alias: str = "") -> Request:
+    """Give a link that is down another name, and an alias."""
+    body = _link(index) + _name(name) + (_attribute(_ALIAS, alias.encode()) if alias else b"")
     return Request(_NEWLINK, _CHANGE, body, f"name a link {name}")
 
 

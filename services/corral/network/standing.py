@@ -5,6 +5,7 @@ there waits.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from corral.network.cni.attachments import CniAttachments
 from corral.network.config import NetworkConfig
 from corral.network.files import FileStore
 from corral.network.links import InterfacePlan, NetlinkThread, link_exists
+from corral.network.lost import lost_links
 from corral.network.model import Endpoint, Interface
 from corral.network.names import has_names
 from corral.network.networks import Networks
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from corral.network.netlink import Netlink
 
 log = structlog.get_logger()
+
+_NAME_CHARS = 14  # of a link's name, and one more
 
 
 class Standing:
@@ -104,15 +108,48 @@ class Standing:
             netlink.plug_sublink(plan, plan.sublink, path, seclusion)
 
     async def mend(self, endpoint: Endpoint) -> None:
-        """Make those of its links that are not there, in the namespace that is."""
+        """Make those of its links that are not there, in the namespace that is. Raises CorralError, OSError."""
         await self._listen(endpoint)
         await self._thread.run(lambda netlink: self.make_missing(netlink, endpoint))
 
     def make_missing(self, netlink: "Netlink", endpoint: Endpoint) -> None:
         """The same on the netlink thread, without the resolvers."""
-        self._networks.build_missing(netlink, [interface.network for interface in endpoint.interfaces])
         path = self._pool.path(endpoint.netns)
-        plans = [plan for plan in interface_plans(endpoint) if not _is_plugged(netlink, plan, path)]
+        lost = {interface.name: interface.network for interface in lost_links(endpoint, path)}
+        self._networks.build_missing(netlink, lost.values())
+        for plan in interface_plans(endpoint):
+            if plan.name in lost:
+                self._make_again(netlink, endpoint, plan, path)
+
+    def _make_again(self, netlink: "Netlink", endpoint: Endpoint, plan: InterfacePlan, path: Path) -> None:
+        """What has its name is whole, also if this process dies here; what has not goes with the next attempt."""
+        born = _unfinished(plan)
+        self._unplug(netlink, born, path)
+        try:
+            self._plug(netlink, born, path)
+            failpoint("network.connect.after_plug")
+            netlink.configure_inside(path, [plan], born.name)
+            sysctls.write(path, sysctls.of_link(endpoint.request.sysctls, plan.name))
+            if plan.host_name:
+                if endpoint.ports:
+                    netlink.reflect(born.host_name)
+                netlink.rename(born.host_name, plan.host_name)
+        except BaseException:
+            self._unplug(netlink, born, path)
+            raise
+
+    def _unplug(self, netlink: "Netlink", plan: InterfacePlan, path: Path) -> None:
+        if plan.host_name:
+            netlink.delete_link(plan.host_name)
+        else:
+            netlink.delete_inside(path, plan.name)
+
+    def _make_more(self, netlink: "Netlink", before: Endpoint, endpoint: Endpoint) -> None:
+        names = {interface.name for interface in before.interfaces}
+        added = [interface for interface in endpoint.interfaces if interface.name not in names]
+        self._networks.build_missing(netlink, [interface.network for interface in added])
+        path = self._pool.path(endpoint.netns)
+        plans = [plan for plan in interface_plans(endpoint) if plan.name not in names]
         for plan in plans:
             self._plug(netlink, plan, path)
             failpoint("network.connect.after_plug")
@@ -124,7 +161,7 @@ class Standing:
         made = await self._cni.add(endpoint)
 
         def work(netlink: "Netlink") -> None:
-            self.make_missing(netlink, made)
+            self._make_more(netlink, before, made)
             self._publishing.follow(netlink, before, made)
             self._change_files(before, made)
 
@@ -224,5 +261,8 @@ class Standing:
         await self._reaper.close()
 
 
-def _is_plugged(netlink: "Netlink", plan: InterfacePlan, netns: Path) -> bool:
-    return link_exists(plan.host_name) if plan.host_name else netlink.is_inside(netns, plan.name)
+def _unfinished(plan: InterfacePlan) -> InterfacePlan:
+    """The same under the name that it is looked for by only once it is whole. Pure."""
+    if plan.host_name:
+        return replace(plan, host_name=f"{plan.host_name[:-1]}~")
+    return replace(plan, name=f"{plan.name[:_NAME_CHARS]}~")

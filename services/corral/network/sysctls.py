@@ -31,6 +31,11 @@ def write(netns: Path, parameters: Iterable[tuple[str, str]]) -> None:
         in_namespace(netns, work)
 
 
+def of_link(parameters: Iterable[tuple[str, str]], link: str) -> list[tuple[str, str]]:
+    """Those of one link. Pure. Raises InvalidArgument as paths() does."""
+    return [(name, value) for name, value in parameters if link in _path(name).parts]
+
+
 def _path(name: str) -> Path:
     separator = "/" if "/" in name and "." not in name.partition("/")[0] else "."
     parts = name.split(separator)
