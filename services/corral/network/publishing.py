@@ -97,9 +97,11 @@ class Publishing:
     def shut(self, endpoint: Endpoint, ports: Sequence[Port]) -> None:
         """Let them lead nowhere, and go. On the netlink thread."""
         leading = forwards(endpoint, ports)
-        self._firewall.withdraw(leading)
-        conntrack.forget_ports(leading)
-        self._host.release(endpoint.key, ports)
+        try:
+            self._firewall.withdraw(leading)
+            conntrack.forget_ports(leading)
+        finally:
+            self._host.release(endpoint.key, ports)
 
     def follow(self, netlink: "Netlink", before: Endpoint, endpoint: Endpoint) -> None:
         """Let its ports lead to the addresses that it has now. On the netlink thread."""
@@ -122,10 +124,17 @@ class Publishing:
             failpoint("network.publish.after_rows")
             await self._thread.run(lambda netlink: self.open(netlink, published, ports))
         except BaseException:
-            await self._thread.run(lambda _: self.shut(endpoint, ports))
-            await self._db.write(lambda transaction: port_rows.delete(transaction, endpoint.key, ports))
+            await self._take_back(endpoint, ports)
             raise
         return published
+
+    async def _take_back(self, endpoint: Endpoint, ports: Sequence[Port]) -> None:
+        try:
+            await self._thread.run(lambda _: self.shut(endpoint, ports))
+        except OSError as e:  # what is told is why they could not be published
+            log.warning("network.ports_not_shut", endpoint=endpoint.key.id, error=str(e))
+        finally:
+            await self._db.write(lambda transaction: port_rows.delete(transaction, endpoint.key, ports))
 
     async def withdraw(self, endpoint: Endpoint, ports: Sequence[Port]) -> Endpoint:
         """These are its ports no more; but for those that plugins of CNI publish, which last as long as it does."""
