@@ -15,6 +15,8 @@ from shimclient import Workshop, workshop
 from support.requirements import needs
 from test_shim_adoption import Keeper, heir_of, kill, wait_gone_or_told
 
+from corral.kernel.cgroup import detect
+
 pytestmark = needs("root", "busybox")
 
 
@@ -83,7 +85,9 @@ def test_no_line_is_lost_or_out_of_order_whenever_a_shim_is_killed(moment: str, 
         keeper.let_go()
         assert heirs >= 1
         assert shim.exit_file()["code"] == 20
-        assert [line for line, _ in groupby(reader.all())] == [f"line {i}" for i in range(1, 21)]
+        got = reader.all()
+        assert [line for line, _ in groupby(got)] == [f"line {i}" for i in range(1, 21)]
+        assert len(got) <= 20 + heirs
 
 
 def test_a_receiver_that_takes_nothing_costs_counted_bytes_of_the_oldest(shop: Workshop, tmp_path: Path) -> None:
@@ -186,3 +190,29 @@ def test_who_was_killed_in_time_has_not_timed_out_however_late_that_is_told(shop
     keeper.let_go()
     exited = heir.wait()
     assert (exited["code"], exited["signal"], exited["timed_out"]) == (137, 9, False)
+
+
+def test_who_is_frozen_when_its_time_is_over_dies_all_the_same(shop: Workshop) -> None:
+    hierarchy = detect().of("freezer")
+    assert hierarchy is not None
+    path = Path(hierarchy.mount_point) / f"corral-shim-frozen-{os.getpid()}"
+    state, frozen = ("cgroup.freeze", "1") if hierarchy.version == 2 else ("freezer.state", "FROZEN")
+    path.mkdir()
+    try:
+        shim = shop.spawn("sleep", "1000")
+        shim.create(cgroup={"paths": [str(path)]}, timeout_ns=500_000_000)
+        try:
+            shim.start()
+            (path / state).write_text(frozen)
+            exited = shim.wait()
+            assert (exited["code"], exited["timed_out"]) == (137, True)
+        finally:
+            (path / state).write_text("0" if hierarchy.version == 2 else "THAWED")
+    finally:
+        until(lambda: gone(path))
+
+
+def gone(path: Path) -> bool:
+    with suppress(OSError):
+        path.rmdir()
+    return not path.exists()

@@ -1,5 +1,6 @@
 """Messages that wait for one receiver, over real sockets and the loop of a shim."""
 
+import errno
 import os
 import socket
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from corral.shim.loop import LONGEST_WAIT_S, Loop
-from corral.shim.outbox import RETRY_S, Outbox
+from corral.shim.outbox import PAUSE_S, RETRY_S, Outbox
 from corral.shim.syslog import Address, SyslogReceiver
 
 LIMIT = 1 << 20
@@ -165,3 +166,27 @@ def test_a_server_that_changes_from_streams_to_datagrams_is_spoken_to_in_those(t
         with listening(path):
             receiver.connect()
             assert (receiver.is_stream, receiver.hears) == (False, False)
+
+
+class WithoutMemory(SyslogReceiver):
+    """A socket that can be written to, of a kernel that has no memory for a while."""
+
+    asked = 0
+
+    def send(self, message: bytes) -> int:
+        self.asked += 1
+        if self.asked < 5:
+            raise BlockingIOError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+        return super().send(message)
+
+
+def test_a_kernel_without_memory_is_not_asked_without_a_pause(
+    loop: Loop, server: socket.socket, tmp_path: Path
+) -> None:
+    receiver = WithoutMemory(Address("unix", str(tmp_path / "log")))
+    receiver.connect()
+    with closing(Outbox(loop, receiver, limit=LIMIT, on_done=Done())) as outbox:
+        outbox.put("stdout", 1, b"x")
+        assert drained(loop, server, 2 * PAUSE_S) == 0
+        assert receiver.asked < 5
+        assert drained(loop, server, 5 * PAUSE_S) == 1

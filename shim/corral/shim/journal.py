@@ -83,7 +83,7 @@ class JournalReceiver:
             return self._socket.send(message)
         except OSError as e:
             if e.errno == errno.ENOBUFS:
-                raise BlockingIOError from e
+                raise BlockingIOError(e.errno, e.strerror) from e
             if e.errno != errno.EMSGSIZE:
                 raise
         self._send_sealed(message)

@@ -18,6 +18,14 @@ _KILL_S = 1.0
 it."""
 
 
+def let_die(cgroup_paths: Iterable[Path]) -> None:
+    """Thaw what is frozen by cgroup v1, where a SIGKILL waits for that."""
+    for path in cgroup_paths:
+        if (path / freezer_v1.STATE).exists():
+            with contextlib.suppress(OSError):
+                freezer_v1.thaw(str(path))
+
+
 def kill_leftovers(cgroup_paths: Iterable[Path], number: int, *, spare: int = 0) -> None:
     """Signal every process in the container's cgroup, but `spare`.
 

@@ -6,6 +6,7 @@ A receiver that went away is asked for again every RETRY_S, if it is one that ma
 """
 
 import contextlib
+import errno
 import os
 import time
 from collections import deque
@@ -17,6 +18,7 @@ from corral.shim.loop import ERROR_ONLY, IN, OUT, Loop, Timer
 from corral.shim.spool import StreamName
 
 RETRY_S = 1.0
+PAUSE_S = 0.05
 _OVERHEAD = 128
 """Bytes of memory that a message takes beside its own."""
 
@@ -40,7 +42,10 @@ class Receiver(Protocol):
         """What is written to, -1 while there is no connection."""
 
     def send(self, message: bytes) -> int:
-        """How many bytes of it were taken. Raises BlockingIOError, Refused, OSError if the receiver is gone."""
+        """How many bytes of it were taken. Raises Refused, OSError if the receiver is gone, BlockingIOError.
+
+        With ENOBUFS in that the kernel lacks memory, and does not tell when there is some again.
+        """
 
     def close(self) -> None:
         """Hang up; harmless when repeated."""
@@ -74,6 +79,7 @@ class Outbox:
         "_limit",
         "_loop",
         "_on_done",
+        "_pause",
         "_progress_at",
         "_receiver",
         "_retry",
@@ -95,6 +101,7 @@ class Outbox:
         self._bytes, self._watched = 0, -1
         self._is_new = True  # nothing was sent over this connection yet
         self._retry: Timer | None = None
+        self._pause: Timer | None = None
         self._progress_at = time.monotonic()
         self._watch()
         if receiver.fileno() < 0 and receiver.returns:
@@ -124,8 +131,9 @@ class Outbox:
         """Drop what waits and hang up."""
         while self._waiting:
             self._done(sent=False)
-        if self._retry is not None:
-            self._retry.cancel()
+        for timer in (self._retry, self._pause):
+            if timer is not None:
+                timer.cancel()
         self._forget()
         self._receiver.close()
 
@@ -135,7 +143,9 @@ class Outbox:
             first = self._waiting[0]
             try:
                 first.sent += self._receiver.send(first.message[first.sent :] if first.sent else first.message)
-            except BlockingIOError:
+            except BlockingIOError as e:
+                if e.errno == errno.ENOBUFS and self._pause is None:
+                    self._pause = self._loop.call_later(PAUSE_S, self._go_on)
                 break
             except Refused:
                 self._done(sent=False)
@@ -152,6 +162,10 @@ class Outbox:
             while self._waiting:
                 self._done(sent=False)
         self._watch()
+
+    def _go_on(self) -> None:
+        self._pause = None
+        self._send()
 
     def _lost(self, *, again: bool) -> None:
         self._forget()
@@ -197,7 +211,9 @@ class Outbox:
         if fd != self._watched:
             self._forget()
         if fd >= 0:
-            events = (IN if self._receiver.hears else ERROR_ONLY) | (OUT if self._waiting else 0)
+            events = (IN if self._receiver.hears else ERROR_ONLY) | (
+                OUT if self._waiting and self._pause is None else 0
+            )
             self._watched = fd
             self._loop.watch(fd, events, self._on_ready)
 

@@ -31,7 +31,7 @@ from corral.shim.adoption import EndWatch, hold, runs, written_exit
 from corral.shim.errors import ShimError
 from corral.shim.keeping import Keeper
 from corral.shim.ledger import Ledger
-from corral.shim.leftovers import kill_leftovers
+from corral.shim.leftovers import kill_leftovers, let_die
 from corral.shim.log_drivers import open_log
 from corral.shim.logs import Log, NoLog
 from corral.shim.loop import Loop
@@ -191,6 +191,7 @@ class Shim:
             failpoint("shim.timeout.before_kill")
             if init.alive:
                 init.signal(signal.SIGKILL)
+                let_die(self._cgroup_paths)
 
         self.loop.call_later(max(0, until_ns - time.time_ns()) / 1e9, time_is_over)
 

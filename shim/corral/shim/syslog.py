@@ -119,7 +119,7 @@ class SyslogReceiver:
             if e.errno == errno.EMSGSIZE:
                 raise Refused from e
             if e.errno in (errno.ENOBUFS, errno.EINPROGRESS) or (e.errno == errno.ENOTCONN and self.is_stream):
-                raise BlockingIOError from e  # a connection that is being made
+                raise BlockingIOError(e.errno, e.strerror) from e  # a connection that is being made
             raise
 
     def close(self) -> None:
