@@ -26,6 +26,7 @@ from support.netlab import (
 from support.requirements import needs
 
 from corral.api.network.v1 import network_pb2 as pb
+from corral.network.restoring import RETRY_S
 from corral.rpc.errors import CorralError
 
 pytestmark = needs("root", "netns", "nft", "nsenter", "ip")
@@ -154,6 +155,20 @@ async def test_a_bridge_that_was_deleted_is_made_again_with_its_ports_and_its_re
         assert tcp_call(lab.host, "127.0.0.1", 8080)
         sockets = command(lab.host, "ss", "-Huln")
         assert f"10.231.64.1%{bridge}:53" in sockets
+
+
+async def test_a_bridge_that_cannot_be_made_keeps_no_other_from_it_and_is_tried_again(lab: Lab, net: Calls) -> None:
+    await net.create("one", "10.231.64.0/24", interface="crltone")
+    await net.create("two", "10.231.65.0/24", interface="crlttwo")
+    a, b = await net.attach("a", "one"), await net.attach("b", "two")
+    batch = lab.place.directory / "batch"
+    batch.write_text("link delete crltone\nlink add crltone type veth peer name stranger\nlink delete crlttwo\n")
+    command(lab.host, "ip", "-batch", str(batch))
+    assert eventually(lambda: reaches(b.netns_path, OUTSIDE, within_s=0.2), within_s=WITHIN_S)
+    assert not reaches(a.netns_path, OUTSIDE, within_s=0.2)
+    command(lab.host, "ip", "link", "set", "crltone", "name", "another")  # of which nobody is told
+    assert eventually(lambda: reaches(a.netns_path, OUTSIDE, within_s=0.2), within_s=RETRY_S + WITHIN_S)
+    command(lab.host, "ip", "link", "delete", "another")
 
 
 async def test_an_address_of_a_bridge_that_was_deleted_is_back(lab: Lab, net: Calls) -> None:

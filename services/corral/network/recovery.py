@@ -151,16 +151,22 @@ class Reconciler:
                 log.warning("network.links_not_made", endpoint=endpoint.key.id, error=str(e))
         self.publishing.restore(netlink, self.db.read_sync(store.endpoints))
 
-    def restore_bridges(self, netlink: "Netlink", bridges: Sequence[Network]) -> None:
-        """Make bridges again, or mend them, with what was plugged into them. Raises OSError."""
+    def restore_bridges(self, netlink: "Netlink", bridges: Sequence[Network]) -> Collection[str]:
+        """Make bridges again, or mend them, with what was plugged into them; returns those that cannot be now."""
         # A removal that has begun meanwhile has its turn on this thread after this.
         ready = {network.id for network in self.db.read_sync(store.networks) if network.state is NetworkState.READY}
+        failed = set()
         for network in bridges:
-            if network.id in ready:
-                self.networks.build_anew(netlink, network)
+            try:
+                if network.id in ready:
+                    self.networks.build_anew(netlink, network)
+            except (OSError, CorralError) as e:
+                failed.add(network.bridge)
+                log.warning("network.not_restored", network=network.name, error=str(e))
         if bridges:
             self._reconcile_links(netlink, {network.bridge for network in bridges})
             self.publishing.restore(netlink, self.db.read_sync(store.endpoints))
+        return failed
 
     def reconcile(self, netlink: "Netlink", network: Network) -> None:
         """Make one network whole, or finish its removal. Raises OSError."""
@@ -188,15 +194,22 @@ class Reconciler:
         orphans = []
         for name, master in links:
             interface = owned.get(name)
-            if interface is None and (master in bridges or not master):
-                netlink.delete_link(name)
-                orphans.append(name)
-            elif interface is not None and not master:
-                netlink.enslave(name, interface.network.bridge)
-                if not may_talk(interface.network):
-                    netlink.isolate(name)
+            try:
+                if interface is None and (master in bridges or not master):
+                    netlink.delete_link(name)
+                    orphans.append(name)
+                elif interface is not None and not master:
+                    _put_back(netlink, interface)
+            except OSError as e:  # a bridge that could not be made, say
+                log.warning("network.link_not_reconciled", link=name, error=str(e))
         if orphans:
             log.info("network.links_removed", links=orphans)
+
+
+def _put_back(netlink: "Netlink", interface: Interface) -> None:
+    netlink.enslave(interface.host_name, interface.network.bridge)
+    if not may_talk(interface.network):
+        netlink.isolate(interface.host_name)
 
 
 def _finish_removal(transaction: Transaction, network: Network) -> None:

@@ -5,11 +5,12 @@
     host's end of a pair  the pair, in the namespace that is still there
 
 Rows decide: what is being removed by ourselves has none by then, or says so. A change waits a moment for others that
-come with it, and for a while after the last time, so that whoever deletes on and on costs little.
+come with it, and for a while after the last time, so that whoever deletes on and on costs little. What cannot be made
+now, because a stranger has its name, say, is tried again later, and keeps nothing else from being made.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import structlog
@@ -33,6 +34,7 @@ log = structlog.get_logger()
 
 GATHER_S = 0.1
 PAUSE_S = 0.5
+RETRY_S = 5.0
 
 
 class Restoring:
@@ -54,6 +56,8 @@ class Restoring:
         self._resolvers = resolvers
         self._reconciler = reconciler
         self._lost = NOTHING
+        self._failed = NOTHING
+        self._retry: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 
     def on_lost(self, lost: Lost) -> None:
@@ -67,6 +71,8 @@ class Restoring:
         self._lost = NOTHING
         if self._task is not None:
             await asyncio.wait((self._task,))
+        if self._retry is not None:
+            self._retry.cancel()
 
     async def _work(self) -> None:
         while self._lost:
@@ -77,14 +83,26 @@ class Restoring:
                     await asyncio.sleep(PAUSE_S)
             except (OSError, CorralError) as e:
                 log.warning("network.not_restored", error=str(e))
+                self._try_later(lost)
+
+    def _try_later(self, failed: Lost) -> None:
+        self._failed |= failed
+        if self._failed and self._retry is None:
+            self._retry = asyncio.get_running_loop().call_later(RETRY_S, self._try_again)
+
+    def _try_again(self) -> None:
+        self._retry = None
+        failed, self._failed = self._failed, NOTHING
+        self.on_lost(failed)
 
     async def _restore(self, lost: Lost) -> bool:
         """Returns whether anything was missing."""
         standing = [one for one in self._db.read_sync(store.networks) if self._stood(one)]
         bridges = [one for one in standing if lost.unknown or one.bridge in lost.links]
         if lost.rules or bridges or (lost.unknown and standing):
-            await self._thread.run(lambda netlink: self._mend_host(netlink, lost, bridges))
-            await self._listen(bridges)
+            failed = await self._thread.run(lambda netlink: self._mend_host(netlink, lost, bridges))
+            self._try_later(Lost(links=frozenset(failed)))
+            await self._listen([one for one in bridges if one.bridge not in failed])
         ends = await self._mend_pairs(lost, [one.bridge for one in standing])
         if lost.rules or bridges:
             log.info("network.restored", rules=lost.rules, bridges=[one.bridge for one in bridges])
@@ -93,10 +111,10 @@ class Restoring:
     def _stood(self, network: Network) -> bool:
         return network.is_bridge and network.state is NetworkState.READY and self._networks.is_built(network)
 
-    def _mend_host(self, netlink: "Netlink", lost: Lost, bridges: Sequence[Network]) -> None:
+    def _mend_host(self, netlink: "Netlink", lost: Lost, bridges: Sequence[Network]) -> Collection[str]:
         if lost.rules or lost.unknown:
             self._reconciler.firewall.rebuild()
-        self._reconciler.restore_bridges(netlink, bridges)
+        return self._reconciler.restore_bridges(netlink, bridges)
 
     async def _listen(self, bridges: Sequence[Network]) -> None:
         """Resolvers are bound to the bridge that is gone."""
@@ -115,11 +133,14 @@ class Restoring:
             endpoints = await self._db.read(store.endpoints)
             names |= {each.host_name for endpoint in endpoints for each in endpoint.interfaces}
         gone = [name for name in names if not link_exists(name)]
-        keys = {self._db.read_sync(_owner_of(name)) for name in gone} - {None}
-        for key in keys:
-            assert key is not None
-            await self._endpoints.mend(key)
-        return len(keys)
+        owners = {name: key for name in gone if (key := self._db.read_sync(_owner_of(name))) is not None}
+        for name, key in owners.items():
+            try:
+                await self._endpoints.mend(key)
+            except (OSError, CorralError) as e:
+                log.warning("network.links_not_made", endpoint=key.id, error=str(e))
+                self._try_later(Lost(links=frozenset((name,))))
+        return len(owners)
 
 
 def _owner_of(host_name: str) -> Callable[[Snapshot], EndpointKey | None]:
