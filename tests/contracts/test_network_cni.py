@@ -15,6 +15,8 @@ from support.requirements import needs
 from corral.api.network.v1 import network_pb2 as pb
 from corral.api.types.v1 import types_pb2
 from corral.kernel.netns import remove_pinned
+from corral.network.cni.documents import Plugin
+from corral.network.cni.plugins import Attached, run
 from corral.rpc.context import in_namespace
 from corral.rpc.errors import CorralError, FailedPrecondition, InvalidArgument
 
@@ -255,6 +257,26 @@ async def test_a_plugin_that_cannot_be_executed_is_named(net: Calls, stub: Stub,
     await make(net, {"type": "lame"})
     with without_interpreter(plugins / "lame"), pytest.raises(FailedPrecondition, match="lame cannot be executed"):
         await net.attach("a", "net")
+
+
+async def test_a_plugin_that_takes_too_long_is_ended_with_what_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "slow"
+    program.write_text(f"#!/bin/sh\nsleep 100 & echo $! > {tmp_path}/child; wait\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("corral.network.cni.plugins.TIMEOUT_S", 0.5)
+    with pytest.raises(FailedPrecondition, match="slow refused ADD: it took longer than"):
+        await run(Plugin("slow", {}), "ADD", Attached(), b"{}", [str(tmp_path)])
+    child = int((tmp_path / "child").read_text())
+    assert eventually(lambda: ended(child))
+
+
+def ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 async def test_check_tells_what_a_plugin_finds(net: Calls, stub: Stub) -> None:

@@ -211,6 +211,14 @@ async def test_a_pair_whose_end_on_the_host_was_deleted_is_made_again(lab: Lab, 
     assert lab.veths() == {a.interfaces[0].host_name, b.interfaces[0].host_name}
 
 
+async def test_a_link_of_others_may_have_a_name_of_any_bytes(lab: Lab, net: Calls) -> None:
+    a = await net.attach("a")
+    lame = "n=$(printf 'x\\377'); ip link add $n type bridge && ip address add 192.0.2.1/24 dev $n && ip link delete $n"
+    command(lab.host, "sh", "-c", f"{lame}; ip link delete {a.interfaces[0].host_name}")
+    assert eventually(lambda: a.interfaces[0].host_name in lab.links(), within_s=WITHIN_S)
+    assert "UnicodeDecodeError" not in lab.corrald.log()
+
+
 async def test_a_network_that_was_removed_stays_so(lab: Lab, net: Calls) -> None:
     await net.create("one")
     bridge = (await net.network("one")).interface

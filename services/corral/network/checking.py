@@ -105,18 +105,22 @@ class Checker:
     # What plugins made
 
     async def _plugins(self) -> list[Found]:
-        found = []
+        found: list[Found] = []
         for endpoint in self.db.read_sync(store.endpoints):
-            for interface in endpoint.interfaces:
-                if not interface.network.is_cni or not self.endpoints.stands(endpoint):
-                    continue
-                try:
-                    await self.cni.check(endpoint, interface)
-                except CorralError as e:
-                    subject = f"endpoint {endpoint.key.namespace}/{endpoint.key.id}"
-                    problem = f"is not as plugins made it in network {interface.network.name}: {e}"
-                    found.append(Found(subject, problem, "remove its container and make it anew", None))
+            if any(interface.network.is_cni for interface in endpoint.interfaces):
+                await self.endpoints.undisturbed(endpoint.key, partial(self._asked, found))
         return found
+
+    async def _asked(self, found: list[Found], endpoint: Endpoint) -> None:
+        for interface in endpoint.interfaces:
+            if not interface.network.is_cni:
+                continue
+            try:
+                await self.cni.check(endpoint, interface)
+            except CorralError as e:
+                subject = f"endpoint {endpoint.key.namespace}/{endpoint.key.id}"
+                problem = f"is not as plugins made it in network {interface.network.name}: {e}"
+                found.append(Found(subject, problem, "remove its container and make it anew", None))
 
     # Links and rules
 

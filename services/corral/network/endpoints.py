@@ -376,6 +376,16 @@ class Endpoints:
         path = self.netns_path(endpoint)
         return not path or (is_pinned(path) and not lost_links(endpoint, path))
 
+    async def undisturbed(self, key: EndpointKey, work: Callable[[Endpoint], Awaitable[None]]) -> None:
+        """Look at one that stands while nobody changes it; nothing if it does not stand. Raises what `work` raises."""
+
+        async def look() -> None:
+            endpoint = self.find(key)
+            if endpoint is not None and self.stands(endpoint):
+                await work(endpoint)
+
+        await self._alone(key, look)
+
     async def mend(self, key: EndpointKey) -> None:
         """Make the links again that are missing of one that stands otherwise; no error if it is gone."""
 

@@ -80,15 +80,20 @@ _INET = b"\1"  # NFPROTO_INET
 
 
 def lost_links(data: bytes, name: Callable[[int], str]) -> frozenset[str]:
-    """Names of links that these messages tell are gone, or have lost an address. Pure, but for `name` of an index."""
+    """Names of links that these messages tell are gone, or have lost an address. Pure, but for `name` of an index.
+
+    Only those that may be ours: others may be of any bytes.
+    """
     found = set()
     for kind, _, body in _messages(data):
         if kind == _RTM_DELLINK and body[0] != _AF_BRIDGE:  # that one says only that it left its bridge
-            found.add(dict(_attributes(body[_LINK.size :])).get(_IFLA_IFNAME, b"").rstrip(b"\0").decode())
+            found.add(
+                dict(_attributes(body[_LINK.size :])).get(_IFLA_IFNAME, b"").rstrip(b"\0").decode("ascii", "replace")
+            )
         elif kind == _RTM_DELADDR:
             *_, index = _ADDR.unpack_from(body)
             found.add(name(index))
-    return frozenset(found - {""})
+    return frozenset(one for one in found if one and one.isascii())
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -148,15 +153,18 @@ class Watch:
 
     def _drain(self, one: socket.socket, read: Callable[[bytes], Lost]) -> None:
         lost = NOTHING
+        messages = bytearray()
         while True:
             try:
-                lost |= read(one.recv(_READ_BYTES))
+                messages += one.recv(_READ_BYTES)
             except BlockingIOError:
                 break
             except OSError as e:
                 if e.errno != errno.ENOBUFS:
                     raise
                 lost |= Lost(unknown=True)  # more happened at once than the socket holds
+        # All at once: whose they are costs a look at every file that is open.
+        lost |= read(bytes(messages))
         if lost:
             self._on_lost(lost)
 
