@@ -262,6 +262,35 @@ def test_who_waits_and_who_follows_the_log_or_the_journal_goes_on(box: Corrald, 
     assert [e.topic for e in events].count("container.died") == 1
 
 
+def test_who_follows_what_a_container_uses_goes_on(box: Corrald, name: str) -> None:
+    with box.client() as client:
+        client.containers.run("busybox", ["sleep", "1000"], name=name)
+        answers: list[object] = []
+        failures: list[Exception] = []
+
+        def follow() -> None:
+            try:
+                answers.extend(client.containers.stats([name], interval_ms=100))
+            except Exception as e:  # noqa: BLE001
+                failures.append(e)
+
+        def come(count: int) -> None:
+            deadline, mark = time.monotonic() + 30 * PATIENCE, len(answers)
+            while len(answers) < mark + count:
+                assert time.monotonic() < deadline, failures
+                time.sleep(0.05)
+
+        following = threading.Thread(target=follow)
+        following.start()
+        try:
+            come(2)
+            upgrade(box)
+            come(3)
+        finally:
+            client.containers.remove(name, force=True)
+            following.join(30 * PATIENCE)
+
+
 def test_containers_are_not_touched(box: Corrald, name: str) -> None:
     with box.client() as client:
         client.containers.run("busybox", ["sleep", "1000"], name=name)

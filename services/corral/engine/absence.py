@@ -33,7 +33,9 @@ class Absences:
     def end(self, key: Key) -> None:
         """One is back, and attached again."""
         if away := self._away.get(key):
-            away[-1].cancel()
+            back = away[-1]
+            back.cancel()
+            self._forget(key, back)  # now: another one may be back before the task has ended
 
     def close(self) -> None:
         """Tell the program that may follow."""
