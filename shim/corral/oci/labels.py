@@ -9,7 +9,10 @@ from dataclasses import dataclass, replace
 
 from corral.kernel import labels, paths
 from corral.oci.errors import SETUP, ExecFailed
+from corral.oci.image_mounts import ImageMount
+from corral.oci.mount_options import MountOptions
 from corral.oci.mounts import NewFilesystem, RootFilesystem
+from corral.oci.secret_files import SecretFiles
 from corral.oci.spec import Process
 from corral.oci.stage import Stage, Step
 
@@ -34,12 +37,22 @@ def labelled(steps: Iterable[Step], label: str) -> list[Step]:
     for step in steps:
         if isinstance(step, NewFilesystem) and step.fstype == "mqueue":
             found += [step, LabelledQueues(step.destination, label)]
-        elif isinstance(step, NewFilesystem | RootFilesystem) and step.fstype not in _OWN_LABELS:
-            options = replace(step.options, data=(*step.options.data, f"context={label}"))
-            found.append(step if step.options.bind else replace(step, options=options))
+        elif isinstance(step, NewFilesystem | RootFilesystem):
+            found.append(replace(step, options=_labelled(step.options, step.fstype, label)))
+        elif isinstance(step, ImageMount):
+            tree = step.tree
+            found.append(replace(step, tree=replace(tree, options=_labelled(tree.options, tree.fstype, label))))
+        elif isinstance(step, SecretFiles):
+            found.append(replace(step, context=label))
         else:
             found.append(step)
     return found
+
+
+def _labelled(options: MountOptions, fstype: str, label: str) -> MountOptions:
+    if options.bind or fstype in _OWN_LABELS:
+        return options
+    return replace(options, data=(*options.data, f"context={label}"))
 
 
 _OWN_LABELS = frozenset(("proc", "sysfs", "cgroup", "cgroup2"))

@@ -17,7 +17,8 @@ from corral.oci.stage import Stage, Step, normal
 
 DIRECTORY = "/run/secrets"
 _ATTRIBUTES = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
-_OPTIONS = ("mode=0755", "noswap")
+_OPTIONS = ("mode=0755",)
+_NO_SWAP = "noswap"
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -34,9 +35,10 @@ class SecretFile:
 
 @dataclass(frozen=True, slots=True)
 class SecretFiles(Step):
-    """Mount all of a container's, over whatever is there."""
+    """Mount all of a container's, over whatever is there. context: their SELinux label, if they are to have one."""
 
     files: tuple[SecretFile, ...]
+    context: str = ""
 
     def describe(self) -> str:
         return f"{len(self.files)} secrets"
@@ -50,14 +52,17 @@ class SecretFiles(Step):
             self._mount_alone(stage, elsewhere)
 
     def _mount_directory(self, stage: Stage, files: dict[SecretFile, str]) -> None:
-        with paths.opened(_new_tmpfs()) as tree, paths.opened(place(stage, DIRECTORY, None, directory=True)) as target:
+        with (
+            paths.opened(_new_tmpfs(self.context)) as tree,
+            paths.opened(place(stage, DIRECTORY, None, directory=True)) as target,
+        ):
             for each, name in files.items():
                 _write(tree, name, each)
             mount.set_attributes(tree, attr_set=MOUNT_ATTR_RDONLY, where=DIRECTORY)
             mount.move_mount(tree, target, what="secrets", where=DIRECTORY)
 
     def _mount_alone(self, stage: Stage, files: Sequence[SecretFile]) -> None:
-        with paths.opened(_new_tmpfs()) as tree:
+        with paths.opened(_new_tmpfs(self.context)) as tree:
             for number, each in enumerate(files):
                 _write(tree, str(number), each)
             for each, single in zip(files, _taken_apart(tree, len(files), stage.bundle), strict=True):
@@ -72,14 +77,15 @@ def _below(target: str) -> str:
     return path.removeprefix(f"{DIRECTORY}/") if path.startswith(f"{DIRECTORY}/") else ""
 
 
-def _new_tmpfs() -> int:
+def _new_tmpfs(context: str) -> int:
+    options = (*_OPTIONS, f"context={context}") if context else _OPTIONS
     try:
-        return mount.new_mount("tmpfs", "secrets", _OPTIONS, attributes=_ATTRIBUTES)
+        return mount.new_mount("tmpfs", "secrets", (*options, _NO_SWAP), attributes=_ATTRIBUTES)
     except OSError as e:
         if e.errno not in (errno.EINVAL, errno.EPERM):
             raise
     # noswap is of Linux 6.4, and not for user namespaces.
-    return mount.new_mount("tmpfs", "secrets", _OPTIONS[:1], attributes=_ATTRIBUTES)
+    return mount.new_mount("tmpfs", "secrets", options, attributes=_ATTRIBUTES)
 
 
 def _write(tree: int, name: str, file: SecretFile) -> None:
