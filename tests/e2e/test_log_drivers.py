@@ -192,12 +192,15 @@ def test_the_journal_gets_entries_with_the_fields_that_docker_writes(box: Corral
     assert "oops" in box.corral("logs", name).stderr.decode()
 
 
-def test_what_no_datagram_holds_reaches_the_journal_in_a_sealed_file(box: Corrald, name: str, journal: Path) -> None:
-    big = "x" * 120_000  # of an argument Linux takes no more
-    flags = [word for key in ("A", "B", "C") for word in ("-e", f"{key}={big}")]
+def test_what_no_datagram_holds_reaches_the_journal_in_a_sealed_file(
+    box: Corrald, name: str, journal: Path, tmp_path: Path
+) -> None:
+    big = "x" * 120_000  # of a string Linux gives a program no more
+    variables = tmp_path / "variables"
+    variables.write_text("".join(f"{key}={big}\n" for key in "ABC"))
     with closing(listening(journal)) as server:
-        ok(box, "run", "-d", "--name", name, "--log-driver", "journald", "--log-opt", "env-regex=^[ABC]$", *flags,
-           "busybox", "/bin/echo", "hi")  # fmt: skip
+        ok(box, "run", "-d", "--name", name, "--log-driver", "journald", "--log-opt", "env-regex=^[ABC]$",
+           "--env-file", str(variables), "busybox", "/bin/echo", "hi")  # fmt: skip
         data, fds, _, _ = socket.recv_fds(server, 9999, 1)
     assert data == b""
     with os.fdopen(fds[0], "rb") as file:
