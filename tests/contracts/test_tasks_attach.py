@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.corrald import Corrald
 from support.requirements import needs
-from support.tasks import TaskClient
+from support.tasks import Attached, TaskClient
 
 from corral.api.tasks.v1 import tasks_pb2 as pb
 from corral.api.types.v1 import types_pb2 as types_pb
@@ -207,3 +207,38 @@ async def test_a_client_may_go_while_it_does_not_read(tasks: TaskClient, tasks_d
         await asyncio.sleep(0.3)
     async with asyncio.timeout(20):
         assert (await tasks.wait(task_id)).code == 6
+
+
+async def test_an_attachment_is_parked_by_name_whatever_its_process_does_not_read(tasks: TaskClient):
+    """And goes on by its token, with the bytes of input that were not taken."""
+    task_id = await tasks.run(
+        "sh", "-c", "while ! test -e /tmp/read; do usleep 10000; done; md5sum", stdin=True, stdin_once=True
+    )
+    data = os.urandom(1 << 20)
+    async with tasks.attached(task_id, stdin=True, stdout=True, lossless=True, resumable=True, client="me") as attached:
+        sending = asyncio.create_task(_send_often(attached, data))
+        await asyncio.sleep(0.5)
+        assert not sending.done()
+        for client in ("you", ""):
+            with pytest.raises(NotFound, match="no such client"):
+                await tasks.stub.Park(pb.ParkRequest(id=task_id, client=client))
+        await tasks.stub.Park(pb.ParkRequest(id=task_id, client="me"))
+        parked = (await attached.call.read()).parked  # type: ignore[attr-defined]
+        sending.cancel()
+    assert 0 < parked.stdin_bytes < 64 << 20
+    (tasks.rootfs / "tmp/read").touch()
+    rest = (data * 64)[parked.stdin_bytes :]
+    try:
+        async with tasks.attached(task_id, stdin=True, stdout=True, lossless=True, resume=parked.token) as attached:
+            for at in range(0, len(rest), 1 << 20):
+                await attached.send(rest[at : at + (1 << 20)])
+            await attached.end_stdin()
+            assert (await attached.drain()).code == 0
+    finally:
+        (tasks.rootfs / "tmp/read").unlink()
+    assert attached.stdout.split()[0].decode() == hashlib.md5(data * 64, usedforsecurity=False).hexdigest()
+
+
+async def _send_often(attached: Attached, data: bytes) -> None:
+    for _ in range(64):
+        await attached.send(data)
