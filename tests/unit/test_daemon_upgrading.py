@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from corral.daemon import roots
-from corral.daemon.upgrade import Upgrading, check, command
+from corral.daemon.upgrade import Upgrading, check, command, execute
 from corral.rpc.address import UnixAddress
+from corral.rpc.errors import FailedPrecondition
 from corral.rpc.handover import VARIABLE, Handover, Kept, close_unclaimed, inherited, readmit, take
 
 ARGV = ("--version",)  # what is checked need not do more than load
@@ -54,6 +55,17 @@ async def test_one_that_still_starts_is_upgraded_when_it_is_there() -> None:
     one.set_ready()
     await asked
     assert one.plan.wanted
+
+
+def test_what_cannot_be_executed_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    try:
+        with pytest.raises(FailedPrecondition, match="/nowhere/python cannot be executed: No such file or directory;"):
+            execute(ARGV, {}, {}, 1)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert not [link for link in fds() if "corral-handover" in link]
 
 
 @pytest.fixture

@@ -160,6 +160,7 @@ def execute(
     try:
         os.execve(program[0], program, os.environ | {VARIABLE: str(memory)})  # noqa: S606  # what started us
     except OSError as e:
+        os.close(memory)
         log.error("daemon.upgrade_failed", reason=str(e))
         raise FailedPrecondition(
             f"{program[0]} cannot be executed: {e.strerror}; containers go on: start corrald again"
