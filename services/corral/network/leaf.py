@@ -172,10 +172,10 @@ class Leaf:
 
     async def _reconcile(self, lame: Sequence[Endpoint]) -> None:
         await self._thread.run(lambda netlink: self._reconciler.run(netlink, lame))
-        await self._collect()
         for endpoint in self.db.read_sync(store.endpoints):
             for interface in filter(has_names, endpoint.interfaces):
                 await self._resolvers.listen(interface.network)
+        await self._collect()  # plugins may take their time
 
     async def explain(self, key: EndpointKey, destination: Address) -> Sequence[explaining.Step]:
         """Why a packet of a live endpoint would reach a destination or not. Raises NotFound, FailedPrecondition."""
