@@ -5,6 +5,7 @@ import json
 import os
 import resource
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,23 @@ def test_the_copy_of_a_log_that_nobody_took_has_each_line_once_after_a_kill(
     for fd in fds:
         os.close(fd)
     loop.close()
+
+
+def test_a_program_that_ended_and_a_copy_that_the_disk_did_not_take_are_told_of(directory: int) -> None:
+    told: list[str] = []
+    with closing(Loop()) as loop:
+        ends = [os.pipe() for _ in STREAMS]
+        pipes = {stream: PipeReceiver(writer) for stream, (_, writer) in zip(STREAMS, ends, strict=True)}
+        cache = FileLog(LogFile("/dev/full", max_size=0, max_files=1), "json-file")
+        log = PipingLog(loop, pipes, cache=cache, spool=Spool(directory), tell=told.append)
+        log.write("stdout", b"read\n")
+        assert told == []
+        for reader, _ in ends:
+            os.close(reader)
+        for _ in range(3):
+            log.write("stdout", b"lost\n")
+        assert [text for text in told if "has ended" in text] == told[:1]
+        log.close()
+        assert len(told) == 2
+        assert "lacks 20 bytes" in told[1]
+        assert log.dropped_bytes == 15

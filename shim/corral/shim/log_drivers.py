@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from corral.shim import log_program
+from corral.shim import log_program, report
 from corral.shim.errors import ShimError
 from corral.shim.journal import JournalFraming, JournalReceiver
 from corral.shim.log_options import Destination, LogOptions, ToJournal, ToSyslog
@@ -47,20 +47,25 @@ def _sending(
     resumed: Mapping[str, int] | None,
 ) -> Log:
     limit = wanted.buffer_size
+
+    def tell(text: str) -> None:
+        if directory is not None:
+            report.write(directory, text)
+
     match to:
         case ToSyslog():
             server = SyslogReceiver(to.address)
             _connect(server, f"the syslog server {to.address}", may_fail=resumed is not None)
             framing = SyslogFraming(to.facility, to.form, to.tag, to.hostname)
-            return SendingLog(loop, server, framing, limit=limit, cache=cache, spool=_spool_in(directory))
+            return SendingLog(loop, server, framing, limit=limit, cache=cache, spool=_spool_in(directory), tell=tell)
         case ToJournal():
             journal = JournalReceiver(to.socket)
             _connect(journal, f"the journal at {to.socket}", may_fail=resumed is not None)
             entries = JournalFraming(to.fields)
-            return SendingLog(loop, journal, entries, limit=limit, cache=cache, spool=_spool_in(directory))
+            return SendingLog(loop, journal, entries, limit=limit, cache=cache, spool=_spool_in(directory), tell=tell)
         case _:
             pipes = log_program.start(to.args, to.env) if resumed is None else log_program.resumed(resumed)
-            return PipingLog(loop, pipes, limit=limit, cache=cache, spool=_spool_in(directory))
+            return PipingLog(loop, pipes, limit=limit, cache=cache, spool=_spool_in(directory), tell=tell)
 
 
 def _connect(receiver: Receiver, what: str, *, may_fail: bool) -> None:

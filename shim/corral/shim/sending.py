@@ -9,7 +9,7 @@ is sent twice.
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,7 +43,7 @@ class Piece:
 class SendingLog:
     """Sends each line as a message. With a cache, a log in a file, it can be read all the same."""
 
-    __slots__ = ("_cache", "_framing", "_lines", "_outbox", "_spool", "_waiting")
+    __slots__ = ("_cache", "_framing", "_lines", "_outbox", "_spool", "_tell", "_waiting")
 
     def __init__(
         self,
@@ -54,9 +54,10 @@ class SendingLog:
         limit: int = DEFAULT_LIMIT,
         cache: Log | None = None,
         spool: Spool | None = None,
+        tell: Callable[[str], None] = lambda _text: None,
     ) -> None:
-        """receiver: connected; owned from here on, as are the cache and the spool."""
-        self._framing, self._cache, self._spool = framing, cache, spool
+        """receiver: connected; owned from here on, as are the cache and the spool. tell: what no client asked for."""
+        self._framing, self._cache, self._spool, self._tell = framing, cache, spool, tell
         self._waiting: dict[StreamName, bytes] = {}
         self._lines: dict[StreamName, Piece] = {}
         self._outbox = Outbox(loop, receiver, limit=limit, on_done=self._done)
@@ -126,7 +127,7 @@ class SendingLog:
             self.end(stream)
         self._outbox.close()
         if self._cache is not None:
-            self._cache.close()
+            _close(self._cache, self._tell)
         if self._spool is not None:
             self._spool.close()
 
@@ -149,7 +150,7 @@ class SendingLog:
 class PipingLog:
     """Sends the streams as they are, each to a receiver of its own, which is there once."""
 
-    __slots__ = ("_cache", "_outboxes", "_receivers", "_spool")
+    __slots__ = ("_cache", "_lost_told", "_outboxes", "_receivers", "_spool", "_tell")
 
     def __init__(
         self,
@@ -159,9 +160,11 @@ class PipingLog:
         limit: int = DEFAULT_LIMIT,
         cache: Log | None = None,
         spool: Spool | None = None,
+        tell: Callable[[str], None] = lambda _text: None,
     ) -> None:
         """As SendingLog."""
-        self._cache, self._spool, self._receivers = cache, spool, receivers
+        self._cache, self._spool, self._receivers, self._tell = cache, spool, receivers, tell
+        self._lost_told = False
         self._outboxes = {
             stream: Outbox(loop, receiver, limit=limit, on_done=self._done) for stream, receiver in receivers.items()
         }
@@ -216,21 +219,33 @@ class PipingLog:
 
     def close(self) -> None:
         """Drop what waits and let the receivers read the end."""
+        self._lost_told = True  # who is let go is not lost
         for outbox in self._outboxes.values():
             outbox.close()
         if self._cache is not None:
-            self._cache.close()
+            _close(self._cache, self._tell)
         if self._spool is not None:
             self._spool.close()
 
     def _done(self, stream: StreamName, size: int) -> None:
         failpoint("shim.log.sent")
+        if not self._lost_told and self._receivers[stream].fileno() < 0:
+            self._lost_told = True
+            self._tell(
+                "log: the logging program has ended, or closed what it was to read: that is dropped from here on"
+            )
         if self._spool is not None:
             self._spool.logged(stream, size, _NOWHERE)
 
 
 _ATOMIC = 4096
 """Of a pipe: PIPE_BUF."""
+
+
+def _close(cache: Log, tell: Callable[[str], None]) -> None:
+    cache.close()
+    if cache.dropped_bytes:
+        tell(f"log: the copy that is kept beside lacks {cache.dropped_bytes} bytes, which the disk did not take")
 
 
 def unsent(spool: Spool | None) -> dict[StreamName, tuple[bytes, bytes]]:
