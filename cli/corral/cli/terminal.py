@@ -43,8 +43,8 @@ _OWN_SIGNALS |= {
     signal.SIGFPE,
     signal.SIGILL,
 }
-# Reasons why a call ends that concern corrald, and not the process.
-_GONE = {UNSERVED, "UNREACHABLE", "CUT_OFF", "STOPPING"}
+# Reasons why a call ends that concern corrald, and not the process; none: gRPC says so itself.
+_GONE = {"", UNSERVED, "UNREACHABLE", "CUT_OFF", "STOPPING"}
 
 
 def parse_detach_keys(text: str) -> bytes:
