@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from crash.victims import shims
 from support.corrald import Corrald, running
 from support.requirements import needs
 
@@ -72,6 +73,37 @@ def test_it_can_be_attached_to_before_it_is_started(client: Client) -> None:
             client.containers.start("made")
         collected.add(part)
     assert (collected.result().stdout, collected.result().exit.code) == (b"hello\n", 9)
+
+
+def test_what_its_client_sends_at_once_is_not_lost_if_it_has_to_be_made_again_first(client: Client) -> None:
+    client.containers.create("busybox", ["cat"], name="made", network="none", stdin=True, stdin_once=True)
+    kill_shim(client, "made")
+    time.sleep(0.3)
+    lines = [b"line %d\n" % number for number in range(20)]
+    attachment = Attachment("made", stdin=True, stdout=True, lossless=True)
+    collected = Collected()
+    for part in client.containers.attach(attachment, (tasks_pb2.AttachRequest(stdin=line) for line in lines)):
+        if part.HasField("attached"):
+            client.containers.start("made")
+        collected.add(part)
+    assert collected.result().stdout == b"".join(lines)
+
+
+def test_one_that_loses_its_shim_again_while_it_is_made_again_starts_all_the_same(busybox_archive: Path) -> None:
+    with running(environment={"CORRAL_FAILPOINTS": "engine.start.after_new_task=sleep:1@1"}) as own, own.client() as it:
+        it.images.load(busybox_archive, name="busybox")
+        it.containers.create("busybox", ["sh", "-c", "exit 9"], name="made", id="made", network="none")
+        first = it.containers.get("made").shim_pid
+        kill_shim(it, "made")
+        time.sleep(0.3)
+        with ThreadPoolExecutor(1) as pool:
+            starting = pool.submit(it.containers.start, "made")
+            while (found := [shim.process.pid for shim in shims(own)]) in ([], [first]):
+                time.sleep(0.02)
+            os.kill(found[0], signal.SIGKILL)
+            starting.result(20)
+        assert it.containers.wait("made").code == 9
+        it.containers.remove("made")
 
 
 def test_who_waits_for_a_container_to_be_started_waits_on_when_its_shim_is_killed(

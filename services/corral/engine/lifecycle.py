@@ -30,6 +30,8 @@ DEFAULT_STOP_SIGNAL = "SIGTERM"
 # After SIGKILL. A process that does not end then sits in the kernel, in uninterruptible sleep.
 KILL_TIMEOUT_S = 10.0
 WAIT_RETRY_S = 0.2
+MADE_AGAIN = 3
+"""So often a task is made again in one start, each having been lost with its shim."""
 # Exit codes of a container whose program never ran, as a shell and docker have them.
 _NOT_STARTED = {"EXEC_NOT_FOUND": 127, "EXEC_DENIED": 126}
 _NOT_STARTED_OTHERWISE = 128
@@ -152,7 +154,7 @@ class Lifecycle:
         failpoint("engine.start.after_new_task")
         return record
 
-    async def _run(self, record: ContainerRecord, *, by_user: bool, again: bool = False) -> ContainerRecord:
+    async def _run(self, record: ContainerRecord, *, by_user: bool, made_again: int = 0) -> ContainerRecord:
         """Start the task. The row says RUNNING first, so that an exit, however quick, finds it so."""
         running = replace(record, status=Status.RUNNING, started_ns=time.time_ns(), finished_ns=0, exit=None)
         saved, started = await asyncio.gather(
@@ -165,8 +167,8 @@ class Lifecycle:
             with suppress(CorralError):  # nobody knows that it runs, so it must not
                 await self._core.leaves.tasks.Kill(tasks_pb2.KillRequest(id=record.id, signal=SIGKILL))
             raise saved
-        if isinstance(started, NotFound) and started.reason not in _NOT_STARTED and not again:
-            return await self._run_new_task(running, by_user=by_user)
+        if isinstance(started, NotFound) and started.reason not in _NOT_STARTED and made_again < MADE_AGAIN:
+            return await self._run_new_task(running, by_user=by_user, made_again=made_again + 1)
         if isinstance(started, FailedPrecondition) and started.reason == "ALREADY_STARTED":
             return running  # by an engine that died before it was told
         if isinstance(started, BaseException):
@@ -175,13 +177,13 @@ class Lifecycle:
             log.warning("container.pid_changed", container=record.id, was=running.pid, now=started.pid)
         return running
 
-    async def _run_new_task(self, running: ContainerRecord, *, by_user: bool) -> ContainerRecord:
+    async def _run_new_task(self, running: ContainerRecord, *, by_user: bool, made_again: int) -> ContainerRecord:
         """It was created, and its task is lost, as after a reboot: make that again."""
         try:
             record = await self._make_again(running)
         except CorralError as e:
             return await self._not_started(running, e, by_user=by_user)
-        return await self._run(record, by_user=by_user, again=True)
+        return await self._run(record, by_user=by_user, made_again=made_again)
 
     async def _not_started(self, running: ContainerRecord, error: BaseException, *, by_user: bool) -> ContainerRecord:
         """What a failed start leaves behind: an ended container with the code that a shell would give.

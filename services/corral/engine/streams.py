@@ -113,7 +113,7 @@ class Streams:
         begins = message.header.resumable and message.header.start
         if message.header.resumable and not begins:
             only_follows(park)
-        sending = asyncio.ensure_future(_send(call, message.SerializeToString(), requests))
+        sending = asyncio.ensure_future(_send(call, message.SerializeToString(), requests, attached))
         helping = [sending]
         if message.header.resumable:
             helping.append(asyncio.ensure_future(self._park(message.header, attached, parking)))
@@ -166,10 +166,14 @@ class Streams:
             call.cancel()
 
 
-async def _send(call: Any, first: bytes, requests: AsyncIterator[bytes]) -> None:
-    """Pass the client's messages on; the end of its stream is passed on too."""
+async def _send(call: Any, first: bytes, requests: AsyncIterator[bytes], attached: asyncio.Event) -> None:
+    """Pass the client's messages on; the end of its stream is passed on too.
+
+    Only once it is attached: until then another call may have to be made, and what this one has taken would be lost.
+    """
     with suppress(CorralError, asyncio.InvalidStateError):  # the call has ended, and whoever reads it says why
         await call.write(first)
+        await attached.wait()
         async for request in requests:
             await call.write(request)
         # Not the end of the stream: nothing could be said after it.
