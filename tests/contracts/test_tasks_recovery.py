@@ -237,6 +237,34 @@ async def test_a_killed_shim_has_an_heir(own_daemon: Corrald, rootfs: Path):
     await eventually(lambda: nothing_left(own_daemon) and not shims(own_daemon.state))
 
 
+async def test_last_words_are_logged_though_one_shim_after_the_other_dies_over_them(own_daemon: Corrald, rootfs: Path):
+    """Each takes a part, and dies; so they do before the container's end, more often than is tried at once."""
+    async with serving(own_daemon, rootfs, "shim.log.taken=kill@1") as tasks, asyncio.timeout(60):
+        script = "for i in 1 2 3 4 5; do echo $i; sleep 0.2; done; echo 6; echo last >&2; exit 29"
+        task_id = await tasks.run("sh", "-c", script)
+        exited = await tasks.wait(task_id)
+        assert (exited.known, exited.code) == (True, 29)
+        lines = [entry.line for entry in await tasks.logs(task_id)]
+        assert sorted(lines) == [*(b"%d\n" % number for number in range(1, 7)), b"last\n"]
+        await tasks.delete(task_id)
+    await eventually(lambda: nothing_left(own_daemon) and not shims(own_daemon.state))
+
+
+async def test_an_end_whose_last_words_no_shim_lives_to_read_says_so(own_daemon: Corrald, rootfs: Path):
+    async with serving(own_daemon, rootfs) as tasks, asyncio.timeout(60):
+        task_id = await tasks.run("sh", "-c", "sleep 1; echo last; exit 29")
+        shim_pid = (await tasks.get(task_id)).shim_pid
+        own_daemon.kill9()
+        os.kill(shim_pid, signal.SIGKILL)
+        await asyncio.sleep(1.5)
+    async with serving(own_daemon, rootfs, "shim.record.before_rename=kill@1") as tasks, asyncio.timeout(60):
+        exited = await tasks.wait(task_id)
+        assert (exited.known, exited.code) == (True, 29)
+        assert exited.reason.endswith("what it wrote last may be missing")
+        await tasks.delete(task_id)
+    await eventually(lambda: nothing_left(own_daemon) and not shims(own_daemon.state))
+
+
 async def test_an_heir_that_gets_stuck_is_ended_and_the_next_one_takes_over(rootfs: Path):
     """It may have taken over by then, so nothing that it is told is to end the container."""
     with Corrald(services=("tasks",), settings={"tasks": {"shim_timeout_s": 2}}) as daemon:

@@ -72,7 +72,7 @@ def kept_by_zygote(shim: Shim, exec_id: str = "") -> dict[str, int]:
 
 def test_a_terminal_outlives_its_shim_though_no_daemon_has_a_copy(shop: Workshop) -> None:
     shim = shop.run("sh", "-c", "echo first; read x; echo got $x; exit 19", terminal=True, stdin=True)
-    (out,) = shim.attach("stdout", lossless=True)
+    (out,) = shim.attach("stdout", lossless=True, replay=True)
     read_until(out, b"first")
     os.close(out)
     of = kill(shim)
@@ -166,6 +166,37 @@ def test_what_an_exited_container_wrote_last_is_said_to_be_missing_if_nobody_hel
     exited = heir.wait()
     assert "may be missing" in str(exited["reason"])
     assert exited["code"] == 3
+
+
+def test_that_is_said_also_by_a_shim_that_comes_after_who_found_it(shop: Workshop) -> None:
+    shim = shop.run("sh", "-c", "sleep 0.2; exit 3")
+    of = kill(shim)
+    wait_gone(int(str(of["pid"])))
+    heir = heir_of(shop.zygote, shim)
+    adopt(heir, of, {}, unattended=True)
+    os.kill(heir.pid, signal.SIGKILL)  # whether it has written the exit or not
+    wait_gone(heir.pid)
+    heir.peer.close()
+    heir = heir_of(shop.zygote, heir)
+    adopt(heir, of, {}, unattended=False)
+    assert "may be missing" in str(heir.wait()["reason"])
+
+
+def test_output_is_not_lost_with_a_container_that_ends_before_its_zygote_knows_of_its_shim(shop: Workshop) -> None:
+    shim = shop.run("sh", "-c", "sleep 0.3; echo late; exit 3")
+    of = shim.state()
+    time.sleep(0.1)  # the zygote has what the shim gave it
+    os.kill(shop.zygote.pid, signal.SIGSTOP)
+    try:
+        kill(shim)
+        wait_gone(int(str(of["pid"])))
+    finally:
+        os.kill(shop.zygote.pid, signal.SIGCONT)
+    streams = kept_by_zygote(shim)
+    heir = heir_of(shop.zygote, shim)
+    adopt(heir, of, streams)
+    assert heir.wait()["code"] == 3
+    assert [line for _, line in heir.log_entries()] == ["late\n"]
 
 
 def test_input_on_its_way_is_not_lost_with_a_shim(shop: Workshop) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import structlog
 
@@ -25,7 +26,7 @@ from corral.tasks import store
 from corral.tasks.identity import Identity
 from corral.tasks.keeper import fetch
 from corral.tasks.live import Process, Task
-from corral.tasks.model import Exit, Status, TaskKey
+from corral.tasks.model import INIT, Exit, Status, TaskKey
 from corral.tasks.shim import Shim
 from corral.tasks.spawning import Spawner
 
@@ -42,7 +43,16 @@ LOOK_S = 0.005
 # Of the heirs of one container within LATELY_S, each beyond ATTEMPTS waits longer by PAUSE_S.
 LATELY_S = 30.0
 PAUSE_S, PAUSE_MAX_S = 0.1, 2.0
+# So many are for a container that has ended: what one has taken before it dies the next one logs, and takes more.
+LAST_ATTEMPTS = 10
 EXEC_LOST = "the shim was killed, and this exec with it, or before it was started; exit code unknown"
+
+
+class Attempt(NamedTuple):
+    """When an heir was made, and whether the container had ended by then."""
+
+    at: float
+    of_ended: bool
 
 
 class Heirs:
@@ -51,7 +61,7 @@ class Heirs:
     def __init__(self, database: Database, spawner: Spawner) -> None:
         self._database = database
         self._spawner = spawner
-        self._lately: dict[TaskKey, tuple[float, ...]] = {}  # when heirs were made
+        self._lately: dict[TaskKey, tuple[Attempt, ...]] = {}
 
     async def find(self, task: Task) -> Shim | None:
         """A shim that has taken over, and tells of what happens from now on; None if there is nothing to take over.
@@ -80,15 +90,15 @@ class Heirs:
 
     async def _may_try(self, task: Task) -> bool:
         """Wait before one heir after the other; False if too many died over a container that has ended."""
-        now = time.monotonic()
-        lately = self._lately.pop(task.row.key, ())
-        lately = (*(at for at in lately if now - at < LATELY_S), now)
-        self._lately = {key: tries for key, tries in self._lately.items() if now - tries[-1] < LATELY_S}
-        self._lately[task.row.key] = lately
         runs = task.init.identity is not None and task.init.identity.runs
+        now = Attempt(time.monotonic(), of_ended=not runs)
+        lately = self._lately.pop(task.row.key, ())
+        lately = (*(each for each in lately if now.at - each.at < LATELY_S), now)
+        self._lately = {key: tries for key, tries in self._lately.items() if now.at - tries[-1].at < LATELY_S}
+        self._lately[task.row.key] = lately
         if len(lately) > ATTEMPTS:
             await asyncio.sleep(min(PAUSE_S * (len(lately) - ATTEMPTS), PAUSE_MAX_S))
-        return runs or len(lately) <= ATTEMPTS
+        return runs or sum(each.of_ended for each in lately) <= LAST_ATTEMPTS
 
     async def _is_wanted(self, task: Task) -> bool:
         init = task.init
@@ -131,7 +141,7 @@ class Heirs:
 
     async def _take_from_zygote(self, task: Task) -> None:
         """What this service has not seen its shim to have, the zygote may have kept."""
-        task.was_attended = bool(task.init.streams)
+        task.was_attended = bool(task.init.streams)  # by whom it was before its shim died: so nothing is lost
         kept = await run_blocking(partial(fetch, task.bundle.path, timeout_s=KEPT_S))
         for exec_id, streams in (kept or {}).items():
             process = task.processes.get(exec_id)
@@ -141,7 +151,7 @@ class Heirs:
                     os.close(fd)
                 else:
                     known[name] = fd
-        task.was_attended |= kept is not None
+        task.was_attended |= bool((kept or {}).get(INIT))
 
     async def hand_over_exec(self, shim: Shim, task: Task, process: Process) -> None:
         """Have a shim that has taken over the container take over an exec too; one that it does not take is lost."""

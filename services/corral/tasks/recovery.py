@@ -47,6 +47,7 @@ BUNDLE_GONE = "the bundle is gone (the machine was restarted, or its run state r
 NOT_SEEN = "the container ended before this exec's exit was seen; exit code unknown"
 NOT_EXECUTED = "its program could not be executed"
 NEVER_RAN = "its shim was killed before it was started"
+NO_HEIR = f"{BY_ZYGOTE}, and none took over: what it wrote last may be missing"
 MAY_HAVE_RUN = "the shim was killed while it started the container; exit code unknown"
 
 
@@ -212,6 +213,8 @@ class Recovery:
         how, reason = await self._find_exit(task, heir_s)
         if how is not None and how.reason == BY_ZYGOTE and how.started_at_ns is None:
             how = replace(how, started_at_ns=how.exited_at_ns)  # it did start, and nobody has written down when
+        if how is not None and how.reason == BY_ZYGOTE:
+            how = replace(how, reason=NO_HEIR)
         if how is None and not task.init.ended.is_set():
             log.warning("task.lost", container_id=task.row.key.id, reason=reason)
         for process in tuple(task.processes.values()):

@@ -6,8 +6,9 @@
 
     zygote, once the shim was killed --<bundle>/keeper--> whoever connects     {"exec":EXEC,"streams":[NAME...]} + fds
 
-Kept are streams that cannot be opened by a name: a terminal's master, the writing end of a stdin, say. Of each exec it
-is known which process it is: the zygote inherits and reaps it, and writes down how it ended (see orphans.py).
+Kept are streams that cannot be opened by a name, a terminal's master or the writing end of a stdin, say, and the FIFOs:
+what is in one is gone once nobody has it open, and a zygote that is told of a shim's death is told later than that. Of
+each exec it is known which process it is: the zygote inherits and reaps it, and writes down how it ended (orphans.py).
 """
 
 import contextlib
@@ -22,12 +23,11 @@ from corral.shim.fields import integer, strings, text
 from corral.shim.loop import IN, Loop
 from corral.shim.process import ContainerProcess
 from corral.shim.requests import PIDFD
-from corral.shim.spool import STREAMS
 from corral.shim.wire import Channel, Message, ProtocolError, close_all
 
 SOCKET = "keeper"
-NOT_KEPT = frozenset((*STREAMS, PIDFD))
-"""FIFOs have names, and the zygote sees itself how processes end."""
+NOT_KEPT = frozenset((PIDFD,))
+"""The zygote sees itself how processes end."""
 BACKLOG = 8
 
 

@@ -45,6 +45,19 @@ class Ledger:
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
         os.close(os.open(records.STARTING, flags, 0o600, dir_fd=self._directory))
 
+    def mark_unattended(self) -> None:
+        """The container ended while nobody held its output, for who comes after this shim."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+        try:
+            os.close(os.open(records.UNATTENDED, flags, 0o600, dir_fd=self._directory))
+        except OSError as e:
+            report.write(self._directory, f"{records.UNATTENDED}: {e}")
+
+    @property
+    def is_unattended(self) -> bool:
+        """Whether a shim before this one has found that."""
+        return records.exists(self._directory, records.UNATTENDED)
+
     def write_exit(self, ended: records.Exit) -> None:
         """How a process ended; on disk before this returns."""
         step = "shim.exec_exit" if ended.exec_id else "shim.exit"

@@ -15,6 +15,8 @@ EXIT = "exit.json"
 EXECS = "execs"
 STARTING = "starting"
 """There from before init is told to become its program: without it, it never was."""
+UNATTENDED = "unattended"
+"""There once a shim has found that the container ended while nobody held its output."""
 VERSION = 1
 BY_ZYGOTE = "its shim was killed before it could report the exit"
 """The reason in an exit that the zygote has written in a shim's place."""

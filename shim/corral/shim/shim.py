@@ -279,12 +279,12 @@ class Shim:
             process.is_child = False
             process.move(State.CREATED)
             process.started(request.started_at_ns)
-            process.was_unattended = request.unattended and not runs(handle)
             self._processes[request.exec_id] = process
         except BaseException:
             close_all([*fds, handle.pidfd])
             raise
         process.io.resume(streams)
+        process.was_unattended = self._was_unattended(request, handle)
         self._keeper.keep(process, self.streams(request.exec_id))
         if not request.exec_id:
             self._timeout_ns = request.timeout_ns
@@ -297,6 +297,15 @@ class Shim:
             on_end=lambda ended: self._ended(process, ended),
         )
         return {"pid": process.pid, "start_time": process.start_time}
+
+    def _was_unattended(self, request: Adopt, handle: ProcessHandle) -> bool:
+        """Whether it ended while nobody held its output; to be asked when this process does."""
+        unattended = request.unattended and not runs(handle)
+        if request.exec_id:
+            return unattended
+        if unattended:
+            self._ledger.mark_unattended()
+        return unattended or self._ledger.is_unattended
 
     def _adopt_init(self, request: Adopt, handle: ProcessHandle, of_log: Mapping[str, int]) -> ContainerProcess:
         if self.state is not State.NEW:
