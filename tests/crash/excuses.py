@@ -39,6 +39,18 @@ class Excuses:
         with self._lock:
             return "everything was killed at once" if container in self._blind else ""
 
+    def for_missing_end(self, container: str) -> str:
+        """Why the last of its output may be missing, if its exit says so."""
+        with self._lock:
+            armed = "each shim killed itself" if self._armed else ""
+        return self.for_unknown_exit(container) or armed
+
+    def for_missed_bytes(self, container: str, since: float) -> str:
+        """Why a client, attached at `since`, may have missed some: a shim had read them, and not passed them on."""
+        with self._lock:
+            killed = self._armed or self._shim_killed_at.get(container, 0.0) >= since
+        return "the shim was killed" if killed else ""
+
     def for_unknown_exec(self, container: str, since: float) -> str:
         """Why that of an exec may be, which was made at `since`."""
         if why := self.for_unknown_exit(container):

@@ -105,7 +105,7 @@ class Attached(Talks):
     def live(self, name: str) -> None:
         text = self.text()
         self.create(name, text.args)
-        self.doing, self.since = f"attach {name}", time.monotonic()
+        self.doing, self.since = f"attach {name}", (began := time.monotonic())
         collected = Collected()
         try:
             for part in self.client.containers.attach(Attachment(name, stdout=True, stderr=True, lossless=True)):
@@ -120,8 +120,8 @@ class Attached(Talks):
         else:
             result = collected.result()
             if self.check_code(name, result.exit, text.code) and not result.exit.reason:
-                self.check_output(f"attached to {name}, stdout", text.stdout, result.stdout)
-                self.check_output(f"attached to {name}, stderr", text.stderr, result.stderr)
+                self.check_attached(f"attached to {name}, stdout", name, began, text.stdout, result.stdout)
+                self.check_attached(f"attached to {name}, stderr", name, began, text.stderr, result.stderr)
         self.finish(name, text)
 
 
@@ -135,7 +135,7 @@ class Fed(Worker):
         lines = [f"i {number} {PAD}\n".encode() for number in range(self.random.randrange(50, 300))]
         self.create(name, ["sh", "-c", f"cat; exit {code}"], stdin=True, stdin_once=True)
         collected = Collected()
-        self.doing, self.since = f"feed {name}", time.monotonic()
+        self.doing, self.since = f"feed {name}", (began := time.monotonic())
         try:
             attachment = Attachment(name, stdin=True, stdout=True, lossless=True)
             for part in self.client.containers.attach(attachment, self.feed(lines)):
@@ -149,7 +149,7 @@ class Fed(Worker):
         else:
             result = collected.result()
             if self.check_code(name, result.exit, code):
-                self.check_output(f"through {name}", b"".join(lines), result.stdout)
+                self.check_attached(f"through {name}", name, began, b"".join(lines), result.stdout)
                 self.check_log(name, result.exit, stdout=b"".join(lines))
         self.remove(name)
 
@@ -204,8 +204,8 @@ class Execs(Worker):
         what = f"exec {made} of {name}"
         if self.check_exec_code(name, what, status, text.code, began) and whole:
             result = collected.result()
-            self.check_output(f"{what}, stdout", text.stdout, result.stdout)
-            self.check_output(f"{what}, stderr", text.stderr, result.stderr)
+            self.check_attached(f"{what}, stdout", name, began, text.stdout, result.stdout)
+            self.check_attached(f"{what}, stderr", name, began, text.stderr, result.stderr)
         self.tally.add("execs")
         return True
 

@@ -16,7 +16,8 @@ from corral.rpc.errors import AlreadyExists, CorralError, NotFound, Unavailable
 from crash.excuses import Excuses
 from crash.tally import Fault, Tally, differences
 
-UNATTENDED = "it ended while nothing looked after it: what it wrote last may be missing"
+END_IS_MISSING = "what it wrote last may be missing"
+"""So ends the reason of an exit that nobody looked after."""
 # A worker that makes no step for this long is stuck.
 STUCK_S = 240
 AGAIN_S = 0.05
@@ -139,15 +140,25 @@ class Worker(threading.Thread):
         if twice:
             self.tally.blame(Fault.TWICE, f"{what}: {twice} bytes", twice)
 
+    def check_attached(self, what: str, name: str, since: float, expected: bytes, got: bytes) -> None:
+        """The same for an attached client, who may miss some if a shim was killed that had read it; the log has it."""
+        missing, twice = differences(expected, got)
+        if missing and not twice and (why := self.excuses.for_missed_bytes(name, since)):
+            self.tally.add(f"bytes that attached clients missed ({why})", missing)
+            self.tally.note(f"{what}: {missing} of {len(expected)} bytes are missing")
+        else:
+            self.check_output(what, expected, got)
+
     def check_log(self, name: str, status: types_pb2.ExitStatus, *, stdout: bytes, stderr: bytes = b"") -> None:
         """What a container wrote is in its log; the end may be missing if it is said that it may, and for a reason."""
         found = self.persist("logs", name, lambda: streams_of(self.client.containers.logs(name)))
-        if status.reason == UNATTENDED and self.excuses.for_unknown_exit(name):
+        if status.reason.endswith(END_IS_MISSING) and (why := self.excuses.for_missing_end(name)):
             missing = len(stdout) + len(stderr) - len(found[0]) - len(found[1])
-            self.tally.add("bytes missing of containers that ended when all was killed, as told", missing)
+            self.tally.add(f"bytes missing at the end of logs, as told ({why})", missing)
             stdout, stderr = stdout[: len(found[0])], stderr[: len(found[1])]
-        self.check_output(f"log of {name}, stdout", stdout, found[0])
-        self.check_output(f"log of {name}, stderr", stderr, found[1])
+        told = f" (its exit: {status.reason})" if status.reason else ""
+        self.check_output(f"log of {name}, stdout{told}", stdout, found[0])
+        self.check_output(f"log of {name}, stderr{told}", stderr, found[1])
 
 
 def streams_of(entries: object) -> tuple[bytes, bytes]:
