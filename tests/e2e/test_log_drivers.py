@@ -292,7 +292,7 @@ def test_a_program_outlives_the_daemon_and_the_shim_and_misses_nothing(
 
 def test_a_program_that_ends_early_holds_up_no_container(box: Corrald, name: str, tmp_path: Path) -> None:
     program = tmp_path / "brief"
-    program.write_text("#!/bin/sh\nexec 5>&-\nexec 3<&- 4<&-\nsleep 0.1\n")
+    program.write_text("#!/bin/sh\nexec 5>&-\nexec 3<&- 4<&-\nsleep 1\n")
     program.chmod(0o755)
     assert (
         ok(box, "run", "--name", name, "--log-driver", f"binary://{program}", "busybox", "seq", "100000").count("\n")
