@@ -14,7 +14,7 @@ from support.requirements import needs
 
 from corral.api.network.v1 import network_pb2 as pb
 from corral.kernel.netns import in_namespace
-from corral.rpc.errors import AlreadyExists, InvalidArgument
+from corral.rpc.errors import InvalidArgument
 
 pytestmark = needs("root", "netns", "nft", "nsenter", "ip", "tc")
 SECONDS = 1.5
@@ -97,11 +97,12 @@ async def test_a_limit_outlives_its_pair(lab: Lab, net: Calls) -> None:
         assert qdisc["kind"] == "tbf"
 
 
-async def test_the_same_call_again_is_the_same_and_another_rate_is_another_call(net: Calls) -> None:
+async def test_the_same_call_again_is_the_same_and_one_with_another_rate_connects_anew(net: Calls) -> None:
     first = await limited(net, "a", send_bps=SLOW)
     assert await limited(net, "a", send_bps=SLOW) == first
-    with pytest.raises(AlreadyExists):
-        await limited(net, "a", send_bps=FAST)
+    again = await limited(net, "a", send_bps=FAST)
+    assert again.netns_path == first.netns_path
+    assert f"rate {FAST // 1_000_000}Mbit" in command(again.netns_path, "tc", "qdisc", "show", "dev", "eth0")
 
 
 async def test_a_macvlan_network_limits_what_is_sent(net: Calls) -> None:
