@@ -1,6 +1,6 @@
 """`make bench`: speed and memory of corral, and of the peers that are installed, interleaved in one run.
 
-    make bench                      all of it, about seven minutes
+    make bench                      all of it, about ten minutes
     bench.py NAME...                only these: cold api exec verbs memory many unpack logs health
     CORRAL_BENCH_ROUNDS (20)        how often each is measured
 
