@@ -23,8 +23,12 @@ class NetworkConfig:
     # New networks that name no subnet get the first free one of length pool_prefix out of these, in order.
     pools: Sequence[str] = ("10.69.0.0/16", "172.28.0.0/14", "192.168.160.0/19")
     pool_prefix: int = 24
-    # Our table in the family `inet`. No other table is ever touched.
+    # Our table in the family `inet`. No other is ever touched, but for what `forward` says.
     nft_table: str = "corral"
+    # Where iptables' chain FORWARD drops by its policy, as docker has it: "accept" adds a chain <nft_table>-FORWARD,
+    # as its last rule, that accepts our networks, and removes it with them; "leave" adds nothing. ufw's FORWARD is
+    # always left alone.
+    forward: str = "accept"
     # MTU of networks that name none; 0: that of the host's default route.
     mtu: int = 0
     # Where plugins of CNI are looked for, in order.

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from corral.network import network_options
+from corral.network import forwarding, network_options
 from corral.network.ipam import Address
 from corral.network.links import PathTaken
 from corral.network.model import Endpoint, Interface, Network
@@ -44,6 +44,19 @@ class ForeignChain:
     name: str  # "ip filter FORWARD"
     policy: str
     may_drop: bool  # a rule in it, or in a chain that it jumps to, drops or rejects
+    leads_to: frozenset[str] = frozenset()  # chains that it jumps to
+
+    @property
+    def owner(self) -> str:
+        """Whose way of letting packets through it has."""
+        if any(name.startswith("ufw") for name in self.leads_to):
+            return "ufw"
+        return "firewalld" if self.name.split()[1] == "firewalld" else ""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it is iptables' FORWARD, which is everybody's."""
+        return self.name.split()[1:] == [forwarding.TABLE, forwarding.CHAIN]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +73,7 @@ class Facts:
     table_stands: bool = True
     legacy: bool = False  # rules of the old iptables are loaded
     chains: Sequence[ForeignChain] = ()
+    admission: str = ""  # the chain of ours that iptables' FORWARD leads to where it drops by its policy
 
 
 def explain(endpoint: Endpoint, destination: Address, facts: Facts, networks: Iterable[Network]) -> list[Step]:
@@ -118,7 +132,7 @@ def _bridged(network: Network, destination: Address, facts: Facts) -> Iterable[S
     yield Step(f"bridge {network.bridge}", Verdict.PASSES, "both are on it")
     if facts.bridge_filtered:
         yield Step("br_netfilter", Verdict.PASSES, "hands bridged packets to the forward hook as well")
-        yield from _others(facts)
+        yield from _others(network, facts)
 
 
 def _routed(network: Network, destination: Address, facts: Facts, networks: Sequence[Network]) -> Iterable[Step]:
@@ -150,31 +164,46 @@ def _routed(network: Network, destination: Address, facts: Facts, networks: Sequ
         yield Step("host", Verdict.DROPS, f"it forwards nothing: `sysctl -w {name}=1`")
     via = f" via {out.gateway}" if out.gateway else ""
     yield Step("host", Verdict.PASSES, f"forwards it to {out.link}{via}")
-    yield from _others(facts)
+    yield from _others(network, facts)
     if network_options.is_masqueraded(network):
         yield Step("rules of corral", Verdict.PASSES, "accepted, and masqueraded as this host")
     else:
         yield Step("rules of corral", Verdict.PASSES, "accepted with the container's own address")
 
 
-def _others(facts: Facts) -> Iterable[Step]:
+def _others(network: Network, facts: Facts) -> Iterable[Step]:
     for chain in facts.chains:
-        if chain.policy == "drop":
-            yield Step(
-                f"chain {chain.name}",
-                Verdict.MAY_DROP,
-                "its policy is drop, whatever corral accepts: let whoever made it accept these packets there",
-            )
-        elif chain.may_drop:
-            yield Step(f"chain {chain.name}", Verdict.MAY_DROP, "it has rules that drop or reject")
-        else:
-            yield Step(f"chain {chain.name}", Verdict.PASSES, "drops nothing")
+        verdict, says = _foreign(chain, network.bridge, facts.admission)
+        yield Step(f"chain {chain.name}", verdict, says)
     if facts.legacy:
         yield Step(
             "iptables-legacy",
             Verdict.MAY_DROP,
             "rules of the old iptables are loaded, which cannot be seen from here: `iptables-legacy -S FORWARD`",
         )
+
+
+def _foreign(chain: ForeignChain, bridge: str, admission: str) -> tuple[Verdict, str]:
+    drops, admitted = chain.policy == "drop", admission in chain.leads_to
+    if drops and not admitted:
+        return Verdict.MAY_DROP, f"its policy is drop, whatever corral accepts{_remedy(chain, bridge)}"
+    if chain.may_drop:
+        return Verdict.MAY_DROP, f"it has rules that drop or reject{_remedy(chain, bridge)}"
+    if drops:
+        return Verdict.PASSES, f"its policy is drop, but corral's chain {admission} at its end accepts this"
+    return Verdict.PASSES, "drops nothing"
+
+
+def _remedy(chain: ForeignChain, bridge: str) -> str:
+    if chain.owner == "ufw":
+        return f": `ufw route allow in on {bridge}` and `ufw route allow out on {bridge}` let it through"
+    if chain.owner == "firewalld":
+        return f", unless {bridge} is in a zone that accepts: `firewall-cmd --zone=trusted --add-interface={bridge}`"
+    if chain.policy != "drop" or chain.may_drop:
+        return ""
+    if chain.is_shared:
+        return ': with forward = "accept" in [network] of the configuration, corral adds rules there that accept this'
+    return f": have whoever made it accept there what comes from {bridge}, and what goes to it"
 
 
 type _Key = tuple[str, str, str]
@@ -209,7 +238,12 @@ def foreign_chains(ruleset: Iterable[Mapping[str, Json]], table: str, version: i
     bases = [(key, chain) for key, chain in chains.items() if chain.get("hook") == "forward"]
     bases.sort(key=lambda base: int(str(base[1].get("prio", 0))))
     return [
-        ForeignChain(" ".join(key), str(chain.get("policy", "accept")), _Rules(rules, maps).may_drop(key, set()))
+        ForeignChain(
+            " ".join(key),
+            str(chain.get("policy", "accept")),
+            _Rules(rules, maps).may_drop(key, set()),
+            frozenset(filter(None, map(forwarding.target, rules.get(key, ())))),
+        )
         for key, chain in bases
     ]
 

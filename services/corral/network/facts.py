@@ -1,12 +1,15 @@
 """What corral.network.explaining needs to know, read from the kernel on the netlink thread."""
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from corral.kernel.netns import in_namespace
+from corral.kernel.nftables import Json, Nftables
 from corral.network.explaining import Facts, foreign_chains
 from corral.network.firewall import IP6_FORWARD, IP_FORWARD, Firewall
+from corral.network.forwarding import chain_name
 from corral.network.ipam import Address
 from corral.network.links import is_up
 from corral.network.model import Endpoint
@@ -22,8 +25,19 @@ _BRIDGE_FILTERED = {
 _LEGACY = {4: Path("/proc/net/ip_tables_names"), 6: Path("/proc/net/ip6_tables_names")}
 
 
-def gather(netlink: "Netlink", firewall: Firewall, endpoint: Endpoint, netns: Path, destination: Address) -> Facts:
-    """The facts about the way from an endpoint to a destination. Raises OSError."""
+type Ruleset = Sequence[Mapping[str, Json]]
+
+
+def ruleset() -> Ruleset:
+    """All tables with their chains and rules, which may be many: not on the netlink thread. Blocks. Raises OSError."""
+    with Nftables() as nftables:
+        return nftables.run([{"list": {"ruleset": None}}])
+
+
+def gather(
+    netlink: "Netlink", firewall: Firewall, rules: Ruleset, endpoint: Endpoint, netns: Path, destination: Address
+) -> Facts:
+    """The facts about the way from an endpoint to a destination; rules: what ruleset() gave. Raises OSError."""
     names = [each.name for each in endpoint.interfaces]
     down = in_namespace(netns, lambda: [name for name in names if not is_up(name)])
     down += [each.host_name for each in endpoint.interfaces if each.network.is_bridge and not is_up(each.host_name)]
@@ -41,7 +55,8 @@ def gather(netlink: "Netlink", firewall: Firewall, endpoint: Endpoint, netns: Pa
         bridge_filtered=_flag(_BRIDGE_FILTERED[destination.version]),
         table_stands=firewall.stands(),
         legacy=_names_filter(_LEGACY[destination.version]),
-        chains=foreign_chains(firewall.ruleset(), firewall.table, destination.version),
+        chains=foreign_chains(rules, firewall.table, destination.version),
+        admission=chain_name(firewall.table),
     )
 
 

@@ -1,11 +1,11 @@
-"""Our nftables table in the kernel: the shell around corral.network.rules."""
+"""Our nftables table in the kernel: the shell around corral.network.rules, and corral.network.admission with it."""
 
 import errno
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from corral.kernel.nftables import Nftables, NftablesError
-from corral.network import rules
+from corral.network import admission, rules
 from corral.network.model import Forward, Network
 
 IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
@@ -16,13 +16,14 @@ IP6_FORWARD = Path("/proc/sys/net/ipv6/conf/all/forwarding")
 class Firewall:
     """One table. For the netlink thread only: libnftables works in the namespace of the thread that opened it."""
 
-    def __init__(self, table: str) -> None:
+    def __init__(self, table: str, forward: str = admission.ACCEPT) -> None:
         # What the table holds, for when it is built anew: rows come before what they say is there, or go after it.
         self._networks: dict[str, Network] = {}
         self._forwards: dict[Forward, None] = {}
         self.table = self._table = table
         self._nftables: Nftables | None = None
         self._known = False  # whether the table is what this process made it
+        self._admission = admission.Admission(self._run, table, forward)
 
     def stands(self) -> bool:
         """Whether the table is there."""
@@ -33,10 +34,6 @@ class Firewall:
                 raise
             return False
         return True
-
-    def ruleset(self) -> Sequence[Mapping[str, rules.Json]]:
-        """The tables of everybody, with their chains and rules, as libnftables lists them."""
-        return self._run([{"list": {"ruleset": None}}])
 
     def begin(self, networks: Iterable[Network], forwards: Iterable[Forward]) -> None:
         """Replace the table by what the bridges of these networks, and ports of another process, need."""
@@ -49,6 +46,11 @@ class Firewall:
         networks = self._networks.values()
         self._run(rules.table(self._table, networks, self._forwards) if networks else rules.remove_table(self._table))
         self._known = bool(networks)
+        self.admit()
+
+    def admit(self) -> bool:
+        """See that its networks get through iptables' FORWARD; returns whether anything had to be changed there."""
+        return self._admission.follow(list(self._networks.values()))
 
     def add(self, network: Network) -> None:
         """Let a network through. Where the table is missing, or left from another process, it is built anew for all."""
@@ -56,6 +58,7 @@ class Firewall:
         if self._known:
             try:
                 self._run(rules.add_network(self._table, network))
+                self.admit()
                 return
             except NftablesError as e:
                 if e.errno != errno.ENOENT:
@@ -64,7 +67,8 @@ class Firewall:
 
     def remove(self, network: Network) -> None:
         """Take a network out; no error where the table is missing."""
-        self._networks.pop(network.id, None)
+        if self._networks.pop(network.id, None) is not None:
+            self.admit()
         try:
             self._run(rules.remove_network(self._table, network))
         except NftablesError as e:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import structlog
 
-from corral.network import etc, explaining, facts, recovery, store, subnets
+from corral.network import admission, etc, explaining, facts, recovery, store, subnets
 from corral.network.allocations import Allocations
 from corral.network.bridge import BridgeDriver
 from corral.network.checking import Checker
@@ -32,7 +32,7 @@ from corral.network.store import MIGRATIONS
 from corral.network.sublinks import IPVLAN, MACVLAN, SubLinkDriver
 from corral.network.watching import Watch
 from corral.rpc.blocking import run_blocking
-from corral.rpc.errors import CorralError, FailedPrecondition
+from corral.rpc.errors import CorralError, FailedPrecondition, InvalidArgument
 from corral.store import Database
 
 log = structlog.get_logger()
@@ -62,7 +62,7 @@ class Leaf:
         self.db = Database(config.root / "network.db", MIGRATIONS, durable=False, on_loop=True)
         self._thread = NetlinkThread()
         boot_id = recovery.boot_id()
-        self._firewall = Firewall(config.nft_table)
+        self._firewall = Firewall(config.nft_table, _forward(config.forward))
         self._publishing = Publishing(self.db, self._thread, self._firewall)
         host_files = etc.HostFiles(config.resolv_conf, config.resolved_conf)
         self._resolvers = Resolvers(
@@ -186,8 +186,9 @@ class Leaf:
                 reason="NOT_UP",
             )
         path = self._pool.path(endpoint.netns)
+        rules = await run_blocking(facts.ruleset)
         found = await self._thread.run(
-            lambda netlink: facts.gather(netlink, self._firewall, endpoint, path, destination)
+            lambda netlink: facts.gather(netlink, self._firewall, rules, endpoint, path, destination)
         )
         return explaining.explain(endpoint, destination, found, self._ready_networks())
 
@@ -211,6 +212,15 @@ class Leaf:
         self._publishing.close()
         self._firewall.close()
         self.db.close()
+
+
+def _forward(setting: str) -> str:
+    if setting not in (admission.ACCEPT, admission.LEAVE):
+        raise InvalidArgument(
+            f"forward = {setting!r} in [network] of the configuration: use {admission.ACCEPT!r} or {admission.LEAVE!r}",
+            reason="BAD_SETTING",
+        )
+    return setting
 
 
 def _log_failure(done: "asyncio.Future[None]") -> None:

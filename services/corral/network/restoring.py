@@ -1,6 +1,7 @@
 """What others deleted of ours is made again, soon after (see corral.network.watching for how that is known).
 
     rules                 the whole table, from what it is known to hold, in one transaction
+    FORWARD of iptables   our chain at its end, where it drops by its policy now, and only there
     bridge, its address   the bridge, its ports and addresses; its resolver listens anew
     host's end of a pair  the pair, in the namespace that is still there
 
@@ -99,14 +100,14 @@ class Restoring:
         """Returns whether anything was missing."""
         standing = [one for one in self._db.read_sync(store.networks) if self._stood(one)]
         bridges = [one for one in standing if lost.unknown or one.bridge in lost.links]
-        if lost.rules or bridges or (lost.unknown and standing):
+        if lost.rules or bridges or ((lost.forward or lost.unknown) and standing):
             failed = await self._thread.run(lambda netlink: self._mend_host(netlink, lost, bridges))
             self._try_later(Lost(links=frozenset(failed)))
             await self._listen([one for one in bridges if one.bridge not in failed])
         ends = await self._mend_pairs(lost, [one.bridge for one in standing])
         if lost.rules or bridges:
             log.info("network.restored", rules=lost.rules, bridges=[one.bridge for one in bridges])
-        return bool(lost.rules or bridges or ends)
+        return bool(lost.rules or lost.forward or bridges or ends)
 
     def _stood(self, network: Network) -> bool:
         return network.is_bridge and network.state is NetworkState.READY and self._networks.is_built(network)
@@ -114,6 +115,8 @@ class Restoring:
     def _mend_host(self, netlink: "Netlink", lost: Lost, bridges: Sequence[Network]) -> Collection[str]:
         if lost.rules or lost.unknown:
             self._reconciler.firewall.rebuild()
+        elif lost.forward:
+            self._reconciler.firewall.admit()
         return self._reconciler.restore_bridges(netlink, bridges)
 
     async def _listen(self, bridges: Sequence[Network]) -> None:

@@ -1,6 +1,8 @@
-"""What others delete of ours in the kernel, as it tells: our nftables table or a part of it, links, addresses of links.
+"""What others delete of ours in the kernel, as it tells: our nftables table or a part of it, links, addresses of links;
+and what they change in iptables' chain FORWARD.
 
-    NETLINK_NETFILTER   group NFNLGRP_NFTABLES       NFT_MSG_DEL…, but for those that a socket of this process asked for
+    NETLINK_NETFILTER   group NFNLGRP_NFTABLES       NFT_MSG_DEL…, and in FORWARD NFT_MSG_NEW…, but for those that a
+                                                     socket of this process asked for
     NETLINK_ROUTE       RTNLGRP_LINK, …_IFADDR       RTM_DELLINK, RTM_DELADDR; a filter keeps all else from waking us
 
 Reading is a function of bytes; what is done about it is in corral.network.restoring.
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from corral.network import forwarding
 from corral.network.links import name_of
 
 NETLINK_NETFILTER = 12
@@ -28,6 +31,8 @@ _GROUP_NFTABLES = 7
 _SUBSYSTEM_NFTABLES = 10
 _DELETIONS = frozenset({2, 5, 8, 11, 14})  # of a table, chain, rule, set, element; each names its table first
 _TABLE_NAME = 1
+_NEW_CHAIN, _DELETED_CHAIN, _NEW_RULE, _DELETED_RULE, _DELETED_TABLE = 3, 5, 6, 8, 2
+_CHAIN_NAME, _RULE_CHAIN = 3, 2
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 _LINK_GROUPS = 0x1 | 0x10 | 0x100  # links, IPv4 addresses, IPv6 addresses
 _RTM_DELLINK, _RTM_DELADDR = 17, 21
@@ -52,14 +57,20 @@ class Lost:
     """What may be missing since somebody deleted something; `unknown`: events were lost, so anything may be."""
 
     rules: bool = False
+    forward: bool = False  # iptables' chain FORWARD, or ours that it leads to, is not what it was
     links: frozenset[str] = frozenset()
     unknown: bool = False
 
     def __or__(self, other: Self) -> "Lost":
-        return Lost(self.rules or other.rules, self.links | other.links, self.unknown or other.unknown)
+        return Lost(
+            self.rules or other.rules,
+            self.forward or other.forward,
+            self.links | other.links,
+            self.unknown or other.unknown,
+        )
 
     def __bool__(self) -> bool:
-        return self.rules or bool(self.links) or self.unknown
+        return self.rules or self.forward or bool(self.links) or self.unknown
 
 
 NOTHING = Lost()
@@ -77,6 +88,30 @@ def lost_rules(data: bytes, table: str, own_ports: Collection[int]) -> bool:
 
 
 _INET = b"\1"  # NFPROTO_INET
+# And the attribute that names the chain.
+_FORWARD_KINDS = {
+    _DELETED_TABLE: 0,
+    _NEW_CHAIN: _CHAIN_NAME,
+    _DELETED_CHAIN: _CHAIN_NAME,
+    _NEW_RULE: _RULE_CHAIN,
+    _DELETED_RULE: _RULE_CHAIN,
+}
+_IP_FAMILIES = (b"\2", b"\12")  # NFPROTO_IPV4, NFPROTO_IPV6
+
+
+def changed_forward(data: bytes, chain: str, own_ports: Collection[int]) -> bool:
+    """Whether these messages tell that others changed iptables' FORWARD, or deleted of the chain of ours. Pure."""
+    for kind, port, body in _messages(data):
+        kind, subsystem = kind & 0xFF, kind >> 8
+        if subsystem != _SUBSYSTEM_NFTABLES or kind not in _FORWARD_KINDS or port in own_ports:
+            continue
+        named = dict(_attributes(body[_NETFILTER.size :]))
+        if body[:1] not in _IP_FAMILIES or named.get(_TABLE_NAME, b"").rstrip(b"\0") != forwarding.TABLE.encode():
+            continue
+        where = named.get(_FORWARD_KINDS[kind], b"").rstrip(b"\0")
+        if kind == _DELETED_TABLE or where in (forwarding.CHAIN.encode(), chain.encode()):
+            return True
+    return False
 
 
 def lost_links(data: bytes, name: Callable[[int], str]) -> frozenset[str]:
@@ -130,6 +165,7 @@ class Watch:
 
     def __init__(self, table: str, on_lost: Callable[[Lost], None]) -> None:
         self._table = table
+        self._chain = forwarding.chain_name(table)
         self._on_lost = on_lost
         self._own_ports: frozenset[int] = frozenset()
         self._sockets: list[socket.socket] = []
@@ -169,11 +205,17 @@ class Watch:
             self._on_lost(lost)
 
     def _read_rules(self, data: bytes) -> Lost:
-        if not lost_rules(data, self._table, self._own_ports):
+        if not self._lost_rules(data):
             return NOTHING
         # libnftables opens its socket anew when it likes.
         self._own_ports = own_netfilter_ports()
-        return Lost(rules=lost_rules(data, self._table, self._own_ports))
+        return self._lost_rules(data)
+
+    def _lost_rules(self, data: bytes) -> Lost:
+        return Lost(
+            rules=lost_rules(data, self._table, self._own_ports),
+            forward=changed_forward(data, self._chain, self._own_ports),
+        )
 
     def _read_links(self, data: bytes) -> Lost:
         return Lost(links=lost_links(data, name_of))
