@@ -24,6 +24,11 @@ def test_zombies_are_reaped_and_the_program_is_not_pid_1(box: Corrald, name: str
     assert without
 
 
+def test_nothing_of_the_host_is_seen_in_pid_1s_command_line(box: Corrald) -> None:
+    shown = ok(box, "run", "--rm", "--init", "busybox", "cat", "/proc/1/cmdline")
+    assert shown.rstrip("\0").split("\0") == ["corral-init", "--", "cat", "/proc/1/cmdline"]
+
+
 @pytest.mark.parametrize(("script", "code"), [("exit 7", 7), ("kill -9 $$", 137), ("kill -15 $$", 143), ("true", 0)])
 def test_the_container_ends_as_its_program_does(box: Corrald, name: str, script: str, code: int) -> None:
     result = box.corral("run", "--rm", "--init", "--name", name, "busybox", "sh", "-c", script)

@@ -13,6 +13,7 @@ import signal
 from typing import NoReturn
 
 from corral.kernel import capabilities, process
+from corral.kernel.title import set_title
 from corral.oci import program as programs
 from corral.oci.channel import ChildEnd
 from corral.oci.program import Program
@@ -39,6 +40,7 @@ def stay(channel: ChildEnd, program: Program) -> NoReturn:
         sets = program.capabilities
         capabilities.set_process(effective=sets.ambient, permitted=sets.ambient, inheritable=sets.inheritable)
     process.set_name(_NAME)
+    set_title((_NAME, "--", *program.args))  # not where the host keeps what
     process.close_fds(range(3))
     while True:
         number = signal.sigwait(signal.valid_signals())
