@@ -27,6 +27,9 @@ MAX_REQUEST_BYTES = 1 << 20
 # Set by the programs, before they load grpc.
 GRPC_VARIABLES = ("GRPC_ENABLE_FORK_SUPPORT", "GRPC_VERBOSITY")
 
+ENTRIES = {"corral.daemon": "corral.daemon.main", "corral.cli": "corral.cli.command"}
+"""Where the installed command of each program begins."""
+
 LOADED_AT_ONCE = ("corral.network.netlink", "corral.network.rtnetlink", "grpc_reflection.v1alpha.reflection")
 """By a daemon's services, once they are made."""
 
@@ -149,10 +152,10 @@ PROGRAMS = Programs()
 
 
 def serve(control: socket.socket, package: str) -> None:
-    """Fork a program for each request, until the other end is closed. In a fork it raises SystemExit."""
+    """Fork a program for each request, until the other end is closed. A fork ends as the program does."""
     from corral.kernel.process import CLONE_PARENT, clone
 
-    main = importlib.import_module(f"{package}.main").main
+    main = importlib.import_module(ENTRIES[package]).main
     load(package)
     gc.collect()
     gc.freeze()

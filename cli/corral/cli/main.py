@@ -1,4 +1,4 @@
-"""Entry point of `corral`: which verb lives where, global options, and how errors end."""
+"""What `corral` does: which verb lives where, global options, and how errors end."""
 
 import importlib
 import os
@@ -62,6 +62,8 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 # Exit code of `run`, `create` and `exec` when corral itself failed, as docker has it.
 ENGINE_FAILED = 125
+# As if SIGPIPE had ended it.
+NO_READER = 141
 
 
 def load_verb(verb: str) -> click.Command:
@@ -82,6 +84,13 @@ class LazyGroup(click.Group):
             return None
         return load_verb(cmd_name)
 
+    def invoke(self, ctx: click.Context) -> object:
+        """As click's own, to which a reader that went away is a failure like any other."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            return _reader_left()
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
@@ -97,12 +106,13 @@ def cli(ctx: click.Context, address: str | None, namespace: str | None, debug: b
     ctx.obj = App(address, namespace, debug)
 
 
-def main(argv: "Sequence[str] | None" = None) -> None:
-    """Runs one command and exits with its code."""
+def main(argv: "Sequence[str] | None" = None) -> int:
+    """Runs one command; its exit code. What it wrote is out, or the code tells."""
     args = list(sys.argv[1:] if argv is None else argv)
     _open_standard_streams()
     try:
         code = cli.main(args, prog_name="corral", standalone_mode=False)
+        sys.stdout.flush()
     except click.exceptions.Exit as e:
         code = e.exit_code
     except click.Abort:
@@ -113,23 +123,31 @@ def main(argv: "Sequence[str] | None" = None) -> None:
         e.show()
         code = ENGINE_FAILED if _verb(args) in ("run", "create") else e.exit_code
     except BrokenPipeError:
-        # The reader of our output went away; nobody is left to be told.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
+        code = _reader_left()
+    except SystemExit as e:  # click has written completions, or help that nobody reads
+        code = e.code
     except Exception as e:
         if _wants_traceback(args):
             raise
         code = _report(e, args)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
+
+
+def _reader_left() -> int:
+    """Nobody is left to be told; what is still to be written goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return NO_READER
 
 
 def _open_standard_streams() -> None:
     """A stream that the caller has closed reads and writes nothing; else the next file opened would be in its place."""
-    for fd in range(3):
+    for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - stays
 
 
 def _wants_traceback(args: "Sequence[str]") -> bool:
@@ -161,7 +179,3 @@ def _report(error: Exception, args: "Sequence[str]") -> int:
 def _verb(args: "Sequence[str]") -> str:
     """What is to be done, be it by its noun: `corral container run` is run."""
     return next((a for a in args if a in VERBS and a != "container"), "")
-
-
-if __name__ == "__main__":
-    main()
