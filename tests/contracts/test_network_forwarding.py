@@ -10,6 +10,7 @@ from support.netlab import HOST, OUTSIDE, Calls, Lab, address, command, eventual
 from support.requirements import needs
 
 from corral.api.network.v1 import network_pb2 as pb
+from corral.kernel import iptables_legacy
 
 pytestmark = needs("root", "netns", "nft", "nsenter", "ip", "iptables")
 CHAIN = "corraltest-FORWARD"
@@ -174,6 +175,48 @@ async def test_a_chain_of_ufw_is_left_to_it(lab: Lab, net: Calls) -> None:
     assert "ufw route allow in on" in (await told(net, "chain ip filter FORWARD")).says
 
 
+@needs("iptables-legacy")
+async def test_the_old_iptables_is_followed_when_a_network_is_made_and_when_it_goes(lab: Lab, net: Calls) -> None:
+    old = "iptables-legacy"
+    iptables(
+        lab, "-P FORWARD DROP", "-N strangers", "-A FORWARD -p tcp -m multiport --dports 1,2 -j strangers", program=old
+    )
+    before = filters(lab, old)
+    try:
+        a = await a_network(net)
+        assert works(lab, a)
+        step = await told(net, "chain iptables-legacy filter FORWARD")
+        assert (step.verdict, CHAIN in step.says) == (pb.ExplainedStep.VERDICT_PASSES, True)
+        await net.create("inside", "10.231.65.0/24", internal=True)
+        bridge = (await net.network("inside")).interface
+        assert f"-A {CHAIN} -i {bridge} -o {bridge} -j ACCEPT" in filters(lab, old)
+        iptables(lab, f"-A FORWARD -d {OUTSIDE} -j DROP", program=old)
+        assert (await told(net, "chain iptables-legacy filter FORWARD")).verdict == pb.ExplainedStep.VERDICT_MAY_DROP
+        iptables(lab, f"-D FORWARD -d {OUTSIDE} -j DROP", program=old)
+        await detach_all(net)
+        assert filters(lab, old) == before
+    finally:
+        iptables(lab, "-P FORWARD ACCEPT", "-F", "-X", program=old)
+
+
+@needs("iptables-legacy")
+async def test_an_old_iptables_that_somebody_locked_keeps_no_network_from_being_made(lab: Lab, net: Calls) -> None:
+    old = "iptables-legacy"
+    iptables(lab, "-P FORWARD DROP", program=old)
+    try:
+        with iptables_legacy.locked():
+            a = await a_network(net)
+            assert not reaches(a.netns_path, OUTSIDE, within_s=0.4)
+        assert "another program holds" in lab.corrald.log()
+        await net.create("another", "10.231.66.0/24")
+        assert works(lab, a)
+    finally:
+        iptables(lab, "-P FORWARD ACCEPT", "-F", "-X", program=old)
+
+
+# From here on the daemon has been restarted, and by that has its default network, too, for good.
+
+
 async def test_after_a_kill_the_next_start_knows_what_it_added(lab: Lab, net: Calls) -> None:
     before = filters(lab)
     iptables(lab, "-P FORWARD DROP")
@@ -186,7 +229,7 @@ async def test_after_a_kill_the_next_start_knows_what_it_added(lab: Lab, net: Ca
         assert works(lab, a)
         await detach_all(calls)
         iptables(lab, "-P FORWARD ACCEPT")
-        assert filters(lab) == before
+        assert eventually(lambda: filters(lab) == before, within_s=WITHIN_S)
 
 
 async def test_with_leave_nothing_is_added_and_explain_says_what_drops(lab: Lab, net: Calls) -> None:

@@ -2,11 +2,12 @@
 
 import errno
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import structlog
 
 from corral.kernel.nftables import NftablesError
-from corral.network import forwarding
+from corral.network import forwarding, legacy_forward
 from corral.network.model import Network
 from corral.network.rules import Command, Json
 
@@ -31,12 +32,23 @@ class Admission:
 
         What fails is told in the log: a network is no worse off for it than without us.
         """
-        changed = False
-        for family in forwarding.FAMILIES:
-            try:
-                changed |= self._follow(family, networks if self._wanted else ())
-            except OSError as e:
-                log.warning("network.not_admitted", family=family, chain=self.chain, error=str(e))
+        wanted = networks if self._wanted else ()
+        places = [(family, partial(self._follow, family, wanted)) for family in forwarding.FAMILIES]
+        places += [
+            (f"legacy, IPv{version}", partial(legacy_forward.follow, version, self.chain, wanted))
+            for version in legacy_forward.VERSIONS
+        ]
+        changed = [self._told(where, work) for where, work in places]
+        return any(changed)
+
+    def _told(self, where: str, work: Callable[[], bool]) -> bool:
+        try:
+            changed = work()
+        except OSError as e:
+            log.warning("network.not_admitted", where=where, chain=self.chain, error=str(e))
+            return False
+        if changed:
+            log.info("network.admission", where=where, chain=self.chain)
         return changed
 
     def _follow(self, family: str, networks: Sequence[Network]) -> bool:
@@ -45,15 +57,11 @@ class Admission:
             return False
         if forwarding.admits(found, networks):
             self._run(forwarding.admission(family, self.chain, found, networks))
-            changed = len(found.jumps) != 1 or not found.last
-        elif found.jumps or self._has_chain(family):
-            self._run(forwarding.dismissal(family, self.chain, found))
-            changed = True
-        else:
+            return len(found.jumps) != 1 or not found.last
+        if not found.jumps and not self._has_chain(family):
             return False
-        if changed:
-            log.info("network.admission", family=family, chain=self.chain, networks=[one.name for one in networks])
-        return changed
+        self._run(forwarding.dismissal(family, self.chain, found))
+        return True
 
     def _found(self, family: str) -> forwarding.ForwardChain | None:
         try:

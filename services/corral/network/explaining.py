@@ -71,7 +71,7 @@ class Facts:
     strict_rp_filter: bool = False  # of the container's bridge
     bridge_filtered: bool = False  # br_netfilter hands bridged packets to the forward hook
     table_stands: bool = True
-    legacy: bool = False  # rules of the old iptables are loaded
+    unseen_legacy: bool = False  # rules of the old iptables are loaded, and could not be read
     chains: Sequence[ForeignChain] = ()
     admission: str = ""  # the chain of ours that iptables' FORWARD leads to where it drops by its policy
 
@@ -175,7 +175,7 @@ def _others(network: Network, facts: Facts) -> Iterable[Step]:
     for chain in facts.chains:
         verdict, says = _foreign(chain, network.bridge, facts.admission)
         yield Step(f"chain {chain.name}", verdict, says)
-    if facts.legacy:
+    if facts.unseen_legacy:
         yield Step(
             "iptables-legacy",
             Verdict.MAY_DROP,
@@ -210,7 +210,7 @@ type _Key = tuple[str, str, str]
 """Family, table, and the name of a chain or map in there."""
 
 _DROPPING = {"drop", "reject", "queue", "synproxy"}
-_HARMLESS_TARGETS = {"CHECKSUM", "CLASSIFY", "CONNMARK", "CT", "DSCP", "LOG", "MARK", "NFLOG", "TCPMSS", "TOS", "TRACE"}
+HARMLESS_TARGETS = {"CHECKSUM", "CLASSIFY", "CONNMARK", "CT", "DSCP", "LOG", "MARK", "NFLOG", "TCPMSS", "TOS", "TRACE"}
 
 
 def foreign_chains(ruleset: Iterable[Mapping[str, Json]], table: str, version: int) -> list[ForeignChain]:
@@ -276,7 +276,7 @@ class _Rules:
         if verb in _DROPPING:
             return True
         if verb == "xt":  # an extension of iptables: a match, or a target that may be REJECT
-            return named.get("type") != "match" and named.get("name") not in _HARMLESS_TARGETS
+            return named.get("type") != "match" and named.get("name") not in HARMLESS_TARGETS
         if verb in ("jump", "goto"):
             return self.may_drop((family, table, str(named.get("target"))), seen)
         data = named.get("data")

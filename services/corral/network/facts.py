@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from corral.kernel.netns import in_namespace
 from corral.kernel.nftables import Json, Nftables
-from corral.network.explaining import Facts, foreign_chains
+from corral.network import legacy_forward
+from corral.network.explaining import Facts, ForeignChain, foreign_chains
 from corral.network.firewall import IP6_FORWARD, IP_FORWARD, Firewall
 from corral.network.forwarding import chain_name
 from corral.network.ipam import Address
@@ -22,7 +23,6 @@ _BRIDGE_FILTERED = {
     4: Path("/proc/sys/net/bridge/bridge-nf-call-iptables"),
     6: Path("/proc/sys/net/bridge/bridge-nf-call-ip6tables"),
 }
-_LEGACY = {4: Path("/proc/net/ip_tables_names"), 6: Path("/proc/net/ip6_tables_names")}
 
 
 type Ruleset = Sequence[Mapping[str, Json]]
@@ -45,6 +45,7 @@ def gather(
     own = next((each for each in endpoint.interfaces if inside is not None and each.name == inside.link), None)
     held = own.address(destination.version) if own is not None else None
     forward = IP_FORWARD if destination.version == 4 else IP6_FORWARD
+    legacy, unseen_legacy = _legacy(destination.version)
     return Facts(
         down=down,
         inside=inside,
@@ -54,8 +55,8 @@ def gather(
         strict_rp_filter=own is not None and own.network.is_bridge and _is_strict(own.network.bridge),
         bridge_filtered=_flag(_BRIDGE_FILTERED[destination.version]),
         table_stands=firewall.stands(),
-        legacy=_names_filter(_LEGACY[destination.version]),
-        chains=foreign_chains(rules, firewall.table, destination.version),
+        unseen_legacy=unseen_legacy,
+        chains=[*foreign_chains(rules, firewall.table, destination.version), *legacy],
         admission=chain_name(firewall.table),
     )
 
@@ -74,7 +75,10 @@ def _is_strict(link: str) -> bool:
     return max(values, default=0) == 1
 
 
-def _names_filter(path: Path) -> bool:
-    with contextlib.suppress(OSError):
-        return "filter" in path.read_text().split()
-    return False
+def _legacy(version: int) -> tuple[Sequence[ForeignChain], bool]:
+    """FORWARD of the old iptables, and whether it is there but cannot be read."""
+    try:
+        found = legacy_forward.foreign(version)
+    except OSError:
+        return (), True
+    return [found] if found is not None else (), False

@@ -66,10 +66,15 @@ def read(listed: Iterable[Mapping[str, Json]], own: str) -> ForwardChain:
     after = rules[ours[0] :] if ours else ()
     return ForwardChain(
         drops=policy == "drop",
-        of_ufw=any(name.startswith(_UFW) for name in targets),
+        of_ufw=any(map(is_of_ufw, targets)),
         jumps=tuple(int(str(rules[number]["handle"])) for number in ours),
         last=bool(ours) and all(str(rule.get("comment", "")).startswith(COMMENT) for rule in after),
     )
+
+
+def is_of_ufw(target: str) -> bool:
+    """Whether a rule that leads there is ufw's."""
+    return target.startswith(_UFW)
 
 
 def target(expressions: Json) -> str:
