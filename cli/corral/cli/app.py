@@ -1,7 +1,6 @@
 """What every verb is given: where corrald is, the namespace, and a client made when first asked for."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,14 +9,13 @@ if TYPE_CHECKING:
     from corral.client.sync import Client
 
 
-@dataclass(slots=True)
 class App:
     """Global options of one run of the command."""
 
-    address: str | None = None
-    namespace: str | None = None
-    debug: bool = False
-    _client: "Client | None" = None
+    def __init__(self, address: str | None = None, namespace: str | None = None) -> None:
+        self.address = address
+        self.namespace = namespace
+        self._client: Client | None = None
 
     @property
     def client(self) -> "Client":

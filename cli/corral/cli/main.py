@@ -99,11 +99,11 @@ class LazyGroup(click.Group):
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-a", "--address", metavar="ADDRESS", help="unix:///path or tcp://host:port  [env: CORRAL_ADDRESS]")
 @click.option("-n", "--namespace", metavar="NAME", help="Namespace to work in  [env: CORRAL_NAMESPACE]")
-@click.option("--debug", is_flag=True, help="Show tracebacks")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks")
 @click.pass_context
-def cli(ctx: click.Context, address: str | None, namespace: str | None, debug: bool) -> None:
+def cli(ctx: click.Context, address: str | None, namespace: str | None) -> None:
     """Run and look after containers."""
-    ctx.obj = App(address, namespace, debug)
+    ctx.obj = App(address, namespace)
 
 
 def main(argv: "Sequence[str] | None" = None) -> int:

@@ -255,12 +255,13 @@ def _with_image(
     app: App, image: str, fetch: Fetch, create: "Callable[[], engine_pb2.Container]"
 ) -> "engine_pb2.Container":
     """Create, and fetch the image before if it is not here for the platform, or in any case."""
-    from corral.cli.registry import pull_image
     from corral.client.fetching import may_fetch
     from corral.rpc.errors import NotFound
 
     pull, platform, quiet = fetch
     if pull == "always":
+        from corral.cli.registry import pull_image
+
         pull_image(app, image, platform=platform, quiet=quiet)
     elif platform and app.client.images.lacks(image, platform=platform, pull=pull):
         _pull_missing(app, image, fetch)

@@ -17,7 +17,6 @@ import threading
 import time
 import tty
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
 
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1 import types_pb2
@@ -62,12 +61,12 @@ def parse_detach_keys(text: str) -> bytes:
     return keys
 
 
-@dataclass(slots=True)
 class DetachKeys:
     """Finds a key sequence in what is typed; a beginning of it is held back until the next key tells."""
 
-    keys: bytes
-    _held: bytes = b""
+    def __init__(self, keys: bytes) -> None:
+        self.keys = keys
+        self._held = b""
 
     def feed(self, data: bytes) -> tuple[bytes, bool]:
         """What to pass on, and whether the whole sequence was typed."""
@@ -95,20 +94,28 @@ def window_size() -> tuple[int, int] | None:
     return None
 
 
-@dataclass(slots=True)
 class Session:
     """One attached process, until it ends or the user detaches."""
 
-    client: Client
-    attachment: Attachment
-    terminal: bool
-    detach_keys: bytes = b""
-    signal_proxy: bool = True
-    _answers: Exchange[tasks_pb2.AttachResponse] | None = None
-    _outbox: Outbox = field(default_factory=Outbox)
-    _wake: tuple[int, int] = (-1, -1)
-    _asked_to_end: int = 0
-    _passed_on: set[signal.Signals] = field(default_factory=set)
+    def __init__(
+        self,
+        client: Client,
+        attachment: Attachment,
+        *,
+        terminal: bool,
+        detach_keys: bytes = b"",
+        signal_proxy: bool = True,
+    ) -> None:
+        self.client = client
+        self.attachment = attachment
+        self.terminal = terminal
+        self.detach_keys = detach_keys
+        self.signal_proxy = signal_proxy
+        self._answers: Exchange[tasks_pb2.AttachResponse] | None = None
+        self._outbox = Outbox()
+        self._wake = (-1, -1)
+        self._asked_to_end = 0
+        self._passed_on: set[signal.Signals] = set()
 
     def run(self, on_attached: Callable[[], object] = lambda: None) -> types_pb2.ExitStatus | None:
         """Joins the streams; calls `on_attached` when no output can be missed any more.
@@ -130,7 +137,7 @@ class Session:
             return self._receive(on_attached)
 
     def _receive(self, on_attached: Callable[[], object]) -> types_pb2.ExitStatus | None:
-        attachment, begun = replace(self.attachment, resumable=True), False
+        attachment, begun = self.attachment._replace(resumable=True), False
         pauses, stdin_bytes = iter(PAUSES_S), 0
         try:
             while True:
@@ -163,7 +170,7 @@ class Session:
                 else:
                     return None
                 if parked is not None:
-                    attachment, stdin_bytes = replace(attachment, resume=parked.token), parked.stdin_bytes
+                    attachment, stdin_bytes = attachment._replace(resume=parked.token), parked.stdin_bytes
                 self._outbox.rewind(stdin_bytes)
                 time.sleep(pause_s)
         finally:

@@ -1,16 +1,17 @@
-"""What goes in and comes out of a process. `attach_requests` has an asyncio and a plain form."""
+"""What goes in and comes out of a process. `attach_requests` has an asyncio and a plain form.
+
+The command loads this whenever it does anything: see corral.rpc.address for why there is no dataclass.
+"""
 
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from corral.api.engine.v1 import engine_pb2
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1 import types_pb2
 
 
-@dataclass(frozen=True, slots=True)
-class Attachment:
+class Attachment(NamedTuple):
     """Which streams of which process. Fields as in corral.tasks.v1.AttachHeader."""
 
     container: str
@@ -70,8 +71,7 @@ def exec_request(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Execution:
+class Execution(NamedTuple):
     """A process to be made, attached to and run in one call. Streams as in corral.engine.v1.ExecRunHeader."""
 
     process: engine_pb2.ExecContainerRequest
@@ -87,8 +87,7 @@ class Execution:
         return engine_pb2.ExecRunRequest(header=header)
 
 
-@dataclass(frozen=True, slots=True)
-class ExecResult:
+class ExecResult(NamedTuple):
     """A process that has ended."""
 
     code: int
@@ -97,13 +96,13 @@ class ExecResult:
     exit: types_pb2.ExitStatus
 
 
-@dataclass(slots=True)
 class Collected:
     """A process's output, put together from an attached stream."""
 
-    _stdout: list[bytes] = field(default_factory=list)
-    _stderr: list[bytes] = field(default_factory=list)
-    _exit: types_pb2.ExitStatus = field(default_factory=types_pb2.ExitStatus)
+    def __init__(self) -> None:
+        self._stdout: list[bytes] = []
+        self._stderr: list[bytes] = []
+        self._exit = types_pb2.ExitStatus()
 
     def add(self, part: tasks_pb2.AttachResponse) -> None:
         """Takes the next message of the stream."""
@@ -120,14 +119,16 @@ class Collected:
         return ExecResult(self._exit.code, b"".join(self._stdout), b"".join(self._stderr), self._exit)
 
 
-class Opening[Request](Protocol):
-    """What a conversation begins with: an Attachment or an Execution."""
+if TYPE_CHECKING:
 
-    def first_request(self) -> Request: ...
+    class Opening[Request](Protocol):
+        """What a conversation begins with: an Attachment or an Execution."""
+
+        def first_request(self) -> Request: ...
 
 
 async def async_attach_requests[Request](
-    opening: Opening[Request], requests: AsyncIterator[Request] | None
+    opening: "Opening[Request]", requests: AsyncIterator[Request] | None
 ) -> AsyncIterator[Request]:
     """The opening message, then what the caller sends."""
     yield opening.first_request()
@@ -136,7 +137,7 @@ async def async_attach_requests[Request](
             yield request
 
 
-def attach_requests[Request](opening: Opening[Request], requests: Iterator[Request] | None) -> Iterator[Request]:
+def attach_requests[Request](opening: "Opening[Request]", requests: Iterator[Request] | None) -> Iterator[Request]:
     """The opening message, then what the caller sends."""
     yield opening.first_request()
     if requests is not None:

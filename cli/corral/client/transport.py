@@ -9,8 +9,8 @@ import grpc
 import grpc.aio
 
 from corral.rpc.address import OPTIONS, Target, Tls, UnixAddress, parse_address
-from corral.rpc.context import NAMESPACE_KEY
 from corral.rpc.errors import PAUSES_S, UNSERVED, from_rpc_error
+from corral.rpc.metadata import NAMESPACE_KEY
 
 
 class AsyncTransport:

@@ -1,12 +1,14 @@
-"""Where a service listens: `unix:///PATH` or `tcp://HOST:PORT`."""
+"""Where a service listens: `unix:///PATH` or `tcp://HOST:PORT`.
 
-import ipaddress
+Every run of the command loads this. So these are named tuples, which are made in an eighth of a dataclass's time, and
+what a plain `unix:///PATH` does without is imported where it is used.
+"""
+
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, NamedTuple
 
 import grpc
 
@@ -31,10 +33,11 @@ OPTIONS: Sequence[tuple[str, Any]] = (
 
 # sockaddr_un.sun_path is 108 bytes with its NUL. Source: unix(7).
 MAX_SOCKET_PATH = 107
+# An address as nearly all are: nothing in it has a meaning of its own in a URL.
+_PLAIN = re.compile(r"unix:///[A-Za-z0-9._/+-]*")
 
 
-@dataclass(frozen=True, slots=True)
-class Tls:
+class Tls(NamedTuple):
     """Mutual TLS: both sides show a certificate that `ca` signed. PEM files."""
 
     cert: Path
@@ -51,8 +54,7 @@ class Tls:
         return grpc.ssl_channel_credentials(self.ca.read_bytes(), self.key.read_bytes(), self.cert.read_bytes())
 
 
-@dataclass(frozen=True, slots=True)
-class UnixAddress:
+class UnixAddress(NamedTuple):
     """A socket in the file system."""
 
     path: Path
@@ -61,8 +63,7 @@ class UnixAddress:
         return f"unix://{self.path}"
 
 
-@dataclass(frozen=True, slots=True)
-class TcpAddress:
+class TcpAddress(NamedTuple):
     """A host, by name or literal address, and a port; port 0 lets the kernel choose one when listening."""
 
     host: str
@@ -74,6 +75,8 @@ class TcpAddress:
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach it."""
+        import ipaddress
+
         if self.host == "localhost":
             return True
         try:
@@ -87,6 +90,10 @@ type Address = UnixAddress | TcpAddress
 
 def parse_address(text: str) -> Address:
     """Raises InvalidArgument, with both forms shown."""
+    if _PLAIN.fullmatch(text):
+        return UnixAddress(Path(text.removeprefix("unix://")))
+    from urllib.parse import urlsplit
+
     try:
         parts = urlsplit(text)
         if parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/"):

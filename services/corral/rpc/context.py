@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from corral.rpc import metadata
 from corral.rpc.errors import InvalidArgument
 
-NAMESPACE_KEY = "corral-namespace"
-REQUEST_ID_KEY = "corral-request-id"
+NAMESPACE_KEY = metadata.NAMESPACE_KEY
+REQUEST_ID_KEY = metadata.REQUEST_ID_KEY
 DEFAULT_NAMESPACE = "default"
 ID_PATTERN = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}")
 
