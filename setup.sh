@@ -62,6 +62,7 @@ say "installing Python packages"
 .venv/bin/python -m pip install -q --disable-pip-version-check --group dev --editable .
 # corral-oci is started once per command: the installer's own script, and loading modules one by one, would take thrice as long.
 .venv/bin/python -m corral.runtime.launcher .venv/bin/corral-oci
+.venv/bin/python -m corral.cli.launcher .venv/bin/corral
 # Compiled now rather than at the first start of each command.
 .venv/bin/python -m compileall -q protos shim services cli >/dev/null || true
 echo "$want" >"$STAMP"
