@@ -1,7 +1,7 @@
 """`make bench`: speed and memory of corral, and of the peers that are installed, interleaved in one run.
 
     make bench                      all of it, about ten minutes
-    bench.py NAME...                only these: cold api exec verbs memory many unpack logs health
+    bench.py NAME...                only these: cold api exec network verbs memory many unpack logs health
     CORRAL_BENCH_ROUNDS (20)        how often each is measured
 
 Figures are medians; ratios are against corral's own figure of the same run. Peers get private roots and are skipped,
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import memory
 from logging_rate import bench_logs
+from network import bench_network
 from peers import CorralOci, Peer, Runc, installed_peers, memory_directory, quiet
 from probes import bench_health
 from support.corrald import CORRAL, Corrald, Place, running
@@ -29,6 +30,7 @@ from unpack import bench_unpack
 
 ROUNDS = int(os.environ.get("CORRAL_BENCH_ROUNDS", "20"))
 IDLE_CONTAINERS = 50
+PUBLISHED = ("--network", "bridge", "--publish", "80")
 MANY = 200
 
 
@@ -69,6 +71,11 @@ def bench_cold(daemon: Corrald, peers: list[Peer]) -> None:
             if peer.runs_with(network):
                 jobs[peer.name] = lambda peer=peer, network=network: peer.run(network)  # type: ignore[misc]
         table(f"cold start: run --rm IMAGE true, network {network}", interleaved(jobs), "ms", "corral")
+    jobs = {"corral": lambda: corral(daemon, "run", "--rm", *PUBLISHED, "busybox", "true")}
+    for peer in peers:
+        if peer.runs_with("bridge"):
+            jobs[peer.name] = lambda peer=peer: peer.run("bridge", *PUBLISHED[2:])  # type: ignore[misc]
+    table("cold start: run --rm -p 80 IMAGE true, network bridge", interleaved(jobs), "ms", "corral")
     with tempfile.TemporaryDirectory(prefix="corral-bench-") as scratch, contextlib.ExitStack() as stack:
         runtimes = [CorralOci(Path(scratch), Path(), stack), *(peer for peer in peers if isinstance(peer, Runc))]
         jobs = {f"{each.name} run": lambda each=each: each.run("none") for each in runtimes}  # type: ignore[misc]
@@ -178,6 +185,7 @@ BENCHES: dict[str, Callable[[Corrald, list[Peer]], None]] = {
     "api": bench_api,
     "cold": bench_cold,
     "exec": bench_exec,
+    "network": bench_network,
     "memory": bench_memory,
     "many": bench_many,
     "verbs": bench_verbs,

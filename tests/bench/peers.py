@@ -47,7 +47,7 @@ class Peer:
         """Whether it has such a network at all."""
         return network == "none"
 
-    def run(self, network: str) -> None:
+    def run(self, network: str, *options: str) -> None:
         raise NotImplementedError
 
     @contextlib.contextmanager
@@ -88,7 +88,7 @@ class Runc(Peer):
         self._spec["process"] |= {"terminal": False, "args": args}
         (self.bundle / "config.json").write_text(json.dumps(self._spec))
 
-    def run(self, network: str) -> None:
+    def run(self, network: str, *options: str) -> None:
         quiet([*self.command, "run", "--bundle", str(self.bundle), self.new_name()])
 
     @contextlib.contextmanager
@@ -135,7 +135,7 @@ class Ctr(Peer):
         wait_until(lambda: quiet([*self.command, "version"]), base / "log")
         quiet([*self.command, "images", "import", str(archive)])
 
-    def run(self, network: str) -> None:
+    def run(self, network: str, *options: str) -> None:
         quiet([*self.command, "run", "--rm", self.image, self.new_name(), "true"])
 
     @contextlib.contextmanager
@@ -188,8 +188,8 @@ class Docker(Peer):
     def runs_with(self, network: str) -> bool:
         return True
 
-    def run(self, network: str) -> None:
-        quiet([*self.command, "run", "--rm", "--network", network, "busybox", "true"])
+    def run(self, network: str, *options: str) -> None:
+        quiet([*self.command, "run", "--rm", "--network", network, *options, "busybox", "true"])
 
     @contextlib.contextmanager
     def running(self) -> Iterator[str]:
@@ -236,8 +236,8 @@ class Podman(Peer):
     def runs_with(self, network: str) -> bool:
         return network == "none" or all(map(shutil.which, ("/usr/lib/podman/netavark", "nft")))
 
-    def run(self, network: str) -> None:
-        quiet([*self.command, "run", "--rm", "--network", network, "busybox", "true"])
+    def run(self, network: str, *options: str) -> None:
+        quiet([*self.command, "run", "--rm", "--network", network, *options, "busybox", "true"])
 
     @contextlib.contextmanager
     def running(self) -> Iterator[str]:

@@ -88,7 +88,7 @@ class HostPorts:
     def release(self, key: EndpointKey, ports: Iterable[Port] | None = None) -> None:
         """Let go of these, or of all that an endpoint has; no error for what is not held."""
         held = self._held.get(key, {})
-        _close({port: held.pop(port) for port in list(held) if ports is None or port in ports})
+        _close({port: held.pop(port) for port in (list(held) if ports is None else set(ports)) if port in held})
         if not held:
             self._held.pop(key, None)
 

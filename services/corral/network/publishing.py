@@ -47,21 +47,26 @@ def _lasting(request: Request) -> Request:
 
 def missing(endpoint: Endpoint, asked: Iterable[Port]) -> list[Port]:
     """Those that are asked for and not published. Pure."""
-    return [port for port in asked if not any(_is(port, published) for published in endpoint.ports)]
+    return [port for port in asked if not _named(endpoint, port)]
 
 
 def meant(endpoint: Endpoint, named: Sequence[Port]) -> list[Port]:
     """Those that are published and named; none named means all. Pure."""
-    return [one for one in endpoint.ports if not named or any(_is(port, one) for port in named)]
+    if not named:
+        return list(endpoint.ports)
+    return list(dict.fromkeys(one for port in named for one in _named(endpoint, port)))
 
 
-def _is(asked: Port, published: Port) -> bool:
-    same = (asked.protocol, asked.container_port, asked.host_ip) == (
-        published.protocol,
-        published.container_port,
-        published.host_ip,
-    )
-    return same and asked.host_port in (0, published.host_port)
+def _named(endpoint: Endpoint, asked: Port) -> list[Port]:
+    """Of a container with a thousand ports, these are found without a look at all of what each is."""
+    inside, outside = asked.container_port, asked.host_port
+    return [
+        one
+        for one in endpoint.ports
+        if one.container_port == inside
+        and outside in (0, one.host_port)
+        and (one.protocol, one.host_ip) == (asked.protocol, asked.host_ip)
+    ]
 
 
 class Publishing:
@@ -190,18 +195,13 @@ def _insert(transaction: Transaction, endpoint: Endpoint, ports: Sequence[Port])
     port_rows.insert(transaction, endpoint.key, ports)
     payload = {"ports": [f"{port}->{port.container_port}" for port in ports]}
     transaction.journal("endpoint.published", endpoint.key.id, payload, namespace=endpoint.key.namespace)
-    return _found(transaction, endpoint)
+    return replace(endpoint, ports=(*endpoint.ports, *ports))
 
 
 def _delete(transaction: Transaction, endpoint: Endpoint, ports: Sequence[Port]) -> Endpoint:
-    if ports:
+    gone = frozenset(ports)
+    if gone:
         port_rows.delete(transaction, endpoint.key, ports)
         payload = {"ports": [f"{port}->{port.container_port}" for port in ports]}
         transaction.journal("endpoint.withdrawn", endpoint.key.id, payload, namespace=endpoint.key.namespace)
-    return _found(transaction, endpoint)
-
-
-def _found(transaction: Transaction, endpoint: Endpoint) -> Endpoint:
-    found = store.endpoint(transaction, endpoint.key)
-    assert found is not None, "its lock is held"
-    return found
+    return replace(endpoint, ports=tuple(port for port in endpoint.ports if port not in gone))

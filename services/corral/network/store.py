@@ -377,9 +377,14 @@ def _endpoint(snapshot: Snapshot, row: Row, known: ByNetwork) -> Endpoint:
         created_ns=row["created_ns"],
         owner=row["owner"],
         ports=tuple(
-            Port(each["protocol"], each["container_port"], each["host_port"], each["host_ip"]) for each in ports
+            _port(each["protocol"], each["container_port"], each["host_port"], each["host_ip"]) for each in ports
         ),
     )
+
+
+@lru_cache(maxsize=4096)  # of a container with many, all are read for each that comes
+def _port(protocol: str, container_port: int, host_port: int, host_ip: str) -> Port:
+    return Port(protocol, container_port, host_port, host_ip)
 
 
 def _interface(snapshot: Snapshot, row: Row, known: ByNetwork) -> Interface:
