@@ -38,10 +38,9 @@ def exec_command(
     detach_keys: str,
 ) -> int:
     """Run a further command in a running container; the exit code is the command's."""
-    from corral.cli.run import exit_code, passed_on
+    from corral.cli.run import exit_code
     from corral.cli.terminal import Session, parse_detach_keys, require_terminal, window_size
     from corral.client.execution import Attachment
-    from corral.client.options import environment
 
     keys = parse_detach_keys(detach_keys)
     if stdin and terminal and not detach:
@@ -50,7 +49,7 @@ def exec_command(
     made = containers.exec_create(
         container,
         args,
-        env=environment(passed_on(env_file, env)),
+        env=_environment(env_file, env) if env or env_file else (),
         working_dir=working_dir,
         user=user,
         terminal=terminal,
@@ -65,7 +64,14 @@ def exec_command(
         made.id, made.exec_id, stdin=stdin, stdout=True, stderr=True, lossless=True, start=True, forget=True
     )
     status = Session(app.client, attachment, terminal=terminal, detach_keys=keys).run()
-    return 0 if status is None else exit_code(status)
+    return 0 if status is None else exit_code(status, "the process")
+
+
+def _environment(files: Sequence[str], env: Sequence[str]) -> list[str]:
+    from corral.cli.environment import passed_on
+    from corral.client.options import environment
+
+    return environment(passed_on(files, env))
 
 
 @click.command("attach", cls=SwitchCommand)

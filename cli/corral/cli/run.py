@@ -1,7 +1,7 @@
 """`corral run` and `corral create`."""
 
 import contextlib
-import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from corral.cli.app import App, ImageName, complain, pass_app
+from corral.cli.environment import lines_of, passed_on
 from corral.cli.flags import SwitchCommand
 
 if TYPE_CHECKING:
@@ -204,10 +205,11 @@ def run_command(
     return exit_code(status)
 
 
-def exit_code(status: "types_pb2.ExitStatus") -> int:
+def exit_code(status: "types_pb2.ExitStatus", what: str = "the container") -> int:
     """The code a shell sees; says why where the number alone does not tell."""
     if status.oom_killed:
-        click.echo("corral: the container was killed: out of memory (OOM)", err=True)
+        whom = what if status.signal == signal.SIGKILL else f"a process of {what}"
+        click.echo(f"corral: {whom} was killed: out of memory (OOM)", err=True)
     elif status.timed_out:
         click.echo("corral: the container was killed: its time (--timeout) was over", err=True)
     elif not status.known:
@@ -297,7 +299,7 @@ def _options_from_flags(flags: dict[str, Any]) -> "ContainerOptions":
 
     flags = dict(flags)
     flags["env"] = passed_on(flags.pop("env_file"), flags["env"])
-    flags["labels"] = [*(line for file in flags.pop("label_file") for line in _env_file(file)), *flags["labels"]]
+    flags["labels"] = [*(line for file in flags.pop("label_file") for line in lines_of(file)), *flags["labels"]]
     for key in _PAIRS:
         flags[key] = dict(_pair(key, text) for text in flags[key])
     if flags.pop("no_healthcheck"):
@@ -314,22 +316,6 @@ def _options_from_flags(flags: dict[str, Any]) -> "ContainerOptions":
         if options.get(key) == "":
             del options[key]  # type: ignore[misc]
     return options
-
-
-def passed_on(files: Sequence[str], env: Sequence[str]) -> list[str]:
-    """Environment variables from files, then single ones; a NAME alone has this process's value, if that has one."""
-    lines = [line for file in files for line in _env_file(file)]
-    return [_env_value(e) for e in (*lines, *env) if "=" in e or not e or e in os.environ]
-
-
-def _env_file(path: str) -> list[str]:
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-
-
-def _env_value(text: str) -> str:
-    """NAME alone passes this process's own value on."""
-    return text if "=" in text or not text else f"{text}={os.environ[text]}"
 
 
 def _pair(what: str, text: str) -> tuple[str, str]:

@@ -1,6 +1,8 @@
 """`corral system` and `corral version`."""
 
 import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 
@@ -9,6 +11,9 @@ from corral.cli.check import check_command
 from corral.cli.disk import df_command
 from corral.cli.output import enum_word, human_size, plain, show_rows
 from corral.cli.prune import system_prune_command
+
+if TYPE_CHECKING:
+    from corral.api.cgroups.v1 import cgroups_pb2
 
 _FORM = click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", help="Output form")
 
@@ -36,9 +41,20 @@ def info_command(app: App, form: str) -> None:
         return
     values["memory"] = human_size(info.memory_bytes)
     del values["memory_bytes"]
+    values["limits"] = ", ".join(_limits(info.limits)) or "none"
     for key, value in values.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         click.echo(f"{key.replace('_', ' ').capitalize()}: {text}")
+
+
+def _limits(limits: "cgroups_pb2.EngineLimits") -> Iterator[str]:
+    """What all containers together may use, and how much of it they do."""
+    if limits.memory_bytes:
+        yield f"{human_size(limits.memory_usage_bytes)} of {human_size(limits.memory_bytes)} memory"
+    if limits.cpus:
+        yield f"{limits.cpus:g} CPUs"
+    if limits.pids:
+        yield f"{limits.pids_current} of {limits.pids} processes"
 
 
 @system_command.command("version")

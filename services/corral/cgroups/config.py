@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from corral.cgroups.engine_limits import EngineLimits
+
 
 @dataclass(frozen=True, slots=True)
 class CgroupsConfig:
@@ -14,6 +16,18 @@ class CgroupsConfig:
     # Below it lies <namespace>/<id> in every hierarchy. Two engines on one host need different ones: what is found
     # there at the start and has no row is removed.
     parent: str = "/corral"
+    # What all containers below the parent may use together; 0: no limit.
+    memory_bytes: int = 0
+    cpus: float = 0.0
+    pids: int = 0
     # How long killed processes may take to go, and running ones to freeze.
     remove_timeout_s: float = 10.0
     freeze_timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        self.limits()
+
+    def limits(self) -> EngineLimits:
+        """What holds for all containers together. Raises ValueError."""
+        return EngineLimits(self.memory_bytes, self.cpus, self.pids)

@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 from corral.api.types.v1 import types_pb2
 from corral.cgroups import store, wire
+from corral.cgroups.engine_limits import EngineLimits
 from corral.cgroups.errors import translated
 from corral.cgroups.store import Key, Record, State
 from corral.cgroups.watch import OomWatcher
@@ -37,8 +38,9 @@ class Timeouts:
 class Groups:
     """The cgroups of all namespaces. Kernel refusals come out as CorralErrors."""
 
-    def __init__(self, database: Database, driver: Driver, timeouts: Timeouts) -> None:
+    def __init__(self, database: Database, driver: Driver, timeouts: Timeouts, engine: EngineLimits) -> None:
         """Take a database that has the leaf's tables."""
+        self._engine = engine
         self._database = database
         self._driver = driver
         self._timeouts = timeouts
@@ -111,6 +113,7 @@ class Groups:
     def _make(self, record: Record) -> OomWatch:
         """Make it in the kernel. An empty one at its place is a leftover; one with processes is not ours."""
         limits = _limits_at_creation(record.resources)
+        self._engine.check(limits, self._driver)
         with translated(f"make the cgroup {record.path}"):
             try:
                 group = self._driver.create(record.path, limits)
@@ -132,6 +135,7 @@ class Groups:
     async def _update(self, key: Key, change: types_pb2.Resources) -> Record:
         record = self.find(key)
         limits = wire.resources(change)
+        self._engine.check(limits, self._driver)
 
         def apply() -> None:
             with translated(f"change the limits of cgroup {key.id!r}"):

@@ -10,7 +10,7 @@ import grpc.aio
 
 from corral.api.cgroups.v1 import cgroups_pb2, cgroups_pb2_grpc
 from corral.api.types.v1 import types_pb2
-from corral.cgroups import recovery, store, wire
+from corral.cgroups import engine_limits, recovery, store, wire
 from corral.cgroups.checking import Checker
 from corral.cgroups.config import CgroupsConfig
 from corral.cgroups.errors import translated
@@ -51,7 +51,7 @@ class CgroupsService:
         assert self._database is not None
         assert self._driver is not None
         timeouts = Timeouts(self.config.remove_timeout_s, self.config.freeze_timeout_s)
-        self._groups = Groups(self._database, self._driver, timeouts)
+        self._groups = Groups(self._database, self._driver, timeouts, self.config.limits())
         for key, watch in watches.items():
             self._groups.watch(key, watch)
         checker = Checker(self._database, self._driver, self._groups, self.config.parent)
@@ -64,6 +64,7 @@ class CgroupsService:
         self._driver = open_driver(detect())
         with translated(f"use the cgroup parent {config.parent}"):
             recovery.claim(self._driver, config.parent, config.root)
+            engine_limits.enforce(self._driver, config.parent, config.limits())
             return recovery.reconcile(self._database, self._driver, config.parent, timeout_s=config.remove_timeout_s)
 
     async def stop(self) -> None:
@@ -168,7 +169,10 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
         return cgroups_pb2.DeleteCgroupResponse()
 
     async def Host(self, request: cgroups_pb2.HostRequest, context: object) -> cgroups_pb2.HostResponse:
-        return wire.host(self._driver.layout)
+        host = wire.host(self._driver.layout)
+        with translated(f"read the limits of {self._parent}"):
+            host.limits.CopyFrom(await run_blocking(engine_limits.describe, self._driver, self._parent))
+        return host
 
     async def Check(self, request: types_pb2.CheckRequest, context: object) -> types_pb2.CheckResponse:
         return await check("cgroups", self._checker.look, repair=request.repair)

@@ -70,6 +70,7 @@ class System:
         if not isinstance(host, BaseException):
             info.cgroup_layout = LAYOUTS.get(host.layout, "")
             info.cgroup_driver = host.driver
+            info.limits.CopyFrom(host.limits)
 
     async def check_host(self) -> list[Check]:
         """See corral.engine.host."""

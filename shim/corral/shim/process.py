@@ -104,6 +104,8 @@ class ContainerProcess:
     """When its time was over, once it is: a SIGKILL that ends it later was sent for that."""
     is_child: bool = True
     """Else another shim made it, and somebody else reaps it."""
+    was_out_of_memory: bool = False
+    """The OOM killer took it, as far as the count of its kills tells."""
     was_unattended: bool = False
     """It ended while nobody held its output."""
     _reaped: bool = False

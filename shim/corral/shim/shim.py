@@ -471,6 +471,8 @@ class Shim:
 
     def _ended(self, process: ContainerProcess, ended: Ended) -> None:
         process.ended = ended
+        if self._oom is not None and ended.signal == signal.SIGKILL:
+            process.was_out_of_memory = self._oom.claim()
         process.io.process_exited()
         if process.io.ended:
             if process.exit is None:
@@ -501,15 +503,20 @@ class Shim:
 
     def _write_exit(self, process: ContainerProcess) -> records.Exit:
         is_init = not process.exec_id
-        # v1 tells of an OOM before the kill, and not once more after it: by now it has been counted.
-        oom_kills = self._oom.count() if self._oom is not None else 0
         exit_record = process.exit_record(
-            oom=is_init and oom_kills > 0,
+            oom=self._ran_out_of_memory(process),
             dropped_bytes=self._log.dropped_bytes if is_init else 0,
         )
         self._ledger.write_exit(exit_record)
         process.reap()
         return exit_record
+
+    def _ran_out_of_memory(self, process: ContainerProcess) -> bool:
+        """Of the container, whether any process of it was killed for memory; of an exec, whether it was itself."""
+        if self._oom is None:
+            return False
+        # v1 tells of an OOM before the kill, and not once more after it: by now it has been counted.
+        return process.was_out_of_memory if process.exec_id else self._oom.count() > 0
 
     def _init_finished(self) -> None:
         """Execs of a private pid namespace are dead or dying already; otherwise they and their children end here."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from corral.kernel.cgroup import pids
+from corral.kernel.cgroup.files import UNLIMITED
 from corral.kernel.cgroup.plans import UNIFIED, Directories
 from corral.kernel.cgroup.stats import CpuStats, MemoryStats, Stats
 from corral.kernel.cgroup.v1 import blkio, cpuacct
@@ -25,6 +26,12 @@ def read(where: Directories) -> Stats:
         io=_each(where, "blkio", blkio.read, io.read) or (),
         hugetlb=_each(where, "hugetlb", hugetlb_v1.read, hugetlb_v2.read) or (),
     )
+
+
+def cpus(where: Directories) -> float | None:
+    """How many CPUs' time may be used; None without a quota, or a controller."""
+    quota_us, period_us = _each(where, "cpu", cpu_v1.bandwidth, cpu_v2.bandwidth) or (UNLIMITED, 1)
+    return None if quota_us == UNLIMITED else quota_us / period_us
 
 
 def _cpu(where: Directories) -> CpuStats | None:

@@ -111,6 +111,27 @@ class Driver:
                 raise
         return owner
 
+    def mark(self, path: str, name: str, value: str) -> None:
+        """Write an extended attribute of a cgroup, where there can be any; it goes with the cgroup."""
+        try:
+            os.setxattr(self._first(path), name, value.encode())
+        except OSError as e:
+            if e.errno != errno.EOPNOTSUPP:
+                raise
+
+    def marked(self, path: str, name: str) -> str:
+        """What mark() wrote, "" if nothing."""
+        try:
+            return os.getxattr(self._first(path), name).decode()
+        except OSError as e:
+            if e.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+            return ""
+
+    def _first(self, path: str) -> str:
+        check_path(path)
+        return f"{self._hierarchies[0].mount_point}{path}"
+
     def prune(self, path: str) -> None:
         """Remove a cgroup and its ancestors as far as they are empty: no processes, nothing below."""
         check_path(path)

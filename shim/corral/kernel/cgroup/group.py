@@ -89,6 +89,12 @@ class Cgroup:
 
         return counters.read(self._where)
 
+    def cpus(self) -> float | None:
+        """How many CPUs' time it may use, by its own quota; None without one. Raises OSError if the cgroup is gone."""
+        from corral.kernel.cgroup import counters
+
+        return counters.cpus(self._where)
+
     def freeze(self, timeout_s: float = 10.0) -> None:
         """Stop every process, and return when all have stopped. Raises OSError(ETIMEDOUT), thawed again."""
         deadline = time.monotonic() + timeout_s

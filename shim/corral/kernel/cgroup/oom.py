@@ -83,6 +83,11 @@ class OomWatch:
         """How many kills there had been before those that count."""
         return self._uncounted
 
+    @property
+    def wakes_before_the_kill(self) -> bool:
+        """Whether fileno() is readable once memory has run out, and not once more when somebody was killed for it."""
+        return self._eventfd >= 0
+
     def fileno(self) -> int:
         """A file descriptor that is readable when count() may have changed; call count() to quiet it."""
         return self._epoll.fileno()

@@ -720,25 +720,62 @@ class HostResponse(_message.Message):
     LAYOUT_FIELD_NUMBER: _builtins.int
     CONTROLLERS_FIELD_NUMBER: _builtins.int
     DRIVER_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
     layout: Global___HostResponse.Layout.ValueType
     driver: _builtins.str
     """"cgroupfs", "systemd" """
     @_builtins.property
     def controllers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Controller]: ...
+    @_builtins.property
+    def limits(self) -> Global___EngineLimits: ...
     def __init__(
         self,
         *,
         layout: Global___HostResponse.Layout.ValueType = ...,
         controllers: _abc.Iterable[Global___Controller] | None = ...,
         driver: _builtins.str = ...,
+        limits: Global___EngineLimits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["controllers", b"controllers", "driver", b"driver", "layout", b"layout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["controllers", b"controllers", "driver", b"driver", "layout", b"layout", "limits", b"limits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HostResponse: _TypeAlias = HostResponse  # noqa: Y015
+
+@_typing.final
+class EngineLimits(_message.Message):
+    """What all containers together may use, and use, as the kernel has it of the parent of their cgroups. 0: no limit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    CPUS_FIELD_NUMBER: _builtins.int
+    PIDS_FIELD_NUMBER: _builtins.int
+    MEMORY_USAGE_BYTES_FIELD_NUMBER: _builtins.int
+    PIDS_CURRENT_FIELD_NUMBER: _builtins.int
+    memory_bytes: _builtins.int
+    cpus: _builtins.float
+    pids: _builtins.int
+    memory_usage_bytes: _builtins.int
+    pids_current: _builtins.int
+    def __init__(
+        self,
+        *,
+        memory_bytes: _builtins.int = ...,
+        cpus: _builtins.float = ...,
+        pids: _builtins.int = ...,
+        memory_usage_bytes: _builtins.int = ...,
+        pids_current: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "memory_bytes", b"memory_bytes", "memory_usage_bytes", b"memory_usage_bytes", "pids", b"pids", "pids_current", b"pids_current"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineLimits: _TypeAlias = EngineLimits  # noqa: Y015
 
 @_typing.final
 class Controller(_message.Message):

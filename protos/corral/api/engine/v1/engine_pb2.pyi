@@ -2544,6 +2544,7 @@ class InfoResponse(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     HOSTNAME_FIELD_NUMBER: _builtins.int
     SECURITY_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     root: _builtins.str
     state: _builtins.str
@@ -2566,6 +2567,8 @@ class InfoResponse(_message.Message):
     def security(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"seccomp", "apparmor", …"""
 
+    @_builtins.property
+    def limits(self) -> _cgroups_pb2.EngineLimits: ...
     def __init__(
         self,
         *,
@@ -2587,10 +2590,11 @@ class InfoResponse(_message.Message):
         memory_bytes: _builtins.int = ...,
         hostname: _builtins.str = ...,
         security: _abc.Iterable[_builtins.str] | None = ...,
+        limits: _cgroups_pb2.EngineLimits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "cgroup_driver", b"cgroup_driver", "cgroup_layout", b"cgroup_layout", "containers", b"containers", "containers_paused", b"containers_paused", "containers_running", b"containers_running", "containers_stopped", b"containers_stopped", "cpus", b"cpus", "hostname", b"hostname", "images", b"images", "kernel_release", b"kernel_release", "memory_bytes", b"memory_bytes", "operating_system", b"operating_system", "root", b"root", "security", b"security", "snapshot_driver", b"snapshot_driver", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "cgroup_driver", b"cgroup_driver", "cgroup_layout", b"cgroup_layout", "containers", b"containers", "containers_paused", b"containers_paused", "containers_running", b"containers_running", "containers_stopped", b"containers_stopped", "cpus", b"cpus", "hostname", b"hostname", "images", b"images", "kernel_release", b"kernel_release", "limits", b"limits", "memory_bytes", b"memory_bytes", "operating_system", b"operating_system", "root", b"root", "security", b"security", "snapshot_driver", b"snapshot_driver", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -854,7 +854,7 @@ class ExitStatus(_message.Message):
     signal: _builtins.int
     """The signal that ended it; 0: none."""
     oom_killed: _builtins.bool
-    """The kernel killed a process of the container for memory."""
+    """The kernel killed a process of the container for memory; of an exec: its own process."""
     reason: _builtins.str
     """A sentence where code does not tell all ("the shim was killed; exit code unknown")."""
     known: _builtins.bool

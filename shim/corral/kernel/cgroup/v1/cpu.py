@@ -73,6 +73,11 @@ def _bandwidth(directory: str, wanted: CpuLimits) -> list[Step]:
     return steps
 
 
+def bandwidth(directory: str) -> tuple[int, int]:
+    """Microseconds of CPU time, UNLIMITED for no limit, in each period of so many."""
+    return files.read_number(f"{directory}/{QUOTA}"), files.read_number(f"{directory}/{PERIOD}")
+
+
 def read(directory: str) -> CpuStats:
     """How often the quota stopped the group; the time used is counted by cpuacct."""
     stat = files.flat_keyed(files.read(f"{directory}/{STAT}"))

@@ -48,6 +48,12 @@ def _bandwidth(directory: str, wanted: CpuLimits) -> list[Step]:
     return steps
 
 
+def bandwidth(directory: str) -> tuple[int, int]:
+    """Microseconds of CPU time, UNLIMITED for no limit, in each period of so many."""
+    quota, period = files.read(f"{directory}/{MAX}").split()
+    return files.number(quota), int(period)
+
+
 def read(directory: str) -> CpuStats:
     """Time used and throttled. A cgroup without the cpu controller still counts the time used."""
     stat = files.flat_keyed(files.read(f"{directory}/{STAT}"))

@@ -1,0 +1,129 @@
+"""What all containers may use together, so that the host survives them: limits of the parent of their cgroups.
+
+They are settings, and made so at each start; the kernel keeps to them also while no daemon runs. A limit that is no
+longer among the settings is lifted, if it was one of ours: its name is in an attribute of the cgroup, and goes with it.
+A cgroup made elsewhere (a parent of the caller's choice) does not count.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import structlog
+
+from corral.api.cgroups.v1 import cgroups_pb2
+from corral.cgroups.errors import translated
+from corral.kernel.cgroup import UNLIMITED, CpuLimits, Driver, MemoryLimits, PidsLimits, Resources
+from corral.rpc.errors import CorralError, FailedPrecondition, InvalidArgument
+
+log = structlog.get_logger()
+
+PERIOD_US = 100_000
+LEAST_CPUS = 0.01
+"""A quota may not be shorter than a millisecond."""
+
+MARK = "trusted.corral.limits"
+
+_HELD_UP = (InvalidArgument, FailedPrecondition)
+"""EINVAL of a quota below that of a container, EBUSY of less memory than they have: v1 takes neither."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """0 is no limit."""
+
+    memory_bytes: int = 0
+    cpus: float = 0.0
+    pids: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        for name, value in self.given().items():
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, and is {value}: 0 is no limit")
+        if 0 < self.cpus < LEAST_CPUS:
+            raise ValueError(f"cpus must be at least {LEAST_CPUS}, or 0 for no limit, and is {self.cpus}")
+
+    def given(self) -> dict[str, float]:
+        """Those that there are, by the names of their settings."""
+        values = {"memory_bytes": self.memory_bytes, "cpus": self.cpus, "pids": self.pids}
+        return {name: value for name, value in values.items() if value}
+
+    def check(self, wanted: Resources, driver: Driver) -> None:
+        """Raises InvalidArgument for a quota of CPU time that v1 refuses below a smaller one; v2 takes it."""
+        quota, period = wanted.cpu.quota_us, wanted.cpu.period_us or PERIOD_US
+        hierarchy = driver.layout.of("cpu")
+        if not self.cpus or quota is None or quota < 0 or hierarchy is None or hierarchy.version == 2:
+            return
+        if quota / period > self.cpus:
+            raise InvalidArgument(
+                f"{quota / period:g} CPUs are more than all containers may use together, {self.cpus:g}: ask for less,"
+                " or raise cpus in [cgroups]",
+                reason="ABOVE_ENGINE_LIMIT",
+            )
+
+
+def enforce(driver: Driver, parent: str, limits: EngineLimits) -> None:
+    """Make the parent's limits those given, and lift those that were given before.
+
+    Raises CorralError, naming the setting, for one that this host cannot give. One that containers that run are above
+    of, where the kernel does not take it then, is told in the log, and what was there stays.
+    """
+    given, ours = limits.given(), set(driver.marked(parent, MARK).split())
+    for name in ours - given.keys():
+        with translated(f"lift the limit [cgroups] {name}"):
+            driver.open(parent).apply(_one(name, UNLIMITED))
+        ours = ours - {name}
+        _mark(driver, parent, ours)
+    for name, value in given.items():
+        _mark(driver, parent, ours | {name})  # first: should this process die now, it is still known whose limit it is
+        try:
+            if _limit(driver, parent, name, value):
+                ours = ours | {name}
+        finally:
+            _mark(driver, parent, ours)
+
+
+def _mark(driver: Driver, parent: str, names: Iterable[str]) -> None:
+    driver.mark(parent, MARK, " ".join(sorted(names)))
+
+
+def _limit(driver: Driver, parent: str, name: str, value: float) -> bool:
+    """Whether it was set."""
+    try:
+        with translated(f"set [cgroups] {name} = {value:.12g}"):
+            driver.open(parent).apply(_one(name, value))
+    except CorralError as e:
+        if not (isinstance(e, _HELD_UP) and _has_containers(driver, parent)):
+            raise type(e)(f"{e}: change {name}, or leave it out", reason=e.reason) from e
+        log.warning("cgroups.engine_limit_not_set", setting=name, value=value, reason=str(e))
+        return False
+    return True
+
+
+def _has_containers(driver: Driver, parent: str) -> bool:
+    return any(driver.list(f"{parent}/{namespace}") for namespace in driver.list(parent))
+
+
+def _one(name: str, value: float) -> Resources:
+    match name:
+        case "memory_bytes":
+            return Resources(memory=MemoryLimits(limit_bytes=int(value)))
+        case "cpus":
+            quota_us = UNLIMITED if value == UNLIMITED else round(value * PERIOD_US)
+            return Resources(cpu=CpuLimits(quota_us=quota_us, period_us=PERIOD_US))
+        case _:
+            return Resources(pids=PidsLimits(int(value)))
+
+
+def describe(driver: Driver, parent: str) -> cgroups_pb2.EngineLimits:
+    """What the kernel has now. Raises OSError."""
+    group = driver.open(parent)
+    reading = group.read()
+    message = cgroups_pb2.EngineLimits(cpus=group.cpus() or 0)
+    if reading.memory is not None:
+        message.memory_bytes = max(0, reading.memory.limit_bytes)
+        message.memory_usage_bytes = reading.memory.usage_bytes
+    if reading.pids is not None:
+        message.pids = max(0, reading.pids.limit)
+        message.pids_current = reading.pids.current
+    return message
