@@ -1,4 +1,7 @@
-"""Containers, and the processes in them."""
+"""Containers, and the processes in them.
+
+What only makes and changes them needs is loaded by that.
+"""
 
 from collections.abc import AsyncIterator, Iterable, Sequence
 from functools import cached_property
@@ -18,15 +21,13 @@ from corral.client.execution import (
     async_attach_requests,
     exec_request,
 )
-from corral.client.fetching import Pull, check_pull, may_fetch
-from corral.client.following import LogPosition
-from corral.client.network_options import ports_request
-from corral.client.options import ContainerOptions, UpdateOptions, container_config, update_request
 from corral.client.transport import AsyncExchange, AsyncTransport
 from corral.rpc.errors import NotFound
 
 if TYPE_CHECKING:
     from corral.client.aio import AsyncClient
+    from corral.client.fetching import Pull
+    from corral.client.options import ContainerOptions, UpdateOptions
 
 
 class Containers:
@@ -50,12 +51,15 @@ class Containers:
         *,
         name: str = "",
         id: str = "",  # noqa: A002 - the field's name
-        pull: Pull = "missing",
+        pull: "Pull" = "missing",
         platform: str = "",
-        **options: Unpack[ContainerOptions],
+        **options: "Unpack[ContainerOptions]",
     ) -> engine_pb2.Container:
         """Makes a container, not started. Its image is fetched if it is "missing", "always" or "never", as for docker;
         so it is if what is here is for another `platform` than is given."""
+        from corral.client.fetching import check_pull, may_fetch
+        from corral.client.options import container_config
+
         check_pull(pull)
         config = container_config(image, args, **options)
         request = engine_pb2.CreateContainerRequest(name=name, id=id, config=config)
@@ -79,9 +83,9 @@ class Containers:
         args: Sequence[str] = (),
         *,
         name: str = "",
-        pull: Pull = "missing",
+        pull: "Pull" = "missing",
         platform: str = "",
-        **options: Unpack[ContainerOptions],
+        **options: "Unpack[ContainerOptions]",
     ) -> engine_pb2.Container:
         """Makes a container as `create` does and starts it, in the background."""
         made = await self.create(image, args, name=name, pull=pull, platform=platform, **options)
@@ -164,18 +168,24 @@ class Containers:
 
         ports: "[ip:][host:]container[/protocol]", as when a container is made.
         """
+        from corral.client.network_options import ports_request
+
         return await self._engine.unary(self._stub.Publish, ports_request(container, ports))
 
     async def unpublish(self, container: str, ports: Iterable[str]) -> engine_pb2.Container:
         """Withdraws ports of a container; one named without the host's port is whichever leads there."""
+        from corral.client.network_options import ports_request
+
         return await self._engine.unary(self._stub.Unpublish, ports_request(container, ports))
 
     async def reopen_log(self, container: str) -> None:
         """Has the log of a container that runs opened again by its name, as after a rotation by another program."""
         await self._engine.unary(self._stub.ReopenLog, tasks_pb2.ReopenLogRequest(id=container))
 
-    async def update(self, container: str, **changes: Unpack[UpdateOptions]) -> engine_pb2.Container:
+    async def update(self, container: str, **changes: "Unpack[UpdateOptions]") -> engine_pb2.Container:
         """Changes limits, restart policy and labels of a container, running or not; what is not named stays."""
+        from corral.client.options import update_request
+
         return await self._engine.unary(self._stub.Update, update_request(container, **changes))
 
     async def commit(
@@ -327,6 +337,8 @@ class Containers:
         stderr: bool = True,
     ) -> AsyncIterator[tasks_pb2.LogEntry]:
         """The container's log, oldest line first; over upgrades of the daemon too."""
+        from corral.client.following import LogPosition
+
         request = tasks_pb2.LogsRequest(
             id=container, follow=follow, since=since, until=until, tail=tail, stdout=stdout, stderr=stderr
         )

@@ -1,5 +1,8 @@
 # Generated from corral/client/aio/containers.py by cli/generate_sync.py.
-"""Containers, and the processes in them."""
+"""Containers, and the processes in them.
+
+What only makes and changes them needs is loaded by that.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -19,14 +22,12 @@ from corral.client.execution import (
     attach_requests,
     exec_request,
 )
-from corral.client.fetching import Pull, check_pull, may_fetch
-from corral.client.following import LogPosition
-from corral.client.network_options import ports_request
-from corral.client.options import ContainerOptions, UpdateOptions, container_config, update_request
 from corral.client.transport import Exchange, Transport
 from corral.rpc.errors import NotFound
 
 if TYPE_CHECKING:
+    from corral.client.fetching import Pull
+    from corral.client.options import ContainerOptions, UpdateOptions
     from corral.client.sync import Client
 
 
@@ -51,12 +52,15 @@ class Containers:
         *,
         name: str = "",
         id: str = "",  # noqa: A002 - the field's name
-        pull: Pull = "missing",
+        pull: "Pull" = "missing",
         platform: str = "",
-        **options: Unpack[ContainerOptions],
+        **options: "Unpack[ContainerOptions]",
     ) -> engine_pb2.Container:
         """Makes a container, not started. Its image is fetched if it is "missing", "always" or "never", as for docker;
         so it is if what is here is for another `platform` than is given."""
+        from corral.client.fetching import check_pull, may_fetch
+        from corral.client.options import container_config
+
         check_pull(pull)
         config = container_config(image, args, **options)
         request = engine_pb2.CreateContainerRequest(name=name, id=id, config=config)
@@ -80,9 +84,9 @@ class Containers:
         args: Sequence[str] = (),
         *,
         name: str = "",
-        pull: Pull = "missing",
+        pull: "Pull" = "missing",
         platform: str = "",
-        **options: Unpack[ContainerOptions],
+        **options: "Unpack[ContainerOptions]",
     ) -> engine_pb2.Container:
         """Makes a container as `create` does and starts it, in the background."""
         made = self.create(image, args, name=name, pull=pull, platform=platform, **options)
@@ -163,18 +167,24 @@ class Containers:
 
         ports: "[ip:][host:]container[/protocol]", as when a container is made.
         """
+        from corral.client.network_options import ports_request
+
         return self._engine.unary(self._stub.Publish, ports_request(container, ports))
 
     def unpublish(self, container: str, ports: Iterable[str]) -> engine_pb2.Container:
         """Withdraws ports of a container; one named without the host's port is whichever leads there."""
+        from corral.client.network_options import ports_request
+
         return self._engine.unary(self._stub.Unpublish, ports_request(container, ports))
 
     def reopen_log(self, container: str) -> None:
         """Has the log of a container that runs opened again by its name, as after a rotation by another program."""
         self._engine.unary(self._stub.ReopenLog, tasks_pb2.ReopenLogRequest(id=container))
 
-    def update(self, container: str, **changes: Unpack[UpdateOptions]) -> engine_pb2.Container:
+    def update(self, container: str, **changes: "Unpack[UpdateOptions]") -> engine_pb2.Container:
         """Changes limits, restart policy and labels of a container, running or not; what is not named stays."""
+        from corral.client.options import update_request
+
         return self._engine.unary(self._stub.Update, update_request(container, **changes))
 
     def commit(
@@ -326,6 +336,8 @@ class Containers:
         stderr: bool = True,
     ) -> Iterator[tasks_pb2.LogEntry]:
         """The container's log, oldest line first; over upgrades of the daemon too."""
+        from corral.client.following import LogPosition
+
         request = tasks_pb2.LogsRequest(
             id=container, follow=follow, since=since, until=until, tail=tail, stdout=stdout, stderr=stderr
         )
