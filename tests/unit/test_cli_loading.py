@@ -7,7 +7,7 @@ import pytest
 
 ELSEWHERE = "unix:///tmp/corral-nowhere.sock"
 NEVER = {"dataclasses", "ipaddress", "urllib.parse", "google.rpc", "rich", "aiohttp", "corral.rpc.context"}
-OF_MAKING = {"corral.client.options", "corral.client.network_options", "corral.client.fetching"}
+OF_MAKING = {"corral.cli.run", "corral.client.options", "corral.client.network_options", "corral.client.fetching"}
 OF_TERMINALS = {"corral.cli.terminal", "termios"}
 OF_TABLES = {"json", "corral.cli.output"}
 

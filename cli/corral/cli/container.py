@@ -34,7 +34,7 @@ def start_command(app: App, containers: tuple[str, ...], attach: bool, interacti
         return each(containers, app.client.containers.start)
     if len(containers) != 1:
         raise click.UsageError("only one container can be attached")
-    from corral.cli.run import exit_code
+    from corral.cli.exit_status import exit_code
     from corral.cli.terminal import DEFAULT_DETACH_KEYS, Session, parse_detach_keys
     from corral.client.execution import Attachment
 

@@ -1,20 +1,19 @@
 """`corral run` and `corral create`."""
 
 import contextlib
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from corral.cli.app import App, ImageName, complain, pass_app
+from corral.cli.app import App, ImageName, pass_app
 from corral.cli.environment import lines_of, passed_on
+from corral.cli.exit_status import exit_code
 from corral.cli.flags import SwitchCommand
 
 if TYPE_CHECKING:
     from corral.api.engine.v1 import engine_pb2
-    from corral.api.types.v1 import types_pb2
     from corral.client.fetching import Pull
     from corral.client.options import ContainerOptions
 
@@ -203,18 +202,6 @@ def run_command(
         with contextlib.suppress(NotFound, Unavailable):  # it is gone already; or whoever removes it is
             app.client.containers.wait(made.id, "removed")
     return exit_code(status)
-
-
-def exit_code(status: "types_pb2.ExitStatus", what: str = "the container") -> int:
-    """The code a shell sees; says why where the number alone does not tell."""
-    if status.oom_killed:
-        whom = what if status.signal == signal.SIGKILL else f"a process of {what}"
-        click.echo(f"corral: {whom} was killed: out of memory (OOM)", err=True)
-    elif status.timed_out:
-        click.echo("corral: the container was killed: its time (--timeout) was over", err=True)
-    elif not status.known:
-        complain(status.reason or "how the container ended is not known")
-    return status.code
 
 
 def _create(
