@@ -11,6 +11,7 @@ import grpc.aio
 
 from corral.api.version.v1 import version_pb2, version_pb2_grpc
 from corral.daemon.upgrade import Upgrading, upgrade_at
+from corral.rpc.context import only_follows
 
 VERSION_SERVICE = "corral.version.v1.Version"
 
@@ -56,6 +57,7 @@ class VersionServicer(version_pb2_grpc.VersionServicer):
         )
 
     async def Upgrade(self, request: version_pb2.UpgradeRequest, context: Any) -> version_pb2.UpgradeResponse:  # noqa: N802
+        only_follows()  # whoever upgrades us meanwhile: it asks again
         if not request.only_this and request.generation >= self._upgrading.generation:
             for address in self._elsewhere:  # first those that we call
                 await upgrade_at(address)

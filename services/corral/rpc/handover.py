@@ -182,14 +182,26 @@ class Latecomers:
     def __init__(self, waiting: Sequence[socket.socket], to: str) -> None:
         """`waiting`: taken over. `to`: a path that connect(2) takes."""
         self._to = to
+        self._waiting = waiting
         self._relays: set[asyncio.Task[None]] = set()
+        self.inodes: set[int] = set()
+        """Of those connections."""
         self._accepting = [asyncio.create_task(self._accept(each), name="latecomers") for each in waiting]
 
     async def gone(self) -> None:
         """Returns when the last of them has ended its connection."""
-        await asyncio.gather(*self._accepting)
+        await asyncio.gather(*self._accepting, return_exceptions=True)
         while self._relays:
             await asyncio.wait(self._relays)
+
+    def stop_accepting(self) -> None:
+        """Nobody comes any more but who waits already."""
+        for waiting in self._waiting:
+            with suppress(OSError):  # nobody, or it has had its time
+                while True:
+                    self._take(waiting.accept()[0])
+        for task in self._accepting:
+            task.cancel()
 
     async def close(self) -> None:
         """End their connections."""
@@ -207,10 +219,17 @@ class Latecomers:
                 async with asyncio.timeout(LOOKED_UP_S):
                     connection, _ = await loop.sock_accept(waiting)
                 count += 1
-                relay = asyncio.create_task(self._relay(connection), name="latecomer")
-                self._relays.add(relay)
-                relay.add_done_callback(self._relays.discard)
+                self._take(connection)
         log.info("upgrade.latecomers_taken", count=count)
+
+    def _take(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        inode = os.fstat(connection.fileno()).st_ino
+        relay = asyncio.create_task(self._relay(connection), name="latecomer")
+        self.inodes.add(inode)
+        self._relays.add(relay)
+        relay.add_done_callback(self._relays.discard)
+        relay.add_done_callback(lambda _: self.inodes.discard(inode))
 
     async def _relay(self, connection: socket.socket) -> None:
         with suppress(OSError):

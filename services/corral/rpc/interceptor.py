@@ -23,12 +23,14 @@ from corral.rpc.context import (
     new_request_id,
 )
 from corral.rpc.errors import UNSERVED, CorralError, Internal, Unavailable, Unimplemented, from_os_error, to_status
+from corral.rpc.local_call import LocalContext
 
 log = structlog.get_logger()
 
 type _Context = grpc.aio.ServicerContext[Any, Any]
 type _Handler = grpc.RpcMethodHandler[Any, Any]
 
+CANCEL_S = ANSWER_S = 1.0
 STOPPING = "corral is stopping; try again when it is back"
 MOVING = "corral is being upgraded; try again"
 
@@ -42,7 +44,17 @@ class Gate:
         self._refusal = Unavailable("not started")
         self.is_open = False
         self.inside: set[asyncio.Task[Any]] = set()
+        self.answering: set[asyncio.Task[Any]] = set()
+        """Calls that have left, and send what they came for."""
         self.followers = Followers()
+
+    def leave(self, task: asyncio.Task[Any], context: object) -> None:
+        """What the call came for is done."""
+        self.inside.discard(task)
+        self.followers.discard(task)
+        if not isinstance(context, LocalContext):
+            self.answering.add(task)
+            task.add_done_callback(self.answering.discard)
 
     def open(self) -> None:
         self.is_open = True
@@ -67,7 +79,8 @@ class Gate:
             raise self.refusal()
 
     async def drain(self, seconds: float) -> None:
-        """Wait for the calls inside; cancel those that only follow now, and what is still there after `seconds`."""
+        """Wait for the calls inside; cancel those that only follow now, and what is still there after `seconds`. Then
+        for the last answers to be sent, for a moment: a client that does not read may never let us."""
         self.followers.end()
         if self.inside:
             await asyncio.wait(self.inside, timeout=seconds)
@@ -75,15 +88,19 @@ class Gate:
         for task in remaining:
             task.cancel()
         if remaining:
-            await asyncio.wait(remaining, timeout=1.0)
+            await asyncio.wait(remaining, timeout=CANCEL_S)
+        if self.answering:
+            await asyncio.wait(self.answering, timeout=ANSWER_S)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps each method once, when it is first called."""
 
     def __init__(self, gates: Mapping[str, Gate]) -> None:
-        """`gates` by full gRPC service name; services not in it (health, reflection) are always open."""
+        """`gates` by full gRPC service name; services not in it (health, reflection) share one, which is open."""
         self._gates = gates
+        self.own_gate = Gate()
+        self.own_gate.open()
         self._wrapped: dict[str, _Handler] = {}
 
     async def intercept_service(
@@ -103,12 +120,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """The handler with all that this module promises around it; the same one each time."""
         known = self._wrapped.get(method)
         if known is None and handler is not None:
-            gate = self._gates.get(method.split("/")[1])
+            gate = self._gates.get(method.split("/")[1], self.own_gate)
             known = self._wrapped[method] = wrap(handler, method, gate)
         return known
 
 
-def wrap(handler: _Handler, method: str, gate: Gate | None) -> _Handler:
+def wrap(handler: _Handler, method: str, gate: Gate) -> _Handler:
     """The same handler with everything that this module promises around it."""
     around = _Around(method, gate)
     if handler.response_streaming:
@@ -129,39 +146,38 @@ def wrap(handler: _Handler, method: str, gate: Gate | None) -> _Handler:
 class _Around:
     """What to do before and after the behaviour of one method."""
 
-    def __init__(self, method: str, gate: Gate | None) -> None:
+    def __init__(self, method: str, gate: Gate) -> None:
         self._method = method.removeprefix("/")
-        self._gate = gate or _open_gate()
+        self._gate = gate
 
     def coroutine(self, fn: Any) -> Callable[[Any, _Context], Awaitable[Any]]:
         """Around a method that returns its response, or writes its responses to the context."""
         if not inspect.iscoroutinefunction(fn):
             fn = self._unimplemented(fn)
-        inside, followers = self._gate.inside, self._gate.followers
+        gate = self._gate
 
         async def behaviour(request: Any, context: _Context) -> Any:
             task = asyncio.current_task()
             assert task is not None
-            inside.add(task)
+            gate.inside.add(task)
             try:
                 await self._enter(context)
                 return await fn(request, context)
             except (Exception, asyncio.CancelledError) as e:  # noqa: BLE001  # every call ends with a status
                 await self._fail(context, e)
             finally:
-                inside.discard(task)
-                followers.discard(task)
+                gate.leave(task, context)
 
         return behaviour
 
     def generator(self, fn: Any) -> Callable[[Any, _Context], AsyncIterator[Any]]:
         """Around a method that yields its responses."""
-        inside, followers = self._gate.inside, self._gate.followers
+        gate = self._gate
 
         async def behaviour(request: Any, context: _Context) -> AsyncIterator[Any]:
             task = asyncio.current_task()
             assert task is not None
-            inside.add(task)
+            gate.inside.add(task)
             try:
                 await self._enter(context)
                 async with aclosing(fn(request, context)) as responses:
@@ -170,8 +186,7 @@ class _Around:
             except (Exception, asyncio.CancelledError) as e:  # noqa: BLE001  # every call ends with a status
                 await self._fail(context, e)
             finally:
-                inside.discard(task)
-                followers.discard(task)
+                gate.leave(task, context)
 
         return behaviour
 
@@ -224,9 +239,3 @@ class _Around:
             reason="INTERNAL",
             metadata={"request_id": call.request_id if call else ""},
         )
-
-
-def _open_gate() -> Gate:
-    gate = Gate()
-    gate.open()
-    return gate

@@ -1,8 +1,9 @@
 """Hosting: one gRPC server for any number of services.
 
     bind and listen  ->  start() each, in order; its gate opens and its health becomes SERVING  ->  ready
-    stop             ->  each in reverse: shut its gate, let its calls end (grace), cancel the rest, stop()  ->  close
-    hand_over        ->  a waiting socket in the place of ours, clients told to go  ->  as stop
+    stop             ->  each in reverse: shut its gate, let its calls end (grace), cancel the rest, stop()
+                         ->  clients told to go (corral.rpc.farewell)  ->  close
+    hand_over        ->  a waiting socket in the place of ours  ->  as stop
 
 Composers come after the leaves they call, so while a composer drains its leaves still answer.
 """
@@ -11,7 +12,7 @@ import asyncio
 import grp
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from corral.rpc import local
 from corral.rpc.address import MAX_MESSAGE_BYTES, Address, Target, TcpAddress, Tls, UnixAddress
 from corral.rpc.errors import FailedPrecondition
+from corral.rpc.farewell import Farewell, Name
 from corral.rpc.handover import Latecomers, hidden, make_waiting
 from corral.rpc.interceptor import CallInterceptor, Gate
 from corral.rpc.service import Service
@@ -45,8 +47,6 @@ SOCKET_MODE = 0o660
 LATE_MODE = 0o600
 # Calls that are left when the time is over get this much to notice.
 LAST_CALLS_S = 0.1
-# A server that is told to go is not to cut anybody: that is for the gates, which say why.
-NEVER_S = 86400.0
 # When connections of latecomers are asked to come again.
 STAY_MS = 1000
 
@@ -94,7 +94,10 @@ class Host:
         self._started: list[_Hosted] = []
         self._targets: list[Target] = []
         self._sockets: dict[Path, int] = {}  # with the inode of each
+        self._plain: list[Name] = []
+        self._sealed: list[Name] = []
         self._late: asyncio.Task[None] | None = None
+        self._latecomers: Latecomers | None = None
 
     async def start(
         self,
@@ -133,14 +136,11 @@ class Host:
         """Calls that run get `grace_s` to end; those that come now, or stay longer, end with UNAVAILABLE."""
         await self._health.enter_graceful_shutdown()
         await self._stop_services(grace_s, upgrading=False)
-        local.withdraw(self)
-        await self._stop_late()
-        await self._server.stop(LAST_CALLS_S)
         for path, inode in self._sockets.items():
             with suppress(FileNotFoundError):
                 if path.stat().st_ino == inode:
                     path.unlink()
-        self._close()
+        await self._leave()
 
     def make_places(self) -> Mapping[Path, socket.socket]:
         """Where connections to our unix sockets are to wait. Raises OSError; nothing has changed then."""
@@ -160,13 +160,8 @@ class Host:
         make_places(), which is `waiting`. Clients are told to connect anew."""
         for path in waiting:
             hidden(path).rename(path)
-        leaving = asyncio.create_task(self._server.stop(NEVER_S))
         await self._stop_services(grace_s, upgrading=True)
-        local.withdraw(self)
-        await self._stop_late()
-        await self._server.stop(LAST_CALLS_S)
-        await leaving
-        self._close()
+        await self._leave()
 
     async def _stop_services(self, grace_s: float, *, upgrading: bool) -> None:
         loop = asyncio.get_running_loop()
@@ -183,10 +178,22 @@ class Host:
                 # The others must still be stopped; a next start recovers what this one left.
                 log.exception("service.stop_failed", service=hosted.service.name)
         self._started.clear()
+        self._interceptor.own_gate.shut(upgrading=upgrading)
+        await self._interceptor.own_gate.drain(LAST_CALLS_S)
 
-    def _close(self) -> None:
+    async def _leave(self) -> None:
+        """When all gates are shut, and nobody new finds us."""
+        local.withdraw(self)
+        if self._latecomers is not None:
+            self._latecomers.stop_accepting()
+        await Farewell(self._plain, self._sealed, self._relayed).say()
+        await self._stop_late()
+        await self._server.stop(LAST_CALLS_S)
         for target in self._targets:
             target.close()
+
+    def _relayed(self) -> Collection[int]:
+        return self._latecomers.inodes if self._latecomers is not None else ()
 
     def _take_late(self, waiting: Sequence[socket.socket]) -> None:
         if waiting and self._sockets:
@@ -203,11 +210,14 @@ class Host:
         target = Target(UnixAddress(beside.with_name(f".{beside.name}.late")))
         with _mode(LATE_MODE):
             server.add_insecure_port(target.name)
-        latecomers = Latecomers(waiting, target.name.removeprefix("unix:"))
+        name = target.name.removeprefix("unix:")
+        self._plain.append(name)
+        latecomers = self._latecomers = Latecomers(waiting, name)
         try:
             await server.start()
             await latecomers.gone()
         finally:
+            self._latecomers = None
             await latecomers.close()
             await server.stop(LAST_CALLS_S)
             target.close()
@@ -232,6 +242,7 @@ class Host:
         new = UnixAddress(hidden(address.path))
         target = Target(new)
         self._targets.append(target)
+        self._plain.append(target.name.removeprefix("unix:"))
         try:
             with _mode(SOCKET_MODE):
                 self._server.add_insecure_port(target.name)
@@ -258,6 +269,7 @@ class Host:
                 port = self._server.add_secure_port(target, tls.server_credentials())
         except RuntimeError as e:
             raise FailedPrecondition(f"cannot listen on {address}: is the port in use?") from e
+        (self._plain if tls is None else self._sealed).append(port)
         return TcpAddress(address.host, port)
 
 
