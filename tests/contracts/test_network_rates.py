@@ -14,7 +14,7 @@ from support.requirements import needs
 
 from corral.api.network.v1 import network_pb2 as pb
 from corral.kernel.netns import in_namespace
-from corral.rpc.errors import InvalidArgument
+from corral.rpc.errors import CorralError, InvalidArgument
 
 pytestmark = needs("root", "netns", "nft", "nsenter", "ip", "tc")
 SECONDS = 1.5
@@ -97,16 +97,47 @@ async def test_a_limit_outlives_its_pair(lab: Lab, net: Calls) -> None:
         assert qdisc["kind"] == "tbf"
 
 
-async def test_the_same_call_again_is_the_same_and_one_with_another_rate_connects_anew(net: Calls) -> None:
-    first = await limited(net, "a", send_bps=SLOW)
-    assert await limited(net, "a", send_bps=SLOW) == first
-    again = await limited(net, "a", send_bps=FAST)
-    assert again.netns_path == first.netns_path
-    assert f"rate {FAST // 1_000_000}Mbit" in command(again.netns_path, "tc", "qdisc", "show", "dev", "eth0")
+def limits(where: str | Path, link: str) -> str:
+    return command(where, "tc", "qdisc", "show", "dev", link)
+
+
+async def test_a_limit_is_changed_and_lifted_while_calls_go_on(lab: Lab, net: Calls) -> None:
+    first = await limited(net, "a", receive_bps=FAST, send_bps=SLOW)
+    assert await limited(net, "a", receive_bps=FAST, send_bps=SLOW) == first
+    before = first.interfaces[0].host_name, command(first.netns_path, "ip", "-o", "link")
+    again = await limited(net, "a", receive_bps=SLOW, send_bps=FAST)
+    assert (again.interfaces[0].receive_bps, again.interfaces[0].send_bps) == (SLOW, FAST)
+    sent = flood(again.netns_path, lab.outside, OUTSIDE, 9003)
+    assert is_about(sent, FAST), sent
+    assert f"rate {SLOW // 1_000_000}Mbit" in limits(lab.host, again.interfaces[0].host_name)
+    lifted = await limited(net, "a")
+    assert (lifted.interfaces[0].receive_bps, lifted.interfaces[0].send_bps) == (0, 0)
+    assert "tbf" not in limits(lab.host, lifted.interfaces[0].host_name) + limits(lifted.netns_path, "eth0")
+    after = lifted.interfaces[0].host_name, command(first.netns_path, "ip", "-o", "link")
+    assert after == (before[0], before[1].replace("qdisc tbf", "qdisc noqueue"))  # the same pair, never down
+
+
+async def test_a_change_that_a_kill_cut_short_is_made_by_the_same_call_again(lab: Lab, net: Calls) -> None:
+    await limited(net, "a", send_bps=SLOW)
+    lab.corrald.stop()
+    lab.corrald.start(environment={"CORRAL_FAILPOINTS": "network.rates.after_change=kill@1"})
+    with pytest.raises(CorralError):
+        async with lab.calls() as calls:
+            await limited(calls, "a")
+    lab.corrald.kill9()
+    lab.corrald.start()
+    async with lab.calls() as calls:
+        a = await limited(calls, "a")
+        assert "tbf" not in limits(a.netns_path, "eth0")
+        a = await limited(calls, "a", send_bps=FAST)
+        assert f"rate {FAST // 1_000_000}Mbit" in limits(a.netns_path, "eth0")
 
 
 async def test_a_macvlan_network_limits_what_is_sent(net: Calls) -> None:
     await net.create("lan", driver="macvlan", subnets=[])
+    with pytest.raises(InvalidArgument, match="cannot be limited"):
+        await limited(net, "a", "lan", receive_bps=SLOW)
+    await limited(net, "a", "lan")
     with pytest.raises(InvalidArgument, match="cannot be limited"):
         await limited(net, "a", "lan", receive_bps=SLOW)
     a, b = await limited(net, "a", "lan", send_bps=SLOW), await limited(net, "b", "lan")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from support.corrald import Corrald
+from support.netlab import command
 from support.requirements import needs
 
 
@@ -78,13 +79,14 @@ def test_hosts_resolv_conf_and_hostname_are_the_containers(box: Corrald, name: s
 
 
 def test_a_network_of_ones_own(box: Corrald, name: str) -> None:
-    ok(box, "network", "create", "--subnet", "10.222.7.0/29", name)
+    subnet = "{}.{}.150".format(*box.place.network)
+    ok(box, "network", "create", "--subnet", f"{subnet}.0/29", name)
     try:
         found = json.loads(ok(box, "network", "inspect", name))[0]
-        assert found["subnets"][0]["gateway"] == "10.222.7.1"
+        assert found["subnets"][0]["gateway"] == f"{subnet}.1"
         assert name in ok(box, "network", "ls")
         ok(box, "run", "-d", "--name", name, "--network", name, "busybox", "sleep", "100")
-        assert address(box, name).startswith("10.222.7.")
+        assert address(box, name).startswith(f"{subnet}.")
         failed = box.corral("network", "rm", name)
         assert failed.returncode == 1
         assert b"use" in failed.stderr
@@ -94,12 +96,13 @@ def test_a_network_of_ones_own(box: Corrald, name: str) -> None:
 
 
 def test_a_full_network_refuses_the_next_and_keeps_the_others(box: Corrald, name: str) -> None:
-    ok(box, "network", "create", "--subnet", "10.222.8.0/30", name)
+    subnet = "{}.{}.151.0/30".format(*box.place.network)
+    ok(box, "network", "create", "--subnet", subnet, name)
     try:
         ok(box, "run", "-d", "--name", name, "--network", name, "busybox", "sleep", "100")
         failed = box.corral("run", "--rm", "--network", name, "busybox", "true")
         assert failed.returncode == 125
-        assert b"10.222.8.0/30" in failed.stderr
+        assert subnet.encode() in failed.stderr
         ok(box, "exec", name, "true")
     finally:
         ok(box, "rm", "-f", name)
@@ -374,3 +377,43 @@ def test_rates_and_routes_are_asked_for_with_the_network(box: Corrald, name: str
     finally:
         box.corral("rm", "-f", name)
         ok(box, "network", "rm", name)
+
+
+def rates(box: Corrald, name: str) -> list[str]:
+    """What the host's end of its link may send to it, and what its own end may send: the words of tc."""
+    [shown] = json.loads(ok(box, "inspect", name))
+    [own] = shown["endpoint"]["interfaces"]
+    ends = {own["host_name"]: "/proc/self/ns/net", own["name"]: f"/proc/{shown['pid']}/ns/net"}
+    said = [command(where, "tc", "qdisc", "show", "dev", link) for link, where in ends.items()]
+    return [one.partition(" rate ")[2].partition(" ")[0] for one in said]
+
+
+@needs("tc", "nsenter")
+def test_rates_of_a_container_are_changed_while_it_runs_and_kept(box: Corrald, name: str) -> None:
+    ok(box, "run", "-d", "--name", name, "busybox", "sleep", "100")
+    inside = ok(box, "exec", name, "ip", "-o", "link", "show", "eth0").split()[:2]
+    ok(box, "update", "--net-rate", "8m/4m", name)
+    assert rates(box, name) == ["8Mbit", "4Mbit"]
+    assert ok(box, "exec", name, "ip", "-o", "link", "show", "eth0").split()[:2] == inside
+    ok(box, "restart", "-t", "0", name)
+    assert rates(box, name) == ["8Mbit", "4Mbit"]
+    refused = box.corral("update", "--net-rate", "9", name)
+    assert refused.returncode == 1
+    assert b"a rate of 9 bits per second is not between" in refused.stderr
+    ok(box, "update", "--net-rate", "0", name)
+    assert rates(box, name) == ["", ""]
+
+
+def test_rates_of_what_is_in_no_network_are_refused(box: Corrald, name: str) -> None:
+    ok(box, "create", "--name", name, "--network", "none", "busybox", "true")
+    refused = box.corral("update", "--net-rate", "8m", name)
+    assert refused.returncode == 1
+    assert b"is in no network: connect it to one" in refused.stderr
+
+
+@needs("tc", "nsenter")
+def test_rates_that_come_with_a_limit_that_is_refused_are_as_they_were(box: Corrald, name: str) -> None:
+    ok(box, "run", "-d", "--name", name, "--net-rate", "8m", "busybox", "sleep", "100")
+    refused = box.corral("update", "--net-rate", "4m", "--cpuset-cpus", "4000", name)
+    assert refused.returncode == 1
+    assert rates(box, name) == ["8Mbit", "8Mbit"]

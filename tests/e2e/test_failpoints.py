@@ -234,7 +234,9 @@ class Life:
         resources = types_pb2.Resources(memory=types_pb2.MemoryResources(limit_bytes=48 << 20))
         engine = self.client.engine()
         stub = engine_pb2_grpc.ContainersStub(engine.channel)
-        engine.unary(stub.Update, engine_pb2.UpdateContainerRequest(container="one", resources=resources))
+        rate = engine_pb2.NetworkRate(receive_bps=80_000_000, send_bps=40_000_000)
+        request = engine_pb2.UpdateContainerRequest(container="one", resources=resources, network_rate=rate)
+        engine.unary(stub.Update, request)
 
     def build(self) -> None:
         """What a builder does: blobs and committed snapshots."""

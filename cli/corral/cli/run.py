@@ -40,7 +40,13 @@ CHANGEABLE: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--device-write-bps",), "Most bytes written per second, /dev/x:10m", _MANY),
     (("--device-read-iops",), "Most reads per second, /dev/x:100", _MANY),
     (("--device-write-iops",), "Most writes per second, /dev/x:100", _MANY),
+    (("--pressure",), "Event when its processes wait, memory:some:150ms/2s; cpu, memory or io, some or full", _MANY),
     (("--cgroup-conf",), "Raw key of cgroup v2, memory.high=64M", _MANY),
+    (
+        ("--net-rate",),
+        "Most bits per second that it receives and sends, 100m, or 100m/20m; 0: no limit",
+        {"default": ""},
+    ),
     (("--restart",), "no, always, on-failure[:N] or unless-stopped", {"default": ""}),
     (("-l", "--label", "labels"), "Label, KEY=VALUE", _MANY),
 )
@@ -69,7 +75,6 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--ip",), "Fixed address in the network", {"default": ""}),
     (("--ip6",), "Fixed IPv6 address in the network", {"default": ""}),
     (("--mac-address",), "MAC address", {"default": ""}),
-    (("--net-rate",), "Most bits per second that it receives and sends, 100m, or each, 100m/20m", {"default": ""}),
     (("-p", "--publish", "ports"), "Publish a port, [IP:][HOST:]CONTAINER[/udp]", _MANY),
     (("-P", "--publish-all"), "Publish every port that the image exposes", {"is_flag": True}),
     (("--dns",), "Name server", _MANY),

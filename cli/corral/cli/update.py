@@ -12,10 +12,10 @@ from corral.cli.run import CHANGEABLE
 @click.argument("containers", nargs=-1, required=True, type=ContainerName())
 @pass_app
 def update_command(app: App, containers: tuple[str, ...], **flags: Any) -> int:
-    """Change limits, restart policy and labels of containers, running or not."""
+    """Change limits, rates, restart policy and labels of containers, running or not."""
     changes = {name: value for name, value in flags.items() if value}
     if not changes:
-        raise click.UsageError("nothing is to be changed: give a limit, --restart or --label")
+        raise click.UsageError("nothing is to be changed: give a limit, --net-rate, --restart or --label")
     for key in {"labels", "cgroup_conf"} & changes.keys():
         changes[key] = dict(text.partition("=")[::2] for text in changes[key])
     return each(containers, lambda container: app.client.containers.update(container, **changes))

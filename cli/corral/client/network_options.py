@@ -97,8 +97,13 @@ def attachment(text: str) -> network_pb2.NetworkAttachment:
 
 def limit(found: network_pb2.NetworkAttachment, rate: str) -> None:
     """Limit an attachment to "100m", or what it receives and sends to "100m/20m". Raises ValueError."""
-    received, _, sent = rate.partition("/")
-    found.receive_bps, found.send_bps = rate_bps(received), rate_bps(sent or received)
+    found.receive_bps, found.send_bps = rates_bps(rate)
+
+
+def rates_bps(text: str) -> tuple[int, int]:
+    """What "100m", or "100m/20m", lets be received and sent, in bits per second. Raises ValueError."""
+    received, _, sent = text.partition("/")
+    return rate_bps(received), rate_bps(sent or received)
 
 
 def rate_bps(text: str) -> int:

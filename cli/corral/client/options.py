@@ -12,7 +12,7 @@ from corral.api.engine.v1 import engine_pb2 as pb
 from corral.api.images.v1 import images_pb2
 from corral.api.types.v1 import types_pb2
 from corral.client.log_options import log_options
-from corral.client.network_options import NetworkOptions, network_config
+from corral.client.network_options import NetworkOptions, network_config, rates_bps
 from corral.client.quantities import duration_s, size_bytes
 from corral.client.resource_options import ResourceOptions, resources
 from corral.client.secret_options import secret_mount
@@ -37,6 +37,7 @@ class UpdateOptions(ResourceOptions, total=False):
 
     restart: str
     labels: Mapping[str, str]
+    net_rate: str  # "0": no limit any more
 
 
 class ContainerOptions(ResourceOptions, NetworkOptions, total=False):
@@ -163,6 +164,9 @@ def update_request(container: str, **options: Unpack[UpdateOptions]) -> pb.Updat
     request = pb.UpdateContainerRequest(container=container, resources=limits, labels=options.get("labels", {}))
     if policy := options.get("restart"):
         request.restart.CopyFrom(restart_policy(policy))
+    if rate := options.get("net_rate"):
+        request.network_rate.receive_bps, request.network_rate.send_bps = rates_bps(rate)
+        request.network_rate.SetInParent()
     return request
 
 

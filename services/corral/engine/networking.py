@@ -11,19 +11,26 @@ from contextlib import suppress
 
 import structlog
 
-from corral.api.engine.v1.engine_pb2 import ContainerConfig
-from corral.api.network.v1.network_pb2 import DetachRequest, DisconnectRequest, GetNetworkRequest, NetworkAttachment
+from corral.api.engine.v1.engine_pb2 import ContainerConfig, NetworkRate
+from corral.api.network.v1.network_pb2 import (
+    DetachRequest,
+    DisconnectRequest,
+    GetNetworkRequest,
+    Interface,
+    NetworkAttachment,
+)
 from corral.engine import requests, store
 from corral.engine.core import Core
 from corral.engine.leaves import persistently
 from corral.engine.port_mappings import with_these
 from corral.engine.records import ALIVE, ContainerRecord, Status
 from corral.rpc.context import in_namespace
-from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, NotFound, Unavailable
+from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from corral.store import Transaction, failpoint
 
 log = structlog.get_logger()
 
+MIN_RATE_BPS, MAX_RATE_BPS = 8_000, 10**12
 ATTACHED = ALIVE | {Status.CREATED}
 """Of the others an endpoint may be there, and is made to fit by their next start."""
 
@@ -87,6 +94,24 @@ class Networking:
                 )
             changed = await self._change(record, with_networks(record.config, left))
             return changed if changed.status in ATTACHED else await self._leave(record, changed, name)
+
+    async def limit(self, named: ContainerRecord, rate: NetworkRate) -> ContainerRecord:
+        """Limit what it receives and sends in each of its networks; its lock is held.
+
+        Raises FailedPrecondition if it is in none, InvalidArgument for a rate that one of them cannot have.
+        """
+        check_rate(rate)
+        record = self._own_network(named)
+        asked = requests.attachments(record.config.network)
+        for one in asked:
+            one.receive_bps, one.send_bps = rate.receive_bps, rate.send_bps
+        if not asked:
+            raise FailedPrecondition(f"container {record.name} is in no network: connect it to one", reason="BAD_MODE")
+        return await self._change(record, with_networks(record.config, asked))
+
+    async def restore(self, before: ContainerRecord) -> None:
+        """Undo what was changed since; its lock is held."""
+        await self._change(before, before.config)
 
     def _own_network(self, named: ContainerRecord) -> ContainerRecord:
         record = self._core.get(named.namespace, named.id)
@@ -195,12 +220,27 @@ class Networking:
                 log.warning("networks.not_settled", container=record.id, error=str(e))
 
 
+def check_rate(rate: NetworkRate) -> None:
+    """As network does, which is not asked before the next start of what does not run. Raises InvalidArgument."""
+    for bits_per_s in filter(None, (rate.receive_bps, rate.send_bps)):
+        if not MIN_RATE_BPS <= bits_per_s <= MAX_RATE_BPS:
+            raise InvalidArgument(
+                f"a rate of {bits_per_s} bits per second is not between {MIN_RATE_BPS} and {MAX_RATE_BPS}",
+                reason="BAD_RATE",
+            )
+
+
 def agree(record: ContainerRecord) -> bool:
-    """Whether its endpoint is in the networks that its config names; one that it names by its id differs. Pure."""
+    """Whether its endpoint is in the networks that its config names, with the rates it names; a network that it names
+    by its id differs. Pure."""
     if record.endpoint is None:
         return True
-    asked = sorted(one.network for one in requests.attachments(record.config.network))
-    return asked == sorted(interface.network for interface in record.endpoint.interfaces)
+    asked, has = requests.attachments(record.config.network), record.endpoint.interfaces
+    return sorted(map(_way, asked)) == sorted(map(_way, has))
+
+
+def _way(one: NetworkAttachment | Interface) -> tuple[str, int, int]:
+    return one.network, one.receive_bps, one.send_bps
 
 
 def with_networks(config: ContainerConfig, attachments: Sequence[NetworkAttachment]) -> ContainerConfig:

@@ -117,7 +117,7 @@ class EngineService:
             Creation(core, task_making, removal),
             lifecycle,
             removal,
-            Updates(core),
+            Updates(core, networking),
             networking,
             publishing,
             execs,

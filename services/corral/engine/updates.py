@@ -1,4 +1,4 @@
-"""Changing a container that exists: its name, its limits, its labels."""
+"""Changing a container that exists: its name, its limits, its rates, its labels."""
 
 from contextlib import suppress
 
@@ -8,19 +8,21 @@ from corral.api.types.v1.types_pb2 import Resources
 from corral.engine import requests, store
 from corral.engine.core import Core
 from corral.engine.leaves import persistently
+from corral.engine.networking import Networking
 from corral.engine.options import check_restart_policy
 from corral.engine.records import ALIVE, ContainerRecord
 from corral.engine.requests import with_default_swap
 from corral.rpc.context import check_id
-from corral.rpc.errors import InvalidArgument, NotFound
+from corral.rpc.errors import CorralError, InvalidArgument, NotFound
 from corral.store import Transaction, failpoint
 
 
 class Updates:
     """See the module."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, networking: Networking) -> None:
         self._core = core
+        self._networking = networking
 
     async def rename(self, reference: str, name: str) -> ContainerRecord:
         """Raises AlreadyExists, NotFound, InvalidArgument."""
@@ -41,7 +43,7 @@ class Updates:
     async def update(self, request: UpdateContainerRequest) -> ContainerRecord:
         """Change what the request names, the rest stays; labels are laid over those there are.
 
-        Raises what corral.cgroups.v1.Cgroups.Update raises; then nothing is changed.
+        Raises what corral.cgroups.v1.Cgroups.Update and Networking.limit() raise; then nothing is changed.
         """
         check_restart_policy(request.restart)
         named = self._core.resolve(request.container)
@@ -49,8 +51,16 @@ class Updates:
 
     async def _update(self, named: ContainerRecord, request: UpdateContainerRequest) -> ContainerRecord:
         async with self._core.locks.of((named.namespace, named.id)):
+            before = self._core.get(named.namespace, named.id)
+            if request.HasField("network_rate"):
+                await self._networking.limit(before, request.network_rate)
             if request.HasField("resources"):
-                await self._limit(named, request.resources)
+                try:
+                    await self._limit(named, request.resources)
+                except CorralError:
+                    if request.HasField("network_rate"):
+                        await self._networking.restore(before)
+                    raise
                 failpoint("engine.update.after_cgroup")
 
             def write(tx: Transaction) -> ContainerRecord:
@@ -79,6 +89,8 @@ def changed(config: ContainerConfig, request: UpdateContainerRequest) -> Contain
         for field in ("devices", "hugetlb"):
             if getattr(request.resources, field):
                 resources.ClearField(field)
+        if request.resources.HasField("pressure"):
+            resources.ClearField("pressure")
         resources.MergeFrom(request.resources)
         new.resources.CopyFrom(resources)
     if request.HasField("restart"):

@@ -132,6 +132,11 @@ class Connections:
         """Make its networks, and its names in them, those of another request. Raises as connect() and disconnect()."""
         by_id = {network.id: attachment for attachment, network in wanted}
         pairs = list(zip(attachments_of(endpoint.request), endpoint.interfaces, strict=True))
+        for number, (attachment, interface) in enumerate(pairs):
+            new = by_id.get(interface.network.id)
+            if new is not None and _differ_in_rates(attachment, new):
+                endpoint = await self._set_rates(endpoint, number, new)
+        pairs = list(zip(attachments_of(endpoint.request), endpoint.interfaces, strict=True))
         known = {interface.network.id for _, interface in pairs}
         # New ones first, as published ports must lead somewhere.
         for attachment, network in [each for each in wanted if each[1].id not in known]:
@@ -154,6 +159,17 @@ class Connections:
         renamed = await self._db.write(write)
         self._resolvers.changed()
         return renamed
+
+    async def _set_rates(self, endpoint: Endpoint, number: int, attachment: Attachment) -> Endpoint:
+        """While it goes on; a daemon that dies before the row is written is asked for the same again."""
+        interface = endpoint.interfaces[number]
+        planning.check_ways(attachment, interface.network)
+        asked = list(attachments_of(endpoint.request))
+        asked[number] = replace(asked[number], receive_bps=attachment.receive_bps, send_bps=attachment.send_bps)
+        changed = replace(endpoint, request=replace(endpoint.request, attachments=tuple(asked)))
+        await self._standing.set_rates(endpoint, changed, interface.name)
+        await self._db.write(lambda transaction: store.set_request(transaction, changed.key, changed.request))
+        return changed
 
     # Rows
 
@@ -192,6 +208,13 @@ def _found(transaction: Transaction, endpoint: Endpoint) -> Endpoint:
 def _alike(one: Attachment, other: Attachment) -> bool:
     """But for names, and for how the network is called."""
     return replace(one, network="", aliases=()) == replace(other, network="", aliases=())
+
+
+def _differ_in_rates(one: Attachment, other: Attachment) -> bool:
+    """And in nothing else, but for names."""
+    return not _alike(one, other) and _alike(
+        replace(one, receive_bps=0, send_bps=0), replace(other, receive_bps=0, send_bps=0)
+    )
 
 
 def _without(endpoint: Endpoint, gone: Interface) -> Endpoint:

@@ -191,6 +191,24 @@ class Netlink:
             index, what = index_of(plan.host_name), f"limit what {plan.host_name} sends"
             self._requests.ask(rtnetlink.limit_rate(index, plan.receive_bps, what))
 
+    def set_rates(self, plan: InterfacePlan, netns: Path) -> None:
+        """Limit what a link that stands receives and sends as its plan says, or no more. Raises OSError."""
+        if plan.host_name:
+            self.set_rate(plan.host_name, plan.receive_bps)
+        _inside(netns, lambda netlink: netlink.set_rate(plan.name, plan.send_bps))
+
+    def set_rate(self, name: str, bits_per_s: int) -> None:
+        """Limit what a link sends; 0: no more. Raises OSError."""
+        index, what = index_of(name), f"limit what {name} sends"
+        if bits_per_s:
+            self._requests.ask(rtnetlink.limit_rate(index, bits_per_s, what))
+            return
+        try:
+            self._requests.ask(rtnetlink.lift_rate(index, what))
+        except OSError as e:
+            if e.errno not in (errno.ENOENT, errno.EINVAL):  # there was no limit
+                raise
+
     def plug_sublink(self, plan: InterfacePlan, kind: SubLink, netns: Path, seclusion: Path | None = None) -> None:
         """Make a link of a parent, which may be in another namespace than this, inside a namespace.
 

@@ -52,7 +52,7 @@ def _insert_interface(
             f"interfaces in network {network.name!r} have the hardware address of its parent: leave out --mac-address",
             reason="BAD_MAC",
         )
-    _check_ways(attachment, network)
+    check_ways(attachment, network)
     host_name = f"{host_prefix}{os.urandom(HOST_NAME_BYTES).hex()}"
     try:
         interface_id = store.insert_interface(
@@ -69,7 +69,7 @@ def _insert_interface(
         store.set_interface_mac(transaction, interface_id, subnets.mac_of(addresses[0]))
 
 
-def _check_ways(attachment: Attachment, network: Network) -> None:
+def check_ways(attachment: Attachment, network: Network) -> None:
     """Raises InvalidArgument for limits and routes that the network cannot have."""
     if network.is_cni and (attachment.receive_bps or attachment.send_bps or attachment.routes):
         raise InvalidArgument(

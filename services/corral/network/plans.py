@@ -14,7 +14,7 @@ def interface_plans(endpoint: Endpoint) -> list[InterfacePlan]:
     """In order. The first network with a way out has the default route. Those of CNI are made by plugins."""
     plans = []
     routed: set[int] = set()  # IP versions that have their default route
-    for interface, attachment in zip(endpoint.interfaces, _attachments(endpoint), strict=False):
+    for interface, attachment in zip(endpoint.interfaces, attachments(endpoint), strict=False):
         network = interface.network
         if network.is_cni:
             routed |= documents.routed_versions(interface.cni_result)
@@ -47,6 +47,6 @@ def interface_plans(endpoint: Endpoint) -> list[InterfacePlan]:
     return plans
 
 
-def _attachments(endpoint: Endpoint) -> Iterable[Attachment]:
+def attachments(endpoint: Endpoint) -> Iterable[Attachment]:
     """How each interface was asked for; the default network may have been asked for without a word."""
     return chain(endpoint.request.attachments, repeat(Attachment("")))

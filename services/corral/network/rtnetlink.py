@@ -28,7 +28,7 @@ _ERROR = 2
 _ACK_TLVS = 0x200  # in an answer's flags
 _MESSAGE_ATTRIBUTE = 1
 
-_NEWLINK, _DELLINK, _SETLINK, _NEWADDR, _NEWROUTE, _GETROUTE, _NEWQDISC = 16, 17, 19, 20, 24, 26, 36
+_NEWLINK, _DELLINK, _SETLINK, _NEWADDR, _NEWROUTE, _GETROUTE, _NEWQDISC, _DELQDISC = 16, 17, 19, 20, 24, 26, 36, 37
 _ADDRESS, _IFNAME, _MTU, _MASTER, _LINKINFO, _ALIAS, _NET_NS_FD = 1, 3, 4, 10, 18, 20, 28
 _PROTINFO, _NESTED, _BRPORT_MODE, _BRPORT_ISOLATED = 12, 0x8000, 4, 33
 _LOWER, _MACVLAN_MODE, _IPVLAN_MODE, _IPVLAN_FLAGS, _VLAN_ID = 5, 1, 1, 2, 1
@@ -245,6 +245,11 @@ def limit_rate(index: int, bits_per_s: int, what: str) -> Request:
     head = _QDISC.pack(0, index, _QDISC_HANDLE, _QDISC_ROOT, 0)
     body = head + _attribute(_TC_KIND, b"tbf\0") + _attribute(_TC_OPTIONS, options)
     return Request(_NEWQDISC, _CHANGE | _CREATE | _REPLACE, body, what)
+
+
+def lift_rate(index: int, what: str) -> Request:
+    """Take that limit away. The kernel says ENOENT or EINVAL where there is none."""
+    return Request(_DELQDISC, _CHANGE, _QDISC.pack(0, index, _QDISC_HANDLE, _QDISC_ROOT, 0), what)
 
 
 def route(subnet: Subnet, gateway: Address, index: int) -> Request:

@@ -5,6 +5,7 @@ there waits.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -167,6 +168,22 @@ class Standing:
 
         await self._thread.run(work)
         return made
+
+    async def set_rates(self, before: Endpoint, endpoint: Endpoint, name: str) -> None:
+        """Have its interface of that name receive and send what it is to, and not what it was; all or none."""
+        path = self._pool.path(endpoint.netns)
+        old, new = ([plan for plan in interface_plans(one) if plan.name == name] for one in (before, endpoint))
+
+        def work(netlink: "Netlink") -> None:
+            try:
+                netlink.set_rates(new[0], path)
+            except OSError:
+                with suppress(OSError):
+                    netlink.set_rates(old[0], path)
+                raise
+            failpoint("network.rates.after_change")
+
+        await self._thread.run(work)
 
     async def unplug(self, before: Endpoint, left: Endpoint, gone: Interface) -> None:
         """Delete one of its links, and do what follows from that; no error if it is gone already."""

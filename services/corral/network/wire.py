@@ -12,6 +12,7 @@ from corral.network.explaining import Step, Verdict
 from corral.network.files import HOSTNAME, HOSTS, RESOLV_CONF
 from corral.network.model import BRIDGE_DRIVER, Attachment, Dns, Endpoint, Interface, Mode, NetworkSpec, Port, Request
 from corral.network.networks import Described
+from corral.network.plans import attachments
 from corral.rpc.context import check_id
 from corral.rpc.errors import InvalidArgument
 
@@ -224,7 +225,7 @@ def endpoint(value: Endpoint, *, netns_path: str, files: str, own_hostname: str)
         id=value.key.id,
         netns_path=netns_path,
         mode=_WIRE_MODES[value.mode],
-        interfaces=[_interface(one) for one in value.interfaces],
+        interfaces=[_interface(one, asked) for one, asked in zip(value.interfaces, attachments(value), strict=False)],
         hostname=own_hostname,
         hosts_path=f"{files}/{HOSTS}",
         resolv_conf_path=f"{files}/{RESOLV_CONF}",
@@ -243,13 +244,15 @@ def endpoint(value: Endpoint, *, netns_path: str, files: str, own_hostname: str)
     )
 
 
-def _interface(value: Interface) -> network_pb2.Interface:
+def _interface(value: Interface, asked: Attachment) -> network_pb2.Interface:
     message = network_pb2.Interface(
         network=value.network.name,
         name=value.name,
         host_name=value.host_name if value.network.is_bridge else "",
         mac_address=value.mac,
         aliases=value.aliases,
+        receive_bps=asked.receive_bps,
+        send_bps=asked.send_bps,
     )
     message.ipv4_address, message.ipv4_gateway = _address(value, 4)
     message.ipv6_address, message.ipv6_gateway = _address(value, 6)

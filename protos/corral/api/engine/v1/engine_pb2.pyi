@@ -1221,6 +1221,7 @@ class UpdateContainerRequest(_message.Message):
     RESOURCES_FIELD_NUMBER: _builtins.int
     RESTART_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    NETWORK_RATE_FIELD_NUMBER: _builtins.int
     container: _builtins.str
     @_builtins.property
     def resources(self) -> _types_pb2.Resources: ...
@@ -1228,6 +1229,10 @@ class UpdateContainerRequest(_message.Message):
     def restart(self) -> Global___RestartPolicy: ...
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def network_rate(self) -> Global___NetworkRate:
+        """In each of its networks, at once if it runs."""
+
     def __init__(
         self,
         *,
@@ -1235,14 +1240,39 @@ class UpdateContainerRequest(_message.Message):
         resources: _types_pb2.Resources | None = ...,
         restart: Global___RestartPolicy | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        network_rate: Global___NetworkRate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["resources", b"resources", "restart", b"restart"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["network_rate", b"network_rate", "resources", b"resources", "restart", b"restart"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "labels", b"labels", "resources", b"resources", "restart", b"restart"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "labels", b"labels", "network_rate", b"network_rate", "resources", b"resources", "restart", b"restart"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UpdateContainerRequest: _TypeAlias = UpdateContainerRequest  # noqa: Y015
+
+@_typing.final
+class NetworkRate(_message.Message):
+    """Bits per second that it may receive and send. 0: no limit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIVE_BPS_FIELD_NUMBER: _builtins.int
+    SEND_BPS_FIELD_NUMBER: _builtins.int
+    receive_bps: _builtins.int
+    send_bps: _builtins.int
+    def __init__(
+        self,
+        *,
+        receive_bps: _builtins.int = ...,
+        send_bps: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receive_bps", b"receive_bps", "send_bps", b"send_bps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NetworkRate: _TypeAlias = NetworkRate  # noqa: Y015
 
 @_typing.final
 class CopyFromRequest(_message.Message):

@@ -732,6 +732,8 @@ class Interface(_message.Message):
     IPV6_ADDRESS_FIELD_NUMBER: _builtins.int
     IPV6_GATEWAY_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
+    RECEIVE_BPS_FIELD_NUMBER: _builtins.int
+    SEND_BPS_FIELD_NUMBER: _builtins.int
     network: _builtins.str
     name: _builtins.str
     """inside, "eth0" """
@@ -743,6 +745,9 @@ class Interface(_message.Message):
     ipv4_gateway: _builtins.str
     ipv6_address: _builtins.str
     ipv6_gateway: _builtins.str
+    receive_bps: _builtins.int
+    """Bits per second that the container may receive and send there. 0: no limit."""
+    send_bps: _builtins.int
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -757,10 +762,12 @@ class Interface(_message.Message):
         ipv6_address: _builtins.str = ...,
         ipv6_gateway: _builtins.str = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
+        receive_bps: _builtins.int = ...,
+        send_bps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "host_name", b"host_name", "ipv4_address", b"ipv4_address", "ipv4_gateway", b"ipv4_gateway", "ipv6_address", b"ipv6_address", "ipv6_gateway", b"ipv6_gateway", "mac_address", b"mac_address", "name", b"name", "network", b"network"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "host_name", b"host_name", "ipv4_address", b"ipv4_address", "ipv4_gateway", b"ipv4_gateway", "ipv6_address", b"ipv6_address", "ipv6_gateway", b"ipv6_gateway", "mac_address", b"mac_address", "name", b"name", "network", b"network", "receive_bps", b"receive_bps", "send_bps", b"send_bps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
