@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,6 +48,7 @@ class Echo:
             "Written": grpc.unary_stream_rpc_method_handler(self.written),
             "Sum": grpc.stream_unary_rpc_method_handler(self.sum),
             "Both": grpc.stream_stream_rpc_method_handler(self.both),
+            "Talk": grpc.stream_stream_rpc_method_handler(self._talk),
         }
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(self.full_name, handlers)])
         return [self.full_name]
@@ -92,6 +94,9 @@ class Echo:
             await self.hook(request)
             yield request
 
+    async def _talk(self, requests: AsyncIterator[bytes], context_: grpc.aio.ServicerContext) -> None:
+        await self.talk(requests, context_)
+
 
 def stub(channel: grpc.aio.Channel, full_name: str = NAME) -> SimpleNamespace:
     return SimpleNamespace(
@@ -101,6 +106,7 @@ def stub(channel: grpc.aio.Channel, full_name: str = NAME) -> SimpleNamespace:
         written=channel.unary_stream(f"/{full_name}/Written"),
         sum=channel.stream_unary(f"/{full_name}/Sum"),
         both=channel.stream_stream(f"/{full_name}/Both"),
+        talk=channel.stream_stream(f"/{full_name}/Talk"),
         missing=channel.unary_unary(f"/{full_name}/Missing"),
     )
 
@@ -599,3 +605,29 @@ async def test_blocking_work_raises_to_its_caller_and_is_not_begun_for_one_that_
     assert await asyncio.gather(*waiting) == [True] * MAX_THREADS
     await run_blocking(begun.append, 2)
     assert begun == [2]
+
+
+async def test_what_is_said_last_is_heard_by_who_still_writes(echo: Echo):
+    """Also if writing fails before the reading side knows that the call has ended."""
+    said = [b"%d" % n * 10_000 for n in range(20)]
+
+    async def ends_early(requests: AsyncIterator[bytes], context_: grpc.aio.ServicerContext) -> None:
+        await anext(aiter(requests))
+        for each in said:
+            await context_.write(each)
+
+    async def write(call: object) -> None:
+        with suppress(asyncio.InvalidStateError, errors.CorralError):
+            while True:
+                await call.write(b"x")
+
+    echo.talk = ends_early
+    for _ in range(20):
+        call = echo.stub.talk()
+        writing = asyncio.ensure_future(write(call))
+        heard = []
+        while isinstance(message := await call.read(), bytes):
+            heard.append(message)
+            await asyncio.sleep(0.001)
+        assert heard == said
+        await writing

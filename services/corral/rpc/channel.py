@@ -12,6 +12,7 @@ from weakref import WeakSet
 
 import grpc
 import grpc.aio
+from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in its stubs
 
 from corral.rpc import local
 from corral.rpc.address import OPTIONS, Target, Tls, parse_address
@@ -127,9 +128,7 @@ class CorralChannel(grpc.aio.Channel):
         response_deserializer: _Deserializer | None = None,
         **options: Any,
     ) -> Any:
-        over_the_wire = self._wrapped(
-            self._inner.stream_stream(method, request_serializer, response_deserializer, **options)
-        )
+        begin = self._inner.stream_stream(method, request_serializer, response_deserializer, **options)
         address, here = self._address, self._here
 
         def call(
@@ -137,7 +136,8 @@ class CorralChannel(grpc.aio.Channel):
         ) -> _Call:
             handler = local.find(address, method) if requests is None else None
             if handler is None:
-                return over_the_wire(requests, timeout=timeout, metadata=metadata, **options)
+                inner = begin(requests, timeout=timeout, metadata=_with_context(metadata), **options)
+                return _Exchange(inner, request_serializer, address) if requests is None else _Call(inner, address)
             made = LocalExchange(handler, request_serializer, response_deserializer, _with_context(metadata), timeout)
             here.add(made)
             return _Call(made, address)
@@ -237,6 +237,34 @@ class _Call:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
+
+
+class _Exchange(_Call):
+    """A conversation whose requests are written. To grpc.aio (1.85) a message that comes too late is how the call has
+    ended, and what the other side said before is not to be read any more; here it is, with its real end."""
+
+    __slots__ = ("_serialize",)
+
+    def __init__(self, inner: Any, serialize: _Serializer | None, address: str) -> None:
+        super().__init__(inner, address)
+        self._serialize = serialize
+
+    async def write(self, request: Any) -> None:
+        """Raises InvalidStateError once the call has ended."""
+        call = self._inner
+        if call.done():
+            raise asyncio.InvalidStateError("the call has ended")
+        try:
+            await call.wait_for_connection()
+            data = self._serialize(request) if self._serialize else request
+            await call._cython_call.send_serialized_message(data)  # noqa: SLF001  # what write() does
+        except grpc.aio.AioRpcError as e:
+            raise self._error(e) from e
+        except cygrpc.InternalError as e:
+            raise asyncio.InvalidStateError("the call has ended") from e
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
 
 
 class _Again(_Call):
