@@ -18,11 +18,9 @@ def _room() -> tuple[int, int]:
     return address, len(words)
 
 
-_AT, _SIZE = _room()
-
-
 def set_title(words: Sequence[str]) -> None:
     """Be seen as run with these words, cut to the room that the real ones took."""
-    if _SIZE:
-        text = b"".join(os.fsencode(word) + b"\0" for word in words)[: _SIZE - 1]
-        ctypes.memmove(_AT, text.ljust(_SIZE, b"\0"), _SIZE)
+    at, size = _room()
+    if size:
+        text = b"".join(os.fsencode(word) + b"\0" for word in words)[: size - 1]
+        ctypes.memmove(at, text.ljust(size, b"\0"), size)
