@@ -202,9 +202,9 @@ def test_a_program_has_the_same_verbs(box: Corrald, registry: Registry, image: s
 
 
 def test_ctrl_c_ends_a_pull_and_the_next_one_goes_on(box: Corrald, registry: Registry, tmp_path: Path) -> None:
-    noise = random.Random(3).randbytes(20 * MIB)
+    noise = os.urandom(20 * MIB)  # another one each time: what is here already is not fetched
     put(registry, tmp_path, "slow", [layer([Entry("noise", noise)])])
-    with throttled(registry.port, 8 * MIB) as throttle:
+    with throttled(registry.port, 4 * MIB) as throttle:
         command = [CORRAL, "pull", f"{throttle.host}/slow:1"]
         with subprocess.Popen(
             command, env=os.environ | {"CORRAL_ADDRESS": box.address}, stderr=subprocess.PIPE
