@@ -11,6 +11,7 @@ from support.requirements import needs
 
 from corral.api.network.v1 import network_pb2 as pb
 from corral.kernel import iptables_legacy
+from corral.rpc.errors import CorralError
 
 pytestmark = needs("root", "netns", "nft", "nsenter", "ip", "iptables")
 CHAIN = "corraltest-FORWARD"
@@ -255,3 +256,26 @@ async def test_with_leave_nothing_is_added_and_explain_says_what_drops(lab: Lab,
         lab.corrald.stop()
         lab.corrald.settings["network"] = settings
         lab.corrald.start()
+
+
+async def come_and_go(lab: Lab) -> None:
+    async with lab.calls() as calls:
+        for _ in range(2):
+            await calls.create("cut", "10.231.70.0/24", interface="crltcut")
+            await calls.remove("cut")
+
+
+@pytest.mark.parametrize(
+    "failpoint", ["create.after_row", "build.after_bridge", "remove.after_row", "remove.after_bridge"]
+)
+async def test_a_network_that_a_kill_cut_short_leaves_no_rule_there(lab: Lab, net: Calls, failpoint: str) -> None:
+    iptables(lab, "-P FORWARD DROP")
+    lab.corrald.stop()
+    lab.corrald.start(environment={"CORRAL_FAILPOINTS": f"network.{failpoint}=kill@2"})
+    with pytest.raises(CorralError):
+        await come_and_go(lab)
+    lab.corrald.kill9()
+    lab.corrald.start()
+    assert eventually(lambda: "crltcut" not in lab.bridges() and not any("crltcut" in rule for rule in filters(lab)))
+    await come_and_go(lab)
+    assert not any("crltcut" in rule for rule in filters(lab))

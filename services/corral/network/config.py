@@ -26,8 +26,8 @@ class NetworkConfig:
     # Our table in the family `inet`. No other is ever touched, but for what `forward` says.
     nft_table: str = "corral"
     # Where iptables' chain FORWARD drops by its policy, as docker has it: "accept" adds a chain <nft_table>-FORWARD,
-    # as its last rule, that accepts our networks, and removes it with them; "leave" adds nothing. ufw's FORWARD is
-    # always left alone.
+    # as its last rule, that accepts our networks, and has firewalld trust their bridges, as long as they are there;
+    # "leave" does neither. ufw's FORWARD is always left alone.
     forward: str = "accept"
     # MTU of networks that name none; 0: that of the host's default route.
     mtu: int = 0

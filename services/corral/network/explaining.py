@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from corral.network import forwarding, network_options
+from corral.network import firewalld, forwarding, network_options
 from corral.network.ipam import Address
 from corral.network.links import PathTaken
 from corral.network.model import Endpoint, Interface, Network
@@ -45,6 +45,7 @@ class ForeignChain:
     policy: str
     may_drop: bool  # a rule in it, or in a chain that it jumps to, drops or rejects
     leads_to: frozenset[str] = frozenset()  # chains that it jumps to
+    trusts: frozenset[str] = frozenset()  # of firewalld's: links whose zone accepts all
 
     @property
     def owner(self) -> str:
@@ -184,6 +185,8 @@ def _others(network: Network, facts: Facts) -> Iterable[Step]:
 
 
 def _foreign(chain: ForeignChain, bridge: str, admission: str) -> tuple[Verdict, str]:
+    if bridge in chain.trusts:
+        return Verdict.PASSES, f"firewalld has {bridge} in a zone that accepts this"
     drops, admitted = chain.policy == "drop", admission in chain.leads_to
     if drops and not admitted:
         return Verdict.MAY_DROP, f"its policy is drop, whatever corral accepts{_remedy(chain, bridge)}"
@@ -243,9 +246,20 @@ def foreign_chains(ruleset: Iterable[Mapping[str, Json]], table: str, version: i
             str(chain.get("policy", "accept")),
             _Rules(rules, maps).may_drop(key, set()),
             frozenset(filter(None, map(forwarding.target, rules.get(key, ())))),
+            _trusted(rules) if key == (firewalld.FAMILY, firewalld.TABLE, firewalld.CHAIN) else frozenset(),
         )
         for key, chain in bases
     ]
+
+
+def _trusted(rules: Mapping[_Key, Sequence[Json]]) -> frozenset[str]:
+    """Of rules that accept all that comes from a link, the links."""
+    found = set()
+    for one in rules.get((firewalld.FAMILY, firewalld.TABLE, f"{firewalld.CHAIN}_POLICIES"), ()):
+        match one:
+            case [{"match": {"left": {"meta": {"key": "iifname"}}, "right": str(link)}}, {"accept": _}]:
+                found.add(link)
+    return frozenset(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ class Firewall:
         self.admit()
 
     def admit(self) -> bool:
-        """See that its networks get through iptables' FORWARD; returns whether anything had to be changed there."""
+        """See that its networks get through what others have at the forward hook; returns whether all was done."""
         return self._admission.follow(list(self._networks.values()))
 
     def add(self, network: Network) -> None:
@@ -67,8 +67,8 @@ class Firewall:
 
     def remove(self, network: Network) -> None:
         """Take a network out; no error where the table is missing."""
-        if self._networks.pop(network.id, None) is not None:
-            self.admit()
+        self._networks.pop(network.id, None)
+        self._admission.follow(list(self._networks.values()), gone=network.bridge)
         try:
             self._run(rules.remove_network(self._table, network))
         except NftablesError as e:

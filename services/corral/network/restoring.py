@@ -11,7 +11,7 @@ now, because a stranger has its name, say, is tried again later, and keeps nothi
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import structlog
@@ -102,8 +102,8 @@ class Restoring:
         bridges = [one for one in standing if lost.unknown or one.bridge in lost.links]
         if lost.rules or bridges or ((lost.forward or lost.unknown) and standing):
             failed = await self._thread.run(lambda netlink: self._mend_host(netlink, lost, bridges))
-            self._try_later(Lost(links=frozenset(failed)))
-            await self._listen([one for one in bridges if one.bridge not in failed])
+            self._try_later(failed)
+            await self._listen([one for one in bridges if one.bridge not in failed.links])
         ends = await self._mend_pairs(lost, [one.bridge for one in standing])
         if lost.rules or bridges:
             log.info("network.restored", rules=lost.rules, bridges=[one.bridge for one in bridges])
@@ -112,12 +112,12 @@ class Restoring:
     def _stood(self, network: Network) -> bool:
         return network.is_bridge and network.state is NetworkState.READY and self._networks.is_built(network)
 
-    def _mend_host(self, netlink: "Netlink", lost: Lost, bridges: Sequence[Network]) -> Collection[str]:
+    def _mend_host(self, netlink: "Netlink", lost: Lost, bridges: Sequence[Network]) -> Lost:
+        """Returns what could not be done."""
         if lost.rules or lost.unknown:
             self._reconciler.firewall.rebuild()
-        elif lost.forward:
-            self._reconciler.firewall.admit()
-        return self._reconciler.restore_bridges(netlink, bridges)
+        admitted = not lost.forward or self._reconciler.firewall.admit()
+        return Lost(forward=not admitted, links=frozenset(self._reconciler.restore_bridges(netlink, bridges)))
 
     async def _listen(self, bridges: Sequence[Network]) -> None:
         """Resolvers are bound to the bridge that is gone."""

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from corral.network import forwarding
+from corral.network import firewalld, forwarding
 from corral.network.links import name_of
 
 NETLINK_NETFILTER = 12
@@ -88,6 +88,7 @@ def lost_rules(data: bytes, table: str, own_ports: Collection[int]) -> bool:
 
 
 _INET = b"\1"  # NFPROTO_INET
+_FIREWALLD = firewalld.TABLE.encode() + b"\0"
 # And the attribute that names the chain.
 _FORWARD_KINDS = {
     _DELETED_TABLE: 0,
@@ -100,12 +101,17 @@ _IP_FAMILIES = (b"\2", b"\12")  # NFPROTO_IPV4, NFPROTO_IPV6
 
 
 def changed_forward(data: bytes, chain: str, own_ports: Collection[int]) -> bool:
-    """Whether these messages tell that others changed iptables' FORWARD, or deleted of the chain of ours. Pure."""
+    """Whether these messages tell that others changed iptables' FORWARD, or deleted of the chain of ours, or that
+    firewalld has begun anew. Pure."""
     for kind, port, body in _messages(data):
         kind, subsystem = kind & 0xFF, kind >> 8
         if subsystem != _SUBSYSTEM_NFTABLES or kind not in _FORWARD_KINDS or port in own_ports:
             continue
         named = dict(_attributes(body[_NETFILTER.size :]))
+        if kind == _NEW_CHAIN and body[:1] == _INET and named.get(_TABLE_NAME) == _FIREWALLD:
+            if named.get(_CHAIN_NAME, b"").rstrip(b"\0") == firewalld.CHAIN.encode():
+                return True
+            continue
         if body[:1] not in _IP_FAMILIES or named.get(_TABLE_NAME, b"").rstrip(b"\0") != forwarding.TABLE.encode():
             continue
         where = named.get(_FORWARD_KINDS[kind], b"").rstrip(b"\0")
