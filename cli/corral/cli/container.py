@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from corral.cli import template
 from corral.cli.app import App, ContainerName, complain, each, pass_app
-from corral.cli.output import enum_word, format_option, human_age, human_size, show_json, show_rows
+from corral.cli.output import enum_word, format_option, human_age, human_memory, human_size, show_json, show_rows
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -340,7 +341,15 @@ def top_command(app: App, container: str) -> None:
 
 @click.command("stats")
 @click.option("--no-stream", is_flag=True, help="One reading, then end")
-@click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", help="Output form")
+@click.option(
+    "--format",
+    "form",
+    type=template.OutputForm(),
+    default="table",
+    show_default=True,
+    metavar="table|json|TEMPLATE",
+    help="Output form; a template as for docker: '{{.CPUPerc}}'",
+)
 @click.argument("containers", nargs=-1, type=ContainerName())
 @pass_app
 def stats_command(app: App, containers: tuple[str, ...], no_stream: bool, form: str) -> None:
@@ -352,11 +361,21 @@ def stats_command(app: App, containers: tuple[str, ...], no_stream: bool, form: 
         if not no_stream and form == "table" and sys.stdout.isatty():
             click.clear()
         if reading or not no_stream:
-            headings = ("CONTAINER ID", "NAME", "CPU %", "MEM USAGE / LIMIT", "BLOCK I/O", "DISK / QUOTA", "PIDS")
-            show_rows(headings, rows, answer.stats, form, None)
+            show_rows(_STATS if form == "table" else _STATS_IN_TEMPLATES, rows, answer.stats, form, None)
         if reading and no_stream:
             return
         before = {s.id: s for s in answer.stats}
+
+
+_STATS = (
+    *("CONTAINER ID", "NAME", "CPU %", "MEM USAGE / LIMIT", "MEM %", "NET I/O", "BLOCK I/O"),
+    *("DISK / QUOTA", "PIDS"),
+)
+_STATS_IN_TEMPLATES = (
+    *("Container ID", "Name", "CPUPerc", "MemUsage", "MemPerc", "NetIO", "BlockIO"),
+    *("Quota", "PIDs"),
+)
+"""What docker calls these columns."""
 
 
 def _stats_row(now: "engine_pb2.ContainerStats", before: "engine_pb2.ContainerStats | None") -> tuple[str, ...]:
@@ -365,12 +384,15 @@ def _stats_row(now: "engine_pb2.ContainerStats", before: "engine_pb2.ContainerSt
         elapsed = now.cgroup.read_at.ToNanoseconds() - before.cgroup.read_at.ToNanoseconds()
         used = now.cgroup.cpu.usage_ns - before.cgroup.cpu.usage_ns
         cpu = 100 * used / elapsed if elapsed > 0 else 0.0
-    memory, io, quota = now.cgroup.memory, now.cgroup.io, now.storage.quota_bytes
+    memory, io, net, quota = now.cgroup.memory, now.cgroup.io, now.interfaces, now.storage.quota_bytes
+    share = f"{100 * memory.working_set_bytes / memory.limit_bytes:.2f}%" if memory.limit_bytes else "-"
     return (
         now.id[:_SHORT_ID],
         now.name,
         f"{cpu:.2f}%",
-        f"{human_size(memory.working_set_bytes)} / {human_size(memory.limit_bytes) if memory.limit_bytes else '-'}",
+        f"{human_memory(memory.working_set_bytes)} / {human_memory(memory.limit_bytes) if memory.limit_bytes else '-'}",
+        share,
+        f"{human_size(sum(i.rx_bytes for i in net))} / {human_size(sum(i.tx_bytes for i in net))}" if net else "-",
         f"{human_size(sum(i.read_bytes for i in io))} / {human_size(sum(i.write_bytes for i in io))}",
         f"{human_size(now.storage.used_bytes)} / {human_size(now.storage.quota_bytes)}" if quota else "-",
         str(now.cgroup.pids.current),

@@ -57,7 +57,11 @@ def _state(c: "engine_pb2.Container") -> "dict[str, Json]":
         "FinishedAt": _time(c.finished_at) if c.HasField("finished_at") else _NEVER,
     }
     if c.HasField("health"):
-        state["Health"] = {"Status": _HEALTH[c.health.state], "FailingStreak": c.health.failing_streak}
+        state["Health"] = {
+            "Status": _HEALTH[c.health.state],
+            "FailingStreak": c.health.failing_streak,
+            "Log": [{"Output": c.health.last_output}],  # the latest alone is kept
+        }
     return state
 
 

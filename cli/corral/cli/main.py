@@ -57,6 +57,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "secret": ("secret", "Secrets: create, ls, inspect, rm"),
     "volume": ("volume", "Volumes: create, ls, inspect, rm, prune"),
     "system": ("system", "The engine: info, version, check-host, df, check, prune"),
+    "info": ("system", "Show what the daemon runs on, and with"),
     "version": ("system", "Show the versions of client and daemon"),
     "completion": ("completion", "Print a completion script for a shell"),
 }

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 type Json = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+_BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def format_option[F: Callable[..., object]](function: F) -> F:
@@ -141,10 +142,19 @@ def _whole_numbers(value: Json) -> Json:
 
 def human_size(size: float) -> str:
     """1234567 -> 1.23MB, as docker shows sizes."""
-    for unit in _UNITS:
-        if size < 1000 or unit == _UNITS[-1]:
+    return _scaled(size, _UNITS, 1000)
+
+
+def human_memory(size: float) -> str:
+    """67108864 -> 64MiB, as docker shows memory."""
+    return _scaled(size, _BINARY_UNITS, 1024)
+
+
+def _scaled(size: float, units: Sequence[str], step: int) -> str:
+    for unit in units:
+        if size < step or unit == units[-1]:
             break
-        size /= 1000
+        size /= step
     return f"{size:.3g}{unit}" if size < 1000 else f"{size:.0f}{unit}"
 
 

@@ -1,15 +1,15 @@
-"""What containers use: counters of their cgroups, and the processes inside."""
+"""What containers use: counters of their cgroups and interfaces, and the processes inside."""
 
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from corral.api.cgroups.v1.cgroups_pb2 import StatsRequest
-from corral.api.engine.v1.engine_pb2 import ContainerStatsResponse, Process
+from corral.api.engine.v1.engine_pb2 import ContainerStats, ContainerStatsResponse, Process
 from corral.api.tasks.v1.tasks_pb2 import PidsRequest
-from corral.engine import store
+from corral.engine import interfaces, store
 from corral.engine.core import Core, require_alive
 from corral.engine.records import ALIVE, ContainerRecord, from_ns
 from corral.engine.sizes import Sizes
@@ -65,6 +65,7 @@ class Usage:
                 break
         except NotFound:  # one of them was removed this moment: the next reading is without it
             pass
+        await run_blocking(_add_interfaces, response.stats, wanted)
         return response
 
     async def top(self, reference: str) -> list[Process]:
@@ -73,6 +74,12 @@ class Usage:
         require_alive(record, "looked into")
         response = await self._core.leaves.tasks.Pids(PidsRequest(id=record.id))
         return await run_blocking(_processes, sorted(response.pids))
+
+
+def _add_interfaces(readings: Iterable[ContainerStats], records: Mapping[str, ContainerRecord]) -> None:
+    for reading in readings:
+        if interfaces.has_interfaces(record := records[reading.id]) and record.endpoint is not None:
+            reading.interfaces.extend(interfaces.counters(record.pid, record.endpoint.netns_path))
 
 
 def _processes(pids: Sequence[int]) -> list[Process]:
