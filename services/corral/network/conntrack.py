@@ -38,33 +38,55 @@ _ATTRIBUTE = struct.Struct("=HH")
 _ANSWER = struct.Struct("=IHHIIi")
 
 
-def forget_ports(ports: Iterable[Forward]) -> None:
-    """What comes for these ports is looked at anew. In the calling thread's network namespace; no error."""
-    wanted = {(port.address.version, port.protocol, port.host_port) for port in ports}
-    for version, protocol, number in wanted:
-        proto = _attribute(_PROTO_NUM, bytes([_NUMBERS[protocol]])) + _attribute(_PROTO_DST_PORT, number.to_bytes(2))
-        _forget(version, _ORIG, _attribute(_TUPLE_PROTO | _NESTED, proto), _COUNTS_NUM | _COUNTS_DST_PORT)
+class Conntrack:
+    """What is tracked in the network namespace of the thread that asks first. For one thread at a time.
+
+    Its socket stays open: closing one of this protocol waits until nftables has destroyed what the last transaction
+    took out, which is a grace period of RCU and takes ten milliseconds and more.
+    Source: Linux nf_tables_api.c, nft_rcv_nl_event().
+    """
+
+    def __init__(self) -> None:
+        self._socket: socket.socket | None = None
+
+    def forget_ports(self, ports: Iterable[Forward]) -> None:
+        """What comes for these ports is looked at anew; no error."""
+        wanted = {(port.address.version, port.protocol, port.host_port) for port in ports}
+        for version, protocol, number in wanted:
+            own = _attribute(_PROTO_NUM, bytes([_NUMBERS[protocol]])) + _attribute(_PROTO_DST_PORT, number.to_bytes(2))
+            match = _attribute(_TUPLE_PROTO | _NESTED, own)
+            self._send(_forgetting(version, _ORIG, match, _COUNTS_NUM | _COUNTS_DST_PORT))
+
+    def forget_address(self, address: Address) -> None:
+        """So is what goes to a container's address; no error."""
+        own = _attribute(_IP_SRC[address.version], address.packed)
+        self._send(_forgetting(address.version, _REPLY, _attribute(_TUPLE_IP | _NESTED, own), _COUNTS_SRC))
+
+    def close(self) -> None:
+        """Harmless when repeated."""
+        netlink, self._socket = self._socket, None
+        if netlink is not None:
+            netlink.close()
+
+    def _send(self, request: bytes) -> None:
+        try:
+            if self._socket is None:
+                self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+            self._socket.send(request)
+            *_, code = _ANSWER.unpack_from(self._socket.recv(4096))
+        except OSError as e:
+            self.close()  # an answer that comes late would be taken for the next one's
+            code = -(e.errno or errno.EIO)
+        if code and -code != errno.ENOENT:
+            log.debug("conntrack.not_forgotten", error=os.strerror(-code))
 
 
-def forget_address(address: Address) -> None:
-    """So is what goes to a container's address; no error."""
-    own = _attribute(_IP_SRC[address.version], address.packed)
-    _forget(address.version, _REPLY, _attribute(_TUPLE_IP | _NESTED, own), _COUNTS_SRC)
-
-
-def _forget(version: int, which: int, match: bytes, counts: int) -> None:
+def _forgetting(version: int, which: int, match: bytes, counts: int) -> bytes:
     flags = _attribute(_FILTER_ORIG, struct.pack("=I", counts if which == _ORIG else 0))
     flags += _attribute(_FILTER_REPLY, struct.pack("=I", counts if which == _REPLY else 0))
     body = _attribute(which | _NESTED, match) + _attribute(_FILTER | _NESTED, flags)
     header = _HEADER.pack(_HEADER.size + len(body), _DELETE, _REQUEST_ACK, 1, 0, _FAMILY[version], 1, 0)
-    try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER) as netlink:
-            netlink.send(header + body)
-            *_, code = _ANSWER.unpack_from(netlink.recv(4096))
-    except OSError as e:
-        code = -(e.errno or errno.EIO)
-    if code and -code != errno.ENOENT:
-        log.debug("conntrack.not_forgotten", error=os.strerror(-code))
+    return header + body
 
 
 def _attribute(kind: int, data: bytes) -> bytes:

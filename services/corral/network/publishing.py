@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from corral.network import conntrack, port_rows, store
+from corral.network import port_rows, store
 from corral.network.cni.driver import maps_ports
+from corral.network.conntrack import Conntrack
 from corral.network.firewall import Firewall, route_loopback_to
 from corral.network.links import NetlinkThread, link_exists
 from corral.network.model import Endpoint, EndpointKey, EndpointState, Forward, Interface, Port, Request
@@ -77,6 +78,7 @@ class Publishing:
         self._thread = thread
         self._firewall = firewall
         self._host = HostPorts()
+        self.conntrack = Conntrack()
 
     async def hold(self, key: EndpointKey, asked: Sequence[Port]) -> Sequence[Port]:
         """Take ports of the host for an endpoint; returns them with their numbers. Raises AlreadyExists and others."""
@@ -97,14 +99,14 @@ class Publishing:
         failpoint("network.publish.before_rules")
         leading = forwards(endpoint, ports)
         self._firewall.publish(leading)
-        conntrack.forget_ports(leading)
+        self.conntrack.forget_ports(leading)
 
     def shut(self, endpoint: Endpoint, ports: Sequence[Port]) -> None:
         """Let them lead nowhere, and go. On the netlink thread."""
         leading = forwards(endpoint, ports)
         try:
             self._firewall.withdraw(leading)
-            conntrack.forget_ports(leading)
+            self.conntrack.forget_ports(leading)
         finally:
             self._host.release(endpoint.key, ports)
 
@@ -114,7 +116,7 @@ class Publishing:
         gone = [forward for forward in old if forward not in new]
         if gone:
             self._firewall.withdraw(gone)
-            conntrack.forget_ports(gone)
+            self.conntrack.forget_ports(gone)
         if new != old:
             self.open(netlink, endpoint, endpoint.ports)
 
@@ -164,6 +166,7 @@ class Publishing:
     def close(self) -> None:
         """Let go of all sockets."""
         self._host.close()
+        self.conntrack.close()
 
 
 def _lasts(endpoint: Endpoint, port: Port) -> bool:

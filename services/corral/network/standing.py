@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from corral.network import conntrack, etc, sysctls
+from corral.network import etc, sysctls
 from corral.network.cni.attachments import CniAttachments
 from corral.network.config import NetworkConfig
 from corral.network.files import FileStore
@@ -202,7 +202,7 @@ class Standing:
             except OSError as e:  # who may administer the network in there has changed it
                 log.warning("network.not_rerouted", endpoint=left.key.id, error=str(e))
             for address, _ in gone.addresses:
-                conntrack.forget_address(address)  # it may be another's next
+                self._publishing.conntrack.forget_address(address)  # it may be another's next
             self._change_files(before, left)
 
         await self._thread.run(work)
@@ -248,7 +248,7 @@ class Standing:
             elif not interface.network.is_cni and is_pinned(path):  # who still holds it is to lose the address
                 netlink.delete_inside(path, interface.name)
             for address, _ in interface.addresses if endpoint.request.ports or endpoint.ports else ():
-                conntrack.forget_address(address)  # it may be another's next
+                self._publishing.conntrack.forget_address(address)  # it may be another's next
         failpoint("network.detach.after_unplug")
         self._pool.discard(endpoint.netns)
 
