@@ -1,7 +1,7 @@
 """`make bench`: speed and memory of corral, and of the peers that are installed, interleaved in one run.
 
     make bench                      all of it, about ten minutes
-    bench.py NAME...                only these: cold api exec network verbs memory many unpack logs health
+    bench.py NAME...                only these: cold api exec network verbs memory many unpack logs health resources
     CORRAL_BENCH_ROUNDS (20)        how often each is measured
 
 Figures are medians; ratios are against corral's own figure of the same run. Peers get private roots and are skipped,
@@ -24,6 +24,7 @@ from logging_rate import bench_logs
 from network import bench_network
 from peers import CorralOci, Peer, Runc, installed_peers, memory_directory, quiet
 from probes import bench_health
+from resources import bench_resources
 from support.corrald import CORRAL, Corrald, Place, running
 from support.images import write_busybox
 from unpack import bench_unpack
@@ -192,6 +193,7 @@ BENCHES: dict[str, Callable[[Corrald, list[Peer]], None]] = {
     "unpack": bench_unpack,
     "logs": bench_logs,
     "health": bench_health,
+    "resources": bench_resources,
 }
 
 

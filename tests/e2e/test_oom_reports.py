@@ -6,9 +6,10 @@ CORRAL_OOM_ROUNDS (2): how often each is tried.
 import asyncio
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import pytest
+from support.corrald import Corrald, PlaceOn
 from support.engine import EngineClient, eventually
 from support.engine_fixtures import engine, loaded
 from support.requirements import needs
@@ -64,6 +65,14 @@ async def says(engine: EngineClient, id_: str, text: bytes) -> None:
         return text in await engine.output(id_)
 
     await eventually(is_there)
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Corrald]:
+    """Its data where a virtual machine has a disk."""
+    with Corrald(place=PlaceOn.make_on(tmp_path_factory.mktemp("data"))) as corrald:
+        corrald.start()
+        yield corrald
 
 
 @rounds

@@ -17,7 +17,7 @@ from corral.api.types.v1 import types_pb2
 from corral.rpc.channel import open_channel
 from corral.rpc.context import in_namespace
 from corral.rpc.errors import NotFound
-from support.corrald import Corrald
+from support.corrald import PATIENCE, Corrald
 
 if TYPE_CHECKING:
     import grpc.aio
@@ -189,7 +189,7 @@ async def engine_of(daemon: Corrald, *, namespace: str = "default") -> AsyncIter
 
 async def eventually(check: "object", *, timeout_s: float = 20.0) -> None:
     """Until `check()` (a coroutine function) is true. Raises AssertionError when the time is over."""
-    deadline = asyncio.get_running_loop().time() + timeout_s
+    deadline = asyncio.get_running_loop().time() + timeout_s * PATIENCE
     while not await check():  # type: ignore[operator]
         assert asyncio.get_running_loop().time() < deadline, "it did not come true in time"
         await asyncio.sleep(0.02)

@@ -103,6 +103,15 @@ def _unified_memory() -> bool:
     return False
 
 
+def _psi() -> str | None:
+    """Of cgroups: /proc/pressure alone tells of the whole host."""
+    for line in Path("/proc/self/mountinfo").read_text("utf-8").splitlines():
+        before, _, after = line.partition(" - ")
+        if after.startswith("cgroup2 ") and Path(before.split()[4], "cgroup.pressure").exists():
+            return _root()
+    return "needs pressure (PSI) of cgroups"
+
+
 def _any_cgroup() -> str | None:
     return None if _cgroup(1)() is None or _cgroup(2)() is None else _cgroup(1)()
 
@@ -172,6 +181,7 @@ PROBES: dict[str, Callable[[], str | None]] = {
     "cgroup": _any_cgroup,
     "cgroup1": _cgroup(1),
     "cgroup2": _cgroup(2),
+    "psi": _psi,
     "btrfs": _file_system("btrfs"),
     "xfs": _file_system("xfs"),
     "ext4": _file_system("ext4"),

@@ -3,6 +3,7 @@
 from corral.api.types.v1 import types_pb2
 from corral.cgroups import wire
 from corral.kernel import cgroup
+from corral.rpc.limits import after_change
 
 
 def test_a_field_that_is_absent_changes_nothing() -> None:
@@ -56,13 +57,34 @@ def test_an_update_replaces_what_it_names_and_keeps_the_rest() -> None:
         devices=[types_pb2.DeviceRule(allow=True)],
         unified={"c.d": "3"},
     )
-    merged = wire.merge(now, change)
+    merged = after_change(now, change)
     assert (merged.cpu.shares, merged.cpu.quota_us, merged.pids.limit) == (512, -1, 5)
-    assert [(each.major, each.read_bytes_per_s) for each in merged.io.devices] == [(9, 0), (8, 7)]
+    assert [(each.major, each.read_bytes_per_s) for each in merged.io.devices] == [(8, 7), (9, 0)]
     assert [each.limit_bytes for each in merged.hugetlb] == [9]
     assert [each.allow for each in merged.devices] == [True]
     assert dict(merged.unified) == {"a.b": "1", "c.d": "3"}
     assert now.cpu.quota_us == 1000
+
+
+def test_changes_of_one_device_one_after_the_other_add_up_and_a_list_of_triggers_is_replaced() -> None:
+    def io(**rates: int) -> types_pb2.Resources:
+        devices = [types_pb2.IoDeviceLimit(major=8, minor=0, **rates)]
+        return types_pb2.Resources(io=types_pb2.IoResources(devices=devices))
+
+    def rdma(**limits: int) -> types_pb2.Resources:
+        return types_pb2.Resources(rdma={"mlx": types_pb2.RdmaLimit(**limits)})
+
+    def pressure(*resources: str) -> types_pb2.Resources:
+        triggers = [types_pb2.PressureTrigger(resource=each) for each in resources]
+        return types_pb2.Resources(pressure=types_pb2.PressureTriggers(triggers=triggers))
+
+    both = after_change(io(read_bytes_per_s=1), io(write_bytes_per_s=2))
+    assert both == io(read_bytes_per_s=1, write_bytes_per_s=2)
+    assert after_change(both, io(read_bytes_per_s=1)) == both
+    assert after_change(rdma(hca_handles=1), rdma(hca_objects=2)) == rdma(hca_handles=1, hca_objects=2)
+    assert after_change(pressure("cpu", "io"), pressure("memory")) == pressure("memory")
+    assert after_change(pressure("cpu"), pressure()) == pressure()
+    assert after_change(pressure("cpu"), types_pb2.Resources()) == pressure("cpu")
 
 
 def test_no_limit_is_zero_in_a_reading() -> None:

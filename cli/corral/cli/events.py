@@ -61,6 +61,7 @@ _EVENTS = {
     "health_status": "container.checked",
     "oom": "task.oom",
     "pause": "container.paused",
+    "pressure": "cgroup.pressure",
     "pull": "image.pulled",
     "remove": "*.removed",
     "rename": "container.renamed",

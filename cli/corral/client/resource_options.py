@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
 from corral.api.types.v1 import types_pb2
-from corral.client.quantities import size_bytes
+from corral.client.quantities import duration_s, size_bytes
 
 _CPU_PERIOD_US = 100_000
 
@@ -35,6 +35,7 @@ class ResourceOptions(TypedDict, total=False):
     device_read_iops: Sequence[str]  # "/dev/sda:100"
     device_write_iops: Sequence[str]
     cgroup_conf: Mapping[str, str]  # raw keys of cgroup v2, {"memory.high": "64M"}
+    pressure: Sequence[str]  # events, "memory:some:150ms/2s"; "none" for none any more
 
 
 def resources(o: ResourceOptions) -> types_pb2.Resources | None:
@@ -46,10 +47,23 @@ def resources(o: ResourceOptions) -> types_pb2.Resources | None:
         found.pids.limit = limit
     _io(found.io, o)
     found.unified.update(o.get("cgroup_conf", {}))
+    if texts := o.get("pressure"):
+        found.pressure.SetInParent()
+        found.pressure.triggers.extend(_trigger(text) for text in texts if text != "none")
     for part in ("memory", "cpu", "io"):
         if not getattr(found, part).ByteSize():
             found.ClearField(part)
     return found if found.ByteSize() else None
+
+
+def _trigger(text: str) -> types_pb2.PressureTrigger:
+    try:
+        resource, share, times = text.split(":")
+        stall, window = (round(duration_s(part) * 1_000_000) for part in times.split("/"))
+        full = {"some": False, "full": True}[share]
+        return types_pb2.PressureTrigger(resource=resource, full=full, stall_us=stall, window_us=window)
+    except (ValueError, KeyError) as e:
+        raise ValueError(f"pressure {text!r} is not understood: give memory:some:150ms/2s, or none") from e
 
 
 def _memory(memory: types_pb2.MemoryResources, o: ResourceOptions) -> None:

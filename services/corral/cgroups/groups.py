@@ -15,16 +15,31 @@ from functools import lru_cache
 from typing import Any
 from weakref import WeakValueDictionary
 
+import structlog
+
 from corral.api.types.v1 import types_pb2
 from corral.cgroups import store, wire
 from corral.cgroups.engine_limits import EngineLimits
 from corral.cgroups.errors import translated
+from corral.cgroups.pressure import PressureWatcher, close_all, open_all, triggers
 from corral.cgroups.store import Key, Record, State
 from corral.cgroups.watch import OomWatcher
-from corral.kernel.cgroup import DEFAULT_RULES, Cgroup, Driver, OomWatch, Resources, Stats
+from corral.kernel.cgroup import (
+    DEFAULT_RULES,
+    Cgroup,
+    Driver,
+    OomWatch,
+    PressureTrigger,
+    PressureWatch,
+    Resources,
+    Stats,
+)
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, NotFound
+from corral.rpc.limits import after_change
 from corral.store import JSON, Database, Duplicate, failpoint
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +62,7 @@ class Groups:
         self._locks: WeakValueDictionary[Key, asyncio.Lock] = WeakValueDictionary()
         self._changes: set[asyncio.Task[Any]] = set()
         self._watcher = OomWatcher(self._note_oom)
+        self._pressure = PressureWatcher(self._note_pressure)
 
     def find(self, key: Key) -> Record:
         """A cgroup's row. Raises NotFound."""
@@ -83,14 +99,15 @@ class Groups:
         if announce:
             await self._announce(record)
         try:
-            watch = await run_blocking(self._make, record)
+            oom, pressure = await run_blocking(self._make, record)
         except BaseException:
             if announce:
                 await self._database.write(lambda transaction: store.delete(transaction, record.key, {}))
             raise
         failpoint("cgroups.create.after_make")
         await self._database.write(lambda transaction: store.put_ready(transaction, record))
-        self._watcher.add(record.key, watch)
+        self._watcher.add(record.key, oom)
+        self._pressure.put(record.key, pressure)
         return record
 
     async def _again(self, record: Record) -> Record:
@@ -99,7 +116,9 @@ class Groups:
             old = await self._watcher.take(record.key)
             if old:
                 old.close()
-            self._watcher.add(record.key, await run_blocking(self._make, record))
+            oom, pressure = await run_blocking(self._make, record)
+            self._watcher.add(record.key, oom)
+            self._pressure.put(record.key, pressure)
         return record
 
     async def _announce(self, record: Record) -> None:
@@ -110,7 +129,7 @@ class Groups:
             raise AlreadyExists(f"another cgroup of corral is at {record.path}", reason="PATH_TAKEN") from e
         failpoint("cgroups.create.after_announce")
 
-    def _make(self, record: Record) -> OomWatch:
+    def _make(self, record: Record) -> tuple[OomWatch, Sequence[PressureWatch]]:
         """Make it in the kernel. An empty one at its place is a leftover; one with processes is not ours."""
         limits = _limits_at_creation(record.resources)
         self._engine.check(limits, self._driver)
@@ -126,7 +145,12 @@ class Groups:
                     ) from e
                 leftover.remove(self._timeouts.remove_s)
                 group = self._driver.create(record.path, limits)
-            return group.watch_oom()
+            try:
+                watches = open_all(group, _triggers_of(record))
+            except BaseException:
+                group.remove(self._timeouts.remove_s)
+                raise
+            return group.watch_oom(), watches
 
     async def update(self, key: Key, change: types_pb2.Resources) -> Record:
         """Change limits, all or none. Raises NotFound, InvalidArgument, Unimplemented."""
@@ -137,13 +161,22 @@ class Groups:
         limits = wire.resources(change)
         self._engine.check(limits, self._driver)
 
-        def apply() -> None:
+        def apply() -> Sequence[PressureWatch]:
             with translated(f"change the limits of cgroup {key.id!r}"):
-                self._driver.enable(record.path, limits)
-                self.open(record).apply(limits)
+                group = self.open(record)
+                watches = open_all(group, triggers(change))
+                try:
+                    self._driver.enable(record.path, limits)
+                    group.apply(limits)
+                except BaseException:
+                    close_all(watches)
+                    raise
+                return watches
 
-        await run_blocking(apply)
-        merged = wire.merge(types_pb2.Resources.FromString(record.resources), change)
+        watches = await run_blocking(apply)
+        if change.HasField("pressure"):
+            self._pressure.put(key, watches)
+        merged = after_change(types_pb2.Resources.FromString(record.resources), change)
         after = replace(record, resources=merged.SerializeToString(deterministic=True))
         await self._database.write(lambda transaction: store.set_resources(transaction, key, after.resources))
         return after
@@ -157,6 +190,7 @@ class Groups:
         if record is None:
             return False
         watch = await self._watcher.take(key)
+        self._pressure.drop(key)
         try:
             kills = await run_blocking(self._remove, record, watch)
         except BaseException:
@@ -254,6 +288,7 @@ class Groups:
                 return
             if watch := await self._watcher.take(key):
                 watch.close()
+            self._pressure.drop(key)
             payload: dict[str, JSON] = {"oom_kills": record.oom_kills, "reason": "it was gone when it was looked for"}
             await self._database.write(lambda transaction: store.delete(transaction, key, payload))
 
@@ -262,17 +297,26 @@ class Groups:
     # Watching
 
     def watch(self, key: Key, watch: OomWatch) -> None:
-        """Journal the OOM kills of a cgroup that an earlier process made; takes over the watch."""
+        """Journal what befalls a cgroup that an earlier process made: OOM kills, pressure. Takes over the watch."""
         self._watcher.add(key, watch)
+        record = self.find(key)
+        try:
+            self._pressure.put(key, open_all(self.open(record), _triggers_of(record)))
+        except OSError as e:  # the kernel is another than it was, say
+            log.warning("cgroup.pressure_not_watched", namespace=key.namespace, id=key.id, error=str(e))
 
     async def _note_oom(self, key: Key, kills: int) -> None:
         await self._database.write(lambda transaction: store.set_oom_kills(transaction, key, kills))
+
+    async def _note_pressure(self, key: Key, trigger: PressureTrigger) -> None:
+        await self._database.write(lambda transaction: store.pressed(transaction, key, trigger))
 
     async def close(self) -> None:
         """Finish what was begun, and stop watching."""
         if self._changes:
             await asyncio.wait(self._changes)
         await self._watcher.close()
+        await self._pressure.close()
 
     async def _change[T](self, key: Key, change: Coroutine[Any, Any, T]) -> T:
         """Run a change alone on its cgroup and to its end, even if the caller goes away."""
@@ -298,6 +342,10 @@ def _limits_at_creation(resources: bytes) -> Resources:
     return limits if limits.devices is not None else replace(limits, devices=DEFAULT_RULES)
 
 
+def _triggers_of(record: Record) -> tuple[PressureTrigger, ...]:
+    return triggers(types_pb2.Resources.FromString(record.resources))
+
+
 def _same(known: Record, asked: Record) -> Record:
     """The known row, if it answers a request to make one. A restart asks with the limits that updates left."""
     if (known.path, known.labels) == (asked.path, asked.labels) and _limits_hold(known, asked.resources):
@@ -315,4 +363,4 @@ def _limits_hold(known: Record, asked: bytes) -> bool:
     if known.resources == known.first_resources:
         return False
     now = types_pb2.Resources.FromString(known.resources)
-    return wire.merge(now, types_pb2.Resources.FromString(asked)) == now
+    return after_change(now, types_pb2.Resources.FromString(asked)) == now

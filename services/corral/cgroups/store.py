@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from corral.kernel.cgroup import PressureTrigger
 from corral.store import JSON, Row, Snapshot, Transaction
 
 MIGRATIONS: Sequence[str] = (
@@ -100,6 +101,13 @@ def set_oom_kills(transaction: Transaction, key: Key, kills: int) -> None:
     )
     if rows:
         journal(transaction, "cgroup.oom", key, {"oom_kills": kills})
+
+
+def pressed(transaction: Transaction, key: Key, trigger: PressureTrigger) -> None:
+    """The event that a trigger was reached, if there is a row."""
+    if find(transaction, key) is not None:
+        facts: dict[str, JSON] = {name: getattr(trigger, name) for name in PressureTrigger.__slots__}
+        journal(transaction, "cgroup.pressure", key, facts)
 
 
 def delete(transaction: Transaction, key: Key, payload: Mapping[str, JSON]) -> None:

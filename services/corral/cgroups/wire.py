@@ -91,25 +91,6 @@ def _device_rule(message: types_pb2.DeviceRule) -> cgroup.DeviceRule:
     )
 
 
-def merge(now: types_pb2.Resources, change: types_pb2.Resources) -> types_pb2.Resources:
-    """What holds after an update: single values replace single values, a list replaces what it names."""
-    merged = types_pb2.Resources()
-    merged.CopyFrom(now)
-    if change.devices:  # the complete list
-        del merged.devices[:]
-    sizes = {each.page_size for each in change.hugetlb}
-    hugetlb = [each for each in now.hugetlb if each.page_size not in sizes]
-    numbers = {(each.major, each.minor) for each in change.io.devices}
-    devices = [each for each in now.io.devices if (each.major, each.minor) not in numbers]
-    del merged.hugetlb[:]
-    merged.hugetlb.extend(hugetlb)
-    if merged.HasField("io"):
-        del merged.io.devices[:]
-        merged.io.devices.extend(devices)
-    merged.MergeFrom(change)
-    return merged
-
-
 def stats(name: str, read_ns: int, reading: cgroup.Stats) -> cgroups_pb2.Stats:
     """One reading as a message. No limit is 0 there."""
     message = cgroups_pb2.Stats(id=name, read_at=timestamp(read_ns))
@@ -136,6 +117,8 @@ def stats(name: str, read_ns: int, reading: cgroup.Stats) -> cgroups_pb2.Stats:
             max_bytes=pages.max_bytes,
             failures=pages.failures,
         )
+    if reading.io_pressure is not None:
+        message.io_pressure.CopyFrom(_pressure(reading.io_pressure))
     return message
 
 

@@ -88,10 +88,14 @@ def _device(io: cgroups_pb2.IoStats) -> tuple[str]:
 
 
 def _stalls(stats: cgroups_pb2.Stats) -> Iterator[tuple[tuple[str, ...], float]]:
-    for resource, of in (("cpu", stats.cpu), ("memory", stats.memory)):
-        if of.HasField("pressure"):
-            yield (resource, "some"), of.pressure.some_total_us * US
-            yield (resource, "full"), of.pressure.full_total_us * US
+    for resource, known, pressure in (
+        ("cpu", stats.cpu.HasField("pressure"), stats.cpu.pressure),
+        ("memory", stats.memory.HasField("pressure"), stats.memory.pressure),
+        ("io", stats.HasField("io_pressure"), stats.io_pressure),
+    ):
+        if known:
+            yield (resource, "some"), pressure.some_total_us * US
+            yield (resource, "full"), pressure.full_total_us * US
 
 
 COUNTERS_BY: tuple[tuple[str, str, tuple[str, ...], _Values], ...] = (

@@ -14,6 +14,7 @@ from corral.engine.records import ALIVE, ContainerRecord
 from corral.engine.requests import with_default_swap
 from corral.rpc.context import check_id
 from corral.rpc.errors import CorralError, InvalidArgument, NotFound
+from corral.rpc.limits import after_change
 from corral.store import Transaction, failpoint
 
 
@@ -84,15 +85,7 @@ def changed(config: ContainerConfig, request: UpdateContainerRequest) -> Contain
     new = ContainerConfig()
     new.CopyFrom(config)
     if request.HasField("resources"):
-        resources = Resources()
-        resources.CopyFrom(config.resources)
-        for field in ("devices", "hugetlb"):
-            if getattr(request.resources, field):
-                resources.ClearField(field)
-        if request.resources.HasField("pressure"):
-            resources.ClearField("pressure")
-        resources.MergeFrom(request.resources)
-        new.resources.CopyFrom(resources)
+        new.resources.CopyFrom(after_change(config.resources, request.resources))
     if request.HasField("restart"):
         if new.auto_remove and request.restart.mode > RestartPolicy.MODE_NO:
             raise InvalidArgument("a container that is removed when it ends (--rm) cannot be restarted")

@@ -13,6 +13,7 @@ from corral.kernel.cgroup.group import Cgroup
 from corral.kernel.cgroup.layout import Hierarchy, Kind, Layout, detect
 from corral.kernel.cgroup.membership import SELF, birthplace, join, path_in_v2
 from corral.kernel.cgroup.oom import OomWatch
+from corral.kernel.cgroup.pressure import PressureTrigger, PressureWatch
 from corral.kernel.cgroup.resources import (
     CpuLimits,
     DeviceRule,
@@ -59,6 +60,8 @@ __all__ = [
     "PidsLimits",
     "PidsStats",
     "Pressure",
+    "PressureTrigger",
+    "PressureWatch",
     "RdmaLimit",
     "Resources",
     "Stats",

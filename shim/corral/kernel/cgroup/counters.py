@@ -25,6 +25,7 @@ def read(where: Directories) -> Stats:
         pids=_each(where, "pids", pids.read, pids.read),
         io=_each(where, "blkio", blkio.read, io.read) or (),
         hugetlb=_each(where, "hugetlb", hugetlb_v1.read, hugetlb_v2.read) or (),
+        io_pressure=pressure.read(f"{where[UNIFIED][0]}/{pressure.IO}") if UNIFIED in where else None,
     )
 
 

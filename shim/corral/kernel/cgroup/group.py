@@ -18,6 +18,7 @@ from corral.kernel.cgroup.v2 import freezer as freezer_v2
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from corral.kernel.cgroup.pressure import PressureTrigger, PressureWatch
     from corral.kernel.cgroup.stats import Stats
 
 _V1_NAMES = {"io": "blkio"}
@@ -68,6 +69,12 @@ class Cgroup:
     def watch_oom(self) -> OomWatch:
         """Count the OOM kills of a cgroup that was just made; without a memory controller there are none."""
         return OomWatch.of(*self._where.get("memory", ("", 2)))
+
+    def watch_pressure(self, trigger: "PressureTrigger") -> "PressureWatch":
+        """Be told when processes wait as long as the trigger says. Raises OSError, see PressureWatch.open()."""
+        from corral.kernel.cgroup.pressure import PressureWatch
+
+        return PressureWatch.open(self._where.get(plans.UNIFIED, ("", 2))[0], trigger)
 
     def apply(self, wanted: Resources, *, fresh: bool = False) -> None:
         """Set limits, all or none: one that is refused leaves the others as they were.

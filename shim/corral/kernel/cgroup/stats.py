@@ -95,3 +95,4 @@ class Stats:
     pids: PidsStats | None = None
     io: tuple[IoStats, ...] = ()
     hugetlb: tuple[HugetlbStats, ...] = ()
+    io_pressure: Pressure | None = None

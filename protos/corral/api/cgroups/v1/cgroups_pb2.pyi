@@ -278,6 +278,7 @@ class Stats(_message.Message):
     PIDS_FIELD_NUMBER: _builtins.int
     IO_FIELD_NUMBER: _builtins.int
     HUGETLB_FIELD_NUMBER: _builtins.int
+    IO_PRESSURE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     @_builtins.property
     def read_at(self) -> _timestamp_pb2.Timestamp: ...
@@ -291,6 +292,10 @@ class Stats(_message.Message):
     def io(self) -> _containers.RepeatedCompositeFieldContainer[Global___IoStats]: ...
     @_builtins.property
     def hugetlb(self) -> _containers.RepeatedCompositeFieldContainer[Global___HugetlbStats]: ...
+    @_builtins.property
+    def io_pressure(self) -> Global___Pressure:
+        """As that of CPU and memory."""
+
     def __init__(
         self,
         *,
@@ -301,10 +306,11 @@ class Stats(_message.Message):
         pids: Global___PidsStats | None = ...,
         io: _abc.Iterable[Global___IoStats] | None = ...,
         hugetlb: _abc.Iterable[Global___HugetlbStats] | None = ...,
+        io_pressure: Global___Pressure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cpu", b"cpu", "memory", b"memory", "pids", b"pids", "read_at", b"read_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cpu", b"cpu", "io_pressure", b"io_pressure", "memory", b"memory", "pids", b"pids", "read_at", b"read_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu", b"cpu", "hugetlb", b"hugetlb", "id", b"id", "io", b"io", "memory", b"memory", "pids", b"pids", "read_at", b"read_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu", b"cpu", "hugetlb", b"hugetlb", "id", b"id", "io", b"io", "io_pressure", b"io_pressure", "memory", b"memory", "pids", b"pids", "read_at", b"read_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -232,6 +232,7 @@ class Resources(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     RDMA_FIELD_NUMBER: _builtins.int
     UNIFIED_FIELD_NUMBER: _builtins.int
+    PRESSURE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def cpu(self) -> Global___CpuResources: ...
     @_builtins.property
@@ -254,6 +255,10 @@ class Resources(_message.Message):
     def unified(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Raw cgroup v2 keys, "memory.high" -> "10485760". Refused on v1."""
 
+    @_builtins.property
+    def pressure(self) -> Global___PressureTriggers:
+        """What pressure is an event, cgroup.pressure. Absent: none, or (in an update) as before; present without any: none."""
+
     def __init__(
         self,
         *,
@@ -265,14 +270,69 @@ class Resources(_message.Message):
         devices: _abc.Iterable[Global___DeviceRule] | None = ...,
         rdma: _abc.Mapping[_builtins.str, Global___RdmaLimit] | None = ...,
         unified: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        pressure: Global___PressureTriggers | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cpu", b"cpu", "io", b"io", "memory", b"memory", "pids", b"pids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cpu", b"cpu", "io", b"io", "memory", b"memory", "pids", b"pids", "pressure", b"pressure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu", b"cpu", "devices", b"devices", "hugetlb", b"hugetlb", "io", b"io", "memory", b"memory", "pids", b"pids", "rdma", b"rdma", "unified", b"unified"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu", b"cpu", "devices", b"devices", "hugetlb", b"hugetlb", "io", b"io", "memory", b"memory", "pids", b"pids", "pressure", b"pressure", "rdma", b"rdma", "unified", b"unified"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Resources: _TypeAlias = Resources  # noqa: Y015
+
+@_typing.final
+class PressureTriggers(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRIGGERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def triggers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PressureTrigger]: ...
+    def __init__(
+        self,
+        *,
+        triggers: _abc.Iterable[Global___PressureTrigger] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["triggers", b"triggers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PressureTriggers: _TypeAlias = PressureTriggers  # noqa: Y015
+
+@_typing.final
+class PressureTrigger(_message.Message):
+    """Source: kernel Documentation/accounting/psi.rst, "Monitoring for pressure thresholds"."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESOURCE_FIELD_NUMBER: _builtins.int
+    FULL_FIELD_NUMBER: _builtins.int
+    STALL_US_FIELD_NUMBER: _builtins.int
+    WINDOW_US_FIELD_NUMBER: _builtins.int
+    resource: _builtins.str
+    """"cpu", "memory" or "io"."""
+    full: _builtins.bool
+    """All processes wait at the same time, not just some."""
+    stall_us: _builtins.int
+    """So long, within the window."""
+    window_us: _builtins.int
+    """At most 10 s; a multiple of 2 s where the daemon lacks CAP_SYS_RESOURCE."""
+    def __init__(
+        self,
+        *,
+        resource: _builtins.str = ...,
+        full: _builtins.bool = ...,
+        stall_us: _builtins.int = ...,
+        window_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["full", b"full", "resource", b"resource", "stall_us", b"stall_us", "window_us", b"window_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PressureTrigger: _TypeAlias = PressureTrigger  # noqa: Y015
 
 @_typing.final
 class CpuResources(_message.Message):

@@ -8,6 +8,7 @@ from corral.kernel.cgroup.stats import Pressure
 
 CPU = "cpu.pressure"
 MEMORY = "memory.pressure"
+IO = "io.pressure"
 
 
 def read(path: str) -> Pressure | None:

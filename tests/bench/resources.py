@@ -1,0 +1,100 @@
+"""What cgroups cost: making and removing one, reading its counters, reading those of many once a second.
+
+And how long the engine takes to answer beside containers that take all they can get.
+"""
+
+import asyncio
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from peers import Peer
+from support.cgroups_leaf import connected
+from support.corrald import Corrald
+from support.hogs import run_hogs
+
+MEASURED = int(os.environ.get("CORRAL_BENCH_MEASURED", "500"))
+SECONDS = 10
+ROUNDS = 200
+BESIDE_HOGS = 50
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+def bench_resources(daemon: Corrald, peers: list[Peer]) -> None:
+    """All of the above."""
+    print("\ncgroups and statistics")
+    asyncio.run(_bench_cgroup(daemon))
+    _bench_statistics(daemon)
+    _bench_hogs(daemon)
+
+
+async def _bench_cgroup(daemon: Corrald) -> None:
+    async with connected(daemon) as leaf:
+        life, reading = [], []
+        for number in range(ROUNDS):
+            began = time.perf_counter()
+            await leaf.create("bench")
+            made = time.perf_counter()
+            await leaf.stats("bench")
+            read = time.perf_counter()
+            await leaf.delete("bench")
+            if number:
+                life.append(made - began + time.perf_counter() - read)
+                reading.append(read - made)
+    _figure("create + delete over gRPC", statistics.median(life) * 1000, "ms")
+    _figure("statistics of one over gRPC", statistics.median(reading) * 1000, "ms")
+
+
+def _bench_statistics(daemon: Corrald) -> None:
+    with daemon.client() as client:
+        made = [client.containers.run("busybox", ["sleep", "1000"], network="none").id for _ in range(MEASURED)]
+        try:
+            took = [_timed(lambda: list(client.containers.stats())) for _ in range(5)]
+            _figure(f"reading each of {MEASURED}", statistics.median(took) * 1000 / MEASURED, "ms")
+            began, cpu_s = time.monotonic(), _cpu_s(daemon)
+            for answer in client.containers.stats(interval_ms=1000):
+                assert len(answer.stats) == MEASURED
+                if time.monotonic() - began >= SECONDS:
+                    break
+            used = (_cpu_s(daemon) - cpu_s) / (time.monotonic() - began)
+            _figure(f"{MEASURED} once a second, of one core", used * 100, "%")
+        finally:
+            for container in made:
+                client.containers.remove(container, force=True)
+
+
+def _bench_hogs(daemon: Corrald) -> None:
+    """Each of them on half a CPU."""
+    with daemon.client() as client:
+        jobs: dict[str, Callable[[], object]] = {
+            "ps": lambda: daemon.corral("ps", check=True),
+            "list over gRPC": client.containers.list,
+        }
+        quiet = {name: [_timed(job) for _ in range(BESIDE_HOGS)] for name, job in jobs.items()}
+        with run_hogs(daemon):
+            time.sleep(3)
+            beside = {name: [_timed(job) for _ in range(BESIDE_HOGS)] for name, job in jobs.items()}
+    for name in jobs:
+        for where, samples in (("", quiet[name]), (" beside hogs", beside[name])):
+            _figure(f"{name}{where}", statistics.median(samples) * 1000, "ms", f"  worst {max(samples) * 1000:.1f}")
+
+
+def _timed(job: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    job()
+    return time.perf_counter() - began
+
+
+def _cpu_s(daemon: Corrald) -> float:
+    """CPU seconds of the daemon so far. Source: proc_pid_stat(5)."""
+    used = 0
+    for process in daemon.processes.values():
+        fields = Path(f"/proc/{process.pid}/stat").read_text("ascii").rpartition(")")[2].split()
+        used += int(fields[11]) + int(fields[12])
+    return used / TICKS_PER_S
+
+
+def _figure(what: str, value: float, unit: str, more: str = "") -> None:
+    print(f"  {what:<36} {value:9.2f} {unit:<3}{more}", flush=True)
