@@ -31,6 +31,7 @@ if [ -e "fail-$CNI_COMMAND" ]; then echo '{{"code": 11, "msg": "not today", "det
 case $CNI_COMMAND in
 ADD) echo "$CNI_NETNS" > "held-$CNI_CONTAINERID-$CNI_IFNAME"
     if [ -e garble ]; then echo hello; exit; fi
+    if [ -e answer ]; then cat answer; exit; fi
     echo '{{"cniVersion": "1.1.0", "ips": [{{"address": "192.0.2.9/24", "gateway": "192.0.2.1"}}]}}';;
 DEL) rm -f "held-$CNI_CONTAINERID-$CNI_IFNAME";;
 esac
@@ -65,7 +66,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lab, Stub]]
         program = programs / name
         program.write_text(STUB.format(directory=said))
         program.chmod(0o755)
-    with Lab(settings={"cni_bin_dirs": [str(programs), "/usr/lib/cni"]}) as lab:
+    confs = tmp_path_factory.mktemp("confs")
+    settings = {"cni_bin_dirs": [str(programs), "/usr/lib/cni"], "cni_conf_dirs": [str(confs / "none"), str(confs)]}
+    with Lab(settings=settings) as lab:
         yield lab, Stub(said)
 
 
@@ -84,6 +87,14 @@ def stub(made: tuple[Lab, Stub]) -> Iterator[Stub]:
 @pytest.fixture
 def plugins(lab: Lab) -> Path:
     return Path(lab.settings["cni_bin_dirs"][0])  # type: ignore[index]
+
+
+@pytest.fixture
+def confs(lab: Lab) -> Iterator[Path]:
+    directory = Path(lab.settings["cni_conf_dirs"][1])  # type: ignore[index]
+    yield directory
+    for path in directory.iterdir():
+        path.unlink()
 
 
 @contextlib.contextmanager
@@ -392,7 +403,7 @@ async def test_many_at_once_have_addresses_of_their_own(net: Calls, tmp_path: Pa
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [
-        ("", "needs its --cni-config"),
+        ("", "needs its --cni-config FILE, or the name of one that the host has in .*: none is called 'net' there"),
         ("{", "it is no JSON"),
         ("[]", "it is no JSON object"),
         ('{"cniVersion": "9.0.0", "type": "stub"}', "is not between"),
@@ -414,3 +425,55 @@ async def test_an_address_that_no_plugin_would_heed_is_refused(net: Calls, stub:
     with pytest.raises(InvalidArgument, match="names no capability 'ips'"):
         await net.attach("a", networks=[pb.NetworkAttachment(network="net", ipv4_address="192.0.2.7")])
     assert list(stub.directory.iterdir()) == []
+
+
+def answer(stub: Stub, dns: object) -> None:
+    said = {"cniVersion": "1.0.0", "ips": [{"address": "192.0.2.9/24"}], "dns": dns}
+    (stub.directory / "answer").write_text(json.dumps(said))
+
+
+async def test_name_servers_that_a_plugin_names_are_the_containers(lab: Lab, net: Calls, stub: Stub) -> None:
+    await make(net, {"type": "stub"})
+    answer(stub, {"nameservers": ["192.0.2.53"], "search": ["one.test", "two.test"], "options": ["ndots:3"]})
+    a = await net.attach("a", "net")
+    wanted = ["nameserver 192.0.2.53", "search one.test two.test", "options ndots:3"]
+    assert set(wanted) <= set(text(a.resolv_conf_path).splitlines())
+    lab.corrald.restart()
+    async with lab.calls() as again:
+        assert set(wanted) <= set(text((await again.get("a")).resolv_conf_path).splitlines())
+        b = await again.attach("b", "net", dns=pb.DnsOptions(servers=["198.51.100.53"]))
+        assert "nameserver 198.51.100.53" in text(b.resolv_conf_path)
+        assert "192.0.2.53" not in text(b.resolv_conf_path)
+
+
+async def test_name_servers_come_and_go_with_a_network_that_is_connected(net: Calls, stub: Stub) -> None:
+    await make(net, {"type": "stub"})
+    answer(stub, {"nameservers": ["192.0.2.53"], "domain": "here.test"})
+    a = await net.attach("a")
+    before = text(a.resolv_conf_path)
+    await net.endpoints.Connect(pb.ConnectRequest(endpoint_id="a", network=pb.NetworkAttachment(network="net")))
+    assert "nameserver 192.0.2.53\n" in text(a.resolv_conf_path)
+    assert "search here.test\n" in text(a.resolv_conf_path)
+    await net.endpoints.Disconnect(pb.DisconnectRequest(endpoint_id="a", network="net"))
+    assert text(a.resolv_conf_path) == before
+
+
+@pytest.mark.parametrize("dns", [{"nameservers": ["a\nb"]}, {"nameservers": [1]}, {"search": 5}, ["192.0.2.53"]])
+async def test_name_servers_that_are_none_are_refused(net: Calls, stub: Stub, dns: object) -> None:
+    await make(net, {"type": "stub"})
+    answer(stub, dns)
+    with pytest.raises(InvalidArgument, match="name servers that are none"):
+        await net.attach("a", "net")
+    assert stub.held() == []
+
+
+async def test_a_configuration_that_the_host_has_is_found_by_its_name(net: Calls, stub: Stub, confs: Path) -> None:
+    (confs / "05-broken.conf").write_text("{")
+    (confs / "10-other.conf").write_text('{"cniVersion": "1.0.0", "name": "other", "type": "stub"}')
+    (confs / "20-net.conflist").write_text('{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "stub"}]}')
+    (confs / "30-net.conf").write_text('{"cniVersion": "1.0.0", "name": "net", "type": "nothing-like-it"}')
+    (confs / "40-net.txt").write_text("{}")
+    await net.networks.Create(pb.CreateNetworkRequest(name="net", driver="cni"))
+    a = await net.attach("a", "net")
+    assert address(a) == "192.0.2.9"
+    assert stub.said("ADD")["name"] == "net"

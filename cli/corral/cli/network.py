@@ -33,7 +33,9 @@ network_command.add_command(network_prune_command)
 @click.option("--ipv6", is_flag=True, help="IPv6 too; its subnet is chosen where none is named")
 @click.option("--icc", type=bool, help="Whether its containers reach one another  [default: true]")
 @click.option("-o", "--opt", "options", multiple=True, help="KEY=VALUE, as docker's drivers have them")
-@click.option("--cni-config", type=click.File("r"), help="Of -d cni: file with its configuration (.conflist, .conf)")
+@click.option(
+    "--cni-config", type=click.File("r"), help="Of -d cni: file with its configuration; default /etc/cni/net.d has it"
+)
 @click.option("--label", "labels", multiple=True, help="KEY=VALUE")
 @click.argument("name")
 @pass_app

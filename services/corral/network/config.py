@@ -33,6 +33,8 @@ class NetworkConfig:
     mtu: int = 0
     # Where plugins of CNI are looked for, in order.
     cni_bin_dirs: Sequence[str] = ("/opt/cni/bin", "/usr/lib/cni", "/usr/libexec/cni")
+    # Where configurations of CNI networks are that the host has already, in order.
+    cni_conf_dirs: Sequence[str] = ("/etc/cni/net.d",)
     # Network namespaces kept ready.
     netns_pool_size: int = 8
     # The host's resolver configuration, and the one behind it where systemd-resolved listens on a loopback address.

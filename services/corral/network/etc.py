@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 
+from corral.network.cni import documents
 from corral.network.model import Dns, Endpoint, Mode
 from corral.rpc.errors import FailedPrecondition
 
@@ -167,11 +168,17 @@ def compose(endpoint: Endpoint, host: HostFiles, fallback: Sequence[str], own_re
     names = f"{hostname}.{request.domainname} {hostname}" if request.domainname else hostname
     held = [str(address) for interface in endpoint.interfaces for address, _ in interface.addresses] or ["127.0.0.1"]
     ipv6 = any(":" in address for address in held)
-    resolver = merged(choose_host_resolver(host, ipv6=ipv6), request.dns, fallback)
+    resolver = merged(merged(choose_host_resolver(host, ipv6=ipv6), _plugins_dns(endpoint)), request.dns, fallback)
     if own_resolver:
         options = resolver.options if any("ndots:" in one for one in resolver.options) else (*resolver.options, NDOTS)
         resolver = replace(resolver, servers=(own_resolver,), options=options)
     return EtcFiles(hosts_text([*((one, names) for one in held), *extra]), resolver.text(), f"{hostname}\n")
+
+
+def _plugins_dns(endpoint: Endpoint) -> Dns:
+    """What plugins of CNI say, of the first of its networks of which they do."""
+    said = (documents.dns_of(interface.cni_result) for interface in endpoint.interfaces)
+    return next((dns for dns in said if dns != Dns()), Dns())
 
 
 def upstream(endpoint: Endpoint, host: HostFiles, fallback: Sequence[str]) -> Sequence[str]:

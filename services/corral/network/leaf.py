@@ -75,7 +75,7 @@ class Leaf:
             BridgeDriver(self._firewall),
             SubLinkDriver(MACVLAN, self._pool),
             SubLinkDriver(IPVLAN, self._pool),
-            CniDriver(config.cni_bin_dirs),
+            CniDriver(config.cni_bin_dirs, config.cni_conf_dirs),
         )
         self._cni = CniAttachments(self.db, config.cni_bin_dirs, self._pool.path)
         held, prefix = Allocations(), host_prefix(config)

@@ -15,7 +15,7 @@ from functools import lru_cache
 from ipaddress import ip_interface
 
 from corral.network.ipam import Address
-from corral.network.model import Port, Range
+from corral.network.model import Dns, Port, Range
 from corral.rpc.errors import InvalidArgument
 
 type Json = bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None
@@ -151,6 +151,7 @@ def result_of(plugin: Plugin, output: bytes, previous: Json) -> Json:
         ) from e
     addresses(json.dumps(result))
     routed_versions(json.dumps(result))
+    dns_of(json.dumps(result))
     return result  # type: ignore[no-any-return]
 
 
@@ -179,6 +180,24 @@ def routed_versions(result: str) -> frozenset[int]:
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise InvalidArgument(f"a CNI plugin gave routes that are none: {e}", reason="BAD_CNI_RESULT") from e
     return frozenset(found)
+
+
+def dns_of(result: str) -> Dns:
+    """What a result says of name servers. Raises InvalidArgument for what is no result."""
+    try:
+        raw = (json.loads(result).get("dns") or {}) if result else {}
+        servers, search, options = (_words(raw.get(key) or []) for key in ("nameservers", "search", "options"))
+        return Dns(servers, search or _words([raw["domain"]] if raw.get("domain") else []), options)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InvalidArgument(f"a CNI plugin gave name servers that are none: {e}", reason="BAD_CNI_RESULT") from e
+
+
+def _words(values: Sequence[str]) -> tuple[str, ...]:
+    """Each a word of resolv.conf. Raises ValueError, TypeError."""
+    for value in values:
+        if not isinstance(value, str) or len(value.split()) != 1:
+            raise ValueError(f"{value!r} is no word")
+    return tuple(values)
 
 
 def complaint(output: bytes) -> str:

@@ -1,14 +1,15 @@
 """The driver cni: a network that plugins make for each container; on the host it is nothing of ours.
 
--o cni.config=JSON    the configuration, as the specification has it (`corral network create --cni-config FILE`)
+-o cni.config=JSON    the configuration, as the specification has it (`corral network create --cni-config FILE`);
+                      by default the one of the network's name that the host has in /etc/cni/net.d, as it is then
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from corral.network import network_options
-from corral.network.cni import documents, plugins
+from corral.network.cni import conf_dir, documents, plugins
 from corral.network.cni.documents import Configuration
 from corral.network.model import CNI_DRIVER, Network, NetworkSpec
 from corral.rpc.errors import InvalidArgument
@@ -34,6 +35,7 @@ class CniDriver:
     """See corral.network.driver."""
 
     directories: Sequence[str]
+    conf_dirs: Sequence[str] = ()
 
     @property
     def name(self) -> str:
@@ -42,7 +44,7 @@ class CniDriver:
     def check(self, spec: NetworkSpec) -> NetworkSpec:
         network_options.refuse_unknown(spec, CONFIG)
         if not spec.options.get(CONFIG):
-            raise InvalidArgument("a network of driver cni needs its --cni-config FILE", reason="BAD_OPTION")
+            spec = replace(spec, options={**spec.options, CONFIG: self._of_the_host(spec.name)})
         if spec.ranges or spec.mtu or spec.interface or spec.internal or spec.ipv6:
             raise InvalidArgument(
                 "a network of driver cni has what its configuration says: leave out subnets, MTU, --internal, --ipv6",
@@ -50,6 +52,16 @@ class CniDriver:
             )
         documents.parse(spec.options[CONFIG], spec.name)
         return spec
+
+    def _of_the_host(self, name: str) -> str:
+        found = conf_dir.find(name, self.conf_dirs)
+        if not found:
+            raise InvalidArgument(
+                "a network of driver cni needs its --cni-config FILE, or the name of one that the host has in"
+                f" {', '.join(self.conf_dirs)}: none is called {name!r} there",
+                reason="BAD_OPTION",
+            )
+        return found
 
     def prove(self, netlink: "Netlink", network: Network) -> None:
         """Its plugins are there."""
