@@ -323,6 +323,31 @@ async def test_garbage_is_what_no_network_of_that_name_has(lab: Lab, net: Calls,
     assert sorted(one["containerID"] for one in valid) == ["default-a", "other-b"]
 
 
+async def test_what_another_engine_of_the_host_has_is_not_collected(lab: Lab, net: Calls, stub: Stub) -> None:
+    await make(net, {"type": "stub"}, version="1.1.0")
+    names = lab.place.directory / "cni-names"
+    with Lab(settings={**lab.settings, "cni_names": str(names)}) as other:
+        async with other.calls() as calls:
+            await make(calls, {"type": "stub"}, version="1.1.0")
+            await calls.attach("b", "net")
+        other.corrald.stop()
+        lab.corrald.restart()
+        assert eventually(lambda: "network.cni_shared" in lab.corrald.log())
+        other.corrald.start()
+        async with other.calls() as calls:
+            assert eventually(lambda: "network.cni_shared" in other.corrald.log())
+            await calls.detach("b")
+            await calls.remove("net")
+        assert "GC" not in stub.calls()
+        async with other.calls() as calls:  # one whose database is gone has nothing any more
+            await make(calls, {"type": "stub"}, version="1.1.0")
+    lab.corrald.restart()
+    assert eventually(lambda: "GC" in stub.calls())
+    async with lab.calls() as again:
+        await again.remove("net")
+    assert len(list(names.glob("*/*"))) == 1  # of the one that is gone
+
+
 async def come_and_go(lab: Lab) -> None:
     async with lab.calls() as net:
         await net.attach("a", "net")
@@ -477,3 +502,4 @@ async def test_a_configuration_that_the_host_has_is_found_by_its_name(net: Calls
     a = await net.attach("a", "net")
     assert address(a) == "192.0.2.9"
     assert stub.said("ADD")["name"] == "net"
+    assert json.loads((await net.network("net")).options["cni.config"])["disableGC"] is True

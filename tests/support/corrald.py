@@ -98,6 +98,8 @@ class Place:
                 "nft_table": self.nft_table,
                 "subnet": f"{first}.{second}.0.0/20",
                 "pools": [f"{first}.{second}.128.0/17"],
+                "forward": "leave",  # the machine's own iptables is none of ours
+                "cni_names": f"{self.directory}/cni-names",
             },
         }
 

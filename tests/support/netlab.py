@@ -57,7 +57,14 @@ class Lab:
         for path in (self.host, self.outside):
             create_pinned(path)
         self._wire()
-        network = {"bridge": BRIDGE, "nft_table": TABLE, "subnet": SUBNET, "pools": POOLS, **self.settings}
+        network = {
+            "bridge": BRIDGE,
+            "nft_table": TABLE,
+            "subnet": SUBNET,
+            "pools": POOLS,
+            "forward": "accept",
+            **self.settings,
+        }
         command = (sys.executable, "-c", _PROGRAM, str(self.host))
         self.corrald = Corrald(services=("network",), command=command, place=self.place, settings={"network": network})
         self.corrald.start()

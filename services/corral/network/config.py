@@ -35,6 +35,8 @@ class NetworkConfig:
     cni_bin_dirs: Sequence[str] = ("/opt/cni/bin", "/usr/lib/cni", "/usr/libexec/cni")
     # Where configurations of CNI networks are that the host has already, in order.
     cni_conf_dirs: Sequence[str] = ("/etc/cni/net.d",)
+    # Where engines of this host tell one another the names of their CNI networks.
+    cni_names: Path = Path("/var/lib/cni/corral")
     # Network namespaces kept ready.
     netns_pool_size: int = 8
     # The host's resolver configuration, and the one behind it where systemd-resolved listens on a loopback address.

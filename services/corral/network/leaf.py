@@ -13,6 +13,7 @@ from corral.network.bridge import BridgeDriver
 from corral.network.checking import Checker
 from corral.network.cni.attachments import CniAttachments
 from corral.network.cni.driver import CniDriver
+from corral.network.cni.sharing import DATABASE, SharedNames
 from corral.network.config import NetworkConfig
 from corral.network.endpoints import Endpoints, is_half
 from corral.network.files import FileStore
@@ -59,7 +60,7 @@ class Leaf:
         netns = config.state / "netns"
         for directory in (config.root, config.root / "endpoints", netns):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.db = Database(config.root / "network.db", MIGRATIONS, durable=False, on_loop=True)
+        self.db = Database(config.root / DATABASE, MIGRATIONS, durable=False, on_loop=True)
         self._thread = NetlinkThread()
         boot_id = recovery.boot_id()
         self._firewall = Firewall(config.nft_table, _forward(config.forward))
@@ -71,13 +72,14 @@ class Leaf:
         )
         files = FileStore(config.root / "endpoints")
         self._pool = NetnsPool(netns, config.netns_pool_size, files)
+        names = SharedNames(config.cni_names, config.root)
         drivers = (
             BridgeDriver(self._firewall),
             SubLinkDriver(MACVLAN, self._pool),
             SubLinkDriver(IPVLAN, self._pool),
-            CniDriver(config.cni_bin_dirs, config.cni_conf_dirs),
+            CniDriver(config.cni_bin_dirs, config.cni_conf_dirs, names),
         )
-        self._cni = CniAttachments(self.db, config.cni_bin_dirs, self._pool.path)
+        self._cni = CniAttachments(self.db, config.cni_bin_dirs, self._pool.path, names)
         held, prefix = Allocations(), host_prefix(config)
         self.networks = Networks(config, self.db, self._thread, drivers, held, self._resolvers.stop)
         standing = self._standing = Standing(

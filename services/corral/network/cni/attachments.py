@@ -21,6 +21,7 @@ from corral.network.cni import documents, plugins, rows
 from corral.network.cni.documents import Configuration, Json
 from corral.network.cni.driver import configuration_of
 from corral.network.cni.plugins import Attached
+from corral.network.cni.sharing import SharedNames
 from corral.network.model import Attachment, Endpoint, Interface, Network
 from corral.network.pool import is_pinned
 from corral.rpc.errors import CorralError
@@ -35,7 +36,10 @@ AT_ONCE = 64
 class CniAttachments:
     """See the module. Callers hold the endpoint's lock."""
 
-    def __init__(self, db: Database, directories: Sequence[str], netns_path: Callable[[str], Path]) -> None:
+    def __init__(
+        self, db: Database, directories: Sequence[str], netns_path: Callable[[str], Path], names: SharedNames
+    ) -> None:
+        self._names = names
         self._db = db
         self._directories = directories
         self._netns_path = netns_path
@@ -123,11 +127,23 @@ class CniAttachments:
         """Have plugins forget what belongs to no container of ours (GC). What fails is logged."""
         for network in networks:
             configuration = configuration_of(network)
-            if configuration.has_status_and_gc and not configuration.disable_gc:
+            if self._may_collect(configuration):
                 async with contextlib.AsyncExitStack() as all_turns:
                     for _ in range(AT_ONCE):
                         await all_turns.enter_async_context(self._turns)
                     await self._collect(network, configuration)
+
+    def _may_collect(self, configuration: Configuration) -> bool:
+        if not configuration.has_status_and_gc or configuration.disable_gc:
+            return False
+        try:
+            others = self._names.others(configuration.name)
+        except OSError as e:
+            log.warning("network.cni_not_collected", name=configuration.name, error=str(e))
+            return False
+        if others:
+            log.info("network.cni_shared", name=configuration.name, engines=others)
+        return not others
 
     async def _collect(self, network: Network, configuration: Configuration) -> None:
         # Plugins know a network by its name, which those of several namespaces may have.

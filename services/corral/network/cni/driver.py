@@ -1,9 +1,11 @@
 """The driver cni: a network that plugins make for each container; on the host it is nothing of ours.
 
 -o cni.config=JSON    the configuration, as the specification has it (`corral network create --cni-config FILE`);
-                      by default the one of the network's name that the host has in /etc/cni/net.d, as it is then
+                      by default the one of the network's name that the host has in /etc/cni/net.d, as it is then;
+                      that is for other runtimes, too, so what plugins have of it is never collected
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -11,8 +13,10 @@ from typing import TYPE_CHECKING
 from corral.network import network_options
 from corral.network.cni import conf_dir, documents, plugins
 from corral.network.cni.documents import Configuration
+from corral.network.cni.sharing import SharedNames
 from corral.network.model import CNI_DRIVER, Network, NetworkSpec
 from corral.rpc.errors import InvalidArgument
+from corral.store import failpoint
 
 if TYPE_CHECKING:
     from corral.network.netlink import Netlink
@@ -35,7 +39,8 @@ class CniDriver:
     """See corral.network.driver."""
 
     directories: Sequence[str]
-    conf_dirs: Sequence[str] = ()
+    conf_dirs: Sequence[str]
+    names: SharedNames
 
     @property
     def name(self) -> str:
@@ -61,7 +66,7 @@ class CniDriver:
                 f" {', '.join(self.conf_dirs)}: none is called {name!r} there",
                 reason="BAD_OPTION",
             )
-        return found
+        return json.dumps({**json.loads(found), "disableGC": True})
 
     def prove(self, netlink: "Netlink", network: Network) -> None:
         """Its plugins are there."""
@@ -69,10 +74,13 @@ class CniDriver:
             plugins.find(plugin, self.directories)
 
     def build(self, netlink: "Netlink", network: Network) -> bool:
+        self.names.claim(configuration_of(network).name, network.id)
+        failpoint("network.build.after_claim")
         return False
 
     def stands(self, network: Network) -> bool:
         return True
 
     def remove(self, netlink: "Netlink", network: Network) -> None:
-        """There is nothing; what its plugins have made on the host, a bridge say, is theirs and may be shared."""
+        """What its plugins have made on the host, a bridge say, is theirs and may be shared."""
+        self.names.release(configuration_of(network).name, network.id)
