@@ -3,7 +3,9 @@
 import asyncio
 import os
 import signal
+import sqlite3
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from support.engine_fixtures import engine, loaded
 from support.requirements import needs
 
 from corral.api.engine.v1 import engine_pb2 as pb
+from corral.api.types.v1.types_pb2 import ExitStatus
+from corral.engine.records import Status
 from corral.rpc.errors import CorralError, FailedPrecondition
 
 __all__ = ["engine", "loaded"]
@@ -144,6 +148,17 @@ def play(daemon: Corrald, scene: Callable[[EngineClient], Awaitable[object]]) ->
     asyncio.run(act())
 
 
+async def _until_it_runs_anew(engine: EngineClient, name: str, pid_before: int) -> pb.Container:
+    """Its program, that is: a row may only tell of the intent."""
+
+    def is_anew(container: pb.Container) -> bool:
+        if container.status != pb.STATUS_RUNNING or container.pid == pid_before:
+            return False
+        return b"up" in Path(f"/proc/{container.pid}/cmdline").read_bytes()
+
+    return await _until(engine, name, is_anew)
+
+
 @pytest.mark.parametrize("split", [False, True])
 def test_policies_hold_over_kill_9_of_everything(start_daemon: Start, busybox_archive: Path, split: bool) -> None:
     daemon = start_daemon(split=split)
@@ -180,7 +195,13 @@ def test_policies_hold_over_kill_9_of_everything(start_daemon: Start, busybox_ar
 
 
 @pytest.mark.parametrize(
-    "point", ["engine.start.after_task", "engine.start.after_old_task", "engine.start.after_new_task"]
+    "point",
+    [
+        "engine.start.after_task",
+        "engine.start.after_old_task",
+        "engine.start.after_new_task",
+        "tasks.start.before_shim",
+    ],
 )
 def test_a_restart_that_was_killed_is_done_at_the_next_start(
     start_daemon: Start, busybox_archive: Path, point: str
@@ -195,7 +216,7 @@ def test_a_restart_that_was_killed_is_done_at_the_next_start(
         pid = (await engine.get("again")).pid
 
     async def after(engine: EngineClient) -> None:
-        found = await _until(engine, "again", lambda c: c.status == pb.STATUS_RUNNING and c.pid != pid)
+        found = await _until_it_runs_anew(engine, "again", pid)
         assert found.restart_count <= 2
         await engine.delete("again", force=True)
 
@@ -203,6 +224,92 @@ def test_a_restart_that_was_killed_is_done_at_the_next_start(
     daemon.restart_with({"CORRAL_FAILPOINTS": f"{point}=kill"})
     os.kill(pid, signal.SIGKILL)
     daemon.revive()
+    play(daemon, after)
+
+
+def test_a_restart_during_which_tasks_died_is_done_when_it_is_back(start_daemon: Start, busybox_archive: Path) -> None:
+    daemon = start_daemon(split=True)
+    asyncio.run(import_image(daemon, busybox_archive))
+    pid = 0
+
+    async def before(engine: EngineClient) -> None:
+        nonlocal pid
+        await engine.run_script(f"echo ready; {FOR_EVER}", name="again", restart=policy("always"))
+        pid = (await engine.get("again")).pid
+
+    async def after(engine: EngineClient) -> None:
+        await _until_it_runs_anew(engine, "again", pid)
+        await engine.delete("again", force=True)
+
+    play(daemon, before)
+    daemon.stop("tasks")
+    daemon.start("tasks", environment={"CORRAL_FAILPOINTS": "tasks.start.before_shim=kill"})
+    os.kill(pid, signal.SIGKILL)
+    daemon.revive()
+    play(daemon, after)
+
+
+@pytest.mark.parametrize("count", [1, 0], ids=["by-its-policy", "by-a-user"])
+def test_an_intent_to_start_that_the_engine_did_not_live_to_act_on(
+    start_daemon: Start, busybox_archive: Path, count: int
+) -> None:
+    """The policy's is acted on by the next one; a user's is taken back: its call has failed."""
+    daemon = start_daemon(split=False)
+    asyncio.run(import_image(daemon, busybox_archive))
+
+    async def before(engine: EngineClient) -> None:
+        await engine.create("sh", "-c", FOR_EVER, name="again")
+
+    async def after(engine: EngineClient) -> None:
+        if count:
+            await _until_it_runs_anew(engine, "again", 0)
+        assert (await engine.get("again")).status == (pb.STATUS_RUNNING if count else pb.STATUS_CREATED)
+        await engine.delete("again", force=True)
+
+    play(daemon, before)
+    daemon.kill9()
+    with closing(sqlite3.connect(daemon.root / "engine" / "engine.db")) as database, database:
+        row = (int(Status.RUNNING), count)
+        database.execute("UPDATE container SET status = ?, restart_count = ?, started_ns = created_ns", row)
+    daemon.start()
+    play(daemon, after)
+
+
+@pytest.mark.parametrize("runs_on", [True, False], ids=["runs-on", "has-ended"])
+def test_a_restart_that_the_engine_did_not_live_to_write_down_is_found(
+    start_daemon: Start, busybox_archive: Path, runs_on: bool
+) -> None:
+    """Its row tells of the end before."""
+    daemon = start_daemon(split=False)
+    asyncio.run(import_image(daemon, busybox_archive))
+    pid = 0
+
+    async def before(engine: EngineClient) -> None:
+        nonlocal pid
+        await engine.run_script(f"echo ready; {FOR_EVER}", name="again", network="bridge")
+        pid = (await engine.get("again")).pid
+
+    async def after(engine: EngineClient) -> None:
+        found = await engine.get("again")
+        topics = await engine.topics_of(found.id)
+        if runs_on:
+            assert (found.status, found.pid) == (pb.STATUS_RUNNING, pid)
+            assert found.endpoint.ByteSize()
+            assert await engine.exec("again", "true") == (0, b"")
+        else:
+            assert (found.status, found.exit.code) == (pb.STATUS_EXITED, 128 + signal.SIGKILL)
+        assert topics[-1] == ("container.started" if runs_on else "container.died")
+        await engine.delete("again", force=True)
+
+    play(daemon, before)
+    daemon.kill9()
+    if not runs_on:
+        os.kill(pid, signal.SIGKILL)
+    exit_before = ExitStatus(code=3, known=True).SerializeToString()
+    with closing(sqlite3.connect(daemon.root / "engine" / "engine.db")) as database, database:
+        row = (int(Status.EXITED), exit_before)
+        database.execute("UPDATE container SET status = ?, exit = ?, pid = 0, finished_ns = started_ns - 1", row)
+    daemon.start()
     play(daemon, after)
 
 

@@ -165,6 +165,8 @@ class Core:
     on_stays_ended: Callable[[ContainerRecord], None] = lambda _: None
     # Called with the record of a container that was just started.
     on_start: Callable[[ContainerRecord], None] = lambda _: None
+    # Called with the record of one that was made again by its policy, and then not started: somebody died.
+    on_cut_short: Callable[[ContainerRecord], None] = lambda _: None
     # As on_exit, for one that the daemon finds ended when it starts.
     on_found_ended: Callable[[ContainerRecord], None] = lambda _: None
 

@@ -76,7 +76,7 @@ class Lifecycle:
             if record.status is not Status.EXITED and not await self._lacks_task(record):
                 return record
             self._core.forget_backoff((named.namespace, named.id))
-            made = replace(await self._make_again(record), status=Status.CREATED)
+            made = replace(await self._make_again(record), status=Status.CREATED, restart_count=0)
             return await self._core.database.write(lambda tx: store.save_made_again(tx, made))
 
     async def _lacks_task(self, record: ContainerRecord) -> bool:
@@ -90,13 +90,17 @@ class Lifecycle:
         return False
 
     async def start_again(self, ended: ContainerRecord, is_wanted: Callable[[ContainerRecord], bool]) -> None:
-        """Start a container that ended as `ended` says, if nothing has happened to it since and it is still wanted."""
+        """Start a container that ended as `ended` says, or was made again then and not started, if nothing has happened
+        to it since and it is still wanted."""
         async with self._core.locks.of((ended.namespace, ended.id)):
             record = self._core.get(ended.namespace, ended.id)
             if record.finished_ns != ended.finished_ns:
                 return
             if not is_wanted(record):
                 self._core.on_stays_ended(record)
+                return
+            if record.status is Status.CREATED:  # somebody died in the middle of this
+                self._started(await self._run(record, by_user=False))
                 return
             counted = await self._core.database.write(lambda tx: store.count_restart(tx, record))
             self._started(await self._run(await self._make_again(counted), by_user=False))

@@ -2,7 +2,8 @@
 
 1. The end of tasks' journal is merged, so that exits that happened meanwhile are known as they were.
 2. Rows that say CREATING are undone, rows that say REMOVING are finished.
-3. Rows are compared with tasks and cgroups: an end nobody journalled, a start that did not happen, half a freeze.
+3. Rows are compared with tasks and cgroups: an end or a start nobody wrote down, a start that did not happen, half a
+   freeze.
 4. Endpoints are made what configs say, where networks or ports of one were being changed.
 5. What leaves keep for the engine, but no row describes, is removed.
 """
@@ -16,7 +17,7 @@ import structlog
 
 from corral.api.cgroups.v1.cgroups_pb2 import DeleteCgroupRequest, ListCgroupsRequest, ThawRequest
 from corral.api.images.v1.images_pb2 import ListSnapshotsRequest, RemoveSnapshotRequest
-from corral.api.network.v1.network_pb2 import DetachRequest, ListEndpointsRequest
+from corral.api.network.v1.network_pb2 import DetachRequest, Endpoint, GetEndpointRequest, ListEndpointsRequest
 from corral.api.tasks.v1 import tasks_pb2
 from corral.engine import pauses, store
 from corral.engine.core import Core, Key
@@ -26,6 +27,7 @@ from corral.engine.publishing import Publishing
 from corral.engine.records import ALIVE, ContainerRecord, Status, to_ns
 from corral.engine.removal import Removal
 from corral.engine.requests import OWNER
+from corral.engine.restarts import is_cut_short
 from corral.engine.secrets import sweep as sweep_secrets
 from corral.engine.volumes import sweep as sweep_volumes
 from corral.rpc.blocking import run_blocking
@@ -101,6 +103,9 @@ class Recovery:
             if now == record:  # nobody has done anything with it meanwhile
                 self._core.on_found_ended(now)
         self._found_ended = []
+        for record in self._records(Status.CREATED):
+            if is_cut_short(record):
+                self._core.on_cut_short(record)
 
     async def after_outage(self, origin: str) -> None:
         """A leaf was away and its journal is merged again: ask it what no event told. Raises Unavailable."""
@@ -163,8 +168,8 @@ class Recovery:
                     task = None
             if agree(now, task):
                 return
-            if now.status is Status.EXITED:
-                await self._undo_new_task(now, task)
+            if now.status is Status.EXITED and task is not None:
+                await self._settle_new_task(now, task)
             elif task is None:
                 log.warning("recovery.task_lost", container=now.id)
                 await self._core.record_lost(now, "its task was lost; the exit code is not known")
@@ -177,12 +182,38 @@ class Recovery:
                 log.info("recovery.not_started", container=now.id)
                 await self._core.database.write(lambda tx: store.set_status(tx, now.namespace, now.id, Status.CREATED))
 
-    async def _undo_new_task(self, record: ContainerRecord, task: tasks_pb2.Task | None) -> None:
-        """We died between the new task of an ended container and its start: a next start makes one."""
-        if task is not None and task.status == tasks_pb2.STATUS_CREATED:
-            log.info("recovery.not_started", container=record.id)
-            with in_namespace(record.namespace):
+    async def _settle_new_task(self, record: ContainerRecord, task: tasks_pb2.Task) -> None:
+        """We died on the way from the new task of an ended container to the row that tells of its start."""
+        with in_namespace(record.namespace):
+            if task.status == tasks_pb2.STATUS_CREATED:  # a next start makes one
+                log.info("recovery.not_started", container=record.id)
                 await self._core.leaves.tasks.Delete(tasks_pb2.DeleteTaskRequest(id=record.id, force=True))
+                return
+            endpoint = await self._endpoint(record.id)
+        log.info("recovery.was_started", container=record.id)
+        started = replace(
+            record,
+            status=Status.RUNNING,
+            pid=task.pid,
+            started_ns=to_ns(task.started_at),
+            finished_ns=0,
+            exit=None,
+            endpoint=endpoint,
+        )
+
+        def write(tx: Transaction) -> None:
+            store.save_started(tx, started, by_user=False)
+            store.announce_started(tx, started)
+
+        await self._core.database.write(write)
+        if task.status == tasks_pb2.STATUS_STOPPED:
+            await self._core.record_exit(started, task.exit)
+
+    async def _endpoint(self, id_: str) -> Endpoint | None:
+        try:
+            return await self._core.leaves.endpoints.Get(GetEndpointRequest(endpoint_id=id_))
+        except NotFound:
+            return None
 
     async def _compare_frozen(self) -> None:
         """A container is frozen if and only if its row says PAUSED; else we died between the two."""
@@ -290,7 +321,10 @@ def agree(record: ContainerRecord, task: tasks_pb2.Task | None) -> bool:
         return task is None or task.status == tasks_pb2.STATUS_CREATED
     if record.status in ALIVE:
         return task is not None and task.status == tasks_pb2.STATUS_RUNNING
-    return task is None or task.status == tasks_pb2.STATUS_STOPPED
+    if task is None:
+        return True
+    is_later_run = to_ns(task.started_at) > record.finished_ns != to_ns(task.exit.exited_at)
+    return task.status == tasks_pb2.STATUS_STOPPED and not is_later_run
 
 
 async def _each(records: Iterable[ContainerRecord], act: Callable[[ContainerRecord], Awaitable[None]]) -> None:

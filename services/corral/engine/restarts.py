@@ -3,7 +3,8 @@
     ended -> wanted by its policy? -> pause (core.backoffs; shown as "restarting") -> wanted still? -> new task, RUNNING
 
 A row says EXITED meanwhile, so a daemon that dies in the pause finds it so at its next start, and looks at the policy
-anew. What a user stops, kills or removes in the pause stays so. The pause and its limit are docker's.
+anew; one that dies between the intent to start (RUNNING) and the start finds a task that waits (CREATED), and goes on.
+What a user stops, kills or removes in the pause stays so. The pause and its limit are docker's.
 """
 
 import asyncio
@@ -31,6 +32,8 @@ def is_wanted(record: ContainerRecord, *, at_boot: bool = False) -> bool:
     at_boot: the daemon has just started; then `always` also means what a user had stopped.
     """
     policy = record.config.restart
+    if is_cut_short(record):
+        return not record.stopped_by_user or policy.mode == RestartPolicy.MODE_ALWAYS
     if record.status is not Status.EXITED or record.exit is None:
         return False
     match policy.mode:
@@ -42,6 +45,11 @@ def is_wanted(record: ContainerRecord, *, at_boot: bool = False) -> bool:
             tries_left = not policy.max_retries or record.restart_count < policy.max_retries
             return record.exit.code != 0 and not record.stopped_by_user and tries_left
     return False
+
+
+def is_cut_short(record: ContainerRecord) -> bool:
+    """Whether it was about to be started again, and is not. A user's start does not count."""
+    return record.status is Status.CREATED and record.restart_count > 0
 
 
 def next_pause_s(last_s: float, record: ContainerRecord) -> float:
@@ -74,6 +82,10 @@ class Restarts:
         self._core.backoffs[key] = self._core.background.spawn_endless(self._restart(record, pause_s, at_boot=at_boot))
         return True
 
+    def on_cut_short(self, record: ContainerRecord) -> None:
+        """One that is_cut_short() was found when the daemon started."""
+        self.on_exit(record, at_boot=True)
+
     async def _restart(self, record: ContainerRecord, pause_s: float, *, at_boot: bool) -> None:
         await asyncio.sleep(pause_s)
         key = (record.namespace, record.id)
@@ -87,5 +99,7 @@ class Restarts:
                 log.warning("container.restart_failed", container=record.id, error=str(e))
                 with suppress(NotFound):  # it was removed
                     now = self._core.get(*key)
-                    if now.finished_ns == record.finished_ns:  # else its new end was told of already
+                    if now.finished_ns == record.finished_ns or is_cut_short(
+                        now
+                    ):  # else its new end was told of already
                         self.on_exit(now, at_boot=at_boot)

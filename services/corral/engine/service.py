@@ -106,6 +106,7 @@ class EngineService:
 
         core.on_exit = act_on_exit
         core.on_stays_ended = ports.on_exit
+        core.on_cut_short = restarts.on_cut_short
         core.on_found_ended = lambda record: act_on_exit(record, at_boot=True)
         execs = Execs(core)
         checks = Checks(core, lifecycle, execs)

@@ -221,12 +221,12 @@ def save_started(tx: Transaction, record: ContainerRecord, *, by_user: bool) -> 
 
 
 def save_made_again(tx: Transaction, record: ContainerRecord) -> ContainerRecord:
-    """EXITED -> CREATED, with the new task; one that was CREATED gets another task."""
+    """EXITED -> CREATED, with the new task; one that was CREATED gets another task. No policy wants it started."""
     if (now := get(tx, record.namespace, record.id)).status is not Status.CREATED:
         check_move(now, Status.CREATED)
     tx.execute(
         "UPDATE container SET status = ?, pid = ?, endpoint = ?, cgroup_path = ?, log_path = ?, bundle = ?,"
-        " announced = 0 WHERE namespace = ? AND id = ?",
+        " announced = 0, restart_count = 0 WHERE namespace = ? AND id = ?",
         (
             Status.CREATED,
             record.pid,
