@@ -7,7 +7,15 @@ import pytest
 
 from corral.api.engine.v1 import engine_pb2 as pb
 from corral.api.network.v1.network_pb2 import NetworkAttachment
-from corral.api.types.v1.types_pb2 import CpuResources, IoDeviceLimit, IoResources, MemoryResources, Resources
+from corral.api.types.v1.types_pb2 import (
+    CpuResources,
+    HugetlbLimit,
+    IoDeviceLimit,
+    IoResources,
+    MemoryResources,
+    RdmaLimit,
+    Resources,
+)
 from corral.client.network_options import network_config
 from corral.client.options import container_config, update_request
 from corral.client.resource_options import resources
@@ -81,9 +89,35 @@ def test_resources() -> None:
     )
 
 
+def test_a_switch_that_is_off_is_a_value_and_one_that_is_not_given_is_none() -> None:
+    assert resources({"cpu_idle": False, "cpu_burst": 0, "oom_group": False, "oom_kill_disable": False}) == Resources(
+        cpu=CpuResources(idle=0, burst_us=0), memory=MemoryResources(oom_group=False, disable_oom_killer=False)
+    )
+    assert resources({"cpu_idle": True, "memory_high": "1m", "memory_min": "2k"}) == Resources(
+        cpu=CpuResources(idle=1), memory=MemoryResources(high_bytes=1 << 20, min_bytes=2048)
+    )
+
+
+def test_huge_pages_rdma_and_device_rules() -> None:
+    assert resources({"hugetlb": ["2MB=64m"], "rdma": ["mlx5_0=hca_handle=2,hca_object=100"]}) == Resources(
+        hugetlb=[HugetlbLimit(page_size="2MB", limit_bytes=64 << 20)],
+        rdma={"mlx5_0": RdmaLimit(hca_handles=2, hca_objects=100)},
+    )
+    found = container_config("x", device_cgroup_rules=["c 42:* rmw", "b 8:1 r", "a *:* m"]).device_rules
+    assert [(rule.type, rule.HasField("major"), rule.major, rule.HasField("minor"), rule.access) for rule in found] == [
+        ("c", True, 42, False, "rmw"), ("b", True, 8, True, "r"), ("a", False, 0, False, "m"),
+    ]  # fmt: skip
+    assert all(rule.allow for rule in found)
+    for text in ("c 42 rwm", "x 1:2 r", "c 1:2 x", ""):
+        with pytest.raises(ValueError, match="give a, b or c"):
+            container_config("x", device_cgroup_rules=[text])
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"hugetlb": ["2MB"]}, "2MB=64m"),
+        ({"rdma": ["mlx5_0=handles=1"]}, "hca_handle=2"),
         ({"device_read_bps": ["/dev/sda"]}, "give DEVICE:NUMBER"),
         ({"device_read_iops": ["/dev/sda:1m"]}, "give DEVICE:NUMBER"),
         ({"device_read_bps": ["/dev/nowhere:1"]}, "/dev/nowhere: No such file"),

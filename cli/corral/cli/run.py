@@ -25,9 +25,16 @@ CHANGEABLE: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("-m", "--memory"), "Memory limit, such as 64m", {"default": ""}),
     (("--memory-swap",), "Memory plus swap; -1 for no limit", {"default": ""}),
     (("--memory-reservation",), "Soft memory limit", {"default": ""}),
+    (("--memory-high",), "Above it the kernel slows it down; cgroup v2 only", {"default": ""}),
+    (("--memory-min",), "Memory that nobody takes away; cgroup v2 only", {"default": ""}),
+    (("--memory-swappiness",), "0 to 100; cgroup v1 only", {"type": click.IntRange(0, 100), "default": None}),
+    (("--oom-kill-disable/--no-oom-kill-disable",), "Sleep, not be killed; cgroup v1 only", {"default": None}),
+    (("--oom-group/--no-oom-group",), "An OOM kills all of its processes; cgroup v2 only", {"default": None}),
     (("--cpus",), "CPUs, such as 1.5", {"type": float, "default": 0.0}),
     (("--cpu-period",), "Period of the CPU quota, in microseconds", {"type": int, "default": 0}),
     (("--cpu-quota",), "CPU time in each period, in microseconds; -1 for no limit", {"type": int, "default": 0}),
+    (("--cpu-burst",), "Time saved up for use above the quota, in microseconds", {"type": int, "default": None}),
+    (("--cpu-idle/--no-cpu-idle",), "Run when nobody else wants to", {"default": None}),
     (("--cpu-rt-period",), "The same of real-time scheduling", {"type": int, "default": 0}),
     (("--cpu-rt-runtime",), "The same of real-time scheduling", {"type": int, "default": 0}),
     (("-c", "--cpu-shares"), "Relative weight, default 1024", {"type": int, "default": 0}),
@@ -40,6 +47,8 @@ CHANGEABLE: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--device-write-bps",), "Most bytes written per second, /dev/x:10m", _MANY),
     (("--device-read-iops",), "Most reads per second, /dev/x:100", _MANY),
     (("--device-write-iops",), "Most writes per second, /dev/x:100", _MANY),
+    (("--hugetlb",), "Most huge pages, 2MB=64m", _MANY),
+    (("--rdma",), "Most of an RDMA device, mlx5_0=hca_handle=2,hca_object=100", _MANY),
     (("--pressure",), "Event when its processes wait, memory:some:150ms/2s; cpu, memory or io, some or full", _MANY),
     (("--cgroup-conf",), "Raw key of cgroup v2, memory.high=64M", _MANY),
     (
@@ -67,8 +76,6 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--secret", "secrets"), "Secret, NAME[,target=…,uid=…,gid=…,mode=…,type=mount|env]", _MANY),
     (("--read-only",), "Root file system read-only", {"is_flag": True}),
     *CHANGEABLE,
-    (("--memory-swappiness",), "0 to 100; cgroup v1 only", {"type": click.IntRange(0, 100), "default": None}),
-    (("--oom-kill-disable",), "Sleep instead of being killed; cgroup v1 only", {"is_flag": True}),
     (("--oom-score-adj",), "Whom the kernel kills first, -1000 to 1000", {"type": int, "default": None}),
     (("--network", "--net", "network"), f"bridge, host, none, container:ID or {_NETWORKS}", _MANY),
     (("--network-alias", "network_aliases"), "Further name in the network", _MANY),
@@ -87,6 +94,11 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--security-opt", "security"), "seccomp=unconfined|FILE, no-new-privileges[=false]", _MANY),
     (("--sysctl", "sysctls"), "Kernel parameter of the container's namespaces, NAME=VALUE", _MANY),
     (("--ulimit", "ulimits"), "Resource limit, NAME=SOFT[:HARD]", _MANY),
+    (
+        ("--device-cgroup-rule", "device_cgroup_rules"),
+        "Devices that may be used besides, where there is a node, 'c 42:* rmw'",
+        _MANY,
+    ),
     (("--device", "devices"), "Host device, /dev/x[:/dev/y[:rwm]]", _MANY),
     (("--shm-size",), "Size of /dev/shm, default 64m", {"default": ""}),
     (("--storage-opt", "storage_options"), "size=10g: no more than that is written in it", _MANY),
@@ -111,7 +123,11 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--log-opt", "log_options"), "Log option, such as max-size=16m or tag={{.Name}}", _MANY),
 )
 _PAIRS = ("labels", "sysctls", "log_options", "cgroup_conf")
-_MAY_BE_ZERO = ("stop_timeout_s", "memory_swappiness", "oom_score_adj")
+MAY_BE_ZERO = (
+    *("stop_timeout_s", "memory_swappiness", "oom_score_adj", "cpu_burst"),
+    *("cpu_idle", "oom_group", "oom_kill_disable"),
+)
+"""Not given is None."""
 
 
 def _container_options[F: Callable[..., object]](function: F) -> F:
@@ -303,7 +319,7 @@ def _options_from_flags(flags: dict[str, Any]) -> "ContainerOptions":
     options: ContainerOptions = {
         k: v for k, v in flags.items() if v not in (None, (), {}, [], 0, False) or k == "entrypoint"
     }  # type: ignore[assignment]
-    options.update({key: flags[key] for key in _MAY_BE_ZERO if flags[key] is not None})  # type: ignore[typeddict-item]
+    options.update({key: flags[key] for key in MAY_BE_ZERO if flags[key] is not None})  # type: ignore[typeddict-item]
     for key in ("memory", "memory_swap", "memory_reservation", "shm_size", *("user", "hostname")):
         if options.get(key) == "":
             del options[key]  # type: ignore[misc]

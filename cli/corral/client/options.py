@@ -14,7 +14,7 @@ from corral.api.types.v1 import types_pb2
 from corral.client.log_options import log_options
 from corral.client.network_options import NetworkOptions, network_config, rates_bps
 from corral.client.quantities import duration_s, size_bytes
-from corral.client.resource_options import ResourceOptions, resources
+from corral.client.resource_options import ResourceOptions, device_rule, resources
 from corral.client.secret_options import secret_mount
 
 _PROPAGATIONS = frozenset({"rprivate", "private", "rshared", "shared", "rslave", "slave"})
@@ -66,6 +66,7 @@ class ContainerOptions(ResourceOptions, NetworkOptions, total=False):
     sysctls: Mapping[str, str]
     ulimits: Sequence[str]  # "nofile=1024:2048"
     devices: Sequence[str]
+    device_cgroup_rules: Sequence[str]  # "c 42:* rmw": accesses besides, to what is made inside
     shm_size: int | str
     # "size=10g": no more than that is written in the container's own tree.
     storage_options: Iterable[str]
@@ -128,6 +129,7 @@ def container_config(image: str, args: Sequence[str] = (), **options: object) ->
         privileged=o.get("privileged", False),
         sysctls=o.get("sysctls", {}),
         devices=o.get("devices", ()),
+        device_rules=[device_rule(r) for r in o.get("device_cgroup_rules", ())],
         pid_mode=o.get("pid", ""),
         ipc_mode=o.get("ipc", ""),
         uts_mode=o.get("uts", ""),

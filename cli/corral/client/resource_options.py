@@ -1,6 +1,7 @@
 """The limits of a container, from the words people use: "64m", 1.5 CPUs, "/dev/sda:10m"."""
 
 import os
+import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
@@ -17,11 +18,16 @@ class ResourceOptions(TypedDict, total=False):
     memory: int | str  # bytes, or "64m"
     memory_swap: int | str  # memory plus swap; "-1" no bound
     memory_reservation: int | str
+    memory_high: int | str  # cgroup v2 only, as the next two are
+    memory_min: int | str
+    oom_group: bool  # an OOM kills all of its processes
     memory_swappiness: int  # 0 to 100, cgroup v1 only
     oom_kill_disable: bool  # cgroup v1 only
     cpus: float
     cpu_period: int  # microseconds
     cpu_quota: int
+    cpu_burst: int
+    cpu_idle: bool  # it runs when nobody else wants to
     cpu_rt_period: int
     cpu_rt_runtime: int
     cpu_shares: int
@@ -34,6 +40,8 @@ class ResourceOptions(TypedDict, total=False):
     device_write_bps: Sequence[str]
     device_read_iops: Sequence[str]  # "/dev/sda:100"
     device_write_iops: Sequence[str]
+    hugetlb: Sequence[str]  # "2MB=64m"
+    rdma: Sequence[str]  # "mlx5_0=hca_handle=2,hca_object=100"
     cgroup_conf: Mapping[str, str]  # raw keys of cgroup v2, {"memory.high": "64M"}
     pressure: Sequence[str]  # events, "memory:some:150ms/2s"; "none" for none any more
 
@@ -47,6 +55,14 @@ def resources(o: ResourceOptions) -> types_pb2.Resources | None:
         found.pids.limit = limit
     _io(found.io, o)
     found.unified.update(o.get("cgroup_conf", {}))
+    for text in o.get("hugetlb", ()):
+        page_size, _, size = text.partition("=")
+        if not size:
+            raise ValueError(f"hugetlb {text!r} is not understood: give the size of pages and a limit, 2MB=64m")
+        found.hugetlb.add(page_size=page_size, limit_bytes=size_bytes(size))
+    for text in o.get("rdma", ()):
+        device, _, limits = text.partition("=")
+        found.rdma[device].CopyFrom(_rdma(text, limits))
     if texts := o.get("pressure"):
         found.pressure.SetInParent()
         found.pressure.triggers.extend(_trigger(text) for text in texts if text != "none")
@@ -66,6 +82,27 @@ def _trigger(text: str) -> types_pb2.PressureTrigger:
         raise ValueError(f"pressure {text!r} is not understood: give memory:some:150ms/2s, or none") from e
 
 
+def _rdma(text: str, limits: str) -> types_pb2.RdmaLimit:
+    fields = {"hca_handle": "hca_handles", "hca_object": "hca_objects"}
+    try:
+        pairs = (part.split("=") for part in limits.split(","))
+        return types_pb2.RdmaLimit(**{fields[key]: int(value) for key, value in pairs})
+    except (ValueError, KeyError) as e:
+        raise ValueError(f"rdma {text!r} is not understood: give DEVICE=hca_handle=2,hca_object=100") from e
+
+
+_DEVICE_RULE = re.compile(r"(?P<type>[abc])\s+(?P<major>\d+|\*):(?P<minor>\d+|\*)\s+(?P<access>[rwm]{1,3})")
+
+
+def device_rule(text: str) -> types_pb2.DeviceRule:
+    """ "c 42:* rmw", which allows that. Raises ValueError."""
+    found = _DEVICE_RULE.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(f"device rule {text!r} is not understood: give a, b or c, numbers and access, 'c 42:* rmw'")
+    numbers = {part: int(found[part]) for part in ("major", "minor") if found[part] != "*"}
+    return types_pb2.DeviceRule(allow=True, type=found["type"], access=found["access"], **numbers)
+
+
 def _memory(memory: types_pb2.MemoryResources, o: ResourceOptions) -> None:
     if limit := o.get("memory"):
         memory.limit_bytes = size_bytes(limit)
@@ -75,8 +112,14 @@ def _memory(memory: types_pb2.MemoryResources, o: ResourceOptions) -> None:
         memory.reservation_bytes = size_bytes(reservation)
     if (swappiness := o.get("memory_swappiness", -1)) >= 0:
         memory.swappiness = swappiness
-    if o.get("oom_kill_disable"):
-        memory.disable_oom_killer = True
+    if (disabled := o.get("oom_kill_disable")) is not None:
+        memory.disable_oom_killer = disabled
+    if high := o.get("memory_high"):
+        memory.high_bytes = size_bytes(high)
+    if least := o.get("memory_min"):
+        memory.min_bytes = size_bytes(least)
+    if (group := o.get("oom_group")) is not None:
+        memory.oom_group = group
 
 
 def _cpu(cpu: types_pb2.CpuResources, o: ResourceOptions) -> None:
@@ -91,6 +134,10 @@ def _cpu(cpu: types_pb2.CpuResources, o: ResourceOptions) -> None:
         cpu.period_us = period
     if quota := o.get("cpu_quota"):
         cpu.quota_us = quota
+    if (burst := o.get("cpu_burst")) is not None:
+        cpu.burst_us = burst
+    if (idle := o.get("cpu_idle")) is not None:
+        cpu.idle = int(idle)
     if period := o.get("cpu_rt_period"):
         cpu.realtime_period_us = period
     if runtime := o.get("cpu_rt_runtime"):

@@ -47,6 +47,7 @@ def cgroup(
     )
     if not request.resources.devices:
         request.resources.devices.extend(devices)
+        request.resources.devices.extend(config.device_rules)
     return request
 
 
