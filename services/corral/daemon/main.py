@@ -93,6 +93,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> None:
         name: settings.service_config(name, table.TABLE[name], config, known, root=daemon.root, state=daemon.state)
         for name in names
     }
+    for name, c in configs.items():
+        table.TABLE[name].require_known(c.root / f"{name}.db")
     if options.check:
         for name in names:
             table.TABLE[name].service_class()

@@ -4,18 +4,22 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from corral.rpc.errors import InvalidArgument
 from corral.rpc.service import Service
+from corral.store.schema import require_known
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a service and its settings are, as `module:class`."""
+    """Where a service, its settings and the schema of its database are, as `module:name`."""
 
     service: str
     config: str
+    migrations: str = ""
+    """None without a database."""
 
     def service_class(self) -> type[Service]:
         """Imports the service. Raises ImportError."""
@@ -27,6 +31,11 @@ class Entry:
         found: type[Any] = _resolve(self.config)
         return found
 
+    def require_known(self, database: Path) -> None:
+        """Raises ValueError if a newer corral wrote the database. Imports the store. Raises ImportError, OSError."""
+        if self.migrations:
+            require_known(database, len(_resolve(self.migrations)))
+
 
 def _resolve(where: str) -> Any:
     module, _, name = where.partition(":")
@@ -35,11 +44,25 @@ def _resolve(where: str) -> Any:
 
 # In the order in which they start: leaves, then the composers that call them.
 TABLE: dict[str, Entry] = {
-    "images": Entry("corral.images.service:ImagesService", "corral.images.config:ImagesConfig"),
-    "cgroups": Entry("corral.cgroups.service:CgroupsService", "corral.cgroups.config:CgroupsConfig"),
-    "network": Entry("corral.network.service:NetworkService", "corral.network.config:NetworkConfig"),
-    "tasks": Entry("corral.tasks.service:TasksService", "corral.tasks.config:TasksConfig"),
-    "engine": Entry("corral.engine.service:EngineService", "corral.engine.config:EngineConfig"),
+    "images": Entry(
+        "corral.images.service:ImagesService", "corral.images.config:ImagesConfig", "corral.images.store:MIGRATIONS"
+    ),
+    "cgroups": Entry(
+        "corral.cgroups.service:CgroupsService",
+        "corral.cgroups.config:CgroupsConfig",
+        "corral.cgroups.store:MIGRATIONS",
+    ),
+    "network": Entry(
+        "corral.network.service:NetworkService",
+        "corral.network.config:NetworkConfig",
+        "corral.network.store:MIGRATIONS",
+    ),
+    "tasks": Entry(
+        "corral.tasks.service:TasksService", "corral.tasks.config:TasksConfig", "corral.tasks.store:MIGRATIONS"
+    ),
+    "engine": Entry(
+        "corral.engine.service:EngineService", "corral.engine.config:EngineConfig", "corral.engine.store:MIGRATIONS"
+    ),
 }
 
 

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Self
 
 from corral.kernel.failpoint import failpoint
 from corral.store.journal import (
-    BASE_SCHEMA,
     GATHER_S,
     JSON,
     Event,
@@ -41,7 +40,8 @@ from corral.store.journal import (
     prune,
 )
 from corral.store.pending import Pending
-from corral.store.sql import ConstraintError, Duplicate, Referenced, Row, SqlValue, execute, opened, translated
+from corral.store.schema import migrate
+from corral.store.sql import ConstraintError, Duplicate, Referenced, Row, SqlValue, execute, opened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -380,22 +380,3 @@ class Database:
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-
-
-def migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[str]) -> None:
-    """Run the migrations the file has not seen, each in a transaction of its own with its number."""
-    [(version,)] = connection.execute("PRAGMA user_version").fetchall()
-    if version > len(migrations):
-        raise ValueError(
-            f"{path} has schema version {version}, this corral knows {len(migrations)}:"
-            " a newer corral wrote it; install that one"
-        )
-    with translated():
-        connection.executescript(BASE_SCHEMA)
-        for number, script in enumerate(migrations[version:], start=version + 1):
-            try:
-                connection.executescript(f"BEGIN IMMEDIATE;\n{script};\nPRAGMA user_version = {number};\nCOMMIT;")
-            except sqlite3.Error:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
