@@ -69,6 +69,17 @@ def test_counters_of_a_container_grow_with_what_it_does(box: Corrald, port: int)
         client.containers.remove("spinning", force=True)
 
 
+def test_interfaces_are_counted_each_by_its_name(box: Corrald, port: int) -> None:
+    with box.client() as client:
+        made = client.containers.run("busybox", ["sleep", "100"], name="talks")
+        gateway = made.endpoint.interfaces[0].ipv4_gateway
+        before = value(port, "network_transmit_packets_total", "talks", interface="eth0")
+        assert client.containers.exec(made.id, ["ping", "-c", "3", "-i", "0.1", gateway]).code == 0
+        assert value(port, "network_transmit_packets_total", "talks", interface="eth0") >= before + 3
+        assert value(port, "network_receive_bytes_total", "talks", interface="eth0") >= 3 * 84
+        client.containers.remove("talks", force=True)
+
+
 def test_labels_tell_whose_and_limits_are_those_asked_for(box: Corrald, port: int) -> None:
     with box.client() as client, box.client("other") as other:
         made = client.containers.run(

@@ -3,7 +3,7 @@
 The kernel shows it for the network namespace of any process, so nobody has to enter one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from corral.api.engine.v1.engine_pb2 import InterfaceStats
@@ -13,22 +13,19 @@ from corral.engine.records import ContainerRecord
 _OWN = frozenset(AttachRequest.Mode.Value(f"MODE_{mode}") for mode in ("NETWORKS", "PATH"))
 
 
-def has_interfaces(record: ContainerRecord) -> bool:
-    """Whether there may be any that are not the host's, or another container's."""
-    return record.endpoint is not None and bool(record.pid) and record.endpoint.mode in _OWN
-
-
-def counters(pid: int, netns_path: str) -> list[InterfaceStats]:
-    """All but the loopback's, by name; none if the process has ended. Blocking."""
-    directory = Path("/proc", str(pid))
+def of(record: ContainerRecord) -> Sequence[InterfaceStats]:
+    """All but the loopback's; none that are the host's or another container's, or of one that has ended. Blocking."""
+    if record.endpoint is None or not record.pid or record.endpoint.mode not in _OWN:
+        return ()
+    directory = Path("/proc", str(record.pid))
     try:
         text = (directory / "net/dev").read_text("ascii", "replace")
         # Only now: the pid may have become another's.
-        if not (directory / "ns/net").samefile(netns_path):
-            return []
+        if not (directory / "ns/net").samefile(record.endpoint.netns_path):
+            return ()
     except OSError:
-        return []
-    return list(_parsed(text))
+        return ()
+    return tuple(_parsed(text))
 
 
 def _parsed(text: str) -> Iterator[InterfaceStats]:

@@ -15,9 +15,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from corral.api.cgroups.v1 import cgroups_pb2
-from corral.engine import store
+from corral.api.engine.v1.engine_pb2 import InterfaceStats
+from corral.engine import interfaces, store
 from corral.engine.core import Core
 from corral.engine.records import ALIVE, ContainerRecord, Status
+from corral.rpc.blocking import run_blocking
 from corral.rpc.context import in_namespace
 from corral.rpc.errors import FailedPrecondition, InvalidArgument
 
@@ -35,6 +37,7 @@ class Reading:
 
     record: ContainerRecord
     stats: cgroups_pb2.Stats
+    interfaces: Sequence[InterfaceStats] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -108,6 +111,20 @@ COUNTERS_BY: tuple[tuple[str, str, tuple[str, ...], _Values], ...] = (
 )
 
 
+type _Traffic = Callable[[InterfaceStats], int]
+
+TRAFFIC: tuple[tuple[str, str, _Traffic], ...] = (
+    ("network_receive_bytes", "Received by an interface", lambda i: i.rx_bytes),
+    ("network_receive_packets", "Packets received", lambda i: i.rx_packets),
+    ("network_receive_errors", "Packets received damaged", lambda i: i.rx_errors),
+    ("network_receive_dropped", "Packets received and dropped", lambda i: i.rx_dropped),
+    ("network_transmit_bytes", "Sent by an interface", lambda i: i.tx_bytes),
+    ("network_transmit_packets", "Packets sent", lambda i: i.tx_packets),
+    ("network_transmit_errors", "Packets that could not be sent", lambda i: i.tx_errors),
+    ("network_transmit_dropped", "Packets dropped before they were sent", lambda i: i.tx_dropped),
+)
+
+
 def families(readings: Readings) -> Iterator[Metric]:
     """All metrics of one moment."""
     counts = GaugeMetricFamily("corral_containers", "Containers by status", labels=("namespace", "status"))
@@ -127,6 +144,12 @@ def families(readings: Readings) -> Iterator[Metric]:
         for reading in readings.running:
             for further, amount in values(reading.stats):
                 family.add_metric((*reading.labels, *further), amount)
+        yield family
+    for name, help_, traffic in TRAFFIC:
+        family = _counter(name, help_, "interface")
+        for reading in readings.running:
+            for interface in reading.interfaces:
+                family.add_metric((*reading.labels, interface.name), traffic(interface))
         yield family
 
 
@@ -157,9 +180,14 @@ async def read(core: Core) -> Readings:
         with in_namespace(namespace):
             # Of all, not of those that are wanted: one that has just gone is no error then.
             async for answer in core.leaves.cgroups.Stats(cgroups_pb2.StatsRequest()):
-                running += [Reading(wanted[stats.id], stats) for stats in answer.stats if stats.id in wanted]
+                read = [(wanted[stats.id], stats) for stats in answer.stats if stats.id in wanted]
+                running += await run_blocking(_with_interfaces, read)
                 break
     return Readings(running, [(*key, count) for key, count in sorted(counts.items())])
+
+
+def _with_interfaces(read: Iterable[tuple[ContainerRecord, cgroups_pb2.Stats]]) -> list[Reading]:
+    return [Reading(record, stats, interfaces.of(record)) for record, stats in read]
 
 
 class Exporter(Collector):

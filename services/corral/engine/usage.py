@@ -78,8 +78,7 @@ class Usage:
 
 def _add_interfaces(readings: Iterable[ContainerStats], records: Mapping[str, ContainerRecord]) -> None:
     for reading in readings:
-        if interfaces.has_interfaces(record := records[reading.id]) and record.endpoint is not None:
-            reading.interfaces.extend(interfaces.counters(record.pid, record.endpoint.netns_path))
+        reading.interfaces.extend(interfaces.of(records[reading.id]))
 
 
 def _processes(pids: Sequence[int]) -> list[Process]:
