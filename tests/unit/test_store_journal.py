@@ -1,6 +1,7 @@
 import asyncio
 import enum
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -240,3 +241,79 @@ async def test_following_ends_when_the_database_closes(tmp_path: Path):
     await asyncio.sleep(0.05)
     db.close()
     assert await asyncio.wait_for(follower, 5) == []
+
+
+# A loss of power
+
+
+def cut_power(path: Path, after: Callable[[], object]) -> None:
+    """What `after` has written is gone, as if the disk had never heard of it."""
+    kept = {each: each.read_bytes() for each in path.parent.glob(f"{path.name}*")}
+    after()
+    for each in path.parent.glob(f"{path.name}*"):
+        each.unlink()
+    for each, content in kept.items():
+        each.write_bytes(content)
+
+
+@pytest.fixture
+def boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    def begin(name: str) -> None:
+        (tmp_path / "boot_id").write_text(name)
+
+    monkeypatch.setattr("corral.store.boots.BOOT_ID", tmp_path / "boot_id")
+    begin("one")
+    return begin
+
+
+@pytest.mark.parametrize("namespace", [None, "default"])
+async def test_who_was_told_of_events_that_a_loss_of_power_took_misses_none_that_come(
+    tmp_path: Path, boot: Callable[[str], None], namespace: str | None
+) -> None:
+    path = tmp_path / "d" / "x.db"
+    path.parent.mkdir()
+    told: list[Event] = []
+    db = Database(path, [], durable=False)
+    add(db, "kept")
+    cut_power(path, lambda: (add(db, "lost"), add(db, "lost, too"), db.close()))
+    boot("two")
+    with Database(path, [], durable=False) as db:
+        add(db, "new")
+        for cursor, before in ((0, ["kept"]), (1, []), (3, [])):
+            events = await take(db, len(before) + 2, after=cursor, namespace=namespace)
+            assert [event.subject for event in events] == [*before, "", "new"]
+            gap, new = events[-2:]
+            assert (gap.is_gap, new.seq) == (True, gap.seq + 1)
+            assert new.seq > 3
+        told = [page async for page in db.journal.pages(0, namespace=namespace, until_now=True)]
+    assert [[event.subject for event in page] for page in told] == [["kept"], ["", "new"]]
+
+
+@pytest.mark.parametrize("end", ["closed, and another boot", "killed in this boot"])
+async def test_there_is_no_gap_where_nothing_can_be_lost(tmp_path: Path, boot: Callable[[str], None], end: str) -> None:
+    path = tmp_path / "d" / "x.db"
+    path.parent.mkdir()
+    db = Database(path, [], durable=False)
+    add(db, "kept")
+    if end == "killed in this boot":
+        cut_power(path, db.close)
+    else:
+        db.close()
+        boot("two")
+    with Database(path, [], durable=False) as db:
+        assert add(db, "new") == 2
+        assert [event.subject for event in await take(db, 2)] == ["kept", "new"]
+
+
+async def test_pruning_counts_events_and_not_their_numbers(tmp_path: Path, boot: Callable[[str], None]) -> None:
+    path = tmp_path / "d" / "x.db"
+    path.parent.mkdir()
+    db = Database(path, [], durable=False)
+    add(db, "kept")
+    cut_power(path, db.close)
+    boot("two")
+    with Database(path, [], durable=False, journal_keep=Retention(events=10)) as db:
+        for n in range(5):
+            add(db, str(n))
+        db.prune_journal(Retention(events=10))
+        assert [event.subject for event in await take(db, 7)] == ["kept", "", *"01234"]

@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from corral.kernel.failpoint import failpoint
+from corral.store.boots import mark_closed, mark_opened
 from corral.store.journal import (
     GATHER_S,
     JSON,
@@ -150,6 +151,7 @@ class Database:
         self._writer.execute("PRAGMA wal_autocheckpoint = 0")
         try:
             migrate(self._writer, path, migrations)
+            mark_opened(self._writer, durable=durable)
         except BaseException:
             self._writer.close()
             raise
@@ -362,6 +364,8 @@ class Database:
         self._thread.join()
         self._reading.shutdown(wait=True)
         self._close_readers()
+        with suppress(OSError):  # a full disk: then it is as if it was killed
+            mark_closed(self._writer)
         self._writer.close()
 
     def _require_open(self) -> None:

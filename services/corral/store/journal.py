@@ -10,7 +10,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 type JSON = bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None
 
-# A number is never used twice: it is one more than the newest row's, and that row is never pruned. (AUTOINCREMENT would
-# cost a page of a second table in every transaction.)
+# A number is never used twice: it is one more than the newest row's, and that row is never pruned (AUTOINCREMENT would
+# cost a page of a second table in every transaction); after a loss of power see corral.store.boots.
 BASE_SCHEMA = """
 CREATE TABLE IF NOT EXISTS journal (
     seq INTEGER PRIMARY KEY,
@@ -137,7 +137,7 @@ class Retention:
 
 def prune(run: Callable[[str, tuple[int]], object], keep: Retention) -> None:
     """Delete what is beyond, and always keep one: its number says which the next one has."""
-    run("DELETE FROM journal WHERE seq <= (SELECT max(seq) FROM journal) - ?", (max(keep.events, 1),))
+    run(_PRUNE_BY_COUNT, (max(keep.events, 1),))
     if keep.age_s is not None:
         run(_PRUNE_BY_AGE, (time.time_ns() - round(keep.age_s * 1e9),))
     if keep.size_bytes is not None:
@@ -145,6 +145,7 @@ def prune(run: Callable[[str, tuple[int]], object], keep: Retention) -> None:
 
 
 # Always a beginning: what is in the middle would be no gap that anybody is told of.
+_PRUNE_BY_COUNT = "DELETE FROM journal WHERE seq <= (SELECT seq FROM journal ORDER BY seq DESC LIMIT 1 OFFSET ?)"
 _PRUNE_BY_AGE = """DELETE FROM journal WHERE seq < coalesce(
     (SELECT seq FROM journal WHERE time_ns >= ? ORDER BY seq LIMIT 1), (SELECT max(seq) FROM journal))"""
 _PRUNE_BY_SIZE = """DELETE FROM journal WHERE seq < (SELECT max(seq) FROM journal) AND seq <= (SELECT max(seq) FROM (
@@ -205,8 +206,8 @@ class Journal:
             while not self._closed:
                 follower.look()
                 events, after, more = self._newest(after, namespace) or self._page(after, namespace)
-                if events:
-                    yield events
+                for part in _begun_by_gaps(events):
+                    yield part
                 if more:
                     continue
                 if until_now:
@@ -222,7 +223,7 @@ class Journal:
         tail = self._tail
         if not tail or not tail[0].seq - 1 <= after <= tail[-1].seq:
             return None
-        events = [e for e in tail[after + 1 - tail[0].seq :] if namespace is None or e.namespace == namespace]
+        events = [e for e in tail[after + 1 - tail[0].seq :] if namespace is None or _is_for(e, namespace)]
         return events, tail[-1].seq, False
 
     def _page(self, after: int, namespace: str | None) -> "Page":
@@ -346,12 +347,28 @@ def _page(snapshot: "Snapshot", after: int, namespace: str | None) -> "Page":
         after = gap.seq
     rows = snapshot.execute(
         "SELECT seq, time_ns, namespace, topic, subject, payload FROM journal"
-        " WHERE seq > :after AND (:namespace IS NULL OR namespace = :namespace) ORDER BY seq LIMIT :page",
-        {"after": after, "namespace": namespace, "page": PAGE},
+        " WHERE seq > :after AND (:namespace IS NULL OR namespace = :namespace OR topic = :gap)"
+        " ORDER BY seq LIMIT :page",
+        {"after": after, "namespace": namespace, "gap": GAP_TOPIC, "page": PAGE},
     )
     events += [_event(row) for row in rows]
     full = len(rows) == PAGE
     return events, (int(rows[-1][0]) if full else max(last, after)), full
+
+
+def _is_for(event: Event, namespace: str) -> bool:
+    return event.namespace == namespace or event.is_gap
+
+
+def _begun_by_gaps(events: Sequence[Event]) -> Iterator[Sequence[Event]]:
+    """The same in parts, in which a gap can only be the first."""
+    start = 0
+    for n, event in enumerate(events):
+        if event.is_gap and n > start:
+            yield events[start:n]
+            start = n
+    if start < len(events):
+        yield events[start:]
 
 
 def _event(row: Row) -> Event:
