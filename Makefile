@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PROTOS := $(shell find protos -name '*.proto' | sort)
 
-.PHONY: setup generate check test test-e2e test-crashes test-images test-registries test-cli test-contracts test-kernel test-unit test-vm test-vm-drivers test-vm-cgroups test-vm-systemd test-vm-power demo bench crash-test clean
+.PHONY: setup generate check test test-e2e test-crashes test-images test-registries test-cli test-contracts test-kernel test-unit test-vm test-vm-drivers test-vm-network test-vm-cgroups test-vm-systemd test-vm-power demo bench crash-test clean
 
 # Installs what is needed by name and creates .venv; running it again changes nothing.
 setup:
@@ -52,9 +52,11 @@ IN_VM := -- $(PY) -m pytest -p no:cacheprovider --timeout=1200 -o faulthandler_t
 VM_DRIVERS := tests/vm/test_thin_pool.py $(wildcard tests/contracts/test_snapshotter_*.py)
 VM_CGROUPS := tests/contracts/test_cgroup_contract.py tests/contracts/test_cgroup_limits.py tests/contracts/test_cgroups_engine_limits.py tests/e2e/test_oom_reports.py
 VM_SYSTEMD := tests/kernel/test_systemd_cgroup.py
-test-vm: test-vm-drivers test-vm-cgroups test-vm-systemd test-vm-power
+test-vm: test-vm-drivers test-vm-network test-vm-cgroups test-vm-systemd test-vm-power
 test-vm-drivers: setup
 	$(VM) --timeout 7200 $(IN_VM) $(VM_DRIVERS) -k 'thin_pool or devicemapper or projects or quotas' || [ $$? -eq 77 ]
+test-vm-network: setup
+	$(VM) --timeout 3600 $(IN_VM) tests/contracts/test_network_drivers.py -k vlan || [ $$? -eq 77 ]
 test-vm-cgroups: setup
 	$(VM) --timeout 3600 $(IN_VM) $(VM_CGROUPS) || [ $$? -eq 77 ]
 test-vm-systemd: setup

@@ -236,6 +236,25 @@ async def test_a_vlan_that_is_made_goes_with_its_network_and_the_host_takes_no_p
     assert vlan not in lab.links()
 
 
+async def test_frames_of_a_vlan_carry_its_tag(lab: Lab, net: Calls) -> None:
+    await make_on_vlan(net)
+    lan = lab.place.directory / "lan"
+    command(lan, "ip", "link", "add", "link", "world", "name", "tagged", "type", "vlan", "id", "7")
+    try:
+        command(lan, "ip", "address", "add", "10.78.0.200/24", "dev", "tagged")
+        command(lan, "ip", "link", "set", "tagged", "up")
+        a, b = await net.attach("a", "net"), await net.attach("b", "net")
+        assert eventually(lambda: reaches(a.netns_path, "10.78.0.200", within_s=0.5))
+        assert reaches(lan, address(b))
+        assert reaches(a.netns_path, address(b))
+        command(lan, "ip", "link", "delete", "tagged")  # the same address, without a tag
+        command(lan, "ip", "address", "add", "10.78.0.200/24", "dev", "world")
+        command(a.netns_path, "ip", "neighbour", "flush", "all")
+        assert not reaches(a.netns_path, "10.78.0.200", within_s=1)
+    finally:
+        command(lan, "sh", "-c", "ip link delete tagged; ip address delete 10.78.0.200/24 dev world; true")
+
+
 async def test_a_vlan_that_another_made_meanwhile_is_not_removed_with_the_network(lab: Lab, net: Calls) -> None:
     vlan = await make_on_vlan(net)
     command(lab.host, "ip", "link", "delete", vlan)

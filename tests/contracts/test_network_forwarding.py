@@ -143,6 +143,32 @@ async def test_nobody_else_gets_through_because_of_us(lab: Lab, net: Calls) -> N
     assert rules == [f"-A {CHAIN} -i {bridge} -j ACCEPT", f"-A {CHAIN} -o {bridge} -j ACCEPT"]
 
 
+async def test_who_docker_leaves_to_the_policy_is_left_to_it(lab: Lab, net: Calls) -> None:
+    """Its bridges, that is, here played by the uplink; its chain is empty, as none of its ports is published."""
+    iptables(lab, "-P FORWARD DROP", "-N DOCKER", "-A FORWARD -o uplink -j DOCKER")
+    await net.create("one", "10.231.71.0/24")
+    a = await net.attach("a", "one")
+    assert forward(lab)[-1].endswith(f"-j {CHAIN}")
+    assert not reaches(a.netns_path, OUTSIDE, within_s=0.4)
+    assert "who gets to uplink is docker's to say" in (await told(net, "chain ip filter FORWARD")).says
+    iptables(lab, "-F FORWARD")
+    assert eventually(lambda: reaches(a.netns_path, OUTSIDE, within_s=0.2), within_s=WITHIN_S)
+
+
+@needs("iptables-legacy")
+async def test_who_docker_leaves_to_the_policy_of_the_old_iptables_is_left_to_it(lab: Lab, net: Calls) -> None:
+    old = "iptables-legacy"
+    iptables(lab, "-P FORWARD DROP", "-N DOCKER", "-A FORWARD -o uplink -j DOCKER", program=old)
+    try:
+        await net.create("one", "10.231.72.0/24")
+        a = await net.attach("a", "one")
+        assert f"-A {CHAIN} -o uplink -j RETURN" in filters(lab, old)
+        assert "who gets to uplink is docker's to say" in (await told(net, "chain iptables-legacy filter FORWARD")).says
+        assert not reaches(a.netns_path, OUTSIDE, within_s=0.4)
+    finally:
+        iptables(lab, "-P FORWARD ACCEPT", "-F", "-X", program=old)
+
+
 async def test_the_rules_of_a_network_go_with_it_and_those_of_others_stay(lab: Lab, net: Calls) -> None:
     iptables(lab, "-P FORWARD DROP")
     await a_network(net)

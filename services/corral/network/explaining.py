@@ -46,6 +46,7 @@ class ForeignChain:
     may_drop: bool  # a rule in it, or in a chain that it jumps to, drops or rejects
     leads_to: frozenset[str] = frozenset()  # chains that it jumps to
     trusts: frozenset[str] = frozenset()  # of firewalld's: links whose zone accepts all
+    guarded: frozenset[str] = frozenset()  # links of docker's, to which ours does not let packets
 
     @property
     def owner(self) -> str:
@@ -174,7 +175,8 @@ def _routed(network: Network, destination: Address, facts: Facts, networks: Sequ
 
 def _others(network: Network, facts: Facts) -> Iterable[Step]:
     for chain in facts.chains:
-        verdict, says = _foreign(chain, network.bridge, facts.admission)
+        out = facts.outside.link if facts.outside is not None else ""
+        verdict, says = _foreign(chain, network.bridge, out, facts.admission)
         yield Step(f"chain {chain.name}", verdict, says)
     if facts.unseen_legacy:
         yield Step(
@@ -184,12 +186,14 @@ def _others(network: Network, facts: Facts) -> Iterable[Step]:
         )
 
 
-def _foreign(chain: ForeignChain, bridge: str, admission: str) -> tuple[Verdict, str]:
+def _foreign(chain: ForeignChain, bridge: str, out: str, admission: str) -> tuple[Verdict, str]:
     if bridge in chain.trusts:
         return Verdict.PASSES, f"firewalld has {bridge} in a zone that accepts this"
     drops, admitted = chain.policy == "drop", admission in chain.leads_to
     if drops and not admitted:
         return Verdict.MAY_DROP, f"its policy is drop, whatever corral accepts{_remedy(chain, bridge)}"
+    if drops and out in chain.guarded:
+        return Verdict.MAY_DROP, f"its policy is drop, and who gets to {out} is docker's to say: publish the port there"
     if chain.may_drop:
         return Verdict.MAY_DROP, f"it has rules that drop or reject{_remedy(chain, bridge)}"
     if drops:
@@ -247,6 +251,7 @@ def foreign_chains(ruleset: Iterable[Mapping[str, Json]], table: str, version: i
             _Rules(rules, maps).may_drop(key, set()),
             frozenset(filter(None, map(forwarding.target, rules.get(key, ())))),
             _trusted(rules) if key == (firewalld.FAMILY, firewalld.TABLE, firewalld.CHAIN) else frozenset(),
+            forwarding.guarded(rules.get(key, ())),
         )
         for key, chain in bases
     ]

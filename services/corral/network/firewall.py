@@ -54,11 +54,13 @@ class Firewall:
 
     def add(self, network: Network) -> None:
         """Let a network through. Where the table is missing, or left from another process, it is built anew for all."""
+        is_new = network.id not in self._networks
         self._networks[network.id] = network
         if self._known:
             try:
                 self._run(rules.add_network(self._table, network))
-                self.admit()
+                if is_new:  # the others are in, or somebody's change of that is noticed
+                    self.admit()
                 return
             except NftablesError as e:
                 if e.errno != errno.ENOENT:

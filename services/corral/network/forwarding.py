@@ -6,7 +6,9 @@ docker, libvirt or an admin decide in it stays decided; what nobody did, which i
 there:
 
     FORWARD              …, jump <table>-FORWARD        the last rule, there only while the policy is drop
-    <table>-FORWARD      iif BRIDGE accept              one of each for every bridge of ours, one for both where the
+    <table>-FORWARD      oif DOCKER0 return             for the bridges of a docker before 28, which leaves it to the
+                                                        policy to keep others from its containers
+                         iif BRIDGE accept              one of each for every bridge of ours, one for both where the
                          oif BRIDGE accept              network is internal; our own table drops what it has to
 
 Only what iptables can read is written, or it would refuse the whole chain. ufw has its own words for the same, so a
@@ -28,6 +30,7 @@ TABLE, CHAIN = "filter", "FORWARD"
 COMMENT = "corral network"
 _NAME_CHARS = 28  # of a chain of iptables
 _UFW = ("ufw-", "ufw6-")
+DOCKER = "DOCKER"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class ForwardChain:
     of_ufw: bool = False
     jumps: Sequence[int] = ()  # handles of rules that lead to our chain
     last: bool = False  # whether nothing but what engines of ours added comes after the first of them
+    guarded: Sequence[str] = ()  # links of docker's, which its rules here name
 
 
 def chain_name(table: str) -> str:
@@ -68,6 +72,7 @@ def read(listed: Iterable[Mapping[str, Json]], own: str) -> ForwardChain:
         drops=policy == "drop",
         of_ufw=any(map(is_of_ufw, targets)),
         jumps=tuple(int(str(rules[number]["handle"])) for number in ours),
+        guarded=sorted(guarded(rule.get("expr") for rule in rules)),
         last=bool(ours) and all(str(rule.get("comment", "")).startswith(COMMENT) for rule in after),
     )
 
@@ -86,6 +91,20 @@ def target(expressions: Json) -> str:
     return ""
 
 
+def guarded(rules: Iterable[Json]) -> frozenset[str]:
+    """The links for which rules ask docker. Pure."""
+    return frozenset(output(rule) for rule in rules if target(rule) == DOCKER) - {""}
+
+
+def output(expressions: Json) -> str:
+    """The link that a rule wants packets to leave by; "" if it names none."""
+    for one in expressions if isinstance(expressions, Sequence) and not isinstance(expressions, str) else ():
+        match one:
+            case {"match": {"op": "==", "left": {"meta": {"key": "oifname"}}, "right": str(link)}}:
+                return link
+    return ""
+
+
 def admits(found: ForwardChain, networks: Sequence[Network]) -> bool:
     """Whether rules of ours belong there. Pure."""
     return found.drops and not found.of_ufw and bool(networks)
@@ -95,12 +114,10 @@ def admission(family: str, own: str, found: ForwardChain, networks: Iterable[Net
     """Have our chain hold the rules of these networks, and FORWARD lead to it at its end. Pure."""
     where: dict[str, Json] = {"family": family, "table": TABLE}
     chain: Json = {"chain": {**where, "name": own}}
+    rules: list[Json] = [[_match("oifname", link), {"counter": None}, {"return": None}] for link in found.guarded]
+    rules += [[*one, {"counter": None}, {"accept": None}] for network in networks for one in _matches(network)]
     commands: list[Command] = [{"add": chain}, {"flush": chain}]
-    for network in networks:
-        commands += [
-            {"add": {"rule": {**where, "chain": own, "expr": [*one, {"counter": None}, {"accept": None}]}}}
-            for one in _matches(network)
-        ]
+    commands += [{"add": {"rule": {**where, "chain": own, "expr": expressions}}} for expressions in rules]
     if len(found.jumps) == 1 and found.last:
         return commands
     jump: Json = [{"counter": None}, {"jump": {"target": own}}]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from corral.kernel import iptables_legacy
 from corral.kernel.iptables_legacy import Rule, Table
 from corral.network.explaining import HARMLESS_TARGETS, ForeignChain
-from corral.network.forwarding import CHAIN, TABLE, ForwardChain, admits, is_of_ufw
+from corral.network.forwarding import CHAIN, DOCKER, TABLE, ForwardChain, admits, is_of_ufw
 from corral.network.model import Network
 
 VERSIONS = (4, 6)
@@ -43,6 +43,7 @@ def foreign(version: int) -> ForeignChain | None:
             table.policy(CHAIN).lower(),
             _may_drop(table, CHAIN, set()),
             frozenset(rule.target for rule in table.rules(CHAIN)),
+            guarded=frozenset(_guarded(table)),
         )
 
 
@@ -62,7 +63,12 @@ def _read(table: Table, own: str) -> ForwardChain:
         of_ufw=any(map(is_of_ufw, targets)),
         jumps=jumps,
         last=bool(jumps) and jumps[-1] == len(targets) - 1,
+        guarded=_guarded(table),
     )
+
+
+def _guarded(table: Table) -> Sequence[str]:
+    return sorted({rule.output for rule in table.rules(CHAIN) if rule.target == DOCKER} - {""})
 
 
 def _change(table: Table, own: str, networks: Sequence[Network]) -> Callable[[], None] | None:
@@ -70,7 +76,8 @@ def _change(table: Table, own: str, networks: Sequence[Network]) -> Callable[[],
     chain = _read(table, own)
     if not admits(chain, networks):
         return (lambda: _dismiss(table, own, chain)) if chain.jumps or table.has_chain(own) else None
-    rules = [rule for network in networks for rule in _rules(network)]
+    rules = [Rule("RETURN", output=link) for link in chain.guarded]
+    rules += [rule for network in networks for rule in _rules(network)]
     if len(chain.jumps) == 1 and chain.last and table.rules(own) == rules:
         return None
     return lambda: _admit(table, own, chain, rules)
