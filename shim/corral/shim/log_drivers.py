@@ -64,7 +64,7 @@ def _sending(
             entries = JournalFraming(to.fields)
             return SendingLog(loop, journal, entries, limit=limit, cache=cache, spool=_spool_in(directory), tell=tell)
         case _:
-            pipes = log_program.start(to.args, to.env) if resumed is None else log_program.resumed(resumed)
+            pipes = log_program.start(to.args, to.env, directory) if resumed is None else log_program.resumed(resumed)
             return PipingLog(loop, pipes, limit=limit, cache=cache, spool=_spool_in(directory), tell=tell)
 
 

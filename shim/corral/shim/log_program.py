@@ -4,37 +4,47 @@
     fd 4  the container's stderr     0, 1, 2                              /dev/null
     fd 5  closed by it, or written to, when it is ready
 
-It is started once. It reads the end of both streams when the container has ended, and ends by itself; nobody waits for
-it. Source: containerd, runtime/v2/README.md, "Logging"; pkg/process/io.go.
+It is started once. It reads the end of both streams when the container has ended, and ends by itself; no container
+waits for it. One that does not end is ended, by a process that does nothing else and needs no shim: any may be dead by
+then.
+Source: containerd, runtime/v2/README.md, "Logging"; pkg/process/io.go.
 """
 
 import errno
 import fcntl
 import os
 import select
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from corral.kernel import process
+from corral.shim import report
 from corral.shim.errors import ShimError
 from corral.shim.outbox import Receiver
 from corral.shim.spool import STREAMS, StreamName
 
 READY_S = 10.0
 _ENDED_S = 0.1
+# From the end of both streams, to pass on what it has read.
+END_S = 10.0
+# From SIGTERM to SIGKILL.
+TERM_S = 5.0
 _FIRST_FD = 3
+_PROCESS_GROUP = 1 << 2
 _UMASK = 0o022
 
 
 class PipeReceiver:
-    """The writing end of a pipe, owned. Once nobody reads it any more it is over."""
+    """The writing end of a pipe, owned; -1 for none. Once nobody reads it any more it is over."""
 
     returns = hears = False
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        os.set_blocking(fd, False)
+        if fd >= 0:
+            os.set_blocking(fd, False)
 
     def connect(self) -> None:
         """There is nothing to connect to."""
@@ -46,6 +56,8 @@ class PipeReceiver:
 
     def send(self, message: bytes) -> int:
         """As Receiver."""
+        if self._fd < 0:
+            self.connect()
         return os.write(self._fd, message)
 
     def close(self) -> None:
@@ -55,30 +67,10 @@ class PipeReceiver:
             self._fd = -1
 
 
-class Ended:
-    """In the place of a program that is no longer there."""
-
-    returns = hears = False
-
-    def connect(self) -> None:
-        """There is nothing to connect to."""
-        raise BrokenPipeError(errno.EPIPE, "the logging program has ended")
-
-    def fileno(self) -> int:
-        """None."""
-        return -1
-
-    def send(self, message: bytes) -> int:
-        """Nobody takes it."""
-        raise BrokenPipeError(errno.EPIPE, "the logging program has ended")
-
-    def close(self) -> None:
-        """There is nothing to close."""
-
-
-def start(program: Sequence[str], env: Mapping[str, str]) -> dict[StreamName, Receiver]:
+def start(program: Sequence[str], env: Mapping[str, str], directory: int | None = None) -> dict[StreamName, Receiver]:
     """Start it and wait until it is ready; returns the pipes it reads.
 
+    directory: an fd of the bundle, for shim.log, which tells if it had to be ended.
     Raises ShimError if it cannot be executed, ends before it is ready, or is not ready within READY_S; OSError.
     """
     theirs: list[int] = []
@@ -98,10 +90,15 @@ def start(program: Sequence[str], env: Mapping[str, str]) -> dict[StreamName, Re
         if pid == 0:
             _become(program, env, theirs[:-1], failure)
         ours.append(pidfd)
-        while theirs:
+        streams = theirs[: len(STREAMS)]
+        while len(theirs) > len(streams):
             os.close(theirs.pop())
         try:
             _await_ready(program[0], ready, failed, pidfd)
+            attendant, its_pidfd = process.clone(0)
+            if attendant == 0:
+                _attend(program[0], pidfd, streams, directory)
+            ours.append(its_pidfd)
         except BaseException:
             process.send_signal(pidfd, 9)
             raise
@@ -115,7 +112,7 @@ def start(program: Sequence[str], env: Mapping[str, str]) -> dict[StreamName, Re
 
 def resumed(fds: Mapping[str, int]) -> dict[StreamName, Receiver]:
     """The pipes of one that was started by another shim, as far as they were kept."""
-    return {stream: PipeReceiver(fds[stream]) if stream in fds else Ended() for stream in STREAMS}
+    return {stream: PipeReceiver(fds.get(stream, -1)) for stream in STREAMS}
 
 
 def _await_ready(name: str, ready: int, failed: int, pidfd: int) -> None:
@@ -127,6 +124,43 @@ def _await_ready(name: str, ready: int, failed: int, pidfd: int) -> None:
         raise _failed(name, f"is not ready within {READY_S:g} s: it has to close its descriptor 5")
     if not os.read(ready, 1) and _readable(pidfd, _ENDED_S):
         raise _failed(name, "has ended before it was ready")
+
+
+def _attend(name: str, pidfd: int, streams: Sequence[int], directory: int | None) -> NoReturn:
+    """Wait until it has ended, or nobody can write to it any more, whichever shim that was; see the module."""
+    try:
+        process.lose_oom_protection()
+        process.close_fds((*streams, pidfd, *(() if directory is None else (directory,))))
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        for fd in streams:
+            poller.register(fd, 0)  # POLLHUP: there is no writer
+        left = {*streams}
+        while left:
+            for fd, _ in poller.poll():
+                if fd == pidfd:
+                    os._exit(0)
+                poller.unregister(fd)
+                left.discard(fd)
+        for seconds, number in ((END_S, signal.SIGTERM), (TERM_S, signal.SIGKILL)):
+            if _readable(pidfd, seconds):
+                os._exit(0)
+            if directory is not None:
+                report.write(directory, f"the logging program {name} does not end: {number.name}")
+            _signal(pidfd, number)
+    finally:
+        os._exit(1)
+
+
+def _signal(pidfd: int, number: signal.Signals) -> None:
+    """Send it; SIGKILL to all of its process group, which it leads, where the kernel can do that by a pidfd (6.9)."""
+    flags = _PROCESS_GROUP if number is signal.SIGKILL else 0
+    try:
+        signal.pidfd_send_signal(pidfd, number, None, flags)
+    except OSError as e:
+        if e.errno != errno.EINVAL:
+            raise
+        process.send_signal(pidfd, number)
 
 
 def _failed(name: str, how: str) -> ShimError:
