@@ -94,7 +94,7 @@ _inside = itertools.count(1)
 def _publish(endpoints: EndpointsStub, name: str) -> pb.PortMapping:
     wanted = pb.PortMapping(host_ip="127.0.0.1", container_port=next(_inside))
     published = endpoints.Publish(pb.PublishRequest(endpoint_id=name, ports=[wanted])).ports
-    return next(port for port in published if port.container_port == wanted.container_port)
+    return next(port for port in reversed(published) if port.container_port == wanted.container_port)
 
 
 def _bench_stream(endpoints: EndpointsStub, bridge: str) -> None:

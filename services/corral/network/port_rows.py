@@ -1,10 +1,16 @@
 """The rows of published ports: whose each is, on which address of the host. They go with the endpoint's row."""
 
 from collections.abc import Iterable
+from operator import attrgetter
 
 from corral.network.model import ANY_HOST_IPS, EndpointKey, Port
 from corral.rpc.errors import AlreadyExists
 from corral.store import Snapshot, Transaction
+
+
+def ordered(ports: Iterable[Port]) -> tuple[Port, ...]:
+    """As an endpoint that is read has them. Pure."""
+    return tuple(sorted(ports, key=attrgetter("container_port", "protocol", "host_port", "host_ip")))
 
 
 def check(snapshot: Snapshot, key: EndpointKey, ports: Iterable[Port]) -> None:

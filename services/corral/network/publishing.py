@@ -198,7 +198,7 @@ def _insert(transaction: Transaction, endpoint: Endpoint, ports: Sequence[Port])
     port_rows.insert(transaction, endpoint.key, ports)
     payload = {"ports": [f"{port}->{port.container_port}" for port in ports]}
     transaction.journal("endpoint.published", endpoint.key.id, payload, namespace=endpoint.key.namespace)
-    return replace(endpoint, ports=(*endpoint.ports, *ports))
+    return replace(endpoint, ports=port_rows.ordered((*endpoint.ports, *ports)))
 
 
 def _delete(transaction: Transaction, endpoint: Endpoint, ports: Sequence[Port]) -> Endpoint:

@@ -116,6 +116,11 @@ MIGRATIONS: Sequence[str] = (
             ON DELETE CASCADE
     ) STRICT, WITHOUT ROWID;
     """,
+    # All that is read of an endpoint's ports is in it.
+    """
+    DROP INDEX ports_of_endpoint;
+    CREATE INDEX ports_of_endpoint ON ports (namespace, endpoint, container_port);
+    """,
 )
 
 type ByNetwork = dict[str, Network]
@@ -366,7 +371,7 @@ def _endpoint(snapshot: Snapshot, row: Row, known: ByNetwork) -> Endpoint:
         " WHERE i.namespace = ? AND i.endpoint = ? ORDER BY i.id",
         mine,
     )
-    ports = snapshot.execute("SELECT * FROM ports WHERE namespace = ? AND endpoint = ?", mine) if interfaces else ()
+    ports = snapshot.execute(_PORTS, mine) if interfaces else ()
     return Endpoint(
         key=key,
         request=decode_request(row["request"]),
@@ -376,10 +381,14 @@ def _endpoint(snapshot: Snapshot, row: Row, known: ByNetwork) -> Endpoint:
         boot_id=row["boot_id"],
         created_ns=row["created_ns"],
         owner=row["owner"],
-        ports=tuple(
-            _port(each["protocol"], each["container_port"], each["host_port"], each["host_ip"]) for each in ports
-        ),
+        ports=tuple(_port(*each) for each in ports),
     )
+
+
+_PORTS = (  # in the order of their index, and of port_rows.ordered()
+    "SELECT protocol, container_port, host_port, host_ip FROM ports WHERE namespace = ? AND endpoint = ?"
+    " ORDER BY container_port, protocol, host_port, host_ip"
+)
 
 
 @lru_cache(maxsize=4096)  # of a container with many, all are read for each that comes

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -232,15 +233,14 @@ def endpoint(value: Endpoint, *, netns_path: str, files: str, own_hostname: str)
         hostname_path=f"{files}/{HOSTNAME}",
         created_at=timestamp(value.created_ns),
         labels=dict(value.request.labels),
-        ports=[
-            network_pb2.PortMapping(
-                host_ip=port.host_ip,
-                host_port=port.host_port,
-                container_port=port.container_port,
-                protocol=port.protocol,
-            )
-            for port in value.ports
-        ],
+        ports=map(_mapping, value.ports),
+    )
+
+
+@lru_cache(maxsize=4096)  # of a container with many, all are told for each that comes; it is copied
+def _mapping(port: Port) -> network_pb2.PortMapping:
+    return network_pb2.PortMapping(
+        host_ip=port.host_ip, host_port=port.host_port, container_port=port.container_port, protocol=port.protocol
     )
 
 
