@@ -284,6 +284,20 @@ async def test_with_leave_nothing_is_added_and_explain_says_what_drops(lab: Lab,
         lab.corrald.start()
 
 
+async def test_a_setting_that_is_none_is_refused_in_a_sentence(lab: Lab) -> None:
+    lab.corrald.stop()
+    settings = lab.corrald.settings["network"]
+    lab.corrald.settings["network"] = {**settings, "forward": "perhaps"}
+    try:
+        with pytest.raises(RuntimeError):
+            lab.corrald.start()
+        assert "forward = 'perhaps' in [network] of the configuration: use 'accept' or 'leave'" in lab.corrald.log()
+        assert "Traceback" not in lab.corrald.log()
+    finally:
+        lab.corrald.settings["network"] = settings
+        lab.corrald.start()
+
+
 async def come_and_go(lab: Lab) -> None:
     async with lab.calls() as calls:
         for _ in range(2):
