@@ -18,7 +18,7 @@ from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1 import types_pb2
 from corral.client.execution import Attachment, Collected
 from corral.client.sync import Client
-from corral.rpc.errors import Unavailable
+from corral.rpc.errors import FailedPrecondition, Unavailable
 
 pytestmark = needs("root", "overlayfs", "busybox")
 
@@ -147,6 +147,31 @@ def test_an_exec_that_ends_while_its_shim_and_the_daemon_are_dead_has_its_exit_c
     daemon.start()
     status = eventually(lambda: client.containers.exec_wait("long", made.exec_id))
     assert (status.code, status.known) == (31, True)
+
+
+def test_an_exec_that_was_created_starts_though_its_shim_was_killed(client: Client) -> None:
+    client.containers.run("busybox", ["sleep", "1000"], name="long", network="none")
+    made = client.containers.exec_create("long", ["sh", "-c", "exit $CODE"], env=["CODE=33"])
+    kill_shim(client, "long")
+    assert client.containers.exec_start("long", made.exec_id) > 0
+    status = client.containers.exec_wait("long", made.exec_id)
+    assert (status.code, status.known) == (33, True)
+
+
+def test_an_exec_that_was_created_is_told_to_be_lost_with_both_its_shim_and_the_daemon(
+    client: Client, daemon: Corrald
+) -> None:
+    client.containers.run("busybox", ["sleep", "1000"], name="long", network="none")
+    made = client.containers.exec_create("long", ["true"])
+    shim = client.containers.get("long").shim_pid
+    daemon.kill9()
+    os.kill(shim, signal.SIGKILL)
+    daemon.start()
+    with pytest.raises(FailedPrecondition, match=r"cannot be started any more: its shim was killed.*; create it anew"):
+        eventually(lambda: client.containers.exec_start("long", made.exec_id))
+    again = client.containers.exec_create("long", ["sh", "-c", "exit 34"])
+    client.containers.exec_start("long", again.exec_id)
+    assert client.containers.exec_wait("long", again.exec_id).code == 34
 
 
 def test_input_that_a_client_has_sent_reaches_the_process_over_the_death_of_its_shim(

@@ -11,6 +11,7 @@ from signal import SIGKILL
 
 from corral.kernel.failpoint import failpoint
 from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, NotFound, Unavailable
+from corral.shim.wire import Message
 from corral.store import Database, Referenced
 from corral.tasks import store
 from corral.tasks.live import Process, Task, told
@@ -64,16 +65,18 @@ class Execs:
         process = task.processes[new.exec_id] = Process(row)
         try:
             async with process.lock:
-                await self._register(task, new, row)
+                await self._register(task, new, process)
         except BaseException as e:
             del task.processes[new.exec_id]
             if isinstance(e, CorralError | Referenced):
                 raise await told(e, task) from e
             raise
 
-    async def _register(self, task: Task, new: NewExec, row: ProcessRow) -> None:
-        shim = task.connected()
-        await shim.exec(new.exec_id, {**new.fields, "process": await task.inherited() | new.process})
+    async def _register(self, task: Task, new: NewExec, process: Process) -> None:
+        shim, row = task.connected(), process.row
+        asked: Message = {**new.fields, "process": await task.inherited() | new.process}
+        await shim.exec(new.exec_id, asked)
+        process.asked = asked
         failpoint("tasks.exec.after_shim")
         try:
             await self._database.write(lambda transaction: store.insert_exec(transaction, row))

@@ -45,7 +45,7 @@ LATELY_S = 30.0
 PAUSE_S, PAUSE_MAX_S = 0.1, 2.0
 # So many are for a container that has ended: what one has taken before it dies the next one logs, and takes more.
 LAST_ATTEMPTS = 10
-EXEC_LOST = "the shim was killed, and this exec with it, or before it was started; exit code unknown"
+EXEC_LOST = "its shim was killed, and it with that, or before it was started; exit code unknown"
 
 
 class Attempt(NamedTuple):
@@ -158,6 +158,9 @@ class Heirs:
         with suppress(CorralError, OSError):
             if process.row.status is Status.RUNNING:
                 await self._hand_over(shim, task, process, process.row.started_at_ns or time.time_ns())
+                return
+            if process.asked is not None:
+                await shim.exec(process.row.exec_id, process.asked)
                 return
         with _written(task):
             await process.mark_ended(self._database, Exit.unknown(EXEC_LOST, exited_at_ns=time.time_ns()))

@@ -138,13 +138,12 @@ class Tasks:
         process = task.process(exec_id)
         async with process.lock:
             if not process.row.may(Status.RUNNING):
-                raise FailedPrecondition(
-                    f"{process.what} was started already: it is {process.row.status.name.lower()}",
-                    reason="ALREADY_STARTED",
-                )
+                raise _not_startable(process)
             failpoint("tasks.start.before_shim")
             try:
-                identity = await task.connected().start(exec_id) or process.identity
+                shim = task.connected()
+                process.asked = None
+                identity = await shim.start(exec_id) or process.identity
             except CorralError as e:
                 failure = e
             else:
@@ -283,6 +282,17 @@ class Tasks:
                 async with asyncio.timeout(HANG_UP_S):
                     await task.shim.closed.wait()
         task.close()
+
+
+def _not_startable(process: Process) -> FailedPrecondition:
+    row = process.row
+    if row.exit is not None and not row.exit.known and not row.is_init and row.started_at_ns is None:
+        return FailedPrecondition(
+            f"{process.what} cannot be started any more: {row.exit.reason}; create it anew", reason="EXEC_LOST"
+        )
+    return FailedPrecondition(
+        f"{process.what} was started already: it is {row.status.name.lower()}", reason="ALREADY_STARTED"
+    )
 
 
 async def _runs_all_the_same(task: Task, process: Process) -> bool:

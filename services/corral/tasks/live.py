@@ -10,6 +10,7 @@ import structlog
 from corral.kernel.failpoint import failpoint
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import CorralError, FailedPrecondition, NotFound, Unavailable
+from corral.shim.wire import Message
 from corral.store import Database, Referenced, Transaction
 from corral.tasks import store
 from corral.tasks.bundle import Bundle
@@ -35,13 +36,16 @@ class Process:
     The row is written under the lock, so that moves reach the database in the order in which they happened.
     streams: copies of what its shim has open of it, for the shim that may have to come after that.
     attached: the clients that are, and those that will be back; on_unused is called when it has ended and none is left.
+    asked: what its shim was told of an exec that nobody has tried to start, for another one; it may hold secrets, so it
+    is in no row, and gone with this service.
     """
 
-    __slots__ = ("attached", "ended", "forgotten", "lock", "on_stdin_close", "on_unused", "row", "streams")
+    __slots__ = ("asked", "attached", "ended", "forgotten", "lock", "on_stdin_close", "on_unused", "row", "streams")
 
     def __init__(self, row: ProcessRow) -> None:
         self.row = row
         self.streams: dict[str, int] = {}
+        self.asked: Message | None = None
         self.on_stdin_close: set[Callable[[], None]] = set()
         self.attached: set[object] = set()
         self.on_unused: Callable[[], object] = _nothing
