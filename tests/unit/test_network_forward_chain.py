@@ -1,4 +1,4 @@
-"""What is read of iptables' FORWARD, what is added to it, and which of its changes are looked at: functions of values."""
+"""What is read of iptables' FORWARD, what is added to it, and which of its changes are looked at: pure functions."""
 
 import struct
 
