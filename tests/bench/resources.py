@@ -17,6 +17,8 @@ from support.hogs import run_hogs
 
 MEASURED = int(os.environ.get("CORRAL_BENCH_MEASURED", "500"))
 SECONDS = 10
+SETTLING_S = 4
+"""After which nothing that began with the containers still goes on."""
 ROUNDS = 200
 BESIDE_HOGS = 50
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -53,6 +55,7 @@ def _bench_statistics(daemon: Corrald) -> None:
         try:
             took = [_timed(lambda: list(client.containers.stats())) for _ in range(5)]
             _figure(f"reading each of {MEASURED}", statistics.median(took) * 1000 / MEASURED, "ms")
+            time.sleep(SETTLING_S)
             began, cpu_s = time.monotonic(), _cpu_s(daemon)
             for answer in client.containers.stats(interval_ms=1000):
                 assert len(answer.stats) == MEASURED

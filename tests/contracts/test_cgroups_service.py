@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -13,7 +14,7 @@ from support.requirements import needs
 
 from corral.api.cgroups.v1 import cgroups_pb2 as pb
 from corral.api.types.v1 import types_pb2
-from corral.kernel.cgroup import PidsStats, detect, open_driver
+from corral.kernel.cgroup import PidsLimits, PidsStats, Resources, detect, open_driver
 from corral.rpc.context import in_namespace
 from corral.rpc.errors import (
     AlreadyExists,
@@ -203,6 +204,40 @@ async def test_an_oom_kill_is_journalled_and_counted(leaf: Leaf) -> None:
     assert (await leaf.get("hungry")).oom_kills == 1
     await leaf.delete("hungry")
     assert await leaf.topics("hungry") == ["cgroup.created", "cgroup.oom", "cgroup.removed"]
+
+
+async def test_a_reading_is_an_old_one_only_where_nothing_ran_and_no_limit_was_changed(leaf: Leaf) -> None:
+    async def pids_limit(max_age_ms: int = 60_000) -> int:
+        request = pb.StatsRequest(ids=["idle"], max_age_ms=max_age_ms)
+        [[reading]] = [list(each.stats) async for each in leaf.stub.Stats(request)]
+        assert abs(reading.read_at.ToNanoseconds() - time.time_ns()) < 10**9  # as of now, also if it is an old one
+        return reading.pids.limit
+
+    def body(say: int) -> None:
+        signal.signal(signal.SIGUSR1, lambda *_: os.write(say, b"r"))
+        while True:
+            signal.pause()
+
+    def by_another_hand(limit: int) -> None:
+        leaf.kernel("idle").apply(Resources(pids=PidsLimits(limit)))
+
+    await leaf.create("idle")
+    with inside(leaf.kernel("idle"), body) as child:
+        await asyncio.sleep(0.1)
+        assert await pids_limit() == 50
+        by_another_hand(40)
+        assert await pids_limit() == 50
+        assert await pids_limit(0) == 40
+        os.kill(child.pid, signal.SIGUSR1)
+        assert child.hear() == b"r"
+        assert await pids_limit() == 40
+        by_another_hand(30)
+        await leaf.update("idle", memory=types_pb2.MemoryResources(limit_bytes=64 * MIB, swap_bytes=64 * MIB))
+        assert await pids_limit() == 30
+        by_another_hand(20)
+        await asyncio.sleep(0.2)
+        assert await pids_limit(100) == 20
+    await leaf.delete("idle")
 
 
 async def test_stats_of_a_namespace_come_once_or_in_a_stream(leaf: Leaf) -> None:

@@ -50,14 +50,20 @@ async def exec_status(engine: EngineClient, id_: str, script: str) -> ExitStatus
     return (await engine.containers.ExecWait(wait)).exit
 
 
-async def kills_are_told(engine: EngineClient, id_: str, kills: int) -> None:
-    """The journals of task and cgroup come to so many kills."""
+async def kills_are_told(engine: EngineClient, id_: str, *kills: int) -> None:
+    """The journals of task and cgroup come to one of these numbers of kills, the same."""
+
+    last: dict[str, object] = {}
 
     async def are_told() -> bool:
         events = await told(engine, id_)
-        return all(events.get(topic, [{}])[-1].get(key) == kills for topic, key in COUNTED.items())
+        last.update({topic: events.get(topic, [{}])[-1].get(key) for topic, key in COUNTED.items()})
+        return len(set(last.values())) == 1 and last["task.oom"] in kills
 
-    await eventually(are_told)
+    try:
+        await eventually(are_told)
+    except AssertionError as e:
+        raise AssertionError(f"{last}, not {kills}") from e
 
 
 async def says(engine: EngineClient, id_: str, text: bytes) -> None:
@@ -123,6 +129,7 @@ async def test_an_exec_that_runs_out_of_memory_is_told_from_one_that_was_killed(
     assert (await engine.wait(id_)).oom_killed
 
 
+# The kernel may count the process that it chose once more as one of the group (mm/oom_kill.c).
 @needs("cgroup2")
 @rounds
 async def test_a_group_goes_at_once_with_all_its_processes(engine: EngineClient, number: int) -> None:
@@ -130,7 +137,7 @@ async def test_a_group_goes_at_once_with_all_its_processes(engine: EngineClient,
     id_ = await engine.run("sh", "-c", script, resources=limits(oom_group=True))
     status = await engine.wait(id_)
     assert (status.code, status.signal, status.oom_killed) == (137, signal.SIGKILL, True)
-    await kills_are_told(engine, id_, 3)
+    await kills_are_told(engine, id_, 3, 4)
     assert b"survived" not in await engine.output(id_)
 
 
@@ -142,4 +149,4 @@ async def test_an_exec_takes_its_group_with_it(engine: EngineClient, number: int
     status = await engine.wait(id_)
     assert (status.code, status.oom_killed) == (137, True)
     assert ((await ended).code, (await ended).oom_killed) == (137, True)
-    await kills_are_told(engine, id_, 2)
+    await kills_are_told(engine, id_, 2, 3)

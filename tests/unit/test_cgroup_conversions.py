@@ -70,7 +70,7 @@ def test_nested_files_are_parsed_in_order() -> None:
 
 
 def test_pressure_without_a_full_line_reads_as_none_of_it() -> None:
-    pressure = parse("some avg10=0.12 avg60=3.40 avg300=5.00 total=678")
+    pressure = parse(b"some avg10=0.12 avg60=3.40 avg300=5.00 total=678")
     assert (pressure.some_avg10, pressure.some_avg300, pressure.some_total_us) == (0.12, 5.0, 678)
     assert pressure.full_total_us == 0
 

@@ -8,8 +8,7 @@ a row that says so comes first.
 """
 
 import asyncio
-import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -22,6 +21,7 @@ from corral.cgroups import store, wire
 from corral.cgroups.engine_limits import EngineLimits
 from corral.cgroups.errors import translated
 from corral.cgroups.pressure import PressureWatcher, close_all, open_all, triggers
+from corral.cgroups.readings import Readings
 from corral.cgroups.store import Key, Record, State
 from corral.cgroups.watch import OomWatcher
 from corral.kernel.cgroup import (
@@ -40,6 +40,9 @@ from corral.rpc.limits import after_change
 from corral.store import JSON, Database, Duplicate, failpoint
 
 log = structlog.get_logger()
+
+FEW = 16
+"""Rows that are looked up one by one; more are read all at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class Groups:
         self._timeouts = timeouts
         self._locks: WeakValueDictionary[Key, asyncio.Lock] = WeakValueDictionary()
         self._changes: set[asyncio.Task[Any]] = set()
+        self._readings = Readings(driver)
         self._watcher = OomWatcher(self._note_oom)
         self._pressure = PressureWatcher(self._note_pressure)
 
@@ -68,11 +72,11 @@ class Groups:
         """A cgroup's row. Raises NotFound."""
         record = self._known(key)
         if record is None:
-            raise NotFound(f"there is no cgroup {key.id!r}", reason="CGROUP_NOT_FOUND", metadata={"id": key.id})
+            raise _not_found(key.id)
         return record
 
     def _known(self, key: Key) -> Record | None:
-        record = self._database.read_sync(lambda snapshot: store.find(snapshot, key))
+        record = self._database.glance(lambda snapshot: store.find(snapshot, key))
         return record if record and record.state is State.READY else None
 
     async def every(self, namespace: str | None) -> list[Record]:
@@ -174,6 +178,7 @@ class Groups:
                 return watches
 
         watches = await run_blocking(apply)
+        self._readings.forget(record.path)
         if change.HasField("pressure"):
             self._pressure.put(key, watches)
         merged = after_change(types_pb2.Resources.FromString(record.resources), change)
@@ -197,6 +202,7 @@ class Groups:
             if watch:
                 self._watcher.add(key, watch)
             raise
+        self._readings.forget(record.path)
         failpoint("cgroups.delete.after_remove")
         payload = {"oom_kills": max(kills, record.oom_kills)}
         await self._database.write(lambda transaction: store.delete(transaction, key, payload))
@@ -248,18 +254,20 @@ class Groups:
 
         await run_blocking(act)
 
-    async def stats(self, records: Sequence[Record]) -> list[tuple[Record, int, Stats]]:
-        """One reading of each, with its time; those that vanish meanwhile are left out."""
-        return await run_blocking(self._read, records)
+    async def stats(self, namespace: str, ids: Sequence[str], max_age_s: float = 0) -> list[tuple[str, int, Stats]]:
+        """One reading of each, or of all of a namespace, by id and with its time; who vanishes meanwhile is left out.
 
-    def _read(self, records: Sequence[Record]) -> list[tuple[Record, int, Stats]]:
-        readings = []
-        for record in records:
-            try:
-                readings.append((record, time.time_ns(), self.open(record).read()))
-            except (FileNotFoundError, NotFound):
-                continue
-        return readings
+        max_age_s: see Readings. Raises NotFound.
+        """
+        if 0 < len(ids) <= FEW:
+            return await self._read({id_: self.find(Key(namespace, id_)).path for id_ in ids}, max_age_s)
+        known = await self._database.read(lambda snapshot: store.paths(snapshot, namespace))
+        if missing := next((id_ for id_ in ids if id_ not in known), None):
+            raise _not_found(missing)
+        return await self._read({id_: known[id_] for id_ in ids} if ids else known, max_age_s)
+
+    async def _read(self, paths: Mapping[str, str], max_age_s: float) -> list[tuple[str, int, Stats]]:
+        return await run_blocking(lambda: list(self._readings.read(paths, max_age_s)))
 
     # What a check finds
 
@@ -340,6 +348,10 @@ class Groups:
 def _limits_at_creation(resources: bytes) -> Resources:
     limits = wire.resources(types_pb2.Resources.FromString(resources))
     return limits if limits.devices is not None else replace(limits, devices=DEFAULT_RULES)
+
+
+def _not_found(id_: str) -> NotFound:
+    return NotFound(f"there is no cgroup {id_!r}", reason="CGROUP_NOT_FOUND", metadata={"id": id_})
 
 
 def _triggers_of(record: Record) -> tuple[PressureTrigger, ...]:

@@ -132,15 +132,12 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
         self, request: cgroups_pb2.StatsRequest, context: object
     ) -> AsyncIterator[cgroups_pb2.StatsResponse]:
         interval_s = max(request.interval_ms, SHORTEST_INTERVAL_MS) / 1000
-        keys = [_key(name) for name in request.ids]
+        ids = [check_id(name, "cgroup id") for name in request.ids]
         loop = asyncio.get_running_loop()
         due = loop.time()
         while True:
-            records = [self._groups.find(key) for key in keys] or await self._groups.every(current_namespace())
-            readings = await self._groups.stats(records)
-            yield cgroups_pb2.StatsResponse(
-                stats=[wire.stats(record.key.id, read_ns, stats) for record, read_ns, stats in readings]
-            )
+            readings = await self._groups.stats(current_namespace(), ids, request.max_age_ms / 1000)
+            yield cgroups_pb2.StatsResponse(stats=[wire.stats(*reading) for reading in readings])
             if not request.interval_ms:
                 return
             due = max(due + interval_s, loop.time())

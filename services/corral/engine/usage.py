@@ -18,6 +18,8 @@ from corral.rpc.context import current_namespace
 from corral.rpc.errors import InvalidArgument, NotFound
 
 MIN_INTERVAL_MS = 100
+IDLE_MAX_AGE_MS = 5000
+"""In a stream, of a container none of whose processes ran since."""
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _NS = 1_000_000_000
 
@@ -39,25 +41,24 @@ class Usage:
         named = [self._core.resolve(reference) for reference in references]
         for record in named:
             require_alive(record, "measured")
-        next_time = time.monotonic()
+        next_time, max_age_ms = time.monotonic(), 0
+        alive = _Alive(self._core, current_namespace())
         while True:
-            yield await self._reading([record.id for record in named] if references else None)
+            found = await alive.now()
+            wanted = {r.id: found[r.id] for r in named if r.id in found} if references else found
+            yield await self._reading(wanted, max_age_ms)
             if not interval_ms:
                 return
+            max_age_ms = IDLE_MAX_AGE_MS
             next_time = max(next_time + interval_ms / 1000, time.monotonic())
             await asyncio.sleep(next_time - time.monotonic())
 
-    async def _reading(self, ids: Sequence[str] | None) -> ContainerStatsResponse:
-        namespace = current_namespace()
-        alive = await self._core.database.read(
-            lambda view: {r.id: r for r in store.containers(view, namespace) if r.status in ALIVE}
-        )
-        wanted: dict[str, ContainerRecord] = alive if ids is None else {id_: alive[id_] for id_ in ids if id_ in alive}
+    async def _reading(self, wanted: Mapping[str, ContainerRecord], max_age_ms: int) -> ContainerStatsResponse:
         response = ContainerStatsResponse()
         if not wanted:
             return response
         try:
-            async for answer in self._core.leaves.cgroups.Stats(StatsRequest(ids=wanted)):
+            async for answer in self._core.leaves.cgroups.Stats(StatsRequest(ids=wanted, max_age_ms=max_age_ms)):
                 for stats in answer.stats:
                     if (record := wanted.get(stats.id)) is not None:
                         reading = response.stats.add(id=record.id, name=record.name, cgroup=stats)
@@ -74,6 +75,23 @@ class Usage:
         require_alive(record, "looked into")
         response = await self._core.leaves.tasks.Pids(PidsRequest(id=record.id))
         return await run_blocking(_processes, sorted(response.pids))
+
+
+class _Alive:
+    """The containers of a namespace that run, by id; read again once something has happened."""
+
+    def __init__(self, core: Core, namespace: str) -> None:
+        self._core, self._namespace = core, namespace
+        self._seq = -1
+        self._records: Mapping[str, ContainerRecord] = {}
+
+    async def now(self) -> Mapping[str, ContainerRecord]:
+        database = self._core.database
+        if (seq := database.journal.last_seq()) != self._seq:  # a row and its event are written together
+            found = await database.read(lambda view: store.containers(view, self._namespace))
+            self._records = {record.id: record for record in found if record.status in ALIVE}
+            self._seq = seq
+        return self._records
 
 
 def _add_interfaces(readings: Iterable[ContainerStats], records: Mapping[str, ContainerRecord]) -> None:

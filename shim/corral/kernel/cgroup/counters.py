@@ -29,6 +29,13 @@ def read(where: Directories) -> Stats:
     )
 
 
+def cpu_ns(where: Directories) -> int | None:
+    """CPU time used so far; None where no controller counts it."""
+    if "cpuacct" in where:
+        return cpuacct.usage_ns(where["cpuacct"][0])
+    return cpu_v2.read(where[UNIFIED][0]).usage_ns if UNIFIED in where else None
+
+
 def cpus(where: Directories) -> float | None:
     """How many CPUs' time may be used; None without a quota, or a controller."""
     quota_us, period_us = _each(where, "cpu", cpu_v1.bandwidth, cpu_v2.bandwidth) or (UNLIMITED, 1)

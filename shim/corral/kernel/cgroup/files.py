@@ -30,10 +30,11 @@ def read_bytes(path: str) -> bytes:
     try:
         # A short read need not be the end: of many records the kernel gives what fits in a page of its own. But
         # one this short is, and saves a call for most files.
-        parts = [os.read(fd, _CHUNK)]
-        while len(parts[-1]) >= _PAGE // 2:
-            parts.append(os.read(fd, _CHUNK))
-        return b"".join(parts)
+        content = part = os.read(fd, _CHUNK)
+        while len(part) >= _PAGE // 2:
+            part = os.read(fd, _CHUNK)
+            content += part
+        return content
     except OSError as e:
         raise OSError(e.errno, f"cannot read: {e.strerror}", path) from e
     finally:
@@ -91,6 +92,25 @@ def read_number(path: str, default: int | None = None) -> int:
         if default is None:
             raise
         return default
+
+
+def read_count(path: str, default: int | None = None) -> int:
+    """The number in a counter, which knows no "max"; default, if given, when the kernel has no such file."""
+    try:
+        return int(read_bytes(path))
+    except FileNotFoundError:
+        if default is None:
+            raise
+        return default
+
+
+def read_counts(path: str) -> dict[bytes, bytes]:
+    """The "KEY VALUE" lines of a file of counters, as they are: of dozens a reader wants a few.
+
+    That, and read_count(), is what statistics are read by, of hundreds of cgroups every second.
+    """
+    words = read_bytes(path).split()
+    return dict(zip(words[::2], words[1::2], strict=False))
 
 
 def flat_keyed(text: str) -> dict[str, int]:

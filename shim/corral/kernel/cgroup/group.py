@@ -96,6 +96,12 @@ class Cgroup:
 
         return counters.read(self._where)
 
+    def cpu_ns(self) -> int | None:
+        """CPU time used so far; None where no controller counts it. Raises OSError if the cgroup is gone."""
+        from corral.kernel.cgroup import counters
+
+        return counters.cpu_ns(self._where)
+
     def cpus(self) -> float | None:
         """How many CPUs' time it may use, by its own quota; None without one. Raises OSError if the cgroup is gone."""
         from corral.kernel.cgroup import counters

@@ -23,4 +23,4 @@ def plan(directory: str, wanted: PidsLimits) -> list[Step]:
 
 def read(directory: str) -> PidsStats:
     """How many there are and may be."""
-    return PidsStats(files.read_number(f"{directory}/{CURRENT}"), files.read_number(f"{directory}/{MAX}"))
+    return PidsStats(files.read_count(f"{directory}/{CURRENT}"), files.read_number(f"{directory}/{MAX}"))

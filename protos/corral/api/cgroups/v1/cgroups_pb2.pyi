@@ -227,8 +227,11 @@ class StatsRequest(_message.Message):
 
     IDS_FIELD_NUMBER: _builtins.int
     INTERVAL_MS_FIELD_NUMBER: _builtins.int
+    MAX_AGE_MS_FIELD_NUMBER: _builtins.int
     interval_ms: _builtins.int
     """0: once."""
+    max_age_ms: _builtins.int
+    """A reading may be so old if no process of the cgroup has run since: of many that are idle that costs a tenth."""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Empty: all of the namespace."""
@@ -238,10 +241,11 @@ class StatsRequest(_message.Message):
         *,
         ids: _abc.Iterable[_builtins.str] | None = ...,
         interval_ms: _builtins.int = ...,
+        max_age_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "interval_ms", b"interval_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "interval_ms", b"interval_ms", "max_age_ms", b"max_age_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -79,7 +79,10 @@ def read(directory: str) -> tuple[IoStats, ...]:
     """What went through each device, sub-cgroups included."""
     counts: dict[str, dict[str, int]] = defaultdict(dict)
     for name, unit in ((BYTES, "bytes"), (OPS, "ops")):
-        for line in files.read(f"{directory}/{name}").splitlines():
+        content = files.read_bytes(f"{directory}/{name}")
+        if content.startswith(b"Total"):  # of no device
+            continue
+        for line in content.decode().splitlines():
             fields = line.split()
             if len(fields) == 3:  # the last line is a total
                 counts[fields[0]][f"{fields[1]} {unit}"] = int(fields[2])

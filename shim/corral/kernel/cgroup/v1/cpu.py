@@ -80,9 +80,9 @@ def bandwidth(directory: str) -> tuple[int, int]:
 
 def read(directory: str) -> CpuStats:
     """How often the quota stopped the group; the time used is counted by cpuacct."""
-    stat = files.flat_keyed(files.read(f"{directory}/{STAT}"))
+    stat = files.read_counts(f"{directory}/{STAT}")
     return CpuStats(
-        periods=stat.get("nr_periods", 0),
-        throttled_periods=stat.get("nr_throttled", 0),
-        throttled_ns=stat.get("throttled_time", 0),
+        periods=int(stat.get(b"nr_periods", 0)),
+        throttled_periods=int(stat.get(b"nr_throttled", 0)),
+        throttled_ns=int(stat.get(b"throttled_time", 0)),
     )

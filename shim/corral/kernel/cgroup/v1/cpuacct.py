@@ -11,10 +11,15 @@ USAGE_USER = "cpuacct.usage_user"
 USAGE_SYS = "cpuacct.usage_sys"
 
 
+def usage_ns(directory: str) -> int:
+    """Processor time in nanoseconds, that of sub-cgroups included."""
+    return files.read_count(f"{directory}/{USAGE}")
+
+
 def read(directory: str) -> CpuStats:
     """Processor time in nanoseconds."""
     return CpuStats(
-        usage_ns=files.read_number(f"{directory}/{USAGE}"),
-        user_ns=files.read_number(f"{directory}/{USAGE_USER}", 0),
-        system_ns=files.read_number(f"{directory}/{USAGE_SYS}", 0),
+        usage_ns=files.read_count(f"{directory}/{USAGE}"),
+        user_ns=files.read_count(f"{directory}/{USAGE_USER}", 0),
+        system_ns=files.read_count(f"{directory}/{USAGE_SYS}", 0),
     )

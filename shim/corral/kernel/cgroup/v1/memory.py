@@ -78,22 +78,23 @@ def _limits(directory: str, limit: int | None, swap: int | None) -> list[Step]:
 
 def read(directory: str) -> MemoryStats:
     """Usage and its parts, hierarchical: sub-cgroups count."""
-    stat = files.flat_keyed(files.read(f"{directory}/{STAT}"))
-    usage = files.read_number(f"{directory}/{USAGE}")
-    oom = files.flat_keyed(files.read(f"{directory}/{OOM_CONTROL}"))
+    stat = files.read_counts(f"{directory}/{STAT}")
+    usage = files.read_count(f"{directory}/{USAGE}")
+    oom = files.read_counts(f"{directory}/{OOM_CONTROL}")
+    limit = stat.get(b"hierarchical_memory_limit")
     return MemoryStats(
         usage_bytes=usage,
-        working_set_bytes=max(0, usage - stat.get("total_inactive_file", 0)),
-        limit_bytes=files.number(str(stat.get("hierarchical_memory_limit", files.UNLIMITED))),
-        peak_bytes=files.read_number(f"{directory}/{PEAK}"),
-        swap_bytes=stat.get("total_swap", 0),
-        anon_bytes=stat.get("total_rss", 0),
-        file_bytes=stat.get("total_cache", 0),
-        kernel_bytes=files.read_number(f"{directory}/{KERNEL_USAGE}", 0),
-        shmem_bytes=stat.get("total_shmem", 0),
-        page_faults=stat.get("total_pgfault", 0),
-        major_page_faults=stat.get("total_pgmajfault", 0),
-        oom_kills=oom.get("oom_kill", 0),
+        working_set_bytes=max(0, usage - int(stat.get(b"total_inactive_file", 0))),
+        limit_bytes=files.UNLIMITED if limit is None else files.number(limit.decode()),
+        peak_bytes=files.read_count(f"{directory}/{PEAK}"),
+        swap_bytes=int(stat.get(b"total_swap", 0)),
+        anon_bytes=int(stat.get(b"total_rss", 0)),
+        file_bytes=int(stat.get(b"total_cache", 0)),
+        kernel_bytes=files.read_count(f"{directory}/{KERNEL_USAGE}", 0),
+        shmem_bytes=int(stat.get(b"total_shmem", 0)),
+        page_faults=int(stat.get(b"total_pgfault", 0)),
+        major_page_faults=int(stat.get(b"total_pgmajfault", 0)),
+        oom_kills=int(oom.get(b"oom_kill", 0)),
         # With as much memory as memory and swap together, the second limit is the one that is hit.
-        limit_hits=files.read_number(f"{directory}/{FAILCNT}") + files.read_number(f"{directory}/{SWAP_FAILCNT}", 0),
+        limit_hits=files.read_count(f"{directory}/{FAILCNT}") + files.read_count(f"{directory}/{SWAP_FAILCNT}", 0),
     )

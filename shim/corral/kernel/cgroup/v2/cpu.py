@@ -56,12 +56,12 @@ def bandwidth(directory: str) -> tuple[int, int]:
 
 def read(directory: str) -> CpuStats:
     """Time used and throttled. A cgroup without the cpu controller still counts the time used."""
-    stat = files.flat_keyed(files.read(f"{directory}/{STAT}"))
+    stat = files.read_counts(f"{directory}/{STAT}")
     return CpuStats(
-        usage_ns=stat.get("usage_usec", 0) * 1000,
-        user_ns=stat.get("user_usec", 0) * 1000,
-        system_ns=stat.get("system_usec", 0) * 1000,
-        periods=stat.get("nr_periods", 0),
-        throttled_periods=stat.get("nr_throttled", 0),
-        throttled_ns=stat.get("throttled_usec", 0) * 1000,
+        usage_ns=int(stat.get(b"usage_usec", 0)) * 1000,
+        user_ns=int(stat.get(b"user_usec", 0)) * 1000,
+        system_ns=int(stat.get(b"system_usec", 0)) * 1000,
+        periods=int(stat.get(b"nr_periods", 0)),
+        throttled_periods=int(stat.get(b"nr_throttled", 0)),
+        throttled_ns=int(stat.get(b"throttled_usec", 0)) * 1000,
     )

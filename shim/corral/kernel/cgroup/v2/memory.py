@@ -73,21 +73,21 @@ def _swap(directory: str, wanted: MemoryLimits) -> list[Step]:
 
 def read(directory: str) -> MemoryStats:
     """Usage and its parts, hierarchical: sub-cgroups count."""
-    stat = files.flat_keyed(files.read(f"{directory}/{STAT}"))
-    events = files.flat_keyed(files.read(f"{directory}/{EVENTS}"))
-    usage = files.read_number(f"{directory}/{CURRENT}")
+    stat = files.read_counts(f"{directory}/{STAT}")
+    events = files.read_counts(f"{directory}/{EVENTS}")
+    usage = files.read_count(f"{directory}/{CURRENT}")
     return MemoryStats(
         usage_bytes=usage,
-        working_set_bytes=max(0, usage - stat.get("inactive_file", 0)),
+        working_set_bytes=max(0, usage - int(stat.get(b"inactive_file", 0))),
         limit_bytes=files.read_number(f"{directory}/{MAX}"),
-        peak_bytes=files.read_number(f"{directory}/{PEAK}", 0),
-        swap_bytes=files.read_number(f"{directory}/{SWAP_CURRENT}", 0),
-        anon_bytes=stat.get("anon", 0),
-        file_bytes=stat.get("file", 0),
-        kernel_bytes=stat.get("kernel", 0),
-        shmem_bytes=stat.get("shmem", 0),
-        page_faults=stat.get("pgfault", 0),
-        major_page_faults=stat.get("pgmajfault", 0),
-        oom_kills=events.get("oom_kill", 0),
-        limit_hits=events.get("max", 0),
+        peak_bytes=files.read_count(f"{directory}/{PEAK}", 0),
+        swap_bytes=files.read_count(f"{directory}/{SWAP_CURRENT}", 0),
+        anon_bytes=int(stat.get(b"anon", 0)),
+        file_bytes=int(stat.get(b"file", 0)),
+        kernel_bytes=int(stat.get(b"kernel", 0)),
+        shmem_bytes=int(stat.get(b"shmem", 0)),
+        page_faults=int(stat.get(b"pgfault", 0)),
+        major_page_faults=int(stat.get(b"pgmajfault", 0)),
+        oom_kills=int(events.get(b"oom_kill", 0)),
+        limit_hits=int(events.get(b"max", 0)),
     )

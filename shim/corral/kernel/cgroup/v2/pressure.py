@@ -10,31 +10,27 @@ CPU = "cpu.pressure"
 MEMORY = "memory.pressure"
 IO = "io.pressure"
 
+_WORDS = 9
+"""Of a line: its name, and four names with their values."""
+_NONE = [b"0"] * 4
+
 
 def read(path: str) -> Pressure | None:
     """One pressure file; None if the kernel has no PSI, or has it turned off."""
     try:
-        text = files.read(path)
+        text = files.read_bytes(path)
     except OSError:  # ENOENT without PSI, EOPNOTSUPP with psi=0
         return None
     return parse(text)
 
 
-def parse(text: str) -> Pressure:
-    """The "some" and "full" lines of a pressure file.
+def parse(text: bytes) -> Pressure:
+    """The "some" and "full" lines of a pressure file; kernels before 5.13 have none of "full" for CPUs.
 
-    >>> parse("some avg10=1.50 avg60=0.00 avg300=0.00 total=42").some_avg10
+    >>> parse(b"some avg10=1.50 avg60=0.00 avg300=0.00 total=42").some_avg10
     1.5
     """
-    lines = dict(files.nested_keyed(text))
-    some, full = lines.get("some", {}), lines.get("full", {})
-    return Pressure(
-        some_avg10=float(some.get("avg10", 0)),
-        some_avg60=float(some.get("avg60", 0)),
-        some_avg300=float(some.get("avg300", 0)),
-        some_total_us=int(some.get("total", 0)),
-        full_avg10=float(full.get("avg10", 0)),
-        full_avg60=float(full.get("avg60", 0)),
-        full_avg300=float(full.get("avg300", 0)),
-        full_total_us=int(full.get("total", 0)),
-    )
+    words = text.replace(b"=", b" ").split()
+    lines = {words[at]: words[at + 2 : at + 9 : 2] for at in range(0, len(words), _WORDS)}
+    (s10, s60, s300, some), (f10, f60, f300, full) = lines.get(b"some", _NONE), lines.get(b"full", _NONE)
+    return Pressure(float(s10), float(s60), float(s300), int(some), float(f10), float(f60), float(f300), int(full))
