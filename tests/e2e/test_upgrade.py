@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from support.corrald import CORRAL, PATIENCE, Corrald
+from support.corrald import CORRAL, PATIENCE, Corrald, running
 from support.requirements import needs
 
 from corral.api.types.v1 import types_pb2
@@ -324,6 +325,50 @@ def test_what_would_not_start_is_refused_and_the_old_one_goes_on(box: Corrald) -
     finally:
         config.write_text(good)
     upgrade(box)
+
+
+def test_what_cannot_be_executed_after_all_is_told_and_the_old_one_goes_on(
+    busybox_archive: Path, tmp_path: Path
+) -> None:
+    """It was there when it was checked."""
+    python = tmp_path / "python"
+    python.symlink_to(Path(sys.executable).resolve())
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with running(command=(str(python), "-m", "corral.daemon"), environment=environment) as daemon:
+        daemon.corral("image", "import", str(busybox_archive), "--as", "busybox", check=True)
+        with daemon.client() as client, command(daemon, "run", "-i", "busybox", "cat", stdin=subprocess.PIPE) as cat:
+            assert cat.stdin is not None
+            assert cat.stdout is not None
+            while not (found := [c for c in client.containers.list() if c.pid]):
+                time.sleep(0.05)
+            slow = threading.Thread(target=lambda: daemon.corral("exec", found[0].id, "sleep", "3", check=True))
+            slow.start()
+            time.sleep(1)
+            asked: list[subprocess.CompletedProcess[bytes]] = []
+            asking = threading.Thread(target=lambda: asked.append(daemon.corral("system", "upgrade", timeout_s=120)))
+            asking.start()
+            deadline = time.monotonic() + 30 * PATIENCE
+            while not daemon.events("daemon.upgrading"):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            python.rename(tmp_path / "gone")
+            asking.join()
+            assert asked[0].returncode == 1
+            assert (
+                f"{python} cannot be executed: No such file or directory; this corrald goes on"
+                in asked[0].stderr.decode()
+            )
+            cat.stdin.write(b"still there\n")
+            cat.stdin.flush()
+            assert cat.stdout.readline() == b"still there\n"
+            after = client.containers.get(found[0].id)
+            assert (after.pid, after.shim_pid) == (found[0].pid, found[0].shim_pid)
+            slow.join()
+            (tmp_path / "gone").rename(python)
+            upgrade(daemon)
+            assert client.system.version().generation == 1
+            cat.stdin.close()
+            assert cat.wait(30) == 0
 
 
 def test_a_second_daemon_never_gets_in_between(box: Corrald) -> None:

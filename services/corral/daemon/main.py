@@ -105,9 +105,9 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> None:
     elsewhere = sorted(called - own)
     with roots.claimed({name: c.root for name, c in configs.items()}, daemon.state, addresses, handover) as locks:
         hosting = Hosting(daemon, configs, addresses, elsewhere, argv, handover)
-        waiting = uvloop.run(host(hosting), debug=daemon.log_level == "debug")
-        if waiting is not None:
-            execute(argv, locks, waiting, handover.generation + 1)
+        while (waiting := uvloop.run(host(hosting), debug=daemon.log_level == "debug")) is not None:
+            failed = execute(argv, locks, waiting, hosting.handover.generation + 1)
+            hosting = dataclasses.replace(hosting, handover=failed.handover, failure=failed.reason)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -120,6 +120,8 @@ class Hosting:
     elsewhere: Sequence[str]
     argv: Sequence[str]
     handover: Handover
+    failure: str = ""
+    """Why what is hosted again was not upgraded."""
 
 
 def with_options(config: settings.Config, options: argparse.Namespace) -> settings.Config:
@@ -145,9 +147,10 @@ async def host(hosting: Hosting) -> Mapping[Path, socket.socket] | None:
     loop = asyncio.get_running_loop()
     loop.slow_callback_duration = SLOW_CALLBACK_S
     stop = asyncio.Event()
-    upgrading = Upgrading(hosting.argv, stop, handover.generation, grace_s=daemon.upgrade_grace_s)
+    generation, grace_s = handover.generation, daemon.upgrade_grace_s
+    upgrading = Upgrading(hosting.argv, stop, generation, grace_s=grace_s, failure=hosting.failure)
     listen_to_signals(upgrading)
-    inherited = [loop.create_task(reap(pid)) for pid in (children() if handover.generation else ())]
+    inherited = [loop.create_task(reap(pid)) for pid in (children() if generation or hosting.failure else ())]
     services = [construct(name, config) for name, config in configs.items()]
 
     def on_ready(bound: Sequence[Address]) -> None:

@@ -3,6 +3,7 @@
     asked (SIGUSR2, Version.Upgrade)  ->  `corrald … --check` in a process of its own
         it fails                      ->  its sentence is reported, and everything goes on
         it succeeds                   ->  the host hands over (corral.rpc.handover)  ->  execve
+            that fails                ->  the same, but a host of this program takes over what was handed over
 
 Containers have shims, and are not concerned. The pid stays, so a service manager, and who waits for us, sees no change.
 """
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -25,13 +27,15 @@ from corral.kernel.paths import opened
 from corral.kernel.process import pidfd_open
 from corral.rpc.channel import open_channel
 from corral.rpc.errors import UNSERVED, CorralError, FailedPrecondition, Unavailable
-from corral.rpc.handover import VARIABLE, Handover, all_kept
+from corral.rpc.handover import VARIABLE, Handover, all_kept, take_back
 from corral.rpc.server import Upgrade
 
 log = structlog.get_logger()
 
 SIGNAL = signal.SIGUSR2
 CHECK_TIMEOUT_S = 120.0
+# Who had asked for an upgrade that failed has asked again by then.
+ASK_AGAIN_S = 30.0
 
 
 def command(argv: Sequence[str]) -> list[str]:
@@ -45,9 +49,13 @@ def command(argv: Sequence[str]) -> list[str]:
 class Upgrading:
     """Asks for an upgrade of this process, at most one at a time."""
 
-    def __init__(self, argv: Sequence[str], stop: asyncio.Event, generation: int, *, grace_s: float) -> None:
-        """`stop` is what ends the host; generation: how often this process has been upgraded."""
+    def __init__(
+        self, argv: Sequence[str], stop: asyncio.Event, generation: int, *, grace_s: float, failure: str = ""
+    ) -> None:
+        """`stop` is what ends the host; generation: how often this process has been upgraded. failure: why it was not
+        just now, for who asked and asks again."""
         self.generation = generation
+        self._failure, self._since = failure, time.monotonic()
         self.plan = Upgrade(grace_s, self._on_begin, self._on_failure)
         self._argv = argv
         self._stop = stop
@@ -65,6 +73,9 @@ class Upgrading:
         Raises Unavailable, UNSERVED, in an earlier one, which then ends; FailedPrecondition if it can't.
         """
         await self._ready.wait()
+        failure, self._failure = self._failure, ""
+        if failure and time.monotonic() < self._since + ASK_AGAIN_S and generation >= self.generation:
+            raise FailedPrecondition(failure, reason="NOT_EXECUTED")
         if generation >= self.generation:
             await asyncio.shield(self.ask())
             raise Unavailable("corral is being upgraded; ask again", reason=UNSERVED)
@@ -145,14 +156,23 @@ def boot_time_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+@dataclass(frozen=True, slots=True)
+class NotExecuted:
+    """Why this process is still the program that it was, and what it has to go on with."""
+
+    reason: str
+    handover: Handover
+
+
 def execute(
     argv: Sequence[str], locks: Mapping[str, int], waiting: Mapping[Path, socket.socket], generation: int
-) -> None:
-    """Become the program that is on disk. Returns only by FailedPrecondition: then this process can only end."""
+) -> NotExecuted:
+    """Become the program that is on disk, of that generation. Returns only if it can't be executed."""
     sockets = {str(path): each.fileno() for path, each in waiting.items()}
     handover = Handover(locks, sockets, all_kept(), generation, boot_time_s())
     memory = handover.to_memory()
-    for fd in (memory, *handover.fds()):
+    fds = (memory, *handover.fds())
+    for fd in fds:
         os.set_inheritable(fd, True)
     # Until the new program handles it, it would kill.
     signal.pthread_sigmask(signal.SIG_BLOCK, [SIGNAL])
@@ -160,11 +180,15 @@ def execute(
     try:
         os.execve(program[0], program, os.environ | {VARIABLE: str(memory)})  # noqa: S606  # what started us
     except OSError as e:
-        os.close(memory)
-        log.error("daemon.upgrade_failed", reason=str(e))
-        raise FailedPrecondition(
-            f"{program[0]} cannot be executed: {e.strerror}; containers go on: start corrald again"
-        ) from e
+        reason = f"{program[0]} cannot be executed: {e.strerror}; this corrald goes on"
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    os.close(memory)
+    take_back()
+    log.error("daemon.upgrade_failed", reason=reason)
+    notify(f"STATUS=Not upgraded: {reason}")
+    left = {str(path): each.detach() for path, each in waiting.items()}
+    return NotExecuted(reason, Handover(waiting=left, generation=generation - 1, began_s=boot_time_s()))
 
 
 def children() -> Sequence[int]:

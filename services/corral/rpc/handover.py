@@ -144,6 +144,12 @@ def all_kept() -> Sequence[tuple[str, Mapping[str, str | int], Mapping[str, int]
     return [(each.purpose, each.facts, each.fds) for each in _kept]
 
 
+def take_back() -> None:
+    """What was kept for a program that could not be executed is for the services of this one again."""
+    _inherited.extend(_kept)
+    _kept.clear()
+
+
 def hidden(path: Path) -> Path:
     """Where a socket is made that is then put at `path`."""
     return path.with_name(f".{path.name}.new")
