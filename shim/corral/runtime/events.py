@@ -16,6 +16,8 @@ from corral.runtime.state import Record
 
 EVENTS_FLAGS: Flags = {"interval": VALUE, "stats": SWITCH}
 _NO_LIMIT = 2**64 - 1
+_LOOK_AGAIN_S, _HURRY_S = 0.05, 1.0
+"""A v1 kernel wakes who watches before it kills, and not once more when it has."""
 _LONGEST_WAIT_S = 86400.0
 """At a time: poll(2) counts milliseconds in an int."""
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -43,13 +45,15 @@ def _follow(record: Record, group: Cgroup, interval_s: float) -> None:
         poller = select.poll()
         poller.register(pidfd, select.POLLIN)
         poller.register(oom.fileno(), select.POLLIN)
-        due = time.monotonic()
+        due = hurry_until = time.monotonic()
         while True:
             if time.monotonic() >= due:
                 _print_stats(record, group)
                 due += interval_s
-            left_s = due - time.monotonic()
-            ready = dict(poller.poll(min(max(0.0, left_s), _LONGEST_WAIT_S) * 1000))
+            left_s = min(due - time.monotonic(), _LONGEST_WAIT_S if time.monotonic() > hurry_until else _LOOK_AGAIN_S)
+            ready = dict(poller.poll(max(0.0, left_s) * 1000))
+            if oom.fileno() in ready and oom.wakes_before_the_kill:
+                hurry_until = time.monotonic() + _HURRY_S
             count = oom.count()
             for _ in range(count - seen):
                 _tell("oom", record)
