@@ -1,6 +1,7 @@
 """The mount calls, by what /proc/self/mountinfo and the files then say."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from support.requirements import needs
 
 from corral.kernel import mount, overlay
 from corral.kernel.syscalls import AT_FDCWD, TMPFS_MAGIC, filesystem_magic
+from corral.oci import trees
 
 pytestmark = needs("root")
 
@@ -59,6 +61,31 @@ def test_a_link_where_a_mount_is_to_go_is_not_followed(place, tmp_path):
     assert Path("/proc/self/mountinfo").read_text() == before
     for each in (fd, tree):
         os.close(each)
+
+
+def test_a_part_of_a_tree_can_be_had_where_only_what_has_a_place_can_be_copied(place):
+    """As before Linux 6.15: it has one for a moment."""
+    tree = mount.new_mount("tmpfs", "scratch")
+    os.close(os.open("file", os.O_CREAT | os.O_WRONLY, 0o600, dir_fd=tree))
+    before, tried = Path("/proc/self/mountinfo").read_text(), []
+
+    def copy() -> int:
+        tried.append(os.path.ismount(place))
+        if not tried[-1]:
+            raise OSError(errno.EINVAL, "open_tree")
+        return mount.clone_tree(tree, "file")
+
+    part = trees.part_of(tree, copy, str(place), what="a file")
+    assert (tried, Path("/proc/self/mountinfo").read_text()) == ([False, True], before)
+    os.close(tree)
+    (place / "target").touch()
+    fd = os.open(place / "target", os.O_PATH)
+    mount.move_mount(part, fd)
+    for each in (fd, part):
+        os.close(each)
+    there = os.path.ismount(place / "target")
+    mount.umount(place / "target", mount.MNT_DETACH)
+    assert there
 
 
 def test_an_unknown_file_system_is_named():

@@ -3,15 +3,13 @@
 What is in such a tree is as hostile as the root: a part of it is looked up inside it.
 """
 
-import errno
 import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from corral.kernel import mount, paths
-from corral.kernel.mount import MNT_DETACH, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY, MS_PRIVATE
-from corral.kernel.syscalls import AT_FDCWD
+from corral.kernel.mount import MOUNT_ATTR_NODEV, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY, MS_PRIVATE
 from corral.oci import trees
 from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.mounts import NewFilesystem, place
@@ -58,18 +56,7 @@ class ImageMount(Step):
             reason = f"mount {self.destination}: the image has no {self.subpath}: {e.strerror}"
             raise ExecFailed(SETUP, reason) from e
         with paths.opened(found):
-            try:
-                return mount.clone_tree(found)
-            except OSError as e:
-                if e.errno != errno.EINVAL:
-                    raise
-            # Before Linux 6.15 only what has a place can be copied: it gets one for a moment, over the root that is
-            # being built.
-            mount.move_mount(tree, AT_FDCWD, scratch, follow=True, what="an image", where=scratch)
-            try:
-                return mount.clone_tree(found)
-            finally:
-                mount.umount(scratch or ".", MNT_DETACH)
+            return trees.part_of(tree, lambda: mount.clone_tree(found), scratch, what="an image")
 
 
 def laid_in(steps: Sequence[tuple[str, Step]], images: Sequence[ImageMount]) -> list[Step]:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from corral.kernel import mount, paths
-from corral.kernel.mount import MNT_DETACH, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY
-from corral.kernel.syscalls import AT_FDCWD
+from corral.kernel.mount import MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY
+from corral.oci import trees
 from corral.oci.mounts import place
 from corral.oci.stage import Stage, Step, normal
 
@@ -102,17 +102,7 @@ def _write(tree: int, name: str, file: SecretFile) -> None:
 
 
 def _taken_apart(tree: int, count: int, scratch: str) -> list[int]:
-    """Each file of a detached mount as a detached mount of its own.
-
-    Before Linux 6.15 only what has a place can be copied: it gets one for a moment, over the root that is being built.
-    """
-    try:
-        return [mount.clone_tree(tree, str(number)) for number in range(count)]
-    except OSError as e:
-        if e.errno != errno.EINVAL:
-            raise
-    mount.move_mount(tree, AT_FDCWD, scratch, follow=True, what="secrets", where=scratch)
-    try:
-        return [mount.clone_tree(tree, str(number)) for number in range(count)]
-    finally:
-        mount.umount(scratch or ".", MNT_DETACH)
+    """Each file of a detached mount as a detached mount of its own."""
+    return trees.part_of(
+        tree, lambda: [mount.clone_tree(tree, str(number)) for number in range(count)], scratch, what="secrets"
+    )

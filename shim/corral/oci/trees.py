@@ -1,9 +1,10 @@
 """Mounts that have no place yet: copies of what the host has, and new file systems. The caller closes their fds."""
 
 import errno
+from collections.abc import Callable
 
 from corral.kernel import aufs, mount, overlay
-from corral.kernel.mount import MOUNT_ATTR__ATIME, MOUNT_ATTR_IDMAP
+from corral.kernel.mount import MNT_DETACH, MOUNT_ATTR__ATIME, MOUNT_ATTR_IDMAP
 from corral.kernel.syscalls import AT_FDCWD
 from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.mount_options import Attributes
@@ -21,6 +22,24 @@ def clone(source: str, destination: str, *, recursive: bool) -> int:
             reason = "other mounts below it may not be taken off by this user, so it takes rbind"
             raise ExecFailed(SETUP, f"mount {destination}: the source {source}: {reason}") from e
         raise
+
+
+def part_of[T](tree: int, copy: Callable[[], T], scratch: str, *, what: str) -> T:
+    """What `copy` takes from a tree, one file of it say, by mount.clone_tree(); for who mounts `what`.
+
+    Before Linux 6.15 only what has a place can be copied: it gets one for a moment, over the root that is being built,
+    scratch.
+    """
+    try:
+        return copy()
+    except OSError as e:
+        if e.errno != errno.EINVAL:
+            raise
+    mount.move_mount(tree, AT_FDCWD, scratch, follow=True, what=what, where=scratch)
+    try:
+        return copy()
+    finally:
+        mount.umount(scratch or ".", MNT_DETACH)
 
 
 def map_ids(tree: int, idmap: IdMap, stage: Stage, destination: str) -> None:
