@@ -394,6 +394,25 @@ async def test_top_and_stats_show_what_runs_inside(engine: EngineClient) -> None
     assert readings == [["busy"]]
 
 
+async def test_a_stream_of_statistics_has_who_starts_meanwhile_and_loses_who_ends(engine: EngineClient) -> None:
+    first = await engine.run("sleep", "1000")
+    stream = engine.containers.Stats(pb.ContainerStatsRequest(interval_ms=100))
+
+    async def comes_to(*wanted: str) -> None:
+        async with asyncio.timeout(20):
+            while {stats.id for stats in (await stream.read()).stats} != set(wanted):  # type: ignore[union-attr]
+                pass
+
+    await comes_to(first)
+    second = await engine.run("sleep", "1000")
+    await comes_to(first, second)
+    await engine.stop(first, timeout_s=0)
+    await comes_to(second)
+    await engine.delete(second, force=True)
+    await comes_to()
+    stream.cancel()
+
+
 async def _executes(engine: EngineClient, id_: str, command: str) -> bool:
     return command in [
         process.command for process in (await engine.containers.Top(pb.TopRequest(container=id_))).processes

@@ -16,6 +16,7 @@ from support.requirements import needs
 pytestmark = [needs("root", "busybox", "cgroup"), pytest.mark.timeout(1200)]
 
 LIMIT = {"limit": 16 << 20, "swap": 16 << 20}
+SLICE = "corraltest.slice"
 HOG = "tail /dev/zero"
 SLOW_S = 120
 """A command may take a while where the processor is emulated."""
@@ -41,6 +42,8 @@ def oci(tmp_path: Path, driver: str) -> Iterator[Runtime]:
             yield runtime
         finally:
             runtime.close()
+            if driver == "systemd":
+                subprocess.run(["systemctl", "stop", SLICE], check=False)
 
 
 def sleeping(oci: Runtime, driver: str, **unified: str) -> str:
@@ -49,7 +52,7 @@ def sleeping(oci: Runtime, driver: str, **unified: str) -> str:
     spec = oci.spec("sleep", "1000")
     linux = spec["linux"]
     assert isinstance(linux, dict)
-    linux["cgroupsPath"] = f"corraltest.slice:oom:{name}" if driver == "systemd" else f"/corraltest-{name}"
+    linux["cgroupsPath"] = f"{SLICE}:oom:{name}" if driver == "systemd" else f"/corraltest-{name}"
     linux["resources"] |= {"memory": LIMIT} | ({"unified": unified} if unified else {})
     oci.write_spec(spec)
     oci.detached("run", "--detach", name)
