@@ -152,6 +152,16 @@ async def test_a_limit_that_another_has_set_is_left_alone(own: Corrald) -> None:
         group.remove()
 
 
+async def test_a_parent_that_somebody_removed_has_its_limits_again_with_the_next_cgroup(own: Corrald) -> None:
+    start(own, pids=30)
+    open_driver(detect()).open(own.place.cgroup_parent).remove()
+    async with connected(own) as leaf:
+        assert await limits_of(leaf) == (0, 0, 0)
+        await leaf.create("next", NONE)
+        assert await limits_of(leaf) == (0, 0, 30)
+        await leaf.delete("next")
+
+
 @needs("cgroup1")
 async def test_where_containers_have_more_than_the_kernel_then_allows_the_daemon_starts_and_says_so(
     own: Corrald,

@@ -22,6 +22,7 @@ LEAST_CPUS = 0.01
 """A quota may not be shorter than a millisecond."""
 
 MARK = "trusted.corral.limits"
+_NONE = "-"
 
 _HELD_UP = (InvalidArgument, FailedPrecondition)
 """EINVAL of a quota below that of a container, EBUSY of less memory than they have: v1 takes neither."""
@@ -68,7 +69,7 @@ def enforce(driver: Driver, parent: str, limits: EngineLimits) -> None:
     Raises CorralError, naming the setting, for one that this host cannot give. One that containers that run are above
     of, where the kernel does not take it then, is told in the log, and what was there stays.
     """
-    given, ours = limits.given(), set(driver.marked(parent, MARK).split())
+    given, ours = limits.given(), set(driver.marked(parent, MARK).split()) - {_NONE}
     for name in ours - given.keys():
         with translated(f"lift the limit [cgroups] {name}"):
             driver.open(parent).apply(_one(name, UNLIMITED))
@@ -84,7 +85,14 @@ def enforce(driver: Driver, parent: str, limits: EngineLimits) -> None:
 
 
 def _mark(driver: Driver, parent: str, names: Iterable[str]) -> None:
-    driver.mark(parent, MARK, " ".join(sorted(names)))
+    driver.mark(parent, MARK, " ".join(sorted(names)) or _NONE)
+
+
+def restore(driver: Driver, parent: str, limits: EngineLimits) -> None:
+    """enforce(), where the parent is another than it was: somebody removed it, and it was made again."""
+    if limits.given() and not driver.marked(parent, MARK):
+        log.warning("cgroups.engine_limits_lost", parent=parent)
+        enforce(driver, parent, limits)
 
 
 def _limit(driver: Driver, parent: str, name: str, value: float) -> bool:
@@ -116,8 +124,10 @@ def _one(name: str, value: float) -> Resources:
 
 
 def describe(driver: Driver, parent: str) -> cgroups_pb2.EngineLimits:
-    """What the kernel has now. Raises OSError."""
+    """What the kernel has now; nothing of a parent that somebody has removed. Raises OSError."""
     group = driver.open(parent)
+    if not group.exists():
+        return cgroups_pb2.EngineLimits()
     reading = group.read()
     message = cgroups_pb2.EngineLimits(cpus=group.cpus() or 0)
     if reading.memory is not None:

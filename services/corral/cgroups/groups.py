@@ -18,7 +18,7 @@ import structlog
 
 from corral.api.types.v1 import types_pb2
 from corral.cgroups import store, wire
-from corral.cgroups.engine_limits import EngineLimits
+from corral.cgroups.engine_limits import EngineLimits, restore
 from corral.cgroups.errors import translated
 from corral.cgroups.pressure import PressureWatcher, close_all, open_all, triggers
 from corral.cgroups.readings import Readings
@@ -56,9 +56,11 @@ class Timeouts:
 class Groups:
     """The cgroups of all namespaces. Kernel refusals come out as CorralErrors."""
 
-    def __init__(self, database: Database, driver: Driver, timeouts: Timeouts, engine: EngineLimits) -> None:
-        """Take a database that has the leaf's tables."""
-        self._engine = engine
+    def __init__(
+        self, database: Database, driver: Driver, timeouts: Timeouts, parent: str, engine: EngineLimits
+    ) -> None:
+        """Take a database that has the leaf's tables. parent: what the engine's limits are those of."""
+        self._parent, self._engine = parent, engine
         self._database = database
         self._driver = driver
         self._timeouts = timeouts
@@ -150,6 +152,8 @@ class Groups:
                 leftover.remove(self._timeouts.remove_s)
                 group = self._driver.create(record.path, limits)
             try:
+                if record.path.startswith(f"{self._parent}/"):
+                    restore(self._driver, self._parent, self._engine)
                 watches = open_all(group, _triggers_of(record))
             except BaseException:
                 group.remove(self._timeouts.remove_s)

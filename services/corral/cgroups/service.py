@@ -51,7 +51,7 @@ class CgroupsService:
         assert self._database is not None
         assert self._driver is not None
         timeouts = Timeouts(self.config.remove_timeout_s, self.config.freeze_timeout_s)
-        self._groups = Groups(self._database, self._driver, timeouts, self.config.limits())
+        self._groups = Groups(self._database, self._driver, timeouts, self.config.parent, self.config.limits())
         for key, watch in watches.items():
             self._groups.watch(key, watch)
         checker = Checker(self._database, self._driver, self._groups, self.config.parent)
