@@ -20,6 +20,8 @@ type Json = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_WITHOUT_POINT = 999.5
+"""From here on three digits are 1000, which the format g writes as 1e+03."""
 
 
 def format_option[F: Callable[..., object]](function: F) -> F:
@@ -155,7 +157,7 @@ def _scaled(size: float, units: Sequence[str], step: int) -> str:
         if size < step or unit == units[-1]:
             break
         size /= step
-    return f"{size:.3g}{unit}" if size < 1000 else f"{size:.0f}{unit}"
+    return f"{size:.3g}{unit}" if size < _WITHOUT_POINT else f"{size:.0f}{unit}"
 
 
 def human_age(when: "Timestamp") -> str:
