@@ -3,7 +3,8 @@
 import contextlib
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from corral.rpc.errors import AlreadyExists, InvalidArgument, NotFound, Unavaila
 
 pytestmark = needs("root", "netns", "nft", "nsenter", "ip")
 LOOPBACK = "127.0.0.1"
+COUNTING = """add table ip strangers; add chain ip strangers c { type filter hook forward priority 0; }
+add rule ip strangers c udp dport 8080 ct state new counter"""
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +70,54 @@ def udp_echo(where: str | Path, own: str, number: int = 7) -> Iterator[None]:
         server.close()
 
 
+@contextlib.contextmanager
+def tcp_ticker(where: str | Path, own: str, number: int = 7) -> Iterator[None]:
+    """Goes on talking to each caller: who speaks first after a change makes all the difference to the kernel."""
+    listener = in_namespace(Path(where), lambda: socket.create_server((own, number)))
+
+    def talk(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            while True:
+                connection.sendall(b".")
+                time.sleep(0.005)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=talk, args=(listener.accept()[0],), daemon=True).start()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(5)
+
+
+@contextlib.contextmanager
+def tcp_listener(where: str | Path, target: str, number: int) -> Iterator[Callable[[], bool]]:
+    """One connection to a ticker; each call tells whether it goes on."""
+    caller = in_namespace(Path(where), lambda: socket.create_connection((target, number), 3))
+
+    def goes_on() -> bool:
+        time.sleep(0.05)
+        try:
+            caller.settimeout(0)
+            with contextlib.suppress(BlockingIOError):
+                while caller.recv(1 << 16):  # what was on its way
+                    pass
+            caller.settimeout(1)
+            return caller.recv(1) == b"."
+        except OSError:
+            return False
+
+    with caller:
+        assert goes_on()
+        yield goes_on
+
+
 def udp_send(target: str, number: int, data: bytes) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.sendto(data, (target, number))
@@ -81,6 +132,12 @@ def udp_call(where: str | Path, target: str, number: int) -> str:
             return caller.recv(100).decode()
 
     return in_namespace(Path(where), call)
+
+
+def udp_socket() -> socket.socket:
+    made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    made.settimeout(2)
+    return made
 
 
 async def test_a_port_is_reached_from_everywhere_and_the_outside_is_seen_as_itself(lab: Lab, net: Calls) -> None:
@@ -239,6 +296,61 @@ async def test_a_flow_of_datagrams_goes_where_its_port_leads_now(lab: Lab, net: 
         assert not answered()
         await net.endpoints.Publish(pb.PublishRequest(endpoint_id="a", ports=[port(protocol="udp")]))
         assert answered()
+
+
+async def test_ports_that_come_and_go_cut_no_connection_to_a_server_elsewhere_of_that_number(
+    lab: Lab, net: Calls
+) -> None:
+    a = await net.attach("a")
+    await net.attach("b")
+    with tcp_ticker(lab.outside, OUTSIDE, 8080), tcp_listener(a.netns_path, OUTSIDE, 8080) as goes_on:
+        await net.endpoints.Publish(pb.PublishRequest(endpoint_id="b", ports=[port()]))
+        assert goes_on()
+        await net.endpoints.Unpublish(pb.UnpublishRequest(endpoint_id="b"))
+        assert goes_on()
+
+
+async def test_ports_that_come_and_go_leave_datagrams_to_a_server_elsewhere_alone(lab: Lab, net: Calls) -> None:
+    a = await net.attach("a")
+    await net.attach("b")
+    ports = [port(protocol="udp")]
+    command(lab.host, "nft", COUNTING)
+    try:
+        with udp_echo(lab.outside, OUTSIDE, 8080), in_namespace(Path(a.netns_path), udp_socket) as caller:
+            caller.connect((OUTSIDE, 8080))
+
+            def answered() -> bool:
+                caller.send(b"?")
+                return bool(caller.recv(100))
+
+            assert answered()
+            await net.endpoints.Publish(pb.PublishRequest(endpoint_id="b", ports=ports))
+            assert answered()
+            await net.endpoints.Unpublish(pb.UnpublishRequest(endpoint_id="b", ports=ports))
+            assert answered()
+        assert "counter packets 1 " in command(lab.host, "nft", "list", "table", "ip", "strangers")
+    finally:
+        command(lab.host, "nft", "delete", "table", "ip", "strangers")
+
+
+async def test_a_port_that_is_withdrawn_cuts_what_came_by_it_and_nothing_else(lab: Lab, net: Calls) -> None:
+    ports = [port(), port(host=8081), port(host=8082, host_ip=HOST), port(host=8082, host_ip=LOOPBACK)]
+    a = await net.attach("a", ports=ports)
+    with (
+        tcp_ticker(a.netns_path, address(a)),
+        tcp_listener(lab.outside, HOST, 8080) as one,
+        tcp_listener(lab.outside, HOST, 8081) as other,
+        tcp_listener(lab.outside, HOST, 8082) as by_address,
+        tcp_listener(lab.host, LOOPBACK, 8082) as by_loopback,
+        tcp_listener(lab.host, address(a), 7) as direct,
+    ):
+        gone = [ports[0], ports[3]]
+        await net.endpoints.Unpublish(pb.UnpublishRequest(endpoint_id="a", ports=gone))
+        assert not one()
+        assert other()
+        assert by_address()
+        assert not by_loopback()
+        assert direct()
 
 
 async def test_what_a_server_of_the_host_has_left_behind_is_no_use_of_its_port(lab: Lab, net: Calls) -> None:

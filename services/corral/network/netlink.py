@@ -128,6 +128,11 @@ class Netlink:
             if row["index"] == index
         ]
 
+    def own_addresses(self) -> frozenset[Address]:
+        """All that the links of this host have."""
+        rows = self._list(_list_addresses())
+        return frozenset(ip_address(row.get_attr("IFA_LOCAL") or row.get_attr("IFA_ADDRESS")) for row in rows)
+
     # Bridges
 
     def ensure_bridge(self, plan: BridgePlan) -> bool:

@@ -99,14 +99,14 @@ class Publishing:
         failpoint("network.publish.before_rules")
         leading = forwards(endpoint, ports)
         self._firewall.publish(leading)
-        self.conntrack.forget_ports(leading)
+        self.conntrack.forget_strays(leading, netlink.own_addresses)
 
     def shut(self, endpoint: Endpoint, ports: Sequence[Port]) -> None:
         """Let them lead nowhere, and go. On the netlink thread."""
         leading = forwards(endpoint, ports)
         try:
             self._firewall.withdraw(leading)
-            self.conntrack.forget_ports(leading)
+            self.conntrack.forget_ways(leading)
         finally:
             self._host.release(endpoint.key, ports)
 
@@ -116,7 +116,7 @@ class Publishing:
         gone = [forward for forward in old if forward not in new]
         if gone:
             self._firewall.withdraw(gone)
-            self.conntrack.forget_ports(gone)
+            self.conntrack.forget_ways(gone)
         if new != old:
             self.open(netlink, endpoint, endpoint.ports)
 
