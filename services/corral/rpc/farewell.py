@@ -1,16 +1,13 @@
-"""Sending clients away before gRPC's server is stopped, so that none of their calls falls in between.
+"""Ending connections before gRPC's server is stopped, so that none of their calls falls in between.
 
     gates are shut     calls that come are refused (UNAVAILABLE); what was begun has been answered
-    GOAWAY             clients begin their next calls elsewhere, and hang up once they have been told of the last one
-    cut                who has not hung up in time, or can't be told, sees the connection end (UNAVAILABLE)
+    cut                each connection when nothing is on its way, or when the time is over; clients connect anew
     server.stop()      finds nobody
 
 The order matters. A server that has begun to stop throws away each call that it has not taken up by then, and those
-that come until the client knows; gRPC tells their clients CANCELLED, which they may not take for "not begun". It can
-say GOAWAY without stopping, to connections of a certain age for one, but not when it is asked to (1.85). So the frame
-is written here, to the sockets that gRPC reads and writes. It must not get into the middle of another frame, nor come
-before the first: so it is sent once all calls have ended. What is written then is short (refusals, pings) and sent in
-one piece, and what was longer, or came first, has left the socket.
+that come until the client knows; gRPC (1.85) tells their clients CANCELLED, which they may not take for "not begun".
+A connection that ends is UNAVAILABLE. Nothing is written to gRPC's sockets here, for nobody but gRPC knows whether the
+last frame has left in full.
 """
 
 import asyncio
@@ -21,73 +18,61 @@ import struct
 import termios
 from array import array
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
-# Length 8, type 7, no flags, stream 0; all streams up to the highest number may have been begun; NO_ERROR.
-# Source: RFC 9113, 4.1 and 6.8.
-GOAWAY = struct.pack("!IBIII", 8 << 8 | 7, 0, 0, (1 << 31) - 1, 0)
 # A program of classic BPF, which takes no byte of any packet. Source: linux/filter.h, BPF_RET | BPF_K.
 TAKE_NOTHING = array("B", struct.pack("HBBI", 0x06, 0, 0, 0))
 SO_ATTACH_FILTER = 26
-# By then gRPC has sent its first frame to who has just connected.
-SETTLED_S = 0.05
-# Clients hang up within milliseconds, unless they are stopped or out of reach, or keep an old call in hand.
-HANG_UP_S = 1.0
-# Whoever has read GOAWAY so long ago begins nothing any more, and has been told of what was on its way.
-READ_S = 0.25
+# For who calls without a pause, or does not read.
+QUIET_WITHIN_S = 0.25
 LOOK_S = 0.005
 
 type Name = str | int
 """Of a connection's own end: the path that its listening socket was bound to, or the port."""
 
 
-class Farewell:
-    """To who is connected to us at some names; made when no more are wanted, said when what they asked for is done."""
+async def cut(names: Collection[Name], others: Callable[[], Collection[int]] = tuple) -> None:
+    """End all connections that were accepted at those names, when the gates are shut; no new ones are accepted.
 
-    def __init__(
-        self, plain: Collection[Name], sealed: Collection[Name], others: Callable[[], Collection[int]] = tuple
-    ) -> None:
-        """Clients with TLS, `sealed`, can't be told. others: the inodes of sockets that are not gRPC's but lead to it;
-        as long as there are any, more may connect."""
-        self._plain, self._sealed, self._others = plain, sealed, others
-        self._loop = asyncio.get_running_loop()
-        self._since: dict[int, float] = {}
-        self._told: set[int] = set()
-        self._read: dict[int, float] = {}
-        for listening, _ in _sockets((*plain, *sealed), others(), listening=True):
-            _take_no_more(listening)
-        self._look()
+    others: the inodes of sockets of such names that are not gRPC's but lead to it, and end with that.
+    """
+    with ExitStack() as held:
+        for _, listening in _sockets(names, others(), listening=True):
+            _take_no_more(held.enter_context(listening))
+        left = {inode: held.enter_context(each) for inode, each in _sockets(names, others())}
+        await _cut_when_quiet(left)
+        for _, each in _sockets(names, others()):  # who came through the door meanwhile, or never was quiet
+            _end(held.enter_context(each))
 
-    async def say(self) -> None:
-        """Return when nobody is connected any more. Who has nothing to say has not to be waited for."""
-        deadline = self._loop.time() + HANG_UP_S
-        while (self._look() or self._others()) and self._loop.time() < deadline:  # noqa: ASYNC110  # no event tells
-            await asyncio.sleep(LOOK_S)
-        self._cut()
 
-    def _look(self) -> int:
-        """How many may still have something to say; those whose time has come are told."""
-        count = 0
-        for connection, inode in _sockets(self._plain, self._others()):
-            count += not self._is_done(connection, inode)
-        return count
+async def _cut_when_quiet(left: dict[int, socket.socket]) -> None:
+    """End each connection that was found without any bytes on their way twice in a row."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + QUIET_WITHIN_S
+    before: set[int] = set()
+    while left and loop.time() < deadline:
+        quiet = {inode for inode, each in left.items() if not _on_the_way(each)}
+        for inode in quiet & before:
+            _end(left.pop(inode))
+        before = quiet
+        await asyncio.sleep(LOOK_S)
 
-    def _is_done(self, connection: socket.socket, inode: int) -> bool:
-        now = self._loop.time()
-        if now - self._since.setdefault(inode, now) < SETTLED_S or _unread(connection):
-            return False
-        if inode in self._told:
-            return now - self._read.setdefault(inode, now) >= READ_S
-        with suppress(OSError):  # it has hung up
-            connection.send(GOAWAY, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        self._told.add(inode)
-        return False
 
-    def _cut(self) -> None:
-        for connection, _ in _sockets((*self._plain, *self._sealed), self._others()):
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+def _end(connection: socket.socket) -> None:
+    """What has been sent is still received."""
+    with suppress(OSError):  # it has ended
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _on_the_way(connection: socket.socket) -> int:
+    """How many bytes, in both directions, whoever is to receive them has not. Source: unix(7), tcp(7)."""
+    return sum(_count(connection, request) for request in (termios.TIOCOUTQ, termios.FIONREAD))
+
+
+def _count(connection: socket.socket, request: int) -> int:
+    (count,) = struct.unpack("i", fcntl.ioctl(connection, request, bytes(4)))
+    return int(count)
 
 
 def _take_no_more(listening: socket.socket) -> None:
@@ -100,38 +85,36 @@ def _take_no_more(listening: socket.socket) -> None:
 
 def _sockets(
     names: Collection[Name], others: Collection[int], *, listening: bool = False
-) -> Iterator[tuple[socket.socket, int]]:
-    """A copy of each connection that was accepted at one of those names, or of what accepts them, closed when the next
-    one is asked for; and its inode, by which it can be told from others."""
+) -> Iterator[tuple[int, socket.socket]]:
+    """The inode and a copy, to be closed, of each connection that was accepted at one of those names, or of what
+    accepts them."""
     for each in Path("/proc/self/fd").iterdir():
-        with _copied(int(each.name)) as copy:
-            if copy is None or copy.type != socket.SOCK_STREAM:
-                continue
-            inode = os.fstat(copy.fileno()).st_ino
-            if inode not in others and _listens(copy) == listening and _name(copy) in names:
-                yield copy, inode
+        copy = _copied(each)
+        if copy is None:
+            continue
+        inode = os.fstat(copy.fileno()).st_ino
+        if inode not in others and copy.type == socket.SOCK_STREAM and _is(copy, names, listening):
+            yield inode, copy
+        else:
+            copy.close()
 
 
-@contextmanager
-def _copied(fd: int) -> Iterator[socket.socket | None]:
-    """None for what is no socket, or was closed by its thread meanwhile."""
-    try:
-        copy = os.dup(fd)
-    except OSError:
-        yield None
-        return
-    try:
-        connection = socket.socket(fileno=copy)
-    except OSError:
-        os.close(copy)
-        yield None
-        return
-    with connection:
-        yield connection
+def _copied(link: Path) -> socket.socket | None:
+    """None for what is no socket, or was closed by its thread meanwhile. Files are not even copied: closing any
+    descriptor of one ends this process's locks on it, see fcntl(2)."""
+    with suppress(OSError):
+        if link.readlink().name.startswith("socket:"):
+            copy = os.dup(int(link.name))
+            try:
+                return socket.socket(fileno=copy)
+            except OSError:
+                os.close(copy)
+    return None
 
 
-def _listens(stream: socket.socket) -> bool:
-    return bool(stream.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+def _is(stream: socket.socket, names: Collection[Name], listening: bool) -> bool:
+    listens = bool(stream.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    return listens == listening and _name(stream) in names
 
 
 def _name(connection: socket.socket) -> Name | None:
@@ -139,9 +122,3 @@ def _name(connection: socket.socket) -> Name | None:
     if connection.family in (socket.AF_INET, socket.AF_INET6):
         return int(name[1])
     return name if isinstance(name, str) else None
-
-
-def _unread(connection: socket.socket) -> int:
-    """How many of our bytes have not reached the other side. Source: unix(7), tcp(7), SIOCOUTQ."""
-    (count,) = struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))
-    return int(count)

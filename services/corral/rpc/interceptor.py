@@ -2,7 +2,7 @@
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -31,6 +31,7 @@ type _Context = grpc.aio.ServicerContext[Any, Any]
 type _Handler = grpc.RpcMethodHandler[Any, Any]
 
 CANCEL_S = ANSWER_S = 1.0
+LOOK_S = 0.02
 STOPPING = "corral is stopping; try again when it is back"
 MOVING = "corral is being upgraded; try again"
 
@@ -44,13 +45,22 @@ class Gate:
         self._refusal = Unavailable("not started")
         self.is_open = False
         self.inside: set[asyncio.Task[Any]] = set()
+        self.visiting: set[asyncio.Task[Any]] = set()
+        """Of those, the calls that come from another process."""
         self.answering: set[asyncio.Task[Any]] = set()
         """Calls that have left, and send what they came for."""
         self.followers = Followers()
 
+    def enter(self, task: asyncio.Task[Any], context: object) -> None:
+        """The call is to be counted; it may have to wait()."""
+        self.inside.add(task)
+        if not isinstance(context, LocalContext):
+            self.visiting.add(task)
+
     def leave(self, task: asyncio.Task[Any], context: object) -> None:
         """What the call came for is done."""
         self.inside.discard(task)
+        self.visiting.discard(task)
         self.followers.discard(task)
         if not isinstance(context, LocalContext):
             self.answering.add(task)
@@ -78,10 +88,24 @@ class Gate:
         if not self.is_open:
             raise self.refusal()
 
-    async def drain(self, seconds: float) -> None:
-        """Wait for the calls inside; cancel those that only follow now, and what is still there after `seconds`. Then
-        for the last answers to be sent, for a moment: a client that does not read may never let us."""
+    async def end_of_visits(self, seconds: float) -> set[asyncio.Task[Any]]:
+        """Wait for the calls of other processes that are inside now, while the gate stays open, but not for those that
+        only follow. Returns which are left after `seconds`."""
+        begun, loop = set(self.visiting), asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        while left := {task for task in begun & self.visiting if task not in self.followers}:
+            if loop.time() >= deadline:
+                return left
+            # Not for all of them at once: one may only follow from some time on.
+            await asyncio.wait(left, timeout=min(LOOK_S, seconds), return_when=asyncio.FIRST_COMPLETED)
+        return set()
+
+    async def drain(self, seconds: float, overdue: Collection[asyncio.Task[Any]] = ()) -> None:
+        """Wait for the calls inside; cancel those that only follow and the `overdue` now, and what is still there after
+        `seconds`. Then for the last answers to be sent, for a moment: a client that does not read may never let us."""
         self.followers.end()
+        for task in self.inside.intersection(overdue):
+            task.cancel()
         if self.inside:
             await asyncio.wait(self.inside, timeout=seconds)
         remaining = set(self.inside)
@@ -159,7 +183,7 @@ class _Around:
         async def behaviour(request: Any, context: _Context) -> Any:
             task = asyncio.current_task()
             assert task is not None
-            gate.inside.add(task)
+            gate.enter(task, context)
             try:
                 await self._enter(context)
                 return await fn(request, context)
@@ -177,7 +201,7 @@ class _Around:
         async def behaviour(request: Any, context: _Context) -> AsyncIterator[Any]:
             task = asyncio.current_task()
             assert task is not None
-            gate.inside.add(task)
+            gate.enter(task, context)
             try:
                 await self._enter(context)
                 async with aclosing(fn(request, context)) as responses:

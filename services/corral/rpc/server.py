@@ -2,8 +2,9 @@
 
     bind and listen  ->  start() each, in order; its gate opens and its health becomes SERVING  ->  ready
     stop             ->  each in reverse: shut its gate, let its calls end (grace), cancel the rest, stop()
-                         ->  clients told to go (corral.rpc.farewell)  ->  close
-    hand_over        ->  a waiting socket in the place of ours  ->  as stop
+                         ->  connections cut (corral.rpc.farewell)  ->  close
+    hand_over        ->  calls that are inside end (grace), while others are served as ever
+                         ->  a waiting socket in the place of ours  ->  as stop
 
 Composers come after the leaves they call, so while a composer drains its leaves still answer.
 """
@@ -16,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mappi
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -26,7 +28,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from corral.rpc import local
 from corral.rpc.address import MAX_MESSAGE_BYTES, Address, Target, TcpAddress, Tls, UnixAddress
 from corral.rpc.errors import FailedPrecondition
-from corral.rpc.farewell import Farewell, Name
+from corral.rpc.farewell import Name, cut
 from corral.rpc.handover import Latecomers, hidden, make_waiting
 from corral.rpc.interceptor import CallInterceptor, Gate
 from corral.rpc.service import Service
@@ -47,6 +49,8 @@ SOCKET_MODE = 0o660
 LATE_MODE = 0o600
 # Calls that are left when the time is over get this much to notice.
 LAST_CALLS_S = 0.1
+# In a hand-over, those that have come while others were waited for; most calls take milliseconds.
+NEW_CALLS_S = 1.0
 # When connections of latecomers are asked to come again.
 STAY_MS = 1000
 
@@ -94,8 +98,7 @@ class Host:
         self._started: list[_Hosted] = []
         self._targets: list[Target] = []
         self._sockets: dict[Path, int] = {}  # with the inode of each
-        self._plain: list[Name] = []
-        self._sealed: list[Name] = []
+        self._names: list[Name] = []
         self._late: asyncio.Task[None] | None = None
         self._latecomers: Latecomers | None = None
 
@@ -157,13 +160,24 @@ class Host:
 
     async def hand_over(self, waiting: Mapping[Path, socket.socket], *, grace_s: float) -> None:
         """stop(), for somebody who will listen at the same addresses: connections to unix sockets wait for it in
-        make_places(), which is `waiting`. Clients are told to connect anew."""
+        make_places(), which is `waiting`. While the calls that are inside now end, within `grace_s`, nobody is
+        refused."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + grace_s
+        overdue = await self._end_of_calls(grace_s)
         for path in waiting:
             hidden(path).rename(path)
-        await self._stop_services(grace_s, upgrading=True)
+        await self._stop_services(max(deadline - loop.time(), NEW_CALLS_S), upgrading=True, overdue=overdue)
         await self._leave()
 
-    async def _stop_services(self, grace_s: float, *, upgrading: bool) -> None:
+    async def _end_of_calls(self, seconds: float) -> Collection[asyncio.Task[Any]]:
+        """Wait for those that are inside now; which are left after `seconds`."""
+        waits = [hosted.gate.end_of_visits(seconds) for hosted in self._started]
+        return frozenset().union(*await asyncio.gather(*waits))
+
+    async def _stop_services(
+        self, grace_s: float, *, upgrading: bool, overdue: Collection[asyncio.Task[Any]] = ()
+    ) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + grace_s
         for hosted in self._hosted:
@@ -171,7 +185,7 @@ class Host:
                 hosted.gate.shut(upgrading=upgrading)
         for hosted in reversed(self._started):
             hosted.gate.shut(upgrading=upgrading)
-            await hosted.gate.drain(max(deadline - loop.time(), LAST_CALLS_S))
+            await hosted.gate.drain(max(deadline - loop.time(), LAST_CALLS_S), overdue)
             try:
                 await hosted.service.stop()
             except Exception:
@@ -186,7 +200,7 @@ class Host:
         local.withdraw(self)
         if self._latecomers is not None:
             self._latecomers.stop_accepting()
-        await Farewell(self._plain, self._sealed, self._relayed).say()
+        await cut(self._names, self._relayed)
         await self._stop_late()
         await self._server.stop(LAST_CALLS_S)
         for target in self._targets:
@@ -211,7 +225,7 @@ class Host:
         with _mode(LATE_MODE):
             server.add_insecure_port(target.name)
         name = target.name.removeprefix("unix:")
-        self._plain.append(name)
+        self._names.append(name)
         latecomers = self._latecomers = Latecomers(waiting, name)
         try:
             await server.start()
@@ -224,6 +238,8 @@ class Host:
 
     async def _stop_late(self) -> None:
         if self._late is not None:
+            if self._latecomers is not None:  # what has been said to them is still on its way
+                await asyncio.wait((self._late,), timeout=LAST_CALLS_S)
             self._late.cancel()
             await asyncio.wait((self._late,))
 
@@ -242,7 +258,7 @@ class Host:
         new = UnixAddress(hidden(address.path))
         target = Target(new)
         self._targets.append(target)
-        self._plain.append(target.name.removeprefix("unix:"))
+        self._names.append(target.name.removeprefix("unix:"))
         try:
             with _mode(SOCKET_MODE):
                 self._server.add_insecure_port(target.name)
@@ -269,7 +285,7 @@ class Host:
                 port = self._server.add_secure_port(target, tls.server_credentials())
         except RuntimeError as e:
             raise FailedPrecondition(f"cannot listen on {address}: is the port in use?") from e
-        (self._plain if tls is None else self._sealed).append(port)
+        self._names.append(port)
         return TcpAddress(address.host, port)
 
 
