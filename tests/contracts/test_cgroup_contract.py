@@ -319,6 +319,42 @@ def test_a_refused_limit_leaves_all_others_as_they_were(group: Cgroup) -> None:
     assert settings(group) == before
 
 
+def test_an_idle_cgroup_is_made_with_its_shares(cgroup_driver: Driver) -> None:
+    group = cgroup_driver.create(fresh_path(), Resources(cpu=CpuLimits(shares=512, idle=1)))
+    try:
+        group.apply(Resources(cpu=CpuLimits(shares=600, idle=1)))
+        assert cpu_files(group)[0] == "1"
+        with pytest.raises(OSError, match="an idle cgroup has no CPU shares"):
+            group.apply(Resources(cpu=CpuLimits(shares=700)))
+        group.apply(Resources(cpu=CpuLimits(shares=512, idle=0)))
+        busy = cpu_files(group)
+        group.apply(Resources(cpu=CpuLimits(shares=512)))
+        assert cpu_files(group) == busy
+    finally:
+        group.remove()
+
+
+@pytest.mark.parametrize(
+    ("now", "change"),
+    [({"idle": 0}, {"idle": 1}), ({"idle": 1}, {"idle": 0, "shares": 700}), ({"idle": 1}, {"idle": 0})],
+)
+def test_a_refused_limit_takes_idling_back_with_the_shares(
+    group: Cgroup, now: dict[str, int], change: dict[str, int]
+) -> None:
+    group.apply(Resources(cpu=CpuLimits(shares=300, **now)))
+    before = settings(group)
+    with pytest.raises(OSError, match=r"cfs_quota_us|cpu\.max"):
+        group.apply(Resources(cpu=CpuLimits(quota_us=5, **change)))
+    assert settings(group) == before
+
+
+def cpu_files(group: Cgroup) -> tuple[str, str]:
+    """Whether it idles, and its shares or its weight."""
+    [directory] = [path for path in group.paths() if (path / "cpu.idle").exists()]
+    [weight] = [path for name in ("cpu.shares", "cpu.weight") if (path := directory / name).exists()]
+    return (directory / "cpu.idle").read_text().strip(), weight.read_text().strip()
+
+
 def settings(group: Cgroup) -> dict[str, str]:
     """Every file that can be set, and what it holds."""
     found = {}

@@ -124,6 +124,19 @@ async def test_a_limit_that_the_kernel_refuses_makes_no_cgroup(leaf: Leaf) -> No
     assert await leaf.topics("refused") == []
 
 
+async def test_the_shares_of_the_row_hold_again_once_it_does_not_idle(leaf: Leaf) -> None:
+    await leaf.create("idling")
+    [cpu] = [path for path in leaf.kernel("idling").paths() if (path / "cpu.idle").exists()]
+    weight = next(path for name in ("cpu.shares", "cpu.weight") if (path := cpu / name).exists())
+    before = weight.read_text()
+    await leaf.update("idling", cpu=types_pb2.CpuResources(idle=1))
+    with pytest.raises(InvalidArgument, match="an idle cgroup has no CPU shares"):
+        await leaf.update("idling", cpu=types_pb2.CpuResources(shares=700))
+    after = await leaf.update("idling", cpu=types_pb2.CpuResources(idle=0))
+    assert (weight.read_text(), after.resources.cpu.shares) == (before, 512)
+    await leaf.delete("idling")
+
+
 async def test_an_update_changes_what_it_names_and_a_refused_one_nothing(leaf: Leaf) -> None:
     await leaf.create("changing")
     after = await leaf.update("changing", pids=types_pb2.PidsResources(limit=7))

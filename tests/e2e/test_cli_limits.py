@@ -8,7 +8,7 @@ import pytest
 from support.corrald import Corrald
 from support.requirements import needs
 
-from corral.kernel.cgroup import detect, hugepages
+from corral.kernel.cgroup import detect, hugepages, open_driver
 
 pytestmark = needs("root", "overlayfs", "busybox", "netns", "cgroup1")
 
@@ -64,8 +64,29 @@ def test_limits_of_cpu_time_are_set_and_changed_while_it_runs(box: Corrald, name
     ok(box, "update", "--cpu-burst", "0", "--cpu-idle", name)
     assert kernel(box, name, "cpu", *CPU, "cpu.idle") == ("50000", "0", "1")
     assert (resources(box, name)["cpu"]["idle"], resources(box, name)["cpu"]["shares"]) == (1, 300)
-    ok(box, "update", "--no-cpu-idle", "--cpus", "0.25", "--cpu-shares", "400", name)
-    assert kernel(box, name, "cpu", "cpu.idle", "cpu.cfs_quota_us", "cpu.shares") == ("0", "25000", "400")
+    ok(box, "update", "--no-cpu-idle", "--cpus", "0.25", name)
+    assert kernel(box, name, "cpu", "cpu.idle", "cpu.cfs_quota_us", "cpu.shares") == ("0", "25000", "300")
+
+
+def test_an_idle_container_starts_again_and_has_its_shares_back_once_it_is_not(box: Corrald, name: str) -> None:
+    ok(box, *RUN, "--name", name, "--cpu-shares", "512", "--cpu-idle", "busybox", "sleep", "1000")
+    assert kernel(box, name, "cpu", "cpu.idle") == ("1",)
+    ok(box, "update", "--no-cpu-idle", name)
+    assert kernel(box, name, "cpu", "cpu.idle", "cpu.shares") == ("0", "512")
+    ok(box, "update", "--cpu-idle", name)
+    refused = box.corral("update", "--cpu-shares", "700", name)
+    assert refused.returncode != 0
+    assert b"an idle cgroup has no CPU shares" in refused.stderr
+    ok(box, "restart", "-t", "0", name)
+    ok(box, "stop", "-t", "0", name)
+    path = f"{box.place.cgroup_parent}/default/{json.loads(ok(box, 'inspect', name))[0]['id']}"
+    box.stop()
+    open_driver(detect()).open(path).remove()  # as a reboot does
+    box.start()
+    ok(box, "start", name)
+    assert kernel(box, name, "cpu", "cpu.idle") == ("1",)
+    ok(box, "update", "--no-cpu-idle", name)
+    assert kernel(box, name, "cpu", "cpu.shares") == ("512",)
 
 
 def test_limits_of_memory_are_set_and_changed_while_it_runs(box: Corrald, name: str) -> None:

@@ -151,6 +151,9 @@ def test_no_limit_of_cpu_time_is_infinite_and_no_process_at_all_is_one():
 def test_an_idle_group_has_a_weight_of_zero():
     assert told({"cpu.idle": "1", "cpu.weight": "59"}) == {"CPUWeight": 0}
     assert told({"cpu.idle": "0", "cpu.weight": "59"}) == {"CPUWeight": 59}
+    assert (
+        told({"cpu.idle": "1", "cpu.weight": "0"}, version=251) == told({"cpu.idle": "1", "cpu.shares": "3"}, 251) == {}
+    )
 
 
 def test_an_older_systemd_is_told_what_it_knows():

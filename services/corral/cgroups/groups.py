@@ -166,7 +166,7 @@ class Groups:
 
     async def _update(self, key: Key, change: types_pb2.Resources) -> Record:
         record = self.find(key)
-        limits = wire.resources(change)
+        limits = wire.resources(_with_shares_again(record, change))
         self._engine.check(limits, self._driver)
 
         def apply() -> Sequence[PressureWatch]:
@@ -360,6 +360,18 @@ def _not_found(id_: str) -> NotFound:
 
 def _triggers_of(record: Record) -> tuple[PressureTrigger, ...]:
     return triggers(types_pb2.Resources.FromString(record.resources))
+
+
+def _with_shares_again(record: Record, change: types_pb2.Resources) -> types_pb2.Resources:
+    """A change that ends idling sets the shares of the row, too: the kernel has forgotten them."""
+    known = types_pb2.Resources.FromString(record.resources).cpu
+    cpu = change.cpu
+    if cpu.idle or not cpu.HasField("idle") or cpu.HasField("shares") or not known.HasField("shares"):
+        return change
+    found = types_pb2.Resources()
+    found.CopyFrom(change)
+    found.cpu.shares = known.shares
+    return found
 
 
 def _same(known: Record, asked: Record) -> Record:

@@ -109,8 +109,11 @@ def properties_of(contents: Mapping[str, str], version: int) -> list[Property]:
     found: dict[str, Variant] = {}
     for name, value in contents.items():
         found |= _OF_FILE[name](value)
-    if contents.get(_CPU_IDLE) == "1" and version >= _IDLE_SINCE:
-        found["CPUWeight"] = Variant("t", 0)  # what can't be told is that it is not idle any more
+    if contents.get(_CPU_IDLE) == "1":
+        for weight in ("CPUWeight", "CPUShares"):  # the file tells of idling, and refuses what it tells
+            found.pop(weight, None)
+        if version >= _IDLE_SINCE:
+            found["CPUWeight"] = Variant("t", 0)  # what can't be told is that it is not idle any more
     if quota := contents.get(_V1_QUOTA):
         found |= _quota(int(quota), int(contents[_V1_PERIOD]))
     return [(name, value) for name, value in found.items() if version >= _SINCE.get(name, 0)]

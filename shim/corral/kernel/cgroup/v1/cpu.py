@@ -3,7 +3,7 @@
 Source: kernel scheduler/sched-bwc.rst, sched-design-CFS.rst, sched-rt-group.rst; OCI config-linux "CPU".
 """
 
-from corral.kernel.cgroup import convert, files
+from corral.kernel.cgroup import convert, files, idle
 from corral.kernel.cgroup.resources import CpuLimits
 from corral.kernel.cgroup.stats import CpuStats
 from corral.kernel.cgroup.steps import Step, Write, check_range
@@ -12,7 +12,6 @@ SHARES = "cpu.shares"
 QUOTA = "cpu.cfs_quota_us"
 PERIOD = "cpu.cfs_period_us"
 BURST = "cpu.cfs_burst_us"
-IDLE = "cpu.idle"
 RT_PERIOD = "cpu.rt_period_us"
 RT_RUNTIME = "cpu.rt_runtime_us"
 STAT = "cpu.stat"
@@ -20,14 +19,11 @@ STAT = "cpu.stat"
 
 def plan(directory: str, wanted: CpuLimits) -> list[Step]:
     """The writes that give a cgroup these limits, in an order the kernel accepts."""
-    steps: list[Step] = []
-    if wanted.idle is not None:
-        steps.append(Write(f"{directory}/{IDLE}", str(wanted.idle)))  # an idle group refuses new shares
     if wanted.shares is not None:
         # The kernel would clamp in silence.
         path = f"{directory}/{SHARES}"
         check_range(path, wanted.shares, convert.SHARES_MIN, convert.SHARES_MAX, what="CPU shares")
-        steps.append(Write(path, str(wanted.shares)))
+    steps = idle.plan(directory, SHARES, idle=wanted.idle, weight=wanted.shares)
     steps += _bandwidth(directory, wanted)
     return steps + _realtime(directory, wanted)
 

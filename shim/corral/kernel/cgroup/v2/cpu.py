@@ -3,7 +3,7 @@
 Source: kernel cgroup-v2.rst "CPU"; OCI config-linux "CPU".
 """
 
-from corral.kernel.cgroup import convert, files
+from corral.kernel.cgroup import convert, files, idle
 from corral.kernel.cgroup.resources import CpuLimits
 from corral.kernel.cgroup.stats import CpuStats
 from corral.kernel.cgroup.steps import Step, Write, check_range, unsupported
@@ -11,7 +11,6 @@ from corral.kernel.cgroup.steps import Step, Write, check_range, unsupported
 WEIGHT = "cpu.weight"
 MAX = "cpu.max"
 BURST = "cpu.max.burst"
-IDLE = "cpu.idle"
 STAT = "cpu.stat"
 
 
@@ -19,13 +18,12 @@ def plan(directory: str, wanted: CpuLimits) -> list[Step]:
     """The writes that give a cgroup these limits, in an order the kernel accepts."""
     if wanted.realtime_runtime_us or wanted.realtime_period_us:
         raise unsupported(directory, "real-time CPU budgets exist on cgroup v1 only")
-    steps: list[Step] = []
-    if wanted.idle is not None:
-        steps.append(Write(f"{directory}/{IDLE}", str(wanted.idle)))  # an idle group refuses a new weight
+    weight: int | None = None
     if wanted.shares is not None:
         path = f"{directory}/{WEIGHT}"
         check_range(path, wanted.shares, convert.SHARES_MIN, convert.SHARES_MAX, what="CPU shares")
-        steps.append(Write(path, str(convert.cpu_weight(wanted.shares))))
+        weight = convert.cpu_weight(wanted.shares)
+    steps = idle.plan(directory, WEIGHT, idle=wanted.idle, weight=weight)
     return steps + _bandwidth(directory, wanted)
 
 
