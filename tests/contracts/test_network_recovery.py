@@ -5,7 +5,7 @@ import contextlib
 import os
 import random
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 
 import pytest
 from support.databases import copied
@@ -159,6 +159,89 @@ async def test_a_network_half_made_or_half_removed_is_gone_after_a_kill(lab: Lab
         await net.create("mine", interface="crltmine")
         assert reaches((await net.attach("a", "mine")).netns_path, OUTSIDE)
         await clean(net)
+
+
+def recorded(lab: Lab) -> dict[str, str]:
+    """Networks by their rows, each with its state."""
+    with copied(lab.place.root / "network/network.db") as db:
+        return dict(db.execute("SELECT name, state FROM networks WHERE name != 'bridge'"))
+
+
+@contextlib.asynccontextmanager
+async def failing(lab: Lab, points: str) -> AsyncIterator[Calls]:
+    """A daemon with failpoints, whose default network stands, so that they are met by what the test does only."""
+    async with lab.calls() as net:
+        await net.attach("keep")
+        await net.detach("keep")
+    lab.corrald.stop()
+    lab.corrald.start(environment={"CORRAL_FAILPOINTS": points})
+    async with lab.calls() as net:
+        await net.attach("keep")
+        try:
+            yield net
+        finally:
+            lab.corrald.stop()
+            lab.corrald.start()
+    async with lab.calls() as net:
+        await clean(net)
+        await nothing_leaked(lab, net)
+
+
+async def given_up(call: Coroutine[object, object, object], after_s: float = 0.5) -> None:
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(call, after_s)
+
+
+async def test_a_network_whose_maker_gave_up_is_whole_and_can_be_removed(lab: Lab) -> None:
+    async with failing(lab, "network.build.after_bridge=sleep:1.5@2") as net:
+        await given_up(net.create("mine", interface="crltmine"))
+        assert recorded(lab) == {"mine": "creating"}
+        assert eventually(lambda: recorded(lab) == {"mine": "ready"})
+        assert reaches((await net.attach("a", "mine")).netns_path, OUTSIDE)
+        await net.detach("a")
+        await net.remove("mine")
+        assert "crltmine" not in lab.links()
+        assert "crltmine" not in lab.ruleset()
+
+
+async def test_a_network_whose_maker_gave_up_is_whole_after_the_daemon_has_stopped(lab: Lab) -> None:
+    async with failing(lab, "network.build.after_bridge=sleep:1.5@2") as net:
+        await given_up(net.create("mine", interface="crltmine"))
+        lab.corrald.stop()
+        assert recorded(lab) == {"mine": "ready"}
+        assert "crltmine" in lab.bridges()
+
+
+async def test_a_network_that_is_removed_while_it_is_made_is_gone(lab: Lab) -> None:
+    async with failing(lab, "network.build.after_bridge=sleep:1.5@2") as net:
+        making = asyncio.ensure_future(net.create("mine", interface="crltmine"))
+        assert await asyncio.to_thread(eventually, lambda: recorded(lab) == {"mine": "creating"})
+        await net.remove("mine")
+        with contextlib.suppress(NotFound):  # or it was whole for a moment
+            await making
+        assert eventually(lambda: not recorded(lab))
+        assert "crltmine" not in lab.links()
+        assert "crltmine" not in lab.ruleset()
+
+
+async def test_a_removal_goes_on_when_who_asked_for_it_gave_up(lab: Lab) -> None:
+    async with failing(lab, "network.remove.after_bridge=sleep:1.5@1") as net:
+        await net.create("mine", interface="crltmine")
+        await given_up(net.remove("mine"))
+        assert eventually(lambda: not recorded(lab))
+        assert "crltmine" not in lab.ruleset()
+
+
+async def test_a_network_that_was_neither_made_nor_undone_is_remembered_and_can_be_removed(lab: Lab) -> None:
+    points = "network.create.after_build=error@1,network.remove.after_bridge=error@1"
+    async with failing(lab, points) as net:
+        with pytest.raises(CorralError, match="after_build"):
+            await net.create("mine", interface="crltmine")
+        assert "crltmine" in lab.ruleset()
+        assert recorded(lab) == {"mine": "creating"}
+        await net.remove("mine")
+        assert not recorded(lab)
+        assert "crltmine" not in lab.ruleset()
 
 
 async def test_a_network_half_made_takes_no_bridge_of_the_hosts_with_it(lab: Lab) -> None:

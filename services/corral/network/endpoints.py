@@ -46,6 +46,7 @@ from corral.network.pool import NetnsPool, is_pinned
 from corral.network.publishing import Publishing, alike, meant, missing, refuse_lasting
 from corral.network.resolver import Resolvers
 from corral.network.standing import Standing
+from corral.network.work import Work
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, InvalidArgument, NotFound
 from corral.store import Database, Transaction, failpoint
@@ -82,7 +83,7 @@ class Endpoints:
         self._connections = Connections(db, held, standing, resolvers, host_prefix=host_prefix)
         self.files = files
         self._locks: WeakValueDictionary[EndpointKey, asyncio.Lock] = WeakValueDictionary()
-        self._running: set[asyncio.Task[Endpoint | None]] = set()
+        self._work = Work()
 
     # Attaching
 
@@ -420,19 +421,11 @@ class Endpoints:
             async with lock:
                 return await work()
 
-        task = asyncio.Task(locked(), loop=asyncio.get_running_loop(), eager_start=True)
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else will look
-            raise
+        return await self._work.to_the_end(locked())
 
     async def close(self) -> None:
         """Wait for what is under way."""
-        while self._running:
-            await asyncio.wait(tuple(self._running))
+        await self._work.close()
         await self._standing.close()
         await self.files.trash.close()
 

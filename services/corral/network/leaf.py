@@ -202,6 +202,7 @@ class Leaf:
         if self._undoing is not None:
             self._undoing.cancel()
         await self._restoring.close()
+        await self.networks.close()
         await self.endpoints.close()
         if self._reconciling is not None:
             await asyncio.wait((self._reconciling,))

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import structlog
+
 from corral.network import allocations, ownership, store, subnets
 from corral.network.allocations import Allocations
 from corral.network.config import NetworkConfig
@@ -29,11 +31,14 @@ from corral.network.model import (
     NetworkSpec,
     NetworkState,
 )
-from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from corral.network.work import Work
+from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, InvalidArgument, NotFound
 from corral.store import Database, Duplicate, Snapshot, Transaction, failpoint
 
 if TYPE_CHECKING:
     from corral.network.netlink import Netlink
+
+log = structlog.get_logger()
 
 ID_HEX_CHARS = 64
 FORWARDING_FACT = "ip_forward_switched_on"
@@ -72,13 +77,16 @@ class Networks:
         self._drivers = {driver.name: driver for driver in drivers}
         self._allocations = held
         self._making_default = asyncio.Lock()
+        self._work = Work()
         self._built: set[str] = set()  # ids of networks that are known to stand in the kernel
 
     # Making
 
     async def create(self, spec: NetworkSpec) -> Network:
         """Make a network. Raises AlreadyExists, FailedPrecondition (overlap, interface name taken), InvalidArgument."""
-        spec = self._check(spec)
+        return await self._work.to_the_end(self._create(self._check(spec)))
+
+    async def _create(self, spec: NetworkSpec) -> Network:
         is_bridge = spec.driver == BRIDGE_DRIVER
         routes, mtu = await self._thread.run(
             lambda netlink: (netlink.routes(), spec.mtu or (self._mtu(netlink) if is_bridge else 0))
@@ -103,10 +111,11 @@ class Networks:
         try:
             failpoint("network.create.after_row")
             await self._thread.run(lambda netlink: self._build_new(netlink, network))
+            failpoint("network.create.after_build")
+            return await self._db.write(lambda transaction: _ready(transaction, network))
         except BaseException:
-            await self._db.write(lambda transaction: store.delete_network(transaction, network.id))
+            await self._thread.run(lambda netlink: self._take_back(netlink, network))
             raise
-        return await self._db.write(lambda transaction: _ready(transaction, network))
 
     def _insert(self, transaction: Transaction, network: Network, routes: Iterable[Route]) -> Network:
         existing = store.networks(transaction)
@@ -137,13 +146,19 @@ class Networks:
 
     def _build_new(self, netlink: "Netlink", network: Network) -> None:
         """Build a network that never stood."""
-        driver = self.driver_of(network)
-        driver.prove(netlink, network)
+        self.driver_of(network).prove(netlink, network)
+        self._build(netlink, network)
+
+    def _take_back(self, netlink: "Netlink", network: Network) -> None:
+        """A network that could not be made is gone. While something of it is there, so is its row: Remove and the next
+        start go by that."""
+        self._built.discard(network.id)
         try:
-            self._build(netlink, network)
-        except BaseException:
-            driver.remove(netlink, network)
-            raise
+            self.driver_of(network).remove(netlink, network)
+        except (CorralError, OSError) as e:  # what is told is why it could not be made
+            log.warning("network.create_not_undone", network=network.name, error=str(e))
+            return
+        self._db.write_sync(lambda transaction: store.delete_network(transaction, network.id))
 
     def driver_of(self, network: Network) -> Driver:
         """Whose network it is."""
@@ -274,6 +289,9 @@ class Networks:
 
     async def remove(self, namespace: str, name: str) -> None:
         """Remove a network. Raises NotFound, FailedPrecondition while it is used or if it is builtin."""
+        await self._work.to_the_end(self._remove(namespace, name))
+
+    async def _remove(self, namespace: str, name: str) -> None:
         network = await self.get(namespace, name)
         if network.builtin:
             raise FailedPrecondition(f"network {network.name!r} is builtin and cannot be removed", reason="BUILTIN")
@@ -283,6 +301,10 @@ class Networks:
         self._on_remove(network.id)
         await self._thread.run(lambda netlink: self.driver_of(network).remove(netlink, network))
         await self._db.write(lambda transaction: self._forget(transaction, network))
+
+    async def close(self) -> None:
+        """Wait for what is under way."""
+        await self._work.close()
 
     def _forget(self, transaction: Transaction, network: Network) -> None:
         store.delete_network(transaction, network.id)
@@ -313,6 +335,9 @@ def _refuse_shared_parent(existing: Iterable[Network], network: Network) -> None
 
 
 def _ready(transaction: Transaction, network: Network) -> Network:
+    recorded = store.network_by_id(transaction, network.id)
+    if recorded is None or recorded.state is not NetworkState.CREATING:
+        raise NotFound(f"network {network.name!r} was removed while it was made", reason="NETWORK_NOT_FOUND")
     store.set_network_state(transaction, network.id, NetworkState.READY)
     payload = {"id": network.id, "subnets": [str(part.subnet) for part in network.ranges]}
     transaction.journal("network.created", network.name, payload, namespace=network.namespace)
