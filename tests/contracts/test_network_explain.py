@@ -125,6 +125,30 @@ async def test_rules_of_others_that_drop_behind_a_jump_are_found(lab: Lab, net: 
         command(lab.host, "nft", "delete", "table", "ip", "strangers")
 
 
+async def test_a_zone_of_firewalld_that_accepts_is_seen_and_else_one_is_told_of(lab: Lab, net: Calls) -> None:
+    """Its table, here made as it makes it."""
+    a = await net.attach("a")
+    table = (
+        "add table inet firewalld; add chain inet firewalld filter_FORWARD_POLICIES;"
+        "add chain inet firewalld filter_FORWARD { type filter hook forward priority 10; };"
+        "add rule inet firewalld filter_FORWARD ct state established,related accept;"
+        "add rule inet firewalld filter_FORWARD jump filter_FORWARD_POLICIES;"
+        "add rule inet firewalld filter_FORWARD reject with icmpx admin-prohibited"
+    )
+    command(lab.host, "nft", table)
+    try:
+        [step] = [one for one in await explained(net, "a", OUTSIDE) if one.where.startswith("chain")]
+        assert step.verdict == MAY_DROP
+        assert f"firewall-cmd --zone=trusted --add-interface={BRIDGE}" in step.says
+        assert not reaches(a.netns_path, OUTSIDE, within_s=0.4)
+        command(lab.host, "nft", f'insert rule inet firewalld filter_FORWARD_POLICIES iifname "{BRIDGE}" accept')
+        [step] = [one for one in await explained(net, "a", OUTSIDE) if one.where.startswith("chain")]
+        assert step.verdict == PASSES
+        assert reaches(a.netns_path, OUTSIDE)
+    finally:
+        command(lab.host, "nft", "delete", "table", "inet", "firewalld")
+
+
 @pytest.mark.parametrize(
     ("rule", "verdict"),
     [

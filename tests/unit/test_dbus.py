@@ -311,6 +311,17 @@ def test_a_service_that_does_not_speak_it_ends_in_an_error(tmp_path, answers, er
     serving.join()
 
 
+def test_a_service_that_takes_nobody_in_is_not_waited_for_for_ever(tmp_path):
+    path = str(tmp_path / "s")
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(path)
+        listener.listen(0)
+        stack.enter_context(socket.socket(socket.AF_UNIX)).connect(path)
+        with pytest.raises(TimeoutError, match=r"no answer within 0\.1 s"):
+            Connection(path, timeout_s=0.1)
+
+
 def test_who_does_not_answer_is_not_waited_for_for_ever(tmp_path):
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "s"))

@@ -25,9 +25,9 @@ class NetworkConfig:
     pool_prefix: int = 24
     # Our table in the family `inet`. No other is ever touched, but for what `forward` says.
     nft_table: str = "corral"
-    # Where iptables' chain FORWARD drops by its policy, as docker has it: "accept" adds a chain <nft_table>-FORWARD,
-    # as its last rule, that accepts our networks, and has firewalld trust their bridges, as long as they are there;
-    # "leave" does neither. ufw's FORWARD is always left alone.
+    # Where iptables' chain FORWARD drops by its policy, as docker has it: "accept" adds one rule at its end, as long as
+    # there are networks, that accepts what our own table has accepted and marked; "leave" adds nothing. FORWARD of ufw
+    # and of iptables-legacy, and firewalld, are always left alone: `network explain` says what to tell them.
     forward: str = "accept"
     # MTU of networks that name none; 0: that of the host's default route.
     mtu: int = 0

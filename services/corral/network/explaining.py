@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from corral.network import firewalld, forwarding, network_options
+from corral.network import forwarding, network_options
 from corral.network.ipam import Address
 from corral.network.links import PathTaken
 from corral.network.model import Endpoint, Interface, Network
@@ -46,19 +46,19 @@ class ForeignChain:
     may_drop: bool  # a rule in it, or in a chain that it jumps to, drops or rejects
     leads_to: frozenset[str] = frozenset()  # chains that it jumps to
     trusts: frozenset[str] = frozenset()  # of firewalld's: links whose zone accepts all
-    guarded: frozenset[str] = frozenset()  # links of docker's, to which ours does not let packets
+    admits: bool = False  # a rule in it accepts what our own table has accepted
 
     @property
     def owner(self) -> str:
         """Whose way of letting packets through it has."""
         if any(name.startswith("ufw") for name in self.leads_to):
             return "ufw"
-        return "firewalld" if self.name.split()[1] == "firewalld" else ""
+        return "firewalld" if self.name.split()[1] == _FIREWALLD[1] else ""
 
     @property
     def is_shared(self) -> bool:
         """Whether it is iptables' FORWARD, which is everybody's."""
-        return self.name.split()[1:] == [forwarding.TABLE, forwarding.CHAIN]
+        return self.name in (f"{family} {forwarding.TABLE} {forwarding.CHAIN}" for family in ("ip", "ip6"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,9 @@ class Facts:
     table_stands: bool = True
     unseen_legacy: bool = False  # rules of the old iptables are loaded, and could not be read
     chains: Sequence[ForeignChain] = ()
-    admission: str = ""  # the chain of ours that iptables' FORWARD leads to where it drops by its policy
+    unread: bool = False  # tables of others could not be read
+    guarded: bool = False  # it leaves by a bridge that is neither ours nor the way of a default route
+    mark: int = 0  # what our table puts on what it accepts, until chains at the same priority have seen it
 
 
 def explain(endpoint: Endpoint, destination: Address, facts: Facts, networks: Iterable[Network]) -> list[Step]:
@@ -175,9 +177,12 @@ def _routed(network: Network, destination: Address, facts: Facts, networks: Sequ
 
 def _others(network: Network, facts: Facts) -> Iterable[Step]:
     for chain in facts.chains:
-        out = facts.outside.link if facts.outside is not None else ""
-        verdict, says = _foreign(chain, network.bridge, out, facts.admission)
+        verdict, says = _foreign(chain, network.bridge, facts)
         yield Step(f"chain {chain.name}", verdict, says)
+    if facts.unread:
+        yield Step(
+            "others", Verdict.MAY_DROP, "their tables cannot be read from here: `nft list ruleset` may show them"
+        )
     if facts.unseen_legacy:
         yield Step(
             "iptables-legacy",
@@ -186,36 +191,47 @@ def _others(network: Network, facts: Facts) -> Iterable[Step]:
         )
 
 
-def _foreign(chain: ForeignChain, bridge: str, out: str, admission: str) -> tuple[Verdict, str]:
+def _foreign(chain: ForeignChain, bridge: str, facts: Facts) -> tuple[Verdict, str]:
     if bridge in chain.trusts:
         return Verdict.PASSES, f"firewalld has {bridge} in a zone that accepts this"
-    drops, admitted = chain.policy == "drop", admission in chain.leads_to
-    if drops and not admitted:
-        return Verdict.MAY_DROP, f"its policy is drop, whatever corral accepts{_remedy(chain, bridge)}"
-    if drops and out in chain.guarded:
-        return Verdict.MAY_DROP, f"its policy is drop, and who gets to {out} is docker's to say: publish the port there"
+    drops = chain.policy == "drop"
+    if drops and not chain.admits:
+        return Verdict.MAY_DROP, f"its policy is drop, whatever corral accepts{_remedy(chain, bridge, facts.mark)}"
+    if drops and facts.guarded:
+        out = facts.outside.link if facts.outside is not None else ""
+        return (
+            Verdict.MAY_DROP,
+            f"its policy is drop, and who gets to {out} is another's to say: publish the port there",
+        )
     if chain.may_drop:
-        return Verdict.MAY_DROP, f"it has rules that drop or reject{_remedy(chain, bridge)}"
+        return Verdict.MAY_DROP, f"it has rules that drop or reject{_remedy(chain, bridge, facts.mark)}"
     if drops:
-        return Verdict.PASSES, f"its policy is drop, but corral's chain {admission} at its end accepts this"
+        return Verdict.PASSES, f"its policy is drop, but its rule for corral's mark {facts.mark:#x} accepts this"
     return Verdict.PASSES, "drops nothing"
 
 
-def _remedy(chain: ForeignChain, bridge: str) -> str:
+def _remedy(chain: ForeignChain, bridge: str, mark: int) -> str:
     if chain.owner == "ufw":
         return f": `ufw route allow in on {bridge}` and `ufw route allow out on {bridge}` let it through"
     if chain.owner == "firewalld":
-        return f", unless {bridge} is in a zone that accepts: `firewall-cmd --zone=trusted --add-interface={bridge}`"
+        return (
+            f", unless {bridge} is in a zone that accepts: `firewall-cmd --zone=trusted --add-interface={bridge}`, "
+            "which opens the host's own ports to its containers as well"
+        )
     if chain.policy != "drop" or chain.may_drop:
         return ""
     if chain.is_shared:
-        return ': with forward = "accept" in [network] of the configuration, corral adds rules there that accept this'
+        return ': with forward = "accept" in [network] of the configuration, corral adds a rule there that accepts this'
+    if chain.name.startswith(LEGACY):
+        return f": `{LEGACY} -A {forwarding.CHAIN} -m mark --mark {mark:#x} -j ACCEPT` accepts what corral has accepted"
     return f": have whoever made it accept there what comes from {bridge}, and what goes to it"
 
 
 type _Key = tuple[str, str, str]
 """Family, table, and the name of a chain or map in there."""
 
+LEGACY = "iptables-legacy"
+_FIREWALLD: _Key = ("inet", "firewalld", "filter_FORWARD")
 _DROPPING = {"drop", "reject", "queue", "synproxy"}
 HARMLESS_TARGETS = {"CHECKSUM", "CLASSIFY", "CONNMARK", "CT", "DSCP", "LOG", "MARK", "NFLOG", "TCPMSS", "TOS", "TRACE"}
 
@@ -249,18 +265,40 @@ def foreign_chains(ruleset: Iterable[Mapping[str, Json]], table: str, version: i
             " ".join(key),
             str(chain.get("policy", "accept")),
             _Rules(rules, maps).may_drop(key, set()),
-            frozenset(filter(None, map(forwarding.target, rules.get(key, ())))),
-            _trusted(rules) if key == (firewalld.FAMILY, firewalld.TABLE, firewalld.CHAIN) else frozenset(),
-            forwarding.guarded(rules.get(key, ())),
+            frozenset(filter(None, map(_target, rules.get(key, ())))),
+            _trusted(rules) if key == _FIREWALLD else frozenset(),
+            admits=any(_accepts(one, forwarding.mark(table)) for one in rules.get(key, ())),
         )
         for key, chain in bases
     ]
 
 
+def _expressions(rule: Json) -> Sequence[Mapping[str, Json]]:
+    if not isinstance(rule, Sequence) or isinstance(rule, str):
+        return ()
+    return [one for one in rule if isinstance(one, Mapping) and "counter" not in one]
+
+
+def _target(rule: Json) -> str:
+    """Where a rule jumps to; "" if it does not."""
+    for one in _expressions(rule):
+        if isinstance(jump := one.get("jump"), Mapping):
+            return str(jump.get("target"))
+    return ""
+
+
+def _accepts(rule: Json, mark: int) -> bool:
+    """Whether it accepts all packets with that mark."""
+    match _expressions(rule):
+        case [{"match": {"op": "==", "left": {"meta": {"key": "mark"}}, "right": int(value)}}, {"accept": _}]:
+            return value == mark
+    return False
+
+
 def _trusted(rules: Mapping[_Key, Sequence[Json]]) -> frozenset[str]:
     """Of rules that accept all that comes from a link, the links."""
     found = set()
-    for one in rules.get((firewalld.FAMILY, firewalld.TABLE, f"{firewalld.CHAIN}_POLICIES"), ()):
+    for one in rules.get((*_FIREWALLD[:2], f"{_FIREWALLD[2]}_POLICIES"), ()):
         match one:
             case [{"match": {"left": {"meta": {"key": "iifname"}}, "right": str(link)}}, {"accept": _}]:
                 found.add(link)

@@ -1,16 +1,20 @@
-"""What corral.network.explaining needs to know, read from the kernel on the netlink thread."""
+"""What corral.network.explaining needs to know, read from the kernel on the netlink thread; tables of others by a
+process of its own."""
 
+import asyncio
 import contextlib
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from corral.kernel.netns import in_namespace
-from corral.kernel.nftables import Json, Nftables
+from corral.kernel.nftables import Json
 from corral.network import legacy_forward
 from corral.network.explaining import Facts, ForeignChain, foreign_chains
-from corral.network.firewall import IP6_FORWARD, IP_FORWARD, Firewall
-from corral.network.forwarding import chain_name
+from corral.network.firewall import IP6_FORWARD, IP_FORWARD, Firewall, uplinks
+from corral.network.forwarding import mark
 from corral.network.ipam import Address
 from corral.network.links import is_up
 from corral.network.model import Endpoint
@@ -28,14 +32,47 @@ _BRIDGE_FILTERED = {
 type Ruleset = Sequence[Mapping[str, Json]]
 
 
-def ruleset() -> Ruleset:
-    """All tables with their chains and rules, which may be many: not on the netlink thread. Blocks. Raises OSError."""
-    with Nftables() as nftables:
-        return nftables.run([{"list": {"ruleset": None}}])
+# Lists all tables for ruleset().
+_PROGRAM = """
+import json
+from corral.kernel.nftables import Nftables
+with Nftables() as nftables:
+    print(json.dumps(nftables.run([{"list": {"ruleset": None}}])))
+"""
+_LISTING_S = 20.0
+
+
+async def ruleset() -> Ruleset | None:
+    """All tables with their chains and rules; None where they cannot be read.
+
+    By a process of its own: libnftables ends the one that it is in where a name in a rule of anybody's is not UTF-8.
+    """
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        _PROGRAM,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        cwd="/",
+    )
+    try:
+        async with asyncio.timeout(_LISTING_S):
+            output, _ = await process.communicate()
+    except TimeoutError:
+        return None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
+        return None
+    listed: Ruleset = json.loads(output)
+    return listed
 
 
 def gather(
-    netlink: "Netlink", firewall: Firewall, rules: Ruleset, endpoint: Endpoint, netns: Path, destination: Address
+    netlink: "Netlink", firewall: Firewall, rules: Ruleset | None, endpoint: Endpoint, netns: Path, destination: Address
 ) -> Facts:
     """The facts about the way from an endpoint to a destination; rules: what ruleset() gave. Raises OSError."""
     names = [each.name for each in endpoint.interfaces]
@@ -45,19 +82,23 @@ def gather(
     own = next((each for each in endpoint.interfaces if inside is not None and each.name == inside.link), None)
     held = own.address(destination.version) if own is not None else None
     forward = IP_FORWARD if destination.version == 4 else IP6_FORWARD
-    legacy, unseen_legacy = _legacy(destination.version)
+    own_mark = mark(firewall.table)
+    legacy, unseen_legacy = _legacy(destination.version, own_mark)
+    outside = netlink.path_to(destination)
     return Facts(
         down=down,
         inside=inside,
-        outside=netlink.path_to(destination),
+        outside=outside,
         back=netlink.path_to(held[0]) if held is not None else None,
         forwarding=_flag(forward),
         strict_rp_filter=own is not None and own.network.is_bridge and _is_strict(own.network.bridge),
         bridge_filtered=_flag(_BRIDGE_FILTERED[destination.version]),
         table_stands=firewall.stands(),
         unseen_legacy=unseen_legacy,
-        chains=[*foreign_chains(rules, firewall.table, destination.version), *legacy],
-        admission=chain_name(firewall.table),
+        chains=[*foreign_chains(rules or (), firewall.table, destination.version), *legacy],
+        unread=rules is None,
+        guarded=outside is not None and outside.link in _bridges(netlink) - uplinks(),
+        mark=own_mark,
     )
 
 
@@ -75,10 +116,14 @@ def _is_strict(link: str) -> bool:
     return max(values, default=0) == 1
 
 
-def _legacy(version: int) -> tuple[Sequence[ForeignChain], bool]:
+def _bridges(netlink: "Netlink") -> frozenset[str]:
+    return frozenset(name for name, _ in netlink.links("bridge"))
+
+
+def _legacy(version: int, own_mark: int) -> tuple[Sequence[ForeignChain], bool]:
     """FORWARD of the old iptables, and whether it is there but cannot be read."""
     try:
-        found = legacy_forward.foreign(version)
+        found = legacy_forward.foreign(version, own_mark)
     except OSError:
         return (), True
     return [found] if found is not None else (), False

@@ -1,7 +1,8 @@
 """Our nftables table in the kernel: the shell around corral.network.rules, and corral.network.admission with it."""
 
 import errno
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from corral.kernel.nftables import Nftables, NftablesError
@@ -11,6 +12,13 @@ from corral.network.model import Forward, Network
 IP_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 ROUTE_LOCALNET = Path("/proc/sys/net/ipv4/conf")
 IP6_FORWARD = Path("/proc/sys/net/ipv6/conf/all/forwarding")
+_ROUTES4, _ROUTES6 = Path("/proc/thread-self/net/route"), Path("/proc/thread-self/net/ipv6_route")
+# Of links of others, what can stand in a set: "*" would mean more than one.
+_LINK_NAME = re.compile(r"[A-Za-z0-9_.:@-]+")
+
+
+def _nothing() -> None:
+    pass
 
 
 class Firewall:
@@ -23,7 +31,10 @@ class Firewall:
         self.table = self._table = table
         self._nftables: Nftables | None = None
         self._known = False  # whether the table is what this process made it
-        self._admission = admission.Admission(self._run, table, forward)
+        self._admission = admission.Admission(table, forward)
+        self._uplinks: frozenset[str] = frozenset()
+        # Called on the netlink thread where admit() should be tried again.
+        self.on_not_admitted: Callable[[], None] = _nothing
 
     def stands(self) -> bool:
         """Whether the table is there."""
@@ -44,13 +55,37 @@ class Firewall:
     def rebuild(self) -> None:
         """Make the table anew for all that was let through; no bridge, no table."""
         networks = self._networks.values()
-        self._run(rules.table(self._table, networks, self._forwards) if networks else rules.remove_table(self._table))
+        self._uplinks = uplinks()
+        self._run(
+            [
+                *rules.table(self._table, networks, self._forwards),
+                *rules.set_uplinks(self._table, sorted(self._uplinks)),
+            ]
+            if networks
+            else rules.remove_table(self._table)
+        )
         self._known = bool(networks)
-        self.admit()
+        self._admit_or_tell()
 
     def admit(self) -> bool:
-        """See that its networks get through what others have at the forward hook; returns whether all was done."""
-        return self._admission.follow(list(self._networks.values()))
+        """See that its networks get through what others have at the forward hook; returns whether that was done."""
+        return self._admission.follow(networks=bool(self._networks))
+
+    def _admit_or_tell(self) -> None:
+        if not self.admit():
+            self.on_not_admitted()
+
+    def follow_uplinks(self) -> None:
+        """See by which links packets leave this host now; no error where the table is missing. Raises OSError."""
+        found = uplinks()
+        if found == self._uplinks or not self._known:
+            return
+        try:
+            self._run(rules.set_uplinks(self._table, sorted(found)))
+        except NftablesError as e:
+            if e.errno != errno.ENOENT:
+                raise
+        self._uplinks = found
 
     def add(self, network: Network) -> None:
         """Let a network through. Where the table is missing, or left from another process, it is built anew for all."""
@@ -58,9 +93,10 @@ class Firewall:
         self._networks[network.id] = network
         if self._known:
             try:
+                self.follow_uplinks()
                 self._run(rules.add_network(self._table, network))
                 if is_new:  # the others are in, or somebody's change of that is noticed
-                    self.admit()
+                    self._admit_or_tell()
                 return
             except NftablesError as e:
                 if e.errno != errno.ENOENT:
@@ -70,7 +106,7 @@ class Firewall:
     def remove(self, network: Network) -> None:
         """Take a network out; no error where the table is missing."""
         self._networks.pop(network.id, None)
-        self._admission.follow(list(self._networks.values()), gone=network.bridge)
+        self._admit_or_tell()
         try:
             self._run(rules.remove_network(self._table, network))
         except NftablesError as e:
@@ -102,11 +138,32 @@ class Firewall:
         nftables, self._nftables = self._nftables, None
         if nftables is not None:
             nftables.close()
+        self._admission.close()
 
     def _run(self, commands: Sequence[rules.Command]) -> Sequence[Mapping[str, rules.Json]]:
         if self._nftables is None:
             self._nftables = Nftables()
         return self._nftables.run(commands)
+
+
+def uplinks() -> frozenset[str]:
+    """The links that default routes of the calling thread's network namespace leave by."""
+    found: set[str] = set()
+    for path, is_default, column in ((_ROUTES4, _is_default4, 0), (_ROUTES6, _is_default6, 9)):
+        try:
+            lines = path.read_bytes().decode("ascii", "replace").splitlines()
+        except OSError:  # a kernel without IPv6
+            continue
+        found |= {words[column] for words in map(str.split, lines) if is_default(words)}
+    return frozenset(name for name in found - {"lo"} if _LINK_NAME.fullmatch(name))
+
+
+def _is_default4(words: Sequence[str]) -> bool:
+    return len(words) > 7 and words[1] == words[7] == "00000000"  # destination and mask
+
+
+def _is_default6(words: Sequence[str]) -> bool:
+    return len(words) > 9 and set(words[0]) == {"0"} and words[1] == "00"
 
 
 def route_loopback_to(bridge: str) -> None:

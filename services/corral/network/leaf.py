@@ -1,9 +1,10 @@
 """The parts of the leaf put together: opened when the service starts, closed when it stops."""
 
 import asyncio
+import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -134,6 +135,8 @@ class Leaf:
         for before, endpoint in (*cut, *((recovery.without_lost_links(one), one) for one in lame)):
             await run_blocking(self._standing.settle_files, before, endpoint)
         self._pool.start()
+        loop = asyncio.get_running_loop()
+        self._firewall.on_not_admitted = lambda: _tell(loop, self._restoring.on_not_admitted)
         self._start_watch()
         self._warming = asyncio.get_running_loop().call_later(WARM_AFTER_S, self._thread.warm)
         if self._reconciler.needed():
@@ -168,6 +171,7 @@ class Leaf:
             self._watch.start()
         except OSError as e:  # a kernel without nftables, say
             log.warning("network.not_watched", error=str(e))
+        self._restoring.look_at_uplinks()
 
     def _ready_networks(self) -> Sequence[Network]:
         return [one for one in self.db.read_sync(store.networks) if one.state is NetworkState.READY]
@@ -188,7 +192,7 @@ class Leaf:
                 reason="NOT_UP",
             )
         path = self._pool.path(endpoint.netns)
-        rules = await run_blocking(facts.ruleset)
+        rules = await facts.ruleset()
         found = await self._thread.run(
             lambda netlink: facts.gather(netlink, self._firewall, rules, endpoint, path, destination)
         )
@@ -224,6 +228,12 @@ def _forward(setting: str) -> str:
             reason="BAD_SETTING",
         )
     return setting
+
+
+def _tell(loop: asyncio.AbstractEventLoop, what: Callable[[], None]) -> None:
+    """From any thread."""
+    with contextlib.suppress(RuntimeError):  # it has ended
+        loop.call_soon_threadsafe(what)
 
 
 def _log_failure(done: "asyncio.Future[None]") -> None:

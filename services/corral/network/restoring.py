@@ -1,13 +1,14 @@
 """What others deleted of ours is made again, soon after (see corral.network.watching for how that is known).
 
     rules                 the whole table, from what it is known to hold, in one transaction
-    FORWARD of iptables   our chain at its end, where it drops by its policy now, and only there
+    FORWARD of iptables   our rule at its end, where it drops by its policy now, and only there
     bridge, its address   the bridge, its ports and addresses; its resolver listens anew
     host's end of a pair  the pair, in the namespace that is still there
 
 Rows decide: what is being removed by ourselves has none by then, or says so. A change waits a moment for others that
 come with it, and for a while after the last time, so that whoever deletes on and on costs little. What cannot be made
-now, because a stranger has its name, say, is tried again later, and keeps nothing else from being made.
+now, because a stranger has its name, say, is tried again later, ever more seldom, and keeps nothing else from being
+made.
 """
 
 import asyncio
@@ -35,7 +36,9 @@ log = structlog.get_logger()
 
 GATHER_S = 0.1
 PAUSE_S = 0.5
-RETRY_S = 5.0
+RETRY_S, LONGEST_RETRY_S = 5.0, 600.0
+# How often it is looked by which links packets leave this host: of routes nobody tells us.
+UPLINKS_S = 60.0
 
 
 class Restoring:
@@ -59,6 +62,9 @@ class Restoring:
         self._lost = NOTHING
         self._failed = NOTHING
         self._retry: asyncio.TimerHandle | None = None
+        self._delay_s = RETRY_S
+        self._told = ""
+        self._looking: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
     def on_lost(self, lost: Lost) -> None:
@@ -67,9 +73,34 @@ class Restoring:
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._work())
 
+    def on_not_admitted(self) -> None:
+        """What FORWARD should hold of ours, or should not, could not be seen to."""
+        self._try_later(Lost(forward=True))
+
+    def look_at_uplinks(self) -> None:
+        """From now on, until close()."""
+        self._looking = asyncio.get_running_loop().create_task(self._look())
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(UPLINKS_S)
+            try:
+                await self._thread.run(lambda _: self._reconciler.firewall.follow_uplinks())
+            except (OSError, CorralError) as e:
+                self._warn(e)
+
+    def _warn(self, error: Exception) -> None:
+        """Once for what happens again and again."""
+        if str(error) != self._told:
+            log.warning("network.not_restored", error=str(error))
+        self._told = str(error)
+
     async def close(self) -> None:
         """Leave off, but finish what is under way."""
         self._lost = NOTHING
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait((self._looking,))
         if self._task is not None:
             await asyncio.wait((self._task,))
         if self._retry is not None:
@@ -83,13 +114,16 @@ class Restoring:
                 if await self._restore(lost):
                     await asyncio.sleep(PAUSE_S)
             except (OSError, CorralError) as e:
-                log.warning("network.not_restored", error=str(e))
+                self._warn(e)
                 self._try_later(lost)
+            if not self._failed:
+                self._delay_s, self._told = RETRY_S, ""
 
     def _try_later(self, failed: Lost) -> None:
         self._failed |= failed
         if self._failed and self._retry is None:
-            self._retry = asyncio.get_running_loop().call_later(RETRY_S, self._try_again)
+            self._retry = asyncio.get_running_loop().call_later(self._delay_s, self._try_again)
+            self._delay_s = min(2 * self._delay_s, LONGEST_RETRY_S)
 
     def _try_again(self) -> None:
         self._retry = None
@@ -100,7 +134,7 @@ class Restoring:
         """Returns whether anything was missing."""
         standing = [one for one in self._db.read_sync(store.networks) if self._stood(one)]
         bridges = [one for one in standing if lost.unknown or one.bridge in lost.links]
-        if lost.rules or bridges or ((lost.forward or lost.unknown) and standing):
+        if lost.rules or lost.forward or bridges or (lost.unknown and standing):
             failed = await self._thread.run(lambda netlink: self._mend_host(netlink, lost, bridges))
             self._try_later(failed)
             await self._listen([one for one in bridges if one.bridge not in failed.links])
@@ -116,7 +150,7 @@ class Restoring:
         """Returns what could not be done."""
         if lost.rules or lost.unknown:
             self._reconciler.firewall.rebuild()
-        admitted = not lost.forward or self._reconciler.firewall.admit()
+        admitted = not (lost.forward or lost.unknown) or self._reconciler.firewall.admit()
         return Lost(forward=not admitted, links=frozenset(self._reconciler.restore_bridges(netlink, bridges)))
 
     async def _listen(self, bridges: Sequence[Network]) -> None:

@@ -1,18 +1,26 @@
 """Our nftables table as data: a fixed set of chains and rules, sets whose elements are the networks, maps of the ports.
 
     loopback     iif not lo, daddr 127.0.0.0/8         drop     what is bound or published there is for the host only
-    forward      iif . oif in @same                    accept   inside one network (seen here only with br_netfilter)
+    forward      mark MARK                             mark 0   nobody else is to look like what we accepted
+                 iif . oif in @same                    pass     inside one network (seen here only with br_netfilter)
                  iif or oif in @internal               drop     no way out, none in
-                 oif in @bridges, ct status dnat       accept   published ports
+                 oif in @bridges, ct status dnat       pass     published ports
                  iif in @bridges, oif in @bridges      drop     user networks do not reach each other
-                 oif in @bridges, established          accept   answers
+                 oif in @bridges, established          pass     answers
                  oif in @bridges                       drop     nobody else from outside
-                 iif in @bridges                       accept   out
+                 iif in @bridges                       pass     out
+    pass         oif a bridge, not in @bridges or @uplinks      accept   another engine's containers, for it to guard
+                 mark 0                                mark MARK
+                 always                                accept
+    after        mark MARK                             mark 0   it is gone before anything else looks at marks
     prerouting   protocol . daddr . dport in @ports4   dnat     a port published on one address of the host
     and output   protocol . dport in @any4             dnat     on all of them
     postrouting  saddr in @subnets4, oif not in @bridges        masquerade
                  dnat, oif in @bridges, saddr in @subnets4      masquerade: the answer must come back this way
                  dnat, oif in @bridges, saddr 127.0.0.0/8       masquerade: the host's loopback is known to nobody else
+
+With MARK, packets get through iptables' FORWARD where that drops by its policy: see corral.network.forwarding, and why
+`forward` comes before it and `after` behind it.
 
 A call of ::1 goes nowhere: the kernel routes no packet from there. The rules never change and their number does not
 grow with the networks: adding one, or a port, adds elements. Everything here is a value, sent as one transaction by
@@ -21,6 +29,7 @@ corral.network.firewall. Source: libnftables-json(5).
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from corral.network.forwarding import mark
 from corral.network.model import ANY_HOST_IPS, Forward, Network
 from corral.network.network_options import is_masqueraded, may_talk
 
@@ -30,10 +39,12 @@ type Command = Mapping[str, Json]
 FAMILY = "inet"
 # Where the kernel's own names put them: "raw", "dstnat", "filter" and "srcnat".
 RAW_PRIORITY, DSTNAT_PRIORITY, FILTER_PRIORITY, SRCNAT_PRIORITY = -300, -100, 0, 100
+ADMITTING = "pass"
 
 _SETS: Mapping[str, Mapping[str, Json]] = {
     "bridges": {"type": "ifname"},
     "internal": {"type": "ifname"},
+    "uplinks": {"type": "ifname"},
     "same": {"type": ["ifname", "ifname"]},
     "subnets4": {"type": "ipv4_addr", "flags": ["interval"]},
     "subnets6": {"type": "ipv6_addr", "flags": ["interval"]},
@@ -58,7 +69,9 @@ def table(name: str, networks: Iterable[Network], ports: Iterable[Forward] = ())
     commands += [
         {"add": {"map": {"family": FAMILY, "table": name, "name": key, **kind}}} for key, kind in _MAPS.items()
     ]
-    for chain, (hook, kind, priority, rules) in _CHAINS.items():
+    commands.append({"add": {"chain": {"family": FAMILY, "table": name, "name": ADMITTING}}})
+    commands += [_rule(name, ADMITTING, *expressions) for expressions in _passing(name)]
+    for chain, (hook, kind, priority, rules) in _chains(name).items():
         commands += [_base_chain(name, chain, hook, kind, priority)]
         commands += [_rule(name, chain, *expressions) for expressions in rules]
     for network in networks:
@@ -90,6 +103,14 @@ def _map_element(verb: str, name: str, port: Forward) -> Command:
 def add_network(name: str, network: Network) -> list[Command]:
     """Let a network through; adding it twice is no error."""
     return _change("add", name, network)
+
+
+def set_uplinks(name: str, links: Iterable[str]) -> list[Command]:
+    """Have these be the links by which packets leave this host that may be bridges all the same."""
+    uplinks: dict[str, Json] = {"family": FAMILY, "table": name}
+    names = list(links)
+    added: list[Command] = [{"add": {"element": {**uplinks, "name": "uplinks", "elem": names}}}] if names else []
+    return [{"flush": {"set": {**uplinks, "name": "uplinks"}}}, *added]
 
 
 def remove_network(name: str, network: Network) -> list[Command]:
@@ -159,6 +180,8 @@ _OIF: Json = {"meta": {"key": "oifname"}}
 _INTO = _match(_OIF, "@bridges")
 _OUT_OF = _match(_IIF, "@bridges")
 _ACCEPT: Json = {"accept": None}
+_PASS: Json = {"goto": {"target": ADMITTING}}
+_MARK: Json = {"meta": {"key": "mark"}}
 _DROP: Json = {"drop": None}
 _MASQUERADE: Json = {"masquerade": None}
 
@@ -168,15 +191,32 @@ _LOOPBACK4: Json = {"prefix": {"addr": "127.0.0.0", "len": 8}}
 _GUARD: Sequence[Sequence[Json]] = ((_match(_IIF, "lo", "!="), _match(_address("ip", "daddr"), _LOOPBACK4), _DROP),)
 
 _FORWARD: Sequence[Sequence[Json]] = (
-    (_match({"concat": [_IIF, _OIF]}, "@same"), _ACCEPT),
+    (_match({"concat": [_IIF, _OIF]}, "@same"), _PASS),
     (_match(_IIF, "@internal"), _DROP),
     (_match(_OIF, "@internal"), _DROP),
-    (_INTO, _PUBLISHED, _ACCEPT),
+    (_INTO, _PUBLISHED, _PASS),
     (_OUT_OF, _INTO, _DROP),
-    (_INTO, _match({"ct": {"key": "state"}}, ["established", "related"], "in"), _ACCEPT),
+    (_INTO, _match({"ct": {"key": "state"}}, ["established", "related"], "in"), _PASS),
     (_INTO, _DROP),
-    (_OUT_OF, _ACCEPT),
+    (_OUT_OF, _PASS),
 )
+
+
+def _passing(table: str) -> Sequence[Sequence[Json]]:
+    others_bridge = (
+        _match({"meta": {"key": "oifkind"}}, "bridge"),
+        _match(_OIF, "@bridges", "!="),
+        _match(_OIF, "@uplinks", "!="),
+    )
+    return (*others_bridge, _ACCEPT), (_match(_MARK, 0), _marked(mark(table))), (_ACCEPT,)
+
+
+def _unmarking(table: str) -> Sequence[Json]:
+    return _match(_MARK, mark(table)), _marked(0)
+
+
+def _marked(value: int) -> Json:
+    return {"mangle": {"key": _MARK, "value": value}}
 
 
 def _leaving(protocol: str, subnets: str) -> Sequence[Json]:
@@ -214,11 +254,15 @@ def _dnat(protocol: str, version: int) -> Sequence[Sequence[Json]]:
 
 
 _TO_CONTAINERS = (*_dnat("ip", 4), *_dnat("ip6", 6))
-# Chain: its hook, type, priority and rules.
-_CHAINS: Mapping[str, tuple[str, str, int, Sequence[Sequence[Json]]]] = {
-    "loopback": ("prerouting", "filter", RAW_PRIORITY, _GUARD),
-    "prerouting": ("prerouting", "nat", DSTNAT_PRIORITY, _TO_CONTAINERS),
-    "output": ("output", "nat", DSTNAT_PRIORITY, _TO_CONTAINERS),
-    "forward": ("forward", "filter", FILTER_PRIORITY, _FORWARD),
-    "postrouting": ("postrouting", "nat", SRCNAT_PRIORITY, _POSTROUTING),
-}
+
+
+def _chains(table: str) -> Mapping[str, tuple[str, str, int, Sequence[Sequence[Json]]]]:
+    """Base chain: its hook, type, priority and rules."""
+    return {
+        "loopback": ("prerouting", "filter", RAW_PRIORITY, _GUARD),
+        "prerouting": ("prerouting", "nat", DSTNAT_PRIORITY, _TO_CONTAINERS),
+        "output": ("output", "nat", DSTNAT_PRIORITY, _TO_CONTAINERS),
+        "forward": ("forward", "filter", FILTER_PRIORITY - 1, (_unmarking(table), *_FORWARD)),
+        "after": ("forward", "filter", FILTER_PRIORITY + 1, (_unmarking(table),)),
+        "postrouting": ("postrouting", "nat", SRCNAT_PRIORITY, _POSTROUTING),
+    }

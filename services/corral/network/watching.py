@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from corral.network import firewalld, forwarding
+from corral.network import forwarding
 from corral.network.links import name_of
 
 NETLINK_NETFILTER = 12
@@ -57,7 +57,7 @@ class Lost:
     """What may be missing since somebody deleted something; `unknown`: events were lost, so anything may be."""
 
     rules: bool = False
-    forward: bool = False  # iptables' chain FORWARD, or ours that it leads to, is not what it was
+    forward: bool = False  # iptables' chain FORWARD is not what it was
     links: frozenset[str] = frozenset()
     unknown: bool = False
 
@@ -88,7 +88,6 @@ def lost_rules(data: bytes, table: str, own_ports: Collection[int]) -> bool:
 
 
 _INET = b"\1"  # NFPROTO_INET
-_FIREWALLD = firewalld.TABLE.encode() + b"\0"
 # And the attribute that names the chain.
 _FORWARD_KINDS = {
     _DELETED_TABLE: 0,
@@ -100,22 +99,17 @@ _FORWARD_KINDS = {
 _IP_FAMILIES = (b"\2", b"\12")  # NFPROTO_IPV4, NFPROTO_IPV6
 
 
-def changed_forward(data: bytes, chain: str, own_ports: Collection[int]) -> bool:
-    """Whether these messages tell that others changed iptables' FORWARD, or deleted of the chain of ours, or that
-    firewalld has begun anew. Pure."""
+def changed_forward(data: bytes, own_ports: Collection[int]) -> bool:
+    """Whether these messages tell that others changed iptables' FORWARD. Pure."""
     for kind, port, body in _messages(data):
         kind, subsystem = kind & 0xFF, kind >> 8
         if subsystem != _SUBSYSTEM_NFTABLES or kind not in _FORWARD_KINDS or port in own_ports:
             continue
         named = dict(_attributes(body[_NETFILTER.size :]))
-        if kind == _NEW_CHAIN and body[:1] == _INET and named.get(_TABLE_NAME) == _FIREWALLD:
-            if named.get(_CHAIN_NAME, b"").rstrip(b"\0") == firewalld.CHAIN.encode():
-                return True
-            continue
         if body[:1] not in _IP_FAMILIES or named.get(_TABLE_NAME, b"").rstrip(b"\0") != forwarding.TABLE.encode():
             continue
         where = named.get(_FORWARD_KINDS[kind], b"").rstrip(b"\0")
-        if kind == _DELETED_TABLE or where in (forwarding.CHAIN.encode(), chain.encode()):
+        if kind == _DELETED_TABLE or where == forwarding.CHAIN.encode():
             return True
     return False
 
@@ -171,7 +165,6 @@ class Watch:
 
     def __init__(self, table: str, on_lost: Callable[[Lost], None]) -> None:
         self._table = table
-        self._chain = forwarding.chain_name(table)
         self._on_lost = on_lost
         self._own_ports: frozenset[int] = frozenset()
         self._sockets: list[socket.socket] = []
@@ -220,7 +213,7 @@ class Watch:
     def _lost_rules(self, data: bytes) -> Lost:
         return Lost(
             rules=lost_rules(data, self._table, self._own_ports),
-            forward=changed_forward(data, self._chain, self._own_ports),
+            forward=changed_forward(data, self._own_ports),
         )
 
     def _read_links(self, data: bytes) -> Lost:

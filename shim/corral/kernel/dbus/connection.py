@@ -14,6 +14,7 @@ Source: D-Bus Specification "Authentication Protocol", "Server Addresses", "Mess
 import _socket as socket  # the part in C, which has all that is used here and takes a tenth of the time to load
 import errno
 import os
+import struct
 import time
 from collections.abc import Callable
 from typing import Any, Self
@@ -24,6 +25,7 @@ from corral.kernel.dbus.marshalling import ERROR, METHOD_CALL, METHOD_RETURN, SI
 _AUTHENTICATION = b"\0AUTH EXTERNAL\r\nDATA\r\nBEGIN\r\n"
 _LONGEST_LINE = 16384
 _CHUNK = 65536
+_TIMEVAL = struct.Struct("@ll")
 
 
 class CallFailed(OSError):
@@ -61,7 +63,7 @@ class Connection:
         self._serial = 0
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._socket.connect(path)
+            self._connect(path)
             self._authenticate()
         except OSError as e:
             self.close()
@@ -130,6 +132,16 @@ class Connection:
             wanted = message.kind == SIGNAL and (message.interface, message.member) == (interface, member)
             if wanted and matches(message.body):
                 return message.body
+
+    def _connect(self, path: str) -> None:
+        """Where a service has stopped, it waits for room in its backlog: without a limit for ever, while a socket
+        that does not block is refused at once, though there may be room in a moment."""
+        seconds, microseconds = divmod(max(1, round(self._timeout_s * 1_000_000)), 1_000_000)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(seconds, microseconds))
+        try:
+            self._socket.connect(path)
+        except BlockingIOError:
+            raise self._late() from None
 
     def _authenticate(self) -> None:
         deadline = time.monotonic() + self._timeout_s
