@@ -5,6 +5,7 @@ from functools import partial
 
 from corral.cgroups import store
 from corral.cgroups.groups import Groups
+from corral.cgroups.parent import Parent
 from corral.cgroups.store import Record, State
 from corral.kernel.cgroup import Driver
 from corral.rpc.blocking import run_blocking
@@ -15,7 +16,7 @@ from corral.store import Database
 class Checker:
     """See the module."""
 
-    def __init__(self, database: Database, driver: Driver, groups: Groups, parent: str) -> None:
+    def __init__(self, database: Database, driver: Driver, groups: Groups, parent: Parent) -> None:
         self._database = database
         self._driver = driver
         self._groups = groups
@@ -31,10 +32,11 @@ class Checker:
 
     def _read(self) -> tuple[list[str], list[Record]]:
         """Rows last: a cgroup that is being made has its row after it."""
+        at = self._parent.path
         cgroups = [
-            f"{self._parent}/{namespace}/{name}"
-            for namespace in sorted(self._driver.list(self._parent))
-            for name in sorted(self._driver.list(f"{self._parent}/{namespace}"))
+            f"{at}/{namespace}/{name}"
+            for namespace in (sorted(self._driver.list(at)) if self._parent.is_ours() else ())
+            for name in sorted(self._driver.list(f"{at}/{namespace}"))
         ]
         return cgroups, self._database.read_sync(store.every)
 

@@ -49,15 +49,19 @@ class EngineLimits:
         values = {"memory_bytes": self.memory_bytes, "cpus": self.cpus, "pids": self.pids}
         return {name: value for name, value in values.items() if value}
 
-    def check(self, wanted: Resources, driver: Driver) -> None:
-        """Raises InvalidArgument for a quota of CPU time that v1 refuses below a smaller one; v2 takes it."""
-        quota, period = wanted.cpu.quota_us, wanted.cpu.period_us or PERIOD_US
+    def check(self, cpu: CpuLimits, driver: Driver, parent: str) -> None:
+        """Raises InvalidArgument for CPU time that v1 refuses to a cgroup below the parent, since that has less.
+
+        cpu: all that the cgroup is to have. v2 takes any, and so does v1 while ours is held up.
+        """
+        quota, period = cpu.quota_us, cpu.period_us or PERIOD_US
         hierarchy = driver.layout.of("cpu")
         if not self.cpus or quota is None or quota < 0 or hierarchy is None or hierarchy.version == 2:
             return
-        if quota / period > self.cpus:
+        all_cpus = driver.open(parent).cpus()
+        if all_cpus is not None and quota / period > all_cpus:
             raise InvalidArgument(
-                f"{quota / period:g} CPUs are more than all containers may use together, {self.cpus:g}: ask for less,"
+                f"{quota / period:g} CPUs are more than all containers may use together, {all_cpus:g}: ask for less,"
                 " or raise cpus in [cgroups]",
                 reason="ABOVE_ENGINE_LIMIT",
             )
@@ -72,7 +76,7 @@ def enforce(driver: Driver, parent: str, limits: EngineLimits) -> None:
     given, ours = limits.given(), set(driver.marked(parent, MARK).split()) - {_NONE}
     for name in ours - given.keys():
         with translated(f"lift the limit [cgroups] {name}"):
-            driver.open(parent).apply(_one(name, UNLIMITED))
+            _lift(driver, parent, name)
         ours = ours - {name}
         _mark(driver, parent, ours)
     for name, value in given.items():
@@ -89,14 +93,45 @@ def _mark(driver: Driver, parent: str, names: Iterable[str]) -> None:
 
 
 def restore(driver: Driver, parent: str, limits: EngineLimits) -> None:
-    """enforce(), where the parent is another than it was: somebody removed it, and it was made again."""
-    if limits.given() and not driver.marked(parent, MARK):
-        log.warning("cgroups.engine_limits_lost", parent=parent)
+    """enforce(), where one that we set is not there: somebody removed the parent, and it was made again.
+
+    It has a directory in each hierarchy, any of which may have been removed, so the mark of one does not tell.
+    """
+    given = limits.given()
+    if not given:
+        return
+    mark = driver.marked(parent, MARK)
+    ours = set(mark.split()) & given.keys() if mark else given.keys()
+    if lost := sorted(name for name in ours if _is_unlimited(driver, parent, name)):
+        log.warning("cgroups.engine_limits_lost", parent=parent, settings=lost)
         enforce(driver, parent, limits)
+
+
+def _is_unlimited(driver: Driver, parent: str, name: str) -> bool:
+    group = driver.open(parent)
+    match name:
+        case "memory_bytes":
+            return group.memory_limit() == UNLIMITED
+        case "cpus":
+            return group.cpus() is None
+        case _:
+            return group.pids_limit() == UNLIMITED
+
+
+def _lift(driver: Driver, parent: str, name: str) -> None:
+    group = driver.open(parent)
+    if name == "memory_bytes":
+        group.lift_memory_limit()
+    else:
+        group.apply(_one(name, UNLIMITED))
 
 
 def _limit(driver: Driver, parent: str, name: str, value: float) -> bool:
     """Whether it was set."""
+    if name == "memory_bytes" and not _fits(driver, parent, int(value)):
+        why = "containers use more, and this kernel would kill them for it"
+        log.warning("cgroups.engine_limit_not_set", setting=name, value=value, reason=why)
+        return False
     try:
         with translated(f"set [cgroups] {name} = {value:.12g}"):
             driver.open(parent).apply(_one(name, value))
@@ -106,6 +141,11 @@ def _limit(driver: Driver, parent: str, name: str, value: float) -> bool:
         log.warning("cgroups.engine_limit_not_set", setting=name, value=value, reason=str(e))
         return False
     return True
+
+
+def _fits(driver: Driver, parent: str, limit_bytes: int) -> bool:
+    with translated("make room for [cgroups] memory_bytes"):
+        return not _has_containers(driver, parent) or driver.open(parent).has_room_for_limit(limit_bytes)
 
 
 def _has_containers(driver: Driver, parent: str) -> bool:

@@ -9,6 +9,7 @@ a row that says so comes first.
 
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -18,9 +19,10 @@ import structlog
 
 from corral.api.types.v1 import types_pb2
 from corral.cgroups import store, wire
-from corral.cgroups.engine_limits import EngineLimits, restore
 from corral.cgroups.errors import translated
+from corral.cgroups.parent import Parent
 from corral.cgroups.pressure import PressureWatcher, close_all, open_all, triggers
+from corral.cgroups.pressure import check as check_pressure
 from corral.cgroups.readings import Readings
 from corral.cgroups.store import Key, Record, State
 from corral.cgroups.watch import OomWatcher
@@ -56,11 +58,9 @@ class Timeouts:
 class Groups:
     """The cgroups of all namespaces. Kernel refusals come out as CorralErrors."""
 
-    def __init__(
-        self, database: Database, driver: Driver, timeouts: Timeouts, parent: str, engine: EngineLimits
-    ) -> None:
-        """Take a database that has the leaf's tables. parent: what the engine's limits are those of."""
-        self._parent, self._engine = parent, engine
+    def __init__(self, database: Database, driver: Driver, timeouts: Timeouts, parent: Parent) -> None:
+        """Take a database that has the leaf's tables."""
+        self._parent = parent
         self._database = database
         self._driver = driver
         self._timeouts = timeouts
@@ -97,6 +97,7 @@ class Groups:
 
         announce: write the intent first, for a path at which recovery would not look.
         """
+        check_pressure(types_pb2.Resources.FromString(record.resources))
         return await self._change(record.key, self._create(record, announce=announce))
 
     async def _create(self, record: Record, *, announce: bool) -> Record:
@@ -104,14 +105,18 @@ class Groups:
             return await self._again(_same(known, record))
         if announce:
             await self._announce(record)
-        try:
-            oom, pressure = await run_blocking(self._make, record)
-        except BaseException:
-            if announce:
-                await self._database.write(lambda transaction: store.delete(transaction, record.key, {}))
-            raise
-        failpoint("cgroups.create.after_make")
-        await self._database.write(lambda transaction: store.put_ready(transaction, record))
+        with ExitStack() as undo:
+            try:
+                oom, pressure = await run_blocking(self._make, record)
+            except BaseException:
+                if announce:
+                    await self._database.write(lambda transaction: store.delete(transaction, record.key, {}))
+                raise
+            undo.callback(oom.close)
+            undo.callback(close_all, pressure)
+            failpoint("cgroups.create.after_make")
+            await self._database.write(lambda transaction: store.put_ready(transaction, record))
+            undo.pop_all()  # the watchers have them now
         self._watcher.add(record.key, oom)
         self._pressure.put(record.key, pressure)
         return record
@@ -138,8 +143,10 @@ class Groups:
     def _make(self, record: Record) -> tuple[OomWatch, Sequence[PressureWatch]]:
         """Make it in the kernel. An empty one at its place is a leftover; one with processes is not ours."""
         limits = _limits_at_creation(record.resources)
-        self._engine.check(limits, self._driver)
         with translated(f"make the cgroup {record.path}"):
+            if self._parent.holds(record.path):
+                self._parent.keep()
+                self._check(record.path, limits)
             try:
                 group = self._driver.create(record.path, limits)
             except FileExistsError as e:
@@ -152,25 +159,31 @@ class Groups:
                 leftover.remove(self._timeouts.remove_s)
                 group = self._driver.create(record.path, limits)
             try:
-                if record.path.startswith(f"{self._parent}/"):
-                    restore(self._driver, self._parent, self._engine)
-                watches = open_all(group, _triggers_of(record))
+                if self._parent.holds(record.path):
+                    self._parent.keep()  # it may have been made again on the way to this one
+                return _watches(group, _triggers_of(record))
             except BaseException:
                 group.remove(self._timeouts.remove_s)
                 raise
-            return group.watch_oom(), watches
+
+    def _check(self, path: str, wanted: Resources) -> None:
+        if self._parent.holds(path):
+            self._parent.limits.check(wanted.cpu, self._driver, self._parent.path)
 
     async def update(self, key: Key, change: types_pb2.Resources) -> Record:
         """Change limits, all or none. Raises NotFound, InvalidArgument, Unimplemented."""
+        check_pressure(change)
         return await self._change(key, self._update(key, change))
 
     async def _update(self, key: Key, change: types_pb2.Resources) -> Record:
         record = self.find(key)
         limits = wire.resources(_with_shares_again(record, change))
-        self._engine.check(limits, self._driver)
+        merged = after_change(types_pb2.Resources.FromString(record.resources), change)
 
         def apply() -> Sequence[PressureWatch]:
             with translated(f"change the limits of cgroup {key.id!r}"):
+                if limits.cpu.quota_us is not None or limits.cpu.period_us is not None:
+                    self._check(record.path, wire.resources(merged))
                 group = self.open(record)
                 watches = open_all(group, triggers(change))
                 try:
@@ -185,7 +198,6 @@ class Groups:
         self._readings.forget(record.path)
         if change.HasField("pressure"):
             self._pressure.put(key, watches)
-        merged = after_change(types_pb2.Resources.FromString(record.resources), change)
         after = replace(record, resources=merged.SerializeToString(deterministic=True))
         await self._database.write(lambda transaction: store.set_resources(transaction, key, after.resources))
         return after
@@ -199,13 +211,13 @@ class Groups:
         if record is None:
             return False
         watch = await self._watcher.take(key)
-        self._pressure.drop(key)
         try:
             kills = await run_blocking(self._remove, record, watch)
         except BaseException:
             if watch:
                 self._watcher.add(key, watch)
             raise
+        self._pressure.drop(key)
         self._readings.forget(record.path)
         failpoint("cgroups.delete.after_remove")
         payload = {"oom_kills": max(kills, record.oom_kills)}
@@ -352,6 +364,15 @@ class Groups:
 def _limits_at_creation(resources: bytes) -> Resources:
     limits = wire.resources(types_pb2.Resources.FromString(resources))
     return limits if limits.devices is not None else replace(limits, devices=DEFAULT_RULES)
+
+
+def _watches(group: Cgroup, wanted: Sequence[PressureTrigger]) -> tuple[OomWatch, Sequence[PressureWatch]]:
+    pressure = open_all(group, wanted)
+    try:
+        return group.watch_oom(), pressure
+    except BaseException:
+        close_all(pressure)
+        raise
 
 
 def _not_found(id_: str) -> NotFound:

@@ -2,18 +2,30 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import structlog
 
 from corral.api.types.v1 import types_pb2
 from corral.cgroups.store import Key
 from corral.kernel.cgroup import Cgroup, PressureTrigger, PressureWatch
+from corral.rpc.errors import InvalidArgument
 
 log = structlog.get_logger()
 
 REST_S = 10.0
 """The least time between two events of one trigger: pressure that stays should not fill the journal."""
+
+MOST = 6
+"""Triggers of one cgroup: one for each resource, of some and of all processes. The kernel works for each of them."""
+
+
+def check(message: types_pb2.Resources) -> None:
+    """Raises InvalidArgument for more triggers than one cgroup may have."""
+    if (count := len(message.pressure.triggers)) > MOST:
+        raise InvalidArgument(
+            f"{count} triggers of pressure are too many: ask for at most {MOST}", reason="TOO_MANY_TRIGGERS"
+        )
 
 
 def triggers(message: types_pb2.Resources) -> tuple[PressureTrigger, ...]:
@@ -45,7 +57,6 @@ def close_all(watches: Iterable[PressureWatch]) -> None:
 class _Entry:
     watch: PressureWatch
     rest: asyncio.TimerHandle | None = None
-    telling: set[asyncio.Task[None]] = field(default_factory=set)
 
 
 class PressureWatcher:
@@ -55,6 +66,7 @@ class PressureWatcher:
         """on_pressure runs on the loop."""
         self._on_pressure = on_pressure
         self._entries: dict[Key, list[_Entry]] = {}
+        self._telling: set[asyncio.Task[None]] = set()
 
     def put(self, key: Key, watches: Sequence[PressureWatch]) -> None:
         """Watch a cgroup by these instead of those before; takes them over."""
@@ -74,11 +86,10 @@ class PressureWatcher:
 
     async def close(self) -> None:
         """Watch nothing any more; what was seen is told."""
-        telling = [task for entries in self._entries.values() for entry in entries for task in entry.telling]
         for key in list(self._entries):
             self.drop(key)
-        if telling:
-            await asyncio.wait(telling)
+        if self._telling:
+            await asyncio.wait(self._telling)
 
     def _wait(self, key: Key, entry: _Entry) -> None:
         entry.rest = None
@@ -91,8 +102,8 @@ class PressureWatcher:
             return
         entry.rest = loop.call_later(REST_S, self._wait, key, entry)
         task = loop.create_task(self._tell(key, entry.watch.trigger))
-        entry.telling.add(task)
-        task.add_done_callback(entry.telling.discard)
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
 
     async def _tell(self, key: Key, trigger: PressureTrigger) -> None:
         try:

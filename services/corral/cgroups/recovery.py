@@ -7,29 +7,15 @@ cgroup, no row    (likewise) remove it; it has no container, since nobody was to
 """
 
 import errno
-from pathlib import Path
 
 import structlog
 
 from corral.cgroups import store
 from corral.cgroups.store import Key, Record, State
 from corral.kernel.cgroup import Driver, OomWatch
-from corral.rpc.errors import FailedPrecondition
 from corral.store import JSON, Database
 
 log = structlog.get_logger()
-
-
-def claim(driver: Driver, parent: str, owner: Path) -> None:
-    """Make the parent ours. Raises FailedPrecondition if the cgroups below it belong to another root directory."""
-    holder = driver.claim(parent, str(owner))
-    if holder != str(owner):
-        raise FailedPrecondition(
-            f"the cgroups below {parent} belong to the corral whose data is in {holder}: stop that one and remove"
-            " its containers, or give this one another [cgroups] parent",
-            reason="CGROUP_PARENT_TAKEN",
-            metadata={"parent": parent, "holder": holder},
-        )
 
 
 def reconcile(database: Database, driver: Driver, parent: str, *, timeout_s: float) -> dict[Key, OomWatch]:

@@ -15,6 +15,7 @@ from corral.cgroups.checking import Checker
 from corral.cgroups.config import CgroupsConfig
 from corral.cgroups.errors import translated
 from corral.cgroups.groups import Groups, Timeouts
+from corral.cgroups.parent import Parent
 from corral.cgroups.store import Key, Record, State
 from corral.kernel.cgroup import Driver, OomWatch, check_path, detect, open_driver
 from corral.rpc.blocking import run_blocking
@@ -38,6 +39,7 @@ class CgroupsService:
         self._servicer = CgroupsServicer(config)
         self._database: Database | None = None
         self._driver: Driver | None = None
+        self._parent: Parent | None = None
         self._groups: Groups | None = None
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
@@ -50,11 +52,12 @@ class CgroupsService:
         watches = await run_blocking(self._open)
         assert self._database is not None
         assert self._driver is not None
+        assert self._parent is not None
         timeouts = Timeouts(self.config.remove_timeout_s, self.config.freeze_timeout_s)
-        self._groups = Groups(self._database, self._driver, timeouts, self.config.parent, self.config.limits())
+        self._groups = Groups(self._database, self._driver, timeouts, self._parent)
         for key, watch in watches.items():
             self._groups.watch(key, watch)
-        checker = Checker(self._database, self._driver, self._groups, self.config.parent)
+        checker = Checker(self._database, self._driver, self._groups, self._parent)
         self._servicer.open(self._groups, self._database, self._driver, checker)
 
     def _open(self) -> dict[Key, OomWatch]:
@@ -62,8 +65,10 @@ class CgroupsService:
         config.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._database = Database(config.root / "cgroups.db", store.MIGRATIONS, durable=False, on_loop=True)
         self._driver = open_driver(detect())
+        parent = Parent(self._driver, config.parent, config.root, config.limits())
         with translated(f"use the cgroup parent {config.parent}"):
-            recovery.claim(self._driver, config.parent, config.root)
+            parent.claim()
+            self._parent = parent
             engine_limits.enforce(self._driver, config.parent, config.limits())
             return recovery.reconcile(self._database, self._driver, config.parent, timeout_s=config.remove_timeout_s)
 
@@ -71,16 +76,17 @@ class CgroupsService:
         """Finish changes, let go of the kernel's files; the parents that are empty now go too."""
         if self._groups:
             await self._groups.close()
-        if self._driver:
-            await run_blocking(self._prune, self._driver)
+        if self._parent:
+            await run_blocking(self._prune, self._parent)
         if self._database:
             self._database.close()
 
-    def _prune(self, driver: Driver) -> None:
-        parent = self.config.parent
-        for namespace in driver.list(parent):
-            driver.prune(f"{parent}/{namespace}")
-        driver.prune(parent)
+    def _prune(self, parent: Parent) -> None:
+        if not parent.is_ours():
+            return
+        for namespace in parent.driver.list(parent.path):
+            parent.driver.prune(f"{parent.path}/{namespace}")
+        parent.driver.prune(parent.path)
 
 
 class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):

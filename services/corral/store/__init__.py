@@ -2,7 +2,7 @@
 
 from corral.kernel.failpoint import failpoint
 from corral.store.database import ConstraintError, Database, Duplicate, Referenced, Row, Snapshot, Transaction
-from corral.store.files import Lock, LockHeld, atomic_write
+from corral.store.files import Lock, LockHeld, atomic_write, is_locked
 from corral.store.journal import GAP_TOPIC, JSON, Event, Journal, Retention
 from corral.store.trash import Trash, remove_tree
 
@@ -24,5 +24,6 @@ __all__ = [
     "Trash",
     "atomic_write",
     "failpoint",
+    "is_locked",
     "remove_tree",
 ]

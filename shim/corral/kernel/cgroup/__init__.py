@@ -7,7 +7,7 @@ web.read().memory, web.freeze(), web.thaw(), web.kill(), web.remove()
 """
 
 from corral.kernel.cgroup.device_rules import DEFAULT_RULES
-from corral.kernel.cgroup.driver import Driver, check_path, open_driver
+from corral.kernel.cgroup.driver import OWNER, Driver, check_path, open_driver
 from corral.kernel.cgroup.files import UNLIMITED
 from corral.kernel.cgroup.group import Cgroup
 from corral.kernel.cgroup.layout import Hierarchy, Kind, Layout, detect
@@ -38,6 +38,7 @@ from corral.kernel.cgroup.stats import (
 
 __all__ = [
     "DEFAULT_RULES",
+    "OWNER",
     "SELF",
     "UNLIMITED",
     "Cgroup",

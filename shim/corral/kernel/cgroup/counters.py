@@ -16,6 +16,8 @@ from corral.kernel.cgroup.v2 import hugetlb as hugetlb_v2
 from corral.kernel.cgroup.v2 import io, pressure
 from corral.kernel.cgroup.v2 import memory as memory_v2
 
+_PRESSURES = (pressure.CPU, pressure.MEMORY, pressure.IO)
+
 
 def read(where: Directories) -> Stats:
     """One reading. Raises OSError(ENOENT or ENODEV) if the cgroup is gone."""
@@ -26,6 +28,19 @@ def read(where: Directories) -> Stats:
         io=_each(where, "blkio", blkio.read, io.read) or (),
         hugetlb=_each(where, "hugetlb", hugetlb_v1.read, hugetlb_v2.read) or (),
         io_pressure=pressure.read(f"{where[UNIFIED][0]}/{pressure.IO}") if UNIFIED in where else None,
+    )
+
+
+def with_pressure_now(where: Directories, stats: Stats) -> Stats:
+    """An older reading with the pressure of now."""
+    if UNIFIED not in where:
+        return stats
+    cpu, memory, of_io = (pressure.read(f"{where[UNIFIED][0]}/{name}") for name in _PRESSURES)
+    return replace(
+        stats,
+        cpu=replace(stats.cpu, pressure=cpu) if stats.cpu else None,
+        memory=replace(stats.memory, pressure=memory) if stats.memory else None,
+        io_pressure=of_io,
     )
 
 
@@ -40,6 +55,18 @@ def cpus(where: Directories) -> float | None:
     """How many CPUs' time may be used; None without a quota, or a controller."""
     quota_us, period_us = _each(where, "cpu", cpu_v1.bandwidth, cpu_v2.bandwidth) or (UNLIMITED, 1)
     return None if quota_us == UNLIMITED else quota_us / period_us
+
+
+def memory_limit(where: Directories) -> int:
+    """Its own limit of memory in bytes; UNLIMITED without one, or a controller."""
+    found = _each(where, "memory", memory_v1.limit, memory_v2.limit)
+    return UNLIMITED if found is None else found
+
+
+def pids_limit(where: Directories) -> int:
+    """Its own limit of processes; UNLIMITED without one, or a controller."""
+    found = _each(where, "pids", pids.limit, pids.limit)
+    return UNLIMITED if found is None else found
 
 
 def _cpu(where: Directories) -> CpuStats | None:

@@ -15,6 +15,7 @@ turning on v2 controllers on the way down to them.
 import contextlib
 import errno
 import os
+from collections.abc import Callable
 
 from corral.kernel.cgroup import files, steps
 from corral.kernel.cgroup.group import Cgroup
@@ -90,43 +91,36 @@ class Driver:
                 names.update(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
         return names
 
-    def claim(self, path: str, owner: str) -> str:
+    def claim(self, path: str, owner: str, lives: Callable[[str], bool] = lambda _: False) -> str:
         """Make a cgroup, or find it, and mark it as owner's; returns whose it is.
 
-        A mark that another left holds as long as there is anything below. It is an extended attribute of the
-        cgroup, and so goes with it, at the latest with the next boot.
+        A mark that another left holds while that one lives, and as long as there is anything below. It is an extended
+        attribute of the cgroup in every hierarchy, and so goes with it, at the latest with the next boot.
         """
+        check_path(path)
         for hierarchy in self._hierarchies:
             for ancestor in [*ancestors(path), path]:
                 self._make_parent(hierarchy, ancestor)
-        directory = f"{self._hierarchies[0].mount_point}{path}"
-        try:
-            os.setxattr(directory, OWNER, owner.encode(), os.XATTR_CREATE)
-        except FileExistsError:
-            if self.list(path):
-                return os.getxattr(directory, OWNER).decode()
-            os.setxattr(directory, OWNER, owner.encode())
-        except OSError as e:
-            if e.errno != errno.EOPNOTSUPP:
-                raise
+        first, *rest = (f"{hierarchy.mount_point}{path}" for hierarchy in self._hierarchies)
+        others = {_attribute(directory, OWNER) for directory in (first, *rest)} - {"", owner}
+        for holder in sorted(others):
+            if self.list(path) or lives(holder):
+                return holder
+        with contextlib.suppress(FileExistsError):  # of two that come at once, to a cgroup of nobody's, one is first
+            _set_attribute(first, OWNER, owner, 0 if others else os.XATTR_CREATE)
+        if (holder := _attribute(first, OWNER) or owner) != owner:
+            return holder
+        for directory in rest:
+            _set_attribute(directory, OWNER, owner)
         return owner
 
     def mark(self, path: str, name: str, value: str) -> None:
         """Write an extended attribute of a cgroup, where there can be any; it goes with the cgroup."""
-        try:
-            os.setxattr(self._first(path), name, value.encode())
-        except OSError as e:
-            if e.errno != errno.EOPNOTSUPP:
-                raise
+        _set_attribute(self._first(path), name, value)
 
     def marked(self, path: str, name: str) -> str:
         """What mark() wrote, "" if nothing."""
-        try:
-            return os.getxattr(self._first(path), name).decode()
-        except OSError as e:
-            if e.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
-                raise
-            return ""
+        return _attribute(self._first(path), name)
 
     def _first(self, path: str) -> str:
         check_path(path)
@@ -233,6 +227,24 @@ def ancestors(path: str) -> list[str]:
     """
     parts = path.split("/")[1:-1]
     return ["", *("/" + "/".join(parts[: n + 1]) for n in range(len(parts)))]
+
+
+def _attribute(directory: str, name: str) -> str:
+    """An extended attribute, "" if there is none, or can be none."""
+    try:
+        return os.getxattr(directory, name).decode()
+    except OSError as e:
+        if e.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+            raise
+        return ""
+
+
+def _set_attribute(directory: str, name: str, value: str, flags: int = 0) -> None:
+    try:
+        os.setxattr(directory, name, value.encode(), flags)
+    except OSError as e:
+        if e.errno != errno.EOPNOTSUPP:
+            raise
 
 
 def _parent(path: str) -> str:

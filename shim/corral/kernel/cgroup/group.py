@@ -96,6 +96,12 @@ class Cgroup:
 
         return counters.read(self._where)
 
+    def with_pressure_now(self, stats: "Stats") -> "Stats":
+        """An older reading with the pressure of now: it grows without any CPU time, and goes down by itself."""
+        from corral.kernel.cgroup import counters
+
+        return counters.with_pressure_now(self._where, stats)
+
     def cpu_ns(self) -> int | None:
         """CPU time used so far; None where no controller counts it. Raises OSError if the cgroup is gone."""
         from corral.kernel.cgroup import counters
@@ -107,6 +113,39 @@ class Cgroup:
         from corral.kernel.cgroup import counters
 
         return counters.cpus(self._where)
+
+    def memory_limit(self) -> int:
+        """Its own limit of memory in bytes; UNLIMITED without one. Raises OSError if the cgroup is gone."""
+        from corral.kernel.cgroup import counters
+
+        return counters.memory_limit(self._where)
+
+    def pids_limit(self) -> int:
+        """Its own limit of processes; UNLIMITED without one. Raises OSError if the cgroup is gone."""
+        from corral.kernel.cgroup import counters
+
+        return counters.pids_limit(self._where)
+
+    def lift_memory_limit(self) -> None:
+        """Let memory have no limit, and leave that of swap alone. Raises OSError."""
+        if "memory" in self._where:
+            from corral.kernel.cgroup.v1 import memory as memory_v1
+            from corral.kernel.cgroup.v2 import memory as memory_v2
+
+            directory, version = self._where["memory"]
+            steps.run((memory_v1 if version == 1 else memory_v2).lift(directory))
+
+    def has_room_for_limit(self, limit_bytes: int) -> bool:
+        """Whether a limit of memory would kill nobody at once; what can be taken back for it is. Raises OSError.
+
+        Of v1, which refuses such a limit by itself, always.
+        """
+        directory, version = self._where.get("memory", ("", 1))
+        if version == 1:
+            return True
+        from corral.kernel.cgroup.v2 import memory as memory_v2
+
+        return memory_v2.shrink(directory, limit_bytes) <= limit_bytes
 
     def freeze(self, timeout_s: float = 10.0) -> None:
         """Stop every process, and return when all have stopped. Raises OSError(ETIMEDOUT), thawed again."""

@@ -21,6 +21,11 @@ def plan(directory: str, wanted: PidsLimits) -> list[Step]:
     return [Write(path, files.limit(wanted.limit))]
 
 
+def limit(directory: str) -> int:
+    """How many there may be."""
+    return files.read_number(f"{directory}/{MAX}")
+
+
 def read(directory: str) -> PidsStats:
     """How many there are and may be."""
     return PidsStats(files.read_count(f"{directory}/{CURRENT}"), files.read_number(f"{directory}/{MAX}"))

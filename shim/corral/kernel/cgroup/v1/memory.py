@@ -76,6 +76,16 @@ def _limits(directory: str, limit: int | None, swap: int | None) -> list[Step]:
     return [Write(swap_path, str(swap)), *steps] if raises_swap else [*steps, Write(swap_path, str(swap))]
 
 
+def limit(directory: str) -> int:
+    """Its own limit in bytes, whatever holds above it."""
+    return files.read_number(f"{directory}/{LIMIT}")
+
+
+def lift(directory: str) -> list[Step]:
+    """Let memory have no limit of its own; the one of memory and swap together stays, and is the highest it may be."""
+    return [Write(f"{directory}/{LIMIT}", str(files.read_number(f"{directory}/{SWAP_LIMIT}", files.UNLIMITED)))]
+
+
 def read(directory: str) -> MemoryStats:
     """Usage and its parts, hierarchical: sub-cgroups count."""
     stat = files.read_counts(f"{directory}/{STAT}")

@@ -3,6 +3,8 @@
 Source: kernel cgroup-v2.rst "Memory"; OCI config-linux "Memory".
 """
 
+import contextlib
+
 from corral.kernel.cgroup import convert, files
 from corral.kernel.cgroup.resources import MemoryLimits
 from corral.kernel.cgroup.stats import MemoryStats
@@ -15,6 +17,7 @@ MIN = "memory.min"
 SWAP_MAX = "memory.swap.max"
 OOM_GROUP = "memory.oom.group"
 CURRENT = "memory.current"
+RECLAIM = "memory.reclaim"
 PEAK = "memory.peak"
 SWAP_CURRENT = "memory.swap.current"
 EVENTS = "memory.events"
@@ -69,6 +72,25 @@ def _swap(directory: str, wanted: MemoryLimits) -> list[Step]:
             return []
         raise unsupported(path, "this kernel does not count swap per cgroup")
     return [Write(path, files.limit(value))]
+
+
+def limit(directory: str) -> int:
+    """Its own limit in bytes, whatever holds above it."""
+    return files.read_number(f"{directory}/{MAX}")
+
+
+def lift(directory: str) -> list[Step]:
+    """Let memory have no limit; that of swap stays."""
+    return [Write(f"{directory}/{MAX}", files.limit(files.UNLIMITED))]
+
+
+def shrink(directory: str, size_bytes: int) -> int:
+    """Take memory back until no more than this is used, as far as it can be; returns what is used then."""
+    usage = files.read_count(f"{directory}/{CURRENT}")
+    if usage > size_bytes:
+        with contextlib.suppress(OSError):  # EAGAIN: not all of it; ENOENT before Linux 5.19
+            files.write(f"{directory}/{RECLAIM}", str(usage - size_bytes))
+    return files.read_count(f"{directory}/{CURRENT}")
 
 
 def read(directory: str) -> MemoryStats:
