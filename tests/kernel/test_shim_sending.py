@@ -131,6 +131,60 @@ def test_a_program_that_reads_nothing_holds_up_nobody(shop: Workshop, tmp_path: 
     shim.wait()
 
 
+def test_a_program_that_lives_on_and_reads_no_more_is_told_of_and_costs_counted_bytes(
+    shop: Workshop, tmp_path: Path
+) -> None:
+    program = tmp_path / "closing"
+    program.write_text(f"#!/bin/sh\nexec 3<&- 4<&- 5>&-\nwhile [ -e {tmp_path}/on ]; do sleep 0.05; done\n")
+    program.chmod(0o755)
+    (tmp_path / "on").touch()
+    shim = shop.spawn("sh", "-c", "echo one; echo two >&2")
+    try:
+        shim.create(log={"driver": "binary", "to": {"args": [str(program)], "env": {}}})
+        shim.start()
+        assert shim.wait()["dropped_bytes"] == len("one\ntwo\n")
+    finally:
+        (tmp_path / "on").unlink()
+    assert "the logging program has ended, or closed what it was to read" in (shim.bundle / "shim.log").read_text()
+
+
+def attendants(keeper: Keeper) -> list[int]:
+    """Who has the reading end of the pipe that tells them that all is over."""
+    pipe = Path("/proc/self/fd", str(keeper.fds["log.life"])).readlink()
+    found = []
+    for fd in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            flags = Path(fd.parent.parent, "fdinfo", fd.name).read_text() if fd.readlink() == pipe else ""
+            if flags and not int(flags.split("flags:")[1].split()[0], 8) & os.O_ACCMODE:
+                found.append(int(fd.parts[2]))
+    return found
+
+
+def test_an_heir_finds_that_nobody_attends_to_a_program_and_has_it_attended_to(shop: Workshop, tmp_path: Path) -> None:
+    program = tmp_path / "attended"
+    program.write_text("#!/bin/sh\nexec 5>&-\ncat <&3 >> $1\n")
+    program.chmod(0o755)
+    shim = shop.spawn("sh", "-c", "read x; echo two; exit 3")
+    log = {"driver": "binary", "to": {"args": [str(program), str(tmp_path / "out")], "env": {}}}
+    shim.create(log=log, stdin=True)
+    keeper = Keeper(shim)
+    shim.start()
+    (attendant,) = attendants(keeper)
+    os.kill(attendant, signal.SIGKILL)
+    until(lambda: not attendants(keeper))
+    kill(shim)
+    heir = heir_of(shop, shim)
+    keeper.hand_over(heir, stdin=True, log=log)
+    (attendant,) = attendants(keeper)
+    (stdin,) = heir.attach("stdin")
+    keeper.let_go()
+    os.write(stdin, b"\n")
+    os.close(stdin)
+    assert heir.wait()["code"] == 3
+    until(lambda: not Path("/proc", str(attendant)).exists())
+    assert (tmp_path / "out").read_text() == "two\n"
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_program_goes_on_with_the_next_shim_if_its_pipes_were_kept_and_else_reads_the_end(
     shop: Workshop, tmp_path: Path, kept: bool
@@ -143,7 +197,7 @@ def test_a_program_goes_on_with_the_next_shim_if_its_pipes_were_kept_and_else_re
     log = {"driver": "binary", "to": {"args": [str(program), str(out)], "env": {}}}
     shim.create(log=log, stdin=True)
     keeper = Keeper(shim)
-    assert {"log.stdout", "log.stderr"} <= keeper.fds.keys()
+    assert {"log.stdout", "log.stderr", "log.life", "log.program"} <= keeper.fds.keys()
     shim.start()
     until(lambda: out.exists() and out.read_text() == "one\n")
     if not kept:

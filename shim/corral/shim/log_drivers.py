@@ -64,8 +64,20 @@ def _sending(
             entries = JournalFraming(to.fields)
             return SendingLog(loop, journal, entries, limit=limit, cache=cache, spool=_spool_in(directory), tell=tell)
         case _:
-            pipes = log_program.start(to.args, to.env, directory) if resumed is None else log_program.resumed(resumed)
-            return PipingLog(loop, pipes, limit=limit, cache=cache, spool=_spool_in(directory), tell=tell)
+            program = (
+                log_program.start(to.args, to.env, directory)
+                if resumed is None
+                else log_program.resumed(resumed, to.args[0], directory)
+            )
+            return PipingLog(
+                loop,
+                program.pipes,
+                held=program.attendance,
+                limit=limit,
+                cache=cache,
+                spool=_spool_in(directory),
+                tell=tell,
+            )
 
 
 def _connect(receiver: Receiver, what: str, *, may_fail: bool) -> None:

@@ -6,10 +6,16 @@
 
 It is started once. It reads the end of both streams when the container has ended, and ends by itself; no container
 waits for it. One that does not end is ended, by a process that does nothing else and needs no shim: any may be dead by
-then.
+then. That attendant knows by a pipe of its own, whose writing end goes where those of the streams go:
+
+    life      its reading end is the attendant's alone: without a reader nobody attends, without a writer all is over
+    program   a pidfd of the program, for an heir who has to start another attendant
+
+It holds none of the program's streams: who writes to one that the program has closed shall hear that at once.
 Source: containerd, runtime/v2/README.md, "Logging"; pkg/process/io.go.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -17,6 +23,7 @@ import select
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
 from corral.kernel import process
@@ -31,6 +38,7 @@ _ENDED_S = 0.1
 END_S = 10.0
 # From SIGTERM to SIGKILL.
 TERM_S = 5.0
+LIFE, PROGRAM = "life", "program"
 _FIRST_FD = 3
 _PROCESS_GROUP = 1 << 2
 _UMASK = 0o022
@@ -67,52 +75,63 @@ class PipeReceiver:
             self._fd = -1
 
 
-def start(program: Sequence[str], env: Mapping[str, str], directory: int | None = None) -> dict[StreamName, Receiver]:
-    """Start it and wait until it is ready; returns the pipes it reads.
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One that runs: the pipes it reads, and what an attendant is started with, LIFE and PROGRAM. All are owned."""
+
+    pipes: Mapping[StreamName, Receiver]
+    attendance: Mapping[str, int]
+
+
+def start(program: Sequence[str], env: Mapping[str, str], directory: int | None = None) -> Program:
+    """Start it and wait until it is ready.
 
     directory: an fd of the bundle, for shim.log, which tells if it had to be ended.
     Raises ShimError if it cannot be executed, ends before it is ready, or is not ready within READY_S; OSError.
     """
     theirs: list[int] = []
     ours: list[int] = []
+    given: list[int] = []
     try:
         for _ in STREAMS:
-            reader, writer = os.pipe2(os.O_CLOEXEC)
-            theirs.append(reader)
-            ours.append(writer)
-        ready, told = os.pipe2(os.O_CLOEXEC)
-        ours.append(ready)
-        theirs.append(told)
-        failed, failure = os.pipe2(os.O_CLOEXEC)
-        ours.append(failed)
-        theirs.append(failure)
+            _pipe(theirs, given)
+        _pipe(ours, given)
+        _pipe(ours, theirs)
+        _pipe(ours, theirs)
+        attended, ready, failed = ours
         pid, pidfd = process.clone(0)
         if pid == 0:
-            _become(program, env, theirs[:-1], failure)
-        ours.append(pidfd)
-        streams = theirs[: len(STREAMS)]
-        while len(theirs) > len(streams):
+            _become(program, env, theirs[:-1], theirs[-1])
+        given.append(pidfd)
+        while theirs:
             os.close(theirs.pop())
         try:
             _await_ready(program[0], ready, failed, pidfd)
-            attendant, its_pidfd = process.clone(0)
-            if attendant == 0:
-                _attend(program[0], pidfd, streams, directory)
-            ours.append(its_pidfd)
+            _start_attendant(program[0], pidfd, attended, directory)
         except BaseException:
             process.send_signal(pidfd, 9)
             raise
-        stdout, stderr = ours[:2]
-        del ours[:2]
-        return {"stdout": PipeReceiver(stdout), "stderr": PipeReceiver(stderr)}
+        stdout, stderr, life, _ = given
+        given.clear()
+        return Program({"stdout": PipeReceiver(stdout), "stderr": PipeReceiver(stderr)}, {LIFE: life, PROGRAM: pidfd})
     finally:
-        for fd in (*theirs, *ours):
+        for fd in (*theirs, *ours, *given):
             os.close(fd)
 
 
-def resumed(fds: Mapping[str, int]) -> dict[StreamName, Receiver]:
-    """The pipes of one that was started by another shim, as far as they were kept."""
-    return {stream: PipeReceiver(fds.get(stream, -1)) for stream in STREAMS}
+def resumed(fds: Mapping[str, int], name: str, directory: int | None = None) -> Program:
+    """One that was started by another shim, as far as its pipes were kept. Somebody attends to it from here on."""
+    attendance = {each: fds[each] for each in (LIFE, PROGRAM) if each in fds}
+    if len(attendance) == len((LIFE, PROGRAM)):
+        with contextlib.suppress(OSError):  # a log that nobody will end is better than a container without a shim
+            _attend_again(name, fds[PROGRAM], fds[LIFE], directory)
+    return Program({stream: PipeReceiver(fds.get(stream, -1)) for stream in STREAMS}, attendance)
+
+
+def _pipe(readers: list[int], writers: list[int]) -> None:
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    readers.append(reader)
+    writers.append(writer)
 
 
 def _await_ready(name: str, ready: int, failed: int, pidfd: int) -> None:
@@ -126,22 +145,34 @@ def _await_ready(name: str, ready: int, failed: int, pidfd: int) -> None:
         raise _failed(name, "has ended before it was ready")
 
 
-def _attend(name: str, pidfd: int, streams: Sequence[int], directory: int | None) -> NoReturn:
+def _attend_again(name: str, pidfd: int, life: int, directory: int | None) -> None:
+    """Unless somebody does, or it has ended. It is the same pipe, which others may hold the writing end of."""
+    if not _readable(life, 0, select.POLLERR) or _readable(pidfd, 0):
+        return
+    attended = os.open(f"/proc/self/fd/{life}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _start_attendant(name, pidfd, attended, directory)
+    finally:
+        os.close(attended)
+
+
+def _start_attendant(name: str, pidfd: int, attended: int, directory: int | None) -> None:
+    attendant, its_pidfd = process.clone(0)
+    if attendant == 0:
+        _attend(name, pidfd, attended, directory)
+    os.close(its_pidfd)
+
+
+def _attend(name: str, pidfd: int, attended: int, directory: int | None) -> NoReturn:
     """Wait until it has ended, or nobody can write to it any more, whichever shim that was; see the module."""
     try:
         process.lose_oom_protection()
-        process.close_fds((*streams, pidfd, *(() if directory is None else (directory,))))
+        process.close_fds((attended, pidfd, *(() if directory is None else (directory,))))
         poller = select.poll()
         poller.register(pidfd, select.POLLIN)
-        for fd in streams:
-            poller.register(fd, 0)  # POLLHUP: there is no writer
-        left = {*streams}
-        while left:
-            for fd, _ in poller.poll():
-                if fd == pidfd:
-                    os._exit(0)
-                poller.unregister(fd)
-                left.discard(fd)
+        poller.register(attended, 0)  # POLLHUP: there is no writer
+        if pidfd in dict(poller.poll()):
+            os._exit(0)
         for seconds, number in ((END_S, signal.SIGTERM), (TERM_S, signal.SIGKILL)):
             if _readable(pidfd, seconds):
                 os._exit(0)
@@ -167,9 +198,9 @@ def _failed(name: str, how: str) -> ShimError:
     return ShimError("failed_precondition", f"the logging program {name} {how}")
 
 
-def _readable(fd: int, seconds: float) -> bool:
+def _readable(fd: int, seconds: float, events: int = select.POLLIN) -> bool:
     poller = select.poll()
-    poller.register(fd, select.POLLIN)
+    poller.register(fd, events)
     until = time.monotonic() + seconds
     while not (found := poller.poll(max(0.0, until - time.monotonic()) * 1000)) and time.monotonic() < until:
         pass

@@ -17,12 +17,15 @@ from corral.oci.spec import Mount
 from corral.shim.errors import ShimError
 from corral.shim.fields import Fields, array, flag, integer, mapping, strings, text, wrong
 from corral.shim.log_options import LogOptions
+from corral.shim.log_program import LIFE, PROGRAM
+from corral.shim.spool import STREAMS
 
 _ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}")
 STDIN, CONSOLE, PIDFD = "stdin", "console", "pidfd"
 LOG_PREFIX = "log."
 """Streams of what the log goes to."""
-STREAM_NAMES = (STDIN, "stdout", "stderr", CONSOLE, PIDFD, f"{LOG_PREFIX}stdout", f"{LOG_PREFIX}stderr")
+_OF_LOG = tuple(f"{LOG_PREFIX}{name}" for name in (*STREAMS, LIFE, PROGRAM))
+STREAM_NAMES = (STDIN, *STREAMS, CONSOLE, PIDFD, *_OF_LOG)
 
 
 def exec_id(fields: Fields) -> str:

@@ -150,20 +150,22 @@ class SendingLog:
 class PipingLog:
     """Sends the streams as they are, each to a receiver of its own, which is there once."""
 
-    __slots__ = ("_cache", "_lost_told", "_outboxes", "_receivers", "_spool", "_tell")
+    __slots__ = ("_cache", "_held", "_lost_told", "_outboxes", "_receivers", "_spool", "_tell")
 
     def __init__(
         self,
         loop: Loop,
         receivers: Mapping[StreamName, Receiver],
         *,
+        held: Mapping[str, int] | None = None,
         limit: int = DEFAULT_LIMIT,
         cache: Log | None = None,
         spool: Spool | None = None,
         tell: Callable[[str], None] = lambda _text: None,
     ) -> None:
-        """As SendingLog."""
+        """As SendingLog. held: what is to be kept with the receivers, for the same time; owned."""
         self._cache, self._spool, self._receivers, self._tell = cache, spool, receivers, tell
+        self._held = dict(held or {})
         self._lost_told = False
         self._outboxes = {
             stream: Outbox(loop, receiver, limit=limit, on_done=self._done) for stream, receiver in receivers.items()
@@ -214,14 +216,17 @@ class PipingLog:
             self._cache.reopen()
 
     def streams(self) -> Mapping[str, int]:
-        """The pipes, which cannot be opened again."""
-        return {stream: fd for stream, receiver in self._receivers.items() if (fd := receiver.fileno()) >= 0}
+        """The pipes and what is held with them, which cannot be opened again."""
+        pipes = {stream: receiver.fileno() for stream, receiver in self._receivers.items()}
+        return {name: fd for name, fd in (self._held | pipes).items() if fd >= 0}
 
     def close(self) -> None:
         """Drop what waits and let the receivers read the end."""
         self._lost_told = True  # who is let go is not lost
         for outbox in self._outboxes.values():
             outbox.close()
+        while self._held:
+            os.close(self._held.popitem()[1])
         if self._cache is not None:
             _close(self._cache, self._tell)
         if self._spool is not None:
