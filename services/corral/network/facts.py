@@ -18,6 +18,7 @@ from corral.network.forwarding import mark
 from corral.network.ipam import Address
 from corral.network.links import is_up
 from corral.network.model import Endpoint
+from corral.rpc.blocking import run_blocking
 
 if TYPE_CHECKING:
     from corral.network.netlink import Netlink
@@ -34,7 +35,8 @@ type Ruleset = Sequence[Mapping[str, Json]]
 
 # Lists all tables for ruleset().
 _PROGRAM = """
-import json
+import json, resource
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 from corral.kernel.nftables import Nftables
 with Nftables() as nftables:
     print(json.dumps(nftables.run([{"list": {"ruleset": None}}])))
@@ -67,7 +69,7 @@ async def ruleset() -> Ruleset | None:
             await process.wait()
     if process.returncode:
         return None
-    listed: Ruleset = json.loads(output)
+    listed: Ruleset = await run_blocking(json.loads, output)  # there may be much of it
     return listed
 
 

@@ -31,6 +31,7 @@ class Firewall:
         self.table = self._table = table
         self._nftables: Nftables | None = None
         self._known = False  # whether the table is what this process made it
+        self._begun = False  # whether it is known which networks there are
         self._admission = admission.Admission(table, forward)
         self._uplinks: frozenset[str] = frozenset()
         # Called on the netlink thread where admit() should be tried again.
@@ -64,12 +65,12 @@ class Firewall:
             if networks
             else rules.remove_table(self._table)
         )
-        self._known = bool(networks)
+        self._known, self._begun = bool(networks), True
         self._admit_or_tell()
 
     def admit(self) -> bool:
         """See that its networks get through what others have at the forward hook; returns whether that was done."""
-        return self._admission.follow(networks=bool(self._networks))
+        return not self._begun or self._admission.follow(networks=bool(self._networks))
 
     def _admit_or_tell(self) -> None:
         if not self.admit():

@@ -123,7 +123,7 @@ class Nfnetlink:
             for kind, sequence, body in messages(made.recv(_READ_BYTES)):
                 if not first <= sequence <= last:
                     continue  # of a request that failed before
-                if kind == _ERROR and (code := -_CODE.unpack_from(body)[0]):
+                if kind in (_ERROR, _DONE) and (code := -_CODE.unpack_from(body)[0]):
                     raise OSError(code, f"nf_tables: {os.strerror(code)}")
                 yield kind, sequence, body
 
