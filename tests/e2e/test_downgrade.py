@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
 from support.corrald import SERVICES, Corrald, running
 from support.requirements import needs
+
+from corral.api.version.v1 import version_pb2, version_pb2_grpc
 
 pytestmark = needs("root", "overlayfs", "netns")
 
@@ -16,6 +19,7 @@ USER_VERSION_AT = 60  # of the header of a database of SQLite
 
 @contextmanager
 def of_a_newer_corral(path: Path) -> Iterator[None]:
+    """Of a database that nobody has open."""
     with path.open("r+b", buffering=0) as file:
         file.seek(USER_VERSION_AT)
         before = file.read(4)
@@ -24,6 +28,31 @@ def of_a_newer_corral(path: Path) -> Iterator[None]:
         yield
         file.seek(USER_VERSION_AT)
         file.write(before)
+
+
+@contextmanager
+def upgraded_by_a_newer_corral(path: Path) -> Iterator[None]:
+    """Where a database lies that is open. What is written into that one a checkpoint may overwrite: another lies in its
+    place meanwhile."""
+    aside = path.with_suffix(".aside")
+    newer = bytearray(path.read_bytes())
+    newer[USER_VERSION_AT : USER_VERSION_AT + 4] = (999).to_bytes(4)
+    path.rename(aside)
+    try:
+        path.write_bytes(newer)
+        yield
+    finally:
+        aside.rename(path)
+
+
+def generations(daemon: Corrald) -> dict[str, int]:
+    found = {}
+    for name in daemon.processes:
+        service = "engine" if name == "corrald" else name
+        with grpc.insecure_channel(daemon.address_of(service)) as channel:
+            answer = version_pb2_grpc.VersionStub(channel).Get(version_pb2.GetRequest(), wait_for_ready=True)
+            found[name] = answer.generation
+    return found
 
 
 def contents(daemon: Corrald) -> dict[Path, bytes]:
@@ -48,14 +77,20 @@ def test_a_start_is_refused_before_any_service_begins(service: str) -> None:
         daemon.start()
 
 
-def test_an_upgrade_to_an_older_one_is_refused_and_the_newer_one_goes_on() -> None:
-    with running() as daemon:
-        database = daemon.root / "tasks" / "tasks.db"
-        with of_a_newer_corral(database):
+@pytest.mark.parametrize("split", [False, True], ids=["one-process", "five-processes"])
+@pytest.mark.parametrize("service", ["tasks", "engine"])
+def test_an_upgrade_to_an_older_one_is_refused_and_the_newer_one_goes_on(service: str, *, split: bool) -> None:
+    """All of it: no process is upgraded if one would not start."""
+    with running(split=split) as daemon:
+        before = generations(daemon)
+        assert len(before) == (len(SERVICES) if split else 1)
+        with upgraded_by_a_newer_corral(daemon.root / service / f"{service}.db"):
             refused = daemon.corral("system", "upgrade", timeout_s=120)
         assert refused.returncode == 1
         assert b"would not start, so this one goes on: " in refused.stderr
-        assert b"tasks.db has schema version 999" in refused.stderr
+        assert f"{service}.db has schema version 999".encode() in refused.stderr
+        assert generations(daemon) == before
         assert daemon.corral("system", "info").returncode == 0
         upgraded: subprocess.CompletedProcess[bytes] = daemon.corral("system", "upgrade", timeout_s=120)
         assert upgraded.returncode == 0
+        assert generations(daemon) == {name: generation + 1 for name, generation in before.items()}

@@ -2,10 +2,14 @@
 
 import asyncio
 import collections
+import fcntl
+import resource
 import shutil
+import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import grpc
@@ -13,6 +17,7 @@ import grpc.aio
 import pytest
 
 from corral.rpc.address import TcpAddress, UnixAddress
+from corral.rpc.farewell import cut
 from corral.rpc.server import Host
 
 METHOD = "/corral.test.v1.Doing/Do"
@@ -116,3 +121,139 @@ async def test_what_was_begun_is_answered_and_nothing_else_was_begun(
     }
     assert not wrong
     assert collections.Counter(details[r] for r in service.done - answered) == {}
+
+
+BIG = 15_000_000
+FRAME_HEADER = 9
+
+
+class Telling:
+    """Much, for as long as one listens."""
+
+    name = "telling"
+
+    def register(self, server: grpc.aio.Server) -> Sequence[str]:
+        handlers = {"Tell": grpc.unary_stream_rpc_method_handler(self.tell)}
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("corral.test.v1.Telling", handlers)])
+        return ["corral.test.v1.Telling"]
+
+    async def start(self) -> None:
+        pass
+
+    async def stop(self) -> None:
+        pass
+
+    async def tell(self, _request: bytes, _context: object) -> AsyncIterator[bytes]:
+        while True:
+            yield b"x" * BIG
+
+
+class Stalled(threading.Thread):
+    """Between a client and a server; what the server says is not read from some byte on until it may go on."""
+
+    def __init__(self, listen: Path, to: Path) -> None:
+        super().__init__()
+        self.got = bytearray()
+        self.stalls, self.goes_on = threading.Event(), threading.Event()
+        self.listening, self.server = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+        self.listening.bind(str(listen))
+        self.listening.listen()
+        self.to = to
+
+    def run(self) -> None:
+        self.server.connect(str(self.to))
+        with self.listening, self.server, self.listening.accept()[0] as client:
+            back = threading.Thread(target=self.say, args=(client,))
+            back.start()
+            with suppress(OSError):
+                while data := self.server.recv(1 << 20):
+                    self.got += data
+                    client.sendall(data)
+                    if len(self.got) > BIG // 10 and not self.stalls.is_set():
+                        self.stalls.set()
+                        self.goes_on.wait()
+                    if self.stalls.is_set():
+                        self.goes_on.wait(0.002)
+            client.shutdown(socket.SHUT_RDWR)
+            back.join()
+
+    def say(self, client: socket.socket) -> None:
+        with suppress(OSError):
+            while data := client.recv(1 << 16):
+                self.server.sendall(data)
+
+
+def listen(path: Path) -> None:
+    """Until the connection ends, taking frames as large as they may be."""
+    options = [
+        ("grpc.max_receive_message_length", -1),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.http2.lookahead_bytes", 8 << 20),
+        ("grpc.http2.max_frame_size", 1 << 20),
+    ]
+    with grpc.insecure_channel(f"unix:{path}", options) as channel, suppress(grpc.RpcError):
+        for _ in channel.unary_stream("/corral.test.v1.Telling/Tell")(b"", timeout=20):
+            pass
+
+
+def frames(data: bytes) -> list[tuple[int, int]]:
+    """Type and length of each; the last may be cut short. Source: RFC 9113, 4.1."""
+    found, at = [], 0
+    while at + FRAME_HEADER <= len(data):
+        length = int.from_bytes(data[at : at + 3])
+        found.append((data[at + 3], length))
+        at += FRAME_HEADER + length
+    return found
+
+
+@pytest.mark.parametrize("goes_on_after_s", [0.15, 0.2, 0.25])
+async def test_who_reads_slowly_gets_whole_frames_until_the_connection_ends(
+    directory: Path, goes_on_after_s: float
+) -> None:
+    host = Host([Telling()])
+    await host.start([UnixAddress(directory / "s")])
+    stalled = Stalled(directory / "r", directory / "s")
+    listening = threading.Thread(target=listen, args=(directory / "r",))
+    stalled.start()
+    listening.start()
+    try:
+        await asyncio.to_thread(stalled.stalls.wait, 20)
+        asyncio.get_running_loop().call_later(goes_on_after_s, stalled.goes_on.set)
+        places = host.make_places()
+        await host.hand_over(places, grace_s=0.1)
+        for place in places.values():
+            place.close()
+    finally:
+        stalled.goes_on.set()
+        await asyncio.to_thread(listening.join)
+        await asyncio.to_thread(stalled.join)
+    kinds = collections.Counter(kind for kind, _ in frames(stalled.got))
+    assert set(kinds) <= set(range(10)), kinds
+    assert max(length for _, length in frames(stalled.got)) <= 4 << 20
+
+
+async def test_to_look_for_connections_ends_no_lock_on_a_file_and_needs_no_descriptor(directory: Path) -> None:
+    """fcntl(2): a process that closes any descriptor of a file loses its locks on it."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    host = Host([Doing()])
+    await host.start([UnixAddress(directory / "s")])
+    with ExitStack() as held, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(directory / "s"))
+        locked = held.enter_context((directory / "file").open("w"))
+        fcntl.lockf(locked, fcntl.LOCK_EX)
+        lock = f":{(directory / 'file').stat().st_ino} "
+        await asyncio.sleep(0.2)  # until it has been accepted
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (400, limits[1]))
+            with suppress(OSError):
+                while True:
+                    held.enter_context(socket.socket())
+            await cut([str(directory / ".s.new")])
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        client.settimeout(5)
+        while client.recv(1 << 16):
+            pass
+        with open("/proc/locks") as locks:  # noqa: ASYNC230
+            assert lock in locks.read()
+    await host.stop(grace_s=0)

@@ -148,3 +148,34 @@ async def test_who_is_asked_to_stop_in_the_middle_of_a_hand_over_stops(directory
 
 async def answered(channel: grpc.aio.Channel, service: Slow, seconds: float) -> bytes:
     return b"".join([each async for each in channel.unary_stream(f"/{service.full_name}/Take")(str(seconds).encode())])
+
+
+async def test_nobody_is_refused_while_an_upgrade_waits_for_a_call_that_takes_its_time(directory: Path) -> None:
+    service = Slow()
+    host = Host([service])
+    [address] = await host.start([UnixAddress(directory / "s")])
+    async with asyncio.timeout(20), grpc.aio.insecure_channel(str(address)) as channel:
+        slow = asyncio.ensure_future(answered(channel, service, 1))
+        await service.entered.wait()
+        leaving = asyncio.ensure_future(handed_over(host, 10))
+        while not slow.done():
+            assert await answered(channel, service, 0) == b"done"
+            async with grpc.aio.insecure_channel(str(address), [("grpc.use_local_subchannel_pool", 1)]) as new:
+                assert await answered(new, service, 0) == b"done"
+            await asyncio.wait((slow,), timeout=0.1)
+        assert await slow == b"done"
+        await leaving
+
+
+async def test_who_has_come_while_others_were_waited_for_is_answered(directory: Path) -> None:
+    service = Slow()
+    host = Host([service])
+    [address] = await host.start([UnixAddress(directory / "s")])
+    async with asyncio.timeout(20), grpc.aio.insecure_channel(str(address)) as channel:
+        overdue = asyncio.ensure_future(refusal(channel, service, 30))
+        await service.entered.wait()
+        leaving = asyncio.ensure_future(handed_over(host, 0.5))
+        await asyncio.sleep(0.3)
+        assert await answered(channel, service, 0.5) == b"done"
+        assert await overdue == "CUT_OFF"
+        await leaving

@@ -26,7 +26,7 @@ from corral.daemon.notify import notify, notify_reloading
 from corral.kernel.paths import opened
 from corral.kernel.process import pidfd_open
 from corral.rpc.channel import open_channel
-from corral.rpc.errors import UNSERVED, CorralError, FailedPrecondition, Unavailable
+from corral.rpc.errors import UNSERVED, CorralError, FailedPrecondition, Unavailable, Unimplemented
 from corral.rpc.handover import VARIABLE, Handover, all_kept, take_back
 from corral.rpc.server import Upgrade
 
@@ -96,6 +96,10 @@ class Upgrading:
             self._asked = asyncio.create_task(self._ask(), name="upgrade")
         return self._asked
 
+    async def check(self) -> None:
+        """Whether what is on disk would start. Raises FailedPrecondition with what it says."""
+        await check(command(self._argv))
+
     def on_signal(self) -> None:
         """What is wrong is in the log, and the service manager told."""
         self.ask().add_done_callback(_told)
@@ -105,7 +109,7 @@ class Upgrading:
         await self._ready.wait()
         if self._stop.is_set():
             return  # it ends already, one way or the other
-        await check(command(self._argv))
+        await self.check()
         if self._stop.is_set():
             return
         self.plan.wanted = True
@@ -210,6 +214,17 @@ async def reap(pid: int) -> None:
         finally:
             loop.remove_reader(pidfd)
         os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)  # noqa: ASYNC222  # it has ended
+
+
+async def check_at(address: str) -> None:
+    """Whether the process that serves there could be upgraded. Raises CorralError. Earlier versions can't tell."""
+    async with open_channel(address) as channel:
+        try:
+            await version_pb2_grpc.VersionStub(channel).Check(version_pb2.CheckRequest())
+        except Unimplemented:
+            return
+        except CorralError as e:
+            raise FailedPrecondition(f"{address}: {e}", reason=e.reason) from e
 
 
 async def upgrade_at(address: str) -> None:

@@ -1,5 +1,6 @@
 """corral.version.v1.Version, and reflection: what every address answers whatever it hosts."""
 
+import asyncio
 import os
 import platform
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import grpc.aio
 
 from corral.api.version.v1 import version_pb2, version_pb2_grpc
-from corral.daemon.upgrade import Upgrading, upgrade_at
+from corral.daemon.upgrade import Upgrading, check_at, upgrade_at
 from corral.rpc.context import only_follows
 
 VERSION_SERVICE = "corral.version.v1.Version"
@@ -59,10 +60,21 @@ class VersionServicer(version_pb2_grpc.VersionServicer):
     async def Upgrade(self, request: version_pb2.UpgradeRequest, context: Any) -> version_pb2.UpgradeResponse:  # noqa: N802
         only_follows()  # whoever upgrades us meanwhile: it asks again
         if not request.only_this and request.generation >= self._upgrading.generation:
-            for address in self._elsewhere:  # first those that we call
-                await upgrade_at(address)
+            await self._upgrade_elsewhere()
         await self._upgrading.beyond(request.generation)
         return version_pb2.UpgradeResponse(version=package_version(), generation=self._upgrading.generation)
+
+    async def Check(self, request: version_pb2.CheckRequest, context: Any) -> version_pb2.CheckResponse:  # noqa: N802
+        only_follows()
+        await self._upgrading.check()
+        return version_pb2.CheckResponse()
+
+    async def _upgrade_elsewhere(self) -> None:
+        """First those that we call, then we; but nobody at all if one of us would not start."""
+        if self._elsewhere:
+            await asyncio.gather(self._upgrading.check(), *map(check_at, self._elsewhere))
+        for address in self._elsewhere:
+            await upgrade_at(address)
 
 
 class Common:

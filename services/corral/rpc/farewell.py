@@ -11,15 +11,18 @@ last frame has left in full.
 """
 
 import asyncio
+import errno
 import fcntl
 import os
+import resource
 import socket
+import stat
 import struct
 import termios
 from array import array
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, suppress
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 # A program of classic BPF, which takes no byte of any packet. Source: linux/filter.h, BPF_RET | BPF_K.
 TAKE_NOTHING = array("B", struct.pack("HBBI", 0x06, 0, 0, 0))
@@ -32,42 +35,59 @@ type Name = str | int
 """Of a connection's own end: the path that its listening socket was bound to, or the port."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """A descriptor of gRPC's, which may close it at any time. It is not copied: that would fail where there are as many
+    as there may be, and keep open what gRPC closes."""
+
+    fd: int
+    inode: int
+
+    @contextmanager
+    def borrowed(self) -> Iterator[socket.socket]:
+        """Raises OSError(EBADF) if the descriptor is another one by now."""
+        with _borrowed(self.fd) as stream:
+            if os.fstat(self.fd).st_ino != self.inode:
+                raise OSError(errno.EBADF, f"descriptor {self.fd} is another one by now")
+            yield stream
+
+
 async def cut(names: Collection[Name], others: Callable[[], Collection[int]] = tuple) -> None:
     """End all connections that were accepted at those names, when the gates are shut; no new ones are accepted.
 
     others: the inodes of sockets of such names that are not gRPC's but lead to it, and end with that.
     """
-    with ExitStack() as held:
-        for _, listening in _sockets(names, others(), listening=True):
-            _take_no_more(held.enter_context(listening))
-        left = {inode: held.enter_context(each) for inode, each in _sockets(names, others())}
-        await _cut_when_quiet(left)
-        for _, each in _sockets(names, others()):  # who came through the door meanwhile, or never was quiet
-            _end(held.enter_context(each))
+    for listening in _streams(names, others(), listening=True):
+        _take_no_more(listening)
+    await _cut_when_quiet(_streams(names, others()))
+    for each in _streams(names, others()):  # who came through the door meanwhile, or never was quiet
+        _end(each)
 
 
-async def _cut_when_quiet(left: dict[int, socket.socket]) -> None:
+async def _cut_when_quiet(left: set[_Stream]) -> None:
     """End each connection that was found without any bytes on their way twice in a row."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + QUIET_WITHIN_S
-    before: set[int] = set()
+    before: set[_Stream] = set()
     while left and loop.time() < deadline:
-        quiet = {inode for inode, each in left.items() if not _on_the_way(each)}
-        for inode in quiet & before:
-            _end(left.pop(inode))
-        before = quiet
+        quiet = {each for each in left if not _on_the_way(each)}
+        for each in quiet & before:
+            _end(each)
+        left, before = left - (quiet & before), quiet
         await asyncio.sleep(LOOK_S)
 
 
-def _end(connection: socket.socket) -> None:
+def _end(each: _Stream) -> None:
     """What has been sent is still received."""
-    with suppress(OSError):  # it has ended
+    with suppress(OSError), each.borrowed() as connection:  # it may have ended
         connection.shutdown(socket.SHUT_RDWR)
 
 
-def _on_the_way(connection: socket.socket) -> int:
+def _on_the_way(each: _Stream) -> int:
     """How many bytes, in both directions, whoever is to receive them has not. Source: unix(7), tcp(7)."""
-    return sum(_count(connection, request) for request in (termios.TIOCOUTQ, termios.FIONREAD))
+    with suppress(OSError), each.borrowed() as connection:
+        return sum(_count(connection, request) for request in (termios.TIOCOUTQ, termios.FIONREAD))
+    return 0
 
 
 def _count(connection: socket.socket, request: int) -> int:
@@ -75,46 +95,47 @@ def _count(connection: socket.socket, request: int) -> int:
     return int(count)
 
 
-def _take_no_more(listening: socket.socket) -> None:
+def _take_no_more(each: _Stream) -> None:
     """Of TCP, where nothing can be put in its place: who connects now is heard by whoever listens a second later, when
     the kernel tries again. A listening socket that is shut down gRPC would log as an error."""
-    if listening.family in (socket.AF_INET, socket.AF_INET6):
-        address, _ = TAKE_NOTHING.buffer_info()
-        listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, address))
+    with each.borrowed() as listening:
+        if listening.family in (socket.AF_INET, socket.AF_INET6):
+            address, _ = TAKE_NOTHING.buffer_info()
+            listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, address))
 
 
-def _sockets(
-    names: Collection[Name], others: Collection[int], *, listening: bool = False
-) -> Iterator[tuple[int, socket.socket]]:
-    """The inode and a copy, to be closed, of each connection that was accepted at one of those names, or of what
-    accepts them."""
-    for each in Path("/proc/self/fd").iterdir():
-        copy = _copied(each)
-        if copy is None:
-            continue
-        inode = os.fstat(copy.fileno()).st_ino
-        if inode not in others and copy.type == socket.SOCK_STREAM and _is(copy, names, listening):
-            yield inode, copy
-        else:
-            copy.close()
+def _streams(names: Collection[Name], others: Collection[int], *, listening: bool = False) -> set[_Stream]:
+    """Each connection that was accepted at one of those names, or what accepts them."""
+    found: set[_Stream] = set()
+    for fd in _descriptors():
+        with suppress(OSError):  # closed meanwhile
+            status = os.fstat(fd)
+            if stat.S_ISSOCK(status.st_mode) and status.st_ino not in others and _is(fd, names, listening):
+                found.add(_Stream(fd, status.st_ino))
+    return found
 
 
-def _copied(link: Path) -> socket.socket | None:
-    """None for what is no socket, or was closed by its thread meanwhile. Files are not even copied: closing any
-    descriptor of one ends this process's locks on it, see fcntl(2)."""
-    with suppress(OSError):
-        if link.readlink().name.startswith("socket:"):
-            copy = os.dup(int(link.name))
-            try:
-                return socket.socket(fileno=copy)
-            except OSError:
-                os.close(copy)
-    return None
+def _descriptors() -> Iterable[int]:
+    try:
+        return [int(each) for each in os.listdir("/proc/self/fd")]  # noqa: PTH208  # thousands, perhaps
+    except OSError:  # there are as many as there may be
+        return range(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
-def _is(stream: socket.socket, names: Collection[Name], listening: bool) -> bool:
-    listens = bool(stream.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-    return listens == listening and _name(stream) in names
+def _is(fd: int, names: Collection[Name], listening: bool) -> bool:
+    with _borrowed(fd) as stream:
+        listens = bool(stream.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        return stream.type == socket.SOCK_STREAM and listens == listening and _name(stream) in names
+
+
+@contextmanager
+def _borrowed(fd: int) -> Iterator[socket.socket]:
+    """Raises OSError if there is no socket."""
+    stream = socket.socket(fileno=fd)
+    try:
+        yield stream
+    finally:
+        stream.detach()
 
 
 def _name(connection: socket.socket) -> Name | None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#corral/api/version/v1/version.proto\x12\x11\x63orral.version.v1\"\x0c\n\nGetRequest\"\xac\x01\n\x0bGetResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08services\x18\x02 \x03(\t\x12\x0c\n\x04\x61pis\x18\x03 \x03(\t\x12\x16\n\x0epython_version\x18\x04 \x01(\t\x12\x16\n\x0ekernel_release\x18\x05 \x01(\t\x12\x0c\n\x04root\x18\x06 \x01(\t\x12\r\n\x05state\x18\x07 \x01(\t\x12\x12\n\ngeneration\x18\x08 \x01(\r\x12\x0b\n\x03pid\x18\t \x01(\x03\"7\n\x0eUpgradeRequest\x12\x12\n\ngeneration\x18\x01 \x01(\r\x12\x11\n\tonly_this\x18\x02 \x01(\x08\"6\n\x0fUpgradeResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r2\xa1\x01\n\x07Version\x12\x44\n\x03Get\x12\x1d.corral.version.v1.GetRequest\x1a\x1e.corral.version.v1.GetResponse\x12P\n\x07Upgrade\x12!.corral.version.v1.UpgradeRequest\x1a\".corral.version.v1.UpgradeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#corral/api/version/v1/version.proto\x12\x11\x63orral.version.v1\"\x0c\n\nGetRequest\"\xac\x01\n\x0bGetResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08services\x18\x02 \x03(\t\x12\x0c\n\x04\x61pis\x18\x03 \x03(\t\x12\x16\n\x0epython_version\x18\x04 \x01(\t\x12\x16\n\x0ekernel_release\x18\x05 \x01(\t\x12\x0c\n\x04root\x18\x06 \x01(\t\x12\r\n\x05state\x18\x07 \x01(\t\x12\x12\n\ngeneration\x18\x08 \x01(\r\x12\x0b\n\x03pid\x18\t \x01(\x03\"7\n\x0eUpgradeRequest\x12\x12\n\ngeneration\x18\x01 \x01(\r\x12\x11\n\tonly_this\x18\x02 \x01(\x08\"6\n\x0fUpgradeResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\r\"\x0e\n\x0c\x43heckRequest\"\x0f\n\rCheckResponse2\xed\x01\n\x07Version\x12\x44\n\x03Get\x12\x1d.corral.version.v1.GetRequest\x1a\x1e.corral.version.v1.GetResponse\x12P\n\x07Upgrade\x12!.corral.version.v1.UpgradeRequest\x1a\".corral.version.v1.UpgradeResponse\x12J\n\x05\x43heck\x12\x1f.corral.version.v1.CheckRequest\x1a .corral.version.v1.CheckResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,6 +39,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPGRADEREQUEST']._serialized_end=302
   _globals['_UPGRADERESPONSE']._serialized_start=304
   _globals['_UPGRADERESPONSE']._serialized_end=358
-  _globals['_VERSION']._serialized_start=361
-  _globals['_VERSION']._serialized_end=522
+  _globals['_CHECKREQUEST']._serialized_start=360
+  _globals['_CHECKREQUEST']._serialized_end=374
+  _globals['_CHECKRESPONSE']._serialized_start=376
+  _globals['_CHECKRESPONSE']._serialized_end=391
+  _globals['_VERSION']._serialized_start=394
+  _globals['_VERSION']._serialized_end=631
 # @@protoc_insertion_point(module_scope)

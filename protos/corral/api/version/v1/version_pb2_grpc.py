@@ -44,6 +44,11 @@ class VersionStub:
                 request_serializer=corral_dot_api_dot_version_dot_v1_dot_version__pb2.UpgradeRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_version_dot_v1_dot_version__pb2.UpgradeResponse.FromString,
                 _registered_method=True)
+        self.Check = channel.unary_unary(
+                '/corral.version.v1.Version/Check',
+                request_serializer=corral_dot_api_dot_version_dot_v1_dot_version__pb2.CheckRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_version_dot_v1_dot_version__pb2.CheckResponse.FromString,
+                _registered_method=True)
 
 
 class VersionServicer:
@@ -64,6 +69,13 @@ class VersionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Check(self, request, context):
+        """Whether what is on disk would start in the place of this process; FAILED_PRECONDITION, with what it says, if not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VersionServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -76,6 +88,11 @@ def add_VersionServicer_to_server(servicer, server):
                     servicer.Upgrade,
                     request_deserializer=corral_dot_api_dot_version_dot_v1_dot_version__pb2.UpgradeRequest.FromString,
                     response_serializer=corral_dot_api_dot_version_dot_v1_dot_version__pb2.UpgradeResponse.SerializeToString,
+            ),
+            'Check': grpc.unary_unary_rpc_method_handler(
+                    servicer.Check,
+                    request_deserializer=corral_dot_api_dot_version_dot_v1_dot_version__pb2.CheckRequest.FromString,
+                    response_serializer=corral_dot_api_dot_version_dot_v1_dot_version__pb2.CheckResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +149,33 @@ class Version:
             '/corral.version.v1.Version/Upgrade',
             corral_dot_api_dot_version_dot_v1_dot_version__pb2.UpgradeRequest.SerializeToString,
             corral_dot_api_dot_version_dot_v1_dot_version__pb2.UpgradeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Check(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.version.v1.Version/Check',
+            corral_dot_api_dot_version_dot_v1_dot_version__pb2.CheckRequest.SerializeToString,
+            corral_dot_api_dot_version_dot_v1_dot_version__pb2.CheckResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,8 @@ class VersionStub:
     wait meanwhile. UNAVAILABLE with ErrorInfo reason "UNSERVED" from one that is about to: ask again, and the new one
     answers. FAILED_PRECONDITION if what is on disk would not start: nothing has changed then.
     """
+    Check: _grpc.UnaryUnaryMultiCallable[_version_pb2.CheckRequest, _version_pb2.CheckResponse]
+    """Whether what is on disk would start in the place of this process; FAILED_PRECONDITION, with what it says, if not."""
 
 @_typing.type_check_only
 class VersionAsyncStub(VersionStub):
@@ -47,6 +49,8 @@ class VersionAsyncStub(VersionStub):
     wait meanwhile. UNAVAILABLE with ErrorInfo reason "UNSERVED" from one that is about to: ask again, and the new one
     answers. FAILED_PRECONDITION if what is on disk would not start: nothing has changed then.
     """
+    Check: _aio.UnaryUnaryMultiCallable[_version_pb2.CheckRequest, _version_pb2.CheckResponse]  # type: ignore[assignment]
+    """Whether what is on disk would start in the place of this process; FAILED_PRECONDITION, with what it says, if not."""
 
 class VersionServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -66,5 +70,13 @@ class VersionServicer(metaclass=_abc_1.ABCMeta):
         wait meanwhile. UNAVAILABLE with ErrorInfo reason "UNSERVED" from one that is about to: ask again, and the new one
         answers. FAILED_PRECONDITION if what is on disk would not start: nothing has changed then.
         """
+
+    @_abc_1.abstractmethod
+    def Check(
+        self,
+        request: _version_pb2.CheckRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_version_pb2.CheckResponse, _abc.Awaitable[_version_pb2.CheckResponse]]:
+        """Whether what is on disk would start in the place of this process; FAILED_PRECONDITION, with what it says, if not."""
 
 def add_VersionServicer_to_server(servicer: VersionServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
