@@ -129,6 +129,54 @@ async def test_an_exec_that_runs_out_of_memory_is_told_from_one_that_was_killed(
     assert (await engine.wait(id_)).oom_killed
 
 
+@rounds
+async def test_an_exec_that_was_killed_beside_a_child_that_ran_out_of_memory_is_not_told_so(
+    engine: EngineClient, number: int
+) -> None:
+    id_ = await engine.run("sh", "-c", f"{HOG}; exec sleep 1000", resources=limits())
+    await kills_are_told(engine, id_, 1)
+    status = await exec_status(engine, id_, "sleep 0.2; kill -9 $$; sleep 9")
+    assert (status.code, status.oom_killed) == (137, False)
+
+
+async def test_an_exec_is_not_told_so_while_there_are_others_who_run_out_of_memory(engine: EngineClient) -> None:
+    id_ = await engine.run("sh", "-c", f"trap '{HOG}' USR1; while :; do sleep 0.1; done", resources=limits())
+    for kills in range(1, 4):
+        status = await exec_status(engine, id_, "kill -USR1 1; sleep 0.5; kill -9 $$; sleep 9")
+        assert (status.code, status.oom_killed) == (137, False)
+        await kills_are_told(engine, id_, kills)
+    await engine.kill(id_)
+
+
+@rounds
+@pytest.mark.parametrize("script", [f"exec {HOG}", f"{HOG}; exit 5"])
+async def test_an_exec_ends_with_a_container_that_ran_out_of_memory_and_is_not_told_so(
+    engine: EngineClient, script: str, number: int
+) -> None:
+    id_ = await engine.run("sh", "-c", f"sleep 1; {script}", resources=limits())
+    ended = asyncio.ensure_future(exec_status(engine, id_, "exec sleep 1000"))
+    assert (await engine.wait(id_)).oom_killed
+    assert ((await ended).code, (await ended).oom_killed) == (137, False)
+
+
+async def test_a_shim_that_takes_over_tells_nobody_of_kills_before_it(engine: EngineClient) -> None:
+    id_ = await engine.run("sleep", "1000", resources=limits())
+    assert (await exec_status(engine, id_, f"{HOG}; exit 3")).code == 3
+    await kills_are_told(engine, id_, 1)
+    shim = (await engine.get(id_)).shim_pid
+    os.kill(shim, signal.SIGKILL)
+
+    async def has_another() -> bool:
+        return (await engine.get(id_)).shim_pid not in (0, shim)
+
+    await eventually(has_another)
+    for script, is_out_of_memory in (("kill -9 $$; sleep 9", False), (f"exec {HOG}", True)):
+        status = await exec_status(engine, id_, script)
+        assert (status.code, status.oom_killed) == (137, is_out_of_memory), script
+    await kills_are_told(engine, id_, 2)
+    await engine.kill(id_)
+
+
 # The kernel may count the process that it chose once more as one of the group (mm/oom_kill.c).
 @needs("cgroup2")
 @rounds

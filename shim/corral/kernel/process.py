@@ -124,6 +124,22 @@ def has_executed(pid: int, started: int) -> bool | None:
     return not int(fields[_FLAGS]) & _PF_FORKNOEXEC if int(fields[_START_TIME]) == started else None
 
 
+def is_dying(pid: int) -> bool:
+    """Whether a process has begun to end, was sent a SIGKILL, or is gone.
+
+    Source: proc_pid_stat(5), field 9, PF_EXITING; proc_pid_status(5), ShdPnd: no SIGKILL is ever taken out of there.
+    """
+    try:
+        fields = _stat(pid)
+        if fields[_STATE] in _ENDED or int(fields[_FLAGS]) & _PF_EXITING:
+            return True
+        with open(f"/proc/{pid}/status", "rb") as status:
+            pending = next((line.split()[1] for line in status if line.startswith(b"ShdPnd:")), b"0")
+        return bool(int(pending, 16) >> signal.SIGKILL - 1 & 1)
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def zombie_status(pid: int, started: int) -> int | None:
     """How the process of a pid and start time ended, as wait(2) would tell, if it has and nobody has reaped it.
 
@@ -137,7 +153,8 @@ def zombie_status(pid: int, started: int) -> int | None:
 
 
 _STATE, _FLAGS, _START_TIME, _EXIT_CODE = 0, 6, 19, 49
-_PF_FORKNOEXEC = 0x40
+_PF_EXITING, _PF_FORKNOEXEC = 0x4, 0x40
+_ENDED = frozenset((b"Z", b"X"))
 
 
 def _stat(pid: int | str) -> list[bytes]:

@@ -105,7 +105,9 @@ class ContainerProcess:
     is_child: bool = True
     """Else another shim made it, and somebody else reaps it."""
     was_out_of_memory: bool = False
-    """The OOM killer took it, as far as the count of its kills tells."""
+    """The OOM killer took it, and can have taken nobody else."""
+    was_sent_sigkill: bool = False
+    """By the shim, for whatever reason."""
     was_unattended: bool = False
     """It ended while nobody held its output."""
     _reaped: bool = False
@@ -157,6 +159,7 @@ class ContainerProcess:
             raise ShimError("failed_precondition", f"{self.what} is not running")
         try:
             kernel_process.send_signal(self.handle.pidfd, number)
+            self.was_sent_sigkill |= number == SIGKILL
         except ProcessLookupError as e:
             raise ShimError("failed_precondition", f"{self.what} is not running") from e
         except (ValueError, OverflowError) as e:

@@ -395,6 +395,8 @@ class Shim:
         process = self._find(exec_id)
         process.signal(number)
         if everyone:
+            for each in self._processes.values():
+                each.was_sent_sigkill |= number == signal.SIGKILL
             kill_leftovers(self._cgroup_paths, number, spare=process.pid)
         return {}
 
@@ -445,10 +447,18 @@ class Shim:
             self._cgroup_paths,
             on_kill=lambda kills: self._publish({"event": "oom", "exec": "", "oom_kills": kills}),
             report=lambda e: report.write(self._directory, f"OOM kills: {e}"),
+            living=self._living,
             uncounted=uncounted,
         )
         self._ledger.oom_uncounted = counter.uncounted
         return counter
+
+    def _living(self) -> list[int]:
+        """The pids of init, first, and of execs; none once init has ended."""
+        init = self._processes.get("")
+        if init is None or not init.alive:
+            return []
+        return [init.pid, *(each.pid for each in self._processes.values() if each.alive and each is not init)]
 
     # The end.
 
@@ -471,8 +481,8 @@ class Shim:
 
     def _ended(self, process: ContainerProcess, ended: Ended) -> None:
         process.ended = ended
-        if self._oom is not None and ended.signal == signal.SIGKILL:
-            process.was_out_of_memory = self._oom.claim()
+        if self._oom is not None and process.exec_id and ended.signal == signal.SIGKILL:
+            process.was_out_of_memory = not process.was_sent_sigkill and self._oom.claim(process.pid)
         process.io.process_exited()
         if process.io.ended:
             if process.exit is None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 V2_EVENTS = "memory.events"
 V1_OOM_CONTROL = "memory.oom_control"
 V1_EVENT_CONTROL = "cgroup.event_control"
+V2_OOM_GROUP = "memory.oom.group"
 OOM_KILL = "oom_kill"
 
 _REMOVAL_S = 0.1
@@ -91,6 +92,24 @@ class OomWatch:
     def fileno(self) -> int:
         """A file descriptor that is readable when count() may have changed; call count() to quiet it."""
         return self._epoll.fileno()
+
+    def has_news(self) -> bool:
+        """Whether fileno() is readable."""
+        return bool(self._epoll.poll(0))
+
+    @property
+    def directory(self) -> str:
+        """The cgroup's, in the hierarchy of the memory controller; "" if there is nothing to watch."""
+        return self._directory
+
+    def takes_all(self) -> bool:
+        """Whether the OOM killer takes everybody in here at once."""
+        try:
+            return files.read(f"{self._directory}/{V2_OOM_GROUP}") == "1"
+        except OSError as e:
+            if not membership.gone(e):
+                raise
+            return False
 
     def count(self) -> int:
         """How many processes the OOM killer took here; the last known answer once the cgroup is gone."""
