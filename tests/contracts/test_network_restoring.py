@@ -4,7 +4,9 @@ The host here is a namespace of the lab: no rule or link of the machine is touch
 """
 
 import asyncio
+import contextlib
 import json
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
@@ -63,6 +65,19 @@ def answers(lab: Lab, number: int = 8080) -> Callable[[], bool]:
             return False
 
     return call
+
+
+@contextlib.contextmanager
+def stopped(lab: Lab) -> Iterator[None]:
+    """The daemon sees nothing of it before all is done."""
+    processes = lab.corrald.processes.values()
+    for one in processes:
+        one.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for one in processes:
+            one.send_signal(signal.SIGCONT)
 
 
 async def test_ports_work_again_after_a_flush_of_the_whole_ruleset(lab: Lab, net: Calls) -> None:
@@ -163,7 +178,8 @@ async def test_a_bridge_that_cannot_be_made_keeps_no_other_from_it_and_is_tried_
     a, b = await net.attach("a", "one"), await net.attach("b", "two")
     batch = lab.place.directory / "batch"
     batch.write_text("link delete crltone\nlink add crltone type veth peer name stranger\nlink delete crlttwo\n")
-    command(lab.host, "ip", "-batch", str(batch))
+    with stopped(lab):  # or the first is there again before its name is taken
+        command(lab.host, "ip", "-batch", str(batch))
     assert eventually(lambda: reaches(b.netns_path, OUTSIDE, within_s=0.2), within_s=WITHIN_S)
     assert not reaches(a.netns_path, OUTSIDE, within_s=0.2)
     command(lab.host, "ip", "link", "set", "crltone", "name", "another")  # of which nobody is told
