@@ -109,13 +109,21 @@ def cpu_s(child: Child) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def throttled(own: Corrald) -> int:
+    """In how many periods the parent's quota was used up."""
+    stats = open_driver(detect()).open(own.place.cgroup_parent).read().cpu
+    assert stats is not None
+    return stats.throttled_periods
+
+
 async def test_containers_together_get_no_more_cpu_time(own: Corrald) -> None:
     start(own, cpus=0.3)
     async with connected(own) as leaf, crowd(leaf, lambda _: spin(3600)) as children:
-        before, began = sum(map(cpu_s, children)), time.monotonic()
+        before, stopped_before, began = sum(map(cpu_s, children)), throttled(own), time.monotonic()
         await asyncio.sleep(2)
         used = (sum(map(cpu_s, children)) - before) / (time.monotonic() - began)
         assert used < 0.4
+        assert throttled(own) >= stopped_before + 5  # of twenty periods: it is the limit that keeps them, not the load
         assert await limits_of(leaf) == (0, 0.3, 0)
 
 
@@ -201,6 +209,49 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name(own: Corrald) -> None:
         with pytest.raises(RuntimeError, match=sentence):
             start(own, **{setting: value})
         own.processes.clear()
+
+
+@pytest.fixture
+def bare() -> Iterator[tuple[Driver, str]]:
+    """A parent that is not a daemon's."""
+    driver = open_driver(detect())
+    driver.create(parent())
+    yield driver, parent()
+    driver.open(parent()).remove()
+
+
+@needs("cgroup1")
+def test_a_limit_of_swap_that_another_has_set_outlives_a_limit_of_memory(bare: tuple[Driver, str]) -> None:
+    driver, path = bare
+    memory = driver.layout.of("memory")
+    assert memory is not None
+    swap = Path(f"{memory.mount_point}{path}/memory.memsw.limit_in_bytes")
+    if not swap.exists():
+        pytest.skip("needs swap that is counted")
+    driver.open(path).apply(Limits(memory=MemoryLimits(limit_bytes=64 * MIB, swap_bytes=96 * MIB)))
+    enforce(driver, path, EngineLimits(memory_bytes=32 * MIB))
+    enforce(driver, path, EngineLimits())
+    assert int(swap.read_text()) == 96 * MIB
+    assert driver.open(path).memory_limit() == 96 * MIB  # as much as it may be
+
+
+@needs("cgroup2")
+def test_a_limit_that_would_kill_is_not_set_on_v2_nor_is_swap_changed(bare: tuple[Driver, str]) -> None:
+    driver, path = bare
+    driver.open(path).apply(Limits(memory=MemoryLimits(limit_bytes=512 * MIB, swap_bytes=768 * MIB)))
+    group = driver.create(f"{path}/ns/big")
+    with inside(group, hold_memory) as child:
+        assert child.hear() == b"h"
+        enforce(driver, path, EngineLimits(memory_bytes=128 * MIB))
+        assert driver.open(path).memory_limit() == 128 * MIB
+        enforce(driver, path, EngineLimits(memory_bytes=8 * MIB, pids=30))
+        assert (driver.open(path).memory_limit(), driver.open(path).pids_limit()) == (128 * MIB, 30)
+        time.sleep(1)
+        assert child.alive()
+        enforce(driver, path, EngineLimits())
+        assert driver.open(path).memory_limit() == -1
+    swap = Path(f"{driver.layout.of('memory').mount_point}{path}/memory.swap.max")  # type: ignore[union-attr]
+    assert not swap.exists() or int(swap.read_text()) == 256 * MIB
 
 
 def test_a_limit_that_this_host_can_not_give_is_refused_by_name() -> None:

@@ -16,7 +16,8 @@ from support.requirements import needs
 pytestmark = [needs("root", "busybox", "cgroup"), pytest.mark.timeout(1200)]
 
 LIMIT = {"limit": 16 << 20, "swap": 16 << 20}
-SLICE = "corraltest.slice"
+SLICE = f"corraltest{os.getpid()}.slice"
+"""Of this process alone: it is stopped in the end with all that is in it."""
 HOG = "tail /dev/zero"
 SLOW_S = 120
 """A command may take a while where the processor is emulated."""

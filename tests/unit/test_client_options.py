@@ -117,6 +117,8 @@ def test_huge_pages_rdma_and_device_rules() -> None:
     ("options", "words"),
     [
         ({"hugetlb": ["2MB"]}, "2MB=64m"),
+        ({"hugetlb": ["2MB=-1"]}, "hugetlb '2MB=-1' is not understood"),
+        ({"hugetlb": ["2MB=lots"]}, "hugetlb '2MB=lots' is not understood"),
         ({"rdma": ["mlx5_0=handles=1"]}, "hca_handle=2"),
         ({"device_read_bps": ["/dev/sda"]}, "give DEVICE:NUMBER"),
         ({"device_read_iops": ["/dev/sda:1m"]}, "give DEVICE:NUMBER"),

@@ -55,11 +55,7 @@ def resources(o: ResourceOptions) -> types_pb2.Resources | None:
         found.pids.limit = limit
     _io(found.io, o)
     found.unified.update(o.get("cgroup_conf", {}))
-    for text in o.get("hugetlb", ()):
-        page_size, _, size = text.partition("=")
-        if not size:
-            raise ValueError(f"hugetlb {text!r} is not understood: give the size of pages and a limit, 2MB=64m")
-        found.hugetlb.add(page_size=page_size, limit_bytes=size_bytes(size))
+    found.hugetlb.extend(_hugetlb(text) for text in o.get("hugetlb", ()))
     for text in o.get("rdma", ()):
         device, _, limits = text.partition("=")
         found.rdma[device].CopyFrom(_rdma(text, limits))
@@ -80,6 +76,14 @@ def _trigger(text: str) -> types_pb2.PressureTrigger:
         return types_pb2.PressureTrigger(resource=resource, full=full, stall_us=stall, window_us=window)
     except (ValueError, KeyError) as e:
         raise ValueError(f"pressure {text!r} is not understood: give memory:some:150ms/2s, or none") from e
+
+
+def _hugetlb(text: str) -> types_pb2.HugetlbLimit:
+    page_size, _, size = text.partition("=")
+    try:
+        return types_pb2.HugetlbLimit(page_size=page_size, limit_bytes=size_bytes(size))
+    except ValueError as e:  # a number below 0, too
+        raise ValueError(f"hugetlb {text!r} is not understood: give the size of pages and a limit, 2MB=64m") from e
 
 
 def _rdma(text: str, limits: str) -> types_pb2.RdmaLimit:
