@@ -25,8 +25,9 @@ NONE = pb.AttachRequest.MODE_NONE
 STUB = """#!/bin/sh
 cd {directory}
 read -r said
-echo "$CNI_COMMAND $CNI_CONTAINERID $CNI_IFNAME" >> calls
 echo "$said" > "last-$CNI_COMMAND"
+echo "$CNI_COMMAND $CNI_CONTAINERID $CNI_IFNAME" >> calls
+while [ -e "hold-$CNI_COMMAND" ]; do sleep 0.02; done
 if [ -e "fail-$CNI_COMMAND" ]; then echo '{{"code": 11, "msg": "not today", "details": "the stub says so"}}'; exit 1; fi
 case $CNI_COMMAND in
 ADD) echo "$CNI_NETNS" > "held-$CNI_CONTAINERID-$CNI_IFNAME"
@@ -323,6 +324,11 @@ async def test_garbage_is_what_no_network_of_that_name_has(lab: Lab, net: Calls,
     assert sorted(one["containerID"] for one in valid) == ["default-a", "other-b"]
 
 
+def unlink_said_by(lab: Lab, where: str) -> None:
+    [said] = [path for path in Path(where).iterdir() if path.read_text() == f"{lab.place.root}/network\n"]
+    said.unlink()
+
+
 async def test_what_another_engine_of_the_host_has_is_not_collected(lab: Lab, net: Calls, stub: Stub) -> None:
     await make(net, {"type": "stub"}, version="1.1.0")
     names = lab.place.directory / "cni-names"
@@ -339,13 +345,70 @@ async def test_what_another_engine_of_the_host_has_is_not_collected(lab: Lab, ne
             await calls.detach("b")
             await calls.remove("net")
         assert "GC" not in stub.calls()
-        async with other.calls() as calls:  # one whose database is gone has nothing any more
+        async with other.calls() as calls:  # and is not to be seen from now on
             await make(calls, {"type": "stub"}, version="1.1.0")
+    told = len(lab.corrald.events("network.cni_shared"))
+    lab.corrald.restart()
+    assert eventually(lambda: len(lab.corrald.events("network.cni_shared")) > told)
+    assert "GC" not in stub.calls()
+    unlink_said_by(other, str(lab.corrald.events("network.cni_shared")[-1]["said_in"]))
     lab.corrald.restart()
     assert eventually(lambda: "GC" in stub.calls())
     async with lab.calls() as again:
         await again.remove("net")
-    assert len(list(names.glob("*/*"))) == 1  # of the one that is gone
+    assert list(names.iterdir()) == []
+
+
+async def test_what_another_engine_makes_while_garbage_is_collected_is_made_afterwards(
+    lab: Lab, net: Calls, stub: Stub
+) -> None:
+    await make(net, {"type": "stub"}, version="1.1.0")
+    hold = stub.directory / "hold-GC"
+    hold.touch()
+    with Lab(settings={**lab.settings, "cni_names": str(lab.place.directory / "cni-names")}) as other:
+        lab.corrald.restart()
+        assert eventually(lambda: "GC" in stub.calls())
+        async with other.calls() as calls:
+            await make(calls, {"type": "stub"}, version="1.1.0")
+            attaching = asyncio.ensure_future(calls.attach("b", "net"))
+            await asyncio.sleep(1)
+            begun = stub.calls()
+            hold.unlink()
+            await attaching
+            assert not [call for call in begun if call.startswith("ADD")]
+            assert stub.held() == ["held-default-b-eth0"]
+            await calls.detach("b")
+            await calls.remove("net")
+
+
+async def test_garbage_is_not_collected_while_another_engine_makes_something(lab: Lab, net: Calls, stub: Stub) -> None:
+    await make(net, {"type": "stub"}, version="1.1.0")
+    with Lab(settings={**lab.settings, "cni_names": str(lab.place.directory / "cni-names")}) as other:
+        async with other.calls() as calls:
+            await make(calls, {"type": "stub"}, version="1.1.0")
+            (stub.directory / "hold-ADD").touch()
+            attaching = asyncio.ensure_future(calls.attach("b", "net"))
+            assert await asyncio.to_thread(eventually, lambda: "ADD default-b eth0" in stub.calls())
+            told = len(lab.corrald.events("network.cni_shared"))
+            await asyncio.to_thread(lab.corrald.restart)
+            assert await asyncio.to_thread(eventually, lambda: len(lab.corrald.events("network.cni_shared")) > told)
+            (stub.directory / "hold-ADD").unlink()
+            await attaching
+            await calls.detach("b")
+            await calls.remove("net")
+    assert "GC" not in stub.calls()
+
+
+async def test_garbage_of_a_network_that_the_host_has_is_not_ours_to_collect(
+    lab: Lab, net: Calls, stub: Stub, confs: Path
+) -> None:
+    await make(net, {"type": "stub"}, version="1.1.0")
+    (confs / "87-podman.conflist").write_text(
+        '{"cniVersion": "1.1.0", "name": "corraltest", "plugins": [{"type": "stub"}]}'
+    )
+    lab.corrald.restart()
+    assert eventually(lambda: lab.corrald.events("network.cni_of_the_host"))
+    assert "GC" not in stub.calls()
 
 
 async def come_and_go(lab: Lab) -> None:

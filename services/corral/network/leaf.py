@@ -14,7 +14,7 @@ from corral.network.bridge import BridgeDriver
 from corral.network.checking import Checker
 from corral.network.cni.attachments import CniAttachments
 from corral.network.cni.driver import CniDriver
-from corral.network.cni.sharing import DATABASE, SharedNames
+from corral.network.cni.sharing import SharedNames
 from corral.network.config import NetworkConfig
 from corral.network.endpoints import Endpoints, is_half
 from corral.network.files import FileStore
@@ -39,6 +39,7 @@ from corral.store import Database
 
 log = structlog.get_logger()
 
+DATABASE = "network.db"
 TAG_CHARS = 4
 # Opening netlink takes 0.1 s of CPU, for imports: not while the daemon starts, and before the first container wants it.
 WARM_AFTER_S = 0.2
@@ -80,7 +81,7 @@ class Leaf:
             SubLinkDriver(IPVLAN, self._pool),
             CniDriver(config.cni_bin_dirs, config.cni_conf_dirs, names),
         )
-        self._cni = CniAttachments(self.db, config.cni_bin_dirs, self._pool.path, names)
+        self._cni = CniAttachments(self.db, config.cni_bin_dirs, config.cni_conf_dirs, self._pool.path, names)
         held, prefix = Allocations(), host_prefix(config)
         self.networks = Networks(config, self.db, self._thread, drivers, held, self._resolvers.stop)
         standing = self._standing = Standing(

@@ -17,7 +17,7 @@ from pathlib import Path
 import structlog
 
 from corral.network import store
-from corral.network.cni import documents, plugins, rows
+from corral.network.cni import conf_dir, documents, plugins, rows
 from corral.network.cni.documents import Configuration, Json
 from corral.network.cni.driver import configuration_of
 from corral.network.cni.plugins import Attached
@@ -37,9 +37,15 @@ class CniAttachments:
     """See the module. Callers hold the endpoint's lock."""
 
     def __init__(
-        self, db: Database, directories: Sequence[str], netns_path: Callable[[str], Path], names: SharedNames
+        self,
+        db: Database,
+        directories: Sequence[str],
+        conf_dirs: Sequence[str],
+        netns_path: Callable[[str], Path],
+        names: SharedNames,
     ) -> None:
         self._names = names
+        self._conf_dirs = conf_dirs
         self._db = db
         self._directories = directories
         self._netns_path = netns_path
@@ -48,11 +54,12 @@ class CniAttachments:
     async def add(self, endpoint: Endpoint) -> Endpoint:
         """Have the interfaces made that are not there; returns the endpoint with what plugins gave it.
 
-        Raises FailedPrecondition with a plugin's words; then delete() is due.
+        Raises FailedPrecondition with a plugin's words, Unavailable; then delete() is due.
         """
         for interface in endpoint.interfaces:
             if interface.network.is_cni and interface.cni_result == rows.UNKNOWN:
-                async with self._turns:
+                name = configuration_of(interface.network).name
+                async with self._turns, self._names.in_use(name, interface.network.id):
                     await self._add(endpoint, interface)
         return self._now(endpoint)
 
@@ -127,23 +134,26 @@ class CniAttachments:
         """Have plugins forget what belongs to no container of ours (GC). What fails is logged."""
         for network in networks:
             configuration = configuration_of(network)
-            if self._may_collect(configuration):
+            if configuration.has_status_and_gc and not configuration.disable_gc:
                 async with contextlib.AsyncExitStack() as all_turns:
                     for _ in range(AT_ONCE):
                         await all_turns.enter_async_context(self._turns)
-                    await self._collect(network, configuration)
+                    try:
+                        await self._collect_alone(network, configuration)
+                    except OSError as e:
+                        log.warning("network.cni_not_collected", network=network.name, error=str(e))
 
-    def _may_collect(self, configuration: Configuration) -> bool:
-        if not configuration.has_status_and_gc or configuration.disable_gc:
-            return False
-        try:
-            others = self._names.others(configuration.name)
-        except OSError as e:
-            log.warning("network.cni_not_collected", name=configuration.name, error=str(e))
-            return False
-        if others:
-            log.info("network.cni_shared", name=configuration.name, engines=others)
-        return not others
+    async def _collect_alone(self, network: Network, configuration: Configuration) -> None:
+        name = configuration.name
+        if conf_dir.find(name, self._conf_dirs):  # podman's, say: it does not tell us what it has of it
+            log.info("network.cni_of_the_host", name=name)
+            return
+        with self._names.alone(name) as alone:
+            others = self._names.others(name)
+            if alone and not others:
+                await self._collect(network, configuration)
+            else:
+                log.info("network.cni_shared", name=name, engines=others, said_in=str(self._names.directory / name))
 
     async def _collect(self, network: Network, configuration: Configuration) -> None:
         # Plugins know a network by its name, which those of several namespaces may have.
