@@ -1,5 +1,6 @@
 """The cgroups leaf over crashes and restarts: a cgroup is fully there or fully gone, and no live one is touched."""
 
+import asyncio
 import os
 import signal
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from support.cgroups_leaf import MIB, Leaf, connected
 from support.corrald import Corrald
 from support.requirements import needs
 
-from corral.kernel.cgroup import detect, open_driver
+from corral.kernel.cgroup import Cgroup, detect, open_driver
 from corral.rpc.errors import (
     CorralError,
 )
@@ -46,6 +47,37 @@ async def test_a_restart_keeps_the_cgroup_of_a_running_process_and_still_sees_it
             assert os.WTERMSIG(child.wait()) == signal.SIGKILL
         await leaf.oom("kept")
         await leaf.delete("kept")
+
+
+async def test_kills_in_a_sub_cgroup_that_is_gone_stay_counted_also_after_a_restart(own: Corrald) -> None:
+    own.start()
+    async with connected(own) as leaf:
+        await leaf.create("counted")
+        nested = open_driver(detect()).create(f"{leaf.kernel('counted').path}/nested")
+
+        async def is_told(kills: int) -> None:
+            for _ in range(250):
+                if (await leaf.get("counted")).oom_kills == kills:
+                    break
+                await asyncio.sleep(0.02)
+            assert (await leaf.get("counted")).oom_kills == kills
+            [reading] = await leaf.stats("counted")
+            assert reading.memory.oom_kills == kills
+
+        def hog(group: Cgroup) -> None:
+            with inside(group, lambda _: bytearray(128 * MIB)) as child:
+                assert os.WTERMSIG(child.wait()) == signal.SIGKILL
+
+        hog(nested)
+        await is_told(1)
+        nested.remove()
+        await is_told(1)
+        own.kill9()
+        own.start()
+        await is_told(1)
+        hog(leaf.kernel("counted"))
+        await is_told(2)
+        await leaf.delete("counted")
 
 
 async def test_a_cgroup_without_a_row_is_removed_at_the_start_with_what_is_inside(own: Corrald) -> None:

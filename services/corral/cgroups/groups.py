@@ -38,7 +38,7 @@ from corral.kernel.cgroup import (
 )
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, NotFound
-from corral.rpc.limits import after_change
+from corral.rpc.limits import after_change, with_shares_again
 from corral.store import JSON, Database, Duplicate, failpoint
 
 log = structlog.get_logger()
@@ -177,8 +177,9 @@ class Groups:
 
     async def _update(self, key: Key, change: types_pb2.Resources) -> Record:
         record = self.find(key)
-        limits = wire.resources(_with_shares_again(record, change))
-        merged = after_change(types_pb2.Resources.FromString(record.resources), change)
+        now = types_pb2.Resources.FromString(record.resources)
+        limits = wire.resources(with_shares_again(now, change))
+        merged = after_change(now, change)
 
         def apply() -> Sequence[PressureWatch]:
             with translated(f"change the limits of cgroup {key.id!r}"):
@@ -276,14 +277,16 @@ class Groups:
         max_age_s: see Readings. Raises NotFound.
         """
         if 0 < len(ids) <= FEW:
-            return await self._read({id_: self.find(Key(namespace, id_)).path for id_ in ids}, max_age_s)
+            paths = {id_: self.find(Key(namespace, id_)).path for id_ in ids}
+            return await self._read(namespace, paths, max_age_s)
         known = await self._database.read(lambda snapshot: store.paths(snapshot, namespace))
         if missing := next((id_ for id_ in ids if id_ not in known), None):
             raise _not_found(missing)
-        return await self._read({id_: known[id_] for id_ in ids} if ids else known, max_age_s)
+        return await self._read(namespace, {id_: known[id_] for id_ in ids} if ids else known, max_age_s)
 
-    async def _read(self, paths: Mapping[str, str], max_age_s: float) -> list[tuple[str, int, Stats]]:
-        return await run_blocking(lambda: list(self._readings.read(paths, max_age_s)))
+    async def _read(self, namespace: str, paths: Mapping[str, str], max_age_s: float) -> list[tuple[str, int, Stats]]:
+        found = await run_blocking(lambda: list(self._readings.read(paths, max_age_s)))
+        return [(id_, at_ns, self._watcher.with_kills(Key(namespace, id_), stats)) for id_, at_ns, stats in found]
 
     # What a check finds
 
@@ -381,18 +384,6 @@ def _not_found(id_: str) -> NotFound:
 
 def _triggers_of(record: Record) -> tuple[PressureTrigger, ...]:
     return triggers(types_pb2.Resources.FromString(record.resources))
-
-
-def _with_shares_again(record: Record, change: types_pb2.Resources) -> types_pb2.Resources:
-    """A change that ends idling sets the shares of the row, too: the kernel has forgotten them."""
-    known = types_pb2.Resources.FromString(record.resources).cpu
-    cpu = change.cpu
-    if cpu.idle or not cpu.HasField("idle") or cpu.HasField("shares") or not known.HasField("shares"):
-        return change
-    found = types_pb2.Resources()
-    found.CopyFrom(change)
-    found.cpu.shares = known.shares
-    return found
 
 
 def _same(known: Record, asked: Record) -> Record:

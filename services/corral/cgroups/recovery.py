@@ -28,7 +28,11 @@ def reconcile(database: Database, driver: Driver, parent: str, *, timeout_s: flo
             path = f"{parent}/{namespace}/{name}"
             if path not in paths:
                 _remove(driver, path, timeout_s)
-    return {record.key: OomWatch.open(driver.open(record.path).paths(), since_creation=True) for record in kept}
+    return {record.key: _watch(driver, record) for record in kept}
+
+
+def _watch(driver: Driver, record: Record) -> OomWatch:
+    return OomWatch.open(driver.open(record.path).paths(), since_creation=True, known=record.oom_kills)
 
 
 def _settle(database: Database, driver: Driver, record: Record, timeout_s: float) -> bool:

@@ -3,12 +3,12 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
 from corral.cgroups.store import Key
-from corral.kernel.cgroup import OomWatch
+from corral.kernel.cgroup import OomWatch, Stats
 from corral.rpc.blocking import run_blocking
 
 log = structlog.get_logger()
@@ -37,6 +37,13 @@ class OomWatcher:
         """Watch a cgroup; takes over the watch."""
         entry = self._entries[key] = _Entry(watch)
         self._wait(key, entry)
+
+    def with_kills(self, key: Key, stats: Stats) -> Stats:
+        """A reading, with the kills that it can't tell of: a v1 cgroup forgets those of its sub-cgroups with them."""
+        entry = self._entries.get(key)
+        if entry is None or stats.memory is None or stats.memory.oom_kills >= entry.watch.known:
+            return stats
+        return replace(stats, memory=replace(stats.memory, oom_kills=entry.watch.known))
 
     async def take(self, key: Key) -> OomWatch | None:
         """Stop watching a cgroup, and give its watch to the caller, who closes it."""

@@ -24,6 +24,17 @@ def after_change(now: types_pb2.Resources, change: types_pb2.Resources) -> types
     return found
 
 
+def with_shares_again(now: types_pb2.Resources, change: types_pb2.Resources) -> types_pb2.Resources:
+    """What to set for a change: the shares that hold, too, if it ends idling, as the kernel has forgotten them."""
+    cpu = change.cpu
+    if cpu.idle or not cpu.HasField("idle") or cpu.HasField("shares") or not now.cpu.HasField("shares"):
+        return change
+    found = types_pb2.Resources()
+    found.CopyFrom(change)
+    found.cpu.shares = now.cpu.shares
+    return found
+
+
 def _unite_devices(io: types_pb2.IoResources) -> None:
     devices: dict[tuple[int, int], types_pb2.IoDeviceLimit] = {}
     for each in io.devices:

@@ -1,8 +1,10 @@
-"""Counting the OOM kills of a cgroup, also after it was removed.
+"""Counting the OOM kills of a cgroup; the count outlives it.
 
     v2   `memory.events` oom_kill counts the whole subtree; a change makes the file report EPOLLPRI
     v1   `memory.oom_control` oom_kill counts one cgroup; an eventfd registered in `cgroup.event_control` is
-         signalled at every OOM, before the kill, and once more when the cgroup is removed
+         signalled at every OOM in it, below or above it, before the kill, and once more when the cgroup is removed
+
+So signals count nothing, they say when to look; who removes a cgroup looks before.
 
 Source: kernel cgroup-v2.rst "memory.events"; cgroup-v1/memory.rst "OOM Control".
 """
@@ -14,34 +16,33 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Self
 
 from corral.kernel.cgroup import files, membership
+from corral.kernel.cgroup.v1.oom_kills import OOM_CONTROL as V1_OOM_CONTROL
+from corral.kernel.cgroup.v1.oom_kills import Below
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 V2_EVENTS = "memory.events"
-V1_OOM_CONTROL = "memory.oom_control"
 V1_EVENT_CONTROL = "cgroup.event_control"
 V2_OOM_GROUP = "memory.oom.group"
 OOM_KILL = "oom_kill"
-
-_REMOVAL_S = 0.1
-"""How long the kernel's worker may take to signal that a v1 cgroup was removed."""
 
 
 class OomWatch:
     """A count of OOM kills that an open file keeps reachable. Close it, or use it as a context manager."""
 
-    __slots__ = ("_before", "_directory", "_epoll", "_eventfd", "_fd", "_last", "_signals", "_uncounted")
+    __slots__ = ("_below", "_directory", "_epoll", "_eventfd", "_fd", "_last", "_uncounted")
 
     def __init__(
-        self, directory: str, fd: int, eventfd: int, *, since_creation: bool, uncounted: int | None = None
+        self, directory: str, fd: int, eventfd: int, *, since_creation: bool, uncounted: int | None, known: int
     ) -> None:
         """Take over both fds; an eventfd of -1 means v2, a fd of -1 that there is nothing to watch."""
         self._directory, self._fd, self._eventfd = directory, fd, eventfd
-        self._signals = 0
+        self._below = Below(directory)
         # On v2 this first look also quiets the file, which has news until it was read once.
-        self._before = self._last = self._kills() if fd >= 0 else 0
-        self._uncounted = 0 if since_creation else self._before if uncounted is None else uncounted
+        self._last = self._kills() if fd >= 0 else 0
+        self._uncounted = 0 if since_creation else self._last if uncounted is None else uncounted
+        self._uncounted = min(self._uncounted, self._last - known)
         # An epoll fd is itself readable when a file in it has news: any selector can wait for it.
         self._epoll = select.epoll()
         if eventfd >= 0:
@@ -50,14 +51,22 @@ class OomWatch:
             self._epoll.register(fd, select.EPOLLPRI)
 
     @classmethod
-    def open(cls, paths: "Iterable[Path]", *, since_creation: bool = False, uncounted: int | None = None) -> Self:
+    def open(
+        cls,
+        paths: "Iterable[Path]",
+        *,
+        since_creation: bool = False,
+        uncounted: int | None = None,
+        known: int = 0,
+    ) -> Self:
         """Watch the one of a cgroup's directories that has a memory controller; without one count() is 0.
 
         A cgroup may outlive those who ran in it: without since_creation only kills from now on count, or those after
-        the ones that an earlier watch found there (uncounted).
+        the ones that an earlier watch found there (uncounted). known: so many an earlier one has counted, some of them
+        in what is gone since.
         """
         names = ((str(path), name) for path in paths for name in (V2_EVENTS, V1_OOM_CONTROL))
-        return cls._first(names, since_creation=since_creation, uncounted=uncounted)
+        return cls._first(names, since_creation=since_creation, uncounted=uncounted, known=known)
 
     @classmethod
     def of(cls, directory: str, version: int) -> Self:
@@ -65,7 +74,9 @@ class OomWatch:
         return cls._first([(directory, V2_EVENTS if version == 2 else V1_OOM_CONTROL)], since_creation=True)
 
     @classmethod
-    def _first(cls, names: Iterable[tuple[str, str]], *, since_creation: bool, uncounted: int | None = None) -> Self:
+    def _first(
+        cls, names: Iterable[tuple[str, str]], *, since_creation: bool, uncounted: int | None = None, known: int = 0
+    ) -> Self:
         for directory, name in names:
             try:
                 fd = os.open(f"{directory}/{name}", os.O_RDONLY | os.O_CLOEXEC)
@@ -74,15 +85,20 @@ class OomWatch:
             with contextlib.ExitStack() as fds:
                 fds.callback(os.close, fd)
                 eventfd = -1 if name == V2_EVENTS else _register(directory, fd, fds)
-                watch = cls(directory, fd, eventfd, since_creation=since_creation, uncounted=uncounted)
+                watch = cls(directory, fd, eventfd, since_creation=since_creation, uncounted=uncounted, known=known)
                 fds.pop_all()  # the watch has them now
             return watch
-        return cls("", -1, -1, since_creation=since_creation)
+        return cls("", -1, -1, since_creation=since_creation, uncounted=uncounted, known=known)
 
     @property
     def uncounted(self) -> int:
         """How many kills there had been before those that count."""
         return self._uncounted
+
+    @property
+    def known(self) -> int:
+        """What count() said last."""
+        return self._last - self._uncounted
 
     @property
     def wakes_before_the_kill(self) -> bool:
@@ -116,12 +132,11 @@ class OomWatch:
         if self._fd >= 0:
             self._drain()
             try:
-                kills = self._kills()
+                self._last = max(self._last, self._kills())
             except OSError as e:
                 if not membership.gone(e):
                     raise
-                kills = self._after_removal()
-            self._last = max(self._last, kills)
+                self._release()
         return self._last - self._uncounted
 
     def close(self) -> None:
@@ -138,31 +153,12 @@ class OomWatch:
 
     def _kills(self) -> int:
         kills = files.flat_keyed(os.pread(self._fd, 4096, 0).decode()).get(OOM_KILL, 0)
-        return kills + self._below() if self._eventfd >= 0 else kills
-
-    def _below(self) -> int:
-        """v1 counts each cgroup apart: add the sub-cgroups that the container made."""
-        total = 0
-        for fd in membership.below(self._directory):
-            try:
-                total += files.flat_keyed(files.read(f"/proc/self/fd/{fd}/{V1_OOM_CONTROL}")).get(OOM_KILL, 0)
-            except OSError as e:
-                if not membership.gone(e):
-                    raise
-        return total
+        return kills + self._below.count() if self._eventfd >= 0 else kills
 
     def _drain(self) -> None:
         if self._eventfd >= 0:
             with contextlib.suppress(BlockingIOError):
-                self._signals += os.eventfd_read(self._eventfd)
-
-    def _after_removal(self) -> int:
-        """What the eventfd still tells: one signal is the removal, which may come late; more are OOMs."""
-        if self._eventfd >= 0 and self._signals < 2:
-            while self._signals < 2 and self._epoll.poll(_REMOVAL_S):
-                self._drain()
-        self._release()
-        return self._before + max(0, self._signals - 1)
+                os.eventfd_read(self._eventfd)
 
     def _release(self) -> None:
         """Forget the files but keep the epoll fd, which the caller's selector may hold."""

@@ -7,12 +7,13 @@ from corral.kernel.cgroup import files
 from corral.kernel.cgroup.resources import MemoryLimits
 from corral.kernel.cgroup.stats import MemoryStats
 from corral.kernel.cgroup.steps import Step, Write, check_limit, check_range, invalid, unsupported
+from corral.kernel.cgroup.v1.oom_kills import OOM_CONTROL
+from corral.kernel.cgroup.v1.oom_kills import below as _kills_below
 
 LIMIT = "memory.limit_in_bytes"
 SOFT_LIMIT = "memory.soft_limit_in_bytes"
 SWAP_LIMIT = "memory.memsw.limit_in_bytes"
 SWAPPINESS = "memory.swappiness"
-OOM_CONTROL = "memory.oom_control"
 USAGE = "memory.usage_in_bytes"
 PEAK = "memory.max_usage_in_bytes"
 KERNEL_USAGE = "memory.kmem.usage_in_bytes"
@@ -91,6 +92,7 @@ def read(directory: str) -> MemoryStats:
     stat = files.read_counts(f"{directory}/{STAT}")
     usage = files.read_count(f"{directory}/{USAGE}")
     oom = files.read_counts(f"{directory}/{OOM_CONTROL}")
+    oom_kills = int(oom.get(b"oom_kill", 0)) + sum(_kills_below(directory).values())
     limit = stat.get(b"hierarchical_memory_limit")
     return MemoryStats(
         usage_bytes=usage,
@@ -104,7 +106,7 @@ def read(directory: str) -> MemoryStats:
         shmem_bytes=int(stat.get(b"total_shmem", 0)),
         page_faults=int(stat.get(b"total_pgfault", 0)),
         major_page_faults=int(stat.get(b"total_pgmajfault", 0)),
-        oom_kills=int(oom.get(b"oom_kill", 0)),
+        oom_kills=oom_kills,
         # With as much memory as memory and swap together, the second limit is the one that is hit.
         limit_hits=files.read_count(f"{directory}/{FAILCNT}") + files.read_count(f"{directory}/{SWAP_FAILCNT}", 0),
     )
