@@ -133,6 +133,37 @@ async def test_a_change_that_a_kill_cut_short_is_made_by_the_same_call_again(lab
         assert f"rate {FAST // 1_000_000}Mbit" in limits(a.netns_path, "eth0")
 
 
+def rated(send_bps: int, *networks: str, receive_bps: int = 0) -> list[pb.NetworkAttachment]:
+    return [pb.NetworkAttachment(network=one, send_bps=send_bps, receive_bps=receive_bps) for one in networks]
+
+
+async def test_limits_of_several_networks_are_changed_together_or_not_at_all(lab: Lab, net: Calls) -> None:
+    await net.create("one", "10.231.102.0/24")
+    await net.create("two", "10.231.103.0/24")
+    await net.create("lan", driver="macvlan", subnets=[])
+    a = await net.attach("a", networks=rated(SLOW, "one", "two", "lan"))
+    with pytest.raises(InvalidArgument, match="cannot be limited"):  # of the last one
+        await net.attach("a", networks=rated(FAST, "one", "two", "lan", receive_bps=FAST))
+    assert "tbf" not in limits(lab.host, a.interfaces[0].host_name)
+    with pytest.raises(InvalidArgument, match="cannot be limited"):  # of one that it is to be in
+        await net.attach("a", networks=[*rated(FAST, "one", "two"), *rated(0, "lan", receive_bps=FAST)])
+    lab.corrald.stop()
+    lab.corrald.start(environment={"CORRAL_FAILPOINTS": "network.rates.after_change=error@2"})
+    async with lab.calls() as calls:
+        with pytest.raises(CorralError, match="after_change"):
+            await calls.attach("a", networks=rated(FAST, "one", "two", "lan"))
+        assert {one.send_bps for one in (await calls.get("a")).interfaces} == {SLOW}
+    for name in ("eth0", "eth1", "eth2"):
+        assert f"rate {SLOW // 1_000_000}Mbit" in limits(a.netns_path, name)
+    lab.corrald.stop()
+    lab.corrald.start()
+    async with lab.calls() as calls:
+        again = await calls.attach("a", networks=rated(FAST, "one", "two", "lan"))
+        assert {one.send_bps for one in again.interfaces} == {FAST}
+    for name in ("eth0", "eth1", "eth2"):
+        assert f"rate {FAST // 1_000_000}Mbit" in limits(a.netns_path, name)
+
+
 async def test_a_macvlan_network_limits_what_is_sent(net: Calls) -> None:
     await net.create("lan", driver="macvlan", subnets=[])
     with pytest.raises(InvalidArgument, match="cannot be limited"):

@@ -8,7 +8,7 @@ A daemon that dies on the way leaves an interface that no request names, which t
 that one names, which it makes (see corral.network.recovery).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import structlog
@@ -131,11 +131,9 @@ class Connections:
     async def follow(self, endpoint: Endpoint, request: Request, wanted: Wanted) -> Endpoint:
         """Make its networks, and its names in them, those of another request. Raises as connect() and disconnect()."""
         by_id = {network.id: attachment for attachment, network in wanted}
-        pairs = list(zip(attachments_of(endpoint.request), endpoint.interfaces, strict=True))
-        for number, (attachment, interface) in enumerate(pairs):
-            new = by_id.get(interface.network.id)
-            if new is not None and _differ_in_rates(attachment, new):
-                endpoint = await self._set_rates(endpoint, number, new)
+        for attachment, network in wanted:  # before anything is changed
+            planning.check_ways(attachment, network)
+        endpoint = await self._set_rates(endpoint, by_id)
         pairs = list(zip(attachments_of(endpoint.request), endpoint.interfaces, strict=True))
         known = {interface.network.id for _, interface in pairs}
         # New ones first, as published ports must lead somewhere.
@@ -160,14 +158,19 @@ class Connections:
         self._resolvers.changed()
         return renamed
 
-    async def _set_rates(self, endpoint: Endpoint, number: int, attachment: Attachment) -> Endpoint:
-        """While it goes on; a daemon that dies before the row is written is asked for the same again."""
-        interface = endpoint.interfaces[number]
-        planning.check_ways(attachment, interface.network)
-        asked = list(attachments_of(endpoint.request))
-        asked[number] = replace(asked[number], receive_bps=attachment.receive_bps, send_bps=attachment.send_bps)
+    async def _set_rates(self, endpoint: Endpoint, wanted: Mapping[str, Attachment]) -> Endpoint:
+        """Those of all its networks, while it goes on; a daemon that dies before the row is written is asked for the
+        same again. wanted: by ids of networks."""
+        asked, names = list(attachments_of(endpoint.request)), []
+        for number, interface in enumerate(endpoint.interfaces):
+            new = wanted.get(interface.network.id)
+            if new is not None and _differ_in_rates(asked[number], new):
+                asked[number] = replace(asked[number], receive_bps=new.receive_bps, send_bps=new.send_bps)
+                names.append(interface.name)
+        if not names:
+            return endpoint
         changed = replace(endpoint, request=replace(endpoint.request, attachments=tuple(asked)))
-        await self._standing.set_rates(endpoint, changed, interface.name)
+        await self._standing.set_rates(endpoint, changed, names)
         await self._db.write(lambda transaction: store.set_request(transaction, changed.key, changed.request))
         return changed
 

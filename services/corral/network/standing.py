@@ -4,8 +4,8 @@ Links are made on the netlink thread; where an endpoint has no interfaces a bloc
 there waits.
 """
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -169,19 +169,18 @@ class Standing:
         await self._thread.run(work)
         return made
 
-    async def set_rates(self, before: Endpoint, endpoint: Endpoint, name: str) -> None:
-        """Have its interface of that name receive and send what it is to, and not what it was; all or none."""
+    async def set_rates(self, before: Endpoint, endpoint: Endpoint, names: Collection[str]) -> None:
+        """Have its interfaces of these names receive and send what they are to, and not what they were; all or none."""
         path = self._pool.path(endpoint.netns)
-        old, new = ([plan for plan in interface_plans(one) if plan.name == name] for one in (before, endpoint))
+        old, new = ([plan for plan in interface_plans(one) if plan.name in names] for one in (before, endpoint))
 
         def work(netlink: "Netlink") -> None:
-            try:
-                netlink.set_rates(new[0], path)
-            except OSError:
-                with suppress(OSError):
-                    netlink.set_rates(old[0], path)
-                raise
-            failpoint("network.rates.after_change")
+            with ExitStack() as undo:
+                for was, plan in zip(old, new, strict=True):
+                    undo.callback(_try_rates, netlink, was, path)
+                    netlink.set_rates(plan, path)
+                    failpoint("network.rates.after_change")
+                undo.pop_all()
 
         await self._thread.run(work)
 
@@ -276,6 +275,11 @@ class Standing:
     async def close(self) -> None:
         """Wait for what is under way."""
         await self._reaper.close()
+
+
+def _try_rates(netlink: "Netlink", plan: InterfacePlan, path: Path) -> None:
+    with suppress(OSError):  # what is told is why others could not be set
+        netlink.set_rates(plan, path)
 
 
 def _unfinished(plan: InterfacePlan) -> InterfacePlan:
