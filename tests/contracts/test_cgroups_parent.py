@@ -31,7 +31,9 @@ def other(own: Corrald) -> Iterator[Corrald]:
     """An engine with another root, that is told to have the same parent."""
     with Corrald(services=("cgroups",), settings={"cgroups": {"parent": own.place.cgroup_parent}}) as corrald:
         yield corrald
-        corrald.processes.clear()  # it never came up
+        for name, process in [*corrald.processes.items()]:
+            if process.poll() is not None:  # it never came up
+                del corrald.processes[name]
 
 
 def start(corrald: Corrald, **limits: float) -> None:

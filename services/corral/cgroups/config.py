@@ -14,9 +14,9 @@ class CgroupsConfig:
     root: Path = Path("/var/lib/corral/cgroups")
     state: Path = Path("/run/corral")
     # Below it lies <namespace>/<id> in every hierarchy. Two engines on one host need different ones: what is found
-    # there at the start and has no row is removed.
+    # there at the start and has no row is removed. The second does not start.
     parent: str = "/corral"
-    # What all containers below the parent may use together; 0: no limit.
+    # What all containers below the parent may use together; 0: no limit. Swap is not counted.
     memory_bytes: int = 0
     cpus: float = 0.0
     pids: int = 0
