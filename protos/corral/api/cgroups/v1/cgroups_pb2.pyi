@@ -231,7 +231,9 @@ class StatsRequest(_message.Message):
     interval_ms: _builtins.int
     """0: once."""
     max_age_ms: _builtins.int
-    """A reading may be so old if no process of the cgroup has run since: of many that are idle that costs a tenth."""
+    """A reading, but for pressure, may be so old if no process of the cgroup has run since: of many that are idle that
+    costs a fraction.
+    """
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Empty: all of the namespace."""
