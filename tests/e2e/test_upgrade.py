@@ -75,7 +75,12 @@ def test_no_call_fails_while_it_is_upgraded_again_and_again(box: Corrald) -> Non
 
         def without_our_client() -> None:
             with grpc.insecure_channel(box.address) as channel:
-                version_pb2_grpc.VersionStub(channel).Get(version_pb2.GetRequest())
+                get = version_pb2_grpc.VersionStub(channel).Get
+                try:
+                    get(version_pb2.GetRequest())
+                except grpc.RpcError as e:
+                    assert e.code() is grpc.StatusCode.UNAVAILABLE, e  # noqa: PT017  # it was not begun
+                    get(version_pb2.GetRequest())
 
         before = client.system.version()
         with meanwhile(over_one_connection, over_a_new_connection, without_our_client) as counts:
@@ -196,13 +201,26 @@ def test_who_is_cut_off_is_told_that_the_container_goes_on_and_how_to_come_back(
     assert name in box.corral("ps", check=True).stdout.decode()
 
 
+def await_file(path: Path) -> None:
+    deadline = time.monotonic() + 30 * PATIENCE
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_a_container_that_removes_itself_and_ends_during_an_upgrade_is_read_first(box: Corrald, name: str) -> None:
-    """The upgrade waits for a call that takes its time; who reads the container was sent away before that."""
+    """The upgrade waits for a call that has come late, and takes its time; who reads the container was sent away
+    before that."""
     script = "while ! test -e /end; do usleep 20000; done; echo bye; exit 7"
     with box.client() as client, box.client() as other:
         client.containers.run("busybox", ["sleep", "1000"], name=name)
-        exec_ = threading.Thread(target=lambda: other.containers.exec(name, ["sleep", "4"]))
-        exec_.start()
+        root = Path(f"/proc/{client.containers.get(name).pid}/root")
+        scripts = "touch /held; while test -e /held; do usleep 20000; done", "touch /late; exec sleep 4"
+        held, late = (
+            threading.Thread(target=other.containers.exec, args=(name, ["sh", "-c", script])) for script in scripts
+        )
+        held.start()
+        await_file(root / "held")
         with command(box, "run", "--rm", "--name", f"{name}-read", "busybox", "sh", "-c", script) as run:
             while not (pid := next((c.pid for c in client.containers.list() if c.name == f"{name}-read"), 0)):
                 time.sleep(0.05)
@@ -212,13 +230,17 @@ def test_a_container_that_removes_itself_and_ends_during_an_upgrade_is_read_firs
             while len(box.events("daemon.upgrading")) == begun:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            time.sleep(0.5)
+            late.start()
+            await_file(root / "late")
+            (root / "held").unlink()
+            time.sleep(1)
             assert len(box.events("daemon.ready")) == ready
             Path(f"/proc/{pid}/root/end").touch()
             assert run.stdout is not None
             assert run.stdout.read() == b"bye\n"
             assert run.wait(30) == 7
-        exec_.join()
+        held.join()
+        late.join()
         deadline = time.monotonic() + 20 * PATIENCE
         while any(c.name == f"{name}-read" for c in client.containers.list(all=True)):
             assert time.monotonic() < deadline
@@ -347,9 +369,11 @@ def test_what_cannot_be_executed_after_all_is_told_and_the_old_one_goes_on(
             assert cat.stdout is not None
             while not (found := [c for c in client.containers.list() if c.pid]):
                 time.sleep(0.05)
-            slow = threading.Thread(target=lambda: daemon.corral("exec", found[0].id, "sleep", "3", check=True))
+            held = Path(f"/proc/{found[0].pid}/root")
+            script = "touch /held; while test -e /held; do usleep 20000; done"
+            slow = threading.Thread(target=lambda: daemon.corral("exec", found[0].id, "sh", "-c", script, check=True))
             slow.start()
-            time.sleep(1)
+            await_file(held / "held")
             asked: list[subprocess.CompletedProcess[bytes]] = []
             asking = threading.Thread(target=lambda: asked.append(daemon.corral("system", "upgrade", timeout_s=120)))
             asking.start()
@@ -358,6 +382,7 @@ def test_what_cannot_be_executed_after_all_is_told_and_the_old_one_goes_on(
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             python.rename(tmp_path / "gone")
+            (held / "held").unlink()
             asking.join()
             assert asked[0].returncode == 1
             assert (

@@ -166,8 +166,26 @@ async def test_who_writes_to_a_conversation_that_failed_is_not_held_up(echo: Ech
     await call.write(b"a")
     with pytest.raises(errors.NotFound):
         await call.read()
-    with pytest.raises((errors.CorralError, asyncio.InvalidStateError)):
+    with pytest.raises(errors.NotFound):
         await call.write(b"b")
+
+
+async def test_who_writes_to_a_conversation_that_is_refused_at_once_is_told_why(echo: Echo):
+    """It may be refused before or after the first message is on its way."""
+
+    async def refuse(_requests: AsyncIterator[bytes], _context: object) -> None:
+        raise errors.NotFound("no such thing")
+
+    async def talk() -> None:
+        call = echo.stub.talk()
+        await call.write(b"a")
+        await call.write(b"b")
+        await call.read()
+
+    echo.talk = refuse
+    for _ in range(100):
+        with pytest.raises(errors.NotFound, match="no such thing"):
+            await talk()
 
 
 async def test_a_conversation_whose_caller_leaves_is_cancelled(echo: Echo):

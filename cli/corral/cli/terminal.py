@@ -24,7 +24,8 @@ from corral.cli.outbox import Outbox
 from corral.client.execution import Attachment
 from corral.client.sync import Client
 from corral.client.transport import Exchange
-from corral.rpc.errors import PAUSES_S, UNSERVED, CorralError, Unavailable
+from corral.rpc.attempts import Attempts
+from corral.rpc.errors import UNSERVED, CorralError, Unavailable
 
 DEFAULT_DETACH_KEYS = "ctrl-p,ctrl-q"
 _CHUNK = 256 * 1024
@@ -138,7 +139,7 @@ class Session:
 
     def _receive(self, on_attached: Callable[[], object]) -> types_pb2.ExitStatus | None:
         attachment, begun = self.attachment._replace(resumable=True), False
-        pauses, stdin_bytes = iter(PAUSES_S), 0
+        attempts, stdin_bytes = Attempts(), 0
         try:
             while True:
                 self._answers = self.client.containers.attach(attachment, self._outbox.requests())
@@ -151,7 +152,7 @@ class Session:
                                 if not begun:
                                     begun = True
                                     on_attached()
-                                pauses = iter(PAUSES_S)
+                                attempts = Attempts()
                             case "stdout":
                                 write_all(1, part.stdout)
                             case "stderr":
@@ -163,7 +164,7 @@ class Session:
                 except Unavailable as e:
                     # Either nobody has served this call, or it was parked.
                     lost = attached and parked is None
-                    if e.reason != UNSERVED or lost or (pause_s := next(pauses, None)) is None:
+                    if lost or (pause_s := attempts.pause_if_unserved_s(e)) is None:
                         if begun and e.reason in _GONE:
                             raise self._cut_off() from e
                         raise

@@ -9,7 +9,8 @@ import grpc
 import grpc.aio
 
 from corral.rpc.address import OPTIONS, Target, Tls, UnixAddress, parse_address
-from corral.rpc.errors import PAUSES_S, UNSERVED, from_rpc_error
+from corral.rpc.attempts import Attempts
+from corral.rpc.errors import from_rpc_error
 from corral.rpc.metadata import NAMESPACE_KEY
 
 
@@ -34,12 +35,13 @@ class AsyncTransport:
 
         A call that was not served because the daemon just executes itself anew is made again, here and in stream().
         """
-        for pause_s in (*PAUSES_S, None):
+        attempts = Attempts()
+        while True:
             try:
                 return await method(request, metadata=self._metadata)
             except grpc.RpcError as e:
-                await asyncio.sleep(_pause(self.address, e, pause_s))
-        raise AssertionError
+                pause_s = _pause(self.address, e, attempts)
+            await asyncio.sleep(pause_s)
 
     async def stream[Request, Answer](
         self,
@@ -51,16 +53,16 @@ class AsyncTransport:
 
         `resume` changes the request, once some answers have come, to one for the rest.
         """
-        pauses, answered = iter(PAUSES_S), False
+        attempts, answered = Attempts(), False
         while True:
             call = method(request, metadata=self._metadata)
             try:
                 async for answer in call:
-                    pauses, answered = iter(PAUSES_S), True
+                    attempts, answered = Attempts(), True
                     yield answer
                 return
             except grpc.RpcError as e:
-                pause_s = _pause(self.address, e, next(pauses, None) if resume or not answered else None)
+                pause_s = _pause(self.address, e, attempts if resume or not answered else None)
             finally:
                 call.cancel()
             if resume is not None and answered:
@@ -106,12 +108,13 @@ class Transport:
         self, method: "grpc.UnaryUnaryMultiCallable[Request, Answer]", request: Request
     ) -> Answer:
         """The answer. Raises a kind of CorralError. As AsyncTransport.unary()."""
-        for pause_s in (*PAUSES_S, None):
+        attempts = Attempts()
+        while True:
             try:
                 return method(request, metadata=self._metadata)
             except grpc.RpcError as e:
-                time.sleep(_pause(self.address, e, pause_s))
-        raise AssertionError
+                pause_s = _pause(self.address, e, attempts)
+            time.sleep(pause_s)
 
     def stream[Request, Answer](
         self,
@@ -120,16 +123,16 @@ class Transport:
         resume: Callable[[], Request] | None = None,
     ) -> Iterator[Answer]:
         """The answers as they come. Raises a kind of CorralError. As AsyncTransport.stream()."""
-        pauses, answered = iter(PAUSES_S), False
+        attempts, answered = Attempts(), False
         while True:
             call = method(request, metadata=self._metadata)
             try:
                 for answer in call:
-                    pauses, answered = iter(PAUSES_S), True
+                    attempts, answered = Attempts(), True
                     yield answer
                 return
             except grpc.RpcError as e:
-                pause_s = _pause(self.address, e, next(pauses, None) if resume or not answered else None)
+                pause_s = _pause(self.address, e, attempts if resume or not answered else None)
             finally:
                 call.cancel()
             if resume is not None and answered:
@@ -204,12 +207,13 @@ class Exchange[Answer]:
         self._call.cancel()
 
 
-def _pause(address: str, e: grpc.RpcError, pause_s: float | None) -> float:
+def _pause(address: str, e: grpc.RpcError, attempts: Attempts | None) -> float:
     """How long to wait before another attempt. Raises what the failure stands for if there is none."""
     error = from_rpc_error(e, address=address)
-    if error.reason != UNSERVED or pause_s is None:
+    if attempts is None:
         raise error from e
-    return pause_s
+    error.__cause__ = e
+    return attempts.pause_s(error)
 
 
 def _secure(options: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:

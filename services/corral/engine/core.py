@@ -20,7 +20,7 @@ from corral.engine.seccomp import kernel_version
 from corral.engine.spec import HostFacts
 from corral.kernel import capabilities
 from corral.rpc.context import current_namespace
-from corral.rpc.errors import FailedPrecondition
+from corral.rpc.errors import CorralError, FailedPrecondition
 from corral.store import Database, Transaction, Trash
 
 log = structlog.get_logger()
@@ -122,10 +122,14 @@ class Background:
         return task
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
+        endless = task in self._endless
         self._tasks.discard(task)
         self._endless.discard(task)
-        if not task.cancelled():
-            task.exception()  # a cancelled caller cannot take it; asyncio would complain
+        if task.cancelled():
+            return
+        error = task.exception()  # a cancelled caller cannot take it; asyncio would complain
+        if endless and not isinstance(error, CorralError | None):
+            log.error("engine.background_failed", exc_info=error)  # nobody awaits it
 
     async def stop(self, grace_s: float) -> None:
         """Let what changes something finish, then cancel the rest."""

@@ -5,6 +5,7 @@ A thin wrapper around the multi-callables instead of grpc.aio interceptors: thos
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Iterable
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, cast
@@ -16,9 +17,13 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined]  # not in its stub
 
 from corral.rpc import local
 from corral.rpc.address import OPTIONS, Target, Tls, parse_address
+from corral.rpc.attempts import Attempts
 from corral.rpc.context import NAMESPACE_KEY, REQUEST_ID_KEY, current_call
-from corral.rpc.errors import PAUSES_S, UNSERVED, Unavailable, from_rpc_error
+from corral.rpc.errors import Unavailable, from_rpc_error
 from corral.rpc.local_call import LocalExchange, LocalStreamCall, LocalUnaryCall
+
+# How long the status of a call may take to come after a message to it has failed; it is there unless much is unread.
+END_S = 1.0
 
 type _Serializer = Callable[[Any], bytes]
 type _Deserializer = Callable[[bytes], Any]
@@ -250,10 +255,11 @@ class _Exchange(_Call):
         self._serialize = serialize
 
     async def write(self, request: Any) -> None:
-        """Raises InvalidStateError once the call has ended."""
+        """Raises what the call has failed with; InvalidStateError once it has ended otherwise, or if its end is not
+        known before all that was said is read."""
         call = self._inner
         if call.done():
-            raise asyncio.InvalidStateError("the call has ended")
+            raise await self._end()
         try:
             await call.wait_for_connection()
             data = self._serialize(request) if self._serialize else request
@@ -261,10 +267,20 @@ class _Exchange(_Call):
         except grpc.aio.AioRpcError as e:
             raise self._error(e) from e
         except cygrpc.InternalError as e:
-            raise asyncio.InvalidStateError("the call has ended") from e
+            raise await self._end() from e
         except asyncio.CancelledError:
             call.cancel()
             raise
+
+    async def _end(self) -> Exception:
+        call = self._inner
+        with suppress(TimeoutError):
+            async with asyncio.timeout(END_S):
+                code = await call.code()
+                if code is not grpc.StatusCode.OK and not call.cancelled():
+                    trailers, details = await call.trailing_metadata(), await call.details()
+                    return self._error(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailers, details))
+        return asyncio.InvalidStateError("the call has ended")
 
 
 class _Again(_Call):
@@ -277,26 +293,26 @@ class _Again(_Call):
         self._begin = begin
 
     def __await__(self) -> Generator[Any, None, Any]:
-        for pause_s in PAUSES_S:
+        attempts = Attempts()
+        while True:
             try:
                 return (yield from super().__await__())
             except Unavailable as e:
-                if e.reason != UNSERVED:
-                    raise
+                pause_s = attempts.pause_s(e)
             yield from asyncio.sleep(pause_s).__await__()
             self._inner = self._begin()
-        return (yield from super().__await__())
 
     async def __aiter__(self) -> AsyncIterator[Any]:
-        begun = False
-        for pause_s in (*PAUSES_S, None):
+        begun, attempts = False, Attempts()
+        while True:
             try:
                 async for message in super().__aiter__():
                     begun = True
                     yield message
             except Unavailable as e:
-                if e.reason != UNSERVED or begun or pause_s is None:
+                if begun:
                     raise
+                pause_s = attempts.pause_s(e)
             else:
                 return
             await asyncio.sleep(pause_s)

@@ -27,6 +27,8 @@ ENCODED_ELLIPSIS = 9
 
 # Of an Unavailable: nobody has begun to serve the call, so the same call may be made again.
 UNSERVED = "UNSERVED"
+# Of an UNREACHABLE, under "connection": there was one.
+CONNECTION_ENDED = "ended"
 # What to wait before each further attempt then: an upgrade takes a second or two, on a busy machine more.
 PAUSES_S = (0.01, 0.02, 0.05, 0.1, 0.2, *(0.5,) * 60)
 
@@ -178,12 +180,19 @@ def from_rpc_error(error: grpc.RpcError, *, address: str = "") -> CorralError:
     if _says_unserved(code, message):
         return Unavailable(f"corral{f' at {address}' if address else ''} went away; try again", reason=UNSERVED)
     if code is grpc.StatusCode.INTERNAL and message.startswith(_BROKEN_CALL):
-        return Unavailable(f"corral{f' at {address}' if address else ''} went away", reason="UNREACHABLE")
+        return Unavailable(
+            f"corral{f' at {address}' if address else ''} went away",
+            reason="UNREACHABLE",
+            metadata={"connection": CONNECTION_ENDED},
+        )
     if code is grpc.StatusCode.UNAVAILABLE and _came_from_library(message):
         where = f" at {address}" if address else ""
         # "failed to connect to all addresses; last error: …; error: No such file or directory"
         why = message.rpartition("error: ")[2].rstrip(")").strip()
-        return Unavailable(f"cannot reach corral{where} ({why}): is corrald running?", reason="UNREACHABLE")
+        facts = {} if "failed to connect" in message else {"connection": CONNECTION_ENDED}
+        return Unavailable(
+            f"cannot reach corral{where} ({why}): is corrald running?", reason="UNREACHABLE", metadata=facts
+        )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Unavailable(f"no answer within the deadline{f' from {address}' if address else ''}", reason=code.name)
     return kind(message, reason="" if kind.code is code else code.name)

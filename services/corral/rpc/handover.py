@@ -1,7 +1,7 @@
 """Sockets that outlive the program behind them: a process that executes itself anew drops no connection.
 
     before   a plain socket is put in the place of gRPC's (rename(2)), so who connects from now on waits in its queue
-             gRPC tells its clients to go (GOAWAY), and lets their calls end
+             gRPC's connections are cut when their calls have ended (corral.rpc.farewell)
     execve   the plain socket's descriptor, and those of the locks, are inherited
     after    gRPC's new socket is put in its place; the bytes of those who wait are passed on to it
 

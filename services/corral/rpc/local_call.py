@@ -294,8 +294,10 @@ class LocalExchange(_LocalStream):
         self._task.add_done_callback(lambda _: requests.drop())
 
     async def write(self, request: Any) -> None:
-        """Raises InvalidStateError after the end, as grpc.aio does."""
+        """Raises what the call has failed with; InvalidStateError after another end, as grpc.aio does."""
         if self._task.done():
+            if not self._task.cancelled() and (error := self._task.exception()) is not None:
+                raise error
             raise asyncio.InvalidStateError("the call has ended")
         await self._requests.put(self._serialize(request) if self._serialize else request)
 
