@@ -6,6 +6,7 @@
 What is found below it and has no row is removed, so two engines must never have the same one.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,9 @@ class Parent:
             is_marked = self.driver.marked(self.path, OWNER) == str(self.owner)
         except FileNotFoundError:
             return False
-        return is_marked and all(Path(directory).exists() for directory in self.driver.open(self.path).directories)
+        # No Path: twice for each container, and that takes four times as long.
+        directories = self.driver.open(self.path).directories
+        return is_marked and all(os.path.exists(directory) for directory in directories)  # noqa: PTH110
 
 
 def _lives(owner: str) -> bool:
