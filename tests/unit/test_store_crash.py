@@ -1,18 +1,24 @@
 """What a killed process, or a full disk, leaves of a database."""
 
+import asyncio
 import errno
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from support.requirements import needs
 
-from corral.store import Database, atomic_write
+from corral.store import GAP_TOPIC, Database, atomic_write
+from corral.store.boots import CLOSED, NUMBERS_LOST_AT_MOST
 
 SCHEMA = ["CREATE TABLE t (k INTEGER PRIMARY KEY, v BLOB) STRICT"]
+
+ANOTHER_BOOT = 5
 
 WRITER = """
 import sys
@@ -106,6 +112,48 @@ def test_a_full_disk_refuses_the_write_and_the_database_goes_on_when_there_is_ro
 
 
 @needs("root", "mount")
+def test_a_full_disk_is_opened_and_what_is_written_once_there_is_room_is_marked_first(small_disk: Path):
+    filler, path = small_disk / "filler", small_disk / "x.db"
+    with Database(path, SCHEMA, durable=False) as db:
+        db.write_sync(lambda tx: tx.execute("INSERT INTO t VALUES (1, ?)", (b"kept",)))
+    fill(filler)
+    with Database(path, SCHEMA, durable=False, on_loop=True) as db:
+        assert keys(db) == [1]
+        with pytest.raises(OSError, match="full"):
+            db.write_sync(lambda tx: tx.execute("INSERT INTO t VALUES (2, ?)", (b"",)))
+        with pytest.raises(OSError, match="full"):
+            asyncio.run(db.write(lambda tx: tx.execute("INSERT INTO t VALUES (2, ?)", (b"",))))
+        assert mark(db) == CLOSED
+        filler.unlink()
+        asyncio.run(db.write(lambda tx: tx.execute("INSERT INTO t VALUES (3, ?)", (b"",))))
+        assert keys(db) == [1, 3]
+        assert mark(db) != CLOSED
+    with Database(path, SCHEMA, durable=False) as db:
+        assert keys(db) == [1, 3]
+
+
+@needs("root", "mount")
+@pytest.mark.parametrize("on_loop", [True, False])
+def test_events_that_a_loss_of_power_took_leave_their_gap_though_the_disk_was_full_at_first(
+    small_disk: Path, on_loop: bool
+):
+    filler, path = small_disk / "filler", small_disk / "x.db"
+    with Database(path, SCHEMA, durable=False) as db:
+        db.write_sync(lambda tx: tx.journal("t.made", "1", namespace="default"))
+    with closing(sqlite3.connect(path)) as raw:
+        raw.execute(f"PRAGMA application_id = {ANOTHER_BOOT}")
+    fill(filler)
+    with Database(path, SCHEMA, durable=False) as db:
+        assert mark(db) == ANOTHER_BOOT
+    with Database(path, SCHEMA, durable=False, on_loop=on_loop) as db:
+        filler.unlink()
+        seq = asyncio.run(db.write(lambda tx: tx.journal("t.made", "2", namespace="default")))
+        assert seq == db.journal.last_seq() > NUMBERS_LOST_AT_MOST
+        rows = db.read_sync(lambda s: [(row[0], row[1]) for row in s.execute("SELECT seq, topic FROM journal")])
+    assert rows == [(1, "t.made"), (seq - 1, GAP_TOPIC), (seq, "t.made")]
+
+
+@needs("root", "mount")
 def test_a_full_disk_leaves_no_half_written_file(small_disk: Path):
     atomic_write(small_disk / "f", b"old")
     with pytest.raises(OSError, match="No space left"):
@@ -116,6 +164,10 @@ def test_a_full_disk_leaves_no_half_written_file(small_disk: Path):
 
 def keys(db: Database) -> list[int]:
     return [row[0] for row in db.read_sync(lambda s: s.execute("SELECT k FROM t ORDER BY k"))]
+
+
+def mark(db: Database) -> int:
+    return db.read_sync(lambda s: int(s.execute("PRAGMA application_id")[0][0]))
 
 
 def fill(path: Path) -> None:

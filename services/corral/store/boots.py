@@ -5,6 +5,8 @@
     open     another boot was writing it: what that committed last may be gone. Followers may have been told of it, so
              its numbers are not used again: a gap stands in their place, which ends far beyond
 
+A disk that is too full for the mark can be read; the mark then comes before the first thing that is written.
+
 The mark is SQLite's application_id, which lies in the header and is part of transactions.
 """
 
@@ -24,19 +26,26 @@ CLOSED = 0
 
 
 def mark_opened(connection: sqlite3.Connection, *, durable: bool) -> None:
-    """Before the first event of this process. durable: what the connection's commits are otherwise."""
+    """Before the first event of this process. durable: what the connection's commits are otherwise.
+
+    Raises OSError, with nothing changed, if the disk is full.
+    """
     mark = _mark_of_this_boot()
     with translated():
         [(before,)] = connection.execute("PRAGMA application_id").fetchall()
         if before == mark:  # whoever had it open in this boot was killed, and that takes nothing
             return
         connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("BEGIN IMMEDIATE")
-        if before != CLOSED and not durable:
-            _insert_gap(connection)
-        connection.execute(f"PRAGMA application_id = {mark}")
-        connection.execute("COMMIT")
-        connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            if before != CLOSED and not durable:
+                _insert_gap(connection)
+            connection.execute(f"PRAGMA application_id = {mark}")
+            connection.execute("COMMIT")
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
 
 
 def mark_closed(connection: sqlite3.Connection) -> None:

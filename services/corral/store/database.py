@@ -42,7 +42,16 @@ from corral.store.journal import (
 )
 from corral.store.pending import Pending
 from corral.store.schema import migrate
-from corral.store.sql import ConstraintError, Duplicate, Referenced, Row, SqlValue, execute, opened
+from corral.store.sql import (
+    ConstraintError,
+    Duplicate,
+    Referenced,
+    Row,
+    SqlValue,
+    execute,
+    opened,
+    suppress_no_room,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -147,11 +156,13 @@ class Database:
         self._on_loop = on_loop
         self._turn = threading.Lock()  # held by whoever writes
         self._commits = 0
+        self._marked = False
         self._writer = opened(path, durable=durable, create=True)
         self._writer.execute("PRAGMA wal_autocheckpoint = 0")
         try:
             migrate(self._writer, path, migrations)
-            mark_opened(self._writer, durable=durable)
+            with suppress_no_room():
+                self._mark()
         except BaseException:
             self._writer.close()
             raise
@@ -186,9 +197,9 @@ class Database:
     def _write_here[T](self, fn: Callable[[Transaction], T]) -> T:
         """A group of one, whose caller waits right here. The turn must be held."""
         self._require_open()
-        transaction = Transaction(self._writer, self.journal.last_seq())
         try:
             self._begin(durable=False)
+            transaction = Transaction(self._writer, self.journal.last_seq())
             result = fn(transaction)
             transaction.finish()
             self._commit()
@@ -257,7 +268,16 @@ class Database:
         for pending in started:
             pending.settle()
 
+    def _mark(self) -> None:
+        """Raises OSError if the disk is full."""
+        mark_opened(self._writer, durable=self._durable)
+        self._synchronous = self._durable
+        self._marked = True
+
     def _begin(self, *, durable: bool) -> None:
+        if not self._marked:  # the disk was full when it was opened
+            self._mark()
+            self.journal.recount(newest_seq(self._writer))
         self._set_synchronous(durable)
         execute(self._writer, "BEGIN IMMEDIATE", ())
 
@@ -364,8 +384,9 @@ class Database:
         self._thread.join()
         self._reading.shutdown(wait=True)
         self._close_readers()
-        with suppress(OSError):  # a full disk: then it is as if it was killed
-            mark_closed(self._writer)
+        if self._marked:
+            with suppress(OSError):  # a full disk: then it is as if it was killed
+                mark_closed(self._writer)
         self._writer.close()
 
     def _require_open(self) -> None:

@@ -40,6 +40,20 @@ _SYSTEM_ERRORS = {
 }
 
 
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO})
+"""SQLite has no result code of its own for a quota: that is EIO."""
+
+
+@contextmanager
+def suppress_no_room() -> Iterator[None]:
+    """Go on after an OSError of a disk that takes nothing more."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in _NO_ROOM:
+            raise
+
+
 @contextmanager
 def translated() -> Iterator[None]:
     """Turn sqlite3's errors into ConstraintError and OSError."""
