@@ -136,10 +136,10 @@ def test_an_oom_kill_in_a_cgroup_that_the_container_made_is_counted(cgroup_drive
 
 
 def test_kills_in_a_sub_cgroup_that_was_removed_hide_no_later_one(cgroup_driver: Driver, group: Cgroup) -> None:
-    nested = cgroup_driver.create(f"{group.path}/nested")
+    nested, other = (cgroup_driver.create(f"{group.path}/{name}") for name in ("nested", "other"))
     group.apply(memory(32 * MIB))
     with OomWatch.open(group.paths()) as watch:
-        for kills, place in ((1, nested), (2, nested), (3, group), (4, group)):
+        for kills, place in ((1, nested), (2, nested), (3, other), (4, other)):
             with inside(place, lambda _: touch(128 * MIB)) as child:
                 child.wait()
             assert watch.count() == kills

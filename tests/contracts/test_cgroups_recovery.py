@@ -75,7 +75,7 @@ async def test_kills_in_a_sub_cgroup_that_is_gone_stay_counted_also_after_a_rest
         own.kill9()
         own.start()
         await is_told(1)
-        hog(leaf.kernel("counted"))
+        hog(open_driver(detect()).create(f"{leaf.kernel('counted').path}/other"))
         await is_told(2)
         await leaf.delete("counted")
 
