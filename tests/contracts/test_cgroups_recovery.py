@@ -13,8 +13,10 @@ from support.corrald import Corrald
 from support.requirements import needs
 
 from corral.kernel.cgroup import Cgroup, detect, open_driver
+from corral.kernel.mount import MNT_DETACH, mount, umount
 from corral.rpc.errors import (
     CorralError,
+    ResourceExhausted,
 )
 
 pytestmark = needs("root", "cgroup")
@@ -125,6 +127,37 @@ async def test_a_crash_leaves_a_cgroup_fully_there_or_fully_gone(own: Corrald, p
         await make_and_delete(leaf, "crash", chosen)
     if chosen:
         open_driver(detect()).prune(chosen)
+
+
+@needs("mount")
+async def test_a_cgroup_whose_row_a_full_disk_refuses_is_gone_when_its_maker_is_told(own: Corrald) -> None:
+    disk = own.root / "cgroups"
+    disk.mkdir(parents=True)
+    mount(Path("corral-test"), disk, "tmpfs", 0, "size=1m")
+    try:
+        own.start()
+        async with connected(own) as leaf:
+            with (disk / "junk").open("wb", buffering=0) as junk, pytest.raises(OSError, match="No space left"):
+                junk.writelines(iter(lambda: b"x" * 4096, b""))
+            refused = await first_refused(leaf)
+            assert not leaf.kernel(refused).exists()
+            (disk / "junk").unlink()
+            await leaf.create(refused)
+            for name in await leaf.names():
+                await leaf.delete(name)
+        own.stop()
+    finally:
+        umount(disk, MNT_DETACH)
+
+
+async def first_refused(leaf: Leaf) -> str:
+    """By a full disk: the last page of the database's log may have room for a few."""
+    for number in range(50):
+        try:
+            await leaf.create(f"c{number}")
+        except ResourceExhausted:
+            return f"c{number}"
+    raise AssertionError("the disk is not full")
 
 
 async def make_and_delete(leaf: Leaf, name: str, parent: str) -> None:

@@ -115,11 +115,22 @@ class Groups:
             undo.callback(oom.close)
             undo.callback(close_all, pressure)
             failpoint("cgroups.create.after_make")
-            await self._database.write(lambda transaction: store.put_ready(transaction, record))
+            try:
+                await self._database.write(lambda transaction: store.put_ready(transaction, record))
+            except BaseException:  # a full disk, say: whoever undoes this would find nothing to delete
+                await run_blocking(self._unmake, record)
+                raise
             undo.pop_all()  # the watchers have them now
         self._watcher.add(record.key, oom)
         self._pressure.put(record.key, pressure)
         return record
+
+    def _unmake(self, record: Record) -> None:
+        """The next start removes what stays."""
+        try:
+            self.open(record).remove(self._timeouts.remove_s)
+        except OSError as e:
+            log.warning("cgroup.not_unmade", path=record.path, error=str(e))
 
     async def _again(self, record: Record) -> Record:
         """What create() answers for a row that is there; if somebody removed its cgroup, that is made anew."""
