@@ -2,17 +2,22 @@
 # ruff: noqa: ASYNC110 (these tests wait for what happens in time)
 
 import asyncio
-from collections.abc import Callable
+import sqlite3
+from collections.abc import Awaitable, Callable
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from support.corrald import Corrald
-from support.engine import EngineClient, engine_of
+from support.engine import EngineClient, engine_of, import_image
 from support.engine_fixtures import engine, loaded
 from support.requirements import needs
 
 from corral.api.engine.v1 import engine_pb2 as pb
 from corral.api.images.v1.images_pb2 import Healthcheck
+from corral.api.types.v1.types_pb2 import ExitStatus
+from corral.engine.records import Status
 from corral.rpc.errors import InvalidArgument
 
 __all__ = ["engine", "loaded"]
@@ -138,3 +143,35 @@ def test_the_command_line_has_dockers_options(loaded: Corrald) -> None:
     assert refused.returncode == 125
     assert b"exclude one another" in refused.stderr
     loaded.corral("rm", "-f", "well", check=True)
+
+
+def test_one_that_is_found_to_run_once_tasks_is_back_is_probed(
+    start_daemon: Callable[..., Corrald], busybox_archive: Path
+) -> None:
+    """Its row tells of the end before, and the engine is there first."""
+    daemon = start_daemon(split=True)
+    asyncio.run(import_image(daemon, busybox_archive))
+
+    async def before(engine: EngineClient) -> None:
+        await engine.run("sleep", "1000", name="found", healthcheck=check("true"))
+        engine.made.clear()
+
+    async def after(engine: EngineClient) -> None:
+        well = await until(engine, "found", lambda c: c.health.state == pb.Health.STATE_HEALTHY)
+        assert well.status == pb.STATUS_RUNNING
+        await engine.delete("found", force=True)
+
+    asyncio.run(with_engine(daemon, before))
+    daemon.kill9()
+    exit_before = ExitStatus(code=3, known=True).SerializeToString()
+    with closing(sqlite3.connect(daemon.root / "engine" / "engine.db")) as database, database:
+        row = (int(Status.EXITED), exit_before)
+        database.execute("UPDATE container SET status = ?, exit = ?, pid = 0, finished_ns = started_ns - 1", row)
+    daemon.start("images", "cgroups", "network", "engine")
+    daemon.start("tasks")
+    asyncio.run(with_engine(daemon, after))
+
+
+async def with_engine(daemon: Corrald, scene: Callable[[EngineClient], Awaitable[None]]) -> None:
+    async with engine_of(daemon) as engine:
+        await scene(engine)

@@ -194,7 +194,7 @@ def test_policies_hold_over_kill_9_of_everything(start_daemon: Start, busybox_ar
     play(daemon, after)
 
 
-@pytest.mark.parametrize(
+IN_A_RESTART = pytest.mark.parametrize(
     "point",
     [
         "engine.start.after_task",
@@ -203,6 +203,9 @@ def test_policies_hold_over_kill_9_of_everything(start_daemon: Start, busybox_ar
         "tasks.start.before_shim",
     ],
 )
+
+
+@IN_A_RESTART
 def test_a_restart_that_was_killed_is_done_at_the_next_start(
     start_daemon: Start, busybox_archive: Path, point: str
 ) -> None:
@@ -219,6 +222,34 @@ def test_a_restart_that_was_killed_is_done_at_the_next_start(
         found = await _until_it_runs_anew(engine, "again", pid)
         assert found.restart_count <= 2
         await engine.delete("again", force=True)
+
+    play(daemon, before)
+    daemon.restart_with({"CORRAL_FAILPOINTS": f"{point}=kill"})
+    os.kill(pid, signal.SIGKILL)
+    daemon.revive()
+    play(daemon, after)
+
+
+@IN_A_RESTART
+def test_the_last_retry_is_not_lost_when_it_is_killed_in_its_middle(
+    start_daemon: Start, busybox_archive: Path, point: str
+) -> None:
+    daemon = start_daemon(split=False)
+    asyncio.run(import_image(daemon, busybox_archive))
+    pid = 0
+
+    async def before(engine: EngineClient) -> None:
+        nonlocal pid
+        await engine.run_script(f"echo ready; {FOR_EVER}", name="once", restart=policy("on_failure", 1))
+        pid = (await engine.get("once")).pid
+
+    async def after(engine: EngineClient) -> None:
+        found = await _until_it_runs_anew(engine, "once", pid)
+        os.kill(found.pid, signal.SIGKILL)
+        await _until(engine, "once", lambda c: c.status == pb.STATUS_EXITED and c.restart_count == 1)
+        await asyncio.sleep(0.5)
+        assert (await engine.get("once")).status == pb.STATUS_EXITED, "there was one retry, and no more"
+        await engine.delete("once", force=True)
 
     play(daemon, before)
     daemon.restart_with({"CORRAL_FAILPOINTS": f"{point}=kill"})
@@ -249,28 +280,37 @@ def test_a_restart_during_which_tasks_died_is_done_when_it_is_back(start_daemon:
     play(daemon, after)
 
 
-@pytest.mark.parametrize("count", [1, 0], ids=["by-its-policy", "by-a-user"])
+@pytest.mark.parametrize(
+    ("mode", "retrying"),
+    [("always", True), ("no", True), ("always", False)],
+    ids=["by-its-policy", "by-one-that-was-taken-away", "by-a-user"],
+)
 def test_an_intent_to_start_that_the_engine_did_not_live_to_act_on(
-    start_daemon: Start, busybox_archive: Path, count: int
+    start_daemon: Start, busybox_archive: Path, mode: str, retrying: bool
 ) -> None:
-    """The policy's is acted on by the next one; a user's is taken back: its call has failed."""
+    """The policy's is acted on by the next one; a user's is taken back, whatever was counted: its call has failed."""
+    wanted = retrying and mode != "no"
     daemon = start_daemon(split=False)
     asyncio.run(import_image(daemon, busybox_archive))
 
     async def before(engine: EngineClient) -> None:
-        await engine.create("sh", "-c", FOR_EVER, name="again")
+        await engine.create("sh", "-c", FOR_EVER, name="again", restart=policy(mode))
 
     async def after(engine: EngineClient) -> None:
-        if count:
+        if wanted:
             await _until_it_runs_anew(engine, "again", 0)
-        assert (await engine.get("again")).status == (pb.STATUS_RUNNING if count else pb.STATUS_CREATED)
+        else:
+            await asyncio.sleep(1)
+        assert (await engine.get("again")).status == (pb.STATUS_RUNNING if wanted else pb.STATUS_CREATED)
         await engine.delete("again", force=True)
 
     play(daemon, before)
     daemon.kill9()
     with closing(sqlite3.connect(daemon.root / "engine" / "engine.db")) as database, database:
-        row = (int(Status.RUNNING), count)
-        database.execute("UPDATE container SET status = ?, restart_count = ?, started_ns = created_ns", row)
+        row = (int(Status.RUNNING), int(retrying))
+        database.execute(
+            "UPDATE container SET status = ?, restart_count = 1, retrying = ?, started_ns = created_ns", row
+        )
     daemon.start()
     play(daemon, after)
 

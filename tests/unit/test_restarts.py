@@ -1,23 +1,27 @@
 """When a restart policy wants a container to run again, and how long it waits."""
 
+from dataclasses import replace
+
 import pytest
 
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, RestartPolicy
 from corral.api.types.v1.types_pb2 import ExitStatus
 from corral.engine.options import check
 from corral.engine.records import ContainerRecord, Status
-from corral.engine.restarts import FIRST_PAUSE_S, LONGEST_PAUSE_S, is_wanted, next_pause_s
+from corral.engine.restarts import FIRST_PAUSE_S, LONGEST_PAUSE_S, is_cut_short, is_wanted, next_pause_s
 from corral.rpc.errors import InvalidArgument
 
 NO, ALWAYS = RestartPolicy.MODE_NO, RestartPolicy.MODE_ALWAYS
 ON_FAILURE, UNLESS_STOPPED = RestartPolicy.MODE_ON_FAILURE, RestartPolicy.MODE_UNLESS_STOPPED
 
 
-def ended(mode: int, code: int = 1, *, retries: int = 0, count: int = 0, stopped: bool = False) -> ContainerRecord:
+def ended(
+    mode: int, code: int = 1, *, retries: int = 0, count: int = 0, stopped: bool = False, retrying: bool = False
+) -> ContainerRecord:
     config = ContainerConfig(image="i", restart=RestartPolicy(mode=mode, max_retries=retries))  # type: ignore[arg-type]
     return ContainerRecord(
         "default", "id", "name", Status.EXITED, config, 1, started_ns=10**9, finished_ns=2 * 10**9,
-        exit=ExitStatus(code=code, known=True), restart_count=count, stopped_by_user=stopped,
+        exit=ExitStatus(code=code, known=True), restart_count=count, stopped_by_user=stopped, retrying=retrying,
     )  # fmt: skip
 
 
@@ -35,11 +39,28 @@ def ended(mode: int, code: int = 1, *, retries: int = 0, count: int = 0, stopped
         (ended(ON_FAILURE, stopped=True), False, False),
         (ended(ON_FAILURE, retries=2, count=1), True, True),
         (ended(ON_FAILURE, retries=2, count=2), False, False),
+        (ended(ON_FAILURE, retries=2, count=2, retrying=True), True, True),
     ],
 )
 def test_a_policy_wants_what_docker_says_it_does(record: ContainerRecord, now: bool, at_boot: bool) -> None:
     assert is_wanted(record) is now
     assert is_wanted(record, at_boot=at_boot or record.config.restart.mode != ALWAYS) is at_boot
+
+
+@pytest.mark.parametrize(
+    ("record", "wanted"),
+    [
+        (ended(ALWAYS, count=1, retrying=True), True),
+        (ended(UNLESS_STOPPED, count=1, retrying=True, stopped=True), False),
+        (ended(ON_FAILURE, retries=1, count=1, retrying=True), True),
+        (ended(ALWAYS, count=1), False),  # a user's, or made again for one who attaches
+        (ended(NO, count=1, retrying=True), False),  # its policy was taken away meanwhile
+    ],
+)
+def test_one_that_was_made_again_is_started_if_its_policy_was_about_to(record: ContainerRecord, wanted: bool) -> None:
+    created = replace(record, status=Status.CREATED, exit=None)
+    assert is_cut_short(created) is (wanted or record.stopped_by_user)
+    assert is_wanted(created, at_boot=True) is wanted
 
 
 def test_the_pause_doubles_up_to_a_minute_and_is_short_again_after_a_good_run() -> None:

@@ -169,8 +169,11 @@ class Core:
     on_stays_ended: Callable[[ContainerRecord], None] = lambda _: None
     # Called with the record of a container that was just started.
     on_start: Callable[[ContainerRecord], None] = lambda _: None
+    # As on_start, for one of whose start nobody knew.
+    on_found_running: Callable[[ContainerRecord], None] = lambda _: None
     # Called with the record of one that was made again by its policy, and then not started: somebody died.
-    on_cut_short: Callable[[ContainerRecord], None] = lambda _: None
+    # The flag: whether the daemon has just started.
+    on_cut_short: Callable[[ContainerRecord, bool], None] = lambda _record, _at_boot: None
     # As on_exit, for one that the daemon finds ended when it starts.
     on_found_ended: Callable[[ContainerRecord], None] = lambda _: None
 

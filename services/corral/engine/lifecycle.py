@@ -94,7 +94,7 @@ class Lifecycle:
         to it since and it is still wanted."""
         async with self._core.locks.of((ended.namespace, ended.id)):
             record = self._core.get(ended.namespace, ended.id)
-            if record.finished_ns != ended.finished_ns:
+            if record.finished_ns != ended.finished_ns or record.status in ALIVE:
                 return
             if not is_wanted(record):
                 self._core.on_stays_ended(record)
@@ -102,8 +102,16 @@ class Lifecycle:
             if record.status is Status.CREATED:  # somebody died in the middle of this
                 self._started(await self._run(record, by_user=False))
                 return
-            counted = await self._core.database.write(lambda tx: store.count_restart(tx, record))
-            self._started(await self._run(await self._make_again(counted), by_user=False))
+            begun = await self._core.database.write(lambda tx: store.begin_restart(tx, record))
+            self._started(await self._run(await self._make_again_by_policy(begun), by_user=False))
+
+    async def _make_again_by_policy(self, record: ContainerRecord) -> ContainerRecord:
+        try:
+            return await self._make_again(record)
+        except CorralError:
+            with suppress(OSError):  # a full disk: the next start of the daemon then grants it one try more
+                await self._core.database.write(lambda tx: store.end_restart(tx, record))
+            raise
 
     def _started(self, record: ContainerRecord) -> ContainerRecord:
         self._core.on_start(record)

@@ -78,11 +78,18 @@ class ContainerRecord:
     # By its policy, since a user started it.
     restart_count: int = 0
     stopped_by_user: bool = False
+    # The newest of those restarts was begun, and neither a start nor a failure of it is known.
+    retrying: bool = False
+
+    @property
+    def restarts_known(self) -> int:
+        """restart_count, without one in whose middle the engine died: that is still to come."""
+        return self.restart_count - self.retrying
 
     def with_exit(self, exit_status: ExitStatus) -> Self:
         """The record after its process ended."""
         finished_ns = to_ns(exit_status.exited_at) if exit_status.HasField("exited_at") else time.time_ns()
-        return replace(self, status=Status.EXITED, exit=exit_status, finished_ns=finished_ns, pid=0)
+        return replace(self, status=Status.EXITED, exit=exit_status, finished_ns=finished_ns, pid=0, retrying=False)
 
     def to_wire(self, *, pid: int | None = None, shim_pid: int = 0) -> Container:
         """The message that clients see."""

@@ -103,19 +103,23 @@ class Recovery:
             if now == record:  # nobody has done anything with it meanwhile
                 self._core.on_found_ended(now)
         self._found_ended = []
-        for record in self._records(Status.CREATED):
-            if is_cut_short(record):
-                self._core.on_cut_short(record)
+        self._go_on_with_restarts(at_boot=True)
 
     async def after_outage(self, origin: str) -> None:
         """A leaf was away and its journal is merged again: ask it what no event told. Raises Unavailable."""
         if origin == "tasks":
             await self.compare_tasks()
+            self._go_on_with_restarts(at_boot=False)
         elif origin == "cgroups":
             await self._compare_frozen()
         elif origin == "network":
             await self._settle_networks()
         await self._finish_halves()
+
+    def _go_on_with_restarts(self, *, at_boot: bool) -> None:
+        for record in self._records(Status.CREATED):
+            if is_cut_short(record):
+                self._core.on_cut_short(record, at_boot)
 
     async def _settle_networks(self) -> None:
         await self._networking.settle()
@@ -178,6 +182,7 @@ class Recovery:
             elif now.status is Status.CREATED:  # it was started, and the disk was too full to write that down
                 running = replace(now, status=Status.RUNNING, started_ns=to_ns(task.started_at))
                 await self._core.database.write(lambda tx: store.save_started(tx, running, by_user=False))
+                self._core.on_found_running(running)
             elif now.status is Status.RUNNING:  # we died between the intent to start and the start
                 log.info("recovery.not_started", container=now.id)
                 await self._core.database.write(lambda tx: store.set_status(tx, now.namespace, now.id, Status.CREATED))
@@ -208,6 +213,8 @@ class Recovery:
         await self._core.database.write(write)
         if task.status == tasks_pb2.STATUS_STOPPED:
             await self._core.record_exit(started, task.exit)
+        else:
+            self._core.on_found_running(started)
 
     async def _endpoint(self, id_: str) -> Endpoint | None:
         try:

@@ -32,8 +32,9 @@ def is_wanted(record: ContainerRecord, *, at_boot: bool = False) -> bool:
     at_boot: the daemon has just started; then `always` also means what a user had stopped.
     """
     policy = record.config.restart
-    if is_cut_short(record):
-        return not record.stopped_by_user or policy.mode == RestartPolicy.MODE_ALWAYS
+    if record.status is Status.CREATED:
+        anyhow = at_boot and policy.mode == RestartPolicy.MODE_ALWAYS
+        return is_cut_short(record) and (anyhow or not record.stopped_by_user)
     if record.status is not Status.EXITED or record.exit is None:
         return False
     match policy.mode:
@@ -42,14 +43,15 @@ def is_wanted(record: ContainerRecord, *, at_boot: bool = False) -> bool:
         case RestartPolicy.MODE_UNLESS_STOPPED:
             return not record.stopped_by_user
         case RestartPolicy.MODE_ON_FAILURE:
-            tries_left = not policy.max_retries or record.restart_count < policy.max_retries
+            tries_left = not policy.max_retries or record.restarts_known < policy.max_retries
             return record.exit.code != 0 and not record.stopped_by_user and tries_left
     return False
 
 
 def is_cut_short(record: ContainerRecord) -> bool:
-    """Whether it was about to be started again, and is not. A user's start does not count."""
-    return record.status is Status.CREATED and record.restart_count > 0
+    """Whether its policy was about to start it again, and it is not. A user's start does not count. Pure."""
+    has_policy = record.config.restart.mode > RestartPolicy.MODE_NO
+    return record.status is Status.CREATED and record.retrying and has_policy
 
 
 def next_pause_s(last_s: float, record: ContainerRecord) -> float:
@@ -82,9 +84,10 @@ class Restarts:
         self._core.backoffs[key] = self._core.background.spawn_endless(self._restart(record, pause_s, at_boot=at_boot))
         return True
 
-    def on_cut_short(self, record: ContainerRecord) -> None:
-        """One that is_cut_short() was found when the daemon started."""
-        self.on_exit(record, at_boot=True)
+    def on_cut_short(self, record: ContainerRecord, at_boot: bool) -> None:
+        """One that is_cut_short() was found when the daemon started, or when tasks was back."""
+        if (record.namespace, record.id) not in self._core.backoffs:
+            self.on_exit(record, at_boot=at_boot)
 
     async def _restart(self, record: ContainerRecord, pause_s: float, *, at_boot: bool) -> None:
         await asyncio.sleep(pause_s)

@@ -75,14 +75,16 @@ CREATE TABLE merged (
     secret_rows.SCHEMA,
     # A start that tasks tells of and no row, since the engine was killed before it wrote that, is told all the same.
     f"UPDATE container SET announced = 0 WHERE status = {int(Status.CREATED)}",  # noqa: S608 (a constant)
+    # A restart by its policy was begun, and counted, and nothing is known yet of how that went.
+    "ALTER TABLE container ADD COLUMN retrying INTEGER NOT NULL DEFAULT 0",
 )
 
 _COLUMNS = (
     "namespace, id, name, status, config, created_ns, started_ns, finished_ns, pid, exit, image_id, endpoint,"
-    " cgroup_path, log_path, bundle, snapshot_driver, restart_count, stopped_by_user"
+    " cgroup_path, log_path, bundle, snapshot_driver, restart_count, stopped_by_user, retrying"
 )
 _SELECT = f"SELECT {_COLUMNS} FROM container"  # noqa: S608 (constants)
-_INSERT = f"INSERT INTO container ({_COLUMNS}) VALUES ({', '.join('?' * 18)})"  # noqa: S608
+_INSERT = f"INSERT INTO container ({_COLUMNS}) VALUES ({', '.join('?' * 19)})"  # noqa: S608
 
 
 def open_database(path: Path, *, journal_keep: Retention) -> Database:
@@ -122,6 +124,7 @@ def insert_container(tx: Transaction, record: ContainerRecord, volumes: Iterable
                 record.snapshot_driver,
                 record.restart_count,
                 int(record.stopped_by_user),
+                int(record.retrying),
             ),
         )
     except Duplicate as e:
@@ -197,7 +200,8 @@ def save_started(tx: Transaction, record: ContainerRecord, *, by_user: bool) -> 
     """
     if by_user:
         tx.execute(
-            "UPDATE container SET stopped_by_user = 0 WHERE namespace = ? AND id = ?", (record.namespace, record.id)
+            "UPDATE container SET stopped_by_user = 0, retrying = 0 WHERE namespace = ? AND id = ?",
+            (record.namespace, record.id),
         )
     tx.execute(
         "UPDATE container SET announced = CASE status WHEN ? THEN announced ELSE 0 END,"
@@ -226,7 +230,7 @@ def save_made_again(tx: Transaction, record: ContainerRecord) -> ContainerRecord
         check_move(now, Status.CREATED)
     tx.execute(
         "UPDATE container SET status = ?, pid = ?, endpoint = ?, cgroup_path = ?, log_path = ?, bundle = ?,"
-        " announced = 0, restart_count = 0 WHERE namespace = ? AND id = ?",
+        " announced = 0, restart_count = 0, retrying = 0 WHERE namespace = ? AND id = ?",
         (
             Status.CREATED,
             record.pid,
@@ -244,7 +248,8 @@ def save_made_again(tx: Transaction, record: ContainerRecord) -> ContainerRecord
 def announce_started(tx: Transaction, record: ContainerRecord) -> None:
     """Journal that the present run began, once. Called when tasks tells so, or tells of its end."""
     rows = tx.execute(
-        "UPDATE container SET announced = 1 WHERE namespace = ? AND id = ? AND announced = 0 RETURNING id",
+        "UPDATE container SET announced = 1, retrying = 0 WHERE namespace = ? AND id = ? AND announced = 0"
+        " RETURNING id",
         (record.namespace, record.id),
     )
     if rows:
@@ -266,7 +271,7 @@ def save_exit(tx: Transaction, record: ContainerRecord) -> None:
     """Any status of life -> EXITED, and the event that tells of it."""
     assert record.exit is not None
     tx.execute(
-        "UPDATE container SET status = ?, finished_ns = ?, exit = ?, pid = 0, announced = 1"
+        "UPDATE container SET status = ?, finished_ns = ?, exit = ?, pid = 0, announced = 1, retrying = 0"
         " WHERE namespace = ? AND id = ?",
         (
             Status.EXITED,
@@ -291,14 +296,22 @@ def exit_facts(record: ContainerRecord) -> dict[str, str | int | bool]:
     return facts
 
 
-def count_restart(tx: Transaction, record: ContainerRecord) -> ContainerRecord:
-    """One more try by its policy, however it goes."""
-    counted = replace(record, restart_count=record.restart_count + 1)
+def begin_restart(tx: Transaction, record: ContainerRecord) -> ContainerRecord:
+    """One more try by its policy, which counts however it goes, unless the engine does not live to see that."""
+    return _save_restarts(tx, replace(record, restart_count=record.restarts_known + 1, retrying=True))
+
+
+def end_restart(tx: Transaction, record: ContainerRecord) -> ContainerRecord:
+    """The try came to nothing, and that was seen."""
+    return _save_restarts(tx, replace(record, retrying=False))
+
+
+def _save_restarts(tx: Transaction, record: ContainerRecord) -> ContainerRecord:
     tx.execute(
-        "UPDATE container SET restart_count = ? WHERE namespace = ? AND id = ?",
-        (counted.restart_count, record.namespace, record.id),
+        "UPDATE container SET restart_count = ?, retrying = ? WHERE namespace = ? AND id = ?",
+        (record.restart_count, int(record.retrying), record.namespace, record.id),
     )
-    return counted
+    return record
 
 
 def set_stopped_by_user(tx: Transaction, record: ContainerRecord) -> None:
@@ -457,6 +470,7 @@ def _record(row: Row) -> ContainerRecord:
         snapshot_driver=row["snapshot_driver"],
         restart_count=row["restart_count"],
         stopped_by_user=bool(row["stopped_by_user"]),
+        retrying=bool(row["retrying"]),
     )
 
 
