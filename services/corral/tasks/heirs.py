@@ -155,13 +155,16 @@ class Heirs:
 
     async def hand_over_exec(self, shim: Shim, task: Task, process: Process) -> None:
         """Have a shim that has taken over the container take over an exec too; one that it does not take is lost."""
-        with suppress(CorralError, OSError):
-            if process.row.status is Status.RUNNING:
-                await self._hand_over(shim, task, process, process.row.started_at_ns or time.time_ns())
+        async with process.lock:  # it may be about to be started, or deleted
+            if task.processes.get(process.row.exec_id) is not process or process.ended.is_set():
                 return
-            if process.asked is not None:
-                await shim.exec(process.row.exec_id, process.asked)
-                return
+            with suppress(CorralError, OSError):
+                if process.row.status is Status.RUNNING:
+                    await self._hand_over(shim, task, process, process.row.started_at_ns or time.time_ns())
+                    return
+                if process.asked is not None:
+                    await shim.exec(process.row.exec_id, process.asked)
+                    return
         with _written(task):
             await process.mark_ended(self._database, Exit.unknown(EXEC_LOST, exited_at_ns=time.time_ns()))
 

@@ -142,8 +142,7 @@ class Tasks:
             failpoint("tasks.start.before_shim")
             try:
                 shim = task.connected()
-                process.asked = None
-                identity = await shim.start(exec_id) or process.identity
+                identity = await shim.start(exec_id, on_sent=process.let_go_of_asked) or process.identity
             except CorralError as e:
                 failure = e
             else:

@@ -84,6 +84,10 @@ class Process:
         for tell in tuple(self.on_stdin_close):
             tell()
 
+    def let_go_of_asked(self) -> None:
+        """Somebody tries to start it: no other shim may do that once more."""
+        self.asked = None
+
     def look_unused(self) -> None:
         """To be called when it has ended, and when a client has left."""
         if self.ended.is_set() and not self.attached:

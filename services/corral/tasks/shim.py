@@ -42,7 +42,7 @@ class StateReport:
         return self.processes.get(INIT)
 
 
-def _ignore(_what: object) -> None:
+def _ignore(_what: object = None) -> None:
     """Nobody asked."""
 
 
@@ -110,9 +110,12 @@ class Shim:
 
         reply.add_done_callback(came)
 
-    async def start(self, exec_id: str) -> Identity | None:
-        """Let a process run. An exec begins to exist now and its identity is returned."""
-        return _identity(await self._ask("start", {"exec": exec_id}))
+    async def start(self, exec_id: str, *, on_sent: Callable[[], None] = _ignore) -> Identity | None:
+        """Let a process run. An exec begins to exist now and its identity is returned.
+
+        on_sent is called once the shim may know of it.
+        """
+        return _identity(await self._ask("start", {"exec": exec_id}, on_sent=on_sent))
 
     async def exec(self, exec_id: str, fields: Message) -> None:
         """Register an exec."""
@@ -155,10 +158,15 @@ class Shim:
             processes[INIT] = init
         return StateReport(optional_int(reply, "shim_pid") or 0, processes)
 
-    async def _ask(self, op: str, fields: Message, fds: Sequence[int] = ()) -> Message:
+    async def _ask(
+        self, op: str, fields: Message, fds: Sequence[int] = (), *, on_sent: Callable[[], None] = _ignore
+    ) -> Message:
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._connection.request(op, fields, fds)
+                reply = self._connection.request(op, fields, fds)
+                if self.is_open:  # else sending it has failed
+                    on_sent()
+                return await reply
         except ConnectionLostError as e:
             raise Unavailable(f"the shim went away during {op!r}: {e}", reason="SHIM_GONE") from e
         except TimeoutError as e:
