@@ -16,6 +16,7 @@ they seem to. Events are therefore inserted together at the end of a transaction
 
 import asyncio
 import contextvars
+import errno
 import sqlite3
 import threading
 import time
@@ -157,6 +158,7 @@ class Database:
         self._turn = threading.Lock()  # held by whoever writes
         self._commits = 0
         self._marked = False
+        self._changes = 0
         self._writer = opened(path, durable=durable, create=True)
         self._writer.execute("PRAGMA wal_autocheckpoint = 0")
         try:
@@ -270,18 +272,22 @@ class Database:
 
     def _mark(self) -> None:
         """Raises OSError if the disk is full."""
+        self._synchronous = self._durable  # it leaves the connection so, whatever happens
         mark_opened(self._writer, durable=self._durable)
-        self._synchronous = self._durable
         self._marked = True
 
     def _begin(self, *, durable: bool) -> None:
         if not self._marked:  # the disk was full when it was opened
-            self._mark()
-            self.journal.recount(newest_seq(self._writer))
+            with suppress_no_room():
+                self._mark()
+                self.journal.recount(newest_seq(self._writer))
+            self._changes = self._writer.total_changes
         self._set_synchronous(durable)
         execute(self._writer, "BEGIN IMMEDIATE", ())
 
     def _commit(self) -> None:
+        if not self._marked and self._writer.total_changes != self._changes:  # what changes nothing needs no room
+            raise OSError(errno.ENOSPC, "database: the disk is full")
         failpoint("store.before_commit")
         execute(self._writer, "COMMIT", ())
         failpoint("store.after_commit")
