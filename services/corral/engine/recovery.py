@@ -39,6 +39,8 @@ log = structlog.get_logger()
 
 RETRY_FIRST_S, RETRY_MOST_S = 0.2, 5.0
 PARALLEL = 8
+# How far a time that came by a journal, as a double, may be off. No further run ends so soon.
+ROUNDING_NS = 1_000_000
 
 
 class _Labelled(Protocol):
@@ -330,7 +332,7 @@ def agree(record: ContainerRecord, task: tasks_pb2.Task | None) -> bool:
         return task is not None and task.status == tasks_pb2.STATUS_RUNNING
     if task is None:
         return True
-    is_later_run = to_ns(task.started_at) > record.finished_ns != to_ns(task.exit.exited_at)
+    is_later_run = to_ns(task.exit.exited_at) - record.finished_ns > ROUNDING_NS
     return task.status == tasks_pb2.STATUS_STOPPED and not is_later_run
 
 
