@@ -8,6 +8,7 @@ def test_y(start_daemon): ...          any number of them: start_daemon(split=Tr
 import contextlib
 import os
 import secrets
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Ignored where a shell has started this in its background, and then by all that is started from here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     tag = f"corral{secrets.token_hex(2)}"
     os.environ[TAG_VARIABLE] = tag
     config.stash[WATCH] = Watch(tag)

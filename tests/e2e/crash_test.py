@@ -39,6 +39,8 @@ from support.preloaded import PROGRAMS
 TESTS = Path(__file__).resolve().parents[1]
 PHASES = ("failpoints", "daemon", "storm", "lines")
 LINES_S = 60
+# Every event is looked at in the end, of some ten thousand containers.
+KEEP_EVERY_EVENT = {"engine": {"journal_keep": 10_000_000, "journal_max_bytes": 1 << 32}}
 FAILPOINT_TESTS = ("e2e/test_failpoints.py", "kernel/test_shim_crash.py", "kernel/test_shim_adoption.py")
 
 
@@ -57,7 +59,10 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
 
 @contextmanager
 def daemon_with_busybox(*, split: bool) -> Iterator[Corrald]:
-    with tempfile.TemporaryDirectory(prefix="corral-crash-") as scratch, running(split=split) as daemon:
+    with (
+        tempfile.TemporaryDirectory(prefix="corral-crash-") as scratch,
+        running(split=split, settings=KEEP_EVERY_EVENT) as daemon,
+    ):
         archive = write_busybox(Path(scratch) / "busybox.tar")
         with daemon.client() as client:
             client.images.load(archive, name="busybox")
