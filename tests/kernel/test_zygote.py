@@ -355,3 +355,22 @@ def test_a_spare_that_can_not_plan_ahead_is_one_all_the_same() -> None:
         its.close()
         assert not select.select([ours], [], [], 0.3)[0]  # it waits for its orders
     assert os.waitpid(pid, 0)[1] == 0
+
+
+ABANDONED_AT_ONCE = """
+import os, socket, time
+from corral.kernel import process
+from corral.shim.wire import Channel
+from corral.shim.zygote import Zygote
+if process.fork() == 0:
+    os._exit(0)
+time.sleep(0.1)
+ours, its = socket.socketpair()
+its.close()
+Zygote(Channel(ours), None).run()
+"""
+
+
+def test_who_ended_before_anybody_listened_holds_up_no_zygote() -> None:
+    """The daemon is gone before a spare was made, and warming up has left somebody to reap."""
+    subprocess.run([sys.executable, "-c", ABANDONED_AT_ONCE], check=True, timeout=20)

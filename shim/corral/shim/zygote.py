@@ -132,6 +132,7 @@ class Zygote:
 
     def _end_if_alone(self) -> None:
         """Without a daemon: stay while there is a child to reap, or something kept that no shim has taken over yet."""
+        self._reap()  # also who ended while this process was warming up, and nobody listened
         self._look_after_orphaned()
         if not any(orphaned.is_held for orphaned in self._orphaned.values()) and not self._has_children():
             self._loop.stop()
