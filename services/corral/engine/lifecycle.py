@@ -416,6 +416,15 @@ class Lifecycle:
         await self._core.record_exit(record, status)
         return status
 
+    async def record_end(self, named: ContainerRecord) -> None:
+        """Write down that it ended, if it has, before those who were attached to it hear of that."""
+        with suppress(CorralError):  # it is gone, or its end comes as an event
+            record = self._core.get(named.namespace, named.id)
+            if record.status in ALIVE:
+                task = await self._core.leaves.tasks.Get(tasks_pb2.GetTaskRequest(id=record.id))
+                if task.status == tasks_pb2.STATUS_STOPPED:
+                    await self._core.record_exit(record, task.exit)
+
     async def _next_exit(self, record: ContainerRecord) -> ExitStatus:
         """From our own record, or, quicker while there is a task, from tasks."""
         if record.status in ALIVE:  # an end that is not merged yet is no next one

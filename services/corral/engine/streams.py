@@ -15,6 +15,7 @@ import grpc.aio
 
 from corral.api.engine.v1 import engine_pb2
 from corral.api.tasks.v1 import tasks_pb2
+from corral.api.types.v1.types_pb2 import ExitStatus
 from corral.engine.absence import Absences
 from corral.engine.core import Core
 from corral.engine.execs import Execs
@@ -26,6 +27,8 @@ from corral.rpc.errors import UNSERVED, CorralError, InvalidArgument, NotFound, 
 ATTACH = "/corral.tasks.v1.Tasks/Attach"
 LOGS = "/corral.tasks.v1.Tasks/Logs"
 
+EXITED = tasks_pb2.AttachResponse(exited=ExitStatus()).SerializeToString()[:1]
+"""What the message begins with that tells of the end."""
 END_OF_STDIN = tasks_pb2.AttachRequest(end_of_stdin=tasks_pb2.EndOfStdin()).SerializeToString()
 
 type _Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -124,6 +127,8 @@ class Streams:
                     begins = False
                     only_follows(park)
                 attached.set()
+                if response.startswith(EXITED) and not message.header.exec_id:
+                    await self._lifecycle.record_end(record)
                 await context.write(response)
         except Unavailable as e:
             if message.header.resumable and e.reason == UNSERVED:
