@@ -4,6 +4,7 @@ The host here is a namespace of the lab: no rule of the machine is touched.
 """
 
 import errno
+import fcntl
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from corral.api.network.v1 import network_pb2 as pb
 from corral.kernel.nftables import Nftables
 from corral.network import forwarding
 from corral.network.nfnetlink import IPV4, Chain, Nfnetlink
-from corral.network.restoring import RETRY_S
+from corral.network.restoring import LOOK_S, RETRY_S
 from corral.rpc.errors import CorralError
 
 pytestmark = needs("root", "netns", "nft", "nsenter", "ip", "iptables")
@@ -316,21 +317,35 @@ async def test_a_chain_of_ufw_is_left_to_it(lab: Lab, net: Calls) -> None:
 
 
 @needs("iptables-legacy")
-async def test_the_old_iptables_is_left_alone_and_explain_says_what_lets_us_through(lab: Lab, net: Calls) -> None:
+async def test_forward_of_the_old_iptables_gets_our_rule_while_it_drops(lab: Lab, net: Calls) -> None:
     old, where = "iptables-legacy", "chain iptables-legacy filter FORWARD"
-    iptables(lab, "-P FORWARD DROP", program=old)
+    iptables(lab, "-P FORWARD DROP", "-N OTHERS", "-A FORWARD -i other -j OTHERS", program=old)
     before = filters(lab, old)
     try:
         a = await a_network(net)
-        assert filters(lab, old) == before
-        assert dropped(lab, a, OUTSIDE)
-        step = await told(net, where)
-        assert step.verdict == pb.ExplainedStep.VERDICT_MAY_DROP
-        _, remedy, _ = step.says.split("`")
-        assert remedy.split()[0] == old
-        iptables(lab, remedy.removeprefix(old), program=old)
+        assert filters(lab, old) == [*before, RULE]
         assert works(lab, a)
         assert (await told(net, where)).verdict == pb.ExplainedStep.VERDICT_PASSES
+        iptables(lab, "-P FORWARD ACCEPT", program=old)
+        assert eventually(lambda: RULE not in filters(lab, old), within_s=LOOK_S + WITHIN_S)
+        iptables(lab, "-P FORWARD DROP", program=old)
+        assert eventually(lambda: filters(lab, old) == [*before, RULE], within_s=LOOK_S + WITHIN_S)
+        await detach_all(net)
+        assert filters(lab, old) == before
+    finally:
+        iptables(lab, "-P FORWARD ACCEPT", "-F", "-X", program=old)
+
+
+@needs("iptables-legacy")
+async def test_who_holds_the_lock_of_the_old_iptables_is_waited_for(lab: Lab, net: Calls) -> None:
+    old = "iptables-legacy"
+    iptables(lab, "-P FORWARD DROP", program=old)
+    try:
+        with (lab.place.directory / "xtables.lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            a = await a_network(net)
+            assert dropped(lab, a, OUTSIDE)
+        assert works(lab, a, within_s=RETRY_S + WITHIN_S)
     finally:
         iptables(lab, "-P FORWARD ACCEPT", "-F", program=old)
 

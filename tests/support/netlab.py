@@ -66,7 +66,14 @@ class Lab:
             **self.settings,
         }
         command = (sys.executable, "-c", _PROGRAM, str(self.host))
-        self.corrald = Corrald(services=("network",), command=command, place=self.place, settings={"network": network})
+        self.corrald = Corrald(
+            services=("network",),
+            command=command,
+            place=self.place,
+            settings={"network": network},
+            # The old iptables of this host is not the machine's.
+            environment={"XTABLES_LOCKFILE": str(self.place.directory / "xtables.lock")},
+        )
         self.corrald.start()
         return self
 

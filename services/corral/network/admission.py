@@ -1,10 +1,12 @@
 """Our networks let through where iptables' FORWARD drops by default what it forwards: see corral.network.forwarding."""
 
 import errno
+from collections.abc import Callable
+from functools import partial
 
 import structlog
 
-from corral.network import forwarding
+from corral.network import forwarding, legacy_forward
 from corral.network.nfnetlink import Nfnetlink
 
 log = structlog.get_logger()
@@ -30,20 +32,27 @@ class Admission:
         Returns whether that could be done. What fails is told in the log, once: a network is no worse off than without
         us.
         """
-        done = [self._done(family, wanted=networks and self._wanted) for family in forwarding.FAMILIES]
+        ways = [partial(self._follow, family) for family in forwarding.FAMILIES]
+        done = [self._done(way, wanted=networks and self._wanted) for way in ways]
+        return self.follow_legacy(networks=networks) and all(done)
+
+    def follow_legacy(self, *, networks: bool) -> bool:
+        """The same for the old iptables alone, which tells nobody of its changes."""
+        ways = [partial(self._follow_legacy, version) for version in legacy_forward.VERSIONS]
+        done = [self._done(way, wanted=networks and self._wanted) for way in ways]
         return all(done)
 
     def close(self) -> None:
         """Harmless when repeated."""
         self._nfnetlink.close()
 
-    def _done(self, family: int, *, wanted: bool) -> bool:
+    def _done(self, way: Callable[..., None], *, wanted: bool) -> bool:
         try:
-            self._follow(family, wanted=wanted)
+            way(wanted=wanted)
         except OSError as e:
             self._nfnetlink.close()  # answers that come late are not taken for those of the next question
             if self._told != str(e):
-                log.warning("network.not_admitted", family=family, error=str(e))
+                log.warning("network.not_admitted", error=str(e))
             self._told = str(e)
             return False
         return True
@@ -69,3 +78,8 @@ class Admission:
             else:
                 log.info("network.admission", family=family, added=change.is_added)
                 return
+
+    def _follow_legacy(self, version: int, *, wanted: bool) -> None:
+        added = legacy_forward.follow(version, self._mark, wanted=wanted)
+        if added is not None:
+            log.info("network.admission", legacy=True, version=version, added=added)

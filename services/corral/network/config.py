@@ -26,8 +26,8 @@ class NetworkConfig:
     # Our table in the family `inet`. No other is ever touched, but for what `forward` says.
     nft_table: str = "corral"
     # Where iptables' chain FORWARD drops by its policy, as docker has it: "accept" adds one rule at its end, as long as
-    # there are networks, that accepts what our own table has accepted and marked; "leave" adds nothing. FORWARD of ufw
-    # and of iptables-legacy, and firewalld, are always left alone: `network explain` says what to tell them.
+    # there are networks, that accepts what our own table has accepted and marked; "leave" adds nothing. FORWARD of ufw,
+    # and firewalld, are always left alone: `network explain` says what to tell them.
     forward: str = "accept"
     # MTU of networks that name none; 0: that of the host's default route.
     mtu: int = 0

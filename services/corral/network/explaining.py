@@ -58,7 +58,7 @@ class ForeignChain:
     @property
     def is_shared(self) -> bool:
         """Whether it is iptables' FORWARD, which is everybody's."""
-        return self.name in (f"{family} {forwarding.TABLE} {forwarding.CHAIN}" for family in ("ip", "ip6"))
+        return self.name in (f"{family} {forwarding.TABLE} {forwarding.CHAIN}" for family in ("ip", "ip6", LEGACY))
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +196,7 @@ def _foreign(chain: ForeignChain, bridge: str, facts: Facts) -> tuple[Verdict, s
         return Verdict.PASSES, f"firewalld has {bridge} in a zone that accepts this"
     drops = chain.policy == "drop"
     if drops and not chain.admits:
-        return Verdict.MAY_DROP, f"its policy is drop, whatever corral accepts{_remedy(chain, bridge, facts.mark)}"
+        return Verdict.MAY_DROP, f"its policy is drop, whatever corral accepts{_remedy(chain, bridge)}"
     if drops and facts.guarded:
         out = facts.outside.link if facts.outside is not None else ""
         return (
@@ -204,13 +204,16 @@ def _foreign(chain: ForeignChain, bridge: str, facts: Facts) -> tuple[Verdict, s
             f"its policy is drop, and who gets to {out} is another's to say: publish the port there",
         )
     if chain.may_drop:
-        return Verdict.MAY_DROP, f"it has rules that drop or reject{_remedy(chain, bridge, facts.mark)}"
+        return Verdict.MAY_DROP, f"it has rules that drop or reject{_remedy(chain, bridge)}"
     if drops:
-        return Verdict.PASSES, f"its policy is drop, but its rule for corral's mark {facts.mark:#x} accepts this"
+        return (
+            Verdict.PASSES,
+            f"its policy is drop, but its rule for corral's mark {facts.mark:#x} accepts this, unless others mark it",
+        )
     return Verdict.PASSES, "drops nothing"
 
 
-def _remedy(chain: ForeignChain, bridge: str, mark: int) -> str:
+def _remedy(chain: ForeignChain, bridge: str) -> str:
     if chain.owner == "ufw":
         return f": `ufw route allow in on {bridge}` and `ufw route allow out on {bridge}` let it through"
     if chain.owner == "firewalld":
@@ -222,8 +225,6 @@ def _remedy(chain: ForeignChain, bridge: str, mark: int) -> str:
         return ""
     if chain.is_shared:
         return ': with forward = "accept" in [network] of the configuration, corral adds a rule there that accepts this'
-    if chain.name.startswith(LEGACY):
-        return f": `{LEGACY} -A {forwarding.CHAIN} -m mark --mark {mark:#x} -j ACCEPT` accepts what corral has accepted"
     return f": have whoever made it accept there what comes from {bridge}, and what goes to it"
 
 

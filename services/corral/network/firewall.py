@@ -72,6 +72,11 @@ class Firewall:
         """See that its networks get through what others have at the forward hook; returns whether that was done."""
         return not self._begun or self._admission.follow(networks=bool(self._networks))
 
+    def admit_legacy(self) -> None:
+        """As admit(), for the old iptables; what can't be done now is for the next time."""
+        if self._begun:
+            self._admission.follow_legacy(networks=bool(self._networks))
+
     def _admit_or_tell(self) -> None:
         if not self.admit():
             self.on_not_admitted()

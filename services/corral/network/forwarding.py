@@ -12,7 +12,7 @@ The mark is put on by our own table, on packets that it has accepted itself, and
 others have marked are left to them.
 
 ufw has its own words for the same, so a FORWARD of ufw's is left to it; so are tables of programs that own theirs, as
-docker-bridges or firewalld, and that of the old iptables, which tells nobody when it changes.
+docker-bridges or firewalld. The old iptables has a FORWARD of its own (corral.network.legacy_forward).
 
 Source: docs.docker.com, "Docker with iptables" (the order of rules in FORWARD); iptables-nft(8).
 """

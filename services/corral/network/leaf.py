@@ -172,7 +172,7 @@ class Leaf:
             self._watch.start()
         except OSError as e:  # a kernel without nftables, say
             log.warning("network.not_watched", error=str(e))
-        self._restoring.look_at_uplinks()
+        self._restoring.look_now_and_then()
 
     def _ready_networks(self) -> Sequence[Network]:
         return [one for one in self.db.read_sync(store.networks) if one.state is NetworkState.READY]

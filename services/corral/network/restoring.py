@@ -1,7 +1,8 @@
 """What others deleted of ours is made again, soon after (see corral.network.watching for how that is known).
 
     rules                 the whole table, from what it is known to hold, in one transaction
-    FORWARD of iptables   our rule at its end, where it drops by its policy now, and only there
+    FORWARD of iptables   our rule at its end, where it drops by its policy now, and only there; that of the old one
+                          is looked at every ten seconds
     bridge, its address   the bridge, its ports and addresses; its resolver listens anew
     host's end of a pair  the pair, in the namespace that is still there
 
@@ -37,8 +38,8 @@ log = structlog.get_logger()
 GATHER_S = 0.1
 PAUSE_S = 0.5
 RETRY_S, LONGEST_RETRY_S = 5.0, 600.0
-# How often it is looked by which links packets leave this host: of routes nobody tells us.
-UPLINKS_S = 60.0
+# How often it is looked at what nobody tells us of: by which links packets leave this host, and the old iptables.
+LOOK_S = 10.0
 
 
 class Restoring:
@@ -77,17 +78,21 @@ class Restoring:
         """What FORWARD should hold of ours, or should not, could not be seen to."""
         self._try_later(Lost(forward=True))
 
-    def look_at_uplinks(self) -> None:
+    def look_now_and_then(self) -> None:
         """From now on, until close()."""
         self._looking = asyncio.get_running_loop().create_task(self._look())
 
     async def _look(self) -> None:
         while True:
-            await asyncio.sleep(UPLINKS_S)
+            await asyncio.sleep(LOOK_S)
             try:
-                await self._thread.run(lambda _: self._reconciler.firewall.follow_uplinks())
+                await self._thread.run(lambda _: self._look_at_host())
             except (OSError, CorralError) as e:
                 self._warn(e)
+
+    def _look_at_host(self) -> None:
+        self._reconciler.firewall.admit_legacy()
+        self._reconciler.firewall.follow_uplinks()
 
     def _warn(self, error: Exception) -> None:
         """Once for what happens again and again."""

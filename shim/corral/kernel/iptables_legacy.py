@@ -1,17 +1,25 @@
-"""Tables of the old iptables, by the libraries that iptables-legacy itself has, to be read.
+"""Tables of the old iptables, by the libraries that iptables-legacy itself has.
+
+    with locked(), Table(4, "filter") as table:      or without the lock, to read
+        table.append_accepting("FORWARD", 0x1234)
+        table.commit()
 
 Needs libip4tc.so.2 or libip6tc.so.2 (Debian: libip4tc2, libip6tc2, which iptables brings). Acts on the network
-namespace of the calling thread.
+namespace of the calling thread. A change replaces the whole table: whoever makes one holds the lock of iptables.
 
-Source: libiptc/libiptc.h; linux/netfilter_ipv4/ip_tables.h, linux/netfilter_ipv6/ip6_tables.h ("struct ipt_entry",
-"struct ip6t_entry"), linux/netfilter/x_tables.h ("struct xt_entry_match"), linux/netfilter/xt_mark.h.
+Source: libiptc/libiptc.h; iptables(8), "XTABLES_LOCKFILE"; linux/netfilter_ipv4/ip_tables.h ("struct ipt_entry"),
+linux/netfilter_ipv6/ip6_tables.h ("struct ip6t_entry"), linux/netfilter/x_tables.h ("struct xt_entry_match"),
+linux/netfilter/xt_mark.h.
 """
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +27,11 @@ from typing import Self
 
 _LOADED = {4: Path("/proc/thread-self/net/ip_tables_names"), 6: Path("/proc/thread-self/net/ip6_tables_names")}
 _TARGET_OFFSET = struct.Struct("=H")
-_MARK_MATCH = struct.Struct("=H29sBIIB")  # size, name, revision, then mark, mask, and whether the others are meant
+_MARK_MATCH = struct.Struct("=H29sBIIB7x")  # size, name, revision, then mark, mask, and whether the others are meant
+_MARK_TARGET = struct.Struct("=H29sBi4x")  # size, name, revision, verdict: the library puts in what the name says
 _EVERY_BIT = 0xFFFFFFFF
+_LOCK = "/run/xtables.lock"
+LOCK_WAIT_S, _LOCK_POLL_S = 1.0, 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +63,27 @@ def is_loaded(version: int, table: str) -> bool:
         return False
 
 
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """Hold the lock of all who change tables. Raises OSError: EAGAIN after a second, if another one does not let go."""
+    fd = os.open(os.environ.get("XTABLES_LOCKFILE", _LOCK), os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o600)
+    try:
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_LOCK_POLL_S)
+        yield
+    finally:
+        os.close(fd)
+
+
 class Table:
-    """One table as it was when it was opened."""
+    """One table as it was when it was opened, and what is changed in it before commit()."""
 
     def __init__(self, version: int, name: str) -> None:
         """Raises OSError: the library is missing, or the kernel has no such table."""
@@ -91,6 +121,28 @@ class Table:
         size, name, revision, mark, mask, inverted = _MARK_MATCH.unpack_from(matches)
         is_mark = name.partition(b"\0")[0] == b"mark" and revision == 1 and size == len(matches)
         return mark if is_mark and mask == _EVERY_BIT and not inverted else None
+
+    def append_accepting(self, chain: str, mark: int) -> None:
+        """A rule at the end that accepts packets with exactly that mark. Raises OSError."""
+        layout = self._layout
+        match = _MARK_MATCH.pack(_MARK_MATCH.size, b"mark", 1, mark, _EVERY_BIT, 0)
+        target = _MARK_TARGET.pack(_MARK_TARGET.size, b"ACCEPT", 0, 0)
+        entry = bytearray(layout.size)
+        end = layout.size + len(match)
+        struct.pack_into("=HH", entry, layout.target_offset, end, end + len(target))
+        self._change("append_entry", chain.encode(), bytes(entry) + match + target)
+
+    def delete(self, chain: str, number: int) -> None:
+        """Delete the rule with that number, from 0. Raises OSError."""
+        self._change("delete_num_entry", chain.encode(), number)
+
+    def commit(self) -> None:
+        """Make it the table of the kernel. Raises OSError: EAGAIN if that has changed since this was opened."""
+        self._change("commit")
+
+    def _change(self, name: str, *arguments: object) -> None:
+        if not self._number(name, *arguments, self._handle):
+            raise _error(f"{self._layout.prefix}_{name}")
 
     def close(self) -> None:
         """Free the copy; harmless when repeated."""
@@ -132,6 +184,9 @@ def _load(layout: _Layout) -> ctypes.CDLL:
         ("next_rule", pointer, pointer, pointer),
         ("get_target", string, pointer, pointer),
         ("get_policy", string, string, pointer, pointer),
+        ("append_entry", number, string, string, pointer),
+        ("delete_num_entry", number, string, ctypes.c_uint, pointer),
+        ("commit", number, pointer),
     ):
         function = getattr(library, f"{layout.prefix}_{name}")
         function.restype, function.argtypes = result, arguments
