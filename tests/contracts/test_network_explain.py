@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from support.netlab import BRIDGE, OUTSIDE, TABLE, Calls, Lab, address, command, reaches
+from support.netlab import BRIDGE, HOST, OUTSIDE, TABLE, Calls, Lab, address, command, reaches
 from support.requirements import needs
 
 from corral.api.network.v1 import network_pb2 as pb
@@ -123,6 +123,26 @@ async def test_rules_of_others_that_drop_behind_a_jump_are_found(lab: Lab, net: 
         assert steps["chain ip strangers other"] == PASSES
     finally:
         command(lab.host, "nft", "delete", "table", "ip", "strangers")
+
+
+async def test_what_keeps_a_container_from_the_host_itself_is_told(lab: Lab, net: Calls) -> None:
+    a = await net.attach("a")
+    gateway = a.interfaces[0].ipv4_gateway
+    assert {step.verdict for step in await explained(net, "a", gateway)} == {PASSES}
+    rules = (
+        "add table ip filter; add chain ip filter INPUT { type filter hook input priority 0; policy drop; };"
+        "add chain ip filter ufw-before-input; add rule ip filter INPUT counter jump ufw-before-input"
+    )
+    command(lab.host, "nft", rules)
+    try:
+        for destination in (gateway, HOST):
+            [step] = [one for one in await explained(net, "a", destination) if one.where.startswith("chain")]
+            assert (step.where, step.verdict) == ("chain ip filter INPUT", MAY_DROP)
+            assert f"ufw allow in on {BRIDGE}" in step.says
+            assert not reaches(a.netns_path, destination, within_s=0.4)
+        assert all("INPUT" not in one.where for one in await explained(net, "a", OUTSIDE))
+    finally:
+        command(lab.host, "nft", "delete", "table", "ip", "filter")
 
 
 async def test_a_zone_of_firewalld_that_accepts_is_seen_and_else_one_is_told_of(lab: Lab, net: Calls) -> None:

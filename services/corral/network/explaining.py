@@ -39,7 +39,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class ForeignChain:
-    """A base chain of another table that forwarded packets come to."""
+    """A base chain of another table that packets come to: those that are forwarded, or those for the host itself."""
 
     name: str  # "ip filter FORWARD"
     policy: str
@@ -74,10 +74,15 @@ class Facts:
     bridge_filtered: bool = False  # br_netfilter hands bridged packets to the forward hook
     table_stands: bool = True
     unseen_legacy: bool = False  # rules of the old iptables are loaded, and could not be read
-    chains: Sequence[ForeignChain] = ()
+    chains: Sequence[ForeignChain] = ()  # at the hook that it comes to
     unread: bool = False  # tables of others could not be read
     guarded: bool = False  # it leaves by a bridge that is neither ours nor the way of a default route
     mark: int = 0  # what our table puts on what it accepts, until chains at the same priority have seen it
+
+    @property
+    def hook(self) -> str:
+        """The one of netfilter that it comes to on this host."""
+        return "input" if self.outside is not None and self.outside.link == "lo" else "forward"
 
 
 def explain(endpoint: Endpoint, destination: Address, facts: Facts, networks: Iterable[Network]) -> list[Step]:
@@ -126,6 +131,7 @@ def _route_told(taken: PathTaken, interface: Interface | None) -> str:
 def _bridged(network: Network, destination: Address, facts: Facts) -> Iterable[Step]:
     if any(destination == part.gateway for part in network.ranges):
         yield Step(f"bridge {network.bridge}", Verdict.PASSES, f"{destination} is this host")
+        yield from _others(network, facts)
         return
     if not network_options.may_talk(network):
         yield Step(
@@ -155,6 +161,7 @@ def _routed(network: Network, destination: Address, facts: Facts, networks: Sequ
         return
     if out.link == "lo":
         yield Step("host", Verdict.PASSES, f"{destination} is this host")
+        yield from _others(network, facts)
         return
     other = next((one for one in networks if one.is_bridge and one.bridge == out.link), None)
     if other is not None:
@@ -187,7 +194,7 @@ def _others(network: Network, facts: Facts) -> Iterable[Step]:
         yield Step(
             "iptables-legacy",
             Verdict.MAY_DROP,
-            "rules of the old iptables are loaded, which cannot be seen from here: `iptables-legacy -S FORWARD`",
+            "rules of the old iptables are loaded, which cannot be seen from here: `iptables-legacy -S`",
         )
 
 
@@ -196,7 +203,7 @@ def _foreign(chain: ForeignChain, bridge: str, facts: Facts) -> tuple[Verdict, s
         return Verdict.PASSES, f"firewalld has {bridge} in a zone that accepts this"
     drops = chain.policy == "drop"
     if drops and not chain.admits:
-        return Verdict.MAY_DROP, f"its policy is drop, whatever corral accepts{_remedy(chain, bridge)}"
+        return Verdict.MAY_DROP, f"its policy is drop, whatever corral accepts{_remedy(chain, bridge, facts.hook)}"
     if drops and facts.guarded:
         out = facts.outside.link if facts.outside is not None else ""
         return (
@@ -204,7 +211,7 @@ def _foreign(chain: ForeignChain, bridge: str, facts: Facts) -> tuple[Verdict, s
             f"its policy is drop, and who gets to {out} is another's to say: publish the port there",
         )
     if chain.may_drop:
-        return Verdict.MAY_DROP, f"it has rules that drop or reject{_remedy(chain, bridge)}"
+        return Verdict.MAY_DROP, f"it has rules that drop or reject{_remedy(chain, bridge, facts.hook)}"
     if drops:
         return (
             Verdict.PASSES,
@@ -213,7 +220,11 @@ def _foreign(chain: ForeignChain, bridge: str, facts: Facts) -> tuple[Verdict, s
     return Verdict.PASSES, "drops nothing"
 
 
-def _remedy(chain: ForeignChain, bridge: str) -> str:
+def _remedy(chain: ForeignChain, bridge: str, hook: str) -> str:
+    if hook == "input" and chain.owner == "ufw":
+        return f": `ufw allow in on {bridge} to any port 53` lets containers ask for names"
+    if hook == "input" and chain.owner != "firewalld":
+        return f": have it accept UDP and TCP to port 53 that come from {bridge}, so that containers can ask for names"
     if chain.owner == "ufw":
         return f": `ufw route allow in on {bridge}` and `ufw route allow out on {bridge}` let it through"
     if chain.owner == "firewalld":
@@ -232,13 +243,13 @@ type _Key = tuple[str, str, str]
 """Family, table, and the name of a chain or map in there."""
 
 LEGACY = "iptables-legacy"
-_FIREWALLD: _Key = ("inet", "firewalld", "filter_FORWARD")
+_FIREWALLD = ("inet", "firewalld")
 _DROPPING = {"drop", "reject", "queue", "synproxy"}
 HARMLESS_TARGETS = {"CHECKSUM", "CLASSIFY", "CONNMARK", "CT", "DSCP", "LOG", "MARK", "NFLOG", "TCPMSS", "TOS", "TRACE"}
 
 
-def foreign_chains(ruleset: Iterable[Mapping[str, Json]], table: str, version: int) -> list[ForeignChain]:
-    """The chains of others that forwarded packets of an IP version come to, in the order that they do. Pure.
+def foreign_chains(ruleset: Iterable[Mapping[str, Json]], table: str, version: int, hook: str) -> list[ForeignChain]:
+    """The chains of others at a hook that packets of an IP version come to, in the order that they do. Pure.
 
     ruleset: what libnftables lists of all tables.
     """
@@ -259,7 +270,7 @@ def foreign_chains(ruleset: Iterable[Mapping[str, Json]], table: str, version: i
                 rules.setdefault((family, of, str(thing["chain"])), []).append(thing.get("expr"))
             elif kind == "map":
                 maps[family, of, str(thing["name"])] = thing.get("elem")
-    bases = [(key, chain) for key, chain in chains.items() if chain.get("hook") == "forward"]
+    bases = [(key, chain) for key, chain in chains.items() if chain.get("hook") == hook]
     bases.sort(key=lambda base: int(str(base[1].get("prio", 0))))
     return [
         ForeignChain(
@@ -267,7 +278,7 @@ def foreign_chains(ruleset: Iterable[Mapping[str, Json]], table: str, version: i
             str(chain.get("policy", "accept")),
             _Rules(rules, maps).may_drop(key, set()),
             frozenset(filter(None, map(_target, rules.get(key, ())))),
-            _trusted(rules) if key == _FIREWALLD else frozenset(),
+            _trusted(rules, key) if key[:2] == _FIREWALLD else frozenset(),
             admits=any(_accepts(one, forwarding.mark(table)) for one in rules.get(key, ())),
         )
         for key, chain in bases
@@ -296,10 +307,10 @@ def _accepts(rule: Json, mark: int) -> bool:
     return False
 
 
-def _trusted(rules: Mapping[_Key, Sequence[Json]]) -> frozenset[str]:
+def _trusted(rules: Mapping[_Key, Sequence[Json]], base: _Key) -> frozenset[str]:
     """Of rules that accept all that comes from a link, the links."""
     found = set()
-    for one in rules.get((*_FIREWALLD[:2], f"{_FIREWALLD[2]}_POLICIES"), ()):
+    for one in rules.get((*_FIREWALLD, f"{base[2]}_POLICIES"), ()):
         match one:
             case [{"match": {"left": {"meta": {"key": "iifname"}}, "right": str(link)}}, {"accept": _}]:
                 found.add(link)

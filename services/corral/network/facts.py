@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,9 +86,8 @@ def gather(
     held = own.address(destination.version) if own is not None else None
     forward = IP_FORWARD if destination.version == 4 else IP6_FORWARD
     own_mark = mark(firewall.table)
-    legacy, unseen_legacy = _legacy(destination.version, own_mark)
     outside = netlink.path_to(destination)
-    return Facts(
+    facts = Facts(
         down=down,
         inside=inside,
         outside=outside,
@@ -96,12 +96,13 @@ def gather(
         strict_rp_filter=own is not None and own.network.is_bridge and _is_strict(own.network.bridge),
         bridge_filtered=_flag(_BRIDGE_FILTERED[destination.version]),
         table_stands=firewall.stands(),
-        unseen_legacy=unseen_legacy,
-        chains=[*foreign_chains(rules or (), firewall.table, destination.version), *legacy],
         unread=rules is None,
         guarded=outside is not None and outside.link in _bridges(netlink) - uplinks(),
         mark=own_mark,
     )
+    legacy, unseen_legacy = _legacy(destination.version, facts.hook, own_mark)
+    chains = [*foreign_chains(rules or (), firewall.table, destination.version, facts.hook), *legacy]
+    return replace(facts, chains=chains, unseen_legacy=unseen_legacy)
 
 
 def _flag(path: Path) -> bool:
@@ -122,10 +123,10 @@ def _bridges(netlink: "Netlink") -> frozenset[str]:
     return frozenset(name for name, _ in netlink.links("bridge"))
 
 
-def _legacy(version: int, own_mark: int) -> tuple[Sequence[ForeignChain], bool]:
-    """FORWARD of the old iptables, and whether it is there but cannot be read."""
+def _legacy(version: int, hook: str, own_mark: int) -> tuple[Sequence[ForeignChain], bool]:
+    """What the old iptables has at a hook, and whether that is there but cannot be read."""
     try:
-        found = legacy_forward.foreign(version, own_mark)
+        found = legacy_forward.foreign(version, hook.upper(), own_mark)
     except OSError:
         return (), True
     return [found] if found is not None else (), False

@@ -14,17 +14,17 @@ VERSIONS = (4, 6)
 _PASSING = HARMLESS_TARGETS | {"", "ACCEPT", "RETURN"}
 
 
-def foreign(version: int, mark: int) -> ForeignChain | None:
-    """FORWARD as it is; None if there is none. mark: see corral.network.forwarding. Raises OSError."""
+def foreign(version: int, chain: str, mark: int) -> ForeignChain | None:
+    """FORWARD or INPUT as it is; None if there is none. mark: see corral.network.forwarding. Raises OSError."""
     if not iptables_legacy.is_loaded(version, TABLE):
         return None
     with Table(version, TABLE) as table:
         return ForeignChain(
-            f"{LEGACY} {TABLE} {CHAIN}",
-            table.policy(CHAIN).lower(),
-            _may_drop(table, CHAIN, set()),
-            frozenset(rule.target for rule in table.rules(CHAIN)),
-            admits=any(rule.target == "ACCEPT" and rule.mark == mark for rule in table.rules(CHAIN)),
+            f"{LEGACY} {TABLE} {chain}",
+            table.policy(chain).lower(),
+            _may_drop(table, chain, set()),
+            frozenset(rule.target for rule in table.rules(chain)),
+            admits=any(rule.target == "ACCEPT" and rule.mark == mark for rule in table.rules(chain)),
         )
 
 
