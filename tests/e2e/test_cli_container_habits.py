@@ -70,6 +70,8 @@ def test_events_are_found_by_dockers_words(own: Corrald, filters: tuple[str, ...
     lines = own.corral("events", "--no-follow", "--format", "json", *options, check=True).stdout.decode().splitlines()
     events = [json.loads(line) for line in lines]
     assert {(event["topic"], event["payload"].get("name", event["subject"])) for event in events} == expected
+    words = own.corral("events", "--no-follow", "--format", "{{.Type}}.{{.Action}} {{.Actor.ID}}", *options, check=True)
+    assert words.stdout.decode().splitlines() == [f"{event['topic']} {event['subject']}" for event in events]
     refused = own.corral("events", "--no-follow", "--filter", "event=dance")
     assert b"is no event: it is one of" in refused.stderr
 

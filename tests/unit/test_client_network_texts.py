@@ -3,7 +3,7 @@
 import pytest
 
 from corral.api.network.v1 import network_pb2
-from corral.client.network_options import attachment, network_config, rate_bps
+from corral.client.network_options import attachment, network_config, port, rate_bps
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,26 @@ def test_net_rate_alone_is_for_the_default_network() -> None:
     made = network_config({"net_rate": "0/1m"})
     assert made is not None
     assert [(each.network, each.receive_bps, each.send_bps) for each in made.attachments] == [("", 0, 1_000_000)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("80", [("", 0, 80, "tcp")]),
+        ("0:80", [("", 0, 80, "tcp")]),
+        ("127.0.0.1:0:80/udp", [("127.0.0.1", 0, 80, "udp")]),
+        ("127.0.0.1::80", [("127.0.0.1", 0, 80, "tcp")]),
+        ("[::1]:8080:80", [("::1", 8080, 80, "tcp")]),
+        ("8080-8081:80-81", [("", 8080, 80, "tcp"), ("", 8081, 81, "tcp")]),
+        ("0:80-81", [("", 0, 80, "tcp"), ("", 0, 81, "tcp")]),
+    ],
+)
+def test_a_published_port(text: str, expected: list[tuple[str, int, int, str]]) -> None:
+    found = [(one.host_ip, one.host_port, one.container_port, one.protocol) for one in port(text)]
+    assert found == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "80:0", "8080-8081:80", "65536:80", "a:80", "80/icmp"])
+def test_what_is_no_published_port_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="give \\[IP:\\]"):
+        port(text)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from corral.cli import template
 from corral.cli.app import App, pass_app
 from corral.cli.output import plain
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 @click.option("--until", help="Only up to this time, then end")
 @click.option("-f", "--filter", "filters", multiple=True, help="topic=, subject=, container=, image=, type=, event=")
 @click.option("--no-follow", is_flag=True, help="End at the last event there is")
-@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", help="Output form")
+@click.option(
+    "--format", "form", type=template.OutputForm("text"), default="text", help="text, json, or '{{.Type}} {{.Action}}'"
+)
 @pass_app
 def events_command(
     app: App,
@@ -47,7 +50,7 @@ def events_command(
         if answer.HasField("gap"):
             click.echo(f"corral: events before {answer.gap.resumes_at} are no longer kept", err=True)
         for event in answer.events:
-            click.echo(json.dumps(plain(event), ensure_ascii=False) if form == "json" else _line(event))
+            click.echo(_told(event, form))
         sys.stdout.flush()
 
 
@@ -70,6 +73,7 @@ _EVENTS = {
     "tag": "image.tagged",
     "unpause": "container.unpaused",
 }
+_NAMES = ("Type", "Action", "ID", "Actor.ID", "TimeNano")
 _KINDS = ("container", "image", "volume", "network", "snapshot", "task", "endpoint", "cgroup", "content")
 
 
@@ -119,6 +123,17 @@ def _id_of(app: App, name: str) -> str:
         return app.client.containers.get(name).id
     except CorralError:
         return name
+
+
+def _told(event: "types_pb2.Event", form: str) -> str:
+    if form == "text":
+        return _line(event)
+    document = plain(event)
+    if form == "json":
+        return json.dumps(document, ensure_ascii=False)
+    kind, _, action = event.topic.partition(".")
+    row = template.row_of(_NAMES, (kind, action, event.subject, event.subject, str(event.time.ToNanoseconds())))
+    return template.render(form, document, row)
 
 
 def _line(event: "types_pb2.Event") -> str:

@@ -25,14 +25,17 @@ NO_VALUE = "<no value>"
 
 
 class OutputForm(click.ParamType[str, str]):
-    """table, json, or a template."""
+    """table, or what is the plain form of a command, json, or a template."""
 
     name = "form"
 
+    def __init__(self, plain: str = "table") -> None:
+        self._plain = plain
+
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Fails for what would be printed as it stands."""
-        if value not in ("table", "json") and "{{" not in value:
-            self.fail(f"{value!r} is none of table, json, and a template such as '{{{{.ID}}}}'", param, ctx)
+        if value not in (self._plain, "json") and "{{" not in value:
+            self.fail(f"{value!r} is none of {self._plain}, json, and a template such as '{{{{.ID}}}}'", param, ctx)
         return value
 
 

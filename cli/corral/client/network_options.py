@@ -115,20 +115,24 @@ def rate_bps(text: str) -> int:
 
 
 def port(text: str) -> list[network_pb2.PortMapping]:
-    """Published ports: [IP:][HOST:]CONTAINER[/PROTOCOL], where HOST and CONTAINER may be ranges of one length."""
+    """Published ports: [IP:][HOST:]CONTAINER[/PROTOCOL], where HOST and CONTAINER may be ranges of one length.
+
+    HOST may be 0, as docker has it: one that is free.
+    """
     body, _, protocol = text.partition("/")
     head, _, container = body.rpartition(":")
     ip, _, host = head.rpartition(":") if head.count(":") else ("", "", head)
     try:
         inner = _port_range(container)
-        outer = _port_range(host) if host else range(len(inner))
+        chosen = host.strip("0") == ""
+        outer = range(len(inner)) if chosen else _port_range(host)
     except ValueError:
-        outer, inner = range(0), range(1)
+        chosen, outer, inner = False, range(0), range(1)
     if len(outer) != len(inner) or protocol not in ("", "tcp", "udp", "sctp"):
         raise ValueError(f"port {text!r} is not understood: give [IP:][HOST:]CONTAINER[/tcp|udp|sctp]")
     return [
         network_pb2.PortMapping(
-            host_ip=ip.strip("[]"), host_port=h if host else 0, container_port=c, protocol=protocol or "tcp"
+            host_ip=ip.strip("[]"), host_port=0 if chosen else h, container_port=c, protocol=protocol or "tcp"
         )
         for h, c in zip(outer, inner, strict=True)
     ]
