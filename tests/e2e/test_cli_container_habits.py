@@ -81,10 +81,26 @@ def test_templates_that_were_written_for_docker_find_its_names(own: Corrald) -> 
         "{{.State.Status}} {{.State.Running}} {{.State.ExitCode}} {{.HostConfig.RestartPolicy.Name}} {{.Config.Image}}"
     )
     assert own.corral("inspect", "-f", form, "three", check=True).stdout == b"exited false 3 no busybox\n"
+    own.corral("update", "--cpus", "0.5", "--pids-limit", "50", "runs", check=True)
+    limits = "{{.HostConfig.NanoCpus}} {{.HostConfig.CpuQuota}} {{.HostConfig.PidsLimit}}"
+    assert own.corral("inspect", "-f", limits, "runs").stdout == b"500000000 50000 50\n"
     pid = int(own.corral("inspect", "-f", "{{.State.Pid}}", "runs", check=True).stdout)
     assert Path(f"/proc/{pid}/comm").read_text() == "sleep\n"
     assert own.corral("inspect", "-f", "{{.Path}} {{json .Args}}", "runs").stdout == b'sleep ["1000"]\n'
     assert own.corral("inspect", "-f", "{{.State.FinishedAt}}", "runs").stdout == b"0001-01-01T00:00:00Z\n"
+
+
+def test_networks_and_ports_have_dockers_names(loaded: Corrald) -> None:
+    loaded.corral("create", "--name", "net", "-p", "127.0.0.1:0:80", "busybox", "true", check=True)
+    try:
+        shown = loaded.corral("inspect", "-f", "{{json .NetworkSettings}}", "net", check=True).stdout
+    finally:
+        loaded.corral("rm", "-f", "net", check=True)
+    found = json.loads(shown)
+    assert found["Networks"]["bridge"]["IPAddress"] == found["IPAddress"] != ""
+    [port] = found["Ports"]["80/tcp"]
+    assert port["HostIp"] == "127.0.0.1"
+    assert int(port["HostPort"])
 
 
 def test_logs_take_all_for_a_number(own: Corrald) -> None:
