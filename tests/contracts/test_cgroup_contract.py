@@ -34,6 +34,7 @@ from corral.kernel.cgroup import (
     MemoryLimits,
     PidsLimits,
     Resources,
+    hugepages,
     join,
 )
 
@@ -410,6 +411,66 @@ def test_raw_keys_are_set_on_v2_and_refused_elsewhere(group: Cgroup, cgroup_driv
     else:
         with pytest.raises(OSError, match="not in cgroup v2"):
             group.apply(wanted)
+
+
+def test_a_cgroup_is_not_made_threaded_by_a_raw_key_and_the_reason_is_told(group: Cgroup) -> None:
+    with pytest.raises(OSError, match="threaded cgroup can have no limits of memory and I/O") as caught:
+        group.apply(Resources(unified={"cgroup.type": "threaded"}))
+    assert caught.value.errno == errno.EOPNOTSUPP
+
+
+def test_a_raw_key_may_have_the_capitals_of_a_size_of_huge_pages(cgroup_driver: Driver) -> None:
+    unified, key = cgroup_driver.layout.unified, f"hugetlb.{(*hugepages.sizes(), '2MB')[0]}.max"
+    wanted = Resources(unified={key: str(1 << 30)})
+    if unified is None or "hugetlb" not in unified.controllers:
+        with pytest.raises(OSError, match=f"{key}: controller 'hugetlb' is not in cgroup v2"):
+            cgroup_driver.create(fresh_path(), wanted)
+        return
+    group = cgroup_driver.create(fresh_path(), wanted)
+    assert Path(f"{unified.mount_point}{group.path}/{key}").read_text() == f"{1 << 30}\n"
+
+
+RAW = (("memory.zswap.max", "1048576"), ("memory.zswap.writeback", "0"), ("misc.max", ""), ("cpu.uclamp.max", "50.00"))
+
+
+@needs("cgroup2")
+@pytest.mark.parametrize(("name", "value"), RAW)
+def test_what_has_no_limit_of_its_own_here_is_set_by_a_raw_key(cgroup_driver: Driver, name: str, value: str) -> None:
+    group = cgroup_driver.create(fresh_path())
+    wanted = Resources(unified={name: value})
+    cgroup_driver.enable(group.path, wanted)
+    file = group.paths()[0] / name
+    if not file.exists():
+        with pytest.raises(OSError, match=f"cannot set {name}: this kernel does not have it"):
+            group.apply(wanted)
+    elif value:
+        group.apply(wanted)
+        assert file.read_text() == f"{value}\n"
+
+
+@needs("cgroup2")
+def test_a_partition_of_cpus_that_comes_to_nothing_is_refused_with_the_kernels_reason(cgroup_driver: Driver) -> None:
+    group = cgroup_driver.create(fresh_path(), Resources(cpu=CpuLimits(shares=300)))
+    partition = group.paths()[0] / "cpuset.cpus.partition"
+    for fresh in (False, True):
+        with pytest.raises(OSError, match=r"cannot be the partition 'root': .") as caught:
+            group.apply(Resources(cpu=CpuLimits(shares=500), unified={partition.name: "root"}), fresh=fresh)
+        assert caught.value.errno == errno.EINVAL
+        assert partition.read_text() == "member\n"
+    group.apply(Resources(unified={partition.name: "member"}))
+
+
+@needs("cgroup2")
+def test_a_partition_of_cpus_is_had_below_one(cgroup_driver: Driver) -> None:
+    top = cgroup_driver.create(f"/{fresh_path().rpartition('/')[2]}")
+    try:
+        both = {"cpuset.cpus": "1", "cpuset.cpus.partition": "root"}
+        top.apply(Resources(unified=both))
+        group = cgroup_driver.create(f"{top.path}/below", Resources(cpu=CpuLimits(cpus="1")))
+        group.apply(Resources(unified={"cpuset.cpus.partition": "isolated"}))
+        assert (group.paths()[0] / "cpuset.cpus.partition").read_text() == "isolated\n"
+    finally:
+        top.remove()
 
 
 def test_a_reading_of_a_cgroup_that_is_gone_says_so(group: Cgroup) -> None:

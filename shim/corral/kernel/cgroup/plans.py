@@ -17,7 +17,9 @@ UNIFIED = "unified"
 
 _NO_CPU, _NO_MEMORY, _NO_PIDS, _NO_IO = CpuLimits(), MemoryLimits(), PidsLimits(), IoLimits()
 _LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz")
-_IN_NAMES = _LETTERS | frozenset("0123456789_.")
+_IN_NAMES = _LETTERS | frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.")
+"""With the capitals of hugetlb.2MB.max."""
+_TYPE, _PARTITION = "cgroup.type", "cpuset.cpus.partition"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,9 @@ def limited_by(wanted: Resources) -> list[str]:
 
 def _raw(path: str, where: Directories, name: str, value: str) -> Step:
     owner, _, rest = name.partition(".")
+    if name == _TYPE:
+        why = "a threaded cgroup can have no limits of memory and I/O, and no process can begin in it"
+        raise steps.unsupported(path, f"{name}: {why}")
     if not owner or not rest or not _LETTERS.issuperset(owner) or not _IN_NAMES.issuperset(rest) or owner == "cgroup":
         raise steps.invalid(path, f"{name!r} is not the name of a controller's file")
     controller = {"io": "blkio"}.get(owner, owner)
@@ -114,4 +119,8 @@ def _raw(path: str, where: Directories, name: str, value: str) -> Step:
     if version != 2:
         why = f"controller {owner!r} is not in cgroup v2 on this host"
         raise steps.unsupported(path, f"invalid configuration: {name}: {why}")
+    if name == _PARTITION:
+        from corral.kernel.cgroup.v2.cpuset import Partition
+
+        return Partition(f"{directory}/{name}", value)
     return Write(f"{directory}/{name}", value)
