@@ -1,6 +1,7 @@
 """Limits by their flags: on run, on update while the container runs, in inspect, and in the kernel's files."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -66,6 +67,56 @@ def test_limits_of_cpu_time_are_set_and_changed_while_it_runs(box: Corrald, name
     assert (resources(box, name)["cpu"]["idle"], resources(box, name)["cpu"]["shares"]) == (1, 300)
     ok(box, "update", "--no-cpu-idle", "--cpus", "0.25", name)
     assert kernel(box, name, "cpu", "cpu.idle", "cpu.cfs_quota_us", "cpu.shares") == ("0", "25000", "300")
+
+
+RT = ("cpu.rt_runtime_us", "cpu.rt_period_us")
+SLEEPING = ("busybox", "sleep", "1000")
+
+
+def test_real_time_scheduling_is_for_who_was_given_time_for_it(box: Corrald, name: str) -> None:
+    fifo = os.SCHED_FIFO, os.sched_param(1)
+    ok(box, *RUN, "--name", name, *SLEEPING)
+    if not Path(f"{_cpu_hierarchy()}/{RT[0]}").exists():  # CONFIG_RT_GROUP_SCHED
+        refused = box.corral("update", "--cpu-rt-runtime", "20000", name)
+        assert b"cannot set cpu.rt_runtime_us: this kernel does not have it" in refused.stderr
+        return
+    with pytest.raises(PermissionError):
+        os.sched_setscheduler(_pid(box, name), *fifo)
+    ok(box, "update", "--cpu-rt-runtime", "20000", name)
+    os.sched_setscheduler(_pid(box, name), *fifo)
+    beside = f"{name}-2"
+    try:
+        ok(box, *RUN, "--name", beside, "--cpu-rt-runtime", "50000", "--cpu-rt-period", "500000", *SLEEPING)
+        assert kernel(box, beside, "cpu", *RT) == ("50000", "500000")
+        os.sched_setscheduler(_pid(box, beside), *fifo)
+        refused = box.corral("update", "--cpu-rt-runtime", "499000", "--cpu-shares", "300", beside)
+        assert b"there is not so much real-time CPU time left" in refused.stderr
+        assert kernel(box, beside, "cpu", *RT, "cpu.shares") == ("50000", "500000", "1024")
+        assert resources(box, beside)["cpu"]["realtime_runtime_us"] == 50000
+    finally:
+        box.corral("rm", "-f", beside)
+    ok(box, "update", "--cpu-rt-runtime", "30000", name)
+    assert kernel(box, name, "cpu", *RT) == ("30000", "1000000")
+
+
+@pytest.mark.parametrize("words", [(*RUN, *SLEEPING), ("update", "nobody")])
+def test_a_limit_of_kernel_memory_is_refused_with_its_reason(box: Corrald, words: tuple[str, ...]) -> None:
+    verb, *rest = words
+    refused = box.corral(verb, "--kernel-memory", "64m", *rest)
+    assert refused.returncode == (125 if verb == "run" else 1)
+    assert b"no limit of its own since Linux 5.16: it counts towards --memory" in refused.stderr
+
+
+def _pid(box: Corrald, name: str) -> int:
+    [container] = json.loads(ok(box, "inspect", name))
+    pid: int = container["pid"]
+    return pid
+
+
+def _cpu_hierarchy() -> str:
+    hierarchy = detect().of("cpu")
+    assert hierarchy is not None
+    return hierarchy.mount_point
 
 
 def test_an_idle_container_starts_again_and_has_its_shares_back_once_it_is_not(box: Corrald, name: str) -> None:

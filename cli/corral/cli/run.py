@@ -20,9 +20,20 @@ if TYPE_CHECKING:
 _MANY: dict[str, Any] = {"multiple": True}
 _NETWORKS = "a network's name; may be repeated, and be name=web,alias=db,ip=…"
 
+
+def _no_kernel_memory(_context: click.Context, _option: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        raise ValueError("kernel memory has no limit of its own since Linux 5.16: it counts towards --memory")
+
+
 # Flags, name of the option in corral.client.options, help; the rest goes to click.
 CHANGEABLE: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("-m", "--memory"), "Memory limit, such as 64m", {"default": ""}),
+    (
+        ("--kernel-memory",),
+        "Refused: it counts towards --memory",
+        {"hidden": True, "expose_value": False, "callback": _no_kernel_memory},
+    ),
     (("--memory-swap",), "Memory plus swap; -1 for no limit", {"default": ""}),
     (("--memory-reservation",), "Soft memory limit", {"default": ""}),
     (("--memory-high",), "Above it the kernel slows it down; cgroup v2 only", {"default": ""}),
@@ -35,8 +46,12 @@ CHANGEABLE: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--cpu-quota",), "CPU time in each period, in microseconds; -1 for no limit", {"type": int, "default": 0}),
     (("--cpu-burst",), "Time saved up for use above the quota, in microseconds", {"type": int, "default": None}),
     (("--cpu-idle/--no-cpu-idle",), "Run when nobody else wants to", {"default": None}),
-    (("--cpu-rt-period",), "The same of real-time scheduling", {"type": int, "default": 0}),
-    (("--cpu-rt-runtime",), "The same of real-time scheduling", {"type": int, "default": 0}),
+    (("--cpu-rt-period",), "Period of real-time CPU time, in microseconds", {"type": int, "default": 0}),
+    (
+        ("--cpu-rt-runtime",),
+        "Real-time CPU time in each period, in microseconds; cgroup v1 only",
+        {"type": int, "default": None},
+    ),
     (("-c", "--cpu-shares"), "Relative weight, default 1024", {"type": int, "default": 0}),
     (("--cpuset-cpus",), "CPUs to run on, such as 0-2,4", {"default": ""}),
     (("--cpuset-mems",), "Memory nodes to use", {"default": ""}),
@@ -125,7 +140,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
 _PAIRS = ("labels", "sysctls", "log_options", "cgroup_conf")
 MAY_BE_ZERO = (
     *("stop_timeout_s", "memory_swappiness", "oom_score_adj", "cpu_burst"),
-    *("cpu_idle", "oom_group", "oom_kill_disable"),
+    *("cpu_idle", "cpu_rt_runtime", "oom_group", "oom_kill_disable"),
 )
 """Not given is None."""
 

@@ -28,8 +28,8 @@ class ResourceOptions(TypedDict, total=False):
     cpu_quota: int
     cpu_burst: int
     cpu_idle: bool  # it runs when nobody else wants to
-    cpu_rt_period: int
-    cpu_rt_runtime: int
+    cpu_rt_period: int  # microseconds
+    cpu_rt_runtime: int  # of real-time CPU time in each period, cgroup v1 only
     cpu_shares: int
     cpuset_cpus: str
     cpuset_mems: str
@@ -144,7 +144,7 @@ def _cpu(cpu: types_pb2.CpuResources, o: ResourceOptions) -> None:
         cpu.idle = int(idle)
     if period := o.get("cpu_rt_period"):
         cpu.realtime_period_us = period
-    if runtime := o.get("cpu_rt_runtime"):
+    if (runtime := o.get("cpu_rt_runtime")) is not None:
         cpu.realtime_runtime_us = runtime
     if shares := o.get("cpu_shares"):
         cpu.shares = shares

@@ -8,8 +8,9 @@ a row that says so comes first.
 """
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -29,6 +30,7 @@ from corral.cgroups.watch import OomWatcher
 from corral.kernel.cgroup import (
     DEFAULT_RULES,
     Cgroup,
+    CpuLimits,
     Driver,
     OomWatch,
     PressureTrigger,
@@ -66,6 +68,7 @@ class Groups:
         self._timeouts = timeouts
         self._locks: WeakValueDictionary[Key, asyncio.Lock] = WeakValueDictionary()
         self._changes: set[asyncio.Task[Any]] = set()
+        self._making_room = threading.Lock()
         self._readings = Readings(driver)
         self._watcher = OomWatcher(self._note_oom)
         self._pressure = PressureWatcher(self._note_pressure)
@@ -158,17 +161,8 @@ class Groups:
             if self._parent.holds(record.path):
                 self._parent.keep()
                 self._check(record.path, limits)
-            try:
-                group = self._driver.create(record.path, limits)
-            except FileExistsError as e:
-                leftover = self._driver.open(record.path)
-                if pids := leftover.pids():
-                    raise FailedPrecondition(
-                        f"a cgroup {record.path} that corral did not make holds processes: {pids[:10]}",
-                        reason="CGROUP_NOT_EMPTY",
-                    ) from e
-                leftover.remove(self._timeouts.remove_s)
-                group = self._driver.create(record.path, limits)
+            with self._room(record.path, limits.cpu):
+                group = self._create_or_replace(record.path, limits)
             try:
                 if self._parent.holds(record.path):
                     self._parent.keep()  # it may have been made again on the way to this one
@@ -176,6 +170,30 @@ class Groups:
             except BaseException:
                 group.remove(self._timeouts.remove_s)
                 raise
+
+    def _create_or_replace(self, path: str, limits: Resources) -> Cgroup:
+        try:
+            return self._driver.create(path, limits)
+        except FileExistsError as e:
+            leftover = self._driver.open(path)
+            if pids := leftover.pids():
+                raise FailedPrecondition(
+                    f"a cgroup {path} that corral did not make holds processes: {pids[:10]}",
+                    reason="CGROUP_NOT_EMPTY",
+                ) from e
+        leftover.remove(self._timeouts.remove_s)
+        return self._driver.create(path, limits)
+
+    @contextmanager
+    def _room(self, path: str, cpu: CpuLimits) -> Iterator[None]:
+        """Within the block, the parents that are ours have the real-time CPU time that a cgroup gets in it."""
+        asks = cpu.realtime_runtime_us or cpu.realtime_period_us
+        if not asks or not self._parent.holds(path):  # what another's parents have, others have decided
+            yield
+        else:
+            with self._making_room:  # what the one before was promised, it has by now
+                self._driver.make_room(self._parent.path, path, cpu)
+                yield
 
     def _check(self, path: str, wanted: Resources) -> None:
         if self._parent.holds(path):
@@ -200,7 +218,8 @@ class Groups:
                 watches = open_all(group, triggers(change))
                 try:
                     self._driver.enable(record.path, limits)
-                    group.apply(limits)
+                    with self._room(record.path, limits.cpu):
+                        group.apply(limits)
                 except BaseException:
                     close_all(watches)
                     raise

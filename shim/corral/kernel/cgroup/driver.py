@@ -20,7 +20,7 @@ from collections.abc import Callable
 from corral.kernel.cgroup import files, steps
 from corral.kernel.cgroup.group import Cgroup
 from corral.kernel.cgroup.layout import Hierarchy, Layout
-from corral.kernel.cgroup.resources import Resources
+from corral.kernel.cgroup.resources import CpuLimits, Resources
 from corral.kernel.cgroup.v1 import cpuset
 
 SUBTREE_CONTROL = "cgroup.subtree_control"
@@ -153,6 +153,24 @@ class Driver:
         if wanted := asked & unified.controllers - V2_CONTROLLERS:
             for ancestor in ancestors(path):
                 self._enable(f"{unified.mount_point}{ancestor}", wanted)
+
+    def make_room(self, top: str, path: str, wanted: CpuLimits) -> None:
+        """Let the parents of a cgroup, from `top` down, have the real-time CPU time that it is to have, if this is v1.
+
+        Raises OSError(EINVAL) if there is not so much left.
+        """
+        hierarchy = self.layout.of("cpu")
+        asked = wanted.realtime_runtime_us, wanted.realtime_period_us
+        if hierarchy is None or hierarchy.version == 2 or asked == (None, None):
+            return
+        from corral.kernel.cgroup.v1 import realtime
+
+        parents = [parent for parent in ancestors(path) if f"{parent}/".startswith(f"{top}/")]
+        for parent in parents:
+            self._make_parent(hierarchy, parent)
+        where = hierarchy.mount_point
+        if os.path.exists(f"{where}{top}/{realtime.RUNTIME}"):  # noqa: PTH110 - a string
+            realtime.make_room([f"{where}{parent}" for parent in parents], f"{where}{path}", wanted)
 
     def _make(self, hierarchy: Hierarchy, path: str, directory: str) -> None:
         """One directory, and on the way the missing ones above it."""

@@ -7,13 +7,12 @@ from corral.kernel.cgroup import convert, files, idle
 from corral.kernel.cgroup.resources import CpuLimits
 from corral.kernel.cgroup.stats import CpuStats
 from corral.kernel.cgroup.steps import Step, Write, check_range
+from corral.kernel.cgroup.v1 import realtime
 
 SHARES = "cpu.shares"
 QUOTA = "cpu.cfs_quota_us"
 PERIOD = "cpu.cfs_period_us"
 BURST = "cpu.cfs_burst_us"
-RT_PERIOD = "cpu.rt_period_us"
-RT_RUNTIME = "cpu.rt_runtime_us"
 STAT = "cpu.stat"
 
 
@@ -30,13 +29,13 @@ def plan(directory: str, wanted: CpuLimits) -> list[Step]:
 
 def _realtime(directory: str, wanted: CpuLimits) -> list[Step]:
     """The runtime has to lie within the period all the time: a period that the present one exceeds comes second."""
-    path = f"{directory}/{RT_RUNTIME}"
+    path = f"{directory}/{realtime.RUNTIME}"
     runtime: list[Step] = []
     if wanted.realtime_runtime_us is not None:
         runtime = [Write(path, str(wanted.realtime_runtime_us))]
     if wanted.realtime_period_us is None:
         return runtime
-    period: list[Step] = [Write(f"{directory}/{RT_PERIOD}", str(wanted.realtime_period_us))]
+    period: list[Step] = [Write(f"{directory}/{realtime.PERIOD}", str(wanted.realtime_period_us))]
     shrinks = bool(runtime) and files.read_number(path, 0) > wanted.realtime_period_us
     return runtime + period if shrinks else period + runtime
 
