@@ -55,7 +55,6 @@ class Storm:
     tally: Tally = field(default_factory=Tally)
     excuses: Excuses = field(default_factory=Excuses)
     _zygotes: dict[str, victims.Victim] = field(default_factory=dict)
-    _is_armed: bool = False
     _start_took_s: float = 0.0
     """On a busy machine kills come more slowly, so that something is done between them."""
 
@@ -162,9 +161,6 @@ class Storm:
             with suppress(OSError):
                 processes.append(victims.Victim.of(self.daemon.processes[name].pid))
         self._note_unattended(zygotes=False)
-        if self._is_armed:  # shims that kill themselves right afterwards
-            for shim in victims.shims(self.daemon):
-                self.excuses.unattended(shim.container)
         self.tally.note(f"killing everything and the shims of {', '.join(shim.container for shim in chosen)}")
         killed = victims.kill(processes)
         self.daemon.kill9()
@@ -179,18 +175,17 @@ class Storm:
                     self._zygotes[shim.container] = victims.Victim.of(pid)
 
     def _note_unattended(self, *, zygotes: bool = True) -> None:
-        """The tasks service is to be killed, zygotes are not: whose shim has died just before, and its zygote has."""
+        """The tasks service is to be killed, zygotes are not: whose shim has died just before or is to kill itself, and
+        its zygote has died."""
         for shim in victims.shims(self.daemon):
             zygote = self._zygotes.get(shim.container)
-            if (self._is_armed or not shim.process.runs) and not (zygotes and zygote is not None and zygote.runs):
+            if (shim.is_armed or not shim.process.runs) and not (zygotes and zygote is not None and zygote.runs):
                 self.excuses.unattended(shim.container)
 
     def _start(self) -> None:
         environment = {}
-        self._is_armed = False
         if self._chance.random() < self.arm:
             self.excuses.armed()
-            self._is_armed = True
             point = self._chance.choice(self.points)
             environment["CORRAL_FAILPOINTS"] = f"{point}=kill@{self._chance.randrange(1, 4)}"
             self.tally.note(f"starting with {environment['CORRAL_FAILPOINTS']}")

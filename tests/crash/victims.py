@@ -46,6 +46,13 @@ class ShimVictim:
     container: str
     process: Victim
 
+    @property
+    def is_armed(self) -> bool:
+        """Whether it is to kill itself somewhere, as the zygote that made it was told."""
+        with contextlib.suppress(OSError):
+            return b"CORRAL_FAILPOINTS=" in Path(f"/proc/{self.process.pid}/environ").read_bytes()
+        return False
+
 
 def kill(victims: Sequence[Victim]) -> int:
     """SIGKILL to all at once, those that still run, and wait until they are gone; returns how many there were."""

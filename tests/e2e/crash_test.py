@@ -28,6 +28,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Under such a load a start takes its time.
+os.environ.setdefault("CORRAL_TEST_PATIENCE", "4")
 
 from crash.lines import kill_under_lines
 from crash.storm import DAEMON_ONLY, FIVE_PROCESSES, ONE_PROCESS, SERVICES_ONLY, SIMPLE_LOAD, Storm, StuckError

@@ -62,6 +62,37 @@ def test_a_created_container_whose_shim_was_killed_starts_all_the_same(client: C
     assert topics_of(client, "made") == ["container.created", "container.started", "container.died"]
 
 
+@pytest.mark.parametrize("init", [False, True])
+@pytest.mark.parametrize("failpoint", ["shim.start.before_exec", "shim.start.after_exec"])
+def test_one_whose_shim_is_killed_while_it_starts_it_runs_once(
+    client: Client, daemon: Corrald, failpoint: str, init: bool
+) -> None:
+    """Exit code 1 is that of an init, too, that nobody has told to start."""
+    daemon.restart_with({"CORRAL_FAILPOINTS": f"{failpoint}=kill"})
+    script, name = "echo here; sleep 0.5; exit 1", f"{failpoint}.{init}"
+    eventually(lambda: client.containers.create("busybox", ["sh", "-c", script], name=name, id=name, init=init))
+    daemon.restart()
+    eventually(lambda: client.containers.start(name))
+    status = client.containers.wait(name)
+    assert (status.code, status.known) == (1, True)
+    assert [entry.line for entry in client.containers.logs(name)] == [b"here\n"]
+    assert topics_of(client, name) == ["container.created", "container.started", "container.died"]
+
+
+def test_who_ends_while_a_daemon_starts_without_its_shim_has_its_exit_code(client: Client, daemon: Corrald) -> None:
+    """The zygote has seen the end, and writes it down only after the daemon has looked for it."""
+    daemon.restart_with({"CORRAL_FAILPOINTS": "zygote.orphan.before_rename=sleep:4"})
+    made = eventually(lambda: client.containers.run("busybox", ["sh", "-c", "sleep 1; exit 9"], name="made"))
+    shim = client.containers.get("made").shim_pid
+    daemon.kill9()
+    os.kill(shim, signal.SIGKILL)
+    while Path(f"/proc/{made.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    daemon.start()
+    status = eventually(lambda: client.containers.wait("made"))
+    assert (status.code, status.known) == (9, True)
+
+
 def test_it_can_be_attached_to_before_it_is_started(client: Client) -> None:
     client.containers.create("busybox", ["sh", "-c", "echo hello; exit 9"], name="made", network="none")
     kill_shim(client, "made")

@@ -359,11 +359,11 @@ class Shim:
 class Workshop:
     """A zygote, a root file system, and the shims made with them; all gone at the end."""
 
-    def __init__(self, env: dict[str, str] | None = None) -> None:
+    def __init__(self, env: dict[str, str] | None = None, *, source: str | None = None) -> None:
         self._stack = contextlib.ExitStack()
         self.directory = self._stack.enter_context(run_directory())
         self.root = make_root(self.directory)
-        self.zygote = Zygote(env)
+        self.zygote = Zygote(env, source=source)
         self._stack.callback(self.zygote.close)
         self._count = 0
 
@@ -387,9 +387,9 @@ class Workshop:
 
 
 @contextlib.contextmanager
-def workshop(env: dict[str, str] | None = None) -> Iterator[Workshop]:
-    """A workshop that is closed at the end."""
-    made = Workshop(env)
+def workshop(env: dict[str, str] | None = None, *, source: str | None = None) -> Iterator[Workshop]:
+    """A workshop that is closed at the end. source: where corral.shim is taken from, if not from here."""
+    made = Workshop(env, source=source)
     try:
         yield made
     finally:

@@ -1,6 +1,8 @@
 """kill -9 at every step of a shim that changes the world: what the next daemon finds."""
 
+import json
 import os
+import shutil
 import signal
 import time
 from contextlib import suppress
@@ -9,6 +11,10 @@ from pathlib import Path
 import pytest
 from shimclient import RequestError, Shim, Workshop, connect, read_until, wait_gone, workshop
 from support.requirements import needs
+
+import corral.shim
+from corral.oci.reaper import ANNOTATION
+from corral.shim.records import BY_ZYGOTE, UNSTARTED
 
 pytestmark = needs("root", "busybox")
 
@@ -71,7 +77,22 @@ def test_killed_before_the_program_runs_ends_the_container() -> None:
             shim.start()
         wait_gone(pid)
         wait_for(shim.bundle / "exit.json")
-        assert "shim was killed" in str(shim.exit_file()["reason"])
+        assert shim.exit_file()["reason"] == UNSTARTED
+
+
+@pytest.mark.parametrize("annotations", [{}, {ANNOTATION: "true"}], ids=["executed", "beside_its_program"])
+def test_killed_when_the_program_runs_it_is_not_told_to_be_unstarted(annotations: dict[str, str]) -> None:
+    """It ends with the exit code of an init that nobody has told to start."""
+    with workshop(killed_at("shim.start.after_exec")) as shop:
+        shim = shop.spawn("sh", "-c", "sleep 0.3; exit 1")
+        config = shim.bundle / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"annotations": annotations}))
+        shim.create()
+        with pytest.raises(EOFError):
+            shim.start()
+        wait_for(shim.bundle / "exit.json")
+        exited = shim.exit_file()
+        assert (exited["code"], exited["reason"]) == (1, BY_ZYGOTE)
 
 
 def test_killed_when_the_program_runs_leaves_it_running_and_its_exit_is_kept() -> None:
@@ -97,11 +118,31 @@ def test_killed_before_the_exit_is_written_does_not_lose_it(failpoint: str) -> N
 
 @pytest.mark.parametrize("failpoint", ["shim.exit.after_rename", "shim.exit.before_event", "shim.exit.after_event"])
 def test_killed_after_the_exit_was_written_keeps_it_as_it_is(failpoint: str) -> None:
-    with workshop(killed_at(failpoint)) as shop:
+    assert exit_left_at(failpoint) == (34, "")
+
+
+def exit_left_at(failpoint: str, source: str | None = None) -> tuple[object, object] | None:
+    """Code and reason in exit.json, if there is one after all."""
+    with workshop(killed_at(failpoint), source=source) as shop:
         shim = shop.run("sh", "-c", "exit 34")
         wait_gone(shim.pid)
-        exited = shim.exit_file()
-        assert (exited["code"], exited["reason"]) == (34, "")
+        try:
+            exited = shim.exit_file()
+        except FileNotFoundError:
+            return None
+        return exited["code"], exited["reason"]
+
+
+def test_a_shim_that_writes_its_exit_after_telling_of_it_is_found_out(tmp_path: Path) -> None:
+    """The fault that these tests are for, put into a copy of the sources: what is killed between the two loses it."""
+    source = Path(next(iter(corral.shim.__path__))).parents[1]
+    shutil.copytree(source, tmp_path / "shim", ignore=shutil.ignore_patterns("__pycache__"))
+    module = tmp_path / "shim/corral/shim/shim.py"
+    now, later = "self._ledger.write_exit(exit_record)", "lambda: self._ledger.write_exit(exit_record)"
+    sound = module.read_text()
+    assert sound.count(now) == 1
+    module.write_text(sound.replace(now, f"self.loop.call_later(0, {later})"))
+    assert exit_left_at("shim.exit.after_event", str(tmp_path / "shim")) is None
 
 
 def test_a_shim_that_is_killed_leaves_its_container_running_and_its_output_unbroken() -> None:

@@ -14,6 +14,7 @@ from support.requirements import needs
 
 from corral.kernel.process import pidfd_info, pidfd_open
 from corral.shim.server import ABANDONED_S
+from corral.shim.zygote import LOOK_S
 from corral.tasks.keeper import fetch
 
 pytestmark = needs("root", "busybox")
@@ -221,6 +222,28 @@ def test_input_on_its_way_is_not_lost_with_a_shim(shop: Workshop) -> None:
     os.close(writer)
     assert heir.wait()["code"] == 6
     assert "".join(line for _, line in heir.log_entries()).encode() == text
+
+
+def test_the_end_that_an_heir_has_seen_is_kept_by_its_own_zygote_though_another_one_has_reaped_it(
+    shop: Workshop,
+) -> None:
+    shim = shop.run("sh", "-c", "read x; exit 24", stdin=True)
+    other = Zygote({"CORRAL_FAILPOINTS": "shim.exit.before_rename=kill"})
+    state = kill(shim)
+    kept = kept_by_zygote(shim)
+    stdin = os.dup(kept["stdin"])
+    heir = heir_of(other, shim)
+    adopt(heir, state, kept)
+    time.sleep(3 * LOOK_S)  # until the first zygote has let go of it
+    os.write(stdin, b"\n")
+    wait_gone(heir.pid)
+    os.close(stdin)
+    deadline = time.monotonic() + 5
+    while not (shim.bundle / "exit.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert shim.exit_file()["code"] == 24
+    os.kill(other.pid, signal.SIGKILL)  # it would stay for who wants what it keeps
+    other.close()
 
 
 def test_only_who_was_told_to_start_may_have_run(shop: Workshop) -> None:

@@ -17,9 +17,12 @@ from typing import NamedTuple
 
 import structlog
 
-from corral.kernel.process import has_executed
+from corral.kernel.process import pidfd_info
+from corral.oci.reaper import has_begun
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import CorralError
+from corral.shim.records import BY_ZYGOTE
+from corral.shim.requests import PIDFD
 from corral.shim.wire import Message
 from corral.store import Database
 from corral.tasks import store
@@ -38,7 +41,7 @@ KEPT_S = 2.0
 UNSTARTED_CODE = 1
 """Of an init whose shim has gone away before it told it to become its program."""
 # An init that was about to execute its program when its shim was killed either does so within this or ends.
-EXECUTE_S = 1.0
+EXECUTE_S = 5.0
 LOOK_S = 0.005
 # Of the heirs of one container within LATELY_S, each beyond ATTEMPTS waits longer by PAUSE_S.
 LATELY_S = 30.0
@@ -109,11 +112,15 @@ class Heirs:
             return False  # by its shim, which had all output by then
         if not init.identity.runs and not init.streams and written is None:
             return False
-        if init.row.status is Status.RUNNING or await _executes(init.identity):
+        if init.row.status is Status.RUNNING:
+            return True
+        if not await run_blocking(task.bundle.may_have_run):
+            return False
+        if await _executes(init):
             return True
         # A short life between the last words of its shim and now.
-        ended = written is not None and written.code != UNSTARTED_CODE
-        return ended and await run_blocking(task.bundle.may_have_run)
+        written = await run_blocking(task.bundle.exit)
+        return written is not None and written.reason == BY_ZYGOTE
 
     async def _replace(self, task: Task) -> Shim:
         await self._take_from_zygote(task)
@@ -141,7 +148,7 @@ class Heirs:
 
     async def _take_from_zygote(self, task: Task) -> None:
         """What this service has not seen its shim to have, the zygote may have kept."""
-        task.was_attended = bool(task.init.streams)  # by whom it was before its shim died: so nothing is lost
+        task.was_attended = task.init.is_attended  # by whom it was before its shim died: so nothing is lost
         kept = await run_blocking(partial(fetch, task.bundle.path, timeout_s=KEPT_S))
         for exec_id, streams in (kept or {}).items():
             process = task.processes.get(exec_id)
@@ -196,11 +203,22 @@ def _written(task: Task) -> Iterator[None]:
         log.error("task.not_written", container_id=task.row.key.id, error=str(e))
 
 
-async def _executes(init: Identity) -> bool:
+async def _executes(init: Process) -> bool:
     """Whether a container that was about to be started has become its program."""
+    assert init.identity is not None
     for _ in range(int(EXECUTE_S / LOOK_S)):
-        executed = has_executed(init.pid, init.start_time) if init.runs else False
-        if executed is not False or not init.runs:
-            return bool(executed)
+        begun = has_begun(init.identity.pid, init.identity.start_time)
+        if begun is None:
+            return _ended_by_its_program(init)
+        if begun or not init.identity.runs:
+            return begun
         await asyncio.sleep(LOOK_S)
+    return False
+
+
+def _ended_by_its_program(init: Process) -> bool:
+    """Of one that is reaped, as far as its exit code alone tells."""
+    with suppress(KeyError, OSError):
+        status = pidfd_info(init.streams[PIDFD]).exit_status
+        return status is not None and status != UNSTARTED_CODE << 8
     return False

@@ -10,6 +10,7 @@ import structlog
 from corral.kernel.failpoint import failpoint
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import CorralError, FailedPrecondition, NotFound, Unavailable
+from corral.shim.requests import PIDFD
 from corral.shim.wire import Message
 from corral.store import Database, Referenced, Transaction
 from corral.tasks import store
@@ -77,6 +78,19 @@ class Process:
             self.let_go()
         elif self.row.stdin and not self.row.terminal and STDIN not in streams:
             self.stdin_closed()
+
+    def hold(self) -> None:
+        """Own a pidfd of it if nothing else is kept yet: how it ends is known then, whoever reaps it."""
+        if self.streams or self.identity is None or self.ended.is_set():
+            return
+        with self.identity.held() as pidfd:
+            if pidfd is not None:
+                self.streams = {PIDFD: os.dup(pidfd)}
+
+    @property
+    def is_attended(self) -> bool:
+        """Whether copies of its output are among what is kept of it."""
+        return bool(self.streams.keys() - {PIDFD})
 
     def stdin_closed(self) -> None:
         """It takes no more input."""

@@ -22,11 +22,11 @@ import structlog
 from corral.kernel.failpoint import failpoint
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import CorralError, Unavailable
-from corral.shim.records import BY_ZYGOTE
+from corral.shim.records import BY_ZYGOTE, UNSTARTED
 from corral.store import Database
 from corral.tasks import store
 from corral.tasks.bundle import Bundles
-from corral.tasks.heirs import UNSTARTED_CODE, Heirs
+from corral.tasks.heirs import Heirs
 from corral.tasks.identity import Identity
 from corral.tasks.live import Process, Task
 from corral.tasks.model import Exit, Status, TaskKey
@@ -137,7 +137,7 @@ class Recovery:
     async def _find_truth(self, task: Task, heir_s: float) -> None:
         for process in tuple(task.processes.values()):
             async with process.lock:  # what was reported is being written
-                pass
+                process.hold()
         if all(process.ended.is_set() for process in task.processes.values()):
             return
         shim = await self._adopt(task) or await self._heirs.find(task)
@@ -184,7 +184,7 @@ class Recovery:
             await self._heirs.note(task, record.shim)
         for exec_id, process in tuple(task.processes.items()):
             known = report.processes.get(exec_id)
-            if known is None and process.identity is not None and process.identity.runs:
+            if known is None and process.streams:
                 # This service was killed after an heir had taken over the container, and before its execs.
                 await self._heirs.hand_over_exec(shim, task, process)
             elif known is None:
@@ -211,6 +211,9 @@ class Recovery:
             await self._forget(task)
             return
         how, reason = await self._find_exit(task, heir_s)
+        if how is not None and how.reason == UNSTARTED and task.init.row.status is Status.CREATED:
+            await self._forget(task)
+            return
         if how is not None and how.reason == BY_ZYGOTE and how.started_at_ns is None:
             how = replace(how, started_at_ns=how.exited_at_ns)  # it did start, and nobody has written down when
         if how is not None and how.reason == BY_ZYGOTE:
@@ -247,18 +250,22 @@ class Recovery:
         """How init ended, or why nobody knows. Afterwards nothing of it lives."""
         if task.init.ended.is_set():
             return task.init.row.exit, ""
-        reason = SHIM_KILLED if await run_blocking(task.bundle.exists) else BUNDLE_GONE
+        reason = MAY_HAVE_RUN if task.init.row.status is Status.CREATED else SHIM_KILLED
+        if not await run_blocking(task.bundle.exists):
+            reason = BUNDLE_GONE
         how = await run_blocking(task.bundle.exit)
         if how is not None and not how.reason:
             return how, ""
         # Killed before it is called dead: a shim that only hung up may be writing its exit just now.
-        was_running = task.init.identity is not None and task.init.identity.runs
+        identity = task.init.identity
+        was_running = identity is not None and identity.runs
+        if identity is not None and identity.lives:  # else who reaped it had written it down before
+            heir_s = HEIR_S
         await self._end_processes(task)
         how = await self._written_exit(task, heir_s)
-        if how is not None and how.reason and how.code == UNSTARTED_CODE and task.init.row.status is Status.CREATED:
-            return None, MAY_HAVE_RUN
-        # What the heir saw of a process that still ran is only our own kill.
-        return (None if was_running and how is not None and how.reason else how), reason
+        if was_running and how is not None and how.reason == BY_ZYGOTE:  # it saw only our own kill
+            how = None
+        return how, reason
 
     async def _written_exit(self, task: Task, within_s: float) -> Exit | None:
         for _ in range(int(within_s / LOOK_S)):

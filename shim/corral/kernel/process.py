@@ -261,6 +261,18 @@ def set_name(name: str) -> None:
     check(_prctl_name(_PR_SET_NAME, name.encode(), 0, 0, 0), "prctl PR_SET_NAME")
 
 
+def name_of(pid: int) -> str:
+    """The name ps shows, also of one that nobody has reaped yet.
+
+    Raises FileNotFoundError (or ProcessLookupError) if there is no such process.
+    """
+    fd = os.open(f"/proc/{pid}/comm", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 64).decode(errors="replace").removesuffix("\n")
+    finally:
+        os.close(fd)
+
+
 def lose_oom_protection(pid: int | str = "self") -> None:
     """Raise an OOM score adjustment below 0 to 0; it stays where /proc does not allow that. Source: proc(5)."""
     with contextlib.suppress(OSError):

@@ -51,6 +51,15 @@ def stay(channel: ChildEnd, program: Program) -> NoReturn:
                 os.kill(pid, number)
 
 
+def has_begun(pid: int, started: int) -> bool | None:
+    """Whether the init of a pid and start time has become its program, or stays beside it; None if it is reaped."""
+    executed = process.has_executed(pid, started)
+    if executed is False:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            return process.name_of(pid) == _NAME
+    return executed
+
+
 def _become(channel: ChildEnd, program: Program) -> NoReturn:
     from corral.oci.init import report_and_exit  # which has imported this
 

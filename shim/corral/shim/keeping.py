@@ -26,8 +26,6 @@ from corral.shim.requests import PIDFD
 from corral.shim.wire import Channel, Message, ProtocolError, close_all
 
 SOCKET = "keeper"
-NOT_KEPT = frozenset((PIDFD,))
-"""The zygote sees itself how processes end."""
 BACKLOG = 8
 
 
@@ -43,8 +41,9 @@ class Keeper:
             channel.sock.setblocking(False)
 
     def keep(self, process: ContainerProcess, streams: Mapping[str, int]) -> None:
-        """Have it know a process that runs, and hold copies of its streams."""
-        fds = {name: fd for name, fd in streams.items() if name not in NOT_KEPT}
+        """Have it know a process that runs, and hold copies of its streams. How one ends that this shim has made the
+        zygote sees itself: it inherits it."""
+        fds = {name: fd for name, fd in streams.items() if name != PIDFD or not process.is_child}
         if fds or process.exec_id:
             message: Message = {
                 "keep": process.exec_id,

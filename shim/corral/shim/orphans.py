@@ -3,8 +3,10 @@
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from corral.oci.reaper import has_begun
 from corral.oci.runtime import ProcessHandle
 from corral.shim import records
 from corral.shim.adoption import EndWatch, hold
@@ -12,6 +14,7 @@ from corral.shim.keeping import Counter, Kept
 from corral.shim.loop import Loop
 from corral.shim.process import Ended
 from corral.shim.records import Exit, Record
+from corral.shim.requests import PIDFD
 from corral.shim.spool import STREAMS
 
 
@@ -37,7 +40,8 @@ class Orphaned:
             record = _record(directory)
             if record is not None:
                 self._recorded = record.shim_pid, record.shim_start_time
-                self._watch(hold(record.init_pid, record.init_start_time))
+                pidfd = kept.streams.get("", {}).pop(PIDFD, -1)
+                self._watch(hold(record.init_pid, record.init_start_time, pidfd))
                 self._counter = Counter(loop, bundle, kept)
 
     def exec_ended(self, pid: int, ended: Ended) -> bool:
@@ -99,7 +103,7 @@ def _opened(bundle: Path) -> Iterator[int]:
 def write_exit(bundles: Iterable[Path], pid: int, ended: Ended) -> None:
     """Write exit.json into the bundle whose record names this pid as init, if there is one and it has none.
 
-    The caller has just reaped it, or held it by a pidfd: the pid is that process's.
+    The caller is about to reap it, or held it by a pidfd: the pid is that process's.
     """
     for bundle in bundles:
         with contextlib.suppress(OSError), _opened(bundle) as directory:  # else it is deleted
@@ -112,7 +116,7 @@ def write_exit(bundles: Iterable[Path], pid: int, ended: Ended) -> None:
 def write_exec_exit(bundle: Path, kept: Kept, pid: int, ended: Ended) -> bool:
     """Write down how an exec ended that its shim has told of; whether it has.
 
-    The caller has just reaped it.
+    The caller is about to reap it.
     """
     known = kept.execs.pop(pid, None)
     if known is None:
@@ -133,13 +137,15 @@ def _record(directory: int) -> Record | None:
 def _is_told(directory: int) -> bool:
     """Whether a shim wrote exit.json: what is written in its place has this module's reason."""
     with contextlib.suppress(OSError, ValueError):
-        return records.read_json(directory, records.EXIT).get("reason") != records.BY_ZYGOTE
+        return records.read_json(directory, records.EXIT).get("reason") not in (records.BY_ZYGOTE, records.UNSTARTED)
     return False
 
 
 def _write(directory: int, record: Record, ended: Ended) -> None:
     with contextlib.suppress(OSError):  # that it is there already, written by a shim, among others
         how = _exit(ended, record.init_pid, record.init_start_time, record.started_at_ns)
+        if has_begun(record.init_pid, record.init_start_time) is False:
+            how = replace(how, reason=records.UNSTARTED)
         records.write_json(directory, records.EXIT, how.to_json(), step="zygote.orphan", replace=False)
 
 

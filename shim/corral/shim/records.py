@@ -20,6 +20,8 @@ UNATTENDED = "unattended"
 VERSION = 1
 BY_ZYGOTE = "its shim was killed before it could report the exit"
 """The reason in an exit that the zygote has written in a shim's place."""
+UNSTARTED = "its shim was killed before its program was executed"
+"""The same, of a container that never became its program."""
 _READ_SIZE = 64 << 10
 
 _to_json = json.JSONEncoder(separators=(",", ":")).encode

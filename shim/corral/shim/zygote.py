@@ -216,28 +216,33 @@ class Zygote:
     def _reap(self) -> None:
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                # Looked at only: what an end tells is written down before the process is gone, for whoever asks then.
+                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return
-            if pid == 0:
+            if info is None:
                 return
-            if self._spare is not None and pid == self._spare.pid:
-                self._spare.orders.close()
-                self._spare = None
-                continue
-            bundle = self._bundles.pop(pid, None)
-            if bundle is None:
-                self._orphan_ended(pid, Ended(status, time.time_ns()))
-                continue
-            kept = self._kept.pop(pid)
-            kept.drain()
-            if os.WIFSIGNALED(status) or os.WEXITSTATUS(status):
-                before, self._orphaned[bundle] = self._orphaned.get(bundle), Orphaned(self._loop, bundle, kept)
-                if before is not None:
-                    before.close()
-                self._look_again = self._loop.call_later(LOOK_S, self._look_after_orphaned)
-            else:
-                kept.close()
+            self._child_ended(info.si_pid, Ended.from_waitid(info, time.time_ns()))
+            os.waitpid(info.si_pid, 0)
+
+    def _child_ended(self, pid: int, ended: Ended) -> None:
+        if self._spare is not None and pid == self._spare.pid:
+            self._spare.orders.close()
+            self._spare = None
+            return
+        bundle = self._bundles.pop(pid, None)
+        if bundle is None:
+            self._orphan_ended(pid, ended)
+            return
+        kept = self._kept.pop(pid)
+        kept.drain()
+        if ended.code:
+            before, self._orphaned[bundle] = self._orphaned.get(bundle), Orphaned(self._loop, bundle, kept)
+            if before is not None:
+                before.close()
+            self._look_again = self._loop.call_later(LOOK_S, self._look_after_orphaned)
+        else:
+            kept.close()
 
     def _orphan_ended(self, pid: int, ended: Ended) -> None:
         """Its shim may be dying only just now, and not be orphaned yet."""
