@@ -5,7 +5,7 @@ without links, so it is what it is called (CVE-2019-19921, CVE-2025-31133). Else
 is opened once, held inside the root, covered by that fd, and then opened again: what answers must be the cover.
 """
 
-import errno
+import contextlib
 import os
 import stat
 from dataclasses import dataclass
@@ -37,12 +37,14 @@ class MaskedPaths(Step):
         return f"masked: {' '.join(self.masked)}"
 
     def prepare(self, stage: Stage) -> None:
-        stage.trees[id(self)] = mount.clone_tree(AT_FDCWD, "/dev/null")
+        if not stage.hold(self, "/dev/null"):
+            stage.trees[id(self)] = mount.clone_tree(AT_FDCWD, "/dev/null")
 
     def apply(self, stage: Stage) -> None:
-        covers = _Covers(stage, fallback_null=stage.trees.pop(id(self)))
+        covers = _Covers(stage, self)
         for path in self.masked:
-            if (place := _kernel_entry(stage, path)) and _cover_by_name(covers, *place, path):
+            if (place := _kernel_entry(stage, path)) is not None:
+                _cover_by_name(covers, *place, path)
                 continue
             if (opened := _open(stage, path)) is None:
                 continue
@@ -60,23 +62,16 @@ def _kernel_entry(stage: Stage, path: str) -> tuple[int, str] | None:
     return None if base is None or name in _LINKS_IN_PROC else (base, name)
 
 
-def _cover_by_name(covers: "_Covers", base: int, name: str, path: str) -> bool:
-    """Cover an entry as if it were a file; False if it is a directory, which the kernel refuses to cover so.
+def _cover_by_name(covers: "_Covers", base: int, name: str, path: str) -> None:
+    """Cover an entry, if there is one.
 
     The directory is the root of a file system of the kernel's that was just mounted, and is held by an fd. Nobody else
-    can make or exchange a name in there, so it need not be opened first to know what it is.
+    can make or exchange a name in there, so it need not be opened to stay what it is.
     """
-    cover = covers.file()
-    try:
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(name, dir_fd=base, follow_symlinks=False).st_mode
+        cover = covers.directory() if stat.S_ISDIR(mode) else covers.file()
         mount.move_mount(cover, base, name, what="mask", where=path)
-    except FileNotFoundError:
-        covers.give_back(cover)
-    except OSError as e:
-        covers.give_back(cover)
-        if e.errno not in (errno.EINVAL, errno.ENOTDIR):
-            raise
-        return False
-    return True
 
 
 class _Covers:
@@ -86,37 +81,36 @@ class _Covers:
     mount itself, and the others are clones of that.
     """
 
-    def __init__(self, stage: Stage, fallback_null: int) -> None:
-        self._own_null = _own_null(stage)
-        self._ready = stage.ready
-        self._fallback_null = fallback_null
+    def __init__(self, stage: Stage, step: Step) -> None:
+        self._stage = stage
+        self._step = step
         self._file: int | None = None
         self._directory: int | None = None
-        self._unused: int | None = None
 
     def directory(self) -> int:
         """A cover for a directory."""
         if self._directory is None:
-            ready = self._ready.pop(EMPTY_DIRECTORY, None)
+            ready = self._stage.ready.pop(EMPTY_DIRECTORY, None)
             self._directory = new_empty_directory() if ready is None else ready
             return self._directory
         return mount.clone_tree(self._directory)
 
     def file(self) -> int:
         """A cover for anything else."""
-        if self._unused is not None:
-            cover, self._unused = self._unused, None
-            return cover
         if self._file is None:
-            self._file = self._fallback_null if self._own_null is None else mount.clone_tree(self._own_null)
+            self._file = self._null()
             attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_RDONLY
             mount.set_attributes(self._file, attr_set=attributes, propagation=MS_PRIVATE)
             return self._file
         return mount.clone_tree(self._file)
 
-    def give_back(self, cover: int) -> None:
-        """A cover of a file that was not used after all."""
-        self._unused = cover
+    def _null(self) -> int:
+        """Our own null device, else the host's."""
+        own = _own_null(self._stage)
+        if own is not None:
+            return mount.clone_tree(own)
+        copy = self._stage.copy_of(self._step)
+        return self._stage.trees[id(self._step)] if copy is None else copy
 
 
 EMPTY_DIRECTORY = "empty directory"

@@ -153,17 +153,17 @@ class BindMount(Step):
         return f"{self.destination}: bind of {self.source}"
 
     def prepare(self, stage: Stage) -> None:
+        # A copy that keeps the host's peers, or another's ids, is made while it can be.
+        may_wait = self.idmap is None and self.options.propagation in (0, MS_PRIVATE)
+        if may_wait and stage.hold(self, self.source):
+            return
         tree = trees.clone(self.source, self.destination, recursive=self.options.bind_recursive)
         stage.trees[id(self)] = tree
         if self.idmap is not None:
             trees.map_ids(tree, self.idmap, stage, self.destination)
 
     def apply(self, stage: Stage) -> None:
-        tree, options = stage.trees.pop(id(self)), self.options
-        with contextlib.suppress(OSError):
-            # mountinfo goes by age, and is expected to go by the order in config.json. A detached tree can be copied
-            # since Linux 6.15.
-            tree = mount.clone_tree(tree, recursive=True)
+        tree, options = self._tree(stage), self.options
         if options.fill:
             self._fill(stage, tree)
         mount.set_attributes(
@@ -178,6 +178,15 @@ class BindMount(Step):
             mount.move_mount(tree, target, what=self.source, where=self.destination)
         if normal(self.destination) == "/dev":
             stage.dev, stage.dev_is_the_hosts = None, True
+
+    def _tree(self, stage: Stage) -> int:
+        """The tree, as young as can be: mountinfo goes by age, and is expected to go by the order in config.json."""
+        if (copy := stage.copy_of(self)) is not None:
+            return copy
+        tree = stage.trees.pop(id(self))
+        with contextlib.suppress(OSError):  # a detached tree can be copied since Linux 6.15
+            return mount.clone_tree(tree, recursive=True)
+        return tree
 
     def _fill(self, stage: Stage, tree: int) -> None:
         """Copy what the root has there into a directory of the host that is empty."""

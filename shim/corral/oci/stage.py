@@ -8,10 +8,12 @@ specification can ask for any number of things is an fd closed when it is no lon
 
 import contextlib
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from corral.kernel import mount
 from corral.kernel.namespaces import Kind
 
 if TYPE_CHECKING:
@@ -68,6 +70,8 @@ class Stage:
     """Those that are to be made before the root is put on the bundle, where their directories may lie."""
     trees: dict[int | str, int] = field(default_factory=dict)
     """What prepare() opened: fds of detached trees, by id() of the step, or by the path of a cgroup."""
+    held: dict[int, int] = field(default_factory=dict)
+    """Files of the host that prepare() opened, to be copied when it is time: fds, by id() of the step."""
     ready: dict["Step | str", int] = field(default_factory=dict)
     """Detached mounts that were made ahead, by the step that would make them (see corral.oci.larder)."""
     ready_places_in_dev: frozenset[str] = frozenset()
@@ -85,6 +89,30 @@ class Stage:
     pids: PidNamespace | None = None
     """The PID namespace of the container, where this process is not in it."""
     _root_status: os.stat_result | None = None
+
+    def hold(self, step: "Step", path: str) -> bool:
+        """Open a file of the host, of whose mount copy_of() gives a copy later. False where that can't be: the caller
+        has to copy it now.
+
+        Each copy that is made too early, and closed after another one was made of it, has init wait for the kernel (a
+        grace period of RCU, which on a busy machine is milliseconds).
+        """
+        if self.own is not None:  # the host's mounts are not this namespace's
+            return False
+        try:
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError:  # copying it tells why
+            return False
+        if stat.S_ISDIR(os.fstat(fd).st_mode):  # the container's root may lie below it, by the time it is copied
+            os.close(fd)
+            return False
+        self.held[id(step)] = fd
+        return True
+
+    def copy_of(self, step: "Step") -> int | None:
+        """A detached copy of what hold() has opened for a step; None if that is nothing."""
+        fd = self.held.pop(id(step), None)
+        return None if fd is None else mount.clone_tree(fd)
 
     def take_dev(self, tree: int, *, ready: bool) -> None:
         """Our own tmpfs is on /dev now."""
