@@ -441,7 +441,6 @@ async def test_a_kill_on_the_way_leaves_no_port_half_published(lab: Lab, point: 
         ({"ports": [port(protocol="icmp")]}, "no protocol"),
         ({"ports": [port(inside=0)]}, "1 to 65535"),
         ({"ports": [port(host_ip="192.0.2.77")]}, "no address of this host"),
-        ({"ports": [port(host_ip="::1")]}, "IPv6"),
     ],
 )
 async def test_what_cannot_be_published_is_refused_and_leaves_nothing(

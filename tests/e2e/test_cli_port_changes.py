@@ -23,9 +23,9 @@ def refused(box: Corrald, *args: str) -> str:
     return result.stderr.decode()
 
 
-def serves(number: int) -> bool:
+def serves(number: int, host: str = "127.0.0.1") -> bool:
     try:
-        with socket.create_connection(("127.0.0.1", number), 2) as connection:
+        with socket.create_connection((host, number), 2) as connection:
             connection.shutdown(socket.SHUT_WR)
             return connection.recv(100) == b"served\n"
     except OSError:
@@ -69,6 +69,33 @@ def test_a_port_is_published_and_withdrawn_while_the_container_runs(box: Corrald
     with socket.create_server(("", number)):  # it is free for others
         pass
     assert pid(box, name) == before
+
+
+def test_ports_are_served_at_the_hosts_ipv6_loopback_too(box: Corrald, name: str) -> None:
+    number, alone = free_port(), free_port()
+    start(box, name, "-p", f"{number}:80")
+    assert eventually(lambda: serves(number, "::1"))
+    ok(box, "port", "add", name, f"[::1]:{alone}:80")
+    assert eventually(lambda: serves(alone, "::1"))
+    assert not serves(alone)
+    ok(box, "port", "rm", name, f"[::1]:{alone}:80")
+    assert not serves(alone, "::1")
+    with socket.create_server(("::1", number + 1), family=socket.AF_INET6) as taken:
+        wanted = f"{taken.getsockname()[1]}:80"
+        assert "is in use by another program" in refused(box, "port", "add", name, wanted)
+    ok(box, "restart", "-t", "0", name)
+    assert eventually(lambda: serves(number, "::1"))
+    ok(box, "stop", "-t", "0", name)
+    assert not serves(number, "::1")
+    assert eventually(lambda: is_free("::1", number))
+
+
+def is_free(address: str, number: int) -> bool:
+    try:
+        socket.create_server((address, number), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
 
 
 def test_one_that_is_published_already_is_no_error_and_one_that_is_not_is_named(box: Corrald, name: str) -> None:

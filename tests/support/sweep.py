@@ -122,6 +122,17 @@ def shims(state: Path) -> set[int]:
     return found
 
 
+def proxies(state: Path) -> set[int]:
+    """The proxy of published ports at ::1: the last of its words is the socket that it is told by."""
+    found = set()
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (directory / "cmdline").read_bytes().split(b"\0")
+            if f"{state}/proxy.sock".encode() in words and words[-2].endswith(b"/proxy.sock"):
+                found.add(int(directory.name))
+    return found
+
+
 def ports(bridge: str) -> list[str]:
     directory = Path("/sys/class/net") / bridge / "brif"
     return sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
@@ -130,6 +141,7 @@ def ports(bridge: str) -> list[str]:
 def purge(directory: Path, state: Path, cgroup_parent: str, bridge: str, nft_table: str) -> None:
     """Remove all of it, whatever state it is in."""
     kill(shims(state), lambda: shims(state))
+    kill(proxies(state), lambda: proxies(state))
     thaw(cgroup_parent)
     kill(pids(cgroup_parent), lambda: pids(cgroup_parent))
     unmount_below(directory)

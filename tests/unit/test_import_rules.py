@@ -19,6 +19,7 @@ VIOLATIONS = {
     "core-is-stdlib": ("shim/corral/oci/planted_stdlib.py", "import structlog"),
     "core-layers": ("shim/corral/kernel/planted_layers.py", "import corral.shim.wire"),
     "leaves": ("services/corral/images/planted_leaf.py", "import corral.network.config"),
+    "proxy-is-stdlib": ("services/corral/network/proxy/planted_log.py", "import structlog"),
     "composers": ("services/corral/engine/planted_leaf.py", "import corral.tasks.config"),
     "services-below-daemon": ("services/corral/tasks/planted_daemon.py", "import corral.daemon.config"),
     "clients": ("cli/corral/cli/planted_service.py", "import corral.engine.config"),

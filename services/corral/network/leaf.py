@@ -26,6 +26,7 @@ from corral.network.names import Names, has_names
 from corral.network.networks import Networks
 from corral.network.ownership import PREFIX
 from corral.network.pool import NetnsPool
+from corral.network.proxying import Proxying
 from corral.network.publishing import Publishing
 from corral.network.resolver import Resolvers
 from corral.network.restoring import Restoring
@@ -66,7 +67,8 @@ class Leaf:
         self._thread = NetlinkThread()
         boot_id = recovery.boot_id()
         self._firewall = Firewall(config.nft_table, _forward(config.forward))
-        self._publishing = Publishing(self.db, self._thread, self._firewall)
+        self._proxying = Proxying(config.state, self._thread)
+        self._publishing = Publishing(self.db, self._thread, self._firewall, self._proxying)
         host_files = etc.HostFiles(config.resolv_conf, config.resolved_conf)
         self._resolvers = Resolvers(
             lambda: Names(self.db.read_sync(store.endpoints)),
@@ -139,6 +141,7 @@ class Leaf:
         loop = asyncio.get_running_loop()
         self._firewall.on_not_admitted = lambda: _tell(loop, self._restoring.on_not_admitted)
         self._start_watch()
+        self._proxying.follow()
         self._warming = asyncio.get_running_loop().call_later(WARM_AFTER_S, self._thread.warm)
         if self._reconciler.needed():
             self._reconciling = asyncio.ensure_future(self._reconcile(lame))
@@ -212,6 +215,7 @@ class Leaf:
         if self._reconciling is not None:
             await asyncio.wait((self._reconciling,))
         self._resolvers.close()
+        self._proxying.leave()
         await run_blocking(self._close)
 
     def _close(self) -> None:

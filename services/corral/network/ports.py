@@ -3,22 +3,27 @@
     hold     a socket of ours is bound to each, so that no program of the host can have it too
     row      so that no other container can, and to find them after a crash
     rules    elements in maps of the firewall's table (corral.network.rules)
+    proxy    what listens at ::1 (corral.network.proxying)
 
-No caller reaches a held socket: what comes for the port is sent on before. Everything that binds or
-closes runs on the netlink thread, which is in the host's network namespace.
+No caller reaches a held socket: what comes for the port is sent on before, but for ::1, whose socket is the proxy's.
+Everything that binds or closes runs on the netlink thread, which is in the host's network namespace.
 """
 
 import contextlib
 import errno
 import socket
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from corral.network.cni.driver import maps_ports
+from corral.network.ipam import Address
 from corral.network.model import ANY_HOST_IPS, Endpoint, EndpointKey, Forward, Port
+from corral.network.proxy.wire import Target
 from corral.rpc.errors import AlreadyExists, InvalidArgument, ResourceExhausted, from_os_error
 
 TRIES = 20
+LOOPBACK6 = "::1"
+_PROXIED = frozenset((protocol, host_ip) for protocol in ("tcp", "udp") for host_ip in ("", "::", LOOPBACK6))
 _KINDS = {
     "tcp": (socket.SOCK_STREAM, socket.IPPROTO_TCP),
     "udp": (socket.SOCK_DGRAM, socket.IPPROTO_UDP),
@@ -33,16 +38,29 @@ def forwards(endpoint: Endpoint, ports: Iterable[Port]) -> list[Forward]:
 
 
 def _forwards(endpoint: Endpoint, port: Port) -> list[Forward]:
+    if port.host_ip == LOOPBACK6:
+        return []
     found = []
     for version in (4, 6):
-        if port.version not in (None, version):
-            continue
-        ways = (each for each in endpoint.interfaces if each.network.is_bridge and not each.network.internal)
-        reachable = (each.address(version) for each in ways)
-        held = next((each for each in reachable if each is not None), None)
-        if held is not None:
-            found.append(Forward(port.protocol, port.host_ip, port.host_port, held[0], port.container_port))
+        if port.version in (None, version):
+            address = _reachable(endpoint, version)
+            if address is not None:
+                found.append(Forward(port.protocol, port.host_ip, port.host_port, address, port.container_port))
     return found
+
+
+def _reachable(endpoint: Endpoint, version: int) -> Address | None:
+    ways = (each for each in endpoint.interfaces if each.network.is_bridge and not each.network.internal)
+    held = (each.address(version) for each in ways)
+    return next((each[0] for each in held if each is not None), None)
+
+
+def proxy_target(endpoint: Endpoint, port: Port) -> Target | None:
+    """Where a port of it leads from ::1, by IPv6 if it has that; None: nowhere, it is for other addresses. Pure."""
+    if (port.protocol, port.host_ip) not in _PROXIED:
+        return None
+    address = _reachable(endpoint, 6) or _reachable(endpoint, 4)
+    return None if address is None else (str(address), port.container_port)
 
 
 def check_reachable(endpoint: Endpoint, asked: Iterable[Port]) -> None:
@@ -50,7 +68,7 @@ def check_reachable(endpoint: Endpoint, asked: Iterable[Port]) -> None:
     if any(maps_ports(interface.network) for interface in endpoint.interfaces):
         return
     for port in asked:
-        if not _forwards(endpoint, port):
+        if not _forwards(endpoint, port) and not proxy_target(endpoint, port):
             version = f"IPv{port.version} " if port.version else ""
             raise InvalidArgument(
                 f"port {port.container_port}/{port.protocol} cannot be published: the container has no {version}address"
@@ -59,31 +77,49 @@ def check_reachable(endpoint: Endpoint, asked: Iterable[Port]) -> None:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The sockets that hold a port; `loopback`, which is one of them, is for callers of ::1."""
+
+    loopback: socket.socket | None = None
+    others: list[socket.socket] = field(default_factory=list)
+
+    @property
+    def sockets(self) -> Sequence[socket.socket]:
+        """The one at ::1 first."""
+        return self.others if self.loopback is None else [self.loopback, *self.others]
+
+
 class HostPorts:
-    """The sockets that hold ports, by endpoint. For the netlink thread."""
+    """What holds ports, by endpoint. For the netlink thread."""
 
     def __init__(self) -> None:
-        self._held: dict[EndpointKey, dict[Port, list[socket.socket]]] = {}
+        self._held: dict[EndpointKey, dict[Port, Held]] = {}
 
     def hold(self, key: EndpointKey, asked: Sequence[Port]) -> list[Port]:
         """Take these ports, a free one for each that names none; returns them with their numbers.
 
         Raises AlreadyExists, InvalidArgument; then none of them is held.
         """
-        taken: dict[Port, list[socket.socket]] = {}
+        taken: dict[Port, Held] = {}
         try:
             for port in asked:
-                chosen, sockets = _take(port)
-                taken[chosen] = sockets
+                chosen, held = _take(port)
+                taken[chosen] = held
         except BaseException:
             _close(taken)
             raise
         self._held.setdefault(key, {}).update(taken)
         return list(taken)
 
-    def holds(self, key: EndpointKey, port: Port) -> bool:
-        """Whether it is held for this endpoint."""
-        return port in self._held.get(key, {})
+    def inherit(self, key: EndpointKey, port: Port, sockets: Sequence[socket.socket]) -> None:
+        """Hold it by what another process has kept: the one at ::1 first."""
+        loopback, *others = sockets
+        self._held.setdefault(key, {})[port] = Held(loopback, others)
+
+    def held(self, key: EndpointKey, port: Port) -> Held | None:
+        """What holds it for this endpoint; None: nothing."""
+        return self._held.get(key, {}).get(port)
 
     def release(self, key: EndpointKey, ports: Iterable[Port] | None = None) -> None:
         """Let go of these, or of all that an endpoint has; no error for what is not held."""
@@ -98,13 +134,13 @@ class HostPorts:
             self.release(key)
 
 
-def _close(taken: dict[Port, list[socket.socket]]) -> None:
-    for sockets in taken.values():
-        for each in sockets:
+def _close(taken: Mapping[Port, Held]) -> None:
+    for held in taken.values():
+        for each in held.sockets:
             each.close()
 
 
-def _take(port: Port) -> tuple[Port, list[socket.socket]]:
+def _take(port: Port) -> tuple[Port, Held]:
     if port.host_port:
         return port, _bind(port)
     for _ in range(TRIES):
@@ -118,7 +154,7 @@ def _take(port: Port) -> tuple[Port, list[socket.socket]]:
     raise ResourceExhausted(f"no free port of the host was found for {port.container_port}/{port.protocol}")
 
 
-def _bind(port: Port) -> list[socket.socket]:
+def _bind(port: Port) -> Held:
     wanted = [(4, "0.0.0.0"), (6, "::")] if port.version is None else [(port.version, port.host_ip)]
     held: list[socket.socket] = []
     try:
@@ -132,11 +168,51 @@ def _bind(port: Port) -> list[socket.socket]:
                 if e.errno in _UNSUPPORTED or (e.errno == errno.EADDRNOTAVAIL and address in ANY_HOST_IPS):
                     continue
                 raise _refusal(port, e) from e
+        if (port.protocol, port.host_ip) in _PROXIED:
+            return _with_loopback(port, held)
     except BaseException:
         for each in held:
             each.close()
         raise
-    return held
+    return Held(None, held)
+
+
+def _with_loopback(port: Port, held: list[socket.socket]) -> Held:
+    """With the socket that the proxy is given, if the host has ::1. Raises OSError."""
+    covering = next((each for each in held if each.family == socket.AF_INET6), None)
+    if covering is None:
+        return Held(None, held)
+    if port.host_ip == LOOPBACK6:
+        _listen(covering)
+        return Held(covering)
+    loopback = _socket(port, 6)
+    try:
+        _share(covering, loopback, shared=True)
+        loopback.bind((LOOPBACK6, port.host_port))
+        _listen(loopback)
+    except OSError as e:
+        loopback.close()
+        if e.errno != errno.EADDRNOTAVAIL:
+            raise
+        return Held(None, held)
+    finally:
+        _share(covering, shared=False)
+    if loopback.type == socket.SOCK_DGRAM:
+        _share(loopback, shared=False)
+    return Held(loopback, held)
+
+
+def _listen(loopback: socket.socket) -> None:
+    """What connections leave behind has the setting of the listener: it is to keep nobody from binding it anew."""
+    if loopback.type == socket.SOCK_STREAM:
+        _share(loopback, shared=True)
+        loopback.listen()
+
+
+def _share(*sockets: socket.socket, shared: bool) -> None:
+    """Whether others that have it so may have an address too that is covered, while nobody listens there."""
+    for each in sockets:
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, shared)
 
 
 def _bind_unless_used(made: socket.socket, where: tuple[str, int]) -> None:

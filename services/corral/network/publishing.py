@@ -1,4 +1,4 @@
-"""Publishing ports of endpoints: held, recorded, let through; and withdrawn in the reverse order.
+"""Publishing ports of endpoints: held, recorded, let through, served at ::1; and withdrawn in the reverse order.
 
 After a crash the table is built from the rows (see corral.network.recovery), and restore() holds what they name.
 """
@@ -15,7 +15,9 @@ from corral.network.conntrack import Conntrack
 from corral.network.firewall import Firewall, route_loopback_to
 from corral.network.links import NetlinkThread, link_exists
 from corral.network.model import Endpoint, EndpointKey, EndpointState, Forward, Interface, Port, Request
-from corral.network.ports import HostPorts, check_reachable, forwards
+from corral.network.ports import HostPorts, check_reachable, forwards, proxy_target
+from corral.network.proxy import wire
+from corral.network.proxying import Proxying
 from corral.rpc.errors import CorralError, FailedPrecondition
 from corral.store import Database, Transaction, failpoint
 
@@ -73,12 +75,18 @@ def _named(endpoint: Endpoint, asked: Port) -> list[Port]:
 class Publishing:
     """See the module. Callers hold the endpoint's lock."""
 
-    def __init__(self, db: Database, thread: NetlinkThread, firewall: Firewall) -> None:
+    def __init__(self, db: Database, thread: NetlinkThread, firewall: Firewall, proxying: Proxying) -> None:
         self._db = db
         self._thread = thread
         self._firewall = firewall
+        self._proxying = proxying
         self._host = HostPorts()
         self.conntrack = Conntrack()
+
+    @property
+    def is_left(self) -> bool:
+        """Whether a proxy may have ports that an earlier service published."""
+        return self._proxying.is_left
 
     async def hold(self, key: EndpointKey, asked: Sequence[Port]) -> Sequence[Port]:
         """Take ports of the host for an endpoint; returns them with their numbers. Raises AlreadyExists and others."""
@@ -100,6 +108,22 @@ class Publishing:
         leading = forwards(endpoint, ports)
         self._firewall.publish(leading)
         self.conntrack.forget_strays(leading, netlink.own_addresses)
+        self._proxy(endpoint, ports)
+        failpoint("network.publish.after_proxy")
+
+    def _proxy(self, endpoint: Endpoint, ports: Iterable[Port]) -> None:
+        """Serve them at ::1, where they are for that and lead anywhere."""
+        serving, unserved = [], []
+        for port in ports:
+            held, target = self._host.held(endpoint.key, port), proxy_target(endpoint, port)
+            if held is None or held.loopback is None:
+                continue
+            if target is None:
+                unserved.append(_proxy_key(port))
+            else:
+                serving.append(wire.Port(_proxy_key(port), target, held.sockets))
+        self._proxying.serve(serving)
+        self._proxying.drop(unserved)
 
     def shut(self, endpoint: Endpoint, ports: Sequence[Port]) -> None:
         """Let them lead nowhere, and go. On the netlink thread."""
@@ -108,6 +132,7 @@ class Publishing:
             self._firewall.withdraw(leading)
             self.conntrack.forget_ways(leading)
         finally:
+            self._proxying.drop([_proxy_key(port) for port in ports])
             self._host.release(endpoint.key, ports)
 
     def follow(self, netlink: "Netlink", before: Endpoint, endpoint: Endpoint) -> None:
@@ -119,6 +144,8 @@ class Publishing:
             self.conntrack.forget_ways(gone)
         if new != old:
             self.open(netlink, endpoint, endpoint.ports)
+        else:  # some are for ::1 alone
+            self._proxy(endpoint, endpoint.ports)
 
     async def publish(self, endpoint: Endpoint, asked: Sequence[Port]) -> Endpoint:
         """More ports of an endpoint that stands; all or none."""
@@ -156,17 +183,36 @@ class Publishing:
         for endpoint in endpoints:
             for interface in endpoint.interfaces if endpoint.ports else ():
                 _let_through(netlink, interface)
-            lost = [port for port in endpoint.ports if not self._host.holds(endpoint.key, port)]
+            lost = [port for port in endpoint.ports if self._host.held(endpoint.key, port) is None]
             for port in lost:
                 try:
                     self._host.hold(endpoint.key, [port])
                 except (CorralError, OSError) as e:
                     log.warning("network.port_not_held", endpoint=endpoint.key.id, port=str(port), error=str(e))
+            if endpoint.state is EndpointState.READY:
+                self._proxy(endpoint, endpoint.ports)
+
+    def inherit(self, endpoints: Iterable[Endpoint]) -> None:
+        """Hold what the proxy has kept of that, and have it keep no more. On the netlink thread, first of all."""
+        found = {port.key: port for port in self._proxying.find()}
+        for endpoint in endpoints:
+            for port in endpoint.ports:
+                if (kept := found.pop(_proxy_key(port), None)) is not None:
+                    self._host.inherit(endpoint.key, port, kept.sockets)
+        self._proxying.drop(found)
+        for kept in found.values():
+            for each in kept.sockets:
+                each.close()
 
     def close(self) -> None:
         """Let go of all sockets."""
+        self._proxying.close()
         self._host.close()
         self.conntrack.close()
+
+
+def _proxy_key(port: Port) -> wire.Key:
+    return port.protocol, port.host_ip, port.host_port
 
 
 def _lasts(endpoint: Endpoint, port: Port) -> bool:

@@ -127,13 +127,14 @@ class Reconciler:
 
     def needed(self) -> bool:
         """Whether there is anything to compare with the kernel. Without networks no link can be ours."""
-        return bool(self.db.read_sync(store.networks))
+        return bool(self.db.read_sync(store.networks)) or self.publishing.is_left
 
     def run(self, netlink: "Netlink", lame: Sequence[Endpoint]) -> None:
         """Make the kernel what the rows say. Failures are logged, and met again by whoever uses the network.
 
         lame: what sweep() returned. Before anything else is done on this thread.
         """
+        self.publishing.inherit(self.db.read_sync(store.endpoints))
         found = self.db.read_sync(store.networks)
         standing = [network for network in found if network.state is NetworkState.READY]
         self.firewall.begin(standing, all_forwards(self.db, boot_id()))
