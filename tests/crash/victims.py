@@ -15,7 +15,7 @@ from pathlib import Path
 
 from support.corrald import Corrald
 
-from corral.kernel.process import start_time
+from corral.kernel.process import pidfd_open, start_time
 
 GONE_S = 5.0
 
@@ -72,7 +72,7 @@ def kill(victims: Sequence[Victim]) -> int:
 @contextlib.contextmanager
 def _held(victim: Victim) -> Iterator[int]:
     try:
-        pidfd = os.pidfd_open(victim.pid)
+        pidfd = pidfd_open(victim.pid)
     except ProcessLookupError:
         yield -1
         return

@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from corral.kernel.seccomp import load
 from corral.kernel.syscalls import AT_FDCWD
 from corral.oci.seccomp import filter_of
 from corral.oci.spec import Action, Seccomp, SeccompSyscall
+from corral.tasks.identity import Identity
 
 pytestmark = pytest.mark.timeout(60, method="signal")
 
@@ -33,6 +35,20 @@ def child_of(body) -> tuple[int, int]:
         finally:
             os._exit(0)
     return pid, pidfd
+
+
+def test_a_pid_that_a_thread_has_by_now_is_no_process() -> None:
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    assert thread.native_id is not None
+    try:
+        with pytest.raises(ProcessLookupError):
+            process.pidfd_open(thread.native_id)
+        assert not Identity(thread.native_id, process.start_time(thread.native_id)).runs
+    finally:
+        done.set()
+        thread.join()
 
 
 def reap(pidfd: int) -> None:

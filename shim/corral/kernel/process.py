@@ -89,8 +89,16 @@ def clone(flags: int, *, cgroup: int | None = None) -> tuple[int, int]:
 
 
 def pidfd_open(pid: int) -> int:
-    """A pidfd, close-on-exec. Compare start_time afterwards: the pid may have been reused before."""
-    return os.pidfd_open(pid)
+    """A pidfd, close-on-exec. Compare start_time afterwards: the pid may have been reused before.
+
+    Raises ProcessLookupError if no process has that pid, also if a thread has (EINVAL, later ENOENT).
+    """
+    try:
+        return os.pidfd_open(pid)
+    except OSError as e:
+        if e.errno in (errno.EINVAL, errno.ENOENT):
+            raise ProcessLookupError(errno.ESRCH, f"pidfd_open {pid}: no process has this pid") from e
+        raise
 
 
 def send_signal(pidfd: int, number: int) -> None:
