@@ -1,7 +1,7 @@
 """`make crash-test`: whatever is killed, and whenever, nothing is lost, nothing is left and nothing is invented.
 
-    failpoints   every failpoint of every service: killed there, started again, looked through (test_failpoints.py); those
-                 of shims; and a shim that tells of an exit before it writes that down, which must fail (test_shim_crash.py)
+    failpoints   every failpoint of every service: killed there, started again, looked through (test_failpoints.py);
+                 those of shims; one that tells of an exit before it has written it is found out (test_shim_crash.py)
     daemon       kill -9 of corrald at random moments while containers are created, run and deleted in a loop
     storm        kill -9 of anything: the daemon, services of five processes, zygotes, shims, all at once; under
                  creates, execs, attached clients, stdin, followed logs, terminals, deletes; shims kill themselves, too
