@@ -473,6 +473,18 @@ def test_a_partition_of_cpus_is_had_below_one(cgroup_driver: Driver) -> None:
         top.remove()
 
 
+def test_a_divided_cgroup_takes_processes_again_once_nobody_is_inside(cgroup_driver: Driver, group: Cgroup) -> None:
+    below = cgroup_driver.create(f"{group.path}/made/inside")
+    cgroup_driver.enable(below.path, Resources(unified={"hugetlb.2MB.max": "max"}))
+    with inside(below, sleep):
+        group.undivide()
+        assert below.exists()
+    group.undivide()
+    assert not below.exists()
+    with inside(group, sleep) as child:
+        assert group.pids() == [child.pid]
+
+
 def test_a_reading_of_a_cgroup_that_is_gone_says_so(group: Cgroup) -> None:
     group.remove()
     with pytest.raises(FileNotFoundError):

@@ -25,6 +25,10 @@ def test_one_cgroup2_mount_is_a_v2_host() -> None:
     for name in ("cpu", "memory", "io", "blkio", "cpuacct"):
         assert layout.of(name) is layout.unified
     assert layout.of("pids") is None
+    assert layout.unified.nsdelegate
+    without = parse(V2_ONLY.replace("nsdelegate", "memory_recursiveprot"), v2_has()).unified
+    assert without is not None
+    assert not without.nsdelegate
 
 
 def test_v1_mounts_with_a_cgroup2_mount_are_a_hybrid_host() -> None:

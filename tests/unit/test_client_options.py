@@ -98,6 +98,20 @@ def test_a_switch_that_is_off_is_a_value_and_one_that_is_not_given_is_none() -> 
     )
 
 
+def test_a_size_is_exact_however_large_it_is() -> None:
+    most = (1 << 63) - 1
+    assert resources({"memory": str(most), "memory_swap": "1.5k"}) == Resources(
+        memory=MemoryResources(limit_bytes=most, swap_bytes=1536)
+    )
+
+
+def test_write_access_to_its_cgroup_is_a_security_option() -> None:
+    assert container_config("x", security=["writable-cgroups=true"]).writable_cgroups
+    assert container_config("x", security=["writable-cgroups=false"]).HasField("writable_cgroups")
+    with pytest.raises(ValueError, match="writable-cgroups=true"):
+        container_config("x", security=["writable-cgroups=perhaps"])
+
+
 def test_huge_pages_rdma_and_device_rules() -> None:
     assert resources({"hugetlb": ["2MB=64m"], "rdma": ["mlx5_0=hca_handle=2,hca_object=100"]}) == Resources(
         hugetlb=[HugetlbLimit(page_size="2MB", limit_bytes=64 << 20)],

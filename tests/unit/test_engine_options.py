@@ -4,14 +4,33 @@ import pytest
 
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, NetworkConfig, RestartPolicy, Ulimit, VolumeMount
 from corral.api.images.v1.images_pb2 import Healthcheck, ImageConfig
-from corral.engine.options import capability_name, check, rlimit_name
+from corral.engine.options import capability_name, check, check_writable_cgroups, rlimit_name
 from corral.engine.resolve import command, default_hostname, lay_env, resolve
 from corral.engine.signals import parse_signal
-from corral.rpc.errors import InvalidArgument, Unimplemented
+from corral.kernel.cgroup import Hierarchy, Kind, Layout
+from corral.rpc.errors import FailedPrecondition, InvalidArgument, Unimplemented
 
 
 def config(**fields: object) -> ContainerConfig:
     return ContainerConfig(image="busybox", **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("layout", "word"),
+    [
+        (Layout(Kind.HYBRID, ()), "on cgroup v1"),
+        (Layout(Kind.V2, (Hierarchy(2, "/cg", frozenset()),)), "mount -o remount,nsdelegate /cg"),
+    ],
+)
+def test_write_access_to_its_cgroup_is_for_who_cannot_lift_limits_by_it(layout: Layout, word: str) -> None:
+    delegated = Layout(Kind.V2, (Hierarchy(2, "/cg", frozenset(), nsdelegate=True),))
+    with pytest.raises(FailedPrecondition, match=word):
+        check_writable_cgroups(config(writable_cgroups=True), layout)
+    check_writable_cgroups(config(writable_cgroups=True), delegated)
+    check_writable_cgroups(config(writable_cgroups=True, privileged=True), layout)
+    for mode in ("host", "container:web"):
+        with pytest.raises(InvalidArgument, match="cgroup namespace of its own"):
+            check_writable_cgroups(config(writable_cgroups=True, cgroupns_mode=mode), delegated)
 
 
 def mount(kind: "VolumeMount.Type.ValueType" = VolumeMount.TYPE_TMPFS, **fields: object) -> VolumeMount:

@@ -133,6 +133,14 @@ def test_a_privileged_container_sees_and_may_all() -> None:
     assert "ro" not in mount_at("/sys", found).options
     assert "ro" not in mount_at("/sys/fs/cgroup", found).options
     assert "ro" in mount_at("/sys", spec()).options
+    assert "ro" in mount_at("/sys/fs/cgroup", spec(privileged=True, writable_cgroups=False)).options
+
+
+def test_who_may_divide_its_cgroup_writes_there_alone() -> None:
+    found = spec(writable_cgroups=True)
+    assert "ro" not in mount_at("/sys/fs/cgroup", found).options
+    assert "ro" in mount_at("/sys", found).options
+    assert "ro" in mount_at("/sys/fs/cgroup", spec()).options
 
 
 def test_namespaces_of_the_host_are_left_out_and_those_of_others_joined() -> None:

@@ -106,7 +106,11 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--cap-add",), "Add a capability, or ALL", _MANY),
     (("--cap-drop",), "Drop a capability, or ALL", _MANY),
     (("--privileged",), "All capabilities and devices", {"is_flag": True}),
-    (("--security-opt", "security"), "seccomp=unconfined|FILE, no-new-privileges[=false]", _MANY),
+    (
+        ("--security-opt", "security"),
+        "seccomp=unconfined|FILE, no-new-privileges[=false], writable-cgroups=true",
+        _MANY,
+    ),
     (("--sysctl", "sysctls"), "Kernel parameter of the container's namespaces, NAME=VALUE", _MANY),
     (("--ulimit", "ulimits"), "Resource limit, NAME=SOFT[:HARD]", _MANY),
     (

@@ -62,7 +62,7 @@ class ContainerOptions(ResourceOptions, NetworkOptions, total=False):
     cap_add: Sequence[str]
     cap_drop: Sequence[str]
     privileged: bool
-    security: Sequence[str]  # "seccomp=unconfined", "no-new-privileges[=false]", "apparmor=…"
+    security: Sequence[str]  # "seccomp=unconfined", "no-new-privileges[=false]", "apparmor=…", "writable-cgroups=true"
     sysctls: Mapping[str, str]
     ulimits: Sequence[str]  # "nofile=1024:2048"
     devices: Sequence[str]
@@ -373,10 +373,12 @@ def _apply_security(config: pb.ContainerConfig, options: Iterable[str]) -> None:
             config.apparmor_profile = value
         elif key == "no-new-privileges" and value in ("", "true", "false"):
             config.no_new_privileges = value != "false"
+        elif key == "writable-cgroups" and value in ("true", "false"):
+            config.writable_cgroups = value == "true"
         else:
             raise ValueError(
-                f"security option {option!r} is not known: give seccomp=unconfined, seccomp=FILE, apparmor=PROFILE "
-                "or no-new-privileges[=false]"
+                f"security option {option!r} is not known: give seccomp=unconfined, seccomp=FILE, apparmor=PROFILE, "
+                "no-new-privileges[=false] or writable-cgroups=true"
             )
 
 

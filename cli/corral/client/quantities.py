@@ -17,7 +17,8 @@ def size_bytes(value: int | str) -> int:
     found = _SIZE.fullmatch(value.strip())
     if found is None:
         raise ValueError(f"size {value!r} is not understood: give a number with b, k, m, g or t, such as 64m")
-    return int(float(found["number"]) * _UNITS[found["unit"].lower()])
+    number, unit = found["number"], _UNITS[found["unit"].lower()]
+    return int(number) * unit if number.isdecimal() else int(float(number) * unit)
 
 
 def duration_s(value: float | str) -> float:

@@ -144,7 +144,14 @@ class Groups:
             oom, pressure = await run_blocking(self._make, record)
             self._watcher.add(record.key, oom)
             self._pressure.put(record.key, pressure)
+        else:
+            await run_blocking(self._undivide, record)
         return record
+
+    def _undivide(self, record: Record) -> None:
+        """Make room for a new life: what the one before has made in its cgroup goes with it."""
+        with translated(f"clear the cgroup {record.path}"):
+            self.open(record).undivide()
 
     async def _announce(self, record: Record) -> None:
         intent = replace(record, state=State.MAKING)

@@ -49,11 +49,17 @@ def _system_mounts(config: ContainerConfig) -> list[Mount]:
         match mount.destination:
             case "/dev/shm":  # noqa: S108
                 found.append(_shm(config, mount))
-            case "/sys" | "/sys/fs/cgroup" if config.privileged:
+            case "/sys" if config.privileged:
+                found.append(_writable(mount))
+            case "/sys/fs/cgroup" if _may_write_cgroups(config):
                 found.append(_writable(mount))
             case _:
                 found.append(mount)
     return found
+
+
+def _may_write_cgroups(config: ContainerConfig) -> bool:
+    return config.writable_cgroups if config.HasField("writable_cgroups") else config.privileged
 
 
 def _shm(config: ContainerConfig, default: Mount) -> Mount:

@@ -1,4 +1,4 @@
-"""What a caller asks of a container, checked before anything is made. Pure: it looks at nothing but the request."""
+"""What a caller asks of a container, checked before anything is made. Pure: it looks at what it is given alone."""
 
 import re
 from collections.abc import Iterable
@@ -10,8 +10,9 @@ from corral.engine import log_subject
 from corral.engine.health_rules import check_healthcheck
 from corral.engine.signals import parse_signal
 from corral.kernel import capabilities, rlimits
+from corral.kernel.cgroup import Kind, Layout
 from corral.rpc.context import check_id
-from corral.rpc.errors import InvalidArgument, Unimplemented
+from corral.rpc.errors import FailedPrecondition, InvalidArgument, Unimplemented
 
 _HOSTNAME = re.compile(r"[a-zA-Z0-9]([a-zA-Z0-9.-]{0,62}[a-zA-Z0-9])?")
 PROPAGATIONS = ("rprivate", "private", "rshared", "shared", "rslave", "slave")
@@ -55,6 +56,23 @@ def check(config: ContainerConfig) -> None:
         raise InvalidArgument("the time after which a container is killed (--timeout) must be more than 0")
     if config.HasField("stop_timeout") and config.stop_timeout.ToNanoseconds() < 0:
         raise InvalidArgument("the stop timeout cannot be negative")
+
+
+def check_writable_cgroups(config: ContainerConfig, layout: Layout) -> None:
+    """Raises InvalidArgument, FailedPrecondition where a container could lift its own limits by that."""
+    if not config.writable_cgroups or config.privileged:
+        return
+    if config.cgroupns_mode not in ("", "private"):
+        raise InvalidArgument(
+            "a container that writes to its cgroup needs a cgroup namespace of its own: leave --cgroupns out"
+        )
+    if layout.kind is not Kind.V2:
+        why = "on cgroup v1 it could lift all of its limits and use any device by that: boot with cgroup v2 alone"
+    elif layout.unified and not layout.unified.nsdelegate:
+        why = f"it could lift its limits by that: mount -o remount,nsdelegate {layout.unified.mount_point}"
+    else:
+        return
+    raise FailedPrecondition(f"a container cannot be given write access to its cgroup here: {why}", reason="NSDELEGATE")
 
 
 def check_restart_policy(policy: RestartPolicy) -> None:

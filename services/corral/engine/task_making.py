@@ -15,8 +15,10 @@ from corral.api.types.v1.types_pb2 import Mount
 from corral.engine import bounded_volumes, devices, image_mounts, requests, secrets, volume_rows
 from corral.engine.core import Core, require_alive
 from corral.engine.leaves import persistently
+from corral.engine.options import check_writable_cgroups
 from corral.engine.records import ContainerRecord
 from corral.engine.spec import Facts, build
+from corral.kernel.cgroup import detect
 from corral.kernel.namespaces import Kind, open_namespace
 from corral.kernel.process import start_time
 from corral.oci.decode import JSON
@@ -40,6 +42,8 @@ class TaskMaking:
 
     async def make_cgroup(self, record: ContainerRecord) -> Cgroup:
         """The container's cgroup with its limits; the same again gives the same."""
+        if record.config.writable_cgroups:
+            check_writable_cgroups(record.config, detect())
         granted = devices.every_device() if record.config.privileged else devices.grant(record.config.devices)
         rules = devices.rules(granted, privileged=record.config.privileged)
 

@@ -18,12 +18,11 @@ import os
 from collections.abc import Callable
 
 from corral.kernel.cgroup import files, steps
-from corral.kernel.cgroup.group import Cgroup
+from corral.kernel.cgroup.group import SUBTREE_CONTROL, Cgroup
 from corral.kernel.cgroup.layout import Hierarchy, Layout
 from corral.kernel.cgroup.resources import CpuLimits, Resources
 from corral.kernel.cgroup.v1 import cpuset
 
-SUBTREE_CONTROL = "cgroup.subtree_control"
 CONTROLLERS = "cgroup.controllers"
 
 V2_CONTROLLERS = frozenset({"cpu", "cpuset", "io", "memory", "pids"})

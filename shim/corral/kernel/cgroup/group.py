@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from corral.kernel.cgroup import membership, plans, signals, steps
+from corral.kernel.cgroup import files, membership, plans, signals, steps
 from corral.kernel.cgroup.layout import Hierarchy
 from corral.kernel.cgroup.oom import OomWatch
 from corral.kernel.cgroup.resources import Resources
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from corral.kernel.cgroup.pressure import PressureTrigger, PressureWatch
     from corral.kernel.cgroup.stats import Stats
+
+SUBTREE_CONTROL = "cgroup.subtree_control"
 
 _V1_NAMES = {"io": "blkio"}
 _SHORTEST_S, _LONGEST_S = 0.0005, 0.05
@@ -225,6 +227,19 @@ class Cgroup:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_S)
 
+    def undivide(self) -> None:
+        """Remove what those who have ended have made below it, so that v2 takes processes in it again.
+
+        Nothing is changed while there are any. Raises OSError.
+        """
+        if self.pids():
+            return
+        for directory in self.directories:
+            _empty(directory)
+        _, v2 = self._trackers()
+        if v2 and (controllers := files.read(f"{v2}/{SUBTREE_CONTROL}").split()):
+            files.write(f"{v2}/{SUBTREE_CONTROL}", " ".join(f"-{name}" for name in controllers))
+
     def _kill_for_good(self) -> None:
         if not self._occupied():
             return
@@ -269,6 +284,10 @@ def _remove(directory: str, at: int | None = None) -> bool:
 
 
 def _remove_below(directory: str) -> bool:
+    _empty(directory)
+    return _remove(directory)
+
+
+def _empty(directory: str) -> None:
     for _ in membership.below(directory, lambda parent, name: _remove(name, parent)):
         pass
-    return _remove(directory)

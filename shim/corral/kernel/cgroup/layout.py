@@ -10,7 +10,7 @@ Source: proc_pid_mountinfo(5); kernel cgroup-v2.rst "Mounting".
 import enum
 import errno
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from corral.kernel.cgroup import files
 
@@ -43,6 +43,8 @@ class Hierarchy:
     name: str = ""
     """Of a v1 hierarchy mounted with `name=`, such as systemd's; such a one has no controllers."""
     read_only: bool = False
+    nsdelegate: bool = False
+    """Of v2: who is in a cgroup namespace cannot change the limits of its root."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +97,7 @@ def parse(mountinfo: str, v2_controllers: Callable[[str], frozenset[str]]) -> La
         if key not in best or rank < best[key][0]:
             best[key] = (rank, hierarchy)
     v1 = [h for _, h in best.values() if h.version == 1]
-    v2 = [
-        Hierarchy(2, h.mount_point, v2_controllers(h.mount_point), read_only=h.read_only)
-        for _, h in best.values()
-        if h.version == 2
-    ]
+    v2 = [replace(h, controllers=v2_controllers(h.mount_point)) for _, h in best.values() if h.version == 2]
     kind = Kind.V2 if v2 and not any(h.controllers for h in v1) else Kind.HYBRID if v2 else Kind.V1
     return Layout(kind, (*v1, *v2))
 
@@ -115,7 +113,8 @@ def _mounts(mountinfo: str) -> Iterator[tuple[Hierarchy, bool]]:
         read_only = "ro" in fields[5].split(",") or "ro" in options
         mount_point, whole = _unescape(fields[4]), fields[3] == "/"
         if fstype == "cgroup2":
-            yield Hierarchy(2, mount_point, frozenset(), read_only=read_only), whole
+            hierarchy = Hierarchy(2, mount_point, frozenset(), read_only=read_only, nsdelegate="nsdelegate" in options)
+            yield hierarchy, whole
         else:
             name = next((o.removeprefix("name=") for o in options if o.startswith("name=")), "")
             yield Hierarchy(1, mount_point, V1_CONTROLLERS & set(options), name, read_only), whole

@@ -374,6 +374,7 @@ class ContainerConfig(_message.Message):
     TIMEOUT_FIELD_NUMBER: _builtins.int
     SECRETS_FIELD_NUMBER: _builtins.int
     DEVICE_RULES_FIELD_NUMBER: _builtins.int
+    WRITABLE_CGROUPS_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """Any name that corral.images.v1.Images.Get takes."""
     working_dir: _builtins.str
@@ -415,6 +416,10 @@ class ContainerConfig(_message.Message):
     userns_mode: _builtins.str
     health_on_failure: Global___ContainerConfig.HealthAction.ValueType
     """What is done when the health check finds it unhealthy."""
+    writable_cgroups: _builtins.bool
+    """Its cgroup can be divided from inside. Absent: if it is privileged. Not privileged, it needs cgroup v2 mounted with
+    nsdelegate, and a cgroup namespace of its own: else it could lift its own limits.
+    """
     @_builtins.property
     def entrypoint(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Replaces the image's entrypoint; ["" ] resets it."""
@@ -537,19 +542,24 @@ class ContainerConfig(_message.Message):
         timeout: _duration_pb2.Duration | None = ...,
         secrets: _abc.Iterable[Global___SecretMount] | None = ...,
         device_rules: _abc.Iterable[_types_pb2.DeviceRule] | None = ...,
+        writable_cgroups: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_no_new_privileges", b"_no_new_privileges", "_oom_score_adj", b"_oom_score_adj", "console_size", b"console_size", "healthcheck", b"healthcheck", "log", b"log", "network", b"network", "no_new_privileges", b"no_new_privileges", "oom_score_adj", b"oom_score_adj", "resources", b"resources", "restart", b"restart", "stop_timeout", b"stop_timeout", "timeout", b"timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_no_new_privileges", b"_no_new_privileges", "_oom_score_adj", b"_oom_score_adj", "_writable_cgroups", b"_writable_cgroups", "console_size", b"console_size", "healthcheck", b"healthcheck", "log", b"log", "network", b"network", "no_new_privileges", b"no_new_privileges", "oom_score_adj", b"oom_score_adj", "resources", b"resources", "restart", b"restart", "stop_timeout", b"stop_timeout", "timeout", b"timeout", "writable_cgroups", b"writable_cgroups"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_no_new_privileges", b"_no_new_privileges", "_oom_score_adj", b"_oom_score_adj", "apparmor_profile", b"apparmor_profile", "args", b"args", "auto_remove", b"auto_remove", "cap_add", b"cap_add", "cap_drop", b"cap_drop", "cgroup_parent", b"cgroup_parent", "cgroupns_mode", b"cgroupns_mode", "console_size", b"console_size", "device_rules", b"device_rules", "devices", b"devices", "domainname", b"domainname", "entrypoint", b"entrypoint", "env", b"env", "group_add", b"group_add", "health_on_failure", b"health_on_failure", "healthcheck", b"healthcheck", "hostname", b"hostname", "image", b"image", "init", b"init", "ipc_mode", b"ipc_mode", "labels", b"labels", "log", b"log", "masked_paths", b"masked_paths", "mounts", b"mounts", "network", b"network", "no_new_privileges", b"no_new_privileges", "oom_score_adj", b"oom_score_adj", "override_paths", b"override_paths", "pid_mode", b"pid_mode", "privileged", b"privileged", "read_only_rootfs", b"read_only_rootfs", "readonly_paths", b"readonly_paths", "resources", b"resources", "restart", b"restart", "seccomp_profile", b"seccomp_profile", "secrets", b"secrets", "selinux_label", b"selinux_label", "shm_size_bytes", b"shm_size_bytes", "stdin", b"stdin", "stdin_once", b"stdin_once", "stop_signal", b"stop_signal", "stop_timeout", b"stop_timeout", "storage_quota_bytes", b"storage_quota_bytes", "sysctls", b"sysctls", "terminal", b"terminal", "timeout", b"timeout", "ulimits", b"ulimits", "user", b"user", "userns_mode", b"userns_mode", "uts_mode", b"uts_mode", "working_dir", b"working_dir"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_no_new_privileges", b"_no_new_privileges", "_oom_score_adj", b"_oom_score_adj", "_writable_cgroups", b"_writable_cgroups", "apparmor_profile", b"apparmor_profile", "args", b"args", "auto_remove", b"auto_remove", "cap_add", b"cap_add", "cap_drop", b"cap_drop", "cgroup_parent", b"cgroup_parent", "cgroupns_mode", b"cgroupns_mode", "console_size", b"console_size", "device_rules", b"device_rules", "devices", b"devices", "domainname", b"domainname", "entrypoint", b"entrypoint", "env", b"env", "group_add", b"group_add", "health_on_failure", b"health_on_failure", "healthcheck", b"healthcheck", "hostname", b"hostname", "image", b"image", "init", b"init", "ipc_mode", b"ipc_mode", "labels", b"labels", "log", b"log", "masked_paths", b"masked_paths", "mounts", b"mounts", "network", b"network", "no_new_privileges", b"no_new_privileges", "oom_score_adj", b"oom_score_adj", "override_paths", b"override_paths", "pid_mode", b"pid_mode", "privileged", b"privileged", "read_only_rootfs", b"read_only_rootfs", "readonly_paths", b"readonly_paths", "resources", b"resources", "restart", b"restart", "seccomp_profile", b"seccomp_profile", "secrets", b"secrets", "selinux_label", b"selinux_label", "shm_size_bytes", b"shm_size_bytes", "stdin", b"stdin", "stdin_once", b"stdin_once", "stop_signal", b"stop_signal", "stop_timeout", b"stop_timeout", "storage_quota_bytes", b"storage_quota_bytes", "sysctls", b"sysctls", "terminal", b"terminal", "timeout", b"timeout", "ulimits", b"ulimits", "user", b"user", "userns_mode", b"userns_mode", "uts_mode", b"uts_mode", "working_dir", b"working_dir", "writable_cgroups", b"writable_cgroups"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__no_new_privileges: _TypeAlias = _typing.Literal["no_new_privileges"]  # noqa: Y015
     _WhichOneofArgType__no_new_privileges: _TypeAlias = _typing.Literal["_no_new_privileges", b"_no_new_privileges"]  # noqa: Y015
     _WhichOneofReturnType__oom_score_adj: _TypeAlias = _typing.Literal["oom_score_adj"]  # noqa: Y015
     _WhichOneofArgType__oom_score_adj: _TypeAlias = _typing.Literal["_oom_score_adj", b"_oom_score_adj"]  # noqa: Y015
+    _WhichOneofReturnType__writable_cgroups: _TypeAlias = _typing.Literal["writable_cgroups"]  # noqa: Y015
+    _WhichOneofArgType__writable_cgroups: _TypeAlias = _typing.Literal["_writable_cgroups", b"_writable_cgroups"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__no_new_privileges) -> _WhichOneofReturnType__no_new_privileges | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__oom_score_adj) -> _WhichOneofReturnType__oom_score_adj | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__writable_cgroups) -> _WhichOneofReturnType__writable_cgroups | None: ...
 
 Global___ContainerConfig: _TypeAlias = ContainerConfig  # noqa: Y015
 
