@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import time
 from collections import Counter
@@ -153,6 +154,7 @@ def test_who_dies_in_the_middle_of_a_commit_leaves_no_container_paused(
 CREATE_POINTS = (
     "engine.create.after_intent",
     "engine.create.after_parts",
+    "engine.create.after_parts_row",
     "engine.task.before_create",
     "engine.create.after_task",
     "engine.create.after_row",
@@ -240,6 +242,35 @@ def test_an_intent_to_start_that_came_to_nothing_is_taken_back(one: Corrald) -> 
     play(one, before)
     one.revive()
     play(one, after)
+
+
+@pytest.mark.parametrize("is_another_boot", [True, False])
+def test_who_may_have_been_told_of_a_container_before_the_machine_died_finds_it(
+    one: Corrald, *, is_another_boot: bool
+) -> None:
+    async def before(engine: EngineClient) -> None:
+        with pytest.raises(Unavailable):
+            await engine.create("sh", "-c", "exit 4", name="told")
+
+    async def after(engine: EngineClient) -> None:
+        if not is_another_boot:
+            assert await engine.listed() == []
+            return
+        [told] = await engine.listed()
+        assert (told.name, told.status, told.config.image) == ("told", pb.STATUS_CREATED, "busybox")
+        assert await engine.topics_of(told.id) == ["container.created"]
+        await engine.start("told")
+        assert (await engine.wait("told")).code == 4
+        await engine.delete("told")
+
+    one.restart_with(failing("engine.create.after_task"))
+    play(one, before)
+    if is_another_boot:
+        with contextlib.closing(sqlite3.connect(one.root / "engine" / "engine.db", autocommit=True)) as database:
+            database.execute("UPDATE container SET made_in_boot = 'an earlier one' WHERE made_in_boot <> ''")
+    one.revive()
+    play(one, after)
+    assert one.leftovers() == []
 
 
 DELETE_POINTS = (

@@ -3,7 +3,8 @@
     row CREATING -> images.Prepare || network.Attach || cgroups.Create -> spec -> tasks.Create -> row CREATED
 
 Whatever fails, the parts are given back in reverse, and the error told is the first one. If the engine dies on the way,
-the row is found CREATING at the next start and the same is done then.
+the row is found CREATING at the next start and the same is done then. If the machine dies, the user may have been told
+that it is created: what it was made of is on disk by then, and the next start takes the word for it.
 """
 
 import asyncio
@@ -141,12 +142,21 @@ class Creation:
             cgroup_path=cgroup.path,
             snapshot_driver=prepared.driver,
         )
-        record = await self._tasks.make(record, prepared.mounts, cgroup.join_paths)
+        # What a power loss must not take from one that was created reaches the disk while its task is made.
+        made: ContainerRecord
+        made, _ = await _all_or_error(
+            self._tasks.make(record, prepared.mounts, cgroup.join_paths), self._put_on_disk(record)
+        )
         failpoint("engine.create.after_task")
-        created = replace(record, status=Status.CREATED)
-        await self._core.database.write(lambda tx: store.save_created(tx, created), durable=True)
+        created = replace(made, status=Status.CREATED)
+        await self._core.database.write(lambda tx: store.save_created(tx, created))
         failpoint("engine.create.after_row")
         return created
+
+    async def _put_on_disk(self, record: ContainerRecord) -> None:
+        await self._core.database.write(lambda tx: store.save_parts(tx, record))
+        failpoint("engine.create.after_parts_row")
+        await self._core.database.persist()
 
     async def _parts(self, record: ContainerRecord) -> tuple[PrepareSnapshotResponse, Endpoint, Cgroup]:
         """From the three leaves at once."""

@@ -1,7 +1,8 @@
 """What the engine does when it starts, and again whenever a leaf was away: make records and leaves agree.
 
 1. The end of tasks' journal is merged, so that exits that happened meanwhile are known as they were.
-2. Rows that say CREATING are undone, rows that say REMOVING are finished.
+2. Rows that say CREATING are undone, rows that say REMOVING are finished. (If the machine died after a CREATING one had
+   its parts, its user may know it as created: then it is.)
 3. Rows are compared with tasks and cgroups: an end or a start nobody wrote down, a start that did not happen, half a
    freeze.
 4. Endpoints are made what configs say, where networks or ports of one were being changed.
@@ -70,6 +71,8 @@ class Recovery:
 
     async def start(self) -> None:
         """Recover now, or, if a leaf does not answer yet or fails, in the background until it is done."""
+        for record in await self._core.database.write(store.keep_created):
+            log.info("recovery.created", container=record.id)
         self._passing = self._core.database.read_sync(pauses.everything)
         self._found_ended = self._records(Status.EXITED)
         await run_blocking(sweep_volumes, self._core)

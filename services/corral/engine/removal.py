@@ -100,7 +100,8 @@ class Removal:
         leaves, id_ = self._core.leaves, record.id
 
         async def end_task() -> None:
-            await persistently(lambda: leaves.tasks.Delete(DeleteTaskRequest(id=id_, force=True)))
+            if status is None:
+                await persistently(lambda: leaves.tasks.Delete(DeleteTaskRequest(id=id_, force=True)))
 
         async def detach() -> None:
             await persistently(lambda: leaves.endpoints.Detach(DetachRequest(endpoint_id=id_)))
@@ -109,21 +110,24 @@ class Removal:
             await persistently(lambda: leaves.cgroups.Delete(DeleteCgroupRequest(id=id_)))
 
         async def remove_snapshot() -> None:
-            # That it is being removed must be on disk before that is gone which no start could make again.
-            await intent
+            # That it is being removed must be on disk before that is gone which no start could make again. And what is
+            # still mounted is in use.
+            await _all_ended(on_disk, task_gone)
             failpoint("engine.delete.after_intent")
             for key in (id_, *image_mounts.keys(record.config, id_)):
                 request = RemoveSnapshotRequest(key=key)
                 await persistently(lambda request=request: leaves.snapshots.Remove(request))  # type: ignore[misc]
                 failpoint("engine.delete.after_tree")
 
-        intent = self._core.background.spawn(self._intend(record, status, volumes=volumes))
-        if status is None:
-            await _all_ended(intent, end_task())
-        await _all_ended(remove_snapshot(), detach(), delete_cgroup())
+        last = await self._intend(record, status, volumes=volumes)
+        on_disk = self._core.background.spawn(self._core.database.persist())
+        task_gone = self._core.background.spawn(end_task())
+        if record.status is not Status.EXITED:  # what lives uses its cgroup and its network
+            await _all_ended(task_gone)
+        # The one whose work is done by the kernel comes first.
+        await _all_ended(delete_cgroup(), remove_snapshot(), detach())
         self._core.trash.throw(self._core.container_directory(record))
         failpoint("engine.delete.after_parts")
-        last = intent.result()
         removed = await self._core.database.write(lambda tx: _forget(tx, last, volumes=volumes))
         failpoint("engine.delete.after_row")
         for name in removed:
@@ -146,9 +150,11 @@ class Removal:
             store.set_removing(tx, record.namespace, record.id, volumes=volumes)
             return found
 
-        if record.status is Status.CREATING:  # which the next start would undo as well
+        if record.status is Status.CREATING:  # which the next start would undo as well, after a power loss too
+            with suppress(OSError):  # a full disk keeps nobody from giving back what else it has
+                await self._core.database.write(lambda tx: store.forget_parts(tx, record))
             return record
-        last = await self._core.database.write(write, durable=True)
+        last = await self._core.database.write(write)
         if status is not None:
             self._core.watch.tell_exit((record.namespace, record.id), last.exit or status)
         return last

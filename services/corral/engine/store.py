@@ -1,8 +1,8 @@
 """The engine's rows: containers, volumes and who uses them, and how far each leaf's journal has been merged.
 
-What a user would miss after a power loss is written durably: that a container was created, renamed, updated or is being
-removed. What follows from the tasks leaf (started, exited, paused) is not worth waiting for the disk, and a power loss
-ends the containers anyway.
+What a user would miss after a power loss is on disk before they are told: that a container was created, renamed,
+updated or is being removed. What follows from the tasks leaf (started, exited, paused) is not worth waiting for the
+disk, and a power loss ends the containers anyway.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ from corral.engine import pauses, secret_rows
 from corral.engine.records import ALLOWED, ContainerRecord, Status
 from corral.engine.volume_rows import VolumeRecord, use_volumes
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, NotFound
-from corral.store import JSON, Database, Duplicate, Retention, Row, Snapshot, Transaction
+from corral.store import JSON, Database, Duplicate, Retention, Row, Snapshot, Transaction, boot_id
 
 MIGRATIONS: Sequence[str] = (
     """
@@ -77,6 +77,8 @@ CREATE TABLE merged (
     f"UPDATE container SET announced = 0 WHERE status = {int(Status.CREATED)}",  # noqa: S608 (a constant)
     # A restart by its policy was begun, and counted, and nothing is known yet of how that went.
     "ALTER TABLE container ADD COLUMN retrying INTEGER NOT NULL DEFAULT 0",
+    # Of one that is CREATING and knows its parts: which boot of the machine they were made in.
+    "ALTER TABLE container ADD COLUMN made_in_boot TEXT NOT NULL DEFAULT ''",
 )
 
 _COLUMNS = (
@@ -147,11 +149,41 @@ def _taken(tx: Snapshot, record: ContainerRecord) -> AlreadyExists:
     )
 
 
+def save_parts(tx: Transaction, record: ContainerRecord) -> None:
+    """What the leaves answered, for one that is still CREATING; see keep_created()."""
+    _save_parts(tx, record, boot_id())
+
+
+def forget_parts(tx: Transaction, record: ContainerRecord) -> None:
+    """It is not to be created after all, whatever befalls the machine."""
+    tx.execute(
+        "UPDATE container SET made_in_boot = '' WHERE namespace = ? AND id = ? AND made_in_boot <> ''",
+        (record.namespace, record.id),
+    )
+
+
+def keep_created(tx: Transaction) -> list[ContainerRecord]:
+    """CREATING -> CREATED, of those that had their parts when the machine died: users may have been told that they are
+    created. Their tasks died with the machine, as those of all others."""
+    rows = tx.execute(f"{_SELECT} WHERE status = ? AND made_in_boot NOT IN ('', ?)", (Status.CREATING, boot_id()))
+    kept = [replace(_record(row), status=Status.CREATED) for row in rows]
+    for record in kept:
+        save_created(tx, record)
+    return kept
+
+
 def save_created(tx: Transaction, record: ContainerRecord) -> None:
     """CREATING -> CREATED, with all that the leaves answered."""
+    _save_parts(tx, record, "")
+    facts = {"name": record.name, "image": record.config.image}
+    tx.journal("container.created", record.id, facts, namespace=record.namespace)
+
+
+def _save_parts(tx: Transaction, record: ContainerRecord, boot: str) -> None:
     tx.execute(
         "UPDATE container SET status = ?, config = ?, pid = ?, image_id = ?, endpoint = ?, cgroup_path = ?,"
-        " log_path = ?, bundle = ?, snapshot_driver = ?, announced = 0 WHERE namespace = ? AND id = ?",
+        " log_path = ?, bundle = ?, snapshot_driver = ?, announced = 0, made_in_boot = ?"
+        " WHERE namespace = ? AND id = ?",
         (
             record.status,
             record.config.SerializeToString(),
@@ -162,12 +194,11 @@ def save_created(tx: Transaction, record: ContainerRecord) -> None:
             record.log_path,
             record.bundle,
             record.snapshot_driver,
+            boot,
             record.namespace,
             record.id,
         ),
     )
-    facts = {"name": record.name, "image": record.config.image}
-    tx.journal("container.created", record.id, facts, namespace=record.namespace)
 
 
 def set_status(tx: Transaction, namespace: str, id_: str, status: Status) -> ContainerRecord:

@@ -20,7 +20,7 @@ from corral.images.content import ContentStore
 from corral.images.digest import Digest
 from corral.images.policy.gate import Gate
 from corral.images.reference import Reference
-from corral.images.store import persist, uninterrupted, write_much
+from corral.images.store import uninterrupted, write_much
 from corral.images.unpacker import Staged, Unpacker
 from corral.kernel.syncfs import syncfs
 from corral.rpc.blocking import run_blocking
@@ -92,7 +92,7 @@ class Admission:
                 raise
             for group in staged:
                 group[:] = [layer for layer in group if layer not in new_layers]
-        await persist(self._database)
+        await self._database.persist()
         failpoint("images.admit.after_commit")
         self._collector.on_growth()
         return records

@@ -16,7 +16,7 @@ from corral.images.offers import Offers
 from corral.images.policy.gate import Gate
 from corral.images.reference import parse_reference
 from corral.images.snapshotter import Snapshotter
-from corral.images.store import persist, uninterrupted, write_much
+from corral.images.store import uninterrupted, write_much
 from corral.images.unpacker import Staged, Unpacker
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import FailedPrecondition, InvalidArgument
@@ -118,7 +118,7 @@ class Images:
 
         record = await self._database.write(write)
         failpoint("images.tag.after_row")
-        await persist(self._database)
+        await self._database.persist()
         return record
 
     async def unpacked(self, namespace: str, name: str) -> ImageRecord:
@@ -165,7 +165,7 @@ class Images:
         """Remove a name; by id, all names of the image. Raises NotFound, FailedPrecondition."""
         records = await self._database.write(lambda t: _remove(t, namespace, name, force=force))
         failpoint("images.image_remove.after_row")
-        await persist(self._database)
+        await self._database.persist()
         return Removed([record.name for record in records if record.name], await self._collector.collect())
 
     async def prune(self, namespace: str, *, everything: bool, only: Only) -> Removed:
@@ -186,7 +186,7 @@ class Images:
         records = await write_much(self._database, remove)
         failpoint("images.prune.after_rows")
         collected = await self._collector.collect(grace=fitting is not None)
-        await persist(self._database)
+        await self._database.persist()
         return Removed([record.name for record in records if record.name], collected)
 
     def _fitting(self, namespace: str, only: Only) -> set[Digest]:

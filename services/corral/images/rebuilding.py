@@ -35,7 +35,7 @@ from corral.images.model import (
 )
 from corral.images.platforms import choose, host_platform
 from corral.images.snapshotter import Snapshotter, TreeId
-from corral.images.store import MIGRATIONS, SHARED, persist, write_much
+from corral.images.store import MIGRATIONS, SHARED, write_much
 from corral.images.tending import Tending
 from corral.images.trees import Kind, TreeRecord
 from corral.images.unpacker import TreeIds
@@ -183,7 +183,7 @@ class Rebuilder:
         async with self._collector.changing:
             there = await run_blocking(self._trees_there)
             await write_much(self._database, lambda t: self._write(t, blobs, marked, there))
-            await persist(self._database)
+            await self._database.persist()
             await run_blocking(self._content.remove, blobs.damaged)
             known = self._database.read_sync(lambda s: {row[0] for row in s.execute("SELECT id FROM snapshots")})
             self._tending.remove(tree for tree in there if tree not in known and not self._ids.is_own(tree))

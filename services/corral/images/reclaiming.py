@@ -17,7 +17,7 @@ from corral.images.catalog import ImageRecord
 from corral.images.collector import Collector
 from corral.images.config import ImagesConfig
 from corral.images.partials import Partials
-from corral.images.store import persist, write_much
+from corral.images.store import write_much
 from corral.images.tending import Tending
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import CorralError, InvalidArgument
@@ -126,7 +126,7 @@ class Reclaimer:
             freed += (await self._collector.collect()).reclaimed_bytes
             gone += removed
         if gone:
-            await persist(self._database)
+            await self._database.persist()
         return gone
 
     def _remove_oldest(self, transaction: Transaction) -> list[ImageRecord]:

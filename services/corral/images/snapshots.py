@@ -11,7 +11,7 @@ from corral.images.errors import explained
 from corral.images.images import Images
 from corral.images.policy.gate import Gate
 from corral.images.snapshotter import Mount, Usage
-from corral.images.store import SHARED, persist, uninterrupted
+from corral.images.store import SHARED, uninterrupted
 from corral.images.tending import Tending
 from corral.images.trees import Kind, TreeRecord
 from corral.images.unpacker import TreeIds
@@ -279,7 +279,7 @@ class Snapshots:
             await run_long(driver.adopt, record.id)
         except OSError as e:
             raise explained(e, f"cannot commit snapshot {record.key!r}") from e
-        await persist(self._database)
+        await self._database.persist()
         return self.get(record.namespace, name)
 
 

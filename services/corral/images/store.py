@@ -4,10 +4,8 @@ The rows of each subject are written in its own module: images in catalog, trees
 """
 
 import asyncio
-import os
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from pathlib import Path
 
 from corral.rpc.blocking import run_blocking
 from corral.store import Database, Transaction
@@ -168,19 +166,6 @@ ALTER TABLE blobs ADD COLUMN stored_bytes INTEGER;
 async def write_much[T](database: Database, fn: Callable[[Transaction], T]) -> T:
     """Database.write() for what touches many rows: never on the event loop. A cancelled caller's write is done."""
     return await run_blocking(database.write_sync, fn)
-
-
-async def persist(database: Database) -> None:
-    """Make every committed transaction survive a power loss: image names are nothing one may lose."""
-    await run_blocking(_sync_file, database.path.with_name(database.path.name + "-wal"))
-
-
-def _sync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 async def uninterrupted[T](work: Coroutine[object, object, T]) -> T:

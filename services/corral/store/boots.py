@@ -14,6 +14,7 @@ import json
 import sqlite3
 import time
 import zlib
+from functools import cache
 from pathlib import Path
 
 from corral.store.journal import GAP_TOPIC, newest_seq
@@ -23,6 +24,12 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # More than can be committed between two checkpoints, which wait for the disk.
 NUMBERS_LOST_AT_MOST = 1_000_000
 CLOSED = 0
+
+
+@cache
+def boot_id() -> str:
+    """Of this boot of the machine."""
+    return BOOT_ID.read_text("ascii").strip()
 
 
 def mark_opened(connection: sqlite3.Connection, *, durable: bool) -> None:

@@ -17,6 +17,7 @@ they seem to. Events are therefore inserted together at the end of a transaction
 import asyncio
 import contextvars
 import errno
+import os
 import sqlite3
 import threading
 import time
@@ -211,6 +212,18 @@ class Database:
         if transaction.events:
             self.journal.committed(transaction.events)
         return result
+
+    async def persist(self) -> None:
+        """Make every committed transaction survive a power loss: what is committed without waiting for the disk can so
+        be waited for beside other work. Raises OSError."""
+        await asyncio.get_running_loop().run_in_executor(self._reading, self._flush)
+
+    def _flush(self) -> None:
+        fd = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fdatasync(fd)
+        finally:
+            os.close(fd)
 
     def write_sync[T](self, fn: Callable[[Transaction], T]) -> T:
         """write() for start-up code and other threads; blocks the caller."""
