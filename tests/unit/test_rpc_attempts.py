@@ -9,6 +9,7 @@ from corral.rpc.errors import CONNECTION_ENDED, PAUSES_S, UNSERVED, NotFound, Un
 
 refused = Unavailable("moving", reason=UNSERVED)
 ended = Unavailable("socket closed", reason="UNREACHABLE", metadata={"connection": CONNECTION_ENDED})
+sent_away = Unavailable("went away", reason=UNSERVED, metadata={"connection": CONNECTION_ENDED})
 nobody_there = Unavailable("connection refused", reason="UNREACHABLE")
 
 
@@ -17,6 +18,15 @@ def test_a_connection_that_ends_leaves_doubt_unless_its_server_has_refused_the_c
     attempts = Attempts()
     assert attempts.pause_s(refused) == PAUSES_S[0]
     assert attempts.pause_s(ended) == PAUSES_S[1]
+
+
+@pytest.mark.parametrize("before", [[sent_away], [refused, ended]], ids=["told-so", "without-a-word"])
+def test_once_the_server_that_refused_is_gone_the_end_of_a_connection_leaves_doubt(before: list[Unavailable]) -> None:
+    """Who was connected to then may have begun the call."""
+    attempts = Attempts()
+    for error in before:
+        attempts.pause_s(error)
+    assert attempts.pause_if_unserved_s(ended) is None
 
 
 @pytest.mark.parametrize("error", [nobody_there, NotFound("no such container"), Unavailable("", reason="CUT_OFF")])

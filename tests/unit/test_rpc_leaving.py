@@ -30,7 +30,7 @@ class Doing:
     name = "doing"
 
     def __init__(self) -> None:
-        self.done: set[bytes] = set()
+        self.done: collections.Counter[bytes] = collections.Counter()
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         handlers = {"Do": grpc.unary_unary_rpc_method_handler(self.do)}
@@ -44,7 +44,7 @@ class Doing:
         pass
 
     async def do(self, request: bytes, _context: object) -> bytes:
-        self.done.add(request)
+        self.done[request] += 1
         await asyncio.sleep(0.002 * (request[-1] % 4))
         return request * 1000
 
@@ -52,15 +52,15 @@ class Doing:
 class Client(threading.Thread):
     """Makes many calls at a time, by one connection, until it is told to leave."""
 
-    def __init__(self, number: int, target: str) -> None:
+    def __init__(self, number: int, target: str, *, retries: bool = False) -> None:
         super().__init__()
-        self.number, self.target = number, target
+        self.number, self.target, self.retries = number, target, retries
         self.answers: dict[bytes, grpc.StatusCode] = {}
         self.details: dict[bytes, str] = {}
         self.leave = threading.Event()
 
     def run(self) -> None:
-        options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
+        options = [("grpc.enable_retries", int(self.retries)), ("grpc.use_local_subchannel_pool", 1)]
         with grpc.insecure_channel(self.target, options) as channel:
             do = channel.unary_unary(METHOD)
             turn = 0
@@ -120,7 +120,39 @@ async def test_what_was_begun_is_answered_and_nothing_else_was_begun(
         if code not in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)
     }
     assert not wrong
-    assert collections.Counter(details[r] for r in service.done - answered) == {}
+    assert collections.Counter(details[r] for r in service.done.keys() - answered) == {}
+
+
+async def test_who_uses_grpc_as_it_comes_sees_nothing_of_one_server_after_the_other(directory: Path) -> None:
+    """Each call is answered, and each was begun once."""
+    service = Doing()
+    address = UnixAddress(directory / "s")
+    host = Host([service])
+    await host.start([address])
+    clients = [Client(n, f"unix:{address.path}", retries=True) for n in range(CLIENTS)]
+    for client in clients:
+        client.start()
+    try:
+        for _ in range(5):
+            before = [len(client.answers) for client in clients]
+            # A client repeats a call for being sent away but once: all are to be served before the next time.
+            while any(len(c.answers) < n + 2 * AT_ONCE for c, n in zip(clients, before, strict=True)):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            places = host.make_places()
+            await host.hand_over(places, grace_s=5)
+            host = Host([service])
+            await host.start([address], waiting=tuple(places.values()))
+    finally:
+        for client in clients:
+            client.leave.set()
+        for client in clients:
+            await asyncio.to_thread(client.join)
+        await host.stop(grace_s=5)
+    answers = collections.Counter(
+        (code, client.details[request]) for client in clients for request, code in client.answers.items()
+    )
+    assert {code for code, _ in answers} == {grpc.StatusCode.OK}, answers
+    assert set(service.done.values()) == {1}
 
 
 BIG = 15_000_000

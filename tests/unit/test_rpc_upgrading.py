@@ -70,10 +70,21 @@ async def refusal(channel: grpc.aio.Channel, service: Slow, seconds: float) -> s
 
 
 async def handed_over(host: Host, grace_s: float) -> None:
+    """To nobody."""
     places = host.make_places()
     await host.hand_over(places, grace_s=grace_s)
     for place in places.values():
         place.close()
+
+
+async def followed(host: Host, grace_s: float, *services: Slow) -> Host:
+    """By another one at the same address."""
+    places = host.make_places()
+    await host.hand_over(places, grace_s=grace_s)
+    [path] = places
+    successor = Host(services)
+    await successor.start([UnixAddress(path)], waiting=tuple(places.values()))
+    return successor
 
 
 async def test_a_call_that_outlasts_the_grace_is_told_that_it_was_an_upgrade_however_slow_the_others_stop(
@@ -89,12 +100,30 @@ async def test_a_call_that_outlasts_the_grace_is_told_that_it_was_an_upgrade_how
         assert await call == "CUT_OFF"
 
 
-async def test_a_call_that_begins_to_follow_after_its_service_was_told_to_stop_ends_at_once(directory: Path) -> None:
-    service = Slow()
-    service.follows_after_s = 0.3
+@pytest.mark.parametrize("follows_after_s", [0, 0.3], ids=["before", "after"])
+async def test_a_call_that_follows_and_was_told_nothing_goes_on_at_the_successor(
+    directory: Path, follows_after_s: float
+) -> None:
+    """It may begin to follow only when its service was told to stop."""
+    service, successor = Slow(), Slow()
+    service.follows_after_s = follows_after_s
     host = Host([service])
     [address] = await host.start([UnixAddress(directory / "s")])
-    async with asyncio.timeout(5), grpc.aio.insecure_channel(str(address)) as channel:
+    async with asyncio.timeout(20), grpc.aio.insecure_channel(str(address)) as channel:
+        call = asyncio.ensure_future(answered(channel, service, 1))
+        await service.entered.wait()
+        host = await followed(host, 20, successor)
+        assert await call == b"done"
+        assert successor.entered.is_set()
+    await host.stop(grace_s=0)
+
+
+async def test_who_does_without_retries_is_told_that_it_may_call_again(directory: Path) -> None:
+    service = Slow()
+    service.follows_after_s = 0
+    host = Host([service])
+    [address] = await host.start([UnixAddress(directory / "s")])
+    async with asyncio.timeout(20), grpc.aio.insecure_channel(str(address), [("grpc.enable_retries", 0)]) as channel:
         call = asyncio.ensure_future(refusal(channel, service, 30))
         await service.entered.wait()
         await handed_over(host, 20)
@@ -157,14 +186,14 @@ async def test_nobody_is_refused_while_an_upgrade_waits_for_a_call_that_takes_it
     async with asyncio.timeout(20), grpc.aio.insecure_channel(str(address)) as channel:
         slow = asyncio.ensure_future(answered(channel, service, 1))
         await service.entered.wait()
-        leaving = asyncio.ensure_future(handed_over(host, 10))
-        while not slow.done():
+        leaving = asyncio.ensure_future(followed(host, 10, service))
+        while not leaving.done():
             assert await answered(channel, service, 0) == b"done"
             async with grpc.aio.insecure_channel(str(address), [("grpc.use_local_subchannel_pool", 1)]) as new:
                 assert await answered(new, service, 0) == b"done"
-            await asyncio.wait((slow,), timeout=0.1)
+            await asyncio.wait((leaving,), timeout=0.1)
         assert await slow == b"done"
-        await leaving
+    await (await leaving).stop(grace_s=0)
 
 
 async def test_who_has_come_while_others_were_waited_for_is_answered(directory: Path) -> None:

@@ -20,10 +20,11 @@ class Attempts:
     def pause_if_unserved_s(self, e: CorralError) -> float | None:
         """The same, None if there is to be none.
 
-        Who has refused a call as UNSERVED serves nothing any more, and then ends its connections without a word.
+        Who has refused a call by an answer serves nothing any more, and then ends the connection, perhaps without a
+        word. Once that has ended there is another server, which may have begun what it does not answer.
         """
-        if e.reason == UNSERVED:
-            self._refused = True
-        elif not (self._refused and e.metadata.get("connection") == CONNECTION_ENDED):
+        ended = e.metadata.get("connection") == CONNECTION_ENDED
+        if e.reason != UNSERVED and not (self._refused and ended):
             return None
+        self._refused = not ended
         return next(self._pauses, None)

@@ -27,7 +27,7 @@ ENCODED_ELLIPSIS = 9
 
 # Of an Unavailable: nobody has begun to serve the call, so the same call may be made again.
 UNSERVED = "UNSERVED"
-# Of an UNREACHABLE, under "connection": there was one.
+# Of an UNSERVED or UNREACHABLE, under "connection": there was one.
 CONNECTION_ENDED = "ended"
 # What to wait before each further attempt then: an upgrade takes a second or two, on a busy machine more.
 PAUSES_S = (0.01, 0.02, 0.05, 0.1, 0.2, *(0.5,) * 60)
@@ -178,7 +178,11 @@ def from_rpc_error(error: grpc.RpcError, *, address: str = "") -> CorralError:
     if info is not None:
         return kind(message, reason=info.reason, metadata=dict(info.metadata))
     if _says_unserved(code, message):
-        return Unavailable(f"corral{f' at {address}' if address else ''} went away; try again", reason=UNSERVED)
+        return Unavailable(
+            f"corral{f' at {address}' if address else ''} went away; try again",
+            reason=UNSERVED,
+            metadata={"connection": CONNECTION_ENDED} if "GOAWAY" in message else {},
+        )
     if code is grpc.StatusCode.INTERNAL and message.startswith(_BROKEN_CALL):
         return Unavailable(
             f"corral{f' at {address}' if address else ''} went away",

@@ -1,13 +1,16 @@
 """Ending connections before gRPC's server is stopped, so that none of their calls falls in between.
 
-    gates are shut     calls that come are refused (UNAVAILABLE); what was begun has been answered
-    cut                each connection when nothing is on its way, or when the time is over; clients connect anew
+    gates are shut     what was begun has been answered; calls that come are left unanswered (corral.rpc.interceptor)
+    send_away          if somebody else is to serve: GOAWAY to each whom nothing is on its way to. It says that no call
+                       without an answer was begun, so any gRPC client makes these again, by a new connection
+    cut                who could not be told (TCP, which may have TLS), does not read or has not hung up in time
     server.stop()      finds nobody
 
 The order matters. A server that has begun to stop throws away each call that it has not taken up by then, and those
 that come until the client knows; gRPC (1.85) tells their clients CANCELLED, which they may not take for "not begun".
-A connection that ends is UNAVAILABLE. Nothing is written to gRPC's sockets here, for nobody but gRPC knows whether the
-last frame has left in full.
+A connection that ends is UNAVAILABLE. GOAWAY is written into a connection of gRPC's, which can't be asked to. It must
+not get into the middle of a frame, nor come before the first: so all that was written has been read for a while by
+then, and there always was room for more.
 """
 
 import asyncio
@@ -20,6 +23,7 @@ import stat
 import struct
 import termios
 from array import array
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,6 +31,12 @@ from dataclasses import dataclass
 # A program of classic BPF, which takes no byte of any packet. Source: linux/filter.h, BPF_RET | BPF_K.
 TAKE_NOTHING = array("B", struct.pack("HBBI", 0x06, 0, 0, 0))
 SO_ATTACH_FILTER = 26
+# Length 8, type 7, no flags, stream 0; no stream was begun; NO_ERROR. Source: RFC 9113, 4.1 and 6.8.
+GOAWAY = struct.pack("!IBIII", 8 << 8 | 7, 0, 0, 0, 0)
+# How often in a row all that was written must have been read.
+QUIET_LOOKS = 10
+# For who does not read, and for hanging up.
+AWAY_WITHIN_S = 1.0
 # For who calls without a pause, or does not read.
 QUIET_WITHIN_S = 0.25
 LOOK_S = 0.005
@@ -50,6 +60,30 @@ class _Stream:
             if os.fstat(self.fd).st_ino != self.inode:
                 raise OSError(errno.EBADF, f"descriptor {self.fd} is another one by now")
             yield stream
+
+
+async def send_away(names: Collection[Name], others: Callable[[], Collection[int]] = tuple) -> None:
+    """Have who is connected to unix sockets of those names call somebody else, who is to be found there already;
+    returns when they have hung up, or the time is over."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + AWAY_WITHIN_S
+    looks: Counter[_Stream] = Counter()
+    done: set[_Stream] = set()
+    paths = [name for name in names if isinstance(name, str)]
+    while (left := _streams(paths, others())) and loop.time() < deadline:
+        for each in left - done:
+            with suppress(OSError), each.borrowed() as connection:  # it has hung up
+                looks[each] = 0 if _count(connection, termios.TIOCOUTQ) else looks[each] + 1
+                if looks[each] == QUIET_LOOKS:
+                    connection.send(GOAWAY, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                if looks[each] == QUIET_LOOKS or _is_full(connection):
+                    done.add(each)
+        await asyncio.sleep(LOOK_S)
+
+
+def _is_full(connection: socket.socket) -> bool:
+    """So that gRPC may wait with the rest of a frame, until there is room again. Source: Linux, unix_writable()."""
+    return _count(connection, termios.TIOCOUTQ) * 4 > connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
 
 
 async def cut(names: Collection[Name], others: Callable[[], Collection[int]] = tuple) -> None:
@@ -98,7 +132,7 @@ def _count(connection: socket.socket, request: int) -> int:
 def _take_no_more(each: _Stream) -> None:
     """Of TCP, where nothing can be put in its place: who connects now is heard by whoever listens a second later, when
     the kernel tries again. A listening socket that is shut down gRPC would log as an error."""
-    with each.borrowed() as listening:
+    with suppress(OSError), each.borrowed() as listening:  # the server of latecomers may have ended
         if listening.family in (socket.AF_INET, socket.AF_INET6):
             address, _ = TAKE_NOTHING.buffer_info()
             listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, address))

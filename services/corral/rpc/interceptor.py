@@ -3,7 +3,7 @@
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import grpc
@@ -50,6 +50,7 @@ class Gate:
         self.answering: set[asyncio.Task[Any]] = set()
         """Calls that have left, and send what they came for."""
         self.followers = Followers()
+        self._left = asyncio.Event()
 
     def enter(self, task: asyncio.Task[Any], context: object) -> None:
         """The call is to be counted; it may have to wait()."""
@@ -59,12 +60,16 @@ class Gate:
 
     def leave(self, task: asyncio.Task[Any], context: object) -> None:
         """What the call came for is done."""
-        self.inside.discard(task)
-        self.visiting.discard(task)
-        self.followers.discard(task)
+        self._forget(task)
         if not isinstance(context, LocalContext):
             self.answering.add(task)
             task.add_done_callback(self.answering.discard)
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self.inside.discard(task)
+        self.visiting.discard(task)
+        self.followers.discard(task)
+        self._left.set()
 
     def open(self) -> None:
         self.is_open = True
@@ -88,6 +93,15 @@ class Gate:
         if not self.is_open:
             raise self.refusal()
 
+    async def leave_unserved(self, error: CorralError, context: _Context) -> None:
+        """Of a call whose client has been told nothing. If `error` is what refuses calls that may be made again, wait
+        until the connection ends: how it ends has any client make it again (corral.rpc.farewell), an answer only those
+        who know us. Returns at once where it does not."""
+        task = asyncio.current_task()
+        if error is self._refusal and error.reason == UNSERVED and context.peer().startswith("unix:") and task:
+            self._forget(task)
+            await asyncio.get_running_loop().create_future()
+
     async def end_of_visits(self, seconds: float) -> set[asyncio.Task[Any]]:
         """Wait for the calls of other processes that are inside now, while the gate stays open, but not for those that
         only follow. Returns which are left after `seconds`."""
@@ -106,15 +120,20 @@ class Gate:
         self.followers.end()
         for task in self.inside.intersection(overdue):
             task.cancel()
-        if self.inside:
-            await asyncio.wait(self.inside, timeout=seconds)
-        remaining = set(self.inside)
-        for task in remaining:
+        await self._empty(seconds)
+        for task in tuple(self.inside):
             task.cancel()
-        if remaining:
-            await asyncio.wait(remaining, timeout=CANCEL_S)
+        await self._empty(CANCEL_S)
         if self.answering:
             await asyncio.wait(self.answering, timeout=ANSWER_S)
+
+    async def _empty(self, seconds: float) -> None:
+        """Wait until nobody is inside, or the time is over."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.inside:
+                    self._left.clear()
+                    await self._left.wait()
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -157,7 +176,7 @@ def wrap(handler: _Handler, method: str, gate: Gate) -> _Handler:
         make = (
             grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
         )
-        behaviour: Any = around.generator(fn) if inspect.isasyncgenfunction(fn) else around.coroutine(fn)
+        behaviour: Any = around.generator(fn) if inspect.isasyncgenfunction(fn) else around.coroutine(fn, writes=True)
     else:
         fn = handler.stream_unary if handler.request_streaming else handler.unary_unary
         make = (
@@ -174,7 +193,7 @@ class _Around:
         self._method = method.removeprefix("/")
         self._gate = gate
 
-    def coroutine(self, fn: Any) -> Callable[[Any, _Context], Awaitable[Any]]:
+    def coroutine(self, fn: Any, *, writes: bool = False) -> Callable[[Any, _Context], Awaitable[Any]]:
         """Around a method that returns its response, or writes its responses to the context."""
         if not inspect.iscoroutinefunction(fn):
             fn = self._unimplemented(fn)
@@ -184,11 +203,13 @@ class _Around:
             task = asyncio.current_task()
             assert task is not None
             gate.enter(task, context)
+            said = False
             try:
                 await self._enter(context)
+                said = writes
                 return await fn(request, context)
             except (Exception, asyncio.CancelledError) as e:  # noqa: BLE001  # every call ends with a status
-                await self._fail(context, e)
+                await self._fail(context, e, said=said)
             finally:
                 gate.leave(task, context)
 
@@ -202,13 +223,15 @@ class _Around:
             task = asyncio.current_task()
             assert task is not None
             gate.enter(task, context)
+            said = False
             try:
                 await self._enter(context)
                 async with aclosing(fn(request, context)) as responses:
                     async for response in responses:
+                        said = True
                         yield response
             except (Exception, asyncio.CancelledError) as e:  # noqa: BLE001  # every call ends with a status
-                await self._fail(context, e)
+                await self._fail(context, e, said=said)
             finally:
                 gate.leave(task, context)
 
@@ -238,8 +261,8 @@ class _Around:
         if not self._gate.is_open:
             await self._gate.wait()
 
-    async def _fail(self, context: _Context, e: BaseException) -> None:
-        """End the call with the status that `e` stands for."""
+    async def _fail(self, context: _Context, e: BaseException, *, said: bool) -> None:
+        """End the call with the status that `e` stands for. said: some of the answer may have been sent."""
         if isinstance(e, grpc.aio.AbortError):
             raise e
         if isinstance(e, asyncio.CancelledError):
@@ -247,6 +270,8 @@ class _Around:
                 raise e  # the client went away
             e = self._gate.refusal(asyncio.current_task())
         error = e if isinstance(e, CorralError) else self._translated(e)
+        if not said:
+            await self._gate.leave_unserved(error, context)
         code, message, trailers = to_status(error)
         await context.abort(code, message, trailers)
 

@@ -2,7 +2,7 @@
 
     bind and listen  ->  start() each, in order; its gate opens and its health becomes SERVING  ->  ready
     stop             ->  each in reverse: shut its gate, let its calls end (grace), cancel the rest, stop()
-                         ->  connections cut (corral.rpc.farewell)  ->  close
+                         ->  connections ended (corral.rpc.farewell)  ->  close
     hand_over        ->  calls that are inside end (grace), while others are served as ever
                          ->  a waiting socket in the place of ours  ->  as stop
 
@@ -28,7 +28,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from corral.rpc import local
 from corral.rpc.address import MAX_MESSAGE_BYTES, Address, Target, TcpAddress, Tls, UnixAddress
 from corral.rpc.errors import FailedPrecondition
-from corral.rpc.farewell import Name, cut
+from corral.rpc.farewell import Name, cut, send_away
 from corral.rpc.handover import Latecomers, hidden, make_waiting
 from corral.rpc.interceptor import CallInterceptor, Gate
 from corral.rpc.service import Service
@@ -143,7 +143,7 @@ class Host:
             with suppress(FileNotFoundError):
                 if path.stat().st_ino == inode:
                     path.unlink()
-        await self._leave()
+        await self._leave(followed=False)
 
     def make_places(self) -> Mapping[Path, socket.socket]:
         """Where connections to our unix sockets are to wait. Raises OSError; nothing has changed then."""
@@ -168,7 +168,7 @@ class Host:
         for path in waiting:
             hidden(path).rename(path)
         await self._stop_services(max(deadline - loop.time(), NEW_CALLS_S), upgrading=True, overdue=overdue)
-        await self._leave()
+        await self._leave(followed=True)
 
     async def _end_of_calls(self, seconds: float) -> Collection[asyncio.Task[Any]]:
         """Wait for those that are inside now; which are left after `seconds`."""
@@ -195,11 +195,13 @@ class Host:
         self._interceptor.own_gate.shut(upgrading=upgrading)
         await self._interceptor.own_gate.drain(LAST_CALLS_S)
 
-    async def _leave(self) -> None:
+    async def _leave(self, *, followed: bool) -> None:
         """When all gates are shut, and nobody new finds us."""
         local.withdraw(self)
         if self._latecomers is not None:
             self._latecomers.stop_accepting()
+        if followed:
+            await send_away(self._names, self._relayed)
         await cut(self._names, self._relayed)
         await self._stop_late()
         await self._server.stop(LAST_CALLS_S)

@@ -85,7 +85,9 @@ class TasksService:
         if self._bundles is not None:
             await self._bundles.close()
         if self._zygote is not None:
-            await self._zygote.stop(has_shims=bool(self._registry.of(None)))
+            tasks = self._registry.of(None)
+            runs = any(not task.init.ended.is_set() for task in tasks)
+            await self._zygote.stop(has_shims=runs or (None if tasks else False))
         if self._database is not None:
             self._database.close()
 

@@ -52,16 +52,17 @@ class Zygote:
         """Start it; spawn() may be called at once."""
         self._supervisor = asyncio.create_task(self._supervise(), name="zygote")
 
-    async def stop(self, *, has_shims: bool) -> None:
+    async def stop(self, *, has_shims: bool | None) -> None:
         """Leave it: it ends at once, or with the last of its shims, which live on.
 
-        has_shims: it may have some. Without any it has ended when this returns, and holds no file of ours any more.
+        has_shims: None if it may have some. Without any it has ended when this returns, and holds no file of ours any
+        more.
         """
         self._stopping.set()
         if self._connection is not None:
             self._connection.close()
         if self._supervisor is not None:
-            await asyncio.wait((self._supervisor,), timeout=STAY_S if has_shims else END_S)
+            await asyncio.wait((self._supervisor,), timeout={True: 0, None: STAY_S, False: END_S}[has_shims])
             if not self._supervisor.done():
                 self._supervisor.cancel()
                 await asyncio.wait((self._supervisor,))
