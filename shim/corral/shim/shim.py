@@ -148,7 +148,7 @@ class Shim:
         init.move(State.CREATED)
         self._processes[""] = self._by_pid[init.pid] = init
         init.io.begin(container.init.console)
-        self._oom = self._watch_oom()
+        self.loop.call_later(0, self._begin_watching_oom)
         self._write_record_soon(init)
         self.loop.call_later(0, lambda: self._hold_mounts(init))
         self.loop.call_later(0, lambda: self._keeper.keep(init, self.streams("")))
@@ -440,6 +440,10 @@ class Shim:
             return True
         self._kill_all()
         return False
+
+    def _begin_watching_oom(self) -> None:
+        """Once the reply to create is out: what init needs before its start it has."""
+        self._oom = self._watch_oom()
 
     def _watch_oom(self, uncounted: int | None = None) -> OomCounter:
         counter = OomCounter(

@@ -71,8 +71,9 @@ def _settle() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-# The next spare is forked once the shim that was asked for has had the processors to itself.
-SPARE_PAUSE_S = 0.015
+# The next spare is forked once the shim that was asked for has begun: while that and its init are at work nobody else
+# is, so another processor is free. What is asked for next, the daemon and its client would be kept from theirs by it.
+SPARE_PAUSE_S = 0.001
 LOOK_S = 0.2
 
 
