@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from corral.kernel.namespaces import Kind
+from corral.kernel.syscalls import CGROUP2_SUPER_MAGIC, filesystem_magic
 from corral.oci import defaults, runtime
 from corral.oci.runtime import Container, ProcessHandle, Stdio
 from corral.oci.spec import Capabilities, Linux, Mount, Namespace, Process, Spec
@@ -208,3 +210,29 @@ def lab(tmp_path: Path, busybox_root: Path) -> Iterator[Lab]:
         yield lab
     finally:
         lab.close()
+
+
+@pytest.fixture
+def cgroups() -> Iterator[list[Path]]:
+    """A cgroup in every hierarchy of this host."""
+    root = Path("/sys/fs/cgroup")
+    fd = os.open(root, os.O_PATH)
+    unified = filesystem_magic(fd) == CGROUP2_SUPER_MAGIC
+    os.close(fd)
+    parents = [root] if unified else [path for path in sorted(root.iterdir()) if path.is_mount()]
+    made = []
+    for parent in parents:
+        path = parent / f"corral-test-{os.getpid()}"
+        path.mkdir()
+        made.append(path)
+        for name in ("cpuset.cpus", "cpuset.mems"):
+            if parent.name == "cpuset":
+                (path / name).write_text((parent / name).read_text())
+    yield made
+    for path in made:
+        for attempt in range(100):
+            try:
+                path.rmdir()
+                break
+            except OSError:
+                time.sleep(0.02 * bool(attempt < 99))

@@ -1,7 +1,6 @@
 """Namespaces new, shared with the host, or joined by path; and cgroups."""
 
 import os
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from support.requirements import needs
 
 from corral.kernel import netns
 from corral.kernel.namespaces import Kind
-from corral.kernel.syscalls import CGROUP2_SUPER_MAGIC, filesystem_magic
 from corral.oci.runtime import ExecFailed, Stdio
 from corral.oci.spec import Mount, Namespace
 
@@ -99,32 +97,6 @@ def test_a_host_name_without_a_namespace_of_its_own_is_refused(lab):
     kept = tuple(item for item in spec.linux.namespaces if item.type is not Kind.UTS)
     with pytest.raises(ValueError, match="hostname"):
         lab.create(replace(spec, linux=replace(spec.linux, namespaces=kept)))
-
-
-@pytest.fixture
-def cgroups():
-    """A cgroup in every hierarchy of this host."""
-    root = Path("/sys/fs/cgroup")
-    fd = os.open(root, os.O_PATH)
-    unified = filesystem_magic(fd) == CGROUP2_SUPER_MAGIC
-    os.close(fd)
-    parents = [root] if unified else [path for path in sorted(root.iterdir()) if path.is_mount()]
-    made = []
-    for parent in parents:
-        path = parent / f"corral-test-{os.getpid()}"
-        path.mkdir()
-        made.append(path)
-        for name in ("cpuset.cpus", "cpuset.mems"):
-            if parent.name == "cpuset":
-                (path / name).write_text((parent / name).read_text())
-    yield made
-    for path in made:
-        for attempt in range(100):
-            try:
-                path.rmdir()
-                break
-            except OSError:
-                time.sleep(0.02 * bool(attempt < 99))
 
 
 class TestCgroups:

@@ -107,9 +107,14 @@ def limit_bounding(keep: int) -> None:
 
 def set_process(*, effective: int, permitted: int, inheritable: int) -> None:
     """capset(2) on the caller."""
+    arguments = capset_arguments(effective=effective, permitted=permitted, inheritable=inheritable)
+    check(_capset(*arguments), "capset")
+
+
+def capset_arguments(*, effective: int, permitted: int, inheritable: int) -> tuple[bytes, bytes]:
+    """What capset(2) takes for the caller to have these."""
     sets = effective, permitted, inheritable
-    data = _DATA.pack(*(mask & 0xFFFFFFFF for mask in sets), *(mask >> 32 for mask in sets))
-    check(_capset(_HEADER, data), "capset")
+    return _HEADER, _DATA.pack(*(mask & 0xFFFFFFFF for mask in sets), *(mask >> 32 for mask in sets))
 
 
 def set_ambient(mask: int) -> None:

@@ -71,7 +71,7 @@ def clone(flags: int, *, cgroup: int | None = None) -> tuple[int, int]:
     place = ctypes.addressof(pidfd)
     exit_signal = 0 if flags & CLONE_PARENT else signal.SIGCHLD  # a sibling's exit signals as the caller's own does
     every = flags | CLONE_PIDFD | (0 if cgroup is None else CLONE_INTO_CGROUP)
-    args = _CLONE_ARGS.pack(every, place, 0, 0, exit_signal, 0, 0, 0, 0, 0, cgroup or 0)
+    args = clone_arguments(every, cgroup=cgroup or 0, pidfd_at=place, exit_signal=exit_signal)
     _before_fork()
     pid = _clone3(_SYS_CLONE3, args, _CLONE_ARGS.size)
     if pid < 0 and cgroup is None and ctypes.get_errno() in (errno.ENOSYS, errno.EPERM):
@@ -86,6 +86,26 @@ def clone(flags: int, *, cgroup: int | None = None) -> tuple[int, int]:
         check(pid, f"clone3 flags={flags:#x} into cgroup", os.readlink(f"/proc/self/fd/{cgroup}"))  # noqa: PTH115 - no Path
     check(pid, f"clone3 flags={flags:#x}")
     return pid, pidfd.value
+
+
+def clone_arguments(flags: int, *, cgroup: int = 0, pidfd_at: int = 0, exit_signal: int = 0) -> bytes:
+    """A struct clone_args."""
+    return _CLONE_ARGS.pack(flags, pidfd_at, 0, 0, exit_signal, 0, 0, 0, 0, 0, cgroup)
+
+
+def spawn(executable: int, kept: Iterable[int]) -> int:
+    """A child that is another program from the start, which nothing of this process has to be copied for; its pid.
+
+    It has fds 0, 1 and 2, those that are kept, and signals that are blocked as they are here; none is ignored.
+    """
+    ignored = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
+    return os.posix_spawn(
+        f"/proc/self/fd/{executable}",
+        ("corral-exec",),
+        {},
+        file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in kept],  # which makes it inheritable
+        setsigdef=ignored,
+    )
 
 
 def pidfd_open(pid: int) -> int:

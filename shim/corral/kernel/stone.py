@@ -10,6 +10,8 @@ As a pid 1 it would be deaf to what ends others: SIGHUP, SIGINT, SIGQUIT and SIG
 
 import struct
 
+from corral.kernel.elf import executable
+
 MACHINES = frozenset(("x86_64",))
 """Whose code it is, as uname(2) calls them."""
 CALLS = ("accept4", "close", "execve", "exit_group", "fcntl", "read", "rt_sigaction", "write")
@@ -137,26 +139,13 @@ _CODE = bytes.fromhex(
 )
 _CHANNEL_AT, _GATE_AT = 8, 14
 
-_BASE, _PAGE = 0x400000, 0x1000
-_EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
-_PHDR = struct.Struct("<IIQQQQQQ")
 _ANSWER = struct.Struct("<II")
-_IDENT = b"\x7fELF\x02\x01\x01"
-_ET_EXEC, _EM_X86_64, _PT_LOAD, _PT_GNU_STACK = 2, 62, 1, 0x6474E551
-_R, _W, _X = 4, 2, 1
 
 
 def image(channel: int, gate: int | None, answers: list[tuple[int, bytes]]) -> bytes:
-    """The program as an ELF file, for these descriptors. Source: elf(5)."""
+    """The program as a file, for these descriptors."""
     code = bytearray(_CODE)
     struct.pack_into("<i", code, _CHANNEL_AT, channel)
     struct.pack_into("<i", code, _GATE_AT, -1 if gate is None else gate)
     data = b"".join(_ANSWER.pack(errno, len(message)) + message for errno, message in answers)
-    start = _EHDR.size + 2 * _PHDR.size
-    size = start + len(code) + len(data)
-    ehdr = _EHDR.pack(
-        *(_IDENT, _ET_EXEC, _EM_X86_64, 1, _BASE + start, _EHDR.size, 0, 0, _EHDR.size, _PHDR.size, 2, 0, 0, 0)
-    )
-    load = _PHDR.pack(_PT_LOAD, _R | _X, 0, _BASE, _BASE, size, size, _PAGE)
-    stack = _PHDR.pack(_PT_GNU_STACK, _R | _W, 0, 0, 0, 0, 0, 16)
-    return ehdr + load + stack + code + data
+    return executable(bytes(code) + data)

@@ -17,6 +17,7 @@ from corral.oci.spec import Spec
 from corral.oci.stage import IdMap
 from corral.oci.state import CREATING, RUNNING
 from corral.oci.stdio import Stdio
+from corral.oci.users import Sighting
 
 if TYPE_CHECKING:
     from corral.oci.allotment import Allotment
@@ -94,10 +95,11 @@ def await_ready(
     limit_s: float,
     *,
     creating: bool,
+    note: Callable[[Sighting], None] | None = None,
 ) -> ProcessHandle:
     """See a child to the end of its set-up, and where it has a successor go on with that. If it fails, it is reaped.
 
-    allotment: whose scheduler is set from here.
+    allotment: whose scheduler is set from here. note: as for receive_ready().
     """
 
     def pass_listener(fd: int) -> None:
@@ -117,12 +119,12 @@ def await_ready(
 
     with contextlib.ExitStack() as unless_ready:
         with heeded(parent, pidfd):
-            console, successor = parent.receive_ready(patience(pidfd, limit_s), pass_listener, run_hooks)
+            console, successor = parent.receive_ready(patience(pidfd, limit_s), pass_listener, run_hooks, note)
             if console is not None:
                 unless_ready.callback(os.close, console)
-            follower = None if successor is None else process.pidfd_open(successor)  # not reaped: the pid is still its
+            follower = None if successor is None else hold_child(successor)
         if successor is not None and follower is not None:
-            _reap_predecessor(pidfd)
+            reap_predecessor(pidfd)
             pid, pidfd = successor, follower
         with heeded(parent, pidfd):
             if allotment is not None:
@@ -132,7 +134,22 @@ def await_ready(
         return handle
 
 
-def _reap_predecessor(pidfd: int) -> None:
+def hold_child(pid: int) -> int:
+    """A pidfd of a child of this process, which has not been reaped: the pid is still its.
+
+    Raises ExecFailed if it is none: a successor that is in the hands of the container may say more than it should, and
+    sooner than its predecessor.
+    """
+    pidfd = process.pidfd_open(pid)
+    try:
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError as e:
+        os.close(pidfd)
+        raise ExecFailed(SETUP, "the process said what makes no sense during its set-up") from e
+    return pidfd
+
+
+def reap_predecessor(pidfd: int) -> None:
     """See to the end of a child that has but to end, which whoever can signal it may have stopped."""
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(pidfd, signal.SIGKILL)
@@ -207,7 +224,7 @@ def follow_guide(
         assert isinstance(born, int)
         # Our own child, not reaped yet: the pid is still its.
         follower = process.pidfd_open(born)
-    _reap_predecessor(pidfd)
+    reap_predecessor(pidfd)
     with heeded(parent, follower):
         parent.send_answer(True, patience(follower, SETUP_S))
     return born, follower

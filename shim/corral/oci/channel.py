@@ -8,6 +8,7 @@
     child -> parent   {"hooks": true}                                              before ready: run the runtime's
     parent -> child   b"start"                                                     that was done
     child -> parent   {"listener": true} + an fd                                   before ready: for a seccomp listener
+    child -> parent   {"sighting": [UID, GID, [GID…], HOME, LOOK…]}                before ready, of an exec: who it is
     child -> parent   {"error": KIND, "errno": N, "message": "…"}                  it, or exec, failed; the child exits
     parent -> child   b"start"                                                     execute the program
     child -> parent   end of file without a message                                the program was executed
@@ -23,10 +24,11 @@ import array
 import contextlib
 import os
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 from corral.oci.errors import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, ExecFailed
 from corral.oci.json_text import dumps, loads
+from corral.oci.users import Identity, Sighting
 
 _MAX_MESSAGE = 32768
 _MAX_TEXT = 2048
@@ -34,7 +36,8 @@ _MAX_TEXT = 2048
 LOOK_S = 0.05
 """The child is looked after this often while nothing is heard of it."""
 _MAX_ERRNO = 4096
-_START = b"start"
+_NUMBER = 8
+START = b"start"
 _ANSWERED = b"\n"
 _ONE_FD = socket.CMSG_LEN(array.array("i").itemsize)
 """Not CMSG_SPACE, whose padding has room for another one. What finds none the kernel closes."""
@@ -93,13 +96,20 @@ class ChildEnd:
         """Hand over the descriptor by which a listener is to answer calls of the child."""
         self._socket.sendmsg([b'{"listener":true}'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
 
+    def send_sighting(self, sighting: Sighting) -> None:
+        """Say who this is, and what told so. What is too long is not worth it."""
+        who = sighting.identity
+        message = dumps({"sighting": [who.uid, who.gid, who.groups, who.home, *sighting.looks]}).encode()
+        if len(message) <= _MAX_TEXT:
+            self._socket.send(message)
+
     def send_error(self, error: BaseException) -> None:
         """Say why it went wrong."""
         self._socket.send(error_message(error))
 
     def wait_for_start(self) -> bool:
         """False if the runtime is gone."""
-        return self._socket.recv(len(_START)) == _START
+        return self._socket.recv(len(START)) == START
 
 
 def error_message(error: BaseException) -> bytes:
@@ -165,11 +175,13 @@ class ParentEnd:
         patience: Callable[[], None],
         pass_listener: Callable[[int], None] | None = None,
         run_hooks: Callable[[], None] | None = None,
+        note: Callable[[Sighting], None] | None = None,
     ) -> tuple[int | None, int | None]:
         """Wait for the end of the set-up: the pty master, or None without a terminal; and the pid of the successor.
 
-        pass_listener gets the fd for a seccomp listener, and run_hooks is called, when it is time. Raises what they do,
-        or what the child reported: ExecFailed, or the OSError of a host that can't do it; or EndedEarly.
+        pass_listener gets the fd for a seccomp listener, and run_hooks is called, when it is time; note gets who an
+        exec has found itself to be. Raises what they do, or what the child reported: ExecFailed, or the OSError of a
+        host that can't do it; or EndedEarly.
         """
         while True:
             data, fd = self._receive(patience)
@@ -186,6 +198,8 @@ class ParentEnd:
                 elif "hooks" in message and run_hooks is not None:
                     run_hooks()
                     self.send_start()
+                elif "sighting" in message and note is not None:
+                    note(_sighting(message["sighting"]))
                 elif "ready" in message:
                     unused.pop_all()
                     successor = message.get("successor")
@@ -195,12 +209,19 @@ class ParentEnd:
 
     def send_start(self) -> None:
         """Let the child execute its program. Raises BrokenPipeError if it is gone."""
-        self._socket.send(_START, socket.MSG_NOSIGNAL)
+        self._socket.send(START, socket.MSG_NOSIGNAL)
 
     def wait_for_exec(self, patience: Callable[[], None]) -> None:
         """Return when the program was executed; raise ExecFailed if it can't be."""
         if data := self._receive_alone(patience):
             _raise(_parse(data))
+
+    def receive_number(self, patience: Callable[[], None], *, at_end: int | None = None) -> int:
+        """A number that one says who is no Python; without a word at_end or, if there is none, EndedEarly."""
+        data = self._receive_alone(patience)
+        if not data and at_end is None:
+            raise EndedEarly
+        return int.from_bytes(data[:_NUMBER], "little", signed=True) if data else at_end or 0
 
     def _receive_alone(self, patience: Callable[[], None]) -> bytes:
         data, fd = self._receive(patience)
@@ -231,6 +252,12 @@ def _parse(data: bytes) -> dict[str, object]:
     if not isinstance(message, dict):
         raise _nonsense()
     return message
+
+
+def _sighting(said: object) -> Sighting:
+    """As send_sighting() says it, which nobody does who is in the hands of a container."""
+    uid, gid, groups, home, *looks = cast(list[Any], said)
+    return Sighting(Identity(uid, gid, tuple(groups), home), tuple(each and tuple(each) for each in looks))
 
 
 def _nonsense() -> ExecFailed:

@@ -5,7 +5,8 @@ import math
 import os
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from corral.kernel import process
 from corral.oci import gate as gates
@@ -16,6 +17,10 @@ from corral.oci.reaper import ANNOTATION
 from corral.oci.spec import Hooks, Process, Spec
 from corral.oci.state import RUNNING, State
 from corral.oci.stdio import Stdio
+from corral.oci.users import Sighting
+
+if TYPE_CHECKING:  # loaded for those who ask for it
+    from corral.oci.join_calls import Files
 
 
 @dataclass(slots=True)
@@ -28,6 +33,9 @@ class Container:
     id: str = ""
     """What hooks and seccomp listeners are told it is called."""
     bundle: str = ""
+    sightings: dict[object, Sighting] = field(default_factory=dict)
+    """Of execs, by what was asked for (corral.oci.joining)."""
+    files: "Files | None" = None
 
     @property
     def state(self) -> State:

@@ -316,4 +316,4 @@ def settle(
         use_terminal(stage.console_slave, stdio, controlling=controlling)
     else:
         use_own_null(stage.root, stdio)
-    return programs.become(plan.program, stage.root, tell_listener)
+    return programs.become(plan.program, stage.root, programs.identity_of(plan.program, stage.root), tell_listener)

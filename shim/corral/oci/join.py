@@ -19,6 +19,7 @@ from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.init import enter_privately, go_on, report_and_exit
 from corral.oci.program import Program
 from corral.oci.stdio import Stdio, use_own_null, use_terminal
+from corral.oci.users import Sighting, look
 
 if TYPE_CHECKING:  # loaded for those who ask for it
     from corral.oci.allotment import Affinity
@@ -67,7 +68,11 @@ def run_joined(
             use_terminal(slave, stdio, controlling=False)
         else:
             use_own_null(root, stdio)
-        program = programs.become(program, root, channel.send_listener)
+        looks = look(root)
+        identity = programs.identity_of(program, root)
+        if looks is not None:
+            channel.send_sighting(Sighting(identity, looks))
+        program = programs.become(program, root, identity, channel.send_listener)
         go_on(channel, master, stdio.kept)
         if not channel.wait_for_start():
             os._exit(1)

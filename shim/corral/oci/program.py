@@ -197,13 +197,18 @@ def leave_keyring(program: Program) -> None:
         program.labels.label_keyrings(yes=False)
 
 
-def become(program: Program, root: int, tell_listener: Callable[[int], None]) -> Program:
+def identity_of(program: Program, root: int) -> Identity:
+    """Who it runs as, by the databases of the container. Raises ExecFailed."""
+    groups = (*program.groups, *find_groups(root, program.group_names))
+    return identify(root, program.user, program.uid, program.gid, groups)
+
+
+def become(program: Program, root: int, identity: Identity, tell_listener: Callable[[int], None]) -> Program:
     """Give up everything but what the program is to have; what is returned is ready for execute().
 
     tell_listener gets the descriptor by which a listener answers calls, and must return once it is on its way there.
     """
-    groups = (*program.groups, *find_groups(root, program.group_names))
-    program = program.start_as(identify(root, program.user, program.uid, program.gid, groups))
+    program = program.start_as(identity)
     with _mapped("user", program.uid):
         hand_over_stdio(program.uid, terminal=program.terminal)
     enter_directory(root, program.cwd)

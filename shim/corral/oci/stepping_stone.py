@@ -16,6 +16,7 @@ An execve more is not quite nothing: see suits().
 import errno
 import fcntl
 import os
+from collections.abc import Iterable
 from typing import NoReturn
 
 from corral.kernel import process, stone
@@ -59,7 +60,7 @@ def suits(spec: Spec) -> bool:
         and _is_executed_alike(spec.process)
         and ANNOTATION not in spec.annotations
         and not (hooks is not None and (hooks.create_container or hooks.start_container))
-        and _lets_pass(spec.linux.seccomp)
+        and lets_pass(spec.linux.seccomp, _CALLS)
         and _can_be_made()
     )
 
@@ -70,13 +71,13 @@ def _is_executed_alike(spec: Process) -> bool:
     return spec.user.uid == 0 or spec.capabilities is None or _OF_USE_AT_EXECVE.isdisjoint(spec.capabilities.effective)
 
 
-def _lets_pass(profile: Seccomp | None) -> bool:
-    """Whether a filter allows all that a stone does, whatever the arguments."""
+def lets_pass(profile: Seccomp | None, calls: Iterable[str]) -> bool:
+    """Whether a filter allows these calls, whatever the arguments, and nobody is told of them."""
     if profile is None:
         return True
     if profile.listener_path:
         return False
-    verdicts: dict[str, list[bool]] = {call: [] for call in _CALLS}
+    verdicts: dict[str, list[bool]] = {call: [] for call in calls}
     for rule in profile.syscalls:
         for call in verdicts.keys() & set(rule.names):
             verdicts[call].append(rule.action is Action.ALLOW and not rule.args)
@@ -105,10 +106,15 @@ def _file() -> int:
 def make(name: str, channel: int, gate: int | None) -> int:
     """The descriptor of a stone that waits at these descriptors, for a program that is called so."""
     answers = [(code, _answer(name, code)) for code in (*_ERRNOS, 0)]
+    return sealed(stone.image(channel, gate, answers))
+
+
+def sealed(content: bytes) -> int:
+    """The descriptor of an executable that nobody can write to."""
     fd = _file()
     try:
         with open(fd, "wb", closefd=False) as file:
-            file.write(stone.image(channel, gate, answers))
+            file.write(content)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     except BaseException:
         os.close(fd)

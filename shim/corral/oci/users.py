@@ -7,6 +7,7 @@ numbers from 2^32 - 1 on are refused instead of becoming root.
 
 import os
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,40 @@ class Identity:
     gid: int
     groups: tuple[int, ...]
     home: str
+
+
+DATABASES = ("/etc/passwd", "/etc/group")
+_LATELY_NS = 2_000_000_000
+"""A file that was changed that short a time ago may change once more and look as before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """Who a process became, and what DATABASES looked like: as long as they do, it is who the same process becomes.
+
+    looks: of each its device, inode, size, and when content and inode were changed; None if there was none.
+    """
+
+    identity: Identity
+    looks: tuple[tuple[int, int, int, int, int] | None, ...]
+
+
+def look(root: int) -> tuple[tuple[int, int, int, int, int] | None, ...] | None:
+    """What DATABASES look like; None if that does not tell whether they are the same another time."""
+    looks: list[tuple[int, int, int, int, int] | None] = []
+    for path in DATABASES:
+        try:
+            with paths.opened(paths.open_in_root(root, path)) as fd:
+                status = os.fstat(fd)
+        except FileNotFoundError:
+            looks.append(None)
+            continue
+        except OSError:
+            return None
+        if status.st_ctime_ns > time.time_ns() - _LATELY_NS:
+            return None
+        looks.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    return tuple(looks)
 
 
 def parse_id(text: str) -> int | None:

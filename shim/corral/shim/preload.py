@@ -11,6 +11,7 @@ import corral.oci.allotment  # for the shims to come, as the others
 import corral.oci.confinement
 import corral.oci.copy_up
 import corral.oci.hooks
+import corral.oci.join_calls
 import corral.oci.joining
 import corral.oci.labels
 import corral.oci.listener
