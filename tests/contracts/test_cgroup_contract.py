@@ -419,6 +419,48 @@ def test_a_cgroup_is_not_made_threaded_by_a_raw_key_and_the_reason_is_told(group
     assert caught.value.errno == errno.EOPNOTSUPP
 
 
+@needs("cgroup2")
+def test_a_cgroup_that_was_divided_for_threads_is_read_frozen_killed_and_removed_like_any_other(group: Cgroup) -> None:
+    [directory] = group.paths()
+
+    def body(say: int) -> None:
+        threads = directory / "threads"
+        threads.mkdir()
+        (threads / "cgroup.type").write_text("threaded")
+        (threads / "cgroup.threads").write_text("0")
+        os.write(say, b"x")
+        time.sleep(3600)
+
+    with inside(group, body) as child:
+        assert child.hear() == b"x"
+        assert group.pids() == [child.pid]
+        group.freeze()
+        assert group.is_frozen()
+        group.thaw()
+        group.kill(signal.SIGTERM)
+        assert os.WTERMSIG(child.wait()) == signal.SIGTERM
+    group.undivide()
+    with inside(group, body) as child:
+        assert child.hear() == b"x"
+        group.remove()
+        assert os.WTERMSIG(child.wait()) == signal.SIGKILL
+    assert not group.exists()
+
+
+@needs("cgroup2")
+@pytest.mark.parametrize("parent_of_it", ["", "/threads"])
+def test_no_cgroup_is_made_below_one_that_is_for_threads(cgroup_driver: Driver, parent_of_it: str) -> None:
+    top = cgroup_driver.create(fresh_path())
+    threads = top.paths()[0] / "threads"
+    threads.mkdir()
+    (threads / "cgroup.type").write_text("threaded")
+    path = f"{top.path}{parent_of_it}/below"
+    with pytest.raises(OSError, match="is for threads, so no process can begin in it") as caught:
+        cgroup_driver.create(path, Resources())
+    assert caught.value.errno == errno.EOPNOTSUPP
+    assert not cgroup_driver.open(path).exists()
+
+
 def test_a_raw_key_may_have_the_capitals_of_a_size_of_huge_pages(cgroup_driver: Driver) -> None:
     unified, key = cgroup_driver.layout.unified, f"hugetlb.{(*hugepages.sizes(), '2MB')[0]}.max"
     wanted = Resources(unified={key: str(1 << 30)})

@@ -24,12 +24,15 @@ from corral.kernel.cgroup.resources import CpuLimits, Resources
 from corral.kernel.cgroup.v1 import cpuset
 
 CONTROLLERS = "cgroup.controllers"
+TYPE = "cgroup.type"
 
 V2_CONTROLLERS = frozenset({"cpu", "cpuset", "io", "memory", "pids"})
 """Turned on for every cgroup of ours; any other when a limit asks for it."""
 
 OWNER = "trusted.corral.owner"
 
+_INVALID = "domain invalid"
+_THREADED = "its parent, or one above, is for threads, so no process can begin in it: choose another parent"
 _ATTEMPTS = 5
 _NOT_OURS = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY))
 """Whose cgroup belongs to another, or has processes of another in it."""
@@ -182,17 +185,25 @@ class Driver:
                     self._make_parent(hierarchy, ancestor)
         else:
             raise OSError(errno.ENOENT, "its parent keeps vanishing", directory)
-        if hierarchy.version == 2:
-            self._share(hierarchy, path)
-        elif "cpuset" in hierarchy.controllers:
-            cpuset.inherit(directory, _parent(directory))
+        try:
+            if hierarchy.version == 2:
+                self._share(hierarchy, path)
+            elif "cpuset" in hierarchy.controllers:
+                cpuset.inherit(directory, _parent(directory))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)  # noqa: PTH106 - see above
+            raise
 
     def _share(self, hierarchy: Hierarchy, path: str) -> None:
         """Turn on controllers for a cgroup whose parents another made, without them."""
         wanted = V2_CONTROLLERS & hierarchy.controllers
-        if wanted and wanted - set(files.read(f"{hierarchy.mount_point}{path}/{CONTROLLERS}").split()):
+        directory = f"{hierarchy.mount_point}{path}"
+        if wanted and wanted - set(files.read(f"{directory}/{CONTROLLERS}").split()):
             for ancestor in ancestors(path):
                 self._enable(f"{hierarchy.mount_point}{ancestor}", wanted)
+            if files.read(f"{directory}/{TYPE}") == _INVALID:
+                raise steps.unsupported(directory, _THREADED)
 
     def _make_parent(self, hierarchy: Hierarchy, path: str) -> None:
         directory = f"{hierarchy.mount_point}{path}"
@@ -219,6 +230,8 @@ class Driver:
         except OSError as e:
             if self._lenient and e.errno in _NOT_OURS:
                 return
+            if e.errno == errno.EOPNOTSUPP:
+                raise steps.unsupported(path, _THREADED) from e
             if e.errno != errno.EBUSY:
                 raise
             why = "processes live in this cgroup, so it cannot share out controllers: move them to one below it"

@@ -63,11 +63,14 @@ def _join(directory: str, pid: int) -> None:
 
 
 def pids(directory: str) -> list[int]:
-    """The processes right in one cgroup directory, sub-cgroups left out; [] if it is gone."""
+    """The processes right in one cgroup directory, sub-cgroups left out; [] if it is gone.
+
+    One that is for threads tells none: their processes are in the nearest one above that is not.
+    """
     try:
         return sorted({int(pid) for pid in files.read(f"{directory}/{PROCS}").split()})
     except OSError as e:
-        if not gone(e):
+        if not gone(e) and e.errno != errno.EOPNOTSUPP:
             raise
         return []
 
