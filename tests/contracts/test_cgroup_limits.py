@@ -176,6 +176,31 @@ def test_a_watch_wakes_a_selector_at_an_oom(group: Cgroup) -> None:
         assert selector.select(0) == []
 
 
+def test_less_memory_than_is_used_is_refused_where_that_is_asked_for_and_nobody_is_killed(group: Cgroup) -> None:
+    group.apply(memory(128 * MIB, 128 * MIB))
+
+    def body(say: int) -> None:
+        area = touch(32 * MIB)
+        os.write(say, b"x")
+        time.sleep(3600)
+        area.close()
+
+    with inside(group, body) as child:
+        assert child.hear() == b"x"
+        for limit in (8 * MIB, 0):
+            change = MemoryLimits(limit_bytes=limit, swap_bytes=limit, check_before_update=True)
+            with pytest.raises(OSError, match=r"memory\.(max|limit_in_bytes|memsw)") as caught:
+                group.apply(Resources(cpu=CpuLimits(shares=300), pids=PidsLimits(7), memory=change))
+            assert caught.value.errno == errno.EBUSY
+        assert child.alive()
+        stats = group.read()
+        assert stats.memory is not None
+        assert stats.pids is not None
+        assert (stats.memory.limit_bytes, stats.pids.limit) == (128 * MIB, UNLIMITED)
+        group.apply(Resources(memory=MemoryLimits(limit_bytes=64 * MIB, check_before_update=True)))
+        assert child.alive()
+
+
 def test_memory_and_swap_limits_rise_and_fall_together(group: Cgroup) -> None:
     for limit, swap in ((64, 64), (128, 256), (32, 32), (512, 512), (16, 1024), (8, 16)):
         group.apply(memory(limit * MIB, swap * MIB))

@@ -214,7 +214,7 @@ class Groups:
     async def _update(self, key: Key, change: types_pb2.Resources) -> Record:
         record = self.find(key)
         now = types_pb2.Resources.FromString(record.resources)
-        limits = wire.resources(with_shares_again(now, change))
+        limits = _checked(wire.resources(with_shares_again(now, change)))
         merged = after_change(now, change)
 
         def apply() -> Sequence[PressureWatch]:
@@ -404,6 +404,13 @@ class Groups:
 def _limits_at_creation(resources: bytes) -> Resources:
     limits = wire.resources(types_pb2.Resources.FromString(resources))
     return limits if limits.devices is not None else replace(limits, devices=DEFAULT_RULES)
+
+
+def _checked(limits: Resources) -> Resources:
+    """Limits for processes that run: less memory than they have is refused, whatever the kernel would do."""
+    if limits.memory.limit_bytes is None:
+        return limits
+    return replace(limits, memory=replace(limits.memory, check_before_update=True))
 
 
 def _watches(group: Cgroup, wanted: Sequence[PressureTrigger]) -> tuple[OomWatch, Sequence[PressureWatch]]:

@@ -68,6 +68,7 @@ def _memory(memory: Memory) -> cgroup.MemoryLimits:
         swap_bytes=memory.swap or None,
         swappiness=memory.swappiness,
         disable_oom_killer=memory.disable_oom_killer or None,
+        check_before_update=memory.check_before_update and bool(memory.limit),
     )
 
 

@@ -14,6 +14,7 @@ class Memory:
     swap: I64 | None = None
     swappiness: U64 | None = None
     disable_oom_killer: bool | None = None
+    check_before_update: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,8 @@ class MemoryLimits:
     """v2 only, as are min and oom_group."""
     min_bytes: int | None = None
     oom_group: bool | None = None
+    check_before_update: bool = False
+    """Refuse a limit that is below what is used and can't be taken back, as v1 does; v2 would kill for it."""
 
 
 @dataclass(frozen=True, slots=True)

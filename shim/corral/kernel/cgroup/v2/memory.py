@@ -4,6 +4,7 @@ Source: kernel cgroup-v2.rst "Memory"; OCI config-linux "Memory".
 """
 
 import contextlib
+import errno
 
 from corral.kernel.cgroup import convert, files
 from corral.kernel.cgroup.resources import MemoryLimits
@@ -30,6 +31,8 @@ def plan(directory: str, wanted: MemoryLimits) -> list[Step]:
         raise unsupported(directory, "swappiness per cgroup exists on cgroup v1 only")
     if wanted.disable_oom_killer:
         raise unsupported(directory, "the OOM killer can be turned off on cgroup v1 only")
+    if wanted.check_before_update and wanted.limit_bytes not in (None, files.UNLIMITED):
+        _check_room(directory, wanted.limit_bytes)
     steps: list[Step] = []
     for name, value in (
         (MAX, wanted.limit_bytes),
@@ -45,6 +48,12 @@ def plan(directory: str, wanted: MemoryLimits) -> list[Step]:
     if wanted.oom_group is not None:
         steps.append(Write(f"{directory}/{OOM_GROUP}", str(int(wanted.oom_group))))
     return steps
+
+
+def _check_room(directory: str, limit_bytes: int) -> None:
+    if (usage := shrink(directory, limit_bytes)) > limit_bytes:
+        why = f"{usage} bytes are in use, and processes would be killed for a limit of {limit_bytes}"
+        raise OSError(errno.EBUSY, why, f"{directory}/{MAX}")
 
 
 def _protection(value: int | None) -> int | None:
