@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,40 @@ def test_a_container_that_was_never_created_is_not_reported_as_removed(database:
     insert(database, record())
     database.write_sync(lambda tx: store.delete_container(tx, record()))
     assert topics(database) == []
+
+
+# What a power loss leaves
+
+
+def with_parts(database: Database, *, boot: str | None = None) -> ContainerRecord:
+    """A container that is CREATING and has its parts, of this boot of the machine or another."""
+    insert(database, record())
+    database.write_sync(lambda tx: store.save_parts(tx, replace(record(), image_id="sha256:1")))
+    if boot is not None:
+        database.write_sync(lambda tx: tx.execute("UPDATE container SET made_in_boot = ?", (boot,)))
+    return database.read_sync(lambda view: store.get(view, NS, "a" * 64))
+
+
+def test_one_that_had_its_parts_when_the_machine_died_is_created(database: Database) -> None:
+    with_parts(database, boot="an earlier one")
+    [kept] = database.write_sync(store.keep_created)
+    assert (kept.status, kept.image_id) == (Status.CREATED, "sha256:1")
+    assert database.read_sync(lambda view: store.get(view, NS, "a" * 64)) == kept
+    assert topics(database) == ["container.created"]
+    assert database.write_sync(store.keep_created) == []
+
+
+def test_one_whose_engine_alone_died_is_not_and_nobody_is_told_of_its_end(database: Database) -> None:
+    found = with_parts(database)
+    assert database.write_sync(store.keep_created) == []
+    database.write_sync(lambda tx: store.delete_container(tx, found))
+    assert topics(database) == []
+
+
+def test_nor_is_one_that_was_not_to_be_created_after_all(database: Database) -> None:
+    found = with_parts(database, boot="an earlier one")
+    database.write_sync(lambda tx: store.forget_parts(tx, found))
+    assert database.write_sync(store.keep_created) == []
 
 
 # Volumes

@@ -383,7 +383,7 @@ def delete_container(tx: Transaction, record: ContainerRecord) -> None:
         "DELETE FROM container WHERE namespace = ? AND id = ? RETURNING id", (record.namespace, record.id)
     )
     # Nobody was told that a container came to be which was never created.
-    if rows and record.image_id:
+    if rows and record.status is not Status.CREATING:
         tx.journal("container.removed", record.id, exit_facts(record), namespace=record.namespace)
 
 
