@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,8 +15,11 @@ from pathlib import Path
 
 import grpc
 import pytest
+from support import registry as registries
 from support.corrald import CORRAL, PATIENCE, Corrald, running
+from support.images import Entry, image_config, layer, write_docker_archive
 from support.requirements import needs
+from support.throttle import throttled
 
 from corral.api.types.v1 import types_pb2
 from corral.api.version.v1 import version_pb2, version_pb2_grpc
@@ -315,6 +319,35 @@ def test_who_follows_what_a_container_uses_goes_on(box: Corrald, name: str) -> N
             following.join(30 * PATIENCE)
             client.containers.remove(name, force=True)
         assert not following.is_alive()
+
+
+@needs("docker-registry", "skopeo")
+def test_a_pull_that_an_upgrade_does_not_wait_for_goes_on_where_it_was(tmp_path: Path) -> None:
+    noise = [layer([Entry("noise", random.Random(7).randbytes(size := 24 << 20))])]
+    archive = write_docker_archive(tmp_path / "noise.tar", "noise:1", noise, image_config(noise))
+    with (
+        registries.running(tmp_path / "registry") as registry,
+        throttled(registry.port, size // 4) as throttle,
+        running(settings={"daemon": {"upgrade_grace_s": 0.2}}) as daemon,
+        daemon.client() as client,
+    ):
+        name = f"{registry.host}/noise:1"
+        registries.skopeo("copy", "--dest-tls-verify=false", f"docker-archive:{archive}", f"docker://{name}")
+        name = f"{throttle.host}/noise:1"
+        pulled: list[str] = []
+        pulling = threading.Thread(target=lambda: pulled.append(client.images.pull(name, insecure=True).name))
+        pulling.start()
+        deadline = time.monotonic() + 30 * PATIENCE
+        while throttle.sent < size // 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        throttle.bytes_per_s = 20_000
+        upgrade(daemon)
+        assert pulling.is_alive()
+        before, throttle.bytes_per_s = throttle.sent, 0
+        pulling.join(60 * PATIENCE)
+        assert pulled == [name]
+        assert throttle.sent < size * 1.1, (before, throttle.sent, size)
 
 
 def test_containers_are_not_touched(box: Corrald, name: str) -> None:

@@ -42,6 +42,8 @@ class Followers:
     def __init__(self) -> None:
         self._ends: dict[asyncio.Task[Any], Callable[[], None]] = {}
         self._over = False
+        self.repeatable: set[asyncio.Task[Any]] = set()
+        """Calls that do something, and that may_be_repeated() was called in."""
 
     def __contains__(self, task: asyncio.Task[Any]) -> bool:
         return task in self._ends
@@ -55,6 +57,7 @@ class Followers:
     def discard(self, task: asyncio.Task[Any]) -> None:
         """It has ended."""
         self._ends.pop(task, None)
+        self.repeatable.discard(task)
 
     def end(self) -> None:
         """All of them, and those that come."""
@@ -76,6 +79,14 @@ def only_follows(end: Callable[[], None] | None = None) -> None:
     followers, task = current_followers.get(), asyncio.current_task()
     if followers is not None and task is not None:
         followers.add(task, end or partial(_cancel, task))
+
+
+def may_be_repeated() -> None:
+    """Say of the call being served that it finds what it has done already when it is made again: its client may do that
+    if an upgrade cuts it off."""
+    followers, task = current_followers.get(), asyncio.current_task()
+    if followers is not None and task is not None:
+        followers.repeatable.add(task)
 
 
 def _cancel(task: asyncio.Task[Any]) -> None:

@@ -82,8 +82,9 @@ class Gate:
         self._decided.set()
 
     def refusal(self, task: "asyncio.Task[Any] | None" = None) -> CorralError:
-        """What to tell who comes now, or was cut off: only who merely followed may ask again and change nothing."""
-        if self._refusal.reason == UNSERVED and task is not None and task not in self.followers:
+        """What to tell who comes now, or was cut off: whose call does something may ask again only if it said so."""
+        begun = task is not None and task not in self.followers and task not in self.followers.repeatable
+        if self._refusal.reason == UNSERVED and begun:
             return Unavailable("corral was upgraded before this was done; see what has become of it", reason="CUT_OFF")
         return self._refusal
 

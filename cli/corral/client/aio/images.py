@@ -150,7 +150,7 @@ class Images:
         )
         leaf = await self._client.leaf("images")
         stub = images_pb2_grpc.ImagesStub(leaf.channel)
-        async for part in leaf.stream(stub.Pull, request):
+        async for part in leaf.stream(stub.Pull, request, resume=lambda: request):
             yield part
 
     async def push(

@@ -147,7 +147,7 @@ class Images:
         )
         leaf = self._client.leaf("images")
         stub = images_pb2_grpc.ImagesStub(leaf.channel)
-        for part in leaf.stream(stub.Pull, request):
+        for part in leaf.stream(stub.Pull, request, resume=lambda: request):
             yield part
 
     def push(

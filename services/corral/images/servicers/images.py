@@ -28,7 +28,7 @@ from corral.images.servicers.inflow import Inflow
 from corral.images.servicers.progress import ProgressQueue
 from corral.images.servicers.transfers import Transfers
 from corral.rpc.checking import check
-from corral.rpc.context import current_namespace
+from corral.rpc.context import current_namespace, may_be_repeated
 from corral.rpc.errors import InvalidArgument
 from corral.rpc.events import stream_events
 from corral.store import Database
@@ -89,6 +89,7 @@ class ImagesServicer(images_pb2_grpc.ImagesServicer):
                     yield pb.ExportResponse(data=chunk)
 
     async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[pb.PullResponse]:
+        may_be_repeated()  # what has been fetched stays for a while
         async with aclosing(self._transfers.pull(request, lease_of(context))) as responses:
             async for response in responses:
                 yield response
