@@ -302,7 +302,7 @@ async def test_who_finds_no_server_behind_the_port_is_told_at_once(lab: Lab, net
     began = time.monotonic()
     with call(lab) as caller, pytest.raises(ConnectionResetError):
         caller.recv(1)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
 
 
 async def test_a_server_that_resets_is_seen_to_reset(lab: Lab, net: Calls) -> None:

@@ -84,6 +84,9 @@ class Endpoints:
         self.files = files
         self._locks: WeakValueDictionary[EndpointKey, asyncio.Lock] = WeakValueDictionary()
         self._work = Work()
+        # What publish() or unpublish() has left last, until something else is done about it: to read the thousand ports
+        # that are there for each that comes would be most of its cost.
+        self._published: Endpoint | None = None
 
     # Attaching
 
@@ -254,7 +257,10 @@ class Endpoints:
         return await self._alone(key, work)
 
     async def _standing_one(self, key: EndpointKey) -> Endpoint:
-        endpoint = await self._undo_connects(self.get(key))
+        return await self._standing_again(self.get(key))
+
+    async def _standing_again(self, found: Endpoint) -> Endpoint:
+        endpoint = await self._undo_connects(found)
         self._require_up(endpoint)
         await self._mend(endpoint)
         return endpoint
@@ -270,22 +276,30 @@ class Endpoints:
         """Publish more ports; those that are published stay. Raises NotFound, AlreadyExists, InvalidArgument."""
 
         async def work() -> Endpoint:
-            endpoint = await self._standing_one(key)
+            endpoint = await self._standing_again(self._take_published(key) or self.get(key))
             lacking = missing(endpoint, ports)
-            return await self._publishing.publish(endpoint, lacking) if lacking else endpoint
+            self._published = await self._publishing.publish(endpoint, lacking) if lacking else endpoint
+            return self._published
 
-        return await self._alone(key, work)
+        return await self._alone(key, work, keeps_published=True)
 
     async def unpublish(self, key: EndpointKey, ports: Sequence[Port]) -> Endpoint:
         """Withdraw ports, or all if none is named; no error for what is not published. Raises NotFound."""
 
         async def work() -> Endpoint:
-            endpoint = self.get(key)
+            endpoint = self._take_published(key) or self.get(key)
             if ports:
                 refuse_lasting(endpoint, meant(endpoint, ports))
-            return await self._publishing.withdraw(endpoint, meant(endpoint, ports))
+            self._published = await self._publishing.withdraw(endpoint, meant(endpoint, ports))
+            return self._published
 
-        return await self._alone(key, work)
+        return await self._alone(key, work, keeps_published=True)
+
+    def _take_published(self, key: EndpointKey) -> Endpoint | None:
+        if self._published is None or self._published.key != key:
+            return None
+        found, self._published = self._published, None
+        return found
 
     # Detaching
 
@@ -413,12 +427,16 @@ class Endpoints:
 
     # Running
 
-    async def _alone[T: Endpoint | None](self, key: EndpointKey, work: Callable[[], Awaitable[T]]) -> T:
+    async def _alone[T: Endpoint | None](
+        self, key: EndpointKey, work: Callable[[], Awaitable[T]], *, keeps_published: bool = False
+    ) -> T:
         """Run `work` while nobody else works on this endpoint, to its end even if the caller gives up."""
 
         async def locked() -> T:
             lock = self._locks.setdefault(key, asyncio.Lock())
             async with lock:
+                if not keeps_published:
+                    self._take_published(key)
                 return await work()
 
         return await self._work.to_the_end(locked())

@@ -156,6 +156,10 @@ class Port:
     host_port: int = 0  # 0: one is to be chosen
     host_ip: str = ""  # "": all addresses of the host
 
+    def __hash__(self) -> int:
+        """Cheap: of a container with many, all are looked up for each that comes."""
+        return self.host_port << 16 | self.container_port
+
     @property
     def version(self) -> int | None:
         """The IP version that it is published for; None: both."""

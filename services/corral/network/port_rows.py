@@ -1,5 +1,6 @@
 """The rows of published ports: whose each is, on which address of the host. They go with the endpoint's row."""
 
+from bisect import insort
 from collections.abc import Iterable
 from operator import attrgetter
 
@@ -7,10 +8,15 @@ from corral.network.model import ANY_HOST_IPS, EndpointKey, Port
 from corral.rpc.errors import AlreadyExists
 from corral.store import Snapshot, Transaction
 
+_ORDER = attrgetter("container_port", "protocol", "host_port", "host_ip")
 
-def ordered(ports: Iterable[Port]) -> tuple[Port, ...]:
-    """As an endpoint that is read has them. Pure."""
-    return tuple(sorted(ports, key=attrgetter("container_port", "protocol", "host_port", "host_ip")))
+
+def joined(ports: Iterable[Port], more: Iterable[Port]) -> tuple[Port, ...]:
+    """As an endpoint that is read has them, which `ports` are. Pure."""
+    found = list(ports)
+    for port in more:
+        insort(found, port, key=_ORDER)
+    return tuple(found)
 
 
 def check(snapshot: Snapshot, key: EndpointKey, ports: Iterable[Port]) -> None:

@@ -244,13 +244,15 @@ def _insert(transaction: Transaction, endpoint: Endpoint, ports: Sequence[Port])
     port_rows.insert(transaction, endpoint.key, ports)
     payload = {"ports": [f"{port}->{port.container_port}" for port in ports]}
     transaction.journal("endpoint.published", endpoint.key.id, payload, namespace=endpoint.key.namespace)
-    return replace(endpoint, ports=port_rows.ordered((*endpoint.ports, *ports)))
+    return replace(endpoint, ports=port_rows.joined(endpoint.ports, ports))
 
 
 def _delete(transaction: Transaction, endpoint: Endpoint, ports: Sequence[Port]) -> Endpoint:
-    gone = frozenset(ports)
+    gone, numbers = frozenset(ports), {port.host_port for port in ports}
     if gone:
         port_rows.delete(transaction, endpoint.key, ports)
         payload = {"ports": [f"{port}->{port.container_port}" for port in ports]}
         transaction.journal("endpoint.withdrawn", endpoint.key.id, payload, namespace=endpoint.key.namespace)
-    return replace(endpoint, ports=tuple(port for port in endpoint.ports if port not in gone))
+    return replace(
+        endpoint, ports=tuple(port for port in endpoint.ports if port.host_port not in numbers or port not in gone)
+    )

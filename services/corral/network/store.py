@@ -371,7 +371,7 @@ def _endpoint(snapshot: Snapshot, row: Row, known: ByNetwork) -> Endpoint:
         " WHERE i.namespace = ? AND i.endpoint = ? ORDER BY i.id",
         mine,
     )
-    ports = snapshot.execute(_PORTS, mine) if interfaces else ()
+    ports = snapshot.one(_PORTS, mine) if interfaces else None
     return Endpoint(
         key=key,
         request=decode_request(row["request"]),
@@ -381,19 +381,24 @@ def _endpoint(snapshot: Snapshot, row: Row, known: ByNetwork) -> Endpoint:
         boot_id=row["boot_id"],
         created_ns=row["created_ns"],
         owner=row["owner"],
-        ports=tuple(_port(*each) for each in ports),
+        ports=tuple(map(_port, ports[0].split("\n"))) if ports and ports[0] else (),
     )
 
 
-_PORTS = (  # in the order of their index, and of port_rows.ordered()
-    "SELECT protocol, container_port, host_port, host_ip FROM ports WHERE namespace = ? AND endpoint = ?"
-    " ORDER BY container_port, protocol, host_port, host_ip"
-)
+# In the order of their index, and of port_rows.joined(). Of a container with many, all are read for each that comes: as
+# one text, in a third of the time of as many rows.
+_PORTS = """
+    SELECT group_concat(protocol || ' ' || container_port || ' ' || host_port || ' ' || host_ip, char(10)) FROM (
+        SELECT * FROM ports WHERE namespace = ? AND endpoint = ?
+        ORDER BY container_port, protocol, host_port, host_ip
+    )
+"""
 
 
-@lru_cache(maxsize=4096)  # of a container with many, all are read for each that comes
-def _port(protocol: str, container_port: int, host_port: int, host_ip: str) -> Port:
-    return Port(protocol, container_port, host_port, host_ip)
+@lru_cache(maxsize=4096)
+def _port(text: str) -> Port:
+    protocol, container_port, host_port, host_ip = text.split(" ")
+    return Port(protocol, int(container_port), int(host_port), host_ip)
 
 
 def _interface(snapshot: Snapshot, row: Row, known: ByNetwork) -> Interface:

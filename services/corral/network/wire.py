@@ -222,7 +222,7 @@ def _host_entry(entry: network_pb2.HostEntry) -> tuple[str, str]:
 
 def endpoint(value: Endpoint, *, netns_path: str, files: str, own_hostname: str) -> network_pb2.Endpoint:
     """An endpoint as answered; `files` is the directory of its files."""
-    return network_pb2.Endpoint(
+    answer = network_pb2.Endpoint(
         id=value.key.id,
         netns_path=netns_path,
         mode=_WIRE_MODES[value.mode],
@@ -233,15 +233,18 @@ def endpoint(value: Endpoint, *, netns_path: str, files: str, own_hostname: str)
         hostname_path=f"{files}/{HOSTNAME}",
         created_at=timestamp(value.created_ns),
         labels=dict(value.request.labels),
-        ports=map(_mapping, value.ports),
     )
+    # Of a container with many, all are told for each that comes: messages one after the other are one message with all.
+    answer.MergeFromString(b"".join(map(_with_port, value.ports)))
+    return answer
 
 
-@lru_cache(maxsize=4096)  # of a container with many, all are told for each that comes; it is copied
-def _mapping(port: Port) -> network_pb2.PortMapping:
-    return network_pb2.PortMapping(
+@lru_cache(maxsize=4096)
+def _with_port(port: Port) -> bytes:
+    mapping = network_pb2.PortMapping(
         host_ip=port.host_ip, host_port=port.host_port, container_port=port.container_port, protocol=port.protocol
     )
+    return network_pb2.Endpoint(ports=[mapping]).SerializeToString()
 
 
 def _interface(value: Interface, asked: Attachment) -> network_pb2.Interface:
