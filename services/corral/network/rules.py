@@ -22,9 +22,9 @@
 With MARK, packets get through iptables' FORWARD where that drops by its policy: see corral.network.forwarding, and why
 `forward` comes before it and `after` behind it.
 
-A call of ::1 goes nowhere: the kernel routes no packet from there. The rules never change and their number does not
-grow with the networks: adding one, or a port, adds elements. Everything here is a value, sent as one transaction by
-corral.network.firewall. Source: libnftables-json(5).
+A call of ::1 is for the proxy (corral.network.proxying): the kernel routes no packet from there. The rules never change
+and their number does not grow with the networks: adding one, or a port, adds elements. Everything here is a value, sent
+as one transaction by corral.network.firewall. Source: libnftables-json(5).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
