@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from corral.kernel.namespaces import Kind
 from corral.oci.decode import decode, encode, json_name
+from corral.oci.limits import changes_of
 from corral.oci.resources import Memory
 from corral.oci.spec import Capabilities, Device, DeviceType, Linux, Mount, Namespace, Process, Seccomp, Spec
 from corral.oci.validity import LARGEST_NUMBER, number_set
@@ -147,6 +148,15 @@ def test_values_arrive():
 )
 def test_names_are_those_of_the_specification(field, name):
     assert json_name(field) == name
+
+
+@pytest.mark.parametrize(
+    ("memory", "checked"),
+    [({"limit": 5, "checkBeforeUpdate": True}, True), ({"limit": 5}, False), ({"checkBeforeUpdate": True}, False)],
+)
+def test_a_limit_of_memory_is_checked_against_what_is_used_if_config_json_says_so(memory, checked):
+    resources = Spec.from_json(with_member("linux.resources.memory", memory)).linux.resources
+    assert changes_of(resources).memory.check_before_update is checked
 
 
 def test_encoding_leaves_out_defaults():
