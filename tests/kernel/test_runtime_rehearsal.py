@@ -1,4 +1,4 @@
-"""Going through the motions of init in the runtime's own process."""
+"""Going through the motions of init, and of an exec, in the runtime's own process."""
 
 import json
 import subprocess
@@ -37,6 +37,7 @@ program.execute = execute
 before = facts()
 for _ in range(3):
     rehearsal.rehearse()
+    rehearsal.rehearse_exec()
 print(json.dumps([before, facts(), reached]))
 """
 

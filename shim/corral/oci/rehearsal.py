@@ -14,14 +14,15 @@ import sys
 import time
 from pathlib import Path
 
-from corral.kernel import mount, namespaces, process
+from corral.kernel import mount, namespaces, paths, process
 from corral.kernel.mount import MS_PRIVATE
 from corral.kernel.namespaces import Kind
-from corral.oci import OCI_VERSION, blueprint, defaults, init, program
+from corral.oci import OCI_VERSION, blueprint, defaults, init, join_calls, program
 from corral.oci.errors import ExecFailed
 from corral.oci.larder import Larder
 from corral.oci.spec import Capabilities, Linux, Mount, Namespace, Process, Spec
 from corral.oci.stdio import Stdio, take_places
+from corral.oci.users import Identity, Sighting
 
 _CLONE_FS, _CLONE_FILES = 0x200, 0x400
 _PLACE = "/proc"
@@ -52,6 +53,20 @@ def rehearse() -> None:
         time.sleep(0.0002)
 
 
+def rehearse_exec() -> None:
+    """The runtime's part in an exec (corral.oci.join_calls): one whose calls end where it would enter a container."""
+    spec, look = _spec(), (0, 0, 0, 0, 0)
+    assert spec.process is not None
+    wanted = program.program_of(spec.process, spec.linux, user=None)
+    if not join_calls.suits(wanted, spec.linux.seccomp, Stdio()):
+        return
+    sighting = Sighting(Identity(0, 0, (), "/"), (look, look))
+    files = join_calls.Files()
+    with paths.opened(process.pidfd_open(os.getpid())) as nobody:
+        join_calls.begin(files, wanted, sighting, Stdio(), (), init=nobody, flags=0)
+    files.close()
+
+
 class Typical:
     """A container like most others, to be planned before it is known which one it will be.
 
@@ -75,13 +90,13 @@ class Typical:
 def _go_through_the_motions() -> None:
     namespaces.leave(_CLONE_FS | _CLONE_FILES | namespaces.flags_of(_KINDS))
     mount.set_propagation("/", MS_PRIVATE, recursive=True)
-    paths = [f"{_PLACE}/{name}" for name in ("lower", "upper", "work", "more")]
-    rootfs, cgroups = _overlay(*paths), _cgroups()
+    places = [f"{_PLACE}/{name}" for name in ("lower", "upper", "work", "more")]
+    rootfs, cgroups = _overlay(*places), _cgroups()
     # Planned before /proc is covered, in which it looks at who it is.
     plan = blueprint.plan_of(_spec(), bundle=_PLACE, rootfs=[rootfs], user=None, cgroups=cgroups, console_size=None)
     tree = mount.new_mount("tmpfs", "tmpfs", ("size=4m",))
     mount.move_mount(tree, os.open(_PLACE, os.O_PATH))
-    for path in paths:
+    for path in places:
         Path(path).mkdir()
     take_places(Stdio())
     os.umask(0)

@@ -11,7 +11,6 @@ import corral.oci.allotment  # for the shims to come, as the others
 import corral.oci.confinement
 import corral.oci.copy_up
 import corral.oci.hooks
-import corral.oci.join_calls
 import corral.oci.joining
 import corral.oci.labels
 import corral.oci.listener
@@ -21,7 +20,7 @@ import corral.oci.passage
 import corral.oci.runtime
 import corral.oci.seccomp  # noqa: F401 - likewise
 from corral.kernel import shared_memory
-from corral.oci.rehearsal import rehearse
+from corral.oci.rehearsal import rehearse, rehearse_exec
 from corral.shim.warmup import warm_up
 
 _CODECS = ("utf-8", "ascii", "latin-1")
@@ -53,3 +52,4 @@ def _exercise(rounds: int) -> None:
     warm_up(rounds)
     for _ in range(rounds):
         rehearse()
+        rehearse_exec()
