@@ -78,8 +78,9 @@ def test_no_call_fails_while_it_is_upgraded_again_and_again(box: Corrald) -> Non
                 new.system.info()
 
         def without_our_client() -> None:
-            """As grpc is by default, also with who may be connected already."""
-            with grpc.insecure_channel(box.address) as channel:
+            """Also with who may be connected already. As grpc is by default, but that to connect it gives up after
+            20 s, in which a busy machine may not have loaded the new program."""
+            with grpc.insecure_channel(box.address, [("grpc.min_reconnect_backoff_ms", 60_000)]) as channel:
                 for _ in range(3):
                     version_pb2_grpc.VersionStub(channel).Get(version_pb2.GetRequest())
 
@@ -284,6 +285,21 @@ def test_who_waits_and_who_follows_the_log_or_the_journal_goes_on(box: Corrald, 
     numbers = [event.seq for event in events]
     assert numbers == sorted(set(numbers))
     assert [e.topic for e in events].count("container.died") == 1
+
+
+def test_who_follows_a_log_and_takes_nothing_while_corrald_is_upgraded_misses_no_line(box: Corrald, name: str) -> None:
+    """What it is sent waits for it, more than anything between holds."""
+    count, filling = 20_000, "x" * 100
+    script = f"i=0; while [ $i -lt {count} ]; do echo $i {filling}; i=$((i+1)); done; exec sleep 1000"
+    with box.client() as client:
+        client.containers.run("busybox", ["sh", "-c", script], name=name)
+        lines = iter(client.containers.logs(name, follow=True))
+        numbers = [int(next(lines).line.split()[0])]
+        time.sleep(2)
+        upgrade(box)
+        numbers += [int(next(lines).line.split()[0]) for _ in range(count - 1)]
+        assert numbers == list(range(count))
+        client.containers.remove(name, force=True)
 
 
 def test_who_follows_what_a_container_uses_goes_on(box: Corrald, name: str) -> None:

@@ -33,10 +33,10 @@ TAKE_NOTHING = array("B", struct.pack("HBBI", 0x06, 0, 0, 0))
 SO_ATTACH_FILTER = 26
 # Length 8, type 7, no flags, stream 0; no stream was begun; NO_ERROR. Source: RFC 9113, 4.1 and 6.8.
 GOAWAY = struct.pack("!IBIII", 8 << 8 | 7, 0, 0, 0, 0)
-# How often in a row all that was written must have been read.
-QUIET_LOOKS = 10
-# For who does not read, and for hanging up.
-AWAY_WITHIN_S = 1.0
+# How often in a row all that was written must have been read, and what is between.
+QUIET_LOOKS, QUIET_LOOK_S = 4, 0.0125
+# For who does not read, and for hanging up. On a busy machine that takes its time, and only who is stopped needs all.
+AWAY_WITHIN_S = 3.0
 # For who calls without a pause, or does not read.
 QUIET_WITHIN_S = 0.25
 LOOK_S = 0.005
@@ -78,7 +78,7 @@ async def send_away(names: Collection[Name], others: Callable[[], Collection[int
                     connection.send(GOAWAY, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
                 if looks[each] == QUIET_LOOKS or _is_full(connection):
                     done.add(each)
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(QUIET_LOOK_S)
 
 
 def _is_full(connection: socket.socket) -> bool:
