@@ -11,12 +11,14 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.corrald import running
 from support.netlab import HOST, OUTSIDE, TABLE, Calls, Lab, address, command, eventually, tcp_call, tcp_server
 from support.requirements import needs
 from support.sweep import proxies
 
 from corral.api.network.v1 import network_pb2 as pb
 from corral.kernel.netns import in_namespace
+from corral.rpc.channel import open_channel
 from corral.rpc.errors import AlreadyExists, InvalidArgument
 
 pytestmark = needs("root", "netns", "nft", "nsenter", "ip")
@@ -400,6 +402,31 @@ async def test_a_service_that_stops_and_starts_cuts_nobody(lab: Lab, net: Calls)
         assert goes_on(caller)
         with call(lab) as new:
             assert goes_on(new)
+
+
+async def test_an_upgrade_of_the_daemon_is_noticed_by_nobody() -> None:
+    """On the machine's own loopback: the lab's daemon, which enters a namespace first, is not to be executed anew."""
+    with running(services=("network",)) as daemon, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        number = probe.getsockname()[1]
+        probe.close()
+        async with open_channel(daemon.address_of("network")) as channel:
+            a = await Calls(channel).attach("a", ports=[port(host=number)])
+        with (
+            served(a.netns_path, address(a), echo),
+            socket.create_connection((LOOPBACK, number), 10) as old,
+        ):
+            assert goes_on(old)
+            mark, proxy = len(daemon.log()), proxies(daemon.state)
+            daemon.processes["corrald"].send_signal(signal.SIGUSR2)
+            while '"daemon.ready"' not in daemon.log()[mark:]:
+                with socket.create_connection((LOOPBACK, number), 10) as new:
+                    assert goes_on(new)
+                await asyncio.sleep(0.02)
+            assert goes_on(old)
+        assert proxies(daemon.state) == proxy
+        async with open_channel(daemon.address_of("network")) as channel:
+            await Calls(channel).detach("a")
 
 
 async def test_a_proxy_that_is_killed_has_a_successor_and_who_calls_meanwhile_waits(lab: Lab, net: Calls) -> None:

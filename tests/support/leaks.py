@@ -15,7 +15,7 @@ from typing import Self
 
 TAG_VARIABLE = "CORRAL_TEST_TAG"
 SESSIONS_LOCK = Path("/tmp/corral-test-sessions.lock")
-OUR_PROGRAMS = ("corral.shim", "corral.daemon", "corrald")
+OUR_PROGRAMS = ("corral.shim", "corral.daemon", "corrald", "corral.network.proxy")
 SETTLE_S = 5.0
 
 

@@ -147,6 +147,7 @@ class Proxying:
         self._path.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(str(self._path))
+            self._path.chmod(0o600)
             listener.listen()
             self._is(pidfd_open(_spawn(listener.fileno(), self._path, self._output)))
             self._connect()

@@ -5,6 +5,7 @@ among the run state.
 """
 
 import contextlib
+import os
 import resource
 import socket
 import time
@@ -17,7 +18,7 @@ from corral.network.proxy.streams import StreamPort
 
 LISTENER_FD = 3
 _IDLE_S = 5.0
-_LOOK_S = 1.0
+_LOOK_S = 5.0
 _ANSWER_S = 1.0  # a service that does not read what it asked for does not hold up the rest
 
 
@@ -124,6 +125,7 @@ class Proxy:
 
 def main() -> None:
     """The program; its descriptor 3 is the socket at which the service finds it."""
+    os.chdir("/")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
