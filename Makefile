@@ -51,7 +51,7 @@ VM := $(PY) tests/vm/run.py
 IN_VM := -- $(PY) -m pytest -p no:cacheprovider --timeout=1200 -o faulthandler_timeout=1100 $(PYTEST_ARGS)
 VM_DRIVERS := tests/vm/test_thin_pool.py $(wildcard tests/contracts/test_snapshotter_*.py)
 VM_CGROUPS := tests/contracts/test_cgroup_contract.py tests/contracts/test_cgroup_limits.py tests/contracts/test_cgroups_engine_limits.py tests/contracts/test_cgroup_pressure.py tests/e2e/test_oom_reports.py
-VM_SYSTEMD := tests/kernel/test_systemd_cgroup.py tests/kernel/test_oci_oom.py
+VM_SYSTEMD := tests/kernel/test_systemd_cgroup.py tests/kernel/test_oci_oom.py tests/e2e/test_systemd_driver.py
 test-vm: test-vm-drivers test-vm-network test-vm-cgroups test-vm-systemd test-vm-power
 test-vm-drivers: setup
 	$(VM) --timeout 7200 $(IN_VM) $(VM_DRIVERS) -k 'thin_pool or devicemapper or projects or quotas' || [ $$? -eq 77 ]

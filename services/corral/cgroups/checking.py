@@ -28,17 +28,16 @@ class Checker:
         known = {record.path: record for record in records}
         found = [self._stray(path) for path in cgroups if path not in known]
         gone = await run_blocking(lambda: [r for r in records if not self._driver.open(r.path).exists()])
-        return found + [self._gone(record) for record in gone]
+        return found + [self._gone(record) for record in gone if not self._may_be_gone(record)]
 
     def _read(self) -> tuple[list[str], list[Record]]:
         """Rows last: a cgroup that is being made has its row after it."""
-        at = self._parent.path
-        cgroups = [
-            f"{at}/{namespace}/{name}"
-            for namespace in (sorted(self._driver.list(at)) if self._parent.is_ours() else ())
-            for name in sorted(self._driver.list(f"{at}/{namespace}"))
-        ]
+        cgroups = self._parent.groups() if self._parent.is_ours() else []
         return cgroups, self._database.read_sync(store.every)
+
+    def _may_be_gone(self, record: Record) -> bool:
+        """A scope goes with its container, and comes again with it."""
+        return record.state is State.READY and bool(self._parent.unit(record.path))
 
     def _stray(self, path: str) -> Found:
         return Found(

@@ -13,6 +13,7 @@ import structlog
 from corral.api.cgroups.v1 import cgroups_pb2
 from corral.cgroups.errors import translated
 from corral.kernel.cgroup import UNLIMITED, CpuLimits, Driver, MemoryLimits, PidsLimits, Resources
+from corral.kernel.cgroup.systemd.names import SCOPE
 from corral.rpc.errors import CorralError, FailedPrecondition, InvalidArgument
 
 log = structlog.get_logger()
@@ -149,7 +150,8 @@ def _fits(driver: Driver, parent: str, limit_bytes: int) -> bool:
 
 
 def _has_containers(driver: Driver, parent: str) -> bool:
-    return any(driver.list(f"{parent}/{namespace}") for namespace in driver.list(parent))
+    """Scopes are containers, namespaces have some."""
+    return any(name.endswith(SCOPE) or driver.list(f"{parent}/{name}") for name in driver.list(parent))
 
 
 def _one(name: str, value: float) -> Resources:

@@ -105,7 +105,9 @@ class Groups:
 
     async def _create(self, record: Record, *, announce: bool) -> Record:
         if known := self._known(record.key):
-            return await self._again(_same(known, record))
+            if announce or not await self._is_elsewhere(known, record):
+                return await self._again(_same(known, record))
+            await self._delete(record.key)
         if announce:
             await self._announce(record)
         with ExitStack() as undo:
@@ -135,9 +137,14 @@ class Groups:
         except OSError as e:
             log.warning("cgroup.not_unmade", path=record.path, error=str(e))
 
+    async def _is_elsewhere(self, known: Record, asked: Record) -> bool:
+        """Whether the settings were others when it was made, and nobody is in it who would be in another one now."""
+        return known.path != asked.path and not await run_blocking(self.open(known).pids)
+
     async def _again(self, record: Record) -> Record:
-        """What create() answers for a row that is there; if somebody removed its cgroup, that is made anew."""
-        if not await run_blocking(self.open(record).exists):
+        """What create() answers for a row that is there; if its cgroup went, by somebody's hand or as a scope does when
+        its container ends, it is made anew."""
+        if not await run_blocking(self._lasts, record):
             old = await self._watcher.take(record.key)
             if old:
                 old.close()
@@ -152,6 +159,10 @@ class Groups:
         """Make room for a new life: what the one before has made in its cgroup goes with it."""
         with translated(f"clear the cgroup {record.path}"):
             self.open(record).undivide()
+
+    def _lasts(self, record: Record) -> bool:
+        with translated(f"look at the cgroup {record.path}"):
+            return self.open(record).is_lasting()
 
     async def _announce(self, record: Record) -> None:
         intent = replace(record, state=State.MAKING)
@@ -206,6 +217,16 @@ class Groups:
         if self._parent.holds(path):
             self._parent.limits.check(wanted.cpu, self._driver, self._parent.path)
 
+    async def settle(self, key: Key) -> None:
+        """The container's first process is in its cgroup. Raises NotFound."""
+        await self._change(key, self._settle(key))
+
+    async def _settle(self, key: Key) -> None:
+        record = self.find(key)
+        limits = _limits_at_creation(record.resources)
+        with translated(f"have systemd keep the limits of {record.path}"):
+            await run_blocking(self._driver.settle, record.path, limits)
+
     async def update(self, key: Key, change: types_pb2.Resources) -> Record:
         """Change limits, all or none. Raises NotFound, InvalidArgument, Unimplemented."""
         check_pressure(change)
@@ -219,6 +240,8 @@ class Groups:
 
         def apply() -> Sequence[PressureWatch]:
             with translated(f"change the limits of cgroup {key.id!r}"):
+                if not self.open(record).is_lasting():  # these are the limits of the one that is made in its place
+                    return ()
                 if limits.cpu.quota_us is not None or limits.cpu.period_us is not None:
                     self._check(record.path, wire.resources(merged))
                 group = self.open(record)

@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from corral.cgroups.engine_limits import EngineLimits, restore
-from corral.kernel.cgroup import OWNER, Driver
-from corral.rpc.errors import FailedPrecondition
+from corral.cgroups.store import Key
+from corral.kernel.cgroup import OWNER, Driver, check_path
+from corral.kernel.cgroup.systemd.names import SCOPE, slice_path
+from corral.rpc.errors import FailedPrecondition, InvalidArgument
 from corral.store import is_locked
+
+_OURS = "corral-"
+"""How the names of our scopes begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,43 @@ class Parent:
     def holds(self, path: str) -> bool:
         """Whether a cgroup lies below it."""
         return path.startswith(f"{self.path}/")
+
+    def place(self, key: Key) -> str:
+        """The path of a cgroup below it."""
+        return f"{self.path}/{key.namespace}/{key.id}"
+
+    def place_below(self, other: str, key: Key) -> str:
+        """The path of a cgroup below another parent, of a caller's choice. Raises InvalidArgument."""
+        return f"{self._other(other)}/{key.id}"
+
+    def _other(self, path: str) -> str:
+        try:
+            check_path(path)
+        except OSError as e:
+            raise InvalidArgument(f"cgroup parent {path!r}: {e.strerror}", reason="BAD_PARENT") from e
+        if f"{path}/".startswith(f"{self.path}/"):
+            raise InvalidArgument(f"a cgroup parent must lie outside of {self.path}", reason="BAD_PARENT")
+        return path
+
+    def unit(self, path: str) -> str:
+        """The unit of systemd whose cgroup is at a path of ours; "" for none."""
+        return ""
+
+    def groups(self) -> list[str]:
+        """The paths of all cgroups that are below it."""
+        return [
+            f"{self.path}/{namespace}/{name}"
+            for namespace in sorted(self.driver.list(self.path))
+            for name in sorted(self.driver.list(f"{self.path}/{namespace}"))
+        ]
+
+    def prune(self) -> None:
+        """Remove what of it is empty, if it is ours."""
+        if not self.is_ours():
+            return
+        for namespace in self.driver.list(self.path):
+            self.driver.prune(f"{self.path}/{namespace}")
+        self.driver.prune(self.path)
 
     def claim(self) -> None:
         """Make it ours.
@@ -66,6 +108,43 @@ class Parent:
         # No Path: twice for each container, and that takes four times as long.
         directories = self.driver.open(self.path).directories
         return is_marked and all(os.path.exists(directory) for directory in directories)  # noqa: PTH110
+
+
+class Slice(Parent):
+    """The parent as a slice of systemd, and the cgroups below as its scopes."""
+
+    __slots__ = ()
+
+    def place(self, key: Key) -> str:
+        """The path of a cgroup below it."""
+        return f"{self.path}/{_scope(key)}"
+
+    def place_below(self, other: str, key: Key) -> str:
+        """The path of a cgroup below another slice, of a caller's choice. Raises InvalidArgument."""
+        try:
+            path = slice_path(other)
+        except ValueError as e:
+            why = f'cgroup parent: {e}, as the driver is systemd: "x-y.slice" is the slice y within x'
+            raise InvalidArgument(why, reason="BAD_PARENT") from e
+        return f"{self._other(path) if path else path}/{_scope(key)}"
+
+    def unit(self, path: str) -> str:
+        """The unit of systemd whose cgroup is at a path of ours; "" for none."""
+        return path.rpartition("/")[2] if path.endswith(SCOPE) else ""
+
+    def groups(self) -> list[str]:
+        """The paths of all cgroups that are below it."""
+        names = sorted(self.driver.list(self.path))
+        return [f"{self.path}/{name}" for name in names if name.startswith(_OURS) and name.endswith(SCOPE)]
+
+    def prune(self) -> None:
+        """Remove it, if it is ours and empty."""
+        if self.is_ours():
+            self.driver.prune(self.path)
+
+
+def _scope(key: Key) -> str:
+    return f"{_OURS}{key.id}{SCOPE}"
 
 
 def _lives(owner: str) -> bool:

@@ -1,6 +1,6 @@
 """Rows and kernel brought together again when the leaf starts.
 
-row, cgroup       keep it, whatever runs inside, and watch it
+row, cgroup       keep it, whatever runs inside, and watch it; systemd, if it has made it, is told of its limits again
 row, no cgroup    (a reboot, or a crash during delete) delete the row, with an event
 intent            (a crash during create) remove both
 cgroup, no row    (likewise) remove it; it has no container, since nobody was told of it
@@ -10,7 +10,9 @@ import errno
 
 import structlog
 
-from corral.cgroups import store
+from corral.api.types.v1 import types_pb2
+from corral.cgroups import store, wire
+from corral.cgroups.parent import Parent
 from corral.cgroups.store import Key, Record, State
 from corral.kernel.cgroup import Driver, OomWatch
 from corral.store import JSON, Database
@@ -18,17 +20,25 @@ from corral.store import JSON, Database
 log = structlog.get_logger()
 
 
-def reconcile(database: Database, driver: Driver, parent: str, *, timeout_s: float) -> dict[Key, OomWatch]:
+def reconcile(database: Database, driver: Driver, parent: Parent, *, timeout_s: float) -> dict[Key, OomWatch]:
     """Put right what a crash or a reboot left; returns a watch for each cgroup that stays. Blocks."""
     records = database.read_sync(store.every)
     kept = [record for record in records if _settle(database, driver, record, timeout_s)]
     paths = {record.path for record in records}
-    for namespace in driver.list(parent):
-        for name in driver.list(f"{parent}/{namespace}"):
-            path = f"{parent}/{namespace}/{name}"
-            if path not in paths:
-                _remove(driver, path, timeout_s)
+    for path in parent.groups():
+        if path not in paths:
+            _remove(driver, path, timeout_s)
+    for record in kept:
+        _settle_again(driver, record)
     return {record.key: _watch(driver, record) for record in kept}
+
+
+def _settle_again(driver: Driver, record: Record) -> None:
+    """What a crash may have come in between of. A limit that is refused now was not when it was made: it goes on."""
+    try:
+        driver.settle(record.path, wire.resources(types_pb2.Resources.FromString(record.resources)))
+    except OSError as e:
+        log.warning("cgroup.not_settled", path=record.path, error=str(e))
 
 
 def _watch(driver: Driver, record: Record) -> OomWatch:

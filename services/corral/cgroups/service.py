@@ -12,16 +12,16 @@ from corral.api.cgroups.v1 import cgroups_pb2, cgroups_pb2_grpc
 from corral.api.types.v1 import types_pb2
 from corral.cgroups import engine_limits, recovery, store, wire
 from corral.cgroups.checking import Checker
-from corral.cgroups.config import CgroupsConfig
+from corral.cgroups.config import SYSTEMD, CgroupsConfig
 from corral.cgroups.errors import translated
 from corral.cgroups.groups import Groups, Timeouts
-from corral.cgroups.parent import Parent
+from corral.cgroups.parent import Parent, Slice
 from corral.cgroups.store import Key, Record, State
-from corral.kernel.cgroup import Driver, OomWatch, check_path, detect, open_driver
+from corral.kernel.cgroup import Driver, OomWatch, detect, open_driver
 from corral.rpc.blocking import run_blocking
 from corral.rpc.checking import check
 from corral.rpc.context import check_id, current_namespace
-from corral.rpc.errors import InvalidArgument, NotFound
+from corral.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 from corral.rpc.events import stream_events, timestamp
 from corral.store import Database
 
@@ -58,35 +58,42 @@ class CgroupsService:
         for key, watch in watches.items():
             self._groups.watch(key, watch)
         checker = Checker(self._database, self._driver, self._groups, self._parent)
-        self._servicer.open(self._groups, self._database, self._driver, checker)
+        self._servicer.open(self._groups, self._database, self._driver, self._parent, checker)
 
     def _open(self) -> dict[Key, OomWatch]:
         config = self.config
         config.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._database = Database(config.root / "cgroups.db", store.MIGRATIONS, durable=False, on_loop=True)
-        self._driver = open_driver(detect())
-        parent = Parent(self._driver, config.parent, config.root, config.limits())
-        with translated(f"use the cgroup parent {config.parent}"):
+        self._driver = _open_driver(config.driver)
+        kind, path = Slice if config.driver == SYSTEMD else Parent, config.parent_path()
+        parent = kind(self._driver, path, config.root, config.limits())
+        with translated(f"use the cgroup parent {path}"):
             parent.claim()
             self._parent = parent
-            engine_limits.enforce(self._driver, config.parent, config.limits())
-            return recovery.reconcile(self._database, self._driver, config.parent, timeout_s=config.remove_timeout_s)
+            engine_limits.enforce(self._driver, path, config.limits())
+            return recovery.reconcile(self._database, self._driver, parent, timeout_s=config.remove_timeout_s)
 
     async def stop(self) -> None:
         """Finish changes, let go of the kernel's files; the parents that are empty now go too."""
         if self._groups:
             await self._groups.close()
         if self._parent:
-            await run_blocking(self._prune, self._parent)
+            await run_blocking(self._parent.prune)
         if self._database:
             self._database.close()
 
-    def _prune(self, parent: Parent) -> None:
-        if not parent.is_ours():
-            return
-        for namespace in parent.driver.list(parent.path):
-            parent.driver.prune(f"{parent.path}/{namespace}")
-        parent.driver.prune(parent.path)
+
+def _open_driver(name: str) -> Driver:
+    try:
+        return open_driver(detect(), name)
+    except OSError as e:
+        if name != SYSTEMD:
+            raise
+        raise FailedPrecondition(
+            f"[cgroups] driver = {SYSTEMD!r} needs systemd as pid 1, and its D-Bus socket: {e.strerror}"
+            f' ({e.filename}); use driver = "cgroupfs"',
+            reason="NO_SYSTEMD",
+        ) from e
 
 
 class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
@@ -94,26 +101,25 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
 
     def __init__(self, config: CgroupsConfig) -> None:
         """Answers once open() was called; the host lets no RPC in before."""
-        self._parent = config.parent
+        self._driver_name = config.driver
         self._groups: Groups
         self._database: Database
         self._driver: Driver
+        self._parent: Parent
         self._checker: Checker
 
-    def open(self, groups: Groups, database: Database, driver: Driver, checker: Checker) -> None:
+    def open(self, groups: Groups, database: Database, driver: Driver, parent: Parent, checker: Checker) -> None:
         """Begin to serve from these."""
         self._groups, self._database, self._driver = groups, database, driver
-        self._checker = checker
+        self._parent, self._checker = parent, checker
 
     async def Create(self, request: cgroups_pb2.CreateCgroupRequest, context: object) -> cgroups_pb2.Cgroup:
         key = _key(request.id)
-        parent, own = (request.parent, False) if request.parent else (f"{self._parent}/{key.namespace}", True)
-        if not own:
-            self._check_parent(parent)
+        own = not request.parent
         resources = request.resources.SerializeToString(deterministic=True)
         record = Record(
             key=key,
-            path=f"{parent}/{key.id}",
+            path=self._parent.place(key) if own else self._parent.place_below(request.parent, key),
             state=State.READY,
             first_resources=resources,
             resources=resources,
@@ -121,6 +127,10 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
             created_ns=time.time_ns(),
         )
         return self._message(await self._groups.create(record, announce=not own), frozen=False)
+
+    async def Settle(self, request: cgroups_pb2.SettleRequest, context: object) -> cgroups_pb2.SettleResponse:
+        await self._groups.settle(_key(request.id))
+        return cgroups_pb2.SettleResponse()
 
     async def Update(self, request: cgroups_pb2.UpdateCgroupRequest, context: object) -> cgroups_pb2.Cgroup:
         record = await self._groups.update(_key(request.id), request.resources)
@@ -172,9 +182,9 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
         return cgroups_pb2.DeleteCgroupResponse()
 
     async def Host(self, request: cgroups_pb2.HostRequest, context: object) -> cgroups_pb2.HostResponse:
-        host = wire.host(self._driver.layout)
-        with translated(f"read the limits of {self._parent}"):
-            host.limits.CopyFrom(await run_blocking(engine_limits.describe, self._driver, self._parent))
+        host, path = wire.host(self._driver.layout, self._driver_name), self._parent.path
+        with translated(f"read the limits of {path}"):
+            host.limits.CopyFrom(await run_blocking(engine_limits.describe, self._driver, path))
         return host
 
     async def Check(self, request: types_pb2.CheckRequest, context: object) -> types_pb2.CheckResponse:
@@ -185,14 +195,6 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
     ) -> AsyncIterator[types_pb2.EventsResponse]:
         async for event in stream_events(self._database.journal, request):
             yield event
-
-    def _check_parent(self, parent: str) -> None:
-        try:
-            check_path(parent)
-        except OSError as e:
-            raise InvalidArgument(f"cgroup parent {parent!r}: {e.strerror}", reason="BAD_PARENT") from e
-        if f"{parent}/".startswith(f"{self._parent}/"):
-            raise InvalidArgument(f"a cgroup parent must lie outside of {self._parent}", reason="BAD_PARENT")
 
     def _live(self, record: Record) -> cgroups_pb2.Cgroup:
         """The row and what the kernel says now. Blocks."""
@@ -211,6 +213,7 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
             created_at=timestamp(record.created_ns),
             oom_kills=record.oom_kills,
             labels=record.labels,
+            unit=self._parent.unit(record.path),
         )
         message.resources.ParseFromString(record.resources)
         return message

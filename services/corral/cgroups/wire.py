@@ -164,9 +164,9 @@ def _pressure(pressure: cgroup.Pressure) -> cgroups_pb2.Pressure:
     )
 
 
-def host(layout: cgroup.Layout) -> cgroups_pb2.HostResponse:
+def host(layout: cgroup.Layout, driver: str) -> cgroups_pb2.HostResponse:
     """What a layout offers."""
-    answer = cgroups_pb2.HostResponse(layout=LAYOUTS[layout.kind], driver="cgroupfs")
+    answer = cgroups_pb2.HostResponse(layout=LAYOUTS[layout.kind], driver=driver)
     for hierarchy in layout.hierarchies:
         for name in sorted(hierarchy.controllers):
             answer.controllers.add(name=name, version=hierarchy.version, mountpoint=hierarchy.mount_point)

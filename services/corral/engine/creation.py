@@ -145,7 +145,7 @@ class Creation:
         # What a power loss must not take from one that was created reaches the disk while its task is made.
         made: ContainerRecord
         made, _ = await _all_or_error(
-            self._tasks.make(record, prepared.mounts, cgroup.join_paths), self._put_on_disk(record)
+            self._tasks.make(record, prepared.mounts, cgroup), self._put_on_disk(record)
         )
         failpoint("engine.create.after_task")
         created = replace(made, status=Status.CREATED)

@@ -162,7 +162,7 @@ class Lifecycle:
             persistently(lambda: self._tasks.make_cgroup(record)),
         )
         record = replace(record, endpoint=endpoint, cgroup_path=cgroup.path)
-        record = await self._tasks.make(record, mounts.mounts, cgroup.join_paths)
+        record = await self._tasks.make(record, mounts.mounts, cgroup)
         failpoint("engine.start.after_new_task")
         return record
 

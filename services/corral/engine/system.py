@@ -3,6 +3,7 @@
 import asyncio
 import os
 import platform
+from contextlib import suppress
 
 from corral.api.cgroups.v1.cgroups_pb2 import HostRequest, HostResponse
 from corral.api.engine.v1.engine_pb2 import Check, InfoResponse
@@ -73,6 +74,10 @@ class System:
             info.limits.CopyFrom(host.limits)
 
     async def check_host(self) -> list[Check]:
-        """See corral.engine.host."""
+        """See corral.engine.host; and who makes cgroups, which is a setting."""
         config = self._core.config
-        return await run_blocking(check_host, config.root.parent, config.state)
+        checks = await run_blocking(check_host, config.root.parent, config.state)
+        with suppress(CorralError):  # others say that a leaf is away
+            driver = (await self._core.leaves.cgroups.Host(HostRequest())).driver
+            checks.append(Check(name="cgroup driver", result=Check.RESULT_OK, detail=driver))
+        return checks

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from corral.api.cgroups.v1.cgroups_pb2 import Cgroup, CreateCgroupRequest
+from corral.api.cgroups.v1.cgroups_pb2 import Cgroup, CreateCgroupRequest, SettleRequest
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, VolumeMount
 from corral.api.tasks.v1.tasks_pb2 import CreateTaskRequest, GetTaskRequest, Task
 from corral.api.types.v1.types_pb2 import Mount
@@ -61,16 +61,14 @@ class TaskMaking:
             self._swap_accounting = False
             return cgroup
 
-    async def make(
-        self, record: ContainerRecord, rootfs: Iterable[Mount], cgroup_paths: Iterable[str]
-    ) -> ContainerRecord:
+    async def make(self, record: ContainerRecord, rootfs: Iterable[Mount], cgroup: Cgroup) -> ContainerRecord:
         """Create the task; returns the record with what is known of it. Raises CorralError."""
         config = record.config
         directory = self._core.make_container_directory(record)
         volume_paths = await run_blocking(self.ready_sources, record) if config.mounts else {}
         with ExitStack() as opened:
             joined = await self._joined(config, opened)
-            request = self._request(record, rootfs, cgroup_paths, volume_paths, joined, f"{directory}/{LOG_NAME}")
+            request = self._request(record, rootfs, cgroup.join_paths, volume_paths, joined, f"{directory}/{LOG_NAME}")
             if config.mounts:
                 request.images.extend(await image_mounts.mounted(self._core.leaves, record))
             if config.secrets:
@@ -79,6 +77,8 @@ class TaskMaking:
                 request.secret_env.update(env)
             failpoint("engine.task.before_create")
             task = await self._create(request)
+        if cgroup.unit:
+            await persistently(lambda: self._core.leaves.cgroups.Settle(SettleRequest(id=record.id)))
         return replace(record, pid=task.pid, log_path=task.log_path, bundle=task.bundle)
 
     def _request(

@@ -13,14 +13,13 @@ import contextlib
 import errno
 import os
 import signal
-from collections.abc import Sequence
 from dataclasses import replace
 
 from corral.kernel import process
 from corral.kernel.cgroup import Cgroup, Driver, Layout, Resources, detect, steps
 from corral.kernel.cgroup.membership import path_in_v2
 from corral.kernel.cgroup.steps import Step
-from corral.kernel.cgroup.systemd import properties
+from corral.kernel.cgroup.systemd import scopes
 from corral.kernel.cgroup.systemd.manager import BOOTED, PRIVATE, Manager
 from corral.kernel.cgroup.systemd.names import SCOPE, SLICE, check_name, slice_path
 from corral.kernel.cgroup.systemd.properties import Property
@@ -36,7 +35,6 @@ from corral.runtime.state import Record
 PREFIX = "corral"
 """Of the units of containers that do not name theirs."""
 _NOBODY_LISTENS = frozenset((errno.ENOENT, errno.ECONNREFUSED))
-_ACCOUNTING = ("CPUAccounting", "MemoryAccounting", "TasksAccounting")
 
 
 def names_of(cgroups_path: str, container_id: str, *, user: bool) -> tuple[str, str]:
@@ -93,8 +91,8 @@ class Scope:
         try:
             group = driver.create(record.cgroup, adopt=True)
             driver.enable(record.cgroup, self._limits)
-            self._plan = properties.in_whole_percents(group.plan(self._limits))
-            steps.run([step for step in self._plan if not _counts_processes(step)], undo=False)
+            self._plan = scopes.plan(group, self._limits)
+            steps.run([step for step in self._plan if not scopes.counts_processes(step)], undo=False)
         except BaseException:
             self._end_holder()
             self._manager.stop(record.unit)
@@ -105,21 +103,18 @@ class Scope:
     def settle(self) -> None:
         """Init is in it: what made room for it ends, and systemd is told of the limits."""
         self._end_holder()
-        tell = _Tell(self._manager, self._record.unit, self._plan)
-        steps.run([*filter(_counts_processes, self._plan), tell], undo=False)
+        tell = scopes.Tell(self._manager, self._record.unit, self._plan)
+        steps.run([*filter(scopes.counts_processes, self._plan), tell], undo=False)
         self.close()
 
     def _properties_of(self, layout: Layout) -> list[Property]:
         """What is said of it when it is made. Of the same property the last one counts."""
-        io = layout.of("blkio")
-        accounting = (*_ACCOUNTING, "BlockIOAccounting" if io is not None and io.version == 1 else "IOAccounting")
-        found = [("Description", Variant("s", f"corral-oci container {self._record.id}"))]
-        found += [(name, Variant("b", True)) for name in accounting]
-        found += self._annotated
-        found += _device_properties(self._limits, layout)
-        if oom_group := self._limits.unified.get("memory.oom.group"):
-            found += properties.oom_policy(oom_group, self._manager.version)
-        return found
+        return [
+            ("Description", Variant("s", f"corral-oci container {self._record.id}")),
+            *scopes.accounting(layout),
+            *self._annotated,
+            *scopes.told_at_start(self._limits, layout, self._manager.version),
+        ]
 
     def _end_holder(self) -> None:
         if self._holder is not None:
@@ -127,18 +122,6 @@ class Scope:
             process.send_signal(pidfd, signal.SIGKILL)
             os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
             os.close(pidfd)
-
-
-def _device_properties(limits: Resources, layout: Layout) -> list[Property]:
-    """What systemd is told of devices: on v1 only. The program that rules them on v2 it does not touch."""
-    if limits.devices is None or layout.of("devices") is None:
-        return []
-    return properties.device_properties(limits.devices)
-
-
-def _counts_processes(step: Step) -> bool:
-    """A limit that the process which makes room for init would count in."""
-    return isinstance(step, steps.Write) and step.path.endswith("/pids.max")
 
 
 def _hold() -> tuple[int, int]:
@@ -155,35 +138,10 @@ def _hold() -> tuple[int, int]:
     return pid, pidfd
 
 
-class _Tell:
-    """The step that tells systemd of the others, which come before: nothing is changed, if it refuses."""
-
-    def __init__(self, manager: Manager, unit: str, told: Sequence[Step], more: Sequence[Property] = ()) -> None:
-        self._manager, self._unit, self._told, self._more = manager, unit, told, more
-
-    def describe(self) -> str:
-        """As a person would do it."""
-        return f"systemctl set-property --runtime {self._unit} ..."
-
-    def inverse(self) -> None:
-        """None: it is the last one."""
-
-    def apply(self) -> None:
-        """Tell."""
-        contents = properties.contents_of(self._told)
-        if wanted := [*properties.properties_of(contents, self._manager.version), *self._more]:
-            self._manager.set_properties(self._unit, wanted)
-
-
 def update(record: Record, group: Cgroup, changes: Resources) -> None:
     """Change the limits of a container: all of those asked for, or none, but for devices, which come last."""
-    devices = Resources(devices=changes.devices)
-    group.plan(devices)  # can be
     with contextlib.closing(manager_for(user=record.user_manager)) as manager:
-        plan = properties.in_whole_percents(group.plan(replace(changes, devices=None)))
-        told = _device_properties(changes, detect())
-        steps.run([*plan, _Tell(manager, record.unit, plan, told)])
-    group.apply(devices)
+        scopes.change(group, manager, record.unit, changes, detect())
 
 
 def remove(record: Record) -> None:

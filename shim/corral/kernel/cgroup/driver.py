@@ -57,7 +57,7 @@ class Driver:
         the kernel refuses; EOPNOTSUPP for one that this host cannot give.
         """
         check_path(path)
-        group = Cgroup(path, self._hierarchies)
+        group = self._group(path)
         made: list[str] = []
         try:
             for hierarchy, directory in zip(self._hierarchies, group.directories, strict=True):
@@ -81,6 +81,9 @@ class Driver:
     def open(self, path: str) -> Cgroup:
         """A cgroup that was made earlier; it may be there in part, or gone."""
         check_path(path)
+        return self._group(path)
+
+    def _group(self, path: str) -> Cgroup:
         return Cgroup(path, self._hierarchies)
 
     def list(self, parent: str) -> set[str]:
@@ -92,6 +95,9 @@ class Driver:
                 entries = os.scandir(f"{hierarchy.mount_point}{parent}")
                 names.update(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
         return names
+
+    def settle(self, path: str, limits: Resources) -> None:
+        """The first process is in a cgroup that was made with these limits: nothing is to be done, as it is whole."""
 
     def claim(self, path: str, owner: str, lives: Callable[[str], bool] = lambda _: False) -> str:
         """Make a cgroup, or find it, and mark it as owner's; returns whose it is.
@@ -238,8 +244,12 @@ class Driver:
             raise OSError(e.errno, why, path) from e
 
 
-def open_driver(layout: Layout) -> Driver:
-    """The driver for a layout."""
+def open_driver(layout: Layout, name: str = "cgroupfs") -> Driver:
+    """The driver for a layout, by who makes cgroups: `cgroupfs`, we ourselves, or `systemd`. Raises OSError."""
+    if name == "systemd":
+        from corral.kernel.cgroup.systemd.driver import SystemdDriver
+
+        return SystemdDriver(layout)
     return Driver(layout)
 
 

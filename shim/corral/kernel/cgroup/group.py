@@ -68,6 +68,10 @@ class Cgroup:
         """Whether any hierarchy still has it."""
         return any(os.path.exists(directory) for directory in self.directories)  # noqa: PTH110 - see _remove()
 
+    def is_lasting(self) -> bool:
+        """Whether it is there, and stays until it is removed."""
+        return self.exists()
+
     def watch_oom(self) -> OomWatch:
         """Count the OOM kills of a cgroup that was just made; without a memory controller there are none."""
         return OomWatch.of(*self._where.get("memory", ("", 2)))

@@ -53,12 +53,15 @@ class Cgroup(_message.Message):
     CREATED_AT_FIELD_NUMBER: _builtins.int
     OOM_KILLS_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     path: _builtins.str
     """Below each hierarchy's root, "/corral/default/<id>"."""
     frozen: _builtins.bool
     oom_kills: _builtins.int
     """Kills by the OOM killer so far."""
+    unit: _builtins.str
+    """With the driver systemd: the scope, "corral-<id>.scope". It goes with its last process, and comes with the next Create."""
     @_builtins.property
     def join_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Directories that a process joins, one per hierarchy."""
@@ -80,10 +83,11 @@ class Cgroup(_message.Message):
         created_at: _timestamp_pb2.Timestamp | None = ...,
         oom_kills: _builtins.int = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        unit: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "frozen", b"frozen", "id", b"id", "join_paths", b"join_paths", "labels", b"labels", "oom_kills", b"oom_kills", "path", b"path", "resources", b"resources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "frozen", b"frozen", "id", b"id", "join_paths", b"join_paths", "labels", b"labels", "oom_kills", b"oom_kills", "path", b"path", "resources", b"resources", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -119,7 +123,7 @@ class CreateCgroupRequest(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     parent: _builtins.str
-    """Parent below the hierarchies' roots. Empty: the configured one."""
+    """Parent below the hierarchies' roots; with the driver systemd a slice, "x-y.slice". Empty: the configured one."""
     @_builtins.property
     def resources(self) -> _types_pb2.Resources: ...
     @_builtins.property
@@ -139,6 +143,40 @@ class CreateCgroupRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateCgroupRequest: _TypeAlias = CreateCgroupRequest  # noqa: Y015
+
+@_typing.final
+class SettleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SettleRequest: _TypeAlias = SettleRequest  # noqa: Y015
+
+@_typing.final
+class SettleResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SettleResponse: _TypeAlias = SettleResponse  # noqa: Y015
 
 @_typing.final
 class UpdateCgroupRequest(_message.Message):

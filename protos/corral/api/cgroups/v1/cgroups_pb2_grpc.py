@@ -40,6 +40,11 @@ class CgroupsStub:
                 request_serializer=corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.CreateCgroupRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.Cgroup.FromString,
                 _registered_method=True)
+        self.Settle = channel.unary_unary(
+                '/corral.cgroups.v1.Cgroups/Settle',
+                request_serializer=corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.SettleRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.SettleResponse.FromString,
+                _registered_method=True)
         self.Update = channel.unary_unary(
                 '/corral.cgroups.v1.Cgroups/Update',
                 request_serializer=corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.UpdateCgroupRequest.SerializeToString,
@@ -104,6 +109,14 @@ class CgroupsServicer:
         """Makes a container's cgroup with its limits; all or nothing. The same call again gives the same answer.
         INVALID_ARGUMENT: the kernel refused a value (the message names file and value).
         UNIMPLEMENTED: this host has no controller for a limit that was asked for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Settle(self, request, context):
+        """The first process is in: from now on systemd keeps the scope, and its limits, and until now a process of ours did, which
+        counts in no limit. To be called for a cgroup that has a unit; the same again does no harm.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -191,6 +204,11 @@ def add_CgroupsServicer_to_server(servicer, server):
                     request_deserializer=corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.CreateCgroupRequest.FromString,
                     response_serializer=corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.Cgroup.SerializeToString,
             ),
+            'Settle': grpc.unary_unary_rpc_method_handler(
+                    servicer.Settle,
+                    request_deserializer=corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.SettleRequest.FromString,
+                    response_serializer=corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.SettleResponse.SerializeToString,
+            ),
             'Update': grpc.unary_unary_rpc_method_handler(
                     servicer.Update,
                     request_deserializer=corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.UpdateCgroupRequest.FromString,
@@ -274,6 +292,33 @@ class Cgroups:
             '/corral.cgroups.v1.Cgroups/Create',
             corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.CreateCgroupRequest.SerializeToString,
             corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.Cgroup.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Settle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.cgroups.v1.Cgroups/Settle',
+            corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.SettleRequest.SerializeToString,
+            corral_dot_api_dot_cgroups_dot_v1_dot_cgroups__pb2.SettleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,10 @@ class CgroupsStub:
     INVALID_ARGUMENT: the kernel refused a value (the message names file and value).
     UNIMPLEMENTED: this host has no controller for a limit that was asked for.
     """
+    Settle: _grpc.UnaryUnaryMultiCallable[_cgroups_pb2.SettleRequest, _cgroups_pb2.SettleResponse]
+    """The first process is in: from now on systemd keeps the scope, and its limits, and until now a process of ours did, which
+    counts in no limit. To be called for a cgroup that has a unit; the same again does no harm.
+    """
     Update: _grpc.UnaryUnaryMultiCallable[_cgroups_pb2.UpdateCgroupRequest, _cgroups_pb2.Cgroup]
     """Changes limits; one that is refused leaves all others as they were."""
     Get: _grpc.UnaryUnaryMultiCallable[_cgroups_pb2.GetCgroupRequest, _cgroups_pb2.Cgroup]
@@ -65,6 +69,10 @@ class CgroupsAsyncStub(CgroupsStub):
     """Makes a container's cgroup with its limits; all or nothing. The same call again gives the same answer.
     INVALID_ARGUMENT: the kernel refused a value (the message names file and value).
     UNIMPLEMENTED: this host has no controller for a limit that was asked for.
+    """
+    Settle: _aio.UnaryUnaryMultiCallable[_cgroups_pb2.SettleRequest, _cgroups_pb2.SettleResponse]  # type: ignore[assignment]
+    """The first process is in: from now on systemd keeps the scope, and its limits, and until now a process of ours did, which
+    counts in no limit. To be called for a cgroup that has a unit; the same again does no harm.
     """
     Update: _aio.UnaryUnaryMultiCallable[_cgroups_pb2.UpdateCgroupRequest, _cgroups_pb2.Cgroup]  # type: ignore[assignment]
     """Changes limits; one that is refused leaves all others as they were."""
@@ -97,6 +105,16 @@ class CgroupsServicer(metaclass=_abc_1.ABCMeta):
         """Makes a container's cgroup with its limits; all or nothing. The same call again gives the same answer.
         INVALID_ARGUMENT: the kernel refused a value (the message names file and value).
         UNIMPLEMENTED: this host has no controller for a limit that was asked for.
+        """
+
+    @_abc_1.abstractmethod
+    def Settle(
+        self,
+        request: _cgroups_pb2.SettleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_cgroups_pb2.SettleResponse, _abc.Awaitable[_cgroups_pb2.SettleResponse]]:
+        """The first process is in: from now on systemd keeps the scope, and its limits, and until now a process of ours did, which
+        counts in no limit. To be called for a cgroup that has a unit; the same again does no harm.
         """
 
     @_abc_1.abstractmethod

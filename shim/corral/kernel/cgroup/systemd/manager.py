@@ -26,7 +26,9 @@ _SERVICE, _PATH = "org.freedesktop.systemd1", "/org/freedesktop/systemd1"
 _INTERFACE = f"{_SERVICE}.Manager"
 _MANAGER = Target(_SERVICE, _PATH, _INTERFACE)
 _PROPERTIES = Target(_SERVICE, _PATH, "org.freedesktop.DBus.Properties")
+_UNIT = f"{_SERVICE}.Unit"
 _EXISTS, _NOT_THERE = f"{_SERVICE}.UnitExists", f"{_SERVICE}.NoSuchUnit"
+_STARTED = frozenset(("active", "activating", "reloading"))
 _JOBS = f"type='signal',interface='{_INTERFACE}',member='JobRemoved'"
 _ELSEWHERE = frozenset((errno.ENOENT, errno.ECONNREFUSED, errno.EACCES, errno.EPERM))
 
@@ -93,9 +95,22 @@ class Manager:
     def _start(self, unit: str, properties: Sequence[Property]) -> None:
         method, signature = "StartTransientUnit", "ssa(sv)a(sa(sv))"
         (job,) = self._connection.call(_MANAGER, method, signature, unit, "replace", list(properties), [])
+        self._check(unit, job)
+
+    def _check(self, unit: str, job: str) -> None:
         if (result := self._result(job)) != "done":
             self.reset(unit)
             raise OSError(errno.EREMOTEIO, f"systemd did not start the unit: {result}", unit)
+
+    def start_slice(self, unit: str, properties: Sequence[Property]) -> None:
+        """See a slice started: as it is configured, or else with these properties, and then it goes when stopped."""
+        try:
+            self._start(unit, properties)
+        except CallFailed as e:
+            if e.name != _EXISTS:
+                raise
+            (job,) = self._connection.call(_MANAGER, "StartUnit", "ss", unit, "replace")
+            self._check(unit, job)
 
     def start_scope(self, unit: str, slice_: str, pid: int, properties: Sequence[Property] = ()) -> None:
         """Make a scope around a process, which is moved into its cgroup; below that, everything is the caller's.
@@ -109,6 +124,18 @@ class Manager:
             ("DefaultDependencies", Variant("b", False)),
         ]
         self.start(unit, [*own, *properties])
+
+    def is_started(self, unit: str) -> bool:
+        """Whether there is such a unit, and it was not stopped and did not fail."""
+        try:
+            (path,) = self._connection.call(_MANAGER, "GetUnit", "s", unit)
+        except CallFailed as e:
+            if e.name != _NOT_THERE:
+                raise
+            return False
+        properties = Target(_SERVICE, path, _PROPERTIES.interface)
+        (state,) = self._connection.call(properties, "Get", "ss", _UNIT, "ActiveState")
+        return state.value in _STARTED
 
     def set_properties(self, unit: str, properties: Sequence[Property]) -> None:
         """Change a unit until the host is booted again."""

@@ -1,6 +1,6 @@
 """Names of units, and where their cgroups are. Pure. Source: systemd.unit(5), systemd.slice(5)."""
 
-SLICE, SCOPE = ".slice", ".scope"
+SLICE, SCOPE, ROOT = ".slice", ".scope", "-.slice"
 
 _IN_NAMES = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:-_.\\")
 _LONGEST = 255
@@ -22,7 +22,7 @@ def slice_path(name: str) -> str:
     """
     stem = name.removesuffix(SLICE)
     check_name(name)
-    if stem == "-" and stem != name:
+    if name == ROOT:
         return ""
     parts = stem.split("-")
     if stem == name or not all(parts):

@@ -1,0 +1,196 @@
+"""The driver of a host whose cgroups systemd makes: those of containers are scopes, below slices.
+
+    create   the scope, around a process of ours that only holds it       see corral.kernel.cgroup.systemd.scopes
+    settle   a process of the container is in it: the other one ends
+    apply    limits are written to the files, and systemd is told
+             the last process ends: systemd removes the scope and its cgroup
+    remove   what is left is killed, and the unit stopped
+
+The holder ends with this process, so what a crash leaves without a container ends by itself. A cgroup that is neither a
+scope nor a slice is as any other.
+"""
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from corral.kernel.cgroup import steps
+from corral.kernel.cgroup.driver import Driver, check_path
+from corral.kernel.cgroup.group import Cgroup
+from corral.kernel.cgroup.layout import Hierarchy, Layout
+from corral.kernel.cgroup.resources import Resources
+from corral.kernel.cgroup.systemd import scopes
+from corral.kernel.cgroup.systemd.manager import BOOTED, Manager
+from corral.kernel.cgroup.systemd.names import ROOT, SCOPE, SLICE
+from corral.kernel.cgroup.systemd.properties import INFINITY
+from corral.kernel.dbus.marshalling import Variant
+
+_ATTEMPTS = 5
+"""On v1 systemd removes, a moment later, a slice's directories of controllers that it does not need itself."""
+_HOLDER = ["cat"]
+"""It reads until its input ends, and that is a pipe of which this process alone has the other end."""
+
+
+class SystemdDriver(Driver):
+    """See the module."""
+
+    def __init__(self, layout: Layout) -> None:
+        """Raises OSError if systemd does not run this host, or can't be reached."""
+        super().__init__(layout)
+        self._holders = _Holders()
+        if not os.path.isdir(BOOTED):  # noqa: PTH112 - a string, as everywhere here
+            raise OSError(errno.ENOENT, "systemd is not pid 1 of this host", BOOTED)
+        with _systemd():
+            pass
+
+    def _group(self, path: str) -> Cgroup:
+        return UnitCgroup(path, self._hierarchies, self.layout, self._holders)
+
+    def create(self, path: str, resources: Resources | None = None, *, adopt: bool = False) -> Cgroup:
+        """Make a cgroup with its limits, a scope if its name says so. Raises OSError, see Driver."""
+        slice_, _, unit = path.rpartition("/")
+        if not unit.endswith(SCOPE):
+            return super().create(path, resources, adopt=adopt)
+        check_path(path)
+        group, limits = self._group(path), resources or Resources()
+        with _systemd() as manager:
+            if group.exists() or manager.is_started(unit):
+                raise OSError(errno.EEXIST, "there is such a scope", path)
+            try:
+                self._start(manager, unit, slice_.rpartition("/")[2] or ROOT, self._holders.hold(path), limits)
+                super().create(path, adopt=True)
+                self.enable(path, limits)
+                planned = scopes.plan(group, limits)
+                steps.run([step for step in planned if not scopes.counts_processes(step)], undo=False)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    group.remove()
+                raise
+        return group
+
+    def _start(self, manager: Manager, unit: str, slice_: str, pid: int, limits: Resources) -> None:
+        told = [
+            ("Description", Variant("s", f"corral container {unit.removesuffix(SCOPE)}")),
+            ("CollectMode", Variant("s", "inactive-or-failed")),  # nobody is left to say that it may go
+            ("TasksMax", Variant("t", INFINITY)),  # until there is a limit: systemd has a default
+            *scopes.accounting(self.layout),
+            *scopes.told_at_start(limits, self.layout, manager.version),
+        ]
+        manager.start_scope(unit, slice_, pid, told)
+
+    def settle(self, path: str, limits: Resources) -> None:
+        """A process of the container is in it, so it is held no longer, and systemd is told of the limits.
+
+        They are all those that it has. The same again does no harm, nor does it if the container has ended meanwhile.
+        """
+        unit = path.rpartition("/")[2]
+        if not unit.endswith(SCOPE):
+            return
+        self._holders.release(path)
+        with _systemd() as manager:
+            if manager.is_started(unit):
+                scopes.change(self._group(path), manager, unit, limits, self.layout)
+
+    def claim(self, path: str, owner: str, lives: Callable[[str], bool] = lambda _: False) -> str:
+        """As Driver does, of a slice."""
+        with _systemd() as manager:
+            manager.start_slice(path.rpartition("/")[2], scopes.accounting(self.layout))
+        for _ in range(_ATTEMPTS):
+            with contextlib.suppress(FileNotFoundError):
+                return super().claim(path, owner, lives)
+        raise OSError(errno.ENOENT, "it keeps vanishing", path)
+
+    def prune(self, path: str) -> None:
+        """Stop a slice if nothing is below."""
+        if self.list(path):
+            return
+        group = self.open(path)
+        with _systemd() as manager:
+            manager.stop(path.rpartition("/")[2])
+        for directory in group.directories:  # of v1, those that systemd does not know
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)  # noqa: PTH106 - a string, as everywhere here
+
+
+class UnitCgroup(Cgroup):
+    """A cgroup that is a unit's, if its name is that of a scope or slice."""
+
+    __slots__ = ("_holders", "_layout", "_unit")
+
+    def __init__(self, path: str, hierarchies: Sequence[Hierarchy], layout: Layout, holders: "_Holders") -> None:
+        super().__init__(path, hierarchies)
+        name = path.rpartition("/")[2]
+        self._unit = name if name.endswith((SCOPE, SLICE)) else ""
+        self._layout, self._holders = layout, holders
+
+    def apply(self, wanted: Resources, *, fresh: bool = False) -> None:
+        """As Cgroup does; systemd is told. Raises OSError."""
+        if self._unit and not fresh:
+            with _systemd() as manager:
+                if manager.is_started(self._unit):
+                    scopes.change(self, manager, self._unit, wanted, self._layout)
+                    return
+        super().apply(wanted, fresh=fresh)
+
+    def lift_memory_limit(self) -> None:
+        """As Cgroup does; systemd is told."""
+        super().lift_memory_limit()
+        if self._unit:
+            with _systemd() as manager:
+                manager.set_properties(self._unit, [("MemoryMax", Variant("t", INFINITY))])
+
+    def is_lasting(self) -> bool:
+        """A scope in which nobody is goes by itself, if not at once: it is removed here."""
+        if self._unit.endswith(SCOPE) and not self.pids():
+            self.remove()
+            return False
+        return super().is_lasting()
+
+    def remove(self, timeout_s: float = 10.0) -> None:
+        """As Cgroup does, with its unit."""
+        super().remove(timeout_s)
+        self._holders.release(self.path)
+        if self._unit:
+            with _systemd() as manager:
+                manager.stop(self._unit)
+
+
+class _Holders:
+    """Processes that hold scopes, by the path of the cgroup."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[str, tuple[int, int]] = {}
+
+    def hold(self, path: str) -> int:
+        """Start one; returns its pid."""
+        theirs, ours = os.pipe()
+        null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
+        try:
+            actions = [(os.POSIX_SPAWN_DUP2, theirs, 0), *null]
+            pid = os.posix_spawnp(_HOLDER[0], _HOLDER, {}, file_actions=actions, setsid=True)
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+        with self._lock:
+            self._held[path] = (pid, ours)
+        return pid
+
+    def release(self, path: str) -> None:
+        """End one, and wait for its end; no error if there is none."""
+        with self._lock:
+            held = self._held.pop(path, None)
+        if held is not None:
+            pid, ours = held
+            os.close(ours)
+            os.waitpid(pid, 0)
+
+
+@contextlib.contextmanager
+def _systemd() -> Iterator[Manager]:
+    with contextlib.closing(Manager.open(user=False)) as manager:
+        yield manager

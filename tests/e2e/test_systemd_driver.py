@@ -1,0 +1,230 @@
+"""corrald with the cgroup driver systemd: containers are scopes below a slice, and systemd keeps to their limits."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.cgroups import eventually
+from support.corrald import PATIENCE, Corrald, Place, running
+from support.requirements import needs
+
+from corral.kernel.cgroup import Cgroup, Driver, Kind, detect, open_driver
+
+pytestmark = [needs("root", "busybox"), pytest.mark.timeout(1200)]
+on_systemd = needs("systemd")
+
+IS_V2 = detect().kind is Kind.V2
+MIB = 1 << 20
+ENGINE_PIDS = 500
+SLOW_S = 30 * PATIENCE
+OTHER_SLICE = "corraltest-web.slice"
+
+
+class SlicePlace(Place):
+    """One whose containers are below a slice."""
+
+    @property
+    def cgroup_parent(self) -> str:
+        return f"/{self.tag}.slice"
+
+
+def systemctl(*words: str) -> str:
+    return subprocess.run(["systemctl", *words], capture_output=True, text=True, check=False).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def box(busybox_archive: Path) -> Iterator[Corrald]:
+    place = SlicePlace.make()
+    slice_ = f"{place.tag}.slice"
+    settings = {"cgroups": {"driver": "systemd", "parent": slice_, "pids": ENGINE_PIDS}}
+    try:
+        with running(place=place, settings=settings) as daemon:
+            ok(daemon, "image", "import", str(busybox_archive), "--as", "busybox")
+            yield daemon
+            assert not scopes_of(daemon)
+            daemon.stop()
+            assert not driver().open(f"/{slice_}").exists()
+    finally:
+        systemctl("stop", slice_, "corraltest.slice")
+
+
+def ok(box: Corrald, *words: str) -> str:
+    result = box.corral(*words, timeout_s=SLOW_S)
+    assert result.returncode == 0, result.stderr.decode() + box.log()[-4000:]
+    return result.stdout.decode().strip()
+
+
+def sleeping(box: Corrald, *options: str) -> str:
+    return ok(box, "run", "-d", "--network", "none", *options, "busybox", "sleep", "1000").split()[-1]
+
+
+def driver() -> Driver:
+    return open_driver(detect())
+
+
+def slice_of(box: Corrald) -> str:
+    return box.place.cgroup_parent.removeprefix("/")
+
+
+def group_of(box: Corrald, id_: str) -> Cgroup:
+    return driver().open(f"/{slice_of(box)}/corral-{id_}.scope")
+
+
+def limits(group: Cgroup) -> tuple[int, float | None, int]:
+    """Of memory, CPUs and processes, as the kernel has them."""
+    return group.memory_limit(), group.cpus(), group.pids_limit()
+
+
+def scopes_of(box: Corrald) -> set[str]:
+    """All that systemd knows, and all that have a cgroup."""
+    return units() | driver().list(f"/{slice_of(box)}")
+
+
+def units() -> set[str]:
+    listed = systemctl("list-units", "--all", "--plain", "--no-legend", "corral-*.scope").splitlines()
+    return {line.split()[0] for line in listed}
+
+
+def shown(unit: str, *properties: str) -> dict[str, str]:
+    lines = systemctl("show", unit, "--property", ",".join(properties)).splitlines()
+    return dict(line.split("=", 1) for line in lines)
+
+
+def inspected(box: Corrald, id_: str) -> dict[str, object]:
+    found: dict[str, object] = json.loads(ok(box, "inspect", id_))[0]
+    return found
+
+
+@on_systemd
+def test_a_container_is_a_scope_and_its_limits_outlive_a_reload(box: Corrald) -> None:
+    options = ("--memory", "64m", "--cpus", "0.5", "--pids-limit", "40", "--cpu-shares", "512", "--cpuset-cpus", "0")
+    id_ = sleeping(box, *options)
+    unit, group = f"corral-{id_}.scope", group_of(box, id_)
+    told = {
+        "ActiveState": "active", "Slice": slice_of(box), "Delegate": "yes", "CPUQuotaPerSecUSec": "500ms",
+        "TasksMax": "40", "ControlGroup": group.path,
+    }  # fmt: skip
+    if IS_V2:
+        told |= {"CPUWeight": "59", "AllowedCPUs": "0", "MemoryMax": str(64 * MIB), "MemorySwapMax": str(64 * MIB)}
+    assert shown(unit, *told) == told
+    assert limits(group) == (64 * MIB, 0.5, 40)
+    assert len(group.pids()) == 1, "whoever held the scope is gone"
+    systemctl("daemon-reload")
+    assert limits(group) == (64 * MIB, 0.5, 40)
+    assert limits(driver().open(f"/{slice_of(box)}"))[2] == ENGINE_PIDS
+    ok(box, "update", "--memory", "32m", "--cpus", "0.25", "--pids-limit", "20", id_)
+    assert shown(unit, "TasksMax", "CPUQuotaPerSecUSec") == {"TasksMax": "20", "CPUQuotaPerSecUSec": "250ms"}
+    systemctl("daemon-reload")
+    assert limits(group) == (32 * MIB, 0.25, 20)
+    ok(box, "rm", "-f", id_)
+    assert not scopes_of(box)
+
+
+@on_systemd
+def test_a_scope_is_counted_paused_and_entered_as_any_cgroup(box: Corrald) -> None:
+    id_ = sleeping(box, "--memory", "64m")
+    group = group_of(box, id_)
+    assert "64" in ok(box, "stats", "--no-stream", id_)
+    ok(box, "exec", "-d", id_, "sleep", "1000")
+    assert eventually(lambda: len(group.pids()) == 2, within_s=SLOW_S)
+    ok(box, "pause", id_)
+    systemctl("daemon-reload")
+    assert group.is_frozen()
+    ok(box, "unpause", id_)
+    assert "Cgroup driver: systemd" in ok(box, "system", "info")
+    ok(box, "rm", "-f", id_)
+    assert not scopes_of(box)
+
+
+@on_systemd
+def test_a_container_that_starts_again_has_a_new_scope_with_its_limits(box: Corrald) -> None:
+    id_ = sleeping(box, "--memory", "64m")
+    group = group_of(box, id_)
+    ok(box, "restart", "-t", "0", id_)
+    assert limits(group)[0] == 64 * MIB
+    ok(box, "kill", id_)
+    assert eventually(lambda: not units(), within_s=SLOW_S), "it goes with its last process"
+    ok(box, "update", "--memory", "48m", id_)
+    ok(box, "system", "check")
+    ok(box, "start", id_)
+    systemctl("daemon-reload")
+    assert limits(group)[0] == 48 * MIB
+    systemctl("kill", "--signal=KILL", f"corral-{id_}.scope")
+    assert eventually(lambda: not units(), within_s=SLOW_S)
+    ok(box, "rm", "-f", id_)
+    assert not scopes_of(box)
+
+
+@on_systemd
+@pytest.mark.parametrize("round_", range(3))
+def test_who_ran_out_of_memory_is_told(box: Corrald, round_: int) -> None:
+    result = box.corral(
+        "run", "--name", f"hog{round_}", "--network", "none", "--memory", "16m", "busybox", "tail", "/dev/zero",
+        timeout_s=SLOW_S,
+    )  # fmt: skip
+    assert result.returncode == 137, result.stderr
+    assert '"oom_killed": true' in json.dumps(inspected(box, f"hog{round_}")).lower().replace("oomkilled", "oom_killed")
+    ok(box, "rm", f"hog{round_}")
+    assert not scopes_of(box), "and no unit is left that failed"
+
+
+@on_systemd
+def test_a_killed_daemon_finds_its_scopes_again_and_leaves_none_behind(box: Corrald) -> None:
+    id_ = sleeping(box, "--memory", "64m")
+    group = group_of(box, id_)
+    pids = group.pids()
+    box.kill9()
+    systemctl("daemon-reload")
+    assert group.pids() == pids
+    box.start()
+    ok(box, "update", "--memory", "32m", id_)
+    systemctl("daemon-reload")
+    assert limits(group)[0] == 32 * MIB
+    before = scopes_of(box)
+    for moment in ("cgroups.create.after_make", "engine.task.before_create", "engine.create.after_task"):
+        box.kill9()
+        box.start(environment={"CORRAL_FAILPOINTS": f"{moment}=kill"})
+        box.corral("run", "-d", "--network", "none", "busybox", "sleep", "1000", timeout_s=SLOW_S)
+        box.revive()
+        assert eventually(lambda: scopes_of(box) == before, within_s=SLOW_S), moment
+    ok(box, "rm", "-f", id_)
+    assert not scopes_of(box)
+
+
+@on_systemd
+def test_a_parent_of_a_containers_own_is_a_slice_in_another(box: Corrald) -> None:
+    id_ = sleeping(box, "--cgroup-parent", OTHER_SLICE, "--memory", "64m")
+    group = driver().open(f"/corraltest.slice/{OTHER_SLICE}/corral-{id_}.scope")
+    assert limits(group)[0] == 64 * MIB
+    assert shown(f"corral-{id_}.scope", "Slice") == {"Slice": OTHER_SLICE}
+    box.restart()
+    ok(box, "restart", "-t", "0", id_)
+    assert limits(group)[0] == 64 * MIB
+    ok(box, "rm", "-f", id_)
+    assert not group.exists()
+    for parent in ("/corraltest", "corraltest", "a--b.slice"):
+        result = box.corral("run", "--cgroup-parent", parent, "busybox", "true", timeout_s=SLOW_S)
+        assert result.returncode == 125
+        assert "slice" in result.stderr.decode()
+
+
+@needs("no systemd")
+def test_without_systemd_the_driver_is_refused_with_what_to_do() -> None:
+    settings = {"cgroups": {"driver": "systemd", "parent": "corraltest.slice"}}
+    said = r"needs systemd as pid 1, and its D-Bus socket.*use driver = .*cgroupfs"
+    with pytest.raises(RuntimeError, match=said), Corrald(settings=settings) as daemon:
+        daemon.start()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"driver": "sytemd"}, "driver must be one of cgroupfs, systemd"),
+        ({"driver": "systemd", "parent": "/corral"}, "'/corral' is not the name of a systemd"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_by_name(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(RuntimeError, match=said), Corrald(settings={"cgroups": settings}) as daemon:
+        daemon.start()
