@@ -144,9 +144,7 @@ class Creation:
         )
         # What a power loss must not take from one that was created reaches the disk while its task is made.
         made: ContainerRecord
-        made, _ = await _all_or_error(
-            self._tasks.make(record, prepared.mounts, cgroup), self._put_on_disk(record)
-        )
+        made, _ = await _all_or_error(self._tasks.make(record, prepared.mounts, cgroup), self._put_on_disk(record))
         failpoint("engine.create.after_task")
         created = replace(made, status=Status.CREATED)
         await self._core.database.write(lambda tx: store.save_created(tx, created))
