@@ -153,8 +153,8 @@ async def test_an_exec_is_not_told_so_while_there_are_others_who_run_out_of_memo
 async def test_an_exec_ends_with_a_container_that_ran_out_of_memory_and_is_not_told_so(
     engine: EngineClient, script: str, number: int
 ) -> None:
-    id_ = await engine.run("sh", "-c", f"sleep 1; {script}", resources=limits())
-    ended = asyncio.ensure_future(exec_status(engine, id_, "exec sleep 1000"))
+    id_ = await engine.run("sh", "-c", f"until [ -e /begun ]; do sleep 0.1; done; {script}", resources=limits())
+    ended = asyncio.ensure_future(exec_status(engine, id_, "touch /begun; exec sleep 1000"))
     assert (await engine.wait(id_)).oom_killed
     assert ((await ended).code, (await ended).oom_killed) == (137, False)
 
