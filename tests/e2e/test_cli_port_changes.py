@@ -87,7 +87,7 @@ def test_ports_are_served_at_the_hosts_ipv6_loopback_too(box: Corrald, name: str
     assert eventually(lambda: serves(number, "::1"))
     ok(box, "stop", "-t", "0", name)
     assert not serves(number, "::1")
-    assert eventually(lambda: is_free("::1", number))
+    assert is_free("::1", number)
 
 
 def is_free(address: str, number: int) -> bool:

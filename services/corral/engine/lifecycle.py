@@ -30,6 +30,7 @@ DEFAULT_STOP_SIGNAL = "SIGTERM"
 # After SIGKILL. A process that does not end then sits in the kernel, in uninterruptible sleep.
 KILL_TIMEOUT_S = 10.0
 WAIT_RETRY_S = 0.2
+PORTS_WITHIN_S = 2.0
 MADE_AGAIN = 3
 """So often a task is made again in one start, each having been lost with its shim."""
 # Exit codes of a container whose program never ran, as a shell and docker have them.
@@ -248,7 +249,16 @@ class Lifecycle:
         if record.status not in ALIVE:
             self._core.on_stays_ended(record)
             return record
-        return await self._stop(record, signal=signal, timeout_s=timeout_s)
+        ended = await self._stop(record, signal=signal, timeout_s=timeout_s)
+        if ended.endpoint is not None and ended.endpoint.ports:
+            await self._ports_are_free(ended)
+        return ended
+
+    async def _ports_are_free(self, record: ContainerRecord) -> None:
+        """Its end has begun to free them, under its lock. Not waited for long: network may be away."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PORTS_WITHIN_S), self._core.locks.of((record.namespace, record.id)):
+                pass
 
     async def _stop(self, record: ContainerRecord, *, signal: str, timeout_s: float | None) -> ContainerRecord:
         number = parse_signal(signal or record.config.stop_signal or DEFAULT_STOP_SIGNAL)
