@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,6 +89,27 @@ def test_templates_that_were_written_for_docker_find_its_names(own: Corrald) -> 
     assert Path(f"/proc/{pid}/comm").read_text() == "sleep\n"
     assert own.corral("inspect", "-f", "{{.Path}} {{json .Args}}", "runs").stdout == b'sleep ["1000"]\n'
     assert own.corral("inspect", "-f", "{{.State.FinishedAt}}", "runs").stdout == b"0001-01-01T00:00:00Z\n"
+
+
+def test_results_of_a_health_check_have_dockers_names(loaded: Corrald) -> None:
+    options = ("--network", "none", "--health-cmd", "echo looked; exit 3", "--health-interval", "100ms")
+    loaded.corral("run", "-d", "--name", "ill", *options, "busybox", "sleep", "1000", check=True)
+    try:
+        deadline = time.monotonic() + 20
+        while not (log := health_log(loaded, "ill")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        loaded.corral("rm", "-f", "ill", check=True)
+    assert (log[0]["ExitCode"], log[0]["Output"]) == (3, "looked\n")
+    assert str(log[0]["Start"]) < str(log[0]["End"])
+
+
+def health_log(box: Corrald, name: str) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = json.loads(
+        box.corral("inspect", "-f", "{{json .State.Health.Log}}", name, check=True).stdout
+    )
+    return found
 
 
 def test_networks_and_ports_have_dockers_names(loaded: Corrald) -> None:

@@ -59,6 +59,7 @@ async def test_a_probe_that_hangs_is_killed_and_counts_as_a_failure(engine: Engi
     await engine.run("sleep", "1000", name="hangs", healthcheck=hanging)
     sick = await until(engine, "hangs", lambda c: c.health.state == pb.Health.STATE_UNHEALTHY)
     assert "longer than 0.2 s" in sick.health.last_output
+    assert {probe.exit_code for probe in sick.health.log} == {-1}
     tops = await engine.containers.Top(pb.TopRequest(container="hangs"))
     assert len([p for p in tops.processes if "1000" in p.command]) <= 2, "probes do not pile up"
     await engine.delete("hangs", force=True)

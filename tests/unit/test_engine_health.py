@@ -5,7 +5,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from corral.api.engine.v1.engine_pb2 import Health
 from corral.api.images.v1.images_pb2 import Healthcheck
-from corral.engine.health_rules import Rules, Verdict, check_healthcheck, resolved
+from corral.engine.health_rules import Probe, Rules, Verdict, check_healthcheck, resolved
 from corral.rpc.errors import InvalidArgument
 
 STARTING, HEALTHY, UNHEALTHY = Health.STATE_STARTING, Health.STATE_HEALTHY, Health.STATE_UNHEALTHY
@@ -20,7 +20,7 @@ def rules(**fields: object) -> Rules:
 def states(codes: list[int], at: Rules, since_start_s: float = 100.0) -> list[int]:
     verdict, found = Verdict(), []
     for code in codes:
-        verdict = verdict.after(code, "", at, since_start_s=since_start_s)
+        verdict = verdict.after(Probe(0, 1, code, ""), at, since_start_s=since_start_s)
         found.append(verdict.state)
     return found
 
@@ -36,6 +36,16 @@ def test_failures_of_the_start_period_do_not_count_before_the_first_success() ->
     slow = rules(start_period=Duration(seconds=60))
     assert states([1] * 5, slow, since_start_s=59) == [STARTING] * 5
     assert states([0, 1, 1, 1], slow, since_start_s=1) == [HEALTHY, HEALTHY, HEALTHY, UNHEALTHY]
+
+
+def test_the_last_five_results_are_kept() -> None:
+    verdict = Verdict()
+    for number in range(7):
+        verdict = verdict.after(Probe(number, number + 1, number % 2, str(number)), rules(), since_start_s=100)
+    told = verdict.to_wire()
+    assert [(one.output, one.exit_code) for one in told.log] == [("2", 0), ("3", 1), ("4", 0), ("5", 1), ("6", 0)]
+    assert told.last_output == "6"
+    assert (told.log[0].started_at.ToNanoseconds(), told.log[0].ended_at.ToNanoseconds()) == (2, 3)
 
 
 def test_what_is_left_out_is_as_in_the_image_then_as_docker_has_it() -> None:

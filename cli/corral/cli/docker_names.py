@@ -62,7 +62,15 @@ def _state(c: "engine_pb2.Container") -> "dict[str, Json]":
         state["Health"] = {
             "Status": _HEALTH[c.health.state],
             "FailingStreak": c.health.failing_streak,
-            "Log": [{"Output": c.health.last_output}],  # the latest alone is kept
+            "Log": [
+                {
+                    "Start": _time(probe.started_at),
+                    "End": _time(probe.ended_at),
+                    "ExitCode": probe.exit_code,
+                    "Output": probe.output,
+                }
+                for probe in c.health.log
+            ],
         }
     return state
 

@@ -20,7 +20,7 @@ from corral.api.tasks.v1 import tasks_pb2
 from corral.engine import store
 from corral.engine.core import Core, Key
 from corral.engine.execs import Execs
-from corral.engine.health_rules import Rules, Verdict, health_word
+from corral.engine.health_rules import TOOK_TOO_LONG, Probe, Rules, Verdict, health_word
 from corral.engine.leaves import persistently
 from corral.engine.lifecycle import Lifecycle
 from corral.engine.naming import random_id
@@ -106,7 +106,7 @@ class Checks:
                     await tasks.DeleteExec(tasks_pb2.DeleteExecRequest(id=record.id, exec_id=left.id, force=True))
 
     async def _probe(self, record: ContainerRecord, rules: Rules, *, run: ContainerRecord) -> None:
-        since_start_s = _age_s(record)
+        since_start_s, started_ns = _age_s(record), time.time_ns()
         try:
             code, output = await self._run(record, rules)
         except Unavailable:
@@ -117,7 +117,8 @@ class Checks:
             code, output = 1, e.message
         key = (record.namespace, record.id)
         before = self._verdicts[key]
-        after = self._verdicts[key] = before.after(code, output, rules, since_start_s=since_start_s)
+        probe = Probe(started_ns, time.time_ns(), code, output)
+        after = self._verdicts[key] = before.after(probe, rules, since_start_s=since_start_s)
         if after.state != before.state:
             await self._tell(record, after)
             if after.state == pb.Health.STATE_UNHEALTHY:
@@ -134,7 +135,7 @@ class Checks:
         except TimeoutError:
             with suppress(CorralError):
                 await tasks.Kill(tasks_pb2.KillRequest(id=record.id, exec_id=exec_id, signal=SIGKILL))
-            return 1, f"the health check took longer than {rules.timeout_s:g} s, and was killed"
+            return TOOK_TOO_LONG, f"the health check took longer than {rules.timeout_s:g} s, and was killed"
         finally:
             forget = tasks_pb2.DeleteExecRequest(id=record.id, exec_id=exec_id, force=True)
             with suppress(CorralError):

@@ -94,26 +94,52 @@ class Rules:
         )
 
 
+KEPT_PROBES = 5
+TOOK_TOO_LONG = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One run of the check; its code is TOOK_TOO_LONG where it was killed."""
+
+    started_ns: int
+    ended_ns: int
+    code: int
+    output: str
+
+    def to_wire(self) -> pb.Health.Probe:
+        probe = pb.Health.Probe(exit_code=self.code, output=self.output)
+        probe.started_at.FromNanoseconds(self.started_ns)
+        probe.ended_at.FromNanoseconds(self.ended_ns)
+        return probe
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What is known of a container's health."""
 
     state: "pb.Health.State.ValueType" = pb.Health.STATE_STARTING
     streak: int = 0
-    output: str = ""
+    log: tuple[Probe, ...] = ()  # the oldest first
 
-    def after(self, code: int, output: str, rules: Rules, *, since_start_s: float) -> "Verdict":
+    def after(self, probe: Probe, rules: Rules, *, since_start_s: float) -> "Verdict":
         """The verdict after one more probe. Pure."""
-        if code == 0:
-            return Verdict(pb.Health.STATE_HEALTHY, 0, output)
+        log = (*self.log, probe)[-KEPT_PROBES:]
+        if probe.code == 0:
+            return Verdict(pb.Health.STATE_HEALTHY, 0, log)
         if self.state == pb.Health.STATE_STARTING and since_start_s < rules.start_period_s:
-            return replace(self, output=output)
+            return replace(self, log=log)
         streak = self.streak + 1
         state = pb.Health.STATE_UNHEALTHY if streak >= rules.retries else self.state
-        return Verdict(state, streak, output)
+        return Verdict(state, streak, log)
 
     def to_wire(self) -> pb.Health:
-        return pb.Health(state=self.state, failing_streak=self.streak, last_output=self.output)
+        return pb.Health(
+            state=self.state,
+            failing_streak=self.streak,
+            last_output=self.log[-1].output if self.log else "",
+            log=[probe.to_wire() for probe in self.log],
+        )
 
 
 def _seconds(duration: Duration, default: float) -> float:

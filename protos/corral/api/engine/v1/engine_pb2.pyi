@@ -233,22 +233,58 @@ class Health(_message.Message):
     STATE_HEALTHY: Health.State.ValueType  # 2
     STATE_UNHEALTHY: Health.State.ValueType  # 3
 
+    @_typing.final
+    class Probe(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        STARTED_AT_FIELD_NUMBER: _builtins.int
+        ENDED_AT_FIELD_NUMBER: _builtins.int
+        EXIT_CODE_FIELD_NUMBER: _builtins.int
+        OUTPUT_FIELD_NUMBER: _builtins.int
+        exit_code: _builtins.int
+        """-1: it was killed, as it took too long."""
+        output: _builtins.str
+        """At most 4096 bytes of stdout and stderr, or why it could not be run."""
+        @_builtins.property
+        def started_at(self) -> _timestamp_pb2.Timestamp: ...
+        @_builtins.property
+        def ended_at(self) -> _timestamp_pb2.Timestamp: ...
+        def __init__(
+            self,
+            *,
+            started_at: _timestamp_pb2.Timestamp | None = ...,
+            ended_at: _timestamp_pb2.Timestamp | None = ...,
+            exit_code: _builtins.int = ...,
+            output: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["ended_at", b"ended_at", "started_at", b"started_at"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_at", b"ended_at", "exit_code", b"exit_code", "output", b"output", "started_at", b"started_at"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     STATE_FIELD_NUMBER: _builtins.int
     FAILING_STREAK_FIELD_NUMBER: _builtins.int
     LAST_OUTPUT_FIELD_NUMBER: _builtins.int
+    LOG_FIELD_NUMBER: _builtins.int
     state: Global___Health.State.ValueType
     failing_streak: _builtins.int
     last_output: _builtins.str
+    @_builtins.property
+    def log(self) -> _containers.RepeatedCompositeFieldContainer[Global___Health.Probe]:
+        """The last five, the oldest first."""
+
     def __init__(
         self,
         *,
         state: Global___Health.State.ValueType = ...,
         failing_streak: _builtins.int = ...,
         last_output: _builtins.str = ...,
+        log: _abc.Iterable[Global___Health.Probe] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failing_streak", b"failing_streak", "last_output", b"last_output", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failing_streak", b"failing_streak", "last_output", b"last_output", "log", b"log", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
