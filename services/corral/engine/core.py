@@ -159,6 +159,8 @@ class Core:
     restarting: set[Key] = field(default_factory=set)
     # Those that wait to be started again by their policy; cancelling ends the wait.
     backoffs: dict[Key, asyncio.Task[Any]] = field(default_factory=dict)
+    # Ports of ended ones that are being withdrawn, for whoever stops them.
+    freeing: dict[Key, asyncio.Task[None]] = field(default_factory=dict)
     # Streams of output that are being passed on, by container.
     attached: dict[Key, set[asyncio.Task[Any]]] = field(default_factory=dict)
     # What a next program would find to be done as well is not begun any more.

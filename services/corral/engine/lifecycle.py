@@ -246,19 +246,17 @@ class Lifecycle:
         if has_policy and record.status is Status.EXITED:
             async with self._core.locks.of((record.namespace, record.id)):  # a restart that had begun is over then
                 record = self._core.get(record.namespace, record.id)
-        if record.status not in ALIVE:
+        if record.status in ALIVE:
+            record = await self._stop(record, signal=signal, timeout_s=timeout_s)
+        else:
             self._core.on_stays_ended(record)
-            return record
-        ended = await self._stop(record, signal=signal, timeout_s=timeout_s)
-        if ended.endpoint is not None and ended.endpoint.ports:
-            await self._ports_are_free(ended)
-        return ended
+        await self._ports_are_free(record)
+        return record
 
     async def _ports_are_free(self, record: ContainerRecord) -> None:
-        """Its end has begun to free them, under its lock. Not waited for long: network may be away."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(PORTS_WITHIN_S), self._core.locks.of((record.namespace, record.id)):
-                pass
+        """Of one that has ended. Not waited for long: network may be away."""
+        if (freeing := self._core.freeing.get((record.namespace, record.id))) is not None:
+            await asyncio.wait((freeing,), timeout=PORTS_WITHIN_S)
 
     async def _stop(self, record: ContainerRecord, *, signal: str, timeout_s: float | None) -> ContainerRecord:
         number = parse_signal(signal or record.config.stop_signal or DEFAULT_STOP_SIGNAL)
@@ -424,16 +422,19 @@ class Lifecycle:
         container finds it ended."""
         status = await self._exit_of(record)
         await self._core.record_exit(record, status)
+        await self._ports_are_free(record)
         return status
 
     async def record_end(self, named: ContainerRecord) -> None:
         """Write down that it ended, if it has, before those who were attached to it hear of that."""
-        with suppress(CorralError):  # it is gone, or its end comes as an event
+        # It is gone, or the disk is full: its end comes as an event, too.
+        with suppress(CorralError, OSError):
             record = self._core.get(named.namespace, named.id)
             if record.status in ALIVE:
                 task = await self._core.leaves.tasks.Get(tasks_pb2.GetTaskRequest(id=record.id))
                 if task.status == tasks_pb2.STATUS_STOPPED:
                     await self._core.record_exit(record, task.exit)
+                    await self._ports_are_free(record)
 
     async def _next_exit(self, record: ContainerRecord) -> ExitStatus:
         """From our own record, or, quicker while there is a task, from tasks."""
