@@ -1,10 +1,12 @@
 """Snapshots over gRPC: what their rows promise, beyond what a driver does."""
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from support.file_systems import file_system, mounted_image
 from support.images_leaf import ImagesLeaf, images_leaf
 from support.requirements import needs
 from support.tars import packed
@@ -12,6 +14,7 @@ from support.tars import packed
 from corral.api.images.v1 import images_pb2 as pb
 from corral.rpc.context import in_namespace
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from corral.store import atomic_write
 
 pytestmark = needs("root", "overlayfs")
 
@@ -51,6 +54,23 @@ async def test_the_same_prepare_gives_the_same_and_another_is_refused(leaf: Imag
         await leaf.prepare("c")
     with pytest.raises(AlreadyExists):
         await leaf.snapshots.View(pb.PrepareSnapshotRequest(key="c", image="base:1"))
+
+
+@needs("ext4", "mkfs.ext4")
+async def test_what_is_synced_in_a_tree_outlives_a_loss_of_power(tmp_path: Path) -> None:
+    """A copy of the device has what was written to it by then, and nothing of what still waits in memory."""
+    with file_system("ext4", tmp_path, size_mb=64) as disk:
+        async with images_leaf(disk / "images") as leaf:
+            await leaf.load(packed({"f": b"x"}), name="base:1")
+            made = await leaf.prepare("c", image="base:1")
+            synced = Path(made.mounts[0].options[1].removeprefix("upperdir="), "synced")
+            atomic_write(synced, b"kept")
+            await asyncio.to_thread(shutil.copy, tmp_path / "ext4.img", tmp_path / "copy.img")
+    with mounted_image(tmp_path / "copy.img", disk):
+        async with images_leaf(disk / "images") as leaf:
+            await leaf.settled()
+            assert (await leaf.snapshots.Mounts(pb.SnapshotRequest(key="c"))).mounts == made.mounts
+            assert listing(str(synced.parent)) == [synced]
 
 
 async def test_many_at_once_of_one_key_are_one(leaf: ImagesLeaf) -> None:

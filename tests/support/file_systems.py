@@ -80,9 +80,18 @@ def file_system(
         file.truncate(size_mb << 20)
     subprocess.run([*MKFS[kind], *features, image], check=True, stdout=subprocess.DEVNULL)
     where.mkdir()
+    try:
+        with mounted_image(image, where, options=options):
+            yield where
+    finally:
+        image.unlink()
+
+
+@contextmanager
+def mounted_image(image: Path, where: Path, *, options: str = "loop") -> Iterator[None]:
+    """Within the block."""
     subprocess.run(["mount", "-o", options, image, where], check=True)
     try:
-        yield where
+        yield
     finally:
         subprocess.run(["umount", where], check=True)
-        image.unlink()

@@ -72,7 +72,7 @@ def open_or_renew(root: Path) -> Database:
 
 def _opened(path: Path) -> Database:
     """Raises OSError(EUCLEAN) if it is damaged."""
-    # WAL with NORMAL: an active tree need not outlive a power loss by the moment. What must, calls persist().
+    # WAL with NORMAL: what must outlive a loss of power calls persist(), beside which others may write.
     database = Database(path, MIGRATIONS, durable=False, on_loop=True)
     try:
         [row] = database.read_sync(lambda s: s.execute("PRAGMA quick_check(1)"))

@@ -77,7 +77,7 @@ class Snapshots:
         self._ids = ids
 
     async def prepare(self, wanted: Wanted) -> Prepared:
-        """Make the tree; the same call again finds it.
+        """Make the tree; the same call again finds it. A loss of power takes no active one.
 
         Raises NotFound, AlreadyExists, PermissionDenied where the policy refuses the image.
         """
@@ -96,6 +96,8 @@ class Snapshots:
             _check_same(wanted, existing, found.parent)
             if not wanted.lease:
                 await self._take_from_leases(wanted)
+        if existing.kind is Kind.ACTIVE:  # a tree without a row goes, with all that was synced in it
+            await self._database.persist()
         return Prepared(existing, self._mounts(existing), found.image)
 
     def _look_up(self, snapshot: Snapshot, wanted: Wanted) -> _Found | None:
