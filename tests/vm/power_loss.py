@@ -33,6 +33,7 @@ DATA = Path("/var/tmp/power")
 LIVING_S = 6.0
 DIED = 125
 WORKERS = 2
+SYNC = ("sh", "-c", "echo kept | dd of=/kept conv=fsync")
 
 
 def main() -> int:
@@ -87,6 +88,8 @@ def before() -> None:
         for worker in range(WORKERS):
             threading.Thread(target=_live, args=(daemon.client(), worker), daemon=True).start()
         time.sleep(LIVING_S * PATIENCE**0.5)
+        client.containers.run("busybox", ["sleep", "1000"], name="last", network="none")
+        _sync(client, "last")
         say("now the power goes")
         Path("/proc/sysrq-trigger").write_text("b")
         time.sleep(60)
@@ -100,11 +103,18 @@ def _live(client: Client, worker: int) -> None:
         client.containers.run("busybox", ["sleep", "1000"], name=name, network="none")
         say("made", name)
         names.append(name)
+        _sync(client, name)
         if rng.random() < 0.6:
             name = names.pop(rng.randrange(len(names)))
             say("removing", name)
             client.containers.remove(name, force=True)
             say("removed", name)
+
+
+def _sync(client: Client, name: str) -> None:
+    """As a database in the container does it, right after it was made."""
+    assert client.containers.exec(name, SYNC).code == 0
+    say("synced", name)
 
 
 def after(told: str) -> None:
@@ -124,6 +134,7 @@ def after(told: str) -> None:
     daemon.start()
     with daemon.client() as client:
         _compare(client, made - removing, removed)
+        _find_synced(client, {w[1] for w in words if w[0] == "synced"} - removing)
         assert client.system.check() == []
         say("system check finds nothing")
         assert client.volumes.get("kept").name == "kept"
@@ -164,6 +175,14 @@ def _compare(client: Client, standing: set[str], removed: set[str]) -> None:
     ended = client.containers.get("ended")
     assert (ended.status, ended.exit.code, ended.exit.known) == (pb.STATUS_EXITED, 0, True), ended
     say("restart policies have acted")
+
+
+def _find_synced(client: Client, names: set[str]) -> None:
+    assert "last" in names
+    for name in names:
+        client.containers.start(name)
+        assert client.containers.exec(name, ["cat", "/kept"]).stdout == b"kept\n", name
+    say(f"{len(names)} containers have what they had synced")
 
 
 if __name__ == "__main__":
