@@ -171,7 +171,7 @@ class Lifecycle:
         """Start the task. The row says RUNNING first, so that an exit, however quick, finds it so."""
         running = replace(record, status=Status.RUNNING, started_ns=time.time_ns(), finished_ns=0, exit=None)
         saved, started = await asyncio.gather(
-            self._core.database.write(lambda tx: store.save_started(tx, running, by_user=by_user)),
+            self._save_started(running, by_user=by_user),
             self._core.leaves.tasks.Start(tasks_pb2.StartRequest(id=record.id)),
             return_exceptions=True,
         )
@@ -189,6 +189,11 @@ class Lifecycle:
         if started.pid and started.pid != running.pid:
             log.warning("container.pid_changed", container=record.id, was=running.pid, now=started.pid)
         return running
+
+    async def _save_started(self, running: ContainerRecord, *, by_user: bool) -> None:
+        await self._core.database.write(lambda tx: store.save_started(tx, running, by_user=by_user))
+        if by_user and running.config.restart.mode > RestartPolicy.MODE_NO:  # which acts after a power loss too
+            await self._core.database.persist()
 
     async def _run_new_task(self, running: ContainerRecord, *, by_user: bool, made_again: int) -> ContainerRecord:
         """It was created, and its task is lost, as after a reboot: make that again."""

@@ -1,8 +1,8 @@
 """The engine's rows: containers, volumes and who uses them, and how far each leaf's journal has been merged.
 
 What a user would miss after a power loss is on disk before they are told: that a container was created, renamed,
-updated or is being removed. What follows from the tasks leaf (started, exited, paused) is not worth waiting for the
-disk, and a power loss ends the containers anyway.
+updated or is being removed, and of one with a restart policy that they have started it. Else, what follows from the
+tasks leaf (started, exited, paused) is not worth waiting for the disk, and a power loss ends the containers anyway.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
