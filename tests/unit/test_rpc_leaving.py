@@ -16,8 +16,9 @@ import grpc
 import grpc.aio
 import pytest
 
+from corral.images.store import uninterrupted
 from corral.rpc.address import TcpAddress, UnixAddress
-from corral.rpc.farewell import cut
+from corral.rpc.farewell import AWAY_WITHIN_S, cut
 from corral.rpc.server import Host
 
 METHOD = "/corral.test.v1.Doing/Do"
@@ -80,9 +81,9 @@ def directory() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-async def hand_over(host: Host) -> None:
+async def hand_over(host: Host, *, grace_s: float = 5) -> None:
     places = host.make_places()
-    await host.hand_over(places, grace_s=5)
+    await host.hand_over(places, grace_s=grace_s)
     for place in places.values():
         place.close()
 
@@ -153,6 +154,42 @@ async def test_who_uses_grpc_as_it_comes_sees_nothing_of_one_server_after_the_ot
     )
     assert {code for code, _ in answers} == {grpc.StatusCode.OK}, answers
     assert set(service.done.values()) == {1}
+
+
+class Stubborn(Doing):
+    """It does what it was asked to, to the end, whoever gives up waiting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_end = asyncio.Event()
+
+    async def do(self, request: bytes, _context: object) -> bytes:
+        self.done[request] += 1
+        await uninterrupted(self.may_end.wait())
+        return request
+
+
+async def test_a_call_that_goes_on_when_the_next_server_comes_is_not_made_again(directory: Path) -> None:
+    service = Stubborn()
+    address = UnixAddress(directory / "s")
+    host = Host([service])
+    await host.start([address])
+    async with grpc.aio.insecure_channel(f"unix:{address.path}") as channel:
+        call = channel.unary_unary(METHOD)(b"once", timeout=20)
+        while not service.done:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        places = host.make_places()
+        await host.hand_over(places, grace_s=0.1)
+        host = Host([service])
+        await host.start([address], waiting=tuple(places.values()))
+        try:
+            assert await call.code() is grpc.StatusCode.UNAVAILABLE
+            service.may_end.set()
+            assert await channel.unary_unary(METHOD)(b"another", timeout=20, wait_for_ready=True) == b"another"
+        finally:
+            service.may_end.set()
+            await host.stop(grace_s=5)
+    assert service.done == {b"once": 1, b"another": 1}
 
 
 BIG = 15_000_000
@@ -251,10 +288,7 @@ async def test_who_reads_slowly_gets_whole_frames_until_the_connection_ends(
     try:
         await asyncio.to_thread(stalled.stalls.wait, 20)
         asyncio.get_running_loop().call_later(goes_on_after_s, stalled.goes_on.set)
-        places = host.make_places()
-        await host.hand_over(places, grace_s=0.1)
-        for place in places.values():
-            place.close()
+        await hand_over(host, grace_s=0.1)
     finally:
         stalled.goes_on.set()
         await asyncio.to_thread(listening.join)
@@ -262,6 +296,24 @@ async def test_who_reads_slowly_gets_whole_frames_until_the_connection_ends(
     kinds = collections.Counter(kind for kind, _ in frames(stalled.got))
     assert set(kinds) <= set(range(10)), kinds
     assert max(length for _, length in frames(stalled.got)) <= 4 << 20
+
+
+async def test_who_does_not_read_keeps_nobody_from_the_next_server_for_long(directory: Path) -> None:
+    host = Host([Telling()])
+    await host.start([UnixAddress(directory / "s")])
+    stalled = Stalled(directory / "r", directory / "s")
+    listening = threading.Thread(target=listen, args=(directory / "r",))
+    stalled.start()
+    listening.start()
+    try:
+        await asyncio.to_thread(stalled.stalls.wait, 20)
+        began = asyncio.get_running_loop().time()
+        await hand_over(host, grace_s=0.1)
+        assert asyncio.get_running_loop().time() - began < AWAY_WITHIN_S
+    finally:
+        stalled.goes_on.set()
+        await asyncio.to_thread(listening.join)
+        await asyncio.to_thread(stalled.join)
 
 
 async def test_to_look_for_connections_ends_no_lock_on_a_file_and_needs_no_descriptor(directory: Path) -> None:

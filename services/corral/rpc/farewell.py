@@ -1,8 +1,9 @@
 """Ending connections before gRPC's server is stopped, so that none of their calls falls in between.
 
     gates are shut     what was begun has been answered; calls that come are left unanswered (corral.rpc.interceptor)
-    send_away          if somebody else is to serve: GOAWAY to each whom nothing is on its way to. It says that no call
-                       without an answer was begun, so any gRPC client makes these again, by a new connection
+    send_away          if somebody else is to serve, and no call is left inside: GOAWAY to each whom nothing is on its
+                       way to. It says that no call without an answer was begun, so any gRPC client makes these again,
+                       by a new connection
     cut                who could not be told (TCP, which may have TLS), does not read or has not hung up in time
     server.stop()      finds nobody
 
@@ -35,8 +36,10 @@ SO_ATTACH_FILTER = 26
 GOAWAY = struct.pack("!IBIII", 8 << 8 | 7, 0, 0, 0, 0)
 # How often in a row all that was written must have been read, and what is between.
 QUIET_LOOKS, QUIET_LOOK_S = 4, 0.0125
-# For who does not read, and for hanging up. On a busy machine that takes its time, and only who is stopped needs all.
+# To be found quiet. On a busy machine that takes its time, and only who is stopped needs all.
 AWAY_WITHIN_S = 3.0
+# For hanging up, and for who does not read: others are not served meanwhile.
+HANG_UP_S = 0.5
 # For who calls without a pause, or does not read.
 QUIET_WITHIN_S = 0.25
 LOOK_S = 0.005
@@ -68,16 +71,16 @@ async def send_away(names: Collection[Name], others: Callable[[], Collection[int
     loop = asyncio.get_running_loop()
     deadline = loop.time() + AWAY_WITHIN_S
     looks: Counter[_Stream] = Counter()
-    done: set[_Stream] = set()
+    until: dict[_Stream, float] = {}
     paths = [name for name in names if isinstance(name, str)]
-    while (left := _streams(paths, others())) and loop.time() < deadline:
-        for each in left - done:
+    while left := {each for each in _streams(paths, others()) if loop.time() < until.get(each, deadline)}:
+        for each in left - until.keys():
             with suppress(OSError), each.borrowed() as connection:  # it has hung up
                 looks[each] = 0 if _count(connection, termios.TIOCOUTQ) else looks[each] + 1
                 if looks[each] == QUIET_LOOKS:
                     connection.send(GOAWAY, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
                 if looks[each] == QUIET_LOOKS or _is_full(connection):
-                    done.add(each)
+                    until[each] = min(loop.time() + HANG_UP_S, deadline)
         await asyncio.sleep(QUIET_LOOK_S)
 
 

@@ -200,13 +200,17 @@ class Host:
         local.withdraw(self)
         if self._latecomers is not None:
             self._latecomers.stop_accepting()
-        if followed:
+        if followed and not self._has_calls():
             await send_away(self._names, self._relayed)
         await cut(self._names, self._relayed)
         await self._stop_late()
         await self._server.stop(LAST_CALLS_S)
         for target in self._targets:
             target.close()
+
+    def _has_calls(self) -> bool:
+        """Whether one that was begun goes on, whatever it was told: who made it must not make it again."""
+        return any(gate.visiting for gate in (self._interceptor.own_gate, *(hosted.gate for hosted in self._hosted)))
 
     def _relayed(self) -> Collection[int]:
         return self._latecomers.inodes if self._latecomers is not None else ()
