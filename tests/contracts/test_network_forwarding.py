@@ -6,6 +6,7 @@ The host here is a namespace of the lab: no rule of the machine is touched.
 import errno
 import fcntl
 from collections.abc import AsyncIterator, Iterator, Sequence
+import time
 from pathlib import Path
 
 import pytest
@@ -337,14 +338,16 @@ async def test_forward_of_the_old_iptables_gets_our_rule_while_it_drops(lab: Lab
 
 
 @needs("iptables-legacy")
-async def test_who_holds_the_lock_of_the_old_iptables_is_waited_for(lab: Lab, net: Calls) -> None:
+async def test_who_holds_the_lock_of_the_old_iptables_keeps_nothing_else_waiting(lab: Lab, net: Calls) -> None:
     old = "iptables-legacy"
     iptables(lab, "-P FORWARD DROP", program=old)
     try:
         with (lab.place.directory / "xtables.lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             a = await a_network(net)
+            began = time.monotonic()
             assert dropped(lab, a, OUTSIDE)
+            assert time.monotonic() - began < 1
         assert works(lab, a, within_s=RETRY_S + WITHIN_S)
     finally:
         iptables(lab, "-P FORWARD ACCEPT", "-F", program=old)
