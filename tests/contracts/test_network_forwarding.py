@@ -3,10 +3,11 @@
 The host here is a namespace of the lab: no rule of the machine is touched.
 """
 
+import asyncio
 import errno
 import fcntl
-from collections.abc import AsyncIterator, Iterator, Sequence
 import time
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -344,10 +345,10 @@ async def test_who_holds_the_lock_of_the_old_iptables_keeps_nothing_else_waiting
     try:
         with (lab.place.directory / "xtables.lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            a = await a_network(net)
             began = time.monotonic()
-            assert dropped(lab, a, OUTSIDE)
+            a = await a_network(net)
             assert time.monotonic() - began < 1
+            assert dropped(lab, a, OUTSIDE)
         assert works(lab, a, within_s=RETRY_S + WITHIN_S)
     finally:
         iptables(lab, "-P FORWARD ACCEPT", "-F", program=old)
@@ -426,6 +427,38 @@ async def test_with_leave_nothing_is_added_and_explain_says_what_drops(lab: Lab,
     finally:
         lab.corrald.stop()
         lab.corrald.settings["network"] = settings
+        lab.corrald.start()
+
+
+def not_admitted(lab: Lab) -> list[str]:
+    return [line for line in lab.corrald.log().splitlines() if "network.not_admitted" in line]
+
+
+def put_libraries(directory: Path) -> None:
+    """One is no library, the other one has none of the functions."""
+    (directory / "libip4tc.so.2").write_text("none")
+    (directory / "libip6tc.so.2").symlink_to(next(Path("/lib").glob("*/libm.so.6"), Path("/lib64/libm.so.6")))
+
+
+@needs("iptables-legacy")
+async def test_libraries_of_the_old_iptables_that_are_of_no_use_are_told_of_once_each(
+    lab: Lab, net: Calls, tmp_path: Path
+) -> None:
+    put_libraries(tmp_path)
+    for program in ("iptables-legacy", "ip6tables-legacy"):
+        iptables(lab, "-P FORWARD ACCEPT", program=program)
+    told_before = len(not_admitted(lab))
+    lab.corrald.stop()
+    lab.corrald.start(environment={"LD_LIBRARY_PATH": str(tmp_path)})
+    try:
+        await come_and_go(lab)
+        await asyncio.sleep(LOOK_S + WITHIN_S)
+        await come_and_go(lab)
+        old, new = not_admitted(lab)[told_before:]
+        assert "libip4tc.so.2 cannot be loaded" in old
+        assert "libip6tc.so.2 is another one than that of iptables" in new
+    finally:
+        lab.corrald.stop()
         lab.corrald.start()
 
 

@@ -24,7 +24,9 @@ class Admission:
         self._nfnetlink = Nfnetlink()
         self._wanted = forward == ACCEPT
         self._mark = forwarding.mark(table)
-        self._told = ""
+        self._told: dict[Callable[..., None], str] = {}  # by way, what failed last
+        self._ways = [partial(self._follow, family) for family in forwarding.FAMILIES]
+        self._legacy_ways = [partial(self._follow_legacy, version) for version in legacy_forward.VERSIONS]
 
     def follow(self, *, networks: bool) -> bool:
         """See that networks of ours get through, if there are any, and that nothing of ours is there otherwise.
@@ -32,14 +34,12 @@ class Admission:
         Returns whether that could be done. What fails is told in the log, once: a network is no worse off than without
         us.
         """
-        ways = [partial(self._follow, family) for family in forwarding.FAMILIES]
-        done = [self._done(way, wanted=networks and self._wanted) for way in ways]
+        done = [self._done(way, wanted=networks and self._wanted) for way in self._ways]
         return self.follow_legacy(networks=networks) and all(done)
 
     def follow_legacy(self, *, networks: bool) -> bool:
         """The same for the old iptables alone, which tells nobody of its changes."""
-        ways = [partial(self._follow_legacy, version) for version in legacy_forward.VERSIONS]
-        done = [self._done(way, wanted=networks and self._wanted) for way in ways]
+        done = [self._done(way, wanted=networks and self._wanted) for way in self._legacy_ways]
         return all(done)
 
     def close(self) -> None:
@@ -51,9 +51,9 @@ class Admission:
             way(wanted=wanted)
         except OSError as e:
             self._nfnetlink.close()  # answers that come late are not taken for those of the next question
-            if self._told != str(e):
+            if self._told.get(way) != str(e):
                 log.warning("network.not_admitted", error=str(e))
-            self._told = str(e)
+            self._told[way] = str(e)
             return False
         return True
 

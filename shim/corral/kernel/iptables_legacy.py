@@ -188,6 +188,9 @@ def _load(layout: _Layout) -> ctypes.CDLL:
         ("delete_num_entry", number, string, ctypes.c_uint, pointer),
         ("commit", number, pointer),
     ):
-        function = getattr(library, f"{layout.prefix}_{name}")
+        try:
+            function = getattr(library, f"{layout.prefix}_{name}")
+        except AttributeError as e:
+            raise OSError(errno.ELIBBAD, f"{layout.library} is another one than that of iptables: {e}") from e
         function.restype, function.argtypes = result, arguments
     return library
