@@ -503,6 +503,8 @@ def test_a_task_that_was_lost_is_reported_and_never_invented(one: Corrald) -> No
     one.kill9()
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):  # as long as it is a zombie, its exit is known
+        time.sleep(0.05)
     one.start()
     play(one, after)
 

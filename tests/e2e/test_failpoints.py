@@ -145,8 +145,11 @@ class Life:
         stub = cgroups_pb2_grpc.CgroupsStub(leaf.channel)
         leaf.unary(stub.Create, cgroups_pb2.CreateCgroupRequest(id="stray", labels=labels))
         self.daemon.kill9()
-        for pid in (zygote, lost.shim_pid, lost.pid):
+        pids = (zygote, lost.shim_pid, lost.pid)
+        for pid in pids:
             os.kill(pid, signal.SIGKILL)
+        while any(Path(f"/proc/{pid}").exists() for pid in pids):  # as long as it is a zombie, its exit is known
+            time.sleep(0.05)
 
     def start(self, armed: Sequence[str]) -> None:
         self.armed = list(armed)
