@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from functools import cache
 
-from corral.kernel import capabilities, process, rlimits
+from corral.kernel import capabilities, paths, process, rlimits
 from corral.kernel.paths import RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS
 from corral.kernel.sequence import MACHINES, RESULT, SCRATCH, Argument, Call, How, Words, image
 from corral.kernel.syscalls import AT_FDCWD, MACHINE
@@ -93,7 +93,10 @@ class Files:
         if wanted != self._wanted:
             self.close()
             calls = _calls(program, sighting, stdio, descriptors, flags)
-            self._file, self._wanted = sealed(image(calls, descriptors.channel)), wanted
+            with paths.opened(sealed(image(calls, descriptors.channel))) as file:
+                # Once more, to read: as long as somebody has it open so, no container that gets at the file, which it
+                # may own, can have a lease that makes each execve wait.
+                self._file, self._wanted = os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_CLOEXEC), wanted
         return self._file
 
     def close(self) -> None:

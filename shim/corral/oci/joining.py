@@ -55,6 +55,7 @@ def begin(
             if handle is not None:
                 container.sightings[who] = sighting
                 return handle
+            container.files.close()  # the container may have changed the mode of one
     if Kind.USER in kinds:
         from corral.oci.passage import give_stdio
 
