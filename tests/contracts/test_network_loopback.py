@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import threading
@@ -18,6 +19,7 @@ from support.sweep import proxies
 
 from corral.api.network.v1 import network_pb2 as pb
 from corral.kernel.netns import in_namespace
+from corral.network.proxy import wire
 from corral.rpc.channel import open_channel
 from corral.rpc.errors import AlreadyExists, InvalidArgument
 
@@ -455,8 +457,8 @@ async def test_both_killed_come_back_with_the_service(lab: Lab, net: Calls) -> N
         assert eventually(lambda: answers_echo(lab))
 
 
-def answers_echo(lab: Lab) -> bool:
-    with contextlib.suppress(OSError), call(lab) as caller:
+def answers_echo(lab: Lab, number: int = 8080) -> bool:
+    with contextlib.suppress(OSError), call(lab, number) as caller:
         return goes_on(caller)
     return False
 
@@ -523,6 +525,46 @@ async def test_a_port_follows_its_container_to_the_network_that_it_has_left(lab:
         await net.endpoints.Disconnect(pb.DisconnectRequest(endpoint_id="a", network="one"))
         with call(lab) as caller:
             assert goes_on(caller)
+
+
+@contextlib.contextmanager
+def limited_files(soft: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+async def test_more_ports_than_a_program_may_have_files_at_first_are_the_next_services(lab: Lab, net: Calls) -> None:
+    """Sockets of more than 1024 files leave their numbers to libnftables, which cannot do with higher ones."""
+    ports = [port(host=20000 + number) for number in range(400)]
+    a = await net.attach("a", ports=ports)
+    before = the_proxy(lab)
+    with limited_files(1024):
+        lab.corrald.restart()
+    with served(a.netns_path, address(a), echo):
+        assert eventually(lambda: answers_echo(lab, 20399), within_s=10)
+    assert the_proxy(lab) == before
+
+
+def test_sockets_that_there_is_no_room_for_are_an_error_and_none_of_them_is_kept() -> None:
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with here, there, socket.socket(socket.AF_INET6) as one:
+        wire.send(here, {}, [wire.Port(("tcp", "", 1), (LOOPBACK, 1), [one, one, one])])
+        before = _open_files(os.getpid())
+        with limited_files(max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 1):
+            fillers = []
+            with contextlib.suppress(OSError):
+                while True:
+                    fillers.append(os.dup(0))
+            os.close(fillers.pop())
+            with pytest.raises(OSError, match="not all sockets"):
+                wire.receive(there)
+            for each in fillers:
+                os.close(each)
+        assert _open_files(os.getpid()) == before
 
 
 async def test_a_host_without_ipv6_has_none_and_nothing_is_said_of_it() -> None:

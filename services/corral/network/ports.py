@@ -11,6 +11,7 @@ Everything that binds or closes runs on the netlink thread, which is in the host
 
 import contextlib
 import errno
+import fcntl
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ _KINDS = {
     "udp": (socket.SOCK_DGRAM, socket.IPPROTO_UDP),
     "sctp": (socket.SOCK_STREAM, socket.IPPROTO_SCTP),
 }
+_SELECTABLE = 1024  # FD_SETSIZE: libnftables ends the process where a socket of its own has a higher number
 _UNSUPPORTED = (errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.ESOCKTNOSUPPORT)
 
 
@@ -134,6 +136,19 @@ class HostPorts:
             self.release(key)
 
 
+def out_of_the_way(one: socket.socket) -> socket.socket:
+    """The same socket by a number that leaves the low ones, of which ports would take all, to who depends on them.
+
+    It stays as it is where so many files are not allowed.
+    """
+    try:
+        number = fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, _SELECTABLE)
+    except OSError:
+        return one
+    one.close()
+    return socket.socket(fileno=number)
+
+
 def _close(taken: Mapping[Port, Held]) -> None:
     for held in taken.values():
         for each in held.sockets:
@@ -200,13 +215,6 @@ def _with_loopback(port: Port, held: list[socket.socket]) -> Held:
     if loopback.type == socket.SOCK_DGRAM:
         _share(loopback, shared=False)
     return Held(loopback, held)
-
-
-def _listen(loopback: socket.socket) -> None:
-    """What connections leave behind has the setting of the listener: it is to keep nobody from binding it anew."""
-    if loopback.type == socket.SOCK_STREAM:
-        _share(loopback, shared=True)
-        loopback.listen()
 
 
 def _share(*sockets: socket.socket, shared: bool) -> None:

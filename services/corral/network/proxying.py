@@ -18,7 +18,8 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +28,7 @@ import structlog
 from corral.kernel.process import pidfd_open, send_signal
 from corral.network.links import NetlinkThread
 from corral.network.proxy import wire
+from corral.network.ports import out_of_the_way
 from corral.network.proxy.program import LISTENER_FD
 
 log = structlog.get_logger()
@@ -84,7 +86,7 @@ class Proxying:
             more: object = True
             while more:
                 message, ports = _received(self._control)
-                found += ports
+                found += [replace(port, sockets=[out_of_the_way(each) for each in port.sockets]) for port in ports]
                 more = message.get("more")
         except (OSError, ValueError) as e:
             if not isinstance(e, FileNotFoundError | ConnectionRefusedError):

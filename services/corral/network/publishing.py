@@ -197,8 +197,10 @@ class Publishing:
         found = {port.key: port for port in self._proxying.find()}
         for endpoint in endpoints:
             for port in endpoint.ports:
-                if (kept := found.pop(_proxy_key(port), None)) is not None:
+                kept = found.get(_proxy_key(port))
+                if kept is not None and kept.sockets:
                     self._host.inherit(endpoint.key, port, kept.sockets)
+                    del found[_proxy_key(port)]
         self._proxying.drop(found)
         for kept in found.values():
             for each in kept.sockets:

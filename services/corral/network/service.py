@@ -7,6 +7,7 @@ import grpc.aio
 
 from corral.api.network.v1 import network_pb2, network_pb2_grpc
 from corral.api.types.v1 import types_pb2
+from corral.kernel.rlimits import raise_soft
 from corral.network import etc, subnets, wire
 from corral.network.config import NetworkConfig
 from corral.network.leaf import Leaf
@@ -41,6 +42,7 @@ class NetworkService:
         return [services[name].full_name for name in ("Networks", "Endpoints")]
 
     async def start(self) -> None:
+        raise_soft("RLIMIT_NOFILE")  # each published port costs up to three sockets
         self._leaf = await run_blocking(Leaf, self._config)
         await self._leaf.start()
 

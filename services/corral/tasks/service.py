@@ -3,7 +3,6 @@
 
 import asyncio
 import os
-import resource
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, aclosing, suppress
 from functools import partial
@@ -14,6 +13,7 @@ import structlog
 from corral.api.tasks.v1 import tasks_pb2 as pb
 from corral.api.tasks.v1 import tasks_pb2_grpc
 from corral.api.types.v1 import types_pb2 as types_pb
+from corral.kernel.rlimits import raise_soft
 from corral.rpc.blocking import run_blocking
 from corral.rpc.checking import check
 from corral.rpc.context import check_id, current_namespace, only_follows
@@ -66,7 +66,7 @@ class TasksService:
     async def start(self) -> None:
         config = self._config
         await run_blocking(config.root.mkdir, mode=0o700, parents=True, exist_ok=True)
-        _allow_many_files()
+        raise_soft("RLIMIT_NOFILE")  # each task costs a connection, each client of one some pipes
         database = self._database = Database(config.root / "tasks.db", MIGRATIONS, durable=False, on_loop=True)
         zygote = self._zygote = Zygote(config.root / "zygote.log")
         zygote.start()
@@ -90,12 +90,6 @@ class TasksService:
             await self._zygote.stop(has_shims=runs or (None if tasks else False))
         if self._database is not None:
             self._database.close()
-
-
-def _allow_many_files() -> None:
-    """Each task costs a connection, each client of one some pipes: take what the hard limit allows."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class TasksServicer(tasks_pb2_grpc.TasksServicer):

@@ -48,5 +48,12 @@ def raise_hard(name: str, hard: int) -> None:
             resource.setrlimit(number, (soft, _signed(hard)))
 
 
+def raise_soft(name: str) -> None:
+    """Let the caller have what its hard limit allows."""
+    number = NAMES[name]
+    _, hard = resource.getrlimit(number)
+    resource.setrlimit(number, (hard, hard))
+
+
 def _signed(value: int) -> int:
     return resource.RLIM_INFINITY if value >= UNLIMITED else value

@@ -8,7 +8,9 @@ A proxy lives on under later versions of the service, so both ignore what they d
 """
 
 import json
+import errno
 import socket
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import batched
@@ -45,8 +47,15 @@ def in_packets(ports: Iterable[Port]) -> Iterator[Sequence[Port]]:
 
 
 def receive(control: socket.socket) -> tuple[Message, Sequence[Port]] | None:
-    """The next message, and the ports in it; None at the end. Raises OSError, ValueError."""
-    data, fds, *_ = socket.recv_fds(control, _LONGEST, _SOCKETS_AT_ONCE, socket.MSG_CMSG_CLOEXEC)
+    """The next message, and the ports in it; None at the end.
+
+    Raises OSError: EMFILE if there was no room for all sockets, of which none is kept then; ValueError.
+    """
+    data, fds, flags, _ = socket.recv_fds(control, _LONGEST, _SOCKETS_AT_ONCE, socket.MSG_CMSG_CLOEXEC)
+    if flags & socket.MSG_CTRUNC:
+        for fd in fds:
+            os.close(fd)
+        raise OSError(errno.EMFILE, "too many open files: not all sockets of ports have come")
     if not data:
         return None
     sockets = [socket.socket(fileno=fd) for fd in fds]
