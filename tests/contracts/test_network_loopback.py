@@ -19,7 +19,11 @@ from support.sweep import proxies
 
 from corral.api.network.v1 import network_pb2 as pb
 from corral.kernel.netns import in_namespace
+from corral.network.links import NetlinkThread
 from corral.network.proxy import wire
+from corral.network.proxy.loop import Loop
+from corral.network.proxy.streams import Room, StreamPort
+from corral.network.proxying import Proxying
 from corral.rpc.channel import open_channel
 from corral.rpc.errors import AlreadyExists, InvalidArgument
 
@@ -527,6 +531,94 @@ async def test_a_port_follows_its_container_to_the_network_that_it_has_left(lab:
             assert goes_on(caller)
 
 
+async def test_while_no_proxy_can_be_started_callers_are_refused(lab: Lab, net: Calls) -> None:
+    output = lab.place.state / "proxy.log"
+    a = await net.attach("a", ports=[port(), port(host=8081, host_ip="::1")])
+    output.unlink()
+    output.mkdir()
+    try:
+        with served(a.netns_path, address(a), echo):
+            os.kill(the_proxy(lab), signal.SIGKILL)
+            assert eventually(lambda: "network.proxy_not_started" in lab.corrald.log())
+            for number in (8080, 8081):
+                assert refused(lab, number)
+                assert not is_free(lab, LOOPBACK, number)
+            output.rmdir()
+            assert eventually(lambda: answers_echo(lab), within_s=10)
+    finally:
+        if output.is_dir():
+            output.rmdir()
+
+
+async def test_a_proxy_that_has_no_room_for_a_port_is_replaced_by_one_that_has(lab: Lab, net: Calls) -> None:
+    a = await net.attach("a", ports=[port()])
+    before = the_proxy(lab)
+    resource.prlimit(before, resource.RLIMIT_NOFILE, (_open_files(before) + 1, 4096))
+    await net.endpoints.Publish(pb.PublishRequest(endpoint_id="a", ports=[port(host=8081)]))
+    assert the_proxy(lab) != before
+    with served(a.netns_path, address(a), echo):
+        for number in (8080, 8081):
+            with call(lab, number) as caller:
+                assert goes_on(caller)
+
+
+@contextlib.contextmanager
+def proxying(state: Path) -> Iterator[tuple[Proxying, wire.Port]]:
+    """One of the machine's own loopback, and a port that leads to a server there."""
+    thread = NetlinkThread()
+    made = Proxying(state, thread)
+    try:
+        with (
+            socket.socket(socket.AF_INET6) as held,
+            socket.create_server((LOOPBACK, 0), family=socket.AF_INET6) as server,
+        ):
+            with socket.socket(socket.AF_INET6) as probe:
+                probe.bind((LOOPBACK, 0))
+                number = probe.getsockname()[1]
+            held.bind((LOOPBACK, number))  # where the kernel chooses, it is free again once nobody listens
+            yield made, wire.Port(("tcp", LOOPBACK, 1), server.getsockname()[:2], [held])
+            made.drop([("tcp", LOOPBACK, 1)])
+    finally:
+        made.close()
+        thread.close()
+        assert eventually(lambda: not proxies(state), within_s=15)
+
+
+def connects(port: wire.Port) -> bool:
+    with contextlib.suppress(ConnectionRefusedError):
+        socket.create_connection(port.sockets[0].getsockname()[:2], 5).close()
+        return True
+    return False
+
+
+def test_a_port_that_leads_nowhere_any_more_is_refused_and_stays_taken_until_it_does_again(tmp_path: Path) -> None:
+    with proxying(tmp_path) as (made, own):
+        assert not connects(own)
+        for _ in range(2):
+            made.serve([own])
+            assert connects(own)
+            made.drop([own.key])
+            assert not connects(own)
+            with socket.socket(socket.AF_INET6) as other:
+                other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                with pytest.raises(OSError, match="in use"):
+                    other.bind(own.sockets[0].getsockname()[:2])
+
+
+def test_the_path_of_the_state_may_be_longer_than_the_address_of_a_socket(tmp_path: Path) -> None:
+    state = tmp_path / ("s" * 100)
+    state.mkdir()
+    with proxying(state) as (made, own):
+        made.serve([own])
+        assert len(proxies(state)) == 1
+        assert connects(own)
+        made.close()
+        [found] = made.find()
+        assert found.key == own.key
+        for each in found.sockets:
+            each.close()
+
+
 @contextlib.contextmanager
 def limited_files(soft: int) -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -565,6 +657,45 @@ def test_sockets_that_there_is_no_room_for_are_an_error_and_none_of_them_is_kept
             for each in fillers:
                 os.close(each)
         assert _open_files(os.getpid()) == before
+
+
+def test_who_comes_when_there_are_as_many_connections_as_may_be_waits_for_one_to_end() -> None:
+    loop = Loop()
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server((LOOPBACK, 0), family=socket.AF_INET6))
+        server.settimeout(0)
+        held = stack.enter_context(socket.socket(socket.AF_INET6))
+        held.bind((LOOPBACK, 0))
+        own = StreamPort(loop, [held], server.getsockname()[:2], Room(2))
+        callers = [stack.enter_context(socket.create_connection(held.getsockname()[:2], 5)) for _ in range(3)]
+        came = [stack.enter_context(one) for one in _coming(loop, server)]
+        assert len(came) == 2
+        for one in (callers[0], came[0]):
+            one.close()
+        came += [stack.enter_context(one) for one in _coming(loop, server)]
+        assert len(came) == 3
+        own.close()
+
+
+def _coming(loop: Loop, server: socket.socket) -> list[socket.socket]:
+    """What reaches the server within the next half second."""
+    found = []
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:
+        loop.call_later(0.05, lambda: None)
+        loop.run_once()
+        with contextlib.suppress(BlockingIOError):
+            found.append(server.accept()[0])
+    return found
+
+
+async def test_it_has_no_privileges_and_no_protection(lab: Lab, net: Calls) -> None:
+    await net.attach("a", ports=[port()])
+    proc = Path(f"/proc/{the_proxy(lab)}")
+    status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines())
+    assert {int(status[f"Cap{each}"], 16) for each in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {0}
+    assert status["NoNewPrivs"] == "1"
+    assert int((proc / "oom_score_adj").read_text()) >= 0
 
 
 async def test_a_host_without_ipv6_has_none_and_nothing_is_said_of_it() -> None:

@@ -26,6 +26,7 @@ echo 1 > {ROOT}/main/cgroup.procs
 echo +memory +pids > {ROOT}/cgroup.subtree_control
 echo 8388608 > {ROOT}/job/memory.max
 for file in memory.max pids.max; do ! echo max 2>/dev/null > {ROOT}/$file || echo lifted $file; done
+! unshare -U true 2>/dev/null || echo lifted from a user namespace
 echo divided
 exec sleep 1000
 """
@@ -69,6 +70,11 @@ async def test_the_cgroup_is_there_to_look_at_only_unless_it_is_asked_for(engine
 async def test_it_is_refused_where_the_container_could_lift_its_limits_by_it(engine: EngineClient) -> None:
     with pytest.raises(InvalidArgument, match="needs a cgroup namespace of its own"):
         await engine.create("true", writable_cgroups=True, cgroupns_mode="host")
+    for added in ("SYS_ADMIN", "ALL"):
+        with pytest.raises(InvalidArgument, match="leave SYS_ADMIN out of its capabilities"):
+            await engine.create("true", writable_cgroups=True, cap_add=[added])
+    with pytest.raises(InvalidArgument, match="needs the default seccomp profile"):
+        await engine.create("true", writable_cgroups=True, seccomp_profile="unconfined")
     layout = detect()
     if layout.kind is not Kind.V2:
         with pytest.raises(FailedPrecondition, match="on cgroup v1 it could lift all of its limits"):

@@ -25,12 +25,17 @@ def config(**fields: object) -> ContainerConfig:
 def test_write_access_to_its_cgroup_is_for_who_cannot_lift_limits_by_it(layout: Layout, word: str) -> None:
     delegated = Layout(Kind.V2, (Hierarchy(2, "/cg", frozenset(), nsdelegate=True),))
     with pytest.raises(FailedPrecondition, match=word):
-        check_writable_cgroups(config(writable_cgroups=True), layout)
-    check_writable_cgroups(config(writable_cgroups=True), delegated)
-    check_writable_cgroups(config(writable_cgroups=True, privileged=True), layout)
+        check_writable_cgroups(config(writable_cgroups=True), (), layout)
+    check_writable_cgroups(config(writable_cgroups=True), ["CAP_SYS_CHROOT"], delegated)
+    check_writable_cgroups(config(writable_cgroups=True, privileged=True), ["CAP_SYS_ADMIN"], layout)
     for mode in ("host", "container:web"):
         with pytest.raises(InvalidArgument, match="cgroup namespace of its own"):
-            check_writable_cgroups(config(writable_cgroups=True, cgroupns_mode=mode), delegated)
+            check_writable_cgroups(config(writable_cgroups=True, cgroupns_mode=mode), (), delegated)
+    with pytest.raises(InvalidArgument, match="leave SYS_ADMIN out"):
+        check_writable_cgroups(config(writable_cgroups=True), ["CAP_SYS_ADMIN"], delegated)
+    for profile in ("unconfined", "{}"):
+        with pytest.raises(InvalidArgument, match="leave --security-opt seccomp out"):
+            check_writable_cgroups(config(writable_cgroups=True, seccomp_profile=profile), (), delegated)
 
 
 def mount(kind: "VolumeMount.Type.ValueType" = VolumeMount.TYPE_TMPFS, **fields: object) -> VolumeMount:

@@ -1,7 +1,7 @@
 """What a caller asks of a container, checked before anything is made. Pure: it looks at what it is given alone."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import PurePosixPath
 
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, RestartPolicy, Ulimit, VolumeMount
@@ -58,13 +58,29 @@ def check(config: ContainerConfig) -> None:
         raise InvalidArgument("the stop timeout cannot be negative")
 
 
-def check_writable_cgroups(config: ContainerConfig, layout: Layout) -> None:
-    """Raises InvalidArgument, FailedPrecondition where a container could lift its own limits by that."""
+def check_writable_cgroups(config: ContainerConfig, capabilities: Collection[str], layout: Layout) -> None:
+    """Raises InvalidArgument, FailedPrecondition where a container with these CAP_* could lift its limits by that.
+
+    The kernel guards only the root of the writer's own cgroup namespace. Who makes a further one from a cgroup below
+    writes to that of the container: with CAP_SYS_ADMIN, or in a user namespace. The default seccomp profile keeps
+    all others from making either. What is privileged has no such bound.
+    Source: kernel cgroup-v2.rst "Delegation Containment".
+    """
     if not config.writable_cgroups or config.privileged:
         return
     if config.cgroupns_mode not in ("", "private"):
         raise InvalidArgument(
             "a container that writes to its cgroup needs a cgroup namespace of its own: leave --cgroupns out"
+        )
+    if "CAP_SYS_ADMIN" in capabilities:
+        raise InvalidArgument(
+            "a container that writes to its cgroup could lift its limits with CAP_SYS_ADMIN:"
+            " leave SYS_ADMIN out of its capabilities"
+        )
+    if config.seccomp_profile:
+        raise InvalidArgument(
+            "a container that writes to its cgroup needs the default seccomp profile, which keeps it from namespaces"
+            " where it could lift its limits: leave --security-opt seccomp out"
         )
     if layout.kind is not Kind.V2:
         why = "on cgroup v1 it could lift all of its limits and use any device by that: boot with cgroup v2 alone"

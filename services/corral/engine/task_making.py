@@ -17,7 +17,7 @@ from corral.engine.core import Core, require_alive
 from corral.engine.leaves import persistently
 from corral.engine.options import check_writable_cgroups
 from corral.engine.records import ContainerRecord
-from corral.engine.spec import Facts, build
+from corral.engine.spec import Facts, build, capability_set
 from corral.kernel.cgroup import detect
 from corral.kernel.namespaces import Kind, open_namespace
 from corral.kernel.process import start_time
@@ -43,7 +43,8 @@ class TaskMaking:
     async def make_cgroup(self, record: ContainerRecord) -> Cgroup:
         """The container's cgroup with its limits; the same again gives the same."""
         if record.config.writable_cgroups:
-            check_writable_cgroups(record.config, detect())
+            capabilities = capability_set(record.config, self._core.host)
+            check_writable_cgroups(record.config, capabilities, detect())
         granted = devices.every_device() if record.config.privileged else devices.grant(record.config.devices)
         rules = devices.rules(granted, privileged=record.config.privileged)
 

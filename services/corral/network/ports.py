@@ -193,18 +193,16 @@ def _bind(port: Port) -> Held:
 
 
 def _with_loopback(port: Port, held: list[socket.socket]) -> Held:
-    """With the socket that the proxy is given, if the host has ::1. Raises OSError."""
+    """With the socket that the proxy is given, and listens on, if the host has ::1. Raises OSError."""
     covering = next((each for each in held if each.family == socket.AF_INET6), None)
     if covering is None:
         return Held(None, held)
     if port.host_ip == LOOPBACK6:
-        _listen(covering)
         return Held(covering)
     loopback = _socket(port, 6)
     try:
         _share(covering, loopback, shared=True)
         loopback.bind((LOOPBACK6, port.host_port))
-        _listen(loopback)
     except OSError as e:
         loopback.close()
         if e.errno != errno.EADDRNOTAVAIL:
@@ -212,8 +210,7 @@ def _with_loopback(port: Port, held: list[socket.socket]) -> Held:
         return Held(None, held)
     finally:
         _share(covering, shared=False)
-    if loopback.type == socket.SOCK_DGRAM:
-        _share(loopback, shared=False)
+    _share(loopback, shared=False)
     return Held(loopback, held)
 
 
@@ -238,7 +235,7 @@ def _bind_unless_used(made: socket.socket, where: tuple[str, int]) -> None:
 
 def _socket(port: Port, version: int) -> socket.socket:
     kind, protocol = _KINDS[port.protocol]
-    made = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, kind, protocol)
+    made = out_of_the_way(socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, kind, protocol))
     if version == 6:
         made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     return made

@@ -4,7 +4,8 @@
 
 The container sees the proxy's connections come from the host, as those from 127.0.0.1. The process is started with the
 first port, ends after the last, and is started again when it dies; what waits in the queues of the sockets is served
-then, as this process has them too. The other way round, it goes on while the service is down, and keeps all sockets of
+then, as this process has them too. Only the proxy listens, when it serves: whoever calls a port that nobody serves is
+refused, and tries IPv4. The other way round, it goes on while the service is down, and keeps all sockets of
 its ports, so that no program of the host gets one meanwhile; the next service finds it by its socket among the run
 state.
 """
@@ -27,8 +28,8 @@ import structlog
 
 from corral.kernel.process import pidfd_open, send_signal
 from corral.network.links import NetlinkThread
-from corral.network.proxy import wire
 from corral.network.ports import out_of_the_way
+from corral.network.proxy import wire
 from corral.network.proxy.program import LISTENER_FD
 
 log = structlog.get_logger()
@@ -37,7 +38,7 @@ _ANSWER_S = 5.0
 _END_S = 5.0
 _LIVED_LONG_S = 1.0
 _RETRY_MIN_S, _RETRY_MAX_S = 0.05, 5.0
-_PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from corral.network.proxy.program import main; main()"
+_PROGRAM = "import sys; sys.path[:0] = sys.argv[1:3]; from corral.network.proxy.program import main; main()"
 
 
 class Proxying:
@@ -111,20 +112,20 @@ class Proxying:
             return
         try:
             self._tell(self._control, changed)
-        except OSError as e:
+        except (OSError, ValueError) as e:
             self._start_anew(e)
 
     def drop(self, keys: Collection[wire.Key]) -> None:
         """When this returns it has no socket of these any more, and what came by them is cut off; no error."""
-        gone = [key for key in keys if self._served.pop(key, None) is not None]
-        if not gone or self._control is None:
-            return
-        try:
-            for some in _in_bounds(gone):
-                wire.send(self._control, {"drop": some})
-                _received(self._control)
-        except (OSError, ValueError) as e:
-            self._start_anew(e)
+        gone = [port for key in keys if (port := self._served.pop(key, None)) is not None]
+        if gone and self._control is not None:
+            try:
+                for some in _in_bounds([port.key for port in gone]):
+                    wire.send(self._control, {"drop": some})
+                    _received(self._control)
+            except (OSError, ValueError) as e:
+                self._start_anew(e)
+        _refuse_callers(gone)
 
     def close(self) -> None:
         """It goes on."""
@@ -139,16 +140,18 @@ class Proxying:
     def _start_or_tell(self) -> None:
         try:
             self._start()
-        except OSError as e:
+        except (OSError, ValueError) as e:
             log.warning("network.proxy_not_started", error=str(e))
             self._end()
+            _refuse_callers(self._served.values())
             self._on_loop(self._try_again)
 
     def _start(self) -> None:
-        """Raises OSError."""
+        """Raises OSError, ValueError."""
         self._path.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            listener.bind(str(self._path))
+            with _short(self._path) as path:
+                listener.bind(path)
             self._path.chmod(0o600)
             listener.listen()
             self._is(pidfd_open(_spawn(listener.fileno(), self._path, self._output)))
@@ -160,7 +163,8 @@ class Proxying:
     def _connect(self) -> None:
         self._control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(_ANSWER_S)
-        self._control.connect(str(self._path))
+        with _short(self._path) as path:
+            self._control.connect(path)
 
     def _is(self, pidfd: int) -> None:
         self._pidfd, self._began = pidfd, time.monotonic()
@@ -168,8 +172,10 @@ class Proxying:
         self._on_loop(lambda: self._watch(watched))
 
     def _tell(self, control: socket.socket, ports: Sequence[wire.Port]) -> None:
+        """It serves them when this returns. Raises OSError, ValueError."""
         for some in wire.in_packets(ports):
             wire.send(control, {}, some)
+            _received(control)
 
     def _start_anew(self, error: Exception) -> None:
         """Of one that does not answer nothing is left."""
@@ -229,6 +235,26 @@ class Proxying:
             self._start_or_tell()
 
 
+@contextlib.contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """A name of it that fits in the address of a socket, of 107 bytes. Raises OSError: it has no directory."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
+
+
+def _refuse_callers(ports: Iterable[wire.Port]) -> None:
+    """Have nobody listen on their sockets, which stay bound; no error."""
+    for port in ports:
+        if port.sockets and port.sockets[0].type == socket.SOCK_STREAM:
+            with contextlib.suppress(OSError):  # ENOTCONN: nobody does
+                port.sockets[0].shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):
+                port.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, False)
+
+
 def _received(control: socket.socket) -> tuple[wire.Message, Sequence[wire.Port]]:
     """Raises OSError, also at the end; ValueError."""
     received = wire.receive(control)
@@ -257,16 +283,27 @@ def _has_ended(pidfd: int, within_s: float) -> bool:
     return bool(poll.poll(within_s * 1000))
 
 
-def _spawn(listener: int, path: Path, output: Path) -> int:
-    """Start the process in the network namespace of the calling thread, with none of our descriptors but one."""
-    spec = find_spec("corral.network")
+def _source_root(package: str) -> str:
+    spec = find_spec(package)
     assert spec is not None
     assert spec.origin is not None
-    source_root = str(Path(spec.origin).parents[2])
+    return str(Path(spec.origin).parents[2])
+
+
+def _spawn(listener: int, path: Path, output: Path) -> int:
+    """Start the process in the network namespace of the calling thread, with none of our descriptors but one."""
     appending = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     return os.posix_spawn(
         sys.executable,
-        [sys.executable, "-I", "-S", "-c", _PROGRAM, source_root, str(path)],
+        [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            _PROGRAM,
+            *map(_source_root, ("corral.network", "corral.kernel")),
+            str(path),
+        ],
         {},
         file_actions=[
             (os.POSIX_SPAWN_DUP2, listener, LISTENER_FD),

@@ -8,15 +8,18 @@ import contextlib
 import os
 import resource
 import socket
+import sys
 import time
 from pathlib import Path
 
+from corral.kernel import capabilities, process, rlimits
 from corral.network.proxy import wire
 from corral.network.proxy.datagrams import DatagramPort
 from corral.network.proxy.loop import READ, Loop
-from corral.network.proxy.streams import StreamPort
+from corral.network.proxy.streams import Room, StreamPort
 
 LISTENER_FD = 3
+MOST_CONNECTIONS = 4096  # of all ports together: whoever does not read has it keep two chunks at most
 _IDLE_S = 5.0
 _LOOK_S = 5.0
 _ANSWER_S = 1.0  # a service that does not read what it asked for does not hold up the rest
@@ -25,14 +28,16 @@ _ANSWER_S = 1.0  # a service that does not read what it asked for does not hold 
 class Proxy:
     """See the module."""
 
-    def __init__(self, listener: socket.socket) -> None:
+    def __init__(self, listener: socket.socket, place: Path, most_connections: int) -> None:
+        """place: of the listener among files. Raises OSError."""
         listener.setblocking(False)
         listener.listen()  # by us from now on: see SO_PEERCRED in unix(7)
         self._listener = listener
-        self._place = Path(listener.getsockname())
-        self._inode = self._place.stat().st_ino
+        self._place = place
+        self._inode = place.stat().st_ino
         self._service: socket.socket | None = None
         self._loop = Loop()
+        self._room = Room(most_connections)
         self._serving: dict[wire.Key, tuple[StreamPort | DatagramPort, wire.Port]] = {}
         self._used = time.monotonic()
         self._loop.watch(listener, READ, self._on_service)
@@ -54,9 +59,11 @@ class Proxy:
         self._loop.call_later(_LOOK_S, self._look)
 
     def _is_found(self) -> bool:
-        """Whether a service would find it."""
+        """Whether a service would find it, as far as one without capabilities may look."""
         try:
             return self._place.stat().st_ino == self._inode
+        except PermissionError:  # a directory above is another user's alone
+            return True
         except OSError:
             return False
 
@@ -84,7 +91,9 @@ class Proxy:
             received = wire.receive(self._service)
             if received is not None:
                 message, ports = received
-                self._serve(*ports)
+                if ports:
+                    self._serve(*ports)
+                    wire.send(self._service, {"served": len(ports)})
                 self._do(self._service, message)
                 return
         except (OSError, ValueError):  # it tells a new proxy, or this one anew
@@ -112,8 +121,13 @@ class Proxy:
                 self._serving[port.key] = server, wire.Port(port.key, port.target, before.sockets)
             elif port.sockets:
                 self._drop(port.key)
-                kind = DatagramPort if port.key[0] == "udp" else StreamPort
-                self._serving[port.key] = kind(self._loop, port.sockets[0], port.target), port
+                self._serving[port.key] = self._server(port), port
+
+    def _server(self, port: wire.Port) -> StreamPort | DatagramPort:
+        """Raises OSError."""
+        if port.key[0] == "udp":
+            return DatagramPort(self._loop, port.sockets[0], port.target)
+        return StreamPort(self._loop, port.sockets, port.target, self._room)
 
     def _drop(self, key: wire.Key) -> None:
         server, port = self._serving.pop(key, (None, None))
@@ -124,9 +138,21 @@ class Proxy:
 
 
 def main() -> None:
-    """The program; its descriptor 3 is the socket at which the service finds it."""
+    """The program: its arguments end with the place of the socket at which the service finds it, its descriptor 3."""
     os.chdir("/")
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    Proxy(socket.socket(fileno=LISTENER_FD)).run()
+    rlimits.raise_soft("RLIMIT_NOFILE")
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most_connections = min(MOST_CONNECTIONS, files // 4)  # of two sockets each: the other half is for ports
+    proxy = Proxy(socket.socket(fileno=LISTENER_FD), Path(sys.argv[-1]), most_connections)
+    _lose_privileges()
+    proxy.run()
+
+
+def _lose_privileges() -> None:
+    """Whoever may call ::1 can make it take memory, and sends it what it reads."""
+    process.lose_oom_protection()
+    process.set_no_new_privs()
+    with contextlib.suppress(PermissionError):  # the service has no CAP_SETPCAP
+        capabilities.limit_bounding(0)
+    capabilities.set_ambient(0)
+    capabilities.set_process(effective=0, permitted=0, inheritable=0)

@@ -8,7 +8,8 @@ import contextlib
 import errno
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from corral.network.proxy.loop import READ, WRITE, Loop
 from corral.network.proxy.wire import Target
@@ -24,16 +25,27 @@ _RESET = struct.pack("ii", 1, 0)  # struct linger: closing drops what is unsent,
 _buffer = memoryview(bytearray(CHUNK_BYTES))
 
 
-class StreamPort:
-    """A listening socket, and what came by it."""
+@dataclass(slots=True)
+class Room:
+    """How many more connections there may be, of all ports together."""
 
-    def __init__(self, loop: Loop, listener: socket.socket, target: Target) -> None:
+    left: int
+
+
+class StreamPort:
+    """A socket that is listened on from now on, and what came by it."""
+
+    def __init__(self, loop: Loop, sockets: Sequence[socket.socket], target: Target, room: Room) -> None:
+        """sockets: those that hold the port, the one to listen on first. Raises OSError."""
+        listener = sockets[0]
         self._loop = loop
+        self._room = room
         self._listener = listener
         self._target = target
         self._connections: set[_Connection] = set()
         listener.setblocking(False)
         loop.watch(listener, READ, self._accept)
+        _listen(sockets)
 
     def lead_to(self, target: Target) -> None:
         """Have another target; what goes on with the last one is cut off."""
@@ -52,6 +64,9 @@ class StreamPort:
 
     def _accept(self, _events: int) -> None:
         for _ in range(_ACCEPTED_AT_ONCE):
+            if not self._room.left:
+                self._pause()
+                return
             try:
                 near, _address = self._listener.accept()
             except BlockingIOError:
@@ -73,10 +88,15 @@ class StreamPort:
         """Raises OSError: no way leads to the target, or no file is left."""
         far = _connecting(self._target)
         try:
-            self._connections.add(_Connection(self._loop, near, far, self._connections.discard))
+            self._connections.add(_Connection(self._loop, near, far, self._on_end))
         except BaseException:
             far.close()
             raise
+        self._room.left -= 1
+
+    def _on_end(self, connection: "_Connection") -> None:
+        self._connections.discard(connection)
+        self._room.left += 1
 
     def _pause(self) -> None:
         """Callers wait in the listener's queue for others to end."""
@@ -178,6 +198,22 @@ def _flush(end: _End, other: _End) -> None:
     end.unsent = end.unsent[sent:] or _NOTHING
     if not end.unsent and other.ended:
         end.socket.shutdown(socket.SHUT_WR)
+
+
+def _listen(sockets: Sequence[socket.socket]) -> None:
+    """On the first of them; what else of ours covers its address allows that meanwhile. Raises OSError.
+
+    What connections leave behind has the setting of the listener: it is to keep nobody from binding it anew.
+    """
+    listener, *others = sockets
+    covering = [each for each in others if each.family == socket.AF_INET6]
+    try:
+        for each in (listener, *covering):
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
+        listener.listen()
+    finally:
+        for each in covering:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, False)
 
 
 def _connecting(target: Target) -> socket.socket:

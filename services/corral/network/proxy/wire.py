@@ -1,16 +1,17 @@
 """What the network service and its proxy say to each other: JSON objects, each a packet of a SOCK_SEQPACKET socket.
 
     serve   ports, with their sockets; one that is served already comes without, and has another target from then on
+                               ->   served: how many; all are, or it hangs up
     drop    keys of ports      ->   dropped: how many
     list    true               ->   serve: the ports, with their sockets; more: whether others follow
 
 A proxy lives on under later versions of the service, so both ignore what they do not know.
 """
 
-import json
 import errno
-import socket
+import json
 import os
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import batched

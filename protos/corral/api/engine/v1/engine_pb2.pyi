@@ -454,7 +454,8 @@ class ContainerConfig(_message.Message):
     """What is done when the health check finds it unhealthy."""
     writable_cgroups: _builtins.bool
     """Its cgroup can be divided from inside. Absent: if it is privileged. Not privileged, it needs cgroup v2 mounted with
-    nsdelegate, and a cgroup namespace of its own: else it could lift its own limits.
+    nsdelegate, a cgroup namespace of its own, the default seccomp profile and no CAP_SYS_ADMIN: else it could lift
+    its own limits.
     """
     @_builtins.property
     def entrypoint(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
