@@ -1,12 +1,16 @@
 """Values as OCI has them, as the kernel's files have them, and back."""
 
+import errno
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corral.kernel.cgroup import UNLIMITED, files
+from corral.kernel.cgroup import UNLIMITED, MemoryLimits, files
 from corral.kernel.cgroup.convert import cpu_weight, io_weight, swap_max
 from corral.kernel.cgroup.driver import ancestors
+from corral.kernel.cgroup.v2 import memory
 from corral.kernel.cgroup.v2.pressure import parse
 
 
@@ -83,3 +87,12 @@ def test_the_ancestors_of_a_path_start_at_the_root() -> None:
 def test_a_refused_write_names_file_and_value(tmp_path) -> None:
     with pytest.raises(OSError, match=r"cannot write '42'.*nothing/memory.max"):
         files.write(f"{tmp_path}/nothing/memory.max", "42")
+
+
+def test_a_kernel_that_takes_back_no_memory_by_request_has_room_where_the_page_cache_is(tmp_path: Path) -> None:
+    (tmp_path / "memory.current").write_text("1000\n")  # there is no memory.reclaim before Linux 5.19
+    (tmp_path / "memory.stat").write_text("anon 300\nfile 700\ninactive_file 400\nactive_file 200\nunevictable 100\n")
+    assert memory.plan(str(tmp_path), MemoryLimits(limit_bytes=400, check_before_update=True))
+    with pytest.raises(OSError, match="400 bytes are in use") as caught:
+        memory.plan(str(tmp_path), MemoryLimits(limit_bytes=399, check_before_update=True))
+    assert caught.value.errno == errno.EBUSY

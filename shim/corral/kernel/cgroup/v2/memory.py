@@ -3,7 +3,6 @@
 Source: kernel cgroup-v2.rst "Memory"; OCI config-linux "Memory".
 """
 
-import contextlib
 import errno
 
 from corral.kernel.cgroup import convert, files
@@ -94,11 +93,20 @@ def lift(directory: str) -> list[Step]:
 
 
 def shrink(directory: str, size_bytes: int) -> int:
-    """Take memory back until no more than this is used, as far as it can be; returns what is used then."""
+    """Take memory back until no more than this is used, as far as it can be; returns what is used then.
+
+    Linux before 5.19 takes it back only for a limit. There the page cache, which that would take, is not counted.
+    """
     usage = files.read_count(f"{directory}/{CURRENT}")
-    if usage > size_bytes:
-        with contextlib.suppress(OSError):  # EAGAIN: not all of it; ENOENT before Linux 5.19
-            files.write(f"{directory}/{RECLAIM}", str(usage - size_bytes))
+    if usage <= size_bytes:
+        return usage
+    try:
+        files.write(f"{directory}/{RECLAIM}", str(usage - size_bytes))
+    except FileNotFoundError:
+        stat = files.read_counts(f"{directory}/{STAT}")
+        return usage - int(stat[b"active_file"]) - int(stat[b"inactive_file"])
+    except OSError:
+        pass  # EAGAIN: not all of it
     return files.read_count(f"{directory}/{CURRENT}")
 
 
