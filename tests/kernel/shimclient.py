@@ -164,11 +164,14 @@ def process(*args: str, terminal: bool = False, **more: object) -> Message:
 
 
 def listen(bundle: Path) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(f"/proc/self/fd/{directory}/socket")
         listener.listen(128)
+    except OSError:
+        listener.close()
+        raise
     finally:
         os.close(directory)
     return listener
@@ -176,8 +179,8 @@ def listen(bundle: Path) -> socket.socket:
 
 def connect(bundle: Path, hello: Message | None = None) -> Peer:
     """A connection after the hello."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.connect(f"/proc/self/fd/{directory}/socket")
     except OSError:
