@@ -3,6 +3,7 @@
 import json
 import subprocess
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,12 @@ def slice_of(box: Corrald) -> str:
 
 
 def group_of(box: Corrald, id_: str) -> Cgroup:
-    return driver().open(f"/{slice_of(box)}/corral-{id_}.scope")
+    return driver().open(f"/{slice_of(box)}/{unit_of(box, id_)}")
+
+
+def unit_of(box: Corrald, id_: str, namespace: str = "default") -> str:
+    engine, within = (sha256(name.encode()).hexdigest()[:8] for name in (str(box.root / "cgroups"), namespace))
+    return f"corral-{engine}-{within}-{id_}.scope"
 
 
 def limits(group: Cgroup) -> tuple[int, float | None, int]:
@@ -101,7 +107,7 @@ def inspected(box: Corrald, id_: str) -> dict[str, object]:
 def test_a_container_is_a_scope_and_its_limits_outlive_a_reload(box: Corrald) -> None:
     options = ("--memory", "64m", "--cpus", "0.5", "--pids-limit", "40", "--cpu-shares", "512", "--cpuset-cpus", "0")
     id_ = sleeping(box, *options)
-    unit, group = f"corral-{id_}.scope", group_of(box, id_)
+    unit, group = unit_of(box, id_), group_of(box, id_)
     told = {
         "ActiveState": "active", "Slice": slice_of(box), "Delegate": "yes", "CPUQuotaPerSecUSec": "500ms",
         "TasksMax": "40", "ControlGroup": group.path,
@@ -151,7 +157,7 @@ def test_a_container_that_starts_again_has_a_new_scope_with_its_limits(box: Corr
     ok(box, "start", id_)
     systemctl("daemon-reload")
     assert limits(group)[0] == 48 * MIB
-    systemctl("kill", "--signal=KILL", f"corral-{id_}.scope")
+    systemctl("kill", "--signal=KILL", unit_of(box, id_))
     assert eventually(lambda: not units(), within_s=SLOW_S)
     ok(box, "rm", "-f", id_)
     assert not scopes_of(box)
@@ -194,11 +200,41 @@ def test_a_killed_daemon_finds_its_scopes_again_and_leaves_none_behind(box: Corr
 
 
 @on_systemd
+def test_what_is_called_the_same_elsewhere_or_lies_in_our_slice_is_left_alone(box: Corrald) -> None:
+    id_, ended = sleeping(box), sleeping(box)
+    ok(box, "kill", ended)
+    assert eventually(lambda: units() == {unit_of(box, id_)}, within_s=SLOW_S)
+    strangers = [unit_of(box, ended), "corral-f00d.scope", "corral-0a1b2c3d-0a1b2c3d-f00d.scope"]
+    slices = ["system.slice", slice_of(box), slice_of(box)]
+    run = [
+        subprocess.Popen(
+            ["systemd-run", "--quiet", "--scope", "--collect", "--unit", unit, "--slice", slice_, "sleep", "600"]
+        )
+        for unit, slice_ in zip(strangers, slices, strict=True)
+    ]
+    try:
+        assert eventually(lambda: units() >= set(strangers), within_s=SLOW_S)
+        refused = box.corral("start", ended, timeout_s=SLOW_S)
+        assert "there is such a scope at /system.slice" in refused.stderr.decode()
+        ok(box, "system", "check", "--repair")
+        box.kill9()
+        box.start()
+        assert units() >= set(strangers) | {unit_of(box, id_)}
+        assert [process.poll() for process in run] == [None] * 3
+    finally:
+        systemctl("stop", *strangers)
+        for process in run:
+            process.wait(SLOW_S)
+    ok(box, "rm", "-f", id_, ended)
+    assert not scopes_of(box)
+
+
+@on_systemd
 def test_a_parent_of_a_containers_own_is_a_slice_in_another(box: Corrald) -> None:
     id_ = sleeping(box, "--cgroup-parent", OTHER_SLICE, "--memory", "64m")
-    group = driver().open(f"/corraltest.slice/{OTHER_SLICE}/corral-{id_}.scope")
+    group = driver().open(f"/corraltest.slice/{OTHER_SLICE}/{unit_of(box, id_)}")
     assert limits(group)[0] == 64 * MIB
-    assert shown(f"corral-{id_}.scope", "Slice") == {"Slice": OTHER_SLICE}
+    assert shown(unit_of(box, id_), "Slice") == {"Slice": OTHER_SLICE}
     box.restart()
     ok(box, "restart", "-t", "0", id_)
     assert limits(group)[0] == 64 * MIB

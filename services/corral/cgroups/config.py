@@ -21,8 +21,8 @@ class CgroupsConfig:
     # Who makes the cgroups: "cgroupfs", this service itself, or "systemd", of which each is then a scope.
     driver: str = "cgroupfs"
     # Below it lies <namespace>/<id> in every hierarchy; with the driver systemd it is a slice, and there lie scopes,
-    # corral-<id>.scope. Two engines on one host need different ones: what is found there at the start and has no row is
-    # removed. The second does not start. Empty: /corral, or corral.slice.
+    # see corral.cgroups.parent. Two engines on one host need different ones: what is found there at the start and has
+    # no row is removed. The second does not start. Empty: /corral, or corral.slice.
     parent: str = ""
     # What all containers below the parent may use together; 0: no limit. Swap is not counted.
     memory_bytes: int = 0

@@ -6,6 +6,7 @@
 What is found below it and has no row is removed, so two engines must never have the same one.
 """
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,9 @@ from pathlib import Path
 from corral.cgroups.engine_limits import EngineLimits, restore
 from corral.cgroups.store import Key
 from corral.kernel.cgroup import OWNER, Driver, check_path
-from corral.kernel.cgroup.systemd.names import SCOPE, slice_path
+from corral.kernel.cgroup.systemd.names import SCOPE, slice_path, unit_at
 from corral.rpc.errors import FailedPrecondition, InvalidArgument
 from corral.store import is_locked
-
-_OURS = "corral-"
-"""How the names of our scopes begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +109,17 @@ class Parent:
 
 
 class Slice(Parent):
-    """The parent as a slice of systemd, and the cgroups below as its scopes."""
+    """The parent as a slice of systemd, and the cgroups below as its scopes.
+
+    systemd knows a unit by its name alone, wherever it is, so that tells the engine and the namespace of a scope, too:
+    corral-<engine>-<namespace>-<id>.scope, the first two as hashes. Other scopes in the slice are not ours.
+    """
 
     __slots__ = ()
 
     def place(self, key: Key) -> str:
         """The path of a cgroup below it."""
-        return f"{self.path}/{_scope(key)}"
+        return f"{self.path}/{self._scope(key)}"
 
     def place_below(self, other: str, key: Key) -> str:
         """The path of a cgroup below another slice, of a caller's choice. Raises InvalidArgument."""
@@ -126,16 +128,23 @@ class Slice(Parent):
         except ValueError as e:
             why = f'cgroup parent: {e}, as the driver is systemd: "x-y.slice" is the slice y within x'
             raise InvalidArgument(why, reason="BAD_PARENT") from e
-        return f"{self._other(path) if path else path}/{_scope(key)}"
+        return f"{self._other(path) if path else path}/{self._scope(key)}"
+
+    def _scope(self, key: Key) -> str:
+        return f"{self._ours()}{_hash(key.namespace)}-{key.id}{SCOPE}"
+
+    def _ours(self) -> str:
+        """How the names of our scopes begin."""
+        return f"corral-{_hash(str(self.owner))}-"
 
     def unit(self, path: str) -> str:
         """The unit of systemd whose cgroup is at a path of ours; "" for none."""
-        return path.rpartition("/")[2] if path.endswith(SCOPE) else ""
+        return unit_at(path)
 
     def groups(self) -> list[str]:
-        """The paths of all cgroups that are below it."""
-        names = sorted(self.driver.list(self.path))
-        return [f"{self.path}/{name}" for name in names if name.startswith(_OURS) and name.endswith(SCOPE)]
+        """The paths of all our scopes that are below it."""
+        names, ours = sorted(self.driver.list(self.path)), self._ours()
+        return [f"{self.path}/{name}" for name in names if name.startswith(ours) and name.endswith(SCOPE)]
 
     def prune(self) -> None:
         """Remove it, if it is ours and empty."""
@@ -143,8 +152,8 @@ class Slice(Parent):
             self.driver.prune(self.path)
 
 
-def _scope(key: Key) -> str:
-    return f"{_OURS}{key.id}{SCOPE}"
+def _hash(name: str) -> str:
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
 
 
 def _lives(owner: str) -> bool:

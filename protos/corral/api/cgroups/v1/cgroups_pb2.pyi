@@ -61,7 +61,9 @@ class Cgroup(_message.Message):
     oom_kills: _builtins.int
     """Kills by the OOM killer so far."""
     unit: _builtins.str
-    """With the driver systemd: the scope, "corral-<id>.scope". It goes with its last process, and comes with the next Create."""
+    """With the driver systemd: the scope, "corral-<engine>-<namespace>-<id>.scope". It goes with its last process, and comes
+    with the next Create.
+    """
     @_builtins.property
     def join_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Directories that a process joins, one per hierarchy."""

@@ -23,7 +23,7 @@ from corral.kernel.cgroup.layout import Hierarchy, Layout
 from corral.kernel.cgroup.resources import Resources
 from corral.kernel.cgroup.systemd import scopes
 from corral.kernel.cgroup.systemd.manager import BOOTED, Manager
-from corral.kernel.cgroup.systemd.names import ROOT, SCOPE, SLICE
+from corral.kernel.cgroup.systemd.names import ROOT, SCOPE, unit_at
 from corral.kernel.cgroup.systemd.properties import INFINITY
 from corral.kernel.dbus.marshalling import Variant
 
@@ -50,16 +50,18 @@ class SystemdDriver(Driver):
 
     def create(self, path: str, resources: Resources | None = None, *, adopt: bool = False) -> Cgroup:
         """Make a cgroup with its limits, a scope if its name says so. Raises OSError, see Driver."""
-        slice_, _, unit = path.rpartition("/")
+        unit = unit_at(path)
         if not unit.endswith(SCOPE):
             return super().create(path, resources, adopt=adopt)
         check_path(path)
+        slice_ = path.split("/")[-2] or ROOT
         group, limits = self._group(path), resources or Resources()
         with _systemd() as manager:
-            if group.exists() or manager.is_started(unit):
-                raise OSError(errno.EEXIST, "there is such a scope", path)
+            where = manager.cgroup_of(unit)
+            if where or group.exists():
+                raise OSError(errno.EEXIST, f"there is such a scope at {where or path}", path)
             try:
-                self._start(manager, unit, slice_.rpartition("/")[2] or ROOT, self._holders.hold(path), limits)
+                self._start(manager, unit, slice_, self._holders.hold(path), limits)
                 super().create(path, adopt=True)
                 self.enable(path, limits)
                 planned = scopes.plan(group, limits)
@@ -85,12 +87,12 @@ class SystemdDriver(Driver):
 
         They are all those that it has. The same again does no harm, nor does it if the container has ended meanwhile.
         """
-        unit = path.rpartition("/")[2]
+        unit = unit_at(path)
         if not unit.endswith(SCOPE):
             return
         self._holders.release(path)
         with _systemd() as manager:
-            if manager.is_started(unit):
+            if manager.cgroup_of(unit) == path:
                 scopes.change(self._group(path), manager, unit, limits, self.layout)
 
     def claim(self, path: str, owner: str, lives: Callable[[str], bool] = lambda _: False) -> str:
@@ -115,21 +117,20 @@ class SystemdDriver(Driver):
 
 
 class UnitCgroup(Cgroup):
-    """A cgroup that is a unit's, if its name is that of a scope or slice."""
+    """A cgroup that may be a unit's."""
 
     __slots__ = ("_holders", "_layout", "_unit")
 
     def __init__(self, path: str, hierarchies: Sequence[Hierarchy], layout: Layout, holders: "_Holders") -> None:
         super().__init__(path, hierarchies)
-        name = path.rpartition("/")[2]
-        self._unit = name if name.endswith((SCOPE, SLICE)) else ""
+        self._unit = unit_at(path)
         self._layout, self._holders = layout, holders
 
     def apply(self, wanted: Resources, *, fresh: bool = False) -> None:
         """As Cgroup does; systemd is told. Raises OSError."""
         if self._unit and not fresh:
             with _systemd() as manager:
-                if manager.is_started(self._unit):
+                if manager.cgroup_of(self._unit) == self.path:
                     scopes.change(self, manager, self._unit, wanted, self._layout)
                     return
         super().apply(wanted, fresh=fresh)
@@ -154,7 +155,8 @@ class UnitCgroup(Cgroup):
         self._holders.release(self.path)
         if self._unit:
             with _systemd() as manager:
-                manager.stop(self._unit)
+                if manager.cgroup_of(self._unit) in (self.path, ""):  # not one that another has elsewhere
+                    manager.stop(self._unit)
 
 
 class _Holders:

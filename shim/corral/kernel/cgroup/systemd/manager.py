@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from typing import Self
 
+from corral.kernel.cgroup.systemd.names import SLICE
 from corral.kernel.cgroup.systemd.properties import Property
 from corral.kernel.dbus.connection import BUS, CallFailed, Connection, Target
 from corral.kernel.dbus.marshalling import Variant
@@ -26,9 +27,7 @@ _SERVICE, _PATH = "org.freedesktop.systemd1", "/org/freedesktop/systemd1"
 _INTERFACE = f"{_SERVICE}.Manager"
 _MANAGER = Target(_SERVICE, _PATH, _INTERFACE)
 _PROPERTIES = Target(_SERVICE, _PATH, "org.freedesktop.DBus.Properties")
-_UNIT = f"{_SERVICE}.Unit"
 _EXISTS, _NOT_THERE = f"{_SERVICE}.UnitExists", f"{_SERVICE}.NoSuchUnit"
-_STARTED = frozenset(("active", "activating", "reloading"))
 _JOBS = f"type='signal',interface='{_INTERFACE}',member='JobRemoved'"
 _ELSEWHERE = frozenset((errno.ENOENT, errno.ECONNREFUSED, errno.EACCES, errno.EPERM))
 
@@ -125,17 +124,18 @@ class Manager:
         ]
         self.start(unit, [*own, *properties])
 
-    def is_started(self, unit: str) -> bool:
-        """Whether there is such a unit, and it was not stopped and did not fail."""
+    def cgroup_of(self, unit: str) -> str | None:
+        """Where the cgroup of a slice or scope is, "" if it has none any more; None if there is no such unit."""
         try:
             (path,) = self._connection.call(_MANAGER, "GetUnit", "s", unit)
         except CallFailed as e:
             if e.name != _NOT_THERE:
                 raise
-            return False
+            return None
         properties = Target(_SERVICE, path, _PROPERTIES.interface)
-        (state,) = self._connection.call(properties, "Get", "ss", _UNIT, "ActiveState")
-        return state.value in _STARTED
+        interface = f"{_SERVICE}.{'Slice' if unit.endswith(SLICE) else 'Scope'}"
+        (found,) = self._connection.call(properties, "Get", "ss", interface, "ControlGroup")
+        return str(found.value)
 
     def set_properties(self, unit: str, properties: Sequence[Property]) -> None:
         """Change a unit until the host is booted again."""

@@ -28,3 +28,20 @@ def slice_path(name: str) -> str:
     if stem == name or not all(parts):
         raise ValueError(f"{name!r} is not the name of a systemd slice")
     return "".join(f"/{'-'.join(parts[: n + 1])}{SLICE}" for n in range(len(parts)))
+
+
+def unit_at(path: str) -> str:
+    """The unit whose cgroup has a path: a slice, or a scope within one. "" for a cgroup that only is called so.
+
+    >>> unit_at("/machine.slice/machine-web.slice/a.scope"), unit_at("/machine.slice")
+    ('a.scope', 'machine.slice')
+    >>> unit_at("/corral/default/a.scope"), unit_at("/corral/default/user.slice")
+    ('', '')
+    """
+    parent, _, name = path.rpartition("/")
+    try:
+        if name.endswith(SCOPE):
+            return name if parent == slice_path(parent.rpartition("/")[2] or ROOT) else ""
+        return name if path == slice_path(name) else ""
+    except ValueError:
+        return ""
