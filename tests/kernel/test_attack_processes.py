@@ -5,12 +5,13 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import socket
 import stat
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from support import elf
 from support.races import accomplice, exchanging
 from support.requirements import needs
 
-from corral.kernel import capabilities, inotify, paths
+from corral.kernel import capabilities, inotify, paths, process
 from corral.kernel.namespaces import Kind
 from corral.oci import procfs, program, users
-from corral.oci.channel import ParentEnd
-from corral.oci.runtime import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, Container, ExecFailed, Stdio
+from corral.oci.attendance import await_ready, heeded
+from corral.oci.channel import ParentEnd, make_pair
+from corral.oci.runtime import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, Container, ExecFailed, ProcessHandle, Stdio
 from corral.oci.spec import Capabilities, IdMapping, Mount, Namespace, Spec
 from corral.runtime.execute import _with_capabilities
 
@@ -212,6 +214,66 @@ def test_what_a_hijacked_process_says_is_at_most_a_sentence(lab):
         assert failed.value.kind in (SETUP, EXEC_DENIED, EXEC_NOT_FOUND)
         assert len(failed.value.message) < 3000
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.fixture
+def hasty() -> Iterator[Callable[[bytes], tuple[ParentEnd, int, int]]]:
+    """Makes a child whose successor says something before its predecessor does; and that has ended by then."""
+    with contextlib.ExitStack() as stack:
+
+        def make(message: bytes) -> tuple[ParentEnd, int, int]:
+            parent, channel = make_pair()
+            stack.callback(parent.close)
+            pid, pidfd = process.clone(0)
+            if pid == 0:
+                try:
+                    successor, its_pidfd = process.clone(process.CLONE_PARENT)
+                    if successor == 0:
+                        os.write(channel.fileno(), message)
+                        os._exit(0)
+                    select.select([its_pidfd], [], [])
+                    channel.send_ready(None, successor=successor)
+                finally:
+                    os._exit(0)
+            channel.close()
+            stack.callback(os.waitpid, -1, 0)
+            return parent, pid, pidfd
+
+        yield make
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b'{"sighting":[0,0,[],"/",null,null]}',
+        b'{"ready":true}',
+        b'{"ready":true,"successor":1}',
+        b'{"hooks":true}',
+    ],
+)
+def test_what_a_successor_says_in_its_predecessors_place_is_nonsense(hasty, message):
+    """Who may trace it makes it say who later execs are, or that another process is the exec."""
+    parent, pid, pidfd = hasty(message)
+    container = Container(Spec.from_json({"ociVersion": "1.2.0"}), ProcessHandle(pid, pidfd, 0, None), parent)
+    noted: list[object] = []
+    with pytest.raises(ExecFailed, match="makes no sense"):
+        await_ready(container, None, parent, pid, pidfd, 10, creating=False, note=noted.append)
+    assert not noted
+
+
+def test_a_number_that_a_successor_says_in_its_predecessors_place_is_nonsense(hasty):
+    parent, pid, pidfd = hasty((1).to_bytes(8, "little"))
+    with pytest.raises(ExecFailed, match="makes no sense"), heeded(parent, pidfd):
+        parent.receive_number(pid, lambda: None)
+
+
+@pytest.mark.parametrize("sighting", [7, None, [], [0, 0, 0, "/"], [0, 0, [], "/", 7]])
+def test_a_sighting_that_is_none_is_nonsense(sighting: object) -> None:
+    parent, channel = make_pair()
+    with contextlib.closing(parent), contextlib.closing(channel):
+        channel.send("sighting", sighting)
+        with pytest.raises(ExecFailed, match="makes no sense"):
+            parent.receive_ready(os.getpid(), lambda: None, note=lambda _: None)
 
 
 # Ways out by a descriptor

@@ -15,7 +15,7 @@ import pytest
 from support.requirements import needs
 
 from corral.kernel import paths, sequence
-from corral.oci import users
+from corral.oci import join_calls, users
 from corral.oci.container import Container
 from corral.oci.runtime import ExecFailed, Stdio
 from corral.oci.spec import Rlimit, User
@@ -26,6 +26,7 @@ pytestmark = [
 ]
 OF_PYTHON = 400
 """Pages that a fork of Python touches at least; a list of calls touches some sixty."""
+PAUSE, EXIT = 34, 231
 SEEN = (
     "id; pwd; umask; env | sort; ulimit -n; ulimit -Hn; cut -d' ' -f5,6 /proc/$$/stat; ls -l /proc/self/fd;"
     "grep -E 'Uid|Gid|Groups|^Sig[BIC]|Cap|NoNew|Seccomp|NSpid' /proc/self/status; cat /proc/self/oom_score_adj;"
@@ -214,6 +215,19 @@ def test_the_program_of_an_exec_that_is_no_longer_executable_is_made_anew(
     os.fchmod(theirs, 0)
     assert forked_python(lambda: lab.exec(container, "true", ""))
     assert not forked_python(lambda: lab.exec(container, "true", ""))
+
+
+@pytest.mark.parametrize("call", [EXIT, PAUSE])
+def test_where_such_a_program_does_not_run_it_is_pythons_turn_for_good(
+    lab, container: Container, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(join_calls, "SETUP_S", 0.2)
+        broken.setattr(join_calls, "image", lambda _, channel: sequence.image([sequence.Call(call)], channel))
+        for _ in range(3):
+            assert lab.exec(container, "true", "").code == 0
+    for _ in range(2):
+        assert forked_python(lambda: lab.exec(container, "true", ""))
 
 
 def test_a_user_that_is_a_number_needs_no_database(lab, container: Container) -> None:

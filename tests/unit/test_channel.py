@@ -45,8 +45,8 @@ def test_descriptors_that_nobody_asked_for_are_closed(
     parent, child = ends
     before = open_fds()
     for receive in (
-        lambda: parent.receive_ready(patience),
-        lambda: parent.receive("devices", patience),
+        lambda: parent.receive_ready(os.getpid(), patience),
+        lambda: parent.receive(os.getpid(), "devices", patience),
         lambda: parent.wait_for_exec(patience),
     ):
         socket.send_fds(child, [message], [0] * count)

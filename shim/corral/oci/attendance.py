@@ -119,10 +119,11 @@ def await_ready(
 
     with contextlib.ExitStack() as unless_ready:
         with heeded(parent, pidfd):
-            console, successor = parent.receive_ready(patience(pidfd, limit_s), pass_listener, run_hooks, note)
+            console, successor = parent.receive_ready(pid, patience(pidfd, limit_s), pass_listener, run_hooks, note)
             if console is not None:
                 unless_ready.callback(os.close, console)
-            follower = None if successor is None else hold_child(successor)
+            # Our own child, by the word of its predecessor, and not reaped yet: the pid is still its.
+            follower = None if successor is None else process.pidfd_open(successor)
         if successor is not None and follower is not None:
             reap_predecessor(pidfd)
             pid, pidfd = successor, follower
@@ -132,21 +133,6 @@ def await_ready(
             handle = ProcessHandle(pid, pidfd, process.start_time(pid), console)
         unless_ready.pop_all()
         return handle
-
-
-def hold_child(pid: int) -> int:
-    """A pidfd of a child of this process, which has not been reaped: the pid is still its.
-
-    Raises ExecFailed if it is none: a successor that is in the hands of the container may say more than it should, and
-    sooner than its predecessor.
-    """
-    pidfd = process.pidfd_open(pid)
-    try:
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError as e:
-        os.close(pidfd)
-        raise ExecFailed(SETUP, "the process said what makes no sense during its set-up") from e
-    return pidfd
 
 
 def reap_predecessor(pidfd: int) -> None:
@@ -217,10 +203,10 @@ def follow_guide(
 
     with heeded(parent, pidfd):
         patient = patience(pidfd, SETUP_S)
-        parent.receive("entered", patient)
+        parent.receive(pid, "entered", patient)
         serve_guide(pid, spec, stdio, cgroups)
         parent.send_answer(True, patient)
-        born = parent.receive("born", patient)
+        born = parent.receive(pid, "born", patient)
         assert isinstance(born, int)
         # Our own child, not reaped yet: the pid is still its.
         follower = process.pidfd_open(born)
@@ -236,7 +222,7 @@ def give_devices(parent: ParentEnd, pid: int, pidfd: int, spec: Spec) -> None:
 
     with heeded(parent, pidfd):
         patient = patience(pidfd, SETUP_S)
-        taken = parent.receive("devices", patient)
+        taken = parent.receive(pid, "devices", patient)
         parent.send_answer(move_devices(spec.linux.net_devices, pid, taken), patient)
 
 

@@ -15,8 +15,9 @@
 
 End of file at the child's side: the runtime is gone, and the child exits.
 
-A successor may be in the hands of the container it was born into, so what comes after it is taken for no more than a
-sentence, whatever it is.
+A successor may be in the hands of the container it was born into, and have its word before its predecessor's last. So
+the kernel tells who sends a message (SO_PASSCRED): even CAP_SYS_ADMIN lets nobody pass for a process outside of his PID
+namespace. What anybody says but the process that is to speak is taken for no more than a sentence, whatever it is.
 """
 
 import _socket as socket  # the part in C, which has all that is used here and takes a tenth of the time to load
@@ -39,7 +40,8 @@ _MAX_ERRNO = 4096
 _NUMBER = 8
 START = b"start"
 _ANSWERED = b"\n"
-_ONE_FD = socket.CMSG_LEN(array.array("i").itemsize)
+_INT = array.array("i").itemsize
+_SENDER_AND_ONE_FD = socket.CMSG_SPACE(3 * _INT) + socket.CMSG_LEN(_INT)
 """Not CMSG_SPACE, whose padding has room for another one. What finds none the kernel closes."""
 
 
@@ -138,20 +140,21 @@ class ParentEnd:
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
         end.settimeout(LOOK_S)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
 
     def close(self) -> None:
         """Close it; a child that waits for start then exits."""
         self._socket.close()
 
-    def receive(self, member: str, patience: Callable[[], None]) -> object:
-        """Wait for one thing that the child says, and nothing else: what it is. Raises as receive_ready() does."""
-        data = self._receive_alone(patience)
+    def receive(self, pid: int, member: str, patience: Callable[[], None]) -> object:
+        """Wait for one thing that process pid says, and nothing else: what it is. Raises as receive_ready() does."""
+        data, sender = self._receive_alone(patience)
         if not data:
             raise EndedEarly
         message = _parse(data)
         if "error" in message:
             _raise(message)
-        if member not in message:
+        if sender != pid or member not in message:
             raise _nonsense()
         return message[member]
 
@@ -172,19 +175,20 @@ class ParentEnd:
 
     def receive_ready(
         self,
+        pid: int,
         patience: Callable[[], None],
         pass_listener: Callable[[int], None] | None = None,
         run_hooks: Callable[[], None] | None = None,
         note: Callable[[Sighting], None] | None = None,
     ) -> tuple[int | None, int | None]:
-        """Wait for the end of the set-up: the pty master, or None without a terminal; and the pid of the successor.
+        """Wait for process pid's word that the set-up is done: the pty master, or None; and the pid of the successor.
 
         pass_listener gets the fd for a seccomp listener, and run_hooks is called, when it is time; note gets who an
         exec has found itself to be. Raises what they do, or what the child reported: ExecFailed, or the OSError of a
         host that can't do it; or EndedEarly.
         """
         while True:
-            data, fd = self._receive(patience)
+            data, fd, sender = self._receive(patience)
             with contextlib.ExitStack() as unused:
                 if fd is not None:
                     unused.callback(os.close, fd)
@@ -193,6 +197,8 @@ class ParentEnd:
                 message = _parse(data)
                 if "error" in message:
                     _raise(message)
+                if sender != pid:
+                    raise _nonsense()
                 if "listener" in message and pass_listener is not None and fd is not None:
                     pass_listener(fd)
                 elif "hooks" in message and run_hooks is not None:
@@ -213,35 +219,39 @@ class ParentEnd:
 
     def wait_for_exec(self, patience: Callable[[], None]) -> None:
         """Return when the program was executed; raise ExecFailed if it can't be."""
-        if data := self._receive_alone(patience):
+        data, _ = self._receive_alone(patience)
+        if data:
             _raise(_parse(data))
 
-    def receive_number(self, patience: Callable[[], None], *, at_end: int | None = None) -> int:
-        """A number that one says who is no Python; without a word at_end or, if there is none, EndedEarly."""
-        data = self._receive_alone(patience)
-        if not data and at_end is None:
+    def receive_number(self, pid: int, patience: Callable[[], None]) -> int:
+        """A number that process pid, no Python, says; anybody may say a negative one. Raises as receive() does."""
+        data, sender = self._receive_alone(patience)
+        if not data:
             raise EndedEarly
-        return int.from_bytes(data[:_NUMBER], "little", signed=True) if data else at_end or 0
+        number = int.from_bytes(data[:_NUMBER], "little", signed=True)
+        if number >= 0 and sender != pid:
+            raise _nonsense()
+        return number
 
-    def _receive_alone(self, patience: Callable[[], None]) -> bytes:
-        data, fd = self._receive(patience)
+    def _receive_alone(self, patience: Callable[[], None]) -> tuple[bytes, int]:
+        """A message and its sender; what descriptor came with it is closed."""
+        data, fd, sender = self._receive(patience)
         if fd is not None:
             os.close(fd)
-        return data
+        return data, sender
 
-    def _receive(self, patience: Callable[[], None]) -> tuple[bytes, int | None]:
-        """A message, and the descriptor that came with it."""
+    def _receive(self, patience: Callable[[], None]) -> tuple[bytes, int | None, int]:
+        """A message, the descriptor that came with it, and the pid of its sender."""
         while True:
             try:
-                data, ancillary, _, _ = self._socket.recvmsg(_MAX_MESSAGE, _ONE_FD, socket.MSG_CMSG_CLOEXEC)
+                data, ancillary, _, _ = self._socket.recvmsg(_MAX_MESSAGE, _SENDER_AND_ONE_FD, socket.MSG_CMSG_CLOEXEC)
             except TimeoutError:
                 patience()
             else:
-                fds = array.array("i")
-                for level, kind, payload in ancillary:
-                    if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                        fds.frombytes(payload)
-                return data, fds[0] if fds else None
+                fds, credentials = array.array("i"), array.array("i")
+                for _, kind, payload in ancillary:
+                    (fds if kind == socket.SCM_RIGHTS else credentials).frombytes(payload)
+                return data, fds[0] if fds else None, credentials[0] if credentials else 0
 
 
 def _parse(data: bytes) -> dict[str, object]:
@@ -255,9 +265,12 @@ def _parse(data: bytes) -> dict[str, object]:
 
 
 def _sighting(said: object) -> Sighting:
-    """As send_sighting() says it, which nobody does who is in the hands of a container."""
-    uid, gid, groups, home, *looks = cast(list[Any], said)
-    return Sighting(Identity(uid, gid, tuple(groups), home), tuple(each and tuple(each) for each in looks))
+    """As send_sighting() says it."""
+    try:
+        uid, gid, groups, home, *looks = cast(list[Any], said)
+        return Sighting(Identity(uid, gid, tuple(groups), home), tuple(each and tuple(each) for each in looks))
+    except (TypeError, ValueError) as e:
+        raise _nonsense() from e
 
 
 def _nonsense() -> ExecFailed:

@@ -28,9 +28,10 @@ from corral.kernel.paths import RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS
 from corral.kernel.sequence import MACHINES, RESULT, SCRATCH, Argument, Call, How, Words, image
 from corral.kernel.syscalls import AT_FDCWD, MACHINE
 from corral.oci import program as programs
-from corral.oci.attendance import ProcessHandle, heeded, hold_child, kill_and_reap, patience, reap_predecessor
+from corral.oci.attendance import ProcessHandle, heeded, kill_and_reap, patience, reap_predecessor
 from corral.oci.cgroups import Membership
 from corral.oci.channel import START, EndedEarly, ParentEnd, make_pair
+from corral.oci.errors import ExecFailed
 from corral.oci.program import Program
 from corral.oci.spec import Seccomp
 from corral.oci.stdio import Stdio
@@ -81,9 +82,11 @@ def _passes(profile: Seccomp | None) -> bool:
 class Files:
     """The programs that a container's execs were. One that is wanted again, a health check, say, is there already."""
 
-    __slots__ = ("_file", "_wanted")
+    __slots__ = ("_file", "_wanted", "of_use")
 
     def __init__(self) -> None:
+        self.of_use = True
+        """Whether they can be executed here, as far as is known."""
         self._wanted: object = None
         self._file = -1
 
@@ -138,33 +141,45 @@ def begin(
                 unless_born.pop_all()
     except OSError:
         return None
-    return _attended(parent, pid, births=1 if membership.unified is None else 2)
+    try:
+        last = _last_born(parent, pid, births=1 if membership.unified is None else 2)
+    except ExecFailed:  # the host, say, lets no such program run: neither will it the next time
+        files.of_use = False
+        return None
+    return None if last is None else _executed(parent, *last)
 
 
-def _attended(parent: ParentEnd, pid: int, *, births: int) -> ProcessHandle | None:
-    """See it through its births; each time the one before has but to end."""
+def _last_born(parent: ParentEnd, pid: int, *, births: int) -> tuple[int, int] | None:
+    """See it through its births; each time the one before has but to end. The pid and pidfd of the last, who waits."""
     pidfd = process.pidfd_open(pid)  # our own child, not reaped yet: the pid is still its
-    for _ in range(births):
+    for birth in range(births):
         with heeded(parent, pidfd):
-            successor = parent.receive_number(patience(pidfd, SETUP_S))
-            follower = hold_child(successor) if successor > 0 else -1
+            if birth:
+                parent.send_start()
+            successor = parent.receive_number(pid, patience(pidfd, SETUP_S))
+            follower = process.pidfd_open(successor) if successor > 0 else -1  # likewise
         if follower < 0:
             kill_and_reap(parent, pidfd)
             return None
         reap_predecessor(pidfd)
         pid, pidfd = successor, follower
-        with heeded(parent, pidfd):
-            start_time = process.start_time(pid)
-            parent.send_start()
+    return pid, pidfd
+
+
+def _executed(parent: ParentEnd, pid: int, pidfd: int) -> ProcessHandle | None:
+    """Have it execute its program."""
     with heeded(parent, pidfd):
-        refused = parent.receive_number(patience(pidfd, SETUP_S), at_end=0)
-        if not refused and process.has_executed(pid, start_time) is False:
-            raise EndedEarly
-    if refused:
-        kill_and_reap(parent, pidfd)
-        return None
-    parent.close()
-    return ProcessHandle(pid, pidfd, start_time, None)
+        start_time = process.start_time(pid)
+        parent.send_start()
+        try:
+            parent.receive_number(pid, patience(pidfd, SETUP_S))
+        except EndedEarly:
+            if process.has_executed(pid, start_time) is False:
+                raise
+            parent.close()
+            return ProcessHandle(pid, pidfd, start_time, None)
+    kill_and_reap(parent, pidfd)
+    return None
 
 
 def _give_stdio(stdio: Stdio, uid: int) -> None:

@@ -48,9 +48,9 @@ def begin(
     if (sighting := container.sightings.pop(who, None)) is not None and affinity is None and Kind.MOUNT in kinds:
         from corral.oci import join_calls  # loaded by shims, which are who execs time and again
 
-        if join_calls.suits(program, linux.seccomp, stdio):
-            if container.files is None:
-                container.files = join_calls.Files()
+        if container.files is None:
+            container.files = join_calls.Files()
+        if container.files.of_use and join_calls.suits(program, linux.seccomp, stdio):
             handle = join_calls.begin(container.files, program, sighting, stdio, cgroups, init=init.pidfd, flags=flags)
             if handle is not None:
                 container.sightings[who] = sighting
