@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.races import exchange
 from support.requirements import needs
 
 from corral.kernel import paths, sequence
-from corral.oci import join_calls, users
+from corral.oci import join_calls, program, users
 from corral.oci.container import Container
 from corral.oci.runtime import ExecFailed, Stdio
 from corral.oci.spec import Rlimit, User
@@ -228,6 +230,23 @@ def test_where_such_a_program_does_not_run_it_is_pythons_turn_for_good(
             assert lab.exec(container, "true", "").code == 0
     for _ in range(2):
         assert forked_python(lambda: lab.exec(container, "true", ""))
+
+
+def test_who_was_found_in_another_file_than_was_looked_at_is_not_remembered(
+    lab, container: Container, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.exec(container, "echo bob:x:1234:1:Bob:/:/bin/sh > /etc/other")
+    original = program.identity_of
+
+    def exchanged(*args: Any) -> users.Identity:
+        exchange(Path("/etc/passwd"), Path("/etc/other"))
+        return original(*args)
+
+    with monkeypatch.context() as raced:
+        raced.setattr(program, "identity_of", exchanged)
+        container.sightings.clear()
+        assert lab.exec(container, "id -u", user="bob").output == "1234\n"
+    assert not container.sightings
 
 
 def test_a_user_that_is_a_number_needs_no_database(lab, container: Container) -> None:

@@ -70,7 +70,7 @@ def run_joined(
             use_own_null(root, stdio)
         looks = look(root)
         identity = programs.identity_of(program, root)
-        if looks is not None:
+        if looks is not None and looks == look(root):  # it was by these files
             channel.send_sighting(Sighting(identity, looks))
         program = programs.become(program, root, identity, channel.send_listener)
         go_on(channel, master, stdio.kept)
