@@ -71,8 +71,6 @@ class Recovery:
 
     async def start(self) -> None:
         """Recover now, or, if a leaf does not answer yet or fails, in the background until it is done."""
-        for record in await self._core.database.write(store.keep_created):
-            log.info("recovery.created", container=record.id)
         self._passing = self._core.database.read_sync(pauses.everything)
         self._found_ended = self._records(Status.EXITED)
         await run_blocking(sweep_volumes, self._core)
@@ -95,7 +93,10 @@ class Recovery:
                 log.info("recovery.retry", error=str(e), next_s=delay_s)
 
     async def run(self) -> None:
-        """All five steps. Raises Unavailable, and may then be called again."""
+        """All five steps. Raises Unavailable, OSError on a full disk, and may then be called again."""
+        if self._core.database.read_sync(store.perhaps_created):
+            for record in await self._core.database.write(store.keep_created):
+                log.info("recovery.created", container=record.id)
         await self._catch_up("tasks")
         await self._finish_halves()
         await self.compare_tasks()
@@ -140,6 +141,8 @@ class Recovery:
         async with self._core.locks.of(key):
             now = self._find(key)
             if now is None or key in self._core.being_made:
+                return
+            if now in self._core.database.read_sync(store.perhaps_created):  # and still is to be kept: see run()
                 return
             volumes = self._core.database.read_sync(lambda view: store.is_removing_volumes(view, *key))
             if now.status in (Status.CREATING, Status.REMOVING):

@@ -120,7 +120,7 @@ class Removal:
                 failpoint("engine.delete.after_tree")
 
         last = await self._intend(record, status, volumes=volumes)
-        on_disk = self._core.background.spawn(self._core.database.persist())
+        on_disk = self._core.background.spawn(self._put_on_disk(record))
         task_gone = self._core.background.spawn(end_task())
         if record.status is not Status.EXITED:  # what lives uses its cgroup and its network
             await _all_ended(task_gone)
@@ -150,14 +150,19 @@ class Removal:
             store.set_removing(tx, record.namespace, record.id, volumes=volumes)
             return found
 
-        if record.status is Status.CREATING:  # which the next start would undo as well, after a power loss too
-            with suppress(OSError):  # a full disk keeps nobody from giving back what else it has
-                await self._core.database.write(lambda tx: store.forget_parts(tx, record))
+        if record.status is Status.CREATING:  # which the next start would undo as well
             return record
         last = await self._core.database.write(write)
         if status is not None:
             self._core.watch.tell_exit((record.namespace, record.id), last.exit or status)
         return last
+
+    async def _put_on_disk(self, record: ContainerRecord) -> None:
+        """That it is being removed. Raises OSError on a full disk."""
+        failpoint("engine.delete.before_flush")
+        if record.status is Status.CREATING:  # which the next start would keep after a power loss
+            await self._core.database.write(lambda tx: store.forget_parts(tx, record))
+        await self._core.database.persist()
 
     def postpone(self, record: ContainerRecord) -> None:
         """Try again in the background until it is removed: for what nobody else would call again."""

@@ -162,11 +162,17 @@ def forget_parts(tx: Transaction, record: ContainerRecord) -> None:
     )
 
 
+def perhaps_created(view: Snapshot) -> list[ContainerRecord]:
+    """Those that are CREATING, and had their parts when the machine died: users may have been told that they are
+    created."""
+    rows = view.execute(f"{_SELECT} WHERE status = ? AND made_in_boot NOT IN ('', ?)", (Status.CREATING, boot_id()))
+    return [_record(row) for row in rows]
+
+
 def keep_created(tx: Transaction) -> list[ContainerRecord]:
-    """CREATING -> CREATED, of those that had their parts when the machine died: users may have been told that they are
-    created. Their tasks died with the machine, as those of all others."""
-    rows = tx.execute(f"{_SELECT} WHERE status = ? AND made_in_boot NOT IN ('', ?)", (Status.CREATING, boot_id()))
-    kept = [replace(_record(row), status=Status.CREATED) for row in rows]
+    """CREATING -> CREATED, of those whose users may know them so; see perhaps_created(). Their tasks died with the
+    machine, as those of all others."""
+    kept = [replace(record, status=Status.CREATED) for record in perhaps_created(tx)]
     for record in kept:
         save_created(tx, record)
     return kept
