@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,8 @@ class ProcessHandle:
 
 SETUP_S = 60.0
 """How long init may take to set itself up: its root may lie on a slow disk."""
+DYING_S = 1.0
+"""How long a child that was killed is waited for. A file system that does not answer, or a freezer, can keep it."""
 
 
 def patience(pidfd: int, limit_s: float) -> Callable[[], None]:
@@ -137,10 +140,24 @@ def await_ready(
 
 def reap_predecessor(pidfd: int) -> None:
     """See to the end of a child that has but to end, which whoever can signal it may have stopped."""
+    try:
+        _kill(pidfd)
+    finally:
+        os.close(pidfd)
+
+
+def _kill(pidfd: int) -> int | None:
+    """End a child and reap it: its exit code, or the signal that killed it.
+
+    None of one that does not end within DYING_S, which is left to whoever collects the children of this process.
+    """
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(pidfd, signal.SIGKILL)
-    os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-    os.close(pidfd)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.poll(DYING_S * 1000)
+    result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    return result.si_status if result else None
 
 
 def await_exec(parent: ParentEnd, handle: ProcessHandle, limit_s: float, *, by_child: bool = False) -> None:
@@ -163,20 +180,19 @@ def await_exec(parent: ParentEnd, handle: ProcessHandle, limit_s: float, *, by_c
 
 
 def how_it_ended(status: int | None) -> str:
-    """A sentence about a process that ended before it could say why."""
+    """A sentence about a process that ended before it could say why; None: it may not even have ended."""
+    if status is None:
+        return "the process broke off its set-up"
     if status == signal.SIGKILL:
         return "the process was killed during its set-up: the memory limit may be too small to start in"
     return f"the process ended during its set-up (status {status})"
 
 
 def kill_and_reap(parent: ParentEnd, pidfd: int) -> int | None:
-    """End a child. Its exit code or, if it was killed, the signal; None where somebody else reaped it."""
+    """End a child. Its exit code or, if it was killed, the signal; None where somebody else reaps it, now or later."""
     parent.close()
     try:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(pidfd, signal.SIGKILL)
-        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-        return result.si_status if result else None
+        return _kill(pidfd)
     except ChildProcessError:
         return None
     finally:

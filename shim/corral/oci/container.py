@@ -114,7 +114,8 @@ class Container:
 
         user (`name|uid[:group|gid]`, looked up in the container) overrides process_spec.user. Without capabilities of
         its own the process gets those of init. cgroup_paths: as for create(); where the v2 one takes no process, that
-        below it where init is, unless it has to be exact_cgroup. Raises ExecFailed; then it was reaped.
+        below it where init is, unless it has to be exact_cgroup. Raises ExecFailed; then it was killed, and is
+        reaped, unless something keeps it from ending.
         """
         from corral.oci.joining import begin  # most containers are started by who execs nothing
 
