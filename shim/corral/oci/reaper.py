@@ -32,6 +32,7 @@ def stay(channel: ChildEnd, program: Program) -> NoReturn:
     """
     program = programs.filtered(program)
     signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+    process.set_name(_NAME)  # before there is a child: where one may have run, has_begun() must say so
     pid, _ = process.clone(0)
     if pid == 0:
         _become(channel, program)
@@ -39,7 +40,6 @@ def stay(channel: ChildEnd, program: Program) -> NoReturn:
     if os.getuid() != 0:  # what an execve would have taken away, the program's has
         sets = program.capabilities
         capabilities.set_process(effective=sets.ambient, permitted=sets.ambient, inheritable=sets.inheritable)
-    process.set_name(_NAME)
     set_title((_NAME, "--", *program.args))  # not where the host keeps what
     process.close_fds(range(3))
     while True:
@@ -52,11 +52,16 @@ def stay(channel: ChildEnd, program: Program) -> NoReturn:
 
 
 def has_begun(pid: int, started: int) -> bool | None:
-    """Whether the init of a pid and start time has become its program, or stays beside it; None if it is reaped."""
+    """Whether the init of a pid and start time has become its program, or stays beside it; None if it is reaped.
+
+    Of one that runs, False may be out of date by the time it is returned.
+    """
     executed = process.has_executed(pid, started)
     if executed is False:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        try:
             return process.name_of(pid) == _NAME
+        except (FileNotFoundError, ProcessLookupError):
+            return None
     return executed
 
 
