@@ -207,10 +207,11 @@ async def _executes(init: Process) -> bool:
     """Whether a container that was about to be started has become its program."""
     assert init.identity is not None
     for _ in range(int(EXECUTE_S / LOOK_S)):
+        runs = init.identity.runs  # first: it may execute its program and end between the two
         begun = has_begun(init.identity.pid, init.identity.start_time)
         if begun is None:
             return _ended_by_its_program(init)
-        if begun or not init.identity.runs:
+        if begun or not runs:
             return begun
         await asyncio.sleep(LOOK_S)
     return False
