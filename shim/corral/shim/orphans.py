@@ -142,10 +142,11 @@ def _is_told(directory: int) -> bool:
 
 
 def _write(directory: int, record: Record, ended: Ended) -> None:
-    with contextlib.suppress(OSError):  # that it is there already, written by a shim, among others
-        how = _exit(ended, record.init_pid, record.init_start_time, record.started_at_ns)
+    how = _exit(ended, record.init_pid, record.init_start_time, record.started_at_ns)
+    with contextlib.suppress(OSError):  # an end that can't be looked into is written down all the same
         if has_begun(record.init_pid, record.init_start_time) is False:
             how = replace(how, reason=records.UNSTARTED)
+    with contextlib.suppress(OSError):  # that it is there already, written by a shim, among others
         records.write_json(directory, records.EXIT, how.to_json(), step="zygote.orphan", replace=False)
 
 
