@@ -1,8 +1,11 @@
 """corrald with the cgroup driver systemd: containers are scopes below a slice, and systemd keeps to their limits."""
 
 import json
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from support.cgroups import eventually
 from support.corrald import PATIENCE, Corrald, Place, running
 from support.requirements import needs
 
-from corral.kernel.cgroup import Cgroup, Driver, Kind, detect, open_driver
+from corral.kernel.cgroup import Cgroup, Driver, Kind, PidsLimits, Resources, detect, open_driver
 
 pytestmark = [needs("root", "busybox"), pytest.mark.timeout(1200)]
 on_systemd = needs("systemd")
@@ -227,6 +230,55 @@ def test_what_is_called_the_same_elsewhere_or_lies_in_our_slice_is_left_alone(bo
             process.wait(SLOW_S)
     ok(box, "rm", "-f", id_, ended)
     assert not scopes_of(box)
+
+
+@on_systemd
+def test_a_scope_whose_holder_was_killed_before_the_container_came_is_made_again(box: Corrald) -> None:
+    box.restart_with({"CORRAL_FAILPOINTS": "engine.task.before_create=sleep:4@1"})
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(sleeping, box, "--memory", "64m", "--pids-limit", "40")
+        assert eventually(lambda: len(units()) == 1, within_s=SLOW_S)
+        held = driver().open(f"/{slice_of(box)}/{next(iter(units()))}")
+        (holder,) = held.pids()
+        os.kill(holder, signal.SIGKILL)
+        assert eventually(lambda: not units(), within_s=3)
+        id_ = run.result()
+    assert limits(group_of(box, id_))[::2] == (64 * MIB, 40)
+    systemctl("daemon-reload")
+    assert limits(group_of(box, id_))[::2] == (64 * MIB, 40)
+    assert not Path(f"/proc/{holder}").exists(), "it was reaped"
+    ok(box, "rm", "-f", id_)
+    box.restart()
+    assert not scopes_of(box)
+
+
+@on_systemd
+def test_a_created_container_does_not_start_without_its_limits(box: Corrald) -> None:
+    id_ = ok(box, "create", "--network", "none", "--pids-limit", "40", "busybox", "sleep", "1000").split()[-1]
+    group = group_of(box, id_)
+    (init,) = group.pids()
+    (group.paths()[0] / "pids.max" if IS_V2 else Path(f"/sys/fs/cgroup/pids{group.path}/pids.max")).write_text("max")
+    if not IS_V2:  # systemd loses a scope that is empty in its own hierarchy
+        for hierarchy in ("systemd", "unified"):
+            Path(f"/sys/fs/cgroup/{hierarchy}/cgroup.procs").write_text(str(init))
+        assert eventually(lambda: not units(), within_s=SLOW_S)
+        assert group.pids() == [init]
+    ok(box, "start", id_)
+    assert limits(group)[2] == 40
+    assert shown(unit_of(box, id_), "TasksMax") == {"TasksMax": "40"}
+    assert IS_V2 or group.pids() != [init]
+    ok(box, "rm", "-f", id_)
+    assert not scopes_of(box)
+
+
+@on_systemd
+def test_a_driver_that_is_closed_holds_no_scope_and_leaves_no_child() -> None:
+    held = open_driver(detect(), "systemd")
+    group = held.create("/system.slice/corraltest-held.scope", Resources(pids=PidsLimits(40)))
+    (holder,) = group.pids()
+    held.close()
+    assert not Path(f"/proc/{holder}").exists()
+    assert eventually(lambda: not group.is_lasting(), within_s=SLOW_S)
 
 
 @on_systemd

@@ -77,6 +77,8 @@ class CgroupsService:
         """Finish changes, let go of the kernel's files; the parents that are empty now go too."""
         if self._groups:
             await self._groups.close()
+        if self._driver:
+            await run_blocking(self._driver.close)
         if self._parent:
             await run_blocking(self._parent.prune)
         if self._database:

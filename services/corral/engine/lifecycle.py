@@ -172,7 +172,7 @@ class Lifecycle:
         running = replace(record, status=Status.RUNNING, started_ns=time.time_ns(), finished_ns=0, exit=None)
         saved, started = await asyncio.gather(
             self._save_started(running, by_user=by_user),
-            self._core.leaves.tasks.Start(tasks_pb2.StartRequest(id=record.id)),
+            self._start_task(record),
             return_exceptions=True,
         )
         failpoint("engine.start.after_task")
@@ -194,6 +194,11 @@ class Lifecycle:
         await self._core.database.write(lambda tx: store.save_started(tx, running, by_user=by_user))
         if by_user and running.config.restart.mode > RestartPolicy.MODE_NO:  # which acts after a power loss too
             await self._core.database.persist()
+
+    async def _start_task(self, record: ContainerRecord) -> tasks_pb2.StartResponse:
+        """Not without its limits: whoever created it may have died before they all held."""
+        await self._tasks.settle(record)
+        return await self._core.leaves.tasks.Start(tasks_pb2.StartRequest(id=record.id))
 
     async def _run_new_task(self, running: ContainerRecord, *, by_user: bool, made_again: int) -> ContainerRecord:
         """It was created, and its task is lost, as after a reboot: make that again."""

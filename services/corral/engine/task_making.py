@@ -3,14 +3,14 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 from corral.api.cgroups.v1.cgroups_pb2 import Cgroup, CreateCgroupRequest, SettleRequest
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, VolumeMount
-from corral.api.tasks.v1.tasks_pb2 import CreateTaskRequest, GetTaskRequest, Task
+from corral.api.tasks.v1.tasks_pb2 import CreateTaskRequest, DeleteTaskRequest, GetTaskRequest, Task
 from corral.api.types.v1.types_pb2 import Mount
 from corral.engine import bounded_volumes, devices, image_mounts, requests, secrets, volume_rows
 from corral.engine.core import Core, require_alive
@@ -19,6 +19,7 @@ from corral.engine.options import check_writable_cgroups
 from corral.engine.records import ContainerRecord
 from corral.engine.spec import Facts, build, capability_set
 from corral.kernel.cgroup import detect
+from corral.kernel.cgroup.systemd.names import unit_at
 from corral.kernel.namespaces import Kind, open_namespace
 from corral.kernel.process import start_time
 from corral.oci.decode import JSON
@@ -26,7 +27,15 @@ from corral.oci.decode import encode as encode_json
 from corral.oci.spec import Capabilities, Seccomp, Spec
 from corral.oci.spec import Mount as SpecMount
 from corral.rpc.blocking import run_blocking
-from corral.rpc.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable, Unimplemented, from_os_error
+from corral.rpc.errors import (
+    CorralError,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+    Unimplemented,
+    from_os_error,
+)
 from corral.store import failpoint
 
 LOG_NAME = "container.log"
@@ -77,10 +86,28 @@ class TaskMaking:
                 request.secrets.extend(files)
                 request.secret_env.update(env)
             failpoint("engine.task.before_create")
-            task = await self._create(request)
-        if cgroup.unit:
-            await persistently(lambda: self._core.leaves.cgroups.Settle(SettleRequest(id=record.id)))
+            try:
+                task = await self._create(request)
+            except NotFound:
+                if not cgroup.unit:
+                    raise
+                cgroup = await persistently(lambda: self.make_cgroup(record))  # cgroups was killed, and its scope went
+                request.cgroup_paths[:] = cgroup.join_paths
+                task = await self._create(request)
+        await self.settle(record)
         return replace(record, pid=task.pid, log_path=task.log_path, bundle=task.bundle)
+
+    async def settle(self, record: ContainerRecord) -> None:
+        """Have all its limits hold for a task that was created, if its cgroup is a scope of systemd's; the same again
+        does no harm. Raises CorralError; a task that does not run yet is gone then."""
+        if not unit_at(record.cgroup_path):
+            return
+        try:
+            await persistently(lambda: self._core.leaves.cgroups.Settle(SettleRequest(id=record.id)))
+        except CorralError:
+            with suppress(CorralError):  # it runs, or goes when it is made again
+                await self._core.leaves.tasks.Delete(DeleteTaskRequest(id=record.id))
+            raise
 
     def _request(
         self,

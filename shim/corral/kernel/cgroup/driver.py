@@ -99,6 +99,9 @@ class Driver:
     def settle(self, path: str, limits: Resources) -> None:
         """The first process is in a cgroup that was made with these limits: nothing is to be done, as it is whole."""
 
+    def close(self) -> None:
+        """Let go of what it holds in this process: nothing."""
+
     def claim(self, path: str, owner: str, lives: Callable[[str], bool] = lambda _: False) -> str:
         """Make a cgroup, or find it, and mark it as owner's; returns whose it is.
 

@@ -116,7 +116,8 @@ class CgroupsServicer:
 
     def Settle(self, request, context):
         """The first process is in: from now on systemd keeps the scope, and its limits, and until now a process of ours did, which
-        counts in no limit. To be called for a cgroup that has a unit; the same again does no harm.
+        counts in no limit. To be called for a cgroup that has a unit, before a process runs in it that is not trusted; the same
+        again does no harm. NOT_FOUND: there are processes, and systemd knows nothing of them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,7 +39,8 @@ class CgroupsStub:
     """
     Settle: _grpc.UnaryUnaryMultiCallable[_cgroups_pb2.SettleRequest, _cgroups_pb2.SettleResponse]
     """The first process is in: from now on systemd keeps the scope, and its limits, and until now a process of ours did, which
-    counts in no limit. To be called for a cgroup that has a unit; the same again does no harm.
+    counts in no limit. To be called for a cgroup that has a unit, before a process runs in it that is not trusted; the same
+    again does no harm. NOT_FOUND: there are processes, and systemd knows nothing of them.
     """
     Update: _grpc.UnaryUnaryMultiCallable[_cgroups_pb2.UpdateCgroupRequest, _cgroups_pb2.Cgroup]
     """Changes limits; one that is refused leaves all others as they were."""
@@ -72,7 +73,8 @@ class CgroupsAsyncStub(CgroupsStub):
     """
     Settle: _aio.UnaryUnaryMultiCallable[_cgroups_pb2.SettleRequest, _cgroups_pb2.SettleResponse]  # type: ignore[assignment]
     """The first process is in: from now on systemd keeps the scope, and its limits, and until now a process of ours did, which
-    counts in no limit. To be called for a cgroup that has a unit; the same again does no harm.
+    counts in no limit. To be called for a cgroup that has a unit, before a process runs in it that is not trusted; the same
+    again does no harm. NOT_FOUND: there are processes, and systemd knows nothing of them.
     """
     Update: _aio.UnaryUnaryMultiCallable[_cgroups_pb2.UpdateCgroupRequest, _cgroups_pb2.Cgroup]  # type: ignore[assignment]
     """Changes limits; one that is refused leaves all others as they were."""
@@ -114,7 +116,8 @@ class CgroupsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cgroups_pb2.SettleResponse, _abc.Awaitable[_cgroups_pb2.SettleResponse]]:
         """The first process is in: from now on systemd keeps the scope, and its limits, and until now a process of ours did, which
-        counts in no limit. To be called for a cgroup that has a unit; the same again does no harm.
+        counts in no limit. To be called for a cgroup that has a unit, before a process runs in it that is not trusted; the same
+        again does no harm. NOT_FOUND: there are processes, and systemd knows nothing of them.
         """
 
     @_abc_1.abstractmethod

@@ -1,7 +1,7 @@
 """The driver of a host whose cgroups systemd makes: those of containers are scopes, below slices.
 
     create   the scope, around a process of ours that only holds it       see corral.kernel.cgroup.systemd.scopes
-    settle   a process of the container is in it: the other one ends
+    settle   a process of the container is in it: the other one ends, and all limits hold
     apply    limits are written to the files, and systemd is told
              the last process ends: systemd removes the scope and its cgroup
     remove   what is left is killed, and the unit stopped
@@ -13,9 +13,14 @@ scope nor a slice is as any other.
 import contextlib
 import errno
 import os
+import select
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
+from corral.kernel import process
 from corral.kernel.cgroup import steps
 from corral.kernel.cgroup.driver import Driver, check_path
 from corral.kernel.cgroup.group import Cgroup
@@ -31,6 +36,10 @@ _ATTEMPTS = 5
 """On v1 systemd removes, a moment later, a slice's directories of controllers that it does not need itself."""
 _HOLDER = ["cat"]
 """It reads until its input ends, and that is a pipe of which this process alone has the other end."""
+_KILLED_S = 5.0
+"""For a holder to end."""
+_COME_S = 2.0
+"""For containers that are on their way to scopes which are held, when the driver is closed."""
 
 
 class SystemdDriver(Driver):
@@ -86,14 +95,28 @@ class SystemdDriver(Driver):
         """A process of the container is in it, so it is held no longer, and systemd is told of the limits.
 
         They are all those that it has. The same again does no harm, nor does it if the container has ended meanwhile.
+        Raises OSError: ENOENT if there are processes, and systemd knows nothing of them.
         """
         unit = unit_at(path)
         if not unit.endswith(SCOPE):
             return
         self._holders.release(path)
+        group = self.open(path)
         with _systemd() as manager:
             if manager.cgroup_of(unit) == path:
-                scopes.change(self._group(path), manager, unit, limits, self.layout)
+                scopes.change(group, manager, unit, limits, self.layout)
+            elif group.pids():
+                group.apply(limits)
+                raise OSError(errno.ENOENT, "systemd has lost this scope, with processes in it", path)
+
+    def close(self) -> None:
+        """End the holders: when a container's process has come, or none does so in time."""
+        deadline = time.monotonic() + _COME_S
+        for path, pid in self._holders.held():
+            while set(self.open(path).pids()) <= {pid} and time.monotonic() < deadline:
+                time.sleep(0.02)
+            with contextlib.suppress(OSError):  # one that does not end goes with this process
+                self._holders.release(path)
 
     def claim(self, path: str, owner: str, lives: Callable[[str], bool] = lambda _: False) -> str:
         """As Driver does, of a slice."""
@@ -151,6 +174,8 @@ class UnitCgroup(Cgroup):
 
     def remove(self, timeout_s: float = 10.0) -> None:
         """As Cgroup does, with its unit."""
+        with contextlib.suppress(TimeoutError):  # it is frozen, say
+            self._holders.release(self.path)
         super().remove(timeout_s)
         self._holders.release(self.path)
         if self._unit:
@@ -159,12 +184,18 @@ class UnitCgroup(Cgroup):
                     manager.stop(self._unit)
 
 
+class _Holder(NamedTuple):
+    pid: int
+    pidfd: int
+    pipe: int
+
+
 class _Holders:
     """Processes that hold scopes, by the path of the cgroup."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: dict[str, tuple[int, int]] = {}
+        self._held: dict[str, _Holder] = {}
 
     def hold(self, path: str) -> int:
         """Start one; returns its pid."""
@@ -179,17 +210,30 @@ class _Holders:
         finally:
             os.close(theirs)
         with self._lock:
-            self._held[path] = (pid, ours)
+            self._held[path] = _Holder(pid, os.pidfd_open(pid), ours)
         return pid
 
-    def release(self, path: str) -> None:
-        """End one, and wait for its end; no error if there is none."""
+    def held(self) -> list[tuple[str, int]]:
+        """Those paths, and the holders' pids."""
         with self._lock:
-            held = self._held.pop(path, None)
-        if held is not None:
-            pid, ours = held
-            os.close(ours)
-            os.waitpid(pid, 0)
+            return [(path, holder.pid) for path, holder in self._held.items()]
+
+    def release(self, path: str) -> None:
+        """End one, and wait for its end; no error if there is none. Raises TimeoutError; then it is held still."""
+        with self._lock:
+            holder = self._held.get(path)
+        if holder is None:
+            return
+        process.send_signal(holder.pidfd, signal.SIGKILL)
+        ended = select.poll()
+        ended.register(holder.pidfd, select.POLLIN)
+        if not ended.poll(_KILLED_S * 1000):
+            raise TimeoutError(errno.ETIMEDOUT, "the process that holds this scope does not end", path)
+        with self._lock:
+            del self._held[path]
+        os.waitid(os.P_PIDFD, holder.pidfd, os.WEXITED)
+        os.close(holder.pidfd)
+        os.close(holder.pipe)
 
 
 @contextlib.contextmanager
