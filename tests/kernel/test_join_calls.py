@@ -7,7 +7,7 @@ import re
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 from support.races import exchange
 from support.requirements import needs
 
-from corral.kernel import paths, sequence
+from corral.kernel import process, sequence
 from corral.oci import join_calls, program, users
 from corral.oci.container import Container
 from corral.oci.runtime import ExecFailed, Stdio
@@ -174,49 +174,35 @@ def test_one_that_is_stopped_while_it_is_made_holds_nobody_up(lab, container: Co
 
 
 def test_no_descriptor_is_left(lab, container: Container, cgroups: list[Path]) -> None:
-    def fail_last() -> list[str]:
-        for args in (("true", ""), ("true", ""), ("nonesuch", "")) * 3:
-            try:
-                lab.exec(container, *args, cgroup_paths=cgroups)
-            except ExecFailed:
-                continue
-        return sorted(map(str, Path("/proc/self/fd").iterdir()))
-
-    assert fail_last() == fail_last()
+    before = sorted(map(str, Path("/proc/self/fd").iterdir()))
+    for args in (("true", ""), ("true", ""), ("nonesuch", "")) * 3:
+        try:
+            lab.exec(container, *args, cgroup_paths=cgroups)
+        except ExecFailed:
+            continue
+    assert sorted(map(str, Path("/proc/self/fd").iterdir())) == before
 
 
-def programs() -> set[Path]:
-    return {each for each in Path("/proc/self/fd").iterdir() if "memfd:corral-init" in str(each.resolve())}
-
-
-@pytest.fixture
-def theirs(lab, container: Container) -> Iterator[int]:
-    """The program of the last exec, as a container has it that opens /proc/PID/exe in time."""
-    before = programs()
-    for _ in range(2):
-        assert lab.exec(container, "true", "").code == 0
-    (ours,) = programs() - before
-    with paths.opened(os.open(ours, os.O_RDONLY)) as low:
-        fd = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 500)  # the next exec has the numbers that this one had
-    with paths.opened(fd):
-        yield fd
-
-
-def test_a_lease_on_the_program_of_an_exec_does_not_hold_up_the_next(lab, container: Container, theirs: int) -> None:
-    with pytest.raises(BlockingIOError):
-        fcntl.fcntl(theirs, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-    fcntl.fcntl(theirs, fcntl.F_SETLEASE, fcntl.F_RDLCK)  # which is broken by who opens it to write only
-    began = time.monotonic()
-    assert not forked_python(lambda: lab.exec(container, "true", ""))
-    assert time.monotonic() - began < 10
-
-
-def test_the_program_of_an_exec_that_is_no_longer_executable_is_made_anew(
-    lab, container: Container, theirs: int
+def test_a_program_that_a_container_may_have_got_at_is_not_executed_again(
+    lab, container: Container, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    os.fchmod(theirs, 0)
-    assert forked_python(lambda: lab.exec(container, "true", ""))
-    assert not forked_python(lambda: lab.exec(container, "true", ""))
+    """It has it by /proc/PID/exe. Who owns a file can have each execve of it wait, with a lease."""
+    theirs: list[int] = []
+    original = process.spawn
+
+    def watched(executable: int, kept: Iterable[int]) -> int:
+        theirs.append(fcntl.fcntl(executable, fcntl.F_DUPFD_CLOEXEC, 500))
+        return original(executable, kept)
+
+    monkeypatch.setattr(process, "spawn", watched)
+    try:
+        for _ in range(4):
+            assert lab.exec(container, "true", "").code == 0
+        inodes = {os.fstat(fd).st_ino for fd in theirs}
+        assert len(theirs) == len(inodes) == 3
+    finally:
+        for fd in theirs:
+            os.close(fd)
 
 
 @pytest.mark.parametrize("call", [EXIT, PAUSE])
@@ -251,8 +237,8 @@ def test_who_was_found_in_another_file_than_was_looked_at_is_not_remembered(
 
 def test_a_user_that_is_a_number_needs_no_database(lab, container: Container) -> None:
     lab.exec(container, "rm /etc/passwd /etc/group")
-    process = replace(lab.process("id", "-u"), user=User(uid=77, gid=78))
+    asked = replace(lab.process("id", "-u"), user=User(uid=77, gid=78))
     for _ in range(2):
-        handle = container.exec(process, stdio=Stdio())
+        handle = container.exec(asked, stdio=Stdio())
         lab.made.append(handle)
         assert lab.wait(handle) == 0

@@ -80,33 +80,27 @@ def _passes(profile: Seccomp | None) -> bool:
 
 
 class Files:
-    """The programs that a container's execs were. One that is wanted again, a health check, say, is there already."""
+    """The programs that a container's execs were. One that is wanted again, a health check, say, is there already.
 
-    __slots__ = ("_file", "_wanted", "of_use")
+    But each exec has a file of its own: at one that was executed a container may get, and then, by a lease or by
+    fanotify, have whoever executes it again wait.
+    """
+
+    __slots__ = ("_content", "_wanted", "of_use")
 
     def __init__(self) -> None:
         self.of_use = True
         """Whether they can be executed here, as far as is known."""
         self._wanted: object = None
-        self._file = -1
+        self._content = b""
 
     def of(self, program: Program, sighting: Sighting, stdio: Stdio, descriptors: "Descriptors", flags: int) -> int:
-        """The file of an exec, which stays this one's."""
+        """The file of an exec."""
         wanted = program, sighting, stdio, descriptors, flags
         if wanted != self._wanted:
-            self.close()
             calls = _calls(program, sighting, stdio, descriptors, flags)
-            with paths.opened(sealed(image(calls, descriptors.channel))) as file:
-                # Once more, to read: as long as somebody has it open so, no container that gets at the file, which it
-                # may own, can have a lease that makes each execve wait.
-                self._file, self._wanted = os.open(f"/proc/self/fd/{file}", os.O_RDONLY | os.O_CLOEXEC), wanted
-        return self._file
-
-    def close(self) -> None:
-        """Forget them."""
-        if self._file >= 0:
-            os.close(self._file)
-        self._file, self._wanted = -1, None
+            self._content, self._wanted = image(calls, descriptors.channel), wanted
+        return sealed(self._content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +130,8 @@ def begin(
                 descriptors = Descriptors(child.fileno(), init, tasks, membership.unified)
                 program = program.start_as(sighting.identity)
                 _give_stdio(stdio, program.uid)
-                file = files.of(program, sighting, stdio, descriptors, flags)
-                pid = process.spawn(file, [child.fileno(), init, *membership.fds, *stdio.given()])
+                with paths.opened(files.of(program, sighting, stdio, descriptors, flags)) as file:
+                    pid = process.spawn(file, [child.fileno(), init, *membership.fds, *stdio.given()])
                 unless_born.pop_all()
     except OSError:
         return None

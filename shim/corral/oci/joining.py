@@ -55,7 +55,6 @@ def begin(
             if handle is not None:
                 container.sightings[who] = sighting
                 return handle
-            container.files.close()  # the container may have changed the mode of one
     if Kind.USER in kinds:
         from corral.oci.passage import give_stdio
 

@@ -64,7 +64,6 @@ def rehearse_exec() -> None:
     files = join_calls.Files()
     with paths.opened(process.pidfd_open(os.getpid())) as nobody, contextlib.suppress(OSError, ExecFailed):
         join_calls.begin(files, wanted, sighting, Stdio(), (), init=nobody, flags=0)
-    files.close()
 
 
 class Typical:
