@@ -238,13 +238,19 @@ async def test_a_stream_that_nobody_reads_any_more_ends(echo: Echo, path: str):
 
 
 async def test_a_cancelled_read_cancels_the_stream(echo: Echo):
+    arrived = asyncio.Event()
+
     async def sleep(request: bytes) -> None:
+        arrived.set()
         await asyncio.sleep(SLOW_S)
 
     echo.hook = sleep
-    call = echo.stub.many(b"x")
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(collect(call), 0.1)
+    reading = asyncio.ensure_future(collect(echo.stub.many(b"x")))
+    async with asyncio.timeout(5):
+        await arrived.wait()
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
     async with asyncio.timeout(5):
         while "many ended" not in echo.log:  # noqa: ASYNC110
             await asyncio.sleep(0.01)

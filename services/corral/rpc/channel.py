@@ -218,12 +218,18 @@ class _Call:
                 yield message
         except grpc.aio.AioRpcError as e:
             raise self._error(e) from e
+        except asyncio.CancelledError:
+            self._inner.cancel()  # grpc.aio (1.85) does not where it still waits for the request to be sent
+            raise
 
     async def read(self) -> Any:
         try:
             return await self._inner.read()
         except grpc.aio.AioRpcError as e:
             raise self._error(e) from e
+        except asyncio.CancelledError:
+            self._inner.cancel()
+            raise
 
     async def write(self, request: Any) -> None:
         try:
