@@ -17,6 +17,8 @@ from corral.rpc.errors import AlreadyExists, InvalidArgument, NotFound, Unavaila
 
 pytestmark = needs("root", "netns", "nft", "nsenter", "ip")
 LOOPBACK = "127.0.0.1"
+READY = 8
+"""Network namespaces that the daemon keeps for endpoints to come."""
 COUNTING = """add table ip strangers; add chain ip strangers c { type filter hook forward priority 0; }
 add rule ip strangers c udp dport 8080 ct state new counter"""
 
@@ -213,7 +215,6 @@ async def test_a_port_that_nobody_named_is_chosen_and_stays(lab: Lab, net: Calls
 
 async def test_a_port_that_is_taken_is_refused_and_nothing_is_left(lab: Lab, net: Calls) -> None:
     await net.attach("a", ports=[port()])
-    pins = lab.pins
     with pytest.raises(AlreadyExists, match="8080/tcp of the host is published by container a already"):
         await net.attach("b", ports=[port(host=8081), port()])
     with pytest.raises(AlreadyExists, match="container a already"):
@@ -225,7 +226,7 @@ async def test_a_port_that_is_taken_is_refused_and_nothing_is_left(lab: Lab, net
     finally:
         program.close()
     assert await net.ids() == ["a"]
-    assert eventually(lambda: len(lab.pins) == len(pins))
+    assert eventually(lambda: len(lab.pins) == 1 + READY), lab.pins
     await net.attach("b", ports=[port(host=8081), port(host=8082), port(protocol="udp")])
 
 
@@ -446,11 +447,10 @@ async def test_a_kill_on_the_way_leaves_no_port_half_published(lab: Lab, point: 
 async def test_what_cannot_be_published_is_refused_and_leaves_nothing(
     lab: Lab, net: Calls, fields: dict[str, object], word: str
 ) -> None:
-    pins = len(lab.pins)
     with pytest.raises(InvalidArgument, match=word):
         await net.attach("a", **fields)
     assert await net.ids() == []
-    assert eventually(lambda: len(lab.pins) == pins)
+    assert eventually(lambda: len(lab.pins) == READY), lab.pins
     assert "8080" not in lab.ruleset()
 
 

@@ -242,7 +242,7 @@ class Corrald:
 
     def revive(self) -> None:
         """Start again what died, failpoints off. Raises AssertionError if nothing did."""
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + STOP_TIMEOUT_S
         while not (dead := [name for name in self.processes if not self._runs(name)]):
             assert time.monotonic() < deadline, "nothing died"
             time.sleep(0.01)
