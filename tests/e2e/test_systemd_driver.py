@@ -233,6 +233,21 @@ def test_what_is_called_the_same_elsewhere_or_lies_in_our_slice_is_left_alone(bo
 
 
 @on_systemd
+def test_what_an_ended_container_may_use_is_changed_also_after_a_restart(box: Corrald) -> None:
+    id_ = sleeping(box, "--memory", "64m")
+    box.kill9()
+    systemctl("kill", "--signal=KILL", unit_of(box, id_))
+    assert eventually(lambda: not units(), within_s=SLOW_S)
+    box.start()
+    ok(box, "update", "--memory", "48m", id_)
+    box.restart()
+    ok(box, "start", id_)
+    assert limits(group_of(box, id_))[0] == 48 * MIB
+    ok(box, "rm", "-f", id_)
+    assert not scopes_of(box)
+
+
+@on_systemd
 def test_a_scope_whose_holder_was_killed_before_the_container_came_is_made_again(box: Corrald) -> None:
     box.restart_with({"CORRAL_FAILPOINTS": "engine.task.before_create=sleep:4@1"})
     with ThreadPoolExecutor(1) as pool:

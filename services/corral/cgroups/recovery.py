@@ -1,12 +1,14 @@
 """Rows and kernel brought together again when the leaf starts.
 
 row, cgroup       keep it, whatever runs inside, and watch it; systemd, if it has made it, is told of its limits again
-row, no cgroup    (a reboot, or a crash during delete) delete the row, with an event
+row, no cgroup    (a reboot, or a crash during delete) delete the row, with an event; a scope's stays, which goes and
+                  comes with its container
 intent            (a crash during create) remove both
 cgroup, no row    (likewise) remove it; it has no container, since nobody was told of it
 """
 
 import errno
+from collections.abc import Sequence
 
 import structlog
 
@@ -21,36 +23,51 @@ log = structlog.get_logger()
 
 
 def reconcile(database: Database, driver: Driver, parent: Parent, *, timeout_s: float) -> dict[Key, OomWatch]:
-    """Put right what a crash or a reboot left; returns a watch for each cgroup that stays. Blocks."""
+    """Put right what a crash or a reboot left; returns a watch for each cgroup that is there. Blocks."""
     records = database.read_sync(store.every)
-    kept = [record for record in records if _settle(database, driver, record, timeout_s)]
+    there = [record for record in records if _settle(database, driver, parent, record, timeout_s)]
     paths = {record.path for record in records}
     for path in parent.groups():
         if path not in paths:
             _remove(driver, path, timeout_s)
-    for record in kept:
-        _settle_again(driver, record)
-    return {record.key: _watch(driver, record) for record in kept}
+    _settle_again(driver, there)
+    watches = {record.key: _watch(driver, record) for record in there}
+    return {key: watch for key, watch in watches.items() if watch is not None}
 
 
-def _settle_again(driver: Driver, record: Record) -> None:
-    """What a crash may have come in between of. A limit that is refused now was not when it was made: it goes on."""
+def _settle_again(driver: Driver, records: Sequence[Record]) -> None:
+    """What a crash may have come in between of. A limit that is refused now was not when it was made: it goes on.
+
+    A systemd that does not answer is not waited for again: each container is settled before it starts, too.
+    """
+    for record in records:
+        try:
+            driver.settle(record.path, wire.resources(types_pb2.Resources.FromString(record.resources)))
+        except OSError as e:
+            log.warning("cgroup.not_settled", path=record.path, error=str(e))
+            if e.errno == errno.ETIMEDOUT:
+                return
+
+
+def _watch(driver: Driver, record: Record) -> OomWatch | None:
+    """None if it has gone meanwhile, as a scope does."""
     try:
-        driver.settle(record.path, wire.resources(types_pb2.Resources.FromString(record.resources)))
+        return OomWatch.open(driver.open(record.path).paths(), since_creation=True, known=record.oom_kills)
     except OSError as e:
-        log.warning("cgroup.not_settled", path=record.path, error=str(e))
+        if e.errno not in (errno.ENOENT, errno.ENODEV):
+            raise
+        return None
 
 
-def _watch(driver: Driver, record: Record) -> OomWatch:
-    return OomWatch.open(driver.open(record.path).paths(), since_creation=True, known=record.oom_kills)
-
-
-def _settle(database: Database, driver: Driver, record: Record, timeout_s: float) -> bool:
+def _settle(database: Database, driver: Driver, parent: Parent, record: Record, timeout_s: float) -> bool:
+    """Bring one row together with its cgroup; whether there is one."""
     group = driver.open(record.path)
     if record.state is State.MAKING:
         _remove(driver, record.path, timeout_s)
     elif group.exists():
         return True
+    elif parent.unit(record.path):
+        return False
     log.info("cgroup.row_removed", namespace=record.key.namespace, id=record.key.id, state=record.state)
     payload: dict[str, JSON] = {"oom_kills": record.oom_kills, "reason": "it was gone when the service started"}
     database.write_sync(lambda transaction: store.delete(transaction, record.key, payload))

@@ -104,7 +104,7 @@ class SystemdDriver(Driver):
         group = self.open(path)
         with _systemd() as manager:
             if manager.cgroup_of(unit) == path:
-                scopes.change(group, manager, unit, limits, self.layout)
+                scopes.settle(group, manager, unit, limits, self.layout)
             elif group.pids():
                 group.apply(limits)
                 raise OSError(errno.ENOENT, "systemd has lost this scope, with processes in it", path)
@@ -163,7 +163,10 @@ class UnitCgroup(Cgroup):
         super().lift_memory_limit()
         if self._unit:
             with _systemd() as manager:
-                manager.set_properties(self._unit, [("MemoryMax", Variant("t", INFINITY))])
+                if manager.cgroup_of(self._unit) == self.path:
+                    hierarchy = self._layout.of("memory")
+                    name = "MemoryLimit" if hierarchy is not None and hierarchy.version == 1 else "MemoryMax"
+                    manager.set_properties(self._unit, [(name, Variant("t", INFINITY))])
 
     def is_lasting(self) -> bool:
         """A scope in which nobody is goes by itself, if not at once: it is removed here."""

@@ -11,7 +11,7 @@ Source: org.freedesktop.systemd1(5).
 import errno
 import os
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 from corral.kernel.cgroup.systemd.names import SLICE
 from corral.kernel.cgroup.systemd.properties import Property
@@ -126,16 +126,26 @@ class Manager:
 
     def cgroup_of(self, unit: str) -> str | None:
         """Where the cgroup of a slice or scope is, "" if it has none any more; None if there is no such unit."""
+        answer = self._ask(unit, "Get", "ss", "ControlGroup")
+        return answer and str(answer.value)
+
+    def properties_of(self, unit: str) -> dict[str, Variant]:
+        """All that a slice or scope is set to; nothing if there is no such unit."""
+        return dict(self._ask(unit, "GetAll", "s") or ())
+
+    def _ask(self, unit: str, method: str, signature: str, *names: str) -> Any:
+        """A call about properties of a slice or scope; None if there is no such unit."""
         try:
             (path,) = self._connection.call(_MANAGER, "GetUnit", "s", unit)
         except CallFailed as e:
             if e.name != _NOT_THERE:
                 raise
             return None
-        properties = Target(_SERVICE, path, _PROPERTIES.interface)
         interface = f"{_SERVICE}.{'Slice' if unit.endswith(SLICE) else 'Scope'}"
-        (found,) = self._connection.call(properties, "Get", "ss", interface, "ControlGroup")
-        return str(found.value)
+        (found,) = self._connection.call(
+            Target(_SERVICE, path, _PROPERTIES.interface), method, signature, interface, *names
+        )
+        return found
 
     def set_properties(self, unit: str, properties: Sequence[Property]) -> None:
         """Change a unit until the host is booted again."""

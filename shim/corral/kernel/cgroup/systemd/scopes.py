@@ -65,6 +65,29 @@ def change(group: Cgroup, manager: Manager, unit: str, changes: Resources, layou
     steps.run(group.plan(devices))
 
 
+def settle(group: Cgroup, manager: Manager, unit: str, limits: Resources, layout: Layout) -> None:
+    """Set all limits that a unit was made with, again. Raises OSError.
+
+    systemd is told only what it does not know. On v1, whatever it is told, it sets a unit's devices anew, and for a
+    moment allows none; so the rules that it has no words for come after it, and only then.
+    """
+    devices = Resources(devices=limits.devices)
+    planned = plan(group, replace(limits, devices=None))
+    steps.run(planned)
+    contents, known = properties.contents_of(planned), manager.properties_of(unit)
+    wanted = properties.properties_of(contents, manager.version)
+    if news := [(name, value) for name, value in wanted if not _is_same(known.get(name), value)]:
+        manager.set_properties(unit, news)
+        if layout.of("devices") is not None:
+            steps.run(group.plan(devices))
+
+
+def _is_same(known: Variant | None, wanted: Variant) -> bool:
+    if known is not None and wanted.signature == "ay":  # bits, of which systemd knows more that are 0
+        return bytes(known.value).rstrip(b"\0") == bytes(wanted.value).rstrip(b"\0")
+    return known is not None and bool(known.value == wanted.value)
+
+
 class Tell:
     """The step that tells systemd of the others, which come before: nothing is changed, if it refuses."""
 
