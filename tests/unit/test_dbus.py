@@ -4,6 +4,7 @@ import contextlib
 import socket
 import struct
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -328,6 +329,16 @@ def test_who_does_not_answer_is_not_waited_for_for_ever(tmp_path):
         server.listen(1)
         with pytest.raises(TimeoutError, match=r"no answer within 0\.1 s"):
             Connection(str(tmp_path / "s"), timeout_s=0.1)
+
+
+def test_who_answers_slowly_is_asked_no_longer_than_all_may_take(tmp_path):
+    serving = serve(tmp_path / "s", LET_IN, encode(Message(METHOD_RETURN, 8, reply_serial=1)))
+    with Connection(str(tmp_path / "s"), timeout_s=60, until=time.monotonic() + 1) as connection:
+        assert connection.call(SERVICE, "Ask") == ()
+        time.sleep(1)
+        with pytest.raises(TimeoutError):
+            connection.call(SERVICE, "Ask")
+    serving.join()
 
 
 def test_marshalling_refuses_an_array_longer_than_the_specification_allows():

@@ -9,7 +9,7 @@ a row that says so comes first.
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -38,7 +38,7 @@ from corral.kernel.cgroup import (
     Resources,
     Stats,
 )
-from corral.rpc.blocking import run_blocking
+from corral.rpc.blocking import run_asking, run_blocking
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, NotFound
 from corral.rpc.limits import after_change, with_shares_again
 from corral.store import JSON, Database, Duplicate, failpoint
@@ -112,7 +112,7 @@ class Groups:
             await self._announce(record)
         with ExitStack() as undo:
             try:
-                oom, pressure = await run_blocking(self._make, record)
+                oom, pressure = await self._run(self._make, record)
             except BaseException:
                 if announce:
                     await self._database.write(lambda transaction: store.delete(transaction, record.key, {}))
@@ -123,7 +123,7 @@ class Groups:
             try:
                 await self._database.write(lambda transaction: store.put_ready(transaction, record))
             except BaseException:  # a full disk, say: whoever undoes this would find nothing to delete
-                await run_blocking(self._unmake, record)
+                await self._run(self._unmake, record)
                 raise
             undo.pop_all()  # the watchers have them now
         self._watcher.add(record.key, oom)
@@ -144,11 +144,11 @@ class Groups:
     async def _again(self, record: Record) -> Record:
         """What create() answers for a row that is there; if its cgroup went, by somebody's hand or as a scope does when
         its container ends, it is made anew."""
-        if not await run_blocking(self._lasts, record):
+        if not await self._run(self._lasts, record):
             old = await self._watcher.take(record.key)
             if old:
                 old.close()
-            oom, pressure = await run_blocking(self._make, record)
+            oom, pressure = await self._run(self._make, record)
             self._watcher.add(record.key, oom)
             self._pressure.put(record.key, pressure)
         else:
@@ -225,7 +225,7 @@ class Groups:
         record = self.find(key)
         limits = _limits_at_creation(record.resources)
         with translated(f"have systemd keep the limits of {record.path}"):
-            await run_blocking(self._driver.settle, record.path, limits)
+            await self._run(self._driver.settle, record.path, limits)
 
     async def update(self, key: Key, change: types_pb2.Resources) -> Record:
         """Change limits, all or none. Raises NotFound, InvalidArgument, Unimplemented."""
@@ -255,7 +255,7 @@ class Groups:
                     raise
                 return watches
 
-        watches = await run_blocking(apply)
+        watches = await self._run(apply)
         self._readings.forget(record.path)
         if change.HasField("pressure"):
             self._pressure.put(key, watches)
@@ -273,7 +273,7 @@ class Groups:
             return False
         watch = await self._watcher.take(key)
         try:
-            kills = await run_blocking(self._remove, record, watch)
+            kills = await self._run(self._remove, record, watch)
         except BaseException:
             if watch:
                 self._watcher.add(key, watch)
@@ -358,7 +358,7 @@ class Groups:
         async def remove() -> None:
             known = {record.path for record in await self._database.read(store.every)}
             if path not in known:
-                await run_blocking(self._remove_path, path)
+                await self._run(self._remove_path, path)
 
         await self._change(key, remove())
 
@@ -404,6 +404,11 @@ class Groups:
             await asyncio.wait(self._changes)
         await self._watcher.close()
         await self._pressure.close()
+
+    async def _run[**P, T](self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Off the loop, what makes, changes or removes cgroups."""
+        run = run_asking if self._driver.asks_systemd else run_blocking
+        return await run(fn, *args, **kwargs)
 
     async def _change[T](self, key: Key, change: Coroutine[Any, Any, T]) -> T:
         """Run a change alone on its cgroup and to its end, even if the caller goes away."""

@@ -2,7 +2,8 @@
 
 For calls that end by themselves soon (SQLite, netlink, mount, fsync). What waits for somebody else (a process, a
 client) belongs on the loop, and heavy computing in a worker process: here it would take a thread from everybody. What
-takes a disk as long as it has data, or waits for a worker process, has threads of its own: run_long().
+takes a disk as long as it has data, or waits for a worker process, has threads of its own: run_long(). So has what
+systemd is asked, which may not answer: run_asking().
 A hop costs 70 us on an idle 2-core machine; put all blocking work of one RPC into one function.
 """
 
@@ -15,9 +16,11 @@ from functools import partial
 
 MAX_THREADS = 16
 MAX_LONG_THREADS = 8
+MAX_ASKING_THREADS = 4
 
 _threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="blocking")
 _long_threads = ThreadPoolExecutor(MAX_LONG_THREADS, thread_name_prefix="long")
+_asking_threads = ThreadPoolExecutor(MAX_ASKING_THREADS, thread_name_prefix="asking")
 
 
 async def run_blocking[**P, T](fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -31,6 +34,11 @@ async def run_blocking[**P, T](fn: Callable[P, T], *args: P.args, **kwargs: P.kw
 async def run_long[**P, T](fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """As run_blocking(), for what copies trees or makes file systems: others who do wait for it, and nobody else."""
     return await _run_in(_long_threads, partial(fn, *args, **kwargs))
+
+
+async def run_asking[**P, T](fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """As run_blocking(), for what asks another program of the host: a hung one holds up only those who ask it, too."""
+    return await _run_in(_asking_threads, partial(fn, *args, **kwargs))
 
 
 async def _run_in[T](threads: ThreadPoolExecutor, fn: Callable[[], T]) -> T:

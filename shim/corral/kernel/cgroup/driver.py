@@ -41,6 +41,9 @@ _NOT_OURS = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY))
 class Driver:
     """Makes, opens and lists cgroups. Holds no state of its own: the kernel is the truth."""
 
+    asks_systemd = False
+    """Whether systemd makes them, which may keep the caller waiting."""
+
     def __init__(self, layout: Layout, *, lenient: bool = False) -> None:
         """Use the writable hierarchies of a layout.
 

@@ -54,10 +54,13 @@ class Connection:
     that is none, ECONNRESET if the other side ends it.
     """
 
-    def __init__(self, path: str, *, timeout_s: float = 30.0) -> None:
-        """Connect to a socket: a path, or with a NUL in front an abstract name."""
+    def __init__(self, path: str, *, timeout_s: float = 30.0, until: float = float("inf")) -> None:
+        """Connect to a socket: a path, or with a NUL in front an abstract name.
+
+        until: when all answers must be there, by the monotonic clock.
+        """
         self._path = path.replace("\0", "@", 1)
-        self._timeout_s = timeout_s
+        self._timeout_s, self._until = timeout_s, until
         self._received = bytearray()
         self._signals: list[Message] = []
         self._serial = 0
@@ -70,12 +73,12 @@ class Connection:
             raise OSError(e.errno, e.strerror, self._path) from e
 
     @classmethod
-    def to_bus(cls, addresses: str, *, timeout_s: float = 30.0) -> Self:
+    def to_bus(cls, addresses: str, *, timeout_s: float = 30.0, until: float = float("inf")) -> Self:
         """Connect to the first bus of a list of addresses that there is, and introduce oneself."""
         error = OSError(errno.EAFNOSUPPORT, "no address of a unix socket", addresses)
         for path in unix_paths(addresses):
             try:
-                connection = cls(path, timeout_s=timeout_s)
+                connection = cls(path, timeout_s=timeout_s, until=until)
             except OSError as e:
                 error = e
                 continue
@@ -110,7 +113,7 @@ class Connection:
             signature=signature,
             body=arguments,
         )
-        deadline = time.monotonic() + self._timeout_s
+        deadline = self._deadline()
         self._send(marshalling.encode(call), deadline)
         while True:
             answer = self._receive(deadline)
@@ -126,7 +129,7 @@ class Connection:
         self, interface: str, member: str, matches: Callable[[tuple[Any, ...]], bool]
     ) -> tuple[Any, ...]:
         """The body of the first signal that matches, of those that came since the connection was made."""
-        deadline = time.monotonic() + self._timeout_s
+        deadline = self._deadline()
         while True:
             message = self._signals.pop(0) if self._signals else self._receive(deadline)
             wanted = message.kind == SIGNAL and (message.interface, message.member) == (interface, member)
@@ -144,7 +147,7 @@ class Connection:
             raise self._late() from None
 
     def _authenticate(self) -> None:
-        deadline = time.monotonic() + self._timeout_s
+        deadline = self._deadline()
         self._send(_AUTHENTICATION, deadline)
         for expected in (b"DATA", b"OK"):
             line = self._line(deadline)
@@ -186,6 +189,9 @@ class Connection:
             self._socket.sendall(data)
         except TimeoutError:
             raise self._late() from None
+
+    def _deadline(self) -> float:
+        return min(time.monotonic() + self._timeout_s, self._until)
 
     def _limit(self, deadline: float) -> None:
         left = deadline - time.monotonic()

@@ -38,12 +38,16 @@ _HOLDER = ["cat"]
 """It reads until its input ends, and that is a pipe of which this process alone has the other end."""
 _KILLED_S = 5.0
 """For a holder to end."""
+_OPERATION_S = 30.0
+"""For systemd to do all that one operation takes."""
 _COME_S = 2.0
 """For containers that are on their way to scopes which are held, when the driver is closed."""
 
 
 class SystemdDriver(Driver):
     """See the module."""
+
+    asks_systemd = True
 
     def __init__(self, layout: Layout) -> None:
         """Raises OSError if systemd does not run this host, or can't be reached."""
@@ -241,5 +245,6 @@ class _Holders:
 
 @contextlib.contextmanager
 def _systemd() -> Iterator[Manager]:
-    with contextlib.closing(Manager.open(user=False)) as manager:
+    """Connected, for one operation. Raises TimeoutError in it when that has taken too long altogether."""
+    with contextlib.closing(Manager.open(user=False, within_s=_OPERATION_S)) as manager:
         yield manager

@@ -10,6 +10,7 @@ Source: org.freedesktop.systemd1(5).
 
 import errno
 import os
+import time
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -40,16 +41,21 @@ class Manager:
         self._version: int | None = None
 
     @classmethod
-    def open(cls, *, user: bool) -> Self:
-        """Connect. user: to the caller's own, not the host's. Raises OSError if that can't be reached."""
+    def open(cls, *, user: bool, within_s: float = float("inf")) -> Self:
+        """Connect. user: to the caller's own, not the host's. Raises OSError if that can't be reached.
+
+        within_s: how long all that is asked may take; any single answer may take 30 s.
+        """
+        until = time.monotonic() + within_s
         runtime_dir = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
         try:
-            return cls(Connection(f"{runtime_dir}/systemd/private" if user else PRIVATE))
+            return cls(Connection(f"{runtime_dir}/systemd/private" if user else PRIVATE, until=until))
         except OSError as e:
             if e.errno not in _ELSEWHERE:
                 raise
         bus = os.environ.get("DBUS_SESSION_BUS_ADDRESS") or f"unix:path={runtime_dir}/bus"
-        connection = Connection.to_bus(bus if user else os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or _BUS)
+        bus = bus if user else os.environ.get("DBUS_SYSTEM_BUS_ADDRESS") or _BUS
+        connection = Connection.to_bus(bus, until=until)
         try:
             # Nobody is told of jobs who did not ask for it; on the private socket everybody is.
             connection.call(BUS, "AddMatch", "s", _JOBS)
