@@ -129,6 +129,12 @@ async def test_a_taken_name_is_refused_per_namespace(net: Calls) -> None:
         await net.create("mine")
 
 
+async def test_a_name_that_is_taken_is_told_before_the_subnet_that_is_too(net: Calls) -> None:
+    await net.create("mine", "10.231.40.0/24")
+    with pytest.raises(AlreadyExists, match="'mine' already exists"):
+        await net.create("mine", "10.231.40.0/24")
+
+
 async def test_a_subnet_that_overlaps_is_refused_and_what_it_overlaps_is_named(lab: Lab, net: Calls) -> None:
     await net.create("mine", "10.231.200.0/24")
     for cidr, owner in (

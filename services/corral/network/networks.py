@@ -119,6 +119,11 @@ class Networks:
 
     def _insert(self, transaction: Transaction, network: Network, routes: Iterable[Route]) -> Network:
         existing = store.networks(transaction)
+        if any((other.namespace, other.name) == (network.namespace, network.name) for other in existing):
+            raise AlreadyExists(
+                f"network {network.name!r} already exists: choose another name, or remove it first",
+                reason="NETWORK_EXISTS",
+            )
         _refuse_shared_parent(existing, network)
         taken = self._taken(existing, routes)
         # The network of a parent is one that the host has a route to, and that is what it is for.
@@ -134,12 +139,7 @@ class Networks:
         try:
             store.insert_network(transaction, network)
         except Duplicate as e:
-            if any(other.bridge == network.bridge for other in existing):
-                raise AlreadyExists(f"interface {network.bridge} belongs to another network") from e
-            raise AlreadyExists(
-                f"network {network.name!r} already exists: choose another name, or remove it first",
-                reason="NETWORK_EXISTS",
-            ) from e
+            raise AlreadyExists(f"interface {network.bridge} belongs to another network") from e
         found = store.network_by_id(transaction, network.id)
         assert found is not None
         return found
