@@ -16,6 +16,7 @@ REPLACEMENTS = (
         "The client for ordinary code, as `corral.client.aio` is for asyncio.",
     ),
     (r"from corral\.client\.aio\b", "from corral.client.sync"),
+    (r"corral\.client\.async_transport", "corral.client.transport"),
     (r"async_attach_requests", "attach_requests"),
     (r"async_registry_auth", "registry_auth"),
     (r"\basync (def|for|with)\b", r"\1"),

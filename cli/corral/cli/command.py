@@ -9,6 +9,8 @@ import os
 import sys
 from typing import NoReturn
 
+from corral.cli.deferred import defer
+
 INTERRUPTED = 130
 """What a command ends with that Ctrl-C ended, as shells have it."""
 _LESS_GARBAGE_THAN = 100_000
@@ -19,6 +21,7 @@ long, and makes cycles, thus holds some megabytes of them and no more."""
 def main() -> NoReturn:
     """Runs one command and ends the process with its code."""
     gc.set_threshold(_LESS_GARBAGE_THAN)
+    defer()
     try:
         from corral.cli.main import main as run
 

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from corral.cli.output import Json
 
 _PATH = r"\.(?:[A-Za-z_][A-Za-z0-9_]*)?(?:\.[A-Za-z_][A-Za-z0-9_]*)*"
-_PLACE = re.compile(
-    rf'\{{\{{\s*(?:(?P<json>json\s+)?(?P<path>{_PATH})|index\s+(?P<many>{_PATH})\s+(?:"(?P<key>[^"]*)"|(?P<number>[0-9]+)))\s*\}}\}}'
+_PLACE = (
+    rf"\{{\{{\s*(?:(?P<json>json\s+)?(?P<path>{_PATH})|index\s+(?P<many>{_PATH})\s+"
+    r'(?:"(?P<key>[^"]*)"|(?P<number>[0-9]+)))\s*\}\}'
 )
-_TABLE = re.compile(r"table\s+")
+_TABLE = r"table\s+"
 _ESCAPES = {r"\t": "\t", r"\n": "\n"}
 NO_VALUE = "<no value>"
 
@@ -40,17 +41,17 @@ class OutputForm(click.ParamType[str, str]):
 
 
 def is_table(template: str) -> bool:
-    return _TABLE.match(template) is not None
+    return re.match(_TABLE, template) is not None
 
 
 def columns(template: str) -> list[str]:
     """The cells of a template that begins with table."""
-    return _unescaped(_TABLE.sub("", template, count=1)).split("\t")
+    return _unescaped(re.sub(_TABLE, "", template, count=1)).split("\t")
 
 
 def headings(template: str) -> list[str]:
     """A heading for each of its cells."""
-    return [_PLACE.sub(_heading, cell) for cell in columns(template)]
+    return [re.sub(_PLACE, _heading, cell) for cell in columns(template)]
 
 
 def _heading(match: re.Match[str]) -> str:
@@ -72,10 +73,10 @@ def render(template: str, document: "Json", row: Mapping[str, str] | None = None
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
     text = _unescaped(template)
-    left = _PLACE.sub("", text)
+    left = re.sub(_PLACE, "", text)
     if "{{" in left or "}}" in left:
         raise ValueError(f"the template {template!r} is not understood: {{{{.Name}}}} and {{{{json .Name}}}} are")
-    return _PLACE.sub(fill, text)
+    return re.sub(_PLACE, fill, text)
 
 
 def row_of(names: Sequence[str], cells: Sequence[str]) -> dict[str, str]:

@@ -1,93 +1,15 @@
 """Calls over one gRPC channel: the namespace goes along, and every failure is a kind of CorralError."""
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
-import grpc.aio
 
 from corral.rpc.address import OPTIONS, Target, Tls, UnixAddress, parse_address
 from corral.rpc.attempts import Attempts
 from corral.rpc.errors import from_rpc_error
 from corral.rpc.metadata import NAMESPACE_KEY
-
-
-class AsyncTransport:
-    """A channel for asyncio."""
-
-    def __init__(self, address: str, namespace: str, tls: Tls | None) -> None:
-        """Raises InvalidArgument for a malformed address, OSError if a file of `tls` cannot be read."""
-        self.address = address
-        parsed = parse_address(address)
-        self._target = Target(parsed)
-        if tls is None or isinstance(parsed, UnixAddress):
-            self.channel = grpc.aio.insecure_channel(self._target.name, OPTIONS)
-        else:
-            self.channel = grpc.aio.secure_channel(self._target.name, tls.channel_credentials(), _secure(OPTIONS))
-        self._metadata = ((NAMESPACE_KEY, namespace),)
-
-    async def unary[Request, Answer](
-        self, method: "grpc.aio.UnaryUnaryMultiCallable[Request, Answer]", request: Request
-    ) -> Answer:
-        """The answer. Raises a kind of CorralError.
-
-        A call that was not served because the daemon just executes itself anew is made again, here and in stream().
-        """
-        attempts = Attempts()
-        while True:
-            try:
-                return await method(request, metadata=self._metadata)
-            except grpc.RpcError as e:
-                pause_s = _pause(self.address, e, attempts)
-            await asyncio.sleep(pause_s)
-
-    async def stream[Request, Answer](
-        self,
-        method: "grpc.aio.UnaryStreamMultiCallable[Request, Answer]",
-        request: Request,
-        resume: Callable[[], Request] | None = None,
-    ) -> AsyncIterator[Answer]:
-        """The answers as they come. Raises a kind of CorralError.
-
-        `resume` changes the request, once some answers have come, to one for the rest.
-        """
-        attempts, answered = Attempts(), False
-        while True:
-            call = method(request, metadata=self._metadata)
-            try:
-                async for answer in call:
-                    attempts, answered = Attempts(), True
-                    yield answer
-                return
-            except grpc.RpcError as e:
-                pause_s = _pause(self.address, e, attempts if resume or not answered else None)
-            finally:
-                call.cancel()
-            if resume is not None and answered:
-                request = resume()
-            await asyncio.sleep(pause_s)
-
-    async def gather[Request, Answer](
-        self, method: "grpc.aio.StreamUnaryMultiCallable[Request, Answer]", requests: AsyncIterator[Request]
-    ) -> Answer:
-        """The answer to all of `requests`. Raises a kind of CorralError."""
-        try:
-            return await method(requests, metadata=self._metadata)
-        except grpc.RpcError as e:
-            raise from_rpc_error(e, address=self.address) from e
-
-    def exchange[Request, Answer](
-        self, method: "grpc.aio.StreamStreamMultiCallable[Request, Answer]", requests: AsyncIterator[Request]
-    ) -> "AsyncExchange[Answer]":
-        """A conversation: `requests` are sent as they come, its answers are iterated."""
-        return AsyncExchange(method(requests, metadata=self._metadata), self.address)
-
-    async def close(self) -> None:
-        """Ends the channel and what still runs on it."""
-        await self.channel.close()
-        self._target.close()
 
 
 class Transport:
@@ -101,7 +23,7 @@ class Transport:
         if tls is None or isinstance(parsed, UnixAddress):
             self.channel = grpc.insecure_channel(self._target.name, OPTIONS)
         else:
-            self.channel = grpc.secure_channel(self._target.name, tls.channel_credentials(), _secure(OPTIONS))
+            self.channel = grpc.secure_channel(self._target.name, tls.channel_credentials(), secure(OPTIONS))
         self._metadata = ((NAMESPACE_KEY, namespace),)
 
     def unary[Request, Answer](
@@ -113,8 +35,8 @@ class Transport:
             try:
                 return method(request, metadata=self._metadata)
             except grpc.RpcError as e:
-                pause_s = _pause(self.address, e, attempts)
-            time.sleep(pause_s)
+                wait_s = pause_s(self.address, e, attempts)
+            time.sleep(wait_s)
 
     def stream[Request, Answer](
         self,
@@ -132,12 +54,12 @@ class Transport:
                     yield answer
                 return
             except grpc.RpcError as e:
-                pause_s = _pause(self.address, e, attempts if resume or not answered else None)
+                wait_s = pause_s(self.address, e, attempts if resume or not answered else None)
             finally:
                 call.cancel()
             if resume is not None and answered:
                 request = resume()
-            time.sleep(pause_s)
+            time.sleep(wait_s)
 
     def gather[Request, Answer](
         self, method: "grpc.StreamUnaryMultiCallable[Request, Answer]", requests: Iterator[Request]
@@ -158,30 +80,6 @@ class Transport:
         """Ends the channel and what still runs on it."""
         self.channel.close()
         self._target.close()
-
-
-class AsyncExchange[Answer]:
-    """The answers of a conversation. Iterating raises a kind of CorralError, but ends quietly after `cancel`."""
-
-    def __init__(self, call: "grpc.aio.StreamStreamCall[Any, Answer]", address: str) -> None:
-        self._call = call
-        self._address = address
-
-    async def __aiter__(self) -> AsyncIterator[Answer]:
-        try:
-            async for answer in self._call:
-                yield answer
-        except asyncio.CancelledError:
-            if not self._call.cancelled():
-                raise
-        except grpc.RpcError as e:
-            raise from_rpc_error(e, address=self._address) from e
-        finally:
-            self._call.cancel()
-
-    def cancel(self) -> None:
-        """Ends the conversation."""
-        self._call.cancel()
 
 
 class Exchange[Answer]:
@@ -207,7 +105,7 @@ class Exchange[Answer]:
         self._call.cancel()
 
 
-def _pause(address: str, e: grpc.RpcError, attempts: Attempts | None) -> float:
+def pause_s(address: str, e: grpc.RpcError, attempts: Attempts | None) -> float:
     """How long to wait before another attempt. Raises what the failure stands for if there is none."""
     error = from_rpc_error(e, address=address)
     if attempts is None:
@@ -216,6 +114,6 @@ def _pause(address: str, e: grpc.RpcError, attempts: Attempts | None) -> float:
     return attempts.pause_s(error)
 
 
-def _secure(options: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+def secure(options: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """With TLS the server's name is what its certificate is checked for."""
     return [option for option in options if option[0] != "grpc.default_authority"]

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from corral.client.address import default_address, default_namespace, default_tls
-from corral.client.transport import AsyncTransport
+from corral.client.async_transport import AsyncTransport
 from corral.rpc.address import Tls
 
 if TYPE_CHECKING:

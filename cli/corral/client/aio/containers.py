@@ -13,6 +13,7 @@ from corral.api.engine.v1 import engine_pb2, engine_pb2_grpc
 from corral.api.images.v1 import images_pb2
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1 import types_pb2
+from corral.client.async_transport import AsyncExchange, AsyncTransport
 from corral.client.execution import (
     Attachment,
     Collected,
@@ -21,7 +22,6 @@ from corral.client.execution import (
     async_attach_requests,
     exec_request,
 )
-from corral.client.transport import AsyncExchange, AsyncTransport
 from corral.rpc.errors import NotFound
 
 if TYPE_CHECKING:

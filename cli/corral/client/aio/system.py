@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from corral.api.engine.v1 import engine_pb2, engine_pb2_grpc
 from corral.api.types.v1 import types_pb2
-from corral.client.transport import AsyncTransport
+from corral.client.async_transport import AsyncTransport
 
 if TYPE_CHECKING:
     from corral.api.version.v1 import version_pb2

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from corral.api.engine.v1 import engine_pb2, engine_pb2_grpc
-from corral.client.transport import AsyncTransport
+from corral.client.async_transport import AsyncTransport
 
 if TYPE_CHECKING:
     from corral.client.aio import AsyncClient
