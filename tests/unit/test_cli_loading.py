@@ -16,7 +16,13 @@ OF_DEFERRED = {
     "_ast",
     "_tokenize",
 }
-OF_MAKING = {"corral.cli.run", "corral.client.options", "corral.client.network_options", "corral.client.fetching"}
+OF_MAKING = {
+    "pathlib",
+    "corral.cli.run",
+    "corral.client.options",
+    "corral.client.network_options",
+    "corral.client.fetching",
+}
 OF_TERMINALS = {"corral.cli.terminal", "termios"}
 OF_TABLES = {"json.decoder", "corral.cli.output"}
 

@@ -1,7 +1,6 @@
 """Where corrald is reached, and how the address is written."""
 
 import os
-from pathlib import Path
 
 from corral.rpc.address import Tls
 
@@ -9,15 +8,15 @@ ADDRESS_VARIABLE = "CORRAL_ADDRESS"
 NAMESPACE_VARIABLE = "CORRAL_NAMESPACE"
 DEFAULT_NAMESPACE = "default"
 TLS_VARIABLES = ("CORRAL_TLS_CERT", "CORRAL_TLS_KEY", "CORRAL_TLS_CA")
-STATE = Path("/run/corral")
+STATE = "/run/corral"
 
 
 def default_address() -> str:
     """$CORRAL_ADDRESS, else the socket of the whole daemon, or that of an engine of its own where only it is there."""
     if named := os.environ.get(ADDRESS_VARIABLE):
         return named
-    whole, engine = STATE / "corrald.sock", STATE / "engine.sock"
-    return f"unix://{engine if engine.exists() and not whole.exists() else whole}"
+    whole, engine = f"{STATE}/corrald.sock", f"{STATE}/engine.sock"
+    return f"unix://{engine if os.access(engine, os.F_OK) and not os.access(whole, os.F_OK) else whole}"
 
 
 def default_namespace() -> str:
@@ -35,5 +34,7 @@ def default_tls() -> Tls | None:
         return None
     if not all(given):
         raise ValueError(f"TLS needs all of {', '.join(TLS_VARIABLES)}")
+    from pathlib import Path
+
     cert, key, ca = map(Path, given)
     return Tls(cert, key, ca)

@@ -8,7 +8,7 @@ import grpc
 import grpc.aio
 
 from corral.client.transport import pause_s, secure
-from corral.rpc.address import OPTIONS, Target, Tls, UnixAddress, parse_address
+from corral.rpc.address import OPTIONS, Target, Tls
 from corral.rpc.attempts import Attempts
 from corral.rpc.errors import from_rpc_error
 from corral.rpc.metadata import NAMESPACE_KEY
@@ -20,9 +20,8 @@ class AsyncTransport:
     def __init__(self, address: str, namespace: str, tls: Tls | None) -> None:
         """Raises InvalidArgument for a malformed address, OSError if a file of `tls` cannot be read."""
         self.address = address
-        parsed = parse_address(address)
-        self._target = Target(parsed)
-        if tls is None or isinstance(parsed, UnixAddress):
+        self._target = Target(address)
+        if tls is None or self._target.is_local:
             self.channel = grpc.aio.insecure_channel(self._target.name, OPTIONS)
         else:
             self.channel = grpc.aio.secure_channel(self._target.name, tls.channel_credentials(), secure(OPTIONS))

@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc
 
-from corral.rpc.address import OPTIONS, Target, Tls, UnixAddress, parse_address
+from corral.rpc.address import OPTIONS, Target, Tls
 from corral.rpc.attempts import Attempts
 from corral.rpc.errors import from_rpc_error
 from corral.rpc.metadata import NAMESPACE_KEY
@@ -18,9 +18,8 @@ class Transport:
     def __init__(self, address: str, namespace: str, tls: Tls | None) -> None:
         """Raises InvalidArgument for a malformed address, OSError if a file of `tls` cannot be read."""
         self.address = address
-        parsed = parse_address(address)
-        self._target = Target(parsed)
-        if tls is None or isinstance(parsed, UnixAddress):
+        self._target = Target(address)
+        if tls is None or self._target.is_local:
             self.channel = grpc.insecure_channel(self._target.name, OPTIONS)
         else:
             self.channel = grpc.secure_channel(self._target.name, tls.channel_credentials(), secure(OPTIONS))

@@ -7,12 +7,14 @@ what a plain `unix:///PATH` does without is imported where it is used.
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 
 from corral.rpc.errors import InvalidArgument, Unavailable
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MAX_MESSAGE_BYTES = 16 << 20
 
@@ -40,9 +42,9 @@ _PLAIN = re.compile(r"unix:///[A-Za-z0-9._/+-]*")
 class Tls(NamedTuple):
     """Mutual TLS: both sides show a certificate that `ca` signed. PEM files."""
 
-    cert: Path
-    key: Path
-    ca: Path
+    cert: "Path"
+    key: "Path"
+    ca: "Path"
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """Raises OSError if a file cannot be read."""
@@ -57,7 +59,7 @@ class Tls(NamedTuple):
 class UnixAddress(NamedTuple):
     """A socket in the file system."""
 
-    path: Path
+    path: "Path"
 
     def __str__(self) -> str:
         return f"unix://{self.path}"
@@ -90,6 +92,8 @@ type Address = UnixAddress | TcpAddress
 
 def parse_address(text: str) -> Address:
     """Raises InvalidArgument, with both forms shown."""
+    from pathlib import Path
+
     if _PLAIN.fullmatch(text):
         return UnixAddress(Path(text.removeprefix("unix://")))
     from urllib.parse import urlsplit
@@ -108,23 +112,28 @@ def parse_address(text: str) -> Address:
 class Target:
     """An address in the form that gRPC takes; keeps open what that form needs until close()."""
 
-    def __init__(self, address: Address) -> None:
-        """Raises Unavailable if the directory of a socket with a long path does not exist."""
+    def __init__(self, address: Address | str) -> None:
+        """Raises InvalidArgument for a malformed text, Unavailable if the directory of a socket with a long path does
+        not exist."""
         self._directory = -1
-        if isinstance(address, TcpAddress):
-            self.name = str(address).removeprefix("tcp://")
-        elif len(os.fsencode(address.path)) <= MAX_SOCKET_PATH:
-            self.name = f"unix:{address.path}"
-        else:
-            self.name = f"unix:{self._short(address.path)}"
+        if isinstance(address, str) and not _PLAIN.fullmatch(address):
+            address = parse_address(address)
+        self.is_local = not isinstance(address, TcpAddress)
+        text = str(address)
+        self.name = (
+            f"unix:{self._short(text.removeprefix('unix://'))}" if self.is_local else text.removeprefix("tcp://")
+        )
 
-    def _short(self, path: Path) -> str:
+    def _short(self, path: str) -> str:
         """The same socket by way of its directory's descriptor: the kernel limits the string, not the path."""
+        if len(os.fsencode(path)) <= MAX_SOCKET_PATH:
+            return path
+        directory, name = os.path.split(path)
         try:
-            self._directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as e:
             raise Unavailable(f"cannot reach unix://{path}: {e.strerror}", reason="UNREACHABLE") from e
-        return f"/proc/self/fd/{self._directory}/{path.name}"
+        return f"/proc/self/fd/{self._directory}/{name}"
 
     def close(self) -> None:
         """Harmless when repeated."""
