@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support import elf
 from support.requirements import needs
 
 from corral.kernel.namespaces import Kind
@@ -204,3 +205,39 @@ def test_a_filter_on_what_the_set_up_uses_last_does_not_stop_it(lab):
     options = (f"lowerdir={lab.busybox}", f"upperdir={lab.directory}/upper2", f"workdir={lab.directory}/work2")
     root = Mount(type="overlay", source="overlay", options=options)
     assert lab.run_spec(spec, rootfs=[root]).output == "there\n"
+
+
+@pytest.mark.parametrize("how", ["create", "exec"])
+def test_a_filter_need_allow_no_more_than_execve_and_what_the_program_asks_for(lab, how):
+    """What else is left to do by then is done by another filter's leave, and then both are there."""
+    (lab.plant / "program").write_bytes(elf.program(elf.GET_EUID))
+    (lab.plant / "program").chmod(0o755)
+    allowed = SeccompSyscall(("execve", "geteuid", "exit"), Action.ALLOW)
+    profile = Seccomp(Action.KILL_PROCESS, architectures=NATIVE, syscalls=(allowed,))
+    if how == "create":
+        assert lab.run("/program", "", user="7", linux={"seccomp": profile}).code == 7
+        return
+    container = lab.create(lab.spec("sleep", "60"))
+    container.start()
+    container.spec = replace(container.spec, linux=replace(container.spec.linux, seccomp=profile))
+    for _ in range(2):
+        assert lab.exec(container, "/program", "", user="7").code == 7
+
+
+@pytest.mark.parametrize("how", ["create", "exec"])
+def test_one_filter_is_loaded_unless_there_have_to_be_two(lab, how):
+    def filters() -> str:
+        count = "grep Seccomp_filters /proc/self/status | cut -f2"
+        if how == "create":
+            return lab.run(count, linux={"seccomp": profile}).output
+        container = lab.create(lab.spec("sleep", "60", linux={"seccomp": profile}))
+        container.start()
+        return lab.exec(container, count).output
+
+    profile = defaults.seccomp(defaults.CAPABILITIES)
+    assert filters() == "1\n"
+    for name in ("upper", "work"):  # an overlay may be mounted but once
+        shutil.rmtree(lab.directory / name)
+        (lab.directory / name).mkdir()
+    profile = deny("mremap", "setsid")
+    assert filters() == "2\n"

@@ -8,53 +8,20 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.bpf import run
 
 from corral.kernel.seccomp import Architecture, Compare, Condition, Profile, Rule, compile_profile, rules
 from corral.kernel.seccomp.compiler import decode, fates
 from corral.kernel.seccomp.tables import numbers
 from corral.kernel.syscalls import MACHINE
 from corral.oci import defaults, seccomp_profile
-from corral.oci.seccomp import _RETURNS, KNOWN_ARCHITECTURES, filter_of, to_profile
+from corral.oci.seccomp import _RETURNS, KNOWN_ARCHITECTURES, asks, filter_of, to_profile
 from corral.oci.spec import Action, Operator, Seccomp, SeccompArg, SeccompSyscall
 
 X32_BIT = 0x40000000
 HEADERS = Path("/usr/include/x86_64-linux-gnu/asm")
 EPERM, ENOSYS = rules.ERRNO | 1, rules.ERRNO | 38
 READ, WRITE = "read", "write"
-
-
-@functools.lru_cache
-def decoded(program: bytes) -> list[tuple[int, int, int, int]]:
-    return list(decode(program))
-
-
-def run(program: bytes, architecture: int, number: int, arguments: tuple[int, ...] = ()) -> int:
-    """What the kernel would do: the value the filter returns."""
-    words = [number, architecture, 0, 0]
-    for value in (*arguments, *[0] * (6 - len(arguments))):
-        words += [value & 0xFFFFFFFF, value >> 32]
-    instructions = decoded(program)
-    accumulator = at = 0
-    while True:
-        code, yes, no, k = instructions[at]
-        at += 1
-        match code:
-            case 0x20:
-                accumulator = words[k // 4]
-            case 0x54:
-                accumulator &= k
-            case 0x05:
-                at += k
-            case 0x15:
-                at += yes if accumulator == k else no
-            case 0x25:
-                at += yes if accumulator > k else no
-            case 0x35:
-                at += yes if accumulator >= k else no
-            case 0x06:
-                return k
-            case _:
-                raise AssertionError(f"instruction {code:#x}")
 
 
 def holds(condition: Condition, arguments: tuple[int, ...]) -> bool:
@@ -125,6 +92,24 @@ class TestCompiler:
                         listed = architecture in profile.architectures
                         wanted = expected(profile, architecture, number, given_) if listed else None
                     assert result == (rules.KILL_PROCESS if wanted is None else wanted)
+
+    @settings(max_examples=50, deadline=None)
+    @given(some_rules, actions, st.lists(st.tuples(st.integers(0, 400), st.tuples(*[words64] * 6)), min_size=5))
+    def test_exceptions_are_allowed_whatever_the_rules_say_and_nothing_else_is(self, some, default, calls):
+        exceptions = (asks("read", "setsid"), asks("clone", first=0x8000), asks("ioctl", second=1))
+        profile = Profile(default, default, (Architecture.X86_64, Architecture.X86), tuple(some))
+        with_them = compile_profile(replace(profile, exceptions=exceptions))
+        program, table = compile_profile(profile), numbers("x86_64")
+        for name, given_ in (("read", ()), ("setsid", (9,)), ("clone", (0x8000,)), ("ioctl", (5, 1))):
+            assert run(with_them, Architecture.X86_64.value, table[name], given_) == rules.ALLOW
+        some_of_these = [(table["clone"], (0x10008000, *[0] * 5)), (table["ioctl"], (1, 2, *[0] * 4))]
+        for number, given_ in (*calls, *some_of_these):
+            x86 = (program, Architecture.X86.value, number, given_)
+            assert run(with_them, *x86[1:]) == run(*x86)
+            excepted = number in (table["read"], table["setsid"])
+            if not excepted and given_[0] != 0x8000 and given_[1] != 1:
+                native = (program, Architecture.X86_64.value, number, given_)
+                assert run(with_them, *native[1:]) == run(*native)
 
     def test_jumps_stay_inside_the_program(self):
         program = list(decode(filter_of(defaults.seccomp(defaults.CAPABILITIES)).instructions))

@@ -1,4 +1,4 @@
-"""Processes: made with clone3, named by pidfd or by pid and start time, and the prctl(2) switches of oneself.
+"""Processes: made with clone or clone3, named by pidfd or by pid and start time, and the prctl(2) switches of oneself.
 
 The only place of corral that forks.
 """
@@ -39,9 +39,9 @@ _python = ctypes.PyDLL(None, use_errno=True)
 _clone3 = _python["syscall"]
 _clone3.argtypes = (ctypes.c_long, ctypes.c_char_p, ctypes.c_size_t)
 _clone3.restype = ctypes.c_long
-_older_clone = _python["syscall"]
-_older_clone.argtypes = (ctypes.c_long, _ulong, _ulong, ctypes.c_void_p, _ulong, _ulong)
-_older_clone.restype = ctypes.c_long
+_clone = _python["syscall"]
+_clone.argtypes = (ctypes.c_long, _ulong, _ulong, ctypes.c_void_p, _ulong, _ulong)
+_clone.restype = ctypes.c_long
 _before_fork = _python["PyOS_BeforeFork"]
 _after_fork_parent = _python["PyOS_AfterFork_Parent"]
 _after_fork_child = _python["PyOS_AfterFork_Child"]
@@ -65,7 +65,7 @@ def clone(flags: int, *, cgroup: int | None = None) -> tuple[int, int]:
 
     The caller must be single-threaded. cgroup: an fd of a cgroup v2 directory in which the child is born, which saves
     the wait for an RCU grace period that moving a process there costs. With CLONE_PARENT it is a sibling, not a child.
-    Where a filter refuses clone3, whose flags it can't see, clone(2) is tried.
+    Without a cgroup it is clone(2), whose flags a filter can see, and only that.
     """
     pidfd = ctypes.c_int(-1)
     place = ctypes.addressof(pidfd)
@@ -73,9 +73,10 @@ def clone(flags: int, *, cgroup: int | None = None) -> tuple[int, int]:
     every = flags | CLONE_PIDFD | (0 if cgroup is None else CLONE_INTO_CGROUP)
     args = clone_arguments(every, cgroup=cgroup or 0, pidfd_at=place, exit_signal=exit_signal)
     _before_fork()
-    pid = _clone3(_SYS_CLONE3, args, _CLONE_ARGS.size)
-    if pid < 0 and cgroup is None and ctypes.get_errno() in (errno.ENOSYS, errno.EPERM):
-        pid = _older_clone(_SYS_CLONE, every | exit_signal, 0, place, 0, 0)
+    if cgroup is None:
+        pid = _clone(_SYS_CLONE, every | exit_signal, 0, place, 0, 0)
+    else:
+        pid = _clone3(_SYS_CLONE3, args, _CLONE_ARGS.size)
     if pid == 0:
         _after_fork_child()
         return 0, -1
@@ -84,7 +85,7 @@ def clone(flags: int, *, cgroup: int | None = None) -> tuple[int, int]:
     ctypes.set_errno(code)
     if pid < 0 and cgroup is not None:
         check(pid, f"clone3 flags={flags:#x} into cgroup", os.readlink(f"/proc/self/fd/{cgroup}"))  # noqa: PTH115 - no Path
-    check(pid, f"clone3 flags={flags:#x}")
+    check(pid, f"clone flags={flags:#x}")
     return pid, pidfd.value
 
 

@@ -13,7 +13,8 @@ _TERMIOS = struct.Struct("=4I20s")
 _ONLCR = 0o4
 _TIOCSPTLCK = 0x40045431
 _TIOCGPTPEER = 0x5441
-_TIOCSCTTY, _TIOCGWINSZ, _TIOCSWINSZ = 0x540E, 0x5413, 0x5414
+TIOCSCTTY = 0x540E
+_TIOCGWINSZ, _TIOCSWINSZ = 0x5413, 0x5414
 _PTMX = os.makedev(5, 2)
 
 
@@ -60,4 +61,4 @@ def leave_newlines(fd: int) -> None:
 
 def make_controlling(slave: int) -> None:
     """Make a terminal the controlling one of this session leader."""
-    fcntl.ioctl(slave, _TIOCSCTTY, 0)
+    fcntl.ioctl(slave, TIOCSCTTY, 0)

@@ -206,9 +206,8 @@ def go_on(channel: ChildEnd, console: int | None, keep: Sequence[int] = ()) -> N
     """Have a successor, in the PID namespace that was joined, and tell the runtime of it; only the successor returns.
 
     Whoever holds CAP_SYS_PTRACE in that namespace can look through its eyes and guide its hands as soon as it is born
-    (CVE-2016-9962). So by then it has but the program's own view, identity and capabilities. What it has more of than
-    the program is system calls: with no_new_privs the filter is loaded right before execve, as it need not allow what
-    comes before.
+    (CVE-2016-9962). So by then it has but the program's own view, identity, capabilities and filter, or one that also
+    allows what is left to be done (corral.oci.seccomp.UNTIL_EXECVE).
     """
     consoles = [] if console is None else [console]
     process.close_fds([0, 1, 2, channel.fileno(), *keep, *consoles])

@@ -25,6 +25,7 @@ from functools import cache
 
 from corral.kernel import capabilities, paths, process, rlimits
 from corral.kernel.paths import RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS
+from corral.kernel.seccomp import Filter
 from corral.kernel.sequence import MACHINES, RESULT, SCRATCH, Argument, Call, How, Words, image
 from corral.kernel.syscalls import AT_FDCWD, MACHINE
 from corral.oci import program as programs
@@ -33,9 +34,10 @@ from corral.oci.cgroups import Membership
 from corral.oci.channel import START, EndedEarly, ParentEnd, make_pair
 from corral.oci.errors import ExecFailed
 from corral.oci.program import Program
+from corral.oci.seccomp import asks, lets_pass
 from corral.oci.spec import Seccomp
 from corral.oci.stdio import Stdio
-from corral.oci.stepping_stone import lets_pass, sealed
+from corral.oci.stepping_stone import sealed
 from corral.oci.users import DATABASES, Sighting
 
 # Source: the kernel's syscall_64.tbl.
@@ -43,6 +45,7 @@ _WRITE, _CLOSE, _FSTAT, _SIGPROCMASK, _READ, _DUP2, _CLONE, _EXECVE, _FCNTL = 1,
 _GETCWD, _FCHDIR, _UMASK, _SETSID, _SETGROUPS, _SETRESUID, _SETRESGID, _CAPSET = 79, 81, 95, 112, 116, 117, 119, 126
 _PRCTL, _EXIT_GROUP, _KEYCTL, _OPENAT, _PRLIMIT, _SETNS, _SECCOMP, _CLONE3 = 157, 231, 250, 257, 302, 308, 317, 435
 _CLOSE_RANGE, _OPENAT2 = 436, 437
+_PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 4, 8, 24, 38, 47
 _AMBIENT_RAISE, _AMBIENT_CLEAR_ALL = 2, 4
 _JOIN_SESSION_KEYRING = 1
@@ -50,7 +53,13 @@ _SECCOMP_SET_MODE_FILTER = 1
 _FD_CLOEXEC = 1
 _F_SETFD = 2
 _LAST_FD = 0xFFFFFFFF
-_BEHIND_THE_FILTER = ("rt_sigprocmask", "execve", "write", "exit_group")
+_BEHIND_THE_FILTER = (
+    asks("clone", first=process.CLONE_PARENT),
+    asks("prctl", first=_PR_SET_PDEATHSIG),
+    asks("read", "setsid", "fcntl", "rt_sigprocmask", "execve", "write", "exit_group"),
+)
+_WITHOUT_NO_NEW_PRIVS = asks("prctl", "setgroups", "setresgid", "setresuid", "capset", "close_range")
+"""What is behind it then as well, since to load it needs a capability."""
 
 # Source: struct stat of x86-64: what it has at which place.
 _ST_DEV_INO, _ST_MODE, _ST_RDEV, _ST_SIZE, _ST_MTIM_CTIM = 0, 24, 40, 48, 88
@@ -70,13 +79,13 @@ def suits(program: Program, seccomp: Seccomp | None, stdio: Stdio) -> bool:
         and program.labels is None
         and not stdio.kept
         and all(fd > 2 for fd in stdio.given())
-        and (program.seccomp is None or (program.no_new_privs and _passes(seccomp)))
+        and _passes(seccomp, program.no_new_privs)
     )
 
 
 @cache
-def _passes(profile: Seccomp | None) -> bool:
-    return lets_pass(profile, _BEHIND_THE_FILTER)
+def _passes(profile: Seccomp | None, no_new_privs: bool) -> bool:
+    return lets_pass(profile, (*_BEHIND_THE_FILTER, *([] if no_new_privs else [_WITHOUT_NO_NEW_PRIVS])))
 
 
 class Files:
@@ -224,21 +233,33 @@ def _calls(program: Program, sighting: Sighting, stdio: Stdio, descriptors: Desc
     calls += _enter_directory(root, program.cwd, fds)
     calls += [Call(_PRLIMIT, (0, number, limit, 0)) for number, limit in _limits(program)]
     calls.append(Call(_UMASK, (program.umask,)))
+    load = _load(program.seccomp)
     if program.no_new_privs:
         calls.append(Call(_PRCTL, (_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)))
+    else:
+        calls += load
     calls += _drop_privileges(program)
     calls += _close_all_but([0, 1, 2, channel])
-    calls += _have_successor(Call(_CLONE, (process.CLONE_PARENT,)), channel, _execute(program, channel))
+    if program.no_new_privs:
+        calls += load
+    calls += _have_successor(
+        Call(_CLONE, (process.CLONE_PARENT,)), channel, _execute(program, channel), mortal=program.dies_with_runtime
+    )
     if unified is None:
         return calls
     born = process.clone_arguments(process.CLONE_PARENT | process.CLONE_INTO_CGROUP, cgroup=unified)
     return _have_successor(Call(_CLONE3, (born, len(born))), channel, calls)
 
 
-def _have_successor(birth: Call, channel: int, child: list[Call]) -> list[Call]:
-    """Be followed by a child that is the runtime's, and tell that its pid; the child waits until it was heard."""
-    told = Call(_READ, (channel, SCRATCH, len(START) + 1), How.GIVES, len(START))
-    forks = Call(birth.number, birth.arguments, How.FORKS, child=[told, *child])
+def _have_successor(birth: Call, channel: int, child: list[Call], *, mortal: bool = False) -> list[Call]:
+    """Be followed by a child that is the runtime's, and tell that its pid; the child waits until it was heard.
+
+    mortal: it is killed when the runtime ends.
+    """
+    told = [Call(_READ, (channel, SCRATCH, len(START) + 1), How.GIVES, len(START))]
+    if mortal:  # first: if the runtime has ended by then, nobody tells it anything
+        told.insert(0, Call(_PRCTL, (_PR_SET_PDEATHSIG, signal.SIGKILL)))
+    forks = Call(birth.number, birth.arguments, How.FORKS, child=[*told, *child])
     return [forks, Call(_WRITE, (channel, RESULT, 8)), Call(_EXIT_GROUP, (0,))]
 
 
@@ -249,14 +270,18 @@ def _execute(program: Program, channel: int) -> list[Call]:
     calls = [
         Call(_SETSID),
         Call(_FCNTL, (channel, _F_SETFD, _FD_CLOEXEC)),
+        Call(_SIGPROCMASK, (signal.SIG_SETMASK, bytes(8), 0, 8)),
     ]
-    if program.seccomp is not None:
-        code = program.seccomp.instructions
-        calls.append(Call(_SECCOMP, (_SECCOMP_SET_MODE_FILTER, program.seccomp.flags, Words([len(code) // 8, code]))))
-    calls.append(Call(_SIGPROCMASK, (signal.SIG_SETMASK, bytes(8), 0, 8)))
     paths = [os.fsencode(path) + b"\0" for path in programs.candidates(program)]
     calls += [Call(_EXECVE, (path, args, env), How.TRIES) for path in paths]
     return [*calls, Call(_EXECVE, (b"\0", args, env))]  # which there is not
+
+
+def _load(program: Filter | None) -> list[Call]:
+    if program is None:
+        return []
+    code = program.instructions
+    return [Call(_SECCOMP, (_SECCOMP_SET_MODE_FILTER, program.flags, Words([len(code) // 8, code])))]
 
 
 def _close_all_but(fds: Iterable[int]) -> list[Call]:

@@ -1,8 +1,9 @@
 """What a container process becomes, computed before it exists; and its last steps until execve.
 
 Order: user found, stdio handed over, working directory, limits, no_new_privs, capabilities and ids dropped, seccomp,
-execve. Only without no_new_privs does seccomp come before the drop, since loading it needs CAP_SYS_ADMIN then. A filter
-with a listener comes before the runtime is told that all is ready: the listener must be reached by then.
+and then, maybe in a successor that others see, all is made ready for execve. Only without no_new_privs does seccomp
+come before the drop, since loading it needs CAP_SYS_ADMIN then. A filter that does not let pass what is left to be done
+waits until execve; in its place there is one that lets pass that as well, and nothing else.
 """
 
 import contextlib
@@ -59,12 +60,17 @@ class Program:
     rlimits: tuple[Rlimit, ...]
     oom_score_adj: int | None
     seccomp: "Filter | None"
+    """What is still to be loaded."""
+    interim: "Filter | None"
+    """What is loaded first, where the other would refuse what is left to be done by then."""
     terminal: bool
     """0, 1 and 2 are a pty of the container."""
     in_user_namespace: bool = False
     """Of the container's own, a joined one, or one that the runtime is in."""
     allotment: "Allotment | None" = None
     labels: "Labels | None" = None
+    dies_with_runtime: bool = False
+    """It is killed when the process ends that made it."""
 
     def start_as(self, identity: Identity) -> "Program":
         """The same program, run by identity."""
@@ -76,7 +82,7 @@ class Program:
         return self if self.allotment is None else replace(self, allotment=self.allotment.inherited())
 
 
-def program_of(spec: Process, linux: Linux, *, user: str | None) -> Program:
+def program_of(spec: Process, linux: Linux, *, user: str | None, dies_with_runtime: bool = False) -> Program:
     """The program that a process object describes. Raises ValueError for names the kernel does not know."""
     env = dict(assignment.split("=", 1) for assignment in spec.env)
     for limit in spec.rlimits:
@@ -85,6 +91,7 @@ def program_of(spec: Process, linux: Linux, *, user: str | None) -> Program:
     # A user namespace is entered with all capabilities, whatever the runtime has.
     inside = any(namespace.type is Kind.USER for namespace in linux.namespaces)
     available = capabilities.ALL if inside else capabilities.permitted()
+    seccomp, interim = _filters(linux.seccomp)
     return Program(
         args=spec.args,
         env=env,
@@ -99,20 +106,22 @@ def program_of(spec: Process, linux: Linux, *, user: str | None) -> Program:
         no_new_privs=spec.no_new_privileges,
         rlimits=spec.rlimits,
         oom_score_adj=spec.oom_score_adj,
-        seccomp=_filter(linux.seccomp),
+        seccomp=seccomp,
+        interim=interim,
         terminal=spec.terminal,
         in_user_namespace=inside or not is_hosts_root(),
         allotment=_allotment(spec, linux),
         labels=_labels(spec),
+        dies_with_runtime=dies_with_runtime,
     )
 
 
-def _filter(profile: Seccomp | None) -> "Filter | None":
+def _filters(profile: Seccomp | None) -> "tuple[Filter | None, Filter | None]":
     if profile is None:
-        return None
-    from corral.oci.seccomp import filter_of
+        return None, None
+    from corral.oci.seccomp import UNTIL_EXECVE, filter_but_for, filter_of
 
-    return filter_of(profile)
+    return filter_of(profile), filter_but_for(profile, UNTIL_EXECVE)
 
 
 def _allotment(spec: Process, linux: Linux) -> "Allotment | None":
@@ -224,8 +233,11 @@ def become(program: Program, root: int, identity: Identity, tell_listener: Calla
     else:
         program = filtered(program, tell_listener)
     _drop_privileges(program)
-    if program.seccomp is not None and program.seccomp.has_listener:
-        program = filtered(program, tell_listener)
+    if program.seccomp is None or program.interim is None:
+        return filtered(program, tell_listener)
+    from corral.kernel.seccomp import load  # whoever made the filter has loaded it
+
+    load(program.interim)
     return program
 
 
@@ -233,7 +245,7 @@ def filtered(program: Program, tell_listener: Callable[[int], None] | None = Non
     """Load seccomp, if it is not yet: the same program, with nothing left to load."""
     if program.seccomp is None:
         return program
-    from corral.kernel.seccomp import load  # whoever made the filter has loaded it
+    from corral.kernel.seccomp import load  # likewise
 
     listener = load(program.seccomp)
     if program.seccomp.has_listener:
@@ -311,11 +323,8 @@ def enter_directory(root: int, cwd: str) -> None:
 
 def execute(program: Program) -> NoReturn:
     """Load seccomp, if it is not yet, and become the program. Raises ExecFailed if it can't be executed."""
-    if program.seccomp is not None:
-        from corral.kernel.seccomp import load  # likewise
-
-        load(program.seccomp)
     process.unblock_signals()
+    program = filtered(program)
     name = program.args[0]
     denied: OSError | None = None
     for candidate in candidates(program):

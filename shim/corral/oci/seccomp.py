@@ -3,10 +3,14 @@
 Source: runtime-spec config-linux.md "seccomp"; what it leaves open is as runc does it.
 """
 
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 
+from corral.kernel.process import CLONE_PARENT, CLONE_PIDFD
 from corral.kernel.seccomp import Architecture, Compare, Condition, Filter, Profile, Rule, compile_profile, rules
 from corral.kernel.syscalls import MACHINE
+from corral.kernel.tty import TIOCSCTTY
 from corral.oci.spec import Action, Operator, Seccomp, SeccompArg, SeccompSyscall
 
 EPERM, ENOSYS = 1, 38
@@ -23,6 +27,8 @@ KNOWN_ARCHITECTURES = frozenset(
 )
 """Those of the specification; most of them are about other machines."""
 
+_FIONCLEX = 0x5450
+_PR_SET_PDEATHSIG = 1
 _NATIVE = {"x86_64": Architecture.X86_64, "aarch64": Architecture.AARCH64}[MACHINE]
 _ARCHITECTURES = {f"SCMP_ARCH_{architecture.name}": architecture for architecture in Architecture}
 # Of the others only these can run here; the rest of a profile's list is about other machines.
@@ -51,12 +57,68 @@ _COMPARES = {
 }
 
 
+def asks(*names: str, first: int | None = None, second: int | None = None) -> Rule:
+    """Calls that are to pass a filter: with any arguments, or with these."""
+    known = ((0, first), (1, second))
+    return Rule(names, rules.ALLOW, tuple(Condition(i, Compare.EQ, value) for i, value in known if value is not None))
+
+
+UNTIL_EXECVE = (
+    asks("clone", first=CLONE_PARENT | CLONE_PIDFD),
+    asks("ioctl", second=TIOCSCTTY),
+    asks("ioctl", second=_FIONCLEX),
+    asks("prctl", first=_PR_SET_PDEATHSIG),
+    asks(
+        *("accept4", "brk", "clock_gettime", "close", "close_range", "execve", "execveat", "exit_group", "fcntl"),
+        *("fstat", "futex", "getpid", "getrandom", "getsockname", "getsockopt", "gettid", "madvise", "mmap"),
+        *("mprotect", "mremap", "munmap", "newfstatat", "recvfrom", "restart_syscall", "rt_sigaction"),
+        *("rt_sigprocmask", "rt_sigreturn", "seccomp", "sendmsg", "sendto", "setsid", "stat"),
+    ),
+)
+"""What corral.oci.init and join may still ask for once a process has no more than its program is to have."""
+
+
 @lru_cache(maxsize=16)
 def filter_of(profile: Seccomp | None) -> Filter | None:
     """The compiled filter of a profile. Raises ValueError naming what can't be honoured."""
     if profile is None:
         return None
     return Filter(compile_profile(to_profile(profile)), _flags(profile))
+
+
+def lets_pass(profile: Seccomp | None, wanted: Iterable[Rule]) -> bool:
+    """Whether a filter allows all of what asks() names, and nobody is told of them."""
+    if profile is None:
+        return True
+    if notifies(profile):
+        return False
+    asked = [(name, {c.index: c.value for c in rule.conditions}) for rule in wanted for name in rule.names]
+    names = {name for name, _ in asked}
+    said: dict[str, list[tuple[tuple[Condition, ...], Action]]] = {name: [] for name in names}
+    for rule in profile.syscalls:
+        for name in names.intersection(rule.names):
+            said[name] += [(conditions, rule.action) for conditions in _alternatives(rule)]
+    return all(_allow(said[name], known, profile.default_action) for name, known in asked)
+
+
+def _allow(said: Iterable[tuple[tuple[Condition, ...], Action]], known: Mapping[int, int], otherwise: Action) -> bool:
+    """Whether rules for a call allow it, as far as its arguments are known: all that may hold, and one that does."""
+    allowed = otherwise is Action.ALLOW
+    for conditions, action in said:
+        if any(c.index in known and not c.holds(known[c.index]) for c in conditions):
+            continue
+        if action is not Action.ALLOW:
+            return False
+        allowed = allowed or all(c.index in known for c in conditions)
+    return allowed
+
+
+@lru_cache(maxsize=16)
+def filter_but_for(profile: Seccomp | None, wanted: tuple[Rule, ...]) -> Filter | None:
+    """That of a profile with exceptions, what asks() names; None where it allows them by itself, or has a listener."""
+    if profile is None or notifies(profile) or lets_pass(profile, wanted):
+        return None
+    return Filter(compile_profile(replace(to_profile(profile), exceptions=wanted)), _flags(profile))
 
 
 def to_profile(profile: Seccomp) -> Profile:

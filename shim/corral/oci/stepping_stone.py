@@ -16,7 +16,6 @@ An execve more is not quite nothing: see suits().
 import errno
 import fcntl
 import os
-from collections.abc import Iterable
 from typing import NoReturn
 
 from corral.kernel import process, stone
@@ -27,9 +26,8 @@ from corral.oci.channel import error_message
 from corral.oci.plan import created
 from corral.oci.program import Program
 from corral.oci.reaper import ANNOTATION
-from corral.oci.spec import Action, Process, Seccomp, Spec
+from corral.oci.spec import Process, Seccomp, Spec
 
-_CALLS = (*stone.CALLS, "execveat")
 _OF_USE_AT_EXECVE = frozenset(("CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH"))
 _ERRNOS = (
     *(errno.EPERM, errno.ENOENT, errno.EIO, errno.E2BIG, errno.ENOEXEC, errno.EAGAIN, errno.ENOMEM, errno.EACCES),
@@ -60,7 +58,7 @@ def suits(spec: Spec) -> bool:
         and _is_executed_alike(spec.process)
         and ANNOTATION not in spec.annotations
         and not (hooks is not None and (hooks.create_container or hooks.start_container))
-        and lets_pass(spec.linux.seccomp, _CALLS)
+        and _passes(spec.linux.seccomp)
         and _can_be_made()
     )
 
@@ -71,18 +69,12 @@ def _is_executed_alike(spec: Process) -> bool:
     return spec.user.uid == 0 or spec.capabilities is None or _OF_USE_AT_EXECVE.isdisjoint(spec.capabilities.effective)
 
 
-def lets_pass(profile: Seccomp | None, calls: Iterable[str]) -> bool:
-    """Whether a filter allows these calls, whatever the arguments, and nobody is told of them."""
+def _passes(profile: Seccomp | None) -> bool:
     if profile is None:
         return True
-    if profile.listener_path:
-        return False
-    verdicts: dict[str, list[bool]] = {call: [] for call in calls}
-    for rule in profile.syscalls:
-        for call in verdicts.keys() & set(rule.names):
-            verdicts[call].append(rule.action is Action.ALLOW and not rule.args)
-    otherwise = profile.default_action is Action.ALLOW
-    return all(all(verdict) if verdict else otherwise for verdict in verdicts.values())
+    from corral.oci.seccomp import asks, lets_pass
+
+    return lets_pass(profile, [asks(*stone.CALLS, "execveat")])
 
 
 def _can_be_made() -> bool:
@@ -129,10 +121,10 @@ def _answer(name: str, code: int) -> bytes:
 
 def cross(fd: int, program: Program, channel: int, gate: int | None) -> NoReturn:
     """Execute the stone, for it to become the program. Raises OSError."""
-    program = programs.filtered(program)
-    process.unblock_signals()
     for kept in (channel, gate):
         if kept is not None:
             os.set_inheritable(kept, True)
+    process.unblock_signals()
+    program = programs.filtered(program)
     paths = programs.candidates(program)
     os.execve(fd, [*paths, "", *program.args], program.env)  # noqa: S606

@@ -67,7 +67,16 @@ def fates(profile: Profile, architecture: Architecture) -> dict[int, _Fate]:
         if (always := certain.get(number)) is not None:
             choices = [choice for choice in choices if _leniency(choice[1]) <= _leniency(always)]
         found[number] = (*choices, ((), profile.default if always is None else always))
+    if architecture is profile.architectures[0]:
+        _make_exceptions(found, profile, table)
     return found
+
+
+def _make_exceptions(found: dict[int, _Fate], profile: Profile, table: Mapping[str, int]) -> None:
+    for rule in profile.exceptions:
+        for number in (table[name] for name in rule.names if name in table):
+            choice = rule.conditions, rule.action
+            found[number] = (choice, *found.get(number, (((), profile.default),))) if rule.conditions else (choice,)
 
 
 def _leniency(action: int) -> int:

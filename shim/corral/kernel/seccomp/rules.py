@@ -3,6 +3,8 @@
 Source: seccomp(2); runtime-spec config-linux.md "seccomp".
 """
 
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -56,6 +58,21 @@ class Condition:
     value: int
     mask: int = 2**64 - 1
 
+    def holds(self, argument: int) -> bool:
+        """Whether it does for this argument."""
+        return _HOLDS[self.compare](argument & self.mask, self.value)
+
+
+_HOLDS: Mapping[Compare, Callable[[int, int], bool]] = {
+    Compare.NE: operator.ne,
+    Compare.LT: operator.lt,
+    Compare.LE: operator.le,
+    Compare.EQ: operator.eq,
+    Compare.GE: operator.ge,
+    Compare.GT: operator.gt,
+    Compare.MASKED_EQ: operator.eq,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -80,3 +97,5 @@ class Profile:
     unknown: int
     architectures: tuple[Architecture, ...]
     rules: tuple[Rule, ...]
+    exceptions: tuple[Rule, ...] = ()
+    """For the first of the architectures: asked before all rules, whatever these say."""

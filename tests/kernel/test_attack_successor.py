@@ -1,0 +1,196 @@
+"""Attacks on what the runtime has in a container's PID namespace before it is the program, by who may trace there.
+
+Whoever holds CAP_SYS_PTRACE guides and reads what he sees, be it dumpable or not. What a filter forbids him he must not
+get by the hands of such a process, nor anything that is the host's.
+"""
+
+import os
+import re
+import select
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+from support.requirements import needs
+
+from corral.kernel.namespaces import Kind
+from corral.kernel.syscalls import MACHINE
+from corral.oci import defaults
+from corral.oci.channel import ParentEnd
+from corral.oci.runtime import Container, Stdio
+from corral.oci.spec import Action, Capabilities, Mount, Namespace, Seccomp, SeccompSyscall, Spec
+
+pytestmark = [
+    needs("root", "overlayfs", "busybox"),
+    pytest.mark.skipif(MACHINE != "x86_64", reason="needs x86_64"),
+]
+
+HELD = (*defaults.CAPABILITIES, "CAP_SYS_PTRACE")
+REFUSED = -1
+"""EPERM."""
+
+ATTACK = r"""
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+libc.ptrace.restype = ctypes.c_long
+libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+PEEK, CONTINUE, STEP, GETREGS, SETREGS, DETACH, SEIZE, INTERRUPT = 1, 7, 9, 12, 13, 17, 0x4206, 0x4207
+SYSCALL = 0x050F  # the instruction
+RAX, RDI, ORIG_RAX, RIP = 10, 14, 15, 16
+UNSHARE, NEW_USER_NAMESPACE, EVERY_THREAD = 272, 0x10000000, 0x40000000
+def guide(pid):
+    if libc.ptrace(SEIZE, pid, None, None):
+        return None
+    before, changed = (ctypes.c_ulong * 27)(), (ctypes.c_ulong * 27)()
+    while True:
+        libc.ptrace(INTERRUPT, pid, None, None)
+        if not os.WIFSTOPPED(os.waitpid(pid, EVERY_THREAD)[1]):
+            return None
+        for registers in before, changed:
+            libc.ptrace(GETREGS, pid, None, registers)
+        changed[RIP] -= 2
+        if libc.ptrace(PEEK, pid, changed[RIP], None) & 0xFFFF == SYSCALL:
+            break
+        libc.ptrace(CONTINUE, pid, None, None)
+    executable = os.readlink(f"/proc/{pid}/exe")
+    changed[RAX], changed[ORIG_RAX], changed[RDI] = UNSHARE, 2**64 - 1, NEW_USER_NAMESPACE
+    libc.ptrace(SETREGS, pid, None, changed)
+    libc.ptrace(STEP, pid, None, None)
+    os.waitpid(pid, EVERY_THREAD)
+    libc.ptrace(GETREGS, pid, None, changed)
+    libc.ptrace(SETREGS, pid, None, before)
+    libc.ptrace(DETACH, pid, None, None)
+    return executable, ctypes.c_long(changed[RAX]).value
+met = {os.getpid()}
+print("watching", flush=True)
+while True:
+    for pid in range(int(sys.argv[1]), 60):
+        if pid not in met and (result := guide(pid)) is not None:
+            met.add(pid)
+            print("guided", *result, flush=True)
+"""
+"""Has every process that appears, be it just born, make a user namespace, and tells what came of it."""
+
+
+class Attacker:
+    """A process in a container that does ATTACK."""
+
+    def __init__(self, reader: int) -> None:
+        self._reader, self._heard = reader, ""
+
+    def hears(self, pattern: str) -> re.Match[str]:
+        """What it says next that is like this."""
+        while (found := re.search(pattern, self._heard)) is None:
+            assert select.select([self._reader], [], [], 20)[0], f"only heard {self._heard!r}"
+            data = os.read(self._reader, 4096)
+            assert data, self._heard
+            self._heard += data.decode()
+        self._heard = self._heard[found.end() :]
+        return found
+
+    def result(self) -> tuple[str, int]:
+        """What the next one that it met was, and what the forbidden call gave to that."""
+        found = self.hears(r"guided (.*) (-?\d+)\n")
+        return found[1], int(found[2])
+
+
+def attack(first: int) -> tuple[str, ...]:
+    """Against processes from this number on."""
+    return (sys.executable, "-I", "-S", "-c", ATTACK, str(first))
+
+
+def tracing(lab, *args: str, profile: Seccomp | None = None, **changes: object) -> Spec:
+    """May trace, and is filtered as usual."""
+    sets = Capabilities(bounding=HELD, effective=HELD, permitted=HELD)
+    return lab.spec(*args, linux={"seccomp": profile or defaults.seccomp(HELD)}, capabilities=sets, **changes)
+
+
+HOSTS_ROOT = [Mount(type="bind", source="/", options=("rbind", "ro"))]
+"""The interpreter is in there."""
+
+
+@pytest.fixture
+def listening() -> Iterator[tuple[Stdio, Attacker]]:
+    reader, writer = os.pipe()
+    yield Stdio(None, writer, writer), Attacker(reader)
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Have the runtime take its time before it lets a process become its program: until this returns."""
+
+    def delay(until: Callable[[], object]) -> None:
+        original = ParentEnd.send_start
+
+        def send_start(end: ParentEnd) -> None:
+            until()
+            original(end)
+
+        monkeypatch.setattr(ParentEnd, "send_start", send_start)
+
+    return delay
+
+
+@pytest.fixture
+def attacked(lab, listening) -> tuple[Container, Attacker]:
+    """A container that waits for others to appear in its PID namespace."""
+    stdio, attacker = listening
+    container = lab.create(tracing(lab, *attack(2)), rootfs=HOSTS_ROOT, stdio=stdio)
+    container.start()
+    attacker.hears("watching")
+    return container, attacker
+
+
+def without(*names: str) -> Seccomp:
+    """The usual filter, but that some calls kill."""
+    profile = defaults.seccomp(HELD)
+    return replace(profile, syscalls=(SeccompSyscall(names, Action.KILL_PROCESS), *profile.syscalls))
+
+
+CALLS, PYTHON = "/memfd:corral-init (deleted)", os.path.realpath(sys.executable)
+
+
+@pytest.mark.parametrize("no_new_privileges", [True, False])
+def test_an_exec_that_is_guided_from_its_birth_does_nothing_that_is_forbidden(lab, attacked, slow, no_new_privileges):
+    """The first one is made by Python, those that follow by a list of calls."""
+    container, attacker = attacked
+    met: list[tuple[str, int]] = []
+    slow(lambda: met.append(attacker.result()))
+    for _ in range(3):
+        assert lab.exec(container, "/bin/true", "", no_new_privileges=no_new_privileges).code == 0
+    assert met == [(PYTHON, REFUSED), (CALLS, REFUSED), (CALLS, REFUSED)]
+
+
+@pytest.mark.parametrize("denied", ["setsid", "clone"])
+def test_nor_does_one_whose_filter_would_not_let_it_become_its_program(lab, attacked, slow, denied):
+    """What it needs until then is all that it may do beyond the filter, which is loaded in the end as well."""
+    container, attacker = attacked
+    container.spec = replace(container.spec, linux=replace(container.spec.linux, seccomp=without(denied)))
+    met: list[tuple[str, int]] = []
+    slow(lambda: met.append(attacker.result()))
+    for _ in range(2):
+        lab.exec(container, "/bin/true", "")
+    assert met == [(PYTHON, REFUSED)] * 2
+
+
+@pytest.mark.parametrize("denied", [(), ("setsid",)])
+def test_nor_does_what_comes_by_joining_its_pid_namespace(lab, attacked, denied):
+    container, attacker = attacked
+    spec = tracing(lab, "/bin/true", "", profile=without(*denied) if denied else None)
+    joined = Namespace(Kind.PID, f"/proc/{container.init.pid}/ns/pid")
+    kinds = tuple(joined if namespace.type is Kind.PID else namespace for namespace in spec.linux.namespaces)
+    lab.create(replace(spec, linux=replace(spec.linux, namespaces=kinds)), rootfs=HOSTS_ROOT)
+    assert attacker.result() == (PYTHON, REFUSED)
+
+
+@pytest.mark.parametrize("denied", [(), ("setsid",)])
+def test_nor_does_an_init_that_waits_for_start_by_an_exec(lab, listening, denied):
+    stdio, attacker = listening
+    spec = tracing(lab, "/bin/true", "", profile=without(*denied) if denied else None)
+    container = lab.create(spec, rootfs=HOSTS_ROOT)
+    lab.made.append(container.exec(replace(spec.process, args=attack(1)), stdio=stdio))
+    assert attacker.result() == (PYTHON, REFUSED)
+    container.start()
