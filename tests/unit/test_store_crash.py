@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.requirements import needs
 
-from corral.store import GAP_TOPIC, Database, atomic_write
+from corral.store import GAP_TOPIC, Database, Transaction, atomic_write
 from corral.store.boots import CLOSED, NUMBERS_LOST_AT_MOST
 
 SCHEMA = ["CREATE TABLE t (k INTEGER PRIMARY KEY, v BLOB) STRICT"]
@@ -103,12 +103,30 @@ def test_a_full_disk_refuses_the_write_and_the_database_goes_on_when_there_is_ro
         db.write_sync(lambda tx: tx.execute("INSERT INTO t VALUES (1, ?)", (b"kept",)))
         fill(filler)
         with pytest.raises(OSError, match="database") as caught:
-            db.write_sync(lambda tx: tx.execute("INSERT INTO t VALUES (2, ?)", (b"x" * 300_000,)))
+            db.write_sync(lambda tx: tx.execute("INSERT INTO t VALUES (2, ?)", (b"x" * 600_000,)))
         assert caught.value.errno in (errno.ENOSPC, errno.EIO)
         assert keys(db) == [1]
         filler.unlink()
         db.write_sync(lambda tx: tx.execute("INSERT INTO t VALUES (3, ?)", (b"x" * 100_000,)))
         assert keys(db) == [1, 3]
+
+
+@needs("root", "mount")
+@pytest.mark.parametrize("on_loop", [True, False])
+def test_who_makes_room_can_write_that_down_on_a_full_disk(small_disk: Path, on_loop: bool):
+    """More than the log has room for, so that it has to begin anew."""
+    with Database(small_disk / "x.db", SCHEMA, durable=False, on_loop=on_loop) as db:
+        for key in range(300):
+            db.write_sync(lambda tx, key=key: tx.execute("INSERT INTO t VALUES (?, ?)", (key, b"x" * 200)))
+        fill(small_disk / "filler")
+
+        async def remove_all() -> None:
+            for key in range(300):
+                await db.write(lambda tx, key=key: remove(tx, key))
+
+        asyncio.run(remove_all())
+        assert keys(db) == []
+        assert db.journal.last_seq() == 300
 
 
 @needs("root", "mount")
@@ -165,6 +183,11 @@ def test_a_full_disk_leaves_no_half_written_file(small_disk: Path):
 
 def keys(db: Database) -> list[int]:
     return [row[0] for row in db.read_sync(lambda s: s.execute("SELECT k FROM t ORDER BY k"))]
+
+
+def remove(tx: Transaction, key: int) -> None:
+    tx.execute("DELETE FROM t WHERE k = ?", (key,))
+    tx.journal("t.removed", str(key), namespace="default")
 
 
 def mark(db: Database) -> int:

@@ -43,6 +43,7 @@ from corral.store.journal import (
     prune,
 )
 from corral.store.pending import Pending
+from corral.store.room import Room
 from corral.store.schema import migrate
 from corral.store.sql import (
     ConstraintError,
@@ -51,6 +52,7 @@ from corral.store.sql import (
     Row,
     SqlValue,
     execute,
+    is_full,
     opened,
     suppress_no_room,
 )
@@ -166,9 +168,11 @@ class Database:
             migrate(self._writer, path, migrations)
             with suppress_no_room():
                 self._mark()
+            self._room = Room(path)
         except BaseException:
             self._writer.close()
             raise
+        self._room.keep()
         self._pending: SimpleQueue[Pending | None] = SimpleQueue()
         self._idle_readers: list[sqlite3.Connection] = []
         self._reading = ThreadPoolExecutor(READER_THREADS, thread_name_prefix=f"read-{path.stem}")
@@ -182,7 +186,8 @@ class Database:
     async def write[T](self, fn: Callable[[Transaction], T], *, durable: bool | None = None) -> T:
         """Run `fn` in a transaction and return its result once that is committed.
 
-        `fn` has the caller's context variables, but may run on the writer thread: only SQL and arithmetic belong there.
+        `fn` has the caller's context variables, but may run on the writer thread, and once more where the first time is
+        undone for want of room: only SQL and arithmetic belong there.
         If the caller is cancelled before `fn` began nothing happens; later than that it still commits.
         `durable` overrides the file's setting for this write; a durable one also makes those before it durable.
         """
@@ -200,18 +205,33 @@ class Database:
     def _write_here[T](self, fn: Callable[[Transaction], T]) -> T:
         """A group of one, whose caller waits right here. The turn must be held."""
         self._require_open()
-        try:
+
+        def transact() -> tuple[T, list[Event]]:
             self._begin(durable=False)
             transaction = Transaction(self._writer, self.journal.last_seq())
             result = fn(transaction)
             transaction.finish()
             self._commit()
-        except BaseException:
-            self._roll_back()
-            raise
-        if transaction.events:
-            self.journal.committed(transaction.events)
+            return result, transaction.events
+
+        result, events = self._with_room(transact)
+        if events:
+            self.journal.committed(events)
         return result
+
+    def _with_room[T](self, transact: Callable[[], T]) -> T:
+        """Once more, where the disk is full, after what can be done about that here. Failing, it is undone."""
+        for tries_left in (1, 0):
+            try:
+                return transact()
+            except BaseException as e:
+                self._roll_back()
+                if not tries_left or not is_full(e):
+                    raise
+            with suppress(OSError, sqlite3.Error):
+                self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            self._room.keep()
+        raise AssertionError("the last try returns or raises")
 
     async def persist(self) -> None:
         """Make every committed transaction survive a power loss: what is committed without waiting for the disk can so
@@ -267,21 +287,24 @@ class Database:
         started = [pending for pending in group if pending.begin()]
         events: list[Event] = []
         try:
-            self._begin(durable=any(self._durable if p.durable is None else p.durable for p in started))
-            seq = self.journal.last_seq()
-            for pending in started:
-                events += self._run_member(pending, seq + len(events), alone=len(started) == 1)
-            if self._writer.in_transaction:
-                self._commit()
+            events = self._with_room(lambda: self._run_members([each for each in started if not each.has_failed]))
         except BaseException as e:  # noqa: BLE001  # this thread must live, and every caller must hear
-            self._roll_back()
             for pending in started:
                 pending.fail(e)
-            events.clear()
         if events:  # before anybody learns of the commit: who then asks the journal must find it there
             self.journal.committed(events)
         for pending in started:
             pending.settle()
+
+    def _run_members(self, members: list[Pending]) -> list[Event]:
+        events: list[Event] = []
+        self._begin(durable=any(self._durable if p.durable is None else p.durable for p in members))
+        seq = self.journal.last_seq()
+        for pending in members:
+            events += self._run_member(pending, seq + len(events), alone=len(members) == 1)
+        if self._writer.in_transaction:
+            self._commit()
+        return events
 
     def _mark(self) -> None:
         """Raises OSError if the disk is full."""
@@ -322,6 +345,7 @@ class Database:
     def _checkpoint(self) -> None:
         with suppress(OSError, sqlite3.Error), closing(opened(self.path, durable=self._durable)) as connection:
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        self._room.keep()
 
     def _set_synchronous(self, durable: bool) -> None:
         """Whether the next commit waits for the disk; SQLite takes it between transactions only."""
@@ -338,7 +362,7 @@ class Database:
             pending.run(transaction)
             transaction.finish()
         except BaseException as e:
-            if not self._writer.in_transaction:  # a full disk makes SQLite roll everything back
+            if is_full(e) or not self._writer.in_transaction:  # SQLite rolls back all, or may
                 raise
             if not alone:
                 self._writer.execute("ROLLBACK TO member")
@@ -407,6 +431,7 @@ class Database:
             with suppress(OSError):  # a full disk: then it is as if it was killed
                 mark_closed(self._writer)
         self._writer.close()
+        self._room.close()
 
     def _require_open(self) -> None:
         if not self._open:

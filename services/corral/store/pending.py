@@ -65,6 +65,10 @@ class Pending:
     def run(self, transaction: "Transaction") -> None:
         self._result = self._context.run(self._fn, transaction)
 
+    @property
+    def has_failed(self) -> bool:
+        return self._error is not None
+
     def fail(self, error: BaseException) -> None:
         self._error = self._error or error
 

@@ -54,6 +54,11 @@ def suppress_no_room() -> Iterator[None]:
             raise
 
 
+def is_full(e: BaseException) -> bool:
+    """Whether SQLite had no room for what it was to write, which has not happened then."""
+    return isinstance(e, OSError) and e.errno == errno.ENOSPC and isinstance(e.__cause__, sqlite3.Error)
+
+
 @contextmanager
 def translated() -> Iterator[None]:
     """Turn sqlite3's errors into ConstraintError and OSError."""
