@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
 from support.corrald import Corrald, running
 from support.engine import EngineClient, engine_of, eventually, import_image
+from support.file_systems import fill, small_disk
 from support.requirements import needs
 
 from corral.api.engine.v1 import engine_pb2 as pb
@@ -580,23 +581,6 @@ async def patiently(call: Callable[[], Awaitable[object]], *, exists: bool = Fal
             if broken and ((exists and e.reason == "ID_TAKEN") or (gone and e.reason == "NO_CONTAINER")):
                 return None
             raise
-
-
-@contextlib.contextmanager
-def small_disk(daemon: Corrald, size: str) -> Iterator[Path]:
-    """A daemon's data root on a disk of its own; yields a file that fills it when asked."""
-    daemon.root.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "corral-test", daemon.root], check=True)
-    try:
-        yield daemon.root / "junk"
-    finally:
-        subprocess.run(["umount", "-l", "-q", daemon.root], check=False)  # a failing test left it mounted
-
-
-def fill(junk: Path) -> None:
-    with contextlib.suppress(OSError), junk.open("wb", buffering=0) as file:
-        while file.write(b"x" * 4096):
-            pass
 
 
 def test_a_full_disk_refuses_with_a_sentence_and_leaves_nothing_half_made(busybox_archive: Path) -> None:

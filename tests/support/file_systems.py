@@ -6,8 +6,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from support.requirements import lacking
+
+if TYPE_CHECKING:
+    from support.corrald import Corrald
 
 MKFS = {
     "btrfs": ("mkfs.btrfs", "-q"),
@@ -95,3 +99,21 @@ def mounted_image(image: Path, where: Path, *, options: str = "loop") -> Iterato
         yield
     finally:
         subprocess.run(["umount", where], check=True)
+
+
+@contextmanager
+def small_disk(daemon: "Corrald", size: str) -> Iterator[Path]:
+    """A daemon's data root on a disk of its own; yields a file that fills it when asked."""
+    daemon.root.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "corral-test", daemon.root], check=True)
+    try:
+        yield daemon.root / "junk"
+    finally:
+        subprocess.run(["umount", "-l", "-q", daemon.root], check=False)  # a failing test left it mounted
+
+
+def fill(junk: Path) -> None:
+    """Until its disk takes nothing more."""
+    with suppress(OSError), junk.open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass

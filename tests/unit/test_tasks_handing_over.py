@@ -67,7 +67,7 @@ def task(tmp_path: Path) -> Task:
 
 async def begun(heir: Heir, task: Task, process: Process) -> "asyncio.Task[None]":
     """A handing over, which has had the time to ask the heir."""
-    heirs = Heirs(None, None)  # type: ignore[arg-type] # nothing is written here, and no shim made
+    heirs = Heirs(None, None, None)  # type: ignore[arg-type] # nothing is written here, and no shim made
     going = asyncio.ensure_future(heirs.hand_over_exec(heir.shim, task, process))
     await settle(heir)
     return going

@@ -27,7 +27,7 @@ from corral.engine.naming import random_id
 from corral.engine.records import ALIVE, ContainerRecord, Status
 from corral.engine.removal import SIGKILL
 from corral.rpc.context import in_namespace
-from corral.rpc.errors import CorralError, NotFound, Unavailable
+from corral.rpc.errors import CorralError, NotFound, ResourceExhausted, Unavailable
 
 log = structlog.get_logger()
 
@@ -109,8 +109,8 @@ class Checks:
         since_start_s, started_ns = _age_s(record), time.time_ns()
         try:
             code, output = await self._run(record, rules)
-        except Unavailable:
-            return  # tasks is away: that says nothing of the container
+        except (Unavailable, ResourceExhausted):
+            return  # tasks is away, or has no room to make an exec: that says nothing of the container
         except CorralError as e:
             if self._core.get(record.namespace, record.id).status is not Status.RUNNING:
                 return
@@ -162,9 +162,12 @@ class Checks:
         word = health_word(verdict.state)
         log.info("container.checked", container=record.id, health=word)
         facts = {"name": record.name, "health": word}
-        await self._core.database.write(
-            lambda tx: tx.journal("container.checked", record.id, facts, namespace=record.namespace)
-        )
+        try:
+            await self._core.database.write(
+                lambda tx: tx.journal("container.checked", record.id, facts, namespace=record.namespace)
+            )
+        except OSError as e:  # a full disk, say: what is true is shown all the same, and acted on
+            log.error("container.check_not_written", container=record.id, health=word, error=str(e))
 
     async def _act(self, record: ContainerRecord, run: ContainerRecord) -> None:
         """What the container is to suffer for being unhealthy. A kill is one that its restart policy sees.

@@ -6,7 +6,6 @@ an end is acted on in the same transaction: the container's row and `container.d
 """
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,6 +59,8 @@ class Merger:
             "cgroups": leaves.cgroups,
         }
         self._running: list[asyncio.Task[None]] = []
+        self._unreconciled: dict[str, bool] = {}
+        """Leaves that are being asked; True if they have to be, perhaps once more: something was lost since."""
 
     async def catch_up(self, origin: str) -> None:
         """Merge what this leaf has journalled until now. Raises CorralError if it does not answer."""
@@ -136,12 +137,25 @@ class Merger:
             self._reconcile(origin)
 
     def _reconcile(self, origin: str) -> None:
-        async def quietly(callback: Callable[[str], Awaitable[None]]) -> None:
-            with contextlib.suppress(CorralError):  # it is away again: we come here again
-                await callback(origin)
+        if self.on_reconnect is None:
+            return
+        begun = origin in self._unreconciled
+        self._unreconciled[origin] = True
+        if not begun:
+            self._core.background.spawn_endless(self._until_reconciled(origin, self.on_reconnect))
 
-        if self.on_reconnect is not None:
-            self._core.background.spawn(quietly(self.on_reconnect))
+    async def _until_reconciled(self, origin: str, act: Callable[[str], Awaitable[None]]) -> None:
+        delay_s = RETRY_FIRST_S
+        while self._unreconciled[origin]:
+            self._unreconciled[origin] = False
+            try:
+                await act(origin)
+            except (CorralError, OSError) as e:  # the leaf is away again, or a disk is full
+                log.info("journal.not_reconciled", origin=origin, error=str(e), next_s=delay_s)
+                self._unreconciled[origin] = True
+                await asyncio.sleep(delay_s)
+                delay_s = min(delay_s * 2, RETRY_MOST_S)
+        del self._unreconciled[origin]
 
 
 def append(tx: Transaction, batch: Sequence[Arrived]) -> tuple[list[ContainerRecord], set[str]]:

@@ -26,6 +26,7 @@ from corral.shim.requests import PIDFD
 from corral.shim.wire import Message
 from corral.store import Database
 from corral.tasks import store
+from corral.tasks.ends import Ends
 from corral.tasks.identity import Identity
 from corral.tasks.keeper import fetch
 from corral.tasks.live import Process, Task
@@ -61,8 +62,9 @@ class Attempt(NamedTuple):
 class Heirs:
     """Finds a new shim for a task."""
 
-    def __init__(self, database: Database, spawner: Spawner) -> None:
+    def __init__(self, database: Database, ends: Ends, spawner: Spawner) -> None:
         self._database = database
+        self._ends = ends
         self._spawner = spawner
         self._lately: dict[TaskKey, tuple[Attempt, ...]] = {}
 
@@ -89,7 +91,8 @@ class Heirs:
         if shim == task.shim_identity:
             return
         row = task.row = replace(task.row, shim_pid=shim.pid, shim_start_time=shim.start_time)
-        await self._database.write(lambda transaction: store.adopted(transaction, row))
+        with written(task):
+            await self._database.write(lambda transaction: store.adopted(transaction, row))
 
     async def _may_try(self, task: Task) -> bool:
         """Wait before one heir after the other; False if too many died over a container that has ended."""
@@ -133,12 +136,11 @@ class Heirs:
             shim.close()
             await identity.kill(within_s=KILL_S)
             raise
-        with _written(task):
-            await self.note(task, identity)
+        await self.note(task, identity)
         if task.init.row.status is Status.CREATED:
             assert task.init.identity is not None
             async with task.init.lock:
-                with _written(task):
+                with written(task):
                     await task.init.mark_started(self._database, task.init.identity, started_at_ns)
         for process in tuple(task.processes.values()):
             if not process.row.is_init and not process.ended.is_set():
@@ -172,8 +174,7 @@ class Heirs:
                 if process.asked is not None:
                     await shim.exec(process.row.exec_id, process.asked)
                     return
-        with _written(task):
-            await process.mark_ended(self._database, Exit.unknown(EXEC_LOST, exited_at_ns=time.time_ns()))
+        await process.mark_ended(self._ends.write, Exit.unknown(EXEC_LOST, exited_at_ns=time.time_ns()))
 
     async def _hand_over(self, shim: Shim, task: Task, process: Process, started_at_ns: int) -> None:
         created = json.loads(task.row.create)
@@ -195,8 +196,8 @@ class Heirs:
 
 
 @contextmanager
-def _written(task: Task) -> Iterator[None]:
-    """A row that cannot be written is no reason to give up a shim that has taken over: the next start finds it."""
+def written(task: Task) -> Iterator[None]:
+    """A row that cannot be written is no reason to give up a shim: the next start finds what it would have told."""
     try:
         yield
     except Exception as e:  # noqa: BLE001 - whatever a database raises

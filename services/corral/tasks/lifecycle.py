@@ -19,6 +19,7 @@ from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, Un
 from corral.store import Database, Transaction
 from corral.tasks import store
 from corral.tasks.bundle import Bundle, Bundles
+from corral.tasks.ends import Ends
 from corral.tasks.live import JUST_ENDED_S, Process, Task, told
 from corral.tasks.model import INIT, Exit, LogRow, ProcessRow, Status, TaskKey, TaskRow
 from corral.tasks.recovery import NOT_SEEN, Recovery
@@ -57,10 +58,17 @@ class Tasks:
     """Every task of this host."""
 
     def __init__(
-        self, registry: Registry, database: Database, bundles: Bundles, spawner: Spawner, recovery: Recovery
+        self,
+        registry: Registry,
+        database: Database,
+        ends: Ends,
+        bundles: Bundles,
+        spawner: Spawner,
+        recovery: Recovery,
     ) -> None:
         self.registry = registry
         self._database = database
+        self._ends = ends
         self._bundles = bundles
         self._spawner = spawner
         self._recovery = recovery
@@ -173,7 +181,7 @@ class Tasks:
             return
         code = _NOT_STARTED_CODES.get(failure.reason, _NOT_STARTED)
         how = Exit(code=code, exited_at_ns=time.time_ns(), reason=failure.message)
-        await process.mark_ended(self._database, how)
+        await process.mark_ended(self._ends.write, how)
 
     # While it lives
 
@@ -258,7 +266,7 @@ class Tasks:
     async def _forget(self, task: Task) -> None:
         for process in tuple(task.processes.values()):  # also one that is just being registered
             if not process.ended.is_set():  # an exec that died with init, before its shim could tell
-                await process.mark_ended(self._database, Exit.unknown(NOT_SEEN, exited_at_ns=time.time_ns()))
+                await process.mark_ended(self._ends.write, Exit.unknown(NOT_SEEN, exited_at_ns=time.time_ns()))
         rows = [process.row for process in task.processes.values()]
 
         def forget(transaction: Transaction) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import structlog
@@ -25,6 +25,9 @@ JUST_ENDED_S = 2.0
 STDIN = "stdin"
 """Among a process's streams: the writing end of its standard input."""
 OF_ONE_PROCESS = frozenset({"args", "terminal", "consoleSize"})
+
+type Writing = Callable[[Transaction], None]
+type EndWriter = Callable[["Process", Writing], Awaitable[None]]
 
 
 def _nothing() -> None:
@@ -66,7 +69,9 @@ class Process:
         init = f"container {self.row.task.id}"
         return init if self.row.is_init else f"exec {self.row.exec_id!r} of {init}"
 
-    def _facts(self) -> dict[str, str]:
+    @property
+    def facts(self) -> dict[str, str]:
+        """For the log."""
         facts = {"namespace": self.row.task.namespace, "container_id": self.row.task.id}
         return facts if self.row.is_init else {**facts, "exec_id": self.row.exec_id}
 
@@ -146,11 +151,12 @@ class Process:
         if not self.row.may(Status.RUNNING):
             return
         row = self.row = self.row.started(pid=identity.pid, start_time=identity.start_time, at_ns=at_ns)
-        log.info("task.started", **self._facts(), pid=row.pid)
+        log.info("task.started", **self.facts, pid=row.pid)
         await database.write(lambda transaction: store.started(transaction, row))
 
-    async def mark_ended(self, database: Database, how: Exit) -> None:
-        """It has ended; reported any number of times it is written once. Waiters wake when it is written."""
+    async def mark_ended(self, write: EndWriter, how: Exit) -> None:
+        """It has ended; reported any number of times it is written once. Waiters wake when it is written, or if that
+        has to wait for the disk."""
         async with self.lock:
             if not self.row.may(Status.STOPPED):
                 return
@@ -166,14 +172,14 @@ class Process:
 
             failpoint("tasks.exited.before_row")
             try:
-                await database.write(record)
+                await write(self, record)
             finally:
-                # True whatever the database says; exit.json brings it there at the latest at the next start.
+                # True whatever the database says.
                 self.row = row
                 self.ended.set()
                 self.let_go()
                 self.look_unused()
-            log.info("task.exited", **self._facts(), code=how.code, **({"reason": how.reason} if how.reason else {}))
+            log.info("task.exited", **self.facts, code=how.code, **({"reason": how.reason} if how.reason else {}))
             failpoint("tasks.exited.after_row")
 
 

@@ -26,7 +26,8 @@ from corral.shim.records import BY_ZYGOTE, UNSTARTED
 from corral.store import Database
 from corral.tasks import store
 from corral.tasks.bundle import Bundles
-from corral.tasks.heirs import Heirs
+from corral.tasks.ends import Ends
+from corral.tasks.heirs import Heirs, written
 from corral.tasks.identity import Identity
 from corral.tasks.live import Process, Task
 from corral.tasks.model import Exit, Status, TaskKey
@@ -39,6 +40,8 @@ log = structlog.get_logger()
 
 AT_ONCE = 32
 KILL_S = 10.0
+# After a failure of the disk.
+RETRY_S = 1.0
 # The zygote inherits the processes of a shim that was killed, and writes the exit in its place within this.
 HEIR_S = 1.0
 LOOK_S = 0.005
@@ -55,13 +58,21 @@ class Recovery:
     """Keeps tasks in line with the world."""
 
     def __init__(
-        self, registry: Registry, database: Database, bundles: Bundles, spawner: Spawner, *, timeout_s: float
+        self,
+        registry: Registry,
+        database: Database,
+        ends: Ends,
+        bundles: Bundles,
+        spawner: Spawner,
+        *,
+        timeout_s: float,
     ) -> None:
         self._registry = registry
         self._database = database
+        self._ends = ends
         self._bundles = bundles
         self._timeout_s = timeout_s
-        self._heirs = Heirs(database, spawner)
+        self._heirs = Heirs(database, ends, spawner)
 
     async def recover_all(self) -> None:
         """Take over what an earlier process left; nothing else may happen before this is done."""
@@ -96,7 +107,7 @@ class Recovery:
         """For a task that has no shim though nothing says that it has ended."""
         while not task.settled.is_set():
             await task.settled.wait()
-        if task.shim is None:
+        if task.shim is None and self._registry.find(task.row.key) is task:
             task.unsettle()
             await self._recover(task)
 
@@ -108,7 +119,7 @@ class Recovery:
         def exited(exec_id: str, how: Exit) -> None:
             process = task.processes.get(exec_id)
             if process is not None:
-                self._registry.in_background(process.mark_ended(self._database, how))
+                self._registry.in_background(process.mark_ended(self._ends.write, how))
 
         def closed() -> None:
             if not self._registry.is_stopping:
@@ -131,8 +142,15 @@ class Recovery:
     async def _recover(self, task: Task, *, heir_s: float = 0.0) -> None:
         try:
             await self._find_truth(task, heir_s)
+        except OSError as e:  # a full disk, say
+            log.error("task.not_settled", container_id=task.row.key.id, error=str(e), next_s=RETRY_S)
+            self._registry.until_stopped(self._settle_later(task))
         finally:
             task.settle()
+
+    async def _settle_later(self, task: Task) -> None:
+        await asyncio.sleep(RETRY_S)
+        await self.settle_again(task)
 
     async def _find_truth(self, task: Task, heir_s: float) -> None:
         for process in tuple(task.processes.values()):
@@ -190,18 +208,19 @@ class Recovery:
             elif known is None:
                 await self._settle_exec(task, process)
             else:
-                await self._catch_up_process(process, known, started_at_ns or time.time_ns())
+                await self._catch_up_process(task, process, known, started_at_ns or time.time_ns())
         for exec_id in report.processes.keys() - task.processes.keys():
             await _forget_exec(shim, exec_id, report.processes[exec_id])
 
-    async def _catch_up_process(self, process: Process, known: ProcessReport, started_at_ns: int) -> None:
+    async def _catch_up_process(self, task: Task, process: Process, known: ProcessReport, started_at_ns: int) -> None:
         if known.exit is not None:
-            await process.mark_ended(self._database, known.exit)
+            await process.mark_ended(self._ends.write, known.exit)
         elif known.state == "running" and known.identity is not None:
             async with process.lock:
-                await process.mark_started(self._database, known.identity, started_at_ns)
+                with written(task):
+                    await process.mark_started(self._database, known.identity, started_at_ns)
         elif known.state == "stopped":
-            await process.mark_ended(self._database, Exit.unknown(NOT_EXECUTED, exited_at_ns=time.time_ns()))
+            await process.mark_ended(self._ends.write, Exit.unknown(NOT_EXECUTED, exited_at_ns=time.time_ns()))
 
     # There is none
 
@@ -223,7 +242,7 @@ class Recovery:
         for process in tuple(task.processes.values()):
             if not process.row.is_init:
                 await self._settle_exec(task, process)
-        await task.init.mark_ended(self._database, how or Exit.unknown(reason, exited_at_ns=time.time_ns()))
+        await task.init.mark_ended(self._ends.write, how or Exit.unknown(reason, exited_at_ns=time.time_ns()))
 
     async def _never_ran(self, task: Task) -> bool:
         """Whether its shim went away before it told init to become the container's program."""
@@ -279,7 +298,7 @@ class Recovery:
         if process.ended.is_set():
             return
         how = await run_blocking(task.bundle.exec_exit, process.row.exec_id)
-        await process.mark_ended(self._database, how or Exit.unknown(NOT_SEEN, exited_at_ns=time.time_ns()))
+        await process.mark_ended(self._ends.write, how or Exit.unknown(NOT_SEEN, exited_at_ns=time.time_ns()))
 
     async def _end_processes(self, task: Task) -> None:
         """Kill the shim, init, and every process in the task's cgroups."""

@@ -8,7 +8,7 @@ from typing import Any, Concatenate, Protocol
 import structlog
 
 from corral.rpc.errors import CorralError, NotFound
-from corral.tasks.live import Task
+from corral.tasks.live import Process, Task
 from corral.tasks.model import TaskKey
 
 log = structlog.get_logger()
@@ -23,6 +23,7 @@ class Registry:
         self._tasks: dict[TaskKey, Task] = {}
         self._locks: dict[TaskKey, tuple[asyncio.Lock, int]] = {}
         self._background: set[asyncio.Task[Any]] = set()
+        self._until_stopped: set[asyncio.Task[Any]] = set()
         self.is_stopping = False
 
     def __contains__(self, key: TaskKey) -> bool:
@@ -42,6 +43,11 @@ class Registry:
     def of(self, namespace: str | None) -> Iterable[Task]:
         """Those of a namespace, or all."""
         return [task for key, task in self._tasks.items() if namespace in (None, key.namespace)]
+
+    def has(self, process: Process) -> bool:
+        """Whether it is one of a task that is here."""
+        task = self.find(process.row.task)
+        return task is not None and task.processes.get(process.row.exec_id) is process
 
     def add(self, task: Task) -> None:
         self._tasks[task.row.key] = task
@@ -69,6 +75,13 @@ class Registry:
         task.add_done_callback(self._done)
         return task
 
+    def until_stopped(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run beside all else; stop() ends it where it is."""
+        task = asyncio.create_task(work)
+        self._until_stopped.add(task)
+        task.add_done_callback(self._until_stopped.discard)
+        task.add_done_callback(self._done)
+
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._background.discard(task)
         if not task.cancelled() and (e := task.exception()) is not None and not isinstance(e, CorralError):
@@ -80,6 +93,8 @@ class Registry:
         What takes longer than STOP_S is left as a crash would leave it, for the next start.
         """
         self.is_stopping = True
+        for work in self._until_stopped:
+            work.cancel()
         deadline = asyncio.get_running_loop().time() + STOP_S
         while self._background and (left_s := deadline - asyncio.get_running_loop().time()) > 0:
             await asyncio.wait(self._background, timeout=left_s)

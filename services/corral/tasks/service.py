@@ -25,6 +25,7 @@ from corral.tasks.attach import Attachment, Stream
 from corral.tasks.bundle import Bundles
 from corral.tasks.checking import Checker
 from corral.tasks.config import TasksConfig
+from corral.tasks.ends import Ends
 from corral.tasks.execs import Execs
 from corral.tasks.lifecycle import Tasks
 from corral.tasks.live import Process, Task
@@ -73,9 +74,10 @@ class TasksService:
         bundles = self._bundles = Bundles(config.state, config.root)
         parallel = config.parallel_creates or CREATES_PER_CPU * (os.cpu_count() or 1)
         spawner = Spawner(zygote, parallel=parallel, timeout_s=config.shim_timeout_s)
-        recovery = Recovery(self._registry, database, bundles, spawner, timeout_s=config.shim_timeout_s)
+        ends = Ends(self._registry, database)
+        recovery = Recovery(self._registry, database, ends, bundles, spawner, timeout_s=config.shim_timeout_s)
         await recovery.recover_all()
-        tasks = Tasks(self._registry, database, bundles, spawner, recovery)
+        tasks = Tasks(self._registry, database, ends, bundles, spawner, recovery)
         checker = Checker(self._registry, bundles, recovery, config.state)
         self._servicer.serve(tasks, Execs(self._registry, database), checker, database)
 
