@@ -1,5 +1,6 @@
 """How output becomes lines of a log file, and what the file does when it is full."""
 
+import base64
 import errno
 import json
 import os
@@ -60,7 +61,7 @@ def test_bytes_that_are_no_characters_are_cut_at_the_limit() -> None:
     assert [len(group) for _, group in cut(data)] == [PIECE_LIMIT, PIECE_LIMIT]
 
 
-@given(st.lists(st.text(st.characters(blacklist_characters="\n", blacklist_categories=["Cs"])), min_size=1))
+@given(st.lists(st.text(st.characters(blacklist_characters="\n\0", blacklist_categories=["Cs"])), min_size=1))
 def test_json_lines_decode_to_the_text_that_was_written(lines: list[str]) -> None:
     group = "".join(f"{line}\n" for line in lines).encode()
     framed = logs.json_lines(group, "stderr", TIME, True)
@@ -73,7 +74,7 @@ def test_json_lines_decode_to_the_text_that_was_written(lines: list[str]) -> Non
     "text",
     [
         '\\n "quoted" \\',
-        "tab\tand\x00nul\x1b[0m",
+        "tab\tand escape\x1b[0m",
         "\x80\xff umlaut ü",
         "\ud7ff\ufffe",
         "\\\\n",
@@ -88,9 +89,21 @@ def test_json_escapes_what_looks_like_a_seam(text: str) -> None:
     assert decoded == [f"{text}\n"] * 2
 
 
-def test_what_is_no_utf8_becomes_replacement_characters_in_json_and_stays_as_it_is_in_cri() -> None:
-    assert json.loads(logs.json_lines(b"a\xff\xfeb\n", "stdout", TIME, True))["log"] == "a\ufffd\ufffdb\n"
+def test_of_lines_that_are_no_utf8_the_others_stay_text() -> None:
+    framed = logs.json_lines(b"a\r\xc3\xbc\n\xff\xfe\nb\n", "stdout", TIME, True)
+    entries = [json.loads(line) for line in framed.split(b"\n")[:-1]]
+    assert [entry["log"] for entry in entries] == ["a\rü\n", "", "b\n"]
+    assert base64.b64decode(entries[1]["data"]) == b"\xff\xfe\n"
     assert logs.cri_lines(b"a\xff\xfeb\n", "stdout", TIME, True) == f"{TIME} stdout F a".encode() + b"\xff\xfeb\n"
+
+
+def test_what_is_no_text_is_kept_byte_for_byte() -> None:
+    for group, whole in ((b"\0\xff\n\xfe\n", True), (bytes(range(256)), False), (bytes(logs.PIECE_LIMIT), False)):
+        (framed,) = logs.json_lines(group, "stderr", TIME, whole, attrs=',"attrs":{"a":"b"}').splitlines()
+        entry = json.loads(framed)
+        assert (entry["log"], base64.b64decode(entry["data"])) == ("", group)
+        assert (entry["stream"], entry["attrs"], entry["time"]) == ("stderr", {"a": "b"}, TIME)
+        assert len(framed) < 4 / 3 * len(group) + 120
 
 
 def test_a_line_written_in_dribs_is_one_entry(tmp_path: Path) -> None:

@@ -60,20 +60,26 @@ def test_times_are_exact_to_the_nanosecond():
 
 @pytest.mark.parametrize(
     "line",
-    [b"", b"{", b"[]", b"3", b'{"log":"x"}', b'{"log":"x","stream":"stdout","time":3}'],
+    [
+        b'{"log":"","data":"?","stream":"stdout","time":"2026-01-02T03:04:05Z"}',
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b'{"log":"x"}',
+        b'{"log":"x","stream":"stdout","time":3}',
+    ],
 )
 def test_what_is_no_entry_is_passed_over(line: bytes):
-    assert parse_json(line) is None
-    assert parse_cri(line) is None
-    assert parse_cri(b"2026-01-02T03:04:05Z stdlog F x") is None
+    assert not parse_json(line)
+    assert not parse_cri(line)
+    assert not parse_cri(b"2026-01-02T03:04:05Z stdlog F x")
 
 
 def test_cri_lines_keep_spaces_and_carriage_returns():
-    entry = parse_cri(b"2026-01-02T03:04:05.1Z stderr F  a  b\r")
-    assert entry is not None
+    (entry,) = parse_cri(b"2026-01-02T03:04:05.1Z stderr F  a  b\r")
     assert (entry.stream, entry.line, entry.partial) == ("stderr", b" a  b\r\n", False)
-    piece = parse_cri(b"2026-01-02T03:04:05.1Z stdout P abc")
-    assert piece is not None
+    (piece,) = parse_cri(b"2026-01-02T03:04:05.1Z stdout P abc")
     assert (piece.line, piece.partial) == (b"abc", True)
 
 
@@ -177,6 +183,16 @@ def test_tail_counts_a_line_in_pieces_as_one(tmp_path: Path, driver: str):
     assert b"".join(entry.line for entry in entries) == b"x" * 40_000 + b"\nlast\n"
 
 
+def test_tail_counts_the_lines_of_what_is_no_text(tmp_path: Path, driver: str):
+    log = FileLog(LogFile(str(tmp_path / "log"), max_size=0, max_files=1), driver)
+    log.write("stdout", b"first\n\0second\n\0\xff\nlast\n\0torn")
+    log.close()
+    for count, wanted in ((1, [b"\0torn"]), (3, [b"\0\xff\n", b"last\n", b"\0torn"])):
+        files = opened(tmp_path, driver, Selection(BOTH, tail=count))
+        assert b"".join(entry.line for entry in read_all(files)).removesuffix(b"\n") == b"".join(wanted)
+        files.close()
+
+
 def test_tail_of_a_log_larger_than_a_block(tmp_path: Path):
     lines = [{"log": f"{n:06}\n", "stream": "stdout", "time": timestamp(n)} for n in range(20_000)]
     (tmp_path / "log").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -210,23 +226,23 @@ def test_closing_leaves_no_descriptor(tmp_path: Path, driver: str, write: Callab
 
 @settings(max_examples=60, deadline=None)
 @given(
-    chunks=st.lists(st.text(alphabet='ab\n\r\\" é', max_size=60), max_size=40),
+    chunks=st.lists(st.binary(max_size=60) | st.text('ab\n\r\0\\" é', max_size=60).map(str.encode), max_size=40),
     looks=st.sets(st.integers(0, 40)),
     driver=st.sampled_from(DRIVERS),
 )
 def test_what_was_written_is_read_back(
-    tmp_path_factory: pytest.TempPathFactory, chunks: list[str], looks: set[int], driver: str
+    tmp_path_factory: pytest.TempPathFactory, chunks: list[bytes], looks: set[int], driver: str
 ):
     path = tmp_path_factory.mktemp("log")
     log = FileLog(LogFile(str(path / "log"), max_size=3000, max_files=50), driver)
     files = opened(path, driver, max_files=50)
     found: list[Entry] = []
     for number, chunk in enumerate(chunks):
-        log.write("stdout", chunk.encode())
+        log.write("stdout", chunk)
         if number in looks:
             found += read_all(files)
     log.close()
     found += read_all(files)
     files.close()
-    written = "".join(chunks).encode()
+    written = b"".join(chunks)
     assert b"".join(entry.line for entry in found).removesuffix(b"\n") == written.removesuffix(b"\n")

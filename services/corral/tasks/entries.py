@@ -1,14 +1,18 @@
 """Lines of a log, in the two formats that shims write.
 
     json-file   {"log":"text\\n","stream":"stdout","time":"2026-01-02T03:04:05.123456789Z"}
+                {"log":"","data":"AAEC","stream":"stdout","time":"2026-01-02T03:04:05.123456789Z"}
     cri         2026-01-02T03:04:05.123456789Z stdout F text
 
-A line without its newline (json-file) or with tag P (cri) is a piece; the next entry of the stream goes on with it.
+Base64 in data is what is no text, perhaps several lines. A line without its newline (json-file) or with tag P
+(cri) is a piece; the next entry of the stream goes on with it.
 """
 
+import base64
 import calendar
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -17,6 +21,7 @@ from typing import Literal
 type StreamName = Literal["stdout", "stderr"]
 
 _NS = 1_000_000_000
+_NEWLINE_ENDED = re.compile(rb"[^\n]*\n|[^\n]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,36 +37,40 @@ class Entry:
         return not self.line.endswith(b"\n")
 
 
-type Parse = Callable[[bytes], Entry | None]
+type Parse = Callable[[bytes], Sequence[Entry]]
 
 
-def parse_json(line: bytes) -> Entry | None:
-    """From a line of a json-file, without its newline; None if it is none (after a power loss there are such)."""
+def parse_json(line: bytes) -> Sequence[Entry]:
+    """From a line of a json-file, without its newline; none if it is none (after a power loss there are such)."""
     try:
         fields = json.loads(line)
         text, stream, time = fields["log"], fields["stream"], fields["time"]
         if stream not in ("stdout", "stderr"):
-            return None
-        return Entry(time_ns(time), stream, text.encode("utf-8", "surrogatepass"))
+            return ()
+        at_ns = time_ns(time)
+        if "data" in fields:
+            data = base64.b64decode(fields["data"], validate=True)
+            return [Entry(at_ns, stream, part) for part in _NEWLINE_ENDED.findall(data)]
+        return (Entry(at_ns, stream, text.encode("utf-8", "surrogatepass")),)
     except (ValueError, KeyError, TypeError, AttributeError):
-        return None
+        return ()
 
 
-def parse_cri(line: bytes) -> Entry | None:
-    """From a line of a CRI log, without its newline; None if it is none."""
+def parse_cri(line: bytes) -> Sequence[Entry]:
+    """From a line of a CRI log, without its newline; none if it is none."""
     try:
         time, stream, tag, text = line.split(b" ", 3)
         at_ns = time_ns(time.decode())
     except ValueError:
-        return None
+        return ()
     if tag[:1] != b"P":
         text += b"\n"
     match stream:
         case b"stdout":
-            return Entry(at_ns, "stdout", text)
+            return (Entry(at_ns, "stdout", text),)
         case b"stderr":
-            return Entry(at_ns, "stderr", text)
-    return None
+            return (Entry(at_ns, "stderr", text),)
+    return ()
 
 
 PARSERS: Mapping[str, Parse] = MappingProxyType({"json-file": parse_json, "cri": parse_cri})

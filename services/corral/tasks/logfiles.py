@@ -128,10 +128,7 @@ class LogFiles:
 
     def _selected(self, lines: list[bytes]) -> list[Entry]:
         entries = []
-        for line in lines:
-            entry = self._parse(line)
-            if entry is None:
-                continue
+        for entry in (entry for line in lines for entry in self._parse(line)):
             if self._selection.is_past(entry):
                 self.is_past = True
                 break
@@ -163,9 +160,7 @@ class LogFiles:
             file.offset = _end_of_last_line(file)
         for file in reversed(self._files):
             for line in _lines_backwards(file.fd, file.offset):
-                entry = self._parse(line)
-                if entry is not None:
-                    yield entry
+                yield from reversed(self._parse(line))
 
 
 def _open(name: str) -> _File:

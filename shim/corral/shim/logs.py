@@ -1,7 +1,11 @@
 """A container's log: its output cut into lines, framed, and appended to a file that rotates.
 
     json-file   {"log":"text\n","stream":"stdout","time":"2026-01-02T03:04:05.123456789Z"}
+                {"log":"","data":"AAEC","stream":"stdout","time":"2026-01-02T03:04:05.123456789Z"}
     cri         2026-01-02T03:04:05.123456789Z stdout F text
+
+The second form of json-file holds what is no text, for its NUL bytes or as it is no UTF-8: in Base64, lines or a piece
+of one. As text it would be several times as large, take ten times as long and lose bytes.
 
 A line longer than PIECE_LIMIT is written in pieces; only its last one ends the line (no "\n" in the log field, tag P).
 Text without a newline waits, up to PIECE_LIMIT, until its line is complete or the stream ends.
@@ -12,6 +16,7 @@ Framing works on a whole read at once, not line by line: each step is one call i
 import json
 import os
 import time
+from binascii import b2a_base64
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -74,18 +79,40 @@ def _before_split_character(data: bytes, start: int, end: int) -> int:
 
 
 def json_lines(group: bytes, stream: StreamName, timestamp: str, whole: bool, *, attrs: str = "") -> bytes:
-    """Docker's json-file framing of whole lines, or of one piece of a line. What is not UTF-8 becomes U+FFFD.
+    """Docker's json-file framing of whole lines, or of one piece of a line; of what is no text, our own.
 
     attrs: a member, and the comma before it, that each line has.
     """
     tail = f',"stream":"{stream}"{attrs},"time":"{timestamp}"}}\n'
+    if b"\0" in group:
+        return _no_text(group, tail)
+    try:
+        return _text(group, tail, whole)
+    except UnicodeDecodeError:
+        if not whole:
+            return _no_text(group, tail)
+        return b"".join(_line(line + b"\n", tail) for line in group[:-1].split(b"\n"))
+
+
+def _no_text(group: bytes, tail: str) -> bytes:
+    return b'{"log":"","data":"' + b2a_base64(group, newline=False) + f'"{tail}'.encode()
+
+
+def _line(line: bytes, tail: str) -> bytes:
+    try:
+        return _text(line, tail, True)
+    except UnicodeDecodeError:
+        return _no_text(line, tail)
+
+
+def _text(group: bytes, tail: str, whole: bool) -> bytes:
     if not whole:
-        return f'{{"log":{encode_basestring(group.decode("utf-8", "replace"))}{tail}'.encode()
+        return f'{{"log":{encode_basestring(group.decode())}{tail}'.encode()
     seam = f'\\n"{tail}{{"log":"'
     if b"\0" not in group.translate(_ESCAPED_AS_NUL):
         lines = group[:-1].replace(b"\n", seam.encode())
     else:
-        lines = _escape_lines(group[:-1].decode("utf-8", "replace"), seam).encode()
+        lines = _escape_lines(group[:-1].decode(), seam).encode()
     return b'{"log":"' + lines + f'\\n"{tail}'.encode()
 
 
