@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from corral.kernel.cgroup import OomWatch, membership
+from corral.kernel.cgroup.systemd.removal import Kept
 from corral.kernel.process import is_dying
 from corral.oci.spec import Process
 from corral.shim.loop import IN, Loop, Timer
@@ -49,6 +50,7 @@ class OomCounter:
     """Counts OOM kills in a cgroup; on_kill gets the new count. A host where they can't be watched has none."""
 
     __slots__ = (
+        "_kept",
         "_living",
         "_looks",
         "_loop",
@@ -78,22 +80,31 @@ class OomCounter:
         self._living = living
         self._loop, self._on_kill, self._report = loop, on_kill, report
         self._watch: OomWatch | None = None
+        self._kept: Kept | None = None
         self._looks: list[Timer] = []
         self._unclaimed: list[float] = []
         self._settling: Timer | None = None
         self._woken_at = 0.0
         self.kills = 0
+        paths = [str(path) for path in cgroup_paths]
         try:
-            self._watch = OomWatch.open(cgroup_paths, uncounted=uncounted)
+            self._watch = OomWatch.open(paths, uncounted=uncounted)
+            if self._watch.wakes_before_the_kill:
+                self._kept = Kept.of(self._watch.directory, paths)
         except OSError as e:
             report(e)
-            return
-        loop.watch(self._watch.fileno(), IN, lambda _events: self._woken())
+        if self._watch is not None:
+            loop.watch(self._watch.fileno(), IN, lambda _events: self._woken())
 
     @property
     def uncounted(self) -> int | None:
         """How many kills do not count, as they were before the container; None if it is not known."""
         return None if self._watch is None else self._watch.uncounted
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether the cgroup has to be kept from systemd a little longer, for others to count in it, too."""
+        return self._kept is not None and not self._kept.is_left()
 
     def count(self) -> int:
         """How many there were, looked up now."""
@@ -119,7 +130,7 @@ class OomCounter:
         dying = [each for each in living if is_dying(each)]
         if not living or living[0] in dying or len(dying) >= len(unclaimed):
             return False
-        if set(membership.pids_below(self._watch.directory)) - {pid, *living}:
+        if set(membership.pids_below(self._watch.directory)) - {pid, os.getpid(), *living}:
             return False
         self._unclaimed = unclaimed[1:]
         return True
@@ -131,6 +142,9 @@ class OomCounter:
 
     def close(self) -> None:
         """Watch no longer; kills stays."""
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
         if self._watch is not None:
             self._look_again_in(())
             if self._settling is not None:

@@ -548,15 +548,16 @@ class Shim:
 
     def _check_end(self) -> None:
         """End once execs are reaped and clients have their bytes, or take none any more."""
-        waiting = time.monotonic() < self._wait_until and any(p.alive for p in self._processes.values())
+        left = any(p.alive for p in self._processes.values()) or (self._oom is not None and self._oom.is_awaited)
+        waiting = left and time.monotonic() < self._wait_until
         logged = self._log.delivered(STUCK_S)
         if waiting or not logged or not all(process.io.delivered(STUCK_S) for process in self._processes.values()):
             self.loop.call_later(END_CHECK_S, self._check_end)
             return
         told = self._log.dropped_bytes
         self._log.close()
-        if left := self._log.dropped_bytes - told:  # the exit is told already
-            report.write(self._directory, f"log: {left} bytes were still waiting to be sent, and are dropped")
+        if unsent := self._log.dropped_bytes - told:  # the exit is told already
+            report.write(self._directory, f"log: {unsent} bytes were still waiting to be sent, and are dropped")
         self._ledger.run_poststop(self._made().spec)
         self._on_end()
 

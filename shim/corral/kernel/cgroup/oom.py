@@ -53,7 +53,7 @@ class OomWatch:
     @classmethod
     def open(
         cls,
-        paths: "Iterable[Path]",
+        paths: "Iterable[Path | str]",
         *,
         since_creation: bool = False,
         uncounted: int | None = None,

@@ -1,0 +1,194 @@
+"""Who ran out of memory is told right every time: one engine, many rounds of each kind, and how many were wrong.
+
+    .venv/bin/python tests/vm/oom_rounds.py [--driver systemd] [--rounds 100] [KIND…]
+
+    init     the container's own process
+    child    a child of it, and it ends at once
+    beside   a child of it, and it lives on, until it is stopped
+    exec     a further process, and the container lives on
+    ending   the container's own process, and a further one ends with it
+    group    all processes at once, by memory.oom.group (where there is cgroup v2)
+    killed   nobody: it is killed by hand
+
+The exit status of each process is looked at, and what the journals of task and cgroup tell of kills.
+"""
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support.corrald import Corrald, PlaceOn, running
+from support.engine import EngineClient, engine_of, import_image
+from support.images import write_busybox
+
+from corral.api.engine.v1 import engine_pb2 as pb
+from corral.api.types.v1.types_pb2 import ExitStatus, MemoryResources, Resources
+from corral.kernel.cgroup import Kind, detect
+
+HOG = "tail /dev/zero"
+LIMIT = 16 << 20
+COUNTED = {"task.oom": "kills", "cgroup.oom": "oom_kills"}
+TOLD_S = 5.0
+
+
+class SlicePlace(PlaceOn):
+    """One whose containers are below a slice."""
+
+    @property
+    def cgroup_parent(self) -> str:
+        return f"/{self.tag}.slice"
+
+
+def limits(**more: bool) -> Resources:
+    return Resources(memory=MemoryResources(limit_bytes=LIMIT, swap_bytes=LIMIT, **more))
+
+
+def plainly(status: ExitStatus) -> tuple[int, bool]:
+    return status.code, status.oom_killed
+
+
+async def told(engine: EngineClient, after: int, id_: str) -> dict[str, object]:
+    """The last number of kills in each journal."""
+    found: dict[str, object] = {}
+    for event in await engine.events(after):
+        if event.subject == id_ and event.topic in COUNTED:
+            found[event.topic] = dict(event.payload)[COUNTED[event.topic]]
+    return found
+
+
+async def run_exec(engine: EngineClient, id_: str, script: str) -> ExitStatus:
+    made = await engine.containers.Exec(pb.ExecContainerRequest(container=id_, args=["sh", "-c", script]))
+    await engine.containers.ExecStart(pb.ExecStartRequest(container=id_, exec_id=made.exec_id))
+    return (await engine.containers.ExecWait(pb.ExecWaitRequest(container=id_, exec_id=made.exec_id, remove=True))).exit
+
+
+class Round:
+    """One container, and what is told of it that is not as it should be."""
+
+    def __init__(self, engine: EngineClient, after: int) -> None:
+        self._engine, self._after, self._id = engine, after, ""
+        self.wrong: list[str] = []
+
+    async def _run(self, script: str, **more: bool) -> str:
+        self._id = await self._engine.run("sh", "-c", script, resources=limits(**more))
+        return self._id
+
+    def _expect(self, what: str, is_: object, wanted: object) -> None:
+        if is_ != wanted:
+            self.wrong.append(f"{what} {is_}, not {wanted}")
+
+    async def _ends(self, code: int, is_out_of_memory: bool) -> None:
+        self._expect("container", plainly(await self._engine.wait(self._id)), (code, is_out_of_memory))
+
+    async def _counts(self, *kills: int) -> None:
+        """Both journals come to the same of these numbers."""
+        until = time.monotonic() + TOLD_S
+        while True:
+            counts = await told(self._engine, self._after, self._id)
+            if len(counts) == 2 and len(set(counts.values())) == 1 and set(counts.values()) <= set(kills):
+                return
+            if time.monotonic() > until:
+                self.wrong.append(f"journals {counts}, not {kills}")
+                return
+            await asyncio.sleep(0.05)
+
+    async def init(self) -> None:
+        await self._run(f"exec {HOG}")
+        await self._ends(137, True)
+        await self._counts(1)
+
+    async def child(self) -> None:
+        await self._run(f"{HOG}; exit 5")
+        await self._ends(5, True)
+        await self._counts(1)
+
+    async def beside(self) -> None:
+        id_ = await self._run(f"trap 'exit 7' TERM; {HOG}; sleep 100 & wait")
+        await self._counts(1)
+        await self._engine.stop(id_)
+        await self._ends(7, True)
+
+    async def exec(self) -> None:
+        id_ = await self._run("exec sleep 1000")
+        self._expect("exec", plainly(await run_exec(self._engine, id_, f"exec {HOG}")), (137, True))
+        await self._engine.kill(id_)
+        await self._ends(137, True)
+        await self._counts(1)
+
+    async def ending(self) -> None:
+        id_ = await self._run(f"until [ -e /begun ]; do sleep 0.05; done; exec {HOG}")
+        self._expect("exec", plainly(await run_exec(self._engine, id_, "touch /begun; exec sleep 1000")), (137, False))
+        await self._ends(137, True)
+        await self._counts(1)
+
+    async def group(self) -> None:
+        await self._run(f"sleep 1000 & {HOG} & wait; wait; echo survived", oom_group=True)
+        await self._ends(137, True)
+        await self._counts(3, 4)  # the kernel may count the one that it chose once more, as one of the group
+
+    async def killed(self) -> None:
+        id_ = await self._run("exec sleep 1000")
+        await self._engine.kill(id_)
+        await self._ends(137, False)
+        self._expect("journals", await told(self._engine, self._after, id_), {})
+
+    async def over(self) -> None:
+        await self._engine.delete(self._id, force=True)
+
+
+KINDS: dict[str, Callable[[Round], Awaitable[None]]] = {
+    "init": Round.init, "child": Round.child, "beside": Round.beside, "exec": Round.exec, "ending": Round.ending,
+    "group": Round.group, "killed": Round.killed,
+}  # fmt: skip
+
+
+async def rounds(engine: EngineClient, kinds: list[str], number: int) -> int:
+    """How many went wrong."""
+    wrong: Counter[str] = Counter()
+    for kind in kinds:
+        begun = time.monotonic()
+        for each in range(number):
+            round_ = Round(engine, await engine.last_seq())
+            await KINDS[kind](round_)
+            await round_.over()
+            if round_.wrong:
+                wrong[kind] += 1
+                print(f"  {kind} {each}: {'; '.join(round_.wrong)}", flush=True)
+        print(f"{kind}: {number - wrong[kind]} of {number} right ({time.monotonic() - begun:.0f} s)", flush=True)
+    return wrong.total()
+
+
+async def run(daemon: Corrald, archive: Path, kinds: list[str], number: int) -> int:
+    await import_image(daemon, archive)
+    async with engine_of(daemon) as engine:
+        return await rounds(engine, kinds, number)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--driver", choices=("cgroupfs", "systemd"), default="cgroupfs")
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("kinds", nargs="*", metavar="KIND", choices=[*KINDS, []])
+    arguments = parser.parse_args()
+    kind = detect().kind
+    kinds = arguments.kinds or [name for name in KINDS if name != "group" or kind is Kind.V2]
+    with tempfile.TemporaryDirectory(prefix="corral") as directory:
+        archive = Path(directory, "busybox.tar")
+        write_busybox(archive)
+        place = (SlicePlace if arguments.driver == "systemd" else PlaceOn).make_on(Path(directory, "data"))
+        settings = {"cgroups": {"driver": arguments.driver, "parent": place.cgroup_parent.removeprefix("/")}}
+        if arguments.driver == "cgroupfs":
+            settings = {}
+        print(f"driver {arguments.driver}, cgroups {kind.value}", flush=True)
+        with running(place=place, settings=settings) as daemon:
+            return 1 if asyncio.run(run(daemon, archive, kinds, arguments.rounds)) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
