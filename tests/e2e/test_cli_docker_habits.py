@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import pytest
 from support.corrald import Corrald, running
@@ -192,3 +194,28 @@ def test_volumes_of_another_container_and_labels_of_a_file(box: Corrald, tmp_pat
     refused = box.corral("run", "--rm", "--volumes-from", "first:ro", "busybox", "touch", "/b/z")
     assert b"Read-only file system" in refused.stderr
     said(box, "rm", "-v", "first")
+
+
+def test_a_limit_of_processes_is_lifted_by_0(box: Corrald) -> None:
+    said(box, "run", "-d", "--name", "many", "--pids-limit", "50", "busybox", "sleep", "60")
+    limit = ("inspect", "-f", "{{.HostConfig.PidsLimit}}", "many")
+    said(box, "update", "--memory", "100m", "many")
+    assert said(box, *limit) == "50\n"
+    said(box, "update", "--pids-limit", "0", "many")
+    assert said(box, *limit) == "-1\n"
+    assert json.loads(said(box, "stats", "--no-stream", "--format", "json", "many"))["cgroup"]["pids"]["limit"] <= 0
+    said(box, "rm", "-f", "many")
+
+
+def test_times_without_a_zone_are_of_the_one_here(box: Corrald, monkeypatch: pytest.MonkeyPatch) -> None:
+    said(box, "run", "--name", "old", "busybox", "echo", "hello")
+    [stamp, _] = said(box, "logs", "-t", "old").split()
+    for zone in ("Europe/Berlin", "UTC"):
+        monkeypatch.setenv("TZ", zone)
+        here = datetime.fromisoformat(stamp).astimezone(ZoneInfo(zone)) - timedelta(minutes=1)
+        assert said(box, "logs", "--since", f"{here:%Y-%m-%dT%H:%M:%S}", "old") == "hello\n"
+        assert said(box, "logs", "--until", f"{here:%Y-%m-%dT%H:%M}", "old") == ""
+        assert said(box, "logs", "--since", stamp, "--until", stamp, "old") == "hello\n"
+    wrong = box.corral("logs", "--since", "yesterday", "old")
+    assert (wrong.returncode, b"'yesterday' is not understood" in wrong.stderr) == (1, True)
+    said(box, "rm", "old")

@@ -184,6 +184,18 @@ def test_a_write_of_many_rotations_keeps_every_line_whole(tmp_path: Path) -> Non
     assert b"".join(text + b"\n" for name in names for _, _, text in cri_entries(tmp_path / name)) == data
 
 
+def test_lines_of_one_write_are_spread_over_files_that_keep_to_their_size(tmp_path: Path) -> None:
+    log = make(tmp_path / "log", max_size=1024, max_files=3)
+    log.write("stdout", b"".join(b"%d\n" % n for n in range(1000)) + b"\0" * 1000 + b"\n")
+    log.write("stdout", b"x" * 2000 + b"\n" + b"y\n" * 100)
+    log.close()
+    *lines, last = (entry["log"] for name in ("log.2", "log.1", "log") for entry in entries(tmp_path / name))
+    assert len(lines) > 20
+    assert {*lines, last} == {"y\n"}
+    assert all(path.stat().st_size <= 1024 for path in tmp_path.iterdir())
+    assert log.dropped_bytes == 0
+
+
 def test_reopening_follows_the_name_after_somebody_else_rotated(tmp_path: Path) -> None:
     log = make(tmp_path / "log")
     log.write("stdout", b"before\n")

@@ -308,7 +308,9 @@ def _tail(text: str) -> int | None:
 
 
 def parse_time(text: str) -> "Timestamp":
-    """RFC 3339, seconds since 1970, or how long ago. Raises ValueError."""
+    """RFC 3339, in the local zone if it names none, seconds since 1970, or how long ago. Raises ValueError."""
+    from datetime import datetime
+
     from google.protobuf.timestamp_pb2 import Timestamp
 
     from corral.client.quantities import duration_s
@@ -321,11 +323,14 @@ def parse_time(text: str) -> "Timestamp":
         when.FromNanoseconds(time.time_ns() - round(duration_s(text) * 1e9))
     except ValueError:
         try:
-            when.FromJsonString(text if "T" in text else f"{text}T00:00:00Z")
+            when.FromJsonString(text)  # exact to the nanosecond, which a line of a log has
         except ValueError:
-            raise ValueError(
-                f"time {text!r} is not understood: give 2026-01-02T15:04:05Z, or how long ago: 10m"
-            ) from None
+            try:
+                when.FromDatetime(datetime.fromisoformat(text).astimezone())
+            except ValueError:
+                raise ValueError(
+                    f"time {text!r} is not understood: give 2026-01-02T15:04:05Z, or how long ago: 10m"
+                ) from None
     return when
 
 

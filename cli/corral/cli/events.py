@@ -42,7 +42,7 @@ def events_command(
     from corral.cli.container import parse_time
 
     request = types_pb2.EventsRequest(after=after or 0, no_follow=no_follow)
-    request.since.CopyFrom(parse_time(since or ("0s" if after is None and not no_follow else "1970-01-01")))
+    request.since.CopyFrom(parse_time(since or ("0s" if after is None and not no_follow else "1970-01-01T00:00:00Z")))
     if until:
         request.until.CopyFrom(parse_time(until))
     _apply_filters(app, request, filters)

@@ -55,7 +55,7 @@ CHANGEABLE: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("-c", "--cpu-shares"), "Relative weight, default 1024", {"type": int, "default": 0}),
     (("--cpuset-cpus",), "CPUs to run on, such as 0-2,4", {"default": ""}),
     (("--cpuset-mems",), "Memory nodes to use", {"default": ""}),
-    (("--pids-limit",), "Most processes; -1 for no limit", {"type": int, "default": 0}),
+    (("--pids-limit",), "Most processes; 0 or -1 for no limit", {"type": int}),
     (("--blkio-weight",), "Relative weight of block I/O, 10 to 1000", {"type": int, "default": 0}),
     (("--blkio-weight-device", "blkio_weight_devices"), "The same for one device, /dev/x:WEIGHT", _MANY),
     (("--device-read-bps",), "Most bytes read per second, /dev/x:10m", _MANY),
@@ -143,7 +143,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
 )
 _PAIRS = ("labels", "sysctls", "log_options", "cgroup_conf")
 MAY_BE_ZERO = (
-    *("stop_timeout_s", "memory_swappiness", "oom_score_adj", "cpu_burst"),
+    *("stop_timeout_s", "memory_swappiness", "oom_score_adj", "cpu_burst", "pids_limit"),
     *("cpu_idle", "cpu_rt_runtime", "oom_group", "oom_kill_disable"),
 )
 """Not given is None."""

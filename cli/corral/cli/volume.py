@@ -53,6 +53,7 @@ def rm_command(app: App, names: tuple[str, ...]) -> int:
 
 @volume_command.command("prune")
 @click.option("-a", "--all", "everything", is_flag=True, help="Named ones too")
+@click.option("-f", "--force", is_flag=True, expose_value=False, help="As docker's; nothing is asked anyway")
 @pass_app
 def prune_command(app: App, everything: bool) -> None:
     """Remove volumes that no container uses."""

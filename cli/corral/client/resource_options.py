@@ -33,7 +33,7 @@ class ResourceOptions(TypedDict, total=False):
     cpu_shares: int
     cpuset_cpus: str
     cpuset_mems: str
-    pids_limit: int
+    pids_limit: int  # 0 or -1 for none
     blkio_weight: int  # 10 to 1000
     blkio_weight_devices: Sequence[str]  # "/dev/sda:200"
     device_read_bps: Sequence[str]  # "/dev/sda:10m", bytes per second
@@ -51,8 +51,8 @@ def resources(o: ResourceOptions) -> types_pb2.Resources | None:
     found = types_pb2.Resources()
     _memory(found.memory, o)
     _cpu(found.cpu, o)
-    if limit := o.get("pids_limit"):
-        found.pids.limit = limit
+    if (limit := o.get("pids_limit")) is not None:
+        found.pids.limit = limit or -1
     _io(found.io, o)
     found.unified.update(o.get("cgroup_conf", {}))
     found.hugetlb.extend(_hugetlb(text) for text in o.get("hugetlb", ()))

@@ -168,6 +168,10 @@ class LogFile:
         """Which file the next append goes to, and how large that is."""
         return self._inode, self._size
 
+    def holds(self, size: int) -> bool:
+        """Whether one file may be as large."""
+        return not self._max_size or size <= self._max_size
+
     def make_room(self, size: int) -> None:
         """Rotate, if as many bytes more would be too much for one file."""
         if self._max_size and self._size and self._size + size > self._max_size:
@@ -347,7 +351,8 @@ class FileLog:
             if part is Part.REST:
                 self._waiting[stream] = group
             else:
-                self._append(stream, len(group), self._format(group, stream, now, part is Part.LINES))
+                for lines, frame in self._framed(group, stream, now, part is Part.LINES):
+                    self._append(stream, len(lines), frame)
         if self._spool is not None:
             self._spool.tidy(stream)
 
@@ -377,6 +382,16 @@ class FileLog:
         if self._spool is not None:
             self._spool.close()
 
+    def _framed(self, group: bytes, stream: StreamName, now: str, whole: bool) -> Iterator[tuple[bytes, bytes]]:
+        """The group with its frame; if that is more than a file may hold, by parts of its lines."""
+        frame = self._format(group, stream, now, whole)
+        middle = group.rfind(b"\n", 0, len(group) // 2) + 1 or group.find(b"\n") + 1
+        if self._file.holds(len(frame)) or not whole or middle == len(group):
+            yield group, frame
+            return
+        yield from self._framed(group[:middle], stream, now, True)
+        yield from self._framed(group[middle:], stream, now, True)
+
     def _append(self, stream: StreamName, size: int, frame: bytes) -> None:
         self._file.make_room(len(frame))
         if self._spool is not None:
@@ -392,8 +407,11 @@ class FileLog:
         logged = spool.perhaps_logged(self._file.position)
         if logged is not None and spool.marked is not None and left[logged]:
             part, group = next(cut(left[logged]))
-            form = self._format_last if part is Part.REST else self._format
-            frame = form(group, logged, timestamp(0), part is Part.LINES)  # as long as with any other time
+            then = timestamp(0)  # a frame is as long as with any other time
+            if part is Part.REST:
+                frame = self._format_last(group, logged, then, False)
+            else:
+                group, frame = next(self._framed(group, logged, then, part is Part.LINES))
             if not self._file.undo_torn(spool.marked, len(frame)):
                 spool.logged(logged, len(group), self._file.position)
                 left[logged] = left[logged][len(group) :]
