@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 
 from corral.api.engine.v1.engine_pb2 import ExecContainerRequest
@@ -33,20 +34,10 @@ class Execs:
         if not request.args or not request.args[0]:
             raise InvalidArgument("there is nothing to run: give a command", reason="NO_COMMAND")
         exec_id = check_id(request.exec_id, "exec id") if request.exec_id else random_id()
-        secret_env = await self._secret_env(record) if record.config.secrets else {}
-        process = process_for_exec(
-            record.config,
-            self._core.host,
-            args=tuple(request.args),
-            env=lay_env((f"{name}={value}" for name, value in secret_env.items()), request.env),
-            working_dir=request.working_dir,
-            terminal=request.terminal,
-            privileged=request.privileged,
-        )
         message = tasks_pb2.ExecRequest(
             id=record.id,
             exec_id=exec_id,
-            process=json.dumps(encode(process), separators=(",", ":")).encode(),
+            process=await self._process(record, request),
             user=request.user or record.config.user,
             stdin=request.stdin,
             console_size=request.console_size if request.HasField("console_size") else None,
@@ -58,6 +49,24 @@ class Execs:
                 self.forget_soon(record, exec_id)
             raise
         return record, exec_id
+
+    async def probe(self, record: ContainerRecord, args: Sequence[str]) -> tasks_pb2.ProbeRequest:
+        """What to run in it as whom, with all that is the container's; the rest is the caller's to say."""
+        process = await self._process(record, ExecContainerRequest(args=args))
+        return tasks_pb2.ProbeRequest(id=record.id, process=process, user=record.config.user)
+
+    async def _process(self, record: ContainerRecord, request: ExecContainerRequest) -> bytes:
+        secret_env = await self._secret_env(record) if record.config.secrets else {}
+        process = process_for_exec(
+            record.config,
+            self._core.host,
+            args=tuple(request.args),
+            env=lay_env((f"{name}={value}" for name, value in secret_env.items()), request.env),
+            working_dir=request.working_dir,
+            terminal=request.terminal,
+            privileged=request.privileged,
+        )
+        return json.dumps(encode(process), separators=(",", ":")).encode()
 
     def forget_soon(self, record: ContainerRecord, exec_id: str) -> None:
         """Unless it runs. Nobody waits for that."""

@@ -27,11 +27,13 @@ from corral.engine.naming import random_id
 from corral.engine.records import ALIVE, ContainerRecord, Status
 from corral.engine.removal import SIGKILL
 from corral.rpc.context import in_namespace
-from corral.rpc.errors import CorralError, NotFound, ResourceExhausted, Unavailable
+from corral.rpc.errors import CorralError, NotFound, ResourceExhausted, Unavailable, Unimplemented
 
 log = structlog.get_logger()
 
 OUTPUT_BYTES = 4096
+UNKILLABLE_S = 2.0
+"""How much longer than its time a probe is waited for: one that is frozen, say, does not end when it is killed."""
 _PREFIX = "health-"
 """Of the ids of execs that are probes."""
 
@@ -97,7 +99,7 @@ class Checks:
         return rules.start_interval_s if starting and _age_s(record) < rules.start_period_s else rules.interval_s
 
     async def _forget_probes(self, record: ContainerRecord) -> None:
-        """Those that a daemon had under way when it died."""
+        """Those that a daemon had under way when it died, of an older version or beside an older shim."""
         tasks = self._core.leaves.tasks
         with suppress(CorralError):
             task = await persistently(lambda: tasks.Get(tasks_pb2.GetTaskRequest(id=record.id)))
@@ -109,8 +111,8 @@ class Checks:
         since_start_s, started_ns = _age_s(record), time.time_ns()
         try:
             code, output = await self._run(record, rules)
-        except (Unavailable, ResourceExhausted):
-            return  # tasks is away, or has no room to make an exec: that says nothing of the container
+        except (Unavailable, ResourceExhausted, Unimplemented):
+            return  # tasks is away, not upgraded yet, or has no room to make one: that says nothing of the container
         except CorralError as e:
             if self._core.get(record.namespace, record.id).status is not Status.RUNNING:
                 return
@@ -126,37 +128,16 @@ class Checks:
 
     async def _run(self, record: ContainerRecord, rules: Rules) -> tuple[int, str]:
         """One probe: its exit code, and the beginning of its output."""
-        exec_id = f"{_PREFIX}{random_id()[:16]}"
-        tasks = self._core.leaves.tasks
-        await self._execs.make(pb.ExecContainerRequest(container=record.id, exec_id=exec_id, args=rules.args))
-        try:
-            async with asyncio.timeout(rules.timeout_s):
-                return await self._output_of(record, exec_id)
-        except TimeoutError:
-            with suppress(CorralError):
-                await tasks.Kill(tasks_pb2.KillRequest(id=record.id, exec_id=exec_id, signal=SIGKILL))
-            return TOOK_TOO_LONG, f"the health check took longer than {rules.timeout_s:g} s, and was killed"
-        finally:
-            forget = tasks_pb2.DeleteExecRequest(id=record.id, exec_id=exec_id, force=True)
-            with suppress(CorralError):
-                await tasks.DeleteExec(forget)
-
-    async def _output_of(self, record: ContainerRecord, exec_id: str) -> tuple[int, str]:
-        output = bytearray()
-        header = tasks_pb2.AttachHeader(id=record.id, exec_id=exec_id, stdout=True, stderr=True, start=True)
-        call = self._core.leaves.tasks.Attach()
-        try:
-            await call.write(tasks_pb2.AttachRequest(header=header))
-            await call.done_writing()
-            while isinstance(response := await call.read(), tasks_pb2.AttachResponse):
-                match response.WhichOneof("part"):
-                    case "exited":
-                        return response.exited.code, bytes(output).decode("utf-8", "replace")
-                    case _ if len(output) < OUTPUT_BYTES:
-                        output += (response.stdout or response.stderr)[: OUTPUT_BYTES - len(output)]
-        finally:
-            call.cancel()
-        raise Unavailable(f"the output of exec {exec_id} ended without its exit")
+        request = await self._execs.probe(record, rules.args)
+        request.exec_id = f"{_PREFIX}{random_id()[:16]}"
+        request.timeout.FromNanoseconds(round(rules.timeout_s * 1e9))
+        request.output_bytes = OUTPUT_BYTES
+        with suppress(TimeoutError):
+            async with asyncio.timeout(rules.timeout_s + UNKILLABLE_S):
+                ran = await self._core.leaves.tasks.Probe(request)
+                if not ran.exit.timed_out:
+                    return ran.exit.code, ran.output
+        return TOOK_TOO_LONG, f"the health check took longer than {rules.timeout_s:g} s, and was killed"
 
     async def _tell(self, record: ContainerRecord, verdict: Verdict) -> None:
         word = health_word(verdict.state)

@@ -5,6 +5,7 @@ They are started, signalled and waited for as init is: see lifecycle.
 
 import asyncio
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from signal import SIGKILL
@@ -26,7 +27,7 @@ class NewExec:
     """One more process: an OCI process object, and the shim's further fields (user, stdin)."""
 
     exec_id: str
-    process: dict[str, object]
+    process: Mapping[str, object]
     fields: dict[str, object]
     args: tuple[str, ...]
     terminal: bool
@@ -40,18 +41,23 @@ class Execs:
         self.registry = registry
         self._database = database
 
-    @uncancelled
-    async def create(self, key: TaskKey, new: NewExec) -> None:
-        """Register a process.
-
-        Raises NotFound, AlreadyExists, FailedPrecondition if the task does not run, CorralError.
-        """
+    async def running(self, key: TaskKey) -> Task:
+        """A task that runs. Raises NotFound, FailedPrecondition."""
         task = self.registry.get(key)
         await task.settled.wait()
         if task.init.row.status is not Status.RUNNING:
             raise FailedPrecondition(
                 f"container {key.id} is not running: {task.init.row.status.name.lower()}", reason="NOT_RUNNING"
             )
+        return task
+
+    @uncancelled
+    async def create(self, key: TaskKey, new: NewExec) -> None:
+        """Register a process.
+
+        Raises NotFound, AlreadyExists, FailedPrecondition if the task does not run, CorralError.
+        """
+        task = await self.running(key)
         if new.exec_id in task.processes:
             raise AlreadyExists(f"container {key.id} has an exec {new.exec_id!r} already", reason="EXEC_EXISTS")
         row = ProcessRow(
@@ -74,7 +80,7 @@ class Execs:
 
     async def _register(self, task: Task, new: NewExec, process: Process) -> None:
         shim, row = task.connected(), process.row
-        asked: Message = {**new.fields, "process": await task.inherited() | new.process}
+        asked: Message = {**new.fields, "process": {**await task.inherited(), **new.process}}
         await shim.exec(new.exec_id, asked)
         process.asked = asked
         failpoint("tasks.exec.after_shim")

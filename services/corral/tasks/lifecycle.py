@@ -179,8 +179,7 @@ class Tasks:
         """A refused exec has ended without having been; that of init the shim reports itself."""
         if process.row.is_init or isinstance(failure, Unavailable):
             return
-        code = _NOT_STARTED_CODES.get(failure.reason, _NOT_STARTED)
-        how = Exit(code=code, exited_at_ns=time.time_ns(), reason=failure.message)
+        how = not_executed(failure) or Exit(code=_NOT_STARTED, exited_at_ns=time.time_ns(), reason=failure.message)
         await process.mark_ended(self._ends.write, how)
 
     # While it lives
@@ -289,6 +288,12 @@ class Tasks:
                 async with asyncio.timeout(HANG_UP_S):
                     await task.shim.closed.wait()
         task.close()
+
+
+def not_executed(failure: CorralError) -> Exit | None:
+    """What it comes to, if a program could not be executed, and that is all that went wrong."""
+    code = _NOT_STARTED_CODES.get(failure.reason)
+    return None if code is None else Exit(code=code, exited_at_ns=time.time_ns(), reason=failure.message)
 
 
 def _not_startable(process: Process) -> FailedPrecondition:

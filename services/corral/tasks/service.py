@@ -32,6 +32,7 @@ from corral.tasks.live import Process, Task
 from corral.tasks.logs import stream_log
 from corral.tasks.model import TaskKey, mapping
 from corral.tasks.parking import Parked, Parking
+from corral.tasks.probes import Probes
 from corral.tasks.processes import pids
 from corral.tasks.recovery import Recovery
 from corral.tasks.registry import Registry
@@ -113,6 +114,7 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
         self._registry = tasks.registry
         self._tasks = tasks
         self._execs = execs
+        self._probes = Probes(tasks, execs, database)
         self._parking = Parking(tasks.registry)
         execs.forget_unused()  # whoever is parked will be back
         self._checker = checker
@@ -132,6 +134,13 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
     async def Exec(self, request: pb.ExecRequest, context: Context[pb.ExecRequest, pb.ExecResponse]) -> pb.ExecResponse:
         await self._execs.create(_key(request.id), translate.new_exec(request))
         return pb.ExecResponse()
+
+    async def Probe(
+        self, request: pb.ProbeRequest, context: Context[pb.ProbeRequest, pb.ProbeResponse]
+    ) -> pb.ProbeResponse:
+        only_follows()
+        ran = await self._probes.run(_key(request.id), translate.new_probe(request))
+        return pb.ProbeResponse(exit=translate.exit_status(ran.exit), output=ran.output)
 
     async def Kill(self, request: pb.KillRequest, context: Context[pb.KillRequest, pb.KillResponse]) -> pb.KillResponse:
         await self._tasks.kill(_key(request.id), request.exec_id, request.signal, everything=request.all)

@@ -17,6 +17,7 @@ from corral.tasks.identity import Identity
 from corral.tasks.model import INIT, Exit, mapping, optional_int
 
 VERSION = 1
+_USUAL = -1.0
 
 type ProcessState = Literal["created", "running", "stopped"]
 
@@ -42,6 +43,15 @@ class StateReport:
         return self.processes.get(INIT)
 
 
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A process that has ended, and what it wrote first."""
+
+    identity: Identity | None
+    exit: Exit
+    output: str
+
+
 def _ignore(_what: object = None) -> None:
     """Nobody asked."""
 
@@ -61,6 +71,8 @@ class Shim:
         self._on_stdin_close: Callable[[str], None] = _ignore
         self._on_close: Callable[[], None] | None = None
         self.closed = asyncio.Event()
+        self.runs = True
+        """Whether it can run() a process, as far as is known."""
         self._connection = Connection(sock, on_event=self._event, on_close=self._closed)
         self._connection.send({"v": VERSION, "client": "tasks"})
         self._connection.request("subscribe", {})
@@ -121,6 +133,14 @@ class Shim:
         """Register an exec."""
         await self._ask("exec", {"exec": exec_id, **fields})
 
+    async def run(self, exec_id: str, fields: Message, *, timeout_ns: int, output_bytes: int) -> Ran:
+        """Run a process to its end, which it reaches with the connection at the latest. Raises Unimplemented if it is
+        too old a shim."""
+        asked = {"exec": exec_id, "timeout_ns": timeout_ns, "output_bytes": output_bytes, **fields}
+        patience_s = self._timeout_s + timeout_ns / 1e9 if timeout_ns else None
+        reply = await self._ask("run", asked, timeout_s=patience_s)
+        return Ran(_identity(reply), Exit.from_shim(reply), str(reply.get("output") or ""))
+
     async def attach(self, exec_id: str, fields: Message, fds: Sequence[int]) -> None:
         """Hand over one end of each stream, in the order stdin, stdout, stderr; they are taken over in any case."""
         await self._ask("attach", {"exec": exec_id, **fields}, fds)
@@ -159,10 +179,17 @@ class Shim:
         return StateReport(optional_int(reply, "shim_pid") or 0, processes)
 
     async def _ask(
-        self, op: str, fields: Message, fds: Sequence[int] = (), *, on_sent: Callable[[], None] = _ignore
+        self,
+        op: str,
+        fields: Message,
+        fds: Sequence[int] = (),
+        *,
+        on_sent: Callable[[], None] = _ignore,
+        timeout_s: float | None = _USUAL,
     ) -> Message:
+        timeout_s = self._timeout_s if timeout_s is _USUAL else timeout_s
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(timeout_s):
                 reply = self._connection.request(op, fields, fds)
                 if self.is_open:  # else sending it has failed
                     on_sent()
@@ -170,9 +197,7 @@ class Shim:
         except ConnectionLostError as e:
             raise Unavailable(f"the shim went away during {op!r}: {e}", reason="SHIM_GONE") from e
         except TimeoutError as e:
-            raise Unavailable(
-                f"the shim did not answer {op!r} within {self._timeout_s:g} s", reason="SHIM_STUCK"
-            ) from e
+            raise Unavailable(f"the shim did not answer {op!r} within {timeout_s:g} s", reason="SHIM_STUCK") from e
 
     def _event(self, message: Message) -> None:
         if self._on_exit is None:

@@ -98,18 +98,31 @@ def insert_exec(transaction: Transaction, process: ProcessRow) -> None:
 
 def started(transaction: Transaction, process: ProcessRow) -> None:
     """The process runs, as its row says."""
-    if not _move(transaction, process):
-        return
+    if _move(transaction, process):
+        _journal_start(transaction, process)
+
+
+def _journal_start(transaction: Transaction, process: ProcessRow) -> None:
     payload: dict[str, JSON] = {"pid": process.pid, "started_at_ns": process.started_at_ns}
     _journal_process(transaction, process, "started", payload, process.started_at_ns)
 
 
 def ended(transaction: Transaction, process: ProcessRow) -> None:
     """The process has ended, as its row says; journalled at most once, however often it is reported."""
+    if _move(transaction, process):
+        _journal_end(transaction, process)
+
+
+def ran(transaction: Transaction, process: ProcessRow, how: Exit) -> None:
+    """A process without a row of its own was run, and ended so; if it has a pid, it was started before."""
+    if process.pid:
+        _journal_start(transaction, process)
+    _journal_end(transaction, process.ended(how))
+
+
+def _journal_end(transaction: Transaction, process: ProcessRow) -> None:
     how = process.exit
     assert how is not None
-    if not _move(transaction, process):
-        return
     if how.oom:
         out_of_memory(transaction, process.task, kills=1, at_ns=how.exited_at_ns)
     payload: dict[str, JSON] = {"pid": process.pid} | {name: getattr(how, name) for name in Exit.__slots__}

@@ -11,6 +11,7 @@ from corral.api.types.v1 import types_pb2 as types_pb
 from corral.rpc.context import check_id
 from corral.rpc.errors import InvalidArgument
 from corral.rpc.events import nanoseconds, timestamp
+from corral.shim.requests import MOST_OUTPUT
 from corral.tasks import log_drivers
 from corral.tasks.attach import Wanted
 from corral.tasks.bundle import default_log
@@ -20,6 +21,7 @@ from corral.tasks.execs import NewExec
 from corral.tasks.lifecycle import NewTask
 from corral.tasks.live import Process, Task
 from corral.tasks.model import Exit, LogRow, ProcessRow, Status, TaskKey, mapping
+from corral.tasks.probes import NewProbe
 
 _STREAMS = {"stdout": pb.LogEntry.STREAM_STDOUT, "stderr": pb.LogEntry.STREAM_STDERR}
 
@@ -177,6 +179,22 @@ def _secrets(request: pb.CreateTaskRequest) -> dict[str, object]:
     return found
 
 
+def new_probe(request: pb.ProbeRequest) -> NewProbe:
+    """Raises InvalidArgument, naming the field."""
+    if request.output_bytes > MOST_OUTPUT:
+        raise InvalidArgument(f"output_bytes: must be at most {MOST_OUTPUT}", reason="BAD_SIZE")
+    process = _object(request.process, "process")
+    new = NewExec(
+        exec_id=check_id(request.exec_id, "exec id"),
+        process=process,
+        fields={"user": request.user or None},
+        args=_args(process),
+        terminal=False,
+        stdin=False,
+    )
+    return NewProbe(new, _timeout(request), request.output_bytes)
+
+
 def new_exec(request: pb.ExecRequest) -> NewExec:
     """Raises InvalidArgument, naming the field."""
     process = dict(_object(request.process, "process"))
@@ -192,7 +210,7 @@ def new_exec(request: pb.ExecRequest) -> NewExec:
     )
 
 
-def _timeout(request: pb.CreateTaskRequest) -> int:
+def _timeout(request: pb.CreateTaskRequest | pb.ProbeRequest) -> int:
     timeout_ns = request.timeout.ToNanoseconds()
     if request.HasField("timeout") and timeout_ns <= 0:
         raise InvalidArgument("timeout: must be more than 0", reason="BAD_TIMEOUT")

@@ -109,19 +109,23 @@ class Container:
         stdio: Stdio,
         cgroup_paths: Sequence[str | os.PathLike[str]] = (),
         exact_cgroup: bool = False,
+        dies_with_runtime: bool = False,
     ) -> ProcessHandle:
         """Run one more process inside; returns once its program was executed.
 
         user (`name|uid[:group|gid]`, looked up in the container) overrides process_spec.user. Without capabilities of
         its own the process gets those of init. cgroup_paths: as for create(); where the v2 one takes no process, that
-        below it where init is, unless it has to be exact_cgroup. Raises ExecFailed; then it was killed, and is
-        reaped, unless something keeps it from ending.
+        below it where init is, unless it has to be exact_cgroup. dies_with_runtime: unless its program has or gains
+        more than its user had, or asks not to be. Raises ExecFailed; then it was killed, and is reaped, unless
+        something keeps it from ending.
         """
         from corral.oci.joining import begin  # most containers are started by who execs nothing
 
         cgroups = [os.fspath(path) for path in cgroup_paths]
         try:
-            return begin(self, process_spec, user, stdio, cgroups, exact_cgroup=exact_cgroup)
+            return begin(
+                self, process_spec, user, stdio, cgroups, exact_cgroup=exact_cgroup, dies_with_runtime=dies_with_runtime
+            )
         except ProcessLookupError as e:
             raise ExecFailed(SETUP, "the container is not running") from e
 

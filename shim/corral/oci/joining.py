@@ -35,12 +35,13 @@ def begin(
     cgroups: Sequence[str],
     *,
     exact_cgroup: bool,
+    dies_with_runtime: bool = False,
 ) -> ProcessHandle:
     """As Container.exec() says; ProcessLookupError if the container has ended."""
     check_process(asked)
     asked = _completed(asked, container.spec.process)
     linux, init = container.spec.linux, container.init
-    program = program_of(asked, linux, user=user)
+    program = program_of(asked, linux, user=user, dies_with_runtime=dies_with_runtime)
     affinity = _affinity(asked)
     kinds = {namespace.type for namespace in linux.namespaces}
     flags = namespaces.flags_of(kinds | {Kind.MOUNT})  # if it is not its own, it need not be ours

@@ -6,6 +6,7 @@ new --> created --> running --> stopped
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from signal import SIGKILL
@@ -99,7 +100,10 @@ class ContainerProcess:
     failure: StartFailure | None = None
     ended: Ended | None = None
     exit: Exit | None = None
+    on_exit: Callable[[Exit], None] | None = None
+    """Who alone is told of its end, if it is no other's business; then it is in no file."""
     drain_timer: Timer | None = None
+    deadline: Timer | None = None
     overdue_since_ns: int | None = None
     """When its time was over, once it is: a SIGKILL that ends it later was sent for that."""
     is_child: bool = True
@@ -147,6 +151,11 @@ class ContainerProcess:
     def start_time(self) -> int:
         """With the pid, names the process for good."""
         return self.handle.start_time if self.handle else 0
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether its time was over before its end."""
+        return self.overdue_since_ns is not None
 
     @property
     def alive(self) -> bool:

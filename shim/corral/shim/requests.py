@@ -26,6 +26,8 @@ LOG_PREFIX = "log."
 """Streams of what the log goes to."""
 _OF_LOG = tuple(f"{LOG_PREFIX}{name}" for name in (*STREAMS, LIFE, PROGRAM))
 STREAM_NAMES = (STDIN, *STREAMS, CONSOLE, PIDFD, *_OF_LOG)
+MOST_OUTPUT = 64 << 10
+"""That can be asked for of a process that is run."""
 
 
 def exec_id(fields: Fields) -> str:
@@ -153,6 +155,29 @@ class Exec:
         if not name:
             raise ShimError("invalid_argument", "exec: missing")
         return cls(name, mapping(fields, "process"), text(fields, "user", "") or None, flag(fields, "stdin"))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Run one more process to its end, and tell nobody else of it: for what is asked of a container time and again.
+
+    timeout_ns: from its start on; then it is killed. output_bytes: how much of the beginning of its output is wanted.
+    """
+
+    exec_id: str
+    process: object
+    user: str | None
+    timeout_ns: int
+    output_bytes: int
+
+    @classmethod
+    def parse(cls, fields: Fields) -> Self:
+        """Raises ShimError(invalid_argument)."""
+        one = Exec.parse(fields)
+        wanted = integer(fields, "output_bytes", 0)
+        if not 0 <= wanted <= MOST_OUTPUT:
+            raise wrong("output_bytes", f"between 0 and {MOST_OUTPUT}")
+        return cls(one.exec_id, one.process, one.user, _timeout(fields), wanted)
 
 
 @dataclass(frozen=True, slots=True)

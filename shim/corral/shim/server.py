@@ -2,6 +2,7 @@
 
 client: {"v":1,"client":NAME}           shim: {"v":1,"shim":VERSION,"namespace":…,"container":…,"state":…}
 client: {"id":N,"op":OP,…}              shim: {"id":N,"ok":{…}} or {"id":N,"error":{"kind":KIND,"message":SENTENCE}}
+client: {"id":N,"op":"run",…}           shim: the same, once the process has ended; it ends with the connection
 client: {"id":N,"op":"subscribe"}       shim: {"event":NAME,"exec":ID,…}, from then on
 """
 
@@ -22,7 +23,7 @@ from corral.shim.fields import flag, integer
 from corral.shim.keeping import Keeper
 from corral.shim.loop import IN, OUT, Loop
 from corral.shim.process import State
-from corral.shim.requests import Adopt, Attach, Create, Exec, exec_id, size
+from corral.shim.requests import Adopt, Attach, Create, Exec, Run, exec_id, size
 from corral.shim.shim import STDIN_CLOSED, STUCK_S, Shim
 from corral.shim.wire import Channel, Message, ProtocolError
 
@@ -38,10 +39,11 @@ SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.
 class Connection:
     """One client. `handler` gets each message; the hello comes first."""
 
-    __slots__ = ("channel", "closed", "greeted", "keeps", "subscribed", "writing")
+    __slots__ = ("channel", "closed", "greeted", "keeps", "runs", "subscribed", "writing")
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
+        self.runs: set[str] = set()
         self.closed = self.greeted = self.keeps = self.subscribed = self.writing = False
 
 
@@ -74,6 +76,7 @@ class Server:
             "create": lambda _, m: shim.create(Create.parse(m)),
             "start": lambda _, m: shim.start(exec_id(m)),
             "exec": lambda _, m: shim.add_exec(Exec.parse(m)),
+            "run": self._run,
             "attach": lambda c, m: shim.attach(Attach.parse(m), c.channel.take_fds),
             "close_stdin": lambda _, m: shim.close_stdin(exec_id(m)),
             "resize": lambda _, m: shim.resize(exec_id(m), *size(integer(m, "width"), integer(m, "height"), "size")),
@@ -226,6 +229,8 @@ class Server:
         self._loop.forget(fd)
         del self._connections[fd]
         connection.channel.close()
+        for run in connection.runs:
+            self.shim.end_run(run)
 
     # Events and the end.
 
@@ -242,6 +247,17 @@ class Server:
         streams = {} if connection.channel.unsent else self.shim.streams(exec_id(message))
         reply = {"id": message.get("id"), "ok": {"streams": list(streams)}}
         self._send(connection, reply, list(streams.values()))
+
+    def _run(self, connection: Connection, message: Message) -> None:
+        """What is run is only this client's, and answered once it has ended."""
+        number, request = message.get("id"), Run.parse(message)
+
+        def ended(how: Message) -> None:
+            connection.runs.discard(request.exec_id)
+            self._send(connection, {"id": number, "ok": how})
+
+        self.shim.run(request, ended)
+        connection.runs.add(request.exec_id)
 
     def _publish(self, event: Message) -> None:
         keepers_only = event["event"] == STDIN_CLOSED

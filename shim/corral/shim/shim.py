@@ -29,6 +29,7 @@ from corral.oci.spec import Process, Spec
 from corral.shim import records, report
 from corral.shim.adoption import EndWatch, hold, runs, written_exit
 from corral.shim.errors import ShimError
+from corral.shim.excerpt import Excerpt
 from corral.shim.keeping import Keeper
 from corral.shim.ledger import Ledger
 from corral.shim.leftovers import kill_leftovers, let_die
@@ -37,7 +38,7 @@ from corral.shim.logs import Log, NoLog
 from corral.shim.loop import Loop
 from corral.shim.oom import OomCounter, with_ordinary_score
 from corral.shim.process import ContainerProcess, Ended, StartFailure, State
-from corral.shim.requests import LOG_PREFIX, PIDFD, STDIN, STREAM_NAMES, Adopt, Attach, Create, Exec
+from corral.shim.requests import LOG_PREFIX, PIDFD, STDIN, STREAM_NAMES, Adopt, Attach, Create, Exec, Run
 from corral.shim.stdio import ProcessIO
 from corral.shim.wire import Message, close_all
 
@@ -175,47 +176,83 @@ class Shim:
             raise
         failpoint("shim.start.after_exec")
         init.started(started_at_ns)
-        self._limit_time(init)
+        self._limit_time(init, self._timeout_ns)
         self._write_record_soon(init)
         self._publish(init.started_event())
         return {}
 
-    def _limit_time(self, init: ContainerProcess) -> None:
+    def _limit_time(self, process: ContainerProcess, timeout_ns: int) -> None:
         """Kill it once its time is over. What is left of that is told by the clock, as an heir can't know more."""
-        if not self._timeout_ns or init.started_at_ns is None:
+        if not timeout_ns or process.started_at_ns is None:
             return
-        until_ns = init.started_at_ns + self._timeout_ns
+        until_ns = process.started_at_ns + timeout_ns
 
         def time_is_over() -> None:
-            init.overdue_since_ns = until_ns
+            process.overdue_since_ns = until_ns
             failpoint("shim.timeout.before_kill")
-            if init.alive:
-                init.signal(signal.SIGKILL)
-                let_die(self._cgroup_paths)
+            if process.alive:
+                process.signal(signal.SIGKILL)
+                if not process.exec_id:
+                    let_die(self._cgroup_paths)
 
-        self.loop.call_later(max(0, until_ns - time.time_ns()) / 1e9, time_is_over)
+        process.deadline = self.loop.call_later(max(0, until_ns - time.time_ns()) / 1e9, time_is_over)
 
     def add_exec(self, request: Exec) -> Message:
         """Register a process to be started later, so that clients can attach before its first byte."""
         self._running()
-        if request.exec_id in self._processes:
-            raise ShimError("already_exists", f"exec {request.exec_id!r} already exists")
         spec = with_ordinary_score(Process.from_json(request.process))
         (self.bundle / records.EXECS).mkdir(mode=0o700, exist_ok=True)
-        io = self._io(request.exec_id, NoLog(), terminal=spec.terminal, stdin=request.stdin)
+        self._add(request, spec, self._io(request.exec_id, NoLog(), terminal=spec.terminal, stdin=request.stdin))
+        return {}
+
+    def _add(self, request: Exec | Run, spec: Process, io: ProcessIO) -> ContainerProcess:
+        self._running()
+        if request.exec_id in self._processes:
+            raise ShimError("already_exists", f"exec {request.exec_id!r} already exists")
         process = ContainerProcess(request.exec_id, io, spec, request.user)
         process.move(State.CREATED)
         self._processes[request.exec_id] = process
-        return {}
+        return process
+
+    def run(self, request: Run, tell: Callable[[Message], None]) -> None:
+        """Run a process and tell once it has ended. No heir gets it: it is killed with this shim."""
+        spec = with_ordinary_score(Process.from_json(request.process))
+        if spec.terminal:
+            raise ShimError("invalid_argument", "process.terminal: nobody would be there to use it")
+        excerpt = Excerpt(request.output_bytes)
+        process = self._add(request, spec, self._io(request.exec_id, excerpt, terminal=False, stdin=False, named=False))
+        process.on_exit = lambda how: tell({**how.to_json(), "output": excerpt.text})
+        try:
+            self._exec(process)
+        except BaseException:
+            del self._processes[request.exec_id]
+            raise
+        self._limit_time(process, request.timeout_ns)
+
+    def end_run(self, exec_id: str) -> None:
+        """Whoever asked for it is gone."""
+        process = self._processes.get(exec_id)
+        if process is not None and process.on_exit is not None and process.alive:
+            process.signal(signal.SIGKILL)
 
     def _start_exec(self, process: ContainerProcess) -> Message:
+        self._exec(process)
+        self._keeper.keep(process, self.streams(process.exec_id))
+        self._publish(process.started_event())
+        return {"pid": process.pid, "start_time": process.start_time}
+
+    def _exec(self, process: ContainerProcess) -> None:
         container = self._running()
         started_at_ns = time.time_ns()
         try:
             with process.io.child_ends() as stdio:
                 failpoint("shim.exec.before_clone")
                 process.handle = container.exec(
-                    process.spec, user=process.user, stdio=stdio, cgroup_paths=self._cgroup_paths
+                    process.spec,
+                    user=process.user,
+                    stdio=stdio,
+                    cgroup_paths=self._cgroup_paths,
+                    dies_with_runtime=process.on_exit is not None,
                 )
         except (ExecFailed, OSError):
             process.move(State.STOPPED)
@@ -224,9 +261,6 @@ class Shim:
         self._by_pid[process.pid] = process
         process.started(started_at_ns)
         process.io.begin(process.handle.console)
-        self._keeper.keep(process, self.streams(process.exec_id))
-        self._publish(process.started_event())
-        return {"pid": process.pid, "start_time": process.start_time}
 
     def _made(self) -> Container:
         if self._container is None:
@@ -244,14 +278,15 @@ class Shim:
             raise ShimError("not_found", f"exec {exec_id!r} does not exist") if exec_id else _not_created()
         return process
 
-    def _io(self, exec_id: str, log: Log, *, terminal: bool, stdin: bool) -> ProcessIO:
+    def _io(self, exec_id: str, log: Log, *, terminal: bool, stdin: bool, named: bool = True) -> ProcessIO:
+        prefix = f"{records.EXECS}/{exec_id}." if exec_id else ""
         return ProcessIO(
             self.loop,
             log,
             terminal=terminal,
             stdin=stdin,
             directory=self._directory,
-            prefix=f"{records.EXECS}/{exec_id}." if exec_id else "",
+            prefix=prefix if named else None,
             on_end=lambda: self._output_ended(exec_id),
             on_stdin_close=lambda: self._stdin_closed(exec_id),
         )
@@ -288,7 +323,7 @@ class Shim:
         self._keeper.keep(process, self.streams(request.exec_id))
         if not request.exec_id:
             self._timeout_ns = request.timeout_ns
-            self._limit_time(process)
+            self._limit_time(process, request.timeout_ns)
             self._ledger.write_record(process)  # from here on nobody else has to hold what is resumed
         EndWatch(
             self.loop,
@@ -414,7 +449,11 @@ class Shim:
             "start_time": init.start_time if init else 0,
             "shim_pid": os.getpid(),
             "exit": init.exit.to_json() if init and init.exit else None,
-            "execs": {exec_id: process.describe() for exec_id, process in self._processes.items() if exec_id},
+            "execs": {
+                exec_id: process.describe()
+                for exec_id, process in self._processes.items()
+                if exec_id and process.on_exit is None
+            },
             "dropped_bytes": self._log.dropped_bytes,
             "client_dropped_bytes": init.io.dropped_bytes if init else 0,
             "oom_kills": self._oom.kills if self._oom else 0,
@@ -494,7 +533,8 @@ class Shim:
         else:
             # Somebody else holds its output open. Should this process die while it waits, the exit is known anyway.
             self._write_exit(process)
-            process.drain_timer = self.loop.call_later(DRAIN_S, process.io.abandon)
+            patience_s = 0 if process.exec_id and process.is_overdue else DRAIN_S
+            process.drain_timer = self.loop.call_later(patience_s, process.io.abandon)
 
     def _output_ended(self, exec_id: str) -> None:
         process = self._processes.get(exec_id)
@@ -502,11 +542,16 @@ class Shim:
             self._finish(process)
 
     def _finish(self, process: ContainerProcess) -> None:
-        if process.drain_timer is not None:
-            process.drain_timer.cancel()
+        for timer in (process.drain_timer, process.deadline):
+            if timer is not None:
+                timer.cancel()
         process.exit = self._write_exit(process)
         process.move(State.STOPPED)
         process.release()
+        if process.on_exit is not None:
+            del self._processes[process.exec_id]
+            process.on_exit(process.exit)
+            return
         failpoint("shim.exit.before_event")
         self._publish({"event": "exited", **process.exit.to_json()})
         failpoint("shim.exit.after_event")
@@ -521,7 +566,8 @@ class Shim:
             oom=self._ran_out_of_memory(process),
             dropped_bytes=self._log.dropped_bytes if is_init else 0,
         )
-        self._ledger.write_exit(exit_record)
+        if process.on_exit is None:
+            self._ledger.write_exit(exit_record)
         process.reap()
         return exit_record
 

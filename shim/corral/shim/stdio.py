@@ -41,18 +41,19 @@ class ProcessIO:
         terminal: bool,
         stdin: bool,
         directory: int,
-        prefix: str,
+        prefix: str | None,
         on_end: Callable[[], None],
         on_stdin_close: Callable[[], None] = lambda: None,
     ) -> None:
         """FIFOs will be called <prefix>stdout and <prefix>stderr in the directory (an fd). on_end: no more output.
 
+        prefix None: all output comes by one pipe without a name, of a process that nobody will look after but this one.
         on_stdin_close: the process gets no more input.
         """
         self._loop, self._log, self._on_end, self.terminal = loop, log, on_end, terminal
         self._directory, self._prefix = directory, prefix
         self._stdin = Stdin(loop, on_close=on_stdin_close) if stdin else None
-        names = STREAMS[:1] if terminal else STREAMS
+        names = STREAMS[:1] if terminal or prefix is None else STREAMS
         self._outputs = {name: self._output(name) for name in names}
         self.console = -1
 
@@ -111,7 +112,7 @@ class ProcessIO:
                 self._stdin.close()
 
     def _reopen(self, name: str) -> int:
-        return os.open(self._prefix + name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._directory)
+        return os.open(f"{self._prefix}{name}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._directory)
 
     def attach(self, request: Attach, fds: Sequence[int]) -> None:
         """Connect a client, whose descriptors are owned from here on (closed on any error)."""
@@ -182,7 +183,7 @@ class ProcessIO:
         for output in self._outputs.values():
             output.close()
         self._hang_up()
-        if not self.terminal:
+        if not self.terminal and self._prefix is not None:
             for name in STREAMS:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._prefix + name, dir_fd=self._directory)
@@ -208,6 +209,12 @@ class ProcessIO:
             self.console = -1
 
     def _open_pipes(self, inherited: list[int]) -> Stdio:
+        if self._prefix is None:
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            inherited.append(writer)
+            self._outputs["stdout"].begin(reader, terminal=False)
+            os.fchmod(writer, _ANYBODY)
+            return Stdio(None, writer, writer)
         for name, output in self._outputs.items():
             reader, writer = self._open_fifo(self._prefix + name)
             inherited.append(writer)

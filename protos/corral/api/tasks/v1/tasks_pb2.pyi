@@ -613,6 +613,70 @@ class ExecResponse(_message.Message):
 Global___ExecResponse: _TypeAlias = ExecResponse  # noqa: Y015
 
 @_typing.final
+class ProbeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    EXEC_ID_FIELD_NUMBER: _builtins.int
+    PROCESS_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
+    OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    exec_id: _builtins.str
+    """What it is called in the journal."""
+    process: _builtins.bytes
+    """As in ExecRequest."""
+    user: _builtins.str
+    output_bytes: _builtins.int
+    """How much is wanted of the beginning of what it writes, at most 64 KiB."""
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """From its start on. Absent: for ever."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        exec_id: _builtins.str = ...,
+        process: _builtins.bytes = ...,
+        user: _builtins.str = ...,
+        timeout: _duration_pb2.Duration | None = ...,
+        output_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exec_id", b"exec_id", "id", b"id", "output_bytes", b"output_bytes", "process", b"process", "timeout", b"timeout", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeRequest: _TypeAlias = ProbeRequest  # noqa: Y015
+
+@_typing.final
+class ProbeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXIT_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    output: _builtins.str
+    """Of both streams; what is not UTF-8 becomes U+FFFD."""
+    @_builtins.property
+    def exit(self) -> _types_pb2.ExitStatus: ...
+    def __init__(
+        self,
+        *,
+        exit: _types_pb2.ExitStatus | None = ...,
+        output: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exit", b"exit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exit", b"exit", "output", b"output"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeResponse: _TypeAlias = ProbeResponse  # noqa: Y015
+
+@_typing.final
 class KillRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

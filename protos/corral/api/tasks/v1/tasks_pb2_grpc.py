@@ -50,6 +50,11 @@ class TasksStub:
                 request_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ExecRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ExecResponse.FromString,
                 _registered_method=True)
+        self.Probe = channel.unary_unary(
+                '/corral.tasks.v1.Tasks/Probe',
+                request_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ProbeRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ProbeResponse.FromString,
+                _registered_method=True)
         self.Kill = channel.unary_unary(
                 '/corral.tasks.v1.Tasks/Kill',
                 request_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.KillRequest.SerializeToString,
@@ -148,6 +153,15 @@ class TasksServicer:
 
     def Exec(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Probe(self, request, context):
+        """Runs a process in a running container, and answers once it has ended, or its time is over and it was killed. It is
+        no exec that other calls know, and ends with its shim, or this service; its start and its end are journalled
+        together. Errors as Exec's and Start's; UNAVAILABLE if it is not known how it ended.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -272,6 +286,11 @@ def add_TasksServicer_to_server(servicer, server):
                     servicer.Exec,
                     request_deserializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ExecRequest.FromString,
                     response_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ExecResponse.SerializeToString,
+            ),
+            'Probe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Probe,
+                    request_deserializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ProbeRequest.FromString,
+                    response_serializer=corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ProbeResponse.SerializeToString,
             ),
             'Kill': grpc.unary_unary_rpc_method_handler(
                     servicer.Kill,
@@ -430,6 +449,33 @@ class Tasks:
             '/corral.tasks.v1.Tasks/Exec',
             corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ExecRequest.SerializeToString,
             corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ExecResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Probe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.tasks.v1.Tasks/Probe',
+            corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ProbeRequest.SerializeToString,
+            corral_dot_api_dot_tasks_dot_v1_dot_tasks__pb2.ProbeResponse.FromString,
             options,
             channel_credentials,
             insecure,

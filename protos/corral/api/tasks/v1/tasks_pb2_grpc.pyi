@@ -49,6 +49,11 @@ class TasksStub:
     PERMISSION_DENIED with reason "EXEC_DENIED" when its program cannot be executed.
     """
     Exec: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.ExecRequest, _tasks_pb2.ExecResponse]
+    Probe: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.ProbeRequest, _tasks_pb2.ProbeResponse]
+    """Runs a process in a running container, and answers once it has ended, or its time is over and it was killed. It is
+    no exec that other calls know, and ends with its shim, or this service; its start and its end are journalled
+    together. Errors as Exec's and Start's; UNAVAILABLE if it is not known how it ended.
+    """
     Kill: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.KillRequest, _tasks_pb2.KillResponse]
     """FAILED_PRECONDITION if the process has ended."""
     Resize: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.ResizeRequest, _tasks_pb2.ResizeResponse]
@@ -92,6 +97,11 @@ class TasksAsyncStub(TasksStub):
     PERMISSION_DENIED with reason "EXEC_DENIED" when its program cannot be executed.
     """
     Exec: _aio.UnaryUnaryMultiCallable[_tasks_pb2.ExecRequest, _tasks_pb2.ExecResponse]  # type: ignore[assignment]
+    Probe: _aio.UnaryUnaryMultiCallable[_tasks_pb2.ProbeRequest, _tasks_pb2.ProbeResponse]  # type: ignore[assignment]
+    """Runs a process in a running container, and answers once it has ended, or its time is over and it was killed. It is
+    no exec that other calls know, and ends with its shim, or this service; its start and its end are journalled
+    together. Errors as Exec's and Start's; UNAVAILABLE if it is not known how it ended.
+    """
     Kill: _aio.UnaryUnaryMultiCallable[_tasks_pb2.KillRequest, _tasks_pb2.KillResponse]  # type: ignore[assignment]
     """FAILED_PRECONDITION if the process has ended."""
     Resize: _aio.UnaryUnaryMultiCallable[_tasks_pb2.ResizeRequest, _tasks_pb2.ResizeResponse]  # type: ignore[assignment]
@@ -150,6 +160,17 @@ class TasksServicer(metaclass=_abc_1.ABCMeta):
         request: _tasks_pb2.ExecRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tasks_pb2.ExecResponse, _abc.Awaitable[_tasks_pb2.ExecResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Probe(
+        self,
+        request: _tasks_pb2.ProbeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_tasks_pb2.ProbeResponse, _abc.Awaitable[_tasks_pb2.ProbeResponse]]:
+        """Runs a process in a running container, and answers once it has ended, or its time is over and it was killed. It is
+        no exec that other calls know, and ends with its shim, or this service; its start and its end are journalled
+        together. Errors as Exec's and Start's; UNAVAILABLE if it is not known how it ended.
+        """
 
     @_abc_1.abstractmethod
     def Kill(

@@ -1,0 +1,183 @@
+"""Processes that are run for their exit and the beginning of their output: one request, one transaction, no row."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from support.corrald import Corrald
+from support.requirements import needs
+from support.tasks import TaskClient, task_client
+
+import corral.shim
+from corral.api.tasks.v1 import tasks_pb2 as pb
+from corral.rpc.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unavailable
+
+pytestmark = needs("root", "busybox")
+
+
+@pytest.fixture
+async def running(tasks: TaskClient) -> str:
+    return await tasks.run("sleep", "1000")
+
+
+async def probe(
+    tasks: TaskClient, task_id: str, *args: str, exec_id: str = "p", timeout_s: float = 0.0, output_bytes: int = 4096
+) -> pb.ProbeResponse:
+    request = pb.ProbeRequest(
+        id=task_id, exec_id=exec_id, process=json.dumps({"args": list(args)}).encode(), output_bytes=output_bytes
+    )
+    if timeout_s:
+        request.timeout.CopyFrom(Duration(nanos=round(timeout_s * 1e9)))
+    return await tasks.stub.Probe(request)
+
+
+async def began(tasks: TaskClient, task_id: str, last_arg: str) -> int:
+    """The pid of a process of a task, once it is there."""
+    async with asyncio.timeout(10):
+        while True:
+            for pid in (await tasks.stub.Pids(pb.PidsRequest(id=task_id))).pids or children(await tasks.get(task_id)):
+                with contextlib.suppress(OSError):
+                    if Path(f"/proc/{pid}/cmdline").read_bytes().endswith(f"\0{last_arg}\0".encode()):  # noqa: ASYNC240
+                        return pid
+            await asyncio.sleep(0.01)
+
+
+def children(task: pb.Task) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{task.shim_pid}/task/{task.shim_pid}/children").read_text().split()]
+
+
+def lives(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+async def until_gone(pid: int) -> None:
+    async with asyncio.timeout(10):
+        while lives(pid):  # noqa: ASYNC110 (the kernel tells nobody)
+            await asyncio.sleep(0.01)
+
+
+async def told(tasks: TaskClient, task_id: str) -> list[tuple[str, object, object]]:
+    """Of the journal what is about execs: topic, exec and code."""
+    events = [event for event in await tasks.events(task_id) if event.topic.startswith("task.exec.")]
+    return [
+        (event.topic.removeprefix("task.exec."), event.payload["exec_id"], dict(event.payload).get("code"))
+        for event in events
+    ]
+
+
+async def test_its_end_and_output_are_the_answer_and_both_of_its_events_are_journalled(
+    tasks: TaskClient, running: str
+) -> None:
+    for n in range(3):
+        ran = await probe(tasks, running, "sh", "-c", "echo out; echo err >&2; exit 3", exec_id=f"p{n}")
+        assert (ran.exit.code, ran.exit.known, ran.output) == (3, True, "out\nerr\n")
+    assert await told(tasks, running) == [
+        (topic, f"p{n}", code) for n in range(3) for topic, code in (("started", None), ("exited", 3))
+    ]
+    assert not (await tasks.get(running)).execs
+    assert (await probe(tasks, running, "sh", "-c", "echo much", output_bytes=2)).output == "mu"
+
+
+async def test_one_that_takes_too_long_is_killed(tasks: TaskClient, running: str) -> None:
+    ran = await probe(tasks, running, "sh", "-c", "echo before; sleep 1000 & sleep 1001", timeout_s=0.3)
+    assert (ran.exit.code, ran.exit.timed_out, ran.output) == (137, True, "before\n")
+
+
+async def test_what_cannot_be_run_says_why(tasks: TaskClient, running: str) -> None:
+    for _ in range(2):
+        with pytest.raises(NotFound, match='"nosuchprogram"') as caught:
+            await probe(tasks, running, "nosuchprogram")
+        assert caught.value.reason == "EXEC_NOT_FOUND"
+    with pytest.raises(PermissionDenied):
+        await probe(tasks, running, "/bin/notexecutable")
+    assert await told(tasks, running) == [("exited", "p", 127), ("exited", "p", 127), ("exited", "p", 126)]
+    with pytest.raises(InvalidArgument, match="output_bytes"):
+        await probe(tasks, running, "true", output_bytes=1 << 20)
+    with pytest.raises(FailedPrecondition, match="not running"):
+        await probe(tasks, await tasks.create("true"), "true")
+    with pytest.raises(NotFound):
+        await probe(tasks, "nosuchtask", "true")
+
+
+async def test_whoever_asked_may_leave_and_it_is_journalled_all_the_same(tasks: TaskClient, running: str) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await probe(tasks, running, "sh", "-c", "sleep 0.5; exit 9")
+    async with asyncio.timeout(10):
+        while await told(tasks, running) != [("started", "p", None), ("exited", "p", 9)]:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+async def test_it_ends_with_the_service_and_with_its_shim(tasks: TaskClient, running: str) -> None:
+    first = asyncio.ensure_future(probe(tasks, running, "sleep", "5001"))
+    pid = await began(tasks, running, "5001")
+    tasks.daemon.kill9()
+    await until_gone(pid)
+    with pytest.raises(Unavailable):
+        await first
+    tasks.daemon.start()
+    assert (await tasks.get(running)).status == pb.STATUS_RUNNING
+    second = asyncio.ensure_future(probe(tasks, running, "sleep", "5002"))
+    pid = await began(tasks, running, "5002")
+    os.kill((await tasks.get(running)).shim_pid, signal.SIGKILL)
+    with pytest.raises(Unavailable):
+        await second
+    await until_gone(pid)
+    assert (await probe(tasks, running, "true")).exit.code == 0  # by the heir
+    assert await told(tasks, running) == [("started", "p", None), ("exited", "p", 0)]
+
+
+async def test_a_stop_does_not_wait_for_one(tasks: TaskClient, running: str) -> None:
+    asked = asyncio.ensure_future(probe(tasks, running, "sleep", "5003"))
+    pid = await began(tasks, running, "5003")
+    before = time.monotonic()
+    await asyncio.to_thread(tasks.daemon.stop)
+    assert time.monotonic() - before < 8, "nor for its end"
+    tasks.daemon.start()
+    with pytest.raises(Unavailable):
+        await asked
+    await until_gone(pid)
+
+
+@pytest.fixture
+async def beside_old_shims(tmp_path: Path, rootfs: Path) -> AsyncIterator[TaskClient]:
+    """Of a service whose shims do not know how to run a process to its end, as they did not once."""
+    old = tmp_path / "shim"
+    shutil.copytree(Path(next(iter(corral.shim.__path__))).parents[1], old)
+    server = old / "corral/shim/server.py"
+    text = server.read_text()
+    assert '"run": self._run,' in text
+    server.write_text(text.replace('"run": self._run,', ""))
+    with Corrald(services=("tasks",), environment={"PYTHONPATH": str(old)}) as daemon:
+        daemon.start()
+        async with task_client(daemon, rootfs) as client:
+            yield client
+
+
+async def test_beside_a_shim_of_an_earlier_version_it_is_an_exec_as_any_other(beside_old_shims: TaskClient) -> None:
+    tasks = beside_old_shims
+    running = await tasks.run("sleep", "1000")
+    ran = await probe(tasks, running, "sh", "-c", "echo out; exit 4")
+    assert (ran.exit.code, ran.output) == (4, "out\n")
+    ran = await probe(tasks, running, "sh", "-c", "echo before; exec sleep 1000", timeout_s=0.5)
+    assert (ran.exit.code, ran.exit.timed_out, ran.output) == (137, True, "before\n")
+    with pytest.raises(NotFound, match='"nosuchprogram"'):
+        await probe(tasks, running, "nosuchprogram")
+    assert await told(tasks, running) == [
+        ("started", "p", None),
+        ("exited", "p", 4),
+        ("started", "p", None),
+        ("exited", "p", 137),
+        ("exited", "p", 127),
+    ]
+    assert not (await tasks.get(running)).execs
