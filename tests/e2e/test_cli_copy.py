@@ -118,7 +118,7 @@ def test_what_cannot_be_is_told_in_one_sentence(box: Corrald, living: str, tmp_p
     (tmp_path / "dir").mkdir()
     (tmp_path / "file").touch()
     for args, words in (
-        ((f"{living}:/nope", tmp_path), "/nope: no such file or directory"),
+        ((f"{living}:/nope", tmp_path), ": /nope: no such file or directory"),
         ((f"{living}:/data/one/.", tmp_path), "not a directory"),
         ((f"{living}:/data", tmp_path / "file"), "is no directory"),
         ((f"{living}:/data", tmp_path / "no/where"), "does not exist"),

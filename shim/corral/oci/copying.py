@@ -149,9 +149,13 @@ class _Found:
     status: os.stat_result
 
 
+def _absolute(path: str) -> str:
+    return os.path.normpath("/" + path.lstrip("/"))  # which would leave a second slash
+
+
 def _copy_out(job: Mapping[str, object], out: BinaryIO) -> None:
     asked, root = str(job["path"]), os.open("/", os.O_PATH | os.O_DIRECTORY)
-    path, inside = os.path.normpath(f"/{asked}"), asked.endswith(("/", "/."))
+    path, inside = _absolute(asked), asked.endswith(("/", "/."))
     flags = os.O_PATH | (0 if job.get("follow") or inside else os.O_NOFOLLOW)
     fd = _located(root, path, flags)
     status = os.fstat(fd)
@@ -291,7 +295,7 @@ class _Whole:
 
 
 def _copy_in(job: Mapping[str, object], source: BinaryIO) -> None:
-    place = os.path.normpath(f"/{job['path']}")
+    place = _absolute(str(job["path"]))
     root = os.open("/", os.O_PATH | os.O_DIRECTORY)
     try:
         os.close(paths.open_in_root(root, place, os.O_PATH | os.O_DIRECTORY))
