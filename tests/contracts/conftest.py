@@ -7,6 +7,8 @@ import pytest
 from support.cgroups import fresh_path, layouts, parent
 from support.corrald import Corrald
 from support.faulty import Faulty, faulty_registry
+from support.images_leaf import ImagesLeaf, images_leaf
+from support.netlab import Calls, Lab
 from support.tasks import TaskClient, make_rootfs, task_client
 
 from corral.kernel.cgroup import Cgroup, Driver, open_driver
@@ -53,6 +55,13 @@ async def tasks(tasks_daemon: Corrald, rootfs: Path) -> AsyncIterator[TaskClient
 
 
 @pytest.fixture
+async def leaf(tmp_path: Path) -> AsyncIterator[ImagesLeaf]:
+    """An images leaf of the test's own, which knows the certificates in `certs.d`."""
+    async with images_leaf(tmp_path / "images", certs=tmp_path / "certs.d") as made:
+        yield made
+
+
+@pytest.fixture
 def faulty() -> Iterator[Faulty]:
     """A registry that does what the test says."""
     with faulty_registry() as made:
@@ -64,3 +73,18 @@ def mirror() -> Iterator[Faulty]:
     """Another one."""
     with faulty_registry() as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    """A network leaf in a namespace that plays the host."""
+    with Lab() as made:
+        yield made
+
+
+@pytest.fixture
+async def net(lab: Lab) -> AsyncIterator[Calls]:
+    """Calls to the leaf; what a test leaves attached or made is taken back."""
+    async with lab.calls() as calls:
+        yield calls
+        await calls.clear()

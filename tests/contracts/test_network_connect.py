@@ -1,7 +1,6 @@
 """Endpoints that stand put into networks and taken out, by the packets they send; and what a kill on the way leaves."""
 
 import os
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,28 +27,6 @@ from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, In
 
 pytestmark = needs("root", "netns", "nft", "nsenter", "ip")
 NONE, IN_HOST = pb.AttachRequest.MODE_NONE, pb.AttachRequest.MODE_HOST
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab() as made:
-        yield made
-
-
-@pytest.fixture
-async def net(lab: Lab) -> AsyncIterator[Calls]:
-    """Calls to the leaf; what a test leaves attached or made is taken back."""
-    async with lab.calls() as calls:
-        yield calls
-        await cleared(calls)
-
-
-async def cleared(calls: Calls) -> None:
-    for name in await calls.ids():
-        await calls.detach(name)
-    for name in await calls.network_names():
-        if name not in ("bridge", "host", "none"):
-            await calls.remove(name)
 
 
 async def connect(net: Calls, name: str, network: str, **fields: object) -> pb.Endpoint:
@@ -267,7 +244,7 @@ async def test_a_connect_cut_short_never_was(lab: Lab, point: str, action: str) 
         assert "endpoint.connected" not in await topics(net, name)
         connected = await connect(net, name, "one")
         assert reaches(connected.netns_path, (await net.network("one")).subnets[0].gateway)
-        await cleared(net)
+        await net.clear()
 
 
 @pytest.mark.parametrize("point", ["network.disconnect.after_unplug", "network.disconnect.before_rows"])
@@ -291,4 +268,4 @@ async def test_a_disconnect_cut_short_is_still_connected(lab: Lab, point: str) -
         assert reaches(connected.netns_path, address(other))
         left = await disconnect(net, "a", "one")
         assert networks(left) == [("bridge", "eth0")]
-        await cleared(net)
+        await net.clear()

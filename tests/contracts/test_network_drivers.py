@@ -5,7 +5,7 @@ lan 10.77.0.1/24 on world --- port, the parent, on the host of the lab
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from support.netlab import (
     BRIDGE,
     HOST,
     OUTSIDE,
+    READY,
     Calls,
     Lab,
     address,
@@ -80,17 +81,6 @@ def _wire(lab: Lab, lan: Path) -> None:
 
     in_namespace(lan, cable)
     command(lab.host, "ip", "link", "set", PARENT, "up")
-
-
-@pytest.fixture
-async def net(lab: Lab) -> AsyncIterator[Calls]:
-    async with lab.calls() as calls:
-        yield calls
-        for name in await calls.ids():
-            await calls.detach(name)
-        for name in await calls.network_names():
-            if name not in ("bridge", "host", "none"):
-                await calls.remove(name)
 
 
 async def make(net: Calls, **fields: object) -> pb.Network:
@@ -205,7 +195,7 @@ async def test_a_network_whose_proof_was_cut_short_leaves_nothing_on_its_parent(
             await make(again, **DRIVERS["macvlan"].request())
     lab.corrald.kill9()
     lab.corrald.start()
-    assert eventually(lambda: len(lab.pins) == 8)
+    assert eventually(lambda: len(lab.pins) == READY)
     assert lab.links().keys() - {BRIDGE} == before.keys() - {BRIDGE}
 
 

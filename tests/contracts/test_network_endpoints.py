@@ -1,6 +1,5 @@
 """Endpoints over gRPC, by the packets they send: a corrald in a network namespace that plays the host."""
 
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,26 +40,6 @@ pytestmark = needs("root", "netns", "nft", "nsenter", "ip")
 Attachment = pb.NetworkAttachment
 NONE, IN_HOST = pb.AttachRequest.MODE_NONE, pb.AttachRequest.MODE_HOST
 IN_CONTAINER, IN_PATH = pb.AttachRequest.MODE_CONTAINER, pb.AttachRequest.MODE_PATH
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab() as made:
-        yield made
-
-
-@pytest.fixture
-async def net(lab: Lab) -> AsyncIterator[Calls]:
-    """Calls to the leaf; what a test leaves attached or made is taken back."""
-    async with lab.calls() as calls:
-        yield calls
-        for namespace in ("default", "other"):
-            with in_namespace(namespace):
-                for name in await calls.ids():
-                    await calls.detach(name)
-                for name in await calls.network_names():
-                    if name not in ("bridge", "host", "none"):
-                        await calls.remove(name)
 
 
 async def test_an_endpoint_has_an_address_a_route_and_a_loopback(net: Calls) -> None:

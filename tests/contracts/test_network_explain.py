@@ -1,6 +1,5 @@
 """What `network explain` says is what packets do: each verdict is checked by sending some."""
 
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,23 +16,6 @@ PASSES, MAY_DROP, DROPS = (
     pb.ExplainedStep.VERDICT_MAY_DROP,
     pb.ExplainedStep.VERDICT_DROPS,
 )
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab() as made:
-        yield made
-
-
-@pytest.fixture
-async def net(lab: Lab) -> AsyncIterator[Calls]:
-    async with lab.calls() as calls:
-        yield calls
-        for name in await calls.ids():
-            await calls.detach(name)
-        for name in await calls.network_names():
-            if name not in ("bridge", "host", "none"):
-                await calls.remove(name)
 
 
 async def explained(net: Calls, name: str, destination: str) -> list[pb.ExplainedStep]:

@@ -7,10 +7,11 @@ import asyncio
 import errno
 import fcntl
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
+from support.corrald import COMMAND
 from support.netlab import (
     HOST,
     OUTSIDE,
@@ -38,26 +39,12 @@ RULE = f"-A FORWARD -m mark --mark {forwarding.mark(TABLE):#x} -j ACCEPT"
 WITHIN_S = 2.0
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab() as made:
-        yield made
-
-
 @pytest.fixture
 async def net(lab: Lab) -> AsyncIterator[Calls]:
     async with lab.calls() as calls:
         yield calls
-        await detach_all(calls)
+        await calls.clear()
         iptables(lab, "-P FORWARD ACCEPT", "-F", "-X")
-
-
-async def detach_all(net: Calls) -> None:
-    for name in await net.ids():
-        await net.detach(name)
-    for name in await net.network_names():
-        if name not in ("bridge", "host", "none"):
-            await net.remove(name)
 
 
 def iptables(lab: Lab, *rules: str, program: str = "iptables") -> None:
@@ -302,7 +289,7 @@ async def test_ipv6_has_its_own_policy(lab: Lab, net: Calls) -> None:
         await a_network(net)
         assert RULE in filters(lab, "ip6tables")
         assert RULE not in filters(lab)
-        await detach_all(net)
+        await net.clear()
         assert RULE not in filters(lab, "ip6tables")
     finally:
         iptables(lab, "-P FORWARD ACCEPT", program="ip6tables")
@@ -332,7 +319,7 @@ async def test_forward_of_the_old_iptables_gets_our_rule_while_it_drops(lab: Lab
         assert eventually(lambda: RULE not in filters(lab, old), within_s=LOOK_S + WITHIN_S)
         iptables(lab, "-P FORWARD DROP", program=old)
         assert eventually(lambda: filters(lab, old) == [*before, RULE], within_s=LOOK_S + WITHIN_S)
-        await detach_all(net)
+        await net.clear()
         assert filters(lab, old) == before
     finally:
         iptables(lab, "-P FORWARD ACCEPT", "-F", "-X", program=old)
@@ -400,7 +387,7 @@ async def test_after_a_kill_the_next_start_knows_what_it_added(lab: Lab, net: Ca
     async with lab.calls() as calls:
         assert eventually(lambda: RULE in forward(lab))
         assert works(lab, a)
-        await detach_all(calls)
+        await calls.clear()
         iptables(lab, "-P FORWARD ACCEPT")
         assert eventually(lambda: filters(lab) == before, within_s=WITHIN_S)
 
@@ -422,7 +409,7 @@ async def test_with_leave_nothing_is_added_and_explain_says_what_drops(lab: Lab,
             step = await told(calls, "chain ip filter FORWARD")
             assert step.verdict == pb.ExplainedStep.VERDICT_MAY_DROP
             assert 'forward = "accept"' in step.says
-            await detach_all(calls)
+            await calls.clear()
         assert filters(lab) == before
     finally:
         lab.corrald.stop()
@@ -449,8 +436,10 @@ async def test_libraries_of_the_old_iptables_that_are_of_no_use_are_told_of_once
         iptables(lab, "-P FORWARD ACCEPT", program=program)
     told_before = len(not_admitted(lab))
     lab.corrald.stop()
-    lab.corrald.start(environment={"LD_LIBRARY_PATH": str(tmp_path)})
+    # Executed, as the loader reads it once.
+    lab.corrald.command = ("env", f"LD_LIBRARY_PATH={tmp_path}", *COMMAND)
     try:
+        lab.corrald.start()
         await come_and_go(lab)
         await asyncio.sleep(LOOK_S + WITHIN_S)
         await come_and_go(lab)
@@ -459,6 +448,7 @@ async def test_libraries_of_the_old_iptables_that_are_of_no_use_are_told_of_once
         assert "libip6tc.so.2 is another one than that of iptables" in new
     finally:
         lab.corrald.stop()
+        lab.corrald.command = COMMAND
         lab.corrald.start()
 
 

@@ -37,11 +37,7 @@ async def net(lab: Lab) -> AsyncIterator[Calls]:
     async with lab.calls() as calls:
         await calls.create("app")
         yield calls
-        for name in await calls.ids():
-            await calls.detach(name)
-        for name in await calls.network_names():
-            if name not in ("bridge", "host", "none"):
-                await calls.remove(name)
+        await calls.clear()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """Networks over gRPC: made, found, removed, and refused where they would harm the host."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from support.netlab import (
@@ -32,25 +31,6 @@ from corral.rpc.errors import (
 )
 
 pytestmark = needs("root", "netns", "nft", "nsenter", "ip")
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab() as made:
-        yield made
-
-
-@pytest.fixture
-async def net(lab: Lab) -> AsyncIterator[Calls]:
-    async with lab.calls() as calls:
-        yield calls
-        for namespace in ("default", "other"):
-            with in_namespace(namespace):
-                for name in await calls.ids():
-                    await calls.detach(name)
-                for name in await calls.network_names():
-                    if name not in ("bridge", "host", "none"):
-                        await calls.remove(name)
 
 
 async def test_a_daemon_that_nobody_used_leaves_the_host_as_it_was() -> None:

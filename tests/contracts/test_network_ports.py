@@ -4,11 +4,25 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.netlab import BRIDGE, HOST, OUTSIDE, TABLE, Calls, Lab, address, command, eventually, tcp_call, tcp_server
+from support.netlab import (
+    BRIDGE,
+    HOST,
+    OUTSIDE,
+    READY,
+    TABLE,
+    Calls,
+    Lab,
+    address,
+    command,
+    eventually,
+    port,
+    tcp_call,
+    tcp_server,
+)
 from support.requirements import needs
 
 from corral.api.network.v1 import network_pb2 as pb
@@ -17,31 +31,8 @@ from corral.rpc.errors import AlreadyExists, InvalidArgument, NotFound, Unavaila
 
 pytestmark = needs("root", "netns", "nft", "nsenter", "ip")
 LOOPBACK = "127.0.0.1"
-READY = 8
-"""Network namespaces that the daemon keeps for endpoints to come."""
 COUNTING = """add table ip strangers; add chain ip strangers c { type filter hook forward priority 0; }
 add rule ip strangers c udp dport 8080 ct state new counter"""
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab() as made:
-        yield made
-
-
-@pytest.fixture
-async def net(lab: Lab) -> AsyncIterator[Calls]:
-    async with lab.calls() as calls:
-        yield calls
-        for name in await calls.ids():
-            await calls.detach(name)
-        for name in await calls.network_names():
-            if name not in ("bridge", "host", "none"):
-                await calls.remove(name)
-
-
-def port(inside: int = 7, host: int = 8080, **fields: str) -> pb.PortMapping:
-    return pb.PortMapping(container_port=inside, host_port=host, **fields)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,23 +18,6 @@ from corral.rpc.errors import CorralError, InvalidArgument
 pytestmark = needs("root", "netns", "nft", "nsenter", "ip", "tc")
 SECONDS = 1.5
 SLOW, FAST = 8_000_000, 40_000_000
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab() as made:
-        yield made
-
-
-@pytest.fixture
-async def net(lab: Lab) -> AsyncIterator[Calls]:
-    async with lab.calls() as calls:
-        yield calls
-        for name in await calls.ids():
-            await calls.detach(name)
-        for name in await calls.network_names():
-            if name not in ("bridge", "host", "none"):
-                await calls.remove(name)
 
 
 def flood(source: str | Path, sink: str | Path, target: str, number: int = 9000) -> float:

@@ -5,11 +5,11 @@ import contextlib
 import os
 import random
 import sqlite3
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine
 
 import pytest
 from support.databases import copied
-from support.netlab import BRIDGE, GATEWAY, OUTSIDE, TABLE, Calls, Lab, address, command, eventually, reaches
+from support.netlab import BRIDGE, GATEWAY, OUTSIDE, READY, TABLE, Calls, Lab, address, command, eventually, reaches
 from support.requirements import needs
 
 from corral.api.network.v1 import network_pb2 as pb
@@ -19,20 +19,6 @@ from corral.rpc.errors import CorralError, NotFound
 pytestmark = needs("root", "netns", "nft", "nsenter", "ip")
 NONE = pb.AttachRequest.MODE_NONE
 TURNS = 400 if os.environ.get("CI") else 2000
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab() as made:
-        yield made
-
-
-async def clean(net: Calls) -> None:
-    for name in await net.ids(all_namespaces=True):
-        await net.detach(name)
-    for name in await net.network_names():
-        if name not in ("bridge", "host", "none"):
-            await net.remove(name)
 
 
 def rows(lab: Lab, table: str) -> int:
@@ -46,7 +32,7 @@ async def nothing_leaked(lab: Lab, net: Calls, *, endpoints: int = 0) -> None:
     assert rows(lab, "endpoints") == endpoints
     assert rows(lab, "allocations") == rows(lab, "interfaces") == endpoints
     assert eventually(lambda: len(lab.veths()) == endpoints), lab.links()
-    assert eventually(lambda: len(lab.pins) == endpoints + 8), lab.pins
+    assert eventually(lambda: len(lab.pins) == endpoints + READY), lab.pins
     directory = lab.place.root / "network/endpoints/default"
     assert len(list(directory.iterdir()) if directory.is_dir() else []) == endpoints
 
@@ -64,7 +50,7 @@ async def test_endpoints_outlive_the_daemon(lab: Lab) -> None:
         assert address(c) not in (address(a), address(b))
         assert reaches(c.netns_path, address(a))
         await nothing_leaked(lab, net, endpoints=3)
-        await clean(net)
+        await net.clear()
         await nothing_leaked(lab, net)
 
 
@@ -87,7 +73,7 @@ async def test_an_attach_cut_short_leaves_nothing(lab: Lab, failpoint: str, acti
         await nothing_leaked(lab, net)
         endpoint = await net.attach("a")
         assert reaches(endpoint.netns_path, GATEWAY)
-        await clean(net)
+        await net.clear()
         await nothing_leaked(lab, net)
 
 
@@ -122,7 +108,7 @@ async def test_a_half_detached_endpoint_can_be_attached_anew(lab: Lab) -> None:
         assert address(again) == address(first)
         assert reaches(again.netns_path, GATEWAY)
         await nothing_leaked(lab, net, endpoints=1)
-        await clean(net)
+        await net.clear()
 
 
 async def create_and_remove(net: Calls) -> None:
@@ -158,7 +144,7 @@ async def test_a_network_half_made_or_half_removed_is_gone_after_a_kill(lab: Lab
         assert eventually(lambda: "crltmine" not in lab.ruleset())
         await net.create("mine", interface="crltmine")
         assert reaches((await net.attach("a", "mine")).netns_path, OUTSIDE)
-        await clean(net)
+        await net.clear()
 
 
 def recorded(lab: Lab) -> dict[str, str]:
@@ -183,7 +169,7 @@ async def failing(lab: Lab, points: str) -> AsyncIterator[Calls]:
             lab.corrald.stop()
             lab.corrald.start()
     async with lab.calls() as net:
-        await clean(net)
+        await net.clear()
         await nothing_leaked(lab, net)
 
 
@@ -257,7 +243,7 @@ async def test_a_network_half_made_takes_no_bridge_of_the_hosts_with_it(lab: Lab
         assert eventually(lambda: rows(lab, "networks") == 1)
         assert "hostsown" in lab.links()
         command(lab.host, "ip", "link", "delete", "hostsown")
-        await clean(net)
+        await net.clear()
 
 
 async def test_a_bridge_that_another_made_after_a_reboot_is_not_removed_with_its_network(lab: Lab) -> None:
@@ -269,7 +255,7 @@ async def test_a_bridge_that_another_made_after_a_reboot_is_not_removed_with_its
         lab.corrald.start()
     async with lab.calls() as net:
         assert reaches((await net.attach("a", "mine")).netns_path, OUTSIDE)
-        await clean(net)
+        await net.clear()
         assert "crltmine" in lab.links()
         command(lab.host, "ip", "link", "delete", "crltmine")
 
@@ -294,7 +280,7 @@ async def test_namespaces_and_links_that_nobody_owns_are_removed_and_strangers_a
         assert lab.pins & before == {endpoint.netns_path.rpartition("/")[2]}
         for name in strangers:
             command(lab.host, "ip", "link", "del", name)
-        await clean(net)
+        await net.clear()
         await nothing_leaked(lab, net)
 
 
@@ -312,7 +298,7 @@ async def test_a_bridge_and_a_table_that_were_removed_are_made_anew(lab: Lab) ->
         assert reaches(a.netns_path, address(b))
         assert reaches(a.netns_path, OUTSIDE)
         assert "stranger" in lab.ruleset()
-        await clean(net)
+        await net.clear()
 
 
 async def test_a_bridge_removed_under_a_running_daemon_is_back_with_the_next_attach(lab: Lab) -> None:
@@ -322,7 +308,7 @@ async def test_a_bridge_removed_under_a_running_daemon_is_back_with_the_next_att
         command(lab.host, "nft", "flush", "ruleset")
         b = await net.attach("b")
         assert reaches(b.netns_path, OUTSIDE)
-        await clean(net)
+        await net.clear()
         await nothing_leaked(lab, net)
 
 
@@ -334,7 +320,7 @@ async def test_an_endpoint_whose_link_somebody_deleted_is_made_anew_by_the_same_
         assert address(again) == address(first)
         assert reaches(again.netns_path, OUTSIDE)
         await nothing_leaked(lab, net, endpoints=1)
-        await clean(net)
+        await net.clear()
         await nothing_leaked(lab, net)
 
 
@@ -358,7 +344,7 @@ async def test_after_a_reboot_endpoints_can_be_attached_again_with_their_address
         assert reaches(again.netns_path, OUTSIDE)
         assert (await net.attach("b", mode=NONE)).netns_path != b.netns_path
         await net.detach("c")
-        await clean(net)
+        await net.clear()
         await nothing_leaked(lab, net)
 
 
@@ -389,7 +375,7 @@ async def test_many_at_once_have_addresses_of_their_own(lab: Lab) -> None:
         await asyncio.gather(*(client(number, net) for number in range(8)))
         await nothing_leaked(lab, net)
         assert [(await net.network(name)).subnets[0].used for name in ("bridge", "crowd")] == [0, 0]
-        await clean(net)
+        await net.clear()
 
 
 async def test_clients_that_give_up_leave_whole_endpoints_or_none(lab: Lab) -> None:
@@ -426,7 +412,7 @@ async def test_kills_at_random_moments_leak_nothing(lab: Lab) -> None:
             await asyncio.wait(tasks)
         lab.corrald.start()
     async with lab.calls() as net:
-        await clean(net)
+        await net.clear()
         await nothing_leaked(lab, net)
         with pytest.raises(NotFound):
             await net.get("k0-0")

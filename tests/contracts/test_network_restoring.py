@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import json
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from support.netlab import (
@@ -21,6 +21,7 @@ from support.netlab import (
     address,
     command,
     eventually,
+    port,
     reaches,
     tcp_call,
     tcp_server,
@@ -34,27 +35,6 @@ from corral.rpc.errors import CorralError
 pytestmark = needs("root", "netns", "nft", "nsenter", "ip")
 WITHIN_S = 2.0
 STRANGERS = "add table ip strangers; add chain ip strangers c { type filter hook input priority 0; }"
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab() as made:
-        yield made
-
-
-@pytest.fixture
-async def net(lab: Lab) -> AsyncIterator[Calls]:
-    async with lab.calls() as calls:
-        yield calls
-        for name in await calls.ids():
-            await calls.detach(name)
-        for name in await calls.network_names():
-            if name not in ("bridge", "host", "none"):
-                await calls.remove(name)
-
-
-def port(inside: int = 7, host: int = 8080) -> pb.PortMapping:
-    return pb.PortMapping(container_port=inside, host_port=host)
 
 
 def answers(lab: Lab, number: int = 8080) -> Callable[[], bool]:

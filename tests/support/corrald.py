@@ -131,6 +131,7 @@ class Corrald:
     environment: Mapping[str, str] = field(default_factory=dict)
     options: Sequence[str] = ()
     command: Sequence[str] = COMMAND
+    netns: Path | None = None  # where it lives, if not in the tests' own namespace of the network
     place: Place = field(default_factory=Place.make)
     processes: dict[str, subprocess.Popen[bytes] | Forked] = field(default_factory=dict)
 
@@ -201,8 +202,10 @@ class Corrald:
         with (self.place.directory / f"{name}.log").open("ab") as log, open(os.devnull, "rb") as null:
             preloaded = PROGRAMS.get("corral.daemon") if self.command == COMMAND else None
             if preloaded is not None:
-                return preloaded.fork(arguments, environment, (null, log, log))
-            return subprocess.Popen([*self.command, *arguments], stdin=null, stdout=log, stderr=log, env=environment)
+                return preloaded.fork(arguments, environment, (null, log, log), netns=self.netns)
+            within = () if self.netns is None else ("nsenter", f"--net={self.netns}")
+            command = [*within, *self.command, *arguments]
+            return subprocess.Popen(command, stdin=null, stdout=log, stderr=log, env=environment)
 
     def _await_ready(self, name: str, mark: int) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S

@@ -6,6 +6,7 @@ All of it lies in network namespaces that the lab makes, so no packet, rule, rou
 involved.
 """
 
+import asyncio
 import contextlib
 import json
 import os
@@ -26,7 +27,9 @@ from pyroute2.iproute.linux import IPRoute
 from corral.api.network.v1 import network_pb2 as pb
 from corral.api.network.v1.network_pb2_grpc import EndpointsStub, NetworksStub
 from corral.kernel.netns import create_pinned, in_namespace, remove_pinned
+from corral.network.config import NetworkConfig
 from corral.rpc.channel import open_channel
+from corral.rpc.context import in_namespace as of_namespace
 from support.corrald import Corrald, Place
 
 if TYPE_CHECKING:
@@ -38,12 +41,13 @@ OUTSIDE, HOST = "203.0.113.1", "203.0.113.2"
 BRIDGE, TABLE = "crlt0", "corraltest"
 SUBNET, POOLS = "10.231.0.0/20", ["10.231.128.0/17"]
 GATEWAY = "10.231.0.1"
+READY = NetworkConfig().netns_pool_size
+"""How many namespaces the leaf has ready for those who come."""
+NAMESPACES = ("default", "other")
+"""Of the API: those that tests use."""
+BUILT_IN = ("bridge", "host", "none")
+"""Networks that are always there."""
 TIMEOUT_S = 3.0
-# A daemon that lives in a namespace of the lab, as if that were its host.
-_PROGRAM = (
-    "import os, runpy, sys; os.setns(os.open(sys.argv.pop(1), os.O_RDONLY | os.O_CLOEXEC), os.CLONE_NEWNET);"
-    "sys.argv[0] = 'corrald'; runpy.run_module('corral.daemon', run_name='__main__')"
-)
 
 
 @dataclass
@@ -65,10 +69,9 @@ class Lab:
             "forward": "accept",
             **self.settings,
         }
-        command = (sys.executable, "-c", _PROGRAM, str(self.host))
         self.corrald = Corrald(
             services=("network",),
-            command=command,
+            netns=self.host,
             place=self.place,
             settings={"network": network},
             # The old iptables of this host is not the machine's.
@@ -135,6 +138,8 @@ class Lab:
     @contextlib.asynccontextmanager
     async def calls(self) -> "AsyncIterator[Calls]":
         async with open_channel(self.corrald.address_of("network")) as channel:
+            # gRPC has one connection for all channels to an address: it may still be pausing since a daemon was killed.
+            await asyncio.wait_for(channel.channel_ready(), TIMEOUT_S)
             yield Calls(channel)
 
 
@@ -172,6 +177,20 @@ class Calls:
 
     async def network_names(self) -> list[str]:
         return [network.name for network in (await self.networks.List(pb.ListNetworksRequest())).networks]
+
+    async def clear(self) -> None:
+        """Detach all endpoints and remove all networks but the built-in ones."""
+        for namespace in NAMESPACES:
+            with of_namespace(namespace):
+                for name in await self.ids():
+                    await self.detach(name)
+                for name in await self.network_names():
+                    if name not in BUILT_IN:
+                        await self.remove(name)
+
+
+def port(inside: int = 7, host: int = 8080, **fields: str) -> pb.PortMapping:
+    return pb.PortMapping(container_port=inside, host_port=host, **fields)  # type: ignore[arg-type]
 
 
 def address(endpoint: pb.Endpoint, number: int = 0) -> str:

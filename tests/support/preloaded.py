@@ -94,11 +94,23 @@ class Preloaded:
         self._socket = ours
         self._lock = threading.Lock()
 
-    def fork(self, arguments: Sequence[str], environment: Mapping[str, str], streams: Sequence[IO[bytes]]) -> Forked:
-        """Start the program with these arguments, environment, stdin, stdout and stderr."""
-        request = json.dumps({"arguments": arguments, "environment": dict(environment), "directory": str(Path.cwd())})
+    def fork(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        streams: Sequence[IO[bytes]],
+        *,
+        netns: Path | None = None,
+    ) -> Forked:
+        """Start the program with these arguments, environment, stdin, stdout and stderr, in a network namespace."""
+        request = {
+            "arguments": arguments,
+            "environment": dict(environment),
+            "directory": str(Path.cwd()),
+            "netns": str(netns or ""),
+        }
         with self._lock:
-            socket.send_fds(self._socket, [request.encode()], [stream.fileno() for stream in streams])
+            socket.send_fds(self._socket, [json.dumps(request).encode()], [stream.fileno() for stream in streams])
             return Forked(int(self._socket.recv(100)), [self._package, *arguments])
 
     def run(
@@ -189,11 +201,19 @@ def load(package: str) -> None:
 
 
 def become(
-    package: str, fds: Sequence[int], arguments: Sequence[str], environment: Mapping[str, str], directory: str
+    package: str,
+    fds: Sequence[int],
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    directory: str,
+    netns: str,
 ) -> None:
     """Be as if just executed."""
     from corral.kernel import failpoint
 
+    if netns:
+        with open(netns, "rb") as namespace:
+            os.setns(namespace.fileno(), os.CLONE_NEWNET)
     for place, fd in enumerate(fds):
         os.dup2(fd, place)
         os.close(fd)
