@@ -47,6 +47,8 @@ class Checks:
         self._execs = execs
         self._verdicts: dict[Key, Verdict] = {}
         self._watching: dict[Key, asyncio.Task[None]] = {}
+        self._asked: dict[Key, tuple[pb.ContainerConfig, tasks_pb2.ProbeRequest]] = {}
+        """What was run last, and in what; of a container without secrets, which may be others the next time."""
 
     def of(self, record: ContainerRecord) -> pb.Health | None:
         """What is known of a container; None if it has no health check, or never ran while this daemon did."""
@@ -74,6 +76,7 @@ class Checks:
 
     def _forget(self, key: Key) -> None:
         self._verdicts.pop(key, None)
+        self._asked.pop(key, None)
         if (watching := self._watching.pop(key, None)) is not None:
             watching.cancel()
 
@@ -128,16 +131,26 @@ class Checks:
 
     async def _run(self, record: ContainerRecord, rules: Rules) -> tuple[int, str]:
         """One probe: its exit code, and the beginning of its output."""
-        request = await self._execs.probe(record, rules.args)
+        request = await self._request(record, rules)
         request.exec_id = f"{_PREFIX}{random_id()[:16]}"
-        request.timeout.FromNanoseconds(round(rules.timeout_s * 1e9))
-        request.output_bytes = OUTPUT_BYTES
         with suppress(TimeoutError):
             async with asyncio.timeout(rules.timeout_s + UNKILLABLE_S):
                 ran = await self._core.leaves.tasks.Probe(request)
                 if not ran.exit.timed_out:
                     return ran.exit.code, ran.output
         return TOOK_TOO_LONG, f"the health check took longer than {rules.timeout_s:g} s, and was killed"
+
+    async def _request(self, record: ContainerRecord, rules: Rules) -> tasks_pb2.ProbeRequest:
+        key = (record.namespace, record.id)
+        config, request = self._asked.get(key, (None, None))
+        if request is not None and config == record.config:
+            return request
+        request = await self._execs.probe(record, rules.args)
+        request.timeout.FromNanoseconds(round(rules.timeout_s * 1e9))
+        request.output_bytes = OUTPUT_BYTES
+        if not record.config.secrets:
+            self._asked[key] = record.config, request
+        return request
 
     async def _tell(self, record: ContainerRecord, verdict: Verdict) -> None:
         word = health_word(verdict.state)

@@ -99,13 +99,12 @@ def spawn(executable: int, kept: Iterable[int]) -> int:
 
     It has fds 0, 1 and 2, those that are kept, and signals that are blocked as they are here; none is ignored.
     """
-    ignored = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
     return os.posix_spawn(
         f"/proc/self/fd/{executable}",
         ("corral-exec",),
         {},
         file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in kept],  # which makes it inheritable
-        setsigdef=ignored,
+        setsigdef=_SIGNALS,
     )
 
 

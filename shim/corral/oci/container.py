@@ -21,6 +21,7 @@ from corral.oci.users import Sighting
 
 if TYPE_CHECKING:  # loaded for those who ask for it
     from corral.oci.join_calls import Files
+    from corral.oci.program import Program
 
 
 @dataclass(slots=True)
@@ -36,6 +37,8 @@ class Container:
     sightings: dict[object, Sighting] = field(default_factory=dict)
     """Of execs, by what was asked for (corral.oci.joining)."""
     files: "Files | None" = None
+    latest: "tuple[object, Process, Program] | None" = None
+    """Of execs the last one: as it was asked for, completed, and what that came to."""
 
     @property
     def state(self) -> State:

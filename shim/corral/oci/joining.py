@@ -12,7 +12,7 @@ from corral.oci.attendance import ProcessHandle, await_exec, await_ready, born, 
 from corral.oci.cgroups import TAKES_NONE, Membership
 from corral.oci.channel import ChildEnd, ParentEnd
 from corral.oci.join import run_joined
-from corral.oci.program import program_of
+from corral.oci.program import Program, program_of
 from corral.oci.spec import Process
 from corral.oci.stdio import Stdio
 from corral.oci.support import check_process
@@ -38,10 +38,8 @@ def begin(
     dies_with_runtime: bool = False,
 ) -> ProcessHandle:
     """As Container.exec() says; ProcessLookupError if the container has ended."""
-    check_process(asked)
-    asked = _completed(asked, container.spec.process)
     linux, init = container.spec.linux, container.init
-    program = program_of(asked, linux, user=user, dies_with_runtime=dies_with_runtime)
+    asked, program = _program_of(container, asked, user, dies_with_runtime)
     affinity = _affinity(asked)
     kinds = {namespace.type for namespace in linux.namespaces}
     flags = namespaces.flags_of(kinds | {Kind.MOUNT})  # if it is not its own, it need not be ours
@@ -88,6 +86,17 @@ def begin(
     )
     _execute(parent, handle)
     return handle
+
+
+def _program_of(container: "Container", asked: Process, user: str | None, mortal: bool) -> tuple[Process, Program]:
+    """What is asked, completed, and what that comes to: what was asked last is what will be asked next, most likely."""
+    key = user, mortal, asked
+    if container.latest is None or container.latest[0] != key:
+        check_process(asked)
+        whole = _completed(asked, container.spec.process)
+        program = program_of(whole, container.spec.linux, user=user, dies_with_runtime=mortal)
+        container.latest = key, whole, program
+    return container.latest[1:]
 
 
 def _note(container: "Container", who: object, sighting: Sighting) -> None:

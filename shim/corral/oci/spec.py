@@ -258,6 +258,10 @@ class Seccomp:
     listener_metadata: str = ""
     syscalls: tuple[SeccompSyscall, ...] = ()
 
+    def __hash__(self) -> int:
+        # What comes of a profile is remembered by it, several times an exec: all its names are not worth that time.
+        return hash((self.default_action, self.flags, self.listener_path, len(self.syscalls)))
+
 
 @dataclass(frozen=True, slots=True)
 class TimeOffset:

@@ -80,6 +80,7 @@ class Shim:
         self._mounts: int | None = None
         self._wait_until = 0.0
         self._timeout_ns = 0
+        self._latest: tuple[object, Process] | None = None  # of execs, what was asked for last
 
     @property
     def state(self) -> State:
@@ -200,10 +201,16 @@ class Shim:
     def add_exec(self, request: Exec) -> Message:
         """Register a process to be started later, so that clients can attach before its first byte."""
         self._running()
-        spec = with_ordinary_score(Process.from_json(request.process))
+        spec = self._spec_of(request)
         (self.bundle / records.EXECS).mkdir(mode=0o700, exist_ok=True)
         self._add(request, spec, self._io(request.exec_id, NoLog(), terminal=spec.terminal, stdin=request.stdin))
         return {}
+
+    def _spec_of(self, request: Exec | Run) -> Process:
+        """Read once, where the same is asked for time and again."""
+        if self._latest is None or self._latest[0] != request.process:
+            self._latest = request.process, with_ordinary_score(Process.from_json(request.process))
+        return self._latest[1]
 
     def _add(self, request: Exec | Run, spec: Process, io: ProcessIO) -> ContainerProcess:
         self._running()
@@ -216,7 +223,7 @@ class Shim:
 
     def run(self, request: Run, tell: Callable[[Message], None]) -> None:
         """Run a process and tell once it has ended. No heir gets it: it is killed with this shim."""
-        spec = with_ordinary_score(Process.from_json(request.process))
+        spec = self._spec_of(request)
         if spec.terminal:
             raise ShimError("invalid_argument", "process.terminal: nobody would be there to use it")
         excerpt = Excerpt(request.output_bytes)
