@@ -59,38 +59,42 @@ def contents(daemon: Corrald) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in daemon.root.glob("*/*.db*")}
 
 
-@pytest.mark.parametrize("service", SERVICES)
-def test_a_start_is_refused_before_any_service_begins(service: str) -> None:
+@pytest.fixture(scope="module")
+def stopped() -> Iterator[Corrald]:
+    """One that has its databases and does not run; after all that it starts."""
     with Corrald() as daemon:
         daemon.start()
         daemon.stop()
-        database = daemon.root / service / f"{service}.db"
-        with of_a_newer_corral(database):
-            before = contents(daemon)
-            assert len(before) >= len(SERVICES)
-            with pytest.raises(
-                RuntimeError, match=f"{database} has schema version 999, this corral knows [0-9]+: a newer"
-            ):
-                daemon.start()
-            assert contents(daemon) == before
-            daemon.processes.clear()
+        yield daemon
         daemon.start()
 
 
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_start_is_refused_before_any_service_begins(stopped: Corrald, service: str) -> None:
+    database = stopped.root / service / f"{service}.db"
+    with of_a_newer_corral(database):
+        before = contents(stopped)
+        assert len(before) >= len(SERVICES)
+        with pytest.raises(RuntimeError, match=f"{database} has schema version 999, this corral knows [0-9]+: a newer"):
+            stopped.start()
+        assert contents(stopped) == before
+        stopped.processes.clear()
+
+
 @pytest.mark.parametrize("split", [False, True], ids=["one-process", "five-processes"])
-@pytest.mark.parametrize("service", ["tasks", "engine"])
-def test_an_upgrade_to_an_older_one_is_refused_and_the_newer_one_goes_on(service: str, *, split: bool) -> None:
+def test_an_upgrade_to_an_older_one_is_refused_and_the_newer_one_goes_on(*, split: bool) -> None:
     """All of it: no process is upgraded if one would not start."""
     with running(split=split) as daemon:
         before = generations(daemon)
         assert len(before) == (len(SERVICES) if split else 1)
-        with upgraded_by_a_newer_corral(daemon.root / service / f"{service}.db"):
-            refused = daemon.corral("system", "upgrade", timeout_s=120)
-        assert refused.returncode == 1
-        assert b"would not start, so this one goes on: " in refused.stderr
-        assert f"{service}.db has schema version 999".encode() in refused.stderr
-        assert generations(daemon) == before
-        assert daemon.corral("system", "info").returncode == 0
+        for service in ("tasks", "engine"):
+            with upgraded_by_a_newer_corral(daemon.root / service / f"{service}.db"):
+                refused = daemon.corral("system", "upgrade", timeout_s=120)
+            assert refused.returncode == 1
+            assert b"would not start, so this one goes on: " in refused.stderr
+            assert f"{service}.db has schema version 999".encode() in refused.stderr
+            assert generations(daemon) == before
+            assert daemon.corral("system", "info").returncode == 0
         upgraded: subprocess.CompletedProcess[bytes] = daemon.corral("system", "upgrade", timeout_s=120)
         assert upgraded.returncode == 0
         assert generations(daemon) == {name: generation + 1 for name, generation in before.items()}

@@ -46,9 +46,9 @@ def test_limits_of_all_containers_are_shown_and_change_with_a_reload(loaded: Cor
         info = loaded.corral("system", "info", check=True).stdout.decode()
         return next(line for line in info.splitlines() if line.startswith("Limits: "))
 
-    with run_hogs(loaded):
-        assert restarted_with() == "Limits: none"
-        held = restarted_with(memory_bytes=200 << 20, cpus=1.5, pids=500)
-        assert held.endswith("of 500 processes")
-        assert " of 210MB memory, 1.5 CPUs, " in held
+    loaded.corral("run", "--detach", "--name", "one", "--network", "none", "busybox", "sleep", "1000", check=True)
+    held = restarted_with(memory_bytes=200 << 20, cpus=1.5, pids=500)
+    assert held.endswith("of 500 processes")
+    assert " of 210MB memory, 1.5 CPUs, " in held
+    loaded.corral("rm", "--force", "one", check=True)
     assert restarted_with() == "Limits: none"
