@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from support.cli import ok
 from support.corrald import Corrald
 from support.requirements import needs
 
@@ -22,19 +23,6 @@ def box(busybox_archive: Path) -> Iterator[Corrald]:
         daemon.start()
         daemon.corral("image", "import", str(busybox_archive), "--as", "busybox", check=True)
         yield daemon
-
-
-@pytest.fixture
-def name(request: pytest.FixtureRequest, box: Corrald) -> Iterator[str]:
-    chosen = f"t-{abs(hash(request.node.nodeid)) % 10**8}"
-    yield chosen
-    box.corral("rm", "-f", chosen)
-
-
-def ok(box: Corrald, *words: str) -> str:
-    result = box.corral(*words)
-    assert result.returncode == 0, result.stderr.decode()
-    return result.stdout.decode()
 
 
 def resources(box: Corrald, name: str) -> Mapping[str, Mapping[str, object]]:

@@ -2,13 +2,8 @@
 
 import time
 
+from support.cli import ok
 from support.corrald import Corrald
-
-
-def ok(box: Corrald, *args: str) -> str:
-    result = box.corral(*args)
-    assert result.returncode == 0, (args, result.stderr.decode(), box.log())
-    return result.stdout.decode()
 
 
 def found(box: Corrald, asker: str, name: str) -> bool:

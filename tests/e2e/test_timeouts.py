@@ -1,34 +1,15 @@
 """`run --timeout`: who has had its time is killed, whoever else was killed meanwhile."""
 
-import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+from support.cli import eventually, ok, state
 from support.corrald import Corrald
 from support.requirements import needs
 
 pytestmark = needs("root", "overlayfs", "busybox", "netns")
-
-
-def ok(box: Corrald, *args: str) -> str:
-    result = box.corral(*args)
-    assert result.returncode == 0, (args, result.stderr.decode(), box.log())
-    return result.stdout.decode()
-
-
-def state(box: Corrald, name: str) -> dict[str, object]:
-    found: dict[str, object] = json.loads(ok(box, "inspect", name))[0]
-    return found
-
-
-def eventually(check: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not check():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.02)
 
 
 def test_a_container_whose_time_is_over_is_killed_and_that_is_told(box: Corrald, name: str) -> None:
