@@ -200,6 +200,19 @@ async def test_creates_survive_a_zygote_that_dies_meanwhile(own_daemon: Corrald,
     await eventually(lambda: nothing_left(own_daemon))
 
 
+async def test_a_zygote_that_gets_stuck_is_replaced(rootfs: Path):
+    with Corrald(services=("tasks",), settings={"tasks": {"shim_timeout_s": 2}}) as daemon:
+        async with serving(daemon, rootfs) as tasks, asyncio.timeout(60):
+            before = await tasks.run("sleep", "1000")
+            stuck = zygote_of(daemon)
+            os.kill(stuck, signal.SIGSTOP)
+            ids = await asyncio.gather(*(tasks.run("sleep", "1000") for _ in range(4)))
+            assert zygote_of(daemon) != stuck
+            assert (await tasks.get(before)).status == pb.STATUS_RUNNING
+            for task_id in (before, *ids):
+                await tasks.delete(task_id, force=True)
+
+
 async def test_a_killed_shim_has_an_heir(own_daemon: Corrald, rootfs: Path):
     """Clients stay attached, no byte and no exit is lost, execs go on, and the next one works."""
     async with serving(own_daemon, rootfs) as tasks:

@@ -26,6 +26,8 @@ log = structlog.get_logger()
 
 ATTEMPTS = 3
 UNDO_S = 10.0
+# A zygote that was killed has closed all that it held by then.
+HANG_UP_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,6 @@ class Spawner:
                         ConnectionLostError
                     ):  # the zygote died, perhaps before it forked: this socket is not used again
                         await end_unused(shim)
-                    except TimeoutError as e:
-                        shim.close()
-                        raise Unavailable(f"the zygote did not fork a shim: {e}", reason="ZYGOTE_STUCK") from e
                     except BaseException:
                         shim.close()
                         raise
@@ -102,7 +101,7 @@ class Spawner:
             if isinstance(init, Identity):
                 identity = forked if isinstance(forked, Identity) else await _identify(shim, bundle)
                 return Spawned(shim, identity, init)
-            if isinstance(forked, ConnectionLostError) and not shim.is_open:
+            if isinstance(forked, ConnectionLostError) and await _hangs_up(shim):
                 return None
             raise _cause(forked, init)
         except BaseException:
@@ -113,14 +112,25 @@ class Spawner:
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await self._zygote.spawn(bundle, listener)
+        except TimeoutError as e:
+            self._zygote.replace()
+            raise ConnectionLostError("the zygote did not answer in time") from e
         finally:
             # From here on it is held by the shim alone, so whoever waits for a shim that never came is told.
             listener.close()
 
 
+async def _hangs_up(shim: Shim) -> bool:
+    """Of a shim whose zygote is dead: whether nobody holds its socket, so that there is none."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(HANG_UP_S):
+            await shim.closed.wait()
+    return not shim.is_open
+
+
 def _cause(forked: Identity | BaseException, init: BaseException) -> BaseException:
     """What to report: the zygote's refusal explains the shim's silence."""
-    if isinstance(forked, TimeoutError | ConnectionLostError):
+    if isinstance(forked, ConnectionLostError):
         return Unavailable(f"the zygote did not fork a shim: {forked}", reason="ZYGOTE_STUCK")
     if isinstance(forked, BaseException):
         return forked

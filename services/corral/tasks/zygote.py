@@ -46,6 +46,7 @@ class Zygote:
         self._running = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
+        self._pidfd = -1
         self.pid = 0
 
     def start(self) -> None:
@@ -86,6 +87,13 @@ class Zygote:
             raise Internal(f"the zygote answered {reply!r:.100}")
         return Identity(pid, start_time)
 
+    def replace(self) -> None:
+        """It does not answer: have another one in its place. No container notices."""
+        pidfd, self._pidfd = self._pidfd, -1
+        if pidfd >= 0:
+            log.error("zygote.stuck", pid=self.pid)
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
     async def _supervise(self) -> None:
         loop = asyncio.get_running_loop()
         delay_s = 0.0
@@ -113,10 +121,12 @@ class Zygote:
                 raise
         with opened(pidfd_open(self.pid)) as pidfd:
             self._connection = Connection(ours, on_close=self._running.clear)
+            self._pidfd = pidfd
             self._running.set()
             try:
                 await ended(pidfd)
             finally:
+                self._pidfd = -1
                 self._running.clear()
                 self._connection.close()
             reap(pidfd)
