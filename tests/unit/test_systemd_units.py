@@ -8,7 +8,13 @@ import pytest
 from corral.kernel.cgroup.device_rules import DEFAULT_RULES
 from corral.kernel.cgroup.resources import DeviceRule
 from corral.kernel.cgroup.steps import Write
-from corral.kernel.cgroup.systemd.names import check_name, slice_path
+from corral.kernel.cgroup.systemd.names import (
+    check_name,
+    has_slice_of_its_own,
+    scope_alone_in,
+    slice_of_its_own,
+    slice_path,
+)
 from corral.kernel.cgroup.systemd.properties import (
     INFINITY,
     bitmap,
@@ -67,6 +73,20 @@ def test_a_container_cant_be_a_slice():
 )
 def test_slices_are_nested_by_their_dashes(name, path):
     assert slice_path(name) == path
+
+
+@pytest.mark.parametrize("scope", ["a.scope", "corral-0a-1b-web.scope", "a-_-.b.scope", "a.slice.scope", "a--b.scope"])
+@pytest.mark.parametrize("within", ["-.slice", "corral.slice", "machine-web.slice"])
+def test_a_scope_has_a_slice_that_no_other_has(scope, within):
+    slice_ = slice_of_its_own(scope, within)
+    above = slice_path(within)
+    assert slice_path(slice_) == f"{above}/{slice_}"
+    assert scope_alone_in(slice_) == scope
+    assert has_slice_of_its_own(f"{above}/{slice_}/{scope}")
+    assert has_slice_of_its_own(f"/sys/fs/cgroup{above}/{slice_}/{scope}")
+    assert not has_slice_of_its_own(f"{above}/{slice_}/b.scope")
+    assert not has_slice_of_its_own(f"{above}/{slice_}")
+    assert not has_slice_of_its_own(f"{above}/{scope}")
 
 
 @pytest.mark.parametrize("name", ["a", ".slice", "-a.slice", "a-.slice", "a--b.slice", "a/b.slice", "../a.slice", ""])

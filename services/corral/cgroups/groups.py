@@ -66,7 +66,7 @@ class Groups:
         self._database = database
         self._driver = driver
         self._timeouts = timeouts
-        self._locks: WeakValueDictionary[Key, asyncio.Lock] = WeakValueDictionary()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._changes: set[asyncio.Task[Any]] = set()
         self._making_room = threading.Lock()
         self._readings = Readings(driver)
@@ -144,11 +144,12 @@ class Groups:
     async def _again(self, record: Record) -> Record:
         """What create() answers for a row that is there; if its cgroup went, by somebody's hand or as a scope does when
         its container ends, it is made anew."""
+        await self._watcher.look(record.key)
         if not await self._run(self._lasts, record):
             old = await self._watcher.take(record.key)
             if old:
                 old.close()
-            oom, pressure = await self._run(self._make, record)
+            oom, pressure = await self._run(self._make, self.find(record.key))
             self._watcher.add(record.key, oom)
             self._pressure.put(record.key, pressure)
         else:
@@ -183,8 +184,8 @@ class Groups:
                 group = self._create_or_replace(record.path, limits)
             try:
                 if self._parent.holds(record.path):
-                    self._parent.keep()  # it may have been made again on the way to this one
-                return _watches(group, _triggers_of(record))
+                    self._parent.keep(inhabited=True)  # it may have been made again on the way to this one
+                return _watches(group, _triggers_of(record), record.oom_kills)
             except BaseException:
                 group.remove(self._timeouts.remove_s)
                 raise
@@ -234,6 +235,7 @@ class Groups:
 
     async def _update(self, key: Key, change: types_pb2.Resources) -> Record:
         record = self.find(key)
+        await self._watcher.look(key)
         now = types_pb2.Resources.FromString(record.resources)
         limits = _checked(wire.resources(with_shares_again(now, change)))
         merged = after_change(now, change)
@@ -352,15 +354,13 @@ class Groups:
 
     async def remove_stray(self, path: str) -> None:
         """Remove a cgroup that no row describes, with what runs in it. Raises CorralError."""
-        namespace, _, id_ = path.rpartition("/")
-        key = Key(namespace.rpartition("/")[2], id_)
 
         async def remove() -> None:
             known = {record.path for record in await self._database.read(store.every)}
             if path not in known:
                 await self._run(self._remove_path, path)
 
-        await self._change(key, remove())
+        await self._alone(path, remove())
 
     def _remove_path(self, path: str) -> None:
         with translated(f"remove the cgroup {path}"):
@@ -385,8 +385,8 @@ class Groups:
 
     def watch(self, key: Key, watch: OomWatch) -> None:
         """Journal what befalls a cgroup that an earlier process made: OOM kills, pressure. Takes over the watch."""
-        self._watcher.add(key, watch)
         record = self.find(key)
+        self._watcher.add(key, watch, look=watch.known > record.oom_kills)
         try:
             self._pressure.put(key, open_all(self.open(record), _triggers_of(record)))
         except OSError as e:  # the kernel is another than it was, say
@@ -412,13 +412,17 @@ class Groups:
 
     async def _change[T](self, key: Key, change: Coroutine[Any, Any, T]) -> T:
         """Run a change alone on its cgroup and to its end, even if the caller goes away."""
-        task = asyncio.Task(self._locked(key, change), loop=asyncio.get_running_loop(), eager_start=True)
+        return await self._alone(self._parent.place(key), change)
+
+    async def _alone[T](self, path: str, change: Coroutine[Any, Any, T]) -> T:
+        """The same, of a cgroup below our parent, or of the one that is called so elsewhere."""
+        task = asyncio.Task(self._locked(path, change), loop=asyncio.get_running_loop(), eager_start=True)
         self._changes.add(task)
         task.add_done_callback(self._ended)
         return await asyncio.shield(task)
 
-    async def _locked[T](self, key: Key, change: Coroutine[Any, Any, T]) -> T:
-        lock = self._locks.setdefault(key, asyncio.Lock())
+    async def _locked[T](self, path: str, change: Coroutine[Any, Any, T]) -> T:
+        lock = self._locks.setdefault(path, asyncio.Lock())
         async with lock:
             return await change
 
@@ -441,10 +445,12 @@ def _checked(limits: Resources) -> Resources:
     return replace(limits, memory=replace(limits.memory, check_before_update=True))
 
 
-def _watches(group: Cgroup, wanted: Sequence[PressureTrigger]) -> tuple[OomWatch, Sequence[PressureWatch]]:
+def _watches(
+    group: Cgroup, wanted: Sequence[PressureTrigger], oom_kills: int
+) -> tuple[OomWatch, Sequence[PressureWatch]]:
     pressure = open_all(group, wanted)
     try:
-        return group.watch_oom(), pressure
+        return group.watch_oom(oom_kills), pressure
     except BaseException:
         close_all(pressure)
         raise

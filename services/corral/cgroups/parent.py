@@ -14,7 +14,14 @@ from pathlib import Path
 from corral.cgroups.engine_limits import EngineLimits, restore
 from corral.cgroups.store import Key
 from corral.kernel.cgroup import OWNER, Driver, check_path
-from corral.kernel.cgroup.systemd.names import SCOPE, slice_path, unit_at
+from corral.kernel.cgroup.systemd.names import (
+    ROOT,
+    SCOPE,
+    scope_alone_in,
+    slice_of_its_own,
+    slice_path,
+    unit_at,
+)
 from corral.rpc.errors import FailedPrecondition, InvalidArgument
 from corral.store import is_locked
 
@@ -91,35 +98,42 @@ class Parent:
         except FileNotFoundError:
             return False
 
-    def keep(self) -> None:
-        """Have it, ours and with its limits, whatever somebody did to it. Raises as claim() does, CorralError."""
-        if not self._is_whole():
+    def keep(self, *, inhabited: bool = False) -> None:
+        """Have it, ours and with its limits, whatever somebody did to it. Raises as claim() does, CorralError.
+
+        inhabited: there is a cgroup below, so it is in every hierarchy.
+        """
+        if not self._is_marked() or not (inhabited or self._is_everywhere()):
             self.claim()
         restore(self.driver, self.path, self.limits)
 
-    def _is_whole(self) -> bool:
-        """Whether it is in every hierarchy, and has our mark."""
+    def _is_marked(self) -> bool:
+        """Whether it has our mark."""
         try:
-            is_marked = self.driver.marked(self.path, OWNER) == str(self.owner)
+            return self.driver.marked(self.path, OWNER) == str(self.owner)
         except FileNotFoundError:
             return False
-        # No Path: twice for each container, and that takes four times as long.
+
+    def _is_everywhere(self) -> bool:
+        """Whether it is in every hierarchy."""
+        # No Path: ten for each container, and that takes four times as long.
         directories = self.driver.open(self.path).directories
-        return is_marked and all(os.path.exists(directory) for directory in directories)  # noqa: PTH110
+        return all(os.path.exists(directory) for directory in directories)  # noqa: PTH110
 
 
 class Slice(Parent):
     """The parent as a slice of systemd, and the cgroups below as its scopes.
 
     systemd knows a unit by its name alone, wherever it is, so that tells the engine and the namespace of a scope, too:
-    corral-<engine>-<namespace>-<id>.scope, the first two as hashes. Other scopes in the slice are not ours.
+    corral-<engine>-<namespace>-<id>.scope, the first two as hashes. Other scopes in the slice are not ours. On v2 each
+    is in a slice of its own (see corral.kernel.cgroup.systemd.removal).
     """
 
     __slots__ = ()
 
     def place(self, key: Key) -> str:
         """The path of a cgroup below it."""
-        return f"{self.path}/{self._scope(key)}"
+        return self._within(self.path, key)
 
     def place_below(self, other: str, key: Key) -> str:
         """The path of a cgroup below another slice, of a caller's choice. Raises InvalidArgument."""
@@ -128,7 +142,14 @@ class Slice(Parent):
         except ValueError as e:
             why = f'cgroup parent: {e}, as the driver is systemd: "x-y.slice" is the slice y within x'
             raise InvalidArgument(why, reason="BAD_PARENT") from e
-        return f"{self._other(path) if path else path}/{self._scope(key)}"
+        return self._within(self._other(path) if path else path, key)
+
+    def _within(self, path: str, key: Key) -> str:
+        scope = self._scope(key)
+        memory = self.driver.layout.of("memory")
+        if memory is None or memory.version == 1:
+            return f"{path}/{scope}"
+        return f"{path}/{slice_of_its_own(scope, path.rpartition('/')[2] or ROOT)}/{scope}"
 
     def _scope(self, key: Key) -> str:
         return f"{self._ours()}{_hash(key.namespace)}-{key.id}{SCOPE}"
@@ -142,9 +163,14 @@ class Slice(Parent):
         return unit_at(path)
 
     def groups(self) -> list[str]:
-        """The paths of all our scopes that are below it."""
-        names, ours = sorted(self.driver.list(self.path)), self._ours()
-        return [f"{self.path}/{name}" for name in names if name.startswith(ours) and name.endswith(SCOPE)]
+        """The paths of all our scopes that are below it, and of those whose slices are."""
+        found = {name if name.endswith(SCOPE) else scope_alone_in(name): name for name in self.driver.list(self.path)}
+        within, ours = self.path.rpartition("/")[2], self._ours()
+        return [
+            f"{self.path}/{name}" if name == scope else f"{self.path}/{name}/{scope}"
+            for scope, name in sorted(found.items())
+            if scope.startswith(ours) and name in (scope, slice_of_its_own(scope, within))
+        ]
 
     def prune(self) -> None:
         """Remove it, if it is ours and empty."""

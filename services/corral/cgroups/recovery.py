@@ -38,15 +38,11 @@ def reconcile(database: Database, driver: Driver, parent: Parent, *, timeout_s: 
 def _settle_again(driver: Driver, records: Sequence[Record]) -> None:
     """What a crash may have come in between of. A limit that is refused now was not when it was made: it goes on.
 
-    A systemd that does not answer is not waited for again: each container is settled before it starts, too.
+    Each container is settled before it starts, too.
     """
-    for record in records:
-        try:
-            driver.settle(record.path, wire.resources(types_pb2.Resources.FromString(record.resources)))
-        except OSError as e:
-            log.warning("cgroup.not_settled", path=record.path, error=str(e))
-            if e.errno == errno.ETIMEDOUT:
-                return
+    wanted = {record.path: wire.resources(types_pb2.Resources.FromString(record.resources)) for record in records}
+    for path, e in driver.settle_all(wanted).items():
+        log.warning("cgroup.not_settled", path=path, error=str(e))
 
 
 def _watch(driver: Driver, record: Record) -> OomWatch | None:
@@ -64,7 +60,7 @@ def _settle(database: Database, driver: Driver, parent: Parent, record: Record, 
     group = driver.open(record.path)
     if record.state is State.MAKING:
         _remove(driver, record.path, timeout_s)
-    elif group.exists():
+    elif group.keeps_counts():
         return True
     elif parent.unit(record.path):
         return False

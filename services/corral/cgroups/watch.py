@@ -33,10 +33,18 @@ class OomWatcher:
         self._on_kills = on_kills
         self._entries: dict[Key, _Entry] = {}
 
-    def add(self, key: Key, watch: OomWatch) -> None:
-        """Watch a cgroup; takes over the watch."""
+    def add(self, key: Key, watch: OomWatch, *, look: bool = False) -> None:
+        """Watch a cgroup; takes over the watch. look: it knows of kills already that are to be told."""
         entry = self._entries[key] = _Entry(watch)
         self._wait(key, entry)
+        if look:
+            self._wake(key, entry)
+
+    async def look(self, key: Key) -> None:
+        """Tell of the kills that there are now, before somebody removes the cgroup."""
+        entry = self._entries.get(key)
+        if entry is not None and (kills := await run_blocking(entry.watch.count)):
+            await self._on_kills(key, kills)
 
     def with_kills(self, key: Key, stats: Stats) -> Stats:
         """A reading, with the kills that it can't tell of: a v1 cgroup forgets those of its sub-cgroups with them."""

@@ -78,7 +78,8 @@ class Scope:
 
     def close(self) -> None:
         """Let go of it."""
-        self._end_holder()
+        with contextlib.suppress(TimeoutError):  # it ends with this process
+            self._end_holder()
         self._manager.close()
 
     def start(self) -> Cgroup:
@@ -94,7 +95,8 @@ class Scope:
             self._plan = scopes.plan(group, self._limits)
             steps.run([step for step in self._plan if not scopes.counts_processes(step)], undo=False)
         except BaseException:
-            self._end_holder()
+            with contextlib.suppress(TimeoutError):
+                self._end_holder()
             self._manager.stop(record.unit)
             driver.open(record.cgroup).remove()  # on v1, where systemd does not know all hierarchies
             raise
@@ -119,9 +121,7 @@ class Scope:
     def _end_holder(self) -> None:
         if self._holder is not None:
             (_, pidfd), self._holder = self._holder, None
-            process.send_signal(pidfd, signal.SIGKILL)
-            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-            os.close(pidfd)
+            scopes.end_holder(pidfd, self._record.cgroup)
 
 
 def _hold() -> tuple[int, int]:

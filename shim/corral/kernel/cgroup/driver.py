@@ -15,7 +15,7 @@ turning on v2 controllers on the way down to them.
 import contextlib
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from corral.kernel.cgroup import files, steps
 from corral.kernel.cgroup.group import SUBTREE_CONTROL, Cgroup
@@ -101,6 +101,10 @@ class Driver:
 
     def settle(self, path: str, limits: Resources) -> None:
         """The first process is in a cgroup that was made with these limits: nothing is to be done, as it is whole."""
+
+    def settle_all(self, wanted: Mapping[str, Resources]) -> dict[str, OSError]:
+        """settle() of many, by path; returns what each fails with that does."""
+        return {}
 
     def close(self) -> None:
         """Let go of what it holds in this process: nothing."""

@@ -72,9 +72,16 @@ class Cgroup:
         """Whether it is there, and stays until it is removed."""
         return self.exists()
 
-    def watch_oom(self) -> OomWatch:
-        """Count the OOM kills of a cgroup that was just made; without a memory controller there are none."""
-        return OomWatch.of(*self._where.get("memory", ("", 2)))
+    def keeps_counts(self) -> bool:
+        """Whether OOM kills can be counted: it is there, or has left them elsewhere."""
+        return self.exists()
+
+    def watch_oom(self, known: int = 0) -> OomWatch:
+        """Count the OOM kills of a cgroup that was just made; without a memory controller there are none.
+
+        known: so many were counted in another that was at its place.
+        """
+        return OomWatch.of(*self._where.get("memory", ("", 2)), known=known)
 
     def watch_pressure(self, trigger: "PressureTrigger") -> "PressureWatch":
         """Be told when processes wait as long as the trigger says. Raises OSError, see PressureWatch.open()."""

@@ -4,7 +4,8 @@
     v1   `memory.oom_control` oom_kill counts one cgroup; an eventfd registered in `cgroup.event_control` is
          signalled at every OOM in it, below or above it, before the kill, and once more when the cgroup is removed
 
-So signals count nothing, they say when to look; who removes a cgroup looks before.
+So signals count nothing, they say when to look; who removes a cgroup looks before. Of what systemd removes see
+corral.kernel.cgroup.systemd.removal.
 
 Source: kernel cgroup-v2.rst "memory.events"; cgroup-v1/memory.rst "OOM Control".
 """
@@ -69,9 +70,10 @@ class OomWatch:
         return cls._first(names, since_creation=since_creation, uncounted=uncounted, known=known)
 
     @classmethod
-    def of(cls, directory: str, version: int) -> Self:
+    def of(cls, directory: str, version: int, *, known: int = 0) -> Self:
         """Watch a new cgroup, where the directory and the version of its memory controller are known."""
-        return cls._first([(directory, V2_EVENTS if version == 2 else V1_OOM_CONTROL)], since_creation=True)
+        name = V2_EVENTS if version == 2 else V1_OOM_CONTROL
+        return cls._first([(directory, name)], since_creation=True, known=known)
 
     @classmethod
     def _first(
@@ -79,7 +81,9 @@ class OomWatch:
     ) -> Self:
         for directory, name in names:
             try:
-                fd = os.open(f"{directory}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+                fd = os.open(
+                    f"{_lasting(directory) if name == V2_EVENTS else directory}/{name}", os.O_RDONLY | os.O_CLOEXEC
+                )
             except FileNotFoundError:
                 continue
             with contextlib.ExitStack() as fds:
@@ -169,6 +173,16 @@ class OomWatch:
                     self._epoll.unregister(fd)
                 os.close(fd)
         self._fd = self._eventfd = -1
+
+
+def _lasting(directory: str) -> str:
+    """Where the kills of a v2 cgroup are counted beyond its end, if that is as long as systemd likes."""
+    if directory.endswith(".scope"):
+        from corral.kernel.cgroup.systemd.names import has_slice_of_its_own
+
+        if has_slice_of_its_own(directory):
+            return directory.rpartition("/")[0]
+    return directory
 
 
 def _register(path: str, fd: int, fds: contextlib.ExitStack) -> int:

@@ -3,8 +3,8 @@
     create   the scope, around a process of ours that only holds it       see corral.kernel.cgroup.systemd.scopes
     settle   a process of the container is in it: the other one ends, and all limits hold
     apply    limits are written to the files, and systemd is told
-             the last process ends: systemd removes the scope and its cgroup
-    remove   what is left is killed, and the unit stopped
+             the last process ends: systemd removes the scope and its cgroup       see ...systemd.removal
+    remove   what is left is killed, and the unit stopped, with the slice that it may have of its own
 
 The holder ends with this process, so what a crash leaves without a container ends by itself. A cgroup that is neither a
 scope nor a slice is as any other.
@@ -13,14 +13,11 @@ scope nor a slice is as any other.
 import contextlib
 import errno
 import os
-import select
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from corral.kernel import process
 from corral.kernel.cgroup import steps
 from corral.kernel.cgroup.driver import Driver, check_path
 from corral.kernel.cgroup.group import Cgroup
@@ -28,7 +25,7 @@ from corral.kernel.cgroup.layout import Hierarchy, Layout
 from corral.kernel.cgroup.resources import Resources
 from corral.kernel.cgroup.systemd import scopes
 from corral.kernel.cgroup.systemd.manager import BOOTED, Manager
-from corral.kernel.cgroup.systemd.names import ROOT, SCOPE, unit_at
+from corral.kernel.cgroup.systemd.names import ROOT, SCOPE, has_slice_of_its_own, unit_at
 from corral.kernel.cgroup.systemd.properties import INFINITY
 from corral.kernel.dbus.marshalling import Variant
 
@@ -36,8 +33,6 @@ _ATTEMPTS = 5
 """On v1 systemd removes, a moment later, a slice's directories of controllers that it does not need itself."""
 _HOLDER = ["cat"]
 """It reads until its input ends, and that is a pipe of which this process alone has the other end."""
-_KILLED_S = 5.0
-"""For a holder to end."""
 _OPERATION_S = 30.0
 """For systemd to do all that one operation takes."""
 _COME_S = 2.0
@@ -74,6 +69,8 @@ class SystemdDriver(Driver):
             if where or group.exists():
                 raise OSError(errno.EEXIST, f"there is such a scope at {where or path}", path)
             try:
+                if has_slice_of_its_own(path):
+                    manager.start_slice(slice_, scopes.accounting(self.layout))
                 self._start(manager, unit, slice_, self._holders.hold(path), limits)
                 super().create(path, adopt=True)
                 self.enable(path, limits)
@@ -101,17 +98,39 @@ class SystemdDriver(Driver):
         They are all those that it has. The same again does no harm, nor does it if the container has ended meanwhile.
         Raises OSError: ENOENT if there are processes, and systemd knows nothing of them.
         """
-        unit = unit_at(path)
-        if not unit.endswith(SCOPE):
+        if not unit_at(path).endswith(SCOPE):
             return
-        self._holders.release(path)
-        group = self.open(path)
         with _systemd() as manager:
-            if manager.cgroup_of(unit) == path:
-                scopes.settle(group, manager, unit, limits, self.layout)
-            elif group.pids():
-                group.apply(limits)
-                raise OSError(errno.ENOENT, "systemd has lost this scope, with processes in it", path)
+            self._settle(manager, path, limits)
+
+    def settle_all(self, wanted: Mapping[str, Resources]) -> dict[str, OSError]:
+        """As Driver does. A systemd that does not answer is not waited for again: those that are left fail, too."""
+        left = [path for path in wanted if unit_at(path).endswith(SCOPE)]
+        failed: dict[str, OSError] = {}
+        if not left:
+            return failed
+        try:
+            with contextlib.closing(Manager.open(user=False)) as manager:
+                while left:
+                    try:
+                        self._settle(manager, left[0], wanted[left[0]])
+                    except OSError as e:
+                        if isinstance(e, TimeoutError | ConnectionError):
+                            raise
+                        failed[left[0]] = e
+                    left.pop(0)
+        except OSError as e:
+            failed |= dict.fromkeys(left, e)
+        return failed
+
+    def _settle(self, manager: Manager, path: str, limits: Resources) -> None:
+        self._holders.release(path)
+        group, unit = self.open(path), unit_at(path)
+        if manager.cgroup_of(unit) == path:
+            scopes.settle(group, manager, unit, limits, self.layout)
+        elif group.pids():
+            group.apply(limits)
+            raise OSError(errno.ENOENT, "systemd has lost this scope, with processes in it", path)
 
     def close(self) -> None:
         """End the holders: when a container's process has come, or none does so in time."""
@@ -135,12 +154,7 @@ class SystemdDriver(Driver):
         """Stop a slice if nothing is below."""
         if self.list(path):
             return
-        group = self.open(path)
-        with _systemd() as manager:
-            manager.stop(path.rpartition("/")[2])
-        for directory in group.directories:  # of v1, those that systemd does not know
-            with contextlib.suppress(OSError):
-                os.rmdir(directory)  # noqa: PTH106 - a string, as everywhere here
+        _stop_slice(self.open(path))
 
 
 class UnitCgroup(Cgroup):
@@ -175,12 +189,24 @@ class UnitCgroup(Cgroup):
     def is_lasting(self) -> bool:
         """A scope in which nobody is goes by itself, if not at once: it is removed here."""
         if self._unit.endswith(SCOPE) and not self.pids():
-            self.remove()
+            self._remove_unit(10.0)
             return False
         return super().is_lasting()
 
+    def keeps_counts(self) -> bool:
+        """As Cgroup does; a slice of its own keeps them."""
+        return super().keeps_counts() or (has_slice_of_its_own(self.path) and self._slice().exists())
+
+    def _slice(self) -> Cgroup:
+        return Cgroup(self.path.rpartition("/")[0], self._hierarchies)
+
     def remove(self, timeout_s: float = 10.0) -> None:
-        """As Cgroup does, with its unit."""
+        """As Cgroup does, with its unit, and the slice if that is its own."""
+        self._remove_unit(timeout_s)
+        if has_slice_of_its_own(self.path):
+            _stop_slice(self._slice())
+
+    def _remove_unit(self, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):  # it is frozen, say
             self._holders.release(self.path)
         super().remove(timeout_s)
@@ -231,16 +257,18 @@ class _Holders:
             holder = self._held.get(path)
         if holder is None:
             return
-        process.send_signal(holder.pidfd, signal.SIGKILL)
-        ended = select.poll()
-        ended.register(holder.pidfd, select.POLLIN)
-        if not ended.poll(_KILLED_S * 1000):
-            raise TimeoutError(errno.ETIMEDOUT, "the process that holds this scope does not end", path)
+        scopes.end_holder(holder.pidfd, path)
         with self._lock:
             del self._held[path]
-        os.waitid(os.P_PIDFD, holder.pidfd, os.WEXITED)
-        os.close(holder.pidfd)
         os.close(holder.pipe)
+
+
+def _stop_slice(group: Cgroup) -> None:
+    with _systemd() as manager:
+        manager.stop(group.path.rpartition("/")[2])
+    for directory in group.directories:  # of v1, those that systemd does not know
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)  # noqa: PTH106 - a string, as everywhere here
 
 
 @contextlib.contextmanager

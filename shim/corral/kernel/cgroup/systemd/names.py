@@ -2,6 +2,8 @@
 
 SLICE, SCOPE, ROOT = ".slice", ".scope", "-.slice"
 
+_DASH = ":"
+"""In place of a dash, where that would lead to the slice within."""
 _IN_NAMES = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:-_.\\")
 _LONGEST = 255
 
@@ -45,3 +47,34 @@ def unit_at(path: str) -> str:
         return name if path == slice_path(name) else ""
     except ValueError:
         return ""
+
+
+def slice_of_its_own(scope: str, within: str) -> str:
+    """The slice for one scope alone, in another; what that is for see corral.kernel.cgroup.systemd.removal.
+
+    >>> slice_of_its_own("corral-0a1b2c3d-web.scope", "machine.slice"), slice_of_its_own("a.scope", "-.slice")
+    ('machine-corral:0a1b2c3d:web.slice', 'a.slice')
+    """
+    stem = scope.removesuffix(SCOPE).replace("-", _DASH)
+    return f"{stem}{SLICE}" if within == ROOT else f"{within.removesuffix(SLICE)}-{stem}{SLICE}"
+
+
+def scope_alone_in(slice_: str) -> str:
+    """The scope whose own slice this would be.
+
+    >>> scope_alone_in("machine-corral:0a1b2c3d:web.slice")
+    'corral-0a1b2c3d-web.scope'
+    """
+    return f"{slice_.removesuffix(SLICE).rpartition('-')[2].replace(_DASH, '-')}{SCOPE}"
+
+
+def has_slice_of_its_own(path: str) -> bool:
+    """Whether the cgroup at a path, or that directory, is of a scope that has.
+
+    >>> has_slice_of_its_own("/machine.slice/machine-a.slice/a.scope"), has_slice_of_its_own("/machine.slice/a.scope")
+    (True, False)
+    """
+    if not path.endswith(SCOPE):
+        return False
+    within, slice_, scope = ["", "", *path.split("/")][-3:]
+    return slice_ == slice_of_its_own(scope, within if within.endswith(SLICE) else ROOT)

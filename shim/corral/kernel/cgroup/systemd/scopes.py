@@ -8,9 +8,14 @@
 Source: runc docs/systemd.md "Resource limits".
 """
 
+import errno
+import os
+import select
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 
+from corral.kernel import process
 from corral.kernel.cgroup import steps
 from corral.kernel.cgroup.group import Cgroup
 from corral.kernel.cgroup.layout import Layout
@@ -22,6 +27,21 @@ from corral.kernel.cgroup.systemd.properties import Property
 from corral.kernel.dbus.marshalling import Variant
 
 _ACCOUNTING = ("CPUAccounting", "MemoryAccounting", "TasksAccounting")
+
+
+_KILLED_S = 5.0
+"""For a holder to end."""
+
+
+def end_holder(pidfd: int, where: str) -> None:
+    """Kill and reap the process that holds a scope, and close its pidfd. Raises TimeoutError; then it is open still."""
+    process.send_signal(pidfd, signal.SIGKILL)
+    ended = select.poll()
+    ended.register(pidfd, select.POLLIN)
+    if not ended.poll(_KILLED_S * 1000):
+        raise TimeoutError(errno.ETIMEDOUT, "the process that holds this scope does not end", where)
+    os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    os.close(pidfd)
 
 
 def accounting(layout: Layout) -> list[Property]:
