@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corral.kernel.cgroup import UNLIMITED, MemoryLimits, files
+from corral.kernel.cgroup import UNLIMITED, CpuLimits, MemoryLimits, files
 from corral.kernel.cgroup.convert import cpu_weight, io_weight, swap_max
 from corral.kernel.cgroup.driver import ancestors
+from corral.kernel.cgroup.v1 import cpu as cpu_v1
 from corral.kernel.cgroup.v2 import memory
 from corral.kernel.cgroup.v2.pressure import parse
 
@@ -96,3 +97,17 @@ def test_a_kernel_that_takes_back_no_memory_by_request_has_room_where_the_page_c
     with pytest.raises(OSError, match="400 bytes are in use") as caught:
         memory.plan(str(tmp_path), MemoryLimits(limit_bytes=399, check_before_update=True))
     assert caught.value.errno == errno.EBUSY
+
+
+def test_cpu_time_of_a_cgroup_that_was_just_made_is_planned_without_a_look_at_it() -> None:
+    wanted = CpuLimits(shares=512, quota_us=50_000, period_us=100_000, burst_us=1000, idle=0)
+    writes = [step.describe() for step in cpu_v1.plan("/nowhere", wanted, fresh=True)]
+    assert writes == [
+        "echo '0' > /nowhere/cpu.idle",
+        "echo '512' > /nowhere/cpu.shares",
+        "echo '100000' > /nowhere/cpu.cfs_period_us",
+        "echo '50000' > /nowhere/cpu.cfs_quota_us",
+        "echo '1000' > /nowhere/cpu.cfs_burst_us",
+    ]
+    with pytest.raises(FileNotFoundError):
+        cpu_v1.plan("/nowhere", wanted)

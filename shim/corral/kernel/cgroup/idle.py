@@ -15,15 +15,15 @@ from corral.kernel.cgroup.steps import Step, Write, invalid
 IDLE = "cpu.idle"
 
 
-def plan(directory: str, weight_name: str, *, idle: int | None, weight: int | None) -> list[Step]:
-    """The writes for both; weight is the content of the file of that name.
+def plan(directory: str, weight_name: str, *, idle: int | None, weight: int | None, fresh: bool = False) -> list[Step]:
+    """The writes for both; weight is the content of the file of that name. fresh: the cgroup was just made.
 
     Raises OSError(EINVAL) for a weight alone of a cgroup that is idle.
     """
     if idle is None and weight is None:
         return []
     idle_path, weight_path = f"{directory}/{IDLE}", f"{directory}/{weight_name}"
-    is_idle = files.read_number(idle_path, 0) != 0
+    is_idle = not fresh and files.read_number(idle_path, 0) != 0
     if is_idle and idle is None:
         raise invalid(weight_path, "an idle cgroup has no CPU shares that could be changed: set idle to 0 with them")
     steps: list[Step] = []

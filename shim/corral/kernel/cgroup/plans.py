@@ -8,7 +8,7 @@ from corral.kernel.cgroup import steps
 from corral.kernel.cgroup.resources import CpuLimits, IoLimits, MemoryLimits, PidsLimits, Resources
 from corral.kernel.cgroup.steps import Step, Write
 
-type Planner = Callable[[str, Resources], list[Step]]
+type Planner = Callable[[str, Resources, bool], list[Step]]
 type Directories = Mapping[str, tuple[str, int]]
 """Controller name to the cgroup's directory and the version of its hierarchy."""
 
@@ -30,12 +30,15 @@ class _Part:
     v2: Planner
 
 
-def _of(module: str, part: Callable[[Resources], object]) -> Planner:
-    """The planner of a module that is loaded once there is a limit for it: most containers have few."""
+def _of(module: str, part: Callable[[Resources], object], *, depends: bool = False) -> Planner:
+    """The planner of a module that is loaded once there is a limit for it: most containers have few.
 
-    def plan(directory: str, wanted: Resources) -> list[Step]:
-        planner: Callable[[str, object], list[Step]] = import_module(f"corral.kernel.cgroup.{module}").plan
-        return planner(directory, part(wanted))
+    depends: its steps depend on what the cgroup has now, so it wants to know if that was just made, and has nothing.
+    """
+
+    def plan(directory: str, wanted: Resources, fresh: bool) -> list[Step]:
+        planner: Callable[..., list[Step]] = import_module(f"corral.kernel.cgroup.{module}").plan
+        return planner(directory, part(wanted), fresh=fresh) if depends else planner(directory, part(wanted))
 
     return plan
 
@@ -45,7 +48,7 @@ _PARTS = (
     _Part(
         "cpu",
         lambda r: r.cpu != _NO_CPU and replace(r.cpu, cpus=None, mems=None) != _NO_CPU,
-        _of("v1.cpu", lambda r: r.cpu),
+        _of("v1.cpu", lambda r: r.cpu, depends=True),
         _of("v2.cpu", lambda r: r.cpu),
     ),
     _Part(
@@ -57,7 +60,7 @@ _PARTS = (
     _Part(
         "memory",
         lambda r: r.memory != _NO_MEMORY,
-        _of("v1.memory", lambda r: r.memory),
+        _of("v1.memory", lambda r: r.memory, depends=True),
         _of("v2.memory", lambda r: r.memory),
     ),
     _Part("pids", lambda r: r.pids != _NO_PIDS, _of("pids", lambda r: r.pids), _of("pids", lambda r: r.pids)),
@@ -85,7 +88,7 @@ def plan(path: str, where: Directories, wanted: Resources, *, fresh: bool = Fals
             if part.controller not in where:
                 raise steps.unsupported(path, f"this host has no cgroup controller {part.controller!r}")
             directory, version = where[part.controller]
-            planned += (part.v1 if version == 1 else part.v2)(directory, wanted)
+            planned += (part.v1 if version == 1 else part.v2)(directory, wanted, fresh)
     planned += [_raw(path, where, name, value) for name, value in wanted.unified.items()]
     if wanted.devices is None:
         return planned

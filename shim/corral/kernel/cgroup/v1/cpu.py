@@ -16,14 +16,14 @@ BURST = "cpu.cfs_burst_us"
 STAT = "cpu.stat"
 
 
-def plan(directory: str, wanted: CpuLimits) -> list[Step]:
-    """The writes that give a cgroup these limits, in an order the kernel accepts."""
+def plan(directory: str, wanted: CpuLimits, *, fresh: bool = False) -> list[Step]:
+    """The writes that give a cgroup these limits, in an order the kernel accepts. fresh: it was just made."""
     if wanted.shares is not None:
         # The kernel would clamp in silence.
         path = f"{directory}/{SHARES}"
         check_range(path, wanted.shares, convert.SHARES_MIN, convert.SHARES_MAX, what="CPU shares")
-    steps = idle.plan(directory, SHARES, idle=wanted.idle, weight=wanted.shares)
-    steps += _bandwidth(directory, wanted)
+    steps = idle.plan(directory, SHARES, idle=wanted.idle, weight=wanted.shares, fresh=fresh)
+    steps += _bandwidth(directory, wanted, fresh=fresh)
     return steps + _realtime(directory, wanted)
 
 
@@ -40,7 +40,7 @@ def _realtime(directory: str, wanted: CpuLimits) -> list[Step]:
     return runtime + period if shrinks else period + runtime
 
 
-def _bandwidth(directory: str, wanted: CpuLimits) -> list[Step]:
+def _bandwidth(directory: str, wanted: CpuLimits, *, fresh: bool) -> list[Step]:
     """Every single write is checked: quota over period against the parent's and children's, burst against quota.
 
     So the burst is taken away while the quota changes, and a new period goes over "no quota", which always fits.
@@ -49,12 +49,12 @@ def _bandwidth(directory: str, wanted: CpuLimits) -> list[Step]:
     steps: list[Step] = []
     after_burst = wanted.burst_us
     if wanted.quota_us is not None or wanted.period_us is not None:
-        now_burst = files.read_number(burst, 0)
+        now_burst = 0 if fresh else files.read_number(burst, 0)
         if now_burst:
             steps.append(Write(burst, "0"))
             after_burst = now_burst if after_burst is None else after_burst
     if wanted.period_us is not None:
-        now_quota = files.read_number(quota)
+        now_quota = files.UNLIMITED if fresh else files.read_number(quota)
         after_quota = now_quota if wanted.quota_us is None else wanted.quota_us
         if now_quota != files.UNLIMITED:
             steps.append(Write(quota, "-1"))

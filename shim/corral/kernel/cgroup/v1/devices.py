@@ -3,6 +3,7 @@
 Source: kernel cgroup-v1/devices.rst; OCI config-linux "Allowed Device list".
 """
 
+import functools
 from collections.abc import Sequence
 
 from corral.kernel.cgroup import files
@@ -25,10 +26,15 @@ def plan(directory: str, wanted: Sequence[DeviceRule]) -> list[Step]:
 
 def plan_fresh(directory: str, wanted: Sequence[DeviceRule]) -> list[Step]:
     """The same for a cgroup that nothing is in yet, whatever rules it has from its parent: the default clears them."""
-    target = _target(directory, wanted)
-    exceptions = target.exceptions.items()
-    sets = [_set(directory, node, bits, allow=not target.allowed) for node, bits in exceptions]
-    return [_default(directory, allow=target.allowed), *sets]
+    default = _target(directory, wanted).allowed
+    exceptions, _ = _paths(directory, allow=not default)
+    return [_default(directory, allow=default), *(Write(exceptions, line) for line in _lines(tuple(wanted)))]
+
+
+@functools.lru_cache(maxsize=64)  # most cgroups have the same few rules
+def _lines(wanted: tuple[DeviceRule, ...]) -> list[str]:
+    """What rules except from the default that they come to, as it is written."""
+    return [_line(node, bits) for node, bits in fold(wanted).exceptions.items()]
 
 
 def _target(directory: str, wanted: Sequence[DeviceRule]) -> Access:
@@ -64,8 +70,12 @@ def _default(directory: str, *, allow: bool) -> Write:
 
 def _set(directory: str, node: Node, bits: frozenset[str], *, allow: bool) -> Write:
     path, opposite = _paths(directory, allow=allow)
-    line = f"{node} {''.join(bit for bit in 'rwm' if bit in bits)}"
+    line = _line(node, bits)
     return Write(path, line, undo=line, undo_path=opposite)
+
+
+def _line(node: Node, bits: frozenset[str]) -> str:
+    return f"{node} {''.join(bit for bit in 'rwm' if bit in bits)}"
 
 
 def _paths(directory: str, *, allow: bool) -> tuple[str, str]:

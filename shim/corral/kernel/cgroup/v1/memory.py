@@ -22,10 +22,10 @@ SWAP_FAILCNT = "memory.memsw.failcnt"
 STAT = "memory.stat"
 
 
-def plan(directory: str, wanted: MemoryLimits) -> list[Step]:
-    """The writes that give a cgroup these limits, in an order the kernel accepts."""
+def plan(directory: str, wanted: MemoryLimits, *, fresh: bool = False) -> list[Step]:
+    """The writes that give a cgroup these limits, in an order the kernel accepts. fresh: it was just made."""
     _refuse_v2_only(directory, wanted)
-    steps = _limits(directory, wanted.limit_bytes, wanted.swap_bytes)
+    steps = _limits(directory, wanted.limit_bytes, wanted.swap_bytes, fresh=fresh)
     if wanted.reservation_bytes is not None:
         path = f"{directory}/{SOFT_LIMIT}"
         check_limit(path, wanted.reservation_bytes, what="the memory reservation")
@@ -48,7 +48,7 @@ def _refuse_v2_only(directory: str, wanted: MemoryLimits) -> None:
             raise unsupported(directory, f"memory.{name} exists on cgroup v2 only")
 
 
-def _limits(directory: str, limit: int | None, swap: int | None) -> list[Step]:
+def _limits(directory: str, limit: int | None, swap: int | None, *, fresh: bool) -> list[Step]:
     """Memory and memory+swap. The first may at no moment exceed the second, so the order depends on both."""
     limit_path, swap_path = f"{directory}/{LIMIT}", f"{directory}/{SWAP_LIMIT}"
     for path, value in ((limit_path, limit), (swap_path, swap)):
@@ -64,7 +64,7 @@ def _limits(directory: str, limit: int | None, swap: int | None) -> list[Step]:
         return steps
     if limit == files.UNLIMITED and swap is None:
         swap = files.UNLIMITED  # OCI: no memory limit and nothing said of swap means none there either
-    current = files.read_number(limit_path)
+    current = files.UNLIMITED if fresh else files.read_number(limit_path)
     after, after_swap = current if limit is None else limit, current_swap if swap is None else swap
     if after_swap != files.UNLIMITED and (after == files.UNLIMITED or after > after_swap):
         raise invalid(
