@@ -159,6 +159,28 @@ async def _until_it_runs_anew(engine: EngineClient, name: str, pid_before: int) 
     return await _until(engine, name, is_anew)
 
 
+def test_what_never_ran_is_not_told_to_have_run_by_the_next_daemon(start_daemon: Start, busybox_archive: Path) -> None:
+    daemon = start_daemon(split=False)
+    asyncio.run(import_image(daemon, busybox_archive))
+    ids: list[str] = []
+
+    async def before(engine: EngineClient) -> None:
+        for _ in range(5):
+            ids.append(await engine.create("/no/such/program"))
+            with pytest.raises(CorralError):
+                await engine.start(ids[-1])
+
+    async def after(engine: EngineClient) -> None:
+        for id_ in ids:
+            assert await engine.topics_of(id_) == ["container.created", "container.died"]
+            await engine.delete(id_)
+
+    play(daemon, before)
+    daemon.kill9()
+    daemon.start()
+    play(daemon, after)
+
+
 @pytest.mark.parametrize("split", [False, True])
 def test_policies_hold_over_kill_9_of_everything(start_daemon: Start, busybox_archive: Path, split: bool) -> None:
     daemon = start_daemon(split=split)
@@ -348,7 +370,7 @@ def test_a_restart_that_the_engine_did_not_live_to_write_down_is_found(
     exit_before = ExitStatus(code=3, known=True).SerializeToString()
     with closing(sqlite3.connect(daemon.root / "engine" / "engine.db")) as database, database:
         row = (int(Status.EXITED), exit_before)
-        database.execute("UPDATE container SET status = ?, exit = ?, pid = 0, finished_ns = started_ns - 1", row)
+        database.execute("UPDATE container SET status = ?, exit = ?, pid = 0, finished_ns = created_ns", row)
     daemon.start()
     play(daemon, after)
 

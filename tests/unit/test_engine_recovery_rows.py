@@ -11,8 +11,9 @@ from corral.engine.recovery import agree
 ENDED_NS = 1_795_767_891_132_391_635
 
 
-def task(ended_ns: int, *, started_ns: int) -> tasks_pb2.Task:
+def task(ended_ns: int, *, started_ns: int, created_ns: int = ENDED_NS - 1) -> tasks_pb2.Task:
     found = tasks_pb2.Task(id="id", status=tasks_pb2.STATUS_STOPPED, exit=ExitStatus(code=3, known=True))
+    found.created_at.FromNanoseconds(created_ns)
     found.started_at.FromNanoseconds(started_ns)
     found.exit.exited_at.FromNanoseconds(ended_ns)
     return found
@@ -31,4 +32,9 @@ def test_a_run_that_was_over_before_its_start_was_noted_is_no_further_one(finish
 
 
 def test_a_run_that_ended_later_is_a_further_one() -> None:
-    assert not agree(ended(ENDED_NS), task(ENDED_NS + 20_000_000, started_ns=ENDED_NS + 10_000_000))
+    later = task(ENDED_NS + 20_000_000, started_ns=ENDED_NS + 10_000_000, created_ns=ENDED_NS + 5_000_000)
+    assert not agree(ended(ENDED_NS), later)
+
+
+def test_a_start_that_failed_was_told_before_the_shim_told_of_its_end() -> None:
+    assert agree(ended(ENDED_NS), task(ENDED_NS + 20_000_000, started_ns=0))

@@ -338,7 +338,9 @@ def agree(record: ContainerRecord, task: tasks_pb2.Task | None) -> bool:
         return task is not None and task.status == tasks_pb2.STATUS_RUNNING
     if task is None:
         return True
-    is_later_run = to_ns(task.exit.exited_at) - record.finished_ns > ROUNDING_NS
+    ended_later = to_ns(task.exit.exited_at) - record.finished_ns > ROUNDING_NS
+    # Of a start that fails, the engine tells before the shim does.
+    is_later_run = ended_later and to_ns(task.created_at) > record.finished_ns
     return task.status == tasks_pb2.STATUS_STOPPED and not is_later_run
 
 
