@@ -407,6 +407,17 @@ async def test_a_full_disk_is_resource_exhausted(echo: Echo):
         await echo.stub.one(b"")
 
 
+async def test_a_broken_disk_is_no_fault_of_ours(echo: Echo, capsys: pytest.CaptureFixture[str]):
+    async def fail(request: bytes) -> None:
+        raise OSError(5, "Input/output error", "/var/lib/x")
+
+    echo.hook = fail
+    with pytest.raises(errors.Internal, match="One: Input/output error: /var/lib/x") as caught:
+        await echo.stub.one(b"")
+    assert "inside corral" not in caught.value.message
+    assert "rpc.failed" in "".join(capsys.readouterr())
+
+
 async def test_an_unexpected_exception_is_internal_and_logged(echo: Echo, capsys: pytest.CaptureFixture[str]):
     async def fail(request: bytes) -> None:
         raise ZeroDivisionError("boom")

@@ -141,6 +141,9 @@ _KIND_OF_ERRNO: Mapping[int, type[CorralError]] = MappingProxyType(
     }
 )
 
+# Of a disk, or its file system, as a rule: no fault of corral's.
+BROKEN_DISK = frozenset({errno.EIO, errno.EROFS, errno.EUCLEAN})
+
 type Trailers = tuple[tuple[str, str | bytes], ...]
 
 

@@ -22,7 +22,16 @@ from corral.rpc.context import (
     current_followers,
     new_request_id,
 )
-from corral.rpc.errors import UNSERVED, CorralError, Internal, Unavailable, Unimplemented, from_os_error, to_status
+from corral.rpc.errors import (
+    BROKEN_DISK,
+    UNSERVED,
+    CorralError,
+    Internal,
+    Unavailable,
+    Unimplemented,
+    from_os_error,
+    to_status,
+)
 from corral.rpc.local_call import LocalContext
 
 log = structlog.get_logger()
@@ -277,13 +286,16 @@ class _Around:
         await context.abort(code, message, trailers)
 
     def _translated(self, e: BaseException) -> CorralError:
-        """An exception no servicer translated: a full disk speaks for itself, the rest is our fault and is logged."""
+        """An exception no servicer translated: a full disk speaks for itself, a broken one too, but is logged; the rest
+        is our fault."""
         if isinstance(e, OSError):
             error = from_os_error(e, self._method)
             if not isinstance(error, Internal):
                 return error
-        call = current_call.get()
         log.error("rpc.failed", method=self._method, exc_info=e)
+        if isinstance(e, OSError) and e.errno in BROKEN_DISK:
+            return error
+        call = current_call.get()
         return Internal(
             f"{self._method} failed inside corral: {type(e).__name__}: {e}",
             reason="INTERNAL",
