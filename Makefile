@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PROTOS := $(shell find protos -name '*.proto' | sort)
 
-.PHONY: setup generate check test test-e2e test-crashes test-images test-registries test-cli test-contracts test-kernel test-unit test-vm test-vm-drivers test-vm-network test-vm-cgroups test-vm-systemd test-vm-power demo bench crash-test clean
+.PHONY: setup generate check test test-e2e test-engine test-crashes test-images test-registries test-cli test-network test-contracts test-kernel test-shims test-unit test-vm test-vm-drivers test-vm-network test-vm-cgroups test-vm-systemd test-vm-power demo bench crash-test clean
 
 # Installs what is needed by name and creates .venv; running it again changes nothing.
 setup:
@@ -22,28 +22,40 @@ check: setup
 	$(PY) cli/generate_sync.py --check
 
 # In parts, side by side: most tests wait for the kernel, or for a time to pass. The longest come first.
-PARTS := images e2e contracts cli crashes registries kernel unit
+PARTS := e2e images cli network contracts kernel crashes engine shims registries unit
 test: setup
-	@$(MAKE) --no-print-directory --keep-going --jobs=4 --output-sync=target $(PARTS:%=test-%)
+	@$(MAKE) --no-print-directory --keep-going --jobs=$(JOBS) --output-sync=target $(PARTS:%=test-%)
+JOBS := 5
 
 COMMANDS := $(wildcard tests/e2e/test_cli_*.py)
 CRASHES := tests/e2e/test_failpoints.py tests/e2e/test_engine_recovery.py tests/e2e/test_storm.py
+ENGINE := $(filter-out $(CRASHES),$(wildcard tests/e2e/test_engine_*.py))
 test-e2e:
-	$(PY) -m pytest $(filter-out $(COMMANDS) $(CRASHES),$(wildcard tests/e2e/test_*.py)) $(PYTEST_ARGS)
+	$(PY) -m pytest $(filter-out $(COMMANDS) $(CRASHES) $(ENGINE),$(wildcard tests/e2e/test_*.py)) $(PYTEST_ARGS)
+test-engine:
+	$(PY) -m pytest $(ENGINE) $(PYTEST_ARGS)
 test-crashes:
 	$(PY) -m pytest $(CRASHES) $(PYTEST_ARGS)
 test-cli:
 	$(PY) -m pytest $(COMMANDS) $(PYTEST_ARGS)
 IMAGES := $(wildcard tests/contracts/test_images_*.py)
 REGISTRIES := $(wildcard tests/contracts/test_images_registry_*.py tests/contracts/test_images_policy*.py)
+NETWORK := $(wildcard tests/contracts/test_network_*.py)
 test-images:
 	$(PY) -m pytest $(filter-out $(REGISTRIES),$(IMAGES)) $(PYTEST_ARGS)
 test-registries:
 	$(PY) -m pytest $(REGISTRIES) $(PYTEST_ARGS)
+test-network:
+	$(PY) -m pytest $(NETWORK) $(PYTEST_ARGS)
 test-contracts:
-	$(PY) -m pytest $(filter-out $(IMAGES),$(wildcard tests/contracts/test_*.py)) $(PYTEST_ARGS)
-test-kernel test-unit: test-%:
-	$(PY) -m pytest tests/$* $(PYTEST_ARGS)
+	$(PY) -m pytest $(filter-out $(IMAGES) $(NETWORK),$(wildcard tests/contracts/test_*.py)) $(PYTEST_ARGS)
+SHIMS := $(wildcard tests/kernel/test_shim_*.py tests/kernel/test_attack_*.py) tests/kernel/test_zygote.py
+test-shims:
+	$(PY) -m pytest $(SHIMS) $(PYTEST_ARGS)
+test-kernel:
+	$(PY) -m pytest $(filter-out $(SHIMS),$(wildcard tests/kernel/test_*.py)) $(PYTEST_ARGS)
+test-unit:
+	$(PY) -m pytest tests/unit $(PYTEST_ARGS)
 
 # What depends on the kernel, on Debian's own: cgroup v2 alone, device mapper, quotas on every file system. Some minutes
 # where there is KVM; emulated, most of an hour. Skipped, with the reason, where there can be no virtual machine.

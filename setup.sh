@@ -3,9 +3,10 @@
 set -eu
 cd "$(dirname "$0")"
 
-PACKAGES="libnftables1 nftables iproute2 busybox-static tmux dbus-daemon"
+# MORE_PACKAGES: what else is wanted of Debian, for CI say.
+PACKAGES="libnftables1 nftables iproute2 busybox-static tmux dbus-daemon ${MORE_PACKAGES:-}"
 STAMP=.venv/.setup-done
-want=$(cat pyproject.toml setup.sh | sha256sum)
+want=$({ cat pyproject.toml setup.sh; echo "$PACKAGES"; } | sha256sum)
 if [ -e "$STAMP" ] && [ "$(cat "$STAMP")" = "$want" ] && [ -x .venv/bin/corral ]; then
     exit 0
 fi
@@ -43,13 +44,15 @@ apt_install() {
     }
 }
 
-# shellcheck disable=SC2086
-apt_install $PACKAGES
 python=$(find_python) || { apt_install python3 && python=$(find_python); } || {
     say "no Python >= 3.12 found; install one and name it: PYTHON=/path/to/python3.12 make setup" >&2
     exit 1
 }
 "$python" -c 'import ensurepip' 2>/dev/null || apt_install "$("$python" -c 'import sys; print("python3.%d-venv" % sys.version_info[1])')"
+# Meanwhile Python's packages can come.
+# shellcheck disable=SC2086
+apt_install $PACKAGES &
+debian=$!
 
 # A venv whose interpreter is gone or too old is made anew.
 usable .venv/bin/python || rm -rf .venv
@@ -58,12 +61,14 @@ if [ ! -x .venv/bin/python ]; then
     "$python" -m venv .venv
 fi
 say "installing Python packages"
-.venv/bin/python -m pip install -q --disable-pip-version-check --upgrade 'pip>=25.1'
+.venv/bin/python -m pip install --help | grep -e --group >/dev/null ||
+    .venv/bin/python -m pip install -q --disable-pip-version-check --upgrade 'pip>=25.1'
 .venv/bin/python -m pip install -q --disable-pip-version-check --group dev --editable .
 # corral-oci is started once per command: the installer's own script, and loading modules one by one, would take thrice as long.
 .venv/bin/python -m corral.runtime.launcher .venv/bin/corral-oci
 .venv/bin/python -m corral.cli.launcher .venv/bin/corral
 # Compiled now rather than at the first start of each command.
 .venv/bin/python -m compileall -q protos shim services cli >/dev/null || true
+wait "$debian"
 echo "$want" >"$STAMP"
 say "done: .venv/bin/corral, .venv/bin/corrald, .venv/bin/corral-oci"
