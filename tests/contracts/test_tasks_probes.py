@@ -4,19 +4,15 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from support.corrald import Corrald
 from support.requirements import needs
-from support.tasks import TaskClient, task_client
+from support.tasks import TaskClient, beside_older_shims
 
-import corral.shim
 from corral.api.tasks.v1 import tasks_pb2 as pb
 from corral.rpc.errors import FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unavailable
 
@@ -149,23 +145,12 @@ async def test_a_stop_does_not_wait_for_one(tasks: TaskClient, running: str) -> 
     await until_gone(pid)
 
 
-@pytest.fixture
-async def beside_old_shims(tmp_path: Path, rootfs: Path) -> AsyncIterator[TaskClient]:
-    """Of a service whose shims do not know how to run a process to its end, as they did not once."""
-    old = tmp_path / "shim"
-    shutil.copytree(Path(next(iter(corral.shim.__path__))).parents[1], old)
-    server = old / "corral/shim/server.py"
-    text = server.read_text()
-    assert '"run": self._run,' in text
-    server.write_text(text.replace('"run": self._run,', ""))
-    with Corrald(services=("tasks",), environment={"PYTHONPATH": str(old)}) as daemon:
-        daemon.start()
-        async with task_client(daemon, rootfs) as client:
-            yield client
+async def test_beside_a_shim_of_an_earlier_version_it_is_an_exec_as_any_other(tmp_path: Path, rootfs: Path) -> None:
+    async with beside_older_shims(tmp_path, rootfs, {"server.py": ('"run": self._run,', "")}) as tasks:
+        await _as_any_other(tasks)
 
 
-async def test_beside_a_shim_of_an_earlier_version_it_is_an_exec_as_any_other(beside_old_shims: TaskClient) -> None:
-    tasks = beside_old_shims
+async def _as_any_other(tasks: TaskClient) -> None:
     running = await tasks.run("sleep", "1000")
     ran = await probe(tasks, running, "sh", "-c", "echo out; exit 4")
     assert (ran.exit.code, ran.output) == (4, "out\n")

@@ -4,11 +4,12 @@ import asyncio
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import corral.shim
 from corral.api.tasks.v1 import tasks_pb2 as pb
 from corral.api.tasks.v1 import tasks_pb2_grpc
 from corral.api.types.v1 import types_pb2 as types_pb
@@ -171,6 +172,23 @@ class Attached:
 
         assert await self.call.read() is grpc.aio.EOF, "something came after the exit"  # type: ignore[attr-defined]
         return how
+
+
+@asynccontextmanager
+async def beside_older_shims(
+    directory: Path, rootfs: Path, changed: Mapping[str, tuple[str, str]]
+) -> AsyncIterator[TaskClient]:
+    """A client of a leaf whose shims are as they once were: of these files the first text was the second one."""
+    source = Path(next(iter(corral.shim.__path__)))
+    shutil.copytree(source.parents[1], directory / "shim")
+    for name, (now, once) in changed.items():
+        text = (source / name).read_text()
+        assert text.count(now) == 1, name
+        (directory / "shim/corral/shim" / name).write_text(text.replace(now, once))
+    with Corrald(services=("tasks",), environment={"PYTHONPATH": str(directory / "shim")}) as daemon:
+        daemon.start()
+        async with task_client(daemon, rootfs) as client:
+            yield client
 
 
 @asynccontextmanager

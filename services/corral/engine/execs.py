@@ -30,25 +30,29 @@ class Execs:
 
     async def make(self, request: ExecContainerRequest) -> tuple[ContainerRecord, str]:
         """Register a process; returns its container and its id. Raises FailedPrecondition unless it runs."""
+        record, message = await self.planned(request)
+        try:
+            await self._core.leaves.tasks.Exec(message)
+        except asyncio.CancelledError:
+            if not request.exec_id:  # which nobody was told
+                self.forget_soon(record, message.exec_id)
+            raise
+        return record, message.exec_id
+
+    async def planned(self, request: ExecContainerRequest) -> tuple[ContainerRecord, tasks_pb2.ExecRequest]:
+        """In which container, and what tasks has to be told. Raises FailedPrecondition unless it runs."""
         record = self._running(request.container)
         if not request.args or not request.args[0]:
             raise InvalidArgument("there is nothing to run: give a command", reason="NO_COMMAND")
-        exec_id = check_id(request.exec_id, "exec id") if request.exec_id else random_id()
         message = tasks_pb2.ExecRequest(
             id=record.id,
-            exec_id=exec_id,
+            exec_id=check_id(request.exec_id, "exec id") if request.exec_id else random_id(),
             process=await self._process(record, request),
             user=request.user or record.config.user,
             stdin=request.stdin,
             console_size=request.console_size if request.HasField("console_size") else None,
         )
-        try:
-            await self._core.leaves.tasks.Exec(message)
-        except asyncio.CancelledError:
-            if not request.exec_id:  # which nobody was told
-                self.forget_soon(record, exec_id)
-            raise
-        return record, exec_id
+        return record, message
 
     async def probe(self, record: ContainerRecord, args: Sequence[str]) -> tasks_pb2.ProbeRequest:
         """What to run in it as whom, with all that is the container's; the rest is the caller's to say."""

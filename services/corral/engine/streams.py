@@ -74,22 +74,23 @@ class Streams:
         if message.WhichOneof("part") != "header":
             raise InvalidArgument("the first message of ExecRun must be the header", reason="NO_HEADER")
         asked = message.header
-        record, exec_id = await self._execs.make(asked.process)
+        record, planned = await self._execs.planned(asked.process)
         header = tasks_pb2.AttachHeader(
             id=record.id,
-            exec_id=exec_id,
+            exec_id=planned.exec_id,
             stdin=asked.process.stdin,
             stdout=asked.stdout,
             stderr=asked.stderr,
             lossless=asked.lossless,
             start=True,
             forget=True,
+            exec=planned,
         )
         try:
             await self._converse(record, tasks_pb2.AttachRequest(header=header), requests, context)
         except BaseException:
             # Tasks forgets what was started. Of a start, or an attachment, it may not even have heard.
-            self._execs.forget_soon(record, exec_id)
+            self._execs.forget_soon(record, planned.exec_id)
             raise
 
     async def _converse(

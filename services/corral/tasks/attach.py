@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from corral.rpc.errors import FailedPrecondition, NotFound, Unavailable
+from corral.shim.wire import Message
 from corral.tasks.live import STDIN, Process, Task
 from corral.tasks.shim import Shim
 
@@ -101,13 +102,27 @@ class Attachment:
         Raises CorralError.
         """
         attachment = cls(task, process, wanted)
-        process.on_stdin_close.add(attachment._let_reader_go)
         try:
-            await attachment._attach(wanted)
+            await attachment.attach()
         except BaseException:
             attachment.close()
             raise
         return attachment
+
+    def made(self) -> tuple[Shim, Message, list[int]]:
+        """What a shim has to be told to attach this client to a process that it is to make: fields, and its ends of
+        the pipes, which are the caller's. Raises Unavailable."""
+        shim = self._shim = self._task.connected()
+        self._shim_identity = self._task.shim_identity
+        self._process.on_stdin_close.add(self._let_reader_go)
+        fields: Message = {"lossless": self._wanted.lossless, "replay": self._wanted.replay}
+        return shim, fields, self._make_pipes(self._process, self._wanted, fields)
+
+    async def attach(self) -> None:
+        """As open(), but for who closes it."""
+        self._close_pipes()
+        self._process.on_stdin_close.add(self._let_reader_go)
+        await self._attach(self._wanted)
 
     async def _attach(self, wanted: Wanted) -> None:
         task, process = self._task, self._process

@@ -58,6 +58,19 @@ class Execs:
         Raises NotFound, AlreadyExists, FailedPrecondition if the task does not run, CorralError.
         """
         task = await self.running(key)
+        process = self.add(task, new)
+        try:
+            async with process.lock:
+                await self._register(task, new, process)
+        except BaseException as e:
+            del task.processes[new.exec_id]
+            if isinstance(e, CorralError | Referenced):
+                raise await told(e, task) from e
+            raise
+
+    def add(self, task: Task, new: NewExec) -> Process:
+        """One that is in no row yet. Raises AlreadyExists."""
+        key = task.row.key
         if new.exec_id in task.processes:
             raise AlreadyExists(f"container {key.id} has an exec {new.exec_id!r} already", reason="EXEC_EXISTS")
         row = ProcessRow(
@@ -69,14 +82,7 @@ class Execs:
             stdin_once=True,
         )
         process = task.processes[new.exec_id] = Process(row)
-        try:
-            async with process.lock:
-                await self._register(task, new, process)
-        except BaseException as e:
-            del task.processes[new.exec_id]
-            if isinstance(e, CorralError | Referenced):
-                raise await told(e, task) from e
-            raise
+        return process
 
     async def _register(self, task: Task, new: NewExec, process: Process) -> None:
         shim, row = task.connected(), process.row

@@ -161,9 +161,15 @@ class Tasks:
                 if exec_id:
                     task.keep_streams(exec_id)
                 return process
+        await self.settle_start(task, process, failure)
+        return process
+
+    async def settle_start(self, task: Task, process: Process, failure: CorralError) -> None:
+        """After a shim refused to start a process, or went away: return if it runs all the same, or has; else raise
+        what to tell. To be called without its lock."""
         if isinstance(failure, Unavailable) and await _runs_all_the_same(task, process):
-            return process
-        self.registry.get(key)  # it may be no more, as its shim was killed before it was started
+            return
+        self.registry.get(task.row.key)  # it may be no more, as its shim was killed before it was started
         await self._not_started(process, failure)
         raise failure if process.row.is_init else await told(failure, task)
 

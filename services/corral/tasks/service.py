@@ -36,6 +36,7 @@ from corral.tasks.probes import Probes
 from corral.tasks.processes import pids
 from corral.tasks.recovery import Recovery
 from corral.tasks.registry import Registry
+from corral.tasks.runs import Runs
 from corral.tasks.spawning import Spawner
 from corral.tasks.store import MIGRATIONS
 from corral.tasks.watch import DirectoryWatch
@@ -115,6 +116,7 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
         self._tasks = tasks
         self._execs = execs
         self._probes = Probes(tasks, execs, database)
+        self._runs = Runs(tasks, execs, database)
         self._parking = Parking(tasks.registry)
         execs.forget_unused()  # whoever is parked will be back
         self._checker = checker
@@ -132,7 +134,7 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
         return pb.StartResponse(pid=process.row.pid)
 
     async def Exec(self, request: pb.ExecRequest, context: Context[pb.ExecRequest, pb.ExecResponse]) -> pb.ExecResponse:
-        await self._execs.create(_key(request.id), translate.new_exec(request))
+        await self._execs.create(_key(request.id), translate.new_exec(request, request.exec_id))
         return pb.ExecResponse()
 
     async def Probe(
@@ -202,14 +204,18 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
     ) -> None:
         # Writes to the context instead of yielding: a generator is closed when it is collected, this one ends at once.
         header = await _header(request_iterator)
-        task = self._registry.get(_key(header.id))
-        process = task.process(header.exec_id)
         wanted = translate.wanted(header)
         assert self._parking is not None
-        if header.resume:
-            attachment = self._parking.take(header.resume, task.row.key, header.exec_id)
+        if header.HasField("exec"):
+            new = translate.new_exec(header.exec, header.exec_id)
+            task, process, attachment = await self._runs.begin(_key(header.id), new, wanted)
         else:
-            attachment = await self._opened(header, task, process)
+            task = self._registry.get(_key(header.id))
+            process = task.process(header.exec_id)
+            if header.resume:
+                attachment = self._parking.take(header.resume, task.row.key, header.exec_id)
+            else:
+                attachment = await self._opened(header, task, process)
         stopping = asyncio.Event()
         with ExitStack() as held:
             held.enter_context(attachment)

@@ -44,6 +44,14 @@ class StateReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Begun:
+    """An exec that runs, if it has an identity, with copies of its streams, which are the caller's."""
+
+    identity: Identity | None
+    streams: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Ran:
     """A process that has ended, and what it wrote first."""
 
@@ -129,9 +137,12 @@ class Shim:
         """
         return _identity(await self._ask("start", {"exec": exec_id}, on_sent=on_sent))
 
-    async def exec(self, exec_id: str, fields: Message) -> None:
-        """Register an exec."""
-        await self._ask("exec", {"exec": exec_id, **fields})
+    async def exec(self, exec_id: str, fields: Message, fds: Sequence[int] = ()) -> Begun:
+        """Register an exec; with "start" in the fields it runs by then, with the client attached that "attach" and the
+        fds are for, which are taken over in any case. An older shim ignores both."""
+        reply = await self._ask("exec", {"exec": exec_id, **fields}, fds)
+        streams = reply.get("streams")
+        return Begun(_identity(reply), streams if isinstance(streams, dict) else {})
 
     async def run(self, exec_id: str, fields: Message, *, timeout_ns: int, output_bytes: int) -> Ran:
         """Run a process to its end, which it reaches with the connection at the latest. Raises Unimplemented if it is

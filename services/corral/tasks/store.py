@@ -52,6 +52,15 @@ _PROCESS_COLUMNS = (
 )
 
 
+_MOVES = {
+    target: "UPDATE processes SET status = ?, pid = ?, start_time = ?, forget = ?, started_at_ns = ?, exit = ?"  # noqa: S608
+    " WHERE namespace = ? AND task_id = ? AND exec_id = ?"
+    f" AND status IN ({', '.join(str(int(status)) for status in origins(target))}) RETURNING status"
+    for target in Status
+}
+"""To a state, from where the table of moves allows it."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTask:
     """A task and its processes, init among them, as they were written last."""
@@ -188,11 +197,8 @@ def _insert_process(transaction: Transaction, process: ProcessRow) -> None:
 
 def _move(transaction: Transaction, process: ProcessRow) -> bool:
     """Bring the row to process's state, if the table of moves allows it from the state that is stored."""
-    allowed = json.dumps([int(status) for status in origins(process.status)])
     rows = transaction.execute(
-        "UPDATE processes SET status = ?, pid = ?, start_time = ?, forget = ?, started_at_ns = ?, exit = ?"
-        " WHERE namespace = ? AND task_id = ? AND exec_id = ?"
-        " AND status IN (SELECT value FROM json_each(?)) RETURNING status",
+        _MOVES[process.status],
         (
             process.status,
             process.pid,
@@ -203,7 +209,6 @@ def _move(transaction: Transaction, process: ProcessRow) -> bool:
             process.task.namespace,
             process.task.id,
             process.exec_id,
-            allowed,
         ),
     )
     return bool(rows)

@@ -195,13 +195,13 @@ def new_probe(request: pb.ProbeRequest) -> NewProbe:
     return NewProbe(new, _timeout(request), request.output_bytes)
 
 
-def new_exec(request: pb.ExecRequest) -> NewExec:
+def new_exec(request: pb.ExecRequest, exec_id: str) -> NewExec:
     """Raises InvalidArgument, naming the field."""
     process = dict(_object(request.process, "process"))
     if request.HasField("console_size"):
         process["consoleSize"] = {"width": request.console_size.width, "height": request.console_size.height}
     return NewExec(
-        exec_id=check_id(request.exec_id, "exec id"),
+        exec_id=check_id(exec_id, "exec id"),
         process=process,
         fields={"user": request.user or None, "stdin": request.stdin},
         args=_args(process),

@@ -141,12 +141,17 @@ def _console_size(fields: Fields) -> tuple[int, int] | None:
 
 @dataclass(frozen=True, slots=True)
 class Exec:
-    """Register one more process, an OCI process object, to be started in the container."""
+    """Register one more process, an OCI process object, to be started in the container.
+
+    start: at once, and attach, if that is wanted, connects a client before.
+    """
 
     exec_id: str
     process: object
     user: str | None
     stdin: bool
+    start: bool
+    attach: "Attach | None"
 
     @classmethod
     def parse(cls, fields: Fields) -> Self:
@@ -154,7 +159,16 @@ class Exec:
         name = exec_id(fields)
         if not name:
             raise ShimError("invalid_argument", "exec: missing")
-        return cls(name, mapping(fields, "process"), text(fields, "user", "") or None, flag(fields, "stdin"))
+        start, attach = flag(fields, "start"), mapping(fields, "attach")
+        attached = start and any(map(attach.get, (STDIN, *STREAMS)))
+        return cls(
+            exec_id=name,
+            process=mapping(fields, "process"),
+            user=text(fields, "user", "") or None,
+            stdin=flag(fields, "stdin"),
+            start=start,
+            attach=Attach.parse({**attach, "exec": name}) if attached else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 client: {"v":1,"client":NAME}           shim: {"v":1,"shim":VERSION,"namespace":…,"container":…,"state":…}
 client: {"id":N,"op":OP,…}              shim: {"id":N,"ok":{…}} or {"id":N,"error":{"kind":KIND,"message":SENTENCE}}
+client: {"id":N,"op":"exec","start":true,…}   shim: {"id":N,"ok":{"pid":…,"streams":[NAME…]}} + an fd each
 client: {"id":N,"op":"run",…}           shim: the same, once the process has ended; it ends with the connection
 client: {"id":N,"op":"subscribe"}       shim: {"event":NAME,"exec":ID,…}, from then on
 """
@@ -75,7 +76,7 @@ class Server:
         self._ops: dict[str, Callable[[Connection, Message], Message | None]] = {
             "create": lambda _, m: shim.create(Create.parse(m)),
             "start": lambda _, m: shim.start(exec_id(m)),
-            "exec": lambda _, m: shim.add_exec(Exec.parse(m)),
+            "exec": self._exec,
             "run": self._run,
             "attach": lambda c, m: shim.attach(Attach.parse(m), c.channel.take_fds),
             "close_stdin": lambda _, m: shim.close_stdin(exec_id(m)),
@@ -239,14 +240,25 @@ class Server:
         return {}
 
     def _streams(self, connection: Connection, message: Message) -> None:
+        self._send_streams(connection, message.get("id"), exec_id(message), {})
+
+    def _send_streams(self, connection: Connection, number: object, name: str, reply: Message) -> None:
         """Copies of a process's streams, for the shim after this one; none for who does not read its replies.
 
         From then on the client is told when it has to close that of a stdin, too.
         """
         connection.keeps = True
-        streams = {} if connection.channel.unsent else self.shim.streams(exec_id(message))
-        reply = {"id": message.get("id"), "ok": {"streams": list(streams)}}
-        self._send(connection, reply, list(streams.values()))
+        streams = {} if connection.channel.unsent else self.shim.streams(name)
+        self._send(connection, {"id": number, "ok": {**reply, "streams": list(streams)}}, list(streams.values()))
+
+    def _exec(self, connection: Connection, message: Message) -> Message | None:
+        """One that is started at once is told with its streams."""
+        request = Exec.parse(message)
+        reply = self.shim.add_exec(request, connection.channel.take_fds)
+        if not request.start:
+            return reply
+        self._send_streams(connection, message.get("id"), request.exec_id, reply)
+        return None
 
     def _run(self, connection: Connection, message: Message) -> None:
         """What is run is only this client's, and answered once it has ended."""

@@ -163,7 +163,11 @@ class Shim:
             raise ShimError("failed_precondition", f"{process.what} was already started")
         if process.ended is not None:
             raise ShimError("failed_precondition", f"{process.what} has ended before it was started")
-        return self._start_exec(process) if exec_id else self._start_init(process)
+        if not exec_id:
+            return self._start_init(process)
+        reply = self._start_exec(process)
+        self._publish(process.started_event())
+        return reply
 
     def _start_init(self, init: ContainerProcess) -> Message:
         started_at_ns = time.time_ns()
@@ -198,13 +202,23 @@ class Shim:
 
         process.deadline = self.loop.call_later(max(0, until_ns - time.time_ns()) / 1e9, time_is_over)
 
-    def add_exec(self, request: Exec) -> Message:
-        """Register a process to be started later, so that clients can attach before its first byte."""
+    def add_exec(self, request: Exec, take_fds: Callable[[int], Sequence[int]]) -> Message:
+        """Register a process to be started later, so that clients can attach before its first byte; or do that all."""
         self._running()
         spec = self._spec_of(request)
         (self.bundle / records.EXECS).mkdir(mode=0o700, exist_ok=True)
-        self._add(request, spec, self._io(request.exec_id, NoLog(), terminal=spec.terminal, stdin=request.stdin))
-        return {}
+        io = self._io(request.exec_id, NoLog(), terminal=spec.terminal, stdin=request.stdin)
+        process = self._add(request, spec, io)
+        if not request.start:
+            return {}
+        try:
+            if request.attach is not None:
+                io.attach(request.attach, take_fds(request.attach.fd_count))
+            return self._start_exec(process)
+        except BaseException:
+            del self._processes[request.exec_id]
+            io.close()
+            raise
 
     def _spec_of(self, request: Exec | Run) -> Process:
         """Read once, where the same is asked for time and again."""
@@ -245,7 +259,6 @@ class Shim:
     def _start_exec(self, process: ContainerProcess) -> Message:
         self._exec(process)
         self._keeper.keep(process, self.streams(process.exec_id))
-        self._publish(process.started_event())
         return {"pid": process.pid, "start_time": process.start_time}
 
     def _exec(self, process: ContainerProcess) -> None:

@@ -950,6 +950,7 @@ class AttachHeader(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     FORGET_FIELD_NUMBER: _builtins.int
     CLIENT_FIELD_NUMBER: _builtins.int
+    EXEC_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     exec_id: _builtins.str
     stdin: _builtins.bool
@@ -975,6 +976,12 @@ class AttachHeader(_message.Message):
     """
     client: _builtins.str
     """By which Park names this attachment; unique."""
+    @_builtins.property
+    def exec(self) -> Global___ExecRequest:
+        """Make this exec first, whose ids are those above, attach to it and start it, all in one; `start` and `forget` go
+        without saying. Errors as Exec's and Start's.
+        """
+
     def __init__(
         self,
         *,
@@ -990,10 +997,11 @@ class AttachHeader(_message.Message):
         start: _builtins.bool = ...,
         forget: _builtins.bool = ...,
         client: _builtins.str = ...,
+        exec: Global___ExecRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exec", b"exec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "exec_id", b"exec_id", "forget", b"forget", "id", b"id", "lossless", b"lossless", "replay", b"replay", "resumable", b"resumable", "resume", b"resume", "start", b"start", "stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "exec", b"exec", "exec_id", b"exec_id", "forget", b"forget", "id", b"id", "lossless", b"lossless", "replay", b"replay", "resumable", b"resumable", "resume", b"resume", "start", b"start", "stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
