@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import corral.shim
 from corral.shim.wire import Channel
@@ -370,10 +371,19 @@ class Workshop:
         self._stack.callback(self.zygote.close)
         self._count = 0
 
-    def spawn(self, *args: str, terminal: bool = False, namespaces: Sequence[str] = NAMESPACES, **more: object) -> Shim:
+    def spawn(
+        self,
+        *args: str,
+        terminal: bool = False,
+        namespaces: Sequence[str] = NAMESPACES,
+        seccomp: Message | None = None,
+        **more: object,
+    ) -> Shim:
         """A shim whose container is to run args; nothing is created yet. More are members of its process."""
         self._count += 1
         content = config(self.root, *args, terminal=terminal, namespaces=namespaces, **more)
+        if seccomp is not None:
+            content["linux"] = {**cast(Message, content["linux"]), "seccomp": seccomp}
         shim = Shim(self.zygote, self.directory, f"c{self._count}", content)
         self._stack.callback(shim.close)
         return shim

@@ -232,7 +232,8 @@ def hasty() -> Iterator[Callable[[bytes], tuple[ParentEnd, int, int]]]:
                         os.write(channel.fileno(), message)
                         os._exit(0)
                     select.select([its_pidfd], [], [])
-                    channel.send_ready(None, successor=successor)
+                    channel.send_ready(None, successor=True)
+                    channel.send_number(successor)
                 finally:
                     os._exit(0)
             channel.close()
@@ -247,7 +248,7 @@ def hasty() -> Iterator[Callable[[bytes], tuple[ParentEnd, int, int]]]:
     [
         b'{"sighting":[0,0,[],"/",null,null]}',
         b'{"ready":true}',
-        b'{"ready":true,"successor":1}',
+        b'{"ready":true,"successor":true}',
         b'{"hooks":true}',
     ],
 )
@@ -265,6 +266,17 @@ def test_a_number_that_a_successor_says_in_its_predecessors_place_is_nonsense(ha
     parent, pid, pidfd = hasty((1).to_bytes(8, "little"))
     with pytest.raises(ExecFailed, match="makes no sense"), heeded(parent, pidfd):
         parent.receive_number(pid, lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(-11, BlockingIOError), (-(2**63), ExecFailed), (-4096, ExecFailed), (0, ExecFailed)]
+)
+def test_that_there_is_no_successor_is_an_error_whatever_number_says_so(number: int, kind: type[Exception]) -> None:
+    parent, channel = make_pair()
+    with contextlib.closing(parent), contextlib.closing(channel):
+        channel.send_number(number)
+        with pytest.raises(kind, match="clone"):
+            parent.receive_successor(os.getpid(), lambda: None)
 
 
 @pytest.mark.parametrize("sighting", [7, None, [], [0, 0, 0, "/"], [0, 0, [], "/", 7]])

@@ -10,13 +10,14 @@ import select
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 from support.requirements import needs
 
 from corral.kernel.namespaces import Kind
 from corral.kernel.syscalls import MACHINE
-from corral.oci import defaults
+from corral.oci import crossing, defaults
 from corral.oci.channel import ParentEnd
 from corral.oci.runtime import Container, Stdio
 from corral.oci.spec import Action, Capabilities, Mount, Namespace, Seccomp, SeccompSyscall, Spec
@@ -54,6 +55,12 @@ def guide(pid):
             break
         libc.ptrace(CONTINUE, pid, None, None)
     executable = os.readlink(f"/proc/{pid}/exe")
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb") as memory:
+        readable = [line.split()[0].split("-") for line in maps if " r" in line and "[v" not in line]
+        found = False
+        for begin, end in readable:
+            memory.seek(int(begin, 16))
+            found = found or SECRET in memory.read(int(end, 16) - int(begin, 16))
     changed[RAX], changed[ORIG_RAX], changed[RDI] = UNSHARE, 2**64 - 1, NEW_USER_NAMESPACE
     libc.ptrace(SETREGS, pid, None, changed)
     libc.ptrace(STEP, pid, None, None)
@@ -61,7 +68,8 @@ def guide(pid):
     libc.ptrace(GETREGS, pid, None, changed)
     libc.ptrace(SETREGS, pid, None, before)
     libc.ptrace(DETACH, pid, None, None)
-    return executable, ctypes.c_long(changed[RAX]).value
+    return executable, "knows" if found else "is innocent", ctypes.c_long(changed[RAX]).value
+SECRET = sys.argv[2][::-1].encode()
 met = {os.getpid()}
 print("watching", flush=True)
 while True:
@@ -70,7 +78,11 @@ while True:
             met.add(pid)
             print("guided", *result, flush=True)
 """
-"""Has every process that appears, be it just born, make a user namespace, and tells what came of it."""
+"""Has every process that appears, be it just born, make a user namespace, and tells what came of it.
+
+And whether it has something in memory, which is told backwards, and what executable it is.
+"""
+SECRET = "".join(("of the ", "runtime's own ", "memory"))
 
 
 class Attacker:
@@ -89,15 +101,23 @@ class Attacker:
         self._heard = self._heard[found.end() :]
         return found
 
-    def result(self) -> tuple[str, int]:
-        """What the next one that it met was, and what the forbidden call gave to that."""
-        found = self.hears(r"guided (.*) (-?\d+)\n")
-        return found[1], int(found[2])
+    def result(self) -> "Met":
+        """The next one that it met."""
+        found = self.hears(r"guided (.*) (knows|is innocent) (-?\d+)\n")
+        return Met(found[1], found[2] == "knows", int(found[3]))
+
+
+class Met(NamedTuple):
+    executable: str
+    knows: bool
+    """It has the runtime's secret in memory."""
+    got: int
+    """What the forbidden call gave."""
 
 
 def attack(first: int) -> tuple[str, ...]:
     """Against processes from this number on."""
-    return (sys.executable, "-I", "-S", "-c", ATTACK, str(first))
+    return (sys.executable, "-I", "-S", "-c", ATTACK, str(first), SECRET[::-1])
 
 
 def tracing(lab, *args: str, profile: Seccomp | None = None, **changes: object) -> Spec:
@@ -150,18 +170,21 @@ def without(*names: str) -> Seccomp:
     return replace(profile, syscalls=(SeccompSyscall(names, Action.KILL_PROCESS), *profile.syscalls))
 
 
-CALLS, PYTHON = "/memfd:corral-init (deleted)", os.path.realpath(sys.executable)
+SMALL = Met("/memfd:corral-init (deleted)", knows=False, got=REFUSED)
+"""A few hundred bytes with nothing of the runtime in memory."""
+PYTHON = SMALL._replace(executable=os.path.realpath(sys.executable), knows=True)
+"""A fork of the runtime, which has its memory."""
 
 
 @pytest.mark.parametrize("no_new_privileges", [True, False])
 def test_an_exec_that_is_guided_from_its_birth_does_nothing_that_is_forbidden(lab, attacked, slow, no_new_privileges):
-    """The first one is made by Python, those that follow by a list of calls."""
+    """The first one's predecessor is Python, those of others are not."""
     container, attacker = attacked
-    met: list[tuple[str, int]] = []
+    met: list[Met] = []
     slow(lambda: met.append(attacker.result()))
     for _ in range(3):
         assert lab.exec(container, "/bin/true", "", no_new_privileges=no_new_privileges).code == 0
-    assert met == [(PYTHON, REFUSED), (CALLS, REFUSED), (CALLS, REFUSED)]
+    assert met == [SMALL] * 3
 
 
 @pytest.mark.parametrize("denied", ["setsid", "clone"])
@@ -169,11 +192,21 @@ def test_nor_does_one_whose_filter_would_not_let_it_become_its_program(lab, atta
     """What it needs until then is all that it may do beyond the filter, which is loaded in the end as well."""
     container, attacker = attacked
     container.spec = replace(container.spec, linux=replace(container.spec.linux, seccomp=without(denied)))
-    met: list[tuple[str, int]] = []
+    met: list[Met] = []
     slow(lambda: met.append(attacker.result()))
     for _ in range(2):
         lab.exec(container, "/bin/true", "")
-    assert met == [(PYTHON, REFUSED)] * 2
+    assert met == [PYTHON] * 2
+
+
+def test_where_such_a_program_does_not_run_there_is_python_in_its_place(lab, attacked, slow, monkeypatch):
+    container, attacker = attacked
+    monkeypatch.setattr(crossing.stone, "image", lambda *args: b"no program")
+    met: list[Met] = []
+    slow(lambda: met.append(attacker.result()))
+    opened = lab.exec(container, sys.executable, "-c", "import os; print(os.listdir('/proc/self/fd'))").output
+    assert met == [PYTHON]
+    assert opened == "['0', '1', '2', '3']\n"  # 3: its own
 
 
 @pytest.mark.parametrize("denied", [(), ("setsid",)])
@@ -183,7 +216,7 @@ def test_nor_does_what_comes_by_joining_its_pid_namespace(lab, attacked, denied)
     joined = Namespace(Kind.PID, f"/proc/{container.init.pid}/ns/pid")
     kinds = tuple(joined if namespace.type is Kind.PID else namespace for namespace in spec.linux.namespaces)
     lab.create(replace(spec, linux=replace(spec.linux, namespaces=kinds)), rootfs=HOSTS_ROOT)
-    assert attacker.result() == (PYTHON, REFUSED)
+    assert attacker.result() == (PYTHON if denied else SMALL)
 
 
 @pytest.mark.parametrize("denied", [(), ("setsid",)])
@@ -192,5 +225,5 @@ def test_nor_does_an_init_that_waits_for_start_by_an_exec(lab, listening, denied
     spec = tracing(lab, "/bin/true", "", profile=without(*denied) if denied else None)
     container = lab.create(spec, rootfs=HOSTS_ROOT)
     lab.made.append(container.exec(replace(spec.process, args=attack(1)), stdio=stdio))
-    assert attacker.result() == (PYTHON, REFUSED)
+    assert attacker.result() == PYTHON
     container.start()

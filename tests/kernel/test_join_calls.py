@@ -132,6 +132,26 @@ def test_a_program_that_cannot_be_executed_is_told_as_ever(
         reap_all(container.init.pid)
 
 
+@pytest.mark.parametrize(
+    ("content", "kind", "words"),
+    [
+        ("no program", "exec_denied", "exec format error"),
+        ("#!/none\n", "exec_not_found", "no such file or directory"),
+        ("#!/etc\n", "exec_denied", "permission denied"),
+    ],
+)
+def test_so_is_one_of_which_only_the_kernel_knows_that(
+    lab, container: Container, content: str, kind: str, words: str
+) -> None:
+    (lab.upper / "file").write_text(content)
+    (lab.upper / "file").chmod(0o755)
+    for _ in range(2):
+        with pytest.raises(ExecFailed, match=words) as failed:
+            lab.exec(container, "/file", "")
+        assert failed.value.kind == kind
+        assert lab.exec(container, "true").code == 0
+
+
 def reap_all(but: int) -> None:
     """Raises ChildProcessError if there is no child that has ended, or is not known."""
     found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)

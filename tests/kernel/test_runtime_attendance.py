@@ -53,7 +53,8 @@ def stop_instead_of_ending(channel: ChildEnd, successor: int | None) -> None:
         successor, _ = process.clone(process.CLONE_PARENT)
         if successor == 0:
             signal.pause()
-    channel.send_ready(os.open("/dev/null", os.O_RDWR), successor=successor)
+    channel.send_ready(os.open("/dev/null", os.O_RDWR), successor=True)
+    channel.send_number(successor)
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -130,7 +131,12 @@ def test_a_child_that_does_not_end_when_it_is_killed_is_given_up() -> None:
 @pytest.mark.usefixtures("fds")
 def test_a_predecessor_that_does_not_end_is_left_behind() -> None:
     successor, held = child(signal.pause)
-    with undying(lambda channel: channel.send_ready(None, successor=successor)) as (parent, pid, pidfd):
+
+    def say(channel: ChildEnd) -> None:
+        channel.send_ready(None, successor=True)
+        channel.send_number(successor)
+
+    with undying(say) as (parent, pid, pidfd):
         handle = ready(parent, pid, pidfd)
     assert handle.pid == successor
     os.close(held)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import pytest
 from support.ocicommand import Runtime, runtime_in, wait_until
 from support.requirements import needs
 
-from corral.kernel import stone
+from corral.kernel import process, stone
 from corral.kernel.namespaces import Kind
 from corral.oci import defaults, stepping_stone
 from corral.oci.spec import (
@@ -47,7 +48,15 @@ type Come = Callable[[], socket.socket]
 class Walker:
     """A process that is a stone, and our ends of what it waits at."""
 
-    def __init__(self, directory: Path, paths: list[str], *args: str, gate: str = "") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        paths: list[str],
+        *args: str,
+        gate: str = "",
+        succession: stone.Succession | None = None,
+        stdin: int = subprocess.DEVNULL,
+    ) -> None:
         self.channel, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel.settimeout(10)
         kept = [its.fileno()]
@@ -58,10 +67,10 @@ class Walker:
             listener.listen()
             kept.append(listener.fileno())
         file = directory / "stone"
-        file.write_bytes(stone.image(kept[0], kept[1] if gate else None, ANSWERS))
+        file.write_bytes(stone.image(kept[0], kept[1] if gate else None, ANSWERS, succession))
         file.chmod(0o755)
         self.process = subprocess.Popen(
-            [*paths, "", *args], executable=file, pass_fds=kept, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
+            [*paths, "", *args], executable=file, pass_fds=kept, stdout=subprocess.PIPE, stdin=stdin,
             env={"A": "of the environment"},
         )  # fmt: skip
         its.close()
@@ -150,6 +159,59 @@ class TestByItself:
         walker = walk(tried, "sh", "-c", "echo ran")
         walker.channel.send(b"start")
         assert walker.output() == b"ran\n"
+
+    def test_a_successor_goes_on_in_its_place_in_a_session_of_its_own(self, place: Path, walk: Start) -> None:
+        command = [f"{place}/bin/sh"], "sh", "-c", "echo $$"
+        walker = walk(*command, succession=stone.Succession(terminal=False))
+        pid = int.from_bytes(walker.channel.recv(100), "little")
+        assert walker.process.wait(10) == 0
+        walker.channel.send(b"start")
+        assert walker.output() == b"%d\n" % pid
+        assert walker.channel.recv(100) == b""
+        assert os.waitpid(pid, 0) == (pid, 0)
+
+    def test_a_successor_says_itself_what_keeps_it_from_the_program(self, place: Path, walk: Start) -> None:
+        walker = walk([f"{place}/none"], "sh", succession=stone.Succession(terminal=False))
+        pid = int.from_bytes(walker.channel.recv(100), "little")
+        walker.channel.send(b"start")
+        assert walker.channel.recv(100) == b"missing"
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+
+    @pytest.mark.parametrize("terminal", [True, False])
+    def test_a_successor_has_a_controlling_terminal_if_it_is_to(self, place: Path, walk: Start, terminal: bool) -> None:
+        master, slave = os.openpty()
+        walker = walk([f"{place}/bin/sh"], "sh", succession=stone.Succession(terminal), stdin=slave)
+        pid = int.from_bytes(walker.channel.recv(100), "little")
+        wait_until(lambda: Path(f"/proc/{pid}/syscall").read_text().startswith("0 "))  # read(2), for start
+        held = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[4]
+        assert (int(held) == os.fstat(slave).st_rdev) is terminal
+        walker.channel.close()
+        os.waitpid(pid, 0)
+        os.close(master)
+        os.close(slave)
+
+    @pytest.mark.parametrize("mortal", [True, False])
+    def test_a_mortal_successor_is_killed_when_the_runtime_ends(self, place: Path, walk: Start, mortal: bool) -> None:
+        ours, theirs = os.pipe()
+        runtime, _ = process.clone(0)
+        if runtime == 0:
+            try:
+                succession = stone.Succession(terminal=False, mortal=mortal)
+                walker = walk([f"{place}/bin/sh"], "sh", "-c", "exec 1>&-; kill -STOP $$", succession=succession)
+                pid = walker.channel.recv(100)
+                walker.channel.send(b"start")
+                assert walker.channel.recv(100) == b""
+                os.write(theirs, pid)
+                os.kill(os.getpid(), signal.SIGKILL)
+            finally:
+                os._exit(1)
+        os.close(theirs)
+        os.waitpid(runtime, 0)
+        pid = int.from_bytes(os.read(ours, 100), "little")
+        assert process.is_dying(pid) is mortal
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.close(ours)
 
     @pytest.mark.parametrize(
         ("tried", "answer"),

@@ -6,16 +6,20 @@ in their order, as execvp(3) does. If that fails it writes one of its answers to
 As a pid 1 it would be deaf to what ends others: SIGHUP, SIGINT, SIGQUIT and SIGTERM end it with 128 and their number.
 
     answers: (errno, length, message) each; the last one, with errno 0, is for all others
+
+It may also have a successor first, a sibling in a session of its own that does all this, and tell the channel its pid
+(eight bytes; a negative one is what clone(2) failed with).
 """
 
 import struct
+from dataclasses import dataclass
 
 from corral.kernel.elf import executable
 
 MACHINES = frozenset(("x86_64",))
 """Whose code it is, as uname(2) calls them."""
 CALLS = ("accept4", "close", "execve", "exit_group", "fcntl", "read", "rt_sigaction", "write")
-"""All that it asks of the kernel."""
+"""All that it asks of the kernel, but for a successor."""
 
 # Source: syscall(2), execve(2), and the System V ABI for what a new program finds on its stack.
 _CODE = bytes.fromhex(
@@ -139,13 +143,74 @@ _CODE = bytes.fromhex(
 )
 _CHANNEL_AT, _GATE_AT = 8, 14
 
+_SUCCESSION = bytes.fromhex(
+    "bf04000000"  #       mov edi, 4
+    "31f6"  #             xor esi, esi
+    "b89d000000"  #       mov eax, 157
+    "0f05"  #             syscall                   prctl PR_SET_DUMPABLE
+    "bf00800000"  #       mov edi, CLONE_PARENT
+    "31f6"  #             xor esi, esi
+    "31d2"  #             xor edx, edx
+    "4531d2"  #           xor r10d, r10d
+    "4531c0"  #           xor r8d, r8d
+    "b838000000"  #       mov eax, 56
+    "0f05"  #             syscall                   clone
+    "4885c0"  #           test rax, rax
+    "741e"  #             je born
+    "50"  #               push rax
+    "bf00000000"  #       mov edi, CHANNEL
+    "4889e6"  #           mov rsi, rsp
+    "ba08000000"  #       mov edx, 8
+    "b801000000"  #       mov eax, 1
+    "0f05"  #             syscall                   write
+    "31ff"  #             xor edi, edi
+    "b8e7000000"  #       mov eax, 231
+    "0f05"  #             syscall                   exit_group
+    # born:
+    "b870000000"  #       mov eax, 112
+    "0f05"  #             syscall                   setsid
+)
+_TELLS_AT = 43
+_TERMINAL = bytes.fromhex(
+    "31ff"  #             xor edi, edi
+    "be0e540000"  #       mov esi, TIOCSCTTY
+    "31d2"  #             xor edx, edx
+    "b810000000"  #       mov eax, 16
+    "0f05"  #             syscall                   ioctl
+)
+
 _ANSWER = struct.Struct("<II")
+_MORTALITY = bytes.fromhex(
+    "bf01000000"  #       mov edi, 1
+    "be09000000"  #       mov esi, SIGKILL
+    "b89d000000"  #       mov eax, 157
+    "0f05"  #             syscall                   prctl PR_SET_PDEATHSIG
+)
 
 
-def image(channel: int, gate: int | None, answers: list[tuple[int, bytes]]) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Succession:
+    """What a successor is to have that is made by the program itself."""
+
+    terminal: bool
+    """The terminal on 0 as its controlling one."""
+    mortal: bool = False
+    """It is killed when the runtime ends."""
+
+    def code(self, channel: int) -> bytes:
+        """What comes before the rest of the program."""
+        code = bytearray(_SUCCESSION)
+        struct.pack_into("<i", code, _TELLS_AT, channel)
+        return bytes(code) + (_TERMINAL if self.terminal else b"") + (_MORTALITY if self.mortal else b"")
+
+
+def image(
+    channel: int, gate: int | None, answers: list[tuple[int, bytes]], succession: Succession | None = None
+) -> bytes:
     """The program as a file, for these descriptors."""
     code = bytearray(_CODE)
     struct.pack_into("<i", code, _CHANNEL_AT, channel)
     struct.pack_into("<i", code, _GATE_AT, -1 if gate is None else gate)
     data = b"".join(_ANSWER.pack(errno, len(message)) + message for errno, message in answers)
-    return executable(bytes(code) + data)
+    before = b"" if succession is None else succession.code(channel)
+    return executable(before + bytes(code) + data)

@@ -122,10 +122,12 @@ def await_ready(
 
     with contextlib.ExitStack() as unless_ready:
         with heeded(parent, pidfd):
-            console, successor = parent.receive_ready(pid, patience(pidfd, limit_s), pass_listener, run_hooks, note)
+            patient = patience(pidfd, limit_s)
+            console, succeeded = parent.receive_ready(pid, patient, pass_listener, run_hooks, note)
             if console is not None:
                 unless_ready.callback(os.close, console)
             # Our own child, by the word of its predecessor, and not reaped yet: the pid is still its.
+            successor = parent.receive_successor(pid, patient) if succeeded else None
             follower = None if successor is None else process.pidfd_open(successor)
         if successor is not None and follower is not None:
             reap_predecessor(pidfd)

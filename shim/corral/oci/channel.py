@@ -1,7 +1,8 @@
 """Between the runtime and the process it sets up: one SOCK_SEQPACKET socket pair, close-on-exec on both ends.
 
     child -> parent   {"ready": true} + the pty master, if there is one            set-up is done
-    child -> parent   {"ready": true, "successor": PID} + the same                 another process goes on from there
+    child -> parent   {"ready": true, "successor": true} + the same                another process goes on from there
+    child -> parent   its PID, or what clone(2) failed with, in eight bytes        which one
     child -> parent   {"entered": true}, {"born": PID}                             see corral.oci.passage
     child -> parent   {"devices": […]}                                             see corral.oci.net_devices
     parent -> child   in JSON, what answers these, in as many messages as it takes; a line end is the end of it
@@ -69,13 +70,17 @@ class ChildEnd:
         """Close it, in the parent."""
         self._socket.close()
 
-    def send_ready(self, console: int | None, *, successor: int | None = None) -> None:
-        """Say that the set-up is done and who goes on in this process's place, and hand over the pty master."""
+    def send_ready(self, console: int | None, *, successor: bool = False) -> None:
+        """Say that the set-up is done, and whether another one goes on from here, and hand over the pty master."""
         ancillary = []
         if console is not None:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [console]))]
-        message = b'{"ready":true}' if successor is None else b'{"ready":true,"successor":%d}' % successor
+        message = b'{"ready":true,"successor":true}' if successor else b'{"ready":true}'
         self._socket.sendmsg([message], ancillary)
+
+    def send_number(self, number: int) -> None:
+        """Say which one, say."""
+        self._socket.send(number.to_bytes(_NUMBER, "little", signed=True))
 
     def send(self, member: str, value: object = True) -> None:
         """Say one thing, which receive() waits for."""
@@ -180,8 +185,8 @@ class ParentEnd:
         pass_listener: Callable[[int], None] | None = None,
         run_hooks: Callable[[], None] | None = None,
         note: Callable[[Sighting], None] | None = None,
-    ) -> tuple[int | None, int | None]:
-        """Wait for process pid's word that the set-up is done: the pty master, or None; and the pid of the successor.
+    ) -> tuple[int | None, bool]:
+        """Wait for process pid's word that the set-up is done: the pty master, or None; and if it has a successor.
 
         pass_listener gets the fd for a seccomp listener, and run_hooks is called, when it is time; note gets who an
         exec has found itself to be. Raises what they do, or what the child reported: ExecFailed, or the OSError of a
@@ -208,8 +213,7 @@ class ParentEnd:
                     note(_sighting(message["sighting"]))
                 elif "ready" in message:
                     unused.pop_all()
-                    successor = message.get("successor")
-                    return fd, (successor if isinstance(successor, int) else None)
+                    return fd, message.get("successor") is True
                 else:
                     raise _nonsense()
 
@@ -224,13 +228,23 @@ class ParentEnd:
             _raise(_parse(data))
 
     def receive_number(self, pid: int, patience: Callable[[], None]) -> int:
-        """A number that process pid, no Python, says; anybody may say a negative one. Raises as receive() does."""
+        """A number that process pid says; anybody may say a negative one. Raises as receive() does."""
         data, sender = self._receive_alone(patience)
         if not data:
             raise EndedEarly
-        number = int.from_bytes(data[:_NUMBER], "little", signed=True)
+        if len(data) != _NUMBER:
+            _raise(_parse(data))
+        number = int.from_bytes(data, "little", signed=True)
         if number >= 0 and sender != pid:
             raise _nonsense()
+        return number
+
+    def receive_successor(self, pid: int, patience: Callable[[], None]) -> int:
+        """The pid of who goes on in the place of process pid. Raises as receive() does, or why there is nobody."""
+        number = self.receive_number(pid, patience)
+        if number <= 0:
+            reason = os.strerror(-number) if -number < _MAX_ERRNO else "nobody"
+            _raise({"errno": -number, "message": f"{reason}: clone"})
         return number
 
     def _receive_alone(self, patience: Callable[[], None]) -> tuple[bytes, int]:

@@ -5,6 +5,7 @@ from the host is opened first; then imports are closed; from pivot_root on there
 """
 
 import _socket as socket  # the part in C, which has all that is used here and takes a tenth of the time to load
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from corral.kernel import hostname, loopback, mount, namespaces, paths, process,
 from corral.kernel.mount import MS_PRIVATE
 from corral.kernel.namespaces import Kind
 from corral.kernel.syscalls import AT_FDCWD
+from corral.oci import crossing
 from corral.oci import program as programs
 from corral.oci.cgroups import Membership
 from corral.oci.channel import ChildEnd
@@ -140,16 +142,17 @@ def proceed(
         _go_home(stage, home)
     if pids is not None:
         namespaces.join(pids.fd, Kind.PID.flag, what=pids.path)
-    stone = _make_stone(plan, channel, gate) if plan.by_stone else None
+    stone = _make_stone(plan, channel, way)
     program = settle(plan, stage, stdio, channel.send_listener, controlling=pids is None)
-    if gate is not None or stone is not None:  # who starts it may not be there to be told, and a stone can't tell all
+    if gate is not None or plan.by_stone:  # who starts it may not be there to be told, and a stone can't tell all
         programs.check_executable(program)
-    kept = [*stdio.kept, *gates, *([] if stone is None else [stone])]
-    (hand_back if pids is None else go_on)(channel, stage.console_master, kept)
-    if stone is not None:
-        from corral.oci.stepping_stone import cross
-
-        cross(stone, program, channel.fileno(), gate)
+    kept = [*stdio.kept, *gates]
+    if pids is not None:
+        go_on(program, channel, stage.console_master, kept, stone, gate)
+    else:
+        hand_back(channel, stage.console_master, [*kept, *([] if stone is None else [stone])])
+        if stone is not None:
+            crossing.cross(stone, program, channel.fileno(), gate)
     if not channel.wait_for_start():
         os._exit(1)
     if gate is not None:
@@ -172,10 +175,12 @@ def _execute(plan: InitPlan, program: programs.Program, channel: ChildEnd) -> No
         report_and_exit(channel, e)
 
 
-def _make_stone(plan: InitPlan, channel: ChildEnd, gate: int | None) -> int:
-    from corral.oci import stepping_stone  # loaded by who made the plan
-
-    return stepping_stone.make(plan.program.args[0], channel.fileno(), gate)
+def _make_stone(plan: InitPlan, channel: ChildEnd, way: Way) -> int | None:
+    if plan.by_stone:
+        return crossing.make(plan.program.args[0], channel.fileno(), way.gate)
+    if way.pids is None or plan.stays or (plan.hooks is not None and plan.hooks.at_start):
+        return None
+    return crossing.make_for_successor(plan.program, channel.fileno(), way.gate)
 
 
 def enter_privately(channel: ChildEnd, stdio: Stdio, keep: Iterable[int], *, visible: bool = False) -> None:
@@ -202,22 +207,40 @@ def hand_back(channel: ChildEnd, console: int | None, keep: Sequence[int] = ()) 
         os.close(fd)
 
 
-def go_on(channel: ChildEnd, console: int | None, keep: Sequence[int] = ()) -> None:
+def go_on(
+    program: Program,
+    channel: ChildEnd,
+    console: int | None,
+    keep: Sequence[int],
+    stone: int | None,
+    gate: int | None = None,
+) -> None:
     """Have a successor, in the PID namespace that was joined, and tell the runtime of it; only the successor returns.
 
     Whoever holds CAP_SYS_PTRACE in that namespace can look through its eyes and guide its hands as soon as it is born
     (CVE-2016-9962). So by then it has but the program's own view, identity, capabilities and filter, or one that also
-    allows what is left to be done (corral.oci.seccomp.UNTIL_EXECVE).
+    allows what is left to be done (corral.oci.seccomp.UNTIL_EXECVE). stone: one that has the successor instead, which
+    then has none of the runtime's memory either.
     """
-    consoles = [] if console is None else [console]
-    process.close_fds([0, 1, 2, channel.fileno(), *keep, *consoles])
-    pid, _ = process.clone(process.CLONE_PARENT)
-    if pid:
-        channel.send_ready(console, successor=pid)
-        os._exit(0)
-    os.setsid()
+    if stone is not None and not crossing.is_executed_alike(program):
+        stone = None
+    if stone is not None:
+        programs.refuse_directory(program)
+    consoles, stones = [[] if fd is None else [fd] for fd in (console, stone)]
+    process.close_fds([0, 1, 2, channel.fileno(), *keep, *consoles, *stones])
+    channel.send_ready(console, successor=True)
     for fd in consoles:
         os.close(fd)
+    if stone is not None:
+        with contextlib.suppress(OSError):
+            crossing.cross(stone, program, channel.fileno(), gate)
+        os.close(stone)
+    pid, _ = process.clone(process.CLONE_PARENT)
+    if pid:
+        channel.send_number(pid)
+        os._exit(0)
+    os.setsid()
+    if console is not None:
         tty.make_controlling(0)
 
 

@@ -16,6 +16,7 @@ from corral.kernel.syscalls import DEVPTS_SUPER_MAGIC, filesystem_magic
 from corral.oci import program as programs
 from corral.oci.cgroups import Membership
 from corral.oci.channel import ChildEnd
+from corral.oci.crossing import make_for_successor
 from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.init import enter_privately, go_on, report_and_exit
 from corral.oci.program import Program
@@ -73,8 +74,9 @@ def run_joined(
         identity = programs.identity_of(program, root)
         if looks is not None and looks == look(root):  # it was by these files
             channel.send_sighting(Sighting(identity, looks))
+        stone = make_for_successor(program, channel.fileno())
         program = programs.become(program, root, identity, channel.send_listener)
-        go_on(channel, master, stdio.kept)
+        go_on(program, channel, master, stdio.kept, stone)
         if program.dies_with_runtime:  # and if that has ended by now, there is nobody to say start
             process.set_parent_death_signal(signal.SIGKILL)
         if not channel.wait_for_start():

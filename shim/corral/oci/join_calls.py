@@ -32,12 +32,12 @@ from corral.oci import program as programs
 from corral.oci.attendance import ProcessHandle, heeded, kill_and_reap, patience, reap_predecessor
 from corral.oci.cgroups import Membership
 from corral.oci.channel import START, EndedEarly, ParentEnd, make_pair
+from corral.oci.crossing import sealed
 from corral.oci.errors import ExecFailed
 from corral.oci.program import Program
 from corral.oci.seccomp import asks, lets_pass
 from corral.oci.spec import Seccomp
 from corral.oci.stdio import Stdio
-from corral.oci.stepping_stone import sealed
 from corral.oci.users import DATABASES, Sighting
 
 # Source: the kernel's syscall_64.tbl.

@@ -63,6 +63,8 @@ class Program:
     """What is still to be loaded."""
     interim: "Filter | None"
     """What is loaded first, where the other would refuse what is left to be done by then."""
+    passes: bool
+    """Nothing of that is refused, and nobody is told of it."""
     terminal: bool
     """0, 1 and 2 are a pty of the container."""
     in_user_namespace: bool = False
@@ -91,7 +93,7 @@ def program_of(spec: Process, linux: Linux, *, user: str | None, dies_with_runti
     # A user namespace is entered with all capabilities, whatever the runtime has.
     inside = any(namespace.type is Kind.USER for namespace in linux.namespaces)
     available = capabilities.ALL if inside else capabilities.permitted()
-    seccomp, interim = _filters(linux.seccomp)
+    seccomp, interim, passes = _filters(linux.seccomp)
     return Program(
         args=spec.args,
         env=env,
@@ -108,6 +110,7 @@ def program_of(spec: Process, linux: Linux, *, user: str | None, dies_with_runti
         oom_score_adj=spec.oom_score_adj,
         seccomp=seccomp,
         interim=interim,
+        passes=passes,
         terminal=spec.terminal,
         in_user_namespace=inside or not is_hosts_root(),
         allotment=_allotment(spec, linux),
@@ -116,12 +119,13 @@ def program_of(spec: Process, linux: Linux, *, user: str | None, dies_with_runti
     )
 
 
-def _filters(profile: Seccomp | None) -> "tuple[Filter | None, Filter | None]":
+def _filters(profile: Seccomp | None) -> "tuple[Filter | None, Filter | None, bool]":
     if profile is None:
-        return None, None
-    from corral.oci.seccomp import UNTIL_EXECVE, filter_but_for, filter_of
+        return None, None, True
+    from corral.oci.seccomp import UNTIL_EXECVE, filter_but_for, filter_of, lets_pass
 
-    return filter_of(profile), filter_but_for(profile, UNTIL_EXECVE)
+    passes = lets_pass(profile, UNTIL_EXECVE)
+    return filter_of(profile), None if passes else filter_but_for(profile, UNTIL_EXECVE), passes
 
 
 def _allotment(spec: Process, linux: Linux) -> "Allotment | None":
@@ -344,6 +348,13 @@ def _is_directory(path: str) -> bool:
         return stat.S_ISDIR(os.stat(path).st_mode)  # noqa: PTH116 - a path of the container, as execve takes it
     except OSError:
         return False
+
+
+def refuse_directory(program: Program) -> None:
+    """Raise the ExecFailed that execute() would for a directory: by its errno alone that is a file like another."""
+    name = program.args[0]
+    if "/" in name and _is_directory(name):
+        raise ExecFailed(EXEC_DENIED, f'exec: "{name}": {_IS_DIRECTORY}')
 
 
 def check_executable(program: Program) -> None:

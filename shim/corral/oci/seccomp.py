@@ -27,7 +27,7 @@ KNOWN_ARCHITECTURES = frozenset(
 )
 """Those of the specification; most of them are about other machines."""
 
-_FIONCLEX = 0x5450
+_FIONCLEX, _FIOCLEX, _PR_SET_DUMPABLE = 0x5450, 0x5451, 4
 _PR_SET_PDEATHSIG = 1
 _NATIVE = {"x86_64": Architecture.X86_64, "aarch64": Architecture.AARCH64}[MACHINE]
 _ARCHITECTURES = {f"SCMP_ARCH_{architecture.name}": architecture for architecture in Architecture}
@@ -64,15 +64,18 @@ def asks(*names: str, first: int | None = None, second: int | None = None) -> Ru
 
 
 UNTIL_EXECVE = (
+    asks("clone", first=CLONE_PARENT),
     asks("clone", first=CLONE_PARENT | CLONE_PIDFD),
     asks("ioctl", second=TIOCSCTTY),
     asks("ioctl", second=_FIONCLEX),
+    asks("ioctl", second=_FIOCLEX),
+    asks("prctl", first=_PR_SET_DUMPABLE),
     asks("prctl", first=_PR_SET_PDEATHSIG),
     asks(
         *("accept4", "brk", "clock_gettime", "close", "close_range", "execve", "execveat", "exit_group", "fcntl"),
         *("fstat", "futex", "getpid", "getrandom", "getsockname", "getsockopt", "gettid", "madvise", "mmap"),
-        *("mprotect", "mremap", "munmap", "newfstatat", "recvfrom", "restart_syscall", "rt_sigaction"),
-        *("rt_sigprocmask", "rt_sigreturn", "seccomp", "sendmsg", "sendto", "setsid", "stat"),
+        *("mprotect", "mremap", "munmap", "newfstatat", "read", "recvfrom", "restart_syscall", "rt_sigaction"),
+        *("rt_sigprocmask", "rt_sigreturn", "seccomp", "sendmsg", "sendto", "setsid", "stat", "write"),
     ),
 )
 """What corral.oci.init and join may still ask for once a process has no more than its program is to have."""
@@ -114,9 +117,9 @@ def _allow(said: Iterable[tuple[tuple[Condition, ...], Action]], known: Mapping[
 
 
 @lru_cache(maxsize=16)
-def filter_but_for(profile: Seccomp | None, wanted: tuple[Rule, ...]) -> Filter | None:
-    """That of a profile with exceptions, what asks() names; None where it allows them by itself, or has a listener."""
-    if profile is None or notifies(profile) or lets_pass(profile, wanted):
+def filter_but_for(profile: Seccomp, wanted: tuple[Rule, ...]) -> Filter | None:
+    """That of a profile with exceptions, what asks() names; None of one with a listener."""
+    if notifies(profile):
         return None
     return Filter(compile_profile(replace(to_profile(profile), exceptions=wanted)), _flags(profile))
 

@@ -10,35 +10,20 @@ start in its place, and then execute the program: all that a container gets at i
     init --execve--> stone: wait for start, at the gate if there is one --execve--> the program
                                                                         --fails---> an answer on corral.oci.channel
 
-An execve more is not quite nothing: see suits().
+An execve more is not quite nothing: see suits(). What Python does in the end is in corral.oci.crossing.
 """
 
-import errno
-import fcntl
 import os
-from typing import NoReturn
 
-from corral.kernel import process, stone
+from corral.kernel import stone
 from corral.kernel.namespaces import Kind
 from corral.kernel.privilege import is_hosts_root
-from corral.oci import program as programs
-from corral.oci.channel import error_message
+from corral.oci.crossing import can_be_made
 from corral.oci.plan import created
-from corral.oci.program import Program
 from corral.oci.reaper import ANNOTATION
 from corral.oci.spec import Process, Seccomp, Spec
 
 _OF_USE_AT_EXECVE = frozenset(("CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH"))
-_ERRNOS = (
-    *(errno.EPERM, errno.ENOENT, errno.EIO, errno.E2BIG, errno.ENOEXEC, errno.EAGAIN, errno.ENOMEM, errno.EACCES),
-    *(errno.EFAULT, errno.EISDIR, errno.EINVAL, errno.ENFILE, errno.EMFILE, errno.ETXTBSY, errno.ENAMETOOLONG),
-    *(errno.ELOOP, errno.ELIBBAD),
-)
-"""What execve(2) fails with."""
-_NAME = "corral-init"
-_MFD_EXEC = 0x10
-"""Since Linux 6.3, where a sysctl can say that without it nothing is executable."""
-_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 def suits(spec: Spec) -> bool:
@@ -59,7 +44,7 @@ def suits(spec: Spec) -> bool:
         and ANNOTATION not in spec.annotations
         and not (hooks is not None and (hooks.create_container or hooks.start_container))
         and _passes(spec.linux.seccomp)
-        and _can_be_made()
+        and can_be_made()
     )
 
 
@@ -75,56 +60,3 @@ def _passes(profile: Seccomp | None) -> bool:
     from corral.oci.seccomp import asks, lets_pass
 
     return lets_pass(profile, [asks(*stone.CALLS, "execveat")])
-
-
-def _can_be_made() -> bool:
-    try:
-        os.close(_file())
-    except OSError:
-        return False
-    return True
-
-
-def _file() -> int:
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    try:
-        return os.memfd_create(_NAME, flags | _MFD_EXEC)
-    except OSError as e:
-        if e.errno != errno.EINVAL:
-            raise
-        return os.memfd_create(_NAME, flags)
-
-
-def make(name: str, channel: int, gate: int | None) -> int:
-    """The descriptor of a stone that waits at these descriptors, for a program that is called so."""
-    answers = [(code, _answer(name, code)) for code in (*_ERRNOS, 0)]
-    return sealed(stone.image(channel, gate, answers))
-
-
-def sealed(content: bytes) -> int:
-    """The descriptor of an executable that nobody can write to."""
-    fd = _file()
-    try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(content)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _answer(name: str, code: int) -> bytes:
-    text = os.strerror(code) if code else "it can't be executed"
-    return error_message(programs.refusal(name, OSError(code, text)))
-
-
-def cross(fd: int, program: Program, channel: int, gate: int | None) -> NoReturn:
-    """Execute the stone, for it to become the program. Raises OSError."""
-    for kept in (channel, gate):
-        if kept is not None:
-            os.set_inheritable(kept, True)
-    process.unblock_signals()
-    program = programs.filtered(program)
-    paths = programs.candidates(program)
-    os.execve(fd, [*paths, "", *program.args], program.env)  # noqa: S606
