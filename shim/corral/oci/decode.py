@@ -68,21 +68,30 @@ def decode[T: _Dataclass](cls: type[T], value: object, path: str = "") -> T:
 
 def encode(value: object) -> JSON:
     """The JSON of a dataclass instance (or a part of one); members that hold their default are left out."""
-    if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, Enum)):
-        return value
+    if type(value) in _PLAIN:
+        return typing.cast(JSON, value)
+    if isinstance(value, tuple | list):
+        return [item if type(item) in _PLAIN else encode(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        return {
+            name: encode(item)
+            for field, name, default in _members(typing.cast(type[_Dataclass], type(value)))
+            if (item := getattr(value, field)) != default
+        }
     if isinstance(value, Enum):
         return encode(value.value)
     if isinstance(value, Mapping):
         return {str(key): encode(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [encode(item) for item in value]
-    if dataclasses.is_dataclass(value):
-        return {
-            json_name(field.name): encode(item)
-            for field in dataclasses.fields(value)
-            if (item := getattr(value, field.name)) != _default(field)
-        }
     raise TypeError(f"no JSON form for {type(value).__name__}")
+
+
+_PLAIN = frozenset((type(None), bool, int, float, str))
+
+
+@functools.cache
+def _members(cls: type[_Dataclass]) -> tuple[tuple[str, str, object], ...]:
+    """Of each field its name, that in JSON, and what it holds unless it is given."""
+    return tuple((field.name, json_name(field.name), _default(field)) for field in dataclasses.fields(cls))
 
 
 def _default(field: "dataclasses.Field[object]") -> object:
