@@ -37,12 +37,6 @@ from corral.rpc.errors import (
 pytestmark = needs("root", "overlayfs")
 
 
-@pytest.fixture
-async def leaf(tmp_path: Path) -> AsyncIterator[ImagesLeaf]:
-    async with images_leaf(tmp_path / "images") as made:
-        yield made
-
-
 async def refused(
     leaf: ImagesLeaf, data: bytes | Path, kind: type[CorralError] = InvalidArgument, **header: object
 ) -> str:

@@ -2,13 +2,11 @@
 
 import json
 import time
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 from support.faulty import OCI_MANIFEST, Faulty, described, manifest_of
 from support.images import image_config
-from support.images_leaf import ImagesLeaf, images_leaf
+from support.images_leaf import ImagesLeaf
 from support.requirements import needs
 
 from corral.api.images.v1 import images_pb2 as pb
@@ -44,12 +42,6 @@ async def test_a_walk_ends_soon() -> None:
     with pytest.raises(NotFound, match="nothing for linux/amd64"):
         await walk.run(Descriptor(OCI_INDEX, Digest(target), len(data)))
     assert time.process_time() - began < TOO_LONG_S
-
-
-@pytest.fixture
-async def leaf(tmp_path: Path) -> AsyncIterator[ImagesLeaf]:
-    async with images_leaf(tmp_path / "images", certs=tmp_path / "certs.d") as made:
-        yield made
 
 
 @needs("root", "overlayfs")

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,18 +20,20 @@ from corral.api.images.v1 import images_pb2 as pb
 from corral.api.types.v1 import types_pb2
 from corral.images.snapshotter import TreeId
 from corral.images.trees import of_all
+from corral.rpc import checking
 from corral.rpc.context import in_namespace
 from corral.rpc.errors import NotFound
 
 pytestmark = needs("root", "overlayfs")
 
 HEX = "0" * 64
+PAUSES_S = checking.PAUSES_S
 
 
-@pytest.fixture
-async def leaf(tmp_path: Path) -> AsyncIterator[ImagesLeaf]:
-    async with images_leaf(tmp_path / "images") as made:
-        yield made
+@pytest.fixture(autouse=True)
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is found is looked for again soon: nothing here is on its way, unless a test says so."""
+    monkeypatch.setattr(checking, "PAUSES_S", (0.01, 0.05))
 
 
 @pytest.fixture
@@ -94,7 +96,11 @@ async def test_every_driver_is_checked(
             assert [(mount / f"f{i}").read_bytes() for i in range(2)] == [bytes([i]) * 5000 for i in range(2)]
 
 
-async def test_nothing_is_found_while_images_come_and_go(leaf: ImagesLeaf, archive: Path) -> None:
+async def test_nothing_is_found_while_images_come_and_go(
+    leaf: ImagesLeaf, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checking, "PAUSES_S", PAUSES_S)
+
     async def come_and_go() -> None:
         for i in range(15):
             await leaf.load(archive)

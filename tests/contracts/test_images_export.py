@@ -29,12 +29,6 @@ INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 
 
 @pytest.fixture
-async def leaf(tmp_path: Path) -> AsyncIterator[ImagesLeaf]:
-    async with images_leaf(tmp_path / "images") as made:
-        yield made
-
-
-@pytest.fixture
 async def other(tmp_path: Path) -> AsyncIterator[ImagesLeaf]:
     """Another host."""
     async with images_leaf(tmp_path / "other") as made:

@@ -41,12 +41,6 @@ pytestmark = needs("root", "overlayfs")
 Header = pb.ImportHeader
 
 
-@pytest.fixture
-async def leaf(tmp_path: Path) -> AsyncIterator[ImagesLeaf]:
-    async with images_leaf(tmp_path / "images") as made:
-        yield made
-
-
 def two_layers() -> list[bytes]:
     return [
         layer([directory("d"), Entry("d/old", b"1"), Entry("kept", b"2")]),

@@ -18,12 +18,6 @@ from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 pytestmark = needs("root", "overlayfs")
 
 
-@pytest.fixture
-async def leaf(tmp_path: Path) -> AsyncIterator[ImagesLeaf]:
-    async with images_leaf(tmp_path / "images") as made:
-        yield made
-
-
 def seconds(value: float) -> Duration:
     return Duration(seconds=int(value), nanos=int(value % 1 * 1e9))
 

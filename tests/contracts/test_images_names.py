@@ -1,6 +1,5 @@
 """Images by name: get, list, tag, remove, prune; what nothing refers to goes, what is used stays."""
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,6 @@ from corral.rpc.context import in_namespace
 from corral.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 
 pytestmark = needs("root", "overlayfs")
-
-
-@pytest.fixture
-async def leaf(tmp_path: Path) -> AsyncIterator[ImagesLeaf]:
-    async with images_leaf(tmp_path / "images") as made:
-        yield made
 
 
 async def load(leaf: ImagesLeaf, tmp_path: Path, name: str, *contents: str) -> pb.Image:

@@ -12,7 +12,7 @@ import pytest
 from support.faulty import OCI_MANIFEST, Faulty, Handler, Seen, faulty_registry, manifest_of
 from support.faulty_images import big, small, until
 from support.images import Entry, digest, image_config, layer, write_oci_archive
-from support.images_leaf import ImagesLeaf, images_leaf
+from support.images_leaf import ImagesLeaf
 from support.requirements import needs
 
 from corral.api.images.v1 import images_pb2 as pb
@@ -21,12 +21,6 @@ from corral.rpc.context import in_namespace
 from corral.rpc.errors import InvalidArgument, NotFound, PermissionDenied
 
 pytestmark = needs("root", "overlayfs")
-
-
-@pytest.fixture
-async def leaf(tmp_path: Path) -> AsyncIterator[ImagesLeaf]:
-    async with images_leaf(tmp_path / "images", certs=tmp_path / "certs.d") as made:
-        yield made
 
 
 @pytest.mark.parametrize("status", [404, 403])

@@ -2,14 +2,14 @@
 
 import json
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
 from support.faulty import Faulty, Handler, Seen, faulty_registry
 from support.images import Entry, image_config, layer, write_oci_archive
-from support.images_leaf import ImagesLeaf, images_leaf
+from support.images_leaf import ImagesLeaf
 from support.registry import Authority, Registry, running, write_hosts
 from support.requirements import needs
 from support.tokens import TokenServer, token_server
@@ -45,12 +45,6 @@ def users(tokens: TokenServer) -> None:
     tokens.rights["", "public/p"] = {"pull"}
     tokens.only_get = tokens.only_post = False
     tokens.life_s = 300
-
-
-@pytest.fixture
-async def leaf(tmp_path: Path) -> AsyncIterator[ImagesLeaf]:
-    async with images_leaf(tmp_path / "images", certs=tmp_path / "certs.d") as made:
-        yield made
 
 
 async def load(leaf: ImagesLeaf, tmp_path: Path, what: str = "x") -> pb.Image:

@@ -4,14 +4,13 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from support.faulty import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST, Faulty, Handler, Seen, described, manifest_of
 from support.faulty_images import big, fails, mirrored, small
 from support.images import Entry, digest, image_config, layer
-from support.images_leaf import ImagesLeaf, images_leaf
+from support.images_leaf import ImagesLeaf
 from support.requirements import needs
 
 from corral.api.images.v1 import images_pb2 as pb
@@ -27,12 +26,6 @@ from corral.rpc.errors import (
 )
 
 pytestmark = needs("root", "overlayfs")
-
-
-@pytest.fixture
-async def leaf(tmp_path: Path) -> AsyncIterator[ImagesLeaf]:
-    async with images_leaf(tmp_path / "images", certs=tmp_path / "certs.d") as made:
-        yield made
 
 
 async def test_a_blob_with_other_content_is_refused(leaf: ImagesLeaf, faulty: Faulty) -> None:

@@ -1,7 +1,7 @@
 """Layers that registries may not pass on come from where their descriptor says."""
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,12 +27,6 @@ pytestmark = needs("root", "overlayfs")
 FOREIGN = layer([Entry("theirs", b"x" * 5000)])
 KIND = "application/vnd.docker.image.rootfs.foreign.diff.tar"
 OURS = layer([Entry("ours", b"y" * 5000)])
-
-
-@pytest.fixture
-async def leaf(tmp_path: Path) -> AsyncIterator[ImagesLeaf]:
-    async with images_leaf(tmp_path / "images", certs=tmp_path / "certs.d") as made:
-        yield made
 
 
 def served(faulty: Faulty, *urls: str, kind: str = KIND) -> str:

@@ -1,7 +1,6 @@
 """Mirrors are asked first, told little, and left for the registry when they fail; proxies likewise."""
 
 import time
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 from support.faulty import Faulty, Handler, Seen
 from support.faulty_images import SECRETS, fails, login_wanted, mirrored, small
 from support.images import digest
-from support.images_leaf import ImagesLeaf, images_leaf
+from support.images_leaf import ImagesLeaf
 from support.registry import write_hosts
 from support.requirements import needs
 
@@ -17,12 +16,6 @@ from corral.api.images.v1 import images_pb2 as pb
 from corral.rpc.errors import CorralError, FailedPrecondition, NotFound
 
 pytestmark = needs("root", "overlayfs")
-
-
-@pytest.fixture
-async def leaf(tmp_path: Path) -> AsyncIterator[ImagesLeaf]:
-    async with images_leaf(tmp_path / "images", certs=tmp_path / "certs.d") as made:
-        yield made
 
 
 async def test_a_mirror_is_asked_first_and_told_for_whom(

@@ -5,7 +5,7 @@ import json
 import re
 import ssl
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -104,12 +104,6 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a size that tests can afford."""
     monkeypatch.setattr(upload, "CHUNKED_BYTES", 2 * MIB)
     monkeypatch.setattr(upload, "CHUNK_BYTES", MIB)
-
-
-@pytest.fixture
-async def leaf(tmp_path: Path) -> AsyncIterator[ImagesLeaf]:
-    async with images_leaf(tmp_path / "images") as made:
-        yield made
 
 
 async def load(leaf: ImagesLeaf, tmp_path: Path, size: int = 5 * MIB) -> bytes:

@@ -2,7 +2,6 @@
 
 import ssl
 import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,6 @@ from corral.api.images.v1 import images_pb2 as pb
 from corral.rpc.errors import CorralError, FailedPrecondition, NotFound
 
 pytestmark = needs("root", "overlayfs")
-
-
-@pytest.fixture
-async def leaf(tmp_path: Path) -> AsyncIterator[ImagesLeaf]:
-    async with images_leaf(tmp_path / "images", certs=tmp_path / "certs.d") as made:
-        yield made
 
 
 async def test_a_redirect_to_another_host_takes_no_credentials_along(

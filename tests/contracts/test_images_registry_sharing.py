@@ -10,7 +10,7 @@ import pytest
 from support.faulty import OCI_LAYER, Faulty, Handler, Seen
 from support.faulty_images import big, small, until
 from support.images import digest
-from support.images_leaf import ImagesLeaf, images_leaf
+from support.images_leaf import ImagesLeaf
 from support.requirements import needs
 
 from corral.api.images.v1 import images_pb2 as pb
@@ -25,12 +25,6 @@ from corral.images.registry.repository import open_repository
 from corral.rpc.errors import NotFound
 
 pytestmark = needs("root", "overlayfs")
-
-
-@pytest.fixture
-async def leaf(tmp_path: Path) -> AsyncIterator[ImagesLeaf]:
-    async with images_leaf(tmp_path / "images", certs=tmp_path / "certs.d") as made:
-        yield made
 
 
 def listeners(leaf: ImagesLeaf, made: bytes) -> int:

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -21,12 +20,6 @@ from corral.rpc.errors import InvalidArgument
 pytestmark = needs("root", "overlayfs")
 
 LAYERS = [layer([Entry("one", b"1" * 5000)]), layer([Entry("two", b"2" * 5000)])]
-
-
-@pytest.fixture
-async def leaf(tmp_path: Path) -> AsyncIterator[ImagesLeaf]:
-    async with images_leaf(tmp_path / "images") as made:
-        yield made
 
 
 def sha512(data: bytes) -> str:
