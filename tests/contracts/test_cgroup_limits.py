@@ -118,6 +118,21 @@ def test_kills_of_a_neighbour_are_not_counted_once_a_cgroup_is_gone(cgroup_drive
         assert watch.count() == 0
 
 
+def test_kills_of_those_that_were_at_its_place_are_counted_in_and_no_later_one_is_taken_for_them(
+    cgroup_driver: Driver, group: Cgroup
+) -> None:
+    for known in range(3):
+        group.apply(memory(32 * MIB))
+        with group.watch_oom(known) as watch:
+            assert watch.count() == known
+        with inside(group, lambda _: touch(128 * MIB)) as child:  # while nobody watches
+            child.wait()
+        with OomWatch.open(group.paths(), since_creation=True, known=known) as watch:
+            assert watch.known == known + 1
+        group.remove()
+        cgroup_driver.create(group.path)
+
+
 def test_a_removal_without_an_oom_is_not_counted_as_one(group: Cgroup) -> None:
     with OomWatch.open(group.paths()) as watch:
         group.remove()
@@ -157,10 +172,10 @@ def test_kills_before_a_watch_was_opened_count_only_since_creation(group: Cgroup
         with (
             OomWatch.open(group.paths()) as now,
             OomWatch.open(group.paths(), since_creation=True) as ever,
-            inside(group, lambda _: touch(128 * MIB)) as child,
         ):
             assert (now.count(), ever.count()) == (0, ran_before)
-            child.wait()
+            with inside(group, lambda _: touch(128 * MIB)) as child:
+                child.wait()
             assert (now.count(), ever.count()) == (1, ran_before + 1)
 
 

@@ -25,6 +25,7 @@ MIB = 1 << 20
 ENGINE_PIDS = 500
 SLOW_S = 30 * PATIENCE
 OTHER_SLICE = "corraltest-web.slice"
+HOG_WHEN_TOLD = "rm -f /go; until [ -e /go ]; do sleep 0.1; done; exec tail /dev/zero"
 
 
 class SlicePlace(Place):
@@ -117,6 +118,10 @@ def inspected(box: Corrald, id_: str) -> dict[str, object]:
     return found
 
 
+def is_out_of_memory(box: Corrald, id_: str) -> bool:
+    return '"oom_killed": true' in json.dumps(inspected(box, id_)).lower().replace("oomkilled", "oom_killed")
+
+
 @on_systemd
 def test_a_container_is_a_scope_and_its_limits_outlive_a_reload(box: Corrald) -> None:
     options = ("--memory", "64m", "--cpus", "0.5", "--pids-limit", "40", "--cpu-shares", "512", "--cpuset-cpus", "0")
@@ -185,9 +190,33 @@ def test_who_ran_out_of_memory_is_told(box: Corrald, round_: int) -> None:
         timeout_s=SLOW_S,
     )  # fmt: skip
     assert result.returncode == 137, result.stderr
-    assert '"oom_killed": true' in json.dumps(inspected(box, f"hog{round_}")).lower().replace("oomkilled", "oom_killed")
+    assert is_out_of_memory(box, f"hog{round_}")
     ok(box, "rm", f"hog{round_}")
     assert not scopes_of(box), "and no unit is left that failed"
+
+
+@on_systemd
+def test_each_life_of_a_container_has_its_kills_told_also_one_that_ends_without_a_daemon(box: Corrald) -> None:
+    """systemd removes the scope long before somebody can count."""
+    id_ = ok(box, "run", "-d", "--network", "none", "--memory", "16m", "busybox", "sh", "-c", HOG_WHEN_TOLD).split()[-1]
+    for kills in (1, 2):
+        (init,) = group_of(box, id_).pids()[:1]
+        if kills == 2:
+            box.kill9()
+        Path(f"/proc/{init}/root/go").touch()
+        assert eventually(lambda: not units(), within_s=SLOW_S)
+        box.start()
+        assert eventually(lambda: is_out_of_memory(box, id_), within_s=SLOW_S)
+        assert eventually(lambda kills=kills: kills_told(box, id_) == list(range(1, kills + 1)), within_s=SLOW_S)
+        if kills == 1:
+            ok(box, "start", id_)
+    ok(box, "rm", id_)
+    assert not scopes_of(box)
+
+
+def kills_told(box: Corrald, id_: str) -> list[int]:
+    lines = ok(box, "events", "--no-follow", "--format", "json", "-f", "topic=cgroup.oom", "-f", f"subject={id_}")
+    return [int(json.loads(line)["payload"]["oom_kills"]) for line in lines.splitlines()]
 
 
 @on_systemd

@@ -27,6 +27,7 @@ from support.engine import EngineClient, engine_of, import_image
 from support.images import write_busybox
 
 from corral.api.engine.v1 import engine_pb2 as pb
+from corral.api.types.v1 import types_pb2
 from corral.api.types.v1.types_pb2 import ExitStatus, MemoryResources, Resources
 from corral.kernel.cgroup import Kind, detect
 
@@ -52,13 +53,14 @@ def plainly(status: ExitStatus) -> tuple[int, bool]:
     return status.code, status.oom_killed
 
 
-async def told(engine: EngineClient, after: int, id_: str) -> dict[str, object]:
-    """The last number of kills in each journal."""
-    found: dict[str, object] = {}
-    for event in await engine.events(after):
-        if event.subject == id_ and event.topic in COUNTED:
-            found[event.topic] = dict(event.payload)[COUNTED[event.topic]]
-    return found
+class Told(dict[str, dict[str, object]]):
+    """The last number of kills in each journal, by container."""
+
+    async def follow(self, engine: EngineClient) -> None:
+        """Until it is cancelled."""
+        async for response in engine.system.Events(types_pb2.EventsRequest(topics=[*COUNTED])):
+            for event in response.events:
+                self.setdefault(event.subject, {})[event.topic] = dict(event.payload)[COUNTED[event.topic]]
 
 
 async def run_exec(engine: EngineClient, id_: str, script: str) -> ExitStatus:
@@ -70,8 +72,8 @@ async def run_exec(engine: EngineClient, id_: str, script: str) -> ExitStatus:
 class Round:
     """One container, and what is told of it that is not as it should be."""
 
-    def __init__(self, engine: EngineClient, after: int) -> None:
-        self._engine, self._after, self._id = engine, after, ""
+    def __init__(self, engine: EngineClient, told: Told) -> None:
+        self._engine, self._told, self._id = engine, told, ""
         self.wrong: list[str] = []
 
     async def _run(self, script: str, **more: bool) -> str:
@@ -89,7 +91,7 @@ class Round:
         """Both journals come to the same of these numbers."""
         until = time.monotonic() + TOLD_S
         while True:
-            counts = await told(self._engine, self._after, self._id)
+            counts = self._told.get(self._id, {})
             if len(counts) == 2 and len(set(counts.values())) == 1 and set(counts.values()) <= set(kills):
                 return
             if time.monotonic() > until:
@@ -135,7 +137,7 @@ class Round:
         id_ = await self._run("exec sleep 1000")
         await self._engine.kill(id_)
         await self._ends(137, False)
-        self._expect("journals", await told(self._engine, self._after, id_), {})
+        self._expect("journals", self._told.get(id_, {}), {})
 
     async def over(self) -> None:
         await self._engine.delete(self._id, force=True)
@@ -147,14 +149,14 @@ KINDS: dict[str, Callable[[Round], Awaitable[None]]] = {
 }  # fmt: skip
 
 
-async def rounds(engine: EngineClient, kind: str, number: int, at_once: int) -> int:
+async def rounds(engine: EngineClient, told: Told, kind: str, number: int, at_once: int) -> int:
     """How many went wrong."""
     wrong, begun, left = 0, time.monotonic(), iter(range(number))
 
     async def one_after_the_other() -> None:
         nonlocal wrong
         for each in left:
-            round_ = Round(engine, await engine.last_seq())
+            round_ = Round(engine, told)
             await KINDS[kind](round_)
             await round_.over()
             if round_.wrong:
@@ -169,7 +171,12 @@ async def rounds(engine: EngineClient, kind: str, number: int, at_once: int) -> 
 async def run(daemon: Corrald, archive: Path, arguments: argparse.Namespace, kinds: list[str]) -> int:
     await import_image(daemon, archive)
     async with engine_of(daemon) as engine:
-        return sum([await rounds(engine, kind, arguments.rounds, arguments.at_once) for kind in kinds])
+        told = Told()
+        following = asyncio.ensure_future(told.follow(engine))
+        try:
+            return sum([await rounds(engine, told, kind, arguments.rounds, arguments.at_once) for kind in kinds])
+        finally:
+            following.cancel()
 
 
 def main() -> int:

@@ -27,6 +27,8 @@ V2_EVENTS = "memory.events"
 V1_EVENT_CONTROL = "cgroup.event_control"
 V2_OOM_GROUP = "memory.oom.group"
 OOM_KILL = "oom_kill"
+COUNTED_BEFORE = "trusted.corral.oom.before"
+"""An attribute of a cgroup: how many kills there had been in those that were at its place before, and are gone."""
 
 
 class OomWatch:
@@ -42,7 +44,9 @@ class OomWatch:
         self._below = Below(directory)
         # On v2 this first look also quiets the file, which has news until it was read once.
         self._last = self._kills() if fd >= 0 else 0
-        self._uncounted = 0 if since_creation else self._last if uncounted is None else uncounted
+        if since_creation:
+            uncounted = -_counted_before(directory)
+        self._uncounted = self._last if uncounted is None else uncounted
         self._uncounted = min(self._uncounted, self._last - known)
         # An epoll fd is itself readable when a file in it has news: any selector can wait for it.
         self._epoll = select.epoll()
@@ -71,19 +75,25 @@ class OomWatch:
 
     @classmethod
     def of(cls, directory: str, version: int, *, known: int = 0) -> Self:
-        """Watch a new cgroup, where the directory and the version of its memory controller are known."""
+        """Watch a new cgroup, where the directory and the version of its memory controller are known.
+
+        known: as in open(), and who opens it has them counted in.
+        """
         name = V2_EVENTS if version == 2 else V1_OOM_CONTROL
-        return cls._first([(directory, name)], since_creation=True, known=known)
+        watch = cls._first([(directory, name)], since_creation=True, known=known)
+        if watch.uncounted < 0 and watch.directory:
+            with contextlib.suppress(OSError):  # where there can be no such attribute, what is not looked for is lost
+                os.setxattr(directory, COUNTED_BEFORE, b"%d" % -watch.uncounted)
+        return watch
 
     @classmethod
     def _first(
         cls, names: Iterable[tuple[str, str]], *, since_creation: bool, uncounted: int | None = None, known: int = 0
     ) -> Self:
         for directory, name in names:
+            where = _lasting(directory) if name == V2_EVENTS else directory
             try:
-                fd = os.open(
-                    f"{_lasting(directory) if name == V2_EVENTS else directory}/{name}", os.O_RDONLY | os.O_CLOEXEC
-                )
+                fd = os.open(f"{where}/{name}", os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 continue
             with contextlib.ExitStack() as fds:
@@ -173,6 +183,13 @@ class OomWatch:
                     self._epoll.unregister(fd)
                 os.close(fd)
         self._fd = self._eventfd = -1
+
+
+def _counted_before(directory: str) -> int:
+    try:
+        return int(os.getxattr(directory, COUNTED_BEFORE)) if directory else 0
+    except OSError:
+        return 0
 
 
 def _lasting(directory: str) -> str:
