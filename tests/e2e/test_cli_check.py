@@ -18,9 +18,9 @@ from corral.api.cgroups.v1 import cgroups_pb2, cgroups_pb2_grpc
 pytestmark = needs("root", "overlayfs", "busybox", "netns")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def own(busybox_archive: Path) -> Iterator[Corrald]:
-    """A daemon that a test may damage."""
+    """A daemon that tests damage, and leave as it was."""
     with running() as daemon:
         daemon.corral("image", "import", str(busybox_archive), "--as", "busybox", check=True)
         yield daemon

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.corrald import Corrald, running
+from support.corrald import Corrald
 from support.images import Entry, busybox_layer, image_config, layer, write_docker_archive
 from support.requirements import needs
 from support.sweep import forgotten
@@ -68,17 +68,23 @@ class Arena:
         assert [line for line in self.daemon.log().splitlines() if '"level": "error"' in line] == []
 
 
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image with a layer that busybox does not have."""
+    path = tmp_path_factory.mktemp("img") / "img.tar"
+    layers = [busybox_layer(), layer([Entry("etc/more", b"more")])]
+    write_docker_archive(path, "img", layers, image_config(layers))
+    return path
+
+
 @pytest.fixture
-def arena(busybox_archive: Path, tmp_path: Path) -> Iterator[Arena]:
-    layers = [busybox_layer(), layer([Entry("etc/more", b"a layer that busybox does not have")])]
-    write_docker_archive(tmp_path / "img.tar", "img", layers, image_config(layers))
-    with running() as daemon:
-        arena = Arena(daemon, tmp_path / "img.tar")
-        arena.client.images.load(busybox_archive, name="busybox")
-        yield arena
-        arena.check()
-        for client in arena.clients:
-            client.close()
+def arena(daemon: Corrald, busybox_archive: Path, archive: Path) -> Iterator[Arena]:
+    arena = Arena(daemon, archive)
+    arena.client.images.load(busybox_archive, name="busybox")
+    yield arena
+    arena.check()
+    for client in arena.clients:
+        client.close()
 
 
 def done(answers: list[object]) -> int:
