@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.cli import eventually
 from support.corrald import Corrald, running
 from support.file_systems import loop_devices
 from support.requirements import needs
@@ -62,6 +63,7 @@ def test_what_it_wrote_is_there_when_it_runs_again_and_stats_tell_how_much_it_is
     script = "cat /kept; echo again > /kept; head -c 5000000 /dev/zero > /f; sync; exec sleep 100"
     run(box, "-d", "--name", "c", "--storage-opt", "size=64m", "busybox", "sh", "-c", script)
     try:
+        eventually(lambda: box.corral("exec", "c", "cat", "/kept").stdout == b"again\n")
         box.corral("restart", "-t", "0", "c", check=True)
         deadline = time.monotonic() + 10
         while b"again" not in box.corral("logs", "c").stdout and time.monotonic() < deadline:
