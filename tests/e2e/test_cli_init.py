@@ -3,15 +3,10 @@
 import time
 
 import pytest
+from support.cli import ok
 from support.corrald import Corrald
 
 ORPHANS = "i=0; while [ $i -lt 20 ]; do (sleep 0.01 &) ; i=$((i+1)); done; sleep 0.5; ps -o pid,ppid,stat,comm"
-
-
-def ok(box: Corrald, *args: str) -> str:
-    result = box.corral(*args)
-    assert result.returncode == 0, (args, result.stderr.decode(), box.log())
-    return result.stdout.decode()
 
 
 def test_zombies_are_reaped_and_the_program_is_not_pid_1(box: Corrald, name: str) -> None:

@@ -5,18 +5,8 @@ import os
 import subprocess
 import time
 
+from support.cli import ok, state
 from support.corrald import CORRAL, Corrald
-
-
-def ok(box: Corrald, *args: str) -> str:
-    result = box.corral(*args)
-    assert result.returncode == 0, (args, result.stderr.decode(), box.log())
-    return result.stdout.decode()
-
-
-def state(box: Corrald, name: str) -> dict[str, object]:
-    found: dict[str, object] = json.loads(ok(box, "inspect", name))[0]
-    return found
 
 
 def wait_for(box: Corrald, name: str, text: str, timeout_s: float = 10) -> str:

@@ -3,15 +3,10 @@
 import json
 from pathlib import Path
 
+from support.cli import ok
 from support.corrald import Corrald
 from support.netlab import command
 from support.requirements import needs
-
-
-def ok(box: Corrald, *args: str) -> str:
-    result = box.corral(*args)
-    assert result.returncode == 0, (args, result.stderr.decode(), box.log())
-    return result.stdout.decode()
 
 
 def address(box: Corrald, name: str) -> str:

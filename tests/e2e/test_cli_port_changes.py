@@ -5,16 +5,12 @@ import socket
 from collections.abc import Callable
 
 import pytest
+from support.cli import ok
 from support.corrald import Corrald
 from support.netlab import eventually
+from support.registry import free_port
 
 SERVE = "echo served > /tmp/f; while :; do nc -l -p 80 < /tmp/f; done"
-
-
-def ok(box: Corrald, *args: str) -> str:
-    result = box.corral(*args)
-    assert result.returncode == 0, (args, result.stderr.decode(), box.log())
-    return result.stdout.decode()
 
 
 def refused(box: Corrald, *args: str) -> str:
@@ -34,12 +30,6 @@ def serves(number: int, host: str = "127.0.0.1") -> bool:
 
 def fetched(number: int) -> Callable[[], bool]:
     return lambda: serves(number)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start(box: Corrald, name: str, *options: str) -> None:

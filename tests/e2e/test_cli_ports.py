@@ -5,15 +5,11 @@ import socket
 import time
 
 import pytest
+from support.cli import ok
 from support.corrald import Corrald
+from support.registry import free_port
 
 SERVE = "echo served > /tmp/f; while :; do nc -l -p 80 < /tmp/f; done"
-
-
-def ok(box: Corrald, *args: str) -> str:
-    result = box.corral(*args)
-    assert result.returncode == 0, (args, result.stderr.decode(), box.log())
-    return result.stdout.decode()
 
 
 def fetch(number: int, within_s: float = 10.0) -> str:
@@ -29,12 +25,6 @@ def fetch(number: int, within_s: float = 10.0) -> str:
             pass
         assert time.monotonic() < deadline, f"nobody serves on {number}"
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_published_port_serves_and_is_shown(box: Corrald, name: str) -> None:

@@ -8,6 +8,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from support.cli import ok
 from support.corrald import Corrald
 from support.requirements import needs
 
@@ -15,12 +16,6 @@ pytestmark = needs("root", "overlayfs", "busybox", "netns")
 
 CONTENT = b"a word that is found nowhere else: tuvalu-92731\n"
 WORD = b"tuvalu-92731"
-
-
-def ok(box: Corrald, *args: str, stdin: bytes | None = None) -> str:
-    result = box.corral(*args, stdin=stdin)
-    assert result.returncode == 0, (args, result.stderr.decode(), box.log())
-    return result.stdout.decode()
 
 
 @pytest.fixture

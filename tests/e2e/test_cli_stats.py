@@ -5,18 +5,13 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from support.cli import ok
 from support.corrald import Corrald
 from support.engine_fixtures import loaded
 from support.requirements import needs
 
 __all__ = ["loaded"]
 pytestmark = needs("root", "overlayfs", "busybox")
-
-
-def ok(box: Corrald, *args: str) -> str:
-    result = box.corral(*args)
-    assert result.returncode == 0, (args, result.stderr.decode(), box.log())
-    return result.stdout.decode()
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,11 @@
 from pathlib import Path
 
 import pytest
+from support.cli import ok
 from support.corrald import Corrald
 from support.requirements import needs
 
 pytestmark = needs("root", "overlayfs", "busybox", "netns")
-
-
-def ok(box: Corrald, *args: str, stdin: bytes | None = None) -> str:
-    result = box.corral(*args, stdin=stdin)
-    assert result.returncode == 0, (args, result.stderr.decode(), box.log())
-    return result.stdout.decode()
 
 
 @pytest.mark.parametrize(("streams", "shown"), [(("stdout",), (b"out\n", b"")), (("STDERR",), (b"", b"err\n"))])

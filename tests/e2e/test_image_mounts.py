@@ -6,17 +6,12 @@ import signal
 from pathlib import Path
 
 import pytest
+from support.cli import ok
 from support.corrald import Corrald
 from support.images import Entry, image_config, layer, symlink, write_docker_archive
 from support.requirements import needs
 
 pytestmark = needs("root", "overlayfs", "busybox", "netns")
-
-
-def ok(box: Corrald, *args: str) -> str:
-    result = box.corral(*args)
-    assert result.returncode == 0, (args, result.stderr.decode(), box.log())
-    return result.stdout.decode()
 
 
 @pytest.fixture(scope="module")

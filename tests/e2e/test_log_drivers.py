@@ -7,11 +7,12 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from support.cli import eventually, ok
 from support.corrald import Corrald, running
 from support.requirements import needs
 
@@ -42,12 +43,6 @@ def box(busybox_archive: Path, journal: Path) -> Iterator[Corrald]:
         yield daemon
 
 
-def ok(box: Corrald, *args: str) -> str:
-    result = box.corral(*args)
-    assert result.returncode == 0, (args, result.stderr.decode(), box.log())
-    return result.stdout.decode()
-
-
 def refused(box: Corrald, *args: str) -> str:
     result = box.corral("run", "-d", "--name", "refused", *args, "busybox", "true")
     assert result.returncode == 125, result
@@ -61,13 +56,6 @@ def listening(path: Path, kind: socket.SocketKind = socket.SOCK_DGRAM) -> socket
     server.bind(os.fspath(path))
     server.settimeout(10)
     return server
-
-
-def eventually(check: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not check():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.02)
 
 
 def test_each_line_is_a_message_of_syslog_with_priority_and_tag(box: Corrald, name: str, tmp_path: Path) -> None:

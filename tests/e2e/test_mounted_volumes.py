@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.cli import ok
 from support.corrald import Corrald, running
 from support.images import write_busybox
 from support.requirements import needs
@@ -20,10 +21,6 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Corrald]:
     with running() as daemon:
         daemon.corral("load", "-i", str(archive), check=True)
         yield daemon
-
-
-def ok(box: Corrald, *args: str) -> str:
-    return box.corral(*args, check=True).stdout.decode()
 
 
 def create(box: Corrald, name: str, **options: str) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from support.cli import ok
 from support.corrald import Corrald
 from support.requirements import needs
 
@@ -22,19 +23,6 @@ def box(busybox_archive) -> Iterator[Corrald]:
         daemon.start()
         daemon.corral("image", "import", str(busybox_archive), "--as", "busybox", check=True)
         yield daemon
-
-
-@pytest.fixture
-def name(request: pytest.FixtureRequest, box: Corrald) -> Iterator[str]:
-    chosen = f"t-{abs(hash(request.node.nodeid)) % 10**8}"
-    yield chosen
-    box.corral("rm", "-f", chosen)
-
-
-def ok(box: Corrald, *words: str) -> str:
-    result = box.corral(*words)
-    assert result.returncode == 0, result.stderr.decode()
-    return result.stdout.decode()
 
 
 def told(box: Corrald, name: str) -> list[dict[str, object]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.cli import ok
 from support.corrald import Corrald
 from support.images import Entry, busybox_layer, directory, image_config, layer, symlink, write_oci_archive
 
@@ -17,12 +18,6 @@ MAKE = (
 )
 SHOW = "cd /data && stat -c '%n %u:%g %a' . one sub sub/two && readlink link && cat sub/two"
 SHOWN = ". 1000:1001 750\none 1000:1001 4711\nsub 1000:1001 755\nsub/two 1000:1001 644\none\ntwo\n"
-
-
-def ok(box: Corrald, *args: str) -> str:
-    result = box.corral(*args)
-    assert result.returncode == 0, (args, result.stderr.decode(), box.log())
-    return result.stdout.decode()
 
 
 @pytest.fixture
