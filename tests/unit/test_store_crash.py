@@ -88,10 +88,10 @@ def test_nothing_reported_is_lost_over_many_kills(tmp_path: Path):
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
+    """A file system of 8 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "corral-test", str(disk)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8M", "corral-test", str(disk)], check=True)
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 

@@ -14,6 +14,8 @@ from corral.kernel.fallocate import reserve
 LOG_BYTES = 512 << 10
 # Beyond the end. SQLite cuts this off at every checkpoint.
 FILE_BYTES = 128 << 10
+LARGEST_SHARE = 32
+"""Of what is free: a small disk is there for what it is to hold."""
 
 
 class Room:
@@ -25,12 +27,14 @@ class Room:
 
     def keep(self) -> None:
         """Ask for what is missing; where there is none, things are as they were."""
+        disk = os.fstatvfs(self._file)
+        most = disk.f_bavail * disk.f_frsize // LARGEST_SHARE
         with suppress(OSError):
-            reserve(self._file, os.fstat(self._file).st_size + FILE_BYTES)
+            reserve(self._file, os.fstat(self._file).st_size + min(FILE_BYTES, most))
         with suppress(OSError):
             log = os.open(self._log, os.O_RDWR | os.O_CLOEXEC)
             try:
-                reserve(log, LOG_BYTES)
+                reserve(log, min(LOG_BYTES, most))
             finally:
                 os.close(log)
 
