@@ -19,6 +19,7 @@ import pytest
 from corral.images.store import uninterrupted
 from corral.rpc.address import TcpAddress, UnixAddress
 from corral.rpc.farewell import AWAY_WITHIN_S, cut
+from corral.rpc.handover import close_unclaimed, take_back
 from corral.rpc.server import Host
 
 METHOD = "/corral.test.v1.Doing/Do"
@@ -86,6 +87,8 @@ async def hand_over(host: Host, *, grace_s: float = 5) -> None:
     await host.hand_over(places, grace_s=grace_s)
     for place in places.values():
         place.close()
+    take_back()
+    close_unclaimed()  # those at ports
 
 
 async def stop(host: Host) -> None:

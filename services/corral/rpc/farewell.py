@@ -4,7 +4,7 @@
     send_away          if somebody else is to serve, and no call is left inside: GOAWAY to each whom nothing is on its
                        way to. It says that no call without an answer was begun, so any gRPC client makes these again,
                        by a new connection
-    cut                who could not be told (TCP, which may have TLS), does not read or has not hung up in time
+    cut                who could not be told (TLS), does not read or has not hung up in time
     server.stop()      finds nobody
 
 The order matters. A server that has begun to stop throws away each call that it has not taken up by then, and those
@@ -25,9 +25,10 @@ import struct
 import termios
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 # A program of classic BPF, which takes no byte of any packet. Source: linux/filter.h, BPF_RET | BPF_K.
 TAKE_NOTHING = array("B", struct.pack("HBBI", 0x06, 0, 0, 0))
@@ -48,6 +49,14 @@ type Name = str | int
 """Of a connection's own end: the path that its listening socket was bound to, or the port."""
 
 
+class Place(NamedTuple):
+    """Where a socket listens."""
+
+    family: int
+    name: Any
+    v6_only: bool
+
+
 @dataclass(frozen=True, slots=True)
 class _Stream:
     """A descriptor of gRPC's, which may close it at any time. It is not copied: that would fail where there are as many
@@ -66,14 +75,13 @@ class _Stream:
 
 
 async def send_away(names: Collection[Name], others: Callable[[], Collection[int]] = tuple) -> None:
-    """Have who is connected to unix sockets of those names call somebody else, who is to be found there already;
-    returns when they have hung up, or the time is over."""
+    """Have who is connected, without TLS, to sockets of those names call somebody else, who is to be found there
+    already; returns when they have hung up, or the time is over."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + AWAY_WITHIN_S
     looks: Counter[_Stream] = Counter()
     until: dict[_Stream, float] = {}
-    paths = [name for name in names if isinstance(name, str)]
-    while left := {each for each in _streams(paths, others()) if loop.time() < until.get(each, deadline)}:
+    while left := {each for each in _streams(names, others()) if loop.time() < until.get(each, deadline)}:
         for each in left - until.keys():
             with suppress(OSError), each.borrowed() as connection:  # it has hung up
                 looks[each] = 0 if _count(connection, termios.TIOCOUTQ) else looks[each] + 1
@@ -94,8 +102,7 @@ async def cut(names: Collection[Name], others: Callable[[], Collection[int]] = t
 
     others: the inodes of sockets of such names that are not gRPC's but lead to it, and end with that.
     """
-    for listening in _streams(names, others(), listening=True):
-        _take_no_more(listening)
+    take_no_more(names, others)
     await _cut_when_quiet(_streams(names, others()))
     for each in _streams(names, others()):  # who came through the door meanwhile, or never was quiet
         _end(each)
@@ -132,13 +139,28 @@ def _count(connection: socket.socket, request: int) -> int:
     return int(count)
 
 
-def _take_no_more(each: _Stream) -> None:
+def share(port: int) -> Sequence[Place]:
+    """Let other sockets of this user listen at it, too, beside ours; returns where those do. Raises OSError."""
+    places = []
+    for each in _streams([port], (), listening=True):
+        with each.borrowed() as listening:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            places.append(Place(listening.family, listening.getsockname(), _is_v6_only(listening)))
+    return places
+
+
+def _is_v6_only(stream: socket.socket) -> bool:
+    return stream.family == socket.AF_INET6 and bool(stream.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
+
+
+def take_no_more(names: Collection[Name], others: Callable[[], Collection[int]] = tuple) -> None:
     """Of TCP, where nothing can be put in its place: who connects now is heard by whoever listens a second later, when
     the kernel tries again. A listening socket that is shut down gRPC would log as an error."""
-    with suppress(OSError), each.borrowed() as listening:  # the server of latecomers may have ended
-        if listening.family in (socket.AF_INET, socket.AF_INET6):
-            address, _ = TAKE_NOTHING.buffer_info()
-            listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, address))
+    for each in _streams(names, others(), listening=True):
+        with suppress(OSError), each.borrowed() as listening:  # the server of latecomers may have ended
+            if listening.family in (socket.AF_INET, socket.AF_INET6):
+                address, _ = TAKE_NOTHING.buffer_info()
+                listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, address))
 
 
 def _streams(names: Collection[Name], others: Collection[int], *, listening: bool = False) -> set[_Stream]:

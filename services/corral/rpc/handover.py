@@ -5,6 +5,8 @@
     execve   the plain socket's descriptor, and those of the locks, are inherited
     after    gRPC's new socket is put in its place; the bytes of those who wait are passed on to it
 
+At a TCP port, where nothing can be put in another's place, a plain socket listens beside gRPC's (corral.rpc.ports).
+
 gRPC takes no socket that is there already. So the connections of those who waited lead through here; a server of their
 own asks them to come again after a moment, at the real socket, which clients do between two calls.
 """
@@ -14,7 +16,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -182,12 +184,15 @@ def make_waiting(path: Path) -> socket.socket:
     return waiting
 
 
+type Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
 class Latecomers:
     """Connections that waited, passed on to where a server listens. Use from one event loop."""
 
-    def __init__(self, waiting: Sequence[socket.socket], to: str) -> None:
-        """`waiting`: taken over. `to`: a path that connect(2) takes."""
-        self._to = to
+    def __init__(self, waiting: Sequence[socket.socket], connect: Callable[[], Awaitable[Streams]]) -> None:
+        """`waiting`: taken over. `connect`: to the server."""
+        self._connect = connect
         self._waiting = waiting
         self._relays: set[asyncio.Task[None]] = set()
         self.inodes: set[int] = set()
@@ -239,15 +244,21 @@ class Latecomers:
 
     async def _relay(self, connection: socket.socket) -> None:
         with suppress(OSError):
-            reader, writer = await asyncio.open_unix_connection(sock=connection)
+            reader, writer = await _streams_of(connection)
             try:
-                theirs, ours = await asyncio.open_unix_connection(self._to)
+                theirs, ours = await self._connect()
                 try:
                     await _first_way(_pass_on(reader, ours), _pass_on(theirs, writer))
                 finally:
                     ours.close()
             finally:
                 writer.close()
+
+
+async def _streams_of(connection: socket.socket) -> Streams:
+    if connection.family == socket.AF_UNIX:
+        return await asyncio.open_unix_connection(sock=connection)
+    return await asyncio.open_connection(sock=connection)
 
 
 async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

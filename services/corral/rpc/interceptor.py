@@ -108,7 +108,7 @@ class Gate:
         until the connection ends: how it ends has any client make it again (corral.rpc.farewell), an answer only those
         who know us. Returns at once where it does not."""
         task = asyncio.current_task()
-        if error is self._refusal and error.reason == UNSERVED and context.peer().startswith("unix:") and task:
+        if error is self._refusal and error.reason == UNSERVED and _may_be_sent_away(context) and task:
             self._forget(task)
             await asyncio.get_running_loop().create_future()
 
@@ -144,6 +144,14 @@ class Gate:
                 while self.inside:
                     self._left.clear()
                     await self._left.wait()
+
+
+def _may_be_sent_away(context: _Context) -> bool:
+    """Whether its connection is one that a word of ours can be written into: not one within this process, nor TLS."""
+    peer = context.peer()
+    if peer.startswith(("ipv4:", "ipv6:")):
+        return b"ssl" not in context.auth_context().get("transport_security_type", ())
+    return peer.startswith("unix:")
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):

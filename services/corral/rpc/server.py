@@ -4,7 +4,7 @@
     stop             ->  each in reverse: shut its gate, let its calls end (grace), cancel the rest, stop()
                          ->  connections ended (corral.rpc.farewell)  ->  close
     hand_over        ->  calls that are inside end (grace), while others are served as ever
-                         ->  a waiting socket in the place of ours  ->  as stop
+                         ->  a waiting socket in the place of ours, or beside it (corral.rpc.ports)  ->  as stop
 
 Composers come after the leaves they call, so while a composer drains its leaves still answer.
 """
@@ -16,6 +16,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from corral.rpc.errors import FailedPrecondition
 from corral.rpc.farewell import Name, cut, send_away
 from corral.rpc.handover import Latecomers, hidden, make_waiting
 from corral.rpc.interceptor import CallInterceptor, Gate
+from corral.rpc.ports import Ports
 from corral.rpc.service import Service
 
 log = structlog.get_logger()
@@ -42,7 +44,6 @@ HEALTH_SERVICE = "grpc.health.v1.Health"
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),  # two daemons must not share a port silently
 )
 SOCKET_MODE = 0o660
 # Only root connects to the socket of latecomers: this process.
@@ -83,7 +84,10 @@ class Host:
         """`services` in the order in which they start: leaves first. Needs a running event loop."""
         gates: dict[str, Gate] = {}
         self._interceptor = CallInterceptor(gates)
-        self._server = local.Recorder(grpc.aio.server(interceptors=[self._interceptor], options=OPTIONS))
+        self._ports = Ports()
+        # Else two daemons would share a port silently.
+        options = (*OPTIONS, ("grpc.so_reuseport", int(self._ports.are_shared)))
+        self._server = local.Recorder(grpc.aio.server(interceptors=[self._interceptor], options=options))
         self._hosted = []
         for service in services:
             gate = Gate()
@@ -99,6 +103,8 @@ class Host:
         self._targets: list[Target] = []
         self._sockets: dict[Path, int] = {}  # with the inode of each
         self._names: list[Name] = []
+        self._secure: set[Name] = set()
+        """Of those, where TLS is spoken."""
         self._late: asyncio.Task[None] | None = None
         self._latecomers: Latecomers | None = None
 
@@ -121,6 +127,7 @@ class Host:
         await self._health.set("", NOT_SERVING)
         bound = [self._bind(address, tls, socket_group) for address in addresses]
         await self._server.start()
+        self._ports.serve([name for name in self._names if isinstance(name, int)])
         self._take_late(waiting)
         local.announce(map(str, bound), self)
         try:
@@ -160,13 +167,16 @@ class Host:
 
     async def hand_over(self, waiting: Mapping[Path, socket.socket], *, grace_s: float) -> None:
         """stop(), for somebody who will listen at the same addresses: connections to unix sockets wait for it in
-        make_places(), which is `waiting`. While the calls that are inside now end, within `grace_s`, nobody is
-        refused."""
+        make_places(), which is `waiting`, those to ports likewise. While the calls that are inside now end, within
+        `grace_s`, nobody is refused."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + grace_s
         overdue = await self._end_of_calls(grace_s)
         for path in waiting:
             hidden(path).rename(path)
+        for name in self._names:
+            if isinstance(name, int):
+                self._ports.wait(name)
         await self._stop_services(max(deadline - loop.time(), NEW_CALLS_S), upgrading=True, overdue=overdue)
         await self._leave(followed=True)
 
@@ -201,9 +211,10 @@ class Host:
         if self._latecomers is not None:
             self._latecomers.stop_accepting()
         if followed and not self._has_calls():
-            await send_away(self._names, self._relayed)
+            await send_away([name for name in self._names if name not in self._secure], self._relayed)
         await cut(self._names, self._relayed)
         await self._stop_late()
+        await self._ports.close()
         await self._server.stop(LAST_CALLS_S)
         for target in self._targets:
             target.close()
@@ -213,7 +224,7 @@ class Host:
         return any(gate.visiting for gate in (self._interceptor.own_gate, *(hosted.gate for hosted in self._hosted)))
 
     def _relayed(self) -> Collection[int]:
-        return self._latecomers.inodes if self._latecomers is not None else ()
+        return self._ports.inodes | (self._latecomers.inodes if self._latecomers is not None else set())
 
     def _take_late(self, waiting: Sequence[socket.socket]) -> None:
         if waiting and self._sockets:
@@ -232,7 +243,7 @@ class Host:
             server.add_insecure_port(target.name)
         name = target.name.removeprefix("unix:")
         self._names.append(name)
-        latecomers = self._latecomers = Latecomers(waiting, name)
+        latecomers = self._latecomers = Latecomers(waiting, partial(asyncio.open_unix_connection, name))
         try:
             await server.start()
             await latecomers.gone()
@@ -292,6 +303,8 @@ class Host:
         except RuntimeError as e:
             raise FailedPrecondition(f"cannot listen on {address}: is the port in use?") from e
         self._names.append(port)
+        if tls is not None:
+            self._secure.add(port)
         return TcpAddress(address.host, port)
 
 
