@@ -30,11 +30,11 @@ class Room:
         disk = os.fstatvfs(self._file)
         most = disk.f_bavail * disk.f_frsize // LARGEST_SHARE
         with suppress(OSError):
-            reserve(self._file, os.fstat(self._file).st_size + min(FILE_BYTES, most))
+            reserve(self._file, os.fstat(self._file).st_size, min(FILE_BYTES, most))
         with suppress(OSError):
             log = os.open(self._log, os.O_RDWR | os.O_CLOEXEC)
             try:
-                reserve(log, min(LOG_BYTES, most))
+                reserve(log, 0, min(LOG_BYTES, most))
             finally:
                 os.close(log)
 
