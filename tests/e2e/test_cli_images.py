@@ -1,10 +1,12 @@
 """`corral image`, with archives good and bad."""
 
+import contextlib
 import gzip
 import io
 import json
 import subprocess
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -212,20 +214,16 @@ def used(root: Path) -> int:
     )
 
 
-class running_on_small_disk:  # noqa: N801 - used as a function
+@contextlib.contextmanager
+def running_on_small_disk() -> Iterator[Corrald]:
     """A daemon whose data root is a tmpfs of one mebibyte and a half."""
-
-    def __enter__(self) -> Corrald:
-        self.daemon = Corrald()
-        self.daemon.root.mkdir(parents=True)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1536k", "corral-test", self.daemon.root], check=True)
-        self.daemon.start()
-        return self.daemon
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self.daemon.stop()
-        subprocess.run(["umount", self.daemon.root], check=True)
-        self.daemon.close()
+    with Corrald() as daemon:
+        daemon.root.mkdir(parents=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1536k", "corral-test", daemon.root], check=True)
+        daemon.start()
+        yield daemon
+        daemon.stop()
+        subprocess.run(["umount", daemon.root], check=True)
 
 
 def test_gzip_and_zstd_layers(box: Corrald, tmp_path: Path) -> None:
