@@ -258,8 +258,12 @@ class Shim:
 
     def _start_exec(self, process: ContainerProcess) -> Message:
         self._exec(process)
-        self._keeper.keep(process, self.streams(process.exec_id))
+        self.loop.call_later(0, lambda: self._have_kept(process))  # once the reply is out
         return {"pid": process.pid, "start_time": process.start_time}
+
+    def _have_kept(self, process: ContainerProcess) -> None:
+        if process.exit is None:
+            self._keeper.keep(process, self.streams(process.exec_id))
 
     def _exec(self, process: ContainerProcess) -> None:
         container = self._running()
