@@ -32,15 +32,16 @@ def stay(channel: ChildEnd, program: Program) -> NoReturn:
     """
     program = programs.filtered(program)
     signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
-    process.set_name(_NAME)  # before there is a child: where one may have run, has_begun() must say so
+    # All this before there is a child: where one may have run, has_begun() must say so, and it may look at once.
+    process.set_name(_NAME)
+    set_title((_NAME, "--", *program.args))  # not where the host keeps what
+    if os.getuid() != 0:  # what an execve takes away
+        sets = program.capabilities
+        capabilities.set_process(effective=sets.ambient, permitted=sets.ambient, inheritable=sets.inheritable)
     pid, _ = process.clone(0)
     if pid == 0:
         _become(channel, program)
     channel.close()
-    if os.getuid() != 0:  # what an execve would have taken away, the program's has
-        sets = program.capabilities
-        capabilities.set_process(effective=sets.ambient, permitted=sets.ambient, inheritable=sets.inheritable)
-    set_title((_NAME, "--", *program.args))  # not where the host keeps what
     process.close_fds(range(3))
     while True:
         number = signal.sigwait(signal.valid_signals())
