@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PROTOS := $(shell find protos -name '*.proto' | sort)
 
-.PHONY: setup generate check test test-e2e test-engine test-crashes test-images test-registries test-cli test-network test-contracts test-kernel test-shims test-unit test-vm test-vm-drivers test-vm-network test-vm-cgroups test-vm-systemd test-vm-power demo bench crash-test clean
+.PHONY: setup generate check test test-e2e test-engine test-crashes test-images test-registries test-cli test-network test-contracts test-kernel test-shims test-unit test-vm test-vm-drivers test-vm-network test-vm-cgroups test-vm-systemd test-vm-power test-boxed oom-rounds demo bench crash-test clean
 
 # Installs what is needed by name and creates .venv; running it again changes nothing.
 setup:
@@ -73,6 +73,14 @@ test-vm-cgroups: setup
 	$(VM) --timeout 3600 $(IN_VM) $(VM_CGROUPS) || [ $$? -eq 77 ]
 test-vm-systemd: setup
 	$(VM) --timeout 3600 --systemd $(IN_VM) $(VM_SYSTEMD) || [ $$? -eq 77 ]
+# Under a systemd in namespaces of this host, with its cgroups, which may be v1: a minute or two.
+BOXED := $(PY) tests/vm/boxed.py --
+test-boxed: setup
+	$(BOXED) $(PY) -m pytest -p no:cacheprovider $(PYTEST_ARGS) tests/e2e/test_systemd_driver.py || [ $$? -eq 77 ]
+# A hundred times each: who ran out of memory is told right.
+oom-rounds: setup
+	$(PY) tests/vm/oom_rounds.py
+	$(BOXED) $(PY) tests/vm/oom_rounds.py --driver systemd || [ $$? -eq 77 ]
 test-vm-power: setup
 	$(PY) tests/vm/power_loss.py || [ $$? -eq 77 ]
 

@@ -3,7 +3,8 @@
     .venv/bin/python tests/vm/boxed.py [--timeout S] -- COMMAND [ARGUMENT…]
 
 It sees the host's files, but has processes, cgroups, /run and a network of its own, and all of it ends with it. The
-command's output comes through, and its exit status is ours; 124: no end in time; 125: it did not come to the command.
+command's output comes through, and its exit status is ours; 77: there is cgroup v2 alone, for which there is run.py, or
+no systemd; 124: no end in time; 125: it did not come to the command.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+SYSTEMD = "/usr/lib/systemd/systemd"
 TARGET = "[Unit]\nRequires=sysinit.target\nWants=corral-box.service dbus.socket\n"
 SERVICE = """\
 [Unit]
@@ -65,7 +67,7 @@ for unit in {masked}; do ln -s /dev/null {run}/run/systemd/system/$unit; done
 mount --move {run}/run /run
 mount --bind /dev/null /etc/fstab
 ip link set lo up
-exec env -i container=corral PATH="$PATH" /usr/lib/systemd/systemd --unit=corral-box.target --show-status=no \\
+exec env -i container=corral PATH="$PATH" {systemd} --unit=corral-box.target --show-status=no \\
     --log-target=console systemd.unified_cgroup_hierarchy=0 SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1
 """
 
@@ -84,6 +86,9 @@ def main() -> int:
     parser.add_argument("command", nargs="+")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if not Path(SYSTEMD).exists() or not any(hierarchy.kind == "cgroup" for hierarchy in _hierarchies()):
+        print("skipped: there is cgroup v2 alone, or no systemd", file=sys.stderr)
+        return 77
     name = f"corral-box-{os.getpid()}"
     with tempfile.TemporaryDirectory(prefix=f"{name}-", dir="/var/tmp") as run, _cgroups(name) as cgroups:
         _prepare(Path(run), arguments.command)
@@ -132,7 +137,9 @@ def _prepare(run: Path, words: list[str]) -> None:
              for where, kind, options in _hierarchies()]  # fmt: skip
     for name in ("cgroup", "run"):
         (run / name).mkdir()
-    (run / "init").write_text(INIT.format(run=run, hierarchies="\n".join(again), masked=" ".join(MASKED)))
+    (run / "init").write_text(
+        INIT.format(run=run, hierarchies="\n".join(again), masked=" ".join(MASKED), systemd=SYSTEMD)
+    )
     passed = [f"{name}={value}" for name, value in os.environ.items() if name in ("PATH", "HOME") or "CORRAL" in name]
     command = shlex.join(["env", *passed, *words])
     (run / "command").write_text(COMMAND.format(cwd=shlex.quote(str(Path.cwd())), command=command))

@@ -30,11 +30,12 @@ from corral.api.engine.v1 import engine_pb2 as pb
 from corral.api.types.v1 import types_pb2
 from corral.api.types.v1.types_pb2 import ExitStatus, MemoryResources, Resources
 from corral.kernel.cgroup import Kind, detect
+from corral.rpc.errors import CorralError
 
 HOG = "tail /dev/zero"
 LIMIT = 16 << 20
 COUNTED = {"task.oom": "kills", "cgroup.oom": "oom_kills"}
-TOLD_S = 5.0 * PATIENCE
+TOLD_S, ROUND_S = 5.0 * PATIENCE, 30.0 * PATIENCE
 
 
 class SlicePlace(PlaceOn):
@@ -157,8 +158,12 @@ async def rounds(engine: EngineClient, told: Told, kind: str, number: int, at_on
         nonlocal wrong
         for each in left:
             round_ = Round(engine, told)
-            await KINDS[kind](round_)
+            try:
+                await asyncio.wait_for(KINDS[kind](round_), ROUND_S)
+            except (TimeoutError, CorralError) as e:
+                round_.wrong.append(repr(e))
             await round_.over()
+            print(".", end="", file=sys.stderr, flush=True)
             if round_.wrong:
                 wrong += 1
                 print(f"  {kind} {each}: {'; '.join(round_.wrong)}", flush=True)
