@@ -213,6 +213,25 @@ async def test_a_zygote_that_gets_stuck_is_replaced(rootfs: Path):
                 await tasks.delete(task_id, force=True)
 
 
+async def test_a_shim_that_does_not_answer_keeps_nobody_else_waiting_at_a_start(rootfs: Path):
+    with Corrald(services=("tasks",), settings={"tasks": {"shim_timeout_s": 600}}) as daemon:
+        async with serving(daemon, rootfs) as tasks:
+            stuck, other = await tasks.run("sleep", "1000"), await tasks.run("sleep", "1000")
+            shim_pid = (await tasks.get(stuck)).shim_pid
+            daemon.kill9()
+        os.kill(shim_pid, signal.SIGSTOP)
+        async with serving(daemon, rootfs) as tasks:
+            await tasks.delete(other, force=True)
+            assert (await tasks.get(stuck)).status == pb.STATUS_RUNNING
+            ending = asyncio.ensure_future(tasks.kill(stuck, signal.SIGKILL))
+            await asyncio.sleep(0.2)
+            assert not ending.done()
+            os.kill(shim_pid, signal.SIGCONT)
+            await ending
+            assert (await tasks.wait(stuck)).code == 137
+            await tasks.delete(stuck)
+
+
 async def test_a_killed_shim_has_an_heir(own_daemon: Corrald, rootfs: Path):
     """Clients stay attached, no byte and no exit is lost, execs go on, and the next one works."""
     async with serving(own_daemon, rootfs) as tasks:

@@ -12,7 +12,7 @@ row without bundle      lost, with the reason
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,6 +40,8 @@ log = structlog.get_logger()
 
 AT_ONCE = 32
 KILL_S = 10.0
+# How long nobody is served because of what is found out at a start.
+START_S = 5.0
 # After a failure of the disk.
 RETRY_S = 1.0
 # The zygote inherits the processes of a shim that was killed, and writes the exit in its place within this.
@@ -75,7 +77,8 @@ class Recovery:
         self._heirs = Heirs(database, ends, spawner)
 
     async def recover_all(self) -> None:
-        """Take over what an earlier process left; nothing else may happen before this is done."""
+        """Take over what an earlier process left. What takes long, as where a shim does not answer, goes on afterwards:
+        who wants that very task waits for it."""
         for stored in self._database.read_sync(store.load):
             bundle = self._bundles.of(stored.task.key)
             self._registry.add(Task(stored.task, bundle, [Process(row) for row in stored.processes]))
@@ -83,23 +86,29 @@ class Recovery:
         strays = await run_blocking(self._bundles.found) - {task.row.key for task in tasks}
         turn = asyncio.Semaphore(AT_ONCE)
 
-        async def in_turn(work: Coroutine[Any, Any, None]) -> None:
+        async def in_turn(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
             async with turn:
-                await work
+                await work()
 
-        async with asyncio.TaskGroup() as group:
-            for task in tasks:
-                task.unsettle()
-                group.create_task(in_turn(self._recover(task)))
-            for key in strays:
-                group.create_task(in_turn(self._remove_stray(key)))
+        for task in tasks:
+            task.unsettle()
+        works = [partial(self._recover, task) for task in tasks] + [partial(self._remove_stray, key) for key in strays]
+        running = [self._registry.until_stopped(in_turn(work)) for work in works]
+        late = 0
+        if running:
+            done, left = await asyncio.wait(running, timeout=START_S)
+            late = len(left)
+            for each in done:
+                each.result()
         await run_blocking(self._bundles.empty_trash)
-        log.info("tasks.recovered", tasks=len(tasks), removed=len(strays))
+        log.info("tasks.recovered", tasks=len(tasks), removed=len(strays), late=late)
 
     async def _remove_stray(self, key: TaskKey) -> None:
         """A creation that was cut short, or a deletion that has only its files left to remove."""
         try:
-            await undo(self._bundles.of(key), timeout_s=UNDO_S)
+            async with self._registry.alone(key):
+                if key not in self._registry:
+                    await undo(self._bundles.of(key), timeout_s=UNDO_S)
         except (CorralError, OSError) as e:
             log.error("bundle.not_removed", namespace=key.namespace, container_id=key.id, error=str(e))
 

@@ -75,12 +75,13 @@ class Registry:
         task.add_done_callback(self._done)
         return task
 
-    def until_stopped(self, work: Coroutine[Any, Any, None]) -> None:
+    def until_stopped(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run beside all else; stop() ends it where it is."""
         task = asyncio.create_task(work)
         self._until_stopped.add(task)
         task.add_done_callback(self._until_stopped.discard)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._background.discard(task)
