@@ -17,7 +17,7 @@ from support.requirements import needs
 
 from corral.kernel.namespaces import Kind
 from corral.kernel.syscalls import MACHINE
-from corral.oci import crossing, defaults
+from corral.oci import attendance, channel, crossing, defaults, join_calls
 from corral.oci.channel import ParentEnd
 from corral.oci.runtime import Container, Stdio
 from corral.oci.spec import Action, Capabilities, Mount, Namespace, Seccomp, SeccompSyscall, Spec
@@ -185,6 +185,32 @@ def test_an_exec_that_is_guided_from_its_birth_does_nothing_that_is_forbidden(la
     for _ in range(3):
         assert lab.exec(container, "/bin/true", "", no_new_privileges=no_new_privileges).code == 0
     assert met == [SMALL] * 3
+
+
+@pytest.mark.parametrize("by_calls", [True, False])
+def test_who_has_taken_its_end_of_the_channel_holds_up_nobody(lab, monkeypatch, by_calls):
+    """As pidfd_getfd(2) gives it to who may trace."""
+    container = lab.create(lab.spec("/bin/sleep", "60"), rootfs=HOSTS_ROOT)
+    container.start()
+    taken: list[int] = []
+
+    def make(original=channel.make_pair):
+        pair = original()
+        taken.append(os.dup(pair[1].fileno()))
+        return pair
+
+    for module in (attendance, join_calls):
+        monkeypatch.setattr(module, "make_pair", make)
+    try:
+        for _ in range(2):
+            if not by_calls:
+                container.sightings.clear()
+            assert lab.exec(container, "/bin/true", "").code == 0
+        assert bool(container.files) is by_calls
+        assert len(taken) == 2
+    finally:
+        for fd in taken:
+            os.close(fd)
 
 
 @pytest.mark.parametrize("denied", ["setsid", "clone"])

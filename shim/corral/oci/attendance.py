@@ -67,6 +67,24 @@ def patience(pidfd: int, limit_s: float) -> Callable[[], None]:
     return check
 
 
+class Executed(Exception):
+    """A process has become its program, whatever is heard of it."""
+
+
+def until_executed(pid: int, started: int, patient: Callable[[], None]) -> Callable[[], None]:
+    """What to ask instead, of a process that was born no program of its own: raises Executed once it has become one.
+
+    Who may trace it can have taken its end of the channel (pidfd_getfd(2)), which then is not closed by that.
+    """
+
+    def check() -> None:
+        if process.has_executed(pid, started):
+            raise Executed
+        patient()
+
+    return check
+
+
 def _is_stopped(pidfd: int) -> bool:
     try:
         return os.waitid(os.P_PIDFD, pidfd, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
@@ -162,15 +180,22 @@ def _kill(pidfd: int) -> int | None:
     return result.si_status if result else None
 
 
-def await_exec(parent: ParentEnd, handle: ProcessHandle, limit_s: float, *, by_child: bool = False) -> None:
+def await_exec(
+    parent: ParentEnd, handle: ProcessHandle, limit_s: float, *, by_child: bool = False, joined: bool = False
+) -> None:
     """Return once a process that was told to start has executed its program; EndedEarly if it was killed before.
 
     Both close the channel. Of somebody else's child, which may be reaped by then, the kernel tells little more than
     what ended it (Linux 6.15): SIGKILL is taken for what came before the program. Else raises as wait_for_exec().
 
-    by_child: it is a child of the process that executes the program, of which nothing more is known.
+    by_child: it is a child of the process that executes the program, of which nothing more is known. joined: others
+    may hold the channel, and it is the successor of another one, not yet any program.
     """
-    parent.wait_for_exec(patience(handle.pidfd, limit_s))
+    patient = patience(handle.pidfd, limit_s)
+    try:
+        parent.wait_for_exec(until_executed(handle.pid, handle.start_time, patient) if joined else patient)
+    except Executed:
+        return
     if by_child:
         return
     executed = process.has_executed(handle.pid, handle.start_time)

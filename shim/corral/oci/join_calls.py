@@ -29,7 +29,15 @@ from corral.kernel.seccomp import Filter
 from corral.kernel.sequence import MACHINES, RESULT, SCRATCH, Argument, Call, How, Words, image
 from corral.kernel.syscalls import AT_FDCWD, MACHINE
 from corral.oci import program as programs
-from corral.oci.attendance import ProcessHandle, heeded, kill_and_reap, patience, reap_predecessor
+from corral.oci.attendance import (
+    Executed,
+    ProcessHandle,
+    heeded,
+    kill_and_reap,
+    patience,
+    reap_predecessor,
+    until_executed,
+)
 from corral.oci.cgroups import Membership
 from corral.oci.channel import START, EndedEarly, ParentEnd, make_pair
 from corral.oci.crossing import sealed
@@ -175,9 +183,9 @@ def _executed(parent: ParentEnd, pid: int, pidfd: int) -> ProcessHandle | None:
         start_time = process.start_time(pid)
         parent.send_start()
         try:
-            parent.receive_number(pid, patience(pidfd, SETUP_S))
-        except EndedEarly:
-            if process.has_executed(pid, start_time) is False:
+            parent.receive_number(pid, until_executed(pid, start_time, patience(pidfd, SETUP_S)))
+        except (EndedEarly, Executed) as e:
+            if isinstance(e, EndedEarly) and process.has_executed(pid, start_time) is False:
                 raise
             parent.close()
             return ProcessHandle(pid, pidfd, start_time, None)

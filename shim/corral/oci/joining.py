@@ -155,6 +155,6 @@ def _execute(parent: ParentEnd, handle: ProcessHandle) -> None:
         with heeded(parent, handle.pidfd):
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is gone: what follows finds out why
                 parent.send_start()
-            await_exec(parent, handle, SETUP_S)
+            await_exec(parent, handle, SETUP_S, joined=True)
         undo.pop_all()
     parent.close()
