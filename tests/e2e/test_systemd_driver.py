@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.cgroups import eventually
-from support.corrald import PATIENCE, Corrald, Place, running
+from support.corrald import PATIENCE, Corrald, PlaceOn, running
 from support.requirements import needs
 
 from corral.kernel.cgroup import Cgroup, Driver, Kind, PidsLimits, Resources, detect, open_driver
@@ -28,8 +28,8 @@ OTHER_SLICE = "corraltest-web.slice"
 HOG_WHEN_TOLD = "rm -f /go; until [ -e /go ]; do sleep 0.1; done; exec tail /dev/zero"
 
 
-class SlicePlace(Place):
-    """One whose containers are below a slice."""
+class SlicePlace(PlaceOn):
+    """One whose containers are below a slice; its data where a virtual machine has a disk."""
 
     @property
     def cgroup_parent(self) -> str:
@@ -41,8 +41,8 @@ def systemctl(*words: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def box(busybox_archive: Path) -> Iterator[Corrald]:
-    place = SlicePlace.make()
+def box(busybox_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Corrald]:
+    place = SlicePlace.make_on(tmp_path_factory.mktemp("data"))
     slice_ = f"{place.tag}.slice"
     settings = {"cgroups": {"driver": "systemd", "parent": slice_, "pids": ENGINE_PIDS}}
     try:
