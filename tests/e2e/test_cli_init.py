@@ -81,3 +81,14 @@ def test_the_programs_user_and_filter_are_its_own(box: Corrald, name: str) -> No
 def test_pid_1_is_behind_the_filter_too(box: Corrald) -> None:
     fields = ok(box, "run", "--rm", "--init", "busybox", "cat", "/proc/1/status", "/proc/self/status")
     assert fields.count("Seccomp:\t2") == 2
+
+
+def test_the_programs_capabilities_open_it_what_they_open_without_init(box: Corrald, name: str) -> None:
+    """Execve looks at the file with the capabilities that come before it, which pid 1 must not take away too soon."""
+    ok(box, "run", "--name", name, "busybox", "sh", "-c", "mkdir -m 700 /own && cp /bin/busybox /own/true")
+    ok(box, "commit", name, f"{name}:own")
+    program = ("run", "--rm", "-u", "1000", f"{name}:own", "/own/true")
+    plain, beside = box.corral(*program), box.corral(program[0], "--init", *program[1:])
+    assert (beside.returncode, beside.stderr) == (plain.returncode, plain.stderr)
+    assert plain.returncode == 0, plain.stderr
+    ok(box, "image", "rm", f"{name}:own")

@@ -30,19 +30,23 @@ def stay(channel: ChildEnd, program: Program) -> NoReturn:
 
     Raises what keeps the child from being born; what keeps it from its program it reports itself.
     """
+    waits, goes = os.pipe()
     program = programs.filtered(program)
     signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
-    # All this before there is a child: where one may have run, has_begun() must say so, and it may look at once.
+    # Before there is a child: where one may have run, has_begun() must say so, and it may look at once.
     process.set_name(_NAME)
     set_title((_NAME, "--", *program.args))  # not where the host keeps what
-    if os.getuid() != 0:  # what an execve takes away
-        sets = program.capabilities
-        capabilities.set_process(effective=sets.ambient, permitted=sets.ambient, inheritable=sets.inheritable)
     pid, _ = process.clone(0)
     if pid == 0:
+        os.close(goes)
+        os.read(waits, 1)  # until nobody holds the other end
+        os.close(waits)
         _become(channel, program)
+    if os.getuid() != 0:  # what an execve would have taken away; the child needs it until its own
+        sets = program.capabilities
+        capabilities.set_process(effective=sets.ambient, permitted=sets.ambient, inheritable=sets.inheritable)
     channel.close()
-    process.close_fds(range(3))
+    process.close_fds(range(3))  # goes as well: the child may look
     while True:
         number = signal.sigwait(signal.valid_signals())
         if number == signal.SIGCHLD:
