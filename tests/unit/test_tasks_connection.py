@@ -3,10 +3,11 @@
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from corral.rpc.errors import FailedPrecondition, Internal, InvalidArgument, NotFound
 from corral.shim.wire import Channel, Message, encode
@@ -105,6 +106,26 @@ async def test_a_peer_that_goes_away_fails_what_is_asked_and_is_told_once(pair: 
         await connection.request("y", {})
     assert closed == [True]
     assert not connection.is_open
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_the_last_words_of_a_peer_that_leaves_a_request_unread_are_heard_and_so_is_its_end(run: Callable[..., None]):
+    """uvloop calls a reader once more, and no more than that, for a socket with an error: here ECONNRESET."""
+
+    async def last_words() -> None:
+        sock, theirs = socket.socketpair()
+        events: list[Message] = []
+        connection = Connection(sock, on_event=events.append)
+        asked = connection.request("x", {})
+        theirs.sendall(encode({"event": "a"}))
+        Channel(theirs).send({"event": "b"}, (2,))  # the kernel ends a receive at descriptors
+        theirs.close()
+        with pytest.raises(ConnectionLostError):
+            await asyncio.wait_for(asked, 10)
+        assert events == [{"event": "a"}, {"event": "b"}]
+        assert not connection.is_open
+
+    run(last_words())
 
 
 @pytest.mark.parametrize("nonsense", [b"\xff\xff\xff\xff", b"\0\0\0\2[]", b"\0\0\0\1{"])

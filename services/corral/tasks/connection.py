@@ -123,9 +123,12 @@ class Connection:
         self._fail_replies("closed")
 
     def _readable(self) -> None:
+        # All there is: of a peer that ended with a request unread the loop tells once (ECONNRESET, which uvloop takes
+        # for the end of all), and what it said before that lies in front of its end.
         try:
-            for message in self._channel.receive():
-                self._dispatch(message)
+            while self.is_open:
+                for message in self._channel.receive():
+                    self._dispatch(message)
         except BlockingIOError:
             return
         except (EOFError, ProtocolError) as e:
