@@ -89,6 +89,12 @@ def test_json_escapes_what_looks_like_a_seam(text: str) -> None:
     assert decoded == [f"{text}\n"] * 2
 
 
+def test_lines_are_not_made_shorter_by_being_no_text() -> None:
+    """Else a log of any size could hold any number of them."""
+    framed = logs.json_lines(b"\0\xff\n" + b"\n" * 1000, "stdout", TIME, True)
+    assert framed.count(b"\n") == 1001
+
+
 def test_of_lines_that_are_no_utf8_the_others_stay_text() -> None:
     framed = logs.json_lines(b"a\r\xc3\xbc\n\xff\xfe\nb\n", "stdout", TIME, True)
     entries = [json.loads(line) for line in framed.split(b"\n")[:-1]]
@@ -98,7 +104,8 @@ def test_of_lines_that_are_no_utf8_the_others_stay_text() -> None:
 
 
 def test_what_is_no_text_is_kept_byte_for_byte() -> None:
-    for group, whole in ((b"\0\xff\n\xfe\n", True), (bytes(range(256)), False), (bytes(logs.PIECE_LIMIT), False)):
+    lines = b"\0\xff\n" + b"\xfe" * 200 + b"\n"
+    for group, whole in ((lines, True), (bytes(range(256)), False), (bytes(logs.PIECE_LIMIT), False)):
         (framed,) = logs.json_lines(group, "stderr", TIME, whole, attrs=',"attrs":{"a":"b"}').splitlines()
         entry = json.loads(framed)
         assert (entry["log"], base64.b64decode(entry["data"])) == ("", group)

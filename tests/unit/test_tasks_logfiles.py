@@ -185,9 +185,10 @@ def test_tail_counts_a_line_in_pieces_as_one(tmp_path: Path, driver: str):
 
 def test_tail_counts_the_lines_of_what_is_no_text(tmp_path: Path, driver: str):
     log = FileLog(LogFile(str(tmp_path / "log"), max_size=0, max_files=1), driver)
-    log.write("stdout", b"first\n\0second\n\0\xff\nlast\n\0torn")
+    lines = [b"first\n", b"\0" * 500 + b"\n", b"\0\xff\n", b"last\n", b"\0torn"]
+    log.write("stdout", b"".join(lines))
     log.close()
-    for count, wanted in ((1, [b"\0torn"]), (3, [b"\0\xff\n", b"last\n", b"\0torn"])):
+    for count, wanted in ((count, lines[5 - count :]) for count in range(6)):
         files = opened(tmp_path, driver, Selection(BOTH, tail=count))
         assert b"".join(entry.line for entry in read_all(files)).removesuffix(b"\n") == b"".join(wanted)
         files.close()

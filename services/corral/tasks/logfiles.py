@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from corral.tasks.entries import Entry, Parse, Selection
 
@@ -37,13 +38,14 @@ class LogFiles:
         self._path, self._max_files, self._parse, self._selection = path, max_files, parse, selection
         self._files: deque[_File] = deque()
         self._last: tuple[int, int] | None = None
-        self._tail: list[Entry] = []
+        self._passed_over = 0
+        """Entries of the next line that do not count."""
         self.is_past = False
         try:
             self._open_new()
             self._skip_old()
-            if selection.tail is not None:
-                self._tail = self._find_tail(selection.tail)
+            if selection.tail is not None and self._files:
+                self._go_to_tail(selection.tail)
         except BaseException:
             self.close()
             raise
@@ -53,9 +55,6 @@ class LogFiles:
 
         Once an entry was later than `until`, is_past is set and there is nothing more to come.
         """
-        if self._tail:
-            tail, self._tail = self._tail, []
-            return tail, False
         while not self.is_past:
             if not self._files:
                 self._open_new()
@@ -128,7 +127,9 @@ class LogFiles:
 
     def _selected(self, lines: list[bytes]) -> list[Entry]:
         entries = []
-        for entry in (entry for line in lines for entry in self._parse(line)):
+        found = (entry for line in lines for entry in self._parse(line))
+        passed_over, self._passed_over = self._passed_over, 0
+        for entry in islice(found, passed_over, None):
             if self._selection.is_past(entry):
                 self.is_past = True
                 break
@@ -136,31 +137,39 @@ class LogFiles:
                 entries.append(entry)
         return entries
 
-    def _find_tail(self, count: int) -> list[Entry]:
-        """The last `count` selected lines, pieces included; reading goes on after them."""
-        found: deque[Entry] = deque()
-        lines = 0
-        for entry in self._backwards():
-            if self._selection.is_before(entry):
-                break
-            if not self._selection.has(entry):
-                continue
-            if not entry.partial or not found:  # the end of a line, or of one that is not complete yet
-                lines += 1
-            if lines > count:
-                break
-            found.appendleft(entry)
-        while len(self._files) > 1:
+    def _go_to_tail(self, count: int) -> None:
+        """Go to where the last `count` selected lines begin, pieces of one included."""
+        found = self._tail_begins(count)
+        last = len(self._files) - 1
+        number, offset, self._passed_over = found or (last, _end_of_last_line(self._files[last]), 0)
+        for _ in range(number):
             os.close(self._files.popleft().fd)
-        return list(found)
+        self._files[0].offset = offset
 
-    def _backwards(self) -> Iterator[Entry]:
-        """Every entry there is, the newest first. Afterwards each file is at its end."""
-        for file in self._files:
-            file.offset = _end_of_last_line(file)
-        for file in reversed(self._files):
-            for line in _lines_backwards(file.fd, file.offset):
-                yield from reversed(self._parse(line))
+    def _tail_begins(self, count: int) -> tuple[int, int, int] | None:
+        """Which file's which line, and which entry of that; None: behind all that there is."""
+        found, lines = None, 0
+        for number, offset, line in self._backwards():
+            entries = self._parse(line)
+            for index in reversed(range(len(entries))):
+                entry = entries[index]
+                if self._selection.is_before(entry):
+                    return found
+                if not self._selection.has(entry):
+                    continue
+                if not entry.partial or found is None:  # the end of a line, or of one that is not complete yet
+                    lines += 1
+                if lines > count:
+                    return found
+                found = number, offset, index
+        return found
+
+    def _backwards(self) -> Iterator[tuple[int, int, bytes]]:
+        """Every line there is, the newest first: in which file and where it begins."""
+        for number in reversed(range(len(self._files))):
+            file = self._files[number]
+            for offset, line in _lines_backwards(file.fd, _end_of_last_line(file)):
+                yield number, offset, line
 
 
 def _open(name: str) -> _File:
@@ -184,13 +193,17 @@ def _end_of_last_line(file: _File) -> int:
     return 0
 
 
-def _lines_backwards(fd: int, end: int) -> Iterator[bytes]:
-    """The lines before `end`, which is behind a newline, the last one first."""
+def _lines_backwards(fd: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """The lines before `end`, which is behind a newline, the last one first, each with where it begins."""
     end -= 1 if end else 0
     rest = b""  # the end of a line whose beginning is in an earlier block
     while end > 0:
         start = max(0, end - BLOCK)
         lines = (os.pread(fd, end - start, start) + rest).split(b"\n")
+        offset = end + len(rest)
         rest = lines.pop(0) if start else b""
-        yield from reversed(lines)
+        for line in reversed(lines):
+            offset -= len(line)
+            yield offset, line
+            offset -= 1
         end = start

@@ -32,6 +32,7 @@ type Format = Callable[[bytes, StreamName, str, bool], bytes]
 
 PIECE_LIMIT = 16 << 10
 _LONGEST_UTF8 = 4
+_FEWEST_BYTES_A_LINE = 64  # of a group that is one entry: however much is kept, its lines are bounded
 _MARK, _ESCAPED_MARK = "\x01", "\\u0001"
 _SURROGATE = "\ud800"
 _PLAIN = frozenset(range(0x20, 0x7F)) - frozenset(b'"\\') | frozenset(b"\n")
@@ -84,7 +85,7 @@ def json_lines(group: bytes, stream: StreamName, timestamp: str, whole: bool, *,
     attrs: a member, and the comma before it, that each line has.
     """
     tail = f',"stream":"{stream}"{attrs},"time":"{timestamp}"}}\n'
-    if b"\0" in group:
+    if b"\0" in group and group.count(b"\n") * _FEWEST_BYTES_A_LINE <= len(group):
         return _no_text(group, tail)
     try:
         return _text(group, tail, whole)
