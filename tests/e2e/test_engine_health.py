@@ -125,6 +125,47 @@ async def test_a_user_who_stops_it_has_the_last_word(engine: EngineClient, sick_
     await engine.delete(id_, force=True)
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
+async def test_a_pause_in_the_middle_of_a_probe_is_no_failure(engine: EngineClient, goes_on: bool) -> None:
+    hangs_once = "test -e /tmp/probed || { touch /tmp/probed; sleep 1000; }"
+    probe = check(hangs_once, timeout=Duration(seconds=2), retries=1)
+    action = pb.ContainerConfig.HEALTH_ACTION_KILL
+    id_ = await engine.run("sleep", "1000", name="frozen", healthcheck=probe, health_on_failure=action)
+    while (await engine.exec(id_, "test", "-e", "/tmp/probed"))[0] != 0:
+        await asyncio.sleep(0.05)
+    await engine.containers.Pause(pb.PauseContainerRequest(container=id_))
+    if not goes_on:
+        await asyncio.sleep(3)  # the probe's time is over, and that of waiting for it
+        found = await engine.get(id_)
+        assert (found.status, found.health.state) == (pb.STATUS_PAUSED, pb.Health.STATE_STARTING)
+        assert list(found.health.log) == []
+    await engine.containers.Resume(pb.ResumeContainerRequest(container=id_))
+    well = await until(engine, id_, lambda c: c.health.state == pb.Health.STATE_HEALTHY)
+    assert {probe.exit_code for probe in well.health.log} == {0}
+    assert (await engine.topics_of(id_, prefix="container.checked")) == ["container.checked"]
+    await engine.delete(id_, force=True)
+
+
+@pytest.mark.parametrize("by_itself", [False, True])
+async def test_the_end_of_a_container_is_no_failure_of_the_probe_that_it_ends(
+    engine: EngineClient, by_itself: bool
+) -> None:
+    program = "sh", "-c", "while ! test -e /tmp/enough; do sleep 0.05; done"
+    probe = check("touch /tmp/probed; sleep 5", retries=1, timeout=Duration(seconds=10))
+    id_ = await engine.run(*program, name="ending", healthcheck=probe)
+    while (await engine.exec(id_, "test", "-e", "/tmp/probed"))[0] != 0:
+        await asyncio.sleep(0.05)
+    if by_itself:
+        await engine.exec(id_, "touch", "/tmp/enough")
+        await engine.wait(id_)
+    else:
+        await engine.stop(id_, timeout_s=0)
+    await asyncio.sleep(0.5)
+    assert await engine.topics_of(id_, prefix="container.checked") == []
+    assert list((await engine.get(id_)).health.log) == []
+    await engine.delete(id_, force=True)
+
+
 async def test_nonsense_is_refused(engine: EngineClient) -> None:
     with pytest.raises(InvalidArgument, match="health check"):
         await engine.create("true", healthcheck=Healthcheck(test=["whatever"]))

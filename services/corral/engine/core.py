@@ -171,6 +171,8 @@ class Core:
     on_stays_ended: Callable[[ContainerRecord], None] = lambda _: None
     # Called with the record of a container that was just started.
     on_start: Callable[[ContainerRecord], None] = lambda _: None
+    # Called with the key of one that is paused now, under its lock.
+    on_pause: Callable[[Key], None] = lambda _: None
     # As on_start, for one of whose start nobody knew.
     on_found_running: Callable[[ContainerRecord], None] = lambda _: None
     # Called with the record of one that was made again by its policy, and then not started: somebody died.

@@ -49,6 +49,10 @@ class Checks:
         self._watching: dict[Key, asyncio.Task[None]] = {}
         self._asked: dict[Key, tuple[pb.ContainerConfig, tasks_pb2.ProbeRequest]] = {}
         """What was run last, and in what; of a container without secrets, which may be others the next time."""
+        self._paused: set[Key] = set()
+        """Those that were, since their newest probe began."""
+        self._acting: set[Key] = set()
+        """Those that something is done about."""
 
     def of(self, record: ContainerRecord) -> pb.Health | None:
         """What is known of a container; None if it has no health check, or never ran while this daemon did."""
@@ -74,9 +78,15 @@ class Checks:
         run = self._core.get(*key)  # whether a user's stop came before it is known from the row alone
         self._watching[key] = self._core.background.spawn_endless(self._watch(run, rules, at_once=at_once))
 
+    def on_pause(self, key: Key) -> None:
+        """A container is paused: what probes it now has its time pass, and nothing to answer."""
+        if key in self._watching:
+            self._paused.add(key)
+
     def _forget(self, key: Key) -> None:
         self._verdicts.pop(key, None)
         self._asked.pop(key, None)
+        self._paused.discard(key)
         if (watching := self._watching.pop(key, None)) is not None:
             watching.cancel()
 
@@ -111,23 +121,30 @@ class Checks:
                     await tasks.DeleteExec(tasks_pb2.DeleteExecRequest(id=record.id, exec_id=left.id, force=True))
 
     async def _probe(self, record: ContainerRecord, rules: Rules, *, run: ContainerRecord) -> None:
+        key = (record.namespace, record.id)
         since_start_s, started_ns = _age_s(record), time.time_ns()
+        self._paused.discard(key)
         try:
             code, output = await self._run(record, rules)
         except (Unavailable, ResourceExhausted, Unimplemented):
             return  # tasks is away, not upgraded yet, or has no room to make one: that says nothing of the container
         except CorralError as e:
-            if self._core.get(record.namespace, record.id).status is not Status.RUNNING:
+            if e.reason == "NOT_RUNNING":
                 return
             code, output = 1, e.message
-        key = (record.namespace, record.id)
+        async with self._core.locks.of(key):  # no pause is half done
+            now = self._core.get(*key)
+            if now.status is not Status.RUNNING or now.started_ns != record.started_ns or key in self._paused:
+                return
         before = self._verdicts[key]
         probe = Probe(started_ns, time.time_ns(), code, output)
         after = self._verdicts[key] = before.after(probe, rules, since_start_s=since_start_s)
         if after.state != before.state:
             await self._tell(record, after)
-            if after.state == pb.Health.STATE_UNHEALTHY:
-                self._core.background.spawn(self._act(record, run))
+        if after.state == pb.Health.STATE_UNHEALTHY and key not in self._acting:
+            self._acting.add(key)
+            acting = self._core.background.spawn(self._act(record, run))
+            acting.add_done_callback(lambda _: self._acting.discard(key))
 
     async def _run(self, record: ContainerRecord, rules: Rules) -> tuple[int, str]:
         """One probe: its exit code, and the beginning of its output."""
@@ -166,7 +183,7 @@ class Checks:
     async def _act(self, record: ContainerRecord, run: ContainerRecord) -> None:
         """What the container is to suffer for being unhealthy. A kill is one that its restart policy sees.
 
-        A run that is over, or that a user stops, suffers nothing.
+        A run that is over or paused, or that a user stops, suffers nothing. The next failure may tell otherwise.
         """
         with in_namespace(record.namespace), suppress(NotFound):
             try:

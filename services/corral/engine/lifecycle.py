@@ -342,10 +342,10 @@ class Lifecycle:
             self._core.on_exit(now)
 
     async def goes_on(self, run: ContainerRecord) -> bool:
-        """Whether this run of a container is not over, nor has a user begun to stop it since `run` was read."""
+        """Whether this run is not over, nor paused, nor has a user begun to stop it since `run` was read."""
         async with self._core.locks.of((run.namespace, run.id)):
             now = self._core.get(run.namespace, run.id)
-            same = now.status in ALIVE and now.started_ns == run.started_ns
+            same = now.status is Status.RUNNING and now.started_ns == run.started_ns
             return same and now.stopped_by_user == run.stopped_by_user
 
     async def kill(self, reference: str, *, signal: str, everything: bool) -> None:
@@ -377,7 +377,9 @@ class Lifecycle:
             require_alive(record, "paused")
             await self._core.leaves.cgroups.Freeze(FreezeRequest(id=record.id))
             failpoint("engine.pause.after_freeze")
-            return await self._set_paused(record, Status.PAUSED, passing=passing)
+            paused = await self._set_paused(record, Status.PAUSED, passing=passing)
+            self._core.on_pause((record.namespace, record.id))
+            return paused
 
     async def resume(self, reference: str) -> ContainerRecord:
         """Let a paused container go on."""

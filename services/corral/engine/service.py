@@ -111,6 +111,7 @@ class EngineService:
         execs = Execs(core)
         checks = Checks(core, lifecycle, execs)
         core.on_start = checks.on_start
+        core.on_pause = checks.on_pause
         core.on_found_running = lambda record: checks.on_start(record, at_once=True)
         views, networking, publishing = Views(core, checks), Networking(core), Publishing(core)
         self._containers.serve(
