@@ -105,13 +105,24 @@ async def test_what_cannot_be_run_says_why(tasks: TaskClient, running: str) -> N
         await probe(tasks, "nosuchtask", "true")
 
 
-async def test_whoever_asked_may_leave_and_it_is_journalled_all_the_same(tasks: TaskClient, running: str) -> None:
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.2):
-            await probe(tasks, running, "sh", "-c", "sleep 0.5; exit 9")
+async def test_it_ends_with_whoever_asked_and_is_journalled_all_the_same(tasks: TaskClient, running: str) -> None:
+    asked = asyncio.ensure_future(probe(tasks, running, "sleep", "5004"))
+    pid = await began(tasks, running, "5004")
+    asked.cancel()
+    await until_gone(pid)
     async with asyncio.timeout(10):
-        while await told(tasks, running) != [("started", "p", None), ("exited", "p", 9)]:  # noqa: ASYNC110
+        while await told(tasks, running) != [("started", "p", None), ("exited", "p", 137)]:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
+
+
+async def test_what_its_container_took_along_is_told_from_what_ended_otherwise(tasks: TaskClient, running: str) -> None:
+    assert (await probe(tasks, running, "sh", "-c", "kill -9 $$")).exit.code == 137
+    asked = asyncio.ensure_future(probe(tasks, running, "sleep", "5005"))
+    await began(tasks, running, "5005")
+    os.kill((await tasks.get(running)).pid, signal.SIGKILL)
+    with pytest.raises(FailedPrecondition, match="it has ended") as caught:
+        await asked
+    assert caught.value.reason == "NOT_RUNNING"
 
 
 async def test_it_ends_with_the_service_and_with_its_shim(tasks: TaskClient, running: str) -> None:
@@ -129,8 +140,16 @@ async def test_it_ends_with_the_service_and_with_its_shim(tasks: TaskClient, run
     with pytest.raises(Unavailable):
         await second
     await until_gone(pid)
-    assert (await probe(tasks, running, "true")).exit.code == 0  # by the heir
+    assert (await _once_settled(tasks, running)).exit.code == 0  # by the heir
     assert await told(tasks, running) == [("started", "p", None), ("exited", "p", 0)]
+
+
+async def _once_settled(tasks: TaskClient, task_id: str) -> pb.ProbeResponse:
+    async with asyncio.timeout(10):
+        while True:
+            with contextlib.suppress(Unavailable):
+                return await probe(tasks, task_id, "true")
+            await asyncio.sleep(0.02)
 
 
 async def test_a_stop_does_not_wait_for_one(tasks: TaskClient, running: str) -> None:
@@ -158,11 +177,20 @@ async def _as_any_other(tasks: TaskClient) -> None:
     assert (ran.exit.code, ran.exit.timed_out, ran.output) == (137, True, "before\n")
     with pytest.raises(NotFound, match='"nosuchprogram"'):
         await probe(tasks, running, "nosuchprogram")
+    asked = asyncio.ensure_future(probe(tasks, running, "sleep", "5006"))
+    pid = await began(tasks, running, "5006")
+    asked.cancel()
+    await until_gone(pid)
+    async with asyncio.timeout(10):
+        while (await tasks.get(running)).execs:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
     assert await told(tasks, running) == [
         ("started", "p", None),
         ("exited", "p", 4),
         ("started", "p", None),
         ("exited", "p", 137),
         ("exited", "p", 127),
+        ("started", "p", None),
+        ("exited", "p", 137),
     ]
     assert not (await tasks.get(running)).execs

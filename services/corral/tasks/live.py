@@ -269,5 +269,10 @@ async def told(error: Exception, task: Task) -> Exception:
     The caller holds no process's lock: an end is written under it.
     """
     if isinstance(error, Unavailable | Referenced) and await task.init.has_ended(within_s=JUST_ENDED_S):
-        return FailedPrecondition(f"container {task.row.key.id} is not running: it has ended", reason="NOT_RUNNING")
+        return has_ended(task)
     return error
+
+
+def has_ended(task: Task) -> FailedPrecondition:
+    """What to tell who wanted it running."""
+    return FailedPrecondition(f"container {task.row.key.id} is not running: it has ended", reason="NOT_RUNNING")

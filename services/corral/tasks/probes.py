@@ -1,17 +1,18 @@
 """Processes that are run to their end, for their exit and the beginning of their output: health checks, say.
 
 They come again and again, so one costs its shim one request and this service one transaction. Nobody can attach to it,
-wait for it or find it again: it is in no row, and ends with its shim or with the connection to it. Of one whose end was
-not seen the journal has nothing.
+wait for it or find it again: it is in no row, and ends with whoever asked for it, its shim or the connection to that.
+Of one whose end was not seen the journal has nothing.
 
 A shim that an earlier version has started does not know how to: there it is an exec as any other.
 """
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from signal import SIGKILL
 from typing import Any
 
 import structlog
@@ -23,7 +24,7 @@ from corral.tasks import store
 from corral.tasks.attach import Attachment, Wanted
 from corral.tasks.execs import Execs, NewExec
 from corral.tasks.lifecycle import Tasks, not_executed
-from corral.tasks.live import Task, told
+from corral.tasks.live import JUST_ENDED_S, Task, has_ended, told
 from corral.tasks.model import Exit, ProcessRow, TaskKey
 from corral.tasks.shim import Ran, Shim
 
@@ -52,34 +53,57 @@ class Probes:
         self._tasks = tasks
         self._execs = execs
         self._database = database
-        self._running: set[asyncio.Task[Ran]] = set()
+        self._running: set[asyncio.Task[Any]] = set()
 
     async def run(self, key: TaskKey, probe: NewProbe) -> Ran:
-        """How it ended, once it has. Raises as Execs.create() and Tasks.start(), and Unavailable."""
+        """How it ended, once it has. Raises as Execs.create() and Tasks.start(), and Unavailable.
+
+        FailedPrecondition also if it ended with its container, which says nothing of it.
+        """
         task = await self._execs.running(key)
+        ran = await self._ran(task, probe)
+        how = ran.exit
+        was_killed = how.signal == SIGKILL and not how.timed_out and not how.oom
+        if was_killed and await task.init.has_ended(within_s=JUST_ENDED_S):  # the kernel ends init last
+            raise has_ended(task)
+        return ran
+
+    async def _ran(self, task: Task, probe: NewProbe) -> Ran:
         shim = task.connected()
         if shim.runs:
+            new = probe.process
+            asked: Message = {**new.fields, "process": {**await task.inherited(), **new.process}}
             try:
-                return await self._to_its_end(self._run(task, shim, probe))
+                return await self._to_its_end(
+                    self._run(task, shim, probe, asked), lambda: shim.kill(new.exec_id, SIGKILL, everything=False)
+                )
             except Unimplemented:
                 shim.runs = False
-        return await self._to_its_end(self._by_steps(task, probe))
+        key, exec_id = task.row.key, probe.process.exec_id
+        return await self._to_its_end(self._by_steps(task, probe), lambda: self._execs.delete(key, exec_id, force=True))
 
-    async def _to_its_end(self, work: Coroutine[Any, Any, Ran]) -> Ran:
-        """Also if nobody waits for it any more: it is journalled all the same."""
+    async def _to_its_end(self, work: Coroutine[Any, Any, Ran], end: Callable[[], Coroutine[Any, Any, None]]) -> Ran:
+        """Also if nobody waits for it any more, which is then end()ed: it is journalled all the same."""
+        running = self._begin(work)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            self._begin(end())
+            raise
+
+    def _begin[T](self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         running = asyncio.create_task(work)
         self._running.add(running)
         running.add_done_callback(self._ended)
-        return await asyncio.shield(running)
+        return running
 
-    def _ended(self, running: asyncio.Task[Ran]) -> None:
+    def _ended(self, running: asyncio.Task[Any]) -> None:
         self._running.discard(running)
         if not running.cancelled():
             running.exception()  # whoever waits is told of it
 
-    async def _run(self, task: Task, shim: Shim, probe: NewProbe) -> Ran:
+    async def _run(self, task: Task, shim: Shim, probe: NewProbe, asked: Message) -> Ran:
         new = probe.process
-        asked: Message = {**new.fields, "process": {**await task.inherited(), **new.process}}
         row = ProcessRow(task=task.row.key, exec_id=new.exec_id, args=new.args)
         try:
             ran = await shim.run(new.exec_id, asked, timeout_ns=probe.timeout_ns, output_bytes=probe.output_bytes)

@@ -159,8 +159,9 @@ class TasksServicer:
 
     def Probe(self, request, context):
         """Runs a process in a running container, and answers once it has ended, or its time is over and it was killed. It is
-        no exec that other calls know, and ends with its shim, or this service; its start and its end are journalled
-        together. Errors as Exec's and Start's; UNAVAILABLE if it is not known how it ended.
+        no exec that other calls know, and is killed when its caller, its shim or this service goes away; its start and its
+        end are journalled together. Errors as Exec's and Start's; UNAVAILABLE if it is not known how it ended,
+        FAILED_PRECONDITION with reason "NOT_RUNNING" also if its container's end was its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -51,8 +51,9 @@ class TasksStub:
     Exec: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.ExecRequest, _tasks_pb2.ExecResponse]
     Probe: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.ProbeRequest, _tasks_pb2.ProbeResponse]
     """Runs a process in a running container, and answers once it has ended, or its time is over and it was killed. It is
-    no exec that other calls know, and ends with its shim, or this service; its start and its end are journalled
-    together. Errors as Exec's and Start's; UNAVAILABLE if it is not known how it ended.
+    no exec that other calls know, and is killed when its caller, its shim or this service goes away; its start and its
+    end are journalled together. Errors as Exec's and Start's; UNAVAILABLE if it is not known how it ended,
+    FAILED_PRECONDITION with reason "NOT_RUNNING" also if its container's end was its own.
     """
     Kill: _grpc.UnaryUnaryMultiCallable[_tasks_pb2.KillRequest, _tasks_pb2.KillResponse]
     """FAILED_PRECONDITION if the process has ended."""
@@ -99,8 +100,9 @@ class TasksAsyncStub(TasksStub):
     Exec: _aio.UnaryUnaryMultiCallable[_tasks_pb2.ExecRequest, _tasks_pb2.ExecResponse]  # type: ignore[assignment]
     Probe: _aio.UnaryUnaryMultiCallable[_tasks_pb2.ProbeRequest, _tasks_pb2.ProbeResponse]  # type: ignore[assignment]
     """Runs a process in a running container, and answers once it has ended, or its time is over and it was killed. It is
-    no exec that other calls know, and ends with its shim, or this service; its start and its end are journalled
-    together. Errors as Exec's and Start's; UNAVAILABLE if it is not known how it ended.
+    no exec that other calls know, and is killed when its caller, its shim or this service goes away; its start and its
+    end are journalled together. Errors as Exec's and Start's; UNAVAILABLE if it is not known how it ended,
+    FAILED_PRECONDITION with reason "NOT_RUNNING" also if its container's end was its own.
     """
     Kill: _aio.UnaryUnaryMultiCallable[_tasks_pb2.KillRequest, _tasks_pb2.KillResponse]  # type: ignore[assignment]
     """FAILED_PRECONDITION if the process has ended."""
@@ -168,8 +170,9 @@ class TasksServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_tasks_pb2.ProbeResponse, _abc.Awaitable[_tasks_pb2.ProbeResponse]]:
         """Runs a process in a running container, and answers once it has ended, or its time is over and it was killed. It is
-        no exec that other calls know, and ends with its shim, or this service; its start and its end are journalled
-        together. Errors as Exec's and Start's; UNAVAILABLE if it is not known how it ended.
+        no exec that other calls know, and is killed when its caller, its shim or this service goes away; its start and its
+        end are journalled together. Errors as Exec's and Start's; UNAVAILABLE if it is not known how it ended,
+        FAILED_PRECONDITION with reason "NOT_RUNNING" also if its container's end was its own.
         """
 
     @_abc_1.abstractmethod
