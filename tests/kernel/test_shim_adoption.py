@@ -3,12 +3,13 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from shimclient import Shim, Workshop, connect, read_to_end, read_until, wait_gone, workshop
+from shimclient import Shim, Workshop, connect, process, read_to_end, read_until, wait_gone, workshop
 from support.requirements import needs
 
 pytestmark = needs("root", "busybox")
@@ -31,6 +32,21 @@ def streams_of(shim: Shim, exec_id: str) -> dict[str, int]:
                 names = reply["streams"]
                 return dict(zip(names, shim.peer.channel.take_fds(len(names)), strict=True))
             shim.peer.inbox.append(message)
+
+
+def test_who_does_not_read_is_not_told_that_an_exec_has_no_stdin(shop: Workshop) -> None:
+    shim = shop.run("sleep", "100")
+    peer, begin = connect(shim.bundle), {"op": "exec", "start": True, "stdin": True, "process": process("cat")}
+    for _ in range(1000):  # more answers than its socket takes
+        peer.send({"id": 1, "op": "state"})
+    peer.send({"id": 2, "exec": "e", **begin})
+    while not shim.state()["execs"]:
+        time.sleep(0.005)
+    while (answer := peer.receive())["id"] != 2:
+        pass
+    assert isinstance(answer["ok"], dict)
+    assert answer["ok"].keys() == {"pid", "start_time"}
+    peer.close()
 
 
 class Keeper:

@@ -15,7 +15,7 @@ from corral.rpc.errors import FailedPrecondition, NotFound
 from corral.shim.wire import Channel, Message, encode
 from corral.tasks.identity import Identity
 from corral.tasks.model import Exit
-from corral.tasks.shim import Shim
+from corral.tasks.shim import Begun, Shim
 
 RECORDINGS = Path(__file__).parents[1] / "kernel" / "recordings"
 PID, START_TIME = 4242, 77
@@ -106,6 +106,25 @@ async def test_the_daemon_of_today_understands_what_an_older_shim_says(name: str
         ("e1", 3, None, True),
         ("", 0, None, True),
     ]
+
+
+async def test_streams_that_a_shim_does_not_tell_of_are_not_none():
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(10)
+    shim = Shim(ours, timeout_s=10)
+    kept: list[object] = []
+    shim.streams("e1", kept.append)
+    begun = asyncio.ensure_future(shim.exec("e1", {"start": True}))
+    await asyncio.sleep(0)
+    channel, asked = Channel(theirs), []
+    while len(asked) < 4:
+        asked.extend(channel.receive())
+    theirs.sendall(encode({"id": asked[2]["id"], "ok": {}}))
+    theirs.sendall(encode({"id": asked[3]["id"], "ok": {"pid": 1, "start_time": 2}}))
+    assert await begun == Begun(Identity(1, 2), None)
+    assert kept == []
+    shim.close()
+    theirs.close()
 
 
 async def test_what_an_older_shim_does_not_know_is_done_without():

@@ -88,7 +88,10 @@ class Runs:
             return e
         failpoint("tasks.exec.after_shim")
         if begun.identity is not None:
-            process.keep(begun.streams)
+            if begun.streams is None:  # it had more to send than was read
+                shim.streams(process.row.exec_id, process.keep)
+            else:
+                process.keep(begun.streams)
             await process.mark_started(self._database, begun.identity, time.time_ns())
         return None
 

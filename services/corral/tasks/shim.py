@@ -45,10 +45,10 @@ class StateReport:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """An exec that runs, if it has an identity, with copies of its streams, which are the caller's."""
+    """An exec that runs, if it has an identity, with copies of its streams, which are the caller's, if any are told."""
 
     identity: Identity | None
-    streams: dict[str, int]
+    streams: dict[str, int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +120,14 @@ class Shim:
         await self._ask("adopt", {"exec": exec_id, **fields}, fds)
 
     def streams(self, exec_id: str, then: Callable[[dict[str, int]], None]) -> None:
-        """Ask for copies of a process's streams; `then` owns them. Without an answer it is not called."""
+        """Ask for copies of a process's streams; `then` owns them. It is not called if none are told."""
         reply = self._connection.request("streams", {"exec": exec_id})
 
         def came(reply: asyncio.Future[Message]) -> None:
             if not reply.cancelled() and reply.exception() is None:
                 streams = reply.result().get("streams")
-                then(streams if isinstance(streams, dict) else {})
+                if isinstance(streams, dict):
+                    then(streams)
 
         reply.add_done_callback(came)
 
@@ -142,7 +143,7 @@ class Shim:
         fds are for, which are taken over in any case. An older shim ignores both."""
         reply = await self._ask("exec", {"exec": exec_id, **fields}, fds)
         streams = reply.get("streams")
-        return Begun(_identity(reply), streams if isinstance(streams, dict) else {})
+        return Begun(_identity(reply), streams if isinstance(streams, dict) else None)
 
     async def run(self, exec_id: str, fields: Message, *, timeout_ns: int, output_bytes: int) -> Ran:
         """Run a process to its end, which it reaches with the connection at the latest. Raises Unimplemented if it is

@@ -243,12 +243,16 @@ class Server:
         self._send_streams(connection, message.get("id"), exec_id(message), {})
 
     def _send_streams(self, connection: Connection, number: object, name: str, reply: Message) -> None:
-        """Copies of a process's streams, for the shim after this one; none for who does not read its replies.
+        """Copies of a process's streams, for the shim after this one; who does not read its replies gets no list at
+        all: one without a stdin says that it was closed.
 
         From then on the client is told when it has to close that of a stdin, too.
         """
         connection.keeps = True
-        streams = {} if connection.channel.unsent else self.shim.streams(name)
+        if connection.channel.unsent:
+            self._send(connection, {"id": number, "ok": reply})
+            return
+        streams = self.shim.streams(name)
         self._send(connection, {"id": number, "ok": {**reply, "streams": list(streams)}}, list(streams.values()))
 
     def _exec(self, connection: Connection, message: Message) -> Message | None:
