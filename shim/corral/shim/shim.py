@@ -191,16 +191,20 @@ class Shim:
         if not timeout_ns or process.started_at_ns is None:
             return
         until_ns = process.started_at_ns + timeout_ns
+        self._end_after(process, max(0, until_ns - time.time_ns()) / 1e9, until_ns)
+
+    def _end_after(self, process: ContainerProcess, seconds: float, until_ns: int | None = None) -> None:
+        """Kill it then; told is that its time was over at until_ns, or else by then."""
 
         def time_is_over() -> None:
-            process.overdue_since_ns = until_ns
+            process.overdue_since_ns = time.time_ns() if until_ns is None else until_ns
             failpoint("shim.timeout.before_kill")
             if process.alive:
                 process.signal(signal.SIGKILL)
                 if not process.exec_id:
                     let_die(self._cgroup_paths)
 
-        process.deadline = self.loop.call_later(max(0, until_ns - time.time_ns()) / 1e9, time_is_over)
+        process.deadline = self.loop.call_later(seconds, time_is_over)
 
     def add_exec(self, request: Exec, take_fds: Callable[[int], Sequence[int]]) -> Message:
         """Register a process to be started later, so that clients can attach before its first byte; or do that all."""
@@ -248,7 +252,8 @@ class Shim:
         except BaseException:
             del self._processes[request.exec_id]
             raise
-        self._limit_time(process, request.timeout_ns)
+        if request.timeout_ns:
+            self._end_after(process, request.timeout_ns / 1e9)
 
     def end_run(self, exec_id: str) -> None:
         """Whoever asked for it is gone."""
