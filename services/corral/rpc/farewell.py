@@ -25,7 +25,7 @@ import struct
 import termios
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -45,8 +45,13 @@ HANG_UP_S = 0.5
 QUIET_WITHIN_S = 0.25
 LOOK_S = 0.005
 
-type Name = str | int
-"""Of a connection's own end: the path that its listening socket was bound to, or the port."""
+# The address of who listens at all; a connection has that of its own.
+ANY = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
+
+type Port = tuple[str, int]
+type Name = str | Port
+"""What a listening socket was bound to: a path, or an address and a port of it. Other sockets of this process may
+listen at the same port of other addresses."""
 
 
 class Place(NamedTuple):
@@ -55,6 +60,12 @@ class Place(NamedTuple):
     family: int
     name: Any
     v6_only: bool
+
+    @property
+    def port(self) -> Port:
+        """As a name."""
+        host, port, *_ = self.name
+        return host, port
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +113,7 @@ async def cut(names: Collection[Name], others: Callable[[], Collection[int]] = t
 
     others: the inodes of sockets of such names that are not gRPC's but lead to it, and end with that.
     """
-    take_no_more(names, others)
+    _take_no_more(names, others())
     await _cut_when_quiet(_streams(names, others()))
     for each in _streams(names, others()):  # who came through the door meanwhile, or never was quiet
         _end(each)
@@ -139,39 +150,64 @@ def _count(connection: socket.socket, request: int) -> int:
     return int(count)
 
 
-def share(port: int) -> Sequence[Place]:
+def listening() -> Mapping[int, Place]:
+    """By inode, where this process does at TCP ports."""
+    return {each.inode: place for each, place in _listening().items()}
+
+
+def share(name: Port, others: Collection[int]) -> Sequence[Place]:
     """Let other sockets of this user listen at it, too, beside ours; returns where those do. Raises OSError."""
-    places = []
-    for each in _streams([port], (), listening=True):
-        with each.borrowed() as listening:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            places.append(Place(listening.family, listening.getsockname(), _is_v6_only(listening)))
-    return places
+    found = {each: place for each, place in _listening().items() if place.port == name and each.inode not in others}
+    for each in found:
+        with each.borrowed() as stream:
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    return tuple(found.values())
+
+
+def _listening() -> Mapping[_Stream, Place]:
+    found: dict[_Stream, Place] = {}
+    for each in _sockets(listening=True):
+        with suppress(OSError), each.borrowed() as stream:  # closed meanwhile
+            if stream.family in ANY:
+                found[each] = Place(stream.family, stream.getsockname(), _is_v6_only(stream))
+    return found
 
 
 def _is_v6_only(stream: socket.socket) -> bool:
     return stream.family == socket.AF_INET6 and bool(stream.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
 
 
-def take_no_more(names: Collection[Name], others: Callable[[], Collection[int]] = tuple) -> None:
+def _take_no_more(names: Collection[Name], others: Collection[int]) -> None:
     """Of TCP, where nothing can be put in its place: who connects now is heard by whoever listens a second later, when
     the kernel tries again. A listening socket that is shut down gRPC would log as an error."""
-    for each in _streams(names, others(), listening=True):
-        with suppress(OSError), each.borrowed() as listening:  # the server of latecomers may have ended
-            if listening.family in (socket.AF_INET, socket.AF_INET6):
-                address, _ = TAKE_NOTHING.buffer_info()
-                listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, address))
+    for each, place in _listening().items():
+        if place.port in names and each.inode not in others:
+            with suppress(OSError), each.borrowed() as stream:
+                attach(stream, SO_ATTACH_FILTER, TAKE_NOTHING)
 
 
-def _streams(names: Collection[Name], others: Collection[int], *, listening: bool = False) -> set[_Stream]:
-    """Each connection that was accepted at one of those names, or what accepts them."""
+def attach(stream: socket.socket, option: int, program: "array[int]") -> None:
+    """One instruction of classic BPF. Raises OSError."""
+    address, _ = program.buffer_info()
+    stream.setsockopt(socket.SOL_SOCKET, option, struct.pack("HP", 1, address))
+
+
+def _streams(names: Collection[Name], others: Collection[int]) -> set[_Stream]:
+    """Each connection that was accepted at one of those names."""
     found: set[_Stream] = set()
+    for each in _sockets(listening=False):
+        with suppress(OSError), each.borrowed() as connection:  # closed meanwhile
+            if each.inode not in others and not _names(connection).isdisjoint(names):
+                found.add(each)
+    return found
+
+
+def _sockets(*, listening: bool) -> Iterator[_Stream]:
     for fd in _descriptors():
         with suppress(OSError):  # closed meanwhile
             status = os.fstat(fd)
-            if stat.S_ISSOCK(status.st_mode) and status.st_ino not in others and _is(fd, names, listening):
-                found.add(_Stream(fd, status.st_ino))
-    return found
+            if stat.S_ISSOCK(status.st_mode) and _is_stream(fd, listening):
+                yield _Stream(fd, status.st_ino)
 
 
 def _descriptors() -> Iterable[int]:
@@ -181,10 +217,10 @@ def _descriptors() -> Iterable[int]:
         return range(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
-def _is(fd: int, names: Collection[Name], listening: bool) -> bool:
+def _is_stream(fd: int, listening: bool) -> bool:
     with _borrowed(fd) as stream:
         listens = bool(stream.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-        return stream.type == socket.SOCK_STREAM and listens == listening and _name(stream) in names
+        return stream.type == socket.SOCK_STREAM and listens == listening
 
 
 @contextmanager
@@ -197,8 +233,9 @@ def _borrowed(fd: int) -> Iterator[socket.socket]:
         stream.detach()
 
 
-def _name(connection: socket.socket) -> Name | None:
+def _names(connection: socket.socket) -> set[Name]:
+    """Of sockets that may have accepted it."""
     name = connection.getsockname()
-    if connection.family in (socket.AF_INET, socket.AF_INET6):
-        return int(name[1])
-    return name if isinstance(name, str) else None
+    if connection.family in ANY:
+        return {(name[0], name[1]), (ANY[connection.family], name[1])}
+    return {name} if isinstance(name, str) else set()

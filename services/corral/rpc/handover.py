@@ -205,14 +205,16 @@ class Latecomers:
         while self._relays:
             await asyncio.wait(self._relays)
 
-    def stop_accepting(self) -> None:
-        """Nobody comes any more but who waits already."""
+    async def stop_accepting(self) -> None:
+        """Nobody comes any more but who waits already: the sockets are closed when this returns."""
         for waiting in self._waiting:
-            with suppress(OSError):  # nobody, or it has had its time
-                while True:
-                    self._take(waiting.accept()[0])
+            with suppress(OSError):  # it has had its time
+                self._take_all(waiting)
         for task in self._accepting:
             task.cancel()
+        await asyncio.gather(*self._accepting, return_exceptions=True)
+        for waiting in self._waiting:  # of a task that had not begun
+            waiting.close()
 
     async def close(self) -> None:
         """End their connections."""
@@ -221,17 +223,25 @@ class Latecomers:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        for waiting in self._waiting:
+            waiting.close()
 
     async def _accept(self, waiting: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         count = 0
         with waiting, suppress(TimeoutError):
             while True:
                 async with asyncio.timeout(LOOKED_UP_S):
-                    connection, _ = await loop.sock_accept(waiting)
-                count += 1
-                self._take(connection)
+                    await _somebody(waiting)
+                count += self._take_all(waiting)
         log.info("upgrade.latecomers_taken", count=count)
+
+    def _take_all(self, waiting: socket.socket) -> int:
+        count = 0
+        with suppress(BlockingIOError):
+            while True:
+                self._take(waiting.accept()[0])
+                count += 1
+        return count
 
     def _take(self, connection: socket.socket) -> None:
         connection.setblocking(False)
@@ -253,6 +263,16 @@ class Latecomers:
                     ours.close()
             finally:
                 writer.close()
+
+
+async def _somebody(waiting: socket.socket) -> None:
+    """To be accepted. What loop.sock_accept() has accepted is lost if it is cancelled then."""
+    loop, there = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(waiting, there.set)
+    try:
+        await there.wait()
+    finally:
+        loop.remove_reader(waiting)
 
 
 async def _streams_of(connection: socket.socket) -> Streams:

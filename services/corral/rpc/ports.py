@@ -1,8 +1,14 @@
 """TCP ports over an execve: who connects while nobody of gRPC's listens waits in the queue of a plain socket.
 
-    before   a plain socket listens beside gRPC's (SO_REUSEPORT), which then is closed
-    execve   its descriptor is inherited
-    after    gRPC's new socket listens beside it; who has waited is passed on to that, and the plain one closed
+    before   a plain socket listens beside gRPC's (SO_REUSEPORT), and has whoever comes from now on; gRPC's is closed
+             when those have been heard that had begun to connect to it
+    execve   the plain socket's descriptor is inherited
+    after    gRPC's new socket listens beside it, and has whoever comes; who has waited is passed on to that. The plain
+             one is closed when nobody has come there any more for a while
+
+Sockets that listen beside one another are numbered as they came, and the last of them is chosen by a program
+(socket(7), SO_ATTACH_REUSEPORT_CBPF). A connection that has begun stays with the socket that it began with: if that
+were closed or filtered, it would be reset.
 
 Whoever is passed on stays so until he hangs up, or the next upgrade sends him away. Who does not ask for SO_REUSEPORT,
 as another corrald, can't listen beside us at any time.
@@ -11,17 +17,25 @@ as another corrald, can't listen beside us at any time.
 import asyncio
 import os
 import socket
-from collections.abc import Sequence
+import struct
+from array import array
+from collections.abc import Collection
 from functools import partial
 
 import structlog
 
-from corral.rpc.farewell import Place, share, take_no_more
+from corral.rpc.farewell import Place, Port, attach, share
 from corral.rpc.handover import QUEUE, Kept, Latecomers, Streams, inherited, keep
 
 log = structlog.get_logger()
 
 PURPOSE = "rpc.port"
+# Of two that listen there: the one that came second; of one it is that, whatever the program says. It stays with them.
+# Source: linux/filter.h, BPF_RET | BPF_K; socket(7).
+CHOOSE_SECOND = array("B", struct.pack("HBBI", 0x06, 0, 0, 1))
+SO_ATTACH_REUSEPORT_CBPF = 51
+# How long somebody who has begun to connect may take for the rest, which is as long as a packet takes to him and back.
+HANDSHAKE_S = 1.0
 
 
 class Ports:
@@ -43,30 +57,35 @@ class Ports:
         """Of sockets there that are not gRPC's."""
         return self._plain.union(*(each.inodes for each in self._callers))
 
-    def serve(self, ports: Sequence[int]) -> None:
+    def serve(self, names: Collection[Port]) -> None:
         """Now that gRPC listens at these."""
         for kept in self._kept:
-            port, waiting = int(kept.facts["port"]), socket.socket(fileno=kept.fds["socket"])
-            if port not in ports:  # the settings know it no more
+            waiting = socket.socket(fileno=kept.fds["socket"])
+            host, port, *_ = waiting.getsockname()
+            if (host, port) not in names:  # the settings know it no more
                 waiting.close()
                 continue
-            with waiting:
-                callers = Latecomers((waiting,), partial(_connect, waiting.getsockname()))
-                callers.stop_accepting()
-            self._callers.append(callers)
+            self._plain.add(os.fstat(waiting.fileno()).st_ino)
+            self._callers.append(Latecomers((waiting,), partial(_connect, host, port)))
         self._kept = ()
 
-    def wait(self, port: int) -> None:
-        """Have who connects from now on wait for whoever follows."""
-        try:
-            places = share(port)
-            take_no_more([port])  # by gRPC: whom it has not accepted when it stops is cut off
-            for place in places:
-                waiting = _listening(place)
-                self._plain.add(os.fstat(waiting.fileno()).st_ino)
-                keep(Kept(PURPOSE, {"port": port}, {"socket": waiting.detach()}))
-        except OSError as e:  # who comes is refused, then
-            log.warning("upgrade.port_not_kept", port=port, error=str(e))
+    async def wait(self, names: Collection[Port]) -> None:
+        """Have who connects from now on wait for whoever follows; returns when those are gRPC's who had begun."""
+        for each in self._callers:
+            await each.stop_accepting()
+        for name in names:
+            try:
+                self._wait(name)
+            except OSError as e:  # who comes is refused, then
+                log.warning("upgrade.port_not_kept", address=name[0], port=name[1], error=str(e))
+        if names:
+            await asyncio.sleep(HANDSHAKE_S)
+
+    def _wait(self, name: Port) -> None:
+        ours = share(name, self._plain)
+        waiting = _listening(ours[0])
+        self._plain.add(os.fstat(waiting.fileno()).st_ino)
+        keep(Kept(PURPOSE, {}, {"socket": waiting.detach()}))
 
     async def close(self) -> None:
         """End their connections."""
@@ -75,6 +94,7 @@ class Ports:
 
 
 def _listening(place: Place) -> socket.socket:
+    """As the second one there. Raises OSError."""
     waiting = socket.socket(place.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         if place.family == socket.AF_INET6:
@@ -83,13 +103,13 @@ def _listening(place: Place) -> socket.socket:
         waiting.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         waiting.bind(place.name)
         waiting.listen(QUEUE)
+        attach(waiting, SO_ATTACH_REUSEPORT_CBPF, CHOOSE_SECOND)
     except BaseException:
         waiting.close()
         raise
     return waiting
 
 
-async def _connect(name: Sequence[str | int]) -> Streams:
+async def _connect(host: str, port: int) -> Streams:
     """To a port of ours: at its address, or, of one that has all, at our own."""
-    host, port = str(name[0]), int(name[1])
     return await asyncio.open_connection({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)

@@ -29,7 +29,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from corral.rpc import local
 from corral.rpc.address import MAX_MESSAGE_BYTES, Address, Target, TcpAddress, Tls, UnixAddress
 from corral.rpc.errors import FailedPrecondition
-from corral.rpc.farewell import Name, cut, send_away
+from corral.rpc.farewell import Name, Port, cut, listening, send_away
 from corral.rpc.handover import Latecomers, hidden, make_waiting
 from corral.rpc.interceptor import CallInterceptor, Gate
 from corral.rpc.ports import Ports
@@ -103,9 +103,12 @@ class Host:
         self._targets: list[Target] = []
         self._sockets: dict[Path, int] = {}  # with the inode of each
         self._names: list[Name] = []
+        self._bound: set[Port] = set()
+        """Of those, the ports."""
         self._secure: set[Name] = set()
         """Of those, where TLS is spoken."""
         self._late: asyncio.Task[None] | None = None
+        self._late_ends = False
         self._latecomers: Latecomers | None = None
 
     async def start(
@@ -127,7 +130,7 @@ class Host:
         await self._health.set("", NOT_SERVING)
         bound = [self._bind(address, tls, socket_group) for address in addresses]
         await self._server.start()
-        self._ports.serve([name for name in self._names if isinstance(name, int)])
+        self._ports.serve(self._bound)
         self._take_late(waiting)
         local.announce(map(str, bound), self)
         try:
@@ -172,11 +175,9 @@ class Host:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + grace_s
         overdue = await self._end_of_calls(grace_s)
+        await self._ports.wait(self._bound)
         for path in waiting:
             hidden(path).rename(path)
-        for name in self._names:
-            if isinstance(name, int):
-                self._ports.wait(name)
         await self._stop_services(max(deadline - loop.time(), NEW_CALLS_S), upgrading=True, overdue=overdue)
         await self._leave(followed=True)
 
@@ -209,7 +210,7 @@ class Host:
         """When all gates are shut, and nobody new finds us."""
         local.withdraw(self)
         if self._latecomers is not None:
-            self._latecomers.stop_accepting()
+            await self._latecomers.stop_accepting()
         if followed and not self._has_calls():
             await send_away([name for name in self._names if name not in self._secure], self._relayed)
         await cut(self._names, self._relayed)
@@ -248,7 +249,7 @@ class Host:
             await server.start()
             await latecomers.gone()
         finally:
-            self._latecomers = None
+            self._latecomers, self._late_ends = None, True
             await latecomers.close()
             await server.stop(LAST_CALLS_S)
             target.close()
@@ -257,7 +258,8 @@ class Host:
         if self._late is not None:
             if self._latecomers is not None:  # what has been said to them is still on its way
                 await asyncio.wait((self._late,), timeout=LAST_CALLS_S)
-            self._late.cancel()
+            if not self._late_ends:  # else gRPC's server would be left half stopped
+                self._late.cancel()
             await asyncio.wait((self._late,))
 
     def find(self, method: str) -> "local.Handler | None":
@@ -288,7 +290,7 @@ class Host:
         return address
 
     def _bind_tcp(self, address: TcpAddress, tls: Tls | None) -> TcpAddress:
-        target = Target(address).name
+        target, before = Target(address).name, listening()
         if tls is None and not address.is_loopback:
             raise FailedPrecondition(
                 f"{address} can be reached from other machines, so it needs TLS:"
@@ -302,9 +304,11 @@ class Host:
                 port = self._server.add_secure_port(target, tls.server_credentials())
         except RuntimeError as e:
             raise FailedPrecondition(f"cannot listen on {address}: is the port in use?") from e
-        self._names.append(port)
+        bound = {place.port for inode, place in listening().items() if inode not in before}
+        self._bound |= bound
+        self._names += bound
         if tls is not None:
-            self._secure.add(port)
+            self._secure |= bound
         return TcpAddress(address.host, port)
 
 
