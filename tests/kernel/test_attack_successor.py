@@ -4,9 +4,12 @@ Whoever holds CAP_SYS_PTRACE guides and reads what he sees, be it dumpable or no
 get by the hands of such a process, nor anything that is the host's.
 """
 
+import contextlib
+import json
 import os
 import re
 import select
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,10 +18,12 @@ from typing import NamedTuple
 import pytest
 from support.requirements import needs
 
+from corral.kernel import process
 from corral.kernel.namespaces import Kind
 from corral.kernel.syscalls import MACHINE
-from corral.oci import attendance, channel, crossing, defaults, join_calls
+from corral.oci import attendance, channel, crossing, defaults, join_calls, joining
 from corral.oci.channel import ParentEnd
+from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.runtime import Container, Stdio
 from corral.oci.spec import Action, Capabilities, Mount, Namespace, Seccomp, SeccompSyscall, Spec
 
@@ -47,6 +52,11 @@ def guide(pid):
     while True:
         libc.ptrace(INTERRUPT, pid, None, None)
         if not os.WIFSTOPPED(os.waitpid(pid, EVERY_THREAD)[1]):
+            return None
+        if sys.argv[3:]:
+            print("holds", flush=True)
+            os.waitpid(pid, EVERY_THREAD)
+            print("lost", flush=True)
             return None
         for registers in before, changed:
             libc.ptrace(GETREGS, pid, None, registers)
@@ -80,7 +90,7 @@ while True:
 """
 """Has every process that appears, be it just born, make a user namespace, and tells what came of it.
 
-And whether it has something in memory, which is told backwards, and what executable it is.
+And whether it has something in memory, which is told backwards, and what executable it is. Or else it holds it.
 """
 SECRET = "".join(("of the ", "runtime's own ", "memory"))
 
@@ -211,6 +221,94 @@ def test_who_has_taken_its_end_of_the_channel_holds_up_nobody(lab, monkeypatch, 
     finally:
         for fd in taken:
             os.close(fd)
+
+
+@pytest.mark.parametrize("by_calls", [True, False])
+@pytest.mark.parametrize("said", [REFUSED.to_bytes(8, "little", signed=True), b'{"error":"exec_not_found"}', b""])
+def test_what_such_a_one_says_of_a_program_that_runs_is_not_heeded(lab, monkeypatch, by_calls, said):
+    """Nor is it executed once more."""
+    monkeypatch.setattr(channel, "LOOK_S", 15)
+    container = lab.create(lab.spec("/bin/sleep", "60"), rootfs=HOSTS_ROOT)
+    container.start()
+    if by_calls:
+        assert lab.exec(container, "/bin/true", "").code == 0
+    with piped() as (reader, writer), spoken_for(monkeypatch, said, lambda: os.read(reader, 100)):
+        handle = container.exec(lab.process("echo ran; exec sleep 60"), stdio=Stdio(None, writer, writer))
+        lab.made.append(handle)
+        assert bool(container.files) is by_calls
+        assert not select.select([reader], [], [], 0)[0], "it ran once"
+        assert not process.is_dying(handle.pid)
+
+
+@pytest.mark.parametrize("number", [3, 4, 10, 11, 32, 104, 110])
+def test_what_such_a_one_says_is_but_a_sentence(lab, monkeypatch, number):
+    container = lab.create(lab.spec("/bin/sleep", "60"), rootfs=HOSTS_ROOT)
+    container.start()
+    said = json.dumps({"error": SETUP, "errno": number, "message": "forged \ud800"}).encode()
+    with (
+        spoken_for(monkeypatch, said, lambda: None, wait=True),
+        pytest.raises(ExecFailed, match=r"^forged \?$") as failed,
+    ):
+        lab.exec(container, "/bin/true", "")
+    assert failed.value.kind == SETUP
+
+
+@contextlib.contextmanager
+def piped() -> Iterator[tuple[int, int]]:
+    reader, writer = os.pipe()
+    try:
+        yield reader, writer
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+@contextlib.contextmanager
+def spoken_for(
+    monkeypatch: pytest.MonkeyPatch, said: bytes, when: Callable[[], object], *, wait: bool = False
+) -> Iterator[None]:
+    """Have somebody who has a process's end of the channel say this there, once that returns."""
+    speakers: list[int] = []
+
+    def make(original=channel.make_pair):
+        pair = original()
+        pid, pidfd = process.clone(0)
+        if pid == 0:
+            try:
+                when()
+                with socket.socket(fileno=pair[1].fileno()) as end:
+                    end.send(said)
+            finally:
+                os._exit(0)
+        if wait:
+            select.select([pidfd], [], [])
+        os.close(pidfd)
+        speakers.append(pid)
+        return pair
+
+    with monkeypatch.context() as patch:
+        for module in (attendance, join_calls):
+            patch.setattr(module, "make_pair", make)
+        yield
+    for pid in speakers:
+        os.waitpid(pid, 0)
+
+
+def test_who_traces_one_and_does_not_let_it_go_holds_up_nobody(lab, listening, slow, monkeypatch):
+    stdio, attacker = listening
+    container = lab.create(tracing(lab, *attack(2), "hold"), rootfs=HOSTS_ROOT, stdio=stdio)
+    container.start()
+    attacker.hears("watching")
+    slow(lambda: attacker.hears("holds"))
+    for module in (joining, join_calls):
+        monkeypatch.setattr(module, "SETUP_S", 1000)
+    for _ in range(2):
+        with pytest.raises(ExecFailed, match="was traced during its set-up"):
+            lab.exec(container, "/bin/true", "")
+        attacker.hears("lost")  # until then its parent can't reap it
+    assert container.files.of_use
+    while os.waitpid(-1, os.WNOHANG)[0]:
+        pass
 
 
 @pytest.mark.parametrize("denied", ["setsid", "clone"])

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -16,8 +17,10 @@ import pytest
 from support.races import exchange
 from support.requirements import needs
 
-from corral.kernel import process, sequence
-from corral.oci import join_calls, program, users
+from corral.kernel import paths, process, sequence
+from corral.kernel.sequence import Call
+from corral.oci import crossing, join_calls, program, users
+from corral.oci.channel import START
 from corral.oci.container import Container
 from corral.oci.runtime import ExecFailed, Stdio
 from corral.oci.spec import Rlimit, User
@@ -28,7 +31,7 @@ pytestmark = [
 ]
 OF_PYTHON = 400
 """Pages that a fork of Python touches at least; a list of calls touches some sixty."""
-PAUSE, EXIT = 34, 231
+WRITE, PAUSE, CLONE, EXIT = 1, 34, 56, 231
 SEEN = (
     "id; pwd; umask; env | sort; ulimit -n; ulimit -Hn; cut -d' ' -f5,6 /proc/$$/stat; ls -l /proc/self/fd;"
     "grep -E 'Uid|Gid|Groups|^Sig[BIC]|Cap|NoNew|Seccomp|NSpid' /proc/self/status; cat /proc/self/oom_score_adj;"
@@ -220,17 +223,53 @@ def test_a_program_that_a_container_may_have_got_at_is_not_executed_again(
             os.close(fd)
 
 
-@pytest.mark.parametrize("call", [EXIT, PAUSE])
-def test_where_such_a_program_does_not_run_it_is_pythons_turn_for_good(
-    lab, container: Container, monkeypatch: pytest.MonkeyPatch, call: int
-) -> None:
-    with monkeypatch.context() as broken:
-        broken.setattr(join_calls, "SETUP_S", 0.2)
-        broken.setattr(join_calls, "image", lambda _, channel: sequence.image([sequence.Call(call)], channel))
+def broken(lab, container: Container, monkeypatch: pytest.MonkeyPatch, calls: Callable[[int], list[Call]]) -> None:
+    """Have execs whose first process does just this, given the channel."""
+    with monkeypatch.context() as patch:
+        patch.setattr(join_calls, "SETUP_S", 0.2)
+        patch.setattr(join_calls, "image", lambda _, channel: sequence.image(calls(channel), channel))
         for _ in range(3):
             assert lab.exec(container, "true", "").code == 0
+
+
+def test_where_such_a_program_does_not_run_it_is_pythons_turn_for_good(
+    lab, container: Container, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken(lab, container, monkeypatch, lambda _: [Call(EXIT)])
     for _ in range(2):
-        assert forked_python(lambda: lab.exec(container, "true", ""))
+        assert forked_python(lambda: lab.exec(container, "true", "true"))
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        lambda _: [Call(PAUSE)],
+        lambda channel: [Call(WRITE, (channel, b"{}", 2)), Call(EXIT)],
+        lambda channel: [Call(WRITE, (channel, b"", 0)), Call(EXIT)],
+    ],
+    ids=["slow", "nonsense", "nothing"],
+)
+def test_one_that_was_too_slow_or_was_spoken_for_is_pythons_turn_this_time(
+    lab, container: Container, monkeypatch: pytest.MonkeyPatch, calls: Callable[[int], list[Call]]
+) -> None:
+    """The container may have a part in that."""
+    broken(lab, container, monkeypatch, calls)
+    assert not forked_python(lambda: lab.exec(container, "true", "true"))
+
+
+@pytest.mark.parametrize("mortal", [True, False])
+def test_a_mortal_one_of_a_runtime_that_ended_before_it_was_born_is_not_the_program(mortal: bool) -> None:
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.send(START)
+    ours.close()
+    born = Call(CLONE, (process.CLONE_PARENT,))
+    calls = join_calls._have_successor(born, its.fileno(), [Call(EXIT, (7,))], mortal=mortal)
+    with paths.opened(crossing.sealed(sequence.image(calls, its.fileno()))) as file:
+        first = process.spawn(file, [its.fileno()])
+    its.close()
+    os.waitpid(first, 0)
+    _, status = os.waitpid(-1, 0)
+    assert (os.waitstatus_to_exitcode(status) == 7) is not mortal
 
 
 def test_who_was_found_in_another_file_than_was_looked_at_is_not_remembered(

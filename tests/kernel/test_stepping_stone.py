@@ -56,9 +56,14 @@ class Walker:
         gate: str = "",
         succession: stone.Succession | None = None,
         stdin: int = subprocess.DEVNULL,
+        deserted: bool = False,
     ) -> None:
+        """deserted: by who has told it to start."""
         self.channel, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel.settimeout(10)
+        if deserted:
+            self.channel.send(b"start")
+            self.channel.close()
         kept = [its.fileno()]
         listener = None
         if gate:
@@ -162,7 +167,7 @@ class TestByItself:
 
     def test_a_successor_goes_on_in_its_place_in_a_session_of_its_own(self, place: Path, walk: Start) -> None:
         command = [f"{place}/bin/sh"], "sh", "-c", "echo $$"
-        walker = walk(*command, succession=stone.Succession(terminal=False))
+        walker = walk(*command, succession=stone.Succession())
         pid = int.from_bytes(walker.channel.recv(100), "little")
         assert walker.process.wait(10) == 0
         walker.channel.send(b"start")
@@ -171,24 +176,54 @@ class TestByItself:
         assert os.waitpid(pid, 0) == (pid, 0)
 
     def test_a_successor_says_itself_what_keeps_it_from_the_program(self, place: Path, walk: Start) -> None:
-        walker = walk([f"{place}/none"], "sh", succession=stone.Succession(terminal=False))
+        walker = walk([f"{place}/none"], "sh", succession=stone.Succession())
         pid = int.from_bytes(walker.channel.recv(100), "little")
         walker.channel.send(b"start")
         assert walker.channel.recv(100) == b"missing"
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 
-    @pytest.mark.parametrize("terminal", [True, False])
-    def test_a_successor_has_a_controlling_terminal_if_it_is_to(self, place: Path, walk: Start, terminal: bool) -> None:
+    @pytest.mark.parametrize("refusal", [b"refused", None])
+    def test_a_successor_has_a_controlling_terminal_if_it_is_to(
+        self, place: Path, walk: Start, refusal: bytes | None
+    ) -> None:
         master, slave = os.openpty()
-        walker = walk([f"{place}/bin/sh"], "sh", succession=stone.Succession(terminal), stdin=slave)
+        walker = walk([f"{place}/bin/sh"], "sh", succession=stone.Succession(refusal), stdin=slave)
         pid = int.from_bytes(walker.channel.recv(100), "little")
         wait_until(lambda: Path(f"/proc/{pid}/syscall").read_text().startswith("0 "))  # read(2), for start
         held = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[4]
-        assert (int(held) == os.fstat(slave).st_rdev) is terminal
+        assert (int(held) == os.fstat(slave).st_rdev) is (refusal is not None)
         walker.channel.close()
         os.waitpid(pid, 0)
         os.close(master)
         os.close(slave)
+
+    def test_a_successor_that_cannot_have_its_terminal_says_so(self, place: Path, walk: Start) -> None:
+        walker = walk([f"{place}/bin/sh"], "sh", succession=stone.Succession(b"refused"))
+        pid = int.from_bytes(walker.channel.recv(100), "little")
+        assert walker.channel.recv(100) == b"refused"
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+
+    @pytest.mark.parametrize("mortal", [True, False])
+    def test_a_mortal_successor_of_a_runtime_that_ended_before_it_was_born_is_not_the_program(
+        self, place: Path, walk: Start, mortal: bool
+    ) -> None:
+        succession = stone.Succession(mortal=mortal)
+        walker = walk([f"{place}/bin/sh"], "sh", "-c", "echo ran", succession=succession, deserted=True)
+        assert walker.output() == (b"" if mortal else b"ran\n")
+        os.wait()
+
+    @pytest.mark.parametrize("succession", [stone.Succession(), None])
+    def test_one_that_is_its_own_program_fails(
+        self, place: Path, walk: Start, succession: stone.Succession | None
+    ) -> None:
+        walker = walk(["/proc/self/exe"], "sh", "", succession=succession)
+        if succession is None:
+            walker.channel.send(b"start")
+            assert walker.process.wait(10) == 1
+            return
+        pid = int.from_bytes(walker.channel.recv(100), "little")
+        walker.channel.send(b"start")
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 
     @pytest.mark.parametrize("mortal", [True, False])
     def test_a_mortal_successor_is_killed_when_the_runtime_ends(self, place: Path, walk: Start, mortal: bool) -> None:
@@ -196,7 +231,7 @@ class TestByItself:
         runtime, _ = process.clone(0)
         if runtime == 0:
             try:
-                succession = stone.Succession(terminal=False, mortal=mortal)
+                succession = stone.Succession(mortal=mortal)
                 walker = walk([f"{place}/bin/sh"], "sh", "-c", "exec 1>&-; kill -STOP $$", succession=succession)
                 pid = walker.channel.recv(100)
                 walker.channel.send(b"start")

@@ -161,11 +161,21 @@ def is_dying(pid: int) -> bool:
         fields = _stat(pid)
         if fields[_STATE] in _ENDED or int(fields[_FLAGS]) & _PF_EXITING:
             return True
-        with open(f"/proc/{pid}/status", "rb") as status:
-            pending = next((line.split()[1] for line in status if line.startswith(b"ShdPnd:")), b"0")
-        return bool(int(pending, 16) >> signal.SIGKILL - 1 & 1)
+        return bool(int(_status(pid, b"ShdPnd:")[0], 16) >> signal.SIGKILL - 1 & 1)
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+def is_traced_from_below(pid: int) -> bool:
+    """Whether a process has a tracer in a PID namespace below that of /proc: who traces us with our children has not.
+
+    Source: proc_pid_status(5), TracerPid and NSpid.
+    """
+    try:
+        tracer = int(_status(pid, b"TracerPid:")[0])
+        return tracer != 0 and len(_status(tracer, b"NSpid:")) > 1
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def zombie_status(pid: int, started: int) -> int | None:
@@ -194,6 +204,12 @@ def _stat(pid: int | str) -> list[bytes]:
         os.close(fd)
     # The name in parentheses may hold spaces and parentheses itself: count from the last one.
     return stat[stat.rindex(b")") + 2 :].split()
+
+
+def _status(pid: int, name: bytes) -> list[bytes]:
+    """What /proc/<pid>/status says behind a name."""
+    with open(f"/proc/{pid}/status", "rb") as status:
+        return next((line.split()[1:] for line in status if line.startswith(name)), [b"0"])
 
 
 @dataclass(frozen=True, slots=True)

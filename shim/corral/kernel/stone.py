@@ -8,7 +8,8 @@ As a pid 1 it would be deaf to what ends others: SIGHUP, SIGINT, SIGQUIT and SIG
     answers: (errno, length, message) each; the last one, with errno 0, is for all others
 
 It may also have a successor first, a sibling in a session of its own that does all this, and tell the channel its pid
-(eight bytes; a negative one is what clone(2) failed with).
+(eight bytes; a negative one is what clone(2) failed with). A program that is /proc/self/exe is this one again, without
+a channel, and ends with 1.
 """
 
 import struct
@@ -144,6 +145,16 @@ _CODE = bytes.fromhex(
 _CHANNEL_AT, _GATE_AT = 8, 14
 
 _SUCCESSION = bytes.fromhex(
+    "bf00000000"  #       mov edi, CHANNEL
+    "be01000000"  #       mov esi, F_GETFD
+    "b848000000"  #       mov eax, 72
+    "0f05"  #             syscall                   fcntl
+    "85c0"  #             test eax, eax
+    "790c"  #             jns begin
+    "bf01000000"  #       mov edi, 1
+    "b8e7000000"  #       mov eax, 231
+    "0f05"  #             syscall                   exit_group
+    # begin:
     "bf04000000"  #       mov edi, 4
     "31f6"  #             xor esi, esi
     "b89d000000"  #       mov eax, 157
@@ -170,14 +181,29 @@ _SUCCESSION = bytes.fromhex(
     "b870000000"  #       mov eax, 112
     "0f05"  #             syscall                   setsid
 )
-_TELLS_AT = 43
+_KNOWS_AT, _TELLS_AT = 1, 76
 _TERMINAL = bytes.fromhex(
     "31ff"  #             xor edi, edi
     "be0e540000"  #       mov esi, TIOCSCTTY
     "31d2"  #             xor edx, edx
     "b810000000"  #       mov eax, 16
     "0f05"  #             syscall                   ioctl
+    "85c0"  #             test eax, eax
 )
+_NO_TERMINAL = bytes.fromhex(
+    "488d351d000000"  #   lea rsi, [rip+refusal]
+    "ba00000000"  #       mov edx, LENGTH
+    "bf00000000"  #       mov edi, CHANNEL
+    "b801000000"  #       mov eax, 1
+    "0f05"  #             syscall                   write
+    "bf01000000"  #       mov edi, 1
+    "b8e7000000"  #       mov eax, 231
+    "0f05"  #             syscall                   exit_group
+    # refusal:
+)
+_LENGTH_AT, _REFUSES_AT = 8, 13
+_JUMP_IF_NOT_NEGATIVE = bytes.fromhex("0f89")
+"""jns, which a distance follows."""
 
 _ANSWER = struct.Struct("<II")
 _MORTALITY = bytes.fromhex(
@@ -185,23 +211,51 @@ _MORTALITY = bytes.fromhex(
     "be09000000"  #       mov esi, SIGKILL
     "b89d000000"  #       mov eax, 157
     "0f05"  #             syscall                   prctl PR_SET_PDEATHSIG
+    "6800000000"  #       push CHANNEL              struct pollfd: fd, events, revents
+    "4889e7"  #           mov rdi, rsp
+    "be01000000"  #       mov esi, 1
+    "31d2"  #             xor edx, edx
+    "b807000000"  #       mov eax, 7
+    "0f05"  #             syscall                   poll
+    "59"  #               pop rcx
+    "85c0"  #             test eax, eax
+    "740c"  #             je alive
+    "bf01000000"  #       mov edi, 1                POLLHUP: the runtime has ended before it could be killed with it
+    "b8e7000000"  #       mov eax, 231
+    "0f05"  #             syscall                   exit_group
+    # alive:
 )
+_LOOKS_AT = 18
 
 
 @dataclass(frozen=True, slots=True)
 class Succession:
     """What a successor is to have that is made by the program itself."""
 
-    terminal: bool
-    """The terminal on 0 as its controlling one."""
+    refusal: bytes | None = None
+    """The terminal on 0 as its controlling one, or else this is what it answers."""
     mortal: bool = False
     """It is killed when the runtime ends."""
 
     def code(self, channel: int) -> bytes:
         """What comes before the rest of the program."""
         code = bytearray(_SUCCESSION)
+        struct.pack_into("<i", code, _KNOWS_AT, channel)
         struct.pack_into("<i", code, _TELLS_AT, channel)
-        return bytes(code) + (_TERMINAL if self.terminal else b"") + (_MORTALITY if self.mortal else b"")
+        if self.refusal is not None:
+            code += _TERMINAL + _unless_succeeded(channel, self.refusal)
+        if self.mortal:
+            code += _MORTALITY
+            struct.pack_into("<i", code, len(code) - len(_MORTALITY) + _LOOKS_AT, channel)
+        return bytes(code)
+
+
+def _unless_succeeded(channel: int, answer: bytes) -> bytes:
+    code = bytearray(_NO_TERMINAL)
+    struct.pack_into("<i", code, _LENGTH_AT, len(answer))
+    struct.pack_into("<i", code, _REFUSES_AT, channel)
+    code += answer
+    return _JUMP_IF_NOT_NEGATIVE + struct.pack("<i", len(code)) + code
 
 
 def image(

@@ -45,17 +45,20 @@ DYING_S = 1.0
 """How long a child that was killed is waited for. A file system that does not answer, or a freezer, can keep it."""
 
 
-def patience(pidfd: int, limit_s: float) -> Callable[[], None]:
+def patience(pid: int, pidfd: int, limit_s: float) -> Callable[[], None]:
     """What to ask while a child is waited for: once it is stopped, or takes too long, kills it and raises ExecFailed.
 
-    Who is root in its PID namespace can signal it while it is not yet one of theirs. It must not hold up the caller,
-    who has the container to look after. Somebody else's child, such as an init left at its gate, has but its time.
+    Who is root in its PID namespace can signal it while it is not yet one of theirs, or trace it, of which its parent
+    is told nothing. It must not hold up the caller, who has the container to look after. Somebody else's child, such as
+    an init left at its gate, has but its time.
     """
     give_up_at = time.monotonic() + limit_s
 
     def check() -> None:
         if _is_stopped(pidfd):
             reason = "the process was stopped by a signal during its set-up"
+        elif process.is_traced_from_below(pid):
+            reason = "the process was traced during its set-up"
         elif time.monotonic() > give_up_at:
             reason = f"the process was not set up within {limit_s:g} seconds"
         else:
@@ -67,22 +70,41 @@ def patience(pidfd: int, limit_s: float) -> Callable[[], None]:
     return check
 
 
-class Executed(Exception):
-    """A process has become its program, whatever is heard of it."""
+class _Executed(Exception):
+    """A process has become its program."""
 
 
-def until_executed(pid: int, started: int, patient: Callable[[], None]) -> Callable[[], None]:
-    """What to ask instead, of a process that was born no program of its own: raises Executed once it has become one.
+def becomes_program(handle: ProcessHandle, hear: Callable[[Callable[[], None]], object], limit_s: float) -> bool:
+    """Whether a process that was told to start, and was born no program of its own, becomes one; if not, it is ended.
 
-    Who may trace it can have taken its end of the channel (pidfd_getfd(2)), which then is not closed by that.
+    hear: waits for what is said of it, and asks what it is given meanwhile. Raises what that does, of one that does not
+    become its program. Who may trace it can have taken its end of the channel (pidfd_getfd(2)), which then is not
+    closed by execve, and can say anything: so the kernel's word counts. What has run, be it until it was killed
+    here, is never taken for what has not.
     """
+    patient = patience(handle.pid, handle.pidfd, limit_s)
 
     def check() -> None:
-        if process.has_executed(pid, started):
-            raise Executed
+        if process.has_executed(handle.pid, handle.start_time):
+            raise _Executed
         patient()
 
-    return check
+    try:
+        hear(check)
+    except _Executed:
+        return True
+    except BaseException:
+        if not _has_executed_before_its_end(handle):
+            raise
+        return True
+    return _has_executed_before_its_end(handle)
+
+
+def _has_executed_before_its_end(handle: ProcessHandle) -> bool:
+    """Of one that has not executed anything, that is its end."""
+    if not process.has_executed(handle.pid, handle.start_time):
+        _end(handle.pidfd)
+    return process.has_executed(handle.pid, handle.start_time) is True
 
 
 def _is_stopped(pidfd: int) -> bool:
@@ -140,7 +162,7 @@ def await_ready(
 
     with contextlib.ExitStack() as unless_ready:
         with heeded(parent, pidfd):
-            patient = patience(pidfd, limit_s)
+            patient = patience(pid, pidfd, limit_s)
             console, succeeded = parent.receive_ready(pid, patient, pass_listener, run_hooks, note)
             if console is not None:
                 unless_ready.callback(os.close, console)
@@ -171,31 +193,28 @@ def _kill(pidfd: int) -> int | None:
 
     None of one that does not end within DYING_S, which is left to whoever collects the children of this process.
     """
+    _end(pidfd)
+    result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    return result.si_status if result else None
+
+
+def _end(pidfd: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(pidfd, signal.SIGKILL)
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     poll.poll(DYING_S * 1000)
-    result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
-    return result.si_status if result else None
 
 
-def await_exec(
-    parent: ParentEnd, handle: ProcessHandle, limit_s: float, *, by_child: bool = False, joined: bool = False
-) -> None:
+def await_exec(parent: ParentEnd, handle: ProcessHandle, limit_s: float, *, by_child: bool = False) -> None:
     """Return once a process that was told to start has executed its program; EndedEarly if it was killed before.
 
     Both close the channel. Of somebody else's child, which may be reaped by then, the kernel tells little more than
     what ended it (Linux 6.15): SIGKILL is taken for what came before the program. Else raises as wait_for_exec().
 
-    by_child: it is a child of the process that executes the program, of which nothing more is known. joined: others
-    may hold the channel, and it is the successor of another one, not yet any program.
+    by_child: it is a child of the process that executes the program, of which nothing more is known.
     """
-    patient = patience(handle.pidfd, limit_s)
-    try:
-        parent.wait_for_exec(until_executed(handle.pid, handle.start_time, patient) if joined else patient)
-    except Executed:
-        return
+    parent.wait_for_exec(patience(handle.pid, handle.pidfd, limit_s))
     if by_child:
         return
     executed = process.has_executed(handle.pid, handle.start_time)
@@ -245,7 +264,7 @@ def follow_guide(
     from corral.oci.passage import serve_guide
 
     with heeded(parent, pidfd):
-        patient = patience(pidfd, SETUP_S)
+        patient = patience(pid, pidfd, SETUP_S)
         parent.receive(pid, "entered", patient)
         serve_guide(pid, spec, stdio, cgroups)
         parent.send_answer(True, patient)
@@ -255,7 +274,7 @@ def follow_guide(
         follower = process.pidfd_open(born)
     reap_predecessor(pidfd)
     with heeded(parent, follower):
-        parent.send_answer(True, patience(follower, SETUP_S))
+        parent.send_answer(True, patience(born, follower, SETUP_S))
     return born, follower
 
 
@@ -264,7 +283,7 @@ def give_devices(parent: ParentEnd, pid: int, pidfd: int, spec: Spec) -> None:
     from corral.oci.net_devices import move_devices
 
     with heeded(parent, pidfd):
-        patient = patience(pidfd, SETUP_S)
+        patient = patience(pid, pidfd, SETUP_S)
         taken = parent.receive(pid, "devices", patient)
         parent.send_answer(move_devices(spec.linux.net_devices, pid, taken), patient)
 

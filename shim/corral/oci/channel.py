@@ -56,6 +56,10 @@ class EndedEarly(Exception):
     """The child ended without a word: killed, most likely."""
 
 
+class ChildError(OSError):
+    """What the child could not have of the host; whatever errno it tells, it is no class that stands for that."""
+
+
 class ChildEnd:
     """The end of the process that is set up."""
 
@@ -117,6 +121,14 @@ class ChildEnd:
     def wait_for_start(self) -> bool:
         """False if the runtime is gone."""
         return self._socket.recv(len(START)) == START
+
+    def is_deserted(self) -> bool:
+        """Whether the runtime is gone, who has nothing more to say."""
+        try:
+            self._socket.recv(1, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        return True
 
 
 def error_message(error: BaseException) -> bytes:
@@ -189,8 +201,8 @@ class ParentEnd:
         """Wait for process pid's word that the set-up is done: the pty master, or None; and if it has a successor.
 
         pass_listener gets the fd for a seccomp listener, and run_hooks is called, when it is time; note gets who an
-        exec has found itself to be. Raises what they do, or what the child reported: ExecFailed, or the OSError of a
-        host that can't do it; or EndedEarly.
+        exec has found itself to be. Raises what they do, or what the child reported: ExecFailed, or the ChildError of
+        a host that can't do it; or EndedEarly.
         """
         while True:
             data, fd, sender = self._receive(patience)
@@ -265,6 +277,8 @@ class ParentEnd:
                 fds, credentials = array.array("i"), array.array("i")
                 for _, kind, payload in ancillary:
                     (fds if kind == socket.SCM_RIGHTS else credentials).frombytes(payload)
+                if ancillary and not data:  # nobody's end, and which one could take for that
+                    raise _nonsense()
                 return data, fds[0] if fds else None, credentials[0] if credentials else 0
 
 
@@ -293,8 +307,8 @@ def _nonsense() -> ExecFailed:
 
 def _raise(message: dict[str, object]) -> NoReturn:
     """Raise what a message tells of. The message may be anybody's: it must not be able to raise anything else."""
-    text = str(message.get("message", ""))[: _MAX_TEXT + 1]
+    text = str(message.get("message", ""))[: _MAX_TEXT + 1].encode(errors="replace").decode()
     kind, code = message.get("error"), message.get("errno")
     if isinstance(code, int) and 0 < code < _MAX_ERRNO:
-        raise OSError(code, text)
+        raise ChildError(code, text)
     raise ExecFailed(kind if kind in (SETUP, EXEC_NOT_FOUND, EXEC_DENIED) else SETUP, text)

@@ -1,6 +1,7 @@
 """A container as the runtime sees it once its init exists: to be started, joined, or let go of."""
 
 import contextlib
+import errno
 import math
 import os
 import signal
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from corral.kernel import process
 from corral.oci import gate as gates
 from corral.oci.attendance import SETUP_S, ProcessHandle, await_exec
-from corral.oci.channel import EndedEarly, ParentEnd
+from corral.oci.channel import ChildError, EndedEarly, ParentEnd
 from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.reaper import ANNOTATION
 from corral.oci.spec import Hooks, Process, Spec
@@ -22,6 +23,8 @@ from corral.oci.users import Sighting
 if TYPE_CHECKING:  # loaded for those who ask for it
     from corral.oci.join_calls import Files
     from corral.oci.program import Program
+
+_NOT_RUNNING = "the container is not running"
 
 
 @dataclass(slots=True)
@@ -130,7 +133,10 @@ class Container:
                 self, process_spec, user, stdio, cgroups, exact_cgroup=exact_cgroup, dies_with_runtime=dies_with_runtime
             )
         except ProcessLookupError as e:
-            raise ExecFailed(SETUP, "the container is not running") from e
+            raise ExecFailed(SETUP, _NOT_RUNNING) from e
+        except ChildError as e:  # which may be anybody's word
+            ended = e.errno == errno.ESRCH and process.is_dying(self.init.pid)
+            raise ExecFailed(SETUP, _NOT_RUNNING if ended else e.strerror or "") from e
 
     @classmethod
     def adopt(

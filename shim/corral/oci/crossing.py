@@ -15,6 +15,7 @@ from corral.kernel.stone import Succession
 from corral.kernel.syscalls import MACHINE
 from corral.oci import program as programs
 from corral.oci.channel import error_message
+from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.program import Program
 
 _ERRNOS = (
@@ -25,6 +26,7 @@ _ERRNOS = (
 """What execve(2) fails with."""
 _OF_USE_AT_EXECVE = capabilities.mask_of(("CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH"))
 _NAME = "corral-init"
+_NO_TERMINAL = "the terminal can't be made the controlling one of the process"
 _MFD_EXEC = 0x10
 """Since Linux 6.3, where a sysctl can say that without it nothing is executable."""
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -60,7 +62,8 @@ def make_for_successor(program: Program, channel: int, gate: int | None = None) 
     if not (program.args and program.passes and program.labels is None and MACHINE in stone.MACHINES):
         return None
     with contextlib.suppress(OSError):
-        return make(program.args[0], channel, gate, Succession(program.terminal, program.dies_with_runtime))
+        refusal = error_message(ExecFailed(SETUP, _NO_TERMINAL)) if program.terminal else None
+        return make(program.args[0], channel, gate, Succession(refusal, program.dies_with_runtime))
     return None
 
 

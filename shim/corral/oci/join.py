@@ -77,9 +77,10 @@ def run_joined(
         stone = make_for_successor(program, channel.fileno())
         program = programs.become(program, root, identity, channel.send_listener)
         go_on(program, channel, master, stdio.kept, stone)
-        if program.dies_with_runtime:  # and if that has ended by now, there is nobody to say start
+        mortal = program.dies_with_runtime
+        if mortal:
             process.set_parent_death_signal(signal.SIGKILL)
-        if not channel.wait_for_start():
+        if not channel.wait_for_start() or (mortal and channel.is_deserted()):  # before there was that signal
             os._exit(1)
         programs.execute(program)
     except BaseException as e:  # noqa: BLE001 - a fork of the runtime must not run on in its code

@@ -12,6 +12,7 @@ why. So nothing is decided here; and the order, and what each process has by the
 and of corral.oci.program.
 """
 
+import _socket as socket  # as corral.oci.channel
 import contextlib
 import errno
 import os
@@ -29,15 +30,7 @@ from corral.kernel.seccomp import Filter
 from corral.kernel.sequence import MACHINES, RESULT, SCRATCH, Argument, Call, How, Words, image
 from corral.kernel.syscalls import AT_FDCWD, MACHINE
 from corral.oci import program as programs
-from corral.oci.attendance import (
-    Executed,
-    ProcessHandle,
-    heeded,
-    kill_and_reap,
-    patience,
-    reap_predecessor,
-    until_executed,
-)
+from corral.oci.attendance import ProcessHandle, becomes_program, heeded, kill_and_reap, patience, reap_predecessor
 from corral.oci.cgroups import Membership
 from corral.oci.channel import START, EndedEarly, ParentEnd, make_pair
 from corral.oci.crossing import sealed
@@ -49,10 +42,10 @@ from corral.oci.stdio import Stdio
 from corral.oci.users import DATABASES, Sighting
 
 # Source: the kernel's syscall_64.tbl.
-_WRITE, _CLOSE, _FSTAT, _SIGPROCMASK, _READ, _DUP2, _CLONE, _EXECVE, _FCNTL = 1, 3, 5, 14, 0, 33, 56, 59, 72
-_GETCWD, _FCHDIR, _UMASK, _SETSID, _SETGROUPS, _SETRESUID, _SETRESGID, _CAPSET = 79, 81, 95, 112, 116, 117, 119, 126
+_WRITE, _CLOSE, _FSTAT, _SIGPROCMASK, _READ, _DUP2, _RECVFROM, _CLONE, _EXECVE = 1, 3, 5, 14, 0, 33, 45, 56, 59
+_FCNTL, _GETCWD, _FCHDIR, _UMASK, _SETSID, _SETGROUPS, _SETRESUID, _SETRESGID = 72, 79, 81, 95, 112, 116, 117, 119
 _PRCTL, _EXIT_GROUP, _KEYCTL, _OPENAT, _PRLIMIT, _SETNS, _SECCOMP, _CLONE3 = 157, 231, 250, 257, 302, 308, 317, 435
-_CLOSE_RANGE, _OPENAT2 = 436, 437
+_CAPSET, _CLOSE_RANGE, _OPENAT2 = 126, 436, 437
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 4, 8, 24, 38, 47
 _AMBIENT_RAISE, _AMBIENT_CLEAR_ALL = 2, 4
@@ -64,7 +57,7 @@ _LAST_FD = 0xFFFFFFFF
 _BEHIND_THE_FILTER = (
     asks("clone", first=process.CLONE_PARENT),
     asks("prctl", first=_PR_SET_PDEATHSIG),
-    asks("read", "setsid", "fcntl", "rt_sigprocmask", "execve", "write", "exit_group"),
+    asks("read", "recvfrom", "setsid", "fcntl", "rt_sigprocmask", "execve", "write", "exit_group"),
 )
 _WITHOUT_NO_NEW_PRIVS = asks("prctl", "setgroups", "setresgid", "setresuid", "capset", "close_range")
 """What is behind it then as well, since to load it needs a capability."""
@@ -154,10 +147,14 @@ def begin(
         return None
     try:
         last = _last_born(parent, pid, births=1 if membership.unified is None else 2)
-    except ExecFailed:  # the host, say, lets no such program run: neither will it the next time
-        files.of_use = False
+    except (ExecFailed, _NeverBegan) as e:
+        files.of_use = isinstance(e, ExecFailed)  # the host, say, lets no such program run: neither will it next time
         return None
     return None if last is None else _executed(parent, *last)
+
+
+class _NeverBegan(Exception):
+    """The first one, of whom nobody inside has any part yet, ended without a word."""
 
 
 def _last_born(parent: ParentEnd, pid: int, *, births: int) -> tuple[int, int] | None:
@@ -167,7 +164,12 @@ def _last_born(parent: ParentEnd, pid: int, *, births: int) -> tuple[int, int] |
         with heeded(parent, pidfd):
             if birth:
                 parent.send_start()
-            successor = parent.receive_number(pid, patience(pidfd, SETUP_S))
+            try:
+                successor = parent.receive_number(pid, patience(pid, pidfd, SETUP_S))
+            except EndedEarly as e:
+                if birth:
+                    raise
+                raise _NeverBegan from e
             follower = process.pidfd_open(successor) if successor > 0 else -1  # likewise
         if follower < 0:
             kill_and_reap(parent, pidfd)
@@ -180,15 +182,11 @@ def _last_born(parent: ParentEnd, pid: int, *, births: int) -> tuple[int, int] |
 def _executed(parent: ParentEnd, pid: int, pidfd: int) -> ProcessHandle | None:
     """Have it execute its program."""
     with heeded(parent, pidfd):
-        start_time = process.start_time(pid)
+        handle = ProcessHandle(pid, pidfd, process.start_time(pid), None)
         parent.send_start()
-        try:
-            parent.receive_number(pid, until_executed(pid, start_time, patience(pidfd, SETUP_S)))
-        except (EndedEarly, Executed) as e:
-            if isinstance(e, EndedEarly) and process.has_executed(pid, start_time) is False:
-                raise
+        if becomes_program(handle, lambda check: parent.receive_number(pid, check), SETUP_S):
             parent.close()
-            return ProcessHandle(pid, pidfd, start_time, None)
+            return handle
     kill_and_reap(parent, pidfd)
     return None
 
@@ -265,8 +263,9 @@ def _have_successor(birth: Call, channel: int, child: list[Call], *, mortal: boo
     mortal: it is killed when the runtime ends.
     """
     told = [Call(_READ, (channel, SCRATCH, len(START) + 1), How.GIVES, len(START))]
-    if mortal:  # first: if the runtime has ended by then, nobody tells it anything
+    if mortal:  # the runtime may have ended before that, and have said start
         told.insert(0, Call(_PRCTL, (_PR_SET_PDEATHSIG, signal.SIGKILL)))
+        told.append(Call(_RECVFROM, (channel, SCRATCH, 1, socket.MSG_DONTWAIT, 0, 0), How.GIVES, -errno.EAGAIN))
     forks = Call(birth.number, birth.arguments, How.FORKS, child=[*told, *child])
     return [forks, Call(_WRITE, (channel, RESULT, 8)), Call(_EXIT_GROUP, (0,))]
 

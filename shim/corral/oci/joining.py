@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from corral.kernel import namespaces
 from corral.kernel.namespaces import Kind
-from corral.oci.attendance import ProcessHandle, await_exec, await_ready, born, heeded
+from corral.oci.attendance import ProcessHandle, await_ready, becomes_program, born, heeded
 from corral.oci.cgroups import TAKES_NONE, Membership
-from corral.oci.channel import ChildEnd, ParentEnd
+from corral.oci.channel import ChildEnd, EndedEarly, ParentEnd
 from corral.oci.join import run_joined
 from corral.oci.program import Program, program_of
 from corral.oci.spec import Process
@@ -155,6 +155,7 @@ def _execute(parent: ParentEnd, handle: ProcessHandle) -> None:
         with heeded(parent, handle.pidfd):
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is gone: what follows finds out why
                 parent.send_start()
-            await_exec(parent, handle, SETUP_S, joined=True)
+            if not becomes_program(handle, parent.wait_for_exec, SETUP_S):
+                raise EndedEarly
         undo.pop_all()
     parent.close()

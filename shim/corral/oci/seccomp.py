@@ -74,8 +74,8 @@ UNTIL_EXECVE = (
     asks(
         *("accept4", "brk", "clock_gettime", "close", "close_range", "execve", "execveat", "exit_group", "fcntl"),
         *("fstat", "futex", "getpid", "getrandom", "getsockname", "getsockopt", "gettid", "madvise", "mmap"),
-        *("mprotect", "mremap", "munmap", "newfstatat", "read", "recvfrom", "restart_syscall", "rt_sigaction"),
-        *("rt_sigprocmask", "rt_sigreturn", "seccomp", "sendmsg", "sendto", "setsid", "stat", "write"),
+        *("mprotect", "mremap", "munmap", "newfstatat", "poll", "read", "recvfrom", "restart_syscall"),
+        *("rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "seccomp", "sendmsg", "sendto", "setsid", "stat", "write"),
     ),
 )
 """What corral.oci.init and join may still ask for once a process has no more than its program is to have."""
