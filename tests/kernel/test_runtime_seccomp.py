@@ -12,6 +12,7 @@ from support.requirements import needs
 
 from corral.kernel.namespaces import Kind
 from corral.oci import defaults
+from corral.oci.errors import ExecFailed
 from corral.oci.spec import Action, Mount, Namespace, Operator, Seccomp, SeccompArg, SeccompSyscall
 
 pytestmark = needs("root", "overlayfs", "busybox")
@@ -241,3 +242,33 @@ def test_one_filter_is_loaded_unless_there_have_to_be_two(lab, how):
         (lab.directory / name).mkdir()
     profile = deny("mremap", "setsid")
     assert filters() == "2\n"
+
+
+@pytest.mark.parametrize("action", [Action.ERRNO, Action.KILL_PROCESS])
+@pytest.mark.parametrize("call", ["clone", "setsid"])
+def test_an_exec_that_could_not_be_born_behind_its_filter_is_refused(lab, call, action):
+    """Without no_new_privs it is loaded before that."""
+    container = running(lab, Seccomp(Action.ALLOW, architectures=NATIVE, syscalls=(SeccompSyscall((call,), action),)))
+    with pytest.raises(ExecFailed, match=f"linux.seccomp: it refuses {call}, which an exec needs"):
+        lab.exec(container, "true", "", no_new_privileges=False)
+    assert lab.exec(container, "true", "").code == 0
+
+
+def test_one_that_its_filter_kills_is_told_of_as_such(lab):
+    rule = SeccompSyscall(("capset",), Action.KILL_PROCESS)
+    container = running(lab, Seccomp(Action.ALLOW, architectures=NATIVE, syscalls=(rule,)))
+    with pytest.raises(ExecFailed, match=r"linux\.seccomp kills what calls"):
+        lab.exec(container, "true", "", no_new_privileges=False)
+
+
+@pytest.mark.parametrize("call", ["clone", "setsid"])
+def test_one_that_is_logged_is_born(lab, call):
+    rule = SeccompSyscall((call,), Action.LOG)
+    container = running(lab, Seccomp(Action.ALLOW, architectures=NATIVE, syscalls=(rule,)))
+    assert lab.exec(container, "true", "", no_new_privileges=False).code == 0
+
+
+def running(lab, profile: Seccomp):
+    container = lab.create(lab.spec("sleep", "60", linux={"seccomp": profile}))
+    container.start()
+    return container

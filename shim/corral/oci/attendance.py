@@ -231,6 +231,8 @@ def how_it_ended(status: int | None) -> str:
         return "the process broke off its set-up"
     if status == signal.SIGKILL:
         return "the process was killed during its set-up: the memory limit may be too small to start in"
+    if status == signal.SIGSYS:
+        return "the process was killed during its set-up: linux.seccomp kills what calls one of those that it needs"
     return f"the process ended during its set-up (status {status})"
 
 

@@ -95,6 +95,10 @@ def _program_of(container: "Container", asked: Process, user: str | None, mortal
         check_process(asked)
         whole = _completed(asked, container.spec.process)
         program = program_of(whole, container.spec.linux, user=user, dies_with_runtime=mortal)
+        if (profile := container.spec.linux.seccomp) is not None and not (program.no_new_privs or program.passes):
+            from corral.oci.seccomp import check_birth
+
+            check_birth(profile)
         container.latest = key, whole, program
     return container.latest[1:]
 

@@ -11,6 +11,7 @@ from corral.kernel.process import CLONE_PARENT, CLONE_PIDFD
 from corral.kernel.seccomp import Architecture, Compare, Condition, Filter, Profile, Rule, compile_profile, rules
 from corral.kernel.syscalls import MACHINE
 from corral.kernel.tty import TIOCSCTTY
+from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.spec import Action, Operator, Seccomp, SeccompArg, SeccompSyscall
 
 EPERM, ENOSYS = 1, 38
@@ -102,6 +103,22 @@ def lets_pass(profile: Seccomp | None, wanted: Iterable[Rule]) -> bool:
         for name in names.intersection(rule.names):
             said[name] += [(conditions, rule.action) for conditions in _alternatives(rule)]
     return all(_allow(said[name], known, profile.default_action) for name, known in asked)
+
+
+def check_birth(profile: Seccomp) -> None:
+    """Raise ExecFailed for a filter behind which no successor can be born, see corral.oci.init.go_on()."""
+    default = profile.default_action
+    rules = tuple(replace(rule, action=_passing(rule.action)) for rule in profile.syscalls)
+    heard = replace(profile, default_action=_passing(default), syscalls=rules)
+    for wanted in (asks("clone", first=CLONE_PARENT | CLONE_PIDFD), asks("setsid")):
+        if not lets_pass(heard, [wanted]):
+            why = "which an exec needs behind it unless process.noNewPrivileges is set"
+            raise ExecFailed(SETUP, f"linux.seccomp: it refuses {wanted.names[0]}, {why}")
+
+
+def _passing(action: Action) -> Action:
+    """Whoever is told of a call may let it go on."""
+    return Action.ALLOW if action in (Action.LOG, Action.NOTIFY) else action
 
 
 def _allow(said: Iterable[tuple[tuple[Condition, ...], Action]], known: Mapping[int, int], otherwise: Action) -> bool:
