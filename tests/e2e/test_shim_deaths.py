@@ -3,6 +3,7 @@
 import os
 import select
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from support.requirements import needs
 from corral.api.engine.v1 import engine_pb2
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1 import types_pb2
-from corral.client.execution import Attachment, Collected
+from corral.client.execution import Attachment, Collected, Execution, exec_request
 from corral.client.sync import Client
 from corral.rpc.errors import FailedPrecondition, Unavailable
 
@@ -45,6 +46,10 @@ def kill_shim(client: Client, container: str) -> None:
     os.kill(shim, signal.SIGKILL)
     select.select([pidfd], [], [], 5)
     os.close(pidfd)
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def topics_of(client: Client, container: str) -> list[str]:
@@ -187,6 +192,58 @@ def test_an_exec_that_was_created_starts_though_its_shim_was_killed(client: Clie
     assert client.containers.exec_start("long", made.exec_id) > 0
     status = client.containers.exec_wait("long", made.exec_id)
     assert (status.code, status.known) == (33, True)
+
+
+def test_an_exec_whose_shim_is_killed_before_it_can_say_that_it_runs_keeps_its_client_and_its_input(
+    client: Client, daemon: Corrald
+) -> None:
+    daemon.restart_with({"CORRAL_FAILPOINTS": "shim.exec.before_reply=kill@1"})
+    eventually(lambda: client.containers.run("busybox", ["sleep", "1000"], name="long", network="none"))
+    process = exec_request("long", ["sh", "-c", "echo begun; cat; exit 7"], stdin=True)
+    is_to_end = threading.Event()
+
+    def requests() -> Iterator[engine_pb2.ExecRunRequest]:
+        yield engine_pb2.ExecRunRequest(stdin=b"at once\n")
+        is_to_end.wait(10)
+        yield engine_pb2.ExecRunRequest(stdin=b"later\n")
+
+    collected = Collected()
+    for part in client.containers.exec_run(Execution(process), requests()):
+        collected.add(part)
+        if b"at once" in part.stdout:
+            is_to_end.set()
+    assert is_to_end.is_set()
+    result = collected.result()
+    assert (result.stdout, result.code, result.exit.known) == (b"begun\nat once\nlater\n", 7, True)
+    daemon.restart()
+
+
+def test_one_that_is_started_by_itself_is_started_then_and_one_that_has_ended_by_then_has_its_exit_code(
+    client: Client, daemon: Corrald
+) -> None:
+    daemon.restart_with({"CORRAL_FAILPOINTS": "shim.exec.before_reply=kill"})
+    eventually(lambda: client.containers.run("busybox", ["sleep", "1000"], name="long", network="none"))
+    for script, code in ("sleep 0.5; exit 32", 32), ("exit 33", 33):
+        made = client.containers.exec_create("long", ["sh", "-c", script])
+        client.containers.exec_start("long", made.exec_id)
+        status = client.containers.exec_wait("long", made.exec_id)
+        assert (status.code, status.known) == (code, True)
+    daemon.restart()
+
+
+def test_what_only_a_zygote_has_is_waited_for_if_that_is_told_last_of_the_death_of_a_shim(
+    client: Client, daemon: Corrald
+) -> None:
+    daemon.restart_with({"CORRAL_FAILPOINTS": "shim.exec.before_reply=kill"})
+    eventually(lambda: client.containers.run("busybox", ["sleep", "1000"], name="long", network="none"))
+    made = client.containers.exec_create("long", ["sh", "-c", "sleep 2; exit 35"])
+    zygote = parent_of(client.containers.get("long").shim_pid)
+    os.kill(zygote, signal.SIGSTOP)
+    threading.Timer(0.5, os.kill, (zygote, signal.SIGCONT)).start()
+    assert client.containers.exec_start("long", made.exec_id) > 0
+    status = client.containers.exec_wait("long", made.exec_id)
+    assert (status.code, status.known) == (35, True)
+    daemon.restart()
 
 
 def test_an_exec_that_was_created_is_told_to_be_lost_with_both_its_shim_and_the_daemon(

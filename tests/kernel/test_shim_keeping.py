@@ -66,9 +66,9 @@ def kept_by_zygote(shim: Shim, exec_id: str = "") -> dict[str, int]:
         assert time.monotonic() < deadline, "nobody keeps anything"
         time.sleep(0.01)
     for other in kept.keys() - {exec_id}:
-        for fd in kept[other].values():
+        for fd in kept[other].streams.values():
             os.close(fd)
-    return kept[exec_id]
+    return kept[exec_id].streams
 
 
 def test_a_terminal_outlives_its_shim_though_no_daemon_has_a_copy(shop: Workshop) -> None:
@@ -93,6 +93,27 @@ def test_a_stdin_that_is_closed_is_kept_by_nobody(shop: Workshop) -> None:
     shim = shop.run("sh", "-c", "cat; exit 5", stdin=True)
     shim.call("close_stdin")
     assert shim.wait()["code"] == 5
+
+
+@pytest.mark.parametrize("failpoint", ["shim.exec.after_clone", "shim.exec.before_reply"])
+def test_an_exec_reads_on_though_its_shim_was_killed_as_soon_as_it_ran(failpoint: str) -> None:
+    with workshop({"CORRAL_FAILPOINTS": f"{failpoint}=kill"}) as shop:
+        shim = shop.run("sleep", "1000")
+        init = int(str(shim.state()["pid"]))
+        shim.exec("e", "sh", "-c", "cat; echo end", stdin=True)
+        with pytest.raises(EOFError):
+            shim.start("e")
+        wait_gone(shim.pid)
+        while (kept := fetch(shim.bundle, timeout_s=5)) is None:
+            time.sleep(0.01)
+        streams = kept["e"].streams
+        os.write(streams["stdin"], b"more\n")
+        assert read_until(streams["stdout"], b"more\n") == b"more\n"
+        assert (kept["e"].identity is not None) == (failpoint == "shim.exec.before_reply")
+        for each in kept.values():
+            for fd in each.streams.values():
+                os.close(fd)
+        os.kill(init, signal.SIGKILL)
 
 
 def test_the_zygote_writes_how_an_exec_ended_whose_shim_was_killed(shop: Workshop) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -28,7 +28,7 @@ from corral.store import Database
 from corral.tasks import store
 from corral.tasks.ends import Ends
 from corral.tasks.identity import Identity
-from corral.tasks.keeper import fetch
+from corral.tasks.keeper import Kept, fetch
 from corral.tasks.live import Process, Task
 from corral.tasks.model import INIT, Exit, Status, TaskKey
 from corral.tasks.shim import Shim
@@ -39,6 +39,7 @@ log = structlog.get_logger()
 ATTEMPTS = 3
 KILL_S = 10.0
 KEPT_S = 2.0
+REAPED_S = 1.0
 UNSTARTED_CODE = 1
 """Of an init whose shim has gone away before it told it to become its program."""
 # An init that was about to execute its program when its shim was killed either does so within this or ends.
@@ -126,7 +127,7 @@ class Heirs:
         return written is not None and written.reason == BY_ZYGOTE
 
     async def _replace(self, task: Task) -> Shim:
-        await self._take_from_zygote(task)
+        kept = await self._take_from_zygote(task)
         shim, identity = await self._spawner.spawn_heir(task.bundle)
         try:
             started_at_ns = task.init.row.started_at_ns or time.time_ns()
@@ -144,37 +145,46 @@ class Heirs:
                     await task.init.mark_started(self._database, task.init.identity, started_at_ns)
         for process in tuple(task.processes.values()):
             if not process.row.is_init and not process.ended.is_set():
-                await self.hand_over_exec(shim, task, process)
+                await self.hand_over_exec(shim, task, process, kept.get(process.row.exec_id))
         log.warning("task.inherited", container_id=task.row.key.id, shim_pid=identity.pid)
         return shim
 
-    async def _take_from_zygote(self, task: Task) -> None:
+    async def _take_from_zygote(self, task: Task) -> Mapping[str, Kept]:
         """What this service has not seen its shim to have, the zygote may have kept."""
         task.was_attended = task.init.is_attended  # by whom it was before its shim died: so nothing is lost
-        kept = await run_blocking(partial(fetch, task.bundle.path, timeout_s=KEPT_S))
-        for exec_id, streams in (kept or {}).items():
+        await _is_reaped(task.shim_identity)
+        kept = await run_blocking(partial(fetch, task.bundle.path, timeout_s=KEPT_S)) or {}
+        for exec_id, found in kept.items():
             process = task.processes.get(exec_id)
-            known = process.streams if process is not None and not process.ended.is_set() else dict(streams)
-            for name, fd in streams.items():
+            known = process.streams if process is not None and not process.ended.is_set() else dict(found.streams)
+            for name, fd in found.streams.items():
                 if name in known:
                     os.close(fd)
                 else:
                     known[name] = fd
-        task.was_attended |= bool((kept or {}).get(INIT))
+        task.was_attended |= INIT in kept and bool(kept[INIT].streams)
+        return kept
 
-    async def hand_over_exec(self, shim: Shim, task: Task, process: Process) -> None:
-        """Have a shim that has taken over the container take over an exec too; one that it does not take is lost."""
+    async def hand_over_exec(self, shim: Shim, task: Task, process: Process, kept: Kept | None = None) -> None:
+        """Have a shim that has taken over the container take over an exec too; one that it does not take is lost.
+
+        kept: what the zygote knew of it, which tells of one whose shim was killed before it could say that it runs.
+        """
         async with process.lock:  # it may be about to be started, or deleted
             if task.processes.get(process.row.exec_id) is not process or process.ended.is_set():
                 return
             with suppress(CorralError, OSError):
+                if process.row.status is Status.CREATED and kept is not None and kept.identity is not None:
+                    with written(task):
+                        await process.mark_started(self._database, kept.identity, kept.started_at_ns)
                 if process.row.status is Status.RUNNING:
                     await self._hand_over(shim, task, process, process.row.started_at_ns or time.time_ns())
                     return
                 if process.asked is not None:
                     await shim.exec(process.row.exec_id, process.asked)
                     return
-        await process.mark_ended(self._ends.write, Exit.unknown(EXEC_LOST, exited_at_ns=time.time_ns()))
+        how = await run_blocking(task.bundle.exec_exit, process.row.exec_id)
+        await process.mark_ended(self._ends.write, how or Exit.unknown(EXEC_LOST, exited_at_ns=time.time_ns()))
 
     async def _hand_over(self, shim: Shim, task: Task, process: Process, started_at_ns: int) -> None:
         created = json.loads(task.row.create)
@@ -193,6 +203,15 @@ class Heirs:
             "unattended": not task.was_attended,
         }
         await shim.adopt(row.exec_id, fields, [os.dup(fd) for fd in process.streams.values()])
+
+
+async def _is_reaped(shim: Identity) -> None:
+    """Wait for its zygote, which reaps a shim that was killed once what it keeps of that is to be had. Not for long:
+    another parent may not reap at all."""
+    for _ in range(int(REAPED_S / LOOK_S)):
+        if not shim.lives:
+            return
+        await asyncio.sleep(LOOK_S)
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """What of a container only its shim has, held a second time by the zygote that made it: so that it outlives the shim.
 
-    shim --frames--> zygote     {"keep":EXEC,"pid":PID,"start_time":TICKS,"started_at_ns":NS,"streams":[NAME...]} + fds
+    shim --frames--> zygote     {"keep":EXEC,"streams":[NAME...]} + fds     before its program can run
+                                {"began":EXEC,"pid":PID,"start_time":TICKS,"started_at_ns":NS}  before anybody is told
                                 {"drop":EXEC,"stream":NAME}     the process gets no more of it
                                 {"forget":EXEC}                 its end is written down
 
-    zygote, once the shim was killed --<bundle>/keeper--> whoever connects     {"exec":EXEC,"streams":[NAME...]} + fds
+    zygote, once the shim was killed --<bundle>/keeper--> whoever connects
+                                {"exec":EXEC,"streams":[NAME...]} + fds, and of an exec that runs what "began" told
 
 Kept are streams that cannot be opened by a name, a terminal's master or the writing end of a stdin, say, and the FIFOs:
 what is in one is gone once nobody has it open, and a zygote that is told of a shim's death is told later than that. Of
@@ -22,7 +24,6 @@ from corral.shim.errors import ShimError
 from corral.shim.fields import integer, strings, text
 from corral.shim.loop import IN, Loop
 from corral.shim.process import ContainerProcess
-from corral.shim.requests import PIDFD
 from corral.shim.wire import Channel, Message, ProtocolError, close_all
 
 SOCKET = "keeper"
@@ -40,19 +41,20 @@ class Keeper:
         if channel is not None:
             channel.sock.setblocking(False)
 
-    def keep(self, process: ContainerProcess, streams: Mapping[str, int]) -> None:
-        """Have it know a process that runs, and hold copies of its streams. How one ends that this shim has made the
-        zygote sees itself: it inherits it."""
-        fds = {name: fd for name, fd in streams.items() if name != PIDFD or not process.is_child}
-        if fds or process.exec_id:
-            message: Message = {
-                "keep": process.exec_id,
-                "pid": process.pid,
-                "start_time": process.start_time,
-                "started_at_ns": process.started_at_ns or 0,
-                "streams": list(fds),
-            }
-            self._send(message, tuple(fds.values()))
+    def keep(self, exec_id: str, streams: Mapping[str, int]) -> None:
+        """Have it hold copies of a process's streams, instead of those that it may have of it."""
+        if streams:
+            self._send({"keep": exec_id, "streams": list(streams)}, tuple(streams.values()))
+
+    def began(self, process: ContainerProcess) -> None:
+        """Have it know an exec that runs."""
+        message: Message = {
+            "began": process.exec_id,
+            "pid": process.pid,
+            "start_time": process.start_time,
+            "started_at_ns": process.started_at_ns or 0,
+        }
+        self._send(message)
 
     def drop(self, exec_id: str, stream: str) -> None:
         """The shim has closed it, and so shall the zygote."""
@@ -139,9 +141,10 @@ class Kept:
             exec_id, names = text(message, "keep"), strings(message, "streams")
             self._forget(exec_id)
             self.streams[exec_id] = dict(zip(names, self.channel.take_fds(len(names)), strict=True))
-            if exec_id:
-                known = KeptExec(exec_id, integer(message, "start_time"), integer(message, "started_at_ns"))
-                self.execs[integer(message, "pid")] = known
+        elif "began" in message:
+            exec_id = text(message, "began")
+            known = KeptExec(exec_id, integer(message, "start_time"), integer(message, "started_at_ns"))
+            self.execs[integer(message, "pid")] = known
         elif "drop" in message:
             fd = self.streams.get(text(message, "drop"), {}).pop(text(message, "stream"), None)
             if fd is not None:
@@ -194,5 +197,11 @@ class Counter:
             sock, _ = self._listener.accept()
             with contextlib.closing(Channel(sock)) as channel:
                 sock.setblocking(False)
-                for exec_id, streams in self._kept.streams.items():
-                    channel.send({"exec": exec_id, "streams": list(streams)}, tuple(streams.values()))
+                begun = {
+                    known.exec_id: {"pid": pid, "start_time": known.start_time, "started_at_ns": known.started_at_ns}
+                    for pid, known in self._kept.execs.items()
+                }
+                for exec_id in self._kept.streams.keys() | begun.keys():
+                    streams = self._kept.streams.get(exec_id, {})
+                    told: Message = {"exec": exec_id, "streams": list(streams), **begun.get(exec_id, {})}
+                    channel.send(told, tuple(streams.values()))

@@ -153,7 +153,7 @@ class Shim:
         self.loop.call_later(0, self._begin_watching_oom)
         self._write_record_soon(init)
         self.loop.call_later(0, lambda: self._hold_mounts(init))
-        self.loop.call_later(0, lambda: self._keeper.keep(init, self.streams("")))
+        self.loop.call_later(0, lambda: self._have_kept(init))
         return {"pid": init.pid, "start_time": init.start_time}
 
     def start(self, exec_id: str) -> Message:
@@ -263,33 +263,47 @@ class Shim:
 
     def _start_exec(self, process: ContainerProcess) -> Message:
         self._exec(process)
-        self.loop.call_later(0, lambda: self._have_kept(process))  # once the reply is out
+        failpoint("shim.exec.before_reply")
         return {"pid": process.pid, "start_time": process.start_time}
 
     def _have_kept(self, process: ContainerProcess) -> None:
-        if process.exit is None:
-            self._keeper.keep(process, self.streams(process.exec_id))
+        """Copies of its streams. How one ends that this shim has made the zygote sees itself: it inherits it."""
+        streams = self.streams(process.exec_id)
+        if process.is_child:
+            streams.pop(PIDFD, None)
+        self._keeper.keep(process.exec_id, streams)
 
     def _exec(self, process: ContainerProcess) -> None:
+        """What has to outlive this process is kept before the program can run, or else before anybody is told of it:
+        a terminal, and who it is."""
         container = self._running()
+        is_kept = process.on_exit is None
         started_at_ns = time.time_ns()
         try:
             with process.io.child_ends() as stdio:
                 failpoint("shim.exec.before_clone")
+                if is_kept:
+                    self._have_kept(process)
                 process.handle = container.exec(
                     process.spec,
                     user=process.user,
                     stdio=stdio,
                     cgroup_paths=self._cgroup_paths,
-                    dies_with_runtime=process.on_exit is not None,
+                    dies_with_runtime=not is_kept,
                 )
         except (ExecFailed, OSError):
             process.move(State.STOPPED)
+            if is_kept:
+                self._keeper.forget(process.exec_id)
             raise
         failpoint("shim.exec.after_clone")
         self._by_pid[process.pid] = process
         process.started(started_at_ns)
         process.io.begin(process.handle.console)
+        if is_kept:
+            if process.handle.console is not None:
+                self._have_kept(process)
+            self._keeper.began(process)
 
     def _made(self) -> Container:
         if self._container is None:
@@ -349,7 +363,9 @@ class Shim:
             raise
         process.io.resume(streams)
         process.was_unattended = self._was_unattended(request, handle)
-        self._keeper.keep(process, self.streams(request.exec_id))
+        self._have_kept(process)
+        if request.exec_id:
+            self._keeper.began(process)
         if not request.exec_id:
             self._timeout_ns = request.timeout_ns
             self._limit_time(process, request.timeout_ns)
