@@ -23,6 +23,7 @@ from corral.kernel.syscalls import MACHINE
 from corral.oci import defaults
 from corral.oci.errors import ExecFailed
 from corral.oci.listener import pass_to_listener
+from corral.oci.runtime import Stdio
 from corral.oci.spec import Action, IdMapping, Namespace, Seccomp, SeccompSyscall
 from corral.oci.state import State
 
@@ -168,11 +169,27 @@ def test_an_exec_has_a_listener_of_its_own(lab, tmp_path):
     with listening(tmp_path / "listener", error=28) as listener:
         container = lab.create(lab.spec("sleep", "60", linux={"seccomp": notifying(tmp_path / "listener", *MKDIR)}))
         container.start()
-        assert "No space left" in lab.exec(container, "mkdir /y").output
-        first, second = listener.told
+        reader, writer = os.pipe()
+        handle = container.exec(lab.process("mkdir /y"), stdio=Stdio(None, writer, writer))
+        lab.made.append(handle)
+        assert lab.wait(handle) == 1
+        assert b"No space left" in os.read(reader, 100)
+        os.close(reader)
+        os.close(writer)
+        _, second = listener.told
         assert second["state"]["status"] == "running"
         assert second["state"]["pid"] == container.init.pid
-        assert second["pid"] not in (first["pid"], container.init.pid)
+        assert second["pid"] == handle.pid
+
+
+@pytest.mark.parametrize("names", [("close", "close_range"), ("clone",), ("sendto", "setsid", "prctl")])
+@pytest.mark.parametrize("no_new_privileges", [True, False])
+def test_it_answers_its_calls_before_it_is_the_program(lab, tmp_path, names, no_new_privileges):
+    with listening(tmp_path / "listener"):
+        container = lab.create(lab.spec("sleep", "60", linux={"seccomp": notifying(tmp_path / "listener", *names)}))
+        container.start()
+        result = lab.exec(container, "echo", "ran", no_new_privileges=no_new_privileges)
+        assert result.output == "ran\n"
 
 
 def test_in_a_joined_pid_namespace(lab, tmp_path):

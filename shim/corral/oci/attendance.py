@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
-from corral.kernel import capabilities, namespaces, process
+from corral.kernel import capabilities, namespaces, paths, process
+from corral.kernel.namespaces import Kind
 from corral.oci.cgroups import Membership
 from corral.oci.channel import ChildEnd, EndedEarly, ParentEnd, make_pair
 from corral.oci.errors import SETUP, ExecFailed
@@ -142,15 +143,32 @@ def await_ready(
 ) -> ProcessHandle:
     """See a child to the end of its set-up, and where it has a successor go on with that. If it fails, it is reaped.
 
-    allotment: whose scheduler is set from here. note: as for receive_ready().
+    allotment: whose scheduler is set from here. note: as for receive_ready(). A seccomp listener is told of who will be
+    the program, unless one that comes before waits for its answer.
     """
+    limited = patience(pid, pidfd, limit_s)
+    listener: list[int] = []
+    is_last = creating and not any(each.type is Kind.PID and each.path for each in container.spec.linux.namespaces)
 
-    def pass_listener(fd: int) -> None:
+    def tell_listener(whose: int) -> None:
+        if not listener:
+            return
         from corral.oci.listener import pass_to_listener
 
-        state = container.state.at(CREATING, pid) if creating else container.state.at(RUNNING, container.init.pid)
+        state = container.state.at(CREATING, whose) if creating else container.state.at(RUNNING, container.init.pid)
         assert container.spec.linux.seccomp is not None
-        pass_to_listener(container.spec.linux.seccomp, fd, pid, state)
+        with paths.opened(listener.pop()) as fd:
+            pass_to_listener(container.spec.linux.seccomp, fd, whose, state)
+
+    def pass_listener(fd: int) -> None:
+        listener.append(os.dup(fd))
+        if is_last:
+            tell_listener(pid)
+
+    def patient() -> None:
+        if listener and select.select(listener, [], [], 0)[0]:
+            tell_listener(pid)
+        limited()
 
     def run_hooks() -> None:
         from corral.oci import hooks
@@ -161,8 +179,8 @@ def await_ready(
             hooks.run_hooks(container.spec.hooks, point, state, env=os.environ, directory=container.bundle)
 
     with contextlib.ExitStack() as unless_ready:
+        unless_ready.callback(lambda: [*map(os.close, listener)])
         with heeded(parent, pidfd):
-            patient = patience(pid, pidfd, limit_s)
             console, succeeded = parent.receive_ready(pid, patient, pass_listener, run_hooks, note)
             if console is not None:
                 unless_ready.callback(os.close, console)
@@ -173,6 +191,7 @@ def await_ready(
             reap_predecessor(pidfd)
             pid, pidfd = successor, follower
         with heeded(parent, pidfd):
+            tell_listener(pid)
             if allotment is not None:
                 allotment.schedule(pid)
             handle = ProcessHandle(pid, pidfd, process.start_time(pid), console)
