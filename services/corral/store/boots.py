@@ -56,8 +56,9 @@ def mark_opened(connection: sqlite3.Connection, *, durable: bool) -> None:
 
 
 def mark_closed(connection: sqlite3.Connection) -> None:
-    """After the last event, by the last connection, whose own closing writes all of it to the file."""
+    """After the last event, by the last connection. What was committed is on the disk before the mark is."""
     with translated():
+        connection.execute("PRAGMA synchronous = FULL")
         connection.execute(f"PRAGMA application_id = {CLOSED}")
 
 

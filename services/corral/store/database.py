@@ -43,7 +43,7 @@ from corral.store.journal import (
     prune,
 )
 from corral.store.pending import Pending
-from corral.store.room import Room
+from corral.store.room import Room, is_whole, make_empty
 from corral.store.schema import migrate
 from corral.store.sql import (
     ConstraintError,
@@ -64,6 +64,8 @@ __all__ = ["ConstraintError", "Database", "Duplicate", "Referenced", "Row", "Sna
 
 MAX_GROUP = 128
 COMMITS_PER_CHECKPOINT = 400
+COMMITS_PER_LOOK = 50
+CHECKPOINT_ATTEMPTS, CHECKPOINT_PAUSE_S = 20, 0.05
 READER_THREADS = 4
 type Params = Sequence[SqlValue] | Mapping[str, SqlValue]
 
@@ -159,25 +161,28 @@ class Database:
         self._durable = self._synchronous = durable
         self._on_loop = on_loop
         self._turn = threading.Lock()  # held by whoever writes
+        self._checkpointing = threading.Lock()  # a second one would do nothing
         self._commits = 0
         self._marked = False
         self._changes = 0
+        make_empty(path)
         self._writer = opened(path, durable=durable, create=True)
         self._writer.execute("PRAGMA wal_autocheckpoint = 0")
         try:
+            self._room = Room(path, self._writer)
+            self._room.keep_log()
             migrate(self._writer, path, migrations)
-            with suppress_no_room():
-                self._mark()
-            self._room = Room(path)
+            self.journal = Journal(self, newest_seq(self._writer), keep=journal_keep, delay_s=journal_delay_s)
+            self._try_to_mark()
         except BaseException:
             self._writer.close()
             raise
-        self._room.keep()
         self._pending: SimpleQueue[Pending | None] = SimpleQueue()
         self._idle_readers: list[sqlite3.Connection] = []
         self._reading = ThreadPoolExecutor(READER_THREADS, thread_name_prefix=f"read-{path.stem}")
         self._open = True
-        self.journal = Journal(self, newest_seq(self._writer), keep=journal_keep, delay_s=journal_delay_s)
+        if self._room.lacks_pages():
+            self._reading.submit(self._checkpoint)
         self._thread = threading.Thread(target=self._run_writer, name=f"write-{path.stem}", daemon=True)
         self._thread.start()
 
@@ -228,9 +233,9 @@ class Database:
                 self._roll_back()
                 if not tries_left or not is_full(e):
                     raise
-            with suppress(OSError, sqlite3.Error):
+            with suppress(OSError, sqlite3.Error), self._checkpointing:
                 self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
-            self._room.keep()
+            self._room.keep_log()
         raise AssertionError("the last try returns or raises")
 
     async def persist(self) -> None:
@@ -306,6 +311,11 @@ class Database:
             self._commit()
         return events
 
+    def _try_to_mark(self) -> None:
+        with suppress_no_room():
+            self._with_room(self._mark)
+            self.journal.recount(newest_seq(self._writer))
+
     def _mark(self) -> None:
         """Raises OSError if the disk is full."""
         self._synchronous = self._durable  # it leaves the connection so, whatever happens
@@ -314,9 +324,7 @@ class Database:
 
     def _begin(self, *, durable: bool) -> None:
         if not self._marked:  # the disk was full when it was opened
-            with suppress_no_room():
-                self._mark()
-                self.journal.recount(newest_seq(self._writer))
+            self._try_to_mark()
             self._changes = self._writer.total_changes
         self._set_synchronous(durable)
         execute(self._writer, "BEGIN IMMEDIATE", ())
@@ -338,14 +346,23 @@ class Database:
     def _count_commit(self) -> None:
         """Now and then the log is carried over into the file, beside the writes that go on."""
         self._commits += 1
-        if self._commits % COMMITS_PER_CHECKPOINT == 0 and self._open:
+        is_due = self._commits % COMMITS_PER_CHECKPOINT == 0
+        if is_due or (self._commits % COMMITS_PER_LOOK == 0 and self._room.lacks_pages()):
             with suppress(RuntimeError):  # it is being closed, which does the same
                 self._reading.submit(self._checkpoint)
 
     def _checkpoint(self) -> None:
+        with self._turn:
+            if self._marked:
+                self._room.make_pages()
         with suppress(OSError, sqlite3.Error), closing(opened(self.path, durable=self._durable)) as connection:
-            connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
-        self._room.keep()
+            for _ in range(CHECKPOINT_ATTEMPTS):
+                with self._checkpointing:
+                    connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+                if is_whole(self.path, connection):
+                    break
+                time.sleep(CHECKPOINT_PAUSE_S)  # whoever was reading kept it from going further
+        self._room.keep_log()
 
     def _set_synchronous(self, durable: bool) -> None:
         """Whether the next commit waits for the disk; SQLite takes it between transactions only."""
@@ -427,11 +444,13 @@ class Database:
         self._thread.join()
         self._reading.shutdown(wait=True)
         self._close_readers()
+        # On a full disk it is as if it was killed.
+        with suppress(OSError, sqlite3.Error):
+            self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
         if self._marked:
-            with suppress(OSError):  # a full disk: then it is as if it was killed
+            with suppress(OSError):
                 mark_closed(self._writer)
         self._writer.close()
-        self._room.close()
 
     def _require_open(self) -> None:
         if not self._open:

@@ -45,4 +45,4 @@ def migrate(connection: sqlite3.Connection, path: Path, migrations: Sequence[str
                     connection.execute("ROLLBACK")
                 raise
         if version < len(migrations):
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # for require_known(), which sees but the file itself
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)")  # for require_known(), which sees but the file itself

@@ -56,7 +56,8 @@ def suppress_no_room() -> Iterator[None]:
 
 def is_full(e: BaseException) -> bool:
     """Whether SQLite had no room for what it was to write, which has not happened then."""
-    return isinstance(e, OSError) and e.errno == errno.ENOSPC and isinstance(e.__cause__, sqlite3.Error)
+    code = getattr(e.__cause__, "sqlite_errorcode", None)
+    return isinstance(e, OSError) and code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE)
 
 
 @contextmanager
@@ -86,6 +87,8 @@ def opened(path: Path, *, durable: bool, create: bool = False, read_only: bool =
     The file is this process' alone as long as it has a connection, and every other process is refused: the connections
     of one process then agree in memory, where they would make two to six fcntl() calls a statement (a quarter of a
     small write). Source: SQLite, "The OS Interface or VFS", unix-excl.
+
+    The log stays when the last one is closed, for the room that it has on the disk; who opens the file next reads it.
     """
     try:
         connection = sqlite3.connect(
@@ -100,6 +103,7 @@ def opened(path: Path, *, durable: bool, create: bool = False, read_only: bool =
         raise OSError(_SYSTEM_ERRORS.get(e.sqlite_errorcode & 0xFF, errno.EIO), f"database: {e}", str(path)) from e
     try:
         connection.row_factory = sqlite3.Row
+        connection.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, True)
         with translated():
             # Of a new file: a small write copies and sums up whole pages, and 2 KiB ones cost it a quarter less than 4.
             connection.execute("PRAGMA page_size = 2048")

@@ -24,6 +24,7 @@ class Ends:
         self._registry = registry
         self._database = database
         self._unwritten: dict[Process, Writing] = {}
+        self._later: asyncio.Task[None] | None = None
 
     async def write(self, process: Process, writing: Writing) -> None:
         """Have `writing` tell the database of the end; now, if that can be."""
@@ -31,9 +32,9 @@ class Ends:
             await self._database.write(writing)
         except OSError as e:
             log.error("task.end_not_written", **process.facts, error=str(e))
-            if not self._unwritten:
-                self._registry.until_stopped(self._write_later())
             self._unwritten[process] = writing
+            if self._later is None or self._later.done():
+                self._later = self._registry.until_stopped(self._write_later())
 
     async def _write_later(self) -> None:
         delay_s = RETRY_FIRST_S
@@ -57,5 +58,5 @@ class Ends:
 
         await self._database.write(write)
         for process in wanted:
-            del self._unwritten[process]
+            self._unwritten.pop(process, None)
             log.info("task.end_written", **process.facts)
