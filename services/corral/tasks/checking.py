@@ -41,7 +41,7 @@ class Checker:
             if key not in self._registry and key not in strays
         ]
         for task in self._registry.of(None):
-            if not task.init.ended.is_set():
+            if task.settled.is_set() and not task.init.ended.is_set():
                 found += await self._alive(task)
         return found
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from corral.rpc.errors import CorralError, Unimplemented
+from corral.rpc.errors import CorralError, Unavailable, Unimplemented
 from corral.shim.wire import Message
 from corral.store import Database
 from corral.tasks import store
@@ -58,8 +58,11 @@ class Probes:
     async def run(self, key: TaskKey, probe: NewProbe) -> Ran:
         """How it ended, once it has. Raises as Execs.create() and Tasks.start(), and Unavailable.
 
+        Unavailable also while the task is not settled: a wait for its shim would look as if the probe took long.
         FailedPrecondition also if it ended with its container, which says nothing of it.
         """
+        if not self._tasks.registry.get(key).settled.is_set():
+            raise Unavailable(f"the shim of container {key.id} is not there yet", reason="NOT_SETTLED")
         task = await self._execs.running(key)
         ran = await self._ran(task, probe)
         how = ran.exit

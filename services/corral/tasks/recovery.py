@@ -12,10 +12,8 @@ row without bundle      lost, with the reason
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import structlog
 
@@ -38,9 +36,8 @@ from corral.tasks.spawning import UNDO_S, Spawner, end_unused, undo
 
 log = structlog.get_logger()
 
-AT_ONCE = 32
 KILL_S = 10.0
-# How long nobody is served because of what is found out at a start.
+# How long nobody is served because of what is found out at a start about containers that ran.
 START_S = 5.0
 # After a failure of the disk.
 RETRY_S = 1.0
@@ -78,28 +75,22 @@ class Recovery:
 
     async def recover_all(self) -> None:
         """Take over what an earlier process left. What takes long, as where a shim does not answer, goes on afterwards:
-        who wants that very task waits for it."""
+        who wants that very task waits for it. Only of what ran: whether a created task was started after all is known
+        before anybody is told of it."""
         for stored in self._database.read_sync(store.load):
             bundle = self._bundles.of(stored.task.key)
             self._registry.add(Task(stored.task, bundle, [Process(row) for row in stored.processes]))
         tasks = list(self._registry.of(None))
         strays = await run_blocking(self._bundles.found) - {task.row.key for task in tasks}
-        turn = asyncio.Semaphore(AT_ONCE)
-
-        async def in_turn(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-            async with turn:
-                await work()
-
         for task in tasks:
             task.unsettle()
-        works = [partial(self._recover, task) for task in tasks] + [partial(self._remove_stray, key) for key in strays]
-        running = [self._registry.until_stopped(in_turn(work)) for work in works]
-        late = 0
-        if running:
-            done, left = await asyncio.wait(running, timeout=START_S)
-            late = len(left)
-            for each in done:
-                each.result()
+        begin = self._registry.until_stopped
+        works = {begin(self._recover(task)): task.init.row.status for task in tasks}
+        works |= dict.fromkeys((begin(self._remove_stray(key)) for key in strays), Status.STOPPED)
+        if works:
+            await asyncio.wait(works, timeout=START_S)
+        await asyncio.gather(*(work for work, status in works.items() if work.done() or status is Status.CREATED))
+        late = sum(not work.done() for work in works)
         await run_blocking(self._bundles.empty_trash)
         log.info("tasks.recovered", tasks=len(tasks), removed=len(strays), late=late)
 

@@ -81,6 +81,8 @@ class Registry:
         self._until_stopped.add(task)
         task.add_done_callback(self._until_stopped.discard)
         task.add_done_callback(self._done)
+        if self.is_stopping:
+            task.cancel()
         return task
 
     def _done(self, task: asyncio.Task[Any]) -> None:
@@ -97,8 +99,10 @@ class Registry:
         for work in self._until_stopped:
             work.cancel()
         deadline = asyncio.get_running_loop().time() + STOP_S
-        while self._background and (left_s := deadline - asyncio.get_running_loop().time()) > 0:
-            await asyncio.wait(self._background, timeout=left_s)
+        while (left := self._background | self._until_stopped) and (
+            left_s := deadline - asyncio.get_running_loop().time()
+        ) > 0:
+            await asyncio.wait(left, timeout=left_s)
         for task in self._tasks.values():
             task.close()
 
