@@ -5,20 +5,25 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
-from support.corrald import Corrald
+from support.corrald import PATIENCE, Corrald
 from support.requirements import needs
 from support.sweep import shims
 from support.tasks import TaskClient, task_client
 
 from corral.api.tasks.v1 import tasks_pb2 as pb
+from corral.api.types.v1 import types_pb2 as types_pb
 from corral.kernel.process import start_time
-from corral.rpc.errors import CorralError, NotFound
+from corral.rpc.errors import CorralError, NotFound, Unavailable
+from corral.tasks.recovery import START_S
 from corral.tasks.spawning import ATTEMPTS
 
 pytestmark = needs("root", "busybox")
@@ -200,36 +205,160 @@ async def test_creates_survive_a_zygote_that_dies_meanwhile(own_daemon: Corrald,
     await eventually(lambda: nothing_left(own_daemon))
 
 
+def impatient(timeout_s: float) -> Corrald:
+    return Corrald(services=("tasks",), settings={"tasks": {"shim_timeout_s": timeout_s * PATIENCE}})
+
+
 async def test_a_zygote_that_gets_stuck_is_replaced(rootfs: Path):
-    with Corrald(services=("tasks",), settings={"tasks": {"shim_timeout_s": 2}}) as daemon:
-        async with serving(daemon, rootfs) as tasks, asyncio.timeout(60):
+    with impatient(10) as daemon:
+        async with serving(daemon, rootfs) as tasks, asyncio.timeout(120 * PATIENCE):
             before = await tasks.run("sleep", "1000")
             stuck = zygote_of(daemon)
             os.kill(stuck, signal.SIGSTOP)
             ids = await asyncio.gather(*(tasks.run("sleep", "1000") for _ in range(4)))
             assert zygote_of(daemon) != stuck
+            assert len(daemon.events("zygote.stuck")) == 1
             assert (await tasks.get(before)).status == pb.STATUS_RUNNING
             for task_id in (before, *ids):
                 await tasks.delete(task_id, force=True)
 
 
-async def test_a_shim_that_does_not_answer_keeps_nobody_else_waiting_at_a_start(rootfs: Path):
+# Lets nobody who was killed get further than to the first step of its end, which the kernel also has tasks in D do.
+HOLD_DYING = """
+import ctypes, sys
+if ctypes.CDLL(None, use_errno=True).ptrace(0x4206, int(sys.argv[1]), None, ctypes.c_void_p(1 << 6)):
+    raise OSError(ctypes.get_errno(), "PTRACE_SEIZE")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def dying_held(pid: int) -> Iterator[None]:
+    command = [sys.executable, "-c", HOLD_DYING, str(pid)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        try:
+            yield
+        finally:
+            holder.communicate()
+
+
+async def test_a_zygote_that_cannot_be_killed_is_done_without(rootfs: Path):
+    with impatient(6) as daemon:
+        async with serving(daemon, rootfs) as tasks, asyncio.timeout(120 * PATIENCE):
+            await tasks.delete(await tasks.run("true"), force=True)
+            stuck = zygote_of(daemon)
+            with dying_held(stuck):
+                os.kill(stuck, signal.SIGSTOP)
+                with pytest.raises(Unavailable):
+                    await tasks.run("true")
+                assert (await tasks.wait(await tasks.run("sh", "-c", "exit 7", task_id="next"))).code == 7
+                assert stuck in zygotes()
+                await tasks.delete("next")
+    assert not is_alive(stuck)
+
+
+async def test_a_zygote_that_takes_long_to_start_is_waited_for(rootfs: Path):
+    with impatient(6) as daemon:
+        async with serving(daemon, rootfs) as tasks, asyncio.timeout(120 * PATIENCE):
+            await tasks.delete(await tasks.run("true"), force=True)
+            before = zygote_of(daemon)
+            os.kill(before, signal.SIGKILL)
+            slow = started_by(daemon, after=before)
+            os.kill(slow, signal.SIGSTOP)
+            with pytest.raises(Unavailable, match="was not ready"):
+                await tasks.create("true")
+            creating = asyncio.ensure_future(tasks.run("sh", "-c", "exit 7"))
+            await asyncio.sleep(0.1)
+            os.kill(slow, signal.SIGCONT)
+            task_id = await creating
+            assert (await tasks.wait(task_id)).code == 7
+            await tasks.delete(task_id)
+            assert zygote_of(daemon) == slow
+
+
+def started_by(daemon: Corrald, *, after: int) -> int:
+    """A zygote of the daemon that has just executed its program."""
+    daemon_pid = daemon.processes["corrald"].pid
+    while True:
+        for pid in Path(f"/proc/{daemon_pid}/task/{daemon_pid}/children").read_text().split():
+            with contextlib.suppress(OSError):
+                if int(pid) != after and b"corral.shim.zygote" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return int(pid)
+
+
+async def test_containers_whose_zygote_is_gone_have_heirs_all_the_same(own_daemon: Corrald, rootfs: Path):
+    async with serving(own_daemon, rootfs) as tasks, asyncio.timeout(60 * PATIENCE):
+        script = "i=0; until [ -e /tmp/go ]; do echo $((i=i+1)); usleep 3000; done; echo end; exit 9"
+        plain = await tasks.run("sh", "-c", script)
+        terminal = await tasks.run("sh", terminal=True, stdin=True)
+        async with tasks.attached(terminal, stdin=True, stdout=True, replay=True) as attached:
+            await attached.read_until(b"#")
+            before = zygote_of(own_daemon)
+            os.kill(before, signal.SIGKILL)
+            await eventually(lambda: set(zygotes_of(own_daemon)) - {before})
+            for task_id in (plain, terminal):
+                shim_pid = (await tasks.get(task_id)).shim_pid
+                os.kill(shim_pid, signal.SIGKILL)
+                await eventually(lambda shim_pid=shim_pid: not is_alive(shim_pid))
+            await attached.send(b"echo $((40 + 2)); exit 6\n")
+            exited = await attached.drain()
+        assert b"42" in attached.stdout
+        assert (exited.known, exited.code) == (True, 6)
+        (rootfs / "tmp/go").touch()
+        exited = await tasks.wait(plain)
+        (rootfs / "tmp/go").unlink()
+        assert (exited.known, exited.code) == (True, 9)
+        *numbers, last = [entry.line for entry in await tasks.logs(plain)]
+        assert last == b"end\n"
+        assert [int(number) for number in numbers] == list(range(1, len(numbers) + 1))
+        for task_id in (plain, terminal):
+            await tasks.delete(task_id)
+
+
+async def test_shims_that_do_not_answer_keep_nobody_else_waiting_at_a_start(rootfs: Path):
     with Corrald(services=("tasks",), settings={"tasks": {"shim_timeout_s": 600}}) as daemon:
         async with serving(daemon, rootfs) as tasks:
-            stuck, other = await tasks.run("sleep", "1000"), await tasks.run("sleep", "1000")
-            shim_pid = (await tasks.get(stuck)).shim_pid
+            stuck = [await tasks.run("sleep", "1000", task_id=f"a{n:02}") for n in range(40)]
+            other = await tasks.run("sleep", "1000", task_id="z")
+            shim_pids = [(await tasks.get(task_id)).shim_pid for task_id in stuck]
             daemon.kill9()
-        os.kill(shim_pid, signal.SIGSTOP)
-        async with serving(daemon, rootfs) as tasks:
+        for pid in shim_pids:
+            os.kill(pid, signal.SIGSTOP)
+        async with serving(daemon, rootfs) as tasks, asyncio.timeout(60 * PATIENCE):
             await tasks.delete(other, force=True)
-            assert (await tasks.get(stuck)).status == pb.STATUS_RUNNING
-            ending = asyncio.ensure_future(tasks.kill(stuck, signal.SIGKILL))
+            one = stuck[0]
+            assert (await tasks.get(one)).status == pb.STATUS_RUNNING
+            with pytest.raises(Unavailable):
+                await tasks.stub.Probe(pb.ProbeRequest(id=one, exec_id="p", process=b'{"args": ["true"]}'))
+            assert not (await tasks.stub.Check(types_pb.CheckRequest())).findings
+            ending = asyncio.ensure_future(tasks.kill(one, signal.SIGKILL))
             await asyncio.sleep(0.2)
             assert not ending.done()
-            os.kill(shim_pid, signal.SIGCONT)
+            for pid in shim_pids:
+                os.kill(pid, signal.SIGCONT)
             await ending
-            assert (await tasks.wait(stuck)).code == 137
-            await tasks.delete(stuck)
+            assert (await tasks.wait(one)).code == 137
+            for task_id in stuck:
+                await tasks.delete(task_id, force=True)
+
+
+async def test_nobody_is_told_that_a_task_is_not_started_until_that_is_known(own_daemon: Corrald, rootfs: Path):
+    async with serving(own_daemon, rootfs, "tasks.start.after_shim=kill") as tasks:
+        task_id = await tasks.create("sleep", "1000")
+        shim_pid = (await tasks.get(task_id)).shim_pid
+        with pytest.raises(CorralError):
+            await tasks.start(task_id)
+    own_daemon.processes.pop("corrald").wait(10)
+    os.kill(shim_pid, signal.SIGSTOP)
+    late = threading.Timer(2 * START_S, os.kill, (shim_pid, signal.SIGCONT))
+    late.start()
+    async with serving(own_daemon, rootfs) as tasks:
+        assert (await tasks.get(task_id)).status == pb.STATUS_RUNNING
+        late.join()
+        await tasks.delete(task_id, force=True)
 
 
 async def test_a_killed_shim_has_an_heir(own_daemon: Corrald, rootfs: Path):

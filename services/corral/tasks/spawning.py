@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 ATTEMPTS = 3
 UNDO_S = 10.0
-# A zygote that was killed has closed all that it held by then.
+# What a zygote held that has ended is closed by then.
 HANG_UP_S = 1.0
 
 
@@ -66,6 +66,7 @@ class Spawner:
         """A shim for a bundle whose own was killed; it has adopted nothing yet. Raises CorralError, OSError."""
         async with self._turn:
             for _ in range(ATTEMPTS):
+                await self._until_ready()
                 with bundle.listen() as listener:
                     shim = Shim(bundle.connect(), timeout_s=self._timeout_s)
                     try:
@@ -92,6 +93,7 @@ class Spawner:
 
     async def _try(self, bundle: Bundle, listener: socket.socket, fields: Message) -> Spawned | None:
         """One attempt; None if the zygote died before it forked."""
+        await self._until_ready()
         shim = Shim(bundle.connect(), timeout_s=self._timeout_s)
         try:
             forked, init = await asyncio.gather(
@@ -108,13 +110,17 @@ class Spawner:
             shim.close()
             raise
 
-    async def _fork(self, bundle: Bundle, listener: socket.socket) -> Identity:
+    async def _until_ready(self) -> None:
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._zygote.spawn(bundle, listener)
+                await self._zygote.ready()
         except TimeoutError as e:
-            self._zygote.replace()
-            raise ConnectionLostError("the zygote did not answer in time") from e
+            why = f"no shim could be started: its zygote was not ready within {self._timeout_s:g} s; see zygote.log"
+            raise Unavailable(why, reason="ZYGOTE_NOT_READY") from e
+
+    async def _fork(self, bundle: Bundle, listener: socket.socket) -> Identity:
+        try:
+            return await self._zygote.spawn(bundle, listener, timeout_s=self._timeout_s)
         finally:
             # From here on it is held by the shim alone, so whoever waits for a shim that never came is told.
             listener.close()

@@ -1,7 +1,9 @@
 """The zygote: one process, with everything a shim needs imported, that forks shims on request.
 
-It serves a socketpair whose end is its descriptor 3, and ends when ours is closed. Shims are no children of it: when it
-is killed no container notices, and the supervisor starts another one.
+It serves a socketpair whose end is its descriptor 3, and ends when ours is closed. Shims outlive it: when it is killed
+containers go on, and the supervisor starts another one. What ends with it is what it kept for when also a shim is
+killed: copies of streams, and that it reaps in the shim's place. This service has copies too, and pidfds; only where
+that was away as well, a terminal may be lost, or the end of an output or an exit code not be known.
 """
 
 import asyncio
@@ -9,16 +11,19 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import structlog
 
 from corral.kernel.paths import opened
-from corral.kernel.process import pidfd_open
+from corral.kernel.process import pidfd_open, send_signal
 from corral.rpc.errors import Internal
+from corral.shim.wire import Message
 from corral.tasks.bundle import Bundle
-from corral.tasks.connection import Connection
+from corral.tasks.connection import Connection, ConnectionLostError
 from corral.tasks.identity import Identity, ended, reap
 from corral.tasks.model import optional_int
 
@@ -27,13 +32,24 @@ log = structlog.get_logger()
 SOCKET_FD = 3
 OUTPUT_MAX_BYTES = 1 << 20
 END_S, STAY_S = 5.0, 0.2
-"""How long to wait for its end, and what it takes to see whether it ends where that is not certain."""
+"""How long to wait for its end, and what it takes to see whether it ends where that is not certain. One that was killed
+and has not ended by then is in the kernel."""
 LIVED_LONG_S = 1.0
 RESTART_MIN_S, RESTART_MAX_S = 0.05, 5.0
 _PROGRAM = (
     "import sys; sys.path.insert(0, sys.argv[1]); from corral.shim.seal import be_sealed; be_sealed(); "
     "from corral.shim.zygote import main; main()"
 )
+
+
+@dataclass(eq=False, slots=True)
+class _One:
+    """A zygote. `patience`: with waiting for its end; `over`: nothing more is expected of it."""
+
+    pidfd: int
+    connection: Connection
+    patience: asyncio.Timeout
+    over: asyncio.Event
 
 
 class Zygote:
@@ -43,14 +59,14 @@ class Zygote:
         """`output`: a file that gets what the zygote and its shims print, which is what went wrong."""
         self._output = output
         self._connection: Connection | None = None
-        self._running = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._current: _One | None = None  # that is ready
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
-        self._pidfd = -1
         self.pid = 0
 
     def start(self) -> None:
-        """Start it; spawn() may be called at once."""
+        """Start it."""
         self._supervisor = asyncio.create_task(self._supervise(), name="zygote")
 
     async def stop(self, *, has_shims: bool | None) -> None:
@@ -68,31 +84,50 @@ class Zygote:
                 self._supervisor.cancel()
                 await asyncio.wait((self._supervisor,))
 
-    async def spawn(self, bundle: Bundle, listener: socket.socket) -> Identity:
+    async def ready(self) -> None:
+        """Return once there is one that has imported all, and answers."""
+        await self._ready.wait()
+
+    async def spawn(self, bundle: Bundle, listener: socket.socket, *, timeout_s: float) -> Identity:
         """Fork a shim for the bundle, serving `listener`, which stays the caller's.
 
-        Raises ConnectionLostError if the zygote died meanwhile: then only the socket tells whether there is a shim.
-        Raises CorralError if it refuses.
+        One that does not answer in time is replaced. Raises ConnectionLostError if the zygote is not ready, or was
+        ended meanwhile: then only the socket tells whether there is a shim. Raises CorralError if it refuses.
         """
-        await self._running.wait()
-        assert self._connection is not None
+        one = self._current
+        if one is None:
+            raise ConnectionLostError("the zygote has ended")
         fields: dict[str, object] = {
             "bundle": str(bundle.path),
             "namespace": bundle.key.namespace,
             "container": bundle.key.id,
         }
-        reply = await self._connection.request("spawn", fields, [os.dup(listener.fileno())])
+        try:
+            async with asyncio.timeout(timeout_s):
+                reply = await one.connection.request("spawn", fields, [os.dup(listener.fileno())])
+        except TimeoutError as e:
+            self._replace(one)
+            await one.over.wait()
+            raise ConnectionLostError("the zygote did not answer in time") from e
         pid, start_time = optional_int(reply, "pid"), optional_int(reply, "start_time")
         if not pid or not start_time:
             raise Internal(f"the zygote answered {reply!r:.100}")
         return Identity(pid, start_time)
 
-    def replace(self) -> None:
-        """It does not answer: have another one in its place. No container notices."""
-        pidfd, self._pidfd = self._pidfd, -1
-        if pidfd >= 0:
-            log.error("zygote.stuck", pid=self.pid)
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    def _replace(self, one: _One) -> None:
+        """It does not answer: have another one in its place, unless somebody has already. See the module for what that
+        costs."""
+        if self._current is not one:
+            return
+        log.error("zygote.stuck", pid=self.pid)
+        self._lose()
+        one.patience.reschedule(asyncio.get_running_loop().time() + END_S)
+        with suppress(ProcessLookupError):
+            send_signal(one.pidfd, signal.SIGKILL)
+
+    def _lose(self) -> None:
+        self._current = None
+        self._ready.clear()
 
     async def _supervise(self) -> None:
         loop = asyncio.get_running_loop()
@@ -120,16 +155,30 @@ class Zygote:
                 ours.close()
                 raise
         with opened(pidfd_open(self.pid)) as pidfd:
-            self._connection = Connection(ours, on_close=self._running.clear)
-            self._pidfd = pidfd
-            self._running.set()
+            self._connection = Connection(ours, on_close=self._lose)
+            over = asyncio.Event()
             try:
-                await ended(pidfd)
+                async with asyncio.timeout(None) as patience:
+                    self._await_ready(_One(pidfd, self._connection, patience, over))
+                    await ended(pidfd)
+                reap(pidfd)
+            except TimeoutError:  # its zombie, if it becomes one, stays for as long as this process
+                log.error("zygote.unkillable", pid=self.pid)
             finally:
-                self._pidfd = -1
-                self._running.clear()
+                self._lose()
                 self._connection.close()
-            reap(pidfd)
+                over.set()
+
+    def _await_ready(self, one: _One) -> None:
+        """How long it takes to start is no sign of anything: nothing is asked of it before."""
+        answer = one.connection.request("ready", {})
+
+        def answered(answer: asyncio.Future[Message]) -> None:
+            if not answer.cancelled() and answer.exception() is None:
+                self._current = one
+                self._ready.set()
+
+        answer.add_done_callback(answered)
 
 
 def _spawn_process(socket_fd: int, output: Path) -> int:

@@ -4,6 +4,7 @@
 
     {"id":1,"op":"spawn","bundle":PATH,"namespace":NS,"container":ID} + its listening socket
         --> {"id":1,"ok":{"pid":PID,"start_time":TICKS}}
+    {"id":1,"op":"ready"} --> {"id":1,"ok":{}}, once all is imported
     EOF on fd 3 ends the zygote, once it has no child and keeps nothing any more.
 
 One shim is always ready ahead, forked and waiting for its bundle, so that a request waits neither for fork(2) nor for a
@@ -158,9 +159,13 @@ class Zygote:
     def _answer(self, message: Message) -> Message:
         number = message.get("id")
         try:
-            if message.get("op") != "spawn":
-                raise ShimError("unimplemented", f"the zygote has no operation {message.get('op')!r}")
-            return {"id": number, "ok": self._spawn(message)}
+            match message.get("op"):
+                case "ready":
+                    return {"id": number, "ok": {}}
+                case "spawn":
+                    return {"id": number, "ok": self._spawn(message)}
+                case other:
+                    raise ShimError("unimplemented", f"the zygote has no operation {other!r}")
         except ShimError as e:
             error = e
         except ProtocolError as e:
