@@ -49,6 +49,26 @@ def test_who_does_not_read_is_not_told_that_an_exec_has_no_stdin(shop: Workshop)
     peer.close()
 
 
+def test_a_run_that_gains_privileges_is_ended_by_the_heir(shop: Workshop) -> None:
+    """The kernel does not send it the signal that others get at their shim's end."""
+    shim = shop.run("sleep", "100")
+    shim.run_exec("sh", "-c", "mkdir /suid && cp /bin/busybox /suid/sleep && chmod 4755 /suid/sleep")
+    keeper, peer = Keeper(shim), connect(shim.bundle)
+    peer.send({"id": 1, "op": "run", "exec": "r", "process": process("/suid/sleep", "4719"), "user": "user"})
+    runs = shim.bundle / "runs"
+    deadline = time.monotonic() + 10
+    while not (noted := [int(file.name.split(".")[0]) for file in runs.glob("*")]):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    kill(shim)
+    time.sleep(0.1)
+    assert Path(f"/proc/{noted[0]}/cmdline").read_bytes() == b"/suid/sleep\0004719\0"
+    keeper.hand_over(heir_of(shop, shim))
+    wait_gone(noted[0])
+    assert list(runs.iterdir()) == []
+    peer.close()
+
+
 class Keeper:
     """What the daemon does: it keeps a process's streams, and hands them to the next shim."""
 

@@ -3,14 +3,17 @@
 Where something can't be written, the shim's log says so, and life goes on.
 """
 
+import contextlib
 import os
+import signal
 from pathlib import Path
 
-from corral.kernel.process import start_time
+from corral.kernel.process import send_signal, start_time
 from corral.oci import hooks
 from corral.oci.spec import Spec
 from corral.oci.state import State
 from corral.shim import records, report
+from corral.shim.adoption import hold
 from corral.shim.process import ContainerProcess
 
 
@@ -71,8 +74,38 @@ class Ledger:
         """Nobody asks for it any more."""
         records.remove(self._directory, records.exit_file(exec_id))
 
+    def note_run(self, run: ContainerProcess) -> None:
+        """One that may outlive this shim: the execve of a program that gains privileges takes its PR_SET_PDEATHSIG."""
+        try:
+            (self._bundle / records.RUNS).mkdir(mode=0o700, exist_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+            os.close(os.open(_run_file(run), flags, 0o600, dir_fd=self._directory))
+        except OSError as e:
+            report.write(self._directory, f"{records.RUNS}: {e}")
+
+    def forget_run(self, run: ContainerProcess) -> None:
+        """It has ended."""
+        records.remove(self._directory, _run_file(run))
+
+    def end_runs(self) -> None:
+        """Kill those that have outlived the shim before this one."""
+        for file in (self._bundle / records.RUNS).glob("*.*"):
+            with contextlib.suppress(OSError, ValueError):
+                pid, began = map(int, file.name.split("."))
+                handle = hold(pid, began)
+                if handle.pidfd >= 0:
+                    try:
+                        send_signal(handle.pidfd, signal.SIGKILL)
+                    finally:
+                        os.close(handle.pidfd)
+                file.unlink()
+
     def run_poststop(self, spec: Spec) -> None:
         """The hooks of a container that is no more: nobody but the shim knows for sure when that is."""
         state = State(self._bundle.name, str(self._bundle), spec.annotations)
         for warning in hooks.run_poststop(spec.hooks, state):
             report.write(self._directory, warning)
+
+
+def _run_file(run: ContainerProcess) -> str:
+    return f"{records.RUNS}/{run.pid}.{run.start_time}"

@@ -13,6 +13,8 @@ from corral.kernel.failpoint import failpoint
 RECORD = "record.json"
 EXIT = "exit.json"
 EXECS = "execs"
+RUNS = "runs"
+"""A directory with a file PID.START_TIME for each run that its shim's end may not end."""
 STARTING = "starting"
 """There from before init is told to become its program: without it, it never was."""
 UNATTENDED = "unattended"

@@ -252,6 +252,8 @@ class Shim:
         except BaseException:
             del self._processes[request.exec_id]
             raise
+        if not spec.no_new_privileges:
+            self._ledger.note_run(process)
         if request.timeout_ns:
             self._end_after(process, request.timeout_ns / 1e9)
 
@@ -400,6 +402,7 @@ class Shim:
         io = self._io("", self._log, terminal=spec.process.terminal, stdin=request.stdin)
         init = ContainerProcess("", io, spec.process, handle=handle)
         self._ledger.created_at_ns = request.created_at_ns
+        self._ledger.end_runs()
         self._oom = self._watch_oom(self._oom_uncounted_before())
         self.loop.call_later(0, self._oom.tell)  # what was killed while there was no shim is told now
         self._larder.close()
@@ -594,6 +597,8 @@ class Shim:
         process.move(State.STOPPED)
         process.release()
         if process.on_exit is not None:
+            if not process.spec.no_new_privileges:
+                self._ledger.forget_run(process)
             del self._processes[process.exec_id]
             process.on_exit(process.exit)
             return
