@@ -246,6 +246,15 @@ def test_what_only_a_zygote_has_is_waited_for_if_that_is_told_last_of_the_death_
     daemon.restart()
 
 
+def test_who_waits_for_an_exec_is_told_its_end_also_if_it_cannot_be_removed(client: Client, daemon: Corrald) -> None:
+    daemon.restart_with({"CORRAL_FAILPOINTS": "tasks.delete_exec.after_shim=error"})
+    eventually(lambda: client.containers.run("busybox", ["sleep", "1000"], name="long", network="none"))
+    made = client.containers.exec_create("long", ["sh", "-c", "exit 36"])
+    client.containers.exec_start("long", made.exec_id)
+    assert client.containers.exec_wait("long", made.exec_id, remove=True).code == 36
+    daemon.restart()
+
+
 def test_an_exec_that_was_created_is_told_to_be_lost_with_both_its_shim_and_the_daemon(
     client: Client, daemon: Corrald
 ) -> None:

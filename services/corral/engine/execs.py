@@ -5,6 +5,8 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 
+import structlog
+
 from corral.api.engine.v1.engine_pb2 import ExecContainerRequest
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1.types_pb2 import ExitStatus, WindowSize
@@ -18,6 +20,8 @@ from corral.oci.decode import encode
 from corral.rpc.blocking import run_blocking
 from corral.rpc.context import check_id
 from corral.rpc.errors import CorralError, FailedPrecondition, InvalidArgument, Unavailable
+
+log = structlog.get_logger()
 
 RETRY_S = 0.2
 
@@ -101,7 +105,8 @@ class Execs:
         return (await self._core.leaves.tasks.Start(request)).pid
 
     async def wait(self, reference: str, exec_id: str, *, remove: bool) -> ExitStatus:
-        """How it ended, once it has; with remove it is forgotten then."""
+        """How it ended, once it has; with remove it is forgotten then. The end is told also where that fails: if it was
+        forgotten after all, nobody else could tell it."""
         record = self._core.resolve(reference)
         request = tasks_pb2.WaitRequest(id=record.id, exec_id=check_id(exec_id, "exec id"))
         while True:
@@ -111,8 +116,10 @@ class Execs:
             except Unavailable:
                 await asyncio.sleep(RETRY_S)
         if remove:
-            forget = tasks_pb2.DeleteExecRequest(id=record.id, exec_id=exec_id)
-            await self._core.leaves.tasks.DeleteExec(forget)
+            try:
+                await self._core.leaves.tasks.DeleteExec(tasks_pb2.DeleteExecRequest(id=record.id, exec_id=exec_id))
+            except CorralError as e:
+                log.warning("exec.not_removed", container_id=record.id, exec_id=exec_id, error=str(e))
         return status
 
     async def resize(self, reference: str, exec_id: str, size: WindowSize) -> None:
