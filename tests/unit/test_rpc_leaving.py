@@ -18,7 +18,7 @@ import pytest
 
 from corral.images.store import uninterrupted
 from corral.rpc.address import TcpAddress, UnixAddress
-from corral.rpc.farewell import AWAY_WITHIN_S, cut
+from corral.rpc.farewell import AWAY_WITHIN_S, GOAWAY, READ_WITHIN_S, cut
 from corral.rpc.handover import close_unclaimed, take_back
 from corral.rpc.server import Host
 
@@ -317,6 +317,25 @@ async def test_who_does_not_read_keeps_nobody_from_the_next_server_for_long(dire
         stalled.goes_on.set()
         await asyncio.to_thread(listening.join)
         await asyncio.to_thread(stalled.join)
+
+
+async def test_who_has_read_that_he_is_sent_away_may_take_his_time_to_hang_up(directory: Path) -> None:
+    """As on a busy machine, where he has another call on his lips."""
+    loop = asyncio.get_running_loop()
+    host = Host([Doing()])
+    await host.start([UnixAddress(directory / "s")])
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as client:
+        client.connect(str(directory / "s"))
+        client.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        got = await loop.sock_recv(client, 1 << 16)  # it is served
+        leaving = asyncio.ensure_future(hand_over(host))
+        while GOAWAY not in got:
+            more = await loop.sock_recv(client, 1 << 16)
+            assert more
+            got += more
+        await asyncio.sleep(2 * READ_WITHIN_S)
+        client.send(bytes([0, 0, 8, 6, 0, 0, 0, 0, 0, *b"anything"]))  # a ping; EPIPE once it is cut off
+    await leaving
 
 
 async def test_to_look_for_connections_ends_no_lock_on_a_file_and_needs_no_descriptor(directory: Path) -> None:

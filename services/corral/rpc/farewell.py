@@ -39,8 +39,9 @@ GOAWAY = struct.pack("!IBIII", 8 << 8 | 7, 0, 0, 0, 0)
 QUIET_LOOKS, QUIET_LOOK_S = 4, 0.0125
 # To be found quiet. On a busy machine that takes its time, and only who is stopped needs all.
 AWAY_WITHIN_S = 3.0
-# For hanging up, and for who does not read: others are not served meanwhile.
-HANG_UP_S = 0.5
+# For reading that, and for who does not read at all: others are not served meanwhile. Who has read it hangs up, as soon
+# as the machine lets him; if he were cut off before, a call that he is about to send would fail.
+READ_WITHIN_S = 0.5
 # For who calls without a pause, or does not read.
 QUIET_WITHIN_S = 0.25
 LOOK_S = 0.005
@@ -92,14 +93,21 @@ async def send_away(names: Collection[Name], others: Callable[[], Collection[int
     deadline = loop.time() + AWAY_WITHIN_S
     looks: Counter[_Stream] = Counter()
     until: dict[_Stream, float] = {}
-    while left := {each for each in _streams(names, others()) if loop.time() < until.get(each, deadline)}:
+    told: set[_Stream] = set()
+
+    def has_time(each: _Stream) -> bool:
+        has_read = each in told and not _unread(each)
+        return loop.time() < (deadline if has_read else until.get(each, deadline))
+
+    while left := {each for each in _streams(names, others()) if has_time(each)}:
         for each in left - until.keys():
             with suppress(OSError), each.borrowed() as connection:  # it has hung up
                 looks[each] = 0 if _count(connection, termios.TIOCOUTQ) else looks[each] + 1
                 if looks[each] == QUIET_LOOKS:
                     connection.send(GOAWAY, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-                if looks[each] == QUIET_LOOKS or _is_full(connection):
-                    until[each] = min(loop.time() + HANG_UP_S, deadline)
+                    told.add(each)
+                if each in told or _is_full(connection):
+                    until[each] = min(loop.time() + READ_WITHIN_S, deadline)
         await asyncio.sleep(QUIET_LOOK_S)
 
 
@@ -136,6 +144,13 @@ def _end(each: _Stream) -> None:
     """What has been sent is still received."""
     with suppress(OSError), each.borrowed() as connection:  # it may have ended
         connection.shutdown(socket.SHUT_RDWR)
+
+
+def _unread(each: _Stream) -> int:
+    """How many bytes its other end has not read; by TCP, that end's kernel."""
+    with suppress(OSError), each.borrowed() as connection:
+        return _count(connection, termios.TIOCOUTQ)
+    return 0
 
 
 def _on_the_way(each: _Stream) -> int:
