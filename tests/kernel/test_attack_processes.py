@@ -24,7 +24,7 @@ from corral.kernel import capabilities, inotify, paths, process
 from corral.kernel.namespaces import Kind
 from corral.oci import procfs, program, users
 from corral.oci.attendance import await_ready, heeded
-from corral.oci.channel import ParentEnd, make_pair
+from corral.oci.channel import ChildError, ParentEnd, make_pair
 from corral.oci.runtime import EXEC_DENIED, EXEC_NOT_FOUND, SETUP, Container, ExecFailed, ProcessHandle, Stdio
 from corral.oci.spec import Capabilities, IdMapping, Mount, Namespace, Spec
 from corral.runtime.execute import _with_capabilities
@@ -269,7 +269,7 @@ def test_a_number_that_a_successor_says_in_its_predecessors_place_is_nonsense(ha
 
 
 @pytest.mark.parametrize(
-    ("number", "kind"), [(-11, BlockingIOError), (-(2**63), ExecFailed), (-4096, ExecFailed), (0, ExecFailed)]
+    ("number", "kind"), [(-11, ChildError), (-(2**63), ExecFailed), (-4096, ExecFailed), (0, ExecFailed)]
 )
 def test_that_there_is_no_successor_is_an_error_whatever_number_says_so(number: int, kind: type[Exception]) -> None:
     parent, channel = make_pair()
