@@ -590,7 +590,7 @@ def test_a_full_disk_refuses_with_a_sentence_and_leaves_nothing_half_made(busybo
         await engine.run("sleep", "100", name="before", network="bridge")
         await asyncio.to_thread(fill, junk)
         for _ in range(2):
-            with pytest.raises(ResourceExhausted, match="full|No space left"):
+            with pytest.raises(ResourceExhausted, match=r"full|No space left"):
                 await engine.create("true", name="half", network="bridge")
         assert (await engine.get("before")).status == pb.STATUS_RUNNING
         await asyncio.to_thread(junk.unlink)
