@@ -1,5 +1,6 @@
 """The states of a process, and the rows that keep them."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,3 +121,12 @@ def test_execs_go_with_their_task(db: Database):
     db.write_sync(lambda tx: store.delete_task(tx, KEY))
     assert db.read_sync(lambda s: s.execute("SELECT * FROM processes")) == []
     assert topics(db) == ["task.created", "task.exec.started", "task.deleted"]
+
+
+async def test_a_stdin_that_is_closed_before_its_copy_is_kept_is_not_kept_open():
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    process = Process(ProcessRow(task=TaskKey("default", "t"), exec_id="e", stdin=True))
+    process.stdin_closed()
+    process.keep({"stdin": writer})
+    assert os.read(reader, 1) == b""
+    os.close(reader)

@@ -44,11 +44,23 @@ class Process:
     is in no row, and gone with this service.
     """
 
-    __slots__ = ("asked", "attached", "ended", "forgotten", "lock", "on_stdin_close", "on_unused", "row", "streams")
+    __slots__ = (
+        "asked",
+        "attached",
+        "ended",
+        "forgotten",
+        "lock",
+        "on_stdin_close",
+        "on_unused",
+        "row",
+        "streams",
+        "takes_no_input",
+    )
 
     def __init__(self, row: ProcessRow) -> None:
         self.row = row
         self.streams: dict[str, int] = {}
+        self.takes_no_input = False
         self.asked: Message | None = None
         self.on_stdin_close: set[Callable[[], None]] = set()
         self.attached: set[object] = set()
@@ -79,6 +91,8 @@ class Process:
         """Own these copies of its streams, until it has ended."""
         self.let_go()
         self.streams = streams
+        if self.takes_no_input:  # told before we came to take these
+            self.let_go(STDIN)
         if self.ended.is_set():
             self.let_go()
         elif self.row.stdin and not self.row.terminal and STDIN not in streams:
@@ -99,6 +113,7 @@ class Process:
 
     def stdin_closed(self) -> None:
         """It takes no more input."""
+        self.takes_no_input = True
         self.let_go(STDIN)
         for tell in tuple(self.on_stdin_close):
             tell()
