@@ -298,7 +298,7 @@ class TestCve202552565:
         container = lab.create(with_mounts(spec, bind("/bait", bait.directory)))
         container.start()
         assert lab.exec(container, f"mount --bind {other} /dev/pts/ptmx", capabilities=None).code == 0
-        with pytest.raises(OSError, match="not a pseudo terminal multiplexer"):
+        with pytest.raises(ExecFailed, match="not a pseudo terminal multiplexer"):
             lab.made.append(container.exec(lab.process("sh", "-i", terminal=True), stdio=Stdio()))
         assert bait.untouched()
 
