@@ -93,7 +93,7 @@ def test_a_process_that_is_killed_before_it_executes_anything_was_not_started(la
     running.start()
     deadly = replace(running.spec, linux=replace(running.spec.linux, seccomp=DEADLY_EXECVE))
     other = Container.adopt(deadly, pid=running.init.pid, start_time=running.init.start_time)
-    with pytest.raises(ExecFailed, match="killed during its set-up: linux.seccomp"):
+    with pytest.raises(ExecFailed, match=r"killed during its set-up: linux.seccomp"):
         other.exec(lab.process("true"), stdio=Stdio())
     os.close(other.init.pidfd)
 
