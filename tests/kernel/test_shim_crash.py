@@ -137,11 +137,11 @@ def test_a_shim_that_writes_its_exit_after_telling_of_it_is_found_out(tmp_path: 
     """The fault that these tests are for, put into a copy of the sources: what is killed between the two loses it."""
     source = Path(next(iter(corral.shim.__path__))).parents[1]
     shutil.copytree(source, tmp_path / "shim", ignore=shutil.ignore_patterns("__pycache__"))
-    module = tmp_path / "shim/corral/shim/shim.py"
+    module = tmp_path / "shim/corral/shim/processes.py"
     now, later = "self._ledger.write_exit(exit_record)", "lambda: self._ledger.write_exit(exit_record)"
     sound = module.read_text()
     assert sound.count(now) == 1
-    module.write_text(sound.replace(now, f"self.loop.call_later(0, {later})"))
+    module.write_text(sound.replace(now, f"self._loop.call_later(0, {later})"))
     assert exit_left_at("shim.exit.after_event", str(tmp_path / "shim")) is None
 
 

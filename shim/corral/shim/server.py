@@ -24,8 +24,9 @@ from corral.shim.fields import flag, integer
 from corral.shim.keeping import Keeper
 from corral.shim.loop import IN, OUT, Loop
 from corral.shim.process import State
+from corral.shim.processes import STDIN_CLOSED
 from corral.shim.requests import Adopt, Attach, Create, Exec, Run, exec_id, size
-from corral.shim.shim import STDIN_CLOSED, STUCK_S, Shim
+from corral.shim.shim import STUCK_S, Shim
 from corral.shim.wire import Channel, Message, ProtocolError
 
 PROTOCOL = 1
@@ -86,7 +87,7 @@ class Server:
             "subscribe": lambda c, _: self._subscribe(c),
             "reopen_log": lambda _c, _m: shim.reopen_log(),
             "delete": self._delete,
-            "delete_exec": lambda _, m: shim.delete_exec(exec_id(m)),
+            "delete_exec": lambda _, m: shim.execs.delete(exec_id(m)),
             "adopt": lambda c, m: shim.adopt(Adopt.parse(m), c.channel.take_fds),
             "streams": self._streams,
         }
@@ -231,7 +232,7 @@ class Server:
         del self._connections[fd]
         connection.channel.close()
         for run in connection.runs:
-            self.shim.end_run(run)
+            self.shim.execs.end_run(run)
 
     # Events and the end.
 
@@ -252,13 +253,13 @@ class Server:
         if connection.channel.unsent:
             self._send(connection, {"id": number, "ok": reply})
             return
-        streams = self.shim.streams(name)
+        streams = self.shim.processes.streams(name)
         self._send(connection, {"id": number, "ok": {**reply, "streams": list(streams)}}, list(streams.values()))
 
     def _exec(self, connection: Connection, message: Message) -> Message | None:
         """One that is started at once is told with its streams."""
         request = Exec.parse(message)
-        reply = self.shim.add_exec(request, connection.channel.take_fds)
+        reply = self.shim.execs.add(request, connection.channel.take_fds)
         if not request.start:
             return reply
         self._send_streams(connection, message.get("id"), request.exec_id, reply)
@@ -272,7 +273,7 @@ class Server:
             connection.runs.discard(request.exec_id)
             self._send(connection, {"id": number, "ok": how})
 
-        self.shim.run(request, ended)
+        self.shim.execs.run(request, ended)
         connection.runs.add(request.exec_id)
 
     def _publish(self, event: Message) -> None:
@@ -284,7 +285,7 @@ class Server:
     def _on_signal(self) -> None:
         if signal.SIGCHLD in signalfd.read_signals(self._signals):
             try:
-                self.shim.reap()
+                self.shim.processes.reap()
             except Exception as e:  # noqa: BLE001 - the next child must be reaped all the same
                 self._report(e)
 
