@@ -47,10 +47,10 @@ def oci(tmp_path: Path, driver: str) -> Iterator[Runtime]:
                 subprocess.run(["systemctl", "stop", SLICE], check=False)
 
 
-def sleeping(oci: Runtime, driver: str, **unified: str) -> str:
+def sleeping(oci: Runtime, driver: str, *args: str, **unified: str) -> str:
     """A container with little memory."""
     name = oci.new_id()
-    spec = oci.spec("sleep", "1000")
+    spec = oci.spec(*(args or ("sleep", "1000")))
     linux = spec["linux"]
     assert isinstance(linux, dict)
     linux["cgroupsPath"] = f"{SLICE}:oom:{name}" if driver == "systemd" else f"/corraltest-{name}"
@@ -94,3 +94,14 @@ def test_a_group_ends_as_a_whole(oci: Runtime, driver: str, number: int) -> None
         assert set(told) == {"oom"}
         assert len(told) in (2, 3)  # the kernel may count the one that it chose once more as one of the group
         wait_until(lambda: oci.status(name) == "stopped", SLOW_S)
+
+
+@rounds
+def test_the_containers_own_process_is_told_though_the_cgroup_goes_with_it(
+    oci: Runtime, driver: str, number: int
+) -> None:
+    name = sleeping(oci, driver, f"until [ -e /go ]; do sleep 0.1; done; exec {HOG}")
+    with watched(oci, name) as events:
+        (oci.bundle / "rootfs/go").touch()
+        told = [json.loads(line)["type"] for line in events.communicate(timeout=SLOW_S)[0].splitlines()]
+        assert told == ["oom"]

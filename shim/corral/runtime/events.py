@@ -40,7 +40,7 @@ def events(context: Context, options: Options, arguments: list[str]) -> int:
 
 def _follow(record: Record, group: Cgroup, interval_s: float) -> None:
     pidfd = life.open_init(record)
-    with OomWatch.open(group.paths()) as oom:
+    with OomWatch.open(group.directories) as oom, _kept(record, group, oom):
         seen = oom.count()
         poller = select.poll()
         poller.register(pidfd, select.POLLIN)
@@ -60,6 +60,17 @@ def _follow(record: Record, group: Cgroup, interval_s: float) -> None:
             seen = count
             if pidfd in ready:
                 return
+
+
+def _kept(record: Record, group: Cgroup, oom: OomWatch) -> contextlib.AbstractContextManager[object]:
+    """Keep a scope's count from systemd, which removes it with the last process. See ...systemd.removal."""
+    if record.unit and oom.wakes_before_the_kill:
+        from corral.kernel.cgroup.systemd.removal import Kept
+
+        with contextlib.suppress(OSError):  # another's: what there is time to read is told
+            if kept := Kept.of(oom.directory, group.directories):
+                return contextlib.closing(kept)
+    return contextlib.nullcontext()
 
 
 def _seconds(text: str) -> float:
