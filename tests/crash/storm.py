@@ -29,6 +29,7 @@ SHIM_POINTS = (
     "shim.exec_exit.before_rename",
     "shim.exec_exit.after_rename",
     "shim.log.taken",
+    "shim.log.emptied",
     "shim.log.written",
     "shim.exec.after_clone",
 )

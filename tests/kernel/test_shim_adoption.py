@@ -1,5 +1,6 @@
 """A shim that is killed, and the one that takes its container over."""
 
+import base64
 import json
 import os
 import signal
@@ -222,6 +223,29 @@ def test_no_byte_is_lost_or_repeated_whenever_a_shim_is_killed(moment: str) -> N
         out = "".join(entry["log"] for entry in entries if entry["stream"] == "stdout")
         assert out == "".join(f"line {i}\npart" for i in range(1, 21))
         assert [entry["log"] for entry in entries if entry["stream"] == "stderr"] == ["e\n"]
+
+
+@pytest.mark.parametrize("moment", ["shim.log.emptied@2", "shim.log.taken@9", "shim.log.written@9"])
+def test_no_byte_of_much_is_lost_or_repeated_whenever_a_shim_is_killed(moment: str) -> None:
+    with workshop({"CORRAL_FAILPOINTS": moment.replace("@", "=kill@")}) as shop:
+        shim = shop.spawn("sh", "-c", "i=0; while [ $i -lt 9 ]; do i=$((i+1)); head -c 999999 /dev/zero; echo $i; done")
+        log = {"driver": "json-file", "path": str(shim.log), "max_size": 1_000_000, "max_files": 50}
+        shim.create(log=log)
+        keeper = Keeper(shim)
+        shim.start()
+        heirs = 0
+        while not wait_gone_or_told(shim):
+            shim.peer.close()
+            heirs += 1
+            with suppress(EOFError):
+                keeper.hand_over(heir_of(shop, shim), log=log)
+        keeper.let_go()
+        assert heirs >= 1
+        entries = [json.loads(line) for file in rotated(shim.log) for line in file.read_bytes().splitlines()]
+        out = b"".join(
+            base64.b64decode(entry["data"]) if "data" in entry else entry["log"].encode() for entry in entries
+        )
+        assert out == b"".join(bytes(999999) + b"%d\n" % i for i in range(1, 10))
 
 
 def wait_gone_or_told(shim: Shim) -> bool:

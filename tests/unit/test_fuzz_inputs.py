@@ -162,7 +162,8 @@ OUTPUT = st.lists(
     | st.sampled_from(
         [b"\n", b"\r", b"\0", b'"', b"\\", b"\x01", "\u2028".encode(), b"\xed\xa0\x80", b"\xf0\x9f", b"\x80"]
     )
-    | st.sampled_from([b"x" * logs.PIECE_LIMIT, "é".encode() * logs.PIECE_LIMIT, b"\xff" * (logs.PIECE_LIMIT + 1)]),
+    | st.sampled_from([b"x" * logs.PIECE_LIMIT, "é".encode() * logs.PIECE_LIMIT, b"\xff" * (logs.PIECE_LIMIT + 1)])
+    | st.just(bytes(3 * logs.PIECE_LIMIT)),
     max_size=12,
 ).map(b"".join)
 STAMP = "2026-01-02T03:04:05.123456789Z"
@@ -171,9 +172,9 @@ STAMP = "2026-01-02T03:04:05.123456789Z"
 @fuzz(200)
 @given(OUTPUT)
 def test_output_is_cut_and_framed_whole(data: bytes):
-    groups = list(logs.cut(data))
+    groups = list(logs.cut(data, logs.BLOCK_LIMIT))
     assert b"".join(group for _, group in groups) == data
-    assert all(0 < len(group) <= logs.PIECE_LIMIT for _, group in groups)
+    assert all(0 < len(group) <= logs.BLOCK_LIMIT for _, group in groups)
     kept = b""
     for part, group in groups:
         framed = logs.json_lines(group, "stdout", STAMP, part is logs.Part.LINES)
@@ -183,8 +184,9 @@ def test_output_is_cut_and_framed_whole(data: bytes):
             assert set(record) - {"data"} == {"log", "stream", "time"}
             assert (record["stream"], record["time"]) == ("stdout", STAMP)
             kept += record["log"].encode() + base64.b64decode(record.get("data", ""))
+    assert kept == data
+    for part, group in logs.cut(data):
         cri = logs.cri_lines(group, "stdout", STAMP, part is logs.Part.LINES)
         assert cri.endswith(b"\n")
         head = f"{STAMP} stdout ".encode()
         assert all(line.startswith(head) for line in cri.split(b"\n")[:-1]), "no output passes for a line of another"
-    assert kept == data

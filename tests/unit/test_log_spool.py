@@ -14,7 +14,7 @@ from corral.shim.log_program import PipeReceiver
 from corral.shim.logs import FileLog, Log, LogFile
 from corral.shim.loop import Loop
 from corral.shim.sending import PipingLog, SendingLog
-from corral.shim.spool import KEPT, MARK, STREAMS, Spool
+from corral.shim.spool import KEPT, MARK, MUCH, STREAMS, Spool
 from corral.shim.syslog import Address, SyslogFraming, SyslogReceiver
 
 LINES = b"".join(b"line %d\n" % number for number in range(1000))
@@ -117,9 +117,37 @@ def test_what_waits_is_not_copied_for_the_sake_of_less_that_goes(tmp_path: Path,
     spool.close()
 
 
+def test_what_is_all_in_the_log_is_let_go_without_a_new_file(tmp_path: Path, directory: int) -> None:
+    spool = waiting(directory, 3 * KEPT)
+    file = (tmp_path / "stdout.spool").stat()
+    spool.logged("stdout", 3 * KEPT, (0, 0))
+    spool.tidy("stdout")
+    after = (tmp_path / "stdout.spool").stat()
+    assert after.st_ino == file.st_ino
+    assert after.st_size < 16
+    spool.close()
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_shim_killed_while_it_lets_go_leaves_nothing_twice(tmp_path: Path, directory: int, told: bool) -> None:
+    path = tmp_path / "log"
+    log = opened(path, directory)
+    line = b"x" * 99 + b"\n"
+    first, last = line * 30, line * 640
+    log.write("stdout", take(log, first))
+    log.write("stdout", take(log, last))
+    if not told:  # cut, and not told where it begins now
+        os.pwrite(log._spool._fds["stdout"], bytes(8), 0)
+    heir = opened(path, directory)
+    heir.write("stdout", take(heir, b"more\n"))
+    again = opened(path, directory)
+    again.close()
+    assert logged(path) == first + last + b"more\n"
+
+
 def test_a_spool_that_a_full_disk_tears_is_given_up(tmp_path: Path, directory: int) -> None:
-    spool = waiting(directory, 4 * KEPT)
-    spool.logged("stdout", 2 * KEPT, (0, 0))
+    spool = waiting(directory, MUCH + 2 * KEPT)
+    spool.logged("stdout", MUCH, (0, 0))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (KEPT, before[1]))  # as a disk that is nearly full: it takes a part
     try:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corral.shim import logs
-from corral.shim.logs import PIECE_LIMIT, FileLog, LogFile, Part, cut
+from corral.shim.logs import BLOCK_LIMIT, LINES_LIMIT, PIECE_LIMIT, FileLog, LogFile, Part, cut
 
 TIME = "2026-01-02T03:04:05.000000006Z"
 
@@ -36,15 +36,32 @@ def cri_entries(path: Path) -> list[tuple[str, str, bytes]]:
     return found
 
 
-@given(st.lists(st.binary(max_size=40) | st.sampled_from([b"\n", b"x" * PIECE_LIMIT, b"y" * (3 * PIECE_LIMIT)])))
-def test_cutting_loses_and_adds_no_byte_and_keeps_to_the_limit(chunks: list[bytes]) -> None:
+CHUNKS = [b"\n", b"x" * PIECE_LIMIT, b"y" * (3 * PIECE_LIMIT), bytes(2 * PIECE_LIMIT), (b"z" * 1000 + b"\n") * 99]
+LIMITS = {Part.LINES: LINES_LIMIT, Part.PIECE: PIECE_LIMIT, Part.REST: PIECE_LIMIT - 1}
+
+
+@pytest.mark.parametrize("block_limit", [0, PIECE_LIMIT, BLOCK_LIMIT])
+@given(st.lists(st.binary(max_size=40) | st.sampled_from(CHUNKS)))
+def test_cutting_loses_and_adds_no_byte_and_keeps_to_the_limit(block_limit: int, chunks: list[bytes]) -> None:
     data = b"".join(chunks)
-    parts = list(cut(data))
+    parts = list(cut(data, block_limit))
     assert b"".join(group for _, group in parts) == data
     for part, group in parts:
-        assert 0 < len(group) <= PIECE_LIMIT
-        assert group.endswith(b"\n") == (part is Part.LINES)
+        assert 0 < len(group) <= (LIMITS | {Part.BLOCK: block_limit})[part]
+        if part is Part.BLOCK:
+            assert b"\0" in group
+        else:
+            assert group.endswith(b"\n") == (part is Part.LINES)
+            assert all(len(line) < PIECE_LIMIT for line in group.split(b"\n")) or part is Part.PIECE
     assert all(part is not Part.REST for part, _ in parts[:-1])
+
+
+@given(st.lists(st.binary(max_size=40) | st.sampled_from(CHUNKS)), st.integers(0, 9))
+def test_what_follows_a_group_is_cut_as_before(chunks: list[bytes], count: int) -> None:
+    data = b"".join(chunks)
+    parts = list(cut(data, BLOCK_LIMIT))
+    rest = b"".join(group for _, group in parts[count:])
+    assert list(cut(rest, BLOCK_LIMIT)) == parts[count:]
 
 
 def test_a_character_is_not_torn_by_the_limit() -> None:
@@ -111,6 +128,20 @@ def test_what_is_no_text_is_kept_byte_for_byte() -> None:
         assert (entry["log"], base64.b64decode(entry["data"])) == ("", group)
         assert (entry["stream"], entry["attrs"], entry["time"]) == ("stderr", {"a": "b"}, TIME)
         assert len(framed) < 4 / 3 * len(group) + 120
+
+
+def test_much_that_is_no_text_is_cut_into_blocks_that_a_file_holds(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 2048
+    for max_size, count in ((0, 6), (2 * BLOCK_LIMIT, 6), (100_000, 32)):
+        path = tmp_path / str(max_size)
+        log = FileLog(LogFile(str(path), max_size=max_size, max_files=99), "json-file")
+        log.write("stdout", data)
+        log.close()
+        files = [path, *(Path(f"{path}.{n}") for n in range(1, 99))]
+        found = [entry for file in reversed(files) if file.exists() for entry in entries(file)]
+        assert b"".join(base64.b64decode(entry["data"]) for entry in found) == data
+        assert len(found) == count
+        assert all(file.stat().st_size <= (max_size or len(data) * 2) for file in files if file.exists())
 
 
 def test_a_line_written_in_dribs_is_one_entry(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@
     cri         2026-01-02T03:04:05.123456789Z stdout F text
 
 The second form of json-file holds what is no text, for its NUL bytes or as it is no UTF-8: in Base64, lines or a piece
-of one. As text it would be several times as large, take ten times as long and lose bytes.
+of one. As text it would be several times as large, take ten times as long and lose bytes. Much of it is cut without
+regard to lines, into blocks.
 
 A line longer than PIECE_LIMIT is written in pieces; only its last one ends the line (no "\n" in the log field, tag P).
 Text without a newline waits, up to PIECE_LIMIT, until its line is complete or the stream ends.
@@ -16,7 +17,6 @@ Framing works on a whole read at once, not line by line: each step is one call i
 import json
 import os
 import time
-from binascii import b2a_base64
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -25,14 +25,17 @@ from json.encoder import encode_basestring, encode_basestring_ascii
 from pathlib import Path
 from typing import Protocol
 
+from corral.kernel import base64
 from corral.kernel.failpoint import failpoint
 from corral.shim.spool import STREAMS, Position, Spool, StreamName
 
 type Format = Callable[[bytes, StreamName, str, bool], bytes]
 
 PIECE_LIMIT = 16 << 10
+LINES_LIMIT = 4 * PIECE_LIMIT
+BLOCK_LIMIT = 6 * PIECE_LIMIT
 _LONGEST_UTF8 = 4
-_FEWEST_BYTES_A_LINE = 64  # of a group that is one entry: however much is kept, its lines are bounded
+_FEWEST_BYTES_A_LINE = 64  # of lines that are one entry: however much is kept, they are bounded
 _MARK, _ESCAPED_MARK = "\x01", "\\u0001"
 _SURROGATE = "\ud800"
 _PLAIN = frozenset(range(0x20, 0x7F)) - frozenset(b'"\\') | frozenset(b"\n")
@@ -45,27 +48,52 @@ class Part(Enum):
     LINES = 1
     PIECE = 2
     REST = 3
+    BLOCK = 4
 
 
-def cut(data: bytes) -> Iterator[tuple[Part, bytes]]:
-    """Split bytes into groups of whole lines and pieces of overlong ones, each at most PIECE_LIMIT long.
+def cut(data: bytes, block_limit: int = 0) -> Iterator[tuple[Part, bytes]]:
+    """Split bytes into groups of whole lines, at most LINES_LIMIT long, and pieces of overlong ones, PIECE_LIMIT.
 
-    The last may be the REST: the shorter beginning of a line that is not complete yet.
+    The last may be the REST: the shorter beginning of a line that is not complete yet. With a block_limit, what is no
+    text, and enough for a piece, becomes blocks of at most as many bytes.
     """
     start, size = 0, len(data)
     while start < size:
         end = start + PIECE_LIMIT
-        newline = data.rfind(b"\n", start, end)
-        if newline >= 0:
-            yield Part.LINES, data[start : newline + 1]
-            start = newline + 1
+        if block_limit and end <= size and _has_nul(data, start, end):
+            block = data[start : start + block_limit]
+            if not _has_many_lines(block):
+                yield Part.BLOCK, block
+                start += block_limit
+                continue
+        if (newline := data.rfind(b"\n", start, end)) >= 0:
+            end = _end_of_lines(data, start, newline + 1, text=bool(block_limit))
+            yield Part.LINES, data[start:end]
         elif end <= size:
             end = _before_split_character(data, start, end)
             yield Part.PIECE, data[start:end]
-            start = end
         else:
             yield Part.REST, data[start:]
             return
+        start = end
+
+
+def _has_nul(data: bytes, start: int, end: int) -> bool:
+    return data.find(b"\0", start, end) >= 0
+
+
+def _has_many_lines(data: bytes) -> bool:
+    few = len(data) // _FEWEST_BYTES_A_LINE
+    return len(data) - len(data.replace(b"\n", b"", few + 1)) > few  # many times as fast as count()
+
+
+def _end_of_lines(data: bytes, start: int, end: int, *, text: bool) -> int:
+    """Where as many lines end as one group has, if the first of them end at `end`. text: NUL bytes are none of it."""
+    while (next_end := data.rfind(b"\n", end, min(end + PIECE_LIMIT, start + LINES_LIMIT)) + 1) > end:
+        if text and _has_nul(data, end, next_end):
+            break
+        end = next_end
+    return end
 
 
 def _before_split_character(data: bytes, start: int, end: int) -> int:
@@ -85,7 +113,7 @@ def json_lines(group: bytes, stream: StreamName, timestamp: str, whole: bool, *,
     attrs: a member, and the comma before it, that each line has.
     """
     tail = f',"stream":"{stream}"{attrs},"time":"{timestamp}"}}\n'
-    if b"\0" in group and group.count(b"\n") * _FEWEST_BYTES_A_LINE <= len(group):
+    if b"\0" in group and not (whole and _has_many_lines(group)):
         return _no_text(group, tail)
     try:
         return _text(group, tail, whole)
@@ -96,7 +124,7 @@ def json_lines(group: bytes, stream: StreamName, timestamp: str, whole: bool, *,
 
 
 def _no_text(group: bytes, tail: str) -> bytes:
-    return b'{"log":"","data":"' + b2a_base64(group, newline=False) + f'"{tail}'.encode()
+    return b"".join((b'{"log":"","data":"', base64.encoded(group), f'"{tail}'.encode()))
 
 
 def _line(line: bytes, tail: str) -> bytes:
@@ -320,7 +348,7 @@ class NoLog:
 class FileLog:
     """A log in lines of one format. `dropped_bytes` counts the container's bytes that the disk did not take."""
 
-    __slots__ = ("_file", "_format", "_format_last", "_spool", "_waiting", "dropped_bytes")
+    __slots__ = ("_block_limit", "_file", "_format", "_format_last", "_spool", "_waiting", "dropped_bytes")
 
     def __init__(
         self, file: LogFile, driver: str, spool: Spool | None = None, *, attrs: Mapping[str, str] | None = None
@@ -331,6 +359,9 @@ class FileLog:
         """
         self._file, self._spool = file, spool
         self._format, self._format_last = FORMATS[driver]
+        self._block_limit = 0
+        if driver == "json-file":
+            self._block_limit = BLOCK_LIMIT if file.holds(2 * BLOCK_LIMIT) else PIECE_LIMIT
         if attrs and driver == "json-file":
             text = f',"attrs":{json.dumps(attrs, separators=(",", ":"))}'
             self._format = self._format_last = partial(json_lines, attrs=text)
@@ -348,7 +379,7 @@ class FileLog:
         """Append the lines that are complete now, with the present time."""
         waiting = self._waiting.pop(stream, b"")
         now = timestamp(time.time_ns())
-        for part, group in cut(waiting + data):
+        for part, group in cut(waiting + data, self._block_limit):
             if part is Part.REST:
                 self._waiting[stream] = group
             else:
@@ -407,7 +438,7 @@ class FileLog:
         left = {stream: spool.unlogged(stream) for stream in STREAMS}
         logged = spool.perhaps_logged(self._file.position)
         if logged is not None and spool.marked is not None and left[logged]:
-            part, group = next(cut(left[logged]))
+            part, group = next(cut(left[logged], self._block_limit))
             then = timestamp(0)  # a frame is as long as with any other time
             if part is Part.REST:
                 frame = self._format_last(group, logged, then, False)

@@ -25,7 +25,8 @@ type StreamName = Literal["stdout", "stderr"]
 
 STREAMS: tuple[StreamName, StreamName] = ("stdout", "stderr")
 MARK = "spool.mark"
-KEPT = 64 << 10
+KEPT, MUCH = 64 << 10, 1 << 20
+"""From how much in the log a spool is emptied; and replaced by what is not in it yet, which costs more."""
 _BASE = struct.Struct("=Q")
 _MARK = struct.Struct("=7Q")
 _OLD_MARK = struct.Struct("=5Q")
@@ -65,7 +66,11 @@ class Spool:
                     continue
                 self._fds[stream] = fd
                 (base,) = _BASE.unpack(head)
-                self._bases[stream], self._ends[stream] = base, base + os.fstat(fd).st_size - _BASE.size
+                end = base + os.fstat(fd).st_size - _BASE.size
+                if end < start:
+                    self._empty(stream)
+                else:
+                    self._bases[stream], self._ends[stream] = base, end
 
     def unlogged(self, stream: StreamName) -> bytes:
         """What was taken from a stream and is not in the log, as far as the mark tells."""
@@ -131,10 +136,28 @@ class Spool:
 
     def tidy(self, stream: StreamName) -> None:
         """Let go of what is in the log, if it is much."""
-        start = self._starts[stream]
-        # What waits is copied each time: it must be less than what goes, however much it is.
-        if not self.kept or start - self._bases[stream] < max(KEPT, self._ends[stream] - start):
+        start, end = self._starts[stream], self._ends[stream]
+        if not self.kept or start - self._bases[stream] < KEPT:
             return
+        if start == end:
+            self._empty(stream)
+        # What waits is copied each time: it must be less than what goes, however much it is.
+        elif start - self._bases[stream] >= max(MUCH, end - start):
+            self._copy_rest(stream)
+
+    def _empty(self, stream: StreamName) -> None:
+        """All is in the log. A spool that ends before what is logged does was cut, and not told yet where it begins."""
+        fd, start = self._fds[stream], self._starts[stream]
+        try:
+            os.ftruncate(fd, _BASE.size)
+            failpoint("shim.log.emptied")
+            os.pwrite(fd, _BASE.pack(start), 0)
+        except OSError:
+            self.give_up()
+        self._bases[stream] = start
+
+    def _copy_rest(self, stream: StreamName) -> None:
+        start = self._starts[stream]
         content, name = _BASE.pack(start) + self.unlogged(stream), _file(stream)
         try:
             fd = os.open(
