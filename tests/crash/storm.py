@@ -31,6 +31,7 @@ SHIM_POINTS = (
     "shim.log.taken",
     "shim.log.emptied",
     "shim.log.written",
+    "shim.exec.before_start",
     "shim.exec.after_clone",
 )
 ARM = 0.15

@@ -194,10 +194,11 @@ def test_an_exec_that_was_created_starts_though_its_shim_was_killed(client: Clie
     assert (status.code, status.known) == (33, True)
 
 
+@pytest.mark.parametrize("failpoint", ["shim.exec.after_clone", "shim.exec.before_reply"])
 def test_an_exec_whose_shim_is_killed_before_it_can_say_that_it_runs_keeps_its_client_and_its_input(
-    client: Client, daemon: Corrald
+    client: Client, daemon: Corrald, failpoint: str
 ) -> None:
-    daemon.restart_with({"CORRAL_FAILPOINTS": "shim.exec.before_reply=kill@1"})
+    daemon.restart_with({"CORRAL_FAILPOINTS": f"{failpoint}=kill@1"})
     eventually(lambda: client.containers.run("busybox", ["sleep", "1000"], name="long", network="none"))
     process = exec_request("long", ["sh", "-c", "echo begun; cat; exit 7"], stdin=True)
     is_to_end = threading.Event()
@@ -215,6 +216,38 @@ def test_an_exec_whose_shim_is_killed_before_it_can_say_that_it_runs_keeps_its_c
     assert is_to_end.is_set()
     result = collected.result()
     assert (result.stdout, result.code, result.exit.known) == (b"begun\nat once\nlater\n", 7, True)
+    daemon.restart()
+
+
+def test_one_whose_shim_is_killed_before_it_has_told_it_to_run_never_does_and_is_told_to_be_lost(
+    client: Client, daemon: Corrald
+) -> None:
+    daemon.restart_with({"CORRAL_FAILPOINTS": "shim.exec.before_start=kill@1"})
+    eventually(lambda: client.containers.run("busybox", ["sleep", "1000"], name="long", network="none"))
+    made = client.containers.exec_create("long", ["touch", "/ran"])
+    with pytest.raises((FailedPrecondition, Unavailable)):
+        client.containers.exec_start("long", made.exec_id)
+    status = client.containers.exec_wait("long", made.exec_id)
+    assert (status.known, status.code) == (False, 255)
+    daemon.restart()
+    kill_shim(client, "long")  # which has that armed
+    collected = Collected()
+    for part in client.containers.exec_run(Execution(exec_request("long", ["test", "-e", "/ran"])), iter(())):
+        collected.add(part)
+    assert collected.result().code == 1
+
+
+def test_an_exec_outlives_any_number_of_heirs_that_are_killed_as_they_take_it_over(
+    client: Client, daemon: Corrald
+) -> None:
+    """Each takes over the container first."""
+    daemon.restart_with({"CORRAL_FAILPOINTS": "shim.adopt.before_reply=kill@2"})
+    eventually(lambda: client.containers.run("busybox", ["sleep", "1000"], name="long", network="none"))
+    made = client.containers.exec_create("long", ["sh", "-c", "sleep 1; exit 37"])
+    client.containers.exec_start("long", made.exec_id)
+    kill_shim(client, "long")
+    status = client.containers.exec_wait("long", made.exec_id)
+    assert (status.code, status.known) == (37, True)
     daemon.restart()
 
 

@@ -13,6 +13,7 @@ from shimclient import Shim, Workshop, Zygote, connect, read_until, wait_gone, w
 from support.requirements import needs
 
 from corral.kernel.process import pidfd_info, pidfd_open
+from corral.shim.records import UNSTARTED
 from corral.shim.server import ABANDONED_S
 from corral.shim.zygote import LOOK_S
 from corral.tasks.keeper import fetch
@@ -109,10 +110,33 @@ def test_an_exec_reads_on_though_its_shim_was_killed_as_soon_as_it_ran(failpoint
         streams = kept["e"].streams
         os.write(streams["stdin"], b"more\n")
         assert read_until(streams["stdout"], b"more\n") == b"more\n"
-        assert (kept["e"].identity is not None) == (failpoint == "shim.exec.before_reply")
+        assert kept["e"].identity is not None
+        assert Path(f"/proc/{kept['e'].identity.pid}/cmdline").read_bytes() == b"sh\0-c\0cat; echo end\0"
         for each in kept.values():
             for fd in each.streams.values():
                 os.close(fd)
+        os.kill(init, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_of_an_exec_that_was_not_told_to_start_the_zygote_knows_that_it_never_did(earlier: int) -> None:
+    """The first one by Python, the next as a list of calls."""
+    with workshop({"CORRAL_FAILPOINTS": f"shim.exec.before_start=kill@{earlier + 1}"}) as shop:
+        shim = shop.run("sleep", "1000")
+        init = int(str(shim.state()["pid"]))
+        for _ in range(earlier):
+            assert shim.run_exec("echo", "hello") == b"hello\n"
+        shim.exec("e", "touch", "/tmp/ran")
+        with pytest.raises(EOFError):
+            shim.start("e")
+        written = shim.bundle / "execs/e.json"
+        deadline = time.monotonic() + 5
+        while not written.exists():
+            assert time.monotonic() < deadline, "nobody has written it"
+            time.sleep(0.01)
+        how = json.loads(written.read_text())
+        assert (how["reason"], how["started_at_ns"]) == (UNSTARTED, None)
+        assert not (shop.root / "tmp/ran").exists()
         os.kill(init, signal.SIGKILL)
 
 

@@ -9,7 +9,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import structlog
 
-from corral.kernel.process import pidfd_info
+from corral.kernel.process import has_executed, pidfd_info
 from corral.oci.reaper import has_begun
 from corral.rpc.blocking import run_blocking
-from corral.rpc.errors import CorralError
-from corral.shim.records import BY_ZYGOTE
+from corral.rpc.errors import CorralError, Unavailable
+from corral.shim.records import BY_ZYGOTE, UNSTARTED
 from corral.shim.requests import PIDFD
 from corral.shim.wire import Message
 from corral.store import Database
@@ -48,7 +48,8 @@ LOOK_S = 0.005
 # Of the heirs of one container within LATELY_S, each beyond ATTEMPTS waits longer by PAUSE_S.
 LATELY_S = 30.0
 PAUSE_S, PAUSE_MAX_S = 0.1, 2.0
-# So many are for a container that has ended: what one has taken before it dies the next one logs, and takes more.
+# So many are for a container that has ended: what one has taken before it dies the next one logs, and takes more. And
+# for an exec.
 LAST_ATTEMPTS = 10
 EXEC_LOST = "its shim was killed, and it with that, or before it was started; exit code unknown"
 
@@ -143,9 +144,13 @@ class Heirs:
             async with task.init.lock:
                 with written(task):
                     await task.init.mark_started(self._database, task.init.identity, started_at_ns)
-        for process in tuple(task.processes.values()):
-            if not process.row.is_init and not process.ended.is_set():
-                await self.hand_over_exec(shim, task, process, kept.get(process.row.exec_id))
+        try:
+            for process in tuple(task.processes.values()):
+                if not process.row.is_init and not process.ended.is_set():
+                    await self.hand_over_exec(shim, task, process, kept.get(process.row.exec_id))
+        except Unavailable as e:  # seen to be gone, it has an heir of its own
+            log.warning("task.not_inherited", container_id=task.row.key.id, error=str(e))
+            await identity.kill(within_s=KILL_S)
         log.warning("task.inherited", container_id=task.row.key.id, shim_pid=identity.pid)
         return shim
 
@@ -169,22 +174,32 @@ class Heirs:
         """Have a shim that has taken over the container take over an exec too; one that it does not take is lost.
 
         kept: what the zygote knew of it, which tells of one whose shim was killed before it could say that it runs.
+        One that is lost does not run on. Raises Unavailable if the shim is gone, or stuck: the next one may take it.
         """
+        named = kept.identity if kept is not None and process.row.status is Status.CREATED else None
         async with process.lock:  # it may be about to be started, or deleted
             if task.processes.get(process.row.exec_id) is not process or process.ended.is_set():
                 return
-            with suppress(CorralError, OSError):
-                if process.row.status is Status.CREATED and kept is not None and kept.identity is not None:
+            try:
+                if kept is not None and named is not None and await _begins(named, has_executed):
                     with written(task):
-                        await process.mark_started(self._database, kept.identity, kept.started_at_ns)
+                        await process.mark_started(self._database, named, kept.started_at_ns)
                 if process.row.status is Status.RUNNING:
                     await self._hand_over(shim, task, process, process.row.started_at_ns or time.time_ns())
                     return
                 if process.asked is not None:
                     await shim.exec(process.row.exec_id, process.asked)
                     return
+            except (CorralError, OSError) as e:
+                if isinstance(e, Unavailable) and len(self._lately.get(task.row.key, ())) <= LAST_ATTEMPTS:
+                    raise
+                log.warning("exec.not_inherited", **process.facts, error=str(e))
+        if (identity := process.identity or named) is not None:
+            await identity.kill(within_s=KILL_S)
         how = await run_blocking(task.bundle.exec_exit, process.row.exec_id)
-        await process.mark_ended(self._ends.write, how or Exit.unknown(EXEC_LOST, exited_at_ns=time.time_ns()))
+        if how is None or how.reason == UNSTARTED:
+            how = Exit.unknown(EXEC_LOST, exited_at_ns=time.time_ns())
+        await process.mark_ended(self._ends.write, how)
 
     async def _hand_over(self, shim: Shim, task: Task, process: Process, started_at_ns: int) -> None:
         created = json.loads(task.row.create)
@@ -226,12 +241,16 @@ def written(task: Task) -> Iterator[None]:
 async def _executes(init: Process) -> bool:
     """Whether a container that was about to be started has become its program."""
     assert init.identity is not None
+    begun = await _begins(init.identity, has_begun)
+    return _ended_by_its_program(init) if begun is None else begun
+
+
+async def _begins(identity: Identity, has: Callable[[int, int], bool | None]) -> bool | None:
+    """Whether a process that was about to has become its program; None if it is reaped."""
     for _ in range(int(EXECUTE_S / LOOK_S)):
-        runs = init.identity.runs  # first: it may execute its program and end between the two
-        begun = has_begun(init.identity.pid, init.identity.start_time)
-        if begun is None:
-            return _ended_by_its_program(init)
-        if begun or not runs:
+        runs = identity.runs  # first: it may execute its program and end between the two
+        begun = has(identity.pid, identity.start_time)
+        if begun is None or begun or not runs:
             return begun
         await asyncio.sleep(LOOK_S)
     return False

@@ -116,21 +116,30 @@ class Container:
         cgroup_paths: Sequence[str | os.PathLike[str]] = (),
         exact_cgroup: bool = False,
         dies_with_runtime: bool = False,
+        before_start: Callable[[ProcessHandle], None] = lambda _handle: None,
     ) -> ProcessHandle:
         """Run one more process inside; returns once its program was executed.
 
         user (`name|uid[:group|gid]`, looked up in the container) overrides process_spec.user. Without capabilities of
         its own the process gets those of init. cgroup_paths: as for create(); where the v2 one takes no process, that
         below it where init is, unless it has to be exact_cgroup. dies_with_runtime: unless its program has or gains
-        more than its user had, or asks not to be. Raises ExecFailed; then it was killed, and is reaped, unless
-        something keeps it from ending.
+        more than its user had, or asks not to be. before_start: called with a process that is about to be told to
+        execute the program, and ends if this one does before; again if it can't, and another one is tried.
+        Raises ExecFailed; then it was killed, and is reaped, unless something keeps it from ending.
         """
         from corral.oci.joining import begin  # most containers are started by who execs nothing
 
         cgroups = [os.fspath(path) for path in cgroup_paths]
         try:
             return begin(
-                self, process_spec, user, stdio, cgroups, exact_cgroup=exact_cgroup, dies_with_runtime=dies_with_runtime
+                self,
+                process_spec,
+                user,
+                stdio,
+                cgroups,
+                exact_cgroup=exact_cgroup,
+                dies_with_runtime=dies_with_runtime,
+                before_start=before_start,
             )
         except ProcessLookupError as e:
             raise ExecFailed(SETUP, _NOT_RUNNING) from e

@@ -20,7 +20,7 @@ import resource
 import signal
 import stat
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from functools import cache
 
@@ -125,11 +125,20 @@ class Descriptors:
 
 
 def begin(
-    files: Files, program: Program, sighting: Sighting, stdio: Stdio, cgroups: Sequence[str], *, init: int, flags: int
+    files: Files,
+    program: Program,
+    sighting: Sighting,
+    stdio: Stdio,
+    cgroups: Sequence[str],
+    *,
+    init: int,
+    flags: int,
+    before_start: Callable[[ProcessHandle], None],
 ) -> ProcessHandle | None:
     """A process that has executed its program, in the container of the pidfd init; None if it is Python's turn.
 
-    flags: CLONE_NEW* of the namespaces to enter. Raises ExecFailed for what Python would fail with as well.
+    flags: CLONE_NEW* of the namespaces to enter. before_start: as for Container.exec(). Raises ExecFailed for
+    what Python would fail with as well.
     """
     try:
         with contextlib.closing(Membership.open(cgroups)) as membership:
@@ -150,7 +159,7 @@ def begin(
     except (ExecFailed, _NeverBegan) as e:
         files.of_use = isinstance(e, ExecFailed)  # the host, say, lets no such program run: neither will it next time
         return None
-    return None if last is None else _executed(parent, *last)
+    return None if last is None else _executed(parent, *last, before_start)
 
 
 class _NeverBegan(Exception):
@@ -179,10 +188,13 @@ def _last_born(parent: ParentEnd, pid: int, *, births: int) -> tuple[int, int] |
     return pid, pidfd
 
 
-def _executed(parent: ParentEnd, pid: int, pidfd: int) -> ProcessHandle | None:
+def _executed(
+    parent: ParentEnd, pid: int, pidfd: int, before_start: Callable[[ProcessHandle], None]
+) -> ProcessHandle | None:
     """Have it execute its program."""
     with heeded(parent, pidfd):
         handle = ProcessHandle(pid, pidfd, process.start_time(pid), None)
+        before_start(handle)
         parent.send_start()
         if becomes_program(handle, lambda check: parent.receive_number(pid, check), SETUP_S):
             parent.close()

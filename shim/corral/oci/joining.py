@@ -35,7 +35,8 @@ def begin(
     cgroups: Sequence[str],
     *,
     exact_cgroup: bool,
-    dies_with_runtime: bool = False,
+    dies_with_runtime: bool,
+    before_start: Callable[[ProcessHandle], None],
 ) -> ProcessHandle:
     """As Container.exec() says; ProcessLookupError if the container has ended."""
     linux, init = container.spec.linux, container.init
@@ -50,7 +51,16 @@ def begin(
         if container.files is None:
             container.files = join_calls.Files()
         if container.files.of_use and join_calls.suits(program, linux.seccomp, stdio):
-            handle = join_calls.begin(container.files, program, sighting, stdio, cgroups, init=init.pidfd, flags=flags)
+            handle = join_calls.begin(
+                container.files,
+                program,
+                sighting,
+                stdio,
+                cgroups,
+                init=init.pidfd,
+                flags=flags,
+                before_start=before_start,
+            )
             if handle is not None:
                 container.sightings[who] = sighting
                 return handle
@@ -84,7 +94,7 @@ def begin(
         creating=False,
         note=lambda sighting: _note(container, who, sighting),
     )
-    _execute(parent, handle)
+    _execute(parent, handle, before_start)
     return handle
 
 
@@ -151,12 +161,13 @@ def _born_in(
         return born(0, membership, lambda child: live(child, membership))
 
 
-def _execute(parent: ParentEnd, handle: ProcessHandle) -> None:
+def _execute(parent: ParentEnd, handle: ProcessHandle, before_start: Callable[[ProcessHandle], None]) -> None:
     """Have a process that is ready execute its program; if it can't, it is reaped."""
     with contextlib.ExitStack() as undo:
         if handle.console is not None:
             undo.callback(os.close, handle.console)
         with heeded(parent, handle.pidfd):
+            before_start(handle)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is gone: what follows finds out why
                 parent.send_start()
             if not becomes_program(handle, parent.wait_for_exec, SETUP_S):

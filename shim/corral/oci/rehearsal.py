@@ -63,7 +63,7 @@ def rehearse_exec() -> None:
     sighting = Sighting(Identity(0, 0, (), "/"), (look, look))
     files = join_calls.Files()
     with paths.opened(process.pidfd_open(os.getpid())) as nobody, contextlib.suppress(OSError, ExecFailed):
-        join_calls.begin(files, wanted, sighting, Stdio(), (), init=nobody, flags=0)
+        join_calls.begin(files, wanted, sighting, Stdio(), (), init=nobody, flags=0, before_start=lambda _handle: None)
 
 
 class Typical:

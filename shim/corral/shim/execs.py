@@ -1,13 +1,15 @@
 """The execs of one container: further processes in it, made by its shim when somebody asks.
 
-    add --> created --start--> kept --> born --> runs --> ended --> stopped --delete--> gone
-    run ------------------------------> born --> runs --> ended --> gone, and told to who asked alone
+    add --> created --start--> born --> known --> runs --> ended --> stopped --delete--> gone
+    run ---------------------> born --> known --> runs --> ended --> gone, and told to who asked alone
 
 - add() registers one, so that clients can attach before its first byte; start() makes it. Or add() does it all.
-- What of it only this shim has, its zygote has too before its program can run, and who it is before anybody is told
-  of it (corral.shim.keeping): a shim that is killed has an heir, to which all but runs go (adopted()).
+- What of it only this shim has, and which process it is, its zygote knows before its program can run
+  (corral.shim.keeping): a shim that is killed has an heir, to which all but runs go (adopted()). Until then it waits
+  for its shim's word, and ends without it.
 - Its end is that of any process (corral.shim.processes). It stays, for who asks how it ended, until delete().
-- run() is for what is asked of a container time and again: it is in no file, has no heir, and is killed with its shim.
+- run() is for what is asked of a container time and again: it has no heir, and is killed with its shim. Only one that
+  can gain privileges, which ends that, is in a file, for the heir to kill it.
 """
 
 import time
@@ -28,7 +30,7 @@ from corral.shim.logs import NoLog
 from corral.shim.oom import with_ordinary_score
 from corral.shim.process import ContainerProcess, State
 from corral.shim.processes import Processes
-from corral.shim.requests import Adopt, Exec, Run
+from corral.shim.requests import CONSOLE, Adopt, Exec, Run
 from corral.shim.stdio import ProcessIO
 from corral.shim.wire import Message
 
@@ -88,8 +90,6 @@ class Execs:
         except BaseException:
             self._processes.remove(request.exec_id)
             raise
-        if not spec.no_new_privileges:
-            self._ledger.note_run(process)
         if request.timeout_ns:
             self._processes.end_after(process, request.timeout_ns / 1e9)
 
@@ -137,11 +137,15 @@ class Execs:
         return process
 
     def _make(self, process: ContainerProcess) -> None:
-        """What has to outlive this process is kept before the program can run, or else before anybody is told of it:
-        a terminal, and who it is."""
         container = self._running()
         is_kept = process.on_exit is None
         started_at_ns = time.time_ns()
+
+        def before_start(handle: ProcessHandle) -> None:
+            self._forget(process)  # one that was tried before
+            process.handle = handle
+            self._have_known(process, handle, started_at_ns)
+
         try:
             with process.io.child_ends() as stdio:
                 failpoint("shim.exec.before_clone")
@@ -153,20 +157,35 @@ class Execs:
                     stdio=stdio,
                     cgroup_paths=self._processes.cgroup_paths,
                     dies_with_runtime=not is_kept,
+                    before_start=before_start,
                 )
-        except (ExecFailed, OSError):
-            process.move(State.STOPPED)
-            if is_kept:
-                self._keeper.forget(process.exec_id)
+        except BaseException as e:
+            self._forget(process)
+            if isinstance(e, ExecFailed | OSError):
+                process.move(State.STOPPED)
+                if is_kept:
+                    self._keeper.forget(process.exec_id)
             raise
         failpoint("shim.exec.after_clone")
         self._processes.born(process)
         process.started(started_at_ns)
         process.io.begin(process.handle.console)
-        if is_kept:
-            if process.handle.console is not None:
-                self._processes.have_kept(process)
-            self._keeper.began(process)
+
+    def _have_known(self, process: ContainerProcess, handle: ProcessHandle, at_ns: int) -> None:
+        """What has to outlive this process, or else has to end with it, though the kernel may not see to that."""
+        if process.on_exit is None:
+            if handle.console is not None:
+                self._keeper.keep(process.exec_id, {CONSOLE: handle.console})
+            self._keeper.began(process.exec_id, handle, at_ns)
+        elif not process.spec.no_new_privileges:
+            self._ledger.note_run(process)
+        failpoint("shim.exec.before_start")
+
+    def _forget(self, process: ContainerProcess) -> None:
+        """A process that was made for it has not become its program."""
+        if process.handle is not None and process.on_exit is not None and not process.spec.no_new_privileges:
+            self._ledger.forget_run(process)
+        process.handle = None
 
 
 def _exists(exec_id: str) -> ShimError:

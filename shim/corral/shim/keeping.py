@@ -1,7 +1,7 @@
 """What of a container only its shim has, held a second time by the zygote that made it: so that it outlives the shim.
 
     shim --frames--> zygote     {"keep":EXEC,"streams":[NAME...]} + fds     before its program can run
-                                {"began":EXEC,"pid":PID,"start_time":TICKS,"started_at_ns":NS}  before anybody is told
+                                {"began":EXEC,"pid":PID,"start_time":TICKS,"started_at_ns":NS}  likewise
                                 {"drop":EXEC,"stream":NAME}     the process gets no more of it
                                 {"forget":EXEC}                 its end is written down
 
@@ -11,6 +11,7 @@
 Kept are streams that cannot be opened by a name, a terminal's master or the writing end of a stdin, say, and the FIFOs:
 what is in one is gone once nobody has it open, and a zygote that is told of a shim's death is told later than that. Of
 each exec it is known which process it is: the zygote inherits and reaps it, and writes down how it ended (orphans.py).
+One whose shim was killed before it told it to be its program has ended without having been that; the kernel knows.
 """
 
 import contextlib
@@ -20,10 +21,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from corral.oci.runtime import ProcessHandle
 from corral.shim.errors import ShimError
 from corral.shim.fields import integer, strings, text
 from corral.shim.loop import IN, Loop
-from corral.shim.process import ContainerProcess
 from corral.shim.wire import Channel, Message, ProtocolError, close_all
 
 SOCKET = "keeper"
@@ -46,15 +47,10 @@ class Keeper:
         if streams:
             self._send({"keep": exec_id, "streams": list(streams)}, tuple(streams.values()))
 
-    def began(self, process: ContainerProcess) -> None:
-        """Have it know an exec that runs."""
-        message: Message = {
-            "began": process.exec_id,
-            "pid": process.pid,
-            "start_time": process.start_time,
-            "started_at_ns": process.started_at_ns or 0,
-        }
-        self._send(message)
+    def began(self, exec_id: str, handle: ProcessHandle, at_ns: int) -> None:
+        """Have it know which process an exec is, which runs or is about to."""
+        who: Message = {"pid": handle.pid, "start_time": handle.start_time}
+        self._send({"began": exec_id, **who, "started_at_ns": at_ns})
 
     def drop(self, exec_id: str, stream: str) -> None:
         """The shim has closed it, and so shall the zygote."""
@@ -143,6 +139,7 @@ class Kept:
             self.streams[exec_id] = dict(zip(names, self.channel.take_fds(len(names)), strict=True))
         elif "began" in message:
             exec_id = text(message, "began")
+            self._forget_process(exec_id)  # another one may have been tried before
             known = KeptExec(exec_id, integer(message, "start_time"), integer(message, "started_at_ns"))
             self.execs[integer(message, "pid")] = known
         elif "drop" in message:
@@ -154,6 +151,9 @@ class Kept:
 
     def _forget(self, exec_id: str) -> None:
         close_all(tuple(self.streams.pop(exec_id, {}).values()))
+        self._forget_process(exec_id)
+
+    def _forget_process(self, exec_id: str) -> None:
         for pid in [pid for pid, known in self.execs.items() if exec_id and known.exec_id == exec_id]:
             del self.execs[pid]
 

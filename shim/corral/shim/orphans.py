@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from corral.kernel import process
 from corral.oci.reaper import has_begun
 from corral.oci.runtime import ProcessHandle
 from corral.shim import records
@@ -122,6 +123,8 @@ def write_exec_exit(bundle: Path, kept: Kept, pid: int, ended: Ended) -> bool:
     if known is None:
         return False
     how = _exit(ended, pid, known.start_time, known.started_at_ns, exec_id=known.exec_id)
+    if process.has_executed(pid, known.start_time) is False:
+        how = replace(how, reason=records.UNSTARTED, started_at_ns=None)
     with contextlib.suppress(OSError), _opened(bundle) as directory:  # else it is deleted, or was written by the shim
         name = records.exit_file(known.exec_id)
         records.write_json(directory, name, how.to_json(), step="zygote.orphan_exec", replace=False)

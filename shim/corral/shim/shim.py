@@ -221,7 +221,7 @@ class Shim:
         process.was_unattended = self._was_unattended(request, handle)
         self.processes.have_kept(process)
         if request.exec_id:
-            self._keeper.began(process)
+            self._keeper.began(request.exec_id, handle, request.started_at_ns)
         if not request.exec_id:
             self._timeout_ns = request.timeout_ns
             self._limit_time(process, request.timeout_ns)
@@ -232,6 +232,7 @@ class Shim:
             written=lambda: written_exit(self._directory, request.exec_id),
             on_end=lambda ended: self.processes.ended(process, ended),
         )
+        failpoint("shim.adopt.before_reply")
         return {"pid": process.pid, "start_time": process.start_time}
 
     def _was_unattended(self, request: Adopt, handle: ProcessHandle) -> bool:
