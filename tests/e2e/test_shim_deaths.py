@@ -219,6 +219,39 @@ def test_an_exec_whose_shim_is_killed_before_it_can_say_that_it_runs_keeps_its_c
     daemon.restart()
 
 
+@pytest.mark.parametrize("failpoint", ["shim.attach.before_connect", "shim.attach.before_reply"])
+def test_a_client_stays_attached_though_an_heir_is_killed_while_it_comes_back(
+    client: Client, daemon: Corrald, failpoint: str
+) -> None:
+    daemon.restart_with({"CORRAL_FAILPOINTS": f"{failpoint}=sleep:1@1"})
+    made = eventually(lambda: client.containers.run("busybox", ["sleep", "1000"], name="long", network="none"))
+    process = exec_request("long", ["sh", "-c", "echo begun; read x; echo got $x; exit 7"], stdin=True)
+    is_heir_gone = threading.Event()
+
+    def requests() -> Iterator[engine_pb2.ExecRunRequest]:
+        is_heir_gone.wait(20)
+        yield engine_pb2.ExecRunRequest(stdin=b"that\n")
+
+    def kill_two() -> None:
+        shim = made.shim_pid
+        kill_shim(client, "long")
+        while client.containers.get("long").shim_pid == shim:
+            time.sleep(0.01)
+        time.sleep(0.5)  # by now that is told to attach
+        kill_shim(client, "long")
+        is_heir_gone.set()
+
+    collected, killing = Collected(), threading.Thread(target=kill_two)
+    for part in client.containers.exec_run(Execution(process), requests()):
+        collected.add(part)
+        if b"begun" in part.stdout:
+            killing.start()
+    killing.join()
+    result = collected.result()
+    assert (result.stdout, result.code, result.exit.known) == (b"begun\ngot that\n", 7, True)
+    daemon.restart()
+
+
 def test_one_whose_shim_is_killed_before_it_has_told_it_to_run_never_does_and_is_told_to_be_lost(
     client: Client, daemon: Corrald
 ) -> None:

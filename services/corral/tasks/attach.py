@@ -126,7 +126,8 @@ class Attachment:
 
     async def _attach(self, wanted: Wanted) -> None:
         task, process = self._task, self._process
-        await task.settled.wait()
+        while not task.settled.is_set():  # it may be unsettled again by the time that this goes on
+            await task.settled.wait()
         if process.ended.is_set():
             return
         fields: dict[str, object] = {"lossless": wanted.lossless, "replay": wanted.replay}
@@ -144,7 +145,9 @@ class Attachment:
         try:
             # From here on the connection owns their ends, whatever happens.
             await shim.attach(process.row.exec_id, fields, theirs)
-        except (FailedPrecondition, NotFound, Unavailable):
+        except (FailedPrecondition, NotFound, Unavailable) as e:
+            if isinstance(e, Unavailable) and not shim.is_open:
+                return  # what it has passed on before it was killed is in the pipes; then output() attaches to its heir
             self._close_pipes()
             if not await process.has_ended(within_s=JUST_ENDED_S):
                 raise

@@ -299,7 +299,9 @@ class Shim:
 
     def attach(self, request: Attach, take_fds: Callable[[int], Sequence[int]]) -> Message:
         """Connect a client's descriptors to a process."""
+        failpoint("shim.attach.before_connect")
         self.processes.find(request.exec_id).io.attach(request, take_fds(request.fd_count))
+        failpoint("shim.attach.before_reply")
         return {}
 
     def close_stdin(self, exec_id: str) -> Message:
