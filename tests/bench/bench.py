@@ -23,6 +23,7 @@ import memory
 from logging_rate import bench_logs
 from network import bench_network
 from peers import CorralOci, Peer, Runc, installed_peers, memory_directory, quiet
+from pipeline import bench_pipeline
 from probes import bench_health
 from resources import bench_resources
 from support.corrald import CORRAL, Corrald, Place, running
@@ -192,6 +193,7 @@ BENCHES: dict[str, Callable[[Corrald, list[Peer]], None]] = {
     "verbs": bench_verbs,
     "unpack": bench_unpack,
     "logs": bench_logs,
+    "pipeline": bench_pipeline,
     "health": bench_health,
     "resources": bench_resources,
 }

@@ -17,6 +17,8 @@ QUEUED_CHUNKS = 16
 KEPT_BYTES = 16 << 20
 # What is typed comes in single bytes, and a message takes some hundreds: less than this is kept with what follows.
 JOINED_BYTES = 4096
+_NOT_KEPT = ("resize", "take")
+_REPEATED = ("detach", "end_of_stdin")
 
 
 class Outbox:
@@ -27,7 +29,7 @@ class Outbox:
         self._waiting: deque[tasks_pb2.AttachRequest] = deque()
         self._ended = False
         self._call = 0
-        # Of stdin: how much was taken, and the last of it, each with its end. A detach is kept likewise.
+        # Of stdin: how much was taken, and the last of it, each with its end. A detach and the end are kept likewise.
         self._taken_bytes = 0
         self._kept: deque[tuple[int, tasks_pb2.AttachRequest]] = deque()
 
@@ -60,7 +62,7 @@ class Outbox:
                 return None
             request = self._waiting.popleft()
             self._changed.notify_all()
-            if not request.HasField("resize"):
+            if request.WhichOneof("part") not in _NOT_KEPT:
                 self._keep(request)
             return request
 
@@ -73,13 +75,16 @@ class Outbox:
             self._kept.popleft()
 
     def rewind(self, stdin_bytes: int) -> None:
-        """The next call goes on after so many bytes of stdin. Raises Unavailable if they are not kept any more."""
+        """The next call goes on after so many bytes of stdin; who wanted pipes asks again.
+
+        Raises Unavailable if those bytes are not kept any more.
+        """
         with self._changed:
             self._call += 1
             again: list[tasks_pb2.AttachRequest] = []
             at = stdin_bytes
             for end, request in self._kept:
-                if request.HasField("detach"):
+                if request.WhichOneof("part") in _REPEATED:
                     again.append(request)
                 elif end > stdin_bytes:
                     start = end - len(request.stdin)
@@ -91,5 +96,6 @@ class Outbox:
                 raise Unavailable(f"input was lost when corral was upgraded, after {at} bytes", reason="INPUT_LOST")
             self._kept.clear()
             self._taken_bytes = stdin_bytes
+            self._waiting = deque(request for request in self._waiting if not request.HasField("take"))
             self._waiting.extendleft(reversed(again))
             self._changed.notify_all()

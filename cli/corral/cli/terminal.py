@@ -5,6 +5,10 @@
 
 The pump sleeps in select on stdin and on a wake-up pipe that signal handlers write to, so that no RPC is ever made
 inside a signal handler.
+
+Once much has come or gone that way, and there is no terminal, a daemon on this host is asked for the process's pipes
+themselves (corral.cli.pipes): for those of its output first, whose coming may have to wait until somebody reads ours;
+then, as that has come, for stdin's, which the pump waits for. So input never waits for output.
 """
 
 import contextlib
@@ -17,6 +21,7 @@ import threading
 import time
 import tty
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1 import types_pb2
@@ -27,8 +32,14 @@ from corral.client.transport import Exchange
 from corral.rpc.attempts import Attempts
 from corral.rpc.errors import UNSERVED, CorralError, Unavailable
 
+if TYPE_CHECKING:
+    from corral.cli.pipes import Input, Output, Taker
+
 DEFAULT_DETACH_KEYS = "ctrl-p,ctrl-q"
 _CHUNK = 256 * 1024
+_TAKE_AFTER = 1 << 20
+# What the pump is woken with, besides the numbers of signals.
+_END, _ASK, _ASK_FOR_STDIN, _GO_ON = b"\0", b"\xff", b"\xfe", b"\xfd"
 # After so many SIGINT or SIGTERM the session ends, whatever the container does; docker's number.
 _PATIENCE = 3
 # Signals that are about this process, not about the container.
@@ -115,6 +126,12 @@ class Session:
         self._answers: Exchange[tasks_pb2.AttachResponse] | None = None
         self._outbox = Outbox()
         self._wake = (-1, -1)
+        self._takes_pipes = not terminal and client.address.startswith("unix:")
+        self._taker: Taker | None = None
+        self._waits_for_stdin = False
+        self._moved_bytes = 0
+        self._outputs: dict[int, Output] = {}
+        self._input: Input | None = None
         self._asked_to_end = 0
         self._passed_on: set[signal.Signals] = set()
 
@@ -135,7 +152,12 @@ class Session:
             pump = threading.Thread(target=self._pump, name="stdin", daemon=True)
             pump.start()
             stack.callback(self._stop_pump, pump)
-            return self._receive(on_attached)
+            try:
+                return self._receive(on_attached)
+            finally:
+                for output in self._outputs.values():
+                    if output.failure is not None:
+                        raise output.failure
 
     def _receive(self, on_attached: Callable[[], object]) -> types_pb2.ExitStatus | None:
         attachment, begun = self.attachment._replace(resumable=True), False
@@ -154,12 +176,16 @@ class Session:
                                     on_attached()
                                 attempts = Attempts()
                             case "stdout":
-                                write_all(1, part.stdout)
+                                self._write(1, part.stdout)
                             case "stderr":
-                                write_all(2, part.stderr)
+                                self._write(2, part.stderr)
+                            case "pipes":
+                                self._take(part.pipes)
                             case "parked":
                                 parked = part.parked
                             case "exited":
+                                for output in self._outputs.values():
+                                    output.join()
                                 return part.exited
                 except Unavailable as e:
                     # Either nobody has served this call, or it was parked.
@@ -173,6 +199,7 @@ class Session:
                 if parked is not None:
                     attachment, stdin_bytes = attachment._replace(resume=parked.token), parked.stdin_bytes
                 self._outbox.rewind(stdin_bytes)
+                self._stop_asking()
                 time.sleep(pause_s)
         finally:
             self._outbox.end()
@@ -188,19 +215,67 @@ class Session:
         )
         return Unavailable(f"corral went away from this terminal; {goes_on}", reason="CUT_OFF")
 
+    def _write(self, fd: int, data: bytes) -> None:
+        if fd in self._outputs:  # the process has a new shim: first comes what the one before has sent
+            self._outputs[fd].join()
+        write_all(fd, data)
+        self._count(len(data))
+
+    def _take(self, pipes: tasks_pb2.Pipes) -> None:
+        """The daemon has sent them, if it has reached us."""
+        if (taker := self._taker) is None:  # they were asked for in a call before this one
+            return
+        from corral.cli.pipes import Input, Output
+
+        self._takes_pipes = pipes.reached
+        for name, fd in taker.receive(pipes.streams).items() if pipes.reached else ():
+            if name == "stdin":
+                self._input = Input(fd)
+            else:
+                target = {"stdout": 1, "stderr": 2}[name]
+                self._outputs[target] = Output(fd, target, self._give_up)
+                self._outputs[target].start()
+        asked_for_stdin = self._waits_for_stdin
+        self._stop_asking()
+        if pipes.reached and not asked_for_stdin and self._input is None:
+            os.write(self._wake[1], _ASK_FOR_STDIN)
+
+    def _stop_asking(self) -> None:
+        if self._taker is not None:
+            self._taker.close()
+            self._taker, self._moved_bytes, self._waits_for_stdin = None, 0, False
+            os.write(self._wake[1], _GO_ON)
+
+    def _give_up(self) -> None:
+        if self._answers is not None:
+            self._answers.cancel()
+
+    def _count(self, moved_bytes: int) -> None:
+        """Of what came or went by messages."""
+        if self._takes_pipes:
+            before, self._moved_bytes = self._moved_bytes, self._moved_bytes + moved_bytes
+            if before < _TAKE_AFTER <= self._moved_bytes:
+                os.write(self._wake[1], _ASK)
+
     # ------------------------------------------------------------ pump thread
 
     def _pump(self) -> None:
-        keys = DetachKeys(self.detach_keys if self.terminal else b"")
-        watched = [self._wake[0], *([0] if self.attachment.stdin else [])]
+        keys, more = DetachKeys(self.detach_keys if self.terminal else b""), self.attachment.stdin
         if self.terminal:
             self._send_size()
         while True:
-            ready, _, _ = select.select(watched, [], [])
-            if self._wake[0] in ready and not self._on_wake():
+            pipe = self._input
+            is_full = pipe is not None and pipe.is_full
+            reads = [self._wake[0], *([0] if more and not is_full and not self._waits_for_stdin else [])]
+            ready, writable, _ = select.select(reads, [pipe.fd] if pipe is not None and is_full and more else [], [])
+            if self._wake[0] in ready and not self._on_wake(more):
                 return
-            if 0 in ready and not self._on_stdin(keys):
-                watched.remove(0)
+            if pipe is not None and writable:
+                more = pipe.go_on()
+            elif pipe is not None and 0 in ready:
+                more = pipe.move()
+            elif 0 in ready and not self._waits_for_stdin:
+                more = self._on_stdin(keys)
 
     def _on_stdin(self, keys: DetachKeys) -> bool:
         """Passes on what was typed; False when no more comes."""
@@ -213,20 +288,26 @@ class Session:
             self._detach()
             return False
         if not data:
-            self._outbox.end()
+            # Not the end of all requests: there may be pipes to be asked for.
+            self._outbox.put(tasks_pb2.AttachRequest(end_of_stdin=tasks_pb2.EndOfStdin()))
             return False
         passed, detach = keys.feed(data)
         if passed:
             self._outbox.put(tasks_pb2.AttachRequest(stdin=passed))
+            self._count(len(passed))
         if detach:
             self._detach()
         return not detach
 
-    def _on_wake(self) -> bool:
+    def _on_wake(self, has_stdin: bool) -> bool:
         """Acts on the signals that came; False when it is time to end."""
         for number in os.read(self._wake[0], 64):
-            if number == 0:
+            if number == _END[0]:
                 return False
+            if number == _ASK[0]:
+                self._ask(stdin=False)
+            if number == _ASK_FOR_STDIN[0] and has_stdin:
+                self._ask(stdin=True)
             if number == signal.SIGWINCH:
                 self._send_size()
             elif number == signal.SIGHUP and self.terminal:
@@ -236,6 +317,19 @@ class Session:
                 with contextlib.suppress(CorralError):  # it may just have ended
                     self.client.containers.kill(self.attachment.container, str(number))
         return True
+
+    def _ask(self, *, stdin: bool) -> None:
+        from corral.cli.pipes import Taker
+
+        if self._taker is not None:
+            return
+        try:
+            self._taker = Taker()
+        except OSError:
+            self._takes_pipes = False
+            return
+        self._waits_for_stdin = stdin
+        self._outbox.put(tasks_pb2.AttachRequest(take=tasks_pb2.Take(socket=self._taker.name, stdin=stdin)))
 
     def _detach(self) -> None:
         """What was typed before still arrives; then the call ends without an exit status."""
@@ -248,7 +342,7 @@ class Session:
             self._outbox.put(tasks_pb2.AttachRequest(resize=resize))
 
     def _stop_pump(self, pump: threading.Thread) -> None:
-        os.write(self._wake[1], b"\0")
+        os.write(self._wake[1], _END)
         self._outbox.end()
         pump.join(timeout=1)
 

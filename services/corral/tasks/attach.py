@@ -4,11 +4,14 @@
     process <--pipe-- shim <--pipe-- here <--gRPC-- client
 
 Each step waits for the next one, so it is the process that waits for a lossless client that does not read.
+
+A client on this host may take our ends of the pipes over, and is then left to itself.
 """
 
 import asyncio
 import fcntl
 import os
+import socket
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
@@ -23,6 +26,7 @@ from corral.tasks.shim import Shim
 
 CHUNK = 256 << 10
 READER = "stdin.reader"
+TAKER_PREFIX = "corral-"
 PIPE_SIZE = 1 << 20
 JUST_ENDED_S = 2.0
 # How long after one of its pipes a dead shim's socket is seen to be closed, at most.
@@ -64,7 +68,8 @@ class Attachment:
         self._outputs: dict[Stream, int] = {}
         self._stdin = self._reader = -1  # both ends: the reader is a copy, for an heir
         self._wake: Callable[[], None] = _nobody
-        self._detach = asyncio.Event()
+        self._detach, self._taking = asyncio.Event(), asyncio.Event()
+        self._taker, self._takes_stdin = "", False
         self.parked = False
         self.stdin_bytes = 0
         """How many the process was given."""
@@ -74,6 +79,11 @@ class Attachment:
     def detached(self) -> bool:
         """Whether detach() or park() was called."""
         return self._detach.is_set()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether take() was called: output() has ended for hand_over(), and goes on after it."""
+        return self._taking.is_set()
 
     @property
     def fds(self) -> Mapping[str, int]:
@@ -178,22 +188,22 @@ class Attachment:
         return theirs
 
     async def output(self) -> AsyncGenerator[tuple[Stream, bytes]]:
-        """Chunks as they come, up to 256 KiB each, until the process has ended and all was read, or detach()."""
+        """Chunks as they come, up to 256 KiB each, until the process has ended and all was read, detach() or take()."""
         while True:
             async with aclosing(self._until_closed()) as output:
                 async for chunk in output:
                     yield chunk
-            if self.detached or not await self._attached_again():
+            if self._is_interrupted or not await self._attached_again():
                 return
 
     async def _attached_again(self) -> bool:
         """Once the shim has closed every stream: whether another one has taken over, and the process goes on."""
-        while (shim := self._shim) is not None and not self._process.ended.is_set() and not self.detached:
-            await _first_of(self._process.ended, shim.closed, self._detach)
+        while (shim := self._shim) is not None and not self._process.ended.is_set() and not self._is_interrupted:
+            await _first_of(self._process.ended, shim.closed, self._detach, self._taking)
             if not shim.closed.is_set():
                 continue
             await self._task.settled.wait()
-            if self._process.ended.is_set() or self.detached:
+            if self._process.ended.is_set() or self._is_interrupted:
                 break
             # What an heir has read until now, nobody has passed on to this client.
             has_heir = self._task.shim_identity != self._shim_identity
@@ -212,8 +222,12 @@ class Attachment:
             return True
         return False
 
+    @property
+    def _is_interrupted(self) -> bool:
+        return self.detached or self.is_wanted
+
     async def _until_closed(self) -> AsyncGenerator[tuple[Stream, bytes]]:
-        while self._outputs and not self.detached:
+        while self._outputs and not self._is_interrupted:
             idle = True
             for stream, fd in tuple(self._outputs.items()):
                 try:
@@ -301,6 +315,31 @@ class Attachment:
         """Output() may be asked for the rest."""
         self.parked = False
         self._detach.clear()
+
+    def take(self, taker: str, *, stdin: bool) -> None:
+        """Output() ends where it is. taker: the name of an abstract socket, where the client awaits those pipes."""
+        self._taker, self._takes_stdin = taker, stdin
+        self._taking.set()
+        self._wake()
+
+    def hand_over(self) -> tuple[str, ...] | None:
+        """Give the pipes away that take() was called for; which they were, or None if their taker is not reached."""
+        self._taking.clear()
+        if self._process.row.terminal or not self._taker.startswith(TAKER_PREFIX):
+            return None
+        fds = {name: fd for name, fd in self.fds.items() if name != READER and (name == STDIN) == self._takes_stdin}
+        try:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.setblocking(False)
+                client.connect(f"\0{self._taker}")
+                socket.send_fds(client, [b"\0"], list(fds.values()))
+        except OSError:
+            return None
+        if self._takes_stdin:
+            self.close_stdin()
+        else:
+            self._close_outputs()
+        return tuple(fds)
 
     def detach(self) -> None:
         """What was written to stdin still arrives; output() ends."""

@@ -228,9 +228,12 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
             feeding = asyncio.create_task(self._feed(request_iterator, attachment, header))
             how = None
             try:
-                async with aclosing(attachment.output()) as output:
-                    async for stream, data in output:
-                        await context.write(_OUTPUT[stream](data))
+                await _write_output(context, attachment)
+                while attachment.is_wanted:
+                    streams = attachment.hand_over()
+                    pipes = pb.Pipes(streams=streams or (), reached=streams is not None)
+                    await context.write(pb.AttachResponse(pipes=pipes))
+                    await _write_output(context, attachment)
                 if not attachment.detached:
                     how = await process.wait()
             finally:
@@ -293,15 +296,21 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
                     return
                 case "end_of_stdin":
                     attachment.close_stdin()
+                case "take":
+                    attachment.take(request.take.socket, stdin=request.take.stdin)
         attachment.close_stdin()
 
     async def Logs(
         self, request: pb.LogsRequest, context: Context[pb.LogsRequest, pb.LogsResponse]
     ) -> AsyncIterator[pb.LogsResponse]:
-        task = self._registry.get(_key(request.id))
+        key = _key(request.id)
+        task = self._registry.find(key) if request.HasField("log") else self._registry.get(key)
         only_follows()
+        kept = task.row.log if task else translate.log_row(request.log, self._config, key)
+        ended = task.init.ended if task else None
         selection = translate.selection(request)
-        async with aclosing(stream_log(task, selection, self._watch, follow=request.follow)) as batches:
+        batches_of = stream_log(key, kept, selection, self._watch, ended if request.follow else None)
+        async with aclosing(batches_of) as batches:
             async for batch in batches:
                 yield pb.LogsResponse(entries=map(translate.log_entry, batch))
 
@@ -317,6 +326,12 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
     ) -> AsyncIterator[types_pb.EventsResponse]:
         async for event in stream_events(self._database.journal, request):
             yield event
+
+
+async def _write_output(context: Context[pb.AttachRequest, pb.AttachResponse], attachment: Attachment) -> None:
+    async with aclosing(attachment.output()) as output:
+        async for stream, data in output:
+            await context.write(_OUTPUT[stream](data))
 
 
 def _park(attachment: Attachment, stopping: asyncio.Event) -> None:

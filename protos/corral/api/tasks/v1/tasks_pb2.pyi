@@ -808,6 +808,7 @@ class AttachRequest(_message.Message):
     DETACH_FIELD_NUMBER: _builtins.int
     PARK_FIELD_NUMBER: _builtins.int
     END_OF_STDIN_FIELD_NUMBER: _builtins.int
+    TAKE_FIELD_NUMBER: _builtins.int
     stdin: _builtins.bytes
     """up to 1 MiB each"""
     @_builtins.property
@@ -826,8 +827,10 @@ class AttachRequest(_message.Message):
 
     @_builtins.property
     def end_of_stdin(self) -> Global___EndOfStdin:
-        """Half-closes stdin, where the request stream has to stay open for a `park`."""
+        """Half-closes stdin, where the request stream has to stay open for more."""
 
+    @_builtins.property
+    def take(self) -> Global___Take: ...
     def __init__(
         self,
         *,
@@ -837,16 +840,47 @@ class AttachRequest(_message.Message):
         detach: Global___Detach | None = ...,
         park: Global___Park | None = ...,
         end_of_stdin: Global___EndOfStdin | None = ...,
+        take: Global___Take | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["detach", b"detach", "end_of_stdin", b"end_of_stdin", "header", b"header", "park", b"park", "part", b"part", "resize", b"resize", "stdin", b"stdin"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["detach", b"detach", "end_of_stdin", b"end_of_stdin", "header", b"header", "park", b"park", "part", b"part", "resize", b"resize", "stdin", b"stdin", "take", b"take"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detach", b"detach", "end_of_stdin", b"end_of_stdin", "header", b"header", "park", b"park", "part", b"part", "resize", b"resize", "stdin", b"stdin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detach", b"detach", "end_of_stdin", b"end_of_stdin", "header", b"header", "park", b"park", "part", b"part", "resize", b"resize", "stdin", b"stdin", "take", b"take"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "stdin", "resize", "detach", "park", "end_of_stdin"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "stdin", "resize", "detach", "park", "end_of_stdin", "take"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
 Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
+
+@_typing.final
+class Take(_message.Message):
+    """For a client on the same host: it wants the pipes themselves, whose bytes then pass by this service. Answered with a
+    `pipes`, behind all output before it. Not of a terminal.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOCKET_FIELD_NUMBER: _builtins.int
+    STDIN_FIELD_NUMBER: _builtins.int
+    socket: _builtins.str
+    """Name, without its first NUL, of an abstract unix socket that the client listens at; begins with "corral-". One
+    message comes there, a byte with the pipes' descriptors (SCM_RIGHTS), as many as `pipes` tells of and in its order.
+    """
+    stdin: _builtins.bool
+    """stdin, of which nothing may be sent until the answer has come; else the output."""
+    def __init__(
+        self,
+        *,
+        socket: _builtins.str = ...,
+        stdin: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["socket", b"socket", "stdin", b"stdin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Take: _TypeAlias = Take  # noqa: Y015
 
 @_typing.final
 class EndOfStdin(_message.Message):
@@ -1016,6 +1050,7 @@ class AttachResponse(_message.Message):
     STDERR_FIELD_NUMBER: _builtins.int
     EXITED_FIELD_NUMBER: _builtins.int
     PARKED_FIELD_NUMBER: _builtins.int
+    PIPES_FIELD_NUMBER: _builtins.int
     stdout: _builtins.bytes
     stderr: _builtins.bytes
     @_builtins.property
@@ -1032,6 +1067,8 @@ class AttachResponse(_message.Message):
         Kept for a minute.
         """
 
+    @_builtins.property
+    def pipes(self) -> Global___Pipes: ...
     def __init__(
         self,
         *,
@@ -1040,16 +1077,47 @@ class AttachResponse(_message.Message):
         stderr: _builtins.bytes = ...,
         exited: _types_pb2.ExitStatus | None = ...,
         parked: Global___Parked | None = ...,
+        pipes: Global___Pipes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "exited", b"exited", "parked", b"parked", "part", b"part", "stderr", b"stderr", "stdout", b"stdout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "exited", b"exited", "parked", b"parked", "part", b"part", "pipes", b"pipes", "stderr", b"stderr", "stdout", b"stdout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "exited", b"exited", "parked", b"parked", "part", b"part", "stderr", b"stderr", "stdout", b"stdout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "exited", b"exited", "parked", b"parked", "part", b"part", "pipes", b"pipes", "stderr", b"stderr", "stdout", b"stdout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["attached", "stdout", "stderr", "exited", "parked"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["attached", "stdout", "stderr", "exited", "parked", "pipes"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
 Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
+
+@_typing.final
+class Pipes(_message.Message):
+    """The client has these pipes now, and closes them. Output comes here again only if the process got a new shim, behind
+    the end of the pipe it came by before.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STREAMS_FIELD_NUMBER: _builtins.int
+    REACHED_FIELD_NUMBER: _builtins.int
+    reached: _builtins.bool
+    """Whether the socket was; if not, all goes on as before."""
+    @_builtins.property
+    def streams(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"stdout", "stderr", to read from; "stdin", to write to."""
+
+    def __init__(
+        self,
+        *,
+        streams: _abc.Iterable[_builtins.str] | None = ...,
+        reached: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reached", b"reached", "streams", b"streams"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pipes: _TypeAlias = Pipes  # noqa: Y015
 
 @_typing.final
 class Parked(_message.Message):
@@ -1299,6 +1367,7 @@ class LogsRequest(_message.Message):
     TAIL_FIELD_NUMBER: _builtins.int
     STDOUT_FIELD_NUMBER: _builtins.int
     STDERR_FIELD_NUMBER: _builtins.int
+    LOG_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     follow: _builtins.bool
     tail: _builtins.int
@@ -1310,6 +1379,10 @@ class LogsRequest(_message.Message):
     def since(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def until(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def log(self) -> Global___LogOptions:
+        """As when the task was created, with its path: read what is there even if the task is not any more. Absent: NOT_FOUND then."""
+
     def __init__(
         self,
         *,
@@ -1320,10 +1393,11 @@ class LogsRequest(_message.Message):
         tail: _builtins.int | None = ...,
         stdout: _builtins.bool = ...,
         stderr: _builtins.bool = ...,
+        log: Global___LogOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_tail", b"_tail", "since", b"since", "tail", b"tail", "until", b"until"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tail", b"_tail", "log", b"log", "since", b"since", "tail", b"tail", "until", b"until"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tail", b"_tail", "follow", b"follow", "id", b"id", "since", b"since", "stderr", b"stderr", "stdout", b"stdout", "tail", b"tail", "until", b"until"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tail", b"_tail", "follow", b"follow", "id", b"id", "log", b"log", "since", b"since", "stderr", b"stderr", "stdout", b"stdout", "tail", b"tail", "until", b"until"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__tail: _TypeAlias = _typing.Literal["tail"]  # noqa: Y015
     _WhichOneofArgType__tail: _TypeAlias = _typing.Literal["_tail", b"_tail"]  # noqa: Y015

@@ -1,0 +1,216 @@
+"""Much data, which a client on the daemon's host moves itself, through the pipes of the process."""
+
+import hashlib
+import os
+import random
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support.corrald import CORRAL, PATIENCE, Corrald
+from support.requirements import needs
+
+pytestmark = needs("root", "overlayfs", "busybox", "netns")
+
+MIB = 1 << 20
+# What gRPC may have moved before, with all that it holds ready.
+LITTLE = 24 * MIB
+BLOCKS = "head -c 4194304 /dev/zero"
+
+
+@pytest.fixture(scope="module")
+def data() -> bytes:
+    return random.Random(1).randbytes(64 * MIB + 12345)
+
+
+@contextmanager
+def command(
+    box: Corrald,
+    *arguments: str,
+    stdin: int = subprocess.DEVNULL,
+    stdout: int = subprocess.PIPE,
+    before: Sequence[str] = (),
+) -> Iterator["subprocess.Popen[bytes]"]:
+    environment = os.environ | {"CORRAL_ADDRESS": box.address}
+    args = [*before, str(CORRAL), *arguments]
+    with subprocess.Popen(args, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, env=environment) as process:
+        yield process
+
+
+def read_by(box: Corrald) -> int:
+    """How much the daemon's processes have read so far. Source: proc_pid_io(5), rchar."""
+    found = [Path(f"/proc/{process.pid}/io").read_text("ascii") for process in box.processes.values()]
+    return sum(int(text.split()[1]) for text in found)
+
+
+@contextmanager
+def left_alone(box: Corrald) -> Iterator[None]:
+    before = read_by(box)
+    yield
+    assert read_by(box) - before < LITTLE
+
+
+def kill_shim_of(box: Corrald, name: str) -> None:
+    with box.client() as client:
+        shim = client.containers.get(name).shim_pid
+    pidfd = os.pidfd_open(shim)
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    select.select([pidfd], [], [], 10)
+    os.close(pidfd)
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30 * PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("source", ["pipe", "file"])
+def test_it_goes_both_ways_untouched_and_by_the_daemon(box: Corrald, data: bytes, tmp_path: Path, source: str) -> None:
+    (tmp_path / "data").write_bytes(data)
+    reading = (tmp_path / "data").open("rb")
+    feeding = subprocess.Popen(["cat"], stdin=reading, stdout=subprocess.PIPE) if source == "pipe" else None
+    with (
+        left_alone(box),
+        command(
+            box, "run", "--rm", "-i", "busybox", "cat", stdin=(feeding.stdout if feeding else reading).fileno()
+        ) as run,
+    ):
+        if feeding is not None:
+            feeding.stdout.close()
+        out, err = run.communicate()
+    reading.close()
+    assert feeding is None or feeding.wait() == 0
+    assert (run.returncode, err) == (0, b"")
+    assert hashlib.sha256(out).digest() == hashlib.sha256(data).digest()
+
+
+def test_each_stream_goes_where_it_belongs_and_the_exit_code_comes_last(box: Corrald, name: str) -> None:
+    script = f"{BLOCKS}; {BLOCKS} | tr '\\0' e >&2; echo out; echo err >&2; exit 7"
+    with command(box, "run", "--name", name, "busybox", "sh", "-c", script) as run:
+        out, err = run.communicate()
+    assert (run.returncode, out == bytes(4 * MIB) + b"out\n", err == b"e" * 4 * MIB + b"err\n") == (7, True, True)
+    logged = box.corral("logs", name)
+    assert (logged.stdout == out, logged.stderr == err) == (True, True)
+
+
+@pytest.mark.parametrize("flags", [os.O_TRUNC, os.O_APPEND, os.O_NONBLOCK])
+def test_it_is_written_to_a_file_as_that_was_opened(box: Corrald, tmp_path: Path, flags: int) -> None:
+    path = tmp_path / "out"
+    path.write_bytes(b"before\n")
+    fd = os.open(path, os.O_WRONLY | flags)
+    with left_alone(box), command(box, "run", "--rm", "busybox", "head", "-c", "64m", "/dev/zero", stdout=fd) as run:
+        os.close(fd)
+        assert run.communicate() == (None, b"")
+    kept = b"before\n" if flags == os.O_APPEND else b""
+    assert path.read_bytes() == kept + bytes(64 * MIB)
+
+
+def test_a_command_in_a_container_likewise(box: Corrald, name: str, data: bytes) -> None:
+    assert box.corral("run", "-d", "--name", name, "busybox", "sleep", "999").returncode == 0
+    with left_alone(box), command(box, "exec", "-i", name, "cat", stdin=subprocess.PIPE) as run:
+        out, err = run.communicate(data)
+    assert (run.returncode, err, out == data) == (0, b"", True)
+
+
+def test_whoever_reads_slowly_makes_the_process_wait(box: Corrald, name: str) -> None:
+    with command(
+        box, "run", "--name", name, "busybox", "sh", "-c", f"{BLOCKS}; {BLOCKS}; touch /written; {BLOCKS}"
+    ) as run:
+        assert run.stdout is not None
+        assert len(run.stdout.read(2 * MIB)) == 2 * MIB
+        with box.client() as client:
+            root = Path(f"/proc/{client.containers.get(name).pid}/root")
+        time.sleep(1)
+        assert not (root / "written").exists()
+        rest, _ = run.communicate()
+    assert (run.returncode, len(rest)) == (0, 10 * MIB)
+
+
+def test_input_does_not_wait_for_output_that_nobody_reads(box: Corrald, name: str) -> None:
+    script = f"exec 3<&0; {BLOCKS} & wc -c <&3 >/in; touch /read; wait; cat /in"
+    with command(box, "run", "-i", "--name", name, "busybox", "sh", "-c", script, stdin=subprocess.PIPE) as run:
+        assert run.stdin is not None
+        run.stdin.write(bytes(16 * MIB))
+        run.stdin.close()
+        assert run.stdout is not None
+        assert run.stdout.read() == bytes(4 * MIB) + b"16777216\n"
+        assert run.wait(30 * PATIENCE) == 0
+
+
+def test_a_reader_that_leaves_ends_the_command(box: Corrald, name: str) -> None:
+    with command(box, "run", "--name", name, "busybox", "cat", "/dev/zero") as run:
+        assert run.stdout is not None
+        run.stdout.read(8 * MIB)
+        run.stdout.close()
+        code = run.wait(30 * PATIENCE)
+    assert box.corral("rm", "-f", name).returncode == 0
+    with command(box, "run", "--name", name, "busybox", "sh", "-c", "while echo little; do usleep 9999; done") as run:
+        assert run.stdout is not None
+        run.stdout.readline()
+        run.stdout.close()
+        assert run.wait(30 * PATIENCE) == code
+
+
+def test_a_process_that_wants_no_more_input_leaves_it(box: Corrald) -> None:
+    with command(
+        box,
+        "run",
+        "--rm",
+        "-i",
+        "busybox",
+        "sh",
+        "-c",
+        "head -c 8388608 | wc -c; exec <&-; sleep 1; exit 5",
+        stdin=subprocess.PIPE,
+    ) as run:
+        feeding = threading.Thread(target=feed_until_refused, args=(run.stdin,))
+        feeding.start()
+        assert run.stdout is not None
+        assert run.stdout.read() == b"8388608\n"
+        assert run.wait(30 * PATIENCE) == 5
+        feeding.join()
+
+
+def feed_until_refused(stdin: object) -> None:
+    try:
+        while True:
+            stdin.write(bytes(MIB))  # type: ignore[attr-defined]
+    except BrokenPipeError:
+        pass
+
+
+def test_from_another_network_namespace_it_comes_by_the_daemon(box: Corrald) -> None:
+    with command(box, "run", "--rm", "-i", "busybox", "cat", stdin=subprocess.PIPE, before=["unshare", "--net"]) as run:
+        out, err = run.communicate(bytes(8 * MIB))
+    assert (run.returncode, err, out == bytes(8 * MIB)) == (0, b"", True)
+
+
+def test_of_a_shim_that_is_killed_the_next_one_goes_on(box: Corrald, name: str) -> None:
+    """What it had passed on comes first, then what comes by the other one: again much."""
+    begin = f"exec 3<&0; cat <&3 >/in & {BLOCKS}; echo"
+    script = f"{begin}; while ! test -e /go; do usleep 9999; done; echo b; {BLOCKS}; wait; wc -c </in"
+    with command(box, "run", "-i", "--name", name, "busybox", "sh", "-c", script, stdin=subprocess.PIPE) as run:
+        assert run.stdin is not None
+        assert run.stdout is not None
+        run.stdin.write(bytes(4 * MIB))
+        run.stdin.flush()
+        assert run.stdout.read(4 * MIB) == bytes(4 * MIB)
+        with box.client() as client:
+            root = Path(f"/proc/{client.containers.get(name).pid}/root")
+        wait_for(lambda: (root / "in").stat().st_size == 4 * MIB)
+        kill_shim_of(box, name)
+        run.stdin.write(bytes(4 * MIB))
+        run.stdin.close()
+        (root / "go").touch()
+        rest = run.stdout.read()
+        code = run.wait(30 * PATIENCE)
+    lines = rest.split(b"\n")
+    assert (code, lines[-1], lines[-2].strip(b"\0"), lines[-3]) == (0, b"", b"8388608", b"b")
