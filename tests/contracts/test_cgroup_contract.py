@@ -99,6 +99,33 @@ def test_a_cgroup_with_a_limit_that_is_refused_is_not_made(cgroup_driver: Driver
     assert not cgroup_driver.open(path).exists()
 
 
+def test_the_second_with_the_same_limits_has_them_all_and_is_refused_as_the_first_would_be(
+    cgroup_driver: Driver, group: Cgroup
+) -> None:
+    wanted = Resources(
+        cpu=CpuLimits(shares=512, quota_us=50_000, period_us=100_000),
+        memory=MemoryLimits(limit_bytes=32 * MIB, swap_bytes=32 * MIB),
+        pids=PidsLimits(50),
+        devices=DEFAULT_RULES,
+    )
+    first, second = (cgroup_driver.create(f"{group.path}/{name}", wanted) for name in ("first", "second"))
+    assert _limit_files(first) == _limit_files(second) != _limit_files(group)
+    second.remove()
+    first.remove()
+    less = cgroup_driver.create(fresh_path(), Resources(cpu=CpuLimits(quota_us=10_000)))
+    if cgroup_driver.layout.of("cpu").version == 1:  # type: ignore[union-attr]  # v2 takes what is above the parent's
+        with pytest.raises(OSError, match=r"cannot write '50000'.*cpu\.cfs_quota_us"):
+            cgroup_driver.create(f"{less.path}/third", wanted)
+        assert cgroup_driver.list(less.path) == set()
+
+
+def _limit_files(group: Cgroup) -> dict[str, str]:
+    names = ("cpu.shares", "cpu.cfs_quota_us", "cpu.cfs_period_us", "cpu.weight", "cpu.max", "memory.limit_in_bytes")
+    names += ("memory.memsw.limit_in_bytes", "memory.max", "memory.swap.max", "pids.max", "devices.list")
+    files = [path / name for path in group.paths() for name in names]
+    return {file.name: file.read_text() for file in files if file.exists()}
+
+
 def test_a_cgroup_whose_making_is_interrupted_is_not_made(cgroup_driver: Driver) -> None:
     class CtrlC(Resources):
         def __getattribute__(self, name: str) -> object:

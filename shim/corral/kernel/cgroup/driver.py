@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from corral.kernel.cgroup import files, steps
 from corral.kernel.cgroup.group import SUBTREE_CONTROL, Cgroup
 from corral.kernel.cgroup.layout import Hierarchy, Layout
+from corral.kernel.cgroup.recipes import Recipes
 from corral.kernel.cgroup.resources import CpuLimits, Resources
 from corral.kernel.cgroup.v1 import cpuset
 
@@ -39,7 +40,7 @@ _NOT_OURS = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY))
 
 
 class Driver:
-    """Makes, opens and lists cgroups. Holds no state of its own: the kernel is the truth."""
+    """Makes, opens and lists cgroups. Knows nothing of those that there are: the kernel is the truth."""
 
     asks_systemd = False
     """Whether systemd makes them, which may keep the caller waiting."""
@@ -52,10 +53,19 @@ class Driver:
         self.layout = layout
         self._lenient = lenient
         self._hierarchies = tuple(h for h in layout.hierarchies if not h.read_only)
+        self._recipes = Recipes()
 
-    def create(self, path: str, resources: Resources | None = None, *, adopt: bool = False) -> Cgroup:
+    def create(
+        self,
+        path: str,
+        resources: Resources | None = None,
+        *,
+        adopt: bool = False,
+        on_orphan: Callable[[], object] = lambda: None,
+    ) -> Cgroup:
         """Make a cgroup with its limits; all or nothing. adopt: what is there already is taken over.
 
+        on_orphan: called if a parent is missing, before it is made.
         Raises OSError: EEXIST if it is there already; EINVAL and the like, naming file and value, for a limit that
         the kernel refuses; EOPNOTSUPP for one that this host cannot give.
         """
@@ -65,7 +75,7 @@ class Driver:
         try:
             for hierarchy, directory in zip(self._hierarchies, group.directories, strict=True):
                 try:
-                    self._make(hierarchy, path, directory)
+                    self._make(hierarchy, path, directory, on_orphan)
                 except FileExistsError:
                     if not adopt:
                         raise
@@ -73,7 +83,10 @@ class Driver:
                     made.append(directory)
             if resources is not None:
                 self.enable(path, resources)
-                group.apply(resources, fresh=not adopt)
+                if adopt:
+                    group.apply(resources)
+                else:
+                    self._recipes.apply(group, resources)
         except BaseException:
             for directory in reversed(made):
                 with contextlib.suppress(OSError):
@@ -190,13 +203,14 @@ class Driver:
         if os.path.exists(f"{where}{top}/{realtime.RUNTIME}"):  # noqa: PTH110 - a string
             realtime.make_room([f"{where}{parent}" for parent in parents], f"{where}{path}", wanted)
 
-    def _make(self, hierarchy: Hierarchy, path: str, directory: str) -> None:
+    def _make(self, hierarchy: Hierarchy, path: str, directory: str, on_orphan: Callable[[], object]) -> None:
         """One directory, and on the way the missing ones above it."""
         for _ in range(_ATTEMPTS):
             try:
                 os.mkdir(directory, 0o755)  # noqa: PTH102 - ten for each container, and Path takes a tenth of the time
                 break
             except FileNotFoundError:  # the parents were never made, or pruned by another a moment ago
+                on_orphan()
                 for ancestor in ancestors(path):
                     self._make_parent(hierarchy, ancestor)
         else:

@@ -81,7 +81,9 @@ class Cgroup:
 
         known: so many were counted in another that was at its place.
         """
-        return OomWatch.of(*self._where.get("memory", ("", 2)), known=known)
+        found = zip(self._hierarchies, self.directories, strict=True)
+        counting = (("", 2), *((where, h.version) for h, where in found if "memory" in h.controllers))
+        return OomWatch.of(*counting[-1], known=known)
 
     def watch_pressure(self, trigger: "PressureTrigger") -> "PressureWatch":
         """Be told when processes wait as long as the trigger says. Raises OSError, see PressureWatch.open()."""

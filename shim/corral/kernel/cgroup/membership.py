@@ -100,8 +100,7 @@ def subtree(directory: str) -> Iterator[str]:
     Each is a path that is good until the next one is asked for: what is below has one by its descriptor.
     """
     try:
-        # The kernel counts sub-cgroups in st_nlink, which saves opening and listing a leaf.
-        is_leaf = os.stat(directory).st_nlink <= 2  # noqa: PTH116 - a string
+        is_leaf = _is_leaf(directory)
     except OSError as e:
         if not gone(e):
             raise
@@ -110,6 +109,21 @@ def subtree(directory: str) -> Iterator[str]:
     if not is_leaf:
         for fd in below(directory):
             yield f"/proc/self/fd/{fd}"
+
+
+def has_any_below(directory: str) -> bool:
+    """Whether a cgroup directory has sub-cgroups; False if it is gone."""
+    try:
+        return not _is_leaf(directory)
+    except OSError as e:
+        if not gone(e):
+            raise
+        return False
+
+
+def _is_leaf(directory: str) -> bool:
+    """The kernel counts sub-cgroups in st_nlink, which saves opening and listing a leaf."""
+    return os.stat(directory).st_nlink <= 2  # noqa: PTH116 - a string
 
 
 def below(directory: str, leave: Callable[[int, str], object] = lambda _parent, _name: None) -> Iterator[int]:

@@ -80,7 +80,8 @@ class OomWatch:
         known: as in open(), and who opens it has them counted in.
         """
         name = V2_EVENTS if version == 2 else V1_OOM_CONTROL
-        watch = cls._first([(directory, name)], since_creation=True, known=known)
+        # Nobody has died in it, and what has been counted at its place is known.
+        watch = cls._first([(directory, name)], since_creation=False, uncounted=0, known=known)
         if watch.uncounted < 0 and watch.directory:
             with contextlib.suppress(OSError):  # where there can be no such attribute, what is not looked for is lost
                 os.setxattr(directory, COUNTED_BEFORE, b"%d" % -watch.uncounted)
@@ -156,8 +157,8 @@ class OomWatch:
     def close(self) -> None:
         """Let go of the cgroup. count() keeps its last answer."""
         if not self._epoll.closed:
+            self._epoll.close()  # first: then nothing has to be taken out of it
             self._release()
-            self._epoll.close()
 
     def __enter__(self) -> Self:
         return self
@@ -178,9 +179,10 @@ class OomWatch:
         """Forget the files but keep the epoll fd, which the caller's selector may hold."""
         for fd in (self._fd, self._eventfd):
             if fd >= 0:
-                # A removed file reports an error to every poll; a forked child may still hold it open.
-                with contextlib.suppress(FileNotFoundError):
-                    self._epoll.unregister(fd)
+                if not self._epoll.closed:
+                    # A removed file reports an error to every poll; a forked child may still hold it open.
+                    with contextlib.suppress(FileNotFoundError):
+                        self._epoll.unregister(fd)
                 os.close(fd)
         self._fd = self._eventfd = -1
 

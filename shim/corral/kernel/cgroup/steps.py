@@ -4,7 +4,7 @@ import contextlib
 import errno
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,25 +102,26 @@ def _run_once(steps: Sequence[Step]) -> None:
     """Make the changes, in order. A file that several of them write one after the other is opened once."""
     for path, group in itertools.groupby(steps, lambda step: step.path if isinstance(step, Write) else ""):
         if path:
-            _write_each(path, [step for step in group if isinstance(step, Write)])
+            write_each(path, [step.value for step in group if isinstance(step, Write)])
         else:
             for step in group:
                 step.apply()
 
 
-def _write_each(path: str, writes: Sequence[Write]) -> None:
-    """Apply writes to one file."""
-    reached = writes[0]
+def write_each(path: str, values: Iterable[str]) -> None:
+    """Write the values to one file, in order. Raises OSError as Write.apply() does."""
+    reached = ""
 
-    def values() -> Iterator[str]:
+    def each() -> Iterator[str]:
         nonlocal reached
-        for reached in writes:
-            yield reached.value
+        for value in values:
+            reached = value
+            yield value
 
     try:
-        files.write_each(path, values())
+        files.write_each(path, each())
     except OSError as e:
-        if (meaning := _meaning(reached, e)) is not None:
+        if (meaning := _meaning(Write(path, reached), e)) is not None:
             raise meaning from e
         raise
 

@@ -56,11 +56,18 @@ class SystemdDriver(Driver):
     def _group(self, path: str) -> Cgroup:
         return UnitCgroup(path, self._hierarchies, self.layout, self._holders)
 
-    def create(self, path: str, resources: Resources | None = None, *, adopt: bool = False) -> Cgroup:
+    def create(
+        self,
+        path: str,
+        resources: Resources | None = None,
+        *,
+        adopt: bool = False,
+        on_orphan: Callable[[], object] = lambda: None,
+    ) -> Cgroup:
         """Make a cgroup with its limits, a scope if its name says so. Raises OSError, see Driver."""
         unit = unit_at(path)
         if not unit.endswith(SCOPE):
-            return super().create(path, resources, adopt=adopt)
+            return super().create(path, resources, adopt=adopt, on_orphan=on_orphan)
         check_path(path)
         slice_ = path.split("/")[-2] or ROOT
         group, limits = self._group(path), resources or Resources()

@@ -15,6 +15,9 @@ PERIOD = "cpu.cfs_period_us"
 BURST = "cpu.cfs_burst_us"
 STAT = "cpu.stat"
 
+DEFAULT_PERIOD_US = 100_000
+"""What a new cgroup has, whatever its parent's is."""
+
 
 def plan(directory: str, wanted: CpuLimits, *, fresh: bool = False) -> list[Step]:
     """The writes that give a cgroup these limits, in an order the kernel accepts. fresh: it was just made."""
@@ -58,7 +61,8 @@ def _bandwidth(directory: str, wanted: CpuLimits, *, fresh: bool) -> list[Step]:
         after_quota = now_quota if wanted.quota_us is None else wanted.quota_us
         if now_quota != files.UNLIMITED:
             steps.append(Write(quota, "-1"))
-        steps.append(Write(period, str(wanted.period_us)))
+        if not (fresh and wanted.period_us == DEFAULT_PERIOD_US):
+            steps.append(Write(period, str(wanted.period_us)))
         if after_quota != files.UNLIMITED:
             steps.append(Write(quota, str(after_quota)))
     elif wanted.quota_us is not None:

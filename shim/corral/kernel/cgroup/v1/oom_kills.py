@@ -37,7 +37,7 @@ class Below:
 
     def count(self) -> int:
         """Looked up now; never less than before."""
-        now = below(self._directory)
+        now = below(self._directory) if membership.has_any_below(self._directory) else {}
         self._removed += sum(kills for inode, kills in self._kills.items() if now.get(inode, 0) < kills)
         self._kills = now
         return self._removed + sum(now.values())
