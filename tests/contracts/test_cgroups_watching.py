@@ -108,7 +108,7 @@ async def test_a_cgroup_that_could_not_be_deleted_is_still_watched(
 async def test_a_create_that_can_not_be_written_down_leaves_no_watch(
     groups: Groups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(transaction: object, record: Record) -> None:
+    def full(transaction: object, record: Record, *, over_intent: bool) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
     await groups.create(record(), announce=False)
@@ -118,7 +118,7 @@ async def test_a_create_that_can_not_be_written_down_leaves_no_watch(
         patch.setattr(store, "put_ready", full)
         with pytest.raises(sqlite3.OperationalError):
             await groups.create(record(), announce=False)
-    assert descriptors() == before
+    assert descriptors() <= before  # a checkpoint may have ended
     await groups.create(record(), announce=False)  # over what was left
 
 

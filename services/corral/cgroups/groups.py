@@ -9,7 +9,7 @@ a row that says so comes first.
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -25,7 +25,8 @@ from corral.cgroups.parent import Parent
 from corral.cgroups.pressure import PressureWatcher, close_all, open_all, triggers
 from corral.cgroups.pressure import check as check_pressure
 from corral.cgroups.readings import Readings
-from corral.cgroups.store import Key, Record, State
+from corral.cgroups.rows import Rows
+from corral.cgroups.store import Key, Record
 from corral.cgroups.watch import OomWatcher
 from corral.kernel.cgroup import (
     DEFAULT_RULES,
@@ -45,9 +46,6 @@ from corral.store import JSON, Database, Duplicate, failpoint
 
 log = structlog.get_logger()
 
-FEW = 16
-"""Rows that are looked up one by one; more are read all at once."""
-
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
@@ -61,9 +59,10 @@ class Groups:
     """The cgroups of all namespaces. Kernel refusals come out as CorralErrors."""
 
     def __init__(self, database: Database, driver: Driver, timeouts: Timeouts, parent: Parent) -> None:
-        """Take a database that has the leaf's tables."""
+        """Take a database that has the leaf's tables, and read them. Blocks."""
         self._parent = parent
         self._database = database
+        self._rows = Rows(database)
         self._driver = driver
         self._timeouts = timeouts
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -75,19 +74,14 @@ class Groups:
 
     def find(self, key: Key) -> Record:
         """A cgroup's row. Raises NotFound."""
-        record = self._known(key)
+        record = self._rows.ready(key)
         if record is None:
             raise _not_found(key.id)
         return record
 
-    def _known(self, key: Key) -> Record | None:
-        record = self._database.glance(lambda snapshot: store.find(snapshot, key))
-        return record if record and record.state is State.READY else None
-
-    async def every(self, namespace: str | None) -> list[Record]:
+    def every(self, namespace: str | None) -> list[Record]:
         """The rows of a namespace, or all."""
-        records = await self._database.read(lambda snapshot: store.every(snapshot, namespace=namespace))
-        return [record for record in records if record.state is State.READY]
+        return self._rows.every(namespace)
 
     def open(self, record: Record) -> Cgroup:
         """The kernel's side of a row."""
@@ -104,7 +98,7 @@ class Groups:
         return await self._change(record.key, self._create(record, announce=announce))
 
     async def _create(self, record: Record, *, announce: bool) -> Record:
-        if known := self._known(record.key):
+        if known := self._rows.ready(record.key):
             if announce or not await self._is_elsewhere(known, record):
                 return await self._again(_same(known, record))
             await self._delete(record.key)
@@ -115,13 +109,13 @@ class Groups:
                 oom, pressure = await self._run(self._make, record)
             except BaseException:
                 if announce:
-                    await self._database.write(lambda transaction: store.delete(transaction, record.key, {}))
+                    await self._rows.delete(record.key, {})
                 raise
             undo.callback(oom.close)
             undo.callback(close_all, pressure)
             failpoint("cgroups.create.after_make")
             try:
-                await self._database.write(lambda transaction: store.put_ready(transaction, record))
+                await self._rows.put_ready(record)
             except BaseException:  # a full disk, say: whoever undoes this would find nothing to delete
                 await self._run(self._unmake, record)
                 raise
@@ -166,9 +160,8 @@ class Groups:
             return self.open(record).is_lasting()
 
     async def _announce(self, record: Record) -> None:
-        intent = replace(record, state=State.MAKING)
         try:
-            await self._database.write(lambda transaction: store.insert(transaction, intent))
+            await self._rows.announce(record)
         except Duplicate as e:
             raise AlreadyExists(f"another cgroup of corral is at {record.path}", reason="PATH_TAKEN") from e
         failpoint("cgroups.create.after_announce")
@@ -178,7 +171,7 @@ class Groups:
         limits = _limits_at_creation(record.resources)
         with translated(f"make the cgroup {record.path}"):
             if self._parent.holds(record.path):
-                self._parent.keep()
+                self._parent.keep_for_one_more()
                 self._check(record.path, limits)
             with self._room(record.path, limits.cpu):
                 group = self._create_or_replace(record.path, limits)
@@ -191,8 +184,9 @@ class Groups:
                 raise
 
     def _create_or_replace(self, path: str, limits: Resources) -> Cgroup:
+        keep = self._parent.keep if self._parent.holds(path) else lambda: None
         try:
-            return self._driver.create(path, limits)
+            return self._driver.create(path, limits, on_orphan=keep)
         except FileExistsError as e:
             leftover = self._driver.open(path)
             if pids := leftover.pids():
@@ -201,7 +195,7 @@ class Groups:
                     reason="CGROUP_NOT_EMPTY",
                 ) from e
         leftover.remove(self._timeouts.remove_s)
-        return self._driver.create(path, limits)
+        return self._driver.create(path, limits, on_orphan=keep)
 
     @contextmanager
     def _room(self, path: str, cpu: CpuLimits) -> Iterator[None]:
@@ -261,16 +255,14 @@ class Groups:
         self._readings.forget(record.path)
         if change.HasField("pressure"):
             self._pressure.put(key, watches)
-        after = replace(record, resources=merged.SerializeToString(deterministic=True))
-        await self._database.write(lambda transaction: store.set_resources(transaction, key, after.resources))
-        return after
+        return await self._rows.set_resources(key, merged.SerializeToString(deterministic=True))
 
     async def delete(self, key: Key) -> bool:
         """Kill what is inside, and remove it; False if there was none."""
         return await self._change(key, self._delete(key))
 
     async def _delete(self, key: Key) -> bool:
-        record = self._known(key)
+        record = self._rows.ready(key)
         if record is None:
             return False
         watch = await self._watcher.take(key)
@@ -283,8 +275,7 @@ class Groups:
         self._pressure.drop(key)
         self._readings.forget(record.path)
         failpoint("cgroups.delete.after_remove")
-        payload = {"oom_kills": max(kills, record.oom_kills)}
-        await self._database.write(lambda transaction: store.delete(transaction, key, payload))
+        await self._rows.delete(key, {"oom_kills": max(kills, record.oom_kills)})
         return True
 
     def _remove(self, record: Record, watch: OomWatch | None) -> int:
@@ -338,15 +329,8 @@ class Groups:
 
         max_age_s: see Readings. Raises NotFound.
         """
-        if 0 < len(ids) <= FEW:
-            paths = {id_: self.find(Key(namespace, id_)).path for id_ in ids}
-            return await self._read(namespace, paths, max_age_s)
-        known = await self._database.read(lambda snapshot: store.paths(snapshot, namespace))
-        if missing := next((id_ for id_ in ids if id_ not in known), None):
-            raise _not_found(missing)
-        return await self._read(namespace, {id_: known[id_] for id_ in ids} if ids else known, max_age_s)
-
-    async def _read(self, namespace: str, paths: Mapping[str, str], max_age_s: float) -> list[tuple[str, int, Stats]]:
+        records = [self.find(Key(namespace, id_)) for id_ in ids] if ids else self._rows.every(namespace)
+        paths = {record.key.id: record.path for record in records}
         found = await run_blocking(lambda: list(self._readings.read(paths, max_age_s)))
         return [(id_, at_ns, self._watcher.with_kills(Key(namespace, id_), stats)) for id_, at_ns, stats in found]
 
@@ -370,14 +354,14 @@ class Groups:
         """Delete a row whose cgroup somebody else removed."""
 
         async def forget() -> None:
-            record = self._database.read_sync(lambda snapshot: store.find(snapshot, key))
+            record = self._rows.find(key)
             if record is None or await run_blocking(self.open(record).exists):
                 return
             if watch := await self._watcher.take(key):
                 watch.close()
             self._pressure.drop(key)
             payload: dict[str, JSON] = {"oom_kills": record.oom_kills, "reason": "it was gone when it was looked for"}
-            await self._database.write(lambda transaction: store.delete(transaction, key, payload))
+            await self._rows.delete(key, payload)
 
         await self._change(key, forget())
 
@@ -393,7 +377,7 @@ class Groups:
             log.warning("cgroup.pressure_not_watched", namespace=key.namespace, id=key.id, error=str(e))
 
     async def _note_oom(self, key: Key, kills: int) -> None:
-        await self._database.write(lambda transaction: store.set_oom_kills(transaction, key, kills))
+        await self._rows.set_oom_kills(key, kills)
 
     async def _note_pressure(self, key: Key, trigger: PressureTrigger) -> None:
         await self._database.write(lambda transaction: store.pressed(transaction, key, trigger))

@@ -107,6 +107,10 @@ class Parent:
             self.claim()
         restore(self.driver, self.path, self.limits)
 
+    def keep_for_one_more(self) -> None:
+        """keep(), before a cgroup is made below: that it is in every hierarchy shows when that is done (on_orphan)."""
+        self.keep(inhabited=not (self.driver.asks_systemd or self.limits.given()))
+
     def _is_marked(self) -> bool:
         """Whether it has our mark."""
         try:

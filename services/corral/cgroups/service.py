@@ -54,7 +54,7 @@ class CgroupsService:
         assert self._driver is not None
         assert self._parent is not None
         timeouts = Timeouts(self.config.remove_timeout_s, self.config.freeze_timeout_s)
-        self._groups = Groups(self._database, self._driver, timeouts, self._parent)
+        self._groups = await run_blocking(Groups, self._database, self._driver, timeouts, self._parent)
         for key, watch in watches.items():
             self._groups.watch(key, watch)
         checker = Checker(self._database, self._driver, self._groups, self._parent)
@@ -142,7 +142,7 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
         return await run_blocking(self._live, self._groups.find(_key(request.id)))
 
     async def List(self, request: cgroups_pb2.ListCgroupsRequest, context: object) -> cgroups_pb2.ListCgroupsResponse:
-        records = await self._groups.every(None if request.all_namespaces else current_namespace())
+        records = self._groups.every(None if request.all_namespaces else current_namespace())
         messages = await run_blocking(lambda: [self._live(record) for record in records])
         return cgroups_pb2.ListCgroupsResponse(cgroups=messages)
 

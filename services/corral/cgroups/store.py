@@ -78,11 +78,12 @@ def insert(transaction: Transaction, record: Record) -> None:
     )
 
 
-def put_ready(transaction: Transaction, record: Record) -> None:
-    """The row of a cgroup that now exists, over its intent if there was one, and the event."""
-    transaction.execute(
-        "DELETE FROM cgroups WHERE namespace = ? AND id = ? AND state = ?", (*_id(record.key), State.MAKING)
-    )
+def put_ready(transaction: Transaction, record: Record, *, over_intent: bool) -> None:
+    """The row of a cgroup that now exists, over its intent, and the event."""
+    if over_intent:
+        transaction.execute(
+            "DELETE FROM cgroups WHERE namespace = ? AND id = ? AND state = ?", (*_id(record.key), State.MAKING)
+        )
     insert(transaction, record)
     journal(transaction, "cgroup.created", record.key, {"path": record.path})
 
@@ -135,12 +136,6 @@ def every(snapshot: Snapshot, *, namespace: str | None = None) -> list[Record]:
         {"namespace": namespace},
     )
     return [_record(row) for row in rows]
-
-
-def paths(snapshot: Snapshot, namespace: str) -> dict[str, str]:
-    """The paths of a namespace's cgroups by id, oldest first: all that statistics need of a row."""
-    query = "SELECT id, path FROM cgroups WHERE namespace = ? AND state = ? ORDER BY created_ns, id"
-    return {row[0]: row[1] for row in snapshot.execute(query, (namespace, State.READY))}
 
 
 def _id(key: Key) -> tuple[str, str]:
