@@ -40,7 +40,8 @@ pytestmark = needs("root", "overlayfs", "busybox", "netns", "docker-registry", "
 
 SERVICES = Path(__file__).resolve().parents[2] / "services"
 DRIVERS = SERVICES / "corral/images/drivers"  # theirs are passed in tests/contracts/test_snapshotter_crash.py
-DIED_AT = re.compile(r"failpoint (\S+)$", re.MULTILINE)  # not always at the start of a line: one of the log may be being written
+# Not always at the start of a line: one of the log may be being written.
+DIED_AT = re.compile(r"failpoint (\S+)$", re.MULTILINE)
 CALL = re.compile(r'\bfailpoint\(("(?P<name>[^"]*)")?')
 # Reached at every commit of every service, so that one hit would always be at the start.
 HITS = {"store.before_commit": (3, 20, 40, 60), "store.after_commit": (3, 20, 40, 60)}
