@@ -186,6 +186,29 @@ def test_an_exec_survives_its_shim_with_its_exit_code(shop: Workshop) -> None:
     assert found["code"] == 23
 
 
+def test_an_exec_that_somebody_else_has_reaped_does_not_keep_the_heir_from_its_end(shop: Workshop) -> None:
+    """Of both ends it is told at once, of init's first."""
+    shim = shop.spawn("sleep", "1000", namespaces=("mount", "ipc", "uts", "network"))
+    shim.create()
+    shim.start()
+    shim.exec("e", "sleep", "1001")
+    shim.start("e")
+    keepers = [Keeper(shim), Keeper(shim, "e")]
+    kill(shim)
+    heir = heir_of(shop, shim)
+    for keeper in keepers:
+        keeper.hand_over(heir)
+    os.kill(heir.pid, signal.SIGSTOP)
+    for keeper in keepers:
+        pid = int(str(keeper.process["pid"]))
+        os.kill(pid, signal.SIGKILL)
+        while Path(f"/proc/{pid}").exists():
+            time.sleep(0.005)
+    os.kill(heir.pid, signal.SIGCONT)
+    assert heir.wait()["code"] == 137
+    assert heir.reports() == ""
+
+
 def test_the_end_of_stdin_is_told_to_who_keeps_a_copy(shop: Workshop) -> None:
     shim = shop.run("sh", "-c", "cat; exit 5", stdin=True)
     shim.call("subscribe")

@@ -15,7 +15,6 @@
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from signal import SIGKILL
 
 from corral.kernel.failpoint import failpoint
 from corral.oci.errors import ExecFailed
@@ -96,8 +95,8 @@ class Execs:
     def end_run(self, exec_id: str) -> None:
         """Whoever asked for it is gone."""
         process = self._processes.get(exec_id)
-        if process is not None and process.on_exit is not None and process.alive:
-            process.signal(SIGKILL)
+        if process is not None and process.on_exit is not None:
+            process.end()
 
     def adopted(self, request: Adopt, handle: ProcessHandle, container: Container) -> ContainerProcess:
         """One that another shim has made, which was killed; its container may have ended since."""

@@ -7,6 +7,7 @@ new --> created --> running --> stopped
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from signal import SIGKILL
@@ -173,6 +174,12 @@ class ContainerProcess:
             raise ShimError("failed_precondition", f"{self.what} is not running") from e
         except (ValueError, OverflowError) as e:
             raise ShimError("invalid_argument", f"signal: {number} is not a signal") from e
+
+    def end(self) -> None:
+        """Kill it. One that is gone is fine: who has reaped it need not be this process, which may be told later."""
+        if self.alive:
+            with suppress(ShimError):
+                self.signal(SIGKILL)
 
     def exit_record(self, *, oom: bool, dropped_bytes: int) -> Exit:
         """How it ended, once it has."""

@@ -138,18 +138,16 @@ class Processes:
         def time_is_over() -> None:
             process.overdue_since_ns = time.time_ns() if until_ns is None else until_ns
             failpoint("shim.timeout.before_kill")
-            if process.alive:
-                process.signal(signal.SIGKILL)
-                if not process.exec_id:
-                    let_die(self.cgroup_paths)
+            process.end()
+            if not process.exec_id:
+                let_die(self.cgroup_paths)
 
         process.deadline = self._loop.call_later(seconds, time_is_over)
 
     def kill_all(self) -> None:
         """All that live."""
         for process in self:
-            if process.alive:
-                process.signal(signal.SIGKILL)
+            process.end()
 
     def reap(self) -> None:
         """Collect every child that has ended: init, execs, and orphans of theirs."""
