@@ -8,6 +8,7 @@ Figures are medians; ratios are against corral's own figure of the same run. Pee
 by name, where they are not installed. Everybody's run state is on a tmpfs, as /run is on most hosts.
 """
 
+import compileall
 import contextlib
 import os
 import statistics
@@ -30,6 +31,8 @@ from support.corrald import CORRAL, Corrald, Place, running
 from support.images import write_busybox
 from unpack import bench_unpack
 
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("protos", "shim", "services", "cli")
 ROUNDS = int(os.environ.get("CORRAL_BENCH_ROUNDS", "20"))
 IDLE_CONTAINERS = 50
 PUBLISHED = ("--network", "bridge", "--publish", "80")
@@ -203,6 +206,8 @@ def main() -> None:
     wanted = sys.argv[1:] or list(BENCHES)
     if unknown := set(wanted) - BENCHES.keys():
         raise SystemExit(f"bench: there is no {', '.join(sorted(unknown))}; there are {', '.join(BENCHES)}")
+    for root in SOURCES:  # as they are where it is installed: else the command compiles what was edited, at each start
+        compileall.compile_dir(ROOT / root, quiet=1)
     with tempfile.TemporaryDirectory(prefix="corral-bench-") as scratch, contextlib.ExitStack() as stack:
         archive = write_busybox(Path(scratch) / "busybox.tar", "docker.io/library/busybox:latest")
         daemon = stack.enter_context(running(place=Place.make(run_in=memory_directory())))
