@@ -91,11 +91,53 @@ def test_one_whose_time_is_over_is_killed_and_what_it_made_keeps_nobody_waiting(
     assert (told["code"], told["timed_out"]) == (0, False)
 
 
+FAMILY = "sleep 4721 & sh -c 'sleep 4722 & sleep 4723' & (sleep 4724 &); setsid sleep 4725 & echo begun; sleep {}"
+
+
+def family() -> list[str]:
+    """Those of FAMILY that live."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.append(path.read_text().replace("\0", " ").strip())
+    return sorted(line for line in found if line.startswith("sleep 472"))
+
+
+def wait_for_family(size: int) -> None:
+    deadline = time.monotonic() + 10
+    while len(family()) != size:
+        assert time.monotonic() < deadline, family()
+        time.sleep(0.01)
+
+
+def test_with_one_whose_time_is_over_all_that_it_has_made_is_killed(shop: Workshop) -> None:
+    shim = shop.run("sleep", "100")
+    shim.peer.last_id += 1
+    asked = {"op": "run", "exec": "r", "process": process("sh", "-c", FAMILY.format(50)), "timeout_ns": 1_000_000_000}
+    shim.peer.send({"id": shim.peer.last_id, **asked})
+    wait_for_family(5)
+    told = shim.peer.receive()["ok"]
+    assert isinstance(told, dict)
+    assert told["timed_out"]
+    wait_for_family(0)
+    assert shim.state()["state"] == "running"
+
+
+def test_what_it_has_left_when_it_ends_by_itself_goes_on(shop: Workshop) -> None:
+    shim = shop.run("sleep", "100")
+    run(shim, "sh", "-c", FAMILY.format(0) + " >/dev/null 2>&1", timeout_ns=10_000_000_000)
+    wait_for_family(5)
+    shim.call("kill", exec="", signal=int(signal.SIGKILL))
+    wait_for_family(0)
+
+
 def test_it_ends_with_the_connection_of_who_asked(shop: Workshop) -> None:
     shim = shop.run("sleep", "100")
-    pid = begin(shim, "sleep", "4711")
+    pid = begin(shim, "sh", "-c", FAMILY.format(4711))
+    wait_for_family(5)
     shim.peer.close()
     wait_gone(pid)
+    wait_for_family(0)
     shim.peer = connect(shim.bundle)
     assert shim.peer.call("state")["state"] == "running"
 

@@ -178,6 +178,15 @@ def is_traced_from_below(pid: int) -> bool:
         return False
 
 
+def lineage(pid: int) -> tuple[int, int]:
+    """The parent of a process, and its session.
+
+    Raises FileNotFoundError or ProcessLookupError if it is gone. Source: proc_pid_stat(5), fields 4 and 6.
+    """
+    fields = _stat(pid)
+    return int(fields[_PARENT]), int(fields[_SESSION])
+
+
 def zombie_status(pid: int, started: int) -> int | None:
     """How the process of a pid and start time ended, as wait(2) would tell, if it has and nobody has reaped it.
 
@@ -190,7 +199,7 @@ def zombie_status(pid: int, started: int) -> int | None:
     return int(fields[_EXIT_CODE])
 
 
-_STATE, _FLAGS, _START_TIME, _EXIT_CODE = 0, 6, 19, 49
+_STATE, _PARENT, _SESSION, _FLAGS, _START_TIME, _EXIT_CODE = 0, 1, 3, 6, 19, 49
 _PF_EXITING, _PF_FORKNOEXEC = 0x4, 0x40
 _ENDED = frozenset((b"Z", b"X"))
 

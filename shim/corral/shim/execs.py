@@ -9,7 +9,8 @@
   for its shim's word, and ends without it.
 - Its end is that of any process (corral.shim.processes). It stays, for who asks how it ended, until delete().
 - run() is for what is asked of a container time and again: it has no heir, and is killed with its shim. Only one that
-  can gain privileges, which ends that, is in a file, for the heir to kill it.
+  can gain privileges, which ends that, is in a file, for the heir to kill it. Whose time is over, or whose client is
+  gone, is killed with all that it has made.
 """
 
 import time
@@ -96,7 +97,7 @@ class Execs:
         """Whoever asked for it is gone."""
         process = self._processes.get(exec_id)
         if process is not None and process.on_exit is not None:
-            process.end()
+            self._processes.end(process)
 
     def adopted(self, request: Adopt, handle: ProcessHandle, container: Container) -> ContainerProcess:
         """One that another shim has made, which was killed; its container may have ended since."""

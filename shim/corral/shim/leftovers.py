@@ -12,6 +12,7 @@ from corral.kernel.cgroup import membership
 from corral.kernel.cgroup.v1 import freezer as freezer_v1
 from corral.kernel.cgroup.v2 import freezer as freezer_v2
 
+_PASSES = 3
 _FREEZE_S = 0.5
 _KILL_S = 1.0
 """The shim has more to do than to chase a container that forks faster than it is killed: who removes the cgroup ends
@@ -49,6 +50,40 @@ def kill_leftovers(cgroup_paths: Iterable[Path], number: int, *, spare: int = 0)
         if frozen:
             return
         pids = membership.pids_below(directory)
+
+
+def kill_offspring(leader: int, cgroup_paths: Iterable[Path]) -> None:
+    """Kill what a child of this process has made, which leads a session.
+
+    All of its session, and whose parent is one of these: only who has left both, as a daemon does, is not found. None
+    is stopped meanwhile, as it would stay that if this process were killed; who was made meanwhile is found afterwards.
+    """
+    directories = [str(path) for path in cgroup_paths]
+    killed: set[int] = set()
+    for _ in range(_PASSES):
+        pids = membership.pids_below(directories[0]) if directories else _all_pids()
+        found = _offspring(leader, pids) - killed
+        if not found:
+            return
+        _signal(found, signal.SIGKILL, leader)
+        killed |= found
+
+
+def _all_pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]  # noqa: PTH208 - names are wanted
+
+
+def _offspring(leader: int, pids: Iterable[int]) -> set[int]:
+    parents: dict[int, int] = {}
+    found = {leader}
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            parents[pid], session = process.lineage(pid)
+            if session == leader:
+                found.add(pid)
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {leader}
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from corral.shim import records
 from corral.shim.errors import ShimError
 from corral.shim.keeping import Keeper
 from corral.shim.ledger import Ledger
-from corral.shim.leftovers import let_die
+from corral.shim.leftovers import kill_offspring, let_die
 from corral.shim.logs import Log, NoLog
 from corral.shim.loop import Loop
 from corral.shim.oom import OomCounter
@@ -138,11 +138,20 @@ class Processes:
         def time_is_over() -> None:
             process.overdue_since_ns = time.time_ns() if until_ns is None else until_ns
             failpoint("shim.timeout.before_kill")
-            process.end()
-            if not process.exec_id:
-                let_die(self.cgroup_paths)
+            self.end(process)
 
         process.deadline = self._loop.call_later(seconds, time_is_over)
+
+    def end(self, process: ContainerProcess) -> None:
+        """Kill it, also where it is frozen by cgroup v1; of a run all that it has made, too."""
+        is_run = process.on_exit is not None and process.alive
+        if is_run:  # those first that are known by their parent alone
+            kill_offspring(process.pid, self.cgroup_paths)
+        process.end()
+        if is_run:
+            kill_offspring(process.pid, self.cgroup_paths)
+        if not process.exec_id:
+            let_die(self.cgroup_paths)
 
     def kill_all(self) -> None:
         """All that live."""
