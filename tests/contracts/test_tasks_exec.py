@@ -12,7 +12,7 @@ from support.tasks import TaskClient
 
 from corral.api.tasks.v1 import tasks_pb2 as pb
 from corral.api.types.v1 import types_pb2 as types_pb
-from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied
+from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unavailable
 
 pytestmark = needs("root", "busybox")
 
@@ -51,6 +51,22 @@ async def test_user_environment_and_stdin_of_an_exec(tasks: TaskClient, running:
         assert (await attached.drain()).code == 0
     assert attached.stderr == b"1000\n"
     assert attached.stdout == data
+
+
+async def test_who_waits_for_one_that_could_not_be_made_is_told_so(tasks: TaskClient, running: str):
+    shim = (await tasks.get(running)).shim_pid
+    os.kill(shim, signal.SIGSTOP)
+    making = asyncio.create_task(tasks.exec(running, "e", "true"))
+    await asyncio.sleep(0.2)
+    waiting = asyncio.create_task(tasks.wait(running, "e"))
+    await asyncio.sleep(0.2)
+    assert not waiting.done()
+    os.kill(shim, signal.SIGKILL)
+    with pytest.raises(Unavailable):
+        await making
+    with pytest.raises(NotFound, match="could not be made"):
+        await asyncio.wait_for(waiting, 10)
+    await tasks.exec(running, "e", "true")
 
 
 async def test_an_exec_that_is_to_be_forgotten_is_so_whoever_serves_when_it_ends(tasks: TaskClient, running: str):

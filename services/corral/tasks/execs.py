@@ -63,7 +63,7 @@ class Execs:
             async with process.lock:
                 await self._register(task, new, process)
         except BaseException as e:
-            del task.processes[new.exec_id]
+            task.unmake(process)
             if isinstance(e, CorralError | Referenced):
                 raise await told(e, task) from e
             raise

@@ -251,6 +251,11 @@ class Task:
             raise NotFound(f"container {self.row.key.id} has no exec {exec_id!r}", reason="NO_EXEC")
         return process
 
+    def unmake(self, process: Process) -> None:
+        """An exec that could not be made is none; who knows its id may wait for it already, and is told so."""
+        del self.processes[process.row.exec_id]
+        process.forget(NotFound(f"{process.what} could not be made", reason="NO_EXEC"))
+
     async def reached(self) -> Shim:
         """Its shim; if that was killed, the one that takes over. Not to be awaited under a process's lock, for which
         the takeover waits. Raises Unavailable if there is none."""

@@ -76,7 +76,7 @@ class Runs:
             await self._database.write(lambda transaction: store.insert_exec(transaction, row))
         except BaseException:
             close_all(fds)
-            del task.processes[row.exec_id]
+            task.unmake(process)
             raise
         failpoint("tasks.exec.after_row")
         return shim, fields, fds
