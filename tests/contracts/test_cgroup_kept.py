@@ -1,12 +1,14 @@
 """A scope of systemd's can be read after systemd has removed its cgroup. Here that is done in systemd's place."""
 
 import contextlib
+import itertools
 import mmap
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.cgroups import eventually, inside, parent, sleep
+from support.cgroups import Child, eventually, inside, parent, sleep
 from support.requirements import needs
 
 from corral.kernel.cgroup import Cgroup, Driver, MemoryLimits, OomWatch, Resources
@@ -15,6 +17,7 @@ from corral.kernel.cgroup.v1.foothold import Foothold
 
 pytestmark = needs("root", "cgroup1")
 MIB = 1 << 20
+numbers = itertools.count()
 LIMIT = Resources(memory=MemoryLimits(limit_bytes=32 * MIB))
 
 
@@ -44,10 +47,21 @@ def kept(group: Cgroup) -> Iterator[Kept]:
 
 
 def removed_by_systemd(group: Cgroup) -> None:
-    """As it does it: what refuses is left behind."""
-    for directory in group.directories:
-        with contextlib.suppress(OSError):
-            Path(directory).rmdir()
+    """As it does it, what is below first: what refuses is left behind."""
+    for top in group.directories:
+        for directory, _, _ in os.walk(top, topdown=False):
+            with contextlib.suppress(OSError):
+                Path(directory).rmdir()
+
+
+@contextlib.contextmanager
+def sleeping_below(group: Cgroup) -> Iterator[tuple[Child, Path]]:
+    """A process in a sub-cgroup of the memory controller, and its directory."""
+    below = Path(memory_of(group), f"b{next(numbers)}")
+    below.mkdir()
+    with inside(group, sleep) as child:
+        (below / "cgroup.procs").write_text(str(child.pid))
+        yield child, below
 
 
 def test_a_kill_is_counted_that_was_not_looked_for_before_systemd_came(scope: Cgroup) -> None:
@@ -67,6 +81,30 @@ def _is_gone(directory: str) -> bool:
     with contextlib.suppress(OSError):
         Path(directory).rmdir()
     return not Path(directory).exists()
+
+
+def test_the_sub_cgroup_that_a_containers_own_process_is_in_is_kept_and_no_other(scope: Cgroup) -> None:
+    with kept(scope) as keeping, sleeping_below(scope) as (init, own), sleeping_below(scope) as (other, others):
+        keeping.keep_below(pid := init.pid)
+        scope.kill()
+        for child in (init, other):
+            child.wait()
+        removed_by_systemd(scope)
+        assert (own.exists(), others.exists()) == (True, False)
+        keeping.keep_below(pid)  # it is nowhere any more
+    assert eventually(lambda: _is_gone(str(own)))
+
+
+def test_a_sub_cgroup_that_the_containers_own_process_has_left_is_kept_no_longer(scope: Cgroup) -> None:
+    with kept(scope) as keeping, sleeping_below(scope) as (init, before):
+        keeping.keep_below(init.pid)
+        Path(memory_of(scope), "cgroup.procs").write_text(str(init.pid))
+        keeping.keep_below(init.pid)
+        assert eventually(lambda: _is_gone(str(before)))
+        scope.kill()
+        init.wait()
+        removed_by_systemd(scope)
+        assert Path(memory_of(scope)).exists()
 
 
 def test_who_keeps_it_is_no_process_of_it_and_not_chosen_by_the_oom_killer(scope: Cgroup) -> None:

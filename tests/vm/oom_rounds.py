@@ -3,6 +3,7 @@
     .venv/bin/python tests/vm/oom_rounds.py [--driver systemd] [--rounds 100] [--at-once 4] [KIND…]
 
     init     the container's own process
+    below    the container's own process, in a sub-cgroup
     child    a child of it, and it ends at once
     beside   a child of it, and it lives on, until it is stopped
     exec     a further process, and the container lives on
@@ -35,6 +36,8 @@ from corral.rpc.errors import CorralError
 HOG = "tail /dev/zero"
 LIMIT = 16 << 20
 COUNTED = {"task.oom": "kills", "cgroup.oom": "oom_kills"}
+SEEN_S = 6.0
+"""For a shim to have seen where init is."""
 TOLD_S, ROUND_S = 5.0 * PATIENCE, 30.0 * PATIENCE
 
 
@@ -48,6 +51,18 @@ class SlicePlace(PlaceOn):
 
 def limits(**more: bool) -> Resources:
     return Resources(memory=MemoryResources(limit_bytes=LIMIT, swap_bytes=LIMIT, **more))
+
+
+def move_below(pid: int) -> None:
+    """Put a container's init into a sub-cgroup of where its memory is counted."""
+    hierarchy = detect().of("memory")
+    assert hierarchy is not None
+    places = (line.split(":", 2) for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines())
+    wanted = "memory" if hierarchy.version == 1 else ""
+    path = next(path for _, controllers, path in places if wanted in controllers.split(","))
+    below = Path(f"{hierarchy.mount_point}{path}", "below")
+    below.mkdir()
+    (below / "cgroup.procs").write_text(str(pid))
 
 
 def plainly(status: ExitStatus) -> tuple[int, bool]:
@@ -105,6 +120,15 @@ class Round:
         await self._ends(137, True)
         await self._counts(1)
 
+    async def below(self) -> None:
+        id_ = await self._run(f"until [ -e /go ]; do sleep 0.05; done; exec {HOG}")
+        pid = (await self._engine.get(id_)).pid
+        move_below(pid)
+        await asyncio.sleep(SEEN_S)
+        Path(f"/proc/{pid}/root/go").touch()  # noqa: ASYNC240 - as short as all that is done here
+        await self._ends(137, True)
+        await self._counts(1)
+
     async def child(self) -> None:
         await self._run(f"{HOG}; exit 5")
         await self._ends(5, True)
@@ -145,8 +169,8 @@ class Round:
 
 
 KINDS: dict[str, Callable[[Round], Awaitable[None]]] = {
-    "init": Round.init, "child": Round.child, "beside": Round.beside, "exec": Round.exec, "ending": Round.ending,
-    "group": Round.group, "killed": Round.killed,
+    "init": Round.init, "below": Round.below, "child": Round.child, "beside": Round.beside, "exec": Round.exec,
+    "ending": Round.ending, "group": Round.group, "killed": Round.killed,
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import contextlib
 import select
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from corral.kernel.cgroup import Cgroup, OomWatch, Stats, files
 from corral.kernel.cgroup.files import UNLIMITED
@@ -13,6 +14,9 @@ from corral.runtime.errors import CommandError
 from corral.runtime.flags import SWITCH, VALUE, Flags, Options
 from corral.runtime.show import print_json
 from corral.runtime.state import Record
+
+if TYPE_CHECKING:
+    from corral.kernel.cgroup.systemd.removal import Kept
 
 EVENTS_FLAGS: Flags = {"interval": VALUE, "stats": SWITCH}
 _NO_LIMIT = 2**64 - 1
@@ -40,7 +44,7 @@ def events(context: Context, options: Options, arguments: list[str]) -> int:
 
 def _follow(record: Record, group: Cgroup, interval_s: float) -> None:
     pidfd = life.open_init(record)
-    with OomWatch.open(group.directories) as oom, _kept(record, group, oom):
+    with OomWatch.open(group.directories) as oom, _kept(record, group, oom) as kept:
         seen = oom.count()
         poller = select.poll()
         poller.register(pidfd, select.POLLIN)
@@ -54,6 +58,8 @@ def _follow(record: Record, group: Cgroup, interval_s: float) -> None:
             ready = dict(poller.poll(max(0.0, left_s) * 1000))
             if oom.fileno() in ready and oom.wakes_before_the_kill:
                 hurry_until = time.monotonic() + _HURRY_S
+                if kept is not None:
+                    kept.keep_below(record.pid)
             count = oom.count()
             for _ in range(count - seen):
                 _tell("oom", record)
@@ -62,7 +68,7 @@ def _follow(record: Record, group: Cgroup, interval_s: float) -> None:
                 return
 
 
-def _kept(record: Record, group: Cgroup, oom: OomWatch) -> contextlib.AbstractContextManager[object]:
+def _kept(record: Record, group: Cgroup, oom: OomWatch) -> "contextlib.AbstractContextManager[Kept | None]":
     """Keep a scope's count from systemd, which removes it with the last process. See ...systemd.removal."""
     if record.unit and oom.wakes_before_the_kill:
         from corral.kernel.cgroup.systemd.removal import Kept

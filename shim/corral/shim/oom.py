@@ -22,6 +22,9 @@ _ORDINARY_SCORE = 0
 
 _LOOK_AGAIN_S = (0.02, 0.1, 0.5)
 """A v1 kernel wakes who watches before it kills, and not once more when it has."""
+_LOOK_BELOW_S = (0.0, 0.5, 5.0)
+"""When a container's own process is surely in the sub-cgroup that it stays in: when its memory runs out there may be no
+time left to keep that."""
 _WOKEN_S = 1.0
 """How long after the kernel has told that memory ran out here a kill may be found that goes with it. Without a word
 of that it was in a v1 sub-cgroup, some time ago."""
@@ -91,6 +94,8 @@ class OomCounter:
             self._watch = OomWatch.open(paths, uncounted=uncounted)
             if self._watch.wakes_before_the_kill:
                 self._kept = Kept.of(self._watch.directory, paths)
+            for delay_s in _LOOK_BELOW_S if self._kept is not None else ():
+                loop.call_later(delay_s, self._keep_below)
         except OSError as e:
             report(e)
         if self._watch is not None:
@@ -154,9 +159,14 @@ class OomCounter:
             self._watch = None
 
     def _woken(self) -> None:
+        self._keep_below()
         self._count()
         if self._watch is not None and self._watch.wakes_before_the_kill:
             self._look_again_in(_LOOK_AGAIN_S)
+
+    def _keep_below(self) -> None:
+        if self._kept is not None and (living := self._living()):
+            self._kept.keep_below(living[0])
 
     def _look_again_in(self, delays_s: Iterable[float]) -> None:
         for timer in self._looks:
