@@ -9,17 +9,16 @@ import os
 import secrets
 import select
 import socket
-import struct
 import threading
 from collections.abc import Callable, Sequence
 
+from corral.api.tasks.v1 import tasks_pb2
 from corral.cli.terminal import write_all
 
 _MOST = 1 << 20
 _PIPES = 3
 # The daemon sends them before it says so.
 _PATIENCE_S = 5.0
-_UCRED = struct.Struct("=iII")
 
 
 class Taker:
@@ -27,24 +26,28 @@ class Taker:
 
     def __init__(self) -> None:
         """Raises OSError."""
-        self.name = f"corral-{secrets.token_hex(16)}"
+        self._name, self._secret = f"corral-{secrets.token_hex(8)}", secrets.token_bytes(16)
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.bind(f"\0{self.name}")
-        self._socket.listen(1)
+        self._socket.bind(f"\0{self._name}")
+        self._socket.listen()
         self._socket.settimeout(_PATIENCE_S)
 
-    def receive(self, streams: Sequence[str]) -> dict[str, int]:
-        """Those that the daemon says it has sent, by their names; none if it does not run as root or as we do.
+    def request(self, *, stdin: bool) -> tasks_pb2.AttachRequest:
+        """Asks for stdin's, or for those of the output."""
+        take = tasks_pb2.Take(socket=self._name, stdin=stdin, secret=self._secret, pid=os.getpid())
+        return tasks_pb2.AttachRequest(take=take)
 
-        Raises OSError.
-        """
-        with self._socket, self._socket.accept()[0] as connection:
-            connection.settimeout(_PATIENCE_S)
-            _, uid, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-            if uid not in (0, os.geteuid()):
-                raise PermissionError(f"user {uid}, and no daemon, sent pipes")
-            _, fds, _, _ = socket.recv_fds(connection, 1, _PIPES)
-            return dict(zip(streams, fds, strict=True))
+    def receive(self, streams: Sequence[str]) -> dict[str, int]:
+        """Those that the daemon says it has sent, by their names. Raises OSError."""
+        with self._socket:
+            while True:
+                with self._socket.accept()[0] as connection:
+                    connection.settimeout(_PATIENCE_S)
+                    said, fds, _, _ = socket.recv_fds(connection, len(self._secret), _PIPES)
+                if said == self._secret:
+                    return dict(zip(streams, fds, strict=True))
+                for fd in fds:  # of somebody else, who has found the socket
+                    os.close(fd)
 
     def close(self) -> None:
         """None will come; harmless when repeated."""

@@ -329,7 +329,7 @@ class Session:
             self._takes_pipes = False
             return
         self._waits_for_stdin = stdin
-        self._outbox.put(tasks_pb2.AttachRequest(take=tasks_pb2.Take(socket=self._taker.name, stdin=stdin)))
+        self._outbox.put(self._taker.request(stdin=stdin))
 
     def _detach(self) -> None:
         """What was typed before still arrives; then the call ends without an exit status."""

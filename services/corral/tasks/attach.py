@@ -12,7 +12,8 @@ import asyncio
 import fcntl
 import os
 import socket
-from collections.abc import AsyncGenerator, Callable, Mapping
+import struct
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -27,6 +28,7 @@ from corral.tasks.shim import Shim
 CHUNK = 256 << 10
 READER = "stdin.reader"
 TAKER_PREFIX = "corral-"
+_UCRED = struct.Struct("=iII")
 PIPE_SIZE = 1 << 20
 JUST_ENDED_S = 2.0
 # How long after one of its pipes a dead shim's socket is seen to be closed, at most.
@@ -51,6 +53,32 @@ class Wanted:
     replay: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Taker:
+    """A client that listens at an abstract socket for stdin's pipe, or the output's. Fields as in proto Take."""
+
+    name: str
+    secret: bytes
+    pid: int
+    stdin: bool
+
+    def give(self, fds: Sequence[int]) -> bool:
+        """Send it copies; whether it will find them there."""
+        if not self.name.startswith(TAKER_PREFIX):
+            return False
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.setblocking(False)
+                connection.connect(f"\0{self.name}")
+                pid, _, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+                if pid != self.pid:
+                    return False
+                socket.send_fds(connection, [self.secret], fds)
+        except (OSError, ValueError):
+            return False
+        return True
+
+
 class Attachment:
     """Our ends of one client's pipes; closed by close(), the context manager's exit.
 
@@ -69,7 +97,7 @@ class Attachment:
         self._stdin = self._reader = -1  # both ends: the reader is a copy, for an heir
         self._wake: Callable[[], None] = _nobody
         self._detach, self._taking = asyncio.Event(), asyncio.Event()
-        self._taker, self._takes_stdin = "", False
+        self._taker: Taker | None = None
         self.parked = False
         self.stdin_bytes = 0
         """How many the process was given."""
@@ -316,26 +344,22 @@ class Attachment:
         self.parked = False
         self._detach.clear()
 
-    def take(self, taker: str, *, stdin: bool) -> None:
-        """Output() ends where it is. taker: the name of an abstract socket, where the client awaits those pipes."""
-        self._taker, self._takes_stdin = taker, stdin
+    def take(self, taker: Taker) -> None:
+        """Output() ends where it is, and hand_over() gives those pipes away."""
+        self._taker = taker
         self._taking.set()
         self._wake()
 
     def hand_over(self) -> tuple[str, ...] | None:
-        """Give the pipes away that take() was called for; which they were, or None if their taker is not reached."""
+        """Give pipes to who take() was called for; which they were, or None if that is not reached."""
         self._taking.clear()
-        if self._process.row.terminal or not self._taker.startswith(TAKER_PREFIX):
+        taker = self._taker
+        if taker is None or self._process.row.terminal:
             return None
-        fds = {name: fd for name, fd in self.fds.items() if name != READER and (name == STDIN) == self._takes_stdin}
-        try:
-            with socket.socket(socket.AF_UNIX) as client:
-                client.setblocking(False)
-                client.connect(f"\0{self._taker}")
-                socket.send_fds(client, [b"\0"], list(fds.values()))
-        except OSError:
+        fds = {name: fd for name, fd in self.fds.items() if name != READER and (name == STDIN) == taker.stdin}
+        if not taker.give(tuple(fds.values())):
             return None
-        if self._takes_stdin:
+        if taker.stdin:
             self.close_stdin()
         else:
             self._close_outputs()

@@ -297,7 +297,7 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
                 case "end_of_stdin":
                     attachment.close_stdin()
                 case "take":
-                    attachment.take(request.take.socket, stdin=request.take.stdin)
+                    attachment.take(translate.taker(request.take))
         attachment.close_stdin()
 
     async def Logs(

@@ -13,7 +13,7 @@ from corral.rpc.errors import InvalidArgument
 from corral.rpc.events import nanoseconds, timestamp
 from corral.shim.requests import MOST_OUTPUT
 from corral.tasks import log_drivers
-from corral.tasks.attach import Wanted
+from corral.tasks.attach import Taker, Wanted
 from corral.tasks.bundle import default_log
 from corral.tasks.config import TasksConfig
 from corral.tasks.entries import Entry, Selection
@@ -87,6 +87,11 @@ def wanted(header: pb.AttachHeader) -> Wanted:
     )
 
 
+def taker(request: pb.Take) -> Taker:
+    """An attached client that wants pipes."""
+    return Taker(request.socket, request.secret, request.pid, request.stdin)
+
+
 def attached(row: ProcessRow) -> pb.Attached:
     """The first message to a client that is attached."""
     return pb.Attached(terminal=row.terminal, exec_id=row.exec_id, pid=row.pid or 0)
@@ -115,7 +120,7 @@ def new_task(namespace: str, request: pb.CreateTaskRequest, config: TasksConfig)
     """Raises InvalidArgument, naming the field."""
     key = TaskKey(namespace, check_id(request.id, "container id"))
     process = mapping(_object(request.spec, "spec"), "process")
-    log = _log(request.log, config, key)
+    log = log_row(request.log, config, key)
     sent = log_drivers.fields(request.log, config, key)
     fields: dict[str, object] = {
         "rootfs": [_mount(mount) for mount in request.rootfs],
@@ -232,7 +237,8 @@ def _args(process: Mapping[str, object]) -> tuple[str, ...]:
     return tuple(str(arg) for arg in args) if isinstance(args, list) else ()
 
 
-def _log(options: pb.LogOptions, config: TasksConfig, key: TaskKey) -> LogRow:
+def log_row(options: pb.LogOptions, config: TasksConfig, key: TaskKey) -> LogRow:
+    """Where a log goes. Raises InvalidArgument, Unimplemented."""
     driver = log_drivers.check_options(options)
     kept = driver not in log_drivers.SENDING or log_drivers.is_cached(options)
     if options.max_size_bytes < 0:

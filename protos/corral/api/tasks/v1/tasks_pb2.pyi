@@ -862,21 +862,30 @@ class Take(_message.Message):
 
     SOCKET_FIELD_NUMBER: _builtins.int
     STDIN_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
     socket: _builtins.str
     """Name, without its first NUL, of an abstract unix socket that the client listens at; begins with "corral-". One
-    message comes there, a byte with the pipes' descriptors (SCM_RIGHTS), as many as `pipes` tells of and in its order.
+    message comes there, the secret, with the pipes' descriptors (SCM_RIGHTS), as many as `pipes` tells of and in its
+    order.
     """
     stdin: _builtins.bool
     """stdin, of which nothing may be sent until the answer has come; else the output."""
+    secret: _builtins.bytes
+    """Any process of the network namespace can connect to the socket: this tells who it is. 1 to 64 bytes."""
+    pid: _builtins.int
+    """And any can listen under its name, once it is free: this is who does, as a process of the service's PID namespace."""
     def __init__(
         self,
         *,
         socket: _builtins.str = ...,
         stdin: _builtins.bool = ...,
+        secret: _builtins.bytes = ...,
+        pid: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["socket", b"socket", "stdin", b"stdin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pid", b"pid", "secret", b"secret", "socket", b"socket", "stdin", b"stdin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
