@@ -216,10 +216,14 @@ class Session:
         return Unavailable(f"corral went away from this terminal; {goes_on}", reason="CUT_OFF")
 
     def _write(self, fd: int, data: bytes) -> None:
-        if fd in self._outputs:  # the process has a new shim: first comes what the one before has sent
-            self._outputs[fd].join()
+        self._end_of_output(fd)
         write_all(fd, data)
         self._count(len(data))
+
+    def _end_of_output(self, target: int) -> None:
+        """Where the process has got a new shim: first comes all that the one before has sent."""
+        if target in self._outputs:
+            self._outputs[target].join()
 
     def _take(self, pipes: tasks_pb2.Pipes) -> None:
         """The daemon has sent them, if it has reached us."""
@@ -233,6 +237,7 @@ class Session:
                 self._input = Input(fd)
             else:
                 target = {"stdout": 1, "stderr": 2}[name]
+                self._end_of_output(target)
                 self._outputs[target] = Output(fd, target, self._give_up)
                 self._outputs[target].start()
         asked_for_stdin = self._waits_for_stdin
