@@ -16,6 +16,8 @@ from support.requirements import needs
 
 from corral.api.engine.v1 import engine_pb2 as pb
 from corral.api.images.v1.images_pb2 import Healthcheck
+from corral.client.execution import Execution, exec_request
+from corral.rpc.errors import ResourceExhausted
 
 pytestmark = needs("root", "overlayfs", "busybox", "netns")
 
@@ -98,6 +100,25 @@ def test_what_ended_while_nothing_could_be_written_is_told_and_acted_on_once_it_
         daemon.start()
         asyncio.run(import_image(daemon, busybox_archive))
         play(daemon, scene)
+
+
+def test_an_exec_on_a_full_disk_is_refused_with_a_sentence_and_leaves_no_traceback(
+    busybox_archive: Path, tmp_path: Path
+) -> None:
+    with lending_nothing(tmp_path) as disk, Corrald(place=PlaceOn.make_on(disk / "root")) as daemon:
+        daemon.start()
+        asyncio.run(import_image(daemon, busybox_archive))
+        with daemon.client() as client:
+            client.containers.run("busybox", list(SLEEPS), name="long", network="none")
+            fill(disk / "junk")
+            for _ in range(3):
+                with pytest.raises(ResourceExhausted, match="full"):
+                    list(client.containers.exec_run(Execution(exec_request("long", ["true"])), iter(())))
+                with pytest.raises(ResourceExhausted, match="full"):
+                    client.containers.exec_create("long", ["true"])
+            (disk / "junk").unlink()
+            client.containers.remove("long", force=True)
+        assert "Traceback" not in daemon.log()
 
 
 async def _is_told(daemon: Corrald, event: str, times: int) -> bool:

@@ -87,7 +87,11 @@ class Registry:
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._background.discard(task)
-        if not task.cancelled() and (e := task.exception()) is not None and not isinstance(e, CorralError):
+        if task.cancelled() or (e := task.exception()) is None or isinstance(e, CorralError):
+            return
+        if isinstance(e, OSError):  # a full disk, say, which is no bug
+            log.error("tasks.work_failed", error=str(e))
+        else:
             log.error("tasks.work_failed", exc_info=e)
 
     async def stop(self) -> None:
