@@ -102,6 +102,49 @@ def test_what_ended_while_nothing_could_be_written_is_told_and_acted_on_once_it_
         play(daemon, scene)
 
 
+def test_what_a_user_stops_while_nothing_can_be_written_ends_and_stays_so(
+    busybox_archive: Path, tmp_path: Path
+) -> None:
+    with lending_nothing(tmp_path) as disk, Corrald(place=PlaceOn.make_on(disk / "root")) as daemon:
+
+        async def scene(engine: EngineClient) -> None:
+            plain, kept = await engine.run(*SLEEPS), await engine.run(*SLEEPS, restart=ALWAYS)
+            pids = [(await engine.get(id_)).pid for id_ in (plain, kept)]
+            await asyncio.to_thread(fill, disk / "junk")
+            stopped = await engine.stop(plain, timeout_s=0)
+            assert (stopped.status, stopped.exit.code) == (pb.STATUS_EXITED, 137)
+            with pytest.raises(ResourceExhausted, match="has been stopped, which can't be written down"):
+                await engine.stop(kept, timeout_s=0)
+            assert not any(map(_lives, pids))
+            await asyncio.to_thread((disk / "junk").unlink)
+
+            async def is_written() -> bool:
+                return all([(await topics(engine, id_))["container.stopped"] for id_ in (plain, kept)])
+
+            await eventually(is_written)
+            await asyncio.sleep(0.5)  # its policy would have acted by then
+            assert (await engine.get(kept)).status == pb.STATUS_EXITED
+            for id_ in (plain, kept):
+                told = await topics(engine, id_)
+                assert (told["container.died"], told["container.stopped"]) == (1, 1)
+            await engine.start(kept)
+            await asyncio.sleep(3)
+            os.kill((await engine.get(kept)).pid, signal.SIGKILL)
+
+            async def runs_again() -> bool:
+                return (await topics(engine, kept))["container.started"] == 3
+
+            await eventually(runs_again)
+
+        daemon.start()
+        asyncio.run(import_image(daemon, busybox_archive))
+        play(daemon, scene)
+
+
+def _lives(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
 def test_an_exec_on_a_full_disk_is_refused_with_a_sentence_and_leaves_no_traceback(
     busybox_archive: Path, tmp_path: Path
 ) -> None:

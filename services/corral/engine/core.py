@@ -157,6 +157,8 @@ class Core:
     being_made: set[Key] = field(default_factory=set)
     # Those that a restart ends: they do not remove themselves then.
     restarting: set[Key] = field(default_factory=set)
+    # Those that a user has stopped, which is not written yet: no policy starts them again.
+    unwritten_stops: set[Key] = field(default_factory=set)
     # Those that wait to be started again by their policy; cancelling ends the wait.
     backoffs: dict[Key, asyncio.Task[Any]] = field(default_factory=dict)
     # Ports of ended ones that are being withdrawn, for whoever stops them.

@@ -20,6 +20,7 @@ from corral.engine.leaves import persistently
 from corral.engine.records import ALIVE, ContainerRecord, Status
 from corral.engine.removal import SIGKILL
 from corral.engine.signals import parse_signal
+from corral.engine.stops import Stops, refuse_unless_certain
 from corral.engine.task_making import TaskMaking
 from corral.rpc.errors import AlreadyExists, CorralError, FailedPrecondition, Internal, NotFound, Unavailable
 from corral.store import Transaction, failpoint
@@ -44,6 +45,7 @@ class Lifecycle:
     def __init__(self, core: Core, task_making: TaskMaking) -> None:
         self._core = core
         self._tasks = task_making
+        self._stops = Stops(core)
 
     # Start
 
@@ -191,6 +193,8 @@ class Lifecycle:
         return running
 
     async def _save_started(self, running: ContainerRecord, *, by_user: bool) -> None:
+        if by_user:
+            self._core.unwritten_stops.discard((running.namespace, running.id))
         await self._core.database.write(lambda tx: store.save_started(tx, running, by_user=by_user))
         if by_user and running.config.restart.mode > RestartPolicy.MODE_NO:  # which acts after a power loss too
             await self._core.database.persist()
@@ -252,7 +256,7 @@ class Lifecycle:
         """Stop it so that it stays so, whatever its restart policy."""
         has_policy = record.config.restart.mode > RestartPolicy.MODE_NO
         self._core.forget_backoff((record.namespace, record.id))
-        await self._core.database.write(lambda tx: store.set_stopped_by_user(tx, record), durable=has_policy)
+        unwritten = await self._stops.note(record)
         if has_policy and record.status is Status.EXITED:
             async with self._core.locks.of((record.namespace, record.id)):  # a restart that had begun is over then
                 record = self._core.get(record.namespace, record.id)
@@ -261,6 +265,7 @@ class Lifecycle:
         else:
             self._core.on_stays_ended(record)
         await self._ports_are_free(record)
+        refuse_unless_certain(record, unwritten)
         return record
 
     async def _ports_are_free(self, record: ContainerRecord) -> None:
@@ -284,11 +289,7 @@ class Lifecycle:
                 f"container {record.name} does not end although it was killed: a process of it hangs in the kernel",
                 reason="UNKILLABLE",
             )
-        ended = await self._core.record_exit(record, status)
-        await self._core.database.write(
-            lambda tx: tx.journal("container.stopped", record.id, store.exit_facts(ended), namespace=record.namespace)
-        )
-        return ended
+        return await self._stops.ended(record, status)
 
     def _grace_s(self, record: ContainerRecord, timeout_s: float | None) -> float:
         if timeout_s is not None:
@@ -346,7 +347,8 @@ class Lifecycle:
         async with self._core.locks.of((run.namespace, run.id)):
             now = self._core.get(run.namespace, run.id)
             same = now.status is Status.RUNNING and now.started_ns == run.started_ns
-            return same and now.stopped_by_user == run.stopped_by_user
+            is_meant_to_end = (run.namespace, run.id) in self._core.unwritten_stops
+            return same and now.stopped_by_user == run.stopped_by_user and not is_meant_to_end
 
     async def kill(self, reference: str, *, signal: str, everything: bool) -> None:
         """Send a signal, SIGKILL if none is named. SIGKILL also ends a paused container."""
@@ -357,7 +359,7 @@ class Lifecycle:
             return
         require_alive(record, "signalled")
         if number in (SIGKILL, parse_signal(record.config.stop_signal or DEFAULT_STOP_SIGNAL)):  # it is meant to end
-            await self._core.database.write(lambda tx: store.set_stopped_by_user(tx, record))
+            await self._stops.note(record)
         request = tasks_pb2.KillRequest(id=record.id, signal=number, all=everything)
         await self._core.leaves.tasks.Kill(request)
         if record.status is Status.PAUSED and number == SIGKILL:

@@ -73,7 +73,7 @@ class Restarts:
     def on_exit(self, record: ContainerRecord, *, at_boot: bool = False) -> bool:
         """A container has ended, or was found so. Whether it is about to run again."""
         key = (record.namespace, record.id)
-        if key in self._core.restarting or not is_wanted(record, at_boot=at_boot):
+        if key in self._core.restarting or not self._is_wanted(record, at_boot=at_boot):
             self._pauses_s.pop(key, None)
             return key in self._core.restarting
         self._core.forget_backoff(key)
@@ -83,6 +83,10 @@ class Restarts:
         log.info("container.restarts", container=record.id, pause_s=pause_s, restart_count=record.restart_count)
         self._core.backoffs[key] = self._core.background.spawn_endless(self._restart(record, pause_s, at_boot=at_boot))
         return True
+
+    def _is_wanted(self, record: ContainerRecord, *, at_boot: bool) -> bool:
+        is_stopped = (record.namespace, record.id) in self._core.unwritten_stops
+        return not is_stopped and is_wanted(record, at_boot=at_boot)
 
     def on_cut_short(self, record: ContainerRecord, at_boot: bool) -> None:
         """One that is_cut_short() was found when the daemon started, or when tasks was back."""
@@ -96,7 +100,7 @@ class Restarts:
         with in_namespace(record.namespace):
             try:
                 await self._core.background.to_the_end(
-                    self._lifecycle.start_again(record, lambda now: is_wanted(now, at_boot=at_boot))
+                    self._lifecycle.start_again(record, lambda now: self._is_wanted(now, at_boot=at_boot))
                 )
             except (CorralError, OSError) as e:
                 log.warning("container.restart_failed", container=record.id, error=str(e))
