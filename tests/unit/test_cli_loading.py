@@ -1,9 +1,13 @@
 """What the command loads on its way to the daemon: each module is a part of a millisecond of every run."""
 
+import gettext
+import inspect
 import subprocess
 import sys
 
 import pytest
+
+from corral.cli import deferred
 
 ELSEWHERE = "unix:///tmp/corral-nowhere.sock"
 NEVER = {"dataclasses", "ipaddress", "urllib.parse", "google.rpc", "rich", "aiohttp", "corral.rpc.context"}
@@ -15,6 +19,8 @@ OF_DEFERRED = {
     "_colorize",
     "_ast",
     "_tokenize",
+    "dis",
+    "locale",
 }
 OF_MAKING = {
     "pathlib",
@@ -52,7 +58,30 @@ def test_a_verb_loads_nothing_of_others(words: list[str], unwanted: set[str]) ->
 def test_nothing_is_asked_of_the_daemon_for_help() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "corral.cli.command", "run", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "grpc" not in {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert not {"grpc", "dis"} & {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+
+
+@pytest.mark.parametrize(
+    "doc", ["", "one", "  one\n", "\n\n  a\n\tb\n    c\n \n\n", "a\n  b\n c", "a\n   \n  b\n\n", "\n \n"]
+)
+def test_what_stands_in_for_a_function_of_a_deferred_module_does_the_same(doc: str) -> None:
+    assert deferred.cleandoc(doc) == inspect.cleandoc(doc)
+    for value in (python, lambda: None, len, deferred.DEFERRED, inspect):
+        assert deferred.isfunction(value) == inspect.isfunction(value)
+    assert deferred.gettext(doc) == gettext.gettext(doc)
+    assert [deferred.ngettext("a", "b", n) for n in range(3)] == [gettext.ngettext("a", "b", n) for n in range(3)]
+
+
+def test_what_has_a_stand_in_is_loaded_for_all_else() -> None:
+    result = python(
+        "from corral.cli.deferred import STAND_INS, defer; defer()",
+        "[sys.modules.pop(name, None) for name, _ in STAND_INS]",
+        "modules = {name: importlib.import_module(name) for name, _ in STAND_INS}",
+        "print(all(getattr(modules[m], name) is stand_in for (m, name), stand_in in STAND_INS.items()))",
+        "print(modules['inspect'].signature(len), modules['gettext'].NullTranslations().gettext('a'))",
+        "print(modules['inspect'].cleandoc(' a'), modules['gettext'].gettext('b'))",
+    )
+    assert result.splitlines() == ["True", "(obj, /) a", "a b"]
 
 
 def test_what_is_deferred_is_loaded_by_its_first_use_and_only_once() -> None:

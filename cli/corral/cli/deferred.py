@@ -1,5 +1,7 @@
 """Modules that the command's libraries import but that hardly any verb uses: each is loaded once it is used.
 
+Of some they use a function or two that are small: these are here, and such a module is loaded for what else it has.
+
 They are a third of what `corral ps` would load. The interpreter's own LazyLoader loads a module when it is imported
 for the second time, as most are, and not when it is used.
 """
@@ -7,11 +9,11 @@ for the second time, as most are, and not when it is used.
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from threading import RLock
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from importlib.abc import Loader
 
 DEFERRED = frozenset(
@@ -30,8 +32,42 @@ DEFERRED = frozenset(
         "ast",
         "tokenize",
         "traceback",
+        # See STAND_INS.
+        "gettext",
+        "inspect",
     }
 )
+
+
+def cleandoc(doc: str) -> str:
+    """What inspect.cleandoc() makes of a docstring."""
+    first, *rest = doc.expandtabs().split("\n")
+    margin = min((len(line) - len(line.lstrip(" ")) for line in rest if line.strip(" ")), default=0)
+    return "\n".join((first.lstrip(" "), *(line[margin:] for line in rest))).strip("\n")
+
+
+def isfunction(value: object) -> bool:
+    """Whether it was made by def or lambda."""
+    return isinstance(value, FunctionType)
+
+
+def gettext(message: str) -> str:
+    """What click says is said as it is: it brings no translations, and looks for some at every word."""
+    return message
+
+
+def ngettext(one: str, many: str, n: int) -> str:
+    """gettext() of one or many."""
+    return one if n == 1 else many
+
+
+STAND_INS: "dict[tuple[str, str], Callable[..., object]]" = {
+    ("inspect", "cleandoc"): cleandoc,
+    ("inspect", "isfunction"): isfunction,
+    ("gettext", "gettext"): gettext,
+    ("gettext", "ngettext"): ngettext,
+}
+"""By module and name."""
 
 
 class _Loader:
@@ -54,6 +90,10 @@ class _Deferred(ModuleType):
         spec = get("__spec__")
         if name == "__spec__":
             return spec
+        if stand_in := STAND_INS.get((spec.name, name)):
+            return stand_in
+        if name == "__path__" and spec.submodule_search_locations is None:  # `from gettext import gettext` asks for it
+            raise AttributeError(name=name, obj=self)
         with spec.loader_state:
             if isinstance(spec.loader, _Loader):
                 spec.loader = self.__loader__ = spec.loader.loader
