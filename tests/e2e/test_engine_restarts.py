@@ -422,3 +422,23 @@ async def test_tries_that_fail_before_the_program_runs_count_too(engine: EngineC
     await engine.run("sh", "-c", "sleep 0.2; exit 1", name="mounts", restart=policy("on_failure", 2), mounts=[mount])
     source.rmdir()
     await _until(engine, "mounts", lambda c: c.status == pb.STATUS_EXITED and c.restart_count == 2)
+
+
+async def test_a_log_can_be_read_while_its_container_is_made_again(engine: EngineClient) -> None:
+    await engine.run("sh", "-c", "echo run; exit 1", name="often", restart=policy("always"))
+    await engine.wait("often")
+    while (restarts := (await engine.get("often")).restart_count) < 5:
+        assert (await engine.output("often")).count(b"run\n") >= restarts
+    await engine.delete("often", force=True)
+
+
+async def test_the_log_of_what_cannot_be_made_again_is_still_there(engine: EngineClient, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    mount = pb.VolumeMount(type=pb.VolumeMount.TYPE_BIND, source=str(source), target="/x")
+    await engine.run("echo", "hello", name="bound", mounts=[mount])
+    await engine.wait("bound")
+    source.rmdir()
+    with pytest.raises(CorralError):
+        await engine.start("bound")
+    assert await engine.output("bound") == b"hello\n"

@@ -21,6 +21,7 @@ from corral.engine.core import Core
 from corral.engine.execs import Execs
 from corral.engine.lifecycle import Lifecycle
 from corral.engine.records import ContainerRecord, Status
+from corral.engine.requests import log_of
 from corral.rpc.context import only_follows
 from corral.rpc.errors import UNSERVED, CorralError, InvalidArgument, NotFound, Unavailable
 
@@ -159,15 +160,26 @@ class Streams:
         """As corral.tasks.v1.Tasks.Logs. Raises CorralError."""
         message = tasks_pb2.LogsRequest.FromString(request)
         only_follows()
-        message.id = self._core.resolve(message.id).id
+        record = self._core.resolve(message.id)
+        message.id = record.id
+        if message.follow:
+            try:
+                await self._pass_on(message, context)
+            except NotFound as e:
+                if e.reason != "NO_TASK":
+                    raise
+            else:
+                return
+            async with self._core.locks.of((record.namespace, record.id)):  # it may be about to run again
+                record = self._core.get(record.namespace, record.id)
+        message.log.CopyFrom(log_of(record, record.log_path))
+        await self._pass_on(message, context)
+
+    async def _pass_on(self, message: tasks_pb2.LogsRequest, context: _Context) -> None:
         call = self._logs(message.SerializeToString())
         try:
             async for response in call:
                 await context.write(response)
-        except NotFound as e:
-            if e.reason != "NO_TASK" or self._core.resolve(message.id).status is not Status.CREATED:
-                raise
-            # It never ran, and has lost its task with its shim, or by a reboot: so there is nothing.
         finally:
             call.cancel()
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import FailedPrecondition
 from corral.tasks.entries import PARSERS, Entry, Selection
-from corral.tasks.live import Task
 from corral.tasks.log_drivers import SENDING
 from corral.tasks.logfiles import LogFiles
+from corral.tasks.model import LogRow, TaskKey
 from corral.tasks.watch import DirectoryWatch
 
 # A container that writes line by line is followed at this pace, not once for each line.
@@ -23,28 +23,27 @@ BATCH_BYTES = 128 << 10
 
 
 async def stream_log(
-    task: Task, selection: Selection, watch: DirectoryWatch, *, follow: bool
+    key: TaskKey, log: LogRow, selection: Selection, watch: DirectoryWatch, ended: asyncio.Event | None
 ) -> AsyncGenerator[list[Entry]]:
-    """Batches of selected entries, oldest first, to the last one there is. With `follow` further ones as they are
-    written, until the task has ended or `until` has passed.
+    """Batches of selected entries, oldest first, to the last one there is. With `ended` further ones as they are
+    written, until the task has or `until` has passed.
 
     Raises FailedPrecondition if the task keeps no log.
     """
-    log = task.row.log
     form = "json-file" if log.driver in SENDING and log.path else log.driver
     if form not in PARSERS:
         raise FailedPrecondition(
-            f"container {task.row.key.id} keeps no log that can be read: it was created with log driver {log.driver!r}"
+            f"container {key.id} keeps no log that can be read: it was created with log driver {log.driver!r}"
             + (" and cache-disabled" if log.driver in SENDING else ""),
             reason="NO_LOG",
         )
     with ExitStack() as stack:
         # Watched from before the first look, so no change is missed between a look and a wait.
-        changed = _watched(stack, watch, Path(log.path).parent) if follow else None
+        changed = _watched(stack, watch, Path(log.path).parent) if ended else None
         files = await run_blocking(LogFiles, log.path, log.max_files, PARSERS[form], selection)
         stack.callback(files.close)
         while True:
-            last = not follow or task.init.ended.is_set() or selection.is_over(time.time_ns())
+            last = ended is None or ended.is_set() or selection.is_over(time.time_ns())
             looked_at = asyncio.get_running_loop().time()
             if changed is not None:
                 changed.clear()
@@ -53,9 +52,9 @@ async def stream_log(
                 entries, at_end = await run_blocking(files.read)
                 for batch in _batches(entries):
                     yield batch
-            if last or files.is_past:
+            if last or ended is None or files.is_past:
                 return
-            await _change(task, changed, selection, not_before=looked_at + PACE_S)
+            await _change(ended, changed, selection, not_before=looked_at + PACE_S)
 
 
 def _watched(stack: ExitStack, watch: DirectoryWatch, directory: Path) -> asyncio.Event | None:
@@ -65,9 +64,11 @@ def _watched(stack: ExitStack, watch: DirectoryWatch, directory: Path) -> asynci
         return None
 
 
-async def _change(task: Task, changed: asyncio.Event | None, selection: Selection, *, not_before: float) -> None:
+async def _change(
+    ended: asyncio.Event, changed: asyncio.Event | None, selection: Selection, *, not_before: float
+) -> None:
     """Return when there may be more to read, or nothing more to come."""
-    waiting = [asyncio.ensure_future(task.init.ended.wait())]
+    waiting = [asyncio.ensure_future(ended.wait())]
     if changed is not None:
         waiting.append(asyncio.ensure_future(changed.wait()))
     limits = [] if changed is not None else [LOOK_S]
@@ -79,7 +80,7 @@ async def _change(task: Task, changed: asyncio.Event | None, selection: Selectio
         for future in waiting:
             future.cancel()
     early_s = not_before - asyncio.get_running_loop().time()
-    if early_s > 0 and not task.init.ended.is_set():
+    if early_s > 0 and not ended.is_set():
         await asyncio.sleep(early_s)
 
 
