@@ -1,5 +1,6 @@
 """Published ports as a user types them."""
 
+import contextlib
 import json
 import socket
 import time
@@ -109,3 +110,59 @@ def test_a_stop_while_it_restarts_frees_its_ports(box: Corrald, name: str) -> No
     while box.corral("run", "--rm", "-p", f"{number}:80", "busybox", "true").returncode:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def shown(box: Corrald, name: str) -> list[tuple[int, int]]:
+    """The container's ports, each with the host's."""
+    lines = ok(box, "port", name).splitlines()
+    return [(int(line.split("/")[0]), int(line.rpartition(":")[2])) for line in lines]
+
+
+def free_range(length: int) -> range:
+    while True:
+        first = free_port()
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for number in range(first, first + length):
+                stack.enter_context(socket.create_server(("", number)))
+            return range(first, first + length)
+
+
+def test_of_a_range_for_one_port_the_first_that_is_free_is_taken(box: Corrald, name: str) -> None:
+    first, second, third = free_range(3)
+    asked, names = f"{first}-{third}:80", [f"{name}-{index}" for index in range(3)]
+    with socket.create_server(("", second)):
+        ok(box, "run", "-d", "--name", names[0], "-p", asked, "busybox", "sh", "-c", SERVE)
+        ok(box, "run", "-d", "--name", names[1], "-p", asked, "busybox", "sh", "-c", SERVE)
+        refused = box.corral("run", "-d", "--name", names[2], "-p", asked, "busybox", "true")
+        assert (refused.returncode, b"are all in use" in refused.stderr) == (125, True)
+        assert [shown(box, each) for each in names[:2]] == [[(80, first)], [(80, third)]]
+        assert fetch(third) == "served\n"
+    ok(box, "rm", "-f", *names)
+
+
+def test_of_a_range_another_port_is_taken_where_the_one_before_is_not_free_any_more(box: Corrald, name: str) -> None:
+    first, second, third = free_range(3)
+    asked = f"{first}-{third}"
+    ok(box, "run", "-d", "--name", name, "-p", f"{asked}:80", "-p", f"{second}:81", "busybox", "sleep", "600")
+    assert shown(box, name) == [(80, first), (81, second)]
+    ok(box, "restart", "-t", "0", name)
+    assert shown(box, name) == [(80, first), (81, second)]
+    ok(box, "stop", "-t", "0", name)
+    with socket.create_server(("", first)):
+        ok(box, "start", name)
+    assert shown(box, name) == [(80, third), (81, second)]
+    ok(box, "port", "rm", name, f"{asked}:80")
+    ok(box, "port", "add", name, f"{asked}:82")
+    ok(box, "port", "add", name, f"{asked}:82")
+    assert shown(box, name) == [(81, second), (82, first)]
+    ok(box, "stop", "-t", "0", name)
+    ok(box, "port", "add", name, f"{asked}:83")
+    ok(box, "start", name)
+    assert shown(box, name) == [(81, second), (82, first), (83, third)]
+    ok(box, "rm", "-f", name)
+
+
+def test_ranges_that_are_none_are_refused(box: Corrald, name: str) -> None:
+    for asked in ("8005-8000:80", "8000-70000:80", "8000-8005:80-81", "8000-8005:"):
+        refused = box.corral("run", "--name", name, "-p", asked, "busybox", "true")
+        assert (refused.returncode, b"is not understood" in refused.stderr) == (125, True)

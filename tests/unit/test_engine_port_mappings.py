@@ -75,3 +75,20 @@ def test_a_port_that_nobody_chose_is_not_taken_for_the_one_that_goes() -> None:
     after = record(list(config.network.ports), [port(80, 49153), port(80, 8080)])
     assert port_mappings.superfluous(after) == [port(80, 8080)]
     assert port_mappings.missing(after) == []
+
+
+def test_a_port_of_a_range_agrees_with_it_and_is_named_by_it_ever_after() -> None:
+    asked = PortMapping(container_port=80, host_port=8000, host_port_last=8010, protocol="tcp")
+    within = record([asked], [port(80, 8003)])
+    assert port_mappings.agree(within)
+    assert list(port_mappings.with_ports(within, [port(80, 8003)]).network.ports) == [asked]
+    assert not port_mappings.agree(record([asked], [port(80, 8011)]))
+    again = requests.network_again(within, host_hostname="h", other_ports=True)
+    assert [(one.host_port, one.host_port_last) for one in again.ports] == [(8000, 8010)]
+    assert [one.host_port for one in requests.network_again(within, host_hostname="h").ports] == [8003]
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 8010), (8010, 8000), (8000, 65536)])
+def test_a_range_that_is_none_is_refused(first: int, last: int) -> None:
+    with pytest.raises(InvalidArgument, match="are no range"):
+        port_mappings.checked([PortMapping(container_port=80, host_port=first, host_port_last=last)])

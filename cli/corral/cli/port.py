@@ -74,7 +74,8 @@ def _published(container: "engine_pb2.Container") -> Sequence[tuple[str, str]]:
 
 
 def _where(port: "network_pb2.PortMapping") -> str:
-    number = port.host_port or "(chosen at its next start)"
+    last = f"-{port.host_port_last}" if port.host_port_last else ""
+    number = f"{port.host_port}{last}" if port.host_port else "(chosen at its next start)"
     return f"{_bracketed(port.host_ip or '0.0.0.0')}:{number}"
 
 

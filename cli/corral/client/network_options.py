@@ -117,7 +117,7 @@ def rate_bps(text: str) -> int:
 def port(text: str) -> list[network_pb2.PortMapping]:
     """Published ports: [IP:][HOST:]CONTAINER[/PROTOCOL], where HOST and CONTAINER may be ranges of one length.
 
-    HOST may be 0, as docker has it: one that is free.
+    As with docker HOST may be 0, one that is free, and a range for one CONTAINER: the first of it that is free.
     """
     body, _, protocol = text.partition("/")
     head, _, container = body.rpartition(":")
@@ -128,6 +128,13 @@ def port(text: str) -> list[network_pb2.PortMapping]:
         outer = range(len(inner)) if chosen else _port_range(host)
     except ValueError:
         chosen, outer, inner = False, range(0), range(1)
+    if len(inner) == 1 < len(outer) and protocol in ("", "tcp", "udp", "sctp"):
+        return [
+            network_pb2.PortMapping(
+                host_ip=ip.strip("[]"), host_port=outer[0], host_port_last=outer[-1], container_port=inner[0],
+                protocol=protocol or "tcp",
+            )
+        ]  # fmt: skip
     if len(outer) != len(inner) or protocol not in ("", "tcp", "udp", "sctp"):
         raise ValueError(f"port {text!r} is not understood: give [IP:][HOST:]CONTAINER[/tcp|udp|sctp]")
     return [

@@ -24,6 +24,7 @@ def checked(ports: Iterable[PortMapping]) -> list[PortMapping]:
             host_port=port.host_port,
             container_port=port.container_port,
             protocol=port.protocol or "tcp",
+            host_port_last=port.host_port_last if port.host_port_last != port.host_port else 0,
         )
         if filled.protocol not in PROTOCOLS:
             raise InvalidArgument(
@@ -31,6 +32,10 @@ def checked(ports: Iterable[PortMapping]) -> list[PortMapping]:
             )
         if not 0 < filled.container_port < 65536 or filled.host_port >= 65536:
             raise InvalidArgument("ports are numbers from 1 to 65535", reason="BAD_PORT")
+        if filled.host_port_last and not 0 < filled.host_port < filled.host_port_last < 65536:
+            raise InvalidArgument(
+                f"ports {filled.host_port}-{filled.host_port_last} of the host are no range", reason="BAD_PORT"
+            )
         if filled not in found:
             found.append(filled)
     if not found:
@@ -44,8 +49,18 @@ def means(asked: PortMapping, published: PortMapping) -> bool:
         asked.container_port == published.container_port
         and (asked.protocol or "tcp") == (published.protocol or "tcp")
         and (not asked.host_ip or _address(asked) == _address(published))
-        and asked.host_port in (0, published.host_port)
+        and (asked == published or _allows(asked, published.host_port))
     )
+
+
+def _allows(asked: PortMapping, host_port: int) -> bool:
+    return not asked.host_port or asked.host_port <= host_port <= (asked.host_port_last or asked.host_port)
+
+
+def range_of(record: ContainerRecord, published: PortMapping) -> PortMapping | None:
+    """The range that its config asks for, of which this is one; None if it was not chosen that way."""
+    asked = record.config.network.ports
+    return next((one for one in asked if one.host_port_last and _is(one, published)), None)
 
 
 def _address(port: PortMapping) -> str:
@@ -80,6 +95,8 @@ def refuse_taken(name: str, published: Sequence[PortMapping], lacking: Sequence[
 
 
 def _overlap(one: PortMapping, other: PortMapping) -> bool:
+    if one.host_port_last or other.host_port_last:
+        return False  # it will be one that is free
     if (one.protocol, one.host_port) != (other.protocol or "tcp", other.host_port):
         return False
     if "" in (one.host_ip, other.host_ip) or one.host_ip == other.host_ip:
@@ -91,7 +108,8 @@ def _overlap(one: PortMapping, other: PortMapping) -> bool:
 def told(port: PortMapping) -> str:
     """As it is typed: [IP:][HOST:]CONTAINER/PROTOCOL."""
     address = f"[{port.host_ip}]:" if ":" in port.host_ip else f"{port.host_ip}:" if port.host_ip else ""
-    host = f"{port.host_port or ''}:" if port.host_port or address else ""
+    last = f"-{port.host_port_last}" if port.host_port_last else ""
+    host = f"{port.host_port or ''}{last}:" if port.host_port or address else ""
     return f"{address}{host}{port.container_port}/{port.protocol or 'tcp'}"
 
 
@@ -114,8 +132,10 @@ def with_ports(
 
 def _as_asked(record: ContainerRecord, published: PortMapping) -> PortMapping:
     """As a config names it: without its number, if nobody chose that, and it can be taken for no other."""
-    if any(one.host_port and _is(one, published) for one in record.config.network.ports):
+    if any(one.host_port and not one.host_port_last and _is(one, published) for one in record.config.network.ports):
         return published
+    if (asked := range_of(record, published)) is not None:
+        return asked
     if any(one != published and _leads_alike(one, published) for one in published_by(record)):
         return published
     return PortMapping(

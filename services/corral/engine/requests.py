@@ -10,7 +10,7 @@ from corral.api.network.v1.network_pb2 import AttachRequest, NetworkAttachment, 
 from corral.api.tasks.v1.tasks_pb2 import CreateTaskRequest, LogOptions
 from corral.api.types.v1.types_pb2 import DeviceRule, Mount, Resources
 from corral.engine.log_subject import log_options
-from corral.engine.port_mappings import missing, superfluous
+from corral.engine.port_mappings import missing, range_of, superfluous
 from corral.engine.records import ContainerRecord
 from corral.engine.resolve import default_hostname
 from corral.rpc.errors import InvalidArgument
@@ -115,13 +115,14 @@ def network_again(record: ContainerRecord, *, host_hostname: str, other_ports: b
     """
     request = network(record.config, record.namespace, record.id, name=record.name, host_hostname=host_hostname)
     if record.endpoint is not None:
-        named = {port.host_port for port in record.config.network.ports}
+        named = {port.host_port for port in record.config.network.ports if not port.host_port_last}
         del request.ports[:]
         request.ports.extend(port for port in record.endpoint.ports if port not in superfluous(record))
         request.ports.extend(missing(record))
         for port in request.ports:
             if other_ports and port.host_port not in named:
-                port.host_port = 0
+                asked = range_of(record, port) or PortMapping()
+                port.host_port, port.host_port_last = asked.host_port, asked.host_port_last
     return request
 
 
@@ -144,6 +145,14 @@ def _port(text: str) -> PortMapping:
     return PortMapping(container_port=int(number), protocol=protocol or "tcp")
 
 
+def log_of(record: ContainerRecord, path: str) -> LogOptions:
+    """Where its log goes, at `path` if it names no place itself. Raises InvalidArgument."""
+    log = log_options(record.config, record.id, record.name, record.image_id)
+    if not log.path and log.driver != LogOptions.DRIVER_NONE:
+        log.path = path
+    return log
+
+
 def task(
     record: ContainerRecord,
     *,
@@ -154,9 +163,6 @@ def task(
 ) -> CreateTaskRequest:
     """The running side. Its log is kept over restarts, so it is ours to name and to remove. Raises InvalidArgument."""
     config = record.config
-    log = log_options(config, record.id, record.name, record.image_id)
-    if not log.path and log.driver != LogOptions.DRIVER_NONE:
-        log.path = log_path
     return CreateTaskRequest(
         id=record.id,
         spec=spec,
@@ -166,7 +172,7 @@ def task(
         stdin_once=config.stdin_once,
         timeout=config.timeout if config.HasField("timeout") else None,
         cgroup_paths=cgroup_paths,
-        log=log,
+        log=log_of(record, log_path),
         console_size=config.console_size if config.HasField("console_size") else None,
         labels=labels(record.namespace, record.id),
     )

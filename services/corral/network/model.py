@@ -155,6 +155,21 @@ class Port:
     container_port: int
     host_port: int = 0  # 0: one is to be chosen
     host_ip: str = ""  # "": all addresses of the host
+    last_host_port: int = 0  # the first that is free from host_port to this one is to be chosen
+
+    def allows(self, host_port: int) -> bool:
+        """Whether one that is asked for like this can be published there."""
+        return not self.host_port or self.host_port <= host_port <= (self.last_host_port or self.host_port)
+
+    @property
+    def numbers(self) -> range:
+        """What it can be; none if it may be any."""
+        return range(self.host_port, (self.last_host_port or self.host_port) + 1) if self.host_port else range(0)
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether it is one port of the host."""
+        return bool(self.host_port) and not self.last_host_port
 
     def __hash__(self) -> int:
         """Cheap: of a container with many, all are looked up for each that comes."""
@@ -167,7 +182,8 @@ class Port:
 
     def __str__(self) -> str:
         host = f"[{self.host_ip}]" if ":" in self.host_ip else self.host_ip
-        return f"{host}{':' * bool(host)}{self.host_port}/{self.protocol}"
+        last = f"-{self.last_host_port}" if self.last_host_port else ""
+        return f"{host}{':' * bool(host)}{self.host_port}{last}/{self.protocol}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from bisect import insort
 from collections.abc import Iterable
+from dataclasses import replace
 from operator import attrgetter
 
 from corral.network.model import ANY_HOST_IPS, EndpointKey, Port
@@ -22,7 +23,7 @@ def joined(ports: Iterable[Port], more: Iterable[Port]) -> tuple[Port, ...]:
 def check(snapshot: Snapshot, key: EndpointKey, ports: Iterable[Port]) -> None:
     """Raises AlreadyExists, naming the container, for one that another has."""
     for port in ports:
-        if port.host_port and (other := holder(snapshot, port)) not in (None, key):
+        if port.is_chosen and (other := holder(snapshot, port)) not in (None, key):
             assert other is not None
             raise AlreadyExists(
                 f"port {port} of the host is published by container {other.id[:12]} already: choose another one",
@@ -30,10 +31,17 @@ def check(snapshot: Snapshot, key: EndpointKey, ports: Iterable[Port]) -> None:
             )
 
 
+def without_taken(snapshot: Snapshot, port: Port) -> list[int]:
+    """Of the ports of the host that it can be, those that nobody publishes."""
+    return [
+        number for number in port.numbers if holder(snapshot, replace(port, host_port=number, last_host_port=0)) is None
+    ]
+
+
 def check_own(snapshot: Snapshot, key: EndpointKey, ports: Iterable[Port]) -> None:
     """Raises AlreadyExists for one that leads to another port of the same endpoint."""
     for port in ports:
-        if port.host_port and holder(snapshot, port) == key:
+        if port.is_chosen and holder(snapshot, port) == key:
             raise AlreadyExists(
                 f"port {port} of the host leads to another port of the container already: withdraw that first",
                 reason="PORT_TAKEN",

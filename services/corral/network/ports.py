@@ -15,6 +15,7 @@ import fcntl
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from corral.network.cni.driver import maps_ports
 from corral.network.ipam import Address
@@ -92,21 +93,26 @@ class Held:
         return self.others if self.loopback is None else [self.loopback, *self.others]
 
 
+_NONE: Mapping[Port, Sequence[int]] = MappingProxyType({})
+
+
 class HostPorts:
     """What holds ports, by endpoint. For the netlink thread."""
 
     def __init__(self) -> None:
         self._held: dict[EndpointKey, dict[Port, Held]] = {}
 
-    def hold(self, key: EndpointKey, asked: Sequence[Port]) -> list[Port]:
-        """Take these ports, a free one for each that names none; returns them with their numbers.
+    def hold(self, key: EndpointKey, asked: Sequence[Port], free: Mapping[Port, Sequence[int]] = _NONE) -> list[Port]:
+        """Take these ports, a free one for each that names none; returns them with their numbers. `free` are those that
+        one of several may become.
 
         Raises AlreadyExists, InvalidArgument; then none of them is held.
         """
         taken: dict[Port, Held] = {}
         try:
-            for port in asked:
-                chosen, held = _take(port)
+            # Those that can be but one first: what is left is for those that can be others.
+            for port in sorted(asked, key=lambda port: not port.is_chosen):
+                chosen, held = _take_of(port, free[port]) if port in free else _take(port)
                 taken[chosen] = held
         except BaseException:
             _close(taken)
@@ -167,6 +173,16 @@ def _take(port: Port) -> tuple[Port, Held]:
         with contextlib.suppress(AlreadyExists):
             return chosen, _bind(chosen)
     raise ResourceExhausted(f"no free port of the host was found for {port.container_port}/{port.protocol}")
+
+
+def _take_of(port: Port, numbers: Sequence[int]) -> tuple[Port, Held]:
+    for number in numbers:
+        chosen = replace(port, host_port=number, last_host_port=0)
+        with contextlib.suppress(AlreadyExists):
+            return chosen, _bind(chosen)
+    raise AlreadyExists(
+        f"ports {port} of the host are all in use: choose other ones, or stop what has them", reason="PORT_TAKEN"
+    )
 
 
 def _bind(port: Port) -> Held:

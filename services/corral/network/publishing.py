@@ -62,12 +62,12 @@ def meant(endpoint: Endpoint, named: Sequence[Port]) -> list[Port]:
 
 def _named(endpoint: Endpoint, asked: Port) -> list[Port]:
     """Of a container with a thousand ports, these are found without a look at all of what each is."""
-    inside, outside = asked.container_port, asked.host_port
+    inside = asked.container_port
     return [
         one
         for one in endpoint.ports
         if one.container_port == inside
-        and outside in (0, one.host_port)
+        and asked.allows(one.host_port)
         and (one.protocol, one.host_ip) == (asked.protocol, asked.host_ip)
     ]
 
@@ -93,7 +93,13 @@ class Publishing:
         if not asked:
             return ()
         self._db.read_sync(lambda snapshot: port_rows.check(snapshot, key, asked))  # whose message names the other
-        return await self._thread.run(lambda _: self._host.hold(key, asked))
+        ranges = [port for port in asked if port.last_host_port]
+        free = (
+            self._db.read_sync(lambda snapshot: {port: port_rows.without_taken(snapshot, port) for port in ranges})
+            if ranges
+            else {}
+        )
+        return await self._thread.run(lambda _: self._host.hold(key, asked, free))
 
     def release(self, key: EndpointKey, ports: Iterable[Port] | None = None) -> None:
         """Let the host's programs have them."""

@@ -171,7 +171,7 @@ def _route(message: network_pb2.Route) -> tuple[str, str]:
 def ports(messages: Iterable[network_pb2.PortMapping]) -> tuple[Port, ...]:
     """Ports as asked for. Raises InvalidArgument."""
     found = tuple(_port(message) for message in messages)
-    chosen = [port for port in found if port.host_port]
+    chosen = [port for port in found if port.is_chosen]
     if len({(port.protocol, port.host_port, port.host_ip) for port in chosen}) < len(chosen):
         raise InvalidArgument("a port of the host is named twice: it can lead to one port only", reason="BAD_PORT")
     return found
@@ -183,8 +183,11 @@ def _port(message: network_pb2.PortMapping) -> Port:
         raise InvalidArgument(f"{protocol!r} is no protocol with ports: use tcp, udp or sctp", reason="BAD_PORT")
     if not 0 < message.container_port < 65536 or message.host_port >= 65536:
         raise InvalidArgument("ports are numbers from 1 to 65535", reason="BAD_PORT")
+    first, last = message.host_port, message.host_port_last
+    if last and not 0 < first <= last < 65536:
+        raise InvalidArgument(f"ports {first}-{last} of the host are no range", reason="BAD_PORT")
     host_ip = str(subnets.parse_address(message.host_ip, "host address")) if message.host_ip else ""
-    return Port(protocol, message.container_port, message.host_port, host_ip)
+    return Port(protocol, message.container_port, first, host_ip, last if last > first else 0)
 
 
 def dns(message: network_pb2.DnsOptions) -> Dns:

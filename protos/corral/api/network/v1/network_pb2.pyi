@@ -621,6 +621,7 @@ class PortMapping(_message.Message):
     HOST_PORT_FIELD_NUMBER: _builtins.int
     CONTAINER_PORT_FIELD_NUMBER: _builtins.int
     PROTOCOL_FIELD_NUMBER: _builtins.int
+    HOST_PORT_LAST_FIELD_NUMBER: _builtins.int
     host_ip: _builtins.str
     """Empty: all addresses of the host."""
     host_port: _builtins.int
@@ -628,6 +629,8 @@ class PortMapping(_message.Message):
     container_port: _builtins.int
     protocol: _builtins.str
     """"tcp" (default), "udp", "sctp" """
+    host_port_last: _builtins.int
+    """When asked for: the first that is free from host_port to this one. 0: host_port itself."""
     def __init__(
         self,
         *,
@@ -635,10 +638,11 @@ class PortMapping(_message.Message):
         host_port: _builtins.int = ...,
         container_port: _builtins.int = ...,
         protocol: _builtins.str = ...,
+        host_port_last: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_port", b"container_port", "host_ip", b"host_ip", "host_port", b"host_port", "protocol", b"protocol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_port", b"container_port", "host_ip", b"host_ip", "host_port", b"host_port", "host_port_last", b"host_port_last", "protocol", b"protocol"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
