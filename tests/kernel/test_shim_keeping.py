@@ -135,7 +135,7 @@ def test_of_an_exec_that_was_not_told_to_start_the_zygote_knows_that_it_never_di
             assert time.monotonic() < deadline, "nobody has written it"
             time.sleep(0.01)
         how = json.loads(written.read_text())
-        assert (how["reason"], how["started_at_ns"]) == (UNSTARTED, None)
+        assert (how["reason"], how["started_at_ns"], how["code"], how["known"]) == (UNSTARTED, None, 255, False)
         assert not (shop.root / "tmp/ran").exists()
         os.kill(init, signal.SIGKILL)
 

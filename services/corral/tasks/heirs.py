@@ -21,7 +21,7 @@ from corral.kernel.process import has_executed, pidfd_info
 from corral.oci.reaper import has_begun
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import CorralError, Unavailable
-from corral.shim.records import BY_ZYGOTE, UNSTARTED
+from corral.shim.records import BY_ZYGOTE
 from corral.shim.requests import PIDFD
 from corral.shim.wire import Message
 from corral.store import Database
@@ -197,9 +197,7 @@ class Heirs:
         if (identity := process.identity or named) is not None:
             await identity.kill(within_s=KILL_S)
         how = await run_blocking(task.bundle.exec_exit, process.row.exec_id)
-        if how is None or how.reason == UNSTARTED:
-            how = Exit.unknown(EXEC_LOST, exited_at_ns=time.time_ns())
-        await process.mark_ended(self._ends.write, how)
+        await process.mark_ended(self._ends.write, how or Exit.unknown(EXEC_LOST, exited_at_ns=time.time_ns()))
 
     async def _hand_over(self, shim: Shim, task: Task, process: Process, started_at_ns: int) -> None:
         created = json.loads(task.row.create)

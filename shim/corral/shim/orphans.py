@@ -13,7 +13,7 @@ from corral.shim import records
 from corral.shim.adoption import EndWatch, hold
 from corral.shim.keeping import Counter, Kept
 from corral.shim.loop import Loop
-from corral.shim.process import Ended
+from corral.shim.process import UNKNOWN, Ended
 from corral.shim.records import Exit, Record
 from corral.shim.requests import PIDFD
 from corral.shim.spool import STREAMS
@@ -124,7 +124,7 @@ def write_exec_exit(bundle: Path, kept: Kept, pid: int, ended: Ended) -> bool:
         return False
     how = _exit(ended, pid, known.start_time, known.started_at_ns, exec_id=known.exec_id)
     if process.has_executed(pid, known.start_time) is False:
-        how = replace(how, reason=records.UNSTARTED, started_at_ns=None)
+        how = replace(how, code=UNKNOWN, signal=None, known=False, started_at_ns=None, reason=records.UNSTARTED)
     with contextlib.suppress(OSError), _opened(bundle) as directory:  # else it is deleted, or was written by the shim
         name = records.exit_file(known.exec_id)
         records.write_json(directory, name, how.to_json(), step="zygote.orphan_exec", replace=False)

@@ -42,7 +42,8 @@ ALLOWED = {
 
 _FAILURE_CODES = {EXEC_NOT_FOUND: 127, EXEC_DENIED: 126}
 _OTHER_FAILURE = 128
-_UNKNOWN = 255
+UNKNOWN = 255
+"""The code of an end that nobody has seen."""
 UNATTENDED = "it ended while nothing looked after it: what it wrote last may be missing"
 UNSEEN = "its shim was killed, and nobody saw how it ended; exit code unknown"
 
@@ -70,7 +71,7 @@ class Ended:
     def code(self) -> int:
         """As a shell reports it, 255 if it is not known."""
         if self.status is None:
-            return _UNKNOWN
+            return UNKNOWN
         return 128 + os.WTERMSIG(self.status) if os.WIFSIGNALED(self.status) else os.WEXITSTATUS(self.status)
 
 
