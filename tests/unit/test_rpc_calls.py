@@ -237,6 +237,35 @@ async def test_a_stream_that_nobody_reads_any_more_ends(echo: Echo, path: str):
             await asyncio.sleep(0.01)
 
 
+async def test_what_a_stream_has_open_is_closed_where_its_caller_leaves_without_having_read(
+    echo: Echo, capsys: pytest.CaptureFixture[str]
+):
+    """At once, not when garbage is collected; and it is no fault of ours."""
+
+    async def fill(request: bytes, context_: object) -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield bytes(1 << 20)
+        finally:
+            echo.log.append("closed")
+
+    echo.fill = fill
+    gc.disable()
+    try:
+        async with open_channel(echo.address) as channel:
+            call = stub(channel).fill(b"")
+            await asyncio.sleep(0.3)
+            call.cancel()
+        for _ in range(100):
+            if "closed" in echo.log:
+                break
+            await asyncio.sleep(0.05)
+    finally:
+        gc.enable()
+    assert "closed" in echo.log
+    assert "rpc.failed" not in capsys.readouterr().err
+
+
 async def test_a_cancelled_read_cancels_the_stream(echo: Echo):
     arrived = asyncio.Event()
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -233,11 +233,12 @@ class _Around:
 
         return behaviour
 
-    def generator(self, fn: Any) -> Callable[[Any, _Context], AsyncIterator[Any]]:
-        """Around a method that yields its responses."""
+    def generator(self, fn: Any) -> Callable[[Any, _Context], Awaitable[Any]]:
+        """Around a method that yields its responses, which are written here: gRPC, where a client leaves that reads
+        nothing, would leave the generator where it is, and what it has open to the collector of garbage."""
         gate = self._gate
 
-        async def behaviour(request: Any, context: _Context) -> AsyncIterator[Any]:
+        async def behaviour(request: Any, context: _Context) -> None:
             task = asyncio.current_task()
             assert task is not None
             gate.enter(task, context)
@@ -247,7 +248,7 @@ class _Around:
                 async with aclosing(fn(request, context)) as responses:
                     async for response in responses:
                         said = True
-                        yield response
+                        await context.write(response)
             except (Exception, asyncio.CancelledError) as e:  # noqa: BLE001  # every call ends with a status
                 await self._fail(context, e, said=said)
             finally:
@@ -287,6 +288,8 @@ class _Around:
             if self._gate.is_open or context.cancelled():
                 raise e  # the client went away
             e = self._gate.refusal(asyncio.current_task())
+        if isinstance(e, grpc.aio.InternalError):
+            raise asyncio.CancelledError from e  # its connection was gone in the middle of a write
         error = e if isinstance(e, CorralError) else self._translated(e)
         if not said:
             await self._gate.leave_unserved(error, context)

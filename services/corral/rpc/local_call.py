@@ -5,6 +5,7 @@ import contextvars
 import inspect
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from contextlib import aclosing
 from functools import partial
 from typing import Any, NoReturn
 
@@ -308,7 +309,8 @@ class LocalExchange(_LocalStream):
 async def _stream(handler: Handler, behaviour: Any, request: Any, context: StreamContext, responses: Messages) -> None:
     result = behaviour(request, context)
     if inspect.isasyncgen(result):
-        async for reply in result:
-            await responses.put(_serialised(handler, reply))
+        async with aclosing(result) as replies:
+            async for reply in replies:
+                await responses.put(_serialised(handler, reply))
     else:
         await result
