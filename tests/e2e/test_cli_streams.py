@@ -82,3 +82,8 @@ def test_exec_has_dockers_options(box: Corrald, name: str, tmp_path: Path) -> No
     assert ok(box, "exec", "-d", name, "sh", "-c", "echo done > /done") == ""
     assert ok(box, "exec", name, "sh", "-c", "until [ -s /done ]; do usleep 1000; done; cat /done") == "done\n"
     assert ok(box, "exec", "-t", name, "sh", "-c", "test -t 1 && echo terminal").strip() == "terminal"
+
+
+def test_what_was_created_with_stdin_ends_with_the_input_of_who_starts_it(box: Corrald, name: str) -> None:
+    ok(box, "create", "-i", "--name", name, "busybox", "cat")
+    assert ok(box, "start", "-ai", name, stdin=b"hello\n") == "hello\n"

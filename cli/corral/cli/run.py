@@ -178,7 +178,7 @@ _CONTEXT = {"ignore_unknown_options": False, "allow_interspersed_args": False, "
 @pass_app
 def create_command(app: App, image: str, args: Sequence[str], name: str, cidfile: str | None, **flags: Any) -> None:
     """Create a container without starting it."""
-    click.echo(_create(app, image, args, name, cidfile, flags).id)
+    click.echo(_create(app, image, args, name, cidfile, flags | {"stdin_once": flags["stdin"]}).id)
 
 
 @click.command("run", cls=SwitchCommand, context_settings=_CONTEXT)
