@@ -87,3 +87,10 @@ def test_exec_has_dockers_options(box: Corrald, name: str, tmp_path: Path) -> No
 def test_what_was_created_with_stdin_ends_with_the_input_of_who_starts_it(box: Corrald, name: str) -> None:
     ok(box, "create", "-i", "--name", name, "busybox", "cat")
     assert ok(box, "start", "-ai", name, stdin=b"hello\n") == "hello\n"
+
+
+def test_a_process_has_its_own_group_among_its_further_ones(box: Corrald) -> None:
+    """A setgid program would else get rid of it, and of what is closed to it (CVE-2022-36109)."""
+    tell = ("busybox", "grep", "Groups:", "/proc/self/status")
+    told = {flags: ok(box, "run", "--rm", *flags, *tell).split()[1:] for flags in ((), ("-u", "app"), ("-u", "7:50"))}
+    assert told == {(): ["0"], ("-u", "app"): ["50", "1000"], ("-u", "7:50"): ["50"]}

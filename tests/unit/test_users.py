@@ -71,15 +71,15 @@ def test_lines_of_group():
 @pytest.mark.parametrize(
     ("user", "identity"),
     [
-        ("root", Identity(0, 0, (10,), "/root")),
-        ("bob", Identity(1000, 1001, (10,), "/home/bob")),
-        ("1000", Identity(1000, 1001, (10,), "/home/bob")),
-        ("bob:crew", Identity(1000, 2000, (), "/home/bob")),
-        ("bob:5", Identity(1000, 5, (), "/home/bob")),
-        ("77", Identity(77, 0, (), "/")),
-        ("77:88", Identity(77, 88, (), "/")),
-        ("1234", Identity(1234, 0, (), "/")),
-        ("77:99", Identity(77, 99, (), "/")),
+        ("root", Identity(0, 0, (0, 10), "/root")),
+        ("bob", Identity(1000, 1001, (1001, 10), "/home/bob")),
+        ("1000", Identity(1000, 1001, (1001, 10), "/home/bob")),
+        ("bob:crew", Identity(1000, 2000, (2000,), "/home/bob")),
+        ("bob:5", Identity(1000, 5, (5,), "/home/bob")),
+        ("77", Identity(77, 0, (0,), "/")),
+        ("77:88", Identity(77, 88, (88,), "/")),
+        ("1234", Identity(1234, 0, (0,), "/")),
+        ("77:99", Identity(77, 99, (99,), "/")),
     ],
 )
 def test_a_user_string_stands_for(user, identity):

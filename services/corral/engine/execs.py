@@ -14,6 +14,7 @@ from corral.engine import secrets
 from corral.engine.core import Core, require_alive
 from corral.engine.naming import random_id
 from corral.engine.records import ContainerRecord, Status
+from corral.engine.requests import ROOT
 from corral.engine.resolve import lay_env
 from corral.engine.spec import process_for_exec
 from corral.oci.decode import encode
@@ -52,7 +53,7 @@ class Execs:
             id=record.id,
             exec_id=check_id(request.exec_id, "exec id") if request.exec_id else random_id(),
             process=await self._process(record, request),
-            user=request.user or record.config.user,
+            user=request.user or record.config.user or ROOT,
             stdin=request.stdin,
             console_size=request.console_size if request.HasField("console_size") else None,
         )
@@ -61,7 +62,7 @@ class Execs:
     async def probe(self, record: ContainerRecord, args: Sequence[str]) -> tasks_pb2.ProbeRequest:
         """What to run in it as whom, with all that is the container's; the rest is the caller's to say."""
         process = await self._process(record, ExecContainerRequest(args=args))
-        return tasks_pb2.ProbeRequest(id=record.id, process=process, user=record.config.user)
+        return tasks_pb2.ProbeRequest(id=record.id, process=process, user=record.config.user or ROOT)
 
     async def _process(self, record: ContainerRecord, request: ExecContainerRequest) -> bytes:
         secret_env = await self._secret_env(record) if record.config.secrets else {}

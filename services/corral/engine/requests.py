@@ -17,6 +17,8 @@ from corral.rpc.errors import InvalidArgument
 
 OWNER = "engine"
 DEFAULT_NETWORK = "bridge"
+ROOT = "0"
+"""The user where nobody names one, with the groups that the image's databases give it, as with docker."""
 _HOST_NAME = re.compile(r"[a-zA-Z0-9_]([a-zA-Z0-9_-]*[a-zA-Z0-9_])?(\.[a-zA-Z0-9_]([a-zA-Z0-9_-]*[a-zA-Z0-9_])?)*")
 """Not every name of a container is one."""
 _PLAIN_MODES = {"host": AttachRequest.MODE_HOST, "none": AttachRequest.MODE_NONE}
@@ -167,7 +169,7 @@ def task(
         id=record.id,
         spec=spec,
         rootfs=rootfs,
-        user=config.user,
+        user=config.user or ROOT,
         stdin=config.stdin,
         stdin_once=config.stdin_once,
         timeout=config.timeout if config.HasField("timeout") else None,

@@ -118,12 +118,16 @@ def _lines(data: bytes, least: int) -> Iterator[list[str]]:
 
 
 def resolve(user: str, passwd: bytes, group: bytes) -> Identity:
-    """The identity that a user string stands for. Raises ExecFailed with a sentence when it stands for none."""
+    """The identity that a user string stands for. Raises ExecFailed with a sentence when it stands for none.
+
+    Its groups begin with its own: what makes another group the effective one, a setgid program, would else leave that
+    behind, with all that is closed to it (CVE-2022-36109).
+    """
     name, colon, group_name = user.partition(":")
     account, uid = _find_user(user, name, passwd)
     if colon:
         gid = _find_group(user, group_name, group)
-        groups: tuple[int, ...] = ()
+        groups: tuple[int, ...] = (gid,)
     else:
         gid = account.gid if account else 0
         groups = _memberships(account, group)
@@ -168,8 +172,8 @@ def find_groups(root: int, names: Sequence[str]) -> tuple[int, ...]:
 
 def _memberships(account: Account | None, data: bytes) -> tuple[int, ...]:
     if account is None:
-        return ()
-    found = {group.gid: None for group in parse_group(data) if account.name in group.members}
+        return (0,)
+    found = {account.gid: None} | {group.gid: None for group in parse_group(data) if account.name in group.members}
     if len(found) > MAX_GROUPS:
         raise ExecFailed(SETUP, f"user {account.name} is in more groups than a process can have ({MAX_GROUPS})")
     return tuple(found)
