@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.cli import ok
 from support.corrald import Corrald
 from support.engine_fixtures import loaded
 from support.requirements import needs
@@ -142,3 +143,10 @@ def test_exec_takes_its_environment_from_files_and_from_here(own: Corrald, tmp_p
     finally:
         del os.environ["FROM_HERE"]
     assert shown == b"one two three\n"
+
+
+def test_what_is_removed_by_force_need_not_be_there(box: Corrald) -> None:
+    for noun in ("container", "volume", "network"):
+        assert box.corral(noun, "rm", "no-such").returncode == 1
+        gone = box.corral(noun, "rm", "-f", "no-such")
+        assert (gone.returncode, b"no-such" in gone.stderr) == (0, True)

@@ -47,13 +47,17 @@ def complain(error: object) -> None:
 
 
 def each[T](
-    names: tuple[str, ...], act: Callable[[str], T], *, show: Callable[[str, T], str] = lambda name, _: name
+    names: tuple[str, ...],
+    act: Callable[[str], T],
+    *,
+    show: Callable[[str, T], str] = lambda name, _: name,
+    may_be_gone: bool = False,
 ) -> int:
     """Does `act` for every name, printing the name (or what `show` makes of the answer) or the error.
 
-    0 if all went well, else 1.
+    0 if all went well, else 1. may_be_gone: as with docker's --force, what is not there is told, and no failure.
     """
-    from corral.rpc.errors import CorralError
+    from corral.rpc.errors import CorralError, NotFound
 
     failed = 0
     for name in names:
@@ -61,7 +65,7 @@ def each[T](
             answer = act(name)
         except CorralError as e:
             complain(e)
-            failed = 1
+            failed = failed if may_be_gone and isinstance(e, NotFound) else 1
         else:
             click.echo(show(name, answer))
     return failed

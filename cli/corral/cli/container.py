@@ -81,13 +81,14 @@ def kill_command(app: App, containers: tuple[str, ...], signal: str, everyone: b
 
 
 @click.command("rm")
-@click.option("-f", "--force", is_flag=True, help="Kill what runs")
+@click.option("-f", "--force", is_flag=True, help="Kill what runs; what is not there is no error")
 @click.option("-v", "--volumes", is_flag=True, help="Remove their anonymous volumes too")
 @_names
 @pass_app
 def rm_command(app: App, containers: tuple[str, ...], force: bool, volumes: bool) -> int:
     """Remove containers."""
-    return each(containers, lambda c: app.client.containers.remove(c, force=force, volumes=volumes))
+    remove = app.client.containers.remove
+    return each(containers, lambda c: remove(c, force=force, volumes=volumes), may_be_gone=force)
 
 
 @click.command("pause")

@@ -174,8 +174,9 @@ def _address_of(app: App, caller: "engine_pb2.Container", destination: str) -> s
 
 
 @network_command.command("rm")
+@click.option("-f", "--force", is_flag=True, help="What is not there is no error")
 @click.argument("names", nargs=-1, required=True)
 @pass_app
-def rm_command(app: App, names: tuple[str, ...]) -> int:
+def rm_command(app: App, names: tuple[str, ...], force: bool) -> int:
     """Remove networks that no container uses."""
-    return each(names, app.client.networks.remove)
+    return each(names, app.client.networks.remove, may_be_gone=force)

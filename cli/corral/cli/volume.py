@@ -44,11 +44,12 @@ def inspect_command(app: App, names: tuple[str, ...]) -> None:
 
 
 @volume_command.command("rm")
+@click.option("-f", "--force", is_flag=True, help="What is not there is no error")
 @click.argument("names", nargs=-1, required=True)
 @pass_app
-def rm_command(app: App, names: tuple[str, ...]) -> int:
+def rm_command(app: App, names: tuple[str, ...], force: bool) -> int:
     """Remove volumes that no container uses."""
-    return each(names, app.client.volumes.remove)
+    return each(names, app.client.volumes.remove, may_be_gone=force)
 
 
 @volume_command.command("prune")
