@@ -145,6 +145,36 @@ def test_exec_takes_its_environment_from_files_and_from_here(own: Corrald, tmp_p
     assert shown == b"one two three\n"
 
 
+def test_top_shows_what_ps_has_to_say(box: Corrald, name: str) -> None:
+    ok(box, "run", "-d", "--name", name, "busybox", "sh", "-c", "sleep 600 & wait")
+    pid = ok(box, "inspect", "-f", "{{.State.Pid}}", name).strip()
+    for options in (("-o", "pid,comm"), ("axo", "pid,comm", "--forest")):  # the second excludes -q
+        rows = [line.split() for line in ok(box, "top", name, *options).splitlines()]
+        assert [row[0] for row in rows][:2] == ["PID", pid]
+        assert [row[-1] for row in rows] == ["COMMAND", "sh", "sleep"]
+    assert ok(box, "top", name, "aux").split()[:3] == ["USER", "PID", "%CPU"]
+    assert "1" not in ok(box, "top", name, "-q", "1", "-o", "pid,args").split()
+    for options, why in (
+        (("-o", "comm"), b"the column PID has to be among"),
+        (("-o", "ppid=PID,comm"), b"cannot be called PID"),
+        (("--bogus",), b"ps does not take these options"),
+    ):
+        refused = box.corral("top", name, *options)
+        assert (refused.returncode, why in refused.stderr) == (1, True)
+    ok(box, "rm", "-f", name)
+
+
+def test_annotations_reach_config_json_and_never_ours(box: Corrald, name: str) -> None:
+    ok(box, "create", "--name", name, "--init", "--annotation", "a.b/c=d=e", "busybox", "true")
+    [shown] = json.loads(ok(box, "inspect", name))
+    assert shown["config"]["annotations"] == {"a.b/c": "d=e"}
+    written = json.loads(Path(shown["bundle"], "config.json").read_bytes())["annotations"]
+    assert (written["a.b/c"], len(written)) == ("d=e", 2)
+    refused = box.corral("run", "--rm", "--annotation", "dev.corral.init=true", "busybox", "true")
+    assert (refused.returncode, b"corral's own" in refused.stderr) == (125, True)
+    ok(box, "rm", name)
+
+
 def test_what_is_removed_by_force_need_not_be_there(box: Corrald) -> None:
     for noun in ("container", "volume", "network"):
         assert box.corral(noun, "rm", "no-such").returncode == 1

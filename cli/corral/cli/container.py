@@ -335,11 +335,16 @@ def parse_time(text: str) -> "Timestamp":
     return when
 
 
-@click.command("top")
+@click.command("top", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @_name
+@click.argument("ps_options", nargs=-1, type=click.UNPROCESSED)
 @pass_app
-def top_command(app: App, container: str) -> None:
-    """List the processes of a container."""
+def top_command(app: App, container: str, ps_options: Sequence[str]) -> None:
+    """List the processes of a container, or what `ps PS_OPTIONS` on the daemon's host has to say of them."""
+    if ps_options:
+        answer = app.client.containers.ps(container, ps_options)
+        show_rows(tuple(answer.titles), [tuple(row.fields) for row in answer.rows], answer.rows, "table", None)
+        return
     processes = app.client.containers.top(container)
     rows = [(str(p.uid), str(p.pid), str(p.parent_pid), f"{p.cpu_ns / 1e9:.2f}s", p.command) for p in processes]
     show_rows(("UID", "PID", "PPID", "CPU", "COMMAND"), rows, processes, "table", None)

@@ -91,13 +91,18 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--secret", "secrets"), "Secret, NAME[,target=…,uid=…,gid=…,mode=…,type=mount|env]", _MANY),
     (("--read-only",), "Root file system read-only", {"is_flag": True}),
     *CHANGEABLE,
+    (("--annotation", "annotations"), "Annotation of its config.json, KEY=VALUE", _MANY),
     (("--oom-score-adj",), "Whom the kernel kills first, -1000 to 1000", {"type": int, "default": None}),
     (("--network", "--net", "network"), f"bridge, host, none, container:ID or {_NETWORKS}", _MANY),
     (("--network-alias", "network_aliases"), "Further name in the network", _MANY),
     (("--ip",), "Fixed address in the network", {"default": ""}),
     (("--ip6",), "Fixed IPv6 address in the network", {"default": ""}),
     (("--mac-address",), "MAC address", {"default": ""}),
-    (("-p", "--publish", "ports"), "Publish a port, [IP:][HOST:]CONTAINER[/udp]", _MANY),
+    (
+        ("-p", "--publish", "ports"),
+        "Publish a port, [IP:][HOST:]CONTAINER[/udp]; HOST may be a range, for the first that is free",
+        _MANY,
+    ),
     (("-P", "--publish-all"), "Publish every port that the image exposes", {"is_flag": True}),
     (("--dns",), "Name server", _MANY),
     (("--dns-search",), "Search domain", _MANY),
@@ -141,7 +146,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], str, dict[str, Any]], ...] = (
     (("--log-driver",), "json-file, cri, none, syslog, journald, binary:///path/of/program", {"default": ""}),
     (("--log-opt", "log_options"), "Log option, such as max-size=16m or tag={{.Name}}", _MANY),
 )
-_PAIRS = ("labels", "sysctls", "log_options", "cgroup_conf")
+_PAIRS = ("labels", "annotations", "sysctls", "log_options", "cgroup_conf")
 MAY_BE_ZERO = (
     *("stop_timeout_s", "memory_swappiness", "oom_score_adj", "cpu_burst", "pids_limit"),
     *("cpu_idle", "cpu_rt_runtime", "oom_group", "oom_kill_disable"),
@@ -347,6 +352,6 @@ def _options_from_flags(flags: dict[str, Any]) -> "ContainerOptions":
 
 def _pair(what: str, text: str) -> tuple[str, str]:
     key, separator, value = text.partition("=")
-    if not key or (not separator and what != "labels"):
+    if not key or (not separator and what not in ("labels", "annotations")):
         raise ValueError(f"{what.rstrip('s').replace('_', '-')} {text!r} is not understood: give KEY=VALUE")
     return key, value

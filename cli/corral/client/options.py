@@ -51,6 +51,7 @@ class ContainerOptions(ResourceOptions, NetworkOptions, total=False):
     hostname: str
     domainname: str
     labels: Mapping[str, str]
+    annotations: Mapping[str, str]
     terminal: bool
     stdin: bool
     stdin_once: bool
@@ -114,6 +115,7 @@ def container_config(image: str, args: Sequence[str] = (), **options: object) ->
         hostname=o.get("hostname", ""),
         domainname=o.get("domainname", ""),
         labels=o.get("labels", {}),
+        annotations=o.get("annotations", {}),
         terminal=o.get("terminal", False),
         stdin=o.get("stdin", False),
         stdin_once=o.get("stdin_once", False),

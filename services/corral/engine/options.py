@@ -1,7 +1,7 @@
 """What a caller asks of a container, checked before anything is made. Pure: it looks at what it is given alone."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import PurePosixPath
 
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, RestartPolicy, Ulimit, VolumeMount
@@ -11,6 +11,7 @@ from corral.engine.health_rules import check_healthcheck
 from corral.engine.signals import parse_signal
 from corral.kernel import capabilities, rlimits
 from corral.kernel.cgroup import Kind, Layout
+from corral.oci import reaper
 from corral.rpc.context import check_id
 from corral.rpc.errors import FailedPrecondition, InvalidArgument, Unimplemented
 
@@ -35,6 +36,7 @@ def check(config: ContainerConfig) -> None:
     if config.auto_remove and config.restart.mode > RestartPolicy.MODE_NO:
         raise InvalidArgument("a container that is removed when it ends (--rm) cannot be restarted: leave one out")
     _check_process(config)
+    _check_annotations(config.annotations)
     _check_host_names(config)
     log_subject.check(config.log)
     for mount in config.mounts:
@@ -56,6 +58,16 @@ def check(config: ContainerConfig) -> None:
         raise InvalidArgument("the time after which a container is killed (--timeout) must be more than 0")
     if config.HasField("stop_timeout") and config.stop_timeout.ToNanoseconds() < 0:
         raise InvalidArgument("the stop timeout cannot be negative")
+
+
+def _check_annotations(annotations: Mapping[str, str]) -> None:
+    for key in annotations:
+        if not key or key.startswith(reaper.OWN):
+            raise InvalidArgument(
+                f"annotation {key!r} cannot be set: it needs a name, and those that begin with {reaper.OWN} are"
+                " corral's own",
+                reason="BAD_ANNOTATION",
+            )
 
 
 def check_writable_cgroups(config: ContainerConfig, capabilities: Collection[str], layout: Layout) -> None:

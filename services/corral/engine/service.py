@@ -314,6 +314,8 @@ class ContainersServicer(engine_pb2_grpc.ContainersServicer):
             yield response
 
     async def Top(self, request: pb.TopRequest, context: object) -> pb.TopResponse:
+        if request.ps_options:
+            return await self._usage.ps(request.container, request.ps_options)
         return pb.TopResponse(processes=await self._usage.top(request.container))
 
 

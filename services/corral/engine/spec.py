@@ -72,7 +72,7 @@ def build(config: ContainerConfig, facts: Facts) -> Spec:
             readonly_paths=_paths(config, config.readonly_paths, defaults.READONLY_PATHS),
             mount_label=config.selinux_label,
         ),
-        annotations={reaper.ANNOTATION: "true"} if config.init else {},
+        annotations={**config.annotations, **({reaper.ANNOTATION: "true"} if config.init else {})},
     )
 
 

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from corral.api.cgroups.v1.cgroups_pb2 import StatsRequest
-from corral.api.engine.v1.engine_pb2 import ContainerStats, ContainerStatsResponse, Process
+from corral.api.engine.v1.engine_pb2 import ContainerStats, ContainerStatsResponse, Process, TopResponse
 from corral.api.tasks.v1.tasks_pb2 import PidsRequest
-from corral.engine import interfaces, store
+from corral.engine import interfaces, ps, store
 from corral.engine.core import Core, require_alive
 from corral.engine.records import ALIVE, ContainerRecord, from_ns
 from corral.engine.sizes import Sizes
@@ -71,10 +71,17 @@ class Usage:
 
     async def top(self, reference: str) -> list[Process]:
         """The processes inside, by pid. Raises FailedPrecondition unless it runs."""
+        return await run_blocking(_processes, await self._pids(reference))
+
+    async def ps(self, reference: str, options: Sequence[str]) -> TopResponse:
+        """The same, as ps(1) of the host tells it. Raises InvalidArgument for options that it does not take."""
+        return await ps.table(await self._pids(reference), options)
+
+    async def _pids(self, reference: str) -> list[int]:
         record = self._core.resolve(reference)
         require_alive(record, "looked into")
         response = await self._core.leaves.tasks.Pids(PidsRequest(id=record.id))
-        return await run_blocking(_processes, sorted(response.pids))
+        return sorted(response.pids)
 
 
 class _Alive:

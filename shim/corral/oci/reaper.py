@@ -18,7 +18,9 @@ from corral.oci import program as programs
 from corral.oci.channel import ChildEnd
 from corral.oci.program import Program
 
-ANNOTATION = "dev.corral.init"
+OWN = "dev.corral."
+"""What annotations begin with that steer the runtime."""
+ANNOTATION = f"{OWN}init"
 """Of a specification: "true" asks for it."""
 _NAME = "corral-init"
 _BY_SIGNAL = 128

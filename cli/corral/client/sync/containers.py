@@ -359,6 +359,10 @@ class Containers:
         answer = self._engine.unary(self._stub.Top, engine_pb2.TopRequest(container=container))
         return answer.processes
 
+    def ps(self, container: str, options: Sequence[str]) -> engine_pb2.TopResponse:
+        """The processes inside as ps(1) of the daemon's host tells them: its titles and rows."""
+        return self._engine.unary(self._stub.Top, engine_pb2.TopRequest(container=container, ps_options=options))
+
 
 def _stop_request(container: str, timeout_s: float | None, signal: str) -> engine_pb2.StopContainerRequest:
     request = engine_pb2.StopContainerRequest(container=container, signal=signal)

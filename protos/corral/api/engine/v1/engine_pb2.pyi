@@ -359,6 +359,26 @@ class ContainerConfig(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class AnnotationsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     IMAGE_FIELD_NUMBER: _builtins.int
     ENTRYPOINT_FIELD_NUMBER: _builtins.int
     ARGS_FIELD_NUMBER: _builtins.int
@@ -411,6 +431,7 @@ class ContainerConfig(_message.Message):
     SECRETS_FIELD_NUMBER: _builtins.int
     DEVICE_RULES_FIELD_NUMBER: _builtins.int
     WRITABLE_CGROUPS_FIELD_NUMBER: _builtins.int
+    ANNOTATIONS_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """Any name that corral.images.v1.Images.Get takes."""
     working_dir: _builtins.str
@@ -525,6 +546,10 @@ class ContainerConfig(_message.Message):
     def device_rules(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.DeviceRule]:
         """Accesses beside those that every container has and that its devices bring."""
 
+    @_builtins.property
+    def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Of its config.json, for hooks and who reads that. No key that begins with "dev.corral.": those are ours."""
+
     def __init__(
         self,
         *,
@@ -580,10 +605,11 @@ class ContainerConfig(_message.Message):
         secrets: _abc.Iterable[Global___SecretMount] | None = ...,
         device_rules: _abc.Iterable[_types_pb2.DeviceRule] | None = ...,
         writable_cgroups: _builtins.bool | None = ...,
+        annotations: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_no_new_privileges", b"_no_new_privileges", "_oom_score_adj", b"_oom_score_adj", "_writable_cgroups", b"_writable_cgroups", "console_size", b"console_size", "healthcheck", b"healthcheck", "log", b"log", "network", b"network", "no_new_privileges", b"no_new_privileges", "oom_score_adj", b"oom_score_adj", "resources", b"resources", "restart", b"restart", "stop_timeout", b"stop_timeout", "timeout", b"timeout", "writable_cgroups", b"writable_cgroups"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_no_new_privileges", b"_no_new_privileges", "_oom_score_adj", b"_oom_score_adj", "_writable_cgroups", b"_writable_cgroups", "apparmor_profile", b"apparmor_profile", "args", b"args", "auto_remove", b"auto_remove", "cap_add", b"cap_add", "cap_drop", b"cap_drop", "cgroup_parent", b"cgroup_parent", "cgroupns_mode", b"cgroupns_mode", "console_size", b"console_size", "device_rules", b"device_rules", "devices", b"devices", "domainname", b"domainname", "entrypoint", b"entrypoint", "env", b"env", "group_add", b"group_add", "health_on_failure", b"health_on_failure", "healthcheck", b"healthcheck", "hostname", b"hostname", "image", b"image", "init", b"init", "ipc_mode", b"ipc_mode", "labels", b"labels", "log", b"log", "masked_paths", b"masked_paths", "mounts", b"mounts", "network", b"network", "no_new_privileges", b"no_new_privileges", "oom_score_adj", b"oom_score_adj", "override_paths", b"override_paths", "pid_mode", b"pid_mode", "privileged", b"privileged", "read_only_rootfs", b"read_only_rootfs", "readonly_paths", b"readonly_paths", "resources", b"resources", "restart", b"restart", "seccomp_profile", b"seccomp_profile", "secrets", b"secrets", "selinux_label", b"selinux_label", "shm_size_bytes", b"shm_size_bytes", "stdin", b"stdin", "stdin_once", b"stdin_once", "stop_signal", b"stop_signal", "stop_timeout", b"stop_timeout", "storage_quota_bytes", b"storage_quota_bytes", "sysctls", b"sysctls", "terminal", b"terminal", "timeout", b"timeout", "ulimits", b"ulimits", "user", b"user", "userns_mode", b"userns_mode", "uts_mode", b"uts_mode", "working_dir", b"working_dir", "writable_cgroups", b"writable_cgroups"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_no_new_privileges", b"_no_new_privileges", "_oom_score_adj", b"_oom_score_adj", "_writable_cgroups", b"_writable_cgroups", "annotations", b"annotations", "apparmor_profile", b"apparmor_profile", "args", b"args", "auto_remove", b"auto_remove", "cap_add", b"cap_add", "cap_drop", b"cap_drop", "cgroup_parent", b"cgroup_parent", "cgroupns_mode", b"cgroupns_mode", "console_size", b"console_size", "device_rules", b"device_rules", "devices", b"devices", "domainname", b"domainname", "entrypoint", b"entrypoint", "env", b"env", "group_add", b"group_add", "health_on_failure", b"health_on_failure", "healthcheck", b"healthcheck", "hostname", b"hostname", "image", b"image", "init", b"init", "ipc_mode", b"ipc_mode", "labels", b"labels", "log", b"log", "masked_paths", b"masked_paths", "mounts", b"mounts", "network", b"network", "no_new_privileges", b"no_new_privileges", "oom_score_adj", b"oom_score_adj", "override_paths", b"override_paths", "pid_mode", b"pid_mode", "privileged", b"privileged", "read_only_rootfs", b"read_only_rootfs", "readonly_paths", b"readonly_paths", "resources", b"resources", "restart", b"restart", "seccomp_profile", b"seccomp_profile", "secrets", b"secrets", "selinux_label", b"selinux_label", "shm_size_bytes", b"shm_size_bytes", "stdin", b"stdin", "stdin_once", b"stdin_once", "stop_signal", b"stop_signal", "stop_timeout", b"stop_timeout", "storage_quota_bytes", b"storage_quota_bytes", "sysctls", b"sysctls", "terminal", b"terminal", "timeout", b"timeout", "ulimits", b"ulimits", "user", b"user", "userns_mode", b"userns_mode", "uts_mode", b"uts_mode", "working_dir", b"working_dir", "writable_cgroups", b"writable_cgroups"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__no_new_privileges: _TypeAlias = _typing.Literal["no_new_privileges"]  # noqa: Y015
     _WhichOneofArgType__no_new_privileges: _TypeAlias = _typing.Literal["_no_new_privileges", b"_no_new_privileges"]  # noqa: Y015
@@ -1969,15 +1995,21 @@ class TopRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTAINER_FIELD_NUMBER: _builtins.int
+    PS_OPTIONS_FIELD_NUMBER: _builtins.int
     container: _builtins.str
+    @_builtins.property
+    def ps_options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Options of the host's ps(1), such as "-o", "pid,comm". Without any, `processes` is the answer, else `rows`."""
+
     def __init__(
         self,
         *,
         container: _builtins.str = ...,
+        ps_options: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container", b"container", "ps_options", b"ps_options"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1988,20 +2020,50 @@ class TopResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROCESSES_FIELD_NUMBER: _builtins.int
+    TITLES_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Process]: ...
+    @_builtins.property
+    def titles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What ps printed of them: its heads, and a row for each process (or thread)."""
+
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProcessRow]: ...
     def __init__(
         self,
         *,
         processes: _abc.Iterable[Global___Process] | None = ...,
+        titles: _abc.Iterable[_builtins.str] | None = ...,
+        rows: _abc.Iterable[Global___ProcessRow] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["processes", b"processes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["processes", b"processes", "rows", b"rows", "titles", b"titles"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TopResponse: _TypeAlias = TopResponse  # noqa: Y015
+
+@_typing.final
+class ProcessRow(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        fields: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fields", b"fields"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProcessRow: _TypeAlias = ProcessRow  # noqa: Y015
 
 @_typing.final
 class Process(_message.Message):
