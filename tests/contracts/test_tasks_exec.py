@@ -12,7 +12,14 @@ from support.tasks import TaskClient
 
 from corral.api.tasks.v1 import tasks_pb2 as pb
 from corral.api.types.v1 import types_pb2 as types_pb
-from corral.rpc.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, PermissionDenied, Unavailable
+from corral.rpc.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    Unavailable,
+)
 
 pytestmark = needs("root", "busybox")
 
