@@ -67,7 +67,10 @@ def _unknown(text: str, reference: Reference | None) -> CorralError:
 
 def by_reference(snapshot: Snapshot, namespace: str, reference: Reference) -> ImageRecord | None:
     """The image of exactly that name; with a digest, any name of the repository that points there."""
-    row = snapshot.one("SELECT * FROM images WHERE namespace = ? AND name = ?", (namespace, str(reference)))
+    # That it has a name is said, not only known: else SQLite looks at the value of each, and plans anew for the next.
+    row = snapshot.one(
+        "SELECT * FROM images WHERE namespace = ? AND name = ? AND name != ''", (namespace, str(reference))
+    )
     if row is None and reference.digest is not None:
         repository = _glob_quoted(reference.repository)
         row = snapshot.one(
