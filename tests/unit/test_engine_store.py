@@ -1,6 +1,7 @@
 """The engine's rows: names, references, legal moves, volumes in use, exits of the right run, merged journals."""
 
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -265,14 +266,32 @@ def test_a_message_of_several_events_is_merged_in_order_after_its_gap(database: 
 def test_a_merged_event_keeps_its_time_facts_and_origin(database: Database) -> None:
     append(database, arrived(5, pid=7, ratio=0.5, nested={"list": [1, None, True]}))
     [row] = database.read_sync(lambda view: view.execute("SELECT * FROM journal"))
-    import json
-
     from corral.store import Event as Row
 
     event = Event()
-    write_merged_event(event, Row(*row[:5], payload=json.loads(row["payload"])))
+    write_merged_event(event, Row(*row))
     assert (event.seq, event.origin, event.origin_seq, event.time.ToNanoseconds()) == (1, "tasks", 5, 5000)
     assert merge.struct_to_json(event.payload) == {"pid": 7, "ratio": 0.5, "nested": {"list": [1, None, True]}}
+
+
+def test_a_payload_that_came_as_text_is_merged_as_the_same_facts_with_its_origin(database: Database) -> None:
+    as_text, without_facts = arrived(5), arrived(6)
+    as_text.response.events[0].payload_json = '{"pid":7,"exited_at_ns":1790000000123456789,"origin":"here"}'
+    without_facts.response.events[0].payload_json = "{}"
+    append(database, as_text, without_facts)
+    rows = database.read_sync(lambda view: view.execute("SELECT payload FROM journal ORDER BY seq"))
+    assert [json.loads(row["payload"]) for row in rows] == [
+        {"@origin": ["tasks", 5, 5000], "pid": 7, "exited_at_ns": 1790000000123456789, "origin": "here"},
+        {"@origin": ["tasks", 6, 6000]},
+    ]
+
+
+def test_an_exit_that_came_as_text_ends_the_container(database: Database) -> None:
+    running(database, pid=7)
+    exited = arrived(1, "task.exited")
+    exited.response.events[0].payload_json = '{"pid":7,"code":3,"signal":0}'
+    ends, _ = append(database, exited)
+    assert [one.exit.code for one in ends if one.exit is not None] == [3]
 
 
 def test_a_merged_exit_ends_the_container_in_the_same_transaction(database: Database) -> None:

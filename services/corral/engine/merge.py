@@ -6,6 +6,7 @@ an end is acted on in the same transaction: the container's row and `container.d
 """
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from corral.engine.core import Core, apply_exit
 from corral.engine.records import ContainerRecord, from_ns, to_ns
 from corral.rpc.errors import CorralError
 from corral.rpc.events import write_event
-from corral.store import GAP_TOPIC, JSON, Transaction, failpoint
+from corral.store import GAP_TOPIC, JSON, Transaction, failpoint, to_text
 from corral.store import Event as Row
 
 log = structlog.get_logger()
@@ -86,7 +87,7 @@ class Merger:
 
     def _request(self, origin: str, *, no_follow: bool = False) -> EventsRequest:
         after = self._core.database.glance(lambda view: store.cursor(view, origin)).seq
-        return EventsRequest(after=after, all_namespaces=True, no_follow=no_follow)
+        return EventsRequest(after=after, all_namespaces=True, no_follow=no_follow, payload_as_json=True)
 
     async def _follow(self, origin: str) -> None:
         delay_s = RETRY_FIRST_S
@@ -177,10 +178,9 @@ def append(tx: Transaction, batch: Sequence[Arrived]) -> tuple[list[ContainerRec
             at = store.Cursor(event.seq, time_ns, at.known_until_ns)
             if time_ns <= at.known_until_ns:
                 continue
-            payload = struct_to_json(event.payload)
-            source: list[JSON] = [origin, event.seq, time_ns]
-            tx.journal(event.topic, event.subject, {**payload, ORIGIN: source}, namespace=event.namespace)
-            if origin == "tasks" and (record := _act(tx, event, payload)) is not None:
+            text = _with_origin(payload_text(event), origin, event.seq, time_ns)
+            tx.journal(event.topic, event.subject, text, namespace=event.namespace)
+            if origin == "tasks" and (record := _act(tx, event)) is not None:
                 ended.append(record)
         moved[origin] = at
     if moved:
@@ -195,13 +195,24 @@ def _over_gap(at: store.Cursor, resumes_at: int) -> store.Cursor:
     return replace(at, seq=resumes_at - 1, known_until_ns=known_until_ns)
 
 
-def _act(tx: Transaction, event: Event, payload: Mapping[str, JSON]) -> ContainerRecord | None:
+def payload_text(event: Event) -> str:
+    """The facts that an event tells, as JSON; a leaf that does not know that it was asked for that tells a Struct."""
+    return event.payload_json or to_text(struct_to_json(event.payload))
+
+
+def _with_origin(text: str, origin: str, seq: int, time_ns: int) -> str:
+    source = f'{{"{ORIGIN}":["{origin}",{seq},{time_ns}]'
+    return f"{source}}}" if text == "{}" else f"{source},{text[1:]}"
+
+
+def _act(tx: Transaction, event: Event) -> ContainerRecord | None:
     """What an event of tasks means for a container; its record if it ended thereby."""
     if event.topic == "task.started":
         record = store.find(tx, event.namespace, event.subject)
-        if record is not None and record.pid == payload.get("pid"):
+        if record is not None and record.pid == json.loads(payload_text(event)).get("pid"):
             store.announce_started(tx, record)
     elif event.topic == "task.exited":
+        payload = json.loads(payload_text(event))
         pid = payload.get("pid")
         return apply_exit(
             tx, event.namespace, event.subject, exit_from_event(event, payload), pid=pid if isinstance(pid, int) else 0
@@ -253,10 +264,11 @@ def _value_to_json(value: Value) -> JSON:
 
 def write_merged_event(message: Event, row: Row) -> None:
     """A row of the engine's journal as clients see it: a merged one with its origin and its own time."""
-    source = row.payload.get(ORIGIN)
+    facts = row.payload
+    source = facts.get(ORIGIN)
     if not isinstance(source, list):
         write_event(message, row)
         return
     message.origin, message.origin_seq, time_ns = source
-    payload = {key: value for key, value in row.payload.items() if key != ORIGIN}
-    write_event(message, Row(row.seq, time_ns, row.namespace, row.topic, row.subject, payload))
+    payload = {key: value for key, value in facts.items() if key != ORIGIN}
+    write_event(message, Row(row.seq, time_ns, row.namespace, row.topic, row.subject, to_text(payload)))

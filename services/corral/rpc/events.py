@@ -25,7 +25,7 @@ async def stream_events(
     the message for an event, if write_event() does not do.
     """
     only_follows()
-    write = write or write_event
+    write = write or (_write_text if request.payload_as_json else write_event)
     namespace = None if request.all_namespaces else current_namespace()
     since_ns = nanoseconds(request.since) if request.HasField("since") else 0
     until_ns = nanoseconds(request.until) if request.HasField("until") else None
@@ -70,12 +70,21 @@ class Filter:
 
 def write_event(message: types_pb2.Event, event: Event) -> None:
     """Fill the message for one event; `origin` stays empty."""
+    _write_all_but_facts(message, event)
+    write_facts(message.payload, event.payload)
+
+
+def _write_text(message: types_pb2.Event, event: Event) -> None:
+    _write_all_but_facts(message, event)
+    message.payload_json = event.text
+
+
+def _write_all_but_facts(message: types_pb2.Event, event: Event) -> None:
     message.seq = event.seq
     message.time.seconds, message.time.nanos = divmod(event.time_ns, NS_PER_S)
     message.namespace = event.namespace
     message.topic = event.topic
     message.subject = event.subject
-    write_facts(message.payload, event.payload)
 
 
 def write_facts(struct: Struct, facts: Mapping[str, JSON]) -> None:

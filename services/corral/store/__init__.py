@@ -4,7 +4,7 @@ from corral.kernel.failpoint import failpoint
 from corral.store.boots import boot_id
 from corral.store.database import ConstraintError, Database, Duplicate, Referenced, Row, Snapshot, Transaction
 from corral.store.files import Lock, LockHeld, atomic_write, is_locked
-from corral.store.journal import GAP_TOPIC, JSON, Event, Journal, Retention
+from corral.store.journal import GAP_TOPIC, JSON, Event, Journal, Retention, to_text
 from corral.store.trash import Trash, remove_tree
 
 __all__ = [
@@ -28,4 +28,5 @@ __all__ = [
     "failpoint",
     "is_locked",
     "remove_tree",
+    "to_text",
 ]

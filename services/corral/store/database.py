@@ -37,10 +37,10 @@ from corral.store.journal import (
     Event,
     Journal,
     Retention,
-    as_read,
     insert,
     newest_seq,
     prune,
+    to_text,
 )
 from corral.store.pending import Pending
 from corral.store.room import Room, is_whole, make_empty
@@ -114,18 +114,19 @@ class Transaction(Snapshot):
         self,
         topic: str,
         subject: str,
-        payload: Mapping[str, JSON] | None = None,
+        payload: Mapping[str, JSON] | str | None = None,
         *,
         namespace: str,
         time_ns: int | None = None,
     ) -> int:
         """Append an event that becomes visible with this transaction; returns its sequence number.
 
+        payload: also as the text of a JSON object.
         time_ns: when it happened, if that was not just now.
         """
         self._newest_seq = seq = self._newest_seq + 1
-        facts = as_read(payload) if payload else {}
-        self.events.append(Event(seq, time_ns or time.time_ns(), namespace, topic, subject, facts))
+        text = payload if isinstance(payload, str) else to_text(payload or {})
+        self.events.append(Event(seq, time_ns or time.time_ns(), namespace, topic, subject, text))
         return seq
 
     def finish(self) -> None:

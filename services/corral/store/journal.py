@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, M
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from corral.store.sql import Row, execute
@@ -52,14 +52,20 @@ type Page = tuple[list[Event], int, bool]
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One journal row."""
+    """One journal row. Its payload is the text that the table has: most are passed on, and looked at by nobody."""
 
     seq: int
     time_ns: int
     namespace: str
     topic: str
     subject: str
-    payload: Mapping[str, JSON]
+    text: str
+
+    @property
+    def payload(self) -> Mapping[str, JSON]:
+        """What the text says, parsed at each call."""
+        payload: Mapping[str, JSON] = json.loads(self.text)
+        return payload
 
     @property
     def is_gap(self) -> bool:
@@ -68,32 +74,8 @@ class Event:
         return self.topic == GAP_TOPIC
 
 
-def as_read(payload: Mapping[str, JSON]) -> dict[str, JSON]:
-    """The payload as a reader of the table would see it: a copy, of plain dicts, lists and scalars."""
-    return {key if type(key) is str else _odd_key(key): _plain(value) for key, value in payload.items()}
-
-
-_SCALARS = frozenset({str, int, float, bool, type(None)})
-
-
-def _plain(value: JSON) -> JSON:
-    kind = type(value)
-    if kind in _SCALARS:
-        return value
-    if kind is list or kind is tuple:
-        return [_plain(item) for item in cast("Sequence[JSON]", value)]
-    if kind is dict:
-        return as_read(cast("Mapping[str, JSON]", value))
-    plain: JSON = json.loads(json.dumps(value))  # an enum, say
-    return plain
-
-
-def _odd_key(key: object) -> str:
-    [text] = json.loads(json.dumps({key: 0}))
-    return cast("str", text)
-
-
-_text = json.JSONEncoder(separators=(",", ":")).encode
+to_text = json.JSONEncoder(separators=(",", ":")).encode
+"""A payload as rows have it."""
 
 
 def insert(connection: sqlite3.Connection, events: Sequence[Event]) -> None:
@@ -102,8 +84,7 @@ def insert(connection: sqlite3.Connection, events: Sequence[Event]) -> None:
         some = events[at : at + INSERTED_AT_ONCE]
         params: list[str | int] = []
         for event in some:
-            text = _text(event.payload)
-            params += (event.seq, event.time_ns, event.namespace, event.topic, event.subject, text)
+            params += (event.seq, event.time_ns, event.namespace, event.topic, event.subject, event.text)
         execute(connection, _insertion(len(some)), params)
 
 
@@ -155,7 +136,7 @@ _PRUNE_BY_SIZE = """DELETE FROM journal WHERE seq < (SELECT max(seq) FROM journa
 
 def _bytes(event: Event) -> int:
     """As _PRUNE_BY_SIZE counts."""
-    return len(_text(event.payload)) + len(event.subject.encode()) + len(event.topic)
+    return len(event.text) + len(event.subject.encode()) + len(event.topic)
 
 
 class Journal:
@@ -373,7 +354,7 @@ def _begun_by_gaps(events: Sequence[Event]) -> Iterator[Sequence[Event]]:
 
 def _event(row: Row) -> Event:
     seq, time_ns, namespace, topic, subject, payload = row
-    return Event(seq, time_ns, namespace, topic, subject, json.loads(payload))
+    return Event(seq, time_ns, namespace, topic, subject, payload)
 
 
 def _gap(snapshot: "Snapshot", after: int, last: int) -> Event | None:
@@ -386,4 +367,4 @@ def _gap(snapshot: "Snapshot", after: int, last: int) -> Event | None:
 
 def _gap_event(after: int, resume: int, last: int) -> Event:
     payload: dict[str, JSON] = {"after": after, "next": resume + 1, "last": last}
-    return Event(resume, time.time_ns(), "", GAP_TOPIC, "", payload)
+    return Event(resume, time.time_ns(), "", GAP_TOPIC, "", to_text(payload))

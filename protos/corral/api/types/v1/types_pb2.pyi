@@ -701,6 +701,7 @@ class Event(_message.Message):
     PAYLOAD_FIELD_NUMBER: _builtins.int
     ORIGIN_FIELD_NUMBER: _builtins.int
     ORIGIN_SEQ_FIELD_NUMBER: _builtins.int
+    PAYLOAD_JSON_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     """Position in the journal of the service that was asked. Grows by one, never reused."""
     namespace: _builtins.str
@@ -711,6 +712,8 @@ class Event(_message.Message):
     origin: _builtins.str
     """Engine journal only: the service that saw it, and its sequence number there."""
     origin_seq: _builtins.int
+    payload_json: _builtins.str
+    """Leaves only, if it was asked for: the payload as the text of a JSON object, and in no other form."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -728,10 +731,11 @@ class Event(_message.Message):
         payload: _struct_pb2.Struct | None = ...,
         origin: _builtins.str = ...,
         origin_seq: _builtins.int = ...,
+        payload_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["payload", b"payload", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace", "origin", b"origin", "origin_seq", b"origin_seq", "payload", b"payload", "seq", b"seq", "subject", b"subject", "time", b"time", "topic", b"topic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace", "origin", b"origin", "origin_seq", b"origin_seq", "payload", b"payload", "payload_json", b"payload_json", "seq", b"seq", "subject", b"subject", "time", b"time", "topic", b"topic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -750,12 +754,15 @@ class EventsRequest(_message.Message):
     ALL_NAMESPACES_FIELD_NUMBER: _builtins.int
     TOPICS_FIELD_NUMBER: _builtins.int
     SUBJECTS_FIELD_NUMBER: _builtins.int
+    PAYLOAD_AS_JSON_FIELD_NUMBER: _builtins.int
     after: _builtins.int
     """Only events after this sequence number. 0: from the first that is kept."""
     no_follow: _builtins.bool
     """True: end at the last event that is kept instead of following."""
     all_namespaces: _builtins.bool
     """Events of all namespaces, not only the caller's."""
+    payload_as_json: _builtins.bool
+    """For who writes payloads down as they are: see Event.payload_json. An older service does not know it."""
     @_builtins.property
     def since(self) -> _timestamp_pb2.Timestamp:
         """Only events at or after this time."""
@@ -782,10 +789,11 @@ class EventsRequest(_message.Message):
         all_namespaces: _builtins.bool = ...,
         topics: _abc.Iterable[_builtins.str] | None = ...,
         subjects: _abc.Iterable[_builtins.str] | None = ...,
+        payload_as_json: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since", "until", b"until"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "all_namespaces", b"all_namespaces", "no_follow", b"no_follow", "since", b"since", "subjects", b"subjects", "topics", b"topics", "until", b"until"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "all_namespaces", b"all_namespaces", "no_follow", b"no_follow", "payload_as_json", b"payload_as_json", "since", b"since", "subjects", b"subjects", "topics", b"topics", "until", b"until"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
