@@ -45,6 +45,7 @@ from corral.store.journal import (
 from corral.store.pending import Pending
 from corral.store.room import Room, is_whole, make_empty
 from corral.store.schema import migrate
+from corral.store.soon import Soon
 from corral.store.sql import (
     ConstraintError,
     Duplicate,
@@ -164,6 +165,7 @@ class Database:
         self._turn = threading.Lock()  # held by whoever writes
         self._checkpointing = threading.Lock()  # a second one would do nothing
         self._commits = 0
+        self._soon = Soon(self._write_what_waits)
         self._marked = False
         self._changes = 0
         make_empty(path)
@@ -211,7 +213,24 @@ class Database:
     def _write_here[T](self, fn: Callable[[Transaction], T]) -> T:
         """A group of one, whose caller waits right here. The turn must be held."""
         self._require_open()
+        soon = self._soon.every()
+        if not soon:
+            return self._transacted(fn)
 
+        def all_of_it(transaction: Transaction) -> T:
+            for each in soon:
+                each(transaction)
+            return fn(transaction)
+
+        try:
+            result = self._transacted(all_of_it)
+        except Exception:  # noqa: BLE001  # whichever of them it was: apart
+            self._soon.write_each(self._transacted)
+            return self._transacted(fn)
+        self._soon.written(len(soon))
+        return result
+
+    def _transacted[T](self, fn: Callable[[Transaction], T]) -> T:
         def transact() -> tuple[T, list[Event]]:
             self._begin(durable=False)
             transaction = Transaction(self._writer, self.journal.last_seq())
@@ -239,6 +258,24 @@ class Database:
             self._room.keep_log()
         raise AssertionError("the last try returns or raises")
 
+    def write_soon(self, fn: Callable[[Transaction], object]) -> None:
+        """Have `fn` run in the next transaction, before what that is for, or in one of its own a moment later; on the
+        event loop. Nobody is told of its end, and until then reads don't see it.
+
+        For what whoever starts next finds out anyway, should a kill come first: see corral.store.soon.
+        """
+        self._require_open()
+        self._soon.add(fn)
+
+    def _write_what_waits(self) -> None:
+        if self._open and self._turn.acquire(blocking=False):
+            try:
+                self._soon.write_each(self._transacted)
+            finally:
+                self._turn.release()
+        else:
+            self._soon.hand_over(self._pending.put)
+
     async def persist(self) -> None:
         """Make every committed transaction survive a power loss: what is committed without waiting for the disk can so
         be waited for beside other work. Raises OSError."""
@@ -264,6 +301,7 @@ class Database:
 
     def _put(self, pending: Pending) -> None:
         self._require_open()
+        self._soon.hand_over(self._pending.put)
         self._pending.put(pending)
 
     def _run_writer(self) -> None:
@@ -441,6 +479,7 @@ class Database:
             return
         self.journal.close()
         self._open = False
+        self._soon.hand_over(self._pending.put)
         self._pending.put(None)
         self._thread.join()
         self._reading.shutdown(wait=True)

@@ -121,7 +121,10 @@ class Execs:
                 with suppress(NotFound, Unavailable):
                     await task.shim.delete_exec(exec_id)
             failpoint("tasks.delete_exec.after_shim")
-            await self._database.write(lambda transaction: store.delete_exec(transaction, process.row))
+            if process.row.forget:  # which the next start would do
+                self._database.write_soon(lambda transaction: store.delete_exec(transaction, process.row))
+            else:
+                await self._database.write(lambda transaction: store.delete_exec(transaction, process.row))
             del task.processes[exec_id]
             process.let_go()
         if not process.ended.is_set():

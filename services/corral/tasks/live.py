@@ -165,9 +165,25 @@ class Process:
         """It runs. The caller holds the lock."""
         if not self.row.may(Status.RUNNING):
             return
+        row = self._has_started(identity, at_ns)
+        await database.write(lambda transaction: store.started(transaction, row))
+
+    def note_started(self, database: Database, identity: Identity, at_ns: int) -> None:
+        """The same of one whose shim and zygote can tell of it: the row may come with that of its end, or soon."""
+        if not self.row.may(Status.RUNNING):
+            return
+        row = self._has_started(identity, at_ns)
+
+        def record(transaction: Transaction) -> None:
+            failpoint("tasks.exec.before_started")
+            store.started(transaction, row)
+
+        database.write_soon(record)
+
+    def _has_started(self, identity: Identity, at_ns: int) -> ProcessRow:
         row = self.row = self.row.started(pid=identity.pid, start_time=identity.start_time, at_ns=at_ns)
         log.info("task.started", **self.facts, pid=row.pid)
-        await database.write(lambda transaction: store.started(transaction, row))
+        return row
 
     async def mark_ended(self, write: EndWriter, how: Exit) -> None:
         """It has ended; reported any number of times it is written once. Waiters wake when it is written, or if that

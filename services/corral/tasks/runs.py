@@ -92,7 +92,7 @@ class Runs:
                 shim.streams(process.row.exec_id, process.keep)
             else:
                 process.keep(begun.streams)
-            await process.mark_started(self._database, begun.identity, time.time_ns())
+            process.note_started(self._database, begun.identity, time.time_ns())
         return None
 
 
