@@ -186,12 +186,21 @@ class Core:
     def resolve(self, reference: str) -> ContainerRecord:
         """The container that a call in its namespace means. Raises NotFound, FailedPrecondition if ambiguous."""
         namespace = current_namespace()
-        found = self.database.glance(lambda view: store.named(view, namespace, reference))
+        found = self._recall(namespace, reference)
         return found or self.database.read_sync(lambda view: store.resolve(view, namespace, reference))
 
     def get(self, namespace: str, id_: str) -> ContainerRecord:
         """The container with this id. Raises NotFound."""
-        return self.database.glance(lambda view: store.get(view, namespace, id_))
+        found = self._recall(namespace, id_)
+        return (
+            found
+            if found is not None and found.id == id_
+            else self.database.read_sync(lambda view: store.get(view, namespace, id_))
+        )
+
+    def _recall(self, namespace: str, reference: str) -> ContainerRecord | None:
+        """By its id or name. A call asks more than once: who it means, and under its lock how it is now."""
+        return self.database.recall((namespace, reference), lambda view: store.named(view, namespace, reference))
 
     def volume_root(self, namespace: str) -> Path:
         """Where the volumes of a namespace are."""

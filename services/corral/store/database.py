@@ -21,13 +21,13 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 from corral.kernel.failpoint import failpoint
 from corral.store.boots import mark_closed, mark_opened
@@ -68,6 +68,8 @@ COMMITS_PER_CHECKPOINT = 400
 COMMITS_PER_LOOK = 50
 CHECKPOINT_ATTEMPTS, CHECKPOINT_PAUSE_S = 20, 0.05
 READER_THREADS = 4
+RECALLED = 256
+"""Answers, at most, that are kept for recall()."""
 type Params = Sequence[SqlValue] | Mapping[str, SqlValue]
 
 
@@ -166,6 +168,7 @@ class Database:
         self._checkpointing = threading.Lock()  # a second one would do nothing
         self._commits = 0
         self._soon = Soon(self._write_what_waits)
+        self._recalled: dict[Hashable, tuple[int, object]] = {}
         self._marked = False
         self._changes = 0
         make_empty(path)
@@ -456,6 +459,19 @@ class Database:
         """
         with self._reader() as connection:
             return fn(_Glance(connection))
+
+    def recall[T](self, key: Hashable, fn: Callable[[Snapshot], T]) -> T:
+        """glance(), or what that gave for the same key if nothing was committed since. Nobody may change it."""
+        self._require_open()
+        commits = self._commits
+        known = self._recalled.get(key)
+        if known is not None and known[0] == commits:
+            return cast("T", known[1])
+        result = self.glance(fn)
+        if len(self._recalled) >= RECALLED:
+            self._recalled.clear()
+        self._recalled[key] = commits, result
+        return result
 
     @contextmanager
     def _reader(self) -> "Iterator[sqlite3.Connection]":
