@@ -22,6 +22,7 @@ from typing import Self
 
 from corral.rpc.errors import FailedPrecondition, NotFound, Unavailable
 from corral.shim.wire import Message
+from corral.tasks.happening import Happening, first_of
 from corral.tasks.live import STDIN, Process, Task
 from corral.tasks.shim import Shim
 
@@ -91,12 +92,12 @@ class Attachment:
         self._task, self._process, self._wanted = task, process, wanted
         self._shim: Shim | None = None
         self._shim_identity = task.shim_identity
-        self._again, self._still = asyncio.Event(), asyncio.Event()
+        self._again, self._still = Happening(), asyncio.Event()
         self._still.set()
         self._outputs: dict[Stream, int] = {}
         self._stdin = self._reader = -1  # both ends: the reader is a copy, for an heir
         self._wake: Callable[[], None] = _nobody
-        self._detach, self._taking = asyncio.Event(), asyncio.Event()
+        self._detach, self._taking = Happening(), Happening()
         self._taker: Taker | None = None
         self.parked = False
         self.stdin_bytes = 0
@@ -227,7 +228,7 @@ class Attachment:
     async def _attached_again(self) -> bool:
         """Once the shim has closed every stream: whether another one has taken over, and the process goes on."""
         while (shim := self._shim) is not None and not self._process.ended.is_set() and not self._is_interrupted:
-            await _first_of(self._process.ended, shim.closed, self._detach, self._taking)
+            await first_of(self._process.ended, shim.closed, self._detach, self._taking)
             if not shim.closed.is_set():
                 continue
             await self._task.settled.wait()
@@ -246,7 +247,7 @@ class Attachment:
             finally:
                 self._still.set()
             self._again.set()
-            self._again = asyncio.Event()
+            self._again = Happening()
             return True
         return False
 
@@ -315,7 +316,7 @@ class Attachment:
                 await shim.closed.wait()
         if not shim.closed.is_set():
             return False
-        await _first_of(self._process.ended, again)
+        await first_of(self._process.ended, again)
         return again.is_set()
 
     async def _writable(self) -> None:
@@ -397,16 +398,6 @@ class Attachment:
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-
-
-async def _first_of(*events: asyncio.Event) -> None:
-    """Wait until one of them is set."""
-    waiting = [asyncio.ensure_future(event.wait()) for event in events]
-    try:
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for each in waiting:
-            each.cancel()
 
 
 def _nobody() -> None:

@@ -15,6 +15,7 @@ from corral.shim.wire import Message
 from corral.store import Database, Referenced, Transaction
 from corral.tasks import store
 from corral.tasks.bundle import Bundle
+from corral.tasks.happening import Happening
 from corral.tasks.identity import Identity
 from corral.tasks.model import INIT, Exit, ProcessRow, Status, TaskRow
 from corral.tasks.shim import Shim
@@ -66,7 +67,7 @@ class Process:
         self.attached: set[object] = set()
         self.on_unused: Callable[[], object] = _nothing
         self.lock = asyncio.Lock()
-        self.ended = asyncio.Event()
+        self.ended = Happening()
         self.forgotten: CorralError | None = None
         if row.status is Status.STOPPED:
             self.ended.set()

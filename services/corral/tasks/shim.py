@@ -13,6 +13,7 @@ from typing import Literal
 from corral.rpc.errors import Unavailable
 from corral.shim.wire import Message
 from corral.tasks.connection import Connection, ConnectionLostError
+from corral.tasks.happening import Happening
 from corral.tasks.identity import Identity
 from corral.tasks.model import INIT, Exit, mapping, optional_int
 
@@ -78,7 +79,7 @@ class Shim:
         self._on_oom: Callable[[int], None] = _ignore
         self._on_stdin_close: Callable[[str], None] = _ignore
         self._on_close: Callable[[], None] | None = None
-        self.closed = asyncio.Event()
+        self.closed = Happening()
         self.runs = True
         """Whether it can run() a process, as far as is known."""
         self._connection = Connection(sock, on_event=self._event, on_close=self._closed)
@@ -200,16 +201,19 @@ class Shim:
         timeout_s: float | None = _USUAL,
     ) -> Message:
         timeout_s = self._timeout_s if timeout_s is _USUAL else timeout_s
+        reply = self._connection.request(op, fields, fds)
+        if self.is_open:  # else sending it has failed
+            on_sent()
+        expiry = None if timeout_s is None else reply.get_loop().call_later(timeout_s, _expire, reply)
         try:
-            async with asyncio.timeout(timeout_s):
-                reply = self._connection.request(op, fields, fds)
-                if self.is_open:  # else sending it has failed
-                    on_sent()
-                return await reply
+            return await reply
         except ConnectionLostError as e:
             raise Unavailable(f"the shim went away during {op!r}: {e}", reason="SHIM_GONE") from e
         except TimeoutError as e:
             raise Unavailable(f"the shim did not answer {op!r} within {timeout_s:g} s", reason="SHIM_STUCK") from e
+        finally:
+            if expiry is not None:
+                expiry.cancel()
 
     def _event(self, message: Message) -> None:
         if self._on_exit is None:
@@ -227,6 +231,11 @@ class Shim:
         self.closed.set()
         if self._on_close is not None:
             self._on_close()
+
+
+def _expire(reply: asyncio.Future[Message]) -> None:
+    if not reply.done():
+        reply.set_exception(TimeoutError())
 
 
 def _identity(message: Mapping[str, object]) -> Identity | None:
