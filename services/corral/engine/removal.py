@@ -147,7 +147,7 @@ class Removal:
             found = store.find(tx, record.namespace, record.id)
             if found is None or found.status is Status.REMOVING:
                 return found or record
-            store.set_removing(tx, record.namespace, record.id, volumes=volumes)
+            store.set_removing(tx, found, volumes=volumes)
             return found
 
         if record.status is Status.CREATING:  # which the next start would undo as well

@@ -5,6 +5,7 @@ Only the typed fields of the config count. Image and container labels steer noth
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from corral.api.engine.v1.engine_pb2 import ContainerConfig
 from corral.api.network.v1.network_pb2 import Endpoint
@@ -107,21 +108,31 @@ def capability_set(config: ContainerConfig, host: HostFacts) -> tuple[str, ...]:
 
     ALL means all that the host can give. Raises InvalidArgument for one asked for by name that it cannot.
     """
-    add = {capability_name(name) for name in config.cap_add}
-    drop = {capability_name(name) for name in config.cap_drop}
-    if config.privileged:
-        held = set(host.capabilities)
+    return _capability_set(config.privileged, tuple(config.cap_add), tuple(config.cap_drop), host.capabilities)
+
+
+@lru_cache(maxsize=64)
+def _capability_set(
+    privileged: bool,
+    added: Sequence[str],
+    dropped: Sequence[str],
+    available: frozenset[str],
+) -> tuple[str, ...]:
+    add = {capability_name(name) for name in added}
+    drop = {capability_name(name) for name in dropped}
+    if privileged:
+        held = set(available)
     elif "ALL" in add:
-        held = set(host.capabilities) - drop
+        held = set(available) - drop
     else:
         named = add - {"ALL"}
-        if missing := named - host.capabilities:
+        if missing := named - available:
             raise InvalidArgument(
                 f"this host cannot give {', '.join(sorted(missing))}: corral itself does not hold it",
                 reason="NO_CAPABILITY",
             )
         base = set() if "ALL" in drop else set(defaults.CAPABILITIES) - drop
-        held = (base & host.capabilities) | named
+        held = (base & available) | named
     return tuple(name for name in map(_cap, kernel_capabilities.NAMES) if name in held)
 
 

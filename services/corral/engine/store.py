@@ -215,12 +215,12 @@ def set_status(tx: Transaction, namespace: str, id_: str, status: Status) -> Con
     return replace(record, status=status)
 
 
-def set_removing(tx: Transaction, namespace: str, id_: str, *, volumes: bool) -> None:
-    """Any status -> REMOVING, with its anonymous volumes or without. Raises NotFound."""
-    check_move(get(tx, namespace, id_), Status.REMOVING)
+def set_removing(tx: Transaction, found: ContainerRecord, *, volumes: bool) -> None:
+    """Any status -> REMOVING, with its anonymous volumes or without. found: as this transaction has it."""
+    check_move(found, Status.REMOVING)
     tx.execute(
         "UPDATE container SET status = ?, removing_volumes = ? WHERE namespace = ? AND id = ?",
-        (Status.REMOVING, int(volumes), namespace, id_),
+        (Status.REMOVING, int(volumes), found.namespace, found.id),
     )
 
 
@@ -235,13 +235,9 @@ def save_started(tx: Transaction, record: ContainerRecord, *, by_user: bool) -> 
 
     Only a user's start forgets that a user stopped it: one by its policy may have been overtaken by that.
     """
-    if by_user:
-        tx.execute(
-            "UPDATE container SET stopped_by_user = 0, retrying = 0 WHERE namespace = ? AND id = ?",
-            (record.namespace, record.id),
-        )
+    forgotten = "stopped_by_user = 0, retrying = 0, " if by_user else ""
     tx.execute(
-        "UPDATE container SET announced = CASE status WHEN ? THEN announced ELSE 0 END,"
+        f"UPDATE container SET {forgotten}announced = CASE status WHEN ? THEN announced ELSE 0 END,"  # noqa: S608
         " status = ?, started_ns = ?, finished_ns = 0, pid = ?, exit = NULL,"
         " endpoint = ?, cgroup_path = ?, log_path = ?, bundle = ?, restart_count = ?"
         " WHERE namespace = ? AND id = ?",

@@ -223,7 +223,9 @@ class _Around:
             gate.enter(task, context)
             said = False
             try:
-                await self._enter(context)
+                self._enter(context)
+                if not gate.is_open:
+                    await gate.wait()
                 said = writes
                 return await fn(request, context)
             except (Exception, asyncio.CancelledError) as e:  # noqa: BLE001  # every call ends with a status
@@ -244,7 +246,9 @@ class _Around:
             gate.enter(task, context)
             said = False
             try:
-                await self._enter(context)
+                self._enter(context)
+                if not gate.is_open:
+                    await gate.wait()
                 async with aclosing(fn(request, context)) as responses:
                     async for response in responses:
                         said = True
@@ -267,7 +271,7 @@ class _Around:
 
         return refuse
 
-    async def _enter(self, context: _Context) -> None:
+    def _enter(self, context: _Context) -> None:
         namespace, request_id = DEFAULT_NAMESPACE, ""
         for key, value in context.invocation_metadata() or ():
             if key == NAMESPACE_KEY:
@@ -277,8 +281,6 @@ class _Around:
         # Never reset: the task, and its context with it, ends with the call.
         current_call.set(Call(namespace, request_id or new_request_id(), self._method))
         current_followers.set(self._gate.followers)
-        if not self._gate.is_open:
-            await self._gate.wait()
 
     async def _fail(self, context: _Context, e: BaseException, *, said: bool) -> None:
         """End the call with the status that `e` stands for. said: some of the answer may have been sent."""

@@ -36,6 +36,10 @@ class Ends:
             if self._later is None or self._later.done():
                 self._later = self._registry.until_stopped(self._write_later())
 
+    def is_written(self, process: Process) -> bool:
+        """Whether the database has been told of its end."""
+        return process not in self._unwritten
+
     async def _write_later(self) -> None:
         delay_s = RETRY_FIRST_S
         while self._unwritten:

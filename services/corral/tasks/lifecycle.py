@@ -272,11 +272,11 @@ class Tasks:
         for process in tuple(task.processes.values()):  # also one that is just being registered
             if not process.ended.is_set():  # an exec that died with init, before its shim could tell
                 await process.mark_ended(self._ends.write, Exit.unknown(NOT_SEEN, exited_at_ns=time.time_ns()))
-        rows = [process.row for process in task.processes.values()]
+        unwritten = [process.row for process in task.processes.values() if not self._ends.is_written(process)]
 
         def forget(transaction: Transaction) -> None:
-            for row in rows:
-                store.ended(transaction, row)  # in case its first writing failed
+            for row in unwritten:
+                store.ended(transaction, row)
             store.delete_task(transaction, task.row.key)
 
         failpoint("tasks.delete.before_row")
