@@ -100,6 +100,25 @@ def test_files_and_directories_go_in(box: Corrald, container: str, tmp_path: Pat
     assert ((back / "v/exe").stat().st_uid, (back / "v/exe").stat().st_gid) == (77, 78)
 
 
+def test_what_a_link_leads_to_is_replaced_and_not_the_link(box: Corrald, container: str, tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("new")
+    (tmp_path / "links").mkdir()
+    for name, target in (("near", "../data/one"), ("far", "/links/near"), ("directory", "/data/sub")):
+        (tmp_path / "links" / name).symlink_to(target)
+    ok(box, tmp_path / "links", f"{container}:/links")
+    ok(box, tmp_path / "f", f"{container}:/links/far")
+    ok(box, tmp_path / "f", f"{container}:/links/directory")
+    back = tmp_path / "back"
+    back.mkdir()
+    ok(box, f"{container}:/links", back)
+    ok(box, f"{container}:/data", back)
+    assert (back / "links/far").is_symlink()
+    assert (back / "links/near").is_symlink()
+    assert ((back / "data/one").read_text(), (back / "data/sub/f").read_text()) == ("new", "new")
+    told = cp(box, tmp_path / "none", f"{container}:/data").stderr
+    assert told == f"corral: {tmp_path}/none: No such file or directory\n".encode()
+
+
 def test_tars_pass_through_pipes(box: Corrald, container: str) -> None:
     data = ok(box, f"{container}:/data", "-")
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:

@@ -8,6 +8,7 @@ there before.
 import contextlib
 import io
 import os
+import posixpath
 import stat
 import sys
 import tarfile
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 STANDARD = "-"
 CHUNK = 256 << 10
+_MOST_LINKS = 40  # as the kernel follows
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -245,11 +247,11 @@ def _copy_in(app: App, source: str, container: str, path: str, *, follow: bool, 
 
 
 def _place_inside(app: App, container: str, path: str, source: str, *, is_directory: bool) -> tuple[str, str]:
-    """As _destination(), the other way round."""
+    """As _destination(), the other way round; but what is a link there is followed, inside the container."""
     from corral.rpc.errors import NotFound
 
     try:
-        found = next(iter(app.client.containers.copy_from(container, path, follow_link=True, stat_only=True))).stat
+        path, found = _end_of_links(app, container, path)
     except NotFound as e:
         above, _, name = path.rstrip("/").rpartition("/")
         if not is_directory and path.endswith("/"):
@@ -261,6 +263,21 @@ def _place_inside(app: App, container: str, path: str, source: str, *, is_direct
         raise ValueError(f"{path} of the container is no directory: a directory cannot be copied over it")
     above, _, name = path.rpartition("/")
     return above or "/", name
+
+
+def _end_of_links(app: App, container: str, path: str) -> "tuple[str, engine_pb2.PathStat]":
+    """What a path of the container leads to: where that is, unless it is a directory, and what.
+
+    Raises NotFound, also for a link that leads nowhere.
+    """
+    stats = app.client.containers.copy_from
+    found = next(iter(stats(container, path, follow_link=True, stat_only=True))).stat
+    for _ in range(_MOST_LINKS if not stat.S_ISDIR(found.mode) else 0):
+        link = next(iter(stats(container, path, stat_only=True))).stat
+        if not stat.S_ISLNK(link.mode):
+            break
+        path = posixpath.join(posixpath.dirname(path), link.link_target)
+    return path, found
 
 
 class _Packed:

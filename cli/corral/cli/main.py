@@ -165,6 +165,8 @@ def _report(error: Exception, args: "Sequence[str]") -> int:
         return ENGINE_FAILED if _verb(args) in ("run", "create") else 1
     if isinstance(error, UnicodeEncodeError):
         error = ValueError(f"{error.object!r} is not UTF-8: names, arguments and variables must be")
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        error = ValueError(f"{os.fsdecode(error.filename)}: {error.strerror}")  # without "[Errno 2]"
     complain(error)
     if _verb(args) not in ("run", "create", "exec"):
         return 1
