@@ -180,3 +180,11 @@ def test_what_is_removed_by_force_need_not_be_there(box: Corrald) -> None:
         assert box.corral(noun, "rm", "no-such").returncode == 1
         gone = box.corral(noun, "rm", "-f", "no-such")
         assert (gone.returncode, b"no-such" in gone.stderr) == (0, True)
+
+
+def test_a_volume_can_be_asked_for_twice(box: Corrald, name: str) -> None:
+    for _ in range(2):
+        assert ok(box, "volume", "create", name) == f"{name}\n"
+    other = box.corral("volume", "create", "--label", "a=b", name)
+    assert (other.returncode, b"exists already" in other.stderr) == (1, True)
+    ok(box, "volume", "rm", name)

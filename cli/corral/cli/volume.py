@@ -17,8 +17,15 @@ def volume_command() -> None:
 @click.argument("name", default="")
 @pass_app
 def create_command(app: App, name: str, labels: tuple[str, ...], options: tuple[str, ...]) -> None:
-    """Create a volume."""
-    click.echo(app.client.volumes.create(name, labels=_pairs(labels), options=_pairs(options)).name)
+    """Create a volume. One that is there already is no error, unless labels or options are asked for."""
+    from corral.rpc.errors import AlreadyExists
+
+    try:
+        click.echo(app.client.volumes.create(name, labels=_pairs(labels), options=_pairs(options)).name)
+    except AlreadyExists:
+        if labels or options:
+            raise
+        click.echo(name)
 
 
 def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
