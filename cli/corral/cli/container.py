@@ -36,7 +36,8 @@ def start_command(app: App, containers: tuple[str, ...], attach: bool, interacti
     if len(containers) != 1:
         raise click.UsageError("only one container can be attached")
     from corral.cli.exit_status import exit_code
-    from corral.cli.terminal import DEFAULT_DETACH_KEYS, Session, parse_detach_keys
+    from corral.cli.detach_keys import DEFAULT_DETACH_KEYS, parse_detach_keys
+    from corral.cli.terminal import Session
     from corral.client.execution import Attachment
 
     found = app.client.containers.start(containers[0], create_only=True)

@@ -214,10 +214,11 @@ def run_command(
 ) -> int:
     """Create a container and run a command in it; the exit code is the command's."""
     from corral.cli import terminal
+    from corral.cli.detach_keys import parse_detach_keys
 
     if detach and streams:
         raise ValueError("-d and -a exclude one another: leave one out")
-    keys = terminal.parse_detach_keys(detach_keys)
+    keys = parse_detach_keys(detach_keys)
     attached = set(streams) or {"stdin", "stdout", "stderr"}
     stdin = "stdin" in attached and (flags["stdin"] or "stdin" in streams)
     if flags["terminal"] and stdin and not detach:
