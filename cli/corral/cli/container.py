@@ -35,8 +35,8 @@ def start_command(app: App, containers: tuple[str, ...], attach: bool, interacti
         return each(containers, app.client.containers.start)
     if len(containers) != 1:
         raise click.UsageError("only one container can be attached")
-    from corral.cli.exit_status import exit_code
     from corral.cli.detach_keys import DEFAULT_DETACH_KEYS, parse_detach_keys
+    from corral.cli.exit_status import exit_code
     from corral.cli.terminal import Session
     from corral.client.execution import Attachment
 

@@ -38,8 +38,8 @@ def exec_command(
     detach_keys: str,
 ) -> int:
     """Run a further command in a running container; the exit code is the command's."""
-    from corral.cli.exit_status import exit_code
     from corral.cli.detach_keys import parse_detach_keys
+    from corral.cli.exit_status import exit_code
     from corral.cli.terminal import Session, require_terminal, window_size
     from corral.client.execution import Attachment
 
@@ -84,8 +84,8 @@ def _environment(files: Sequence[str], env: Sequence[str]) -> list[str]:
 def attach_command(app: App, container: str, no_stdin: bool, detach_keys: str, sig_proxy: bool) -> int:
     """Attach this terminal to a running container; the exit code is the container's."""
     from corral.api.engine.v1 import engine_pb2
-    from corral.cli.exit_status import exit_code
     from corral.cli.detach_keys import parse_detach_keys
+    from corral.cli.exit_status import exit_code
     from corral.cli.terminal import Session
     from corral.client.execution import Attachment
     from corral.rpc.errors import FailedPrecondition
