@@ -37,6 +37,8 @@ from corral.kernel.cgroup import (
     hugepages,
     join,
 )
+from corral.kernel.cgroup.v1 import freezer as freezer_v1
+from corral.kernel.cgroup.v2 import freezer as freezer_v2
 
 pytestmark = needs("root", "cgroup")
 MIB = 1 << 20
@@ -313,6 +315,15 @@ def test_remove_takes_a_frozen_group(group: Cgroup) -> None:
         group.remove()
         assert not group.exists()
         assert os.WTERMSIG(child.wait()) == signal.SIGKILL
+
+
+def test_a_cgroup_that_was_removed_as_it_is_looked_at_is_not_frozen_and_thawing_it_no_error(group: Cgroup) -> None:
+    directories = group.directories
+    group.remove()
+    for directory in directories:
+        for freezer in (freezer_v1, freezer_v2):
+            assert not freezer.is_frozen(directory)
+            freezer.thaw(directory)
 
 
 def test_removing_what_is_gone_is_no_error(group: Cgroup) -> None:

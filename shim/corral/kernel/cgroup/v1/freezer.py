@@ -5,7 +5,7 @@ Source: kernel cgroup-v1/freezer-subsystem.rst.
 
 import time
 
-from corral.kernel.cgroup import files
+from corral.kernel.cgroup import files, membership
 
 STATE = "freezer.state"
 FROZEN, THAWED = "FROZEN", "THAWED"
@@ -28,10 +28,19 @@ def freeze(directory: str, deadline: float) -> bool:
 
 
 def thaw(directory: str) -> None:
-    """Let the processes run again."""
-    files.write(f"{directory}/{STATE}", THAWED)
+    """Let the processes run again, if it is not gone with them."""
+    try:
+        files.write(f"{directory}/{STATE}", THAWED)
+    except OSError as e:
+        if not membership.gone(e):
+            raise
 
 
 def is_frozen(directory: str) -> bool:
-    """Whether every process has stopped."""
-    return files.read(f"{directory}/{STATE}") == FROZEN
+    """Whether every process has stopped; not so of a cgroup that is gone."""
+    try:
+        return files.read(f"{directory}/{STATE}") == FROZEN
+    except OSError as e:
+        if not membership.gone(e):
+            raise
+        return False

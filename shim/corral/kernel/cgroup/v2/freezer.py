@@ -7,7 +7,7 @@ import os
 import select
 import time
 
-from corral.kernel.cgroup import files
+from corral.kernel.cgroup import files, membership
 
 FREEZE = "cgroup.freeze"
 EVENTS = "cgroup.events"
@@ -31,13 +31,22 @@ def freeze(directory: str, deadline: float) -> bool:
 
 
 def thaw(directory: str) -> None:
-    """Let the processes run again."""
-    files.write(f"{directory}/{FREEZE}", "0")
+    """Let the processes run again, if it is not gone with them."""
+    try:
+        files.write(f"{directory}/{FREEZE}", "0")
+    except OSError as e:
+        if not membership.gone(e):
+            raise
 
 
 def is_frozen(directory: str) -> bool:
-    """Whether every process has stopped."""
-    return _flag(files.read_bytes(f"{directory}/{EVENTS}"), "frozen")
+    """Whether every process has stopped; not so of a cgroup that is gone."""
+    try:
+        return _flag(files.read_bytes(f"{directory}/{EVENTS}"), "frozen")
+    except OSError as e:
+        if not membership.gone(e):
+            raise
+        return False
 
 
 def is_populated(directory: str) -> bool:
