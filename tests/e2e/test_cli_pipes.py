@@ -5,6 +5,8 @@ import os
 import random
 import select
 import signal
+import socket
+import struct
 import subprocess
 import threading
 import time
@@ -111,6 +113,64 @@ def test_it_is_written_to_a_file_as_that_was_opened(box: Corrald, tmp_path: Path
         assert run.communicate() == (None, b"")
     kept = b"before\n" if flags == os.O_APPEND else b""
     assert path.read_bytes() == kept + bytes(64 * MIB)
+
+
+def test_both_streams_and_another_program_write_to_one_file(box: Corrald, name: str, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    lines = "i=0; while [ $i -lt 9 ]; do i=$((i+1)); echo out $i; usleep 9999; echo err $i >&2; usleep 9999; done"
+    script = f"{BLOCKS}; {BLOCKS} >&2; while ! test -e /go; do usleep 9999; done; {lines}"
+    with path.open("wb") as file:
+        environment = os.environ | {"CORRAL_ADDRESS": box.address}
+        command = [str(CORRAL), "run", "--name", name, "busybox", "sh", "-c", script]
+        with subprocess.Popen(command, stdout=file, stderr=file, env=environment) as run:
+            wait_for(lambda: path.stat().st_size == 8 * MIB)
+            file.write(b"\nanother\n")
+            file.flush()
+            with box.client() as client:
+                Path(f"/proc/{client.containers.get(name).pid}/root/go").touch()
+            assert run.wait(30 * PATIENCE) == 0
+    said = path.read_bytes()[8 * MIB :].decode().splitlines()[1:]
+    assert said[0] == "another"
+    assert sorted(said[1:]) == sorted(f"{stream} {i}" for i in range(1, 10) for stream in ("out", "err"))
+
+
+def test_a_pipe_that_somebody_has_set_not_to_block_is_waited_for(box: Corrald, name: str) -> None:
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    with command(
+        box, "run", "--name", name, "busybox", "sh", "-c", f"{BLOCKS}; sleep 2; {BLOCKS}", stdout=writer
+    ) as run:
+        os.close(writer)
+        got, used = 0, []
+        while (ready := select.select([reader], [], [], 30 * PATIENCE)[0]) and (block := os.read(reader, MIB)):
+            got += len(block)
+            if got == 4 * MIB:
+                used.append(time_used(run.pid))
+                time.sleep(1)
+                used.append(time_used(run.pid))
+        assert ready
+        assert run.wait(30 * PATIENCE) == 0
+    os.close(reader)
+    assert got == 8 * MIB
+    assert used[1] - used[0] < 0.1
+
+
+def time_used(pid: int) -> float:
+    """CPU time in seconds. Source: proc_pid_stat(5)."""
+    fields = Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_stdin_that_breaks_has_ended(box: Corrald) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as ours:
+        theirs, _ = server.accept()
+        with theirs, command(box, "run", "--rm", "-i", "busybox", "wc", "-c", stdin=ours.fileno()) as run:
+            theirs.sendall(bytes(8 * MIB))
+            time.sleep(1)
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
+            theirs.close()
+            assert run.wait(30 * PATIENCE) == 0
+            assert run.stdout is not None
+            assert run.stdout.read() == b"8388608\n"
 
 
 def test_a_command_in_a_container_likewise(box: Corrald, name: str, data: bytes) -> None:

@@ -1,15 +1,19 @@
 """What a shim that is killed has taken and not logged, found by the next one."""
 
+import base64
 import contextlib
 import json
 import os
 import resource
+import socket
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from corral.shim.log_drivers import open_log
+from corral.shim.log_options import LogOptions, ToSyslog
 from corral.shim.log_program import PipeReceiver
 from corral.shim.logs import FileLog, Log, LogFile
 from corral.shim.loop import Loop
@@ -156,6 +160,24 @@ def test_a_spool_that_a_full_disk_tears_is_given_up(tmp_path: Path, directory: i
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not spool.kept
     assert not (tmp_path / "stdout.spool").exists()
+
+
+def test_the_copy_of_a_log_has_what_is_no_text_once_after_a_kill(tmp_path: Path, directory: int) -> None:
+    socket_path, data = tmp_path / "server", [bytes(20000) + b"\n", bytes(500), b"\n"]
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as server, closing(Loop()) as loop:
+        server.bind(str(socket_path))
+        to = ToSyslog(Address("unix", str(socket_path)), 3, "", "t", "-")
+        wanted = LogOptions("syslog", str(tmp_path / "log"), 0, 1, to=to)
+        first = open_log(loop, wanted, directory=directory)
+        first.write("stdout", take(first, b"".join(data[:2])))
+        second = open_log(loop, wanted, directory=directory, resumed={})
+        second.write("stdout", take(second, data[2]))
+        written = (tmp_path / "log").read_bytes()
+        for log in (first, second):
+            log.close()
+    entries = [json.loads(line) for line in written.splitlines()]
+    kept = b"".join(base64.b64decode(entry["data"]) if "data" in entry else entry["log"].encode() for entry in entries)
+    assert kept == b"".join(data)
 
 
 @pytest.mark.parametrize("sends", ["lines", "bytes"])

@@ -47,8 +47,8 @@ def test_who_has_only_found_the_socket_is_not_listened_to(client: pipes.Taker, p
         assert replace(told(client), secret=secret).give(others)
     with socket.socket(socket.AF_UNIX) as silent:
         silent.connect(f"\0{told(client).name}")
-    assert told(client).give(pipe[:1])
-    (fd,) = client.receive(["stdout"]).values()
+        assert told(client).give(pipe[:1])
+        (fd,) = client.receive(["stdout"]).values()
     assert os.fstat(fd).st_ino == os.fstat(pipe[0]).st_ino
     os.close(fd)
     for end in others:
@@ -68,6 +68,12 @@ def test_who_listens_under_the_name_of_one_that_is_gone_gets_nothing(pipe: tuple
         with other.accept()[0] as connection:
             said, fds, _, _ = socket.recv_fds(connection, 99, 9)
         assert (said, fds) == (b"", [])
+
+
+def test_pipes_that_do_not_come_are_not_waited_for(client: pipes.Taker, pipe: tuple[int, int]) -> None:
+    assert told(client).give(pipe)  # and of these one has not come
+    with pytest.raises(ConnectionAbortedError):
+        client.receive(["stdout"])
 
 
 @pytest.mark.parametrize("name", ["", "dbus", "corral-" + "x" * 200, "corral-nobody"])

@@ -4,11 +4,11 @@ a process's pipe --splice(2)--> our stdout
 our stdin        --splice(2)--> its pipe
 """
 
-import errno
 import os
 import secrets
 import select
 import socket
+import stat
 import threading
 from collections.abc import Callable, Sequence
 
@@ -17,8 +17,6 @@ from corral.cli.terminal import write_all
 
 _MOST = 1 << 20
 _PIPES = 3
-# The daemon sends them before it says so.
-_PATIENCE_S = 5.0
 
 
 class Taker:
@@ -30,7 +28,7 @@ class Taker:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(f"\0{self._name}")
         self._socket.listen()
-        self._socket.settimeout(_PATIENCE_S)
+        self._socket.setblocking(False)
 
     def request(self, *, stdin: bool) -> tasks_pb2.AttachRequest:
         """Asks for stdin's, or for those of the output."""
@@ -38,16 +36,30 @@ class Taker:
         return tasks_pb2.AttachRequest(take=take)
 
     def receive(self, streams: Sequence[str]) -> dict[str, int]:
-        """Those that the daemon says it has sent, by their names. Raises OSError."""
+        """Those that the daemon says it has sent, by their names. Raises OSError.
+
+        So they are here, and nobody is waited for: others, who have found the socket, may connect and say nothing.
+        """
         with self._socket:
             while True:
-                with self._socket.accept()[0] as connection:
-                    connection.settimeout(_PATIENCE_S)
-                    said, fds, _, _ = socket.recv_fds(connection, len(self._secret), _PIPES)
-                if said == self._secret:
+                try:
+                    connection, _ = self._socket.accept()
+                except BlockingIOError as e:
+                    raise ConnectionAbortedError("pipes of the process were sent, and have not come") from e
+                with connection:
+                    said, fds = self._said(connection)
+                if said == self._secret and len(fds) == len(streams):
                     return dict(zip(streams, fds, strict=True))
-                for fd in fds:  # of somebody else, who has found the socket
+                for fd in fds:
                     os.close(fd)
+
+    def _said(self, connection: socket.socket) -> tuple[bytes, list[int]]:
+        connection.setblocking(False)
+        try:
+            said, fds, _, _ = socket.recv_fds(connection, len(self._secret), _PIPES)
+        except OSError:
+            return b"", []
+        return said, fds
 
     def close(self) -> None:
         """None will come; harmless when repeated."""
@@ -66,8 +78,9 @@ class Output(threading.Thread):
 
     def run(self) -> None:
         """See the class."""
+        move = self._splice if _is_stream(self._target) else self._copy
         try:
-            while self._move():
+            while move():
                 pass
         except OSError as e:
             self.failure = e
@@ -75,18 +88,25 @@ class Output(threading.Thread):
         finally:
             os.close(self._pipe)
 
-    def _move(self) -> int:
+    def _splice(self) -> int:
         try:
             return os.splice(self._pipe, self._target, _MOST)
-        except BlockingIOError:  # the target's fault: somebody has set it so
+        except BlockingIOError:  # the target is set so, by somebody, and either of them has to be waited for
+            select.select([self._pipe], [], [])
             select.select([], [self._target], [])
             return 1
-        except OSError as e:
-            if e.errno != errno.EINVAL:
-                raise
-        # Not all kinds of files take it: one that is appended to does not.
+
+    def _copy(self) -> int:
         write_all(self._target, data := os.read(self._pipe, _MOST))
         return len(data)
+
+
+def _is_stream(fd: int) -> bool:
+    """Whether it may be spliced. In a file, splice(2) goes by the offset as it was before it waited, whoever has
+    written there meanwhile; terminals, and files that are appended to, don't take it.
+    """
+    mode = os.fstat(fd).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
 class Input:
@@ -96,16 +116,17 @@ class Input:
         self.fd = pipe
         self.is_full = False
         """Whether it is the pipe that has to be waited for."""
+        self._splices = _is_stream(0)
         self._rest = memoryview(b"")
         os.set_blocking(pipe, False)
 
     def move(self) -> bool:
         """To be called when there is something to read, or an end; False, and the pipe closed, if that was the last."""
         try:
-            more = self._splice()
+            more = self._splice() if self._splices else self._copy()
         except BlockingIOError:
             self.is_full = more = True
-        except BrokenPipeError:  # the process wants no more
+        except OSError:  # the process wants no more, or stdin has come to a bad end
             more = False
         if not more:
             os.close(self.fd)
@@ -117,15 +138,12 @@ class Input:
         return not self._rest or self.move()
 
     def _splice(self) -> bool:
+        return os.splice(0, self.fd, _MOST, flags=os.SPLICE_F_NONBLOCK) > 0
+
+    def _copy(self) -> bool:
+        self._rest = self._rest or memoryview(os.read(0, _MOST))
         if not self._rest:
-            try:
-                return os.splice(0, self.fd, _MOST, flags=os.SPLICE_F_NONBLOCK) > 0
-            except OSError as e:
-                if e.errno != errno.EINVAL:
-                    raise
-            self._rest = memoryview(os.read(0, _MOST))
-            if not self._rest:
-                return False
+            return False
         while self._rest:
             self._rest = self._rest[os.write(self.fd, self._rest) :]
         return True

@@ -92,6 +92,7 @@ class Session:
         self._takes_pipes = not terminal and client.address.startswith("unix:")
         self._taker: Taker | None = None
         self._waits_for_stdin = False
+        self._asking = threading.Lock()  # of those two
         self._moved_bytes = 0
         self._outputs: dict[int, Output] = {}
         self._input: Input | None = None
@@ -128,6 +129,8 @@ class Session:
         try:
             while True:
                 self._answers = self.client.containers.attach(attachment, self._outbox.requests())
+                if any(output.failure is not None for output in self._outputs.values()):
+                    return None  # it may have ended the call before this one
                 parked, attached = None, False
                 try:
                     for part in self._answers:
@@ -209,10 +212,11 @@ class Session:
             os.write(self._wake[1], _ASK_FOR_STDIN)
 
     def _stop_asking(self) -> None:
-        if self._taker is not None:
-            self._taker.close()
-            self._taker, self._moved_bytes, self._waits_for_stdin = None, 0, False
-            os.write(self._wake[1], _GO_ON)
+        with self._asking:
+            if self._taker is not None:
+                self._taker.close()
+                self._taker, self._moved_bytes, self._waits_for_stdin = None, 0, False
+                os.write(self._wake[1], _GO_ON)
 
     def _give_up(self) -> None:
         if self._answers is not None:
@@ -232,17 +236,19 @@ class Session:
         if self.terminal:
             self._send_size()
         while True:
+            waits = self._waits_for_stdin  # looked at first: once it waits no more, the pipe is there
             pipe = self._input
             is_full = pipe is not None and pipe.is_full
-            reads = [self._wake[0], *([0] if more and not is_full and not self._waits_for_stdin else [])]
+            reads = [self._wake[0], *([0] if more and not is_full and not waits else [])]
             ready, writable, _ = select.select(reads, [pipe.fd] if pipe is not None and is_full and more else [], [])
-            if self._wake[0] in ready and not self._on_wake(more):
-                return
-            if pipe is not None and writable:
+            if self._wake[0] in ready:
+                if not self._on_wake(more):
+                    return
+            elif pipe is not None and writable:
                 more = pipe.go_on()
             elif pipe is not None and 0 in ready:
                 more = pipe.move()
-            elif 0 in ready and not self._waits_for_stdin:
+            elif 0 in ready:
                 more = self._on_stdin(keys)
 
     def _on_stdin(self, keys: DetachKeys) -> bool:
@@ -289,15 +295,16 @@ class Session:
     def _ask(self, *, stdin: bool) -> None:
         from corral.cli.pipes import Taker
 
-        if self._taker is not None:
-            return
-        try:
-            self._taker = Taker()
-        except OSError:
-            self._takes_pipes = False
-            return
-        self._waits_for_stdin = stdin
-        self._outbox.put(self._taker.request(stdin=stdin))
+        with self._asking:
+            if self._taker is not None:
+                return
+            try:
+                self._taker = Taker()
+            except OSError:
+                self._takes_pipes = False
+                return
+            self._waits_for_stdin = stdin
+            self._outbox.put(self._taker.request(stdin=stdin))
 
     def _detach(self) -> None:
         """What was typed before still arrives; then the call ends without an exit status."""

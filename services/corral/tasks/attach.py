@@ -110,11 +110,6 @@ class Attachment:
         return self._detach.is_set()
 
     @property
-    def is_wanted(self) -> bool:
-        """Whether take() was called: output() has ended for hand_over(), and goes on after it."""
-        return self._taking.is_set()
-
-    @property
     def fds(self) -> Mapping[str, int]:
         """Ours, by stream."""
         stdin = {STDIN: self._stdin, READER: self._reader}
@@ -253,7 +248,7 @@ class Attachment:
 
     @property
     def _is_interrupted(self) -> bool:
-        return self.detached or self.is_wanted
+        return self.detached or self._taking.is_set()
 
     async def _until_closed(self) -> AsyncGenerator[tuple[Stream, bytes]]:
         while self._outputs and not self._is_interrupted:
@@ -350,6 +345,12 @@ class Attachment:
         self._taker = taker
         self._taking.set()
         self._wake()
+
+    async def is_wanted(self) -> bool:
+        """After output(), which goes on after hand_over(): whether take() was called. Waits for that or for the end."""
+        while not (self._process.ended.is_set() or self._is_interrupted):
+            await first_of(self._process.ended, self._detach, self._taking)
+        return self._taking.is_set()
 
     def hand_over(self) -> tuple[str, ...] | None:
         """Give pipes to who take() was called for; which they were, or None if that is not reached."""

@@ -229,7 +229,7 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
             how = None
             try:
                 await _write_output(context, attachment)
-                while attachment.is_wanted:
+                while await attachment.is_wanted():
                     streams = attachment.hand_over()
                     pipes = pb.Pipes(streams=streams or (), reached=streams is not None)
                     await context.write(pb.AttachResponse(pipes=pipes))

@@ -29,7 +29,8 @@ def open_log(
     if wanted.to is None:
         assert file is not None
         return FileLog(file, wanted.driver, _spool_in(directory), attrs=wanted.attrs)
-    cache = None if file is None else FileLog(file, "json-file")
+    # An heir finds by its lines how far a cache has come.
+    cache = None if file is None else FileLog(file, "json-file", blocks=False)
     try:
         return _sending(loop, wanted, wanted.to, cache, directory, resumed)
     except BaseException:

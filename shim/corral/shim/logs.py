@@ -61,10 +61,10 @@ def cut(data: bytes, block_limit: int = 0) -> Iterator[tuple[Part, bytes]]:
     while start < size:
         end = start + PIECE_LIMIT
         if block_limit and end <= size and _has_nul(data, start, end):
-            block = data[start : start + block_limit]
+            block = data[start : _end_of_block(data, end, start + block_limit)]
             if not _has_many_lines(block):
                 yield Part.BLOCK, block
-                start += block_limit
+                start += len(block)
                 continue
         if (newline := data.rfind(b"\n", start, end)) >= 0:
             end = _end_of_lines(data, start, newline + 1, text=bool(block_limit))
@@ -80,6 +80,13 @@ def cut(data: bytes, block_limit: int = 0) -> Iterator[tuple[Part, bytes]]:
 
 def _has_nul(data: bytes, start: int, end: int) -> bool:
     return data.find(b"\0", start, end) >= 0
+
+
+def _end_of_block(data: bytes, end: int, limit: int) -> int:
+    """Where what is no text ends, looked at piece by piece, if the first piece ends at `end`."""
+    while end < limit and _has_nul(data, end, min(end + PIECE_LIMIT, limit)):
+        end += PIECE_LIMIT
+    return min(end, limit)
 
 
 def _has_many_lines(data: bytes) -> bool:
@@ -351,16 +358,22 @@ class FileLog:
     __slots__ = ("_block_limit", "_file", "_format", "_format_last", "_spool", "_waiting", "dropped_bytes")
 
     def __init__(
-        self, file: LogFile, driver: str, spool: Spool | None = None, *, attrs: Mapping[str, str] | None = None
+        self,
+        file: LogFile,
+        driver: str,
+        spool: Spool | None = None,
+        *,
+        attrs: Mapping[str, str] | None = None,
+        blocks: bool = True,
     ) -> None:
         """spool: where what is taken is kept until it is written; what an earlier shim left there is written first.
 
-        attrs: told with each line, by a format that can.
+        attrs: told with each line, by a format that can. blocks: whether what is no text may be cut within lines.
         """
         self._file, self._spool = file, spool
         self._format, self._format_last = FORMATS[driver]
         self._block_limit = 0
-        if driver == "json-file":
+        if driver == "json-file" and blocks:
             self._block_limit = BLOCK_LIMIT if file.holds(2 * BLOCK_LIMIT) else PIECE_LIMIT
         if attrs and driver == "json-file":
             text = f',"attrs":{json.dumps(attrs, separators=(",", ":"))}'
