@@ -270,6 +270,26 @@ def test_one_whose_shim_is_killed_before_it_has_told_it_to_run_never_does_and_is
     assert collected.result().code == 1
 
 
+def test_a_container_outlives_any_number_of_heirs_that_are_killed_as_they_take_it_over(
+    client: Client, daemon: Corrald
+) -> None:
+    script = "while ! test -e /go; do usleep 9999; done; echo bye; exit 9"
+    made = client.containers.run("busybox", ["sh", "-c", script], name="made", id="made", network="none")
+    client.containers.run("busybox", ["sleep", "999"], name="removed", id="removed", network="none")
+    daemon.restart_with({"CORRAL_FAILPOINTS": "shim.adopt.before_reply=kill"})
+    eventually(lambda: kill_shim(client, "made"))
+    time.sleep(4)
+    assert client.containers.get("made").status == engine_pb2.STATUS_RUNNING
+    eventually(lambda: kill_shim(client, "removed"))
+    client.containers.remove("removed", force=True)
+    assert [each.name for each in client.containers.list(all=True)] == ["made"]
+    daemon.restart()
+    Path(f"/proc/{made.pid}/root/go").touch()
+    status = eventually(lambda: client.containers.wait("made"))
+    assert (status.code, status.known) == (9, True)
+    assert [entry.line for entry in client.containers.logs("made")] == [b"bye\n"]
+
+
 def test_an_exec_outlives_any_number_of_heirs_that_are_killed_as_they_take_it_over(
     client: Client, daemon: Corrald
 ) -> None:

@@ -6,6 +6,7 @@ terminal's master, or the writing end of a stdin, is to be had from nowhere else
 """
 
 import asyncio
+import errno
 import json
 import os
 import time
@@ -73,7 +74,8 @@ class Heirs:
     async def find(self, task: Task) -> Shim | None:
         """A shim that has taken over, and tells of what happens from now on; None if there is nothing to take over.
 
-        A container that has ended is taken over too, if it may have left output that is in no log yet.
+        A container that has ended is taken over too, if it may have left output that is in no log yet. Raises OSError
+        if one that runs can't be now: it is left alone, whatever befalls its shims, for as long as it runs.
         """
         if not await self._is_wanted(task):
             return None
@@ -81,11 +83,16 @@ class Heirs:
             log.error("task.not_inherited", container_id=task.row.key.id, error="its shims keep dying")
             return None
         await task.shim_identity.kill(within_s=KILL_S)  # it may only be stuck
+        may_yet = False
         for _ in range(ATTEMPTS):
             try:
                 return await self._replace(task)
             except (CorralError, OSError) as e:
                 log.warning("task.not_inherited", container_id=task.row.key.id, error=str(e))
+                may_yet = isinstance(e, Unavailable | OSError)
+        init = task.init
+        if may_yet and init.row.status is Status.RUNNING and init.identity is not None and init.identity.runs:
+            raise OSError(errno.EAGAIN, "its shims keep dying")
         return None
 
     async def note(self, task: Task, shim: Identity) -> None:

@@ -50,6 +50,14 @@ class Identity:
             poll.register(pidfd, select.POLLIN)
             return not poll.poll(0)
 
+    def signal(self, number: int) -> bool:
+        """Send it a signal; whether it was there."""
+        with self.held() as pidfd, suppress(ProcessLookupError):
+            if pidfd is not None:
+                send_signal(pidfd, number)
+                return True
+        return False
+
     async def kill(self, *, within_s: float) -> bool:
         """SIGKILL it and wait for its end; whether it has ended. A process that is already gone is fine."""
         with self.held() as pidfd:

@@ -200,7 +200,12 @@ class Tasks:
         process = task.process(exec_id)
         if process.ended.is_set():
             raise FailedPrecondition(f"{process.what} is not running: it has ended", reason="NOT_RUNNING")
-        shim = await task.reached()
+        try:
+            shim = await task.reached()
+        except Unavailable:
+            if _signal_alone(task, exec_id, number):
+                return
+            raise
         try:
             await shim.kill(exec_id, number, everything=everything)
         except Unavailable as e:
@@ -261,6 +266,7 @@ class Tasks:
             await (await task.reached()).kill(INIT, SIGKILL, everything=True)
         except CorralError as e:
             log.info("task.not_killed", container_id=task.row.key.id, error=str(e))  # it may just have ended
+            _signal_alone(task, INIT, SIGKILL)
         if await task.init.has_ended(within_s=KILL_S):
             return
         log.warning("shim.killed", container_id=task.row.key.id, reason="it reported no exit")
@@ -321,3 +327,9 @@ async def _runs_all_the_same(task: Task, process: Process) -> bool:
                 await task.shim.closed.wait()
     await task.settled.wait()
     return process.row.started_at_ns is not None
+
+
+def _signal_alone(task: Task, exec_id: str, number: int) -> bool:
+    """To a container whose shims keep dying: whether its init was there."""
+    init = task.init.identity
+    return task.shim is None and exec_id == INIT and init is not None and init.signal(number)
