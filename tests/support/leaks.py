@@ -16,7 +16,7 @@ from typing import Self
 TAG_VARIABLE = "CORRAL_TEST_TAG"
 SESSIONS_LOCK = Path("/tmp/corral-test-sessions.lock")
 OUR_PROGRAMS = ("corral.shim", "corral.daemon", "corrald", "corral.network.proxy")
-SETTLE_S = 5.0
+SETTLE_S = 5.0 * float(os.environ.get("CORRAL_TEST_PATIENCE", "1"))
 
 
 @dataclass(frozen=True, slots=True)
