@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PROTOS := $(shell find protos -name '*.proto' | sort)
 
-.PHONY: setup generate check test test-e2e test-engine test-crashes test-images test-registries test-cli test-network test-contracts test-kernel test-shims test-unit test-vm test-vm-drivers test-vm-network test-vm-cgroups test-vm-systemd test-vm-power test-boxed oom-rounds demo bench crash-test clean
+.PHONY: setup generate check test test-e2e test-engine test-crashes test-images test-registries test-cli test-network test-contracts test-kernel test-shims test-unit test-vm test-vm-drivers test-vm-network test-vm-cgroups test-vm-systemd test-vm-power test-boxed oom-rounds oom-rounds-vm demo bench crash-test clean
 
 # Installs what is needed by name and creates .venv; running it again changes nothing.
 setup:
@@ -81,6 +81,9 @@ test-boxed: setup
 oom-rounds: setup
 	$(PY) tests/vm/oom_rounds.py
 	$(BOXED) $(PY) tests/vm/oom_rounds.py --driver systemd || [ $$? -eq 77 ]
+# Likewise on cgroup v2, under the systemd of a virtual machine: emulated, an hour.
+oom-rounds-vm: setup
+	$(VM) --timeout 7200 --systemd -- $(PY) tests/vm/oom_rounds.py --driver systemd --at-once 2 || [ $$? -eq 77 ]
 test-vm-power: setup
 	$(PY) tests/vm/power_loss.py || [ $$? -eq 77 ]
 
