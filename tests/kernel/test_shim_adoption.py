@@ -58,16 +58,20 @@ def test_a_run_that_gains_privileges_is_ended_by_the_heir(shop: Workshop) -> Non
     peer.send({"id": 1, "op": "run", "exec": "r", "process": process("/suid/sleep", "4719"), "user": "user"})
     runs = shim.bundle / "runs"
     deadline = time.monotonic() + 10
-    while not (noted := [int(file.name.split(".")[0]) for file in runs.glob("*")]):
+    while not (noted := [int(file.name.split(".")[0]) for file in runs.glob("*")]) or not runs_now(noted[0]):
         assert time.monotonic() < deadline
         time.sleep(0.005)
     kill(shim)
     time.sleep(0.1)
-    assert Path(f"/proc/{noted[0]}/cmdline").read_bytes() == b"/suid/sleep\0004719\0"
+    assert runs_now(noted[0])
     keeper.hand_over(heir_of(shop, shim))
     wait_gone(noted[0])
     assert list(runs.iterdir()) == []
     peer.close()
+
+
+def runs_now(pid: int) -> bool:
+    return Path(f"/proc/{pid}/cmdline").read_bytes() == b"/suid/sleep\0004719\0"
 
 
 class Keeper:
