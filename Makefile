@@ -22,7 +22,7 @@ check: setup
 	$(PY) cli/generate_sync.py --check
 
 # In parts, side by side: most tests wait for the kernel, or for a time to pass. The longest come first.
-PARTS := e2e images cli network contracts kernel crashes engine shims registries unit
+PARTS := images cli network contracts lives e2e kernel crashes engine shims registries unit
 test: setup
 	@$(MAKE) --no-print-directory --keep-going --jobs=$(JOBS) --output-sync=target $(PARTS:%=test-%)
 JOBS := 5
@@ -30,8 +30,12 @@ JOBS := 5
 COMMANDS := $(wildcard tests/e2e/test_cli_*.py)
 CRASHES := tests/e2e/test_failpoints.py tests/e2e/test_engine_recovery.py tests/e2e/test_storm.py
 ENGINE := $(filter-out $(CRASHES),$(wildcard tests/e2e/test_engine_*.py))
+LIVES := $(wildcard tests/e2e/test_daemon_*.py tests/e2e/test_upgrade*.py tests/e2e/test_s*.py) tests/e2e/test_full_disk.py
+LIVES := $(filter-out $(CRASHES),$(LIVES))
 test-e2e:
-	$(PY) -m pytest $(filter-out $(COMMANDS) $(CRASHES) $(ENGINE),$(wildcard tests/e2e/test_*.py)) $(PYTEST_ARGS)
+	$(PY) -m pytest $(filter-out $(COMMANDS) $(CRASHES) $(ENGINE) $(LIVES),$(wildcard tests/e2e/test_*.py)) $(PYTEST_ARGS)
+test-lives:
+	$(PY) -m pytest $(LIVES) $(PYTEST_ARGS)
 test-engine:
 	$(PY) -m pytest $(ENGINE) $(PYTEST_ARGS)
 test-crashes:

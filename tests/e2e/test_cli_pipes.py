@@ -181,9 +181,8 @@ def test_a_command_in_a_container_likewise(box: Corrald, name: str, data: bytes)
 
 
 def test_whoever_reads_slowly_makes_the_process_wait(box: Corrald, name: str) -> None:
-    with command(
-        box, "run", "--name", name, "busybox", "sh", "-c", f"{BLOCKS}; {BLOCKS}; touch /written; {BLOCKS}"
-    ) as run:
+    script = f"for i in 1 2 3 4 5 6 7 8; do {BLOCKS}; done; touch /written; {BLOCKS}"
+    with command(box, "run", "--name", name, "busybox", "sh", "-c", script) as run:
         assert run.stdout is not None
         assert len(run.stdout.read(2 * MIB)) == 2 * MIB
         with box.client() as client:
@@ -191,7 +190,7 @@ def test_whoever_reads_slowly_makes_the_process_wait(box: Corrald, name: str) ->
         time.sleep(1)
         assert not (root / "written").exists()
         rest, _ = run.communicate()
-    assert (run.returncode, len(rest)) == (0, 10 * MIB)
+    assert (run.returncode, len(rest)) == (0, 34 * MIB)
 
 
 def test_input_does_not_wait_for_output_that_nobody_reads(box: Corrald, name: str) -> None:

@@ -44,7 +44,7 @@ def test_a_shim_that_reports_an_exit_before_it_has_written_it_down_is_found_out(
     """Shims are killed right after they have told the daemon, which is killed, too, so that some tell nobody."""
     patched = tmp_path / "shim"
     shutil.copytree(SHIM_SOURCES, patched, ignore=shutil.ignore_patterns("__pycache__"))
-    report_first(patched / "corral/shim/shim.py")
+    report_first(patched / "corral/shim/processes.py")
     with running(command=with_shim(patched)) as daemon:
         load_image(daemon, busybox_archive)
         storm = Storm(

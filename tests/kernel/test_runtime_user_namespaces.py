@@ -93,7 +93,7 @@ class TestNew:
         container.start()
         status = Path(f"/proc/{container.init.pid}/status").read_text()
         assert f"Uid:\t{FIRST + 1000}\t" in status
-        assert f"Groups:\t{FIRST + 10} {FIRST + 2000} \n" in status
+        assert f"Groups:\t{FIRST + 10} {FIRST + 1001} {FIRST + 2000} \n" in status
         assert lab.exec(container, "id -u; id -G", user="bob").output.split() == ["1000", "1001", "10", "2000"]
 
     def test_what_it_writes_is_the_mapped_users(self, lab):
