@@ -59,7 +59,7 @@ def _out(run: list[str], env: dict[str, str], data: Path) -> float:
 
 
 def _into(run: list[str], env: dict[str, str], data: Path) -> float:
-    command = [*run, "-i", "--network", "none", "busybox", "sh", "-c", f"test $(wc -c) = {data.stat().st_size}"]
+    command = [*run, "-i", "--network", "none", "busybox", "sh", "-c", "cat >/dev/null"]  # busybox's wc is slower
     began = time.monotonic()
     with (
         data.open("rb") as file,
