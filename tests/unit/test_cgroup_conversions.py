@@ -100,12 +100,12 @@ def test_a_kernel_that_takes_back_no_memory_by_request_has_room_where_the_page_c
 
 
 def test_cpu_time_of_a_cgroup_that_was_just_made_is_planned_without_a_look_at_it() -> None:
-    wanted = CpuLimits(shares=512, quota_us=50_000, period_us=100_000, burst_us=1000, idle=0)
+    wanted = CpuLimits(shares=512, quota_us=50_000, period_us=200_000, burst_us=1000, idle=0)
     writes = [step.describe() for step in cpu_v1.plan("/nowhere", wanted, fresh=True)]
     assert writes == [
         "echo '0' > /nowhere/cpu.idle",
         "echo '512' > /nowhere/cpu.shares",
-        "echo '100000' > /nowhere/cpu.cfs_period_us",
+        "echo '200000' > /nowhere/cpu.cfs_period_us",
         "echo '50000' > /nowhere/cpu.cfs_quota_us",
         "echo '1000' > /nowhere/cpu.cfs_burst_us",
     ]

@@ -65,7 +65,12 @@ def test_a_published_port(text: str, expected: list[tuple[str, int, int, str]]) 
     assert found == expected
 
 
-@pytest.mark.parametrize("text", ["", "0", "80:0", "8080-8081:80", "65536:80", "a:80", "80/icmp"])
+def test_one_port_of_a_container_has_the_first_that_is_free_of_many() -> None:
+    (found,) = port("127.0.0.1:8000-8010:80/udp")
+    assert (found.host_port, found.host_port_last, found.container_port, found.protocol) == (8000, 8010, 80, "udp")
+
+
+@pytest.mark.parametrize("text", ["", "0", "80:0", "8080-8082:80-81", "8081-8080:80", "65536:80", "a:80", "80/icmp"])
 def test_what_is_no_published_port_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="give \\[IP:\\]"):
         port(text)
