@@ -234,17 +234,7 @@ def test_no_byte_is_lost_or_repeated_whenever_a_shim_is_killed(moment: str) -> N
         )
         shim = shop.spawn("sh", "-c", count)
         log = {"driver": "json-file", "path": str(shim.log), "max_size": 700, "max_files": 50}
-        shim.create(log=log)
-        keeper = Keeper(shim)
-        shim.start()
-        heirs = 0
-        while not wait_gone_or_told(shim):
-            shim.peer.close()
-            heirs += 1
-            with suppress(EOFError):
-                keeper.hand_over(heir_of(shop, shim), log=log)
-        keeper.let_go()
-        assert heirs >= 1
+        live_with_heirs(shop, shim, log)
         assert shim.exit_file()["code"] == 20
         entries = [json.loads(line) for file in rotated(shim.log) for line in file.read_bytes().splitlines()]
         out = "".join(entry["log"] for entry in entries if entry["stream"] == "stdout")
@@ -257,22 +247,27 @@ def test_no_byte_of_much_is_lost_or_repeated_whenever_a_shim_is_killed(moment: s
     with workshop({"CORRAL_FAILPOINTS": moment.replace("@", "=kill@")}) as shop:
         shim = shop.spawn("sh", "-c", "i=0; while [ $i -lt 9 ]; do i=$((i+1)); head -c 999999 /dev/zero; echo $i; done")
         log = {"driver": "json-file", "path": str(shim.log), "max_size": 1_000_000, "max_files": 50}
-        shim.create(log=log)
-        keeper = Keeper(shim)
-        shim.start()
-        heirs = 0
-        while not wait_gone_or_told(shim):
-            shim.peer.close()
-            heirs += 1
-            with suppress(EOFError):
-                keeper.hand_over(heir_of(shop, shim), log=log)
-        keeper.let_go()
-        assert heirs >= 1
+        live_with_heirs(shop, shim, log)
         entries = [json.loads(line) for file in rotated(shim.log) for line in file.read_bytes().splitlines()]
         out = b"".join(
             base64.b64decode(entry["data"]) if "data" in entry else entry["log"].encode() for entry in entries
         )
         assert out == b"".join(bytes(999999) + b"%d\n" % i for i in range(1, 10))
+
+
+def live_with_heirs(shop: Workshop, shim: Shim, log: dict[str, object]) -> None:
+    """Make the container and wait for its end, over the deaths of its shims, of which there is one at least."""
+    shim.create(log=log)
+    keeper = Keeper(shim)
+    shim.start()
+    heirs = 0
+    while not wait_gone_or_told(shim):
+        shim.peer.close()
+        heirs += 1
+        with suppress(EOFError):
+            keeper.hand_over(heir_of(shop, shim), log=log)
+    keeper.let_go()
+    assert heirs >= 1
 
 
 def wait_gone_or_told(shim: Shim) -> bool:
