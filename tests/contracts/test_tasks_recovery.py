@@ -428,8 +428,11 @@ async def test_an_end_whose_last_words_no_shim_lives_to_read_says_so(own_daemon:
 
 async def test_an_heir_that_gets_stuck_is_ended_and_the_next_one_takes_over(rootfs: Path):
     """It may have taken over by then, so nothing that it is told is to end the container."""
-    with Corrald(services=("tasks",), settings={"tasks": {"shim_timeout_s": 2}}) as daemon:
-        async with serving(daemon, rootfs, "shim.record.before_rename=sleep:1@1") as tasks, asyncio.timeout(30):
+    with impatient(5) as daemon:
+        async with (
+            serving(daemon, rootfs, "shim.record.before_rename=sleep:1@1") as tasks,
+            asyncio.timeout(60 * PATIENCE),
+        ):
             task_id = await tasks.run("sleep", "1000")
             before = await tasks.get(task_id)
             os.kill(before.shim_pid, signal.SIGKILL)

@@ -14,7 +14,7 @@ import pytest
 from corral.rpc import errors
 from corral.rpc.address import UnixAddress
 from corral.rpc.context import only_follows
-from corral.rpc.handover import hidden, make_waiting
+from corral.rpc.handover import Latecomers, connected, hidden, make_waiting
 from corral.rpc.server import Host, Upgrade, serve
 
 
@@ -208,3 +208,32 @@ async def test_who_has_come_while_others_were_waited_for_is_answered(directory: 
         assert await answered(channel, service, 0.5) == b"done"
         assert await overdue == "CUT_OFF"
         await leaving
+
+
+async def test_what_a_server_has_answered_before_it_hung_up_is_passed_on_although_it_was_told_more(
+    directory: Path, waiting: socket.socket
+) -> None:
+    name, answer = str(directory / "server"), b"answer" * 50_000
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.setblocking(False)
+        listening.bind(name)
+        listening.listen()
+        latecomers = Latecomers((waiting,), lambda: connected(socket.AF_UNIX, name))
+        async with asyncio.timeout(10):
+            client = await connected(socket.AF_UNIX, str(directory / "s"))
+            server, _ = await loop.sock_accept(listening)
+        with client, server:
+            answering = asyncio.create_task(loop.sock_sendall(server, answer))
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            await asyncio.sleep(0.05)  # until no more fits into what lies between
+            server.shutdown(socket.SHUT_RD)
+            await loop.sock_sendall(client, b"more")
+            await asyncio.sleep(0.05)
+            received = b""
+            async with asyncio.timeout(10):
+                while len(received) < len(answer):
+                    received += await loop.sock_recv(client, 64 << 10)
+                await answering
+        assert received == answer
+    await latecomers.close()

@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -184,14 +184,22 @@ def make_waiting(path: Path) -> socket.socket:
     return waiting
 
 
-type Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+async def connected(family: int, name: Any) -> socket.socket:
+    """Raises OSError."""
+    connection = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        await asyncio.get_running_loop().sock_connect(connection, name)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 class Latecomers:
     """Connections that waited, passed on to where a server listens. Use from one event loop."""
 
-    def __init__(self, waiting: Sequence[socket.socket], connect: Callable[[], Awaitable[Streams]]) -> None:
-        """`waiting`: taken over. `connect`: to the server."""
+    def __init__(self, waiting: Sequence[socket.socket], connect: Callable[[], Awaitable[socket.socket]]) -> None:
+        """`waiting`: taken over. `connect`: to the server, without blocking."""
         self._connect = connect
         self._waiting = waiting
         self._relays: set[asyncio.Task[None]] = set()
@@ -252,17 +260,9 @@ class Latecomers:
         relay.add_done_callback(self._relays.discard)
         relay.add_done_callback(lambda _: self.inodes.discard(inode))
 
-    async def _relay(self, connection: socket.socket) -> None:
-        with suppress(OSError):
-            reader, writer = await _streams_of(connection)
-            try:
-                theirs, ours = await self._connect()
-                try:
-                    await _first_way(_pass_on(reader, ours), _pass_on(theirs, writer))
-                finally:
-                    ours.close()
-            finally:
-                writer.close()
+    async def _relay(self, client: socket.socket) -> None:
+        with client, suppress(OSError), await self._connect() as server:
+            await _join(client, server)
 
 
 async def _somebody(waiting: socket.socket) -> None:
@@ -275,26 +275,34 @@ async def _somebody(waiting: socket.socket) -> None:
         loop.remove_reader(waiting)
 
 
-async def _streams_of(connection: socket.socket) -> Streams:
-    if connection.family == socket.AF_UNIX:
-        return await asyncio.open_unix_connection(sock=connection)
-    return await asyncio.open_connection(sock=connection)
-
-
-async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Until either side has ended."""
-    with suppress(OSError):
-        while data := await reader.read(CHUNK):
-            writer.write(data)
-            await writer.drain()
-
-
-async def _first_way(*ways: Coroutine[Any, Any, None]) -> None:
-    """HTTP/2 has no half-closed connections: the end of one way is the end of both."""
-    tasks = [asyncio.create_task(way) for way in ways]
+async def _join(client: socket.socket, server: socket.socket) -> None:
+    """HTTP/2 has no half-closed connections: the end of one way is the end of both. But a server that has hung up, and
+    takes no more, may have answered before."""
+    there, back = (asyncio.create_task(each) for each in (_pass_on(client, server), _pass_on(server, client)))
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((there, back), return_when=asyncio.FIRST_COMPLETED)
+        if there.done() and not there.result():
+            await back
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
+        there.cancel()
+        back.cancel()
+        await asyncio.wait((there, back))
+
+
+async def _pass_on(source: socket.socket, sink: socket.socket) -> bool:
+    """Returns whether it was the source that has ended, and not the sink.
+
+    By sockets: a transport of asyncio forgets what it could still read when it can't write any more.
+    """
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            data = await loop.sock_recv(source, CHUNK)
+        except OSError:
+            return True
+        if not data:
+            return True
+        try:
+            await loop.sock_sendall(sink, data)
+        except OSError:
+            return False

@@ -25,7 +25,7 @@ from functools import partial
 import structlog
 
 from corral.rpc.farewell import Place, Port, attach, share
-from corral.rpc.handover import QUEUE, Kept, Latecomers, Streams, inherited, keep
+from corral.rpc.handover import QUEUE, Kept, Latecomers, connected, inherited, keep
 
 log = structlog.get_logger()
 
@@ -110,6 +110,7 @@ def _listening(place: Place) -> socket.socket:
     return waiting
 
 
-async def _connect(host: str, port: int) -> Streams:
-    """To a port of ours: at its address, or, of one that has all, at our own."""
-    return await asyncio.open_connection({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
+async def _connect(host: str, port: int) -> socket.socket:
+    """To a port of ours: at its address, or, of one that has all, at our own. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return await connected(family, ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port))

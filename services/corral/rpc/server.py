@@ -30,7 +30,7 @@ from corral.rpc import local
 from corral.rpc.address import MAX_MESSAGE_BYTES, Address, Target, TcpAddress, Tls, UnixAddress
 from corral.rpc.errors import FailedPrecondition
 from corral.rpc.farewell import Name, Port, cut, listening, send_away
-from corral.rpc.handover import Latecomers, hidden, make_waiting
+from corral.rpc.handover import Latecomers, connected, hidden, make_waiting
 from corral.rpc.interceptor import CallInterceptor, Gate
 from corral.rpc.ports import Ports
 from corral.rpc.service import Service
@@ -244,7 +244,7 @@ class Host:
             server.add_insecure_port(target.name)
         name = target.name.removeprefix("unix:")
         self._names.append(name)
-        latecomers = self._latecomers = Latecomers(waiting, partial(asyncio.open_unix_connection, name))
+        latecomers = self._latecomers = Latecomers(waiting, partial(connected, socket.AF_UNIX, name))
         try:
             await server.start()
             await latecomers.gone()
