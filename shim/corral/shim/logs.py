@@ -33,7 +33,7 @@ type Format = Callable[[bytes, StreamName, str, bool], bytes]
 
 PIECE_LIMIT = 16 << 10
 LINES_LIMIT = 4 * PIECE_LIMIT
-BLOCK_LIMIT = 6 * PIECE_LIMIT
+BLOCK_LIMIT = 8 * PIECE_LIMIT
 _LONGEST_UTF8 = 4
 _FEWEST_BYTES_A_LINE = 64  # of lines that are one entry: however much is kept, they are bounded
 _MARK, _ESCAPED_MARK = "\x01", "\\u0001"
@@ -131,7 +131,7 @@ def json_lines(group: bytes, stream: StreamName, timestamp: str, whole: bool, *,
 
 
 def _no_text(group: bytes, tail: str) -> bytes:
-    return b"".join((b'{"log":"","data":"', base64.encoded(group), f'"{tail}'.encode()))
+    return b"".join((b'{"log":"","data":"', *base64.encoded(group), f'"{tail}'.encode()))
 
 
 def _line(line: bytes, tail: str) -> bytes:
@@ -278,10 +278,16 @@ class LogFile:
             for n in range(self._max_files - 1, 0, -1):
                 source = f"{self._path}.{n - 1}" if n > 1 else self._path
                 if os.path.lexists(source):
-                    Path(source).rename(f"{self._path}.{n}")
+                    _move(source, f"{self._path}.{n}")
             self.reopen()
         except OSError:
             return
+
+
+def _move(source: str, target: str) -> None:
+    """Rename a file; one that is there already goes first: ext4 writes out what a rename replaces another file by."""
+    Path(target).unlink(missing_ok=True)
+    Path(source).rename(target)
 
 
 def _open(path: str) -> tuple[int, int, int]:
