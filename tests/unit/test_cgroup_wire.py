@@ -88,7 +88,7 @@ def test_changes_of_one_device_one_after_the_other_add_up_and_a_list_of_triggers
 
 
 def test_no_limit_is_zero_in_a_reading() -> None:
-    message = wire.stats("web", 1, cgroup.Stats(memory=cgroup.MemoryStats(), pids=cgroup.PidsStats(3)))
+    message = wire.stats("web", cgroup.Stats(memory=cgroup.MemoryStats(), pids=cgroup.PidsStats(3)))
     assert (message.id, message.memory.limit_bytes, message.pids.current, message.pids.limit) == ("web", 0, 3, 0)
     assert not message.HasField("cpu")
     assert not message.memory.HasField("pressure")

@@ -324,15 +324,15 @@ class Groups:
 
         await run_blocking(act)
 
-    async def stats(self, namespace: str, ids: Sequence[str], max_age_s: float = 0) -> list[tuple[str, int, Stats]]:
-        """One reading of each, or of all of a namespace, by id and with its time; who vanishes meanwhile is left out.
+    async def stats(self, namespace: str, ids: Sequence[str], max_age_s: float = 0) -> list[tuple[Key, int, Stats]]:
+        """One reading of each, or of all of a namespace, by key and with its time; who vanishes meanwhile is left out.
 
         max_age_s: see Readings. Raises NotFound.
         """
         records = [self.find(Key(namespace, id_)) for id_ in ids] if ids else self._rows.every(namespace)
-        paths = {record.key.id: record.path for record in records}
+        paths = {record.key: record.path for record in records}
         found = await run_blocking(lambda: list(self._readings.read(paths, max_age_s)))
-        return [(id_, at_ns, self._watcher.with_kills(Key(namespace, id_), stats)) for id_, at_ns, stats in found]
+        return [(key, at_ns, self._watcher.with_kills(key, stats)) for key, at_ns, stats in found]
 
     # What a check finds
 

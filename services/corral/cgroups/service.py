@@ -15,6 +15,7 @@ from corral.cgroups.checking import Checker
 from corral.cgroups.config import SYSTEMD, CgroupsConfig
 from corral.cgroups.errors import translated
 from corral.cgroups.groups import Groups, Timeouts
+from corral.cgroups.messages import Messages
 from corral.cgroups.parent import Parent, Slice
 from corral.cgroups.store import Key, Record, State
 from corral.kernel.cgroup import Driver, OomWatch, detect, open_driver
@@ -104,6 +105,7 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
     def __init__(self, config: CgroupsConfig) -> None:
         """Answers once open() was called; the host lets no RPC in before."""
         self._driver_name = config.driver
+        self._messages = Messages()
         self._groups: Groups
         self._database: Database
         self._driver: Driver
@@ -155,7 +157,7 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
         due = loop.time()
         while True:
             readings = await self._groups.stats(current_namespace(), ids, request.max_age_ms / 1000)
-            yield cgroups_pb2.StatsResponse(stats=[wire.stats(*reading) for reading in readings])
+            yield self._messages.response(readings)
             if not request.interval_ms:
                 return
             due = max(due + interval_s, loop.time())

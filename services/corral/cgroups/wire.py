@@ -5,7 +5,6 @@ from google.protobuf.message import Message
 from corral.api.cgroups.v1 import cgroups_pb2
 from corral.api.types.v1 import types_pb2
 from corral.kernel import cgroup
-from corral.rpc.events import timestamp
 
 LAYOUTS = {
     cgroup.Kind.V1: cgroups_pb2.HostResponse.LAYOUT_V1,
@@ -91,9 +90,9 @@ def _device_rule(message: types_pb2.DeviceRule) -> cgroup.DeviceRule:
     )
 
 
-def stats(name: str, read_ns: int, reading: cgroup.Stats) -> cgroups_pb2.Stats:
-    """One reading as a message. No limit is 0 there."""
-    message = cgroups_pb2.Stats(id=name, read_at=timestamp(read_ns))
+def stats(name: str, reading: cgroup.Stats) -> cgroups_pb2.Stats:
+    """One reading as a message, which has no time yet. No limit is 0 there."""
+    message = cgroups_pb2.Stats(id=name)
     if reading.cpu is not None:
         _fill_cpu(message.cpu, reading.cpu)
     if reading.memory is not None:

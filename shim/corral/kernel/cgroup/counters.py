@@ -16,8 +16,6 @@ from corral.kernel.cgroup.v2 import hugetlb as hugetlb_v2
 from corral.kernel.cgroup.v2 import io, pressure
 from corral.kernel.cgroup.v2 import memory as memory_v2
 
-_PRESSURES = (pressure.CPU, pressure.MEMORY, pressure.IO)
-
 
 def read(where: Directories) -> Stats:
     """One reading. Raises OSError(ENOENT or ENODEV) if the cgroup is gone."""
@@ -31,17 +29,20 @@ def read(where: Directories) -> Stats:
     )
 
 
-def with_pressure_now(where: Directories, stats: Stats) -> Stats:
-    """An older reading with the pressure of now."""
+def with_pressure_now(where: Directories, stats: Stats, *, of_cpu_alone: bool = False) -> Stats:
+    """An older reading with the pressure of now; the very same one where that has not changed."""
     if UNIFIED not in where:
         return stats
-    cpu, memory, of_io = (pressure.read(f"{where[UNIFIED][0]}/{name}") for name in _PRESSURES)
-    return replace(
-        stats,
-        cpu=replace(stats.cpu, pressure=cpu) if stats.cpu else None,
-        memory=replace(stats.memory, pressure=memory) if stats.memory else None,
-        io_pressure=of_io,
-    )
+    directory = where[UNIFIED][0]
+    if stats.cpu and (now := pressure.read(f"{directory}/{pressure.CPU}")) != stats.cpu.pressure:
+        stats = replace(stats, cpu=replace(stats.cpu, pressure=now))
+    if of_cpu_alone:
+        return stats
+    if stats.memory and (now := pressure.read(f"{directory}/{pressure.MEMORY}")) != stats.memory.pressure:
+        stats = replace(stats, memory=replace(stats.memory, pressure=now))
+    if (now := pressure.read(f"{directory}/{pressure.IO}")) != stats.io_pressure:
+        stats = replace(stats, io_pressure=now)
+    return stats
 
 
 def cpu_ns(where: Directories) -> int | None:

@@ -29,8 +29,8 @@ def read_bytes(path: str) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         # A short read need not be the end: of many records the kernel gives what fits in a page of its own. But
-        # one this short is, and saves a call for most files.
-        content = part = os.read(fd, _CHUNK)
+        # one this short is, and saves a call for most files. (And a buffer of a page saves the room for a long one.)
+        content = part = os.read(fd, _PAGE)
         while len(part) >= _PAGE // 2:
             part = os.read(fd, _CHUNK)
             content += part

@@ -111,11 +111,14 @@ class Cgroup:
 
         return counters.read(self._where)
 
-    def with_pressure_now(self, stats: "Stats") -> "Stats":
-        """An older reading with the pressure of now: it grows without any CPU time, and goes down by itself."""
+    def with_pressure_now(self, stats: "Stats", *, of_cpu_alone: bool = False) -> "Stats":
+        """An older reading with the pressure of now: it grows without any CPU time, and goes down by itself.
+
+        The very same one where it has done neither.
+        """
         from corral.kernel.cgroup import counters
 
-        return counters.with_pressure_now(self._where, stats)
+        return counters.with_pressure_now(self._where, stats, of_cpu_alone=of_cpu_alone)
 
     def cpu_ns(self) -> int | None:
         """CPU time used so far; None where no controller counts it. Raises OSError if the cgroup is gone."""

@@ -3,6 +3,8 @@
 Source: kernel accounting/psi.rst, cgroup-v2.rst "cpu.pressure".
 """
 
+from functools import lru_cache
+
 from corral.kernel.cgroup import files
 from corral.kernel.cgroup.stats import Pressure
 
@@ -24,8 +26,11 @@ def read(path: str) -> Pressure | None:
     return parse(text)
 
 
+@lru_cache(maxsize=2048)  # most cgroups say the same as a second ago, and many the same as another
 def parse(text: bytes) -> Pressure:
     """The "some" and "full" lines of a pressure file; kernels before 5.13 have none of "full" for CPUs.
+
+    The same text gives the same object.
 
     >>> parse(b"some avg10=1.50 avg60=0.00 avg300=0.00 total=42").some_avg10
     1.5
