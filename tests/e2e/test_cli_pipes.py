@@ -273,3 +273,85 @@ def test_of_a_shim_that_is_killed_the_next_one_goes_on(box: Corrald, name: str) 
         code = run.wait(30 * PATIENCE)
     lines = rest.split(b"\n")
     assert (code, lines[-1], lines[-2].strip(b"\0"), lines[-3]) == (0, b"", b"8388608", b"b")
+
+
+def pipes_of(pid: int) -> set[str]:
+    found = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            found.add(str(fd.readlink()))
+        except FileNotFoundError:
+            continue
+    return {target for target in found if target.startswith("pipe:")}
+
+
+def wait_until_taken(box: Corrald, name: str, client: int, *, count: int) -> None:
+    with box.client() as ask:
+        shim = ask.containers.get(name).shim_pid
+    wait_for(lambda: len(pipes_of(shim) & pipes_of(client)) == count)
+
+
+@contextmanager
+def waits_for_a_line(box: Corrald, name: str, *arguments: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """A command that has said one line, has its pipes by now, and goes on once it is told another one."""
+    with command(box, *arguments, stdin=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == b"ready\n"
+        wait_until_taken(box, name, run.pid, count=3)
+        yield run
+
+
+def feed(stdin: object, data: bytes, *, to_the_end: bool) -> threading.Thread:
+    def write() -> None:
+        stdin.write(data)  # type: ignore[attr-defined]
+        stdin.flush()  # type: ignore[attr-defined]
+        if to_the_end:
+            stdin.close()  # type: ignore[attr-defined]
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    return thread
+
+
+def test_a_daemon_that_is_killed_and_comes_back_is_not_missed(box: Corrald, name: str, data: bytes) -> None:
+    script = "echo ready; cat; exit 7"
+    half = len(data) // 2
+    with waits_for_a_line(box, name, "run", "-i", "--name", name, "busybox", "sh", "-c", script) as run:
+        assert run.stdout is not None
+        box.kill9()
+        feeding = feed(run.stdin, data[:half], to_the_end=False)
+        out = run.stdout.read(half - MIB)
+        box.start()
+        feeding.join()
+        feeding = feed(run.stdin, data[half:], to_the_end=True)
+        out += run.stdout.read()
+        feeding.join()
+        assert run.wait(30 * PATIENCE) == 7
+    assert hashlib.sha256(out).digest() == hashlib.sha256(data).digest()
+
+
+@pytest.mark.parametrize("flags", [("--rm",), (), ("--restart", "on-failure:1")], ids=["rm", "plain", "restart"])
+def test_what_ends_while_no_daemon_runs_is_told_of_by_the_next(box: Corrald, name: str, flags: tuple[str, ...]) -> None:
+    script = "test -e /again && exec sleep 1000; touch /again; echo ready; read line; echo $line; exit 9"
+    with waits_for_a_line(box, name, "run", "-i", *flags, "--name", name, "busybox", "sh", "-c", script) as run:
+        assert run.stdout is not None
+        box.kill9()
+        feed(run.stdin, b"on\n", to_the_end=True).join()
+        assert run.stdout.readline() == b"on\n"
+        box.start()
+        assert (run.wait(30 * PATIENCE), run.stdout.read()) == (9, b"")
+
+
+@pytest.mark.parametrize("is_back", [False, True], ids=["before", "after"])
+def test_so_it_is_with_a_command_in_a_container(box: Corrald, name: str, is_back: bool) -> None:
+    assert box.corral("run", "-d", "--name", name, "busybox", "sleep", "999").returncode == 0
+    script = "echo ready; read line; echo $line; exit 9"
+    with waits_for_a_line(box, name, "exec", "-i", name, "sh", "-c", script) as run:
+        assert run.stdout is not None
+        box.kill9()
+        if is_back:
+            box.start()
+        feed(run.stdin, b"on\n", to_the_end=True).join()
+        assert run.stdout.readline() == b"on\n"
+        box.start()
+        assert (run.wait(30 * PATIENCE), run.stdout.read()) == (9, b"")

@@ -190,7 +190,8 @@ def test_input_that_is_not_read_waits_until_it_is(box: Corrald) -> None:
 
 def test_who_is_cut_off_is_told_that_the_container_goes_on_and_how_to_come_back(box: Corrald, name: str) -> None:
     script = "echo ready; exec sleep 1000"
-    run = [str(CORRAL), "run", "--name", name, "busybox", "sh", "-c", script]
+    # From another network namespace, where it can't take the pipes over.
+    run = ["unshare", "--net", str(CORRAL), "run", "--name", name, "busybox", "sh", "-c", script]
     environment = os.environ | {"CORRAL_ADDRESS": box.address}
     with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None

@@ -9,6 +9,8 @@ inside a signal handler.
 Once much has come or gone that way, and there is no terminal, a daemon on this host is asked for the process's pipes
 themselves (corral.cli.pipes): for those of its output first, whose coming may have to wait until somebody reads ours;
 then, as that has come, for stdin's, which the pump waits for. So input never waits for output.
+
+So is it after a second, however little has come: from then on a daemon that is killed, and comes back, is not missed.
 """
 
 import contextlib
@@ -31,13 +33,14 @@ from corral.client.execution import Attachment
 from corral.client.sync import Client
 from corral.client.transport import Exchange
 from corral.rpc.attempts import Attempts
-from corral.rpc.errors import UNSERVED, CorralError, Unavailable
+from corral.rpc.errors import PAUSES_S, UNSERVED, CorralError, NotFound, Unavailable
 
 if TYPE_CHECKING:
     from corral.cli.pipes import Input, Output, Taker
 
 _CHUNK = 256 * 1024
 _TAKE_AFTER = 1 << 20
+_TAKE_AFTER_S = 1.0
 # What the pump is woken with, besides the numbers of signals.
 _END, _ASK, _ASK_FOR_STDIN, _GO_ON = b"\0", b"\xff", b"\xfe", b"\xfd"
 # After so many SIGINT or SIGTERM the session ends, whatever the container does; docker's number.
@@ -94,6 +97,10 @@ class Session:
         self._waits_for_stdin = False
         self._asking = threading.Lock()  # of those two
         self._moved_bytes = 0
+        self._ask_at: float | None = None
+        # Whether no byte goes by the daemon any more, either way.
+        self._has_outputs = False
+        self._has_stdin = not attachment.stdin
         self._outputs: dict[int, Output] = {}
         self._input: Input | None = None
         self._asked_to_end = 0
@@ -104,7 +111,8 @@ class Session:
 
         Returns how the process ended, or None after a detach. Raises KeyboardInterrupt when asked often to end.
         """
-        self._wake = os.pipe()
+        self._wake, self._began_ns = os.pipe(), time.time_ns()
+        self._ask_at = time.monotonic() + _TAKE_AFTER_S
         for fd in self._wake:
             os.set_blocking(fd, False)
         with contextlib.ExitStack() as stack:
@@ -129,7 +137,7 @@ class Session:
         try:
             while True:
                 self._answers = self.client.containers.attach(attachment, self._outbox.requests())
-                if any(output.failure is not None for output in self._outputs.values()):
+                if self._has_failed():
                     return None  # it may have ended the call before this one
                 parked, attached = None, False
                 try:
@@ -150,16 +158,16 @@ class Session:
                             case "parked":
                                 parked = part.parked
                             case "exited":
-                                for output in self._outputs.values():
-                                    output.join()
-                                return part.exited
+                                return self._ended(part.exited)
                 except Unavailable as e:
                     # Either nobody has served this call, or it was parked.
                     lost = attached and parked is None
                     if lost or (pause_s := attempts.pause_if_unserved_s(e)) is None:
-                        if begun and e.reason in _GONE:
-                            raise self._cut_off() from e
-                        raise
+                        if not begun or e.reason not in _GONE:
+                            raise
+                        if self._has_outputs and self._has_stdin:
+                            return self._await_end(e)
+                        raise self._cut_off() from e
                 else:
                     return None
                 if parked is not None:
@@ -172,6 +180,47 @@ class Session:
             if self._answers is not None:
                 self._answers.cancel()
 
+    def _await_end(self, lost: Unavailable) -> types_pb2.ExitStatus | None:
+        """The pipes go on without a daemon; one that comes back is asked for the end. Raises Unavailable."""
+        from corral.cli.lost_end import LostEnd
+
+        end, pauses = LostEnd(self.client, self.attachment, self._began_ns), iter(PAUSES_S)
+
+        def begin_anew() -> None:
+            nonlocal pauses
+            pauses = iter(PAUSES_S)
+
+        while not self._has_failed():
+            try:
+                if (status := end.ask(self._set_call, begin_anew)) is not None:
+                    return self._ended(status)
+            except NotFound as e:
+                raise Unavailable("corral went away, and how this ended it does not know", reason="CUT_OFF") from e
+            except Unavailable as e:
+                if e.reason not in _GONE:
+                    raise
+            if any(output.is_alive() for output in self._outputs.values()):
+                begin_anew()
+            if (pause_s := next(pauses, None)) is None:
+                gone = "corral went away and did not come back: all that was said is here, but not how it ended"
+                raise Unavailable(gone, reason="CUT_OFF") from lost
+            time.sleep(pause_s)
+        return None
+
+    def _set_call(self, answers: Exchange[tasks_pb2.AttachResponse]) -> None:
+        self._answers = answers
+        if self._has_failed():
+            answers.cancel()
+
+    def _has_failed(self) -> bool:
+        return any(output.failure is not None for output in self._outputs.values())
+
+    def _ended(self, status: types_pb2.ExitStatus) -> types_pb2.ExitStatus:
+        """How it ended, once all that it said has gone where it belongs."""
+        for output in self._outputs.values():
+            output.join()
+        return status
+
     def _cut_off(self) -> Unavailable:
         container = self.attachment.container
         goes_on = (
@@ -183,6 +232,9 @@ class Session:
 
     def _write(self, fd: int, data: bytes) -> None:
         self._end_of_output(fd)
+        if self._has_outputs:  # it has got a new shim, and more comes this way
+            self._has_outputs = False
+            self._ask_later()
         write_all(fd, data)
         self._count(len(data))
 
@@ -206,9 +258,12 @@ class Session:
                 self._end_of_output(target)
                 self._outputs[target] = Output(fd, target, self._give_up)
                 self._outputs[target].start()
-        asked_for_stdin = self._waits_for_stdin
+        if pipes.reached and self._waits_for_stdin:
+            self._has_stdin = True  # or it has ended, and the daemon has heard of that
+        elif pipes.reached:
+            self._has_outputs = True
         self._stop_asking()
-        if pipes.reached and not asked_for_stdin and self._input is None:
+        if pipes.reached and not self._has_stdin:
             os.write(self._wake[1], _ASK_FOR_STDIN)
 
     def _stop_asking(self) -> None:
@@ -216,7 +271,14 @@ class Session:
             if self._taker is not None:
                 self._taker.close()
                 self._taker, self._moved_bytes, self._waits_for_stdin = None, 0, False
+                if not self._has_outputs:
+                    self._ask_at = time.monotonic() + _TAKE_AFTER_S
                 os.write(self._wake[1], _GO_ON)
+
+    def _ask_later(self) -> None:
+        with self._asking:
+            self._ask_at = time.monotonic() + _TAKE_AFTER_S
+            os.write(self._wake[1], _GO_ON)
 
     def _give_up(self) -> None:
         if self._answers is not None:
@@ -240,9 +302,12 @@ class Session:
             pipe = self._input
             is_full = pipe is not None and pipe.is_full
             reads = [self._wake[0], *([0] if more and not is_full and not waits else [])]
-            ready, writable, _ = select.select(reads, [pipe.fd] if pipe is not None and is_full and more else [], [])
-            if self._wake[0] in ready:
-                if not self._on_wake(more):
+            writes = [pipe.fd] if pipe is not None and is_full and more else []
+            ready, writable, _ = select.select(reads, writes, [], self._asks_in_s())
+            if not ready and not writable:
+                self._ask(stdin=False)
+            elif self._wake[0] in ready:
+                if not self._on_wake():
                     return
             elif pipe is not None and writable:
                 more = pipe.go_on()
@@ -273,14 +338,18 @@ class Session:
             self._detach()
         return not detach
 
-    def _on_wake(self, has_stdin: bool) -> bool:
+    def _asks_in_s(self) -> float | None:
+        at = self._ask_at if self._takes_pipes else None
+        return None if at is None else max(0.0, at - time.monotonic())
+
+    def _on_wake(self) -> bool:
         """Acts on the signals that came; False when it is time to end."""
         for number in os.read(self._wake[0], 64):
             if number == _END[0]:
                 return False
             if number == _ASK[0]:
                 self._ask(stdin=False)
-            if number == _ASK_FOR_STDIN[0] and has_stdin:
+            if number == _ASK_FOR_STDIN[0]:
                 self._ask(stdin=True)
             if number == signal.SIGWINCH:
                 self._send_size()
@@ -296,6 +365,7 @@ class Session:
         from corral.cli.pipes import Taker
 
         with self._asking:
+            self._ask_at = None
             if self._taker is not None:
                 return
             try:

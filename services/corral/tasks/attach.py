@@ -162,8 +162,8 @@ class Attachment:
         task, process = self._task, self._process
         while not task.settled.is_set():  # it may be unsettled again by the time that this goes on
             await task.settled.wait()
-        if process.ended.is_set():
-            return
+        if process.ended.is_set() or not (wanted.stdin or wanted.stdout or wanted.stderr):
+            return  # there is but the end to be told
         fields: dict[str, object] = {"lossless": wanted.lossless, "replay": wanted.replay}
         theirs = self._make_pipes(process, wanted, fields)
         try:

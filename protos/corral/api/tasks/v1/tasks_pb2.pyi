@@ -997,6 +997,7 @@ class AttachHeader(_message.Message):
     id: _builtins.str
     exec_id: _builtins.str
     stdin: _builtins.bool
+    """None of these three: only `attached` and `exited` come."""
     stdout: _builtins.bool
     stderr: _builtins.bool
     lossless: _builtins.bool
