@@ -2,12 +2,18 @@
 
 import gettext
 import inspect
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import grpc
 import pytest
 
-from corral.cli import deferred
+from corral.api.engine.v1 import engine_pb2
+from corral.cli import deferred, messages, stubs
 
 ELSEWHERE = "unix:///tmp/corral-nowhere.sock"
 NEVER = {"dataclasses", "ipaddress", "urllib.parse", "google.rpc", "rich", "aiohttp", "corral.rpc.context"}
@@ -31,6 +37,108 @@ OF_MAKING = {
 }
 OF_TERMINALS = {"corral.cli.terminal", "termios"}
 OF_TABLES = {"json.decoder", "corral.cli.output"}
+OF_FAILURES = {"grpc._cython.cygrpc", "logging", "corral.client.call_failed", "corral.client.huffman"}
+OF_PLAIN_MESSAGES = {"google.protobuf.text_encoding", "google.protobuf.reflection", "google.protobuf.message_factory"}
+MODULES_OF_MESSAGES = sorted(
+    ".".join(path.relative_to(place).with_suffix("").parts)
+    for place in [Path(engine_pb2.__file__).parents[4]]
+    for path in place.rglob("*_pb2.py")
+)
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """Of who has containers, and knows nothing else."""
+
+    def containers(request: bytes, context: grpc.ServicerContext) -> bytes:
+        container = engine_pb2.Container(id="a" * 64, name="here", status=engine_pb2.STATUS_EXITED)
+        return engine_pb2.ListContainersResponse(containers=[container]).SerializeToString()
+
+    handlers = {"List": grpc.unary_unary_rpc_method_handler(containers)}
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("corral.engine.v1.Containers", handlers)])
+    server.add_insecure_port(f"unix:{tmp_path}/socket")
+    server.start()
+    yield f"unix://{tmp_path}/socket"
+    server.stop(None).wait()
+
+
+def test_a_call_that_goes_well_needs_nothing_of_grpc_and_little_of_protobuf(address: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "corral.cli.command", "--address", address, "ps"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[1].split()[-1] == "here"
+    loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
+    assert "corral.client.local_channel" in loaded
+    assert not loaded & (NEVER | OF_DEFERRED | OF_MAKING | OF_TERMINALS | OF_FAILURES | OF_PLAIN_MESSAGES)
+
+
+def test_protobuf_without_c_does_too(address: str) -> None:
+    environment = os.environ | {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
+    command = [sys.executable, "-m", "corral.cli.command", "--address", address, "ps", "--format", "json"]
+    said = [subprocess.check_output(command, env=env, text=True) for env in (environment, os.environ)]
+    assert said[0] == said[1]
+    assert '"status": "exited"' in said[0]
+
+
+def test_messages_that_are_made_on_demand_are_those_that_are_made_at_once() -> None:
+    describe = (
+        f"modules = [importlib.import_module(name) for name in {MODULES_OF_MESSAGES}]",
+        "for module in modules:",
+        "    found = [*module.DESCRIPTOR.message_types_by_name, *module.DESCRIPTOR.enum_types_by_name]",
+        "    found += [v for e in module.DESCRIPTOR.enum_types_by_name.values() for v in e.values_by_name]",
+        "    for name in found:",
+        "        value = getattr(module, name)",
+        "        assert getattr(module, name) is value and getattr(module, 'Nothing', None) is None",
+        "        kind = type(value).__name__",
+        "        made = value.keys() if kind == 'EnumTypeWrapper' else value if kind == 'int' else repr(value())",
+        "        more = getattr(value, '__module__', ''), getattr(value, '__qualname__', '')",
+        "        print(module.__name__, name, kind, made, more, getattr(value, 'DESCRIPTOR', value) is value)",
+    )
+    plain = python(*describe)
+    assert python("from corral.cli.deferred import defer; defer()", *describe) == plain
+    assert plain.count("MessageMeta") > 100
+
+
+def test_a_message_has_one_class_whoever_makes_it_first() -> None:
+    result = python(
+        "from corral.cli.deferred import defer; defer()",
+        "from corral.api.engine.v1 import engine_pb2",
+        "from corral.api.types.v1 import types_pb2",
+        "container = engine_pb2.Container(exit=types_pb2.ExitStatus(code=3))",
+        "print(type(container.exit) is types_pb2.ExitStatus, type(container) is engine_pb2.Container)",
+        "print(type(container.config) is engine_pb2.ContainerConfig, type(container.created_at).__name__)",
+        "from google.protobuf.timestamp_pb2 import Timestamp",
+        "print(type(container.created_at) is Timestamp, Timestamp(seconds=1).ToJsonString())",
+    )
+    assert result.splitlines() == ["True True", "True Timestamp", "True 1970-01-01T00:00:01Z"]
+
+
+def test_a_stub_makes_the_calls_that_the_generated_one_makes() -> None:
+    from corral.api.engine.v1 import engine_pb2_grpc
+    from corral.api.images.v1 import images_pb2_grpc
+
+    for module in (engine_pb2_grpc, images_pb2_grpc):
+        for name in (name for name in dir(module) if name.endswith("Stub") and "Async" not in name):
+            generated, ours = Calls(), Calls()
+            made = getattr(module, name)(generated)
+            stub = stubs.stub(module.__name__, name)(ours)  # type: ignore[arg-type]
+            methods = sorted(vars(made))
+            assert methods
+            for method in methods:
+                assert getattr(stub, method) == getattr(made, method)
+            with pytest.raises(AttributeError):
+                stub.Nothing  # noqa: B018
+
+
+class Calls:
+    """A channel that tells what it was asked for."""
+
+    def __getattr__(self, form: str) -> object:
+        return lambda *arguments, **options: (form, arguments, sorted(options.items(), key=lambda item: item[0]))
+
+
+def test_each_stand_in_for_what_makes_messages_belongs_to_a_module_that_is_deferred() -> None:
+    assert {module for module, _ in messages.STAND_INS} == deferred.OF_MESSAGES
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,12 @@ class App:
 
     @property
     def client(self) -> "Client":
-        """The client; gRPC is imported here and not before."""
+        """The client, which is imported here and not before."""
         if self._client is None:
+            from corral.client.local_channel import BriefTransport
             from corral.client.sync import Client
 
-            self._client = Client(self.address, namespace=self.namespace)
+            self._client = Client(self.address, namespace=self.namespace, transport=BriefTransport)
         return self._client
 
 
@@ -57,15 +58,15 @@ def each[T](
 
     0 if all went well, else 1. may_be_gone: as with docker's --force, what is not there is told, and no failure.
     """
-    from corral.rpc.errors import CorralError, NotFound
+    from corral.rpc import errors
 
     failed = 0
     for name in names:
         try:
             answer = act(name)
-        except CorralError as e:
+        except errors.CorralError as e:
             complain(e)
-            failed = failed if may_be_gone and isinstance(e, NotFound) else 1
+            failed = failed if may_be_gone and isinstance(e, errors.NotFound) else 1
         else:
             click.echo(show(name, answer))
     return failed

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 DEFERRED = frozenset(
     {
+        # For calls with many requests or answers, those to another host, and those that fail.
+        "grpc",
+        "corral.rpc.attempts",
+        "corral.rpc.errors",
         # gRPC's form for asyncio, and what its library imports for that alone.
         "asyncio",
         "grpc.aio",
@@ -37,6 +41,15 @@ DEFERRED = frozenset(
         "inspect",
     }
 )
+OF_MESSAGES = frozenset(
+    {
+        "google.protobuf.descriptor",
+        "google.protobuf.descriptor_pool",
+        "google.protobuf.symbol_database",
+        "google.protobuf.internal.builder",
+    }
+)
+"""For these corral.cli.messages has stand-ins, where protobuf's messages are those in C."""
 
 
 def cleandoc(doc: str) -> str:
@@ -70,6 +83,32 @@ STAND_INS: "dict[tuple[str, str], Callable[..., object]]" = {
 """By module and name."""
 
 
+def _has_stubs(module: str) -> bool:
+    """Instead of which there are those of corral.cli.stubs: they load gRPC's library, and make what nobody calls."""
+    return module.startswith("corral.api.") and module.endswith("_pb2_grpc")
+
+
+def _stand_in(module: str, name: str) -> object:
+    """None if there is none."""
+    if module in OF_MESSAGES:
+        from corral.cli import messages
+
+        return messages.STAND_INS.get((module, name))
+    if name.endswith("Stub") and _has_stubs(module):
+        from corral.cli.stubs import stub
+
+        return stub(module, name)
+    return STAND_INS.get((module, name))
+
+
+def _is_deferred(module: str) -> bool:
+    if module in OF_MESSAGES:
+        from google.protobuf.internal import api_implementation
+
+        return api_implementation.Type() == "upb"
+    return module in DEFERRED or _has_stubs(module)
+
+
 class _Loader:
     """Leaves a module empty until it is used."""
 
@@ -90,7 +129,7 @@ class _Deferred(ModuleType):
         spec = get("__spec__")
         if name == "__spec__":
             return spec
-        if stand_in := STAND_INS.get((spec.name, name)):
+        if stand_in := _stand_in(spec.name, name):
             return stand_in
         if name == "__path__" and spec.submodule_search_locations is None:  # `from gettext import gettext` asks for it
             raise AttributeError(name=name, obj=self)
@@ -108,7 +147,7 @@ class _Finder:
         name: str, path: "Sequence[str] | None" = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """As the interpreter finds it, but for the loader."""
-        if name not in DEFERRED:
+        if not _is_deferred(name):
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:

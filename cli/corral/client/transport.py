@@ -1,15 +1,20 @@
-"""Calls over one gRPC channel: the namespace goes along, and every failure is a kind of CorralError."""
+"""Calls over one gRPC channel: the namespace goes along, and every failure is a kind of CorralError.
+
+Where no call fails, neither errors nor attempts are needed; the command then does not load them.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from corral.rpc import attempts, errors
 from corral.rpc.address import OPTIONS, Target, Tls
-from corral.rpc.attempts import Attempts
-from corral.rpc.errors import from_rpc_error
 from corral.rpc.metadata import NAMESPACE_KEY
+
+if TYPE_CHECKING:
+    from corral.rpc.attempts import Attempts
 
 
 class Transport:
@@ -20,21 +25,25 @@ class Transport:
         self.address = address
         self._target = Target(address)
         if tls is None or self._target.is_local:
-            self.channel = grpc.insecure_channel(self._target.name, OPTIONS)
+            self.channel = self._open(self._target)
         else:
             self.channel = grpc.secure_channel(self._target.name, tls.channel_credentials(), secure(OPTIONS))
         self._metadata = ((NAMESPACE_KEY, namespace),)
+
+    def _open(self, target: Target) -> "grpc.Channel":
+        return grpc.insecure_channel(target.name, OPTIONS)
 
     def unary[Request, Answer](
         self, method: "grpc.UnaryUnaryMultiCallable[Request, Answer]", request: Request
     ) -> Answer:
         """The answer. Raises a kind of CorralError. As AsyncTransport.unary()."""
-        attempts = Attempts()
+        again: Attempts | None = None
         while True:
             try:
                 return method(request, metadata=self._metadata)
             except grpc.RpcError as e:
-                wait_s = pause_s(self.address, e, attempts)
+                again = again or attempts.Attempts()
+                wait_s = pause_s(self.address, e, again)
             time.sleep(wait_s)
 
     def stream[Request, Answer](
@@ -44,16 +53,18 @@ class Transport:
         resume: Callable[[], Request] | None = None,
     ) -> Iterator[Answer]:
         """The answers as they come. Raises a kind of CorralError. As AsyncTransport.stream()."""
-        attempts, answered = Attempts(), False
+        again: Attempts | None = None
+        answered = False
         while True:
             call = method(request, metadata=self._metadata)
             try:
                 for answer in call:
-                    attempts, answered = Attempts(), True
+                    again, answered = None, True
                     yield answer
                 return
             except grpc.RpcError as e:
-                wait_s = pause_s(self.address, e, attempts if resume or not answered else None)
+                again = again or attempts.Attempts()
+                wait_s = pause_s(self.address, e, again if resume or not answered else None)
             finally:
                 call.cancel()
             if resume is not None and answered:
@@ -67,7 +78,7 @@ class Transport:
         try:
             return method(requests, metadata=self._metadata)
         except grpc.RpcError as e:
-            raise from_rpc_error(e, address=self.address) from e
+            raise errors.from_rpc_error(e, address=self.address) from e
 
     def exchange[Request, Answer](
         self, method: "grpc.StreamStreamMultiCallable[Request, Answer]", requests: Iterator[Request]
@@ -94,7 +105,7 @@ class Exchange[Answer]:
             yield from self._call
         except grpc.RpcError as e:
             if not self._cancelled:
-                raise from_rpc_error(e, address=self._address) from e
+                raise errors.from_rpc_error(e, address=self._address) from e
         finally:
             self._call.cancel()
 
@@ -104,13 +115,13 @@ class Exchange[Answer]:
         self._call.cancel()
 
 
-def pause_s(address: str, e: grpc.RpcError, attempts: Attempts | None) -> float:
+def pause_s(address: str, e: "grpc.RpcError", again: "Attempts | None") -> float:
     """How long to wait before another attempt. Raises what the failure stands for if there is none."""
-    error = from_rpc_error(e, address=address)
-    if attempts is None:
+    error = errors.from_rpc_error(e, address=address)
+    if again is None:
         raise error from e
     error.__cause__ = e
-    return attempts.pause_s(error)
+    return again.pause_s(error)
 
 
 def secure(options: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:

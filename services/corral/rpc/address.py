@@ -1,7 +1,8 @@
 """Where a service listens: `unix:///PATH` or `tcp://HOST:PORT`.
 
 Every run of the command loads this. So these are named tuples, which are made in an eighth of a dataclass's time, and
-what a plain `unix:///PATH` does without is imported where it is used.
+what a plain `unix:///PATH` does without is imported where it is used, or looked at no earlier: the command loads
+neither gRPC's library nor errors before somebody does.
 """
 
 import os
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 
-from corral.rpc.errors import InvalidArgument, Unavailable
+from corral.rpc import errors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,12 +47,12 @@ class Tls(NamedTuple):
     key: "Path"
     ca: "Path"
 
-    def server_credentials(self) -> grpc.ServerCredentials:
+    def server_credentials(self) -> "grpc.ServerCredentials":
         """Raises OSError if a file cannot be read."""
         pair = (self.key.read_bytes(), self.cert.read_bytes())
         return grpc.ssl_server_credentials([pair], self.ca.read_bytes(), require_client_auth=True)
 
-    def channel_credentials(self) -> grpc.ChannelCredentials:
+    def channel_credentials(self) -> "grpc.ChannelCredentials":
         """Raises OSError if a file cannot be read."""
         return grpc.ssl_channel_credentials(self.ca.read_bytes(), self.key.read_bytes(), self.cert.read_bytes())
 
@@ -106,7 +107,9 @@ def parse_address(text: str) -> Address:
             return TcpAddress(parts.hostname, parts.port)
     except ValueError:
         pass  # a port that is no number
-    raise InvalidArgument(f"{text!r} is not an address: use unix:///PATH or tcp://HOST:PORT", reason="BAD_ADDRESS")
+    raise errors.InvalidArgument(
+        f"{text!r} is not an address: use unix:///PATH or tcp://HOST:PORT", reason="BAD_ADDRESS"
+    )
 
 
 class Target:
@@ -132,7 +135,7 @@ class Target:
         try:
             self._directory = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as e:
-            raise Unavailable(f"cannot reach unix://{path}: {e.strerror}", reason="UNREACHABLE") from e
+            raise errors.Unavailable(f"cannot reach unix://{path}: {e.strerror}", reason="UNREACHABLE") from e
         return f"/proc/self/fd/{self._directory}/{name}"
 
     def close(self) -> None:

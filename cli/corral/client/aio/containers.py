@@ -22,7 +22,7 @@ from corral.client.execution import (
     async_attach_requests,
     exec_request,
 )
-from corral.rpc.errors import NotFound
+from corral.rpc import errors
 
 if TYPE_CHECKING:
     from corral.client.aio import AsyncClient
@@ -67,7 +67,7 @@ class Containers:
             await self._client.images.pull(image, platform=platform)
         try:
             return await self.create_from(request)
-        except NotFound as error:
+        except errors.NotFound as error:
             if not may_fetch(error, image, pull):
                 raise
         await self._client.images.pull(image, platform=platform)

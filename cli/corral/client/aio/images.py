@@ -12,7 +12,7 @@ from corral.client.credentials import async_registry_auth
 from corral.client.fetching import Pull, is_to_be_exchanged, may_fetch
 from corral.client.files import whole_file
 from corral.client.options import platform_message
-from corral.rpc.errors import NotFound
+from corral.rpc import errors
 
 if TYPE_CHECKING:
     from corral.client.aio import AsyncClient
@@ -95,7 +95,7 @@ class Images:
         """
         try:
             image = await self.get(name)
-        except NotFound as error:
+        except errors.NotFound as error:
             if may_fetch(error, name, pull):
                 return True
             raise

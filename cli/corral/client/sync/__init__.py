@@ -27,12 +27,21 @@ class Client:
 
     `address` is unix:///path or tcp://host:port; by default $CORRAL_ADDRESS, else the system's daemon. `tls`, for
     tcp, is what this side shows and whom it trusts; by default $CORRAL_TLS_CERT, $CORRAL_TLS_KEY and $CORRAL_TLS_CA.
+    `transport` makes the calls.
     """
 
-    def __init__(self, address: str | None = None, *, namespace: str | None = None, tls: Tls | None = None) -> None:
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        namespace: str | None = None,
+        tls: Tls | None = None,
+        transport: type[Transport] = Transport,
+    ) -> None:
         self.address = address or default_address()
         self.namespace = namespace or default_namespace()
         self._tls = tls or default_tls()
+        self._transport_type = transport
         self._transports: dict[str, Transport] = {}
         self._addresses: dict[str, str] | None = None
 
@@ -117,7 +126,7 @@ class Client:
 
     def _transport(self, address: str) -> Transport:
         if address not in self._transports:
-            self._transports[address] = Transport(
+            self._transports[address] = self._transport_type(
                 address, self.namespace, self._tls if address.startswith("tcp:") else None
             )
         return self._transports[address]

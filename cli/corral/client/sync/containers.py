@@ -23,7 +23,7 @@ from corral.client.execution import (
     exec_request,
 )
 from corral.client.transport import Exchange, Transport
-from corral.rpc.errors import NotFound
+from corral.rpc import errors
 
 if TYPE_CHECKING:
     from corral.client.fetching import Pull
@@ -68,7 +68,7 @@ class Containers:
             self._client.images.pull(image, platform=platform)
         try:
             return self.create_from(request)
-        except NotFound as error:
+        except errors.NotFound as error:
             if not may_fetch(error, image, pull):
                 raise
         self._client.images.pull(image, platform=platform)

@@ -13,7 +13,7 @@ from corral.client.credentials import registry_auth
 from corral.client.fetching import Pull, is_to_be_exchanged, may_fetch
 from corral.client.files import whole_file
 from corral.client.options import platform_message
-from corral.rpc.errors import NotFound
+from corral.rpc import errors
 
 if TYPE_CHECKING:
     from corral.client.sync import Client
@@ -92,7 +92,7 @@ class Images:
         """
         try:
             image = self.get(name)
-        except NotFound as error:
+        except errors.NotFound as error:
             if may_fetch(error, name, pull):
                 return True
             raise
