@@ -4,6 +4,7 @@
 import asyncio
 import hashlib
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -242,3 +243,39 @@ async def test_an_attachment_is_parked_by_name_whatever_its_process_does_not_rea
 async def _send_often(attached: Attached, data: bytes) -> None:
     for _ in range(64):
         await attached.send(data)
+
+
+async def test_input_by_messages_from_who_has_taken_the_pipe_is_refused(tasks: TaskClient):
+    task_id = await tasks.create("cat", stdin=True)
+    with socket.socket(socket.AF_UNIX) as ours:
+        name = f"corral-{os.urandom(8).hex()}"
+        ours.bind(f"\0{name}")
+        ours.listen()
+        take = pb.Take(socket=name, stdin=True, secret=b"secret", pid=os.getpid())
+        async with tasks.attached(task_id, stdin=True, stdout=True, lossless=True) as attached:
+            await tasks.start(task_id)
+            await attached.send(b"by a message\n")
+            await attached.call.write(pb.AttachRequest(take=take))  # type: ignore[attr-defined]
+            said = b""
+            while not (part := await attached.call.read()).HasField("pipes"):  # type: ignore[attr-defined]
+                said += part.stdout
+            assert part.pipes == pb.Pipes(streams=["stdin"], reached=True)
+            connection, _ = ours.accept()
+            with connection:
+                _, (pipe,), _, _ = socket.recv_fds(connection, 64, 3)
+            os.write(pipe, b"by the pipe\n")
+            os.close(pipe)
+            while len(said) < 25:
+                said += (await attached.call.read()).stdout  # type: ignore[attr-defined]
+            assert said == b"by a message\nby the pipe\n"
+            await attached.send(b"by a message again\n")
+            with pytest.raises(FailedPrecondition, match="through the pipe that was taken"):
+                await attached.drain()
+
+
+async def test_who_attaches_to_no_stream_is_told_of_the_end(tasks: TaskClient):
+    task_id = await tasks.create("sh", "-c", "echo out; exit 3")
+    async with tasks.attached(task_id) as attached:
+        await tasks.start(task_id)
+        assert (await attached.drain()).code == 3
+    assert not attached.stdout

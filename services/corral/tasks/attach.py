@@ -102,6 +102,8 @@ class Attachment:
         self.parked = False
         self.stdin_bytes = 0
         """How many the process was given."""
+        self.stdin_is_taken = False
+        """Whether its pipe is its client's by now."""
         process.attached.add(self)
 
     @property
@@ -286,7 +288,15 @@ class Attachment:
                 self._loop.remove_reader(fd)
 
     async def write_stdin(self, data: bytes) -> None:
-        """Pass on all of data once there is room; what nobody wants any more is thrown away."""
+        """Pass on all of data once there is room; what nobody wants any more is thrown away.
+
+        Raises FailedPrecondition for who has taken the pipe and does not write there.
+        """
+        if self.stdin_is_taken and data:
+            raise FailedPrecondition(
+                f"stdin of {self._process.what} is sent through the pipe that was taken, and not by messages any more",
+                reason="STDIN_TAKEN",
+            )
         view = memoryview(data)
         await self._still.wait()
         while view and self._stdin >= 0:
@@ -362,6 +372,7 @@ class Attachment:
         if not taker.give(tuple(fds.values())):
             return None
         if taker.stdin:
+            self.stdin_is_taken = bool(fds)
             self.close_stdin()
         else:
             self._close_outputs()

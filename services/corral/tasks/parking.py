@@ -60,6 +60,7 @@ class Parking:
                 "id": parked.key.id,
                 "exec_id": parked.exec_id,
                 "stdin_bytes": parked.attachment.stdin_bytes,
+                "stdin_is_taken": int(parked.attachment.stdin_is_taken),
                 **{name: int(getattr(parked.wanted, name)) for name in Wanted.__slots__},
             }
             keep(Kept(PURPOSE, facts, parked.attachment.fds))
@@ -77,6 +78,7 @@ class Parking:
             kept.close()
             return
         attachment = Attachment.again(task, process, wanted, kept.fds, stdin_bytes)
+        attachment.stdin_is_taken = bool(facts.get("stdin_is_taken"))
         self._keep(token, Parked(key, exec_id, wanted, attachment))
 
     def _keep(self, token: str, parked: Parked) -> None:

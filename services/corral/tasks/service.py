@@ -238,7 +238,9 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
                     how = await process.wait()
             finally:
                 feeding.cancel()
-                await asyncio.gather(feeding, return_exceptions=True)
+                (refused,) = await asyncio.gather(feeding, return_exceptions=True)
+            if isinstance(refused, CorralError):
+                raise refused
             if how is not None:
                 await context.write(pb.AttachResponse(exited=translate.exit_status(how)))
             elif attachment.parked:
@@ -279,7 +281,16 @@ class TasksServicer(tasks_pb2_grpc.TasksServicer):
     async def _feed(
         self, requests: AsyncIterator[pb.AttachRequest], attachment: Attachment, header: pb.AttachHeader
     ) -> None:
-        """Pass on what the client sends until it ends its stream."""
+        """Pass on what the client sends until it ends its stream. Raises CorralError, detached, for what it may not."""
+        try:
+            await self._feed_all(requests, attachment, header)
+        except CorralError:
+            attachment.detach()
+            raise
+
+    async def _feed_all(
+        self, requests: AsyncIterator[pb.AttachRequest], attachment: Attachment, header: pb.AttachHeader
+    ) -> None:
         async for request in requests:
             match request.WhichOneof("part"):
                 case "stdin":
