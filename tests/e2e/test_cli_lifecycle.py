@@ -6,7 +6,7 @@ import subprocess
 import time
 
 from support.cli import ok, state
-from support.corrald import CORRAL, Corrald
+from support.corrald import CORRAL, PATIENCE, Corrald
 
 
 def wait_for(box: Corrald, name: str, text: str, timeout_s: float = 10) -> str:
@@ -240,3 +240,25 @@ def test_ps_tells_what_is_restarting_and_stop_ends_that(box: Corrald, name: str)
     ok(box, "stop", name)
     assert "Exited (4)" in ok(box, "ps", "-a", "--filter", f"name={name}")
     ok(box, "rm", name)
+
+
+def test_several_are_stopped_at_once_and_told_of_in_their_order(box: Corrald, name: str) -> None:
+    """The first one ends only as the second does."""
+    until = "while ! test -e /v/ended; do usleep 9999; done"
+    scripts = {"a": f"trap '{until}; exit 4' TERM", "b": "trap 'touch /v/ended; exit 5' TERM"}
+    names = [f"{name}-{which}" for which in scripts]
+    try:
+        for each, trap in zip(names, scripts.values(), strict=True):
+            script = f"{trap}; echo ready; while :; do usleep 9999; done"
+            box.corral("run", "-d", "--name", each, "-v", f"{name}:/v", "busybox", "sh", "-c", script, check=True)
+            wait_for(box, each, "ready", timeout_s=30 * PATIENCE)
+        stopped = box.corral("stop", "-t", "300", names[0], "nobody", names[1])
+        assert stopped.returncode == 1
+        assert stopped.stdout.decode().split() == names
+        assert stopped.stderr.decode() == "corral: no such container: nobody\n"
+        codes = box.corral("wait", *names, check=True).stdout.split()
+        assert codes == [b"4", b"5"]
+    finally:
+        removed = box.corral("rm", "-f", *names)
+        box.corral("volume", "rm", name)
+    assert (removed.returncode, removed.stdout.decode().split()) == (0, names)

@@ -1,6 +1,7 @@
 """What every verb is given: where corrald is, the namespace, and a client made when first asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -53,17 +54,24 @@ def each[T](
     *,
     show: Callable[[str, T], str] = lambda name, _: name,
     may_be_gone: bool = False,
+    at_once: bool = False,
 ) -> int:
     """Does `act` for every name, printing the name (or what `show` makes of the answer) or the error.
 
     0 if all went well, else 1. may_be_gone: as with docker's --force, what is not there is told, and no failure.
+    at_once: nobody waits for the one before; what is printed does.
     """
     from corral.rpc import errors
 
     failed = 0
-    for name in names:
+    answers: Iterable[Callable[[], T]] = (partial(act, name) for name in names)
+    if at_once and len(names) > 1:
+        from corral.cli.side_by_side import side_by_side
+
+        answers = side_by_side(names, act)
+    for name, answer_of in zip(names, answers, strict=True):
         try:
-            answer = act(name)
+            answer = answer_of()
         except errors.CorralError as e:
             complain(e)
             failed = failed if may_be_gone and isinstance(e, errors.NotFound) else 1

@@ -58,7 +58,7 @@ def start_command(app: App, containers: tuple[str, ...], attach: bool, interacti
 @pass_app
 def stop_command(app: App, containers: tuple[str, ...], grace_s: float | None, signal: str) -> int:
     """Stop containers: their stop signal, then SIGKILL."""
-    return each(containers, lambda c: app.client.containers.stop(c, timeout_s=grace_s, signal=signal))
+    return each(containers, lambda c: app.client.containers.stop(c, timeout_s=grace_s, signal=signal), at_once=True)
 
 
 @click.command("restart")
@@ -68,7 +68,7 @@ def stop_command(app: App, containers: tuple[str, ...], grace_s: float | None, s
 @pass_app
 def restart_command(app: App, containers: tuple[str, ...], grace_s: float | None, signal: str) -> int:
     """Stop and start containers."""
-    return each(containers, lambda c: app.client.containers.restart(c, timeout_s=grace_s, signal=signal))
+    return each(containers, lambda c: app.client.containers.restart(c, timeout_s=grace_s, signal=signal), at_once=True)
 
 
 @click.command("kill")
@@ -78,7 +78,7 @@ def restart_command(app: App, containers: tuple[str, ...], grace_s: float | None
 @pass_app
 def kill_command(app: App, containers: tuple[str, ...], signal: str, everyone: bool) -> int:
     """Send a signal to containers."""
-    return each(containers, lambda c: app.client.containers.kill(c, signal, everyone=everyone))
+    return each(containers, lambda c: app.client.containers.kill(c, signal, everyone=everyone), at_once=True)
 
 
 @click.command("rm")
@@ -89,7 +89,7 @@ def kill_command(app: App, containers: tuple[str, ...], signal: str, everyone: b
 def rm_command(app: App, containers: tuple[str, ...], force: bool, volumes: bool) -> int:
     """Remove containers."""
     remove = app.client.containers.remove
-    return each(containers, lambda c: remove(c, force=force, volumes=volumes), may_be_gone=force)
+    return each(containers, lambda c: remove(c, force=force, volumes=volumes), may_be_gone=force, at_once=True)
 
 
 @click.command("pause")
@@ -97,7 +97,7 @@ def rm_command(app: App, containers: tuple[str, ...], force: bool, volumes: bool
 @pass_app
 def pause_command(app: App, containers: tuple[str, ...]) -> int:
     """Freeze every process of containers."""
-    return each(containers, app.client.containers.pause)
+    return each(containers, app.client.containers.pause, at_once=True)
 
 
 @click.command("unpause")
@@ -105,7 +105,7 @@ def pause_command(app: App, containers: tuple[str, ...]) -> int:
 @pass_app
 def unpause_command(app: App, containers: tuple[str, ...]) -> int:
     """Let paused containers go on."""
-    return each(containers, app.client.containers.resume)
+    return each(containers, app.client.containers.resume, at_once=True)
 
 
 @click.command("wait")
