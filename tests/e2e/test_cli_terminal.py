@@ -275,3 +275,23 @@ def attached_commands() -> bytes:
         with contextlib.suppress(OSError):
             commands.append((entry / "cmdline").read_bytes())
     return b"\n".join(c for c in commands if b"corral\0run" in c)
+
+
+@pytest.mark.parametrize("words", [("start", "-a", "-i"), ("attach",)], ids=["start", "attach"])
+def test_other_detach_keys_can_be_chosen(box: Corrald, terminal: Terminal, name: str, words: tuple[str, ...]) -> None:
+    make = ["create"] if words[0] == "start" else ["run", "-d"]
+    box.corral(*make, "--name", name, "-it", "busybox", "sh", check=True)
+    terminal.open([str(CORRAL), *words, "--detach-keys", "ctrl-x,q", name], box.address)
+    terminal.wait_for("/ #")
+    terminal.press("C-p", "C-q", "C-x", "q")
+    terminal.wait_for("code=0")
+    assert name in box.corral("ps").stdout.decode()
+
+
+def test_start_without_signal_proxy_leaves_the_container_to_ctrl_c(box: Corrald, terminal: Terminal, name: str) -> None:
+    box.corral("create", "--name", name, "busybox", "sh", "-c", "echo ready; exec sleep 1000", check=True)
+    terminal.open([str(CORRAL), "start", "-a", "--sig-proxy=false", name], box.address)
+    terminal.wait_for("ready")
+    terminal.press("C-c")
+    terminal.wait_for("code=")
+    assert name in box.corral("ps").stdout.decode()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from corral.cli import template
+from corral.cli.flags import SwitchCommand
 from corral.cli.app import App, ContainerName, complain, each, pass_app
 from corral.cli.output import enum_word, format_option, human_age, human_memory, human_size, show_json, show_rows
 
@@ -24,20 +25,25 @@ _name = click.argument("container", type=ContainerName())
 _SHORT_ID = 12
 
 
-@click.command("start")
+@click.command("start", cls=SwitchCommand)
+@click.option("--detach-keys", default="ctrl-p,ctrl-q", show_default=True, help="Keys that detach this terminal")
+@click.option("--sig-proxy/--no-sig-proxy", default=True, help="Pass signals on to the container")
 @click.option("-a", "--attach", is_flag=True, help="Attach this terminal")
 @click.option("-i", "--interactive", is_flag=True, help="Attach stdin")
 @_names
 @pass_app
-def start_command(app: App, containers: tuple[str, ...], attach: bool, interactive: bool) -> int:
+def start_command(
+    app: App, containers: tuple[str, ...], attach: bool, interactive: bool, detach_keys: str, sig_proxy: bool
+) -> int:
     """Start containers."""
     if not attach and not interactive:
         return each(containers, app.client.containers.start)
     if len(containers) != 1:
         raise click.UsageError("only one container can be attached")
-    from corral.cli.detach_keys import DEFAULT_DETACH_KEYS, parse_detach_keys
+    from corral.cli.detach_keys import parse_detach_keys
     from corral.cli.exit_status import exit_code
     from corral.cli.terminal import Session
+    keys = parse_detach_keys(detach_keys)
     from corral.client.execution import Attachment
 
     found = app.client.containers.start(containers[0], create_only=True)
@@ -45,7 +51,8 @@ def start_command(app: App, containers: tuple[str, ...], attach: bool, interacti
         app.client,
         Attachment(found.id, stdin=interactive and found.config.stdin, stdout=True, stderr=True, lossless=True),
         terminal=found.config.terminal,
-        detach_keys=parse_detach_keys(DEFAULT_DETACH_KEYS),
+        detach_keys=keys,
+        signal_proxy=sig_proxy,
     )
     status = session.run(lambda: app.client.containers.start(found.id))
     return 0 if status is None else exit_code(status)
