@@ -1,5 +1,6 @@
 """Containers as the hands of docker's users expect: filters, and options that are easily missed."""
 
+import calendar
 import json
 import os
 import time
@@ -188,3 +189,21 @@ def test_a_volume_can_be_asked_for_twice(box: Corrald, name: str) -> None:
     other = box.corral("volume", "create", "--label", "a=b", name)
     assert (other.returncode, b"exists already" in other.stderr) == (1, True)
     ok(box, "volume", "rm", name)
+
+
+def test_logs_show_times_of_nine_digits_that_since_and_until_take(box: Corrald, name: str) -> None:
+    script = "i=0; while [ $i -lt 50 ]; do echo $i; i=$((i+1)); usleep 1000; done"
+    box.corral("run", "--name", name, "busybox", "sh", "-c", script, check=True)
+    lines = box.corral("logs", "-t", name, check=True).stdout.decode().splitlines()
+    times = [line.split()[0] for line in lines]
+    assert len(times) == 50
+    assert {len(time) for time in times} == {len("2026-01-01T00:00:00.000000000Z")}
+    shown = box.corral("logs", "-t", "--since", times[20], "--until", times[29], name, check=True).stdout.decode()
+    assert shown.splitlines() == [
+        line for line, time in zip(lines, times, strict=True) if times[20] <= time <= times[29]
+    ]
+    whole = calendar.timegm(time.strptime(times[20][:19], "%Y-%m-%dT%H:%M:%S"))
+    shown = box.corral("logs", "-t", "--since", f"{whole}.{times[20][20:29]}", name, check=True).stdout.decode()
+    assert shown.splitlines() == [line for line, time in zip(lines, times, strict=True) if time >= times[20]]
+    assert box.corral("logs", "--since", "10m", name).stdout.count(b"\n") == 50
+    assert box.corral("logs", "--until", "10m", name).stdout == b""

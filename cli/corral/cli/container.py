@@ -1,20 +1,18 @@
 """Verbs on containers that exist."""
 
 import sys
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from corral.cli import template
-from corral.cli.flags import SwitchCommand
 from corral.cli.app import App, ContainerName, complain, each, pass_app
+from corral.cli.flags import SwitchCommand
 from corral.cli.output import enum_word, format_option, human_age, human_memory, human_size, show_json, show_rows
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
-    from google.protobuf.timestamp_pb2 import Timestamp
 
     from corral.api.engine.v1 import engine_pb2
     from corral.api.images.v1 import images_pb2
@@ -26,10 +24,10 @@ _SHORT_ID = 12
 
 
 @click.command("start", cls=SwitchCommand)
-@click.option("--detach-keys", default="ctrl-p,ctrl-q", show_default=True, help="Keys that detach this terminal")
-@click.option("--sig-proxy/--no-sig-proxy", default=True, help="Pass signals on to the container")
 @click.option("-a", "--attach", is_flag=True, help="Attach this terminal")
 @click.option("-i", "--interactive", is_flag=True, help="Attach stdin")
+@click.option("--detach-keys", default="ctrl-p,ctrl-q", show_default=True, help="Keys that detach this terminal")
+@click.option("--sig-proxy/--no-sig-proxy", default=True, help="Pass signals on to the container")
 @_names
 @pass_app
 def start_command(
@@ -43,9 +41,9 @@ def start_command(
     from corral.cli.detach_keys import parse_detach_keys
     from corral.cli.exit_status import exit_code
     from corral.cli.terminal import Session
-    keys = parse_detach_keys(detach_keys)
     from corral.client.execution import Attachment
 
+    keys = parse_detach_keys(detach_keys)
     found = app.client.containers.start(containers[0], create_only=True)
     session = Session(
         app.client,
@@ -288,12 +286,13 @@ def logs_command(
         app.client.containers.reopen_log(container)
         return
     from corral.api.tasks.v1 import tasks_pb2
+    from corral.cli.moments import parse_moment, to_text
 
     entries = app.client.containers.logs(
         container,
         follow=follow,
-        since=parse_time(since) if since else None,
-        until=parse_time(until) if until else None,
+        since=parse_moment(since) if since else None,
+        until=parse_moment(until) if until else None,
         tail=_tail(tail),
     )
     begins_line = {1: True, 2: True}
@@ -301,7 +300,7 @@ def logs_command(
         fd = 2 if entry.stream == tasks_pb2.LogEntry.STREAM_STDERR else 1
         stream = sys.stderr.buffer if fd == 2 else sys.stdout.buffer
         if timestamps and begins_line[fd]:
-            stream.write(entry.time.ToJsonString().encode() + b" ")
+            stream.write(to_text(entry.time).encode() + b" ")
         stream.write(entry.line)
         begins_line[fd] = not entry.partial
         if follow:
@@ -314,33 +313,6 @@ def _tail(text: str) -> int | None:
         return None if text == "all" or int(text) < 0 else int(text)
     except ValueError:
         raise ValueError(f"--tail {text!r} is not understood: give a number of lines, or all") from None
-
-
-def parse_time(text: str) -> "Timestamp":
-    """RFC 3339, in the local zone if it names none, seconds since 1970, or how long ago. Raises ValueError."""
-    from datetime import datetime
-
-    from google.protobuf.timestamp_pb2 import Timestamp
-
-    from corral.client.quantities import duration_s
-
-    when = Timestamp()
-    if text.replace(".", "", 1).isdigit():
-        when.FromNanoseconds(round(float(text) * 1e9))
-        return when
-    try:
-        when.FromNanoseconds(time.time_ns() - round(duration_s(text) * 1e9))
-    except ValueError:
-        try:
-            when.FromJsonString(text)  # exact to the nanosecond, which a line of a log has
-        except ValueError:
-            try:
-                when.FromDatetime(datetime.fromisoformat(text).astimezone())
-            except ValueError:
-                raise ValueError(
-                    f"time {text!r} is not understood: give 2026-01-02T15:04:05Z, or how long ago: 10m"
-                ) from None
-    return when
 
 
 @click.command("top", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -39,12 +39,12 @@ def events_command(
     and gives it to --after, gets each event once, whatever dies meanwhile.
     """
     from corral.api.types.v1 import types_pb2
-    from corral.cli.container import parse_time
+    from corral.cli.moments import parse_moment
 
     request = types_pb2.EventsRequest(after=after or 0, no_follow=no_follow)
-    request.since.CopyFrom(parse_time(since or ("0s" if after is None and not no_follow else "1970-01-01T00:00:00Z")))
+    request.since.CopyFrom(parse_moment(since or ("0s" if after is None and not no_follow else "1970-01-01T00:00:00Z")))
     if until:
-        request.until.CopyFrom(parse_time(until))
+        request.until.CopyFrom(parse_moment(until))
     _apply_filters(app, request, filters)
     for answer in app.client.system.events(request):
         if answer.HasField("gap"):

@@ -27,13 +27,13 @@ class PruneFilters:
 
 def parse_prune_filters(texts: Sequence[str]) -> PruneFilters:
     """Raises ValueError."""
-    from corral.cli.container import parse_time
+    from corral.cli.moments import parse_moment
 
     until, labels, without = None, list[str](), list[str]()
     for text in texts:
         key, _, value = text.partition("=")
         if key == "until" and value:
-            until = parse_time(value)
+            until = parse_moment(value)
         elif key == "label" and value:
             labels.append(value)
         elif key == "label!" and value:
@@ -63,14 +63,14 @@ def find_images(client: "Client", pattern: str, texts: Sequence[str]) -> "list[i
 
 
 def _test(client: "Client", text: str, key: str, value: str) -> "Callable[[images_pb2.Image], bool]":
-    from corral.cli.container import parse_time
+    from corral.cli.moments import parse_moment
 
     if key == "dangling" and value in _TRUTHS:
         return lambda image: bool(image.name) != _TRUTHS[value]
     if key in ("label", "label!") and value:
         return lambda image: _has_label(image, value) == (key == "label")
     if key in ("before", "since", "until") and value:
-        limit = parse_time(value) if key == "until" else client.images.get(value).created_at
+        limit = parse_moment(value) if key == "until" else client.images.get(value).created_at
         sign = 1 if key == "since" else -1
         return lambda image: (image.created_at.ToNanoseconds() - limit.ToNanoseconds()) * sign > 0
     raise ValueError(
