@@ -1,6 +1,6 @@
 """What goes in and comes out of a process. `attach_requests` has an asyncio and a plain form.
 
-The command loads this whenever it does anything: see corral.rpc.address for why there is no dataclass.
+The command loads this whenever it runs something: see corral.rpc.address for why there is no dataclass.
 """
 
 from collections.abc import AsyncIterator, Iterator, Sequence

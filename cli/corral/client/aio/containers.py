@@ -14,18 +14,11 @@ from corral.api.images.v1 import images_pb2
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1 import types_pb2
 from corral.client.async_transport import AsyncExchange, AsyncTransport
-from corral.client.execution import (
-    Attachment,
-    Collected,
-    ExecResult,
-    Execution,
-    async_attach_requests,
-    exec_request,
-)
 from corral.rpc import errors
 
 if TYPE_CHECKING:
     from corral.client.aio import AsyncClient
+    from corral.client.execution import Attachment, ExecResult, Execution
     from corral.client.fetching import Pull
     from corral.client.options import ContainerOptions, UpdateOptions
 
@@ -266,6 +259,8 @@ class Containers:
         console_size: tuple[int, int] | None = None,
     ) -> engine_pb2.ExecContainerResponse:
         """Makes a further process in a running container, not started: attach to it first."""
+        from corral.client.execution import exec_request
+
         request = exec_request(
             container,
             args,
@@ -299,8 +294,10 @@ class Containers:
         env: Sequence[str] = (),
         working_dir: str = "",
         user: str = "",
-    ) -> ExecResult:
+    ) -> "ExecResult":
         """Runs a further process in a running container and returns its output and exit code."""
+        from corral.client.execution import Collected, Execution, exec_request
+
         process = exec_request(container, args, env=env, working_dir=working_dir, user=user)
         collected = Collected()
         async for part in self.exec_run(Execution(process)):
@@ -308,21 +305,25 @@ class Containers:
         return collected.result()
 
     def exec_run(
-        self, execution: Execution, requests: AsyncIterator[engine_pb2.ExecRunRequest] | None = None
+        self, execution: "Execution", requests: AsyncIterator[engine_pb2.ExecRunRequest] | None = None
     ) -> AsyncExchange[tasks_pb2.AttachResponse]:
         """Runs a further process: its output as it comes, the last message telling how it ended.
 
         `requests` are as those of `attach`.
         """
+        from corral.client.execution import async_attach_requests
+
         return self._engine.exchange(self._stub.ExecRun, async_attach_requests(execution, requests))
 
     def attach(
-        self, attachment: Attachment, requests: AsyncIterator[tasks_pb2.AttachRequest] | None = None
+        self, attachment: "Attachment", requests: AsyncIterator[tasks_pb2.AttachRequest] | None = None
     ) -> AsyncExchange[tasks_pb2.AttachResponse]:
         """A process's output as it comes, the last message telling how it ended.
 
         `requests` carry its stdin and its terminal's size; where they end, stdin is closed.
         """
+        from corral.client.execution import async_attach_requests
+
         return self._engine.exchange(self._stub.Attach, async_attach_requests(attachment, requests))
 
     async def logs(

@@ -14,18 +14,11 @@ from corral.api.engine.v1 import engine_pb2, engine_pb2_grpc
 from corral.api.images.v1 import images_pb2
 from corral.api.tasks.v1 import tasks_pb2
 from corral.api.types.v1 import types_pb2
-from corral.client.execution import (
-    Attachment,
-    Collected,
-    ExecResult,
-    Execution,
-    attach_requests,
-    exec_request,
-)
 from corral.client.transport import Exchange, Transport
 from corral.rpc import errors
 
 if TYPE_CHECKING:
+    from corral.client.execution import Attachment, ExecResult, Execution
     from corral.client.fetching import Pull
     from corral.client.options import ContainerOptions, UpdateOptions
     from corral.client.sync import Client
@@ -265,6 +258,8 @@ class Containers:
         console_size: tuple[int, int] | None = None,
     ) -> engine_pb2.ExecContainerResponse:
         """Makes a further process in a running container, not started: attach to it first."""
+        from corral.client.execution import exec_request
+
         request = exec_request(
             container,
             args,
@@ -298,8 +293,10 @@ class Containers:
         env: Sequence[str] = (),
         working_dir: str = "",
         user: str = "",
-    ) -> ExecResult:
+    ) -> "ExecResult":
         """Runs a further process in a running container and returns its output and exit code."""
+        from corral.client.execution import Collected, Execution, exec_request
+
         process = exec_request(container, args, env=env, working_dir=working_dir, user=user)
         collected = Collected()
         for part in self.exec_run(Execution(process)):
@@ -307,21 +304,25 @@ class Containers:
         return collected.result()
 
     def exec_run(
-        self, execution: Execution, requests: Iterator[engine_pb2.ExecRunRequest] | None = None
+        self, execution: "Execution", requests: Iterator[engine_pb2.ExecRunRequest] | None = None
     ) -> Exchange[tasks_pb2.AttachResponse]:
         """Runs a further process: its output as it comes, the last message telling how it ended.
 
         `requests` are as those of `attach`.
         """
+        from corral.client.execution import attach_requests
+
         return self._engine.exchange(self._stub.ExecRun, attach_requests(execution, requests))
 
     def attach(
-        self, attachment: Attachment, requests: Iterator[tasks_pb2.AttachRequest] | None = None
+        self, attachment: "Attachment", requests: Iterator[tasks_pb2.AttachRequest] | None = None
     ) -> Exchange[tasks_pb2.AttachResponse]:
         """A process's output as it comes, the last message telling how it ended.
 
         `requests` carry its stdin and its terminal's size; where they end, stdin is closed.
         """
+        from corral.client.execution import attach_requests
+
         return self._engine.exchange(self._stub.Attach, attach_requests(attachment, requests))
 
     def logs(
