@@ -25,7 +25,7 @@ from json.encoder import encode_basestring, encode_basestring_ascii
 from pathlib import Path
 from typing import Protocol
 
-from corral.kernel import base64
+from corral.kernel import base64, vectors
 from corral.kernel.failpoint import failpoint
 from corral.shim.spool import STREAMS, Position, Spool, StreamName
 
@@ -35,6 +35,7 @@ PIECE_LIMIT = 16 << 10
 LINES_LIMIT = 4 * PIECE_LIMIT
 BLOCK_LIMIT = 8 * PIECE_LIMIT
 _LONGEST_UTF8 = 4
+_NEWLINE = 0x0A
 _FEWEST_BYTES_A_LINE = 64  # of lines that are one entry: however much is kept, they are bounded
 _MARK, _ESCAPED_MARK = "\x01", "\\u0001"
 _SURROGATE = "\ud800"
@@ -90,8 +91,7 @@ def _end_of_block(data: bytes, end: int, limit: int) -> int:
 
 
 def _has_many_lines(data: bytes) -> bool:
-    few = len(data) // _FEWEST_BYTES_A_LINE
-    return len(data) - len(data.replace(b"\n", b"", few + 1)) > few  # many times as fast as count()
+    return vectors.count(data, _NEWLINE) > len(data) // _FEWEST_BYTES_A_LINE
 
 
 def _end_of_lines(data: bytes, start: int, end: int, *, text: bool) -> int:

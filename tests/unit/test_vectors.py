@@ -1,4 +1,4 @@
-"""Base64 by each of the encoders that a machine may have."""
+"""Base64 by each of the encoders that a machine may have, and bytes counted."""
 
 import base64 as reference
 import re
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corral.kernel import base64
+from corral.kernel import base64, vectors
 from corral.kernel.syscalls import MACHINE
 
 ENCODERS = {
@@ -40,6 +40,15 @@ def test_every_length_and_every_letter_is_encoded(encode: Encode) -> None:
     for place in range(0, 24, 6):
         letters = b"".join((number << place).to_bytes(3) for number in range(64)) * 2
         assert b"".join(encode(letters)) == reference.b64encode(letters)
+
+
+@pytest.mark.parametrize("loops", [vectors.LOOPS, None])
+@given(st.lists(st.binary(max_size=40) | st.just(b"\n" * 5000)), st.sampled_from([0, 10, 255]))
+def test_bytes_are_counted_as_by_python(loops: vectors.Vectors | None, parts: list[bytes], byte: int) -> None:
+    data = b"".join(parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vectors, "LOOPS", loops)
+        assert vectors.count(data, byte) == data.count(byte)
 
 
 @pytest.mark.skipif(MACHINE != "x86_64", reason="the code is x86-64's")
