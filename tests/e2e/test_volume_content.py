@@ -118,3 +118,44 @@ def test_attributes_capabilities_and_hard_links_come_along(box: Corrald, name: s
     finally:
         box.corral("volume", "rm", name)
         ok(box, "image", "rm", f"{name}:1")
+
+
+@pytest.fixture
+def parts(box: Corrald, name: str) -> Iterator[str]:
+    """A volume with a directory, a file, and links that lead out of it."""
+    script = "mkdir -p /v/a/b && echo deep > /v/a/b/file && ln -s /a/b /v/round && ln -s ../../../../etc /v/out"
+    run(box, "-v", f"{name}:/v", "busybox", "sh", "-c", script)
+    yield name
+    box.corral("rm", "-f", name)
+    ok(box, "volume", "rm", name)
+
+
+def part(volume: str, path: str, target: str = "/x", more: str = "") -> tuple[str, str]:
+    return "--mount", f"type=volume,src={volume},dst={target},volume-subpath={path}{more}"
+
+
+def test_a_part_of_a_volume_is_mounted_and_written_to(box: Corrald, name: str, parts: str) -> None:
+    ok(box, "create", "--name", name, *part(parts, "a/b"), "busybox", "sh", "-c", "ls /x; cat /x/file; echo n > /x/new")
+    assert ok(box, "start", "-a", name) == "file\ndeep\n"
+    box.kill9()
+    box.start()
+    assert ok(box, "start", "-a", name) == "file\nnew\ndeep\n"
+    assert run(box, "-v", f"{parts}:/v", "busybox", "cat", "/v/a/b/new") == "n\n"
+    assert run(box, *part(parts, "a/b/file", "/f"), "busybox", "cat", "/f") == "deep\n"
+    shown = run(box, *part(parts, "a/b"), "busybox", "grep", " /x ", "/proc/self/mountinfo").split()
+    assert "nosuid" not in shown[5]
+    assert "ro" not in shown[5].split(",")
+
+
+def test_a_part_of_a_volume_may_be_read_only(box: Corrald, parts: str) -> None:
+    refused = box.corral("run", "--rm", *part(parts, "a/b", more=",readonly"), "busybox", "touch", "/x/new")
+    assert (refused.returncode, b"Read-only file system" in refused.stderr) == (1, True)
+
+
+def test_a_part_of_a_volume_is_looked_up_inside_it(box: Corrald, parts: str) -> None:
+    assert run(box, *part(parts, "round"), "busybox", "cat", "/x/file") == "deep\n"
+    for path in ("out", "nothing", "a/nothing"):
+        result = box.corral("run", "--rm", *part(parts, path), "busybox", "ls", "/x")
+        assert (result.returncode, f"the volume has no {path}" in result.stderr.decode()) == (125, True), result
+    refused = box.corral("run", "--rm", *part(parts, "a/../../b"), "busybox", "true")
+    assert (refused.returncode, b"is no path without '..'" in refused.stderr) == (125, True)

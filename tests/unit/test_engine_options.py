@@ -97,6 +97,20 @@ def test_mounts_of_images_that_can_never_work_are_refused(more: dict[str, object
         check(config(mounts=[mount(VolumeMount.TYPE_IMAGE, target="/a", **more)]))
 
 
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        ({"type": VolumeMount.TYPE_VOLUME, "source": "v", "subpath": "a/../b"}, "without '..'"),
+        ({"type": VolumeMount.TYPE_VOLUME, "source": "v", "subpath": "a", "propagation": "rshared"}, "propagation"),
+        ({"type": VolumeMount.TYPE_TMPFS, "subpath": "a"}, "images and volumes have a subpath"),
+        ({"type": VolumeMount.TYPE_VOLUME, "source": "v", "writable": True}, "images are rw"),
+    ],
+)
+def test_parts_of_what_has_none_are_refused(more: dict[str, object], word: str) -> None:
+    with pytest.raises(InvalidArgument, match=word):
+        check(config(mounts=[VolumeMount(target="/a", **more)]))  # type: ignore[arg-type]
+
+
 def test_everything_that_works_at_once_is_accepted() -> None:
     check(
         config(

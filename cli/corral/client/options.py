@@ -265,13 +265,13 @@ def mount(text: str) -> pb.VolumeMount:
                 result.no_copy = value in ("", "true", "1")
             case "rw" | "readwrite":
                 result.writable = value in ("", "true", "1")
-            case "subpath" | "image-subpath":
+            case "subpath" | "image-subpath" | "volume-subpath":
                 result.subpath = value
             case _:
                 raise ValueError(
                     f"mount {text!r}: {part!r} is not understood; known are type=bind|volume|tmpfs|image, source, "
-                    "target, readonly, bind-propagation, tmpfs-size, tmpfs-mode, volume-nocopy, and of an image rw, "
-                    "subpath"
+                    "target, readonly, bind-propagation, tmpfs-size, tmpfs-mode, volume-nocopy, volume-subpath, and of "
+                    "an image rw, subpath"
                 )
     if result.type != pb.VolumeMount.TYPE_IMAGE:
         if result.writable:  # as all others are, unless they are read-only

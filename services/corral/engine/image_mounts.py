@@ -3,6 +3,8 @@
     <container>.image-<n>    the n-th mount of its config: a view, or an active tree if it may be written to
 
 They are made with the container, kept over its restarts, and removed with it; what a crash leaves is found by labels.
+
+Volumes of which a part is wanted are mounted in the same way: what lies in them is as hostile.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,6 +48,20 @@ async def mounted(leaves: Leaves, record: ContainerRecord) -> list[ImageMount]:
         tree = _single(answer.mounts, record.snapshot_driver)
         found.append(ImageMount(target=mount.target, tree=tree, subpath=mount.subpath, writable=mount.writable))
     return found
+
+
+def parts_of_volumes(config: ContainerConfig, paths: Mapping[str, str]) -> list[ImageMount]:
+    """What the task is to be told of them. paths: the volumes' own, by name."""
+    return [
+        ImageMount(
+            target=mount.target,
+            tree=Mount(type="bind", source=paths[mount.source], options=["bind", "suid", "dev"]),
+            subpath=mount.subpath,
+            writable=not mount.read_only,
+        )
+        for mount in config.mounts
+        if mount.type == VolumeMount.TYPE_VOLUME and mount.subpath
+    ]
 
 
 def _single(mounts: Sequence[Mount], driver: str) -> Mount:

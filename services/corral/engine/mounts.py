@@ -24,8 +24,8 @@ def build_mounts(
     own = (*_system_mounts(config), *_network_files(config, endpoint))
     if not config.mounts:
         return own
-    # Those of images the task is told of apart.
-    given = [mount for mount in config.mounts if mount.type != VolumeMount.TYPE_IMAGE]
+    # Those of images, and parts of volumes, the task is told of apart.
+    given = [mount for mount in config.mounts if mount.type != VolumeMount.TYPE_IMAGE and not mount.subpath]
     asked = sorted((_asked(mount, volume_paths, fill=fill_volumes) for mount in given), key=_depth)
     targets = {PurePosixPath(mount.target) for mount in config.mounts}
     return (*(mount for mount in own if PurePosixPath(mount.destination) not in targets), *asked)
@@ -34,7 +34,8 @@ def build_mounts(
 def asked_binds(config: ContainerConfig, volume_paths: Mapping[str, str]) -> tuple[Mount, ...]:
     """Those volumes and directories of the host that were asked for, in the order in which they are made."""
     kinds = (VolumeMount.TYPE_BIND, VolumeMount.TYPE_VOLUME)
-    asked = (_asked(mount, volume_paths, fill=False) for mount in config.mounts if mount.type in kinds)
+    given = (mount for mount in config.mounts if mount.type in kinds and not mount.subpath)
+    asked = (_asked(mount, volume_paths, fill=False) for mount in given)
     return tuple(sorted(asked, key=_depth))
 
 

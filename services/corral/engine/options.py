@@ -160,8 +160,11 @@ def _check_mount(mount: VolumeMount) -> None:
         check_id(mount.source, "volume name")
     if mount.type == VolumeMount.TYPE_IMAGE:
         _check_image(mount)
-    elif mount.subpath or mount.writable:
-        raise InvalidArgument(f"the mount at {mount.target}: only those of images have a subpath or are rw")
+    elif mount.writable or (mount.subpath and mount.type != VolumeMount.TYPE_VOLUME):
+        what = "only those of images are rw" if mount.writable else "only those of images and volumes have a subpath"
+        raise InvalidArgument(f"the mount at {mount.target}: {what}")
+    if mount.subpath:
+        _check_subpath(mount)
     if mount.type == VolumeMount.TYPE_UNSPECIFIED:
         raise InvalidArgument(f"the mount at {mount.target} has no type: give bind, volume, tmpfs or image")
 
@@ -171,8 +174,13 @@ def _check_image(mount: VolumeMount) -> None:
         raise InvalidArgument(f"the mount at {mount.target} names no image: give source=IMAGE", reason="NO_IMAGE")
     if mount.propagation or mount.options or (mount.read_only and mount.writable):
         raise InvalidArgument(f"the mount of an image at {mount.target} is either read-only or rw, and has no options")
+
+
+def _check_subpath(mount: VolumeMount) -> None:
     if "\0" in mount.subpath or ".." in PurePosixPath(mount.subpath).parts:
         raise InvalidArgument(f"the subpath {mount.subpath!r} is no path without '..'")
+    if mount.type == VolumeMount.TYPE_VOLUME and (mount.propagation or mount.options):
+        raise InvalidArgument(f"the part of a volume at {mount.target} has neither propagation nor options")
 
 
 def _check_targets(mounts: Iterable[VolumeMount]) -> None:

@@ -81,6 +81,7 @@ class TaskMaking:
             request = self._request(record, rootfs, cgroup.join_paths, volume_paths, joined, f"{directory}/{LOG_NAME}")
             if config.mounts:
                 request.images.extend(await image_mounts.mounted(self._core.leaves, record))
+                request.images.extend(image_mounts.parts_of_volumes(config, volume_paths))
             if config.secrets:
                 files, env = await run_blocking(secrets.of_container, self._core, record)
                 request.secrets.extend(files)

@@ -1,4 +1,5 @@
 """Trees of other images in a container: each made as a root is, and mounted where it was asked for, whole or in part.
+So are volumes of which a part is wanted.
 
 What is in such a tree is as hostile as the root: a part of it is looked up inside it.
 """
@@ -20,7 +21,8 @@ _ATTRIBUTES = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
 
 @dataclass(frozen=True, slots=True)
 class ImageMount(Step):
-    """tree: a new file system; or, if `bound`, its source is a directory of the host."""
+    """tree: a new file system; or, if `bound`, its source is a directory of the host. It is nosuid and nodev unless its
+    options say otherwise."""
 
     destination: str
     tree: NewFilesystem
@@ -43,7 +45,8 @@ class ImageMount(Step):
             mount.set_attributes(tree, propagation=MS_PRIVATE, where=self.destination)
             part = self._part(tree, stage.bundle) if self.subpath else os.dup(tree)
         with paths.opened(part):
-            attributes = _ATTRIBUTES | (0 if self.writable else MOUNT_ATTR_RDONLY)
+            attributes = _ATTRIBUTES & ~self.tree.options.attributes.clear
+            attributes |= 0 if self.writable else MOUNT_ATTR_RDONLY
             mount.set_attributes(part, attr_set=attributes, where=self.destination)
             is_directory = stat.S_ISDIR(os.fstat(part).st_mode)
             with paths.opened(place(stage, self.destination, None, directory=is_directory)) as target:
@@ -53,7 +56,8 @@ class ImageMount(Step):
         try:
             found = paths.open_in_root(tree, self.subpath)
         except OSError as e:
-            reason = f"mount {self.destination}: the image has no {self.subpath}: {e.strerror}"
+            what = "volume" if self.tree.options.attributes.clear else "image"
+            reason = f"mount {self.destination}: the {what} has no {self.subpath}: {e.strerror}"
             raise ExecFailed(SETUP, reason) from e
         with paths.opened(found):
             return trees.part_of(tree, lambda: mount.clone_tree(found), scratch, what="an image")

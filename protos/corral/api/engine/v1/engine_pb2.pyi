@@ -722,7 +722,7 @@ class VolumeMount(_message.Message):
     writable: _builtins.bool
     """Image: what is written goes into a tree of the container's own. Else nothing can be written."""
     subpath: _builtins.str
-    """Image: only this file or directory of it."""
+    """Image, volume: only this file or directory of it, resolved inside it. Nothing is put into such a volume beforehand."""
     @_builtins.property
     def options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Further options, "noexec"."""

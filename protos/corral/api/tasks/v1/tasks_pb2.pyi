@@ -276,7 +276,7 @@ class CreateTaskRequest(_message.Message):
     def secret_env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageMount]:
-        """Trees of images, each mounted after what lies above its target and before what lies below."""
+        """Trees of images, and parts of volumes, each mounted after what lies above its target and before what lies below."""
 
     def __init__(
         self,
@@ -318,7 +318,9 @@ class ImageMount(_message.Message):
     """What of the tree is mounted, resolved inside it. Empty: all of it."""
     writable: _builtins.bool
     @_builtins.property
-    def tree(self) -> _types_pb2.Mount: ...
+    def tree(self) -> _types_pb2.Mount:
+        """nosuid and nodev, unless its options say suid or dev."""
+
     def __init__(
         self,
         *,
