@@ -28,6 +28,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from corral.rpc import local
 from corral.rpc.address import MAX_MESSAGE_BYTES, Address, Target, TcpAddress, Tls, UnixAddress
+from corral.rpc.eager import begin_calls_at_once
 from corral.rpc.errors import FailedPrecondition
 from corral.rpc.farewell import Name, Port, cut, listening, send_away
 from corral.rpc.handover import Latecomers, connected, hidden, make_waiting
@@ -125,6 +126,7 @@ class Host:
         Raises what a service's start() raised, after stopping those that had started; FailedPrecondition if an address
         cannot be listened on.
         """
+        begin_calls_at_once(asyncio.get_running_loop())
         for hosted in self._hosted:
             await self._set_health(hosted, NOT_SERVING)
         await self._health.set("", NOT_SERVING)
