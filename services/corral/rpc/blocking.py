@@ -10,17 +10,18 @@ A hop costs 70 us on an idle 2-core machine; put all blocking work of one RPC in
 import asyncio
 import contextvars
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+
+from corral.rpc.threads import Threads
 
 MAX_THREADS = 16
 MAX_LONG_THREADS = 8
 MAX_ASKING_THREADS = 4
 
-_threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="blocking")
-_long_threads = ThreadPoolExecutor(MAX_LONG_THREADS, thread_name_prefix="long")
-_asking_threads = ThreadPoolExecutor(MAX_ASKING_THREADS, thread_name_prefix="asking")
+_threads = Threads(MAX_THREADS, "blocking")
+_long_threads = Threads(MAX_LONG_THREADS, "long")
+_asking_threads = Threads(MAX_ASKING_THREADS, "asking")
 
 
 async def run_blocking[**P, T](fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -41,11 +42,11 @@ async def run_asking[**P, T](fn: Callable[P, T], *args: P.args, **kwargs: P.kwar
     return await _run_in(_asking_threads, partial(fn, *args, **kwargs))
 
 
-async def _run_in[T](threads: ThreadPoolExecutor, fn: Callable[[], T]) -> T:
-    # loop.run_in_executor() does the same with a future more on either side.
+async def _run_in[T](threads: Threads, fn: Callable[[], T]) -> T:
+    # loop.run_in_executor() does the same with two futures more.
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
-    threads.submit(_run, partial(contextvars.copy_context().run, fn), future, loop)
+    threads.submit(partial(_run, partial(contextvars.copy_context().run, fn), future, loop))
     return await future
 
 

@@ -1,0 +1,79 @@
+"""Threads that take one function after the other."""
+
+import subprocess
+import sys
+import threading
+from queue import SimpleQueue
+
+from corral.rpc.threads import Threads
+
+WAIT_S = 10.0
+
+
+def ran_by(threads: Threads) -> str:
+    """The name of the thread that takes what is submitted now; it is idle again, or nearly."""
+    names: SimpleQueue[str] = SimpleQueue()
+    threads.submit(lambda: names.put(threading.current_thread().name))
+    return names.get(timeout=WAIT_S)
+
+
+def until_idle(threads: Threads, number: int) -> None:
+    while len(threads._idle) < number:
+        threading.Event().wait(0.001)
+
+
+def test_one_after_the_other_is_the_work_of_one_thread() -> None:
+    threads = Threads(4, "one")
+    found = set()
+    for _ in range(20):
+        found.add(ran_by(threads))
+        until_idle(threads, 1)
+    assert found == {"one_0"}
+
+
+def test_who_became_idle_last_works_next() -> None:
+    threads, go, done = Threads(2, "two"), [threading.Event(), threading.Event()], SimpleQueue[int]()
+    for number in (0, 1):
+        threads.submit(lambda number=number: (go[number].wait(WAIT_S), done.put(number)))  # type: ignore[misc]
+    for number in (1, 0):
+        go[number].set()
+        assert done.get(timeout=WAIT_S) == number
+        until_idle(threads, 2 - number)
+    assert ran_by(threads) == "two_0"
+
+
+def test_more_than_there_are_threads_wait_their_turn() -> None:
+    threads, lock = Threads(2, "few"), threading.Lock()
+    order: SimpleQueue[int] = SimpleQueue()
+    busy = most = 0
+    go = threading.Event()
+
+    def work(number: int) -> None:
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        go.wait(WAIT_S)
+        order.put(number)
+        with lock:
+            busy -= 1
+
+    for number in range(50):
+        threads.submit(lambda number=number: work(number))  # type: ignore[misc]
+    go.set()
+    assert sorted(order.get(timeout=WAIT_S) for _ in range(50)) == list(range(50))
+    assert most == 2
+
+
+PROGRAM = """
+import time
+from corral.rpc.threads import Threads
+threads = Threads(2, "last")
+threads.submit(lambda: None)
+threads.submit(lambda: (time.sleep(0.3), print("done", flush=True)))
+"""
+
+
+def test_what_was_begun_is_done_when_the_program_ends() -> None:
+    ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=30)
+    assert (ended.stdout, ended.stderr) == ("done\n", "")
