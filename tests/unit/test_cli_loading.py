@@ -148,7 +148,7 @@ def test_each_stand_in_for_what_makes_messages_belongs_to_a_module_that_is_defer
         (["ps"], OF_MAKING | OF_TERMINALS | {"json.decoder"}),
         (["start", "x"], OF_MAKING | OF_TERMINALS),
         (["rm", "x"], OF_MAKING | OF_TERMINALS),
-        (["logs", "x"], OF_MAKING | OF_TERMINALS),
+        (["logs", "x"], OF_MAKING | OF_TERMINALS | {"corral.client.hpack"}),
         (["inspect", "x"], OF_MAKING | OF_TERMINALS),
         (["exec", "x", "true"], OF_MAKING | OF_TABLES),
         (["run", "--rm", "-p", "80", "x", "true"], {"corral.cli.registry"} | OF_TABLES),

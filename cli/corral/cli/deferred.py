@@ -22,6 +22,8 @@ DEFERRED = frozenset(
         "grpc",
         "corral.rpc.attempts",
         "corral.rpc.errors",
+        # For calls with one answer.
+        "corral.client.http2",
         # gRPC's form for asyncio, and what its library imports for that alone.
         "asyncio",
         "grpc.aio",

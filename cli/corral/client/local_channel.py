@@ -8,7 +8,7 @@ has to read from the connection whatever the caller does: a server that leaves t
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from corral.client.http2 import DATA, ENDS_STREAM, HEADERS, RESET, Connection, GoneAwayError, NobodyThereError
+from corral.client import http2
 from corral.client.transport import Transport
 from corral.rpc.address import MAX_MESSAGE_BYTES, Target
 
@@ -50,7 +50,7 @@ class LocalChannel:
         self._path = path
         self._open_library = open_library
         self._library: grpc.Channel | None = None
-        self._idle: list[Connection] = []
+        self._idle: list[http2.Connection] = []
 
     def unary_unary(self, method: str, **functions: Any) -> "Callable[..., object]":
         """As of grpc.Channel."""
@@ -96,7 +96,7 @@ class LocalChannel:
         while self._idle:
             self._idle.pop().close()
 
-    def _connection(self, data: bytes, metadata: Metadata) -> Connection | None:
+    def _connection(self, data: bytes, metadata: Metadata) -> "http2.Connection | None":
         """One for this request, None if it is for gRPC's library."""
         if not all(value.isascii() and value.isprintable() for pair in metadata for value in pair):
             return None
@@ -106,15 +106,15 @@ class LocalChannel:
                 return connection
             connection.close()
         try:
-            connection = Connection(self._path)
-        except NobodyThereError as e:
+            connection = http2.Connection(self._path)
+        except http2.NobodyThereError as e:
             raise _failure("UNAVAILABLE", f"failed to connect to all addresses; last error: {e}") from e
         if connection.has_room(_PREFIX_BYTES + len(data)):
             return connection
         connection.close()
         return None
 
-    def _answer(self, connection: Connection, headers: "Sequence[Field]", data: bytes) -> bytes:
+    def _answer(self, connection: "http2.Connection", headers: "Sequence[Field]", data: bytes) -> bytes:
         try:
             answer = _answer(connection, headers, data)
         except BaseException:
@@ -131,23 +131,23 @@ def _headers(method: str, metadata: Metadata) -> "Sequence[Field]":
     return (*_HEADERS, (b":path", method.encode()), *((key.encode(), value.encode()) for key, value in metadata))
 
 
-def _answer(connection: Connection, headers: "Sequence[Field]", data: bytes) -> bytes:
+def _answer(connection: "http2.Connection", headers: "Sequence[Field]", data: bytes) -> bytes:
     """Raises grpc.RpcError; what is left on the connection then, nobody knows."""
     body = bytearray()
     try:
         stream = connection.call(headers, b"\0" + len(data).to_bytes(4) + data)
         while True:
             kind, flags, payload = connection.answer(stream)
-            if kind == RESET:
+            if kind == http2.RESET:
                 raise _reset(int.from_bytes(payload))
-            fields = connection.decode(payload) if kind == HEADERS else []
-            if kind == DATA:
+            fields = connection.decode(payload) if kind == http2.HEADERS else []
+            if kind == http2.DATA:
                 body += payload
                 _check_length(body)
-            if flags & ENDS_STREAM:
+            if flags & http2.ENDS_STREAM:
                 _check(dict(fields))
                 return _message(body)
-    except GoneAwayError as e:
+    except http2.GoneAwayError as e:
         raise _failure("UNAVAILABLE", "Stream removed (GOAWAY received)") from e
     except (EOFError, OSError) as e:
         raise _failure("UNAVAILABLE", "Socket closed") from e
