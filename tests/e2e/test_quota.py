@@ -11,6 +11,8 @@ from support.corrald import Corrald, running
 from support.file_systems import loop_devices
 from support.requirements import needs
 
+from corral.rpc.errors import ResourceExhausted
+
 pytestmark = needs("root", "overlayfs", "busybox", "netns", "mkfs.ext4")
 
 FILL = "dd if=/dev/zero of={} bs=1M count=64"
@@ -39,6 +41,18 @@ def eventually_no_devices(root: Path) -> list[str]:
     while (left := loop_devices(root)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
+
+
+@pytest.mark.parametrize("size", [str(1 << 62), "8000000t"])
+def test_a_quota_that_nothing_has_room_for_is_refused_with_a_sentence(box: Corrald, size: str) -> None:
+    refused = box.corral("create", "--storage-opt", f"size={size}", "busybox", "true")
+    assert refused.returncode == 125
+    said = refused.stderr.decode()
+    assert "16 TiB" in said or "no quota of" in said
+    assert "fault of corral" not in said
+    assert box.corral("ps", "-aq").stdout == b""
+    with box.client() as client, pytest.raises(ResourceExhausted):
+        client.containers.create("busybox", ["true"], storage_options=[f"size={size}"])
 
 
 def test_a_container_that_writes_past_its_quota_is_out_of_space_and_its_neighbours_are_not(box: Corrald) -> None:

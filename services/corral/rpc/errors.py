@@ -135,6 +135,7 @@ _KIND_OF_ERRNO: Mapping[int, type[CorralError]] = MappingProxyType(
     {
         errno.ENOSPC: ResourceExhausted,
         errno.EDQUOT: ResourceExhausted,
+        errno.EFBIG: ResourceExhausted,
         errno.EMFILE: ResourceExhausted,
         errno.ENFILE: ResourceExhausted,
         errno.ENOMEM: ResourceExhausted,

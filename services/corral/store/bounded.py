@@ -6,6 +6,7 @@
 Source: corral.kernel.project_quota; mke2fs(8).
 """
 
+import errno
 import os
 import shutil
 import subprocess
@@ -17,6 +18,8 @@ from corral.kernel import project_quota
 from corral.kernel.project_quota import ProjectUsage
 
 MIN_IMAGE_BYTES = 4 << 20
+MAX_IMAGE_BYTES = 16 << 40
+"""What the largest file of an ext4 can hold."""
 IMAGE_TYPE = "ext4"
 IMAGE_OPTIONS = ("loop", "discard")  # what is deleted inside gives its room back
 _EMPTY = "user.corral.empty"
@@ -68,6 +71,9 @@ def make_image(image: Path, size_bytes: int, content: Path) -> None:
 
     Raises OSError.
     """
+    if size_bytes > MAX_IMAGE_BYTES:
+        what = f"a file system in a file has at most {MAX_IMAGE_BYTES >> 40} TiB, and {size_bytes} bytes are wanted"
+        raise OSError(errno.EFBIG, what)
     with image.open("xb") as file:
         file.truncate(max(size_bytes, MIN_IMAGE_BYTES))
     try:
@@ -108,7 +114,12 @@ def bound_project(directory: Path, limit_bytes: int, *, holding: Iterable[str] =
     Raises OSError.
     """
     with _opened(directory) as fd:
-        project_quota.bound(fd, limit_bytes)
+        try:
+            project_quota.bound(fd, limit_bytes)
+        except OSError as e:
+            if e.errno != errno.ERANGE:
+                raise
+            raise OSError(errno.EFBIG, f"no quota of {limit_bytes} bytes can be had here", str(directory)) from e
         project = project_quota.project_of(fd)
     for name in holding:
         with _opened(directory / name) as fd:
