@@ -6,6 +6,7 @@ It runs on v1 and hybrid on a host that mounts v1, on v2 on one that does not.
 import errno
 import mmap
 import os
+import select
 import selectors
 import signal
 import time
@@ -177,6 +178,15 @@ def test_kills_before_a_watch_was_opened_count_only_since_creation(group: Cgroup
             with inside(group, lambda _: touch(128 * MIB)) as child:
                 child.wait()
             assert (now.count(), ever.count()) == (1, ran_before + 1)
+
+
+def test_a_watch_of_a_cgroup_that_is_gone_is_quiet_once_that_was_looked_at(group: Cgroup) -> None:
+    with group.watch_oom() as watch:
+        group.remove()
+        assert watch.count() == 0
+        select.select([watch], [], [], 0.5)  # v1 tells of the removal, a moment later
+        assert watch.count() == 0
+        assert not watch.has_news()
 
 
 def test_a_watch_wakes_a_selector_at_an_oom(group: Cgroup) -> None:

@@ -14,6 +14,7 @@ import contextlib
 import os
 import select
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from corral.kernel.cgroup import files, membership
@@ -37,23 +38,34 @@ class OomWatch:
     __slots__ = ("_below", "_directory", "_epoll", "_eventfd", "_fd", "_last", "_uncounted")
 
     def __init__(
-        self, directory: str, fd: int, eventfd: int, *, since_creation: bool, uncounted: int | None, known: int
+        self,
+        directory: str,
+        fd: int,
+        eventfd: int,
+        *,
+        since_creation: bool,
+        uncounted: int | None,
+        known: int,
+        is_new: bool = False,
     ) -> None:
-        """Take over both fds; an eventfd of -1 means v2, a fd of -1 that there is nothing to watch."""
+        """Take over both fds; an eventfd of -1 means v2, a fd of -1 that there is nothing to watch.
+
+        is_new: nobody has died in it.
+        """
         self._directory, self._fd, self._eventfd = directory, fd, eventfd
         self._below = Below(directory)
         # On v2 this first look also quiets the file, which has news until it was read once.
-        self._last = self._kills() if fd >= 0 else 0
+        self._last = 0 if fd < 0 or (is_new and eventfd >= 0) else self._kills()
         if since_creation:
             uncounted = -_counted_before(directory)
         self._uncounted = self._last if uncounted is None else uncounted
         self._uncounted = min(self._uncounted, self._last - known)
-        # An epoll fd is itself readable when a file in it has news: any selector can wait for it.
-        self._epoll = select.epoll()
-        if eventfd >= 0:
-            self._epoll.register(eventfd, select.EPOLLIN)
-        elif fd >= 0:
-            self._epoll.register(fd, select.EPOLLPRI)
+        self._epoll: select.epoll | None = None
+        if eventfd < 0:
+            # An epoll fd is itself readable when a file in it has news: any selector can wait for it.
+            self._epoll = select.epoll()
+            if fd >= 0:
+                self._epoll.register(fd, select.EPOLLPRI)
 
     @classmethod
     def open(
@@ -81,7 +93,7 @@ class OomWatch:
         """
         name = V2_EVENTS if version == 2 else V1_OOM_CONTROL
         # Nobody has died in it, and what has been counted at its place is known.
-        watch = cls._first([(directory, name)], since_creation=False, uncounted=0, known=known)
+        watch = cls._first([(directory, name)], since_creation=False, uncounted=0, known=known, is_new=True)
         if watch.uncounted < 0 and watch.directory:
             with contextlib.suppress(OSError):  # where there can be no such attribute, what is not looked for is lost
                 os.setxattr(directory, COUNTED_BEFORE, b"%d" % -watch.uncounted)
@@ -89,8 +101,15 @@ class OomWatch:
 
     @classmethod
     def _first(
-        cls, names: Iterable[tuple[str, str]], *, since_creation: bool, uncounted: int | None = None, known: int = 0
+        cls,
+        names: Iterable[tuple[str, str]],
+        *,
+        since_creation: bool,
+        uncounted: int | None = None,
+        known: int = 0,
+        is_new: bool = False,
     ) -> Self:
+        made = partial(cls, since_creation=since_creation, uncounted=uncounted, known=known, is_new=is_new)
         for directory, name in names:
             where = _lasting(directory) if name == V2_EVENTS else directory
             try:
@@ -100,10 +119,10 @@ class OomWatch:
             with contextlib.ExitStack() as fds:
                 fds.callback(os.close, fd)
                 eventfd = -1 if name == V2_EVENTS else _register(directory, fd, fds)
-                watch = cls(directory, fd, eventfd, since_creation=since_creation, uncounted=uncounted, known=known)
+                watch = made(directory, fd, eventfd)
                 fds.pop_all()  # the watch has them now
             return watch
-        return cls("", -1, -1, since_creation=since_creation, uncounted=uncounted, known=known)
+        return made("", -1, -1)
 
     @property
     def uncounted(self) -> int:
@@ -122,11 +141,15 @@ class OomWatch:
 
     def fileno(self) -> int:
         """A file descriptor that is readable when count() may have changed; call count() to quiet it."""
-        return self._epoll.fileno()
+        return self._eventfd if self._epoll is None else self._epoll.fileno()
 
     def has_news(self) -> bool:
         """Whether fileno() is readable."""
-        return bool(self._epoll.poll(0))
+        if self._epoll is not None:
+            return bool(self._epoll.poll(0))
+        poll = select.poll()
+        poll.register(self._eventfd, select.POLLIN)
+        return bool(poll.poll(0))
 
     @property
     def directory(self) -> str:
@@ -144,8 +167,8 @@ class OomWatch:
 
     def count(self) -> int:
         """How many processes the OOM killer took here; the last known answer once the cgroup is gone."""
+        self._drain()  # also of one that is gone, which is signalled a moment later
         if self._fd >= 0:
-            self._drain()
             try:
                 self._last = max(self._last, self._kills())
             except OSError as e:
@@ -156,9 +179,12 @@ class OomWatch:
 
     def close(self) -> None:
         """Let go of the cgroup. count() keeps its last answer."""
-        if not self._epoll.closed:
+        if self._epoll is not None:
             self._epoll.close()  # first: then nothing has to be taken out of it
-            self._release()
+        self._release()
+        if self._eventfd >= 0:
+            os.close(self._eventfd)
+            self._eventfd = -1
 
     def __enter__(self) -> Self:
         return self
@@ -176,15 +202,14 @@ class OomWatch:
                 os.eventfd_read(self._eventfd)
 
     def _release(self) -> None:
-        """Forget the files but keep the epoll fd, which the caller's selector may hold."""
-        for fd in (self._fd, self._eventfd):
-            if fd >= 0:
-                if not self._epoll.closed:
-                    # A removed file reports an error to every poll; a forked child may still hold it open.
-                    with contextlib.suppress(FileNotFoundError):
-                        self._epoll.unregister(fd)
-                os.close(fd)
-        self._fd = self._eventfd = -1
+        """Forget the file but keep what fileno() tells, which the caller's selector may hold."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            if self._epoll is not None and not self._epoll.closed:
+                # A removed file reports an error to every poll; a forked child may still hold it open.
+                with contextlib.suppress(FileNotFoundError):
+                    self._epoll.unregister(fd)
+            os.close(fd)
 
 
 def _counted_before(directory: str) -> int:
