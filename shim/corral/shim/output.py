@@ -248,7 +248,7 @@ class Output:
         if not data:
             self._end()
             return None
-        self._read_size = LARGE_READ_SIZE if len(data) == self._read_size else READ_SIZE
+        self._read_size = LARGE_READ_SIZE if len(data) >= READ_SIZE else READ_SIZE
         self._deliver(data)
         return data
 
