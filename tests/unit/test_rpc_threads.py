@@ -3,17 +3,28 @@
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from queue import SimpleQueue
 
-from corral.rpc.threads import Threads
+from corral.rpc.threads import Threads, Work
 
 WAIT_S = 10.0
+
+
+def untold(do: Callable[[], object]) -> Work:
+    """Work that nobody waits for."""
+
+    def work() -> Callable[[], object]:
+        do()
+        return lambda: None
+
+    return work
 
 
 def ran_by(threads: Threads) -> str:
     """The name of the thread that takes what is submitted now; it is idle again, or nearly."""
     names: SimpleQueue[str] = SimpleQueue()
-    threads.submit(lambda: names.put(threading.current_thread().name))
+    threads.submit(untold(lambda: names.put(threading.current_thread().name)))
     return names.get(timeout=WAIT_S)
 
 
@@ -31,10 +42,21 @@ def test_one_after_the_other_is_the_work_of_one_thread() -> None:
     assert found == {"one_0"}
 
 
+def test_who_hears_of_its_end_may_give_a_thread_more() -> None:
+    threads, names = Threads(4, "same"), SimpleQueue[str]()
+
+    def more(left: int) -> Callable[[], object]:
+        names.put(threading.current_thread().name)
+        return (lambda: threads.submit(lambda: more(left - 1))) if left else (lambda: None)
+
+    threads.submit(lambda: more(5))
+    assert {names.get(timeout=WAIT_S) for _ in range(6)} == {"same_0"}
+
+
 def test_who_became_idle_last_works_next() -> None:
     threads, go, done = Threads(2, "two"), [threading.Event(), threading.Event()], SimpleQueue[int]()
     for number in (0, 1):
-        threads.submit(lambda number=number: (go[number].wait(WAIT_S), done.put(number)))  # type: ignore[misc]
+        threads.submit(untold(lambda number=number: (go[number].wait(WAIT_S), done.put(number))))  # type: ignore[misc]
     for number in (1, 0):
         go[number].set()
         assert done.get(timeout=WAIT_S) == number
@@ -59,7 +81,7 @@ def test_more_than_there_are_threads_wait_their_turn() -> None:
             busy -= 1
 
     for number in range(50):
-        threads.submit(lambda number=number: work(number))  # type: ignore[misc]
+        threads.submit(untold(lambda number=number: work(number)))  # type: ignore[misc]
     go.set()
     assert sorted(order.get(timeout=WAIT_S) for _ in range(50)) == list(range(50))
     assert most == 2
@@ -69,8 +91,8 @@ PROGRAM = """
 import time
 from corral.rpc.threads import Threads
 threads = Threads(2, "last")
-threads.submit(lambda: None)
-threads.submit(lambda: (time.sleep(0.3), print("done", flush=True)))
+threads.submit(lambda: int)
+threads.submit(lambda: (time.sleep(0.3), print("done", flush=True), int)[2])
 """
 
 

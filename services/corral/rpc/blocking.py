@@ -50,15 +50,18 @@ async def _run_in[T](threads: Threads, fn: Callable[[], T]) -> T:
     return await future
 
 
-def _run[T](work: Callable[[], T], future: asyncio.Future[T], loop: asyncio.AbstractEventLoop) -> None:
+def _run[T](work: Callable[[], T], future: asyncio.Future[T], loop: asyncio.AbstractEventLoop) -> Callable[[], object]:
     if future.cancelled():  # before its turn
-        return
+        return _nothing
     try:
         result = work()
     except BaseException as e:  # noqa: BLE001  # the caller must hear of it
-        _tell(loop, partial(_set_exception, future, e))
-    else:
-        _tell(loop, partial(_set_result, future, result))
+        return partial(_tell, loop, partial(_set_exception, future, e))
+    return partial(_tell, loop, partial(_set_result, future, result))
+
+
+def _nothing() -> None:
+    """Nobody waits."""
 
 
 def _tell(loop: asyncio.AbstractEventLoop, outcome: Callable[[], None]) -> None:

@@ -11,7 +11,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-type Work = Callable[[], object]
+type Work = Callable[[], Callable[[], object]]
+"""Returns what tells of its end: that is called once the thread can have the next work."""
 
 
 class Threads:
@@ -91,5 +92,6 @@ class _Worker:
             self._bell.acquire()
             work, self._work = self._work, None
             while work is not None:
-                work()
+                tell = work()
                 work = self._threads.next_for(self)
+                tell()  # whoever hears of it may have more for this very thread
