@@ -226,13 +226,13 @@ def _status(c: "engine_pb2.Container") -> str:
 @pass_app
 def inspect_command(app: App, containers: tuple[str, ...], size: bool, form: str, kind: str | None) -> int:
     """Show all facts about containers, or images where no container has the name, as JSON."""
-    from corral.rpc.errors import CorralError
+    from corral.rpc import errors
 
     found, failed = [], 0
     for name in containers:
         try:
             found.append(_inspected(app, name, kind, size=size))
-        except CorralError as e:
+        except errors.CorralError as e:
             complain(e)
             failed = 1
     show_json(found, form, more=_names_of_docker)
@@ -247,18 +247,18 @@ def _names_of_docker(message: "Message") -> "dict[str, Json]":
 
 
 def _inspected(app: App, name: str, kind: str | None, *, size: bool) -> "engine_pb2.Container | images_pb2.Image":
-    from corral.rpc.errors import InvalidArgument, NotFound
+    from corral.rpc import errors
 
     if kind == "image":
         return app.client.images.get(name)
     try:
         return app.client.containers.get(name, size=size)
-    except (NotFound, InvalidArgument) as e:
+    except (errors.NotFound, errors.InvalidArgument) as e:
         if kind == "container":
             raise
         try:
             return app.client.images.get(name)
-        except (NotFound, InvalidArgument):
+        except (errors.NotFound, errors.InvalidArgument):
             raise e from None
 
 

@@ -124,13 +124,13 @@ def split_name(familiar: str) -> tuple[str, str]:
 @pass_app
 def inspect_command(app: App, names: tuple[str, ...], form: str) -> int:
     """Show all facts about images, as JSON."""
-    from corral.rpc.errors import CorralError
+    from corral.rpc import errors
 
     found, failed = [], 0
     for name in names:
         try:
             found.append(app.client.images.get(name))
-        except CorralError as e:
+        except errors.CorralError as e:
             complain(e)
             failed = 1
     show_json(found, form, more=_names_of_docker)
@@ -168,15 +168,15 @@ def tag_command(app: App, source: str, target: str) -> None:
 @pass_app
 def rm_command(app: App, names: tuple[str, ...], force: bool) -> int:
     """Remove names, and with the last name the image."""
-    from corral.rpc.errors import CorralError, NotFound
+    from corral.rpc import errors
 
     failed = 0
     for name in names:
         try:
             answer = app.client.images.remove(name, force=force)
-        except CorralError as e:
+        except errors.CorralError as e:
             complain(e)
-            failed = failed if force and isinstance(e, NotFound) else 1
+            failed = failed if force and isinstance(e, errors.NotFound) else 1
             continue
         for untagged in answer.untagged:
             click.echo(f"Untagged: {untagged.removeprefix('docker.io/').removeprefix('library/')}")

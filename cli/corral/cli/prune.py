@@ -85,13 +85,13 @@ def _prune_networks(app: App, only: PruneFilters) -> list[str]:
 
 
 def _removed(names: Iterable[str], remove: Callable[[str], object]) -> list[str]:
-    from corral.rpc.errors import FailedPrecondition, NotFound
+    from corral.rpc import errors
 
     done = []
     for name in names:
         try:
             remove(name)
-        except (FailedPrecondition, NotFound):  # it is used again, or was removed by somebody else
+        except (errors.FailedPrecondition, errors.NotFound):  # it is used again, or was removed by somebody else
             continue
         done.append(name)
     return done

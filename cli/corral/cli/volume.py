@@ -18,11 +18,11 @@ def volume_command() -> None:
 @pass_app
 def create_command(app: App, name: str, labels: tuple[str, ...], options: tuple[str, ...]) -> None:
     """Create a volume. One that is there already is no error, unless labels or options are asked for."""
-    from corral.rpc.errors import AlreadyExists
+    from corral.rpc import errors
 
     try:
         click.echo(app.client.volumes.create(name, labels=_pairs(labels), options=_pairs(options)).name)
-    except AlreadyExists:
+    except errors.AlreadyExists:
         if labels or options:
             raise
         click.echo(name)
