@@ -154,8 +154,8 @@ def _may_be_sent_away(context: _Context) -> bool:
     return peer.startswith("unix:")
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps each method once, when it is first called."""
+class CallInterceptor:
+    """Wraps each method once, when it is first called. None of gRPC's, which is awaited at every call."""
 
     def __init__(self, gates: Mapping[str, Gate]) -> None:
         """`gates` by full gRPC service name; services not in it (health, reflection) share one, which is open."""
@@ -163,15 +163,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self.own_gate = Gate()
         self.own_gate.open()
         self._wrapped: dict[str, _Handler] = {}
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> _Handler | None:
-        method = handler_call_details.method
-        # None means no such method: gRPC answers UNIMPLEMENTED.
-        return self.known(method) or self.wrapped(method, await continuation(handler_call_details))
 
     def known(self, method: str) -> _Handler | None:
         """The handler if the method was called before."""

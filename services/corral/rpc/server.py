@@ -88,7 +88,8 @@ class Host:
         self._ports = Ports()
         # Else two daemons would share a port silently.
         options = (*OPTIONS, ("grpc.so_reuseport", int(self._ports.are_shared)))
-        self._server = local.Recorder(grpc.aio.server(interceptors=[self._interceptor], options=options))
+        self._everything = local.Everything(self.find)
+        self._server = local.Recorder(grpc.aio.server(handlers=[self._everything], options=options))
         self._hosted = []
         for service in services:
             gate = Gate()
@@ -240,7 +241,7 @@ class Host:
     async def _serve_late(self, waiting: Sequence[socket.socket], beside: Path) -> None:
         """Serve who waited, until the last of them has come to the real address."""
         options = (*OPTIONS, ("grpc.max_connection_age_ms", STAY_MS))
-        server = grpc.aio.server(handlers=self._server.handlers, interceptors=[self._interceptor], options=options)
+        server = grpc.aio.server(handlers=[self._everything], options=options)
         target = Target(UnixAddress(beside.with_name(f".{beside.name}.late")))
         with _mode(LATE_MODE):
             server.add_insecure_port(target.name)
@@ -265,7 +266,7 @@ class Host:
             await asyncio.wait((self._late,))
 
     def find(self, method: str) -> "local.Handler | None":
-        """What callers in this process may call without the wire; see corral.rpc.local."""
+        """What is called, with the wire or, by callers in this process, without; see corral.rpc.local."""
         return self._interceptor.known(method) or self._interceptor.wrapped(method, self._server.find(method))
 
     async def _set_health(self, hosted: _Hosted, status: int) -> None:
