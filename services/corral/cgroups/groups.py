@@ -10,7 +10,7 @@ a row that says so comes first.
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -94,7 +94,7 @@ class Groups:
 
         announce: write the intent first, for a path at which recovery would not look.
         """
-        check_pressure(types_pb2.Resources.FromString(record.resources))
+        _check(record.resources)
         return await self._change(record.key, self._create(record, announce=announce))
 
     async def _create(self, record: Record, *, announce: bool) -> Record:
@@ -104,25 +104,29 @@ class Groups:
             await self._delete(record.key)
         if announce:
             await self._announce(record)
-        with ExitStack() as undo:
-            try:
-                oom, pressure = await self._run(self._make, record)
-            except BaseException:
-                if announce:
-                    await self._rows.delete(record.key, {})
-                raise
-            undo.callback(oom.close)
-            undo.callback(close_all, pressure)
+        try:
+            oom, pressure = await self._run(self._make, record)
+        except BaseException:
+            if announce:
+                await self._rows.delete(record.key, {})
+            raise
+        try:
             failpoint("cgroups.create.after_make")
-            try:
-                await self._rows.put_ready(record)
-            except BaseException:  # a full disk, say: whoever undoes this would find nothing to delete
-                await self._run(self._unmake, record)
-                raise
-            undo.pop_all()  # the watchers have them now
+            await self._put_ready(record)
+        except BaseException:
+            close_all(pressure)
+            oom.close()
+            raise
         self._watcher.add(record.key, oom)
         self._pressure.put(record.key, pressure)
         return record
+
+    async def _put_ready(self, record: Record) -> None:
+        try:
+            await self._rows.put_ready(record)
+        except BaseException:  # a full disk, say: whoever undoes this would find nothing to delete
+            await self._run(self._unmake, record)
+            raise
 
     def _unmake(self, record: Record) -> None:
         """The next start removes what stays."""
@@ -178,7 +182,7 @@ class Groups:
             try:
                 if self._parent.holds(record.path):
                     self._parent.keep(inhabited=True)  # it may have been made again on the way to this one
-                return _watches(group, _triggers_of(record), record.oom_kills)
+                return _watches(group, _triggers_of(record.resources), record.oom_kills)
             except BaseException:
                 group.remove(self._timeouts.remove_s)
                 raise
@@ -372,7 +376,7 @@ class Groups:
         record = self.find(key)
         self._watcher.add(key, watch, look=watch.known > record.oom_kills)
         try:
-            self._pressure.put(key, open_all(self.open(record), _triggers_of(record)))
+            self._pressure.put(key, open_all(self.open(record), _triggers_of(record.resources)))
         except OSError as e:  # the kernel is another than it was, say
             log.warning("cgroup.pressure_not_watched", namespace=key.namespace, id=key.id, error=str(e))
 
@@ -401,6 +405,8 @@ class Groups:
     async def _alone[T](self, path: str, change: Coroutine[Any, Any, T]) -> T:
         """The same, of a cgroup below our parent, or of the one that is called so elsewhere."""
         task = asyncio.Task(self._locked(path, change), loop=asyncio.get_running_loop(), eager_start=True)
+        if task.done():
+            return task.result()
         self._changes.add(task)
         task.add_done_callback(self._ended)
         return await asyncio.shield(task)
@@ -444,8 +450,15 @@ def _not_found(id_: str) -> NotFound:
     return NotFound(f"there is no cgroup {id_!r}", reason="CGROUP_NOT_FOUND", metadata={"id": id_})
 
 
-def _triggers_of(record: Record) -> tuple[PressureTrigger, ...]:
-    return triggers(types_pb2.Resources.FromString(record.resources))
+@lru_cache(maxsize=64)
+def _triggers_of(resources: bytes) -> tuple[PressureTrigger, ...]:
+    return triggers(types_pb2.Resources.FromString(resources))
+
+
+@lru_cache(maxsize=64)
+def _check(resources: bytes) -> None:
+    """Raises InvalidArgument for limits that no cgroup is made with."""
+    check_pressure(types_pb2.Resources.FromString(resources))
 
 
 def _same(known: Record, asked: Record) -> Record:

@@ -4,7 +4,6 @@ What is in memory is what was committed last. Each method that writes returns wh
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from corral.cgroups import store
 from corral.cgroups.store import Key, Record, State
@@ -35,7 +34,7 @@ class Rows:
 
     async def announce(self, record: Record) -> None:
         """Write an intent. Raises Duplicate if the id or the path is taken."""
-        intent = replace(record, state=State.MAKING)
+        intent = record._replace(state=State.MAKING)
         await self._database.write(lambda transaction: store.insert(transaction, intent))
         self._records[record.key] = intent
 
@@ -48,14 +47,14 @@ class Rows:
     async def set_resources(self, key: Key, resources: bytes) -> Record:
         """What an update left, and the event; returns the row."""
         await self._database.write(lambda transaction: store.set_resources(transaction, key, resources))
-        after = self._records[key] = replace(self._records[key], resources=resources)
+        after = self._records[key] = self._records[key]._replace(resources=resources)
         return after
 
     async def set_oom_kills(self, key: Key, kills: int) -> None:
         """A new count of OOM kills and the event, unless the row knows as many or is gone."""
         await self._database.write(lambda transaction: store.set_oom_kills(transaction, key, kills))
         if (record := self._records.get(key)) and record.oom_kills < kills:
-            self._records[key] = replace(record, oom_kills=kills)
+            self._records[key] = record._replace(oom_kills=kills)
 
     async def delete(self, key: Key, payload: Mapping[str, JSON]) -> None:
         """Remove a row; an event only if anybody was told of its cgroup."""

@@ -8,7 +8,7 @@ A row that is `making` is an intent: its cgroup may be there or not, and nobody 
 import enum
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from corral.kernel.cgroup import PressureTrigger
 from corral.store import JSON, Row, Snapshot, Transaction
@@ -38,16 +38,14 @@ class State(enum.StrEnum):
     READY = "ready"
 
 
-@dataclass(frozen=True, slots=True)
-class Key:
+class Key(NamedTuple):
     """What names a cgroup."""
 
     namespace: str
     id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One row."""
 
     key: Key
@@ -71,7 +69,7 @@ def insert(transaction: Transaction, record: Record) -> None:
             record.state,
             record.first_resources,
             record.resources,
-            json.dumps(record.labels),
+            json.dumps(record.labels) if record.labels else "{}",
             record.created_ns,
             record.oom_kills,
         ),

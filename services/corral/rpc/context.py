@@ -10,9 +10,8 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from corral.rpc import metadata
 from corral.rpc.errors import InvalidArgument
@@ -23,8 +22,7 @@ DEFAULT_NAMESPACE = "default"
 ID_PATTERN = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}")
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One RPC being served, or code run on behalf of one."""
 
     namespace: str

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, M
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 from corral.store.sql import Row, execute
@@ -50,8 +50,7 @@ INSERTED_AT_ONCE = 16
 type Page = tuple[list[Event], int, bool]
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """One journal row. Its payload is the text that the table has: most are passed on, and looked at by nobody."""
 
     seq: int
