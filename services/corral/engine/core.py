@@ -161,6 +161,8 @@ class Core:
     unwritten_stops: set[Key] = field(default_factory=set)
     # Those that wait to be started again by their policy; cancelling ends the wait.
     backoffs: dict[Key, asyncio.Task[Any]] = field(default_factory=dict)
+    # Those that are started again by it now.
+    rerunning: set[Key] = field(default_factory=set)
     # Ports of ended ones that are being withdrawn, for whoever stops them.
     freeing: dict[Key, asyncio.Task[None]] = field(default_factory=dict)
     # Streams of output that are being passed on, by container.

@@ -354,7 +354,8 @@ class Lifecycle:
         """Send a signal, SIGKILL if none is named. SIGKILL also ends a paused container."""
         record = self._core.resolve(reference)
         number = parse_signal(signal) if signal else SIGKILL
-        if (record.namespace, record.id) in self._core.backoffs:  # nothing is there to be signalled, nor shall be
+        key = (record.namespace, record.id)
+        if key in self._core.backoffs or key in self._core.rerunning:  # nothing is there to be signalled, nor shall be
             await self._core.background.to_the_end(self._stop_for_user(record, signal="", timeout_s=0.0))
             return
         require_alive(record, "signalled")

@@ -1,6 +1,8 @@
 """Restart policies: what ends is started again, after a pause that grows while it keeps ending soon.
 
-    ended -> wanted by its policy? -> pause (core.backoffs; shown as "restarting") -> wanted still? -> new task, RUNNING
+    ended -> wanted by its policy? -> pause (core.backoffs) -> wanted still? -> new task (core.rerunning), RUNNING
+
+Until then it is shown as "restarting".
 
 A row says EXITED meanwhile, so a daemon that dies in the pause finds it so at its next start, and looks at the policy
 anew; one that dies between the intent to start (RUNNING) and the start finds a task that waits (CREATED), and goes on.
@@ -96,6 +98,7 @@ class Restarts:
     async def _restart(self, record: ContainerRecord, pause_s: float, *, at_boot: bool) -> None:
         await asyncio.sleep(pause_s)
         key = (record.namespace, record.id)
+        self._core.rerunning.add(key)
         self._core.backoffs.pop(key, None)  # from here on nothing interrupts it
         with in_namespace(record.namespace):
             try:
@@ -110,3 +113,5 @@ class Restarts:
                         now
                     ):  # else its new end was told of already
                         self.on_exit(now, at_boot=at_boot)
+            finally:
+                self._core.rerunning.discard(key)

@@ -31,11 +31,22 @@ class Views:
         """The message for a record. While tasks does not answer it shows what was known last."""
         container = await self._without_health(record)
         self._show_health(record, container)
+        self._show_restart(record, container)
         return container
 
     def _show_health(self, record: ContainerRecord, container: Container) -> None:
         if (health := self._checks.of(record)) is not None:
             container.health.CopyFrom(health)
+
+    def _show_restart(self, record: ContainerRecord, container: Container) -> None:
+        """That it is to be started again, or just is, no row says."""
+        key = (record.namespace, record.id)
+        is_between = key in self._core.rerunning and container.status in _BETWEEN_RUNS
+        if is_between or (record.status is Status.EXITED and key in self._core.backoffs):
+            container.status = Status.RESTARTING.wire
+            container.pid = container.shim_pid = 0
+            if record.exit is not None:
+                container.exit.CopyFrom(record.exit)
 
     async def _without_health(self, record: ContainerRecord) -> Container:
         if record.status not in _HAS_TASK:
@@ -58,6 +69,7 @@ class Views:
             task = tasks.get(record.id) if record.status in _HAS_TASK else None
             container = merged(record, task) if task is not None else self._ended(record)
             self._show_health(record, container)
+            self._show_restart(record, container)
             shown = request.all or not _OF_ENDED.isdisjoint(request.filters) or container.status in _SHOWN
             if shown and wanted(container):
                 found.append(container)
@@ -67,11 +79,9 @@ class Views:
         return self._core.resolve(reference).created_ns
 
     def _ended(self, record: ContainerRecord) -> Container:
-        """One without a task. That it is to be started again no row says."""
+        """One without a task."""
         container = record.to_wire()
-        if record.status is Status.EXITED and (record.namespace, record.id) in self._core.backoffs:
-            container.status = Status.RESTARTING.wire
-        elif record.status is Status.EXITED:
+        if record.status is Status.EXITED and (record.namespace, record.id) not in self._core.backoffs:
             del container.endpoint.ports[:]  # others may have them now
         return container
 
@@ -83,6 +93,7 @@ class Views:
         return {task.id: task for task in response.tasks}
 
 
+_BETWEEN_RUNS = frozenset((Status.EXITED.wire, Status.CREATED.wire))
 # Filters that ask for those which do not run, too.
 _OF_ENDED = frozenset({"status", "exited"})
 _SHOWN = frozenset(int(status) for status in ALIVE | {Status.RESTARTING})
