@@ -646,6 +646,20 @@ async def test_a_kill_around_start_and_exit_loses_no_exit(own_daemon: Corrald, r
     await eventually(lambda: nothing_left(own_daemon))
 
 
+async def test_nobody_waits_for_the_kernel_to_take_a_shim_apart(own_daemon: Corrald, rootfs: Path):
+    async with serving(own_daemon, rootfs, "shim.end.after_hang_up=sleep:60") as tasks:
+        task_id = await tasks.run("sh", "-c", "exit 21")
+        shim_pid = (await tasks.get(task_id)).shim_pid
+        assert (await tasks.wait(task_id)).code == 21
+        async with asyncio.timeout(30):
+            while (await tasks.get(task_id)).shim_pid:
+                await asyncio.sleep(0.02)
+        assert is_alive(shim_pid)
+        await tasks.delete(task_id)
+        os.kill(shim_pid, signal.SIGKILL)
+        await eventually(lambda: nothing_left(own_daemon) and not is_alive(shim_pid))
+
+
 @pytest.mark.parametrize("step", SHIM_EXIT_STEPS)
 async def test_an_exit_is_known_although_its_shim_was_killed_over_it(own_daemon: Corrald, rootfs: Path, step: str):
     async with serving(own_daemon, rootfs, f"{step}=kill") as tasks:

@@ -26,6 +26,7 @@ SHIM_POINTS = (
     "shim.exit.after_rename",
     "shim.exit.before_event",
     "shim.exit.after_event",
+    "shim.end.after_hang_up",
     "shim.exec_exit.before_rename",
     "shim.exec_exit.after_rename",
     "shim.log.taken",

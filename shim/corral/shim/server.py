@@ -312,6 +312,9 @@ class Server:
         if any(c.channel.unsent for c in self._connections.values()) and time.monotonic() < self._end_by:
             self._loop.call_later(0.01, self._end_when_told)
         else:
+            # Hung up at once: whoever waits for that does not wait for the kernel to take this process apart.
+            for connection in tuple(self._connections.values()):
+                self._close(connection)
             self._loop.stop()
 
     def _end_if_abandoned(self) -> None:

@@ -287,6 +287,7 @@ def _become_shim(orders: socket.socket, typical: Typical) -> NoReturn:
         keeper = Keeper(to_zygote)
         Server(loop, sock, bundle, namespace=namespace, container=container, larder=larder, keeper=keeper).begin()
         loop.run()
+        failpoint("shim.end.after_hang_up")
         status = 0
     except BaseException as e:  # noqa: BLE001 - the last frame of this process
         if bundle is not None:
