@@ -62,8 +62,9 @@ class Bundle:
         """
         _make_directory(self.path)
         try:
-            (self.path / CONFIG).write_bytes(config)
-            return self.listen()
+            with open(f"{self.path}/{CONFIG}", "wb") as file:
+                file.write(config)
+            return self._bound()
         except BaseException:
             self.discard()
             raise
@@ -76,6 +77,9 @@ class Bundle:
         """Bind the bundle's socket anew and listen on it."""
         with suppress(FileNotFoundError):
             (self.path / SOCKET).unlink()
+        return self._bound()
+
+    def _bound(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with self._opened() as directory:
@@ -128,7 +132,8 @@ class Bundle:
 
     def discard(self) -> None:
         """Free both names for a new task at once; harmless when they are gone."""
-        self.logs_trash.throw(self.logs)
+        if os.path.lexists(self.logs):  # as a rule the log is elsewhere
+            self.logs_trash.throw(self.logs)
         self.trash.throw(self.path)
 
     @contextmanager
@@ -149,7 +154,8 @@ class Bundles:
         self._trash, self._logs_trash = Trash(state / "trash"), Trash(root / "trash")
 
     def of(self, key: TaskKey) -> Bundle:
-        path, logs = self._shims / key.namespace / key.id, self._logs / key.namespace / key.id
+        below = f"{key.namespace}/{key.id}"
+        path, logs = Path(f"{self._shims}/{below}"), Path(f"{self._logs}/{below}")
         return Bundle(key, path, logs, self._trash, self._logs_trash)
 
     def empty_trash(self) -> None:
@@ -170,7 +176,7 @@ class Bundles:
 def _make_directory(path: Path) -> None:
     """With its parents, which are there as a rule. Raises FileExistsError."""
     try:
-        path.mkdir(mode=0o700)
+        os.mkdir(path, 0o700)  # noqa: PTH102 - in the path of every creation
     except FileNotFoundError:
         for parent in (path.parent.parent, path.parent):  # mkdir()'s mode is not that of the parents it makes
             parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 import json
 from base64 import b64encode
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 from typing import cast
 
 from corral.api.tasks.v1 import tasks_pb2 as pb
@@ -253,7 +252,7 @@ def log_row(options: pb.LogOptions, config: TasksConfig, key: TaskKey) -> LogRow
 
 
 def _absolute(path: str, what: str) -> str:
-    if not path.startswith("/") or "\0" in path or ".." in PurePosixPath(path).parts:
+    if not path.startswith("/") or "\0" in path or ".." in path.split("/"):
         raise InvalidArgument(f"{what}: {path!r} is not an absolute path", reason="BAD_PATH")
     return path
 
