@@ -1,6 +1,7 @@
 """From config and facts to an OCI spec, as docker would have it; devices and seccomp profiles."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from corral.api.network.v1.network_pb2 import Endpoint
 from corral.engine.devices import GrantedDevice, grant, host_device
 from corral.engine.seccomp import Host, kernel_version, parse_profile
 from corral.engine.spec import Facts, HostFacts, build, process_for_exec
-from corral.engine.task_making import encode
+from corral.engine.task_making import encode, with_cgroup
 from corral.kernel import capabilities
 from corral.kernel.namespaces import Kind
 from corral.kernel.rlimits import UNLIMITED
@@ -29,7 +30,7 @@ ENDPOINT = Endpoint(
 
 
 def facts(**changes: object) -> Facts:
-    given: dict[str, object] = {"id": "a" * 64, "host": HOST, "endpoint": ENDPOINT, "cgroup_path": "/corral/default/a"}
+    given: dict[str, object] = {"id": "a" * 64, "host": HOST, "endpoint": ENDPOINT}
     return Facts(**given | changes)  # type: ignore[arg-type]
 
 
@@ -75,7 +76,10 @@ def test_a_plain_container_has_everything_of_its_own() -> None:
 
 def test_the_spec_survives_its_own_json() -> None:
     found = spec(ulimits=[Ulimit(name="nofile", soft=5, hard=-1)], sysctls={"net/ipv4/ip_forward": "1"})
-    assert Spec.from_json(json.loads(encode(found))) == found
+    text = encode(found)
+    assert Spec.from_json(json.loads(text)) == found
+    in_cgroup = replace(found, linux=replace(found.linux, cgroups_path='/corral/"a"'))
+    assert Spec.from_json(json.loads(with_cgroup(text, '/corral/"a"'))) == in_cgroup
     assert found.linux.sysctl == {"net.ipv4.ip_forward": "1"}
 
 

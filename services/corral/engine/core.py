@@ -1,6 +1,7 @@
 """What every operation of the engine works with: rows, leaves, locks, those who wait for an exit, background work."""
 
 import asyncio
+import os
 import platform
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -108,15 +109,14 @@ class Background:
         return await asyncio.shield(self.spawn(work))
 
     def spawn[T](self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Begin `work`, which changes something and ends soon."""
-        return self._begin(work, self._tasks)
+        """Begin `work`, which changes something and ends soon. It runs at once, as far as it can."""
+        return self._begin(asyncio.Task(work, loop=asyncio.get_running_loop(), eager_start=True), self._tasks)
 
     def spawn_endless[T](self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Begin `work`, which tries until it succeeds and may be interrupted at any time."""
-        return self._begin(work, self._endless)
+        return self._begin(asyncio.get_running_loop().create_task(work), self._endless)
 
-    def _begin[T](self, work: Coroutine[Any, Any, T], kept_in: set[asyncio.Task[Any]]) -> asyncio.Task[T]:
-        task = asyncio.get_running_loop().create_task(work)
+    def _begin[T](self, task: asyncio.Task[T], kept_in: set[asyncio.Task[Any]]) -> asyncio.Task[T]:
         kept_in.add(task)
         task.add_done_callback(self._ended)
         return task
@@ -210,13 +210,13 @@ class Core:
 
     def container_directory(self, record: ContainerRecord) -> Path:
         """Where the container's log is, whatever becomes of its tasks."""
-        return self.config.root / "containers" / record.namespace / record.id
+        return Path(f"{self.config.root}/containers/{record.namespace}/{record.id}")
 
     def make_container_directory(self, record: ContainerRecord) -> Path:
         """The same, made where it is missing. No thread: it waits for the disk as little as an ordinary row does."""
         directory = self.container_directory(record)
         try:
-            directory.mkdir(mode=0o700)
+            os.mkdir(directory, 0o700)  # noqa: PTH102 - in the path of every creation
         except FileExistsError:
             pass
         except FileNotFoundError:

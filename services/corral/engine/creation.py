@@ -1,6 +1,6 @@
 """Making a container: an intent, its parts from three leaves at once, its task; all of it or nothing.
 
-    row CREATING -> images.Prepare || network.Attach || cgroups.Create -> spec -> tasks.Create -> row CREATED
+    row CREATING -> cgroups.Create || (images.Prepare || network.Attach -> spec) -> tasks.Create -> row CREATED
 
 Whatever fails, the parts are given back in reverse, and the error told is the first one. If the engine dies on the way,
 the row is found CREATING at the next start and the same is done then. If the machine dies, the user may have been told
@@ -9,7 +9,7 @@ that it is created: what it was made of is on disk by then, and the next start t
 
 import asyncio
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -130,7 +130,22 @@ class Creation:
         return True
 
     async def _make_all(self, record: ContainerRecord) -> ContainerRecord:
-        prepared, endpoint, cgroup = await self._parts(record)
+        cgroup = self._core.background.spawn(persistently(lambda: self._tasks.make_cgroup(record)))
+        try:
+            prepared, endpoint = await self._parts(record)
+            return await self._make_of(record, prepared, endpoint, cgroup)
+        except BaseException:
+            await asyncio.wait((cgroup,))
+            raise
+
+    async def _make_of(
+        self,
+        record: ContainerRecord,
+        prepared: PrepareSnapshotResponse,
+        endpoint: Endpoint,
+        cgroup: "asyncio.Task[Cgroup]",
+    ) -> ContainerRecord:
+        """The kernel may still be at work on the cgroup: what needs none of it is done meanwhile."""
         failpoint("engine.create.after_parts")
         config = resolve(record.config, prepared.image.config, id_=record.id, new_volume_name=random_id)
         await self._add_volumes(record, config)
@@ -139,25 +154,27 @@ class Creation:
             config=config,
             image_id=prepared.image.id,
             endpoint=endpoint,
-            cgroup_path=cgroup.path,
             snapshot_driver=prepared.driver,
         )
         # What a power loss must not take from one that was created reaches the disk while its task is made.
         made: ContainerRecord
-        made, _ = await _all_or_error(self._tasks.make(record, prepared.mounts, cgroup), self._put_on_disk(record))
+        made, _ = await _all_or_error(
+            self._tasks.make(record, prepared.mounts, cgroup), self._put_on_disk(record, cgroup)
+        )
         failpoint("engine.create.after_task")
         created = replace(made, status=Status.CREATED)
         await self._core.database.write(lambda tx: store.save_created(tx, created))
         failpoint("engine.create.after_row")
         return created
 
-    async def _put_on_disk(self, record: ContainerRecord) -> None:
-        await self._core.database.write(lambda tx: store.save_parts(tx, record))
+    async def _put_on_disk(self, record: ContainerRecord, cgroup: "asyncio.Task[Cgroup]") -> None:
+        whole = replace(record, cgroup_path=(await cgroup).path)
+        await self._core.database.write(lambda tx: store.save_parts(tx, whole))
         failpoint("engine.create.after_parts_row")
         await self._core.database.persist()
 
-    async def _parts(self, record: ContainerRecord) -> tuple[PrepareSnapshotResponse, Endpoint, Cgroup]:
-        """From the three leaves at once."""
+    async def _parts(self, record: ContainerRecord) -> tuple[PrepareSnapshotResponse, Endpoint]:
+        """From two leaves at once."""
         config, namespace, id_ = record.config, record.namespace, record.id
         leaves = self._core.leaves
         exposed: Sequence[str] = ()
@@ -167,14 +184,12 @@ class Creation:
             config, namespace, id_, name=record.name, host_hostname=self._core.host.hostname, exposed=exposed
         )
         snapshot = requests.snapshot(config, namespace, id_)
-        # The one whose work is done by the kernel comes first: the others prepare theirs meanwhile.
-        cgroup, prepared, endpoint, _ = await _all_or_error(
-            persistently(lambda: self._tasks.make_cgroup(record)),
+        prepared, endpoint, _ = await _all_or_error(
             persistently(lambda: leaves.snapshots.Prepare(snapshot)),
             persistently(lambda: leaves.endpoints.Attach(attach)),
             image_mounts.prepare(leaves, record),
         )
-        return prepared, endpoint, cgroup
+        return prepared, endpoint
 
     async def _add_volumes(self, record: ContainerRecord, config: ContainerConfig) -> None:
         """Those that only the image asks for."""
@@ -206,9 +221,12 @@ def _volumes(config: ContainerConfig, namespace: str, *, anonymous: set[str]) ->
     return [VolumeRecord(namespace, name, name in anonymous, now, {}, {}) for name in sorted(names)]
 
 
-async def _all_or_error(*calls: Awaitable[Any]) -> list[Any]:
-    """Every call's answer. Raises the first error, after all calls have ended: an undo must not overtake one."""
-    answers = await asyncio.gather(*calls, return_exceptions=True)
+async def _all_or_error(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Every call's answer; each begins at once, in this order. Raises the first error, after all calls have ended: an
+    undo must not overtake one."""
+    loop = asyncio.get_running_loop()
+    begun = [asyncio.Task(call, loop=loop, eager_start=True) for call in calls]
+    answers = await asyncio.gather(*begun, return_exceptions=True)
     for answer in answers:
         if isinstance(answer, BaseException):
             raise answer

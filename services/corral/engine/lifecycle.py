@@ -159,13 +159,11 @@ class Lifecycle:
         leaves, id_ = self._core.leaves, record.id
         await persistently(lambda: leaves.tasks.Delete(tasks_pb2.DeleteTaskRequest(id=id_, force=True)))
         failpoint("engine.start.after_old_task")
-        mounts, endpoint, cgroup = await asyncio.gather(
-            persistently(lambda: leaves.snapshots.Mounts(SnapshotRequest(key=id_))),
-            self._attach_again(record),
-            persistently(lambda: self._tasks.make_cgroup(record)),
+        cgroup = self._core.background.spawn(persistently(lambda: self._tasks.make_cgroup(record)))
+        mounts, endpoint = await asyncio.gather(
+            persistently(lambda: leaves.snapshots.Mounts(SnapshotRequest(key=id_))), self._attach_again(record)
         )
-        record = replace(record, endpoint=endpoint, cgroup_path=cgroup.path)
-        record = await self._tasks.make(record, mounts.mounts, cgroup)
+        record = await self._tasks.make(replace(record, endpoint=endpoint), mounts.mounts, cgroup)
         failpoint("engine.start.after_new_task")
         return record
 

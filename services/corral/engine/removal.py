@@ -6,8 +6,9 @@ Each step is idempotent, so it is begun again wherever it stopped: by the next c
 """
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Coroutine
 from contextlib import suppress
+from typing import Any
 
 import structlog
 
@@ -215,8 +216,12 @@ def _forget(tx: Transaction, record: ContainerRecord, *, volumes: bool) -> list[
     return removed
 
 
-async def _all_ended(*steps: Awaitable[object]) -> None:
+async def _all_ended(*steps: Coroutine[Any, Any, None] | asyncio.Task[None]) -> None:
     """All steps, at once. Raises the first error after all have ended."""
-    for outcome in await asyncio.gather(*steps, return_exceptions=True):
+    loop = asyncio.get_running_loop()
+    begun = [
+        step if isinstance(step, asyncio.Task) else asyncio.Task(step, loop=loop, eager_start=True) for step in steps
+    ]
+    for outcome in await asyncio.gather(*begun, return_exceptions=True):
         if isinstance(outcome, BaseException):
             raise outcome

@@ -160,10 +160,12 @@ def task(
     *,
     spec: bytes,
     rootfs: Iterable[Mount],
-    cgroup_paths: Iterable[str],
     log_path: str,
 ) -> CreateTaskRequest:
-    """The running side. Its log is kept over restarts, so it is ours to name and to remove. Raises InvalidArgument."""
+    """The running side, but for its cgroup. Its log is kept over restarts, so it is ours to name and to remove.
+
+    Raises InvalidArgument.
+    """
     config = record.config
     return CreateTaskRequest(
         id=record.id,
@@ -173,7 +175,6 @@ def task(
         stdin=config.stdin,
         stdin_once=config.stdin_once,
         timeout=config.timeout if config.HasField("timeout") else None,
-        cgroup_paths=cgroup_paths,
         log=log_of(record, log_path),
         console_size=config.console_size if config.HasField("console_size") else None,
         labels=labels(record.namespace, record.id),

@@ -42,7 +42,6 @@ class Facts:
     id: str
     host: HostFacts
     endpoint: Endpoint
-    cgroup_path: str
     # Directories of the volumes, by name.
     volume_paths: Mapping[str, str] = field(default_factory=dict)
     # Namespace files of other containers that are joined.
@@ -67,7 +66,6 @@ def build(config: ContainerConfig, facts: Facts) -> Spec:
             namespaces=_namespaces(config, facts),
             devices=tuple(granted.device for granted in facts.devices),
             sysctl={key.replace("/", "."): value for key, value in config.sysctls.items()},
-            cgroups_path=facts.cgroup_path,
             seccomp=seccomp(config, facts.host, capabilities),
             masked_paths=_paths(config, config.masked_paths, defaults.MASKED_PATHS),
             readonly_paths=_paths(config, config.readonly_paths, defaults.READONLY_PATHS),

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -71,14 +71,17 @@ class TaskMaking:
             self._swap_accounting = False
             return cgroup
 
-    async def make(self, record: ContainerRecord, rootfs: Iterable[Mount], cgroup: Cgroup) -> ContainerRecord:
-        """Create the task; returns the record with what is known of it. Raises CorralError."""
+    async def make(
+        self, record: ContainerRecord, rootfs: Iterable[Mount], cgroup: Awaitable[Cgroup]
+    ) -> ContainerRecord:
+        """Create the task; returns the record with what is known of it, its cgroup too. That may still be made while
+        the rest is got ready. Raises CorralError."""
         config = record.config
         directory = self._core.make_container_directory(record)
         volume_paths = await run_blocking(self.ready_sources, record) if config.mounts else {}
         with ExitStack() as opened:
             joined = await self._joined(config, opened)
-            request = self._request(record, rootfs, cgroup.join_paths, volume_paths, joined, f"{directory}/{LOG_NAME}")
+            request = self._request(record, rootfs, volume_paths, joined, f"{directory}/{LOG_NAME}")
             if config.mounts:
                 request.images.extend(await image_mounts.mounted(self._core.leaves, record))
                 request.images.extend(image_mounts.parts_of_volumes(config, volume_paths))
@@ -86,14 +89,18 @@ class TaskMaking:
                 files, env = await run_blocking(secrets.of_container, self._core, record)
                 request.secrets.extend(files)
                 request.secret_env.update(env)
+            made = await cgroup
+            record = replace(record, cgroup_path=made.path)
+            request.spec = with_cgroup(request.spec, made.path)
+            request.cgroup_paths.extend(made.join_paths)
             failpoint("engine.task.before_create")
             try:
                 task = await self._create(request)
             except NotFound:
-                if not cgroup.unit:
+                if not made.unit:
                     raise
-                cgroup = await persistently(lambda: self.make_cgroup(record))  # cgroups was killed, and its scope went
-                request.cgroup_paths[:] = cgroup.join_paths
+                made = await persistently(lambda: self.make_cgroup(record))  # cgroups was killed, and its scope went
+                request.cgroup_paths[:] = made.join_paths
                 task = await self._create(request)
         await self.settle(record)
         return replace(record, pid=task.pid, log_path=task.log_path, bundle=task.bundle)
@@ -114,11 +121,11 @@ class TaskMaking:
         self,
         record: ContainerRecord,
         rootfs: Iterable[Mount],
-        cgroup_paths: Iterable[str],
         volume_paths: Mapping[str, str],
         joined: Mapping[Kind, str],
         log_path: str,
     ) -> CreateTaskRequest:
+        """All of it but the cgroup."""
         config = record.config
         granted = devices.every_device() if config.privileged else devices.grant(config.devices)
         assert record.endpoint is not None
@@ -126,7 +133,6 @@ class TaskMaking:
             id=record.id,
             host=self._core.host,
             endpoint=record.endpoint,
-            cgroup_path=record.cgroup_path,
             volume_paths=volume_paths,
             joined=joined,
             devices=granted,
@@ -136,7 +142,6 @@ class TaskMaking:
             record,
             spec=encode(build(config, facts)),
             rootfs=rootfs,
-            cgroup_paths=cgroup_paths,
             log_path=log_path,
         )
 
@@ -226,7 +231,8 @@ def _ready_bind_source(mount: VolumeMount) -> None:
 
 
 def encode(spec: Spec) -> bytes:
-    """config.json. Its largest parts, the filter above all, are nearly always the same: turned into text once."""
+    """config.json, but for the cgroup's path. Its largest parts, the filter above all, are nearly always the same:
+    turned into text once."""
     assert spec.process is not None
     rest = replace(
         spec,
@@ -243,6 +249,11 @@ def encode(spec: Spec) -> bytes:
     text = _with_member(_dumps(rest), "process", process)
     text = _with_member(text, "mounts", f"[{','.join(map(_part, spec.mounts))}]")
     return _with_member(text, "linux", linux).encode()
+
+
+def with_cgroup(spec: bytes, path: str) -> bytes:
+    """What encode() gave, with the cgroup's path."""
+    return b'%s,"cgroupsPath":%s}}' % (spec[:-2], _dumps(path).encode())
 
 
 def _dumps(value: JSON) -> str:

@@ -69,8 +69,8 @@ class Registry:
                 self._locks[key] = lock, users - 1
 
     def in_background[T](self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run to the end, also when nobody awaits it; stop() waits for it."""
-        task = asyncio.create_task(work)
+        """Run to the end, also when nobody awaits it; stop() waits for it. It begins at once."""
+        task = asyncio.Task(work, loop=asyncio.get_running_loop(), eager_start=True)
         self._background.add(task)
         task.add_done_callback(self._done)
         return task
