@@ -5,7 +5,6 @@ our stdin        --splice(2)--> its pipe
 """
 
 import os
-import secrets
 import select
 import socket
 import stat
@@ -24,7 +23,8 @@ class Taker:
 
     def __init__(self) -> None:
         """Raises OSError."""
-        self._name, self._secret = f"corral-{secrets.token_hex(8)}", secrets.token_bytes(16)
+        # The module secrets would load a dozen others, for every command that takes more than a second.
+        self._name, self._secret = f"corral-{os.urandom(8).hex()}", os.urandom(16)
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(f"\0{self._name}")
         self._socket.listen()
