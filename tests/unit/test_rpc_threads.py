@@ -3,7 +3,9 @@
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
+from functools import partial
 from queue import SimpleQueue
 
 from corral.rpc.threads import Threads, Work
@@ -99,3 +101,27 @@ threads.submit(lambda: (time.sleep(0.3), print("done", flush=True), int)[2])
 def test_what_was_begun_is_done_when_the_program_ends() -> None:
     ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=30)
     assert (ended.stdout, ended.stderr) == ("done\n", "")
+
+
+class Thing:
+    """Can be looked for."""
+
+
+def test_what_came_of_work_is_not_kept_by_an_idle_thread() -> None:
+    made = [Thing()]
+    seen, threads = weakref.ref(made[0]), Threads(2, "kept")
+    threads.submit(lambda: partial(id, made.pop()))
+    for _ in range(2):  # the second begins when all is over with the first
+        assert ran_by(threads) == "kept_0"
+        until_idle(threads, 1)
+    assert seen() is None
+
+
+def test_who_cannot_be_told_costs_no_thread() -> None:
+    threads = Threads(1, "untold")
+
+    def fail() -> None:
+        raise OSError
+
+    threads.submit(lambda: fail)
+    assert ran_by(threads) == "untold_0"

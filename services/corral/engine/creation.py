@@ -130,13 +130,9 @@ class Creation:
         return True
 
     async def _make_all(self, record: ContainerRecord) -> ContainerRecord:
-        cgroup = self._core.background.spawn(persistently(lambda: self._tasks.make_cgroup(record)))
-        try:
+        async with self._tasks.cgroup_meanwhile(record) as cgroup:
             prepared, endpoint = await self._parts(record)
             return await self._make_of(record, prepared, endpoint, cgroup)
-        except BaseException:
-            await asyncio.wait((cgroup,))
-            raise
 
     async def _make_of(
         self,

@@ -159,11 +159,11 @@ class Lifecycle:
         leaves, id_ = self._core.leaves, record.id
         await persistently(lambda: leaves.tasks.Delete(tasks_pb2.DeleteTaskRequest(id=id_, force=True)))
         failpoint("engine.start.after_old_task")
-        cgroup = self._core.background.spawn(persistently(lambda: self._tasks.make_cgroup(record)))
-        mounts, endpoint = await asyncio.gather(
-            persistently(lambda: leaves.snapshots.Mounts(SnapshotRequest(key=id_))), self._attach_again(record)
-        )
-        record = await self._tasks.make(replace(record, endpoint=endpoint), mounts.mounts, cgroup)
+        async with self._tasks.cgroup_meanwhile(record) as cgroup:
+            mounts, endpoint = await asyncio.gather(
+                persistently(lambda: leaves.snapshots.Mounts(SnapshotRequest(key=id_))), self._attach_again(record)
+            )
+            record = await self._tasks.make(replace(record, endpoint=endpoint), mounts.mounts, cgroup)
         failpoint("engine.start.after_new_task")
         return record
 

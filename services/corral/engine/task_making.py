@@ -1,9 +1,10 @@
 """Giving a container its cgroup and its task: when it is created, and again each time it starts after having ended."""
 
+import asyncio
 import json
 import os
-from collections.abc import Awaitable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -71,14 +72,27 @@ class TaskMaking:
             self._swap_accounting = False
             return cgroup
 
+    @asynccontextmanager
+    async def cgroup_meanwhile(self, record: ContainerRecord) -> AsyncIterator[asyncio.Task[Cgroup]]:
+        """It is made while the block does what needs none of it, and not left to be made when the block is left."""
+        cgroup = self._core.background.spawn(persistently(lambda: self.make_cgroup(record)))
+        try:
+            yield cgroup
+        finally:
+            if not cgroup.done():
+                await asyncio.wait((cgroup,))
+
     async def make(
-        self, record: ContainerRecord, rootfs: Iterable[Mount], cgroup: Awaitable[Cgroup]
+        self, record: ContainerRecord, rootfs: Iterable[Mount], cgroup: asyncio.Task[Cgroup]
     ) -> ContainerRecord:
         """Create the task; returns the record with what is known of it, its cgroup too. That may still be made while
         the rest is got ready. Raises CorralError."""
         config = record.config
         directory = self._core.make_container_directory(record)
-        volume_paths = await run_blocking(self.ready_sources, record) if config.mounts else {}
+        volume_paths = {}
+        if config.mounts:
+            await cgroup  # what is made of mounts stays, and it may be refused
+            volume_paths = await run_blocking(self.ready_sources, record)
         with ExitStack() as opened:
             joined = await self._joined(config, opened)
             request = self._request(record, rootfs, volume_paths, joined, f"{directory}/{LOG_NAME}")

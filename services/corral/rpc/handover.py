@@ -34,6 +34,8 @@ QUEUE = 4096
 # How long somebody who looked up the old socket may take to connect to it.
 LOOKED_UP_S = 2.0
 CHUNK = 64 << 10
+# For a client to take what a server has left for it.
+ANSWERS_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +264,9 @@ class Latecomers:
 
     async def _relay(self, client: socket.socket) -> None:
         with client, suppress(OSError), await self._connect() as server:
+            for each in (client, server):
+                if each.family != socket.AF_UNIX:
+                    each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await _join(client, server)
 
 
@@ -282,7 +287,7 @@ async def _join(client: socket.socket, server: socket.socket) -> None:
     try:
         await asyncio.wait((there, back), return_when=asyncio.FIRST_COMPLETED)
         if there.done() and not there.result():
-            await back
+            await asyncio.wait((back,), timeout=ANSWERS_S)
     finally:
         there.cancel()
         back.cancel()

@@ -11,6 +11,10 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+import structlog
+
+log = structlog.get_logger()
+
 type Work = Callable[[], Callable[[], object]]
 """Returns what tells of its end: that is called once the thread can have the next work."""
 
@@ -88,10 +92,14 @@ class _Worker:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._threads.has_ended:
+        while self._work is not None or not self._threads.has_ended:
             self._bell.acquire()
             work, self._work = self._work, None
             while work is not None:
                 tell = work()
                 work = self._threads.next_for(self)
-                tell()  # whoever hears of it may have more for this very thread
+                try:
+                    tell()  # whoever hears of it may have more for this very thread
+                except Exception:
+                    log.exception("thread.told_nobody")
+                del tell  # with what came of it

@@ -18,7 +18,7 @@ from corral.kernel import project_quota
 from corral.kernel.project_quota import ProjectUsage
 
 MIN_IMAGE_BYTES = 4 << 20
-MAX_IMAGE_BYTES = 16 << 40
+MAX_IMAGE_BYTES = (16 << 40) - 4096
 """What the largest file of an ext4 can hold."""
 IMAGE_TYPE = "ext4"
 IMAGE_OPTIONS = ("loop", "discard")  # what is deleted inside gives its room back
@@ -72,11 +72,11 @@ def make_image(image: Path, size_bytes: int, content: Path) -> None:
     Raises OSError.
     """
     if size_bytes > MAX_IMAGE_BYTES:
-        what = f"a file system in a file has at most {MAX_IMAGE_BYTES >> 40} TiB, and {size_bytes} bytes are wanted"
+        what = f"a file system in a file has at most {MAX_IMAGE_BYTES} bytes, and {size_bytes} are wanted"
         raise OSError(errno.EFBIG, what)
-    with image.open("xb") as file:
-        file.truncate(max(size_bytes, MIN_IMAGE_BYTES))
+    image.touch(exist_ok=False)
     try:
+        os.truncate(image, max(size_bytes, MIN_IMAGE_BYTES))
         _mkfs_on(image, *_IN_A_FILE, "-d", str(content), str(image))
     except OSError:
         image.unlink(missing_ok=True)
