@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -221,6 +222,7 @@ def become(
     kept = {name: os.environ[name] for name in GRPC_VARIABLES if name in os.environ}
     os.environ.clear()
     os.environ.update({**kept, **environment})
+    time.tzset()
     failpoint._triggers = failpoint.parse(environment.get(failpoint.VARIABLE, ""))
     sys.argv = [package, *arguments]
 
