@@ -17,9 +17,9 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
