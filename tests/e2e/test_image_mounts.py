@@ -97,7 +97,7 @@ def test_bad_mounts_of_images_are_refused_and_nothing_is_left(box: Corrald, name
         "type=image,target=/x": "names no image",
         f"type=image,source={data},target=/x,subpath=../..": "without '..'",
         f"type=image,source={data},target=/x,ro,rw": "either read-only or rw",
-        "type=volume,source=v,target=/x,subpath=a": "only those of images have a subpath",
+        "type=bind,source=/,target=/x,subpath=a": "only those of images and volumes have a subpath",
     }.items():
         result = box.corral("run", "--name", name, "--mount", text, "busybox", "true")
         assert (result.returncode, told in result.stderr.decode()) == (125, True), (text, result.stderr)
