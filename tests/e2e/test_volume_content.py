@@ -159,3 +159,9 @@ def test_a_part_of_a_volume_is_looked_up_inside_it(box: Corrald, parts: str) -> 
         assert (result.returncode, f"the volume has no {path}" in result.stderr.decode()) == (125, True), result
     refused = box.corral("run", "--rm", *part(parts, "a/../../b"), "busybox", "true")
     assert (refused.returncode, b"is no path without '..'" in refused.stderr) == (125, True)
+
+
+def test_a_creation_that_is_refused_makes_no_source_of_a_mount(box: Corrald, tmp_path: Path) -> None:
+    result = box.corral("create", "-v", f"{tmp_path}/new:/x", "--cpuset-cpus", "999", "busybox", "true")
+    assert (result.returncode, b"cpuset" in result.stderr) == (125, True), result.stderr
+    assert not any(tmp_path.iterdir())
