@@ -119,7 +119,7 @@ def test_rules_that_were_asked_for_are_taken_as_they_are() -> None:
 
 def test_the_log_is_kept_outside_the_task_unless_the_caller_says_where() -> None:
     def log_of(config: ContainerConfig) -> str:
-        request = requests.task(record(config), spec=b"", rootfs=(), cgroup_paths=(), log_path="/engine/log")
+        request = requests.task(record(config), spec=b"", rootfs=(), log_path="/engine/log")
         return request.log.path
 
     assert log_of(ContainerConfig()) == "/engine/log"
@@ -133,7 +133,7 @@ def test_all_that_leaves_keep_for_a_container_says_whose_it_is() -> None:
         requests.snapshot(config, "ns", ID),
         requests.cgroup(config, (), "ns", ID, swap_default=True),
         requests.network(config, "ns", ID, name="web", host_hostname=""),
-        requests.task(record(config), spec=b"", rootfs=(), cgroup_paths=(), log_path="/x"),
+        requests.task(record(config), spec=b"", rootfs=(), log_path="/x"),
     )
     for request in made:
         assert request.labels["corral.owner"] == "engine"
