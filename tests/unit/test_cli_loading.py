@@ -5,15 +5,22 @@ import inspect
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import pytest
 
 from corral.api.engine.v1 import engine_pb2
 from corral.cli import deferred, messages, stubs
+from corral.cli.app import App
+from corral.cli.main import load_verb
+
+if TYPE_CHECKING:
+    from corral.client.sync import Client
 
 ELSEWHERE = "unix:///tmp/corral-nowhere.sock"
 NEVER = {"dataclasses", "ipaddress", "urllib.parse", "google.rpc", "rich", "aiohttp", "corral.rpc.context"}
@@ -86,8 +93,10 @@ def test_protobuf_without_c_does_too(address: str) -> None:
     assert '"status": "exited"' in said[0]
 
 
-def test_messages_that_are_made_on_demand_are_those_that_are_made_at_once() -> None:
-    describe = (
+@pytest.fixture(scope="module")
+def describing() -> Sequence[str]:
+    """Prints all that modules with messages define."""
+    return (
         f"modules = [importlib.import_module(name) for name in {MODULES_OF_MESSAGES}]",
         "for module in modules:",
         "    found = [*module.DESCRIPTOR.message_types_by_name, *module.DESCRIPTOR.enum_types_by_name]",
@@ -100,9 +109,113 @@ def test_messages_that_are_made_on_demand_are_those_that_are_made_at_once() -> N
         "        more = getattr(value, '__module__', ''), getattr(value, '__qualname__', '')",
         "        print(module.__name__, name, kind, made, more, getattr(value, 'DESCRIPTOR', value) is value)",
     )
-    plain = python(*describe)
-    assert python("from corral.cli.deferred import defer; defer()", *describe) == plain
+
+
+@pytest.fixture(scope="module")
+def plain(describing: Sequence[str]) -> str:
+    """What they define by themselves."""
+    return python(*describing)
+
+
+def test_messages_that_are_made_on_demand_are_those_that_are_made_at_once(
+    describing: Sequence[str], plain: str
+) -> None:
+    assert python("from corral.cli.deferred import defer; defer()", *describing) == plain
     assert plain.count("MessageMeta") > 100
+
+
+@pytest.mark.parametrize("name", ["default_pool", "MessageMeta"])
+def test_a_library_that_has_not_what_makes_them_on_demand_makes_them_at_once(
+    describing: Sequence[str], plain: str, name: str
+) -> None:
+    result = python(
+        "from corral.cli.deferred import defer; defer()",
+        "import google._upb._message, types",
+        "real = google._upb._message",
+        f"google._upb._message = types.SimpleNamespace(**vars(real) | {{{name!r}: None}})",
+        f"del google._upb._message.{name}",
+        "from corral.cli import messages",
+        "google._upb._message = real",
+        "assert not messages.STAND_INS",
+        *describing,
+    )
+    assert result == plain
+
+
+@pytest.mark.parametrize("failure", ["KeyboardInterrupt", "OSError", "MemoryError"])
+@pytest.mark.parametrize(
+    ("loaded", "use"),
+    [
+        ("google.protobuf.internal.well_known_types", "engine_pb2.Container"),
+        ("grpc._compression", "grpc.StatusCode"),
+        ("grpc._compression", "errors.CorralError"),
+    ],
+)
+def test_what_was_interrupted_or_could_not_be_loaded_is_loaded_next_time(failure: str, loaded: str, use: str) -> None:
+    happens = "os.kill(os.getpid(), signal.SIGINT)" if failure == "KeyboardInterrupt" else f"raise {failure}"
+    result = python(
+        "import os, signal",
+        "class Failing:",
+        "    def find_spec(name, path=None, target=None):",
+        f"        if name == {loaded!r}:",
+        "            sys.meta_path.remove(Failing)",
+        f"            {happens}",
+        "from corral.cli.deferred import defer; defer()",
+        "import grpc",
+        "from corral.api.engine.v1 import engine_pb2",
+        "from corral.rpc import errors",
+        "sys.meta_path.insert(0, Failing)",
+        "try:",
+        f"    {use}",
+        f"except {failure}:",
+        f"    print('{failure}', {use}.__name__, signal.getsignal(signal.SIGINT) is signal.default_int_handler)",
+    )
+    assert result.split() == [failure, use.rpartition(".")[2], "True"]
+
+
+@pytest.mark.parametrize(
+    ("happens", "code", "said"),
+    [
+        ("os.kill(os.getpid(), signal.SIGINT)", 130, ""),
+        ("raise OSError(23, 'Too many open files')", 1, "corral: [Errno 23] Too many open files"),
+        ("raise MemoryError", 1, "corral: MemoryError:  (this is a fault of corral; --debug shows where)"),
+    ],
+)
+@pytest.mark.parametrize("words", [["ps"], ["stop", "x", "y"], ["start", "x"]], ids=lambda words: words[0])
+def test_a_command_tells_what_befell_it_while_it_loaded_what_it_tells_failures_by(
+    words: list[str], happens: str, code: int, said: str
+) -> None:
+    lines = (
+        "import os, signal, sys",
+        "class Failing:",
+        "    def find_spec(name, path=None, target=None):",
+        "        if name == 'grpc._compression':",
+        f"            {happens}",
+        "sys.meta_path.insert(0, Failing)",
+        f"sys.argv[1:] = ['--address', '{ELSEWHERE}', *{words}]",
+        "from corral.cli.command import main; main()",
+    )
+    result = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr.strip()) == (code, said)
+
+
+class AppOfOneThread(App):
+    """Whose client only the thread that made it gets."""
+
+    def __init__(self) -> None:
+        super().__init__(ELSEWHERE)
+        self._thread = threading.current_thread()
+
+    @property
+    def client(self) -> "Client":
+        assert threading.current_thread() is self._thread
+        return super().client
+
+
+@pytest.mark.parametrize("verb", ["stop", "restart", "kill", "rm", "pause", "unpause"])
+def test_what_acts_in_threads_makes_its_client_before(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load_verb(verb).main(["x", "y"], obj=AppOfOneThread(), standalone_mode=False) == 1
+    assert capsys.readouterr().err.count("cannot reach corral") == 2
 
 
 def test_a_message_has_one_class_whoever_makes_it_first() -> None:

@@ -63,7 +63,8 @@ def start_command(
 @pass_app
 def stop_command(app: App, containers: tuple[str, ...], grace_s: float | None, signal: str) -> int:
     """Stop containers: their stop signal, then SIGKILL."""
-    return each(containers, lambda c: app.client.containers.stop(c, timeout_s=grace_s, signal=signal), at_once=True)
+    stop = app.client.containers.stop
+    return each(containers, lambda c: stop(c, timeout_s=grace_s, signal=signal), at_once=True)
 
 
 @click.command("restart")
@@ -73,7 +74,8 @@ def stop_command(app: App, containers: tuple[str, ...], grace_s: float | None, s
 @pass_app
 def restart_command(app: App, containers: tuple[str, ...], grace_s: float | None, signal: str) -> int:
     """Stop and start containers."""
-    return each(containers, lambda c: app.client.containers.restart(c, timeout_s=grace_s, signal=signal), at_once=True)
+    restart = app.client.containers.restart
+    return each(containers, lambda c: restart(c, timeout_s=grace_s, signal=signal), at_once=True)
 
 
 @click.command("kill")
@@ -83,7 +85,8 @@ def restart_command(app: App, containers: tuple[str, ...], grace_s: float | None
 @pass_app
 def kill_command(app: App, containers: tuple[str, ...], signal: str, everyone: bool) -> int:
     """Send a signal to containers."""
-    return each(containers, lambda c: app.client.containers.kill(c, signal, everyone=everyone), at_once=True)
+    kill = app.client.containers.kill
+    return each(containers, lambda c: kill(c, signal, everyone=everyone), at_once=True)
 
 
 @click.command("rm")

@@ -6,9 +6,10 @@ They are a third of what `corral ps` would load. The interpreter's own LazyLoade
 for the second time, as most are, and not when it is used.
 """
 
+import _signal  # type: ignore[import-not-found]  # the part in C, which is there already
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
-from threading import RLock
+from threading import RLock, current_thread, main_thread
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING
 
@@ -137,10 +138,37 @@ class _Deferred(ModuleType):
             raise AttributeError(name=name, obj=self)
         with spec.loader_state:
             if isinstance(spec.loader, _Loader):
-                spec.loader = self.__loader__ = spec.loader.loader
-                spec.loader.exec_module(self)
-                self.__class__ = ModuleType  # type: ignore[assignment]
+                _uninterrupted(lambda: _load(self, spec, spec.loader))
         return get(name)
+
+
+def _load(module: ModuleType, spec: ModuleSpec, deferring: _Loader) -> None:
+    """What cannot be loaded now is loaded at its next use."""
+    spec.loader = module.__loader__ = deferring.loader
+    try:
+        deferring.loader.exec_module(module)
+    except BaseException:
+        spec.loader = module.__loader__ = deferring  # type: ignore[assignment]
+        raise
+    module.__class__ = ModuleType
+
+
+def _uninterrupted(load: "Callable[[], None]") -> None:
+    """Ctrl-C has its effect afterwards: what failures are told by may be just what is loaded.
+
+    It interrupts the main thread, whichever thread the signal came to, so that to block it would not do.
+    """
+    interrupt = _signal.default_int_handler
+    if current_thread() is not main_thread() or _signal.getsignal(_signal.SIGINT) is not interrupt:
+        return load()
+    came: list[int] = []
+    _signal.signal(_signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        load()
+    finally:
+        _signal.signal(_signal.SIGINT, interrupt)
+        if came:
+            raise KeyboardInterrupt
 
 
 class _Finder:

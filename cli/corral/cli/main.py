@@ -158,9 +158,7 @@ def _wants_traceback(args: "Sequence[str]") -> bool:
 
 
 def _report(error: Exception, args: "Sequence[str]") -> int:
-    from corral.rpc.errors import CorralError
-
-    if not isinstance(error, CorralError | ValueError | OSError):
+    if not _is_for_users(error):
         complain(f"{type(error).__name__}: {error} (this is a fault of corral; --debug shows where)")
         return ENGINE_FAILED if _verb(args) in ("run", "create") else 1
     if isinstance(error, UnicodeEncodeError):
@@ -177,6 +175,17 @@ def _report(error: Exception, args: "Sequence[str]") -> int:
             return 126
         case _:
             return 1 if _verb(args) == "exec" else ENGINE_FAILED
+
+
+def _is_for_users(error: Exception) -> bool:
+    """Whether its text is. That something could not be loaded may be what it says."""
+    if isinstance(error, ValueError | OSError):
+        return True
+    try:
+        from corral.rpc.errors import CorralError
+    except Exception:  # noqa: BLE001 - then it is none of them
+        return False
+    return isinstance(error, CorralError)
 
 
 def _verb(args: "Sequence[str]") -> str:

@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from google.protobuf.descriptor import Descriptor, FileDescriptor
 
 
+_pool = getattr(_message, "default_pool", None)
+_class_of_messages: Any = getattr(_message, "MessageMeta", None)
+
+
 def pool() -> object:
     """What google.protobuf.descriptor_pool.Default() answers."""
-    return _message.default_pool
+    return _pool
 
 
 def nothing(*_: object) -> None:
@@ -46,16 +50,22 @@ def _made(file: "FileDescriptor", module: str, name: str) -> Any:
 
 
 def _message_class(message: "Descriptor", module: str) -> Any:
-    """The library makes it once, perhaps before now, and those within it by itself."""
+    """The library makes it once, perhaps before now, and those within it by itself.
+
+    For the first, it loads a module, and if that fails or is interrupted, the process dies of SIGSEGV.
+    """
+    from google.protobuf.internal import well_known_types  # noqa: F401 - here, failures are told
+
     members = {"DESCRIPTOR": message, "__module__": module, "__qualname__": message.name}
-    return _message.MessageMeta(message.name, (Message,), members)
+    return _class_of_messages(message.name, (Message,), members)
 
 
-STAND_INS: dict[tuple[str, str], object] = {
+_ALL: dict[tuple[str, str], object] = {
     ("google.protobuf.descriptor", "_USE_C_DESCRIPTORS"): True,
     ("google.protobuf.descriptor_pool", "Default"): pool,
     ("google.protobuf.symbol_database", "Default"): nothing,
     ("google.protobuf.internal.builder", "BuildMessageAndEnumDescriptors"): nothing,
     ("google.protobuf.internal.builder", "BuildTopDescriptorsAndMessages"): build_on_demand,
 }
-"""By module and name, as those of corral.cli.deferred."""
+STAND_INS = _ALL if _pool is not None and _class_of_messages is not None else {}
+"""By module and name, as those of corral.cli.deferred. A library that has not what they need is used as it is."""
