@@ -12,8 +12,8 @@ import grpc
 import pytest
 
 from corral.client.hpack import Decoder, encode
-from corral.client.http2 import DATA, GOAWAY, HEADERS, PING, RESET, SETTINGS, _frame
-from corral.client.local_channel import BriefTransport
+from corral.client.http2 import DATA, GOAWAY, HEADERS, PING, RESET, SETTINGS, Connection, _frame
+from corral.client.local_channel import BriefTransport, LocalChannel
 from corral.client.transport import Transport
 from corral.rpc.errors import (
     CONNECTION_ENDED,
@@ -29,7 +29,8 @@ KINDS = (Transport, BriefTransport)
 PATIENCE_S = 30
 STATUS_OK = encode([(b"grpc-status", b"0")])
 ANSWER_BEGINS = encode([(b":status", b"200"), (b"content-type", b"application/grpc")])
-ENDS_HEADERS, ENDS_BOTH = 4, 5
+ENDS_STREAM, ENDS_HEADERS, ENDS_BOTH = 1, 4, 5
+STATUSES_OF_HTTP = (200, 302, 400, 401, 403, 404, 429, 500, 502, 503, 504)
 
 
 class Server:
@@ -332,6 +333,70 @@ def test_a_reset_is_told_in_the_same_words(tmp_path: Path, reason: int) -> None:
     assert told[0] == told[1]
 
 
+@pytest.mark.parametrize(
+    "frames",
+    [
+        *([(HEADERS, ENDS_BOTH, 1, encode([(b":status", b"%d" % status)]))] for status in STATUSES_OF_HTTP),
+        [(HEADERS, ENDS_HEADERS, 1, encode([(b":status", b"503")])), (DATA, ENDS_STREAM, 1, b"Not now")],
+        [(HEADERS, ENDS_BOTH, 1, encode([(b":status", b"404"), (b"grpc-status", b"5"), (b"grpc-message", b"it")]))],
+    ],
+)
+def test_what_is_told_in_http_is_told_in_the_same_words(
+    tmp_path: Path, frames: list[tuple[int, int, int, bytes]]
+) -> None:
+    def script(server: Scripted) -> None:
+        begun(server)
+        server.connection.sendall(b"".join(_frame(*frame) for frame in frames))
+        with contextlib.suppress(ConnectionResetError):  # it does not read what comes behind the status
+            server.received.read()
+
+    told = []
+    with contextlib.closing(Scripted(tmp_path / "socket", script, script)):
+        for kind in KINDS:
+            transport = kind(f"unix://{tmp_path}/socket", "blue", None)
+            with pytest.raises(grpc.RpcError) as caught:
+                method(transport, "Echo")(b"x", metadata=(("corral-namespace", "blue"),))
+            told.append((caught.value.code(), caught.value.details()))
+            transport.close()
+    assert told[0] == told[1]
+
+
+def test_a_connection_that_another_thread_takes_meanwhile_is_not_missed(server: Server, tmp_path: Path) -> None:
+    class Contended(list[Connection]):
+        def __bool__(self) -> bool:
+            there = len(self) > 0
+            for connection in self:
+                connection.close()
+            self.clear()
+            return there
+
+    transport = BriefTransport(f"unix://{tmp_path}/socket", "blue", None)
+    transport.channel._idle = Contended()  # type: ignore[attr-defined]
+    assert [transport.unary(method(transport, "Echo"), b"x") for _ in range(3)] == [b"x"] * 3
+    transport.close()
+
+
+def test_threads_share_one_channel_of_the_library(tmp_path: Path) -> None:
+    opened: list[grpc.Channel] = []
+    opened_twice = threading.Event()
+    second = threading.Thread(target=lambda: channel.library)
+
+    def opens() -> grpc.Channel:
+        opened.append(grpc.insecure_channel(f"unix:{tmp_path}/socket"))
+        if len(opened) == 1:
+            second.start()
+            opened_twice.wait(0.2)
+        else:
+            opened_twice.set()
+        return opened[-1]
+
+    channel = LocalChannel(f"{tmp_path}/socket", opens)
+    assert channel.library is opened[0]
+    second.join(PATIENCE_S)
+    channel.close()
+    assert len(opened) == 1
+
+
 def test_where_many_wait_already_it_waits_too(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     with contextlib.ExitStack() as stack:
@@ -355,7 +420,7 @@ def test_where_many_wait_already_it_waits_too(tmp_path: Path) -> None:
         connection.close()
 
 
-@pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b""])
+@pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", _frame(DATA, 8, 1, b""), b""])
 def test_who_does_not_greet_is_no_server(tmp_path: Path, transport: Transport, said: bytes) -> None:
     def script(server: Scripted) -> None:
         server.connection.sendall(said)
@@ -376,6 +441,8 @@ def test_who_does_not_greet_is_no_server(tmp_path: Path, transport: Transport, s
         _frame(HEADERS, ENDS_BOTH, 1, encode([(b":status", b"404")])),
         _frame(DATA, 1, 1, b"\x01\0\0\0\1x"),
         _frame(DATA, 1, 1, b"\0\0\0\0\1x"),
+        _frame(DATA, 1 | 8, 1, b""),
+        _frame(HEADERS, 4, 1, ANSWER_BEGINS) + _frame(DATA, 1 | 8, 1, b"\1\0\0\0\0\1x\0"),
     ],
 )
 def test_garbage_is_a_failure_and_no_answer(tmp_path: Path, transport: Transport, garbage: bytes) -> None:

@@ -8,6 +8,15 @@ import grpc
 _OF_RESET = {8: "CANCELLED", 7: "UNAVAILABLE", 11: "RESOURCE_EXHAUSTED", 12: "PERMISSION_DENIED"}
 """Code for the reason of a reset. Source: gRPC over HTTP2, Errors."""
 
+_OF_HTTP = {
+    b"400": "INTERNAL",
+    b"401": "UNAUTHENTICATED",
+    b"403": "PERMISSION_DENIED",
+    b"404": "UNIMPLEMENTED",
+    **dict.fromkeys((b"429", b"502", b"503", b"504"), "UNAVAILABLE"),
+}
+"""Code for a status of HTTP's. Source: gRPC, HTTP to gRPC Status Code Mapping."""
+
 
 class CallFailedError(grpc.RpcError):
     """What a call of the library raises tells the same by the same methods."""
@@ -36,10 +45,11 @@ def from_trailers(fields: dict[bytes, bytes]) -> CallFailedError:
     number = fields.pop(b"grpc-status", b"")
     details = _decoded(fields.pop(b"grpc-message", b""))
     code = next((code.name for code in grpc.StatusCode if str(code.value[0]).encode() == number), "UNKNOWN")
+    status = fields.pop(b":status", b"200")
     if not number:
-        details = (
-            f"the answer ended without a status of gRPC's: {fields.get(b':status', b'').decode('ascii', 'replace')}"
-        )
+        code, details = _OF_HTTP.get(status, "UNKNOWN"), "No status received"
+        if status != b"200":
+            details = f"Received http2 header with status: {status.decode('ascii', 'replace')}"
     return CallFailedError(code, details, tuple(_text(*field) for field in fields.items()))
 
 

@@ -59,7 +59,7 @@ class Connection:
             self._connect(path)
             self._greet()
             self._socket.settimeout(None)
-        except (OSError, EOFError) as e:
+        except (OSError, EOFError, ValueError) as e:
             self.close()
             raise NobodyThereError(getattr(e, "strerror", None) or str(e)) from e
 
@@ -75,7 +75,7 @@ class Connection:
             time.sleep(QUEUE_IS_FULL_S)
 
     def _greet(self) -> None:
-        """Until the server has. Raises EOFError, OSError."""
+        """Until the server has. Raises EOFError, OSError, ValueError."""
         settings = _ENABLE_PUSH.to_bytes(2) + bytes(4) + _INITIAL_WINDOW.to_bytes(2) + _WINDOW.to_bytes(4)
         more = (_WINDOW - _DEFAULT_WINDOW).to_bytes(4)
         self._send(_PREFACE + _frame(SETTINGS, 0, 0, settings) + _frame(WINDOW, 0, 0, more))
@@ -187,7 +187,7 @@ class Connection:
         """Kind, flags, stream and payload of a frame; of HEADERS, those that continue it are a part."""
         kind, flags, stream, payload = self._receive_one()
         if flags & _IS_PADDED and kind in (DATA, HEADERS):
-            payload = payload[1 : len(payload) - payload[0]]
+            raise ValueError("padding, which gRPC does without")
         if kind == HEADERS:
             if flags & _HAS_PRIORITY:
                 payload = payload[5:]

@@ -6,6 +6,7 @@ has to read from the connection whatever the caller does: a server that leaves t
 """
 
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
 from corral.client import http2
@@ -25,6 +26,7 @@ _HEADERS: "tuple[Field, ...]" = (
     (b"content-type", b"application/grpc"),
     (b"user-agent", b"corral"),
 )
+_OK = b"200"
 _PREFIX_BYTES = 5
 """Of a message: whether it is compressed, and its length. Source: gRPC over HTTP2, Length-Prefixed-Message."""
 
@@ -50,6 +52,7 @@ class LocalChannel:
         self._path = path
         self._open_library = open_library
         self._library: grpc.Channel | None = None
+        self._opening = Lock()
         self._idle: list[http2.Connection] = []
 
     def unary_unary(self, method: str, **functions: Any) -> "Callable[..., object]":
@@ -81,9 +84,10 @@ class LocalChannel:
     def library(self) -> "grpc.Channel":
         """One of gRPC's own."""
         self._hang_up()
-        if self._library is None:
-            self._library = self._open_library()
-        return self._library
+        with self._opening:
+            if self._library is None:
+                self._library = self._open_library()
+            return self._library
 
     def close(self) -> None:
         """Harmless when repeated."""
@@ -93,15 +97,21 @@ class LocalChannel:
 
     def _hang_up(self) -> None:
         """Before what may last for long, while nobody would read."""
-        while self._idle:
-            self._idle.pop().close()
+        while (connection := self._waiting()) is not None:
+            connection.close()
+
+    def _waiting(self) -> "http2.Connection | None":
+        """One that is idle, which is the caller's from now on."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return None
 
     def _connection(self, data: bytes, metadata: Metadata) -> "http2.Connection | None":
         """One for this request, None if it is for gRPC's library."""
         if not all(value.isascii() and value.isprintable() for pair in metadata for value in pair):
             return None
-        while self._idle:
-            connection = self._idle.pop()
+        while (connection := self._waiting()) is not None:
             if connection.is_still_usable() and connection.has_room(_PREFIX_BYTES + len(data)):
                 return connection
             connection.close()
@@ -140,12 +150,12 @@ def _answer(connection: "http2.Connection", headers: "Sequence[Field]", data: by
             kind, flags, payload = connection.answer(stream)
             if kind == http2.RESET:
                 raise _reset(int.from_bytes(payload))
-            fields = connection.decode(payload) if kind == http2.HEADERS else []
+            fields = dict(connection.decode(payload)) if kind == http2.HEADERS else {}
             if kind == http2.DATA:
                 body += payload
                 _check_length(body)
-            if flags & http2.ENDS_STREAM:
-                _check(dict(fields))
+            if flags & http2.ENDS_STREAM or fields.get(b":status", _OK) != _OK:
+                _check(fields)
                 return _message(body)
     except http2.GoneAwayError as e:
         raise _failure("UNAVAILABLE", "Stream removed (GOAWAY received)") from e
