@@ -213,6 +213,11 @@ class Scripted:
         self.say(DATA, 0, stream, b"\0" + len(text).to_bytes(4) + text)
         self.say(HEADERS, ENDS_BOTH, stream, STATUS_OK)
 
+    def await_hang_up(self) -> None:
+        """Of a client that may have left unread what came last."""
+        with contextlib.suppress(ConnectionResetError):
+            self.received.read()
+
     def close(self) -> None:
         self._listening.close()
         self._thread.join(PATIENCE_S)
@@ -280,17 +285,20 @@ def test_what_a_goaway_lets_be_is_waited_for(tmp_path: Path, transport: Transpor
 
 
 def test_an_idle_connection_that_was_ended_is_not_used_again(tmp_path: Path) -> None:
+    ended = threading.Semaphore(0)
     transport = BriefTransport(f"unix://{tmp_path}/socket", "blue", None)
 
     def script(server: Scripted) -> None:
         begun(server)
         server.answer(1, b"yes")
         goes_away(server, last=1)
-        server.received.read()
+        ended.release()
+        server.await_hang_up()
 
     with contextlib.closing(Scripted(tmp_path / "socket", script, script, script)):
         for _ in range(3):
             assert transport.unary(method(transport, "Echo"), b"x") == b"yes"
+            assert ended.acquire(timeout=PATIENCE_S)
         transport.close()
 
 
@@ -347,8 +355,7 @@ def test_what_is_told_in_http_is_told_in_the_same_words(
     def script(server: Scripted) -> None:
         begun(server)
         server.connection.sendall(b"".join(_frame(*frame) for frame in frames))
-        with contextlib.suppress(ConnectionResetError):  # it does not read what comes behind the status
-            server.received.read()
+        server.await_hang_up()
 
     told = []
     with contextlib.closing(Scripted(tmp_path / "socket", script, script)):
