@@ -13,10 +13,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from support.corrald import CORRAL, PATIENCE, Corrald
 from support.requirements import needs
+
+from corral.cli.lost_end import LostEnd
+from corral.client.execution import Attachment
+
+if TYPE_CHECKING:
+    from corral.client.sync import Client
 
 pytestmark = needs("root", "overlayfs", "busybox", "netns")
 
@@ -42,7 +50,11 @@ def command(
     environment = os.environ | {"CORRAL_ADDRESS": box.address}
     args = [*before, str(CORRAL), *arguments]
     with subprocess.Popen(args, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, env=environment) as process:
-        yield process
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
 
 
 def read_by(box: Corrald) -> int:
@@ -355,3 +367,68 @@ def test_so_it_is_with_a_command_in_a_container(box: Corrald, name: str, is_back
         assert run.stdout.readline() == b"on\n"
         box.start()
         assert (run.wait(30 * PATIENCE), run.stdout.read()) == (9, b"")
+
+
+def test_a_signal_that_comes_while_no_daemon_runs_is_passed_on_by_the_next(box: Corrald, name: str) -> None:
+    script = "trap 'exit 9' TERM; echo ready; while :; do usleep 9999; done"
+    with waits_for_a_line(box, name, "run", "-i", "--name", name, "busybox", "sh", "-c", script) as run:
+        box.kill9()
+        run.send_signal(signal.SIGTERM)
+        box.start()
+        assert run.wait(30 * PATIENCE) == 9
+
+
+def test_a_second_one_that_asks_for_the_end_ends_the_client_alone(box: Corrald, name: str) -> None:
+    script = "echo ready; exec sleep 999"
+    with waits_for_a_line(box, name, "run", "-i", "--name", name, "busybox", "sh", "-c", script) as run:
+        assert run.stderr is not None
+        with box.client() as client:
+            pid = client.containers.get(name).pid
+        box.kill9()
+        run.send_signal(signal.SIGTERM)
+        run.send_signal(signal.SIGINT)
+        try:
+            code = run.wait(30 * PATIENCE)
+            assert (code, b"the container goes on" in run.stderr.read()) == (125, True)
+            assert b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        finally:
+            box.start()
+
+
+def waits_of(pid: int) -> int:
+    """How often its first thread has waited for something. Source: proc_pid_status(5)."""
+    status = Path(f"/proc/{pid}/task/{pid}/status").read_text("ascii")
+    return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+
+def test_a_daemon_that_stays_away_is_asked_for_now_and_then(box: Corrald, name: str) -> None:
+    with waits_for_a_line(box, name, "run", "-i", "--name", name, "busybox", "sh", "-c", "echo ready; cat") as run:
+        assert run.stdin is not None
+        box.kill9()
+        time.sleep(1)
+        before = waits_of(run.pid)
+        time.sleep(3)
+        waits = waits_of(run.pid) - before
+        box.start()
+        run.stdin.close()
+        assert run.wait(30 * PATIENCE) == 0
+    assert waits < 300
+
+
+def test_what_runs_in_its_place_since_the_journal_was_read_is_not_it(box: Corrald, name: str) -> None:
+    script = "test -e /again && { sleep 2; exit 4; }; touch /again; exec sleep 999"
+    begun = ("run", "-d", "--restart", "on-failure:1", "--name", name, "busybox", "sh", "-c", script)
+    since_ns = time.time_ns()
+    assert box.corral(*begun).returncode == 0
+    with box.client() as client:
+        made = client.containers.get(name)
+
+        def attach(process: Attachment) -> object:
+            os.kill(made.pid, signal.SIGKILL)
+            wait_for(lambda: client.containers.get(name).pid not in (0, made.pid))
+            return client.containers.attach(process)
+
+        late = SimpleNamespace(system=client.system, containers=SimpleNamespace(attach=attach))
+        end = LostEnd(cast("Client", late), Attachment(made.id), since_ns).ask(lambda call: None, lambda: None)
+    assert end is not None
+    assert end.code == 137

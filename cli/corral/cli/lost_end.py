@@ -27,7 +27,8 @@ class LostEnd:
     def ask(
         self, on_call: "Callable[[Exchange[tasks_pb2.AttachResponse]], object]", on_reached: Callable[[], object]
     ) -> types_pb2.ExitStatus | None:
-        """Waits for it; None if that was cut short. on_call is given what can be cancelled.
+        """Waits for it; None if that was cut short. on_call is given what can be cancelled. on_reached is called once
+        a daemon has said that it goes on.
 
         Raises Unavailable; NotFound if nobody will ever know.
         """
@@ -37,9 +38,13 @@ class LostEnd:
         on_call(answers)
         try:
             for part in answers:
-                on_reached()
                 if part.HasField("exited"):
                     return part.exited
+                if part.HasField("attached"):
+                    # Perhaps to what runs in its place since the journal was read.
+                    if (status := self._told()) is not None:
+                        return status
+                    on_reached()
         except NotFound:
             status = self._told()
             if status is None and self._is_removed:

@@ -45,6 +45,7 @@ _TAKE_AFTER_S = 1.0
 _END, _ASK, _ASK_FOR_STDIN, _GO_ON = b"\0", b"\xff", b"\xfe", b"\xfd"
 # After so many SIGINT or SIGTERM the session ends, whatever the container does; docker's number.
 _PATIENCE = 3
+_ASKS_TO_END = {signal.SIGINT, signal.SIGTERM}
 # Signals that are about this process, not about the container.
 _OWN_SIGNALS = {signal.SIGCHLD, signal.SIGPIPE, signal.SIGURG, signal.SIGWINCH, signal.SIGTSTP, signal.SIGCONT}
 _OWN_SIGNALS |= {
@@ -105,6 +106,9 @@ class Session:
         self._input: Input | None = None
         self._asked_to_end = 0
         self._passed_on: set[signal.Signals] = set()
+        self._unsent: set[int] = set()  # those that wait for the daemon, like pending ones of the kernel's
+        self._leaves = False
+        self._passing_on = threading.Lock()  # of those two
 
     def run(self, on_attached: Callable[[], object] = lambda: None) -> types_pb2.ExitStatus | None:
         """Joins the streams; calls `on_attached` when no output can be missed any more.
@@ -149,6 +153,7 @@ class Session:
                                     begun = True
                                     on_attached()
                                 attempts = Attempts()
+                                self._send_again()
                             case "stdout":
                                 self._write(1, part.stdout)
                             case "stderr":
@@ -181,27 +186,35 @@ class Session:
                 self._answers.cancel()
 
     def _await_end(self, lost: Unavailable) -> types_pb2.ExitStatus | None:
-        """The pipes go on without a daemon; one that comes back is asked for the end. Raises Unavailable."""
+        """The pipes go on without a daemon; one that comes back is asked for the end, and told of signals that came.
+
+        It is waited for as long as more output may come, and then for half a minute; but once a SIGINT or SIGTERM could
+        not be passed on, a second one ends the session. Raises Unavailable.
+        """
         from corral.cli.lost_end import LostEnd
 
         end, pauses = LostEnd(self.client, self.attachment, self._began_ns), iter(PAUSES_S)
+        goes_on = self._has_live_outputs()
 
-        def begin_anew() -> None:
+        def on_reached() -> None:
             nonlocal pauses
             pauses = iter(PAUSES_S)
+            self._send_again()
 
         while not self._has_failed():
             try:
-                if (status := end.ask(self._set_call, begin_anew)) is not None:
+                if (status := end.ask(self._set_call, on_reached)) is not None:
                     return self._ended(status)
             except NotFound as e:
                 raise Unavailable("corral went away, and how this ended it does not know", reason="CUT_OFF") from e
             except Unavailable as e:
                 if e.reason not in _GONE:
                     raise
-            if any(output.is_alive() for output in self._outputs.values()):
-                begin_anew()
-            if (pause_s := next(pauses, None)) is None:
+            if self._leaves:
+                raise self._cut_off() from lost
+            if goes_on and not (goes_on := self._has_live_outputs()):
+                pauses = iter(PAUSES_S)
+            if (pause_s := next(pauses, PAUSES_S[-1] if goes_on else None)) is None:
                 gone = "corral went away and did not come back: all that was said is here, but not how it ended"
                 raise Unavailable(gone, reason="CUT_OFF") from lost
             time.sleep(pause_s)
@@ -211,6 +224,9 @@ class Session:
         self._answers = answers
         if self._has_failed():
             answers.cancel()
+
+    def _has_live_outputs(self) -> bool:
+        return any(output.is_alive() for output in self._outputs.values())
 
     def _has_failed(self) -> bool:
         return any(output.failure is not None for output in self._outputs.values())
@@ -229,6 +245,13 @@ class Session:
             else f"the container goes on, and corral attach {container} shows it again"
         )
         return Unavailable(f"corral went away from this terminal; {goes_on}", reason="CUT_OFF")
+
+    def _send_again(self) -> None:
+        """The daemon is back: the pump passes on what it could not."""
+        with self._passing_on:
+            os.write(self._wake[1], bytes(self._unsent))
+            self._unsent.clear()
+            self._leaves = False
 
     def _write(self, fd: int, data: bytes) -> None:
         self._end_of_output(fd)
@@ -357,9 +380,20 @@ class Session:
                 self._detach()
                 return False
             elif number in self._passed_on:  # whatever has a handler of Python's wakes us, SIGINT for one
-                with contextlib.suppress(CorralError):  # it may just have ended
-                    self.client.containers.kill(self.attachment.container, str(number))
+                self._pass_on(number)
         return True
+
+    def _pass_on(self, number: int) -> None:
+        """Or keeps it until the daemon is back."""
+        with self._passing_on:
+            try:
+                self.client.containers.kill(self.attachment.container, str(number))
+            except Unavailable as e:
+                if e.reason in _GONE:
+                    self._leaves |= number in _ASKS_TO_END and not self._unsent.isdisjoint(_ASKS_TO_END)
+                    self._unsent.add(number)
+            except CorralError:
+                pass  # it may just have ended
 
     def _ask(self, *, stdin: bool) -> None:
         from corral.cli.pipes import Taker
@@ -413,7 +447,7 @@ class Session:
 
     def _on_signal(self, number: int, frame: object) -> None:
         """The pump passes it on. A program that does not end, or a daemon that hangs, must not hold the terminal."""
-        if number in (signal.SIGINT, signal.SIGTERM):
+        if number in _ASKS_TO_END:
             self._asked_to_end += 1
             if self._asked_to_end == _PATIENCE:
                 sys.stderr.write(f"corral: asked {_PATIENCE} times to end: the container is left as it is\n")
