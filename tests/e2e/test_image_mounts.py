@@ -67,6 +67,21 @@ def test_a_part_of_an_image_is_looked_up_inside_it(box: Corrald, data: str) -> N
     assert trees(box) == []
 
 
+def test_files_go_to_and_come_from_an_image_whose_container_does_not_run(
+    box: Corrald, name: str, data: str, tmp_path: Path
+) -> None:
+    mounts = [*asked(data, "/x", ",rw"), *asked(data, "/y", ",subpath=deep")]
+    ok(box, "create", "--name", name, *mounts, "busybox", "cat", "/x/new")
+    box.corral("start", "-a", name)
+    (tmp_path / "new").write_text("new")
+    ok(box, "cp", str(tmp_path / "new"), f"{name}:/x/new")
+    assert ok(box, "start", "-a", name) == "new"
+    ok(box, "cp", f"{name}:/x/a", str(tmp_path / "a"))
+    ok(box, "cp", f"{name}:/y/file", str(tmp_path / "file"))
+    assert ((tmp_path / "a").read_text(), (tmp_path / "file").read_text()) == ("above", "deep")
+    assert b"read-only file system" in box.corral("cp", str(tmp_path / "new"), f"{name}:/y/new").stderr
+
+
 def test_mounts_of_images_go_below_and_above_others(box: Corrald, name: str, data: str, tmp_path: Path) -> None:
     (tmp_path / "host").write_text("host")
     flags = ["-v", f"{tmp_path}:/x/deep:ro", *asked(data, "/x"), "--tmpfs", "/t", *asked(data, "/t/in")]

@@ -165,3 +165,30 @@ def test_a_creation_that_is_refused_makes_no_source_of_a_mount(box: Corrald, tmp
     result = box.corral("create", "-v", f"{tmp_path}/new:/x", "--cpuset-cpus", "999", "busybox", "true")
     assert (result.returncode, b"cpuset" in result.stderr) == (125, True), result.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_files_go_to_and_come_from_a_part_of_a_volume_whose_container_does_not_run(
+    box: Corrald, name: str, parts: str, tmp_path: Path
+) -> None:
+    mounts = [*part(parts, "a/b"), *part(parts, "round", "/ro", ",readonly"), *part(parts, "a", "/x/below")]
+    ok(box, "create", "--name", name, *mounts, "busybox", "true")
+    ok(box, "start", "-a", name)
+    (tmp_path / "new").write_text("new")
+    ok(box, "cp", str(tmp_path / "new"), f"{name}:/x/new")
+    ok(box, "cp", str(tmp_path / "new"), f"{name}:/x/below/other")
+    assert run(box, "-v", f"{parts}:/v", "busybox", "cat", "/v/a/b/new", "/v/a/other") == "newnew"
+    for source in ("/x/file", "/ro/file", "/x/below/b/file"):
+        ok(box, "cp", f"{name}:{source}", str(tmp_path / "out"))
+        assert (tmp_path / "out").read_text() == "deep\n"
+    assert b"read-only file system" in box.corral("cp", str(tmp_path / "new"), f"{name}:/ro/new").stderr
+    run(box, "-v", f"{parts}:/v", "busybox", "rm", "/v/round")
+    run(box, "-v", f"{parts}:/v", "busybox", "ln", "-s", f"../../../..{tmp_path}", "/v/round")
+    told = box.corral("cp", f"{name}:/x/file", str(tmp_path / "out"))
+    assert (told.returncode, b"the volume has no round" in told.stderr) == (1, True), told.stderr
+
+
+def test_a_part_of_a_volume_that_is_made_for_the_container_is_refused(box: Corrald, name: str) -> None:
+    mount = "type=volume,dst=/x,volume-subpath=a"
+    refused = box.corral("create", "--name", name, "--mount", mount, "busybox", "true")
+    assert (refused.returncode, b"is a new one and has no parts" in refused.stderr) == (125, True), refused.stderr
+    assert box.corral("inspect", name).returncode == 1

@@ -102,6 +102,7 @@ def test_mounts_of_images_that_can_never_work_are_refused(more: dict[str, object
     [
         ({"type": VolumeMount.TYPE_VOLUME, "source": "v", "subpath": "a/../b"}, "without '..'"),
         ({"type": VolumeMount.TYPE_VOLUME, "source": "v", "subpath": "a", "propagation": "rshared"}, "propagation"),
+        ({"type": VolumeMount.TYPE_VOLUME, "subpath": "a"}, "is a new one"),
         ({"type": VolumeMount.TYPE_TMPFS, "subpath": "a"}, "images and volumes have a subpath"),
         ({"type": VolumeMount.TYPE_VOLUME, "source": "v", "writable": True}, "images are rw"),
     ],

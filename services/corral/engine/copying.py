@@ -19,8 +19,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from corral.api.engine.v1 import engine_pb2 as pb
 from corral.api.images.v1.images_pb2 import SnapshotRequest
-from corral.api.tasks.v1.tasks_pb2 import GetTaskRequest
+from corral.api.tasks.v1.tasks_pb2 import GetTaskRequest, ImageMount
 from corral.api.types.v1.types_pb2 import Mount
+from corral.engine import image_mounts
 from corral.engine.core import Core
 from corral.engine.mounts import asked_binds
 from corral.engine.records import ALIVE, ContainerRecord, Status
@@ -134,12 +135,17 @@ class Copying:
         """What the root of one without a process is made of."""
         mounts = (await self._core.leaves.snapshots.Mounts(SnapshotRequest(key=record.id))).mounts
         volumes = await run_blocking(self._task_making.ready_sources, record) if record.config.mounts else {}
+        images = [
+            *await image_mounts.mounted(self._core.leaves, record),
+            *image_mounts.parts_of_volumes(record.config, volumes),
+        ]
         directory = self._core.make_container_directory(record)
         return {
             "bundle": str(directory),
             "rootfs": [_mount(mount) for mount in mounts],
             "parts": [_mount(part) for mount in mounts for part in mount.parts],
             "binds": [_bind(mount) for mount in asked_binds(record.config, volumes)],
+            "images": [_image(image) for image in images],
             "read_only": record.config.read_only_rootfs,
         }
 
@@ -152,6 +158,15 @@ def _checked(path: str) -> str:
 
 def _mount(mount: Mount) -> Job:
     return {"type": mount.type, "source": mount.source, "target": mount.target, "options": list(mount.options)}
+
+
+def _image(image: ImageMount) -> Job:
+    return {
+        "target": image.target,
+        "tree": _mount(image.tree),
+        "subpath": image.subpath,
+        "writable": image.writable,
+    }
 
 
 def _bind(mount: spec.Mount) -> Job:

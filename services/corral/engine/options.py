@@ -179,6 +179,8 @@ def _check_image(mount: VolumeMount) -> None:
 def _check_subpath(mount: VolumeMount) -> None:
     if "\0" in mount.subpath or ".." in PurePosixPath(mount.subpath).parts:
         raise InvalidArgument(f"the subpath {mount.subpath!r} is no path without '..'")
+    if mount.type == VolumeMount.TYPE_VOLUME and not mount.source:
+        raise InvalidArgument(f"the volume at {mount.target} is a new one and has no parts: name one by its source")
     if mount.type == VolumeMount.TYPE_VOLUME and (mount.propagation or mount.options):
         raise InvalidArgument(f"the part of a volume at {mount.target} has neither propagation nor options")
 

@@ -7,7 +7,7 @@
 
     WHERE  "namespace": FD, the mount namespace of one that has a process; or, of one that has none, what a root is made
            of in a namespace of this process's own: "bundle": DIRECTORY, "rootfs", "parts" and "binds": [MOUNT, …],
-           "read_only": false
+           "images": [{"target": …, "tree": MOUNT, "subpath": …, "writable": …}, …], "read_only": false
 
 Whatever is in there is hostile. So no path is resolved before this process sees nothing else than the container does;
 by then all that is needed is loaded and nothing can be any more, and names of users are not looked up (CVE-2019-14271).
@@ -27,20 +27,22 @@ import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import IO, BinaryIO, NoReturn
+from typing import IO, Any, BinaryIO, NoReturn
 
 from corral.kernel import namespaces, paths, process
 from corral.kernel.namespaces import Kind
 from corral.kernel.syscalls import PROC_SUPER_MAGIC, SYSFS_MAGIC, filesystem_magic
 from corral.oci import OCI_VERSION, init
 from corral.oci.blueprint import plan_of
+from corral.oci.errors import ExecFailed
+from corral.oci.image_mounts import ImageMount
 from corral.oci.imports import close_imports
 from corral.oci.mounts import BindMount, ReadonlyRoot, RootFilesystem
 from corral.oci.parts import make_parts
 from corral.oci.spec import Linux, Mount, Namespace, Process, Root, Spec
 
 CHUNK = 256 << 10
-_STEPS = (RootFilesystem, BindMount, ReadonlyRoot)
+_STEPS = (RootFilesystem, BindMount, ImageMount, ReadonlyRoot)
 _XATTR = "SCHILY.xattr."
 _COPIED_XATTRS = ("user.", "security.capability")
 _KINDS = {
@@ -84,6 +86,8 @@ def _described(e: BaseException) -> Mapping[str, str]:
         return {"error": e.kind, "message": str(e)}
     if isinstance(e, tarfile.TarError | EOFError | zlib.error):
         return {"error": "invalid_argument", "message": f"this is no tar, or not a whole one: {e}"}
+    if isinstance(e, ExecFailed):
+        return {"error": "failed_precondition", "message": e.message}
     if isinstance(e, OSError):
         where = f"{e.filename}: " if e.filename else ""
         return {"error": _KINDS.get(e.errno or 0, "internal"), "message": f"{where}{(e.strerror or str(e)).lower()}"}
@@ -118,7 +122,15 @@ def _make_root(job: Mapping[str, object]) -> None:
         mounts=tuple(binds),
         linux=Linux(namespaces=(Namespace(Kind.MOUNT),)),
     )
-    plan = plan_of(spec, bundle=str(job["bundle"]), rootfs=rootfs, user=None, cgroups=[], console_size=None)
+    plan = plan_of(
+        spec,
+        bundle=str(job["bundle"]),
+        rootfs=rootfs,
+        user=None,
+        cgroups=[],
+        console_size=None,
+        images=_images(job["images"]),
+    )
     plan = replace(plan, steps=tuple(step for step in plan.steps if isinstance(step, _STEPS)))
     with contextlib.ExitStack() as stack:
         parts = make_parts(_mounts(job.get("parts", ())), stack)
@@ -130,8 +142,19 @@ def _make_root(job: Mapping[str, object]) -> None:
 
 def _mounts(given: object) -> Sequence[Mount]:
     assert isinstance(given, Sequence)
+    return [_mount(each) for each in given]
+
+
+def _mount(given: Mapping[str, Any]) -> Mount:
+    return Mount(
+        given["target"], given["type"], given["source"], tuple(given["options"])
+    )  # in the words of corral.shim
+
+
+def _images(given: object) -> Sequence[ImageMount]:
+    assert isinstance(given, Sequence)
     return [
-        Mount(each["target"], each["type"], each["source"], tuple(each["options"]))  # in the words of corral.shim
+        ImageMount.of(each["target"], _mount(each["tree"]), subpath=each["subpath"], writable=each["writable"])
         for each in given
     ]
 

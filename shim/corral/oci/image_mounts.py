@@ -8,12 +8,14 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from corral.kernel import mount, paths
 from corral.kernel.mount import MOUNT_ATTR_NODEV, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY, MS_PRIVATE
-from corral.oci import trees
+from corral.oci import mount_options, trees
 from corral.oci.errors import SETUP, ExecFailed
 from corral.oci.mounts import NewFilesystem, place
+from corral.oci.spec import Mount
 from corral.oci.stage import Stage, Step, normal
 
 _ATTRIBUTES = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
@@ -29,6 +31,14 @@ class ImageMount(Step):
     bound: bool
     subpath: str = ""
     writable: bool = False
+
+    @classmethod
+    def of(cls, destination: str, tree: Mount, *, subpath: str, writable: bool) -> Self:
+        """As it is told of. Raises ValueError naming an option of the tree."""
+        options = mount_options.parse(tree.options)
+        return cls(
+            destination, NewFilesystem(destination, tree.type, tree.source, options), options.bind, subpath, writable
+        )
 
     def describe(self) -> str:
         return f"{self.destination}: {f'{self.subpath} of ' if self.subpath else ''}an image"

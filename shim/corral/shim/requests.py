@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from corral.oci import mount_options
 from corral.oci.image_mounts import ImageMount
-from corral.oci.mounts import NewFilesystem
 from corral.oci.secret_files import SecretFile
 from corral.oci.spec import Mount
 from corral.shim.errors import ShimError
@@ -90,17 +88,11 @@ def _image(value: object) -> ImageMount:
     target, tree = text(value, "target"), _mount(mapping(value, "tree"))
     if not target.startswith("/"):
         raise wrong("images.target", "an absolute path")
+    subpath, writable = text(value, "subpath", ""), flag(value, "writable")
     try:
-        options = mount_options.parse(tree.options)
+        return ImageMount.of(target, tree, subpath=subpath, writable=writable)
     except ValueError as e:
         raise ShimError("invalid_argument", f"images.tree: {e}") from e
-    return ImageMount(
-        target,
-        NewFilesystem(target, tree.type, tree.source, options),
-        options.bind,
-        text(value, "subpath", ""),
-        flag(value, "writable"),
-    )
 
 
 def _secret(value: object) -> SecretFile:
