@@ -241,6 +241,11 @@ class Core:
             return self.get(record.namespace, record.id)
         return await self.record_exit(record, lost_exit(reason))
 
+    def is_restarting(self, record: ContainerRecord) -> bool:
+        """Whether it has ended, and its policy starts it again: after a pause, or just now."""
+        key = (record.namespace, record.id)
+        return record.status not in ALIVE and (key in self.backoffs or key in self.rerunning)
+
     def forget_backoff(self, key: Key) -> None:
         """Do not start it again after all, if that is what it waits for."""
         if (waiting := self.backoffs.pop(key, None)) is not None:

@@ -352,10 +352,13 @@ class Lifecycle:
         """Send a signal, SIGKILL if none is named. SIGKILL also ends a paused container."""
         record = self._core.resolve(reference)
         number = parse_signal(signal) if signal else SIGKILL
-        key = (record.namespace, record.id)
-        if key in self._core.backoffs or key in self._core.rerunning:  # nothing is there to be signalled, nor shall be
+        if self._core.is_restarting(record):  # nothing is there to be signalled, nor shall be
             await self._core.background.to_the_end(self._stop_for_user(record, signal="", timeout_s=0.0))
             return
+        key = (record.namespace, record.id)
+        if key in self._core.rerunning and number != SIGKILL:  # what comes before its program would take the signal
+            async with self._core.locks.of(key):
+                record = self._core.get(*key)
         require_alive(record, "signalled")
         if number in (SIGKILL, parse_signal(record.config.stop_signal or DEFAULT_STOP_SIGNAL)):  # it is meant to end
             await self._stops.note(record)

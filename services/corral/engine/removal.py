@@ -56,7 +56,7 @@ class Removal:
                 raise FailedPrecondition(
                     f"container {record.name} is being created: wait until that has ended", reason="BAD_STATUS"
                 )
-            if (named.namespace, named.id) in self._core.backoffs and not force:
+            if self._core.is_restarting(record) and not force:
                 raise FailedPrecondition(
                     f"container {record.name} is restarting: stop it first, or remove it by force", reason="RESTARTING"
                 )

@@ -81,7 +81,7 @@ class Views:
     def _ended(self, record: ContainerRecord) -> Container:
         """One without a task."""
         container = record.to_wire()
-        if record.status is Status.EXITED and (record.namespace, record.id) not in self._core.backoffs:
+        if record.status is Status.EXITED and not self._core.is_restarting(record):
             del container.endpoint.ports[:]  # others may have them now
         return container
 
