@@ -271,8 +271,8 @@ class StatsRequest(_message.Message):
     interval_ms: _builtins.int
     """0: once."""
     max_age_ms: _builtins.int
-    """A reading, but for pressure, may be so old if no process of the cgroup has run since: of many that are idle that
-    costs a fraction.
+    """A reading, but for pressure while anybody waits, may be so old if no process of the cgroup has run since: of many
+    that are idle that costs a fraction.
     """
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
