@@ -178,6 +178,25 @@ def test_a_network_removed_beside_its_first_container(arena: Arena) -> None:
             arena.client.networks.remove("n")
 
 
+def test_a_volume_is_made_while_what_was_in_another_of_that_name_is_removed(arena: Arena) -> None:
+    volume = arena.client.volumes.create("v")
+    for number in range(200):
+        (deep := Path(volume.mountpoint) / str(number)).mkdir()
+        for name in range(100):
+            (deep / str(name)).touch()
+    removing = threading.Thread(target=lambda: arena.clients[1].volumes.remove("v"))
+    removing.start()
+    while arena.client.volumes.list():
+        assert removing.is_alive()
+    arena.client.containers.create("busybox", ["touch", "/v/x"], name="c", volumes=["v:/v"])
+    arena.client.containers.start("c")
+    assert arena.client.containers.wait("c").code == 0
+    removing.join(ANSWER_S)
+    assert [path.name for path in Path(volume.mountpoint).iterdir()] == ["x"]
+    remove(arena.client)
+    arena.client.volumes.remove("v")
+
+
 def test_a_volume_removed_beside_its_first_container(arena: Arena) -> None:
     for _ in range(ROUNDS):
         assert done(arena.at_once(*[lambda client: client.volumes.create("v")] * 3)) == 1

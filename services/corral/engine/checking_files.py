@@ -9,6 +9,7 @@ from corral.engine.core import Core, Key
 from corral.engine.secrets import file_of as secret_file
 from corral.engine.secrets import known_files as known_secrets
 from corral.engine.volume_rows import VolumeRecord
+from corral.engine.volumes import remove_unknown
 from corral.kernel import mount
 from corral.rpc.blocking import run_blocking
 from corral.rpc.checking import Found
@@ -36,7 +37,7 @@ class FileChecker:
                 f"volume {namespace}/{name}",
                 "is a directory that no row describes",
                 "repair removes it",
-                partial(self._remove_volume, (namespace, name)),
+                partial(remove_unknown, self._core, (namespace, name)),
             )
             for namespace, name in sorted(volumes - known.keys())
         ]
@@ -84,10 +85,6 @@ class FileChecker:
 
     def _directory(self, volume: VolumeRecord) -> Path:
         return self._core.volume_root(volume.namespace) / volume.name
-
-    async def _remove_volume(self, key: Key) -> None:
-        if key not in self._core.database.read_sync(_known)[0]:
-            await run_blocking(bounded_volumes.remove, self._core.volume_root(key[0]) / key[1])
 
     async def _remove_directory(self, key: Key) -> None:
         if key not in self._core.database.read_sync(_known)[1]:

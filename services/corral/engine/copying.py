@@ -28,7 +28,6 @@ from corral.engine.records import ALIVE, ContainerRecord, Status
 from corral.engine.task_making import TaskMaking, open_namespace_of
 from corral.kernel.namespaces import Kind
 from corral.oci import spec
-from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import (
     CorralError,
     FailedPrecondition,
@@ -134,7 +133,7 @@ class Copying:
     async def _still(self, record: ContainerRecord) -> Job:
         """What the root of one without a process is made of."""
         mounts = (await self._core.leaves.snapshots.Mounts(SnapshotRequest(key=record.id))).mounts
-        volumes = await run_blocking(self._task_making.ready_sources, record) if record.config.mounts else {}
+        volumes = await self._task_making.ready_sources(record) if record.config.mounts else {}
         images = [
             *await image_mounts.mounted(self._core.leaves, record),
             *image_mounts.parts_of_volumes(record.config, volumes),

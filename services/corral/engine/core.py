@@ -4,8 +4,8 @@ import asyncio
 import os
 import platform
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,19 @@ from corral.store import Database, Transaction, Trash
 
 log = structlog.get_logger()
 
-type Key = tuple[str, str]  # namespace and id of a container
+type Key = tuple[str, str]  # namespace, and id of a container or name of a volume
 
 
 class Locks:
-    """One lock per container, so that two calls never change the same one at once. Waiting for an exit takes none."""
+    """One lock per container, or volume, so that two calls never change the same one at once. Waiting for an exit takes
+    none."""
 
     def __init__(self) -> None:
         self._held: dict[Key, tuple[asyncio.Lock, int]] = {}
 
     @asynccontextmanager
     async def of(self, key: Key) -> AsyncIterator[None]:
-        """Hold the container's lock within a block."""
+        """Hold its lock within a block."""
         lock, users = self._held.get(key, (None, 0))
         lock = lock or asyncio.Lock()
         self._held[key] = lock, users + 1
@@ -50,6 +51,14 @@ class Locks:
                 del self._held[key]
             else:
                 self._held[key] = lock, users - 1
+
+    @asynccontextmanager
+    async def of_all(self, keys: Iterable[Key]) -> AsyncIterator[None]:
+        """Hold the locks of all of them."""
+        async with AsyncExitStack() as held:
+            for key in sorted(set(keys)):  # each in the same order, so that no two wait for one another
+                await held.enter_async_context(self.of(key))
+            yield
 
 
 class Watch:
@@ -151,6 +160,8 @@ class Core:
     host: HostFacts
     trash: Trash
     locks: Locks = field(default_factory=Locks)
+    # Held while a volume's directory is made or removed; a volume of that name may be made in between by its row.
+    volume_locks: Locks = field(default_factory=Locks)
     watch: Watch = field(default_factory=Watch)
     background: Background = field(default_factory=Background)
     # Containers that are being made now: recovery must leave them alone.

@@ -17,12 +17,12 @@ from corral.api.images.v1.images_pb2 import RemoveSnapshotRequest
 from corral.api.network.v1.network_pb2 import DetachRequest
 from corral.api.tasks.v1.tasks_pb2 import DeleteTaskRequest, KillRequest
 from corral.api.types.v1.types_pb2 import ExitStatus
-from corral.engine import bounded_volumes, image_mounts, store, volume_rows
+from corral.engine import image_mounts, store, volume_rows
 from corral.engine.absence import RETURN_S
 from corral.engine.core import Core, apply_exit, lost_exit
 from corral.engine.leaves import persistently
 from corral.engine.records import ALIVE, ContainerRecord, Status
-from corral.rpc.blocking import run_blocking
+from corral.engine.volumes import remove_unknown
 from corral.rpc.context import in_namespace
 from corral.rpc.errors import CorralError, FailedPrecondition, NotFound
 from corral.store import Transaction, failpoint
@@ -133,7 +133,7 @@ class Removal:
         failpoint("engine.delete.after_row")
         for name in removed:
             try:
-                await run_blocking(bounded_volumes.remove, self._core.volume_root(record.namespace) / name)
+                await remove_unknown(self._core, (record.namespace, name))
             except OSError as e:  # it is busy, say: the daemon's next start comes to it again
                 log.warning("volume.not_removed", volume=name, error=str(e))
         self._core.watch.tell_removal((record.namespace, record.id), last.exit)

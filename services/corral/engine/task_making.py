@@ -92,7 +92,7 @@ class TaskMaking:
         volume_paths = {}
         if config.mounts:
             await cgroup  # what is made of mounts stays, and it may be refused
-            volume_paths = await run_blocking(self.ready_sources, record)
+            volume_paths = await self.ready_sources(record)
         with ExitStack() as opened:
             joined = await self._joined(config, opened)
             request = self._request(record, rootfs, volume_paths, joined, f"{directory}/{LOG_NAME}")
@@ -201,8 +201,15 @@ class TaskMaking:
         except OSError as e:
             raise from_os_error(e, f"cannot use the volume {name!r}") from e
 
-    def ready_sources(self, record: ContainerRecord) -> dict[str, str]:
-        """Make the directories of volumes and, where wanted, of bind mounts; returns the volumes' paths."""
+    async def ready_sources(self, record: ContainerRecord) -> dict[str, str]:
+        """Make the directories of volumes and, where wanted, of bind mounts; returns the volumes' paths. What is left
+        of volumes that were called so, and are being removed, is gone before."""
+        mounts = record.config.mounts
+        keys = [(record.namespace, mount.source) for mount in mounts if mount.type == VolumeMount.TYPE_VOLUME]
+        async with self._core.volume_locks.of_all(keys):
+            return await run_blocking(self._ready_sources, record)
+
+    def _ready_sources(self, record: ContainerRecord) -> dict[str, str]:
         paths = {}
         for mount in record.config.mounts:
             if mount.type == VolumeMount.TYPE_VOLUME:

@@ -2,15 +2,16 @@
 
 import errno
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import structlog
 
 from corral.api.engine.v1.engine_pb2 import CreateVolumeRequest, Volume
 from corral.engine import bounded_volumes, mounted_volumes, volume_rows
-from corral.engine.core import Core
+from corral.engine.core import Core, Key
 from corral.engine.naming import random_id
 from corral.engine.records import from_ns
 from corral.engine.volume_rows import VolumeRecord
@@ -41,7 +42,11 @@ class Volumes:
         name = check_id(request.name, "volume name") if request.name else random_id()
         labels, now = dict(request.labels), time.time_ns()
         volume = VolumeRecord(current_namespace(), name, not request.name, now, labels, options)
-        return await self._core.background.to_the_end(self._create(volume))
+        return await self._core.background.to_the_end(self._alone(volume, self._create(volume)))
+
+    async def _alone[T](self, volume: VolumeRecord, change: Coroutine[Any, Any, T]) -> T:
+        async with self._core.volume_locks.of((volume.namespace, volume.name)):
+            return await change
 
     async def _create(self, volume: VolumeRecord) -> Volume:
         try:
@@ -72,7 +77,7 @@ class Volumes:
         """Raises NotFound, FailedPrecondition while a container uses it."""
         namespace = current_namespace()
         volume = self._core.database.read_sync(lambda view: volume_rows.get_volume(view, namespace, name))
-        await self._core.background.to_the_end(self._remove(volume))
+        await self._core.background.to_the_end(self._alone(volume, self._remove(volume)))
 
     async def _remove(self, volume: VolumeRecord) -> None:
         if volume.lies_elsewhere and not volume.containers:
@@ -120,18 +125,23 @@ class Volumes:
                 if not volume.containers and (volume.anonymous or everything) and volume.lies_elsewhere == elsewhere
             ]
 
+        keys = [
+            (namespace, each.name) for each in self._core.database.read_sync(lambda view: unused(view, elsewhere=False))
+        ]
+
         def forget(tx: Transaction) -> list[VolumeRecord]:
-            forgotten = unused(tx, elsewhere=False)
+            forgotten = [each for each in unused(tx, elsewhere=False) if (namespace, each.name) in keys]
             for volume in forgotten:
                 volume_rows.delete_volume(tx, namespace, volume.name)
             return forgotten
 
-        removed = await self._core.database.write(forget, durable=True)
-        for volume in removed:
-            await self._remove_directory(volume)
+        async with self._core.volume_locks.of_all(keys):
+            removed = await self._core.database.write(forget, durable=True)
+            for volume in removed:
+                await self._remove_directory(volume)
         for volume in self._core.database.read_sync(lambda view: unused(view, elsewhere=True)):
             with suppress(FailedPrecondition, NotFound):
-                await self._remove(volume)
+                await self._alone(volume, self._remove(volume))
                 removed.append(volume)
         return [volume.name for volume in removed]
 
@@ -164,6 +174,15 @@ def _check_options(options: Mapping[str, str]) -> None:
         raise InvalidArgument("a volume cannot be an rbind, whose submounts would stay: use bind", reason="BAD_OPTION")
     if mounted_volumes.source_of(options) is not None and bounded_volumes.SIZE in options:
         raise InvalidArgument("a volume that lies elsewhere cannot be bounded by 'size'", reason="BAD_OPTION")
+
+
+async def remove_unknown(core: Core, key: Key) -> None:
+    """The directory of a volume whose row is gone, unless another of that name was made meanwhile. Raises OSError."""
+    async with core.volume_locks.of(key):
+        try:
+            core.database.read_sync(lambda view: volume_rows.get_volume(view, *key))
+        except NotFound:
+            await run_blocking(bounded_volumes.remove, core.volume_root(key[0]) / key[1])
 
 
 def sweep(core: Core) -> None:
