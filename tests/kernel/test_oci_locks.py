@@ -1,6 +1,7 @@
 """Hooks that are clients of their container, and other commands meanwhile: nobody waits for a hook, or for ever."""
 
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -141,11 +142,14 @@ def test_run_leaves_a_container_alone_that_has_its_id_by_now(oci: Runtime) -> No
     oci.write("sleep", "1000")
     process = subprocess.Popen(oci.words("run", name), cwd=oci.bundle, stdin=subprocess.DEVNULL)
     wait_until(lambda: oci.call("state", name).stdout.count("running") == 1)
-    process.send_signal(19)
-    oci.ok("delete", "--force", name)
-    oci.detached("run", "--detach", name)
-    process.send_signal(18)
-    assert process.wait(20) == 137
+    process.send_signal(signal.SIGSTOP)
+    try:
+        oci.ok("delete", "--force", name)
+        oci.detached("run", "--detach", name)
+    finally:
+        process.send_signal(signal.SIGCONT)
+        code = process.wait(20)
+    assert code == 137
     assert oci.status(name) == "running"
 
 

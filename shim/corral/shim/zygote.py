@@ -143,11 +143,19 @@ class Zygote:
         """Let go of what has a shim again, now and, while there is more, later."""
         for bundle in [bundle for bundle, orphaned in self._orphaned.items() if orphaned.has_heir()]:
             self._orphaned.pop(bundle).close()
+        if self._orphaned:
+            self._look_soon()
+
+    def _look_soon(self) -> None:
         if self._look_again is not None:
             self._look_again.cancel()
-        if self._orphaned:
-            again = self._end_if_alone if self._abandoned else self._look_after_orphaned
-            self._look_again = self._loop.call_later(LOOK_S, again)
+        self._look_again = self._loop.call_later(LOOK_S, self._look)
+
+    def _look(self) -> None:
+        if self._abandoned:
+            self._end_if_alone()
+        else:
+            self._look_after_orphaned()
 
     def _has_children(self) -> bool:
         try:
@@ -246,7 +254,7 @@ class Zygote:
             before, self._orphaned[bundle] = self._orphaned.get(bundle), Orphaned(self._loop, bundle, kept)
             if before is not None:
                 before.close()
-            self._look_again = self._loop.call_later(LOOK_S, self._look_after_orphaned)
+            self._look_soon()
         else:
             kept.close()
 
