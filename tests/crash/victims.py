@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from support import sweep
 from support.corrald import Corrald
 
 from corral.kernel.process import pidfd_open, start_time
@@ -95,13 +96,8 @@ def shims(daemon: Corrald) -> list[ShimVictim]:
 
 def zygotes(daemon: Corrald) -> list[Victim]:
     """The one of the tasks service, and those of services that were killed, which stay for their shims."""
-    makers = {process.pid for process in daemon.processes.values()}
-    found = {pid for pid in _named("corral-zygote") if _parent(pid) in makers}
-    for shim in shims(daemon):
-        if shim.process.runs and (parent := zygote_of(shim)) is not None:
-            found.add(parent)
     victims = []
-    for pid in sorted(found):
+    for pid in sorted(sweep.zygotes(daemon.place.root)):
         with contextlib.suppress(OSError):
             victims.append(Victim.of(pid))
     return victims
@@ -110,23 +106,10 @@ def zygotes(daemon: Corrald) -> list[Victim]:
 def zygote_of(shim: ShimVictim) -> int | None:
     """The pid of a shim's zygote, if that still lives."""
     with contextlib.suppress(OSError):
-        parent = _parent(shim.process.pid)
+        parent = sweep.parent_of(shim.process.pid)
         if Path(f"/proc/{parent}/comm").read_text("utf-8") == "corral-zygote\n":
             return parent
     return None
-
-
-def _named(name: str) -> Iterator[int]:
-    for directory in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if (directory / "comm").read_text("utf-8") == f"{name}\n":
-                yield int(directory.name)
-
-
-def _parent(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        return int(_stat(pid)[1])
-    return 0
 
 
 def _stat(pid: int) -> list[str]:

@@ -48,12 +48,13 @@ def daemon(busybox_archive: os.PathLike[str]) -> Iterator[Corrald]:
         yield daemon
 
 
-def live(daemon: Corrald) -> None:
+def live(daemon: Corrald, one_has_ended: threading.Event) -> None:
     """Containers come and go, until the daemon is killed over it."""
     with contextlib.suppress(CorralError), daemon.client() as client:
         while True:
             made = client.containers.run("busybox", ["true"])
             client.containers.wait(made.id)
+            one_has_ended.set()
             client.containers.remove(made.id, force=True)
 
 
@@ -61,10 +62,12 @@ def test_none_is_missed_and_none_comes_twice_over_kills_of_the_daemon(daemon: Co
     rng = random.Random(5)
     consumer = Consumer(daemon)
     for _ in range(KILLS):
-        threads = [threading.Thread(target=live, args=(daemon,)), threading.Thread(target=consumer.read)]
+        one_has_ended = threading.Event()
+        threads = [threading.Thread(target=live, args=(daemon, one_has_ended)), threading.Thread(target=consumer.read)]
         for thread in threads:
             thread.start()
-        time.sleep(rng.uniform(0.3, 2.0) * PATIENCE)
+        assert one_has_ended.wait(60 * PATIENCE)
+        time.sleep(rng.uniform(0.0, 1.0))
         daemon.kill9()
         daemon.processes.clear()
         for thread in threads:

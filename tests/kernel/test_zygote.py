@@ -5,6 +5,7 @@ import fcntl
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import statistics
@@ -193,6 +194,31 @@ def test_it_ends_also_after_a_shim_that_was_killed_when_it_had_told_the_exit() -
         assert os.waitpid(zygote.pid, os.WNOHANG)[0] == zygote.pid
         zygote.stderr.close()
         shim.close()
+
+
+def test_it_ends_with_what_it_kept_of_several_shims_that_were_killed_just_before_its_daemon() -> None:
+    with run_directory() as directory:
+        root = make_root(directory)
+        zygote = Zygote()
+        shims = [Shim(zygote, directory, name, config(root, "sleep", "100")) for name in ("c1", "c2")]
+        for shim in shims:
+            shim.create()
+            shim.start()
+        inits = [int(str(shim.state()["pid"])) for shim in shims]
+        for shim in shims:
+            os.kill(shim.pid, signal.SIGKILL)
+            wait_gone(shim.pid)
+        zygote.peer.close()
+        for pid in inits:
+            os.kill(pid, signal.SIGKILL)
+            wait_gone(pid)
+        for shim in shims:
+            shutil.rmtree(shim.bundle)
+        wait_gone(zygote.pid)
+        os.waitpid(zygote.pid, 0)
+        zygote.stderr.close()
+        for shim in shims:
+            shim.close()
 
 
 def test_it_sleeps_while_it_only_waits_for_a_shim_to_end() -> None:

@@ -276,7 +276,9 @@ class Corrald:
 
     def leftovers(self) -> list[str]:
         """What of containers is still there; empty once all were deleted."""
-        return sweep.leftovers(self.state, self.place.cgroup_parent, self.place.bridge)
+        found = sweep.leftovers(self.state, self.place.cgroup_parent, self.place.bridge)
+        makers = {process.pid for process in self.processes.values()}
+        return found + [f"zygote {pid}" for pid in sweep.abandoned_zygotes(self.place.root, makers)]
 
     def close(self) -> None:
         """Stop, and remove every trace. Raises AssertionError naming what a clean stop should not have left."""
@@ -289,8 +291,10 @@ class Corrald:
             for process in self.processes.values():
                 process.kill()
                 process.wait()
+            self.processes.clear()
             left += self.leftovers()
             place = self.place
+            sweep.kill(sweep.zygotes(place.root), lambda: sweep.zygotes(place.root))
             sweep.purge(place.directory, place.state, place.cgroup_parent, place.bridge, place.nft_table)
             for directory in (place.directory, place.state):
                 shutil.rmtree(directory, ignore_errors=True)

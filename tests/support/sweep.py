@@ -122,6 +122,36 @@ def shims(state: Path) -> set[int]:
     return found
 
 
+def zygotes(root: Path) -> set[int]:
+    """The zygotes of the engine whose data lies in `root`: their errors go to a log there."""
+    found = set()
+    for directory in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if b"corral.shim.zygote" in (directory / "cmdline").read_bytes():
+                errors = str((directory / "fd/2").readlink())
+                if errors.removesuffix(" (deleted)") == f"{root}/tasks/zygote.log":
+                    found.add(int(directory.name))
+    return found
+
+
+def abandoned_zygotes(root: Path, makers: set[int]) -> set[int]:
+    """Those that are not children of `makers`, once they have had the time to end."""
+    deadline = time.monotonic() + SETTLE_S
+    while left := {pid for pid in zygotes(root) if parent_of(pid) not in makers}:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return left
+
+
+def parent_of(pid: int) -> int:
+    """Its parent's pid; 0 if it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
 def proxies(state: Path) -> set[int]:
     """The proxy of published ports at ::1: the last of its words is the socket that it is told by."""
     found = set()
@@ -139,7 +169,7 @@ def ports(bridge: str) -> list[str]:
 
 
 def purge(directory: Path, state: Path, cgroup_parent: str, bridge: str, nft_table: str) -> None:
-    """Remove all of it, whatever state it is in."""
+    """Remove all of it but zygotes, whatever state it is in."""
     kill(shims(state), lambda: shims(state))
     kill(proxies(state), lambda: proxies(state))
     thaw(cgroup_parent)
