@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, NoReturn
 
 from corral.kernel import capabilities, credentials, keyring, paths, process, rlimits
@@ -119,6 +120,7 @@ def program_of(spec: Process, linux: Linux, *, user: str | None, dies_with_runti
     )
 
 
+@lru_cache(maxsize=16)
 def _filters(profile: Seccomp | None) -> "tuple[Filter | None, Filter | None, bool]":
     if profile is None:
         return None, None, True

@@ -23,6 +23,7 @@ from corral.oci.larder import Larder
 from corral.oci.spec import Capabilities, Linux, Mount, Namespace, Process, Spec
 from corral.oci.stdio import Stdio, take_places
 from corral.oci.users import Identity, Sighting
+from corral.oci.usual import spec_of
 
 _CLONE_FS, _CLONE_FILES = 0x200, 0x400
 _PLACE = "/proc"
@@ -74,13 +75,17 @@ class Typical:
     """
 
     def __init__(self) -> None:
-        self._config = json.dumps(_spec().to_json()).encode()
+        self._config = json.dumps(_spec().to_json(), separators=(",", ":"))
         self._rootfs = _overlay("/lower", "/upper", "/work", "/more")
         self._cgroups = _cgroups()
 
+    def read(self) -> None:
+        """Every member of it, known or not: what that takes is made when one is first met."""
+        Spec.from_json(json.loads(self._config))
+
     def plan(self) -> None:
         """All that create() does before it makes a process."""
-        spec = Spec.from_json(json.loads(self._config))
+        spec = spec_of(self._config)
         blueprint.plan_of(
             spec, bundle=_PLACE, rootfs=[self._rootfs], user=None, cgroups=self._cgroups, console_size=None
         )

@@ -20,19 +20,19 @@ import corral.oci.passage
 import corral.oci.runtime
 import corral.oci.seccomp  # noqa: F401 - likewise
 from corral.kernel import shared_memory
-from corral.oci.rehearsal import rehearse, rehearse_exec
+from corral.oci.rehearsal import Typical, rehearse, rehearse_exec
 from corral.shim.warmup import warm_up
 
 _CODECS = ("utf-8", "ascii", "latin-1")
 WARM_UP_ROUNDS = 5
 
 
-def preload() -> None:
+def preload(typical: Typical) -> None:
     """Fill the caches that first use would fill, close the import system, and arrange that pages stay shared."""
     for codec in _CODECS:
         "".encode(codec)
-    shared_memory.gather_code(lambda: _exercise(1))
-    _exercise(WARM_UP_ROUNDS)
+    shared_memory.gather_code(lambda: _exercise(1, typical))
+    _exercise(WARM_UP_ROUNDS, typical)
     sys.path.clear()
     sys.path_hooks.clear()
     sys.meta_path.clear()
@@ -47,9 +47,11 @@ def preload() -> None:
     gc.freeze()
 
 
-def _exercise(rounds: int) -> None:
+def _exercise(rounds: int, typical: Typical) -> None:
     """The shim's part in this process, and init's, which otherwise runs in forks only, where it leaves no trace."""
     warm_up(rounds)
     for _ in range(rounds):
         rehearse()
         rehearse_exec()
+        typical.plan()
+        typical.read()

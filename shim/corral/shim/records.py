@@ -187,6 +187,14 @@ def remove(directory: int, name: str) -> None:
 
 def read_json(directory: int, name: str) -> dict[str, object]:
     """The JSON object in a file of the directory. Raises OSError, ValueError."""
+    content = json.loads(read_text(directory, name))
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} is not a JSON object")
+    return content
+
+
+def read_text(directory: int, name: str) -> str:
+    """What is in a file of the directory. Raises OSError, ValueError."""
     fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
     try:
         parts = []
@@ -194,7 +202,4 @@ def read_json(directory: int, name: str) -> dict[str, object]:
             parts.append(part)
     finally:
         os.close(fd)
-    content = json.loads(b"".join(parts).decode())
-    if not isinstance(content, dict):
-        raise ValueError(f"{name} is not a JSON object")
-    return content
+    return b"".join(parts).decode()

@@ -23,7 +23,7 @@ from corral.oci.larder import Larder
 from corral.oci.program import warnings_of
 from corral.oci.runtime import Container, ProcessHandle
 from corral.oci.secret_files import SecretFiles
-from corral.oci.spec import Spec
+from corral.oci.usual import spec_of
 from corral.shim import records, report
 from corral.shim.adoption import EndWatch, hold, runs, written_exit
 from corral.shim.errors import ShimError
@@ -98,7 +98,7 @@ class Shim:
         """Make the container up to where only start is missing. After an error all is undone; it may be tried again."""
         if self.state is not State.NEW:
             raise ShimError("already_exists", "the container is already created")
-        spec = Spec.from_json(records.read_json(self._directory, "config.json"))
+        spec = spec_of(records.read_text(self._directory, "config.json"))
         if spec.process is None:
             raise ShimError("invalid_argument", "process: config.json has none")
         program = with_ordinary_score(spec.process)
@@ -247,7 +247,7 @@ class Shim:
     def _adopt_init(self, request: Adopt, handle: ProcessHandle, of_log: Mapping[str, int]) -> ContainerProcess:
         if self.state is not State.NEW:
             raise ShimError("already_exists", "this shim has a container already")
-        spec = Spec.from_json(records.read_json(self._directory, "config.json"))
+        spec = spec_of(records.read_text(self._directory, "config.json"))
         if spec.process is None:
             raise ShimError("invalid_argument", "process: config.json has none")
         resumed = {name.removeprefix(LOG_PREFIX): fd for name, fd in of_log.items()}

@@ -51,7 +51,7 @@ def main() -> None:
     seal.be_sealed()
     _settle()
     typical = Typical()
-    preload.preload()
+    preload.preload(typical)
     Zygote(Channel(socket.socket(fileno=CONTROL_FD)), typical).run()
 
 

@@ -1,0 +1,78 @@
+"""config.json with corral's own seccomp profile is read as any other, but for the time that it takes."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from corral.oci import decode, defaults
+from corral.oci.rehearsal import Typical
+from corral.oci.spec import Action, Linux, Process, Seccomp, SeccompSyscall, Spec
+from corral.oci.usual import spec_of, usual_profile
+
+PROFILE = defaults.seccomp(defaults.CAPABILITIES)
+OTHER = Seccomp(Action.ERRNO, 1, (), syscalls=(SeccompSyscall(("read",), Action.ALLOW),))
+
+
+def spec(seccomp: Seccomp | None, **members: str) -> Spec:
+    return Spec(
+        "1.3.0",
+        process=Process("/", args=("true",)),
+        linux=Linux(seccomp=seccomp, cgroups_path="/x"),
+        annotations=members,
+    )
+
+
+def text_of(document: object) -> str:
+    return json.dumps(document, separators=(",", ":"))
+
+
+def test_its_own_profile_is_the_one_that_is_known() -> None:
+    read = spec_of(text_of(spec(PROFILE).to_json()))
+    assert read == spec(PROFILE)
+    assert read.linux.seccomp is usual_profile()[1]
+
+
+@pytest.mark.parametrize("seccomp", [None, OTHER, replace(PROFILE, default_errno_ret=38)])
+def test_any_other_profile_is_read(seccomp: Seccomp | None) -> None:
+    assert spec_of(text_of(spec(seccomp).to_json())) == spec(seccomp)
+
+
+def test_one_that_was_written_in_another_way_is_read() -> None:
+    assert spec_of(json.dumps(spec(PROFILE).to_json(), indent=1)) == spec(PROFILE)
+
+
+def test_a_member_of_that_name_in_another_place_is_not_the_profile() -> None:
+    """Of an object that this version does not know, say: without linux.seccomp there is no filter."""
+    document = spec(OTHER).to_json()
+    assert isinstance(document, dict)
+    elsewhere = {"later": {"seccomp": PROFILE_JSON}, **document}
+    assert spec_of(text_of(elsewhere)) == spec(OTHER)
+    assert spec_of(text_of({"later": {"seccomp": PROFILE_JSON}, **BARE})) == spec(None)
+
+
+def test_text_that_looks_like_it_is_text() -> None:
+    member, _ = usual_profile()
+    assert spec_of(text_of(spec(OTHER, note=member).to_json())) == spec(OTHER, note=member)
+    assert spec_of(text_of(spec(PROFILE, note=member).to_json())) == spec(PROFILE, note=member)
+
+
+def test_what_is_no_json_is_refused() -> None:
+    member, _ = usual_profile()
+    for text in ("", "{", f"{{{member}", f'{{"linux":{{{member}}}', "[]"):
+        with pytest.raises(ValueError, match=r"."):
+            spec_of(text)
+
+
+def test_what_a_typical_one_takes_to_be_read_is_made_by_reading_it_once() -> None:
+    typical = Typical()
+    typical.read()
+    made = decode._for_dataclass.cache_info().misses
+    typical.plan()
+    Spec.from_json(json.loads(text_of(spec(PROFILE).to_json())))
+    assert decode._for_dataclass.cache_info().misses == made
+
+
+PROFILE_JSON = decode.encode(PROFILE)
+BARE = spec(None).to_json()
+assert isinstance(BARE, dict)
