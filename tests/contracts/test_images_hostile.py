@@ -18,6 +18,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from support.corrald import Corrald
 from support.hostile import ARCHIVES, CORPUS, PULLED, ArchiveCase, Case, DocumentCase
 from support.hostile.case import MAX_BYTES, MAX_ENTRIES, MAX_MEMORY_BYTES, Blob, Documents, plain
@@ -35,6 +36,7 @@ from corral.rpc.channel import open_channel
 from corral.rpc.errors import CorralError, PermissionDenied
 
 pytestmark = needs("root", "overlayfs")
+in_one_loop = pytest.mark.asyncio(loop_scope="module")
 
 HOST = types.Platform(os="linux", architecture="amd64")
 DRIVERS = ("overlayfs", "erofs", "native")
@@ -52,7 +54,7 @@ def test_the_corpus_is_large_and_its_names_are_unique() -> None:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The leaf, and what must not change around it."""
+    """The leaf, and what must not change around it. The directory is the test's own."""
 
     leaf: ImagesLeaf
     directory: Path
@@ -64,14 +66,17 @@ class World:
     def around(self) -> dict[str, object]:
         """Everything beside the leaf's own directory, and all mounts."""
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-        found: dict[str, object] = {"mounts": [line for line in mounts if str(self.directory) in line]}
-        for path in (self.directory, self.leaf.root, *sorted(self.canary.rglob("*")), self.canary):
+        above = self.leaf.root.parent
+        found: dict[str, object] = {
+            "mounts": [line for line in mounts if str(self.directory) in line or str(above) in line]
+        }
+        for path in (self.directory, above, self.leaf.root, *sorted(self.canary.rglob("*")), self.canary):
             status = path.lstat()
             found[str(path)] = (status.st_mode, status.st_uid, status.st_nlink if path.is_file() else 0)
             if self.canary in (path, *path.parents):
                 data = path.read_bytes() if path.is_file() else b""
                 found[str(path)] = (status.st_mode, status.st_uid, status.st_mtime_ns, os.listxattr(path), data)
-        found["beside"] = sorted(path.name for path in self.directory.iterdir())
+        found["beside"] = sorted(path.name for beside in {self.directory, above} for path in beside.iterdir())
         found["root"] = sorted(path.name for path in self.leaf.root.iterdir() if path.is_dir())
         return found
 
@@ -96,18 +101,41 @@ class World:
 
 
 @asynccontextmanager
-async def world(directory: Path, **settings: object) -> AsyncIterator[World]:
-    canary = directory / "canary"
-    canary.mkdir()
-    (canary / "kept").write_bytes(b"kept")
+async def bounded_leaf(directory: Path, **settings: object) -> AsyncIterator[ImagesLeaf]:
     bounds = {
         "max_layer_bytes": MAX_BYTES, "max_layer_entries": MAX_ENTRIES, "max_archive_bytes": 3 * MAX_BYTES,
         "unpack_memory_bytes": MAX_MEMORY_BYTES, "unpack_workers": 1,
     }  # fmt: skip
     before = children()
     async with images_leaf(directory / "images", **{**bounds, **settings}) as leaf:
-        yield World(leaf, directory)
+        yield leaf
     assert children() <= before, "every process that unpacked has ended"
+
+
+@asynccontextmanager
+async def world(directory: Path, leaf: ImagesLeaf) -> AsyncIterator[World]:
+    canary = directory / "canary"
+    canary.mkdir()
+    (canary / "kept").write_bytes(b"kept")
+    before = children()
+    yield World(leaf, directory)
+    assert len(children() - before) <= 1, "there is one process that unpacks"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def long_lived(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[ImagesLeaf]:
+    """One leaf for many cases, with the driver asked for: what one does to it would show at the next."""
+    driver = getattr(request, "param", DRIVERS[0])
+    async with bounded_leaf(tmp_path_factory.mktemp("leaf"), driver=driver) as leaf:
+        yield leaf
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def here(long_lived: ImagesLeaf, tmp_path: Path) -> AsyncIterator[World]:
+    async with world(tmp_path, long_lived) as made:
+        yield made
 
 
 def children() -> set[str]:
@@ -215,38 +243,38 @@ def oci_archive(documents: Documents) -> bytes:
 
 
 @pytest.mark.parametrize("case", CORPUS, ids=names(CORPUS))
-async def test_a_hostile_layer_is_refused_or_contained_in_every_archive(tmp_path: Path, case: Case) -> None:
-    async with world(tmp_path) as here:
-        blobs = blobs_of(case, here.canary)
-        await judged(here, lambda: here.leaf.load(docker_archive(blobs)), case, case.refused)
-        await judged(here, lambda: here.leaf.load(oci_archive(documents_of(blobs))), case, case.refused)
-        if len(blobs) == 1 and not case.has_below:
-            form = pb.ImportHeader.FORMAT_ROOTFS
-            words = case.refused_as_rootfs or case.refused
-            if "config" in words:
-                return  # there is none
-            await judged(here, lambda: here.leaf.load(blobs[0].data, name="bad:1", format=form), case, words)
+@in_one_loop
+async def test_a_hostile_layer_is_refused_or_contained_in_every_archive(here: World, case: Case) -> None:
+    blobs = blobs_of(case, here.canary)
+    await judged(here, lambda: here.leaf.load(docker_archive(blobs)), case, case.refused)
+    await judged(here, lambda: here.leaf.load(oci_archive(documents_of(blobs))), case, case.refused)
+    if len(blobs) == 1 and not case.has_below:
+        form = pb.ImportHeader.FORMAT_ROOTFS
+        words = case.refused_as_rootfs or case.refused
+        if "config" in words:
+            return  # there is none
+        await judged(here, lambda: here.leaf.load(blobs[0].data, name="bad:1", format=form), case, words)
 
 
-@pytest.mark.parametrize("driver", [driver for driver in DRIVERS if driver != "overlayfs"])
+@pytest.mark.parametrize("long_lived", DRIVERS[1:], indirect=True)
 @pytest.mark.parametrize("case", CORPUS, ids=names(CORPUS))
-async def test_a_hostile_layer_is_the_same_to_every_kind_of_driver(tmp_path: Path, case: Case, driver: str) -> None:
-    async with world(tmp_path, driver=driver) as here:
-        await judged(here, lambda: here.leaf.load(docker_archive(blobs_of(case, here.canary))), case, case.refused)
+@in_one_loop
+async def test_a_hostile_layer_is_the_same_to_every_kind_of_driver(here: World, case: Case) -> None:
+    await judged(here, lambda: here.leaf.load(docker_archive(blobs_of(case, here.canary))), case, case.refused)
 
 
 @pytest.mark.parametrize("case", ARCHIVES, ids=names(ARCHIVES))
-async def test_a_hostile_archive_is_refused(tmp_path: Path, case: ArchiveCase) -> None:
-    async with world(tmp_path) as here:
-        data = case.build(here.canary)
-        await refused(here, lambda: here.leaf.load(data), case.refused)
+@in_one_loop
+async def test_a_hostile_archive_is_refused(here: World, case: ArchiveCase) -> None:
+    data = case.build(here.canary)
+    await refused(here, lambda: here.leaf.load(data), case.refused)
 
 
 @pytest.mark.parametrize("case", PULLED, ids=names(PULLED))
-async def test_hostile_documents_are_refused_in_a_layout(tmp_path: Path, case: DocumentCase, elsewhere: str) -> None:
-    async with world(tmp_path) as here:
-        data = oci_archive(case.build(elsewhere))
-        await refused(here, lambda: here.leaf.load(data, platform=HOST), case.refused)
+@in_one_loop
+async def test_hostile_documents_are_refused_in_a_layout(here: World, case: DocumentCase, elsewhere: str) -> None:
+    data = oci_archive(case.build(elsewhere))
+    await refused(here, lambda: here.leaf.load(data, platform=HOST), case.refused)
 
 
 @needs("setpriv")
@@ -310,18 +338,16 @@ def put(registry: Registry, documents: Documents) -> str:
 
 @needs("docker-registry")
 @pytest.mark.parametrize("case", CORPUS, ids=names(CORPUS))
-async def test_a_hostile_layer_is_refused_or_contained_in_a_pull(
-    tmp_path: Path, registry: Registry, case: Case
-) -> None:
-    async with world(tmp_path) as here:
-        name = put(registry, documents_of(blobs_of(case, here.canary)))
+@in_one_loop
+async def test_a_hostile_layer_is_refused_or_contained_in_a_pull(here: World, registry: Registry, case: Case) -> None:
+    name = put(registry, documents_of(blobs_of(case, here.canary)))
 
-        async def bring() -> None:
-            await here.leaf.pull(name)
-            await here.leaf.images.Tag(pb.TagImageRequest(source=name, target="bad:1"))
-            await here.leaf.images.Remove(pb.RemoveImageRequest(name=name))
+    async def bring() -> None:
+        await here.leaf.pull(name)
+        await here.leaf.images.Tag(pb.TagImageRequest(source=name, target="bad:1"))
+        await here.leaf.images.Remove(pb.RemoveImageRequest(name=name))
 
-        await judged(here, bring, case, case.refused)
+    await judged(here, bring, case, case.refused)
 
 
 DOCUMENTS_OF_A_REGISTRY = [case for case in PULLED if not case.archive_only]
@@ -329,12 +355,12 @@ DOCUMENTS_OF_A_REGISTRY = [case for case in PULLED if not case.archive_only]
 
 @needs("docker-registry")
 @pytest.mark.parametrize("case", DOCUMENTS_OF_A_REGISTRY, ids=names(DOCUMENTS_OF_A_REGISTRY))
+@in_one_loop
 async def test_hostile_documents_are_refused_in_a_pull(
-    tmp_path: Path, registry: Registry, elsewhere: str, case: DocumentCase
+    here: World, registry: Registry, elsewhere: str, case: DocumentCase
 ) -> None:
-    async with world(tmp_path) as here:
-        try:
-            name = put(registry, case.build(elsewhere))
-        except urllib.error.HTTPError as e:
-            pytest.fail(f"the registry did not take it, which case.archive_only should say: {e.read()[:300]!r}")
-        await refused(here, lambda: here.leaf.pull(name, platform=HOST), case.refused_pull or case.refused)
+    try:
+        name = put(registry, case.build(elsewhere))
+    except urllib.error.HTTPError as e:
+        pytest.fail(f"the registry did not take it, which case.archive_only should say: {e.read()[:300]!r}")
+    await refused(here, lambda: here.leaf.pull(name, platform=HOST), case.refused_pull or case.refused)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # Bounds that the leaf of every case is started with, small enough for bombs to be small.
-MAX_BYTES = 64 << 20
-MAX_ENTRIES = 25_000
+MAX_BYTES = 24 << 20
+MAX_ENTRIES = 5_000
 MAX_MEMORY_BYTES = 512 << 20
 
 

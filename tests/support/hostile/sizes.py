@@ -81,7 +81,7 @@ def _attribute_bomb(_canary: Path) -> list[Blob]:
     """Every directory has a mebibyte of attributes, which have to wait for the end."""
     records = {b"SCHILY.xattr.user.%d" % i: bytes(60_000) for i in range(16)}
     # Attributes that are kept in mind only: the same entry again and again replaces itself.
-    data = archive(*(pax(records) + member(b"d%d" % i, kind=b"5") for i in range(60)))
+    data = archive(*(pax(records) + member(b"d%d" % i, kind=b"5") for i in range(20)))
     return [packed(gzip.compress(data, 9), data)]
 
 
