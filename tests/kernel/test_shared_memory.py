@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import corral.kernel
+from corral.kernel import shared_memory
 
 SCRIPT = """
 import ctypes, sys
@@ -36,3 +37,37 @@ def test_looking_at_an_immortal_object_writes_nothing_into_it():
     marked, unchanged = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert int(marked) > 1000
     assert unchanged == "True"
+
+
+HUGE_PAGES = """
+import mmap, os, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from corral.kernel import shared_memory
+
+def huge_kib():
+    [line] = [line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if "AnonHugePages:" in line]
+    return int(line.split()[1])
+
+used = mmap.mmap(-1, 16 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+sparse = mmap.mmap(-1, 16 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+sparse.madvise(mmap.MADV_NOHUGEPAGE)  # it is a mapping of its own then
+used[:] = bytes([7]) * len(used)
+sparse[0] = sparse[9 << 20] = 7
+shared_memory.collapse_pages()
+have = huge_kib()
+if os.fork() == 0:
+    used[8 << 20] = 8
+    os._exit(used[8 << 20] != 8)
+_, status = os.wait()
+print(have >> 10, status, set(used[:]) == {7}, sparse[9 << 20])
+"""
+
+
+def test_memory_that_is_in_use_is_in_huge_pages_and_a_fork_has_its_own_all_the_same() -> None:
+    place = str(Path(next(iter(corral.kernel.__path__))).parents[1])
+    command = [sys.executable, "-I", "-S", "-c", HUGE_PAGES, place]
+    have_mib, *rest = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert rest == ["0", "True", "7"]
+    if shared_memory._HUGE_PAGE_SIZE.exists():  # else the kernel has none
+        assert 12 <= int(have_mib) < 28

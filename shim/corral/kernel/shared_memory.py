@@ -9,6 +9,7 @@ A forked Python process loses shared pages to four habits of the interpreter, ea
     finding code again     a fork inherits no page table of the interpreter's own code: inherit_code_pages()
     keeping free memory    that was needed while starting: release_free_memory()
 
+And what stays shared is quicker to fork, and to take apart, in pages of megabytes: collapse_pages().
 All of it is an optimisation: where the interpreter is not built as expected, nothing is done.
 """
 
@@ -35,6 +36,9 @@ _MAX_FILL = 20_000
 _SURELY_FREE = 12
 _SURELY_AT_THE_TOP = 3
 _FLAGS_AT, _IMMORTAL = 6, 1
+_MADV_COLLAPSE = 25
+"""Since Linux 6.1."""
+_HUGE_PAGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 
 
 class _MallocInfo(ctypes.Structure):
@@ -226,6 +230,33 @@ def _code_mappings(maps: str) -> Iterable[tuple[int, int]]:
         if mode in ("r-xp", "r--p") and inode != "0":
             start, _, end = addresses.partition("-")
             yield int(start, 16), int(end, 16)
+
+
+def collapse_pages() -> None:
+    """Have the memory of this process in huge pages: fork(2) copies one entry for each instead of hundreds.
+
+    A fork that writes to one gets a copy of the small page that it has written to, as ever. Source: madvise(2).
+    """
+    with contextlib.suppress(OSError, ValueError):  # a kernel without them
+        size = int(_HUGE_PAGE_SIZE.read_text())
+        madvise = libc("madvise", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        for start, end in _used_mappings(Path("/proc/self/smaps").read_text()):
+            for at in range(-(-start // size) * size, end - size + 1, size):
+                madvise(at, size, _MADV_COLLAPSE)  # what can't be stays as it is
+
+
+def _used_mappings(smaps: str) -> Iterable[tuple[int, int]]:
+    """Where there is memory of no file, most of which is in use: not stacks."""
+    start = end = 0
+    for line in smaps.splitlines():
+        name, *fields = line.split()
+        if not name.endswith(":"):
+            start, end = (int(address, 16) for address in name.split("-"))
+            mode, _, _, inode, *_ = fields
+            if mode != "rw-p" or inode != "0":
+                start = end = 0
+        elif name == "Rss:" and int(fields[0]) << 10 > (end - start) // 2:
+            yield start, end
 
 
 def _take_large_holes() -> list[object]:

@@ -44,6 +44,7 @@ def preload(typical: Typical) -> None:
     shared_memory.fill_holes()
     shared_memory.fill_heap_holes()
     shared_memory.inherit_code_pages()
+    shared_memory.collapse_pages()
     gc.freeze()
 
 
