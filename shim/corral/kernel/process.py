@@ -3,6 +3,7 @@
 The only place of corral that forks.
 """
 
+import _signal  # type: ignore[import-not-found]
 import contextlib
 import ctypes
 import errno
@@ -340,7 +341,8 @@ def lose_oom_protection(pid: int | str = "self") -> None:
 def reset_signals() -> None:
     """Every signal back to its default action: an ignored one would stay so over exec (Python ignores SIGPIPE)."""
     for number in _SIGNALS:
-        if signal.getsignal(number) not in (signal.SIG_DFL, None):
+        # The part in C: the other makes an enum's member of each.
+        if _signal.getsignal(number) not in (signal.SIG_DFL, None):
             signal.signal(number, signal.SIG_DFL)
 
 

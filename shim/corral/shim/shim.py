@@ -124,11 +124,10 @@ class Shim:
                 )
         except BaseException as e:
             log.close()
+            self._larder.close()
             if not isinstance(e, ValueError):  # then nothing was made
                 self._ledger.run_poststop(spec)
             raise
-        finally:
-            self._larder.close()
         failpoint("shim.create.after_clone")
         for warning in warnings_of(program):
             report.write(self._directory, warning)
@@ -147,6 +146,7 @@ class Shim:
         self._write_record_soon(init)
         self.loop.call_later(0, lambda: self._hold_mounts(init))
         self.loop.call_later(0, lambda: self.processes.have_kept(init))
+        self.loop.call_later(0, self._larder.close)  # for what init did not take of it the kernel takes its time
         return {"pid": init.pid, "start_time": init.start_time}
 
     def start(self, exec_id: str) -> Message:
