@@ -44,7 +44,7 @@ OF_MAKING = {
 }
 OF_TERMINALS = {"corral.cli.terminal", "termios"}
 OF_TABLES = {"json.decoder", "corral.cli.output"}
-OF_FAILURES = {"grpc._cython.cygrpc", "logging", "corral.client.call_failed", "corral.client.huffman"}
+OF_FAILURES = {"grpc._cython.cygrpc", "logging", "corral.client.call_failed", "corral.rpc.huffman"}
 OF_PLAIN_MESSAGES = {"google.protobuf.text_encoding", "google.protobuf.reflection", "google.protobuf.message_factory"}
 MODULES_OF_MESSAGES = sorted(
     ".".join(path.relative_to(place).with_suffix("").parts)
@@ -266,7 +266,7 @@ def test_each_stand_in_for_what_makes_messages_belongs_to_a_module_that_is_defer
         (["ps"], OF_MAKING | OF_TERMINALS | {"json.decoder"}),
         (["start", "x"], OF_MAKING | OF_TERMINALS),
         (["rm", "x"], OF_MAKING | OF_TERMINALS),
-        (["logs", "x"], OF_MAKING | OF_TERMINALS | {"corral.client.hpack"}),
+        (["logs", "x"], OF_MAKING | OF_TERMINALS | {"corral.rpc.hpack"}),
         (["inspect", "x"], OF_MAKING | OF_TERMINALS),
         (["exec", "x", "true"], OF_MAKING | OF_TABLES),
         (["run", "--rm", "-p", "80", "x", "true"], {"corral.cli.registry"} | OF_TABLES),

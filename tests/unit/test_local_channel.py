@@ -11,10 +11,9 @@ from typing import Any
 import grpc
 import pytest
 
-from corral.client.hpack import Decoder, encode
-from corral.client.http2 import DATA, GOAWAY, HEADERS, PING, RESET, SETTINGS, Connection, _frame
-from corral.client.local_channel import BriefTransport, LocalChannel
-from corral.client.transport import Transport
+from corral.client.http2 import Connection
+from corral.client.local_channel import LocalChannel
+from corral.client.transport import BriefTransport, Transport
 from corral.rpc.errors import (
     CONNECTION_ENDED,
     CorralError,
@@ -24,6 +23,8 @@ from corral.rpc.errors import (
     Unavailable,
     to_status,
 )
+from corral.rpc.frames import DATA, GOAWAY, HEADERS, PING, RESET, SETTINGS, frame
+from corral.rpc.hpack import Decoder, encode
 
 KINDS = (Transport, BriefTransport)
 PATIENCE_S = 30
@@ -197,7 +198,7 @@ class Scripted:
             self.failure = e
 
     def say(self, kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"") -> None:
-        self.connection.sendall(_frame(kind, flags, stream, payload))
+        self.connection.sendall(frame(kind, flags, stream, payload))
 
     def hear(self, kind: int, flags: int | None = None) -> bytes:
         """The next frame of that kind."""
@@ -354,7 +355,7 @@ def test_what_is_told_in_http_is_told_in_the_same_words(
 ) -> None:
     def script(server: Scripted) -> None:
         begun(server)
-        server.connection.sendall(b"".join(_frame(*frame) for frame in frames))
+        server.connection.sendall(b"".join(frame(*each) for each in frames))
         server.await_hang_up()
 
     told = []
@@ -397,7 +398,7 @@ def test_threads_share_one_channel_of_the_library(tmp_path: Path) -> None:
             opened_twice.set()
         return opened[-1]
 
-    channel = LocalChannel(f"{tmp_path}/socket", opens)
+    channel = LocalChannel(f"{tmp_path}/socket", opens, is_brief=True)
     assert channel.library is opened[0]
     second.join(PATIENCE_S)
     channel.close()
@@ -421,13 +422,13 @@ def test_where_many_wait_already_it_waits_too(tmp_path: Path) -> None:
         answer = pool.submit(transport.unary, method(transport, "Echo"), b"x")
         listening.accept()[0].close()
         connection, _ = listening.accept()
-        connection.sendall(_frame(SETTINGS, 0, 0, b"") + _frame(HEADERS, ENDS_BOTH, 1, STATUS_OK))
+        connection.sendall(frame(SETTINGS, 0, 0, b"") + frame(HEADERS, ENDS_BOTH, 1, STATUS_OK))
         with pytest.raises(Internal, match="not one answer"):
             answer.result(PATIENCE_S)
         connection.close()
 
 
-@pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", _frame(DATA, 8, 1, b""), b""])
+@pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", frame(DATA, 8, 1, b""), b""])
 def test_who_does_not_greet_is_no_server(tmp_path: Path, transport: Transport, said: bytes) -> None:
     def script(server: Scripted) -> None:
         server.connection.sendall(said)
@@ -442,14 +443,14 @@ def test_who_does_not_greet_is_no_server(tmp_path: Path, transport: Transport, s
     "garbage",
     [
         b"\xff\xff\xff" + bytes(40),
-        _frame(HEADERS, ENDS_BOTH, 1, b"\xff\xff\xff\xff\xff\xff"),
-        _frame(HEADERS, ENDS_BOTH, 1, b"\x80"),
-        _frame(HEADERS, ENDS_BOTH, 1, b"\x40\x05ab"),
-        _frame(HEADERS, ENDS_BOTH, 1, encode([(b":status", b"404")])),
-        _frame(DATA, 1, 1, b"\x01\0\0\0\1x"),
-        _frame(DATA, 1, 1, b"\0\0\0\0\1x"),
-        _frame(DATA, 1 | 8, 1, b""),
-        _frame(HEADERS, 4, 1, ANSWER_BEGINS) + _frame(DATA, 1 | 8, 1, b"\1\0\0\0\0\1x\0"),
+        frame(HEADERS, ENDS_BOTH, 1, b"\xff\xff\xff\xff\xff\xff"),
+        frame(HEADERS, ENDS_BOTH, 1, b"\x80"),
+        frame(HEADERS, ENDS_BOTH, 1, b"\x40\x05ab"),
+        frame(HEADERS, ENDS_BOTH, 1, encode([(b":status", b"404")])),
+        frame(DATA, 1, 1, b"\x01\0\0\0\1x"),
+        frame(DATA, 1, 1, b"\0\0\0\0\1x"),
+        frame(DATA, 1 | 8, 1, b""),
+        frame(HEADERS, 4, 1, ANSWER_BEGINS) + frame(DATA, 1 | 8, 1, b"\1\0\0\0\0\1x\0"),
     ],
 )
 def test_garbage_is_a_failure_and_no_answer(tmp_path: Path, transport: Transport, garbage: bytes) -> None:

@@ -22,8 +22,8 @@ class App:
     def client(self) -> "Client":
         """The client, which is imported here and not before."""
         if self._client is None:
-            from corral.client.local_channel import BriefTransport
             from corral.client.sync import Client
+            from corral.client.transport import BriefTransport
 
             self._client = Client(self.address, namespace=self.namespace, transport=BriefTransport)
         return self._client

@@ -7,26 +7,42 @@ headers, data      -->
 """
 
 import _socket
+import os
 import time
 from collections.abc import Sequence
 
-from corral.client.hpack import Decoder, Field, encode
+from corral.rpc.frames import (
+    ACKNOWLEDGES,
+    CHUNK,
+    CONTINUATION,
+    DATA,
+    DEFAULT_WINDOW,
+    ENABLE_PUSH,
+    ENDS_HEADERS,
+    ENDS_STREAM,
+    GOAWAY,
+    HAS_PRIORITY,
+    HEAD_BYTES,
+    HEADERS,
+    INITIAL_WINDOW,
+    IS_PADDED,
+    MAX_FRAME,
+    PING,
+    PREFACE,
+    RESET,
+    SETTINGS,
+    WINDOW,
+    frame,
+)
+from corral.rpc.hpack import Decoder, Field, encode
 
 HANDSHAKE_S = 60.0
 """Who executes itself anew answers those that have connected meanwhile, which takes a while on a busy machine."""
 QUEUE_IS_FULL_S = 0.01
 """What to wait then."""
 
-DATA, HEADERS, RESET, SETTINGS, PING, GOAWAY, WINDOW, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
-ENDS_STREAM = ACKNOWLEDGES = 0x1
-_ENDS_HEADERS, _IS_PADDED, _HAS_PRIORITY = 0x4, 0x8, 0x20
-_ENABLE_PUSH, _INITIAL_WINDOW = 2, 4
-_MAX_FRAME = 16384
-_DEFAULT_WINDOW = 65535
 _WINDOW = 4 << 20
 """What may come before it was asked for."""
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_CHUNK = 64 << 10
 
 
 class GoneAwayError(Exception):
@@ -37,23 +53,21 @@ class NobodyThereError(Exception):
     """There is no server; says why."""
 
 
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    return len(payload).to_bytes(3) + bytes((kind, flags)) + stream.to_bytes(4) + payload
-
-
 class Connection:
     """To a server; one call at a time."""
 
     def __init__(self, path: str) -> None:
         """Raises NobodyThereError."""
+        self._socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        self.path = path
         self.is_usable = True
         """For a further call."""
+        self._process = os.getpid()
         self._buffer = bytearray()
         self._fields = Decoder()
         self._next_stream = 1
-        self._may_send = self._initial_window = _DEFAULT_WINDOW
+        self._may_send = self._initial_window = DEFAULT_WINDOW
         self._taken = self._taken_of_stream = 0
-        self._socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
         try:
             self._socket.settimeout(HANDSHAKE_S)
             self._connect(path)
@@ -76,9 +90,9 @@ class Connection:
 
     def _greet(self) -> None:
         """Until the server has. Raises EOFError, OSError, ValueError."""
-        settings = _ENABLE_PUSH.to_bytes(2) + bytes(4) + _INITIAL_WINDOW.to_bytes(2) + _WINDOW.to_bytes(4)
-        more = (_WINDOW - _DEFAULT_WINDOW).to_bytes(4)
-        self._send(_PREFACE + _frame(SETTINGS, 0, 0, settings) + _frame(WINDOW, 0, 0, more))
+        settings = ENABLE_PUSH.to_bytes(2) + bytes(4) + INITIAL_WINDOW.to_bytes(2) + _WINDOW.to_bytes(4)
+        more = (_WINDOW - DEFAULT_WINDOW).to_bytes(4)
+        self._send(PREFACE + frame(SETTINGS, 0, 0, settings) + frame(WINDOW, 0, 0, more))
         kind, flags, stream, payload = self._receive()
         if kind != SETTINGS or flags & ACKNOWLEDGES:
             raise EOFError("it does not speak HTTP/2")
@@ -89,15 +103,21 @@ class Connection:
         self.is_usable = False
         self._socket.close()
 
+    def __del__(self) -> None:
+        """Of a channel that nobody has closed, as with the library's."""
+        self._socket.close()
+
     def has_room(self, length: int) -> bool:
         """Whether that much may be sent without waiting for the server to have read."""
         return length <= min(self._may_send, self._initial_window)
 
     def is_still_usable(self) -> bool:
-        """After what has come meanwhile, without waiting for more."""
+        """After what has come meanwhile, without waiting for more. A fork has no part in its parent's."""
+        if self._process != os.getpid():
+            return False
         try:
             while self.is_usable:
-                self._buffer += self._socket.recv(_CHUNK, _socket.MSG_DONTWAIT) or self._ended()
+                self._buffer += self._socket.recv(CHUNK, _socket.MSG_DONTWAIT) or self._ended()
                 while self._has_frame():
                     self._attend(*self._receive())
         except BlockingIOError:
@@ -113,14 +133,14 @@ class Connection:
         self._taken_of_stream = 0
         self._may_send -= len(data)
         block = encode(fields)
-        parts = [block[at : at + _MAX_FRAME] for at in range(0, len(block), _MAX_FRAME)]
+        parts = [block[at : at + MAX_FRAME] for at in range(0, len(block), MAX_FRAME)]
         frames = [
-            _frame(CONTINUATION if n else HEADERS, _ENDS_HEADERS if n == len(parts) - 1 else 0, stream, part)
+            frame(CONTINUATION if n else HEADERS, ENDS_HEADERS if n == len(parts) - 1 else 0, stream, part)
             for n, part in enumerate(parts)
         ]
-        for at in range(0, len(data), _MAX_FRAME):
-            flags = ENDS_STREAM if at + _MAX_FRAME >= len(data) else 0
-            frames.append(_frame(DATA, flags, stream, data[at : at + _MAX_FRAME]))
+        for at in range(0, len(data), MAX_FRAME):
+            flags = ENDS_STREAM if at + MAX_FRAME >= len(data) else 0
+            frames.append(frame(DATA, flags, stream, data[at : at + MAX_FRAME]))
         self._send(b"".join(frames))
         return stream
 
@@ -150,11 +170,11 @@ class Connection:
         """To what belongs to the connection, or to a call that is over."""
         if kind == SETTINGS and not flags & ACKNOWLEDGES:
             for at in range(0, len(payload) - 5, 6):
-                if int.from_bytes(payload[at : at + 2]) == _INITIAL_WINDOW:
+                if int.from_bytes(payload[at : at + 2]) == INITIAL_WINDOW:
                     self._initial_window = int.from_bytes(payload[at + 2 : at + 6])
-            self._send(_frame(SETTINGS, ACKNOWLEDGES, 0, b""))
+            self._send(frame(SETTINGS, ACKNOWLEDGES, 0, b""))
         elif kind == PING and not flags & ACKNOWLEDGES:
-            self._send(_frame(PING, ACKNOWLEDGES, 0, payload))
+            self._send(frame(PING, ACKNOWLEDGES, 0, payload))
         elif kind == WINDOW and stream == 0:
             self._may_send += int.from_bytes(payload)
         elif kind == GOAWAY:
@@ -167,10 +187,10 @@ class Connection:
         self._taken += length
         self._taken_of_stream += length
         if self._taken >= _WINDOW // 4:
-            self._send(_frame(WINDOW, 0, 0, self._taken.to_bytes(4)))
+            self._send(frame(WINDOW, 0, 0, self._taken.to_bytes(4)))
             self._taken = 0
         if self._taken_of_stream >= _WINDOW // 4:
-            self._send(_frame(WINDOW, 0, stream, self._taken_of_stream.to_bytes(4)))
+            self._send(frame(WINDOW, 0, stream, self._taken_of_stream.to_bytes(4)))
             self._taken_of_stream = 0
 
     def _send(self, data: bytes) -> None:
@@ -181,31 +201,32 @@ class Connection:
             self.is_usable = False
 
     def _has_frame(self) -> bool:
-        return len(self._buffer) >= 9 and len(self._buffer) >= 9 + int.from_bytes(self._buffer[:3])
+        length = len(self._buffer) - HEAD_BYTES
+        return length >= 0 and length >= int.from_bytes(self._buffer[:3])
 
     def _receive(self) -> tuple[int, int, int, bytes]:
         """Kind, flags, stream and payload of a frame; of HEADERS, those that continue it are a part."""
         kind, flags, stream, payload = self._receive_one()
-        if flags & _IS_PADDED and kind in (DATA, HEADERS):
+        if flags & IS_PADDED and kind in (DATA, HEADERS):
             raise ValueError("padding, which gRPC does without")
         if kind == HEADERS:
-            if flags & _HAS_PRIORITY:
+            if flags & HAS_PRIORITY:
                 payload = payload[5:]
             last = flags
-            while not last & _ENDS_HEADERS:
+            while not last & ENDS_HEADERS:
                 _, last, _, more = self._receive_one()
                 payload += more
         return kind, flags, stream, payload
 
     def _receive_one(self) -> tuple[int, int, int, bytes]:
         while not self._has_frame():
-            if len(self._buffer) >= 3 and int.from_bytes(self._buffer[:3]) > _MAX_FRAME:
+            if len(self._buffer) >= 3 and int.from_bytes(self._buffer[:3]) > MAX_FRAME:
                 raise EOFError("it does not speak HTTP/2")
-            self._buffer += self._socket.recv(_CHUNK) or self._ended()
-        end = 9 + int.from_bytes(self._buffer[:3])
-        frame = bytes(self._buffer[:end])
+            self._buffer += self._socket.recv(CHUNK) or self._ended()
+        end = HEAD_BYTES + int.from_bytes(self._buffer[:3])
+        found = bytes(self._buffer[:end])
         del self._buffer[:end]
-        return frame[3], frame[4], int.from_bytes(frame[5:9]) & 0x7FFFFFFF, frame[9:]
+        return found[3], found[4], int.from_bytes(found[5:HEAD_BYTES]) & 0x7FFFFFFF, found[HEAD_BYTES:]
 
     def _ended(self) -> bytes:
         raise EOFError("Socket closed")

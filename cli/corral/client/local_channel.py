@@ -1,22 +1,23 @@
-"""A channel to a unix socket that does without gRPC's library: to load that is a third of what a short command takes.
+"""A channel to a unix socket that does without gRPC's library: to load that is a third of what a short command takes,
+and a call by it takes half a millisecond more where the server does without it, too (corral.rpc.brief).
 
 It makes calls with one answer, one at a time on each connection. What it cannot do it leaves to the library: requests
 that do not fit into a window, metadata that has to be refused, and calls with many requests or answers, where somebody
-has to read from the connection whatever the caller does: a server that leaves tells those who do.
+has to read from the connection whatever the caller does: a server of the library that leaves tells those who do.
 """
 
 from collections.abc import Callable, Sequence
 from threading import Lock
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from corral.client import http2
-from corral.client.transport import Transport
-from corral.rpc.address import MAX_MESSAGE_BYTES, Target
+from corral.rpc import frames
+from corral.rpc.address import MAX_MESSAGE_BYTES, beside
 
 if TYPE_CHECKING:
     import grpc
 
-    from corral.client.hpack import Field
+    from corral.rpc.hpack import Field
 
 _HEADERS: "tuple[Field, ...]" = (
     (b":method", b"POST"),
@@ -30,26 +31,18 @@ _OK = b"200"
 _PREFIX_BYTES = 5
 """Of a message: whether it is compressed, and its length. Source: gRPC over HTTP2, Length-Prefixed-Message."""
 
-type Metadata = tuple[tuple[str, str], ...]
-
-
-class BriefTransport(Transport):
-    """For a program that ends soon."""
-
-    def _open(self, target: Target) -> "grpc.Channel":
-        library = super()._open
-        if not target.is_local:
-            return library(target)
-        channel = LocalChannel(target.name.removeprefix("unix:"), lambda: library(target))
-        return cast("grpc.Channel", channel)
+type Metadata = Sequence[tuple[str, str]]
 
 
 class LocalChannel:
     """As much of a grpc.Channel as stubs and transports need. Calls raise grpc.RpcError."""
 
-    def __init__(self, path: str, open_library: "Callable[[], grpc.Channel]") -> None:
-        """open_library: makes one of gRPC's own to the same socket."""
+    def __init__(self, path: str, open_library: "Callable[[], grpc.Channel]", *, is_brief: bool) -> None:
+        """open_library: makes one of gRPC's own to the same socket. is_brief: for a program that ends soon, so that
+        calls to a server of the library, too, are better made without."""
         self._path = path
+        self._beside = beside(path)
+        self._is_brief = is_brief
         self._open_library = open_library
         self._library: grpc.Channel | None = None
         self._opening = Lock()
@@ -57,16 +50,12 @@ class LocalChannel:
 
     def unary_unary(self, method: str, **functions: Any) -> "Callable[..., object]":
         """As of grpc.Channel."""
-        serialize, parse = functions["request_serializer"], functions["response_deserializer"]
+        return _UnaryCalls(self, method, functions)
 
-        def call(request: object, *, metadata: Metadata) -> object:
-            data = serialize(request)
-            connection = self._connection(data, metadata)
-            if connection is None:
-                return self.library.unary_unary(method, **functions)(request, metadata=metadata)
-            return parse(self._answer(connection, _headers(method, metadata), data))
-
-        return call
+    def call(self, method: str, data: bytes, metadata: Metadata) -> bytes | None:
+        """The answer; None of a call that is for the library to make. Raises grpc.RpcError."""
+        connection = self._connection(data, metadata)
+        return None if connection is None else self._answer(connection, _headers(method, metadata), data)
 
     def unary_stream(self, *arguments: Any, **options: Any) -> object:
         """As of grpc.Channel."""
@@ -91,14 +80,29 @@ class LocalChannel:
 
     def close(self) -> None:
         """Harmless when repeated."""
-        self._hang_up()
+        self._hang_up(for_good=True)
         if self._library is not None:
             self._library.close()
 
-    def _hang_up(self) -> None:
-        """Before what may last for long, while nobody would read."""
+    def subscribe(self, *arguments: Any, **options: Any) -> object:
+        """As of grpc.Channel."""
+        return self.library.subscribe(*arguments, **options)
+
+    def unsubscribe(self, *arguments: Any, **options: Any) -> object:
+        """As of grpc.Channel."""
+        return self.library.unsubscribe(*arguments, **options)
+
+    def _hang_up(self, *, for_good: bool = False) -> None:
+        """Before what may last for long, while nobody would read what the library's server says. A program that ends
+        soon has few calls to make after that."""
+        connections = []
         while (connection := self._waiting()) is not None:
-            connection.close()
+            connections.append(connection)
+        for connection in connections:
+            if connection.path == self._beside and not (for_good or self._is_brief):
+                self._idle.append(connection)
+            else:
+                connection.close()
 
     def _waiting(self) -> "http2.Connection | None":
         """One that is idle, which is the caller's from now on."""
@@ -109,20 +113,29 @@ class LocalChannel:
 
     def _connection(self, data: bytes, metadata: Metadata) -> "http2.Connection | None":
         """One for this request, None if it is for gRPC's library."""
-        if not all(value.isascii() and value.isprintable() for pair in metadata for value in pair):
+        if not all(map(_is_plain, metadata)):
             return None
         while (connection := self._waiting()) is not None:
             if connection.is_still_usable() and connection.has_room(_PREFIX_BYTES + len(data)):
                 return connection
             connection.close()
-        try:
-            connection = http2.Connection(self._path)
-        except http2.NobodyThereError as e:
-            raise _failure("UNAVAILABLE", f"failed to connect to all addresses; last error: {e}") from e
-        if connection.has_room(_PREFIX_BYTES + len(data)):
+        connection = self._connected()
+        if connection is None or connection.has_room(_PREFIX_BYTES + len(data)):
             return connection
         connection.close()
         return None
+
+    def _connected(self) -> "http2.Connection | None":
+        """A new one."""
+        try:
+            return http2.Connection(self._beside)
+        except http2.NobodyThereError:  # in the middle of an upgrade, or it has none
+            if not self._is_brief:
+                return None
+        try:
+            return http2.Connection(self._path)
+        except http2.NobodyThereError as e:
+            raise _failure("UNAVAILABLE", f"failed to connect to all addresses; last error: {e}") from e
 
     def _answer(self, connection: "http2.Connection", headers: "Sequence[Field]", data: bytes) -> bytes:
         try:
@@ -137,6 +150,43 @@ class LocalChannel:
         return answer
 
 
+class _UnaryCalls:
+    """As a grpc.UnaryUnaryMultiCallable. What has a deadline or options, or is not waited for, is for the library."""
+
+    def __init__(self, channel: LocalChannel, method: str, functions: dict[str, Any]) -> None:
+        self._channel = channel
+        self._method = method
+        self._functions = functions
+
+    def __call__(
+        self, request: object, timeout: float | None = None, metadata: Metadata | None = None, **options: Any
+    ) -> object:
+        if timeout is None and not options:
+            answer = self._channel.call(self._method, self._functions["request_serializer"](request), metadata or ())
+            if answer is not None:
+                return self._functions["response_deserializer"](answer)
+        return self._made()(request, timeout=timeout, metadata=tuple(metadata or ()), **options)
+
+    def with_call(self, *arguments: Any, **options: Any) -> object:
+        """As of the library."""
+        return self._made().with_call(*arguments, **options)
+
+    def future(self, *arguments: Any, **options: Any) -> object:
+        """As of the library."""
+        return self._made().future(*arguments, **options)
+
+    def _made(self) -> "grpc.UnaryUnaryMultiCallable[Any, Any]":
+        return self._channel.library.unary_unary(self._method, **self._functions)
+
+
+def _is_plain(pair: tuple[str, str | bytes]) -> bool:
+    """Whether it is sent as it is; the library knows what to do with another."""
+    key, value = pair
+    if not isinstance(value, str) or not key.islower() or key.startswith("grpc-"):
+        return False
+    return key.isascii() and key.isprintable() and value.isascii() and value.isprintable()
+
+
 def _headers(method: str, metadata: Metadata) -> "Sequence[Field]":
     return (*_HEADERS, (b":path", method.encode()), *((key.encode(), value.encode()) for key, value in metadata))
 
@@ -148,13 +198,13 @@ def _answer(connection: "http2.Connection", headers: "Sequence[Field]", data: by
         stream = connection.call(headers, b"\0" + len(data).to_bytes(4) + data)
         while True:
             kind, flags, payload = connection.answer(stream)
-            if kind == http2.RESET:
+            if kind == frames.RESET:
                 raise _reset(int.from_bytes(payload))
-            fields = dict(connection.decode(payload)) if kind == http2.HEADERS else {}
-            if kind == http2.DATA:
+            fields = dict(connection.decode(payload)) if kind == frames.HEADERS else {}
+            if kind == frames.DATA:
                 body += payload
                 _check_length(body)
-            if flags & http2.ENDS_STREAM or fields.get(b":status", _OK) != _OK:
+            if flags & frames.ENDS_STREAM or fields.get(b":status", _OK) != _OK:
                 _check(fields)
                 return _message(body)
     except http2.GoneAwayError as e:

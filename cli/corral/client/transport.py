@@ -5,10 +5,12 @@ Where no call fails, neither errors nor attempts are needed; the command then do
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 
+from corral.client.local_channel import LocalChannel
 from corral.rpc import attempts, errors
 from corral.rpc.address import OPTIONS, Target, Tls
 from corral.rpc.metadata import NAMESPACE_KEY
@@ -20,18 +22,25 @@ if TYPE_CHECKING:
 class Transport:
     """A channel for ordinary code."""
 
+    is_brief = False
+    """Whether it is for a program that ends soon, so that to load gRPC's library for a call is too much."""
+
     def __init__(self, address: str, namespace: str, tls: Tls | None) -> None:
         """Raises InvalidArgument for a malformed address, OSError if a file of `tls` cannot be read."""
         self.address = address
         self._target = Target(address)
         if tls is None or self._target.is_local:
-            self.channel = self._open(self._target)
+            self.channel = self._open_local(self._target) if self._target.is_local else self._open(self._target)
         else:
             self.channel = grpc.secure_channel(self._target.name, tls.channel_credentials(), secure(OPTIONS))
         self._metadata = ((NAMESPACE_KEY, namespace),)
 
     def _open(self, target: Target) -> "grpc.Channel":
         return grpc.insecure_channel(target.name, OPTIONS)
+
+    def _open_local(self, target: Target) -> "grpc.Channel":
+        path = target.name.removeprefix("unix:")
+        return cast("grpc.Channel", LocalChannel(path, partial(self._open, target), is_brief=self.is_brief))
 
     def unary[Request, Answer](
         self, method: "grpc.UnaryUnaryMultiCallable[Request, Answer]", request: Request
@@ -90,6 +99,12 @@ class Transport:
         """Ends the channel and what still runs on it."""
         self.channel.close()
         self._target.close()
+
+
+class BriefTransport(Transport):
+    """For a program that ends soon."""
+
+    is_brief = True
 
 
 class Exchange[Answer]:

@@ -112,6 +112,11 @@ def parse_address(text: str) -> Address:
     )
 
 
+def beside(path: str) -> str:
+    """Where calls with one answer are served beside the unix socket of that path, see corral.rpc.brief."""
+    return f"{path}.brief"
+
+
 class Target:
     """An address in the form that gRPC takes; keeps open what that form needs until close()."""
 

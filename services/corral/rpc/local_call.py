@@ -19,7 +19,7 @@ AHEAD = 16
 AHEAD_OF_TALK = 4
 
 
-class LocalContext:
+class CallContext:
     """The part of grpc.aio.ServicerContext that methods with one request use."""
 
     def __init__(self, metadata: Metadata, timeout_s: float | None) -> None:
@@ -30,9 +30,6 @@ class LocalContext:
     def invocation_metadata(self) -> Metadata:
         return self._metadata
 
-    def peer(self) -> str:
-        return "local"
-
     def cancelled(self) -> bool:
         return self.gone
 
@@ -41,6 +38,13 @@ class LocalContext:
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Metadata = ()) -> NoReturn:
         raise Aborted(code, details, trailing_metadata)
+
+
+class LocalContext(CallContext):
+    """Of a call from within this process."""
+
+    def peer(self) -> str:
+        return "local"
 
 
 class Aborted(grpc.aio.AbortError):
@@ -148,15 +152,17 @@ def _tell(ended: asyncio.Future[None], _task: asyncio.Task[Any]) -> None:
 
 async def _respond(handler: Handler, request: bytes, context: LocalContext) -> bytes:
     behaviour: Any = handler.unary_unary
-    reply = await behaviour(_parsed(handler, request), context)
-    return _serialised(handler, reply)
+    reply = await behaviour(parsed(handler, request), context)
+    return serialised(handler, reply)
 
 
-def _parsed(handler: Handler, request: bytes) -> Any:
+def parsed(handler: Handler, request: bytes) -> Any:
+    """A request as its handler takes it."""
     return handler.request_deserializer(request) if handler.request_deserializer else request
 
 
-def _serialised(handler: Handler, reply: Any) -> bytes:
+def serialised(handler: Handler, reply: Any) -> bytes:
+    """What a handler returns, as it is sent."""
     data: bytes = handler.response_serializer(reply) if handler.response_serializer else reply
     return data
 
@@ -217,7 +223,7 @@ class StreamContext(LocalContext):
         self._responses = responses
 
     async def write(self, message: Any) -> None:
-        await self._responses.put(_serialised(self._handler, message))
+        await self._responses.put(serialised(self._handler, message))
 
 
 class _LocalStream(_InFlight):
@@ -273,7 +279,7 @@ class LocalStreamCall(_LocalStream):
         timeout_s: float | None,
     ) -> None:
         behaviour: Any = handler.unary_stream
-        super().__init__(handler, behaviour, _parsed(handler, request), deserialize, metadata, timeout_s)
+        super().__init__(handler, behaviour, parsed(handler, request), deserialize, metadata, timeout_s)
 
 
 class LocalExchange(_LocalStream):
@@ -290,7 +296,7 @@ class LocalExchange(_LocalStream):
         self._serialize = serialize
         self._requests = requests = Messages(AHEAD_OF_TALK)
         behaviour: Any = handler.stream_stream
-        asked = (_parsed(handler, request) async for request in requests)
+        asked = (parsed(handler, request) async for request in requests)
         super().__init__(handler, behaviour, asked, deserialize, metadata, timeout_s, ahead=AHEAD_OF_TALK)
         self._task.add_done_callback(lambda _: requests.drop())
 
@@ -311,6 +317,6 @@ async def _stream(handler: Handler, behaviour: Any, request: Any, context: Strea
     if inspect.isasyncgen(result):
         async with aclosing(result) as replies:
             async for reply in replies:
-                await responses.put(_serialised(handler, reply))
+                await responses.put(serialised(handler, reply))
     else:
         await result

@@ -28,6 +28,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 
 from corral.rpc import local
 from corral.rpc.address import MAX_MESSAGE_BYTES, Address, Target, TcpAddress, Tls, UnixAddress
+from corral.rpc.brief import BriefServer
 from corral.rpc.eager import begin_calls_at_once
 from corral.rpc.errors import FailedPrecondition
 from corral.rpc.farewell import Name, Port, cut, listening, send_away
@@ -89,6 +90,7 @@ class Host:
         # Else two daemons would share a port silently.
         options = (*OPTIONS, ("grpc.so_reuseport", int(self._ports.are_shared)))
         self._everything = local.Everything(self.find)
+        self._brief = BriefServer(self.find)
         self._server = local.Recorder(grpc.aio.server(handlers=[self._everything], options=options))
         self._hosted = []
         for service in services:
@@ -133,6 +135,7 @@ class Host:
         await self._health.set("", NOT_SERVING)
         bound = [self._bind(address, tls, socket_group) for address in addresses]
         await self._server.start()
+        await self._brief.start()
         self._ports.serve(self._bound)
         self._take_late(waiting)
         local.announce(map(str, bound), self)
@@ -152,6 +155,7 @@ class Host:
         """Calls that run get `grace_s` to end; those that come now, or stay longer, end with UNAVAILABLE."""
         await self._health.enter_graceful_shutdown()
         await self._stop_services(grace_s, upgrading=False)
+        self._brief.withdraw()
         for path, inode in self._sockets.items():
             with suppress(FileNotFoundError):
                 if path.stat().st_ino == inode:
@@ -181,6 +185,7 @@ class Host:
         await self._ports.wait(self._bound)
         for path in waiting:
             hidden(path).rename(path)
+        self._brief.withdraw()
         await self._stop_services(max(deadline - loop.time(), NEW_CALLS_S), upgrading=True, overdue=overdue)
         await self._leave(followed=True)
 
@@ -214,7 +219,9 @@ class Host:
         local.withdraw(self)
         if self._latecomers is not None:
             await self._latecomers.stop_accepting()
-        if followed and not self._has_calls():
+        may_come_again = followed and not self._has_calls()
+        await self._brief.leave(LAST_CALLS_S, may_come_again=may_come_again)
+        if may_come_again:
             await send_away([name for name in self._names if name not in self._secure], self._relayed)
         await cut(self._names, self._relayed)
         await self._stop_late()
@@ -290,6 +297,7 @@ class Host:
             _give_to_group(new, socket_group)
         new.path.rename(address.path)
         self._sockets[address.path] = address.path.stat().st_ino
+        self._brief.bind(address, partial(_bind_plainly, socket_group))
         return address
 
     def _bind_tcp(self, address: TcpAddress, tls: Tls | None) -> TcpAddress:
@@ -341,6 +349,18 @@ def _mode(mode: int) -> Iterator[None]:
         yield
     finally:
         os.umask(old)
+
+
+def _bind_plainly(socket_group: str, address: UnixAddress, listening: socket.socket) -> None:
+    """As one of gRPC's is. Raises OSError."""
+    target = Target(address)
+    try:
+        with _mode(SOCKET_MODE):
+            listening.bind(target.name.removeprefix("unix:"))
+    finally:
+        target.close()
+    if socket_group:
+        _give_to_group(address, socket_group)
 
 
 def _give_to_group(address: UnixAddress, name: str) -> None:

@@ -127,7 +127,7 @@ def _string(block: bytes, at: int) -> tuple[bytes, int]:
         raise IndexError
     text = block[at:end]
     if is_packed:
-        from corral.client.huffman import unpack
+        from corral.rpc.huffman import unpack
 
         text = unpack(text)
     return text, end

@@ -1,0 +1,126 @@
+"""One call of corral.rpc.brief: what its header fields ask for, and how it ends. Source: gRPC over HTTP2."""
+
+import asyncio
+import binascii
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import quote_from_bytes
+
+import grpc
+import structlog
+
+from corral.rpc.address import MAX_MESSAGE_BYTES
+from corral.rpc.hpack import Field
+from corral.rpc.local import Handler, Metadata
+from corral.rpc.local_call import Aborted, CallContext, parsed, serialised
+
+log = structlog.get_logger()
+
+type Find = Callable[[str], Handler | None]
+
+PREFIX_BYTES = 5
+"""Of a message: whether it is compressed, and its length."""
+_UNITS_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+_TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])")
+_PLAIN = bytes(each for each in range(0x20, 0x7F) if each != ord("%"))
+_NOT_OURS = frozenset(("te", "content-type", "user-agent"))
+
+
+class Failure(NamedTuple):
+    """How a call ends that has no answer."""
+
+    code: grpc.StatusCode
+    details: str
+    trailers: Metadata = ()
+
+    def fields(self) -> Sequence[Field]:
+        """As header fields."""
+        number, _ = self.code.value
+        return (
+            (b":status", b"200"),
+            (b"content-type", b"application/grpc"),
+            (b"grpc-status", str(number).encode()),
+            (b"grpc-message", quote_from_bytes(self.details.encode(), safe=_PLAIN).encode()),
+            *((key.encode(), _encoded(value)) for key, value in self.trailers),
+        )
+
+
+class Call(CallContext):
+    """What was asked for; its handler has it as the context."""
+
+    def __init__(self, method: str, metadata: Metadata, timeout_s: float | None) -> None:
+        super().__init__(metadata, timeout_s)
+        self.method = method
+        self.timeout_s = timeout_s
+
+    def peer(self) -> str:
+        return "unix:"
+
+
+def read(fields: Sequence[Field]) -> Call | Failure:
+    """What a client asks for."""
+    method, timeout_s, metadata = "", None, []
+    for name, value in fields:
+        key = name.decode("ascii", "replace")
+        if key == ":path":
+            method = value.decode("utf-8", "replace")
+        elif key == "grpc-timeout":
+            found = _TIMEOUT.fullmatch(value.decode("ascii", "replace"))
+            if found is None:
+                return Failure(grpc.StatusCode.INTERNAL, "its timeout is malformed")
+            timeout_s = int(found[1]) * _UNITS_S[found[2]]
+        elif key == "grpc-encoding" and value != b"identity":
+            return Failure(grpc.StatusCode.UNIMPLEMENTED, "compressed messages are not read here")
+        elif not key.startswith((":", "grpc-")) and key not in _NOT_OURS:
+            metadata.append((key, _decoded(key, value)))
+    return Call(method, tuple(metadata), timeout_s)
+
+
+def too_large(body: bytearray) -> Failure | None:
+    """Of as much of a request as has come."""
+    length = max(int.from_bytes(body[1:PREFIX_BYTES]), len(body) - PREFIX_BYTES)
+    if len(body) < PREFIX_BYTES or length <= MAX_MESSAGE_BYTES:
+        return None
+    text = f"SERVER: Received message larger than max ({length} vs. {MAX_MESSAGE_BYTES})"
+    return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+
+
+async def answer(find: Find, call: Call, body: bytearray) -> bytes | Failure:
+    """The answer as a message, with its prefix."""
+    if len(body) < PREFIX_BYTES or body[0] or int.from_bytes(body[1:PREFIX_BYTES]) != len(body) - PREFIX_BYTES:
+        return Failure(grpc.StatusCode.INTERNAL, "what came is not one request, as it is")
+    handler = find(call.method)
+    if handler is None or handler.unary_unary is None:
+        return Failure(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+    try:
+        if call.timeout_s is None:
+            return await _answered(handler, call, bytes(body[PREFIX_BYTES:]))
+        async with asyncio.timeout(call.timeout_s):
+            return await _answered(handler, call, bytes(body[PREFIX_BYTES:]))
+    except TimeoutError:
+        return Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+    except Aborted as e:
+        return Failure(e.code, e.details, e.trailers)
+    except Exception as e:  # every call ends with a status
+        log.exception("brief.failed", method=call.method)
+        return Failure(grpc.StatusCode.INTERNAL, f"{type(e).__name__}: {e}")
+
+
+async def _answered(handler: Handler, call: Call, request: bytes) -> bytes:
+    behaviour: Any = handler.unary_unary
+    data = serialised(handler, await behaviour(parsed(handler, request), call))
+    return b"\0" + len(data).to_bytes(4) + data
+
+
+def _encoded(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else binascii.b2a_base64(value, newline=False).rstrip(b"=")
+
+
+def _decoded(key: str, value: bytes) -> str | bytes:
+    if not key.endswith("-bin"):
+        return value.decode("ascii", "replace")
+    try:
+        return binascii.a2b_base64(value + b"==")
+    except binascii.Error:
+        return b""

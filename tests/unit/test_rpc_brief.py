@@ -1,0 +1,324 @@
+"""The server without gRPC's library is as one of the library's, to clients of the library and to ours."""
+
+import asyncio
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+import pytest_asyncio
+
+from corral.client.transport import BriefTransport, Transport
+from corral.rpc.address import UnixAddress, beside
+from corral.rpc.brief_connection import MOST_CALLS
+from corral.rpc.context import current_namespace
+from corral.rpc.errors import NotFound, Unavailable
+from corral.rpc.frames import DATA, GOAWAY, HEADERS, PREFACE, SETTINGS, frame
+from corral.rpc.server import Host
+
+SERVICE = "corral.test.v1.Brief"
+KINDS = (Transport, BriefTransport)
+PATIENCE_S = 30
+
+
+class Echo:
+    """Answers with what it was asked."""
+
+    name = "echo"
+
+    def __init__(self) -> None:
+        self.served = 0
+        self.waits = asyncio.Event()
+        self.cancelled = asyncio.Event()
+        self.released = asyncio.Event()
+
+    def register(self, server: grpc.aio.Server) -> Sequence[str]:
+        handlers = {
+            "Echo": grpc.unary_unary_rpc_method_handler(self.echo),
+            "Wait": grpc.unary_unary_rpc_method_handler(self.wait),
+            "Fail": grpc.unary_unary_rpc_method_handler(self.fail),
+            "Namespace": grpc.unary_unary_rpc_method_handler(self.namespace),
+            "Repeat": grpc.unary_stream_rpc_method_handler(self.repeat),
+        }
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
+        return [SERVICE]
+
+    async def start(self) -> None:
+        pass
+
+    async def stop(self) -> None:
+        pass
+
+    async def echo(self, request: bytes, _context: object) -> bytes:
+        self.served += 1
+        if request.startswith(b"slow"):
+            await asyncio.sleep(0.001)
+        return request
+
+    async def wait(self, request: bytes, _context: object) -> bytes:
+        self.waits.set()
+        try:
+            await self.released.wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        return request
+
+    async def fail(self, request: bytes, _context: object) -> bytes:
+        raise NotFound("no such thing: ü%41\n", reason="NO_THING", metadata={"name": request.decode()})
+
+    async def namespace(self, _request: bytes, _context: object) -> bytes:
+        return current_namespace().encode()
+
+    async def repeat(self, request: bytes, _context: object) -> AsyncIterator[bytes]:
+        yield request
+
+
+class Hosted:
+    """A host, and threads to call it from."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.echo = Echo()
+        self.host = Host([self.echo])
+        self.pool = ThreadPoolExecutor(16)
+
+    async def call[T](self, fn: Callable[..., T], *args: Any, **options: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.pool, lambda: fn(*args, **options))
+
+
+@pytest_asyncio.fixture
+async def hosted(tmp_path: Path) -> AsyncIterator[Hosted]:
+    hosted = Hosted(tmp_path / "socket")
+    await hosted.host.start([UnixAddress(hosted.path)])
+    yield hosted
+    hosted.echo.released.set()
+    await hosted.host.stop(grace_s=1)
+    hosted.pool.shutdown()
+
+
+@pytest.fixture(params=["library", "ours"])
+def method(request: pytest.FixtureRequest, hosted: Hosted) -> Iterator[Callable[[str], Any]]:
+    """By name, of this server, as the library's client or ours calls it."""
+    if request.param == "library":
+        channel = grpc.insecure_channel(f"unix:{beside(str(hosted.path))}", [("grpc.max_receive_message_length", -1)])
+    else:
+        transport = Transport(f"unix://{hosted.path}", "default", None)
+        channel = transport.channel
+
+    def found(name: str) -> Any:
+        return channel.unary_unary(f"/{SERVICE}/{name}", request_serializer=bytes, response_deserializer=bytes)
+
+    yield found
+    channel.close()
+
+
+@pytest.mark.parametrize("length", [0, 1, 16379, 16384, 65530, 65531, 1 << 20, 5 << 20])
+async def test_what_is_sent_comes_back(hosted: Hosted, method: Callable[[str], Any], length: int) -> None:
+    sent = bytes(range(256)) * (length // 256) + b"x" * (length % 256)
+    for _ in range(3):
+        assert await hosted.call(method("Echo"), sent) == sent
+
+
+async def test_calls_go_on_when_windows_are_used_up(hosted: Hosted, method: Callable[[str], Any]) -> None:
+    for _ in range(60):
+        assert await hosted.call(method("Echo"), b"x" * 60_000) == b"x" * 60_000
+
+
+async def test_calls_are_made_side_by_side(hosted: Hosted, method: Callable[[str], Any]) -> None:
+    sent = [b"slow%d" % number * 2000 for number in range(3 * MOST_CALLS)]
+    assert await asyncio.gather(*(hosted.call(method("Echo"), each) for each in sent)) == sent
+
+
+async def test_the_namespace_goes_along(hosted: Hosted, method: Callable[[str], Any]) -> None:
+    assert await hosted.call(method("Namespace"), b"", metadata=(("corral-namespace", "blue"),)) == b"blue"
+    with pytest.raises(grpc.RpcError) as caught:
+        await hosted.call(method("Namespace"), b"", metadata=(("corral-namespace", "../blue"),))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_failure_is_told_with_all_that_belongs_to_it(hosted: Hosted, method: Callable[[str], Any]) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        await hosted.call(method("Fail"), b"this")
+    error = caught.value
+    assert (error.code(), error.details()) == (grpc.StatusCode.NOT_FOUND, "no such thing: ü%41\n")
+    assert "grpc-status-details-bin" in dict(error.trailing_metadata())
+
+
+@pytest.mark.parametrize("name", ["Nothing", "Repeat"])
+async def test_what_is_not_served_here_is_unimplemented(
+    hosted: Hosted, method: Callable[[str], Any], name: str
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        await hosted.call(method(name), b"")
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_deadline_ends_a_call(hosted: Hosted, method: Callable[[str], Any]) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        await hosted.call(method("Wait"), b"", timeout=0.2)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    async with asyncio.timeout(PATIENCE_S):
+        await hosted.echo.cancelled.wait()
+
+
+async def test_who_cancels_ends_what_was_begun(hosted: Hosted) -> None:
+    with grpc.insecure_channel(f"unix:{beside(str(hosted.path))}") as channel:
+        call = channel.unary_unary(f"/{SERVICE}/Wait").future(b"")
+        async with asyncio.timeout(PATIENCE_S):
+            await hosted.echo.waits.wait()
+            call.cancel()
+            await hosted.echo.cancelled.wait()
+        assert await hosted.call(channel.unary_unary(f"/{SERVICE}/Echo"), b"x") == b"x"
+
+
+async def test_who_hangs_up_ends_what_was_begun(hosted: Hosted) -> None:
+    with grpc.insecure_channel(f"unix:{beside(str(hosted.path))}") as channel:
+        call = channel.unary_unary(f"/{SERVICE}/Wait").future(b"")
+        async with asyncio.timeout(PATIENCE_S):
+            await hosted.echo.waits.wait()
+        assert not call.done()
+    async with asyncio.timeout(PATIENCE_S):
+        await hosted.echo.cancelled.wait()
+
+
+async def test_a_request_that_is_too_large_is_refused(hosted: Hosted) -> None:
+    options = [("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(f"unix:{beside(str(hosted.path))}", options) as channel:
+        echo = channel.unary_unary(f"/{SERVICE}/Echo")
+        with pytest.raises(grpc.RpcError) as caught:
+            await hosted.call(echo, bytes(17 << 20))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await hosted.call(echo, b"x") == b"x"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_our_client_loads_no_library_for_it_and_does_without_it_where_there_is_none(
+    hosted: Hosted, kind: type[Transport]
+) -> None:
+    with closing(kind(f"unix://{hosted.path}", "blue", None)) as transport:
+        channel: Any = transport.channel
+        namespace = channel.unary_unary(f"/{SERVICE}/Namespace", request_serializer=bytes, response_deserializer=bytes)
+        assert await hosted.call(transport.unary, namespace, b"") == b"blue"
+        assert channel._library is None
+        assert [each.path for each in channel._idle] == [beside(str(hosted.path))]
+        os.unlink(beside(str(hosted.path)))  # noqa: PTH108 - as Path, ruff takes it for slow
+        channel._hang_up(for_good=True)
+        assert await hosted.call(transport.unary, namespace, b"") == b"blue"
+        assert [each.path for each in channel._idle] == ([str(hosted.path)] if kind is BriefTransport else [])
+
+
+async def test_a_stream_leaves_its_connections_for_later(hosted: Hosted) -> None:
+    with closing(Transport(f"unix://{hosted.path}", "default", None)) as transport:
+        channel: Any = transport.channel
+        functions = {"request_serializer": bytes, "response_deserializer": bytes}
+        echo = channel.unary_unary(f"/{SERVICE}/Echo", **functions)
+        repeat = channel.unary_stream(f"/{SERVICE}/Repeat", **functions)
+        await hosted.call(transport.unary, echo, b"x")
+        [connection] = channel._idle
+        assert await hosted.call(lambda: list(transport.stream(repeat, b"x"))) == [b"x"]
+        await hosted.call(transport.unary, echo, b"x")
+        assert channel._idle == [connection]
+
+
+@pytest.mark.parametrize("pair", [("x-bin", b"\0\1"), ("Upper", "x"), ("x", "line\n")])
+async def test_metadata_that_is_not_plain_is_the_librarys_business(hosted: Hosted, pair: tuple[str, Any]) -> None:
+    with closing(Transport(f"unix://{hosted.path}", "default", None)) as transport:
+        channel: Any = transport.channel
+        echo = channel.unary_unary(f"/{SERVICE}/Echo", request_serializer=bytes, response_deserializer=bytes)
+        if pair[0] == "x-bin":
+            assert await hosted.call(echo, b"x", metadata=(pair,)) == b"x"
+        else:
+            with pytest.raises(grpc.RpcError, match=r"metadata was invalid|Invalid metadata"):
+                await hosted.call(echo, b"x", metadata=(pair,))
+        assert channel._library is not None
+
+
+async def test_a_fork_has_a_connection_of_its_own(hosted: Hosted) -> None:
+    with closing(Transport(f"unix://{hosted.path}", "default", None)) as transport:
+        channel: Any = transport.channel
+        echo = channel.unary_unary(f"/{SERVICE}/Echo", request_serializer=bytes, response_deserializer=bytes)
+        await hosted.call(transport.unary, echo, b"x")
+        [connection] = channel._idle
+        assert connection.is_still_usable()
+        connection._process = os.getppid()
+        await hosted.call(transport.unary, echo, b"x")
+        assert channel._idle[0] is not connection
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        PREFACE + frame(DATA, 0, 1, bytes(1 << 15)),
+        PREFACE + frame(SETTINGS, 0, 0, b"") + frame(HEADERS, 4, 2, b""),
+        PREFACE + frame(SETTINGS, 0, 0, b"") + frame(HEADERS, 4, 1, b"\xff\xff\xff\xff\xff\xff"),
+        PREFACE + frame(SETTINGS, 0, 0, b"") + frame(HEADERS, 0, 1, b"") + frame(DATA, 0, 1, b""),
+    ],
+)
+async def test_what_is_malformed_ends_that_connection_alone(hosted: Hosted, said: bytes) -> None:
+    def talk() -> bytes:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(PATIENCE_S)
+            connection.connect(beside(str(hosted.path)))
+            connection.sendall(said)
+            heard = b""
+            while data := connection.recv(4096):
+                heard += data
+            return heard
+
+    assert frame(GOAWAY, 0, 0, b"")[3:5] in await hosted.call(talk)
+    with grpc.insecure_channel(f"unix:{beside(str(hosted.path))}") as channel:
+        assert await hosted.call(channel.unary_unary(f"/{SERVICE}/Echo"), b"x") == b"x"
+
+
+async def test_the_socket_is_as_the_other_and_goes_with_it(tmp_path: Path) -> None:
+    host = Host([Echo()])
+    path = str(tmp_path / "socket")
+    await host.start([UnixAddress(Path(path))])
+    assert [stat.filemode(os.stat(each).st_mode) for each in (path, beside(path))] == ["srw-rw----"] * 2  # noqa: PTH116 - likewise
+    await host.stop(grace_s=0)
+    assert os.listdir(tmp_path) == []  # noqa: PTH208 - likewise
+
+
+async def test_a_call_that_an_upgrade_leaves_without_an_answer_is_made_again(tmp_path: Path) -> None:
+    first, second = Hosted(tmp_path / "socket"), Hosted(tmp_path / "socket")
+    await first.host.start([UnixAddress(first.path)])
+    transport = Transport(f"unix://{first.path}", "default", None)
+    functions = {"request_serializer": bytes, "response_deserializer": bytes}
+    echo = transport.channel.unary_unary(f"/{SERVICE}/Echo", **functions)
+    assert await first.call(transport.unary, echo, b"x") == b"x"
+    for hosted in first.host._hosted:
+        hosted.gate.shut(upgrading=True)
+    calling = asyncio.ensure_future(first.call(transport.unary, echo, b"again"))
+    [connection] = first.host._brief._connections
+    async with asyncio.timeout(PATIENCE_S):
+        while not connection.tasks():  # noqa: ASYNC110  # nobody tells
+            await asyncio.sleep(0.001)
+    places = first.host.make_places()
+    await first.host.hand_over(places, grace_s=1)
+    await second.host.start([UnixAddress(second.path)], waiting=list(places.values()))
+    async with asyncio.timeout(PATIENCE_S):
+        assert await calling == b"again"
+    assert (first.echo.served, second.echo.served) == (1, 1)
+    await first.call(transport.close)
+    await second.host.stop(grace_s=0)
+
+
+async def test_who_is_told_that_it_stops_is_told_so_by_our_client(hosted: Hosted) -> None:
+    with closing(Transport(f"unix://{hosted.path}", "default", None)) as transport:
+        wait = transport.channel.unary_unary(f"/{SERVICE}/Wait", request_serializer=bytes, response_deserializer=bytes)
+        calling = asyncio.ensure_future(hosted.call(transport.unary, wait, b""))
+        async with asyncio.timeout(PATIENCE_S):
+            await hosted.echo.waits.wait()
+            await hosted.host.stop(grace_s=0)
+        with pytest.raises(Unavailable) as caught:
+            await calling
+        assert caught.value.reason == "STOPPING"
