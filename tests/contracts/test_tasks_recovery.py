@@ -101,7 +101,12 @@ def zygote_of(daemon: Corrald) -> int:
 
 def living_shims(daemon: Corrald) -> set[int]:
     """Without the zygote, which holds the FIFOs of a shim that was killed until there is another one."""
-    return {pid for pid in shims(daemon.state) if Path(f"/proc/{pid}/comm").read_text() == "corral-shim\n"}
+    found = set()
+    for pid in shims(daemon.state):
+        with contextlib.suppress(OSError):  # it has ended
+            if Path(f"/proc/{pid}/comm").read_text() == "corral-shim\n":
+                found.add(pid)
+    return found
 
 
 def nothing_left(daemon: Corrald) -> bool:

@@ -31,7 +31,13 @@ class Terminal:
     def open(self, command: list[str], address: str, width: int = 80, height: int = 24) -> None:
         # The shell outlives a ctrl-c, but not by ignoring it, which the command would inherit.
         line = f"trap : INT; CORRAL_ADDRESS={address} {shlex.join(command)}; echo code=$?; exec sleep 1000"
-        self.tmux("new-session", "-d", "-x", str(width), "-y", str(height), f"sh -c {shlex.quote(line)}")
+        session = ("new-session", "-d", "-x", str(width), "-y", str(height), f"sh -c {shlex.quote(line)}")
+        for _ in range(3):
+            with contextlib.suppress(subprocess.CalledProcessError):  # its server is not always there in time
+                self.tmux(*session)
+                return
+            time.sleep(0.5)
+        self.tmux(*session)
 
     def type(self, text: str) -> None:
         self.tmux("send-keys", "-l", text)
@@ -42,7 +48,7 @@ class Terminal:
     def screen(self) -> str:
         return self.tmux("capture-pane", "-p")
 
-    def wait_for(self, text: str, timeout_s: float = 15) -> str:
+    def wait_for(self, text: str, timeout_s: float = 45) -> str:
         deadline = time.monotonic() + timeout_s
         while text not in (screen := self.screen()):
             assert time.monotonic() < deadline, f"{text!r} is not on the screen:\n{screen}"

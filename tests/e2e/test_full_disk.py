@@ -51,6 +51,9 @@ async def topics(engine: EngineClient, id_: str) -> Counter[str]:
 def test_containers_are_ended_and_removed_on_a_full_disk(busybox_archive: Path, split: bool) -> None:
     daemon = Corrald(split=split)
 
+    async def nothing_is_left() -> bool:
+        return daemon.leftovers() == []
+
     async def scene(engine: EngineClient) -> None:
         ids = [await engine.run(*SLEEPS, name=f"c{n}", network="bridge") for n in range(10)]
         await engine.create("true", name="created")
@@ -62,7 +65,7 @@ def test_containers_are_ended_and_removed_on_a_full_disk(busybox_archive: Path, 
             await engine.delete(f"c{n}", force=True)
         await engine.delete("created")
         assert await engine.listed() == []
-        assert daemon.leftovers() == []
+        await eventually(nothing_is_left)
         for id_ in ids:
             assert (await topics(engine, id_))["container.removed"] == 1
 

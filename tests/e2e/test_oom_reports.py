@@ -140,9 +140,11 @@ async def test_an_exec_that_was_killed_beside_a_child_that_ran_out_of_memory_is_
 
 
 async def test_an_exec_is_not_told_so_while_there_are_others_who_run_out_of_memory(engine: EngineClient) -> None:
-    id_ = await engine.run("sh", "-c", f"trap '{HOG}' USR1; while :; do sleep 0.1; done", resources=limits())
+    script = f"trap '{HOG}; touch /over' USR1; while :; do sleep 0.1; done"
+    id_ = await engine.run("sh", "-c", script, resources=limits())
+    others = "rm -f /over; kill -USR1 1; until [ -e /over ]; do sleep 0.1; done"
     for kills in range(1, 4):
-        status = await exec_status(engine, id_, "kill -USR1 1; sleep 0.5; kill -9 $$; sleep 9")
+        status = await exec_status(engine, id_, f"{others}; sleep 0.5; kill -9 $$; sleep 9")
         assert (status.code, status.oom_killed) == (137, False)
         await kills_are_told(engine, id_, kills)
     await engine.kill(id_)

@@ -280,7 +280,7 @@ def tcp_call(where: str | Path, target: str, port: int = 7) -> str:
     return in_namespace(Path(where), call)
 
 
-def eventually(condition: Callable[[], object], *, within_s: float = 5.0) -> bool:
+def eventually(condition: Callable[[], object], *, within_s: float = 20.0) -> bool:
     """Whether a condition comes true in time."""
     deadline = time.monotonic() + within_s
     while not condition():
