@@ -200,7 +200,8 @@ class Corrald:
         arguments += self.options
         environment = os.environ | self.environment | environment
         with (self.place.directory / f"{name}.log").open("ab") as log, open(os.devnull, "rb") as null:
-            preloaded = PROGRAMS.get("corral.daemon") if self.command == COMMAND else None
+            as_is = self.command == COMMAND and "PYTHONPATH" not in self.environment
+            preloaded = PROGRAMS.get("corral.daemon") if as_is else None
             if preloaded is not None:
                 return preloaded.fork(arguments, environment, (null, log, log), netns=self.netns)
             within = () if self.netns is None else ("nsenter", f"--net={self.netns}")

@@ -3,7 +3,8 @@
     tests --socket--> this, which has loaded the program --clone3(CLONE_PARENT)--> the program, a child of the tests
 
 `pytest --preloaded` has tests start them so; else, and where a test says how a daemon is started, the command itself is
-executed. From the fork on the two are the same: arguments, environment, standard streams and exit code.
+executed. From the fork on the two are the same: arguments, environment, standard streams and exit code. But a daemon so
+started has its zygote do without what only pays after hundreds of containers, and takes most of a second.
 """
 
 import contextlib
@@ -33,6 +34,13 @@ ENTRIES = {"corral.daemon": "corral.daemon.main", "corral.cli": "corral.cli.comm
 
 LOADED_AT_ONCE = ("corral.network.netlink", "corral.network.rtnetlink", "grpc_reflection.v1alpha.reflection")
 """By a daemon's services, once they are made."""
+
+
+UNPREPARED = (
+    "import corral.shim.zygote as zygote; from corral.kernel import shared_memory; from corral.shim import preload; "
+    "preload.WARM_UP_ROUNDS = 2; shared_memory.gather_code = shared_memory.make_immortal = lambda *_: 0; zygote.main()"
+)
+"""How a zygote begins that warms up a little, and leaves its memory as it is."""
 
 
 class Forked:
@@ -195,6 +203,11 @@ def load(package: str) -> None:
             entry.service_class()
         for name in LOADED_AT_ONCE:
             importlib.import_module(name)
+        from corral.tasks import zygote
+
+        sealing, found, _ = zygote._PROGRAM.partition("from corral.shim.zygote import main")
+        assert found
+        zygote._PROGRAM = f"{sealing}{UNPREPARED}"
         return
     for name in (package, "corral.client.sync"):
         for module in pkgutil.walk_packages(importlib.import_module(name).__path__, f"{name}."):
