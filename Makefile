@@ -21,8 +21,9 @@ check: setup
 	$(PY) protos/generate.py --check
 	$(PY) cli/generate_sync.py --check
 
-# In parts, side by side: most tests wait for the kernel, or for a time to pass. The longest come first.
-PARTS := images cli network contracts lives e2e kernel crashes engine shims registries unit
+# In parts, side by side: most tests wait for the kernel, or for a time to pass. The longest come first, so that the last
+# ones end together; and soon the one that waits for nothing, which alone would leave all processors but one idle.
+PARTS := images cli crashes network contracts unit shims kernel e2e lives registries engine
 test: setup
 	@$(MAKE) --no-print-directory --keep-going --jobs=$(JOBS) --output-sync=target $(PARTS:%=test-%)
 JOBS := 5

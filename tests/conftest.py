@@ -14,6 +14,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from support.amounts import amount
 from support.corrald import Corrald
 from support.file_systems import FileSystems
 from support.images import write_busybox
@@ -27,7 +28,7 @@ SKIPS = pytest.StashKey[dict[str, str]]()
 PROBLEMS = pytest.StashKey[list[str]]()
 
 # How long an example takes says more about who else uses the processor.
-hypothesis.settings.register_profile("corral", deadline=None)
+hypothesis.settings.register_profile("corral", deadline=None, max_examples=amount(100, in_ci=40))
 hypothesis.settings.load_profile("corral")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.amounts import amount
 from support.corrald import PATIENCE, Corrald
 from support.requirements import needs
 from support.sweep import forgotten
@@ -17,7 +18,7 @@ from corral.client.aio import AsyncClient
 pytestmark = needs("root", "overlayfs", "busybox", "netns")
 
 # A peer of ours is reported to break at 800. CI makes fewer: it has other things to prove in its time.
-MANY = int(os.environ.get("CORRAL_TEST_MANY", "200" if os.environ.get("CI") == "true" else "800"))
+MANY = int(os.environ.get("CORRAL_TEST_MANY") or amount(800, in_ci=100))
 CLIENTS = 8
 SECONDS_EACH = 1.0
 

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from corral.oci.decode import Choice, Range, json_name
+from support.amounts import amount
 
 _WANTED = os.environ.get("CORRAL_FUZZ", "")
 
@@ -27,7 +28,7 @@ def refusal[E: Exception](kind: type[E], call: Callable[[], object]) -> E | None
 def fuzz(max_examples: int) -> settings:
     """Settings of one test."""
     return settings(
-        max_examples=int(_WANTED) if _WANTED else max_examples,
+        max_examples=int(_WANTED) if _WANTED else amount(max_examples, in_ci=max_examples // 3),
         derandomize=not _WANTED,
         database=None,
         deadline=None,
