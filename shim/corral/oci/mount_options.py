@@ -5,6 +5,7 @@ Source: runtime-spec config.md "mounts", mount_setattr(2).
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from corral.kernel.mount import (
     MOUNT_ATTR_NOATIME,
@@ -101,6 +102,12 @@ class MountOptions:
 
 def parse(options: Iterable[str]) -> MountOptions:
     """Sort options; later ones win over earlier ones. Raises ValueError naming one that is not supported."""
+    return _sorted(tuple(options))
+
+
+@lru_cache(maxsize=64)
+def _sorted(options: tuple[str, ...]) -> MountOptions:
+    """Most mounts have the options of a few."""
     plain, recursive = Attributes(), Attributes()
     propagation, propagation_recursive = 0, False
     bind = bind_recursive = False

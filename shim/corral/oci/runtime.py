@@ -162,16 +162,19 @@ def _bear(
 ) -> tuple[ParentEnd, int, int, "Allotment | None"]:
     """Init, or its guide: as born(); and whose scheduler is set by the runtime, where it does not outlive a birth."""
     new, program = plans.created(spec), plan.program
-    inherited = replace(plan, program=program.inherited())
     if not _is_guided(spec):
         flags, has_successor = namespaces.flags_of(new - {Kind.CGROUP}), way.pids is not None
-        plan = inherited if has_successor else plan
+        plan = _inherited(plan) if has_successor else plan
         child = born(flags, membership, lambda child: run_init(plan, child, stdio, membership, way))
         return *child, program.allotment if has_successor else None
     from corral.oci.passage import passage_of, run_guide
 
     passage = passage_of(new, user)
     from_here = way.pids is not None or passage.privileged
-    plan = inherited if from_here else plan
+    plan = _inherited(plan) if from_here else plan
     child = born(0, membership, lambda child: run_guide(plan, way, passage, child, stdio, membership))
     return *child, program.allotment if from_here else None
+
+
+def _inherited(plan: InitPlan) -> InitPlan:
+    return replace(plan, program=plan.program.inherited())

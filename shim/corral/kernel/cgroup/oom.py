@@ -82,7 +82,9 @@ class OomWatch:
         the ones that an earlier watch found there (uncounted). known: so many an earlier one has counted, some of them
         in what is gone since.
         """
-        names = ((str(path), name) for path in paths for name in (V2_EVENTS, V1_OOM_CONTROL))
+        # A v1 hierarchy is called after its controllers: there is no need to look for the file in all others first.
+        likely_first = sorted(map(str, paths), key=lambda path: "memory" not in path)
+        names = ((path, name) for path in likely_first for name in (V2_EVENTS, V1_OOM_CONTROL))
         return cls._first(names, since_creation=since_creation, uncounted=uncounted, known=known)
 
     @classmethod
