@@ -71,3 +71,37 @@ def test_memory_that_is_in_use_is_in_huge_pages_and_a_fork_has_its_own_all_the_s
     assert rest == ["0", "True", "7"]
     if shared_memory._HUGE_PAGE_SIZE.exists():  # else the kernel has none
         assert 12 <= int(have_mib) < 28
+
+
+GATHERED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from corral.kernel import shared_memory
+
+def here():
+    return 1
+
+def in_a_fork():
+    return 2
+
+def nowhere():
+    return 3
+
+def run():
+    here()
+    if os.fork() == 0:
+        in_a_fork()
+        os._exit(0)
+    os.wait()
+
+before = [f.__code__ for f in (here, in_a_fork, nowhere)]
+shared_memory.gather_code(run)
+print([f.__code__ is not code for f, code in zip((here, in_a_fork, nowhere), before)], here(), in_a_fork(), nowhere())
+"""
+
+
+def test_code_that_only_a_fork_has_executed_is_gathered_too() -> None:
+    place = str(Path(next(iter(corral.kernel.__path__))).parents[1])
+    command = [sys.executable, "-I", "-S", "-c", GATHERED, place]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert told == "[True, True, False] 1 2 3"

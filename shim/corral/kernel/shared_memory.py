@@ -16,6 +16,8 @@ All of it is an optimisation: where the interpreter is not built as expected, no
 import contextlib
 import ctypes
 import gc
+import mmap
+import os
 import sys
 import time
 import types
@@ -35,6 +37,7 @@ _BYTES_OVERHEAD = 33
 _MAX_FILL = 20_000
 _SURELY_FREE = 12
 _SURELY_AT_THE_TOP = 3
+_MAX_NOTES = 4096
 _FLAGS_AT, _IMMORTAL = 6, 1
 _MADV_COLLAPSE = 25
 """Since Linux 6.1."""
@@ -129,12 +132,18 @@ def _parts_of(code: types.CodeType) -> Iterable[object]:
 def gather_code(run: Callable[[], None]) -> None:
     """Call run(), and give every function that it executed a copy of its code, all copies close together.
 
+    So are functions of which only a fork has executed something, one at a time.
     The copies are as if never run: run again before the fork, so that the interpreter has done its rewriting.
     """
     executed: dict[int, types.CodeType] = {}
+    in_forks, process = _ForkNotes(), os.getpid()
 
     def note(frame: types.FrameType, event: str, _argument: object) -> None:
-        if event == "call":
+        if event != "call":
+            return
+        if os.getpid() != process:
+            in_forks.add(id(frame.f_code))
+        else:
             executed[id(frame.f_code)] = frame.f_code
 
     sys.setprofile(note)
@@ -142,14 +151,36 @@ def gather_code(run: Callable[[], None]) -> None:
         run()
     finally:
         sys.setprofile(None)
+    elsewhere = in_forks.all()
     fill_holes()
     held = _take_large_holes()
-    functions = [f for f in gc.get_objects() if isinstance(f, types.FunctionType) and id(f.__code__) in executed]
+    functions = [f for f in gc.get_objects() if isinstance(f, types.FunctionType)]
+    executed.update((id(f.__code__), f.__code__) for f in functions if id(f.__code__) in elsewhere)
+    functions = [f for f in functions if id(f.__code__) in executed]
     functions.sort(key=lambda function: -sys.getsizeof(function.__code__))  # so that holes left between them get used
     copies: dict[int, types.CodeType] = {}
     for function in functions:
         function.__code__ = _copy_code(function.__code__, executed, copies)
     del held
+
+
+class _ForkNotes:
+    """Numbers that forks of this process have noted, in memory that is theirs too. The first one is how many."""
+
+    def __init__(self) -> None:
+        self._numbers = memoryview(mmap.mmap(-1, 8 * _MAX_NOTES)).cast("Q")
+        self._known: set[int] = set()
+
+    def add(self, number: int) -> None:
+        """In a fork. What two of them note at once may get lost."""
+        at = self._numbers[0] + 1
+        if number not in self._known and at < _MAX_NOTES:
+            self._known.add(number)
+            self._numbers[0], self._numbers[at] = at, number
+
+    def all(self) -> set[int]:
+        """Those that are there."""
+        return set(self._numbers[1 : self._numbers[0] + 1])
 
 
 def _copy_code(
