@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 from support.corrald import Corrald, running
 from support.engine import EngineClient, engine_of, eventually, import_image
+from support.engine_fixtures import five, lasting_five, lasting_one, one
 from support.file_systems import fill, small_disk
 from support.requirements import needs
 
 from corral.api.engine.v1 import engine_pb2 as pb
 from corral.rpc.errors import AlreadyExists, CorralError, NotFound, ResourceExhausted, Unavailable
 
+__all__ = ["five", "lasting_five", "lasting_one", "one"]
 pytestmark = needs("root", "overlayfs", "busybox", "netns")
 
 Start = Callable[..., Corrald]
@@ -34,18 +36,6 @@ def start_with_image(start_daemon: Start, archive: Path, **options: object) -> C
     daemon = start_daemon(**options)
     asyncio.run(import_image(daemon, archive))
     return daemon
-
-
-@pytest.fixture
-def one(start_daemon: Start, busybox_archive: Path) -> Corrald:
-    """All services in one process, with busybox."""
-    return start_with_image(start_daemon, busybox_archive, split=False)
-
-
-@pytest.fixture
-def five(start_daemon: Start, busybox_archive: Path) -> Corrald:
-    """Five processes, with busybox."""
-    return start_with_image(start_daemon, busybox_archive, split=True)
 
 
 def play(daemon: Corrald, scene: Callable[[EngineClient], Awaitable[object]]) -> None:
@@ -384,7 +374,11 @@ def test_events_are_merged_exactly_once_over_a_kill_at_each_side_of_the_write(on
         play(one, after)
 
 
-def test_a_batch_of_events_that_could_not_be_written_is_written_later(one: Corrald) -> None:
+def test_a_batch_of_events_that_could_not_be_written_is_written_later(
+    start_daemon: Start, busybox_archive: Path
+) -> None:
+    one = start_with_image(start_daemon, busybox_archive, split=False)
+
     async def scene(engine: EngineClient) -> None:
         for _ in range(6):
             id_ = await engine.run("true")
@@ -405,7 +399,9 @@ def test_a_batch_of_events_that_could_not_be_written_is_written_later(one: Corra
 
 
 @pytest.mark.parametrize("leaf", ["tasks", "images", "network", "cgroups"])
-def test_a_leaf_that_dies_and_comes_back_costs_nothing(five: Corrald, leaf: str) -> None:
+def test_a_leaf_that_dies_and_comes_back_costs_nothing(start_daemon: Start, busybox_archive: Path, leaf: str) -> None:
+    five = start_with_image(start_daemon, busybox_archive, split=True)
+
     async def scene(engine: EngineClient) -> None:
         id_ = await engine.run("sh", "-c", TRAP, name="stays")
         waiting = asyncio.ensure_future(engine.wait(id_))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.corrald import Corrald
 from support.engine import EngineClient, engine_of, eventually, import_image
-from support.engine_fixtures import engine, loaded
+from support.engine_fixtures import engine, five, lasting_five, lasting_one, loaded, one
 from support.requirements import needs
 
 from corral.api.engine.v1 import engine_pb2 as pb
@@ -19,7 +19,7 @@ from corral.api.types.v1.types_pb2 import ExitStatus
 from corral.engine.records import Status
 from corral.rpc.errors import CorralError, FailedPrecondition
 
-__all__ = ["engine", "loaded"]
+__all__ = ["engine", "five", "lasting_five", "lasting_one", "loaded", "one"]
 pytestmark = needs("root", "overlayfs", "busybox", "netns")
 
 Start = Callable[..., Corrald]
@@ -160,9 +160,7 @@ async def _until_it_runs_anew(engine: EngineClient, name: str, pid_before: int) 
     return await _until(engine, name, is_anew)
 
 
-def test_what_never_ran_is_not_told_to_have_run_by_the_next_daemon(start_daemon: Start, busybox_archive: Path) -> None:
-    daemon = start_daemon(split=False)
-    asyncio.run(import_image(daemon, busybox_archive))
+def test_what_never_ran_is_not_told_to_have_run_by_the_next_daemon(one: Corrald) -> None:
     ids: list[str] = []
 
     async def before(engine: EngineClient) -> None:
@@ -176,10 +174,10 @@ def test_what_never_ran_is_not_told_to_have_run_by_the_next_daemon(start_daemon:
             assert await engine.topics_of(id_) == ["container.created", "container.died"]
             await engine.delete(id_)
 
-    play(daemon, before)
-    daemon.kill9()
-    daemon.start()
-    play(daemon, after)
+    play(one, before)
+    one.kill9()
+    one.start()
+    play(one, after)
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -229,11 +227,7 @@ IN_A_RESTART = pytest.mark.parametrize(
 
 
 @IN_A_RESTART
-def test_a_restart_that_was_killed_is_done_at_the_next_start(
-    start_daemon: Start, busybox_archive: Path, point: str
-) -> None:
-    daemon = start_daemon(split=False)
-    asyncio.run(import_image(daemon, busybox_archive))
+def test_a_restart_that_was_killed_is_done_at_the_next_start(one: Corrald, point: str) -> None:
     pid = 0
 
     async def before(engine: EngineClient) -> None:
@@ -246,19 +240,15 @@ def test_a_restart_that_was_killed_is_done_at_the_next_start(
         assert found.restart_count <= 2
         await engine.delete("again", force=True)
 
-    play(daemon, before)
-    daemon.restart_with({"CORRAL_FAILPOINTS": f"{point}=kill"})
+    play(one, before)
+    one.restart_with({"CORRAL_FAILPOINTS": f"{point}=kill"})
     os.kill(pid, signal.SIGKILL)
-    daemon.revive()
-    play(daemon, after)
+    one.revive()
+    play(one, after)
 
 
 @IN_A_RESTART
-def test_the_last_retry_is_not_lost_when_it_is_killed_in_its_middle(
-    start_daemon: Start, busybox_archive: Path, point: str
-) -> None:
-    daemon = start_daemon(split=False)
-    asyncio.run(import_image(daemon, busybox_archive))
+def test_the_last_retry_is_not_lost_when_it_is_killed_in_its_middle(one: Corrald, point: str) -> None:
     pid = 0
 
     async def before(engine: EngineClient) -> None:
@@ -274,16 +264,14 @@ def test_the_last_retry_is_not_lost_when_it_is_killed_in_its_middle(
         assert (await engine.get("once")).status == pb.STATUS_EXITED, "there was one retry, and no more"
         await engine.delete("once", force=True)
 
-    play(daemon, before)
-    daemon.restart_with({"CORRAL_FAILPOINTS": f"{point}=kill"})
+    play(one, before)
+    one.restart_with({"CORRAL_FAILPOINTS": f"{point}=kill"})
     os.kill(pid, signal.SIGKILL)
-    daemon.revive()
-    play(daemon, after)
+    one.revive()
+    play(one, after)
 
 
-def test_a_restart_during_which_tasks_died_is_done_when_it_is_back(start_daemon: Start, busybox_archive: Path) -> None:
-    daemon = start_daemon(split=True)
-    asyncio.run(import_image(daemon, busybox_archive))
+def test_a_restart_during_which_tasks_died_is_done_when_it_is_back(five: Corrald) -> None:
     pid = 0
 
     async def before(engine: EngineClient) -> None:
@@ -295,12 +283,12 @@ def test_a_restart_during_which_tasks_died_is_done_when_it_is_back(start_daemon:
         await _until_it_runs_anew(engine, "again", pid)
         await engine.delete("again", force=True)
 
-    play(daemon, before)
-    daemon.stop("tasks")
-    daemon.start("tasks", environment={"CORRAL_FAILPOINTS": "tasks.start.before_shim=kill"})
+    play(five, before)
+    five.stop("tasks")
+    five.start("tasks", environment={"CORRAL_FAILPOINTS": "tasks.start.before_shim=kill"})
     os.kill(pid, signal.SIGKILL)
-    daemon.revive()
-    play(daemon, after)
+    five.revive()
+    play(five, after)
 
 
 @pytest.mark.parametrize(
@@ -308,13 +296,9 @@ def test_a_restart_during_which_tasks_died_is_done_when_it_is_back(start_daemon:
     [("always", True), ("no", True), ("always", False)],
     ids=["by-its-policy", "by-one-that-was-taken-away", "by-a-user"],
 )
-def test_an_intent_to_start_that_the_engine_did_not_live_to_act_on(
-    start_daemon: Start, busybox_archive: Path, mode: str, retrying: bool
-) -> None:
+def test_an_intent_to_start_that_the_engine_did_not_live_to_act_on(one: Corrald, mode: str, retrying: bool) -> None:
     """The policy's is acted on by the next one; a user's is taken back, whatever was counted: its call has failed."""
     wanted = retrying and mode != "no"
-    daemon = start_daemon(split=False)
-    asyncio.run(import_image(daemon, busybox_archive))
 
     async def before(engine: EngineClient) -> None:
         await engine.create("sh", "-c", FOR_EVER, name="again", restart=policy(mode))
@@ -327,24 +311,20 @@ def test_an_intent_to_start_that_the_engine_did_not_live_to_act_on(
         assert (await engine.get("again")).status == (pb.STATUS_RUNNING if wanted else pb.STATUS_CREATED)
         await engine.delete("again", force=True)
 
-    play(daemon, before)
-    daemon.kill9()
-    with closing(sqlite3.connect(daemon.root / "engine" / "engine.db")) as database, database:
+    play(one, before)
+    one.kill9()
+    with closing(sqlite3.connect(one.root / "engine" / "engine.db")) as database, database:
         row = (int(Status.RUNNING), int(retrying))
         database.execute(
             "UPDATE container SET status = ?, restart_count = 1, retrying = ?, started_ns = created_ns", row
         )
-    daemon.start()
-    play(daemon, after)
+    one.start()
+    play(one, after)
 
 
 @pytest.mark.parametrize("runs_on", [True, False], ids=["runs-on", "has-ended"])
-def test_a_restart_that_the_engine_did_not_live_to_write_down_is_found(
-    start_daemon: Start, busybox_archive: Path, runs_on: bool
-) -> None:
+def test_a_restart_that_the_engine_did_not_live_to_write_down_is_found(one: Corrald, runs_on: bool) -> None:
     """Its row tells of the end before."""
-    daemon = start_daemon(split=False)
-    asyncio.run(import_image(daemon, busybox_archive))
     pid = 0
 
     async def before(engine: EngineClient) -> None:
@@ -364,16 +344,16 @@ def test_a_restart_that_the_engine_did_not_live_to_write_down_is_found(
         assert topics[-1] == ("container.started" if runs_on else "container.died")
         await engine.delete("again", force=True)
 
-    play(daemon, before)
-    daemon.kill9()
+    play(one, before)
+    one.kill9()
     if not runs_on:
         os.kill(pid, signal.SIGKILL)
     exit_before = ExitStatus(code=3, known=True).SerializeToString()
-    with closing(sqlite3.connect(daemon.root / "engine" / "engine.db")) as database, database:
+    with closing(sqlite3.connect(one.root / "engine" / "engine.db")) as database, database:
         row = (int(Status.EXITED), exit_before)
         database.execute("UPDATE container SET status = ?, exit = ?, pid = 0, finished_ns = created_ns", row)
-    daemon.start()
-    play(daemon, after)
+    one.start()
+    play(one, after)
 
 
 # What a hostile review found

@@ -134,6 +134,8 @@ class Corrald:
     netns: Path | None = None  # where it lives, if not in the tests' own namespace of the network
     place: Place = field(default_factory=Place.make)
     processes: dict[str, subprocess.Popen[bytes] | Forked] = field(default_factory=dict)
+    altered: set[str] = field(default_factory=set)
+    """Those that have more in their environment than they were to have, failpoints say."""
 
     @property
     def address(self) -> str:
@@ -177,6 +179,7 @@ class Corrald:
         marks = {name: len(self.log(name)) for name in names}
         for name in names:
             self.processes[name] = self._spawn(name, environment or {})
+            (self.altered.add if environment else self.altered.discard)(name)
         return marks
 
     def _names(self) -> Sequence[str]:
