@@ -16,6 +16,7 @@ from pathlib import Path
 import grpc
 import pytest
 from support import registry as registries
+from support.amounts import amount
 from support.corrald import CORRAL, PATIENCE, Corrald, running
 from support.images import Entry, image_config, layer, write_docker_archive
 from support.requirements import needs
@@ -26,7 +27,7 @@ from corral.api.version.v1 import version_pb2, version_pb2_grpc
 
 pytestmark = needs("root", "overlayfs", "netns")
 
-UPGRADES = int(os.environ.get("CORRAL_TEST_UPGRADES", "3"))
+UPGRADES = int(os.environ.get("CORRAL_TEST_UPGRADES") or amount(3, in_ci=2))
 
 
 def upgrade(daemon: Corrald) -> None:
