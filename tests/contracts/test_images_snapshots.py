@@ -57,12 +57,16 @@ async def test_the_same_prepare_gives_the_same_and_another_is_refused(leaf: Imag
 
 
 @needs("ext4", "mkfs.ext4")
-async def test_what_is_synced_in_a_tree_outlives_a_loss_of_power(tmp_path: Path) -> None:
+@pytest.mark.parametrize("later", [False, True])
+async def test_what_is_synced_in_a_tree_outlives_a_loss_of_power(tmp_path: Path, *, later: bool) -> None:
     """A copy of the device has what was written to it by then, and nothing of what still waits in memory."""
     with file_system("ext4", tmp_path, size_mb=64) as disk:
         async with images_leaf(disk / "images") as leaf:
             await leaf.load(packed({"f": b"x"}), name="base:1")
-            made = await leaf.prepare("c", image="base:1")
+            request = pb.PrepareSnapshotRequest(key="c", image="base:1", persist_later=later)
+            made = await leaf.snapshots.Prepare(request)
+            if later:
+                await leaf.snapshots.Persist(pb.PersistRequest())
             synced = Path(made.mounts[0].options[1].removeprefix("upperdir="), "synced")
             atomic_write(synced, b"kept")
             await asyncio.to_thread(shutil.copy, tmp_path / "ext4.img", tmp_path / "copy.img")

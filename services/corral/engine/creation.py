@@ -10,6 +10,7 @@ that it is created: what it was made of is on disk by then, and the next start t
 import asyncio
 import time
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ import structlog
 
 from corral.api.cgroups.v1.cgroups_pb2 import Cgroup
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, CreateContainerRequest, VolumeMount
-from corral.api.images.v1.images_pb2 import GetImageRequest, PrepareSnapshotResponse
+from corral.api.images.v1.images_pb2 import GetImageRequest, PersistRequest, PrepareSnapshotResponse
 from corral.api.network.v1.network_pb2 import Endpoint
 from corral.engine import image_mounts, requests, secrets, store, volume_rows
 from corral.engine.core import Core, require_alive
@@ -31,7 +32,7 @@ from corral.engine.resolve import resolve
 from corral.engine.task_making import TaskMaking
 from corral.engine.volume_rows import VolumeRecord
 from corral.rpc.context import check_id, current_namespace
-from corral.rpc.errors import AlreadyExists, CorralError
+from corral.rpc.errors import AlreadyExists, CorralError, Unimplemented
 from corral.store import failpoint
 
 log = structlog.get_logger()
@@ -164,6 +165,9 @@ class Creation:
         return created
 
     async def _put_on_disk(self, record: ContainerRecord, cgroup: "asyncio.Task[Cgroup]") -> None:
+        """Its tree first: whoever finds the row after a power loss takes that for granted."""
+        with suppress(Unimplemented):  # an older images has done so before it answered
+            await persistently(lambda: self._core.leaves.snapshots.Persist(PersistRequest()))
         whole = replace(record, cgroup_path=(await cgroup).path)
         await self._core.database.write(lambda tx: store.save_parts(tx, whole))
         failpoint("engine.create.after_parts_row")
@@ -180,6 +184,7 @@ class Creation:
             config, namespace, id_, name=record.name, host_hostname=self._core.host.hostname, exposed=exposed
         )
         snapshot = requests.snapshot(config, namespace, id_)
+        snapshot.persist_later = True
         prepared, endpoint, _ = await _all_or_error(
             persistently(lambda: leaves.snapshots.Prepare(snapshot)),
             persistently(lambda: leaves.endpoints.Attach(attach)),

@@ -35,6 +35,7 @@ class Wanted:
     labels: Mapping[str, str] | None = None
     lease: str = ""
     quota_bytes: int = 0
+    persist_later: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,8 @@ class Snapshots:
         self._ids = ids
 
     async def prepare(self, wanted: Wanted) -> Prepared:
-        """Make the tree; the same call again finds it. A loss of power takes no active one.
+        """Make the tree; the same call again finds it. A loss of power takes no active one: with persist_later, once
+        persist() was called.
 
         Raises NotFound, AlreadyExists, PermissionDenied where the policy refuses the image.
         """
@@ -96,9 +98,13 @@ class Snapshots:
             _check_same(wanted, existing, found.parent)
             if not wanted.lease:
                 await self._take_from_leases(wanted)
-        if existing.kind is Kind.ACTIVE:  # a tree without a row goes, with all that was synced in it
-            await self._database.persist()
+        if existing.kind is Kind.ACTIVE and not wanted.persist_later:
+            await self.persist()
         return Prepared(existing, self._mounts(existing), found.image)
+
+    async def persist(self) -> None:
+        """Have the rows of trees reach the disk: a tree without one goes, with all that was synced in it."""
+        await self._database.persist()
 
     def _look_up(self, snapshot: Snapshot, wanted: Wanted) -> _Found | None:
         """All that prepare needs to know, in one read; None if the image has to be unpacked first."""

@@ -17,7 +17,6 @@ they seem to. Events are therefore inserted together at the end of a transaction
 import asyncio
 import contextvars
 import errno
-import os
 import sqlite3
 import threading
 import time
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING, Self, cast
 
 from corral.kernel.failpoint import failpoint
 from corral.store.boots import mark_closed, mark_opened
+from corral.store.flushing import Flushing
 from corral.store.journal import (
     GATHER_S,
     JSON,
@@ -186,6 +186,7 @@ class Database:
         self._pending: SimpleQueue[Pending | None] = SimpleQueue()
         self._idle_readers: list[sqlite3.Connection] = []
         self._reading = ThreadPoolExecutor(READER_THREADS, thread_name_prefix=f"read-{path.stem}")
+        self._flushing = Flushing(Path(f"{path}-wal"))
         self._open = True
         if self._room.lacks_pages():
             self._reading.submit(self._checkpoint)
@@ -282,14 +283,8 @@ class Database:
     async def persist(self) -> None:
         """Make every committed transaction survive a power loss: what is committed without waiting for the disk can so
         be waited for beside other work. Raises OSError."""
-        await asyncio.get_running_loop().run_in_executor(self._reading, self._flush)
-
-    def _flush(self) -> None:
-        fd = os.open(f"{self.path}-wal", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fdatasync(fd)
-        finally:
-            os.close(fd)
+        self._require_open()
+        await self._flushing.flush()
 
     def write_sync[T](self, fn: Callable[[Transaction], T]) -> T:
         """write() for start-up code and other threads; blocks the caller."""
@@ -499,6 +494,7 @@ class Database:
         self._pending.put(None)
         self._thread.join()
         self._reading.shutdown(wait=True)
+        self._flushing.close()
         self._close_readers()
         # On a full disk it is as if it was killed.
         with suppress(OSError, sqlite3.Error):

@@ -61,12 +61,17 @@ class SnapshotsServicer(images_pb2_grpc.SnapshotsServicer):
             labels=dict(request.labels),
             lease=lease_of(context),
             quota_bytes=request.quota_bytes,
+            persist_later=request.persist_later,
         )
         prepared = await self._snapshots.prepare(wanted)
         image = wire.from_image(self._images.view(prepared.image)) if prepared.image else None
         return pb.PrepareSnapshotResponse(
             mounts=[wire.from_mount(mount) for mount in prepared.mounts], image=image, driver=prepared.record.driver
         )
+
+    async def Persist(self, request: pb.PersistRequest, context: Context) -> pb.PersistResponse:
+        await self._snapshots.persist()
+        return pb.PersistResponse()
 
     async def Mounts(self, request: pb.SnapshotRequest, context: Context) -> pb.SnapshotMounts:
         mounts = self._snapshots.mounts(current_namespace(), request.key)

@@ -1375,6 +1375,7 @@ class PrepareSnapshotRequest(_message.Message):
     PARENT_SNAPSHOT_FIELD_NUMBER: _builtins.int
     QUOTA_BYTES_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    PERSIST_LATER_FIELD_NUMBER: _builtins.int
     key: _builtins.str
     image: _builtins.str
     """Any name that Images.Get takes; its top layer is the parent."""
@@ -1382,6 +1383,8 @@ class PrepareSnapshotRequest(_message.Message):
     """Name of a committed snapshot. Both empty: an empty tree."""
     quota_bytes: _builtins.int
     """Bound of the writable layer. 0: none."""
+    persist_later: _builtins.bool
+    """Answer before the disk has it: whoever asks goes on meanwhile, and calls Persist before it counts on it."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
@@ -1392,16 +1395,47 @@ class PrepareSnapshotRequest(_message.Message):
         parent_snapshot: _builtins.str = ...,
         quota_bytes: _builtins.int = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        persist_later: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "parent", b"parent", "parent_snapshot", b"parent_snapshot"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "key", b"key", "labels", b"labels", "parent", b"parent", "parent_snapshot", b"parent_snapshot", "quota_bytes", b"quota_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "key", b"key", "labels", b"labels", "parent", b"parent", "parent_snapshot", b"parent_snapshot", "persist_later", b"persist_later", "quota_bytes", b"quota_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_parent: _TypeAlias = _typing.Literal["image", "parent_snapshot"]  # noqa: Y015
     _WhichOneofArgType_parent: _TypeAlias = _typing.Literal["parent", b"parent"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_parent) -> _WhichOneofReturnType_parent | None: ...
 
 Global___PrepareSnapshotRequest: _TypeAlias = PrepareSnapshotRequest  # noqa: Y015
+
+@_typing.final
+class PersistRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PersistRequest: _TypeAlias = PersistRequest  # noqa: Y015
+
+@_typing.final
+class PersistResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PersistResponse: _TypeAlias = PersistResponse  # noqa: Y015
 
 @_typing.final
 class PrepareSnapshotResponse(_message.Message):

@@ -1004,6 +1004,11 @@ class SnapshotsStub:
                 request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.PrepareSnapshotRequest.SerializeToString,
                 response_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.PrepareSnapshotResponse.FromString,
                 _registered_method=True)
+        self.Persist = channel.unary_unary(
+                '/corral.images.v1.Snapshots/Persist',
+                request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.PersistRequest.SerializeToString,
+                response_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.PersistResponse.FromString,
+                _registered_method=True)
         self.View = channel.unary_unary(
                 '/corral.images.v1.Snapshots/View',
                 request_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.PrepareSnapshotRequest.SerializeToString,
@@ -1074,6 +1079,13 @@ class SnapshotsServicer:
     def Prepare(self, request, context):
         """Makes an active snapshot and returns how to mount it. The same call again gives the same
         answer; ALREADY_EXISTS if the key exists on another parent. Nothing is mounted here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Persist(self, request, context):
+        """Returns once no loss of power takes what was prepared with persist_later.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -1169,6 +1181,11 @@ def add_SnapshotsServicer_to_server(servicer, server):
                     request_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.PrepareSnapshotRequest.FromString,
                     response_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.PrepareSnapshotResponse.SerializeToString,
             ),
+            'Persist': grpc.unary_unary_rpc_method_handler(
+                    servicer.Persist,
+                    request_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.PersistRequest.FromString,
+                    response_serializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.PersistResponse.SerializeToString,
+            ),
             'View': grpc.unary_unary_rpc_method_handler(
                     servicer.View,
                     request_deserializer=corral_dot_api_dot_images_dot_v1_dot_images__pb2.PrepareSnapshotRequest.FromString,
@@ -1259,6 +1276,33 @@ class Snapshots:
             '/corral.images.v1.Snapshots/Prepare',
             corral_dot_api_dot_images_dot_v1_dot_images__pb2.PrepareSnapshotRequest.SerializeToString,
             corral_dot_api_dot_images_dot_v1_dot_images__pb2.PrepareSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Persist(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/corral.images.v1.Snapshots/Persist',
+            corral_dot_api_dot_images_dot_v1_dot_images__pb2.PersistRequest.SerializeToString,
+            corral_dot_api_dot_images_dot_v1_dot_images__pb2.PersistResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -385,6 +385,8 @@ class SnapshotsStub:
     """Makes an active snapshot and returns how to mount it. The same call again gives the same
     answer; ALREADY_EXISTS if the key exists on another parent. Nothing is mounted here.
     """
+    Persist: _grpc.UnaryUnaryMultiCallable[_images_pb2.PersistRequest, _images_pb2.PersistResponse]
+    """Returns once no loss of power takes what was prepared with persist_later."""
     View: _grpc.UnaryUnaryMultiCallable[_images_pb2.PrepareSnapshotRequest, _images_pb2.PrepareSnapshotResponse]
     """A read-only view of a committed snapshot, else as Prepare."""
     Mounts: _grpc.UnaryUnaryMultiCallable[_images_pb2.SnapshotRequest, _images_pb2.SnapshotMounts]
@@ -417,6 +419,8 @@ class SnapshotsAsyncStub(SnapshotsStub):
     """Makes an active snapshot and returns how to mount it. The same call again gives the same
     answer; ALREADY_EXISTS if the key exists on another parent. Nothing is mounted here.
     """
+    Persist: _aio.UnaryUnaryMultiCallable[_images_pb2.PersistRequest, _images_pb2.PersistResponse]  # type: ignore[assignment]
+    """Returns once no loss of power takes what was prepared with persist_later."""
     View: _aio.UnaryUnaryMultiCallable[_images_pb2.PrepareSnapshotRequest, _images_pb2.PrepareSnapshotResponse]  # type: ignore[assignment]
     """A read-only view of a committed snapshot, else as Prepare."""
     Mounts: _aio.UnaryUnaryMultiCallable[_images_pb2.SnapshotRequest, _images_pb2.SnapshotMounts]  # type: ignore[assignment]
@@ -452,6 +456,14 @@ class SnapshotsServicer(metaclass=_abc_1.ABCMeta):
         """Makes an active snapshot and returns how to mount it. The same call again gives the same
         answer; ALREADY_EXISTS if the key exists on another parent. Nothing is mounted here.
         """
+
+    @_abc_1.abstractmethod
+    def Persist(
+        self,
+        request: _images_pb2.PersistRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_images_pb2.PersistResponse, _abc.Awaitable[_images_pb2.PersistResponse]]:
+        """Returns once no loss of power takes what was prepared with persist_later."""
 
     @_abc_1.abstractmethod
     def View(
