@@ -10,6 +10,7 @@ import _socket
 import os
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 
 from corral.rpc.frames import (
     ACKNOWLEDGES,
@@ -43,6 +44,10 @@ QUEUE_IS_FULL_S = 0.01
 
 _WINDOW = 4 << 20
 """What may come before it was asked for."""
+
+
+_encoded = lru_cache(maxsize=64)(encode)
+"""Who makes many calls makes the same few."""
 
 
 class GoneAwayError(Exception):
@@ -132,7 +137,7 @@ class Connection:
         self._next_stream += 2
         self._taken_of_stream = 0
         self._may_send -= len(data)
-        block = encode(fields)
+        block = _encoded(tuple(fields))
         parts = [block[at : at + MAX_FRAME] for at in range(0, len(block), MAX_FRAME)]
         frames = [
             frame(CONTINUATION if n else HEADERS, ENDS_HEADERS if n == len(parts) - 1 else 0, stream, part)

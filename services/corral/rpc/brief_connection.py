@@ -35,7 +35,7 @@ from corral.rpc.frames import (
     WINDOW,
     frame,
 )
-from corral.rpc.hpack import Decoder, encode
+from corral.rpc.hpack import Decoder, Field, encode
 
 log = structlog.get_logger()
 
@@ -50,6 +50,9 @@ _GREETING = frame(SETTINGS, 0, 0, _LIMITS) + frame(WINDOW, 0, 0, (_WINDOW - DEFA
 _GONE = frame(GOAWAY, 0, 0, bytes(8))
 """No call without an answer was begun."""
 _ANSWER = encode(((b":status", b"200"), (b"content-type", b"application/grpc")))
+_SHORT, _MOST_KNOWN = 1024, 256
+"""Blocks of header fields that are remembered."""
+_known: dict[bytes, Sequence[Field]] = {}
 _ALL_WENT_WELL = encode(((b"grpc-status", b"0"),))
 
 
@@ -180,7 +183,7 @@ class Connection(asyncio.Protocol):
             self._open(stream, first, bytes(block))
 
     def _open(self, stream: int, flags: int, block: bytes) -> None:
-        fields = self._fields.fields(block)
+        fields = self._decoded(block)
         if not stream % 2 or stream <= self._newest:
             raise ValueError("a stream has the number of an earlier one")
         self._newest = stream
@@ -190,6 +193,18 @@ class Connection(asyncio.Protocol):
         found = self._streams[stream] = _Stream(read(fields), self._initial_window)
         if flags & ENDS_STREAM:
             self._begin(stream, found)
+
+    def _decoded(self, block: bytes) -> Sequence[Field]:
+        """Raises ValueError. Most are the same few, over and over: our client has nobody remember anything."""
+        known = _known.get(block)
+        if known is not None:
+            return known
+        fields = self._fields.fields(block)
+        if self._fields.has_learnt_nothing and len(block) <= _SHORT:
+            if len(_known) >= _MOST_KNOWN:
+                _known.clear()
+            _known[block] = fields
+        return fields
 
     def _gather(self, stream: int, flags: int, payload: bytes) -> None:
         self._taken += len(payload)

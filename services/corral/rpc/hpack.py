@@ -30,6 +30,11 @@ class Decoder:
         self._known: deque[Field] = deque()
         self._room = self._limit = _TABLE_BYTES
 
+    @property
+    def has_learnt_nothing(self) -> bool:
+        """So that what was decoded up to now means the same to everybody."""
+        return not self._known and self._limit == _TABLE_BYTES
+
     def fields(self, block: bytes) -> list[Field]:
         """Raises ValueError for what is malformed."""
         try:
