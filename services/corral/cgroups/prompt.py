@@ -1,5 +1,5 @@
-"""What the kernel does at once is done right on the event loop: to make and remove a cgroup takes a tenth longer by hops
-to a thread and back.
+"""What the kernel does at once is done right on the event loop: to make and remove a cgroup takes a tenth longer by way
+of a thread.
 
 Its locks are the whole host's, though: where many processes join cgroups, who makes one waits. So a call that took long
 sends those that follow to threads, for a while.
