@@ -175,7 +175,7 @@ async def test_a_signal_stops_it_cleanly_and_followers_learn_why(make: Callable[
         process.send_signal(number)
         with pytest.raises(errors.Unavailable, match="corral is stopping"):
             await call.read()
-        assert await asyncio.to_thread(process.wait, 30) == 0, "who only follows gets no grace"
+        assert await asyncio.to_thread(process.wait, 50) == 0, "who only follows gets no grace"
     assert (echo.root / "echo" / "echo-stopped").read_text() == str(process.pid)
     assert echo.events("daemon.stopped")
 
