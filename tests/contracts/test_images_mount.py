@@ -13,15 +13,14 @@ from support.requirements import needs
 pytestmark = needs("root", "overlayfs", "busybox")
 
 
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Corrald]:
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Corrald]:
     with running() as daemon:
         layers = [
             images.busybox_layer(),
             images.layer([images.Entry("f", b"image")]),
         ]
-        path = tmp_path_factory.mktemp("images") / "i.tar"
-        images.write_docker_archive(path, "img:1", layers, images.image_config(layers))
+        path = images.write_docker_archive(tmp_path / "i.tar", "img:1", layers, images.image_config(layers))
         daemon.corral("image", "import", str(path), check=True)
         yield daemon
 
