@@ -8,7 +8,7 @@ import pytest
 from corral.oci import decode, defaults
 from corral.oci.rehearsal import Typical
 from corral.oci.spec import Action, Linux, Process, Seccomp, SeccompSyscall, Spec
-from corral.oci.usual import spec_of, usual_profile
+from corral.oci.usual import _MARK, spec_of, usual_profile
 
 PROFILE = defaults.seccomp(defaults.CAPABILITIES)
 OTHER = Seccomp(Action.ERRNO, 1, (), syscalls=(SeccompSyscall(("read",), Action.ALLOW),))
@@ -49,6 +49,29 @@ def test_a_member_of_that_name_in_another_place_is_not_the_profile() -> None:
     elsewhere = {"later": {"seccomp": PROFILE_JSON}, **document}
     assert spec_of(text_of(elsewhere)) == spec(OTHER)
     assert spec_of(text_of({"later": {"seccomp": PROFILE_JSON}, **BARE})) == spec(None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"ociVersion":"1.3.0","later":{MEMBER},"linux":{"seccomp":null}}',
+        '{"ociVersion":"1.3.0","linux":{"later":{MEMBER},"seccomp":null}}',
+        '{"ociVersion":"1.3.0","linux":{MEMBER,"seccomp":null}}',
+        '{"ociVersion":"1.3.0","linux":{MEMBER},"linux":{"seccomp":null}}',
+        '{"ociVersion":"1.3.0","linux":{"seccomp":null,"x\\MEMBER}}',
+    ],
+)
+def test_null_stays_null_wherever_else_the_profile_is(text: str) -> None:
+    text = text.replace("MEMBER", usual_profile()[0])
+    assert Spec.from_json(json.loads(text)).linux.seccomp is None
+    assert spec_of(text).linux.seccomp is None
+
+
+@pytest.mark.parametrize("mark", [str(_MARK), f"{_MARK}.0", "-7.316254809131e12"])
+def test_who_knows_what_stands_for_it_meanwhile_is_refused_as_ever(mark: str) -> None:
+    member, _ = usual_profile()
+    with pytest.raises(ValueError, match=r"linux\.seccomp: must be an object"):
+        spec_of(f'{{"ociVersion":"1.3.0","later":{{{member}}},"linux":{{"seccomp":{mark}}}}}')
 
 
 def test_text_that_looks_like_it_is_text() -> None:
