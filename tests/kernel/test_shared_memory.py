@@ -45,6 +45,8 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from corral.kernel import shared_memory
 
+shared_memory._HUGE_PAGES = Path(sys.argv[2])
+
 def huge_kib():
     [line] = [line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if "AnonHugePages:" in line]
     return int(line.split()[1])
@@ -65,12 +67,35 @@ print(have >> 10, status, set(used[:]) == {7}, sparse[9 << 20])
 
 
 def test_memory_that_is_in_use_is_in_huge_pages_and_a_fork_has_its_own_all_the_same() -> None:
+    have_mib = _huge_mib(shared_memory._HUGE_PAGES)
+    if wants_huge_pages():
+        assert 12 <= have_mib < 28
+
+
+def test_a_host_that_never_wants_huge_pages_gets_none(tmp_path: Path) -> None:
+    (tmp_path / "enabled").write_text("always madvise [never]\n")
+    (tmp_path / "hpage_pmd_size").write_text("2097152\n")
+    have_mib = _huge_mib(tmp_path)
+    if wants_huge_pages() != "always":
+        assert have_mib == 0
+
+
+def _huge_mib(settings: Path) -> int:
+    """How much a process has in them after it has asked for it, on a host with these settings."""
     place = str(Path(next(iter(corral.kernel.__path__))).parents[1])
-    command = [sys.executable, "-I", "-S", "-c", HUGE_PAGES, place]
+    command = [sys.executable, "-I", "-S", "-c", HUGE_PAGES, place, str(settings)]
     have_mib, *rest = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert rest == ["0", "True", "7"]
-    if shared_memory._HUGE_PAGE_SIZE.exists():  # else the kernel has none
-        assert 12 <= int(have_mib) < 28
+    return int(have_mib)
+
+
+def wants_huge_pages() -> str:
+    """When this host wants them; "" for never."""
+    try:
+        setting = (shared_memory._HUGE_PAGES / "enabled").read_text()
+    except FileNotFoundError:  # a kernel without them
+        return ""
+    return setting.partition("[")[2].partition("]")[0].replace("never", "")
 
 
 GATHERED = """

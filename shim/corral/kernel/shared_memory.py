@@ -41,7 +41,7 @@ _MAX_NOTES = 4096
 _FLAGS_AT, _IMMORTAL = 6, 1
 _MADV_COLLAPSE = 25
 """Since Linux 6.1."""
-_HUGE_PAGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 class _MallocInfo(ctypes.Structure):
@@ -266,10 +266,13 @@ def _code_mappings(maps: str) -> Iterable[tuple[int, int]]:
 def collapse_pages() -> None:
     """Have the memory of this process in huge pages: fork(2) copies one entry for each instead of hundreds.
 
-    A fork that writes to one gets a copy of the small page that it has written to, as ever. Source: madvise(2).
+    A fork that writes to one gets a copy of the small page that it has written to, as ever. A host that never wants
+    them is left alone, as the kernel does not see to that here. Source: madvise(2), transhuge.rst.
     """
     with contextlib.suppress(OSError, ValueError):  # a kernel without them
-        size = int(_HUGE_PAGE_SIZE.read_text())
+        if "[never]" in (_HUGE_PAGES / "enabled").read_text():
+            return
+        size = int((_HUGE_PAGES / "hpage_pmd_size").read_text())
         madvise = libc("madvise", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         for start, end in _used_mappings(Path("/proc/self/smaps").read_text()):
             for at in range(-(-start // size) * size, end - size + 1, size):
