@@ -122,6 +122,7 @@ def program_of(spec: Process, linux: Linux, *, user: str | None, dies_with_runti
 
 @lru_cache(maxsize=16)
 def _filters(profile: Seccomp | None) -> "tuple[Filter | None, Filter | None, bool]":
+    """Computed once per profile: Program's seccomp, interim and passes."""
     if profile is None:
         return None, None, True
     from corral.oci.seccomp import UNTIL_EXECVE, filter_but_for, filter_of, lets_pass

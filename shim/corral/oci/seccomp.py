@@ -1,11 +1,10 @@
-"""From the seccomp section of config.json to a filter, compiled once per profile.
+"""From the seccomp section of config.json to a filter.
 
 Source: runtime-spec config-linux.md "seccomp"; what it leaves open is as runc does it.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import lru_cache
 
 from corral.kernel.process import CLONE_PARENT, CLONE_PIDFD
 from corral.kernel.seccomp import Architecture, Compare, Condition, Filter, Profile, Rule, compile_profile, rules
@@ -82,7 +81,6 @@ UNTIL_EXECVE = (
 """What corral.oci.init and join may still ask for once a process has no more than its program is to have."""
 
 
-@lru_cache(maxsize=16)
 def filter_of(profile: Seccomp | None) -> Filter | None:
     """The compiled filter of a profile. Raises ValueError naming what can't be honoured."""
     if profile is None:
@@ -133,7 +131,6 @@ def _allow(said: Iterable[tuple[tuple[Condition, ...], Action]], known: Mapping[
     return allowed
 
 
-@lru_cache(maxsize=16)
 def filter_but_for(profile: Seccomp, wanted: tuple[Rule, ...]) -> Filter | None:
     """That of a profile with exceptions, what asks() names; None of one with a listener."""
     if notifies(profile):
