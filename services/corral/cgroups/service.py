@@ -24,7 +24,6 @@ from corral.rpc.checking import check
 from corral.rpc.context import check_id, current_namespace
 from corral.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 from corral.rpc.events import stream_events, timestamp
-from corral.rpc.local_call import is_local
 from corral.store import Database
 
 SHORTEST_INTERVAL_MS = 100
@@ -131,8 +130,7 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
             labels=dict(request.labels),
             created_ns=time.time_ns(),
         )
-        made = await self._groups.create(record, announce=not own, is_waited_for=not is_local(context))
-        return self._message(made, frozen=False)
+        return self._message(await self._groups.create(record, announce=not own), frozen=False)
 
     async def Settle(self, request: cgroups_pb2.SettleRequest, context: object) -> cgroups_pb2.SettleResponse:
         await self._groups.settle(_key(request.id))
@@ -183,8 +181,7 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
     async def Delete(
         self, request: cgroups_pb2.DeleteCgroupRequest, context: object
     ) -> cgroups_pb2.DeleteCgroupResponse:
-        found = await self._groups.delete(_key(request.id), is_waited_for=not is_local(context))
-        if not found and request.must_exist:
+        if not await self._groups.delete(_key(request.id)) and request.must_exist:
             raise NotFound(f"there is no cgroup {request.id!r}", reason="CGROUP_NOT_FOUND")
         return cgroups_pb2.DeleteCgroupResponse()
 

@@ -47,11 +47,6 @@ class LocalContext(CallContext):
         return "local"
 
 
-def is_local(context: object) -> bool:
-    """Whether a call comes from within this process, whose loop then has its caller's work to do, too."""
-    return isinstance(context, LocalContext)
-
-
 class Aborted(grpc.aio.AbortError):
     """How a handler ends its call with a status."""
 
