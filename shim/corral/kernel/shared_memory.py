@@ -1,6 +1,6 @@
 """Keeping the pages of a process that forks shared with its children, long after the fork.
 
-A forked Python process loses shared pages to four habits of the interpreter, each stopped here before the fork:
+A forked Python process loses shared pages to five habits of the interpreter, each stopped here before the fork:
 
     counting references    of every object it only looks at: make_immortal(), which is what PEP 683 is for
     writing into code      counters and caches, whenever it runs: gather_code() puts what will run side by side
@@ -9,7 +9,7 @@ A forked Python process loses shared pages to four habits of the interpreter, ea
     finding code again     a fork inherits no page table of the interpreter's own code: inherit_code_pages()
     keeping free memory    that was needed while starting: release_free_memory()
 
-And what stays shared is quicker to fork, and to take apart, in pages of megabytes: collapse_pages().
+And what stays shared is quicker to fork, and to take apart, where it lies in one piece: collapse_pages().
 All of it is an optimisation: where the interpreter is not built as expected, nothing is done.
 """
 
@@ -264,10 +264,12 @@ def _code_mappings(maps: str) -> Iterable[tuple[int, int]]:
 
 
 def collapse_pages() -> None:
-    """Have the memory of this process in huge pages: fork(2) copies one entry for each instead of hundreds.
+    """Have the memory of this process in huge pages, so that it lies in one piece.
 
-    A fork that writes to one gets a copy of the small page that it has written to, as ever. A host that never wants
-    them is left alone, as the kernel does not see to that here. Source: madvise(2), transhuge.rst.
+    Mapped as such they are until either side writes to one after a fork, which is soon, and takes a copy of but a small
+    page, as ever. But what is left of one is the same folio, whose many entries the kernel (since Linux 6.9) copies and
+    takes apart together. A host that never wants huge pages is left alone: here the kernel does not see to that.
+    Source: madvise(2), transhuge.rst.
     """
     with contextlib.suppress(OSError, ValueError):  # a kernel without them
         if "[never]" in (_HUGE_PAGES / "enabled").read_text():
