@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import grpc.aio
@@ -19,8 +19,9 @@ from corral.client.transport import BriefTransport, Transport
 from corral.rpc.address import UnixAddress, beside
 from corral.rpc.brief_connection import MOST_CALLS
 from corral.rpc.context import current_namespace
-from corral.rpc.errors import NotFound, Unavailable
-from corral.rpc.frames import DATA, GOAWAY, HEADERS, PREFACE, SETTINGS, frame
+from corral.rpc.errors import UNSERVED, NotFound, Unavailable, from_rpc_error
+from corral.rpc.frames import DATA, GOAWAY, HEADERS, INITIAL_WINDOW, PING, PREFACE, SETTINGS, WINDOW, frame
+from corral.rpc.hpack import Decoder, encode
 from corral.rpc.server import Host
 
 SERVICE = "corral.test.v1.Brief"
@@ -44,7 +45,9 @@ class Echo:
             "Echo": grpc.unary_unary_rpc_method_handler(self.echo),
             "Wait": grpc.unary_unary_rpc_method_handler(self.wait),
             "Fail": grpc.unary_unary_rpc_method_handler(self.fail),
+            "GiveUp": grpc.unary_unary_rpc_method_handler(self.give_up),
             "Namespace": grpc.unary_unary_rpc_method_handler(self.namespace),
+            "Large": grpc.unary_unary_rpc_method_handler(self.large),
             "Repeat": grpc.unary_stream_rpc_method_handler(self.repeat),
         }
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
@@ -74,8 +77,14 @@ class Echo:
     async def fail(self, request: bytes, _context: object) -> bytes:
         raise NotFound("no such thing: ü%41\n", reason="NO_THING", metadata={"name": request.decode()})
 
+    async def give_up(self, _request: bytes, _context: object) -> bytes:
+        raise asyncio.CancelledError
+
     async def namespace(self, _request: bytes, _context: object) -> bytes:
         return current_namespace().encode()
+
+    async def large(self, request: bytes, _context: object) -> bytes:
+        return bytes(int.from_bytes(request))
 
     async def repeat(self, request: bytes, _context: object) -> AsyncIterator[bytes]:
         yield request
@@ -159,6 +168,17 @@ async def test_what_is_not_served_here_is_unimplemented(
     with pytest.raises(grpc.RpcError) as caught:
         await hosted.call(method(name), b"")
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_who_gives_up_within_ends_the_call_and_may_have_done_something(
+    hosted: Hosted, method: Callable[[str], Any]
+) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        await hosted.call(method("GiveUp"), b"")
+    assert caught.value.code() is grpc.StatusCode.CANCELLED
+    assert from_rpc_error(caught.value).reason != UNSERVED
+    [connection] = hosted.host._brief._connections
+    assert not connection._streams
 
 
 async def test_a_deadline_ends_a_call(hosted: Hosted, method: Callable[[str], Any]) -> None:
@@ -277,6 +297,191 @@ async def test_what_is_malformed_ends_that_connection_alone(hosted: Hosted, said
     assert frame(GOAWAY, 0, 0, b"")[3:5] in await hosted.call(talk)
     with grpc.insecure_channel(f"unix:{beside(str(hosted.path))}") as channel:
         assert await hosted.call(channel.unary_unary(f"/{SERVICE}/Echo"), b"x") == b"x"
+
+
+class Peer:
+    """Who speaks HTTP/2 as it likes, and hears only what it asks for."""
+
+    def __init__(self, path: Path, *settings: tuple[int, int]) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(PATIENCE_S)
+        self._socket.connect(beside(str(path)))
+        given = b"".join(number.to_bytes(2) + value.to_bytes(4) for number, value in settings)
+        self.say(PREFACE + frame(SETTINGS, 0, 0, given))
+        self._stream = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def say(self, data: bytes) -> None:
+        self._socket.sendall(data)
+
+    def say_what_is_taken(self, data: bytes, most: int) -> int:
+        """Over and over, until nobody has taken any for a second; how much was."""
+        self._socket.settimeout(1)
+        said = 0
+        while said < most:
+            try:
+                said += self._socket.send(data)
+            except TimeoutError:
+                break
+        return said
+
+    def ask(self, name: str, request: bytes, *more: tuple[bytes, bytes]) -> int:
+        """The number of its stream."""
+        self._stream += 2
+        fields = encode([(b":method", b"POST"), (b":path", f"/{SERVICE}/{name}".encode()), *more])
+        body = b"\0" + len(request).to_bytes(4) + request
+        self.say(frame(HEADERS, 4, self._stream, fields) + frame(DATA, 1, self._stream, body))
+        return self._stream
+
+    def hear(self, *kinds: int) -> tuple[int, bytes]:
+        """Stream and payload of the next frame of these kinds."""
+        while True:
+            head = self._exactly(9)
+            payload = self._exactly(int.from_bytes(head[:3]))
+            if head[3] in kinds:
+                return int.from_bytes(head[5:]), payload
+
+    def _exactly(self, length: int) -> bytes:
+        data = b""
+        while len(data) < length:
+            more = self._socket.recv(length - len(data))
+            assert more, "it hung up"
+            data += more
+        return data
+
+
+async def test_who_does_not_read_is_not_read_from(hosted: Hosted) -> None:
+    def talk() -> int:
+        with Peer(hosted.path) as peer:
+            return peer.say_what_is_taken(frame(PING, 0, 0, bytes(16384)), 64 << 20)
+
+    assert await hosted.call(talk) < 8 << 20
+
+
+async def test_who_reads_late_is_answered_all(hosted: Hosted) -> None:
+    pings = 200
+
+    def talk() -> int:
+        with Peer(hosted.path) as peer, ThreadPoolExecutor(1) as other:
+            saying = other.submit(peer.say, frame(PING, 0, 0, bytes(16384)) * pings)
+            with pytest.raises(TimeoutError):
+                saying.result(timeout=1)
+            for _ in range(pings):
+                assert len(peer.hear(PING)[1]) == 16384
+            saying.result()
+            peer.ask("Echo", b"x")
+            return peer.hear(DATA)[1][-1]
+
+    assert await hosted.call(talk) == ord("x")
+
+
+async def test_a_window_that_grows_by_bytes_costs_no_copy_of_the_rest(hosted: Hosted) -> None:
+    with await hosted.call(Peer, hosted.path, (INITIAL_WINDOW, 1)) as peer:
+        number = await hosted.call(peer.ask, "Large", (15 << 20).to_bytes(4))
+        await hosted.call(peer.hear, DATA)
+        [connection] = hosted.host._brief._connections
+        stream = connection._streams[number]
+        before = stream.unsent
+        await hosted.call(peer.say, frame(WINDOW, 0, number, (1).to_bytes(4)))
+        await hosted.call(peer.hear, DATA)
+        assert (len(stream.unsent), stream.unsent.obj) == (len(before) - 1, before.obj)
+
+
+async def test_what_was_begun_to_be_answered_is_not_to_be_asked_again(hosted: Hosted) -> None:
+    with await hosted.call(Peer, hosted.path, (INITIAL_WINDOW, 10)) as peer:
+        begun = await hosted.call(peer.ask, "Echo", bytes(100))
+        await hosted.call(peer.hear, DATA)
+        await hosted.call(peer.ask, "Wait", b"")
+        await hosted.echo.waits.wait()
+        [gate] = {each.gate for each in hosted.host._hosted}
+        assert len(gate.answering) == 1
+        await hosted.host._brief.leave(0, may_come_again=True)
+        _, gone = await hosted.call(peer.hear, GOAWAY)
+        assert int.from_bytes(gone[:4]) == begun
+
+
+async def test_the_rest_of_an_answer_is_waited_for(hosted: Hosted) -> None:
+    with await hosted.call(Peer, hosted.path, (INITIAL_WINDOW, 10)) as peer:
+        stream = await hosted.call(peer.ask, "Echo", bytes(100))
+        await hosted.call(peer.hear, DATA)
+        [gate] = {each.gate for each in hosted.host._hosted}
+        assert len(gate.answering) == 1
+        draining = asyncio.ensure_future(gate.drain(1))
+        await hosted.call(peer.say, frame(WINDOW, 0, stream, (1000).to_bytes(4)))
+        _, rest = await hosted.call(peer.hear, DATA)
+        assert len(rest) == 95
+        async with asyncio.timeout(PATIENCE_S):
+            await draining
+        assert not gate.answering
+
+
+@pytest.mark.parametrize("packed", [False, True])
+async def test_header_fields_without_measure_are_refused(hosted: Hosted, packed: bool) -> None:
+    def talk() -> tuple[int, bytes]:
+        with Peer(hosted.path) as peer:
+            peer.ask("Echo", b"x", *[(b"x", bytes(100))] * 5)
+            peer.hear(DATA)
+            if packed:  # an entry of 4000 bytes, by a byte each time
+                entry = b"\x40\1x" + encode([(b"", b"y" * 4000)])[2:]
+                block = entry + b"\xbe" * 10_000
+                peer.say(frame(HEADERS, 5, 3, block))
+            else:
+                peer.ask("Echo", b"x", *[(b"x", bytes(100))] * 130)
+            while b"grpc-status" not in (heard := peer.hear(HEADERS))[1] or heard[0] != 3:
+                pass
+            return heard
+
+    _, fields = await hosted.call(talk)
+    assert dict(Decoder().fields(fields))[b"grpc-status"] == b"8"
+
+
+async def test_what_one_client_has_the_table_forget_is_not_forgotten_for_others() -> None:
+    """A block that changes the decoder's table is decoded by each."""
+    fields = Decoder()
+    assert fields.fields(b"\x20\x3f\xe1\x1f" + encode([(b"a", b"b")])) == [(b"a", b"b")]
+    assert not fields.has_learnt_nothing
+
+
+async def test_a_long_path_is_not_looked_for_where_it_was_bound(tmp_path: Path) -> None:
+    """What the descriptor of its directory was may be something else when it is served."""
+    directory = tmp_path / ("d" * 110)
+    directory.mkdir()
+    hosted = Hosted(directory / "socket")
+    bind = hosted.host._brief.bind
+    others = []
+
+    def bound(*args: Any) -> None:
+        bind(*args)
+        others.extend(open(os.devnull, "rb") for _ in range(20))  # noqa: SIM115
+
+    hosted.host._brief.bind = bound  # type: ignore[method-assign]
+    await hosted.host.start([UnixAddress(hosted.path)])
+    with closing(Transport(f"unix://{hosted.path}", "default", None)) as transport:
+        channel: Any = transport.channel
+        echo = channel.unary_unary(f"/{SERVICE}/Echo", request_serializer=bytes, response_deserializer=bytes)
+        assert await hosted.call(echo, b"x") == b"x"
+        assert channel._library is None
+    for each in others:
+        each.close()
+    await hosted.host.stop(grace_s=0)
+    assert os.listdir(directory) == []  # noqa: PTH208 - likewise
+
+
+async def test_what_could_not_be_put_in_its_place_is_not_left_behind(tmp_path: Path) -> None:
+    hosted = Hosted(tmp_path / "socket")
+    os.mkdir(beside(str(hosted.path)))  # noqa: PTH102 - likewise
+    await hosted.host.start([UnixAddress(hosted.path)])
+    assert sorted(os.listdir(tmp_path)) == ["socket", "socket.brief"]  # noqa: PTH208 - likewise
+    with closing(Transport(f"unix://{hosted.path}", "default", None)) as transport:
+        channel: Any = transport.channel
+        echo = channel.unary_unary(f"/{SERVICE}/Echo", request_serializer=bytes, response_deserializer=bytes)
+        assert await hosted.call(echo, b"x") == b"x"
+    await hosted.host.stop(grace_s=0)
 
 
 async def test_the_socket_is_as_the_other_and_goes_with_it(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ so is everything while this one is not there: from the beginning of an upgrade u
 
 import asyncio
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -25,6 +27,10 @@ from corral.rpc.brief_connection import Connection
 from corral.rpc.handover import hidden
 
 log = structlog.get_logger()
+
+_OPTIONS: dict[str, Any] = {"backlog": socket.SOMAXCONN}
+if sys.version_info >= (3, 13):  # withdraw() does: a loop would look for it where it was bound, which is elsewhere
+    _OPTIONS["cleanup_socket"] = False
 
 
 class BriefServer:
@@ -54,6 +60,8 @@ class BriefServer:
             self._inodes[path] = path.stat().st_ino
         except OSError as e:
             listening.close()
+            with suppress(OSError):
+                new.path.unlink(missing_ok=True)
             log.warning("brief.not_bound", path=str(path), error=str(e))
         else:
             self._bound.append(listening)
@@ -63,7 +71,8 @@ class BriefServer:
         loop = asyncio.get_running_loop()
         made = partial(Connection, self._find, self._connections)
         while self._bound:
-            self._servers.append(await loop.create_unix_server(made, sock=self._bound.pop()))
+            server = await loop.create_unix_server(made, sock=self._bound.pop(), **_OPTIONS)
+            self._servers.append(server)
 
     def withdraw(self) -> None:
         """See the module; harmless when repeated."""

@@ -21,6 +21,10 @@ type Find = Callable[[str], Handler | None]
 
 PREFIX_BYTES = 5
 """Of a message: whether it is compressed, and its length."""
+FIELD_BYTES = 32
+"""What a header field counts beside its letters. Source: RFC 9113, 6.5.2."""
+MOST_FIELDS_BYTES = 16 << 10
+"""Of a call, as the library's."""
 _UNITS_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])")
 _PLAIN = bytes(each for each in range(0x20, 0x7F) if each != ord("%"))
@@ -41,7 +45,7 @@ class Failure(NamedTuple):
             (b":status", b"200"),
             (b"content-type", b"application/grpc"),
             (b"grpc-status", str(number).encode()),
-            (b"grpc-message", quote_from_bytes(self.details.encode(), safe=_PLAIN).encode()),
+            (b"grpc-message", quote_from_bytes(self.details.encode("utf-8", "replace"), safe=_PLAIN).encode()),
             *((key.encode(), _encoded(value)) for key, value in self.trailers),
         )
 
@@ -61,6 +65,10 @@ class Call(CallContext):
 def read(fields: Sequence[Field]) -> Call | Failure:
     """What a client asks for."""
     method, timeout_s, metadata = "", None, []
+    size = sum(len(name) + len(value) + FIELD_BYTES for name, value in fields)
+    if size > MOST_FIELDS_BYTES:
+        text = f"received metadata size exceeds hard limit ({size} vs. {MOST_FIELDS_BYTES})"
+        return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
     for name, value in fields:
         key = name.decode("ascii", "replace")
         if key == ":path":

@@ -10,6 +10,7 @@ import asyncio
 import contextvars
 from collections.abc import Sequence
 
+import grpc
 import structlog
 
 from corral.rpc.brief_call import Call, Failure, Find, answer, read, too_large
@@ -47,19 +48,20 @@ _PROTOCOL_ERROR, _REFUSED = 1, 7
 _HIGHEST = 0x7FFFFFFF
 _LIMITS = MAX_STREAMS.to_bytes(2) + MOST_CALLS.to_bytes(4) + INITIAL_WINDOW.to_bytes(2) + _WINDOW.to_bytes(4)
 _GREETING = frame(SETTINGS, 0, 0, _LIMITS) + frame(WINDOW, 0, 0, (_WINDOW - DEFAULT_WINDOW).to_bytes(4))
-_GONE = frame(GOAWAY, 0, 0, bytes(8))
-"""No call without an answer was begun."""
+_MOST_FIELDS = 64 << 10
+"""Bytes of one block of header fields: what is packed in it must not keep the loop for long."""
 _ANSWER = encode(((b":status", b"200"), (b"content-type", b"application/grpc")))
 _SHORT, _MOST_KNOWN = 1024, 256
 """Blocks of header fields that are remembered."""
 _known: dict[bytes, Sequence[Field]] = {}
 _ALL_WENT_WELL = encode(((b"grpc-status", b"0"),))
+_CANCELLED = Failure(grpc.StatusCode.CANCELLED, "the call was cancelled within corral")
 
 
 class _Stream:
     """One call."""
 
-    __slots__ = ("asked", "body", "taken", "task", "unsent", "window")
+    __slots__ = ("asked", "body", "sent", "taken", "task", "unsent", "window")
 
     def __init__(self, asked: Call | Failure, window: int) -> None:
         self.asked = asked
@@ -67,8 +69,10 @@ class _Stream:
         self.body = bytearray()
         self.taken = 0
         self.task: asyncio.Task[None] | None = None
-        self.unsent = b""
+        self.unsent = memoryview(b"")
         """Of the answer: what there was no room for yet."""
+        self.sent: asyncio.Future[None] | None = None
+        """When there was."""
 
     def end(self) -> None:
         """The client is gone, or wants no answer any more."""
@@ -89,6 +93,8 @@ class Connection(asyncio.Protocol):
         self._buffer = bytearray()
         self._fields = Decoder()
         self._is_greeted = False
+        self._is_held = False
+        """Nothing more is taken from a client that does not read what it has asked for."""
         self._newest = 0
         self._block: tuple[int, int, bytearray] | None = None
         """Of header fields that go on in the next frame: stream, flags, and what has come of them."""
@@ -101,9 +107,10 @@ class Connection(asyncio.Protocol):
         return [each.task for each in self._streams.values() if each.task is not None and not each.task.done()]
 
     def leave(self, *, may_come_again: bool) -> None:
-        """What was written is still sent. may_come_again: with calls that were not answered."""
+        """What was written is still sent. may_come_again: with calls whose answers have not begun."""
         if may_come_again:
-            self._transport.write(_GONE)
+            begun = max((stream for stream, each in self._streams.items() if each.unsent), default=0)
+            self._transport.write(frame(GOAWAY, 0, 0, begun.to_bytes(4) + bytes(4)))
         self._transport.close()
 
     # asyncio.Protocol
@@ -129,6 +136,17 @@ class Connection(asyncio.Protocol):
             self._transport.write(frame(GOAWAY, 0, 0, self._newest.to_bytes(4) + _PROTOCOL_ERROR.to_bytes(4)))
             self._transport.close()
 
+    def pause_writing(self) -> None:
+        self._is_held = True
+        if not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self._is_held = False
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+            self.data_received(b"")
+
     # What comes
 
     def _read(self) -> None:
@@ -139,7 +157,7 @@ class Connection(asyncio.Protocol):
             if len(buffer) < len(PREFACE):
                 return
             self._is_greeted, at = True, len(PREFACE)
-        while (begins := at + HEAD_BYTES) <= len(buffer):
+        while (begins := at + HEAD_BYTES) <= len(buffer) and not self._is_held:
             length = int.from_bytes(buffer[at : at + 3])
             if length > MAX_FRAME:
                 raise ValueError("a frame is too long")
@@ -176,7 +194,7 @@ class Connection(asyncio.Protocol):
             raise ValueError("header fields are cut off")
         _, first, block = self._block
         block += payload
-        if len(block) > _WINDOW:
+        if len(block) > _MOST_FIELDS:
             raise ValueError("header fields without an end")
         if flags & ENDS_HEADERS:
             self._block = None
@@ -255,13 +273,22 @@ class Connection(asyncio.Protocol):
         found.task = asyncio.Task(work, loop=loop, context=context, eager_start=True)
 
     async def _serve(self, stream: int, found: _Stream, call: Call) -> None:
-        told = await answer(self._find, call, found.body)
+        told: bytes | Failure = _CANCELLED
+        try:
+            told = await answer(self._find, call, found.body)
+        finally:
+            self._tell(stream, found, told)
+        if found.unsent:  # until then the call is not over for who waits for the last of them
+            found.sent = asyncio.get_running_loop().create_future()
+            await found.sent
+
+    def _tell(self, stream: int, found: _Stream, told: bytes | Failure) -> None:
         if self._streams.get(stream) is not found:
             return  # nobody waits for it
         if isinstance(told, Failure):
             self._fail(stream, told)
             return
-        found.unsent = told
+        found.unsent = memoryview(told)
         self._send(stream, found, frame(HEADERS, ENDS_HEADERS, stream, _ANSWER))
 
     def _fail(self, stream: int, failure: Failure) -> None:
@@ -290,6 +317,8 @@ class Connection(asyncio.Protocol):
         if not found.unsent:
             del self._streams[stream]
             frames.append(frame(HEADERS, ENDS_STREAM | ENDS_HEADERS, stream, _ALL_WENT_WELL))
+            if found.sent is not None and not found.sent.done():
+                found.sent.set_result(None)
         self._transport.write(b"".join(frames))
 
 

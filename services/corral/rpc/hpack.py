@@ -29,11 +29,8 @@ class Decoder:
     def __init__(self) -> None:
         self._known: deque[Field] = deque()
         self._room = self._limit = _TABLE_BYTES
-
-    @property
-    def has_learnt_nothing(self) -> bool:
+        self.has_learnt_nothing = True
         """So that what was decoded up to now means the same to everybody."""
-        return not self._known and self._limit == _TABLE_BYTES
 
     def fields(self, block: bytes) -> list[Field]:
         """Raises ValueError for what is malformed."""
@@ -74,6 +71,7 @@ class Decoder:
         return name, value
 
     def _remember(self, name: bytes, value: bytes) -> None:
+        self.has_learnt_nothing = False
         self._known.appendleft((name, value))
         self._room -= len(name) + len(value) + _ENTRY_BYTES
         self._forget()
@@ -81,6 +79,7 @@ class Decoder:
     def _resize(self, limit: int) -> None:
         if limit > _TABLE_BYTES:
             raise IndexError
+        self.has_learnt_nothing = False
         self._room += limit - self._limit
         self._limit = limit
         self._forget()
