@@ -77,6 +77,13 @@ def test_a_spawned_shim_is_named_by_pid_and_start_time(shop: Workshop) -> None:
     peer.close()
 
 
+def test_no_memory_that_can_be_written_is_shared_with_its_forks(shop: Workshop) -> None:
+    """One container's init, which has yet to lose its power, could reach another's by it."""
+    shop.zygote.peer.call("ready")
+    maps = Path(f"/proc/{shop.zygote.pid}/maps").read_text().splitlines()
+    assert [line for line in maps if re.match("rw.s", line.split()[1])] == []
+
+
 def test_a_client_that_connects_before_the_shim_runs_is_served(shop: Workshop) -> None:
     bundle = shop.directory / "early"
     bundle.mkdir()
