@@ -28,6 +28,7 @@ COMMAND = (sys.executable, "-m", "corral.daemon")
 PATIENCE = float(os.environ.get("CORRAL_TEST_PATIENCE", "1"))
 """How much longer everything may take: an emulated machine is slow."""
 START_TIMEOUT_S = 30.0 * PATIENCE
+DYING_S = 2.0
 STOP_TIMEOUT_S = 15.0 * PATIENCE
 
 
@@ -175,12 +176,21 @@ class Corrald:
 
     def launch(self, *only: str, environment: Mapping[str, str] | None = None) -> dict[str, int]:
         """Start what does not run, without waiting; returns where each one's log begins."""
-        names = [name for name in only or self._names() if not self._runs(name)]
+        names = self._dead(only or self._names())
         marks = {name: len(self.log(name)) for name in names}
         for name in names:
             self.processes[name] = self._spawn(name, environment or {})
             (self.altered.add if environment else self.altered.discard)(name)
         return marks
+
+    def _dead(self, wanted: Sequence[str]) -> list[str]:
+        """Those that do not run. Who was to kill itself may be about to end still: its clients hear of it before."""
+        deadline = time.monotonic() + DYING_S
+        while not (dead := [name for name in wanted if not self._runs(name)]) and self.altered.issuperset(wanted):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
+        return dead
 
     def _names(self) -> Sequence[str]:
         wanted = self.services or SERVICES
