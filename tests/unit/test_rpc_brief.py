@@ -1,6 +1,7 @@
 """The server without gRPC's library is as one of the library's, to clients of the library and to ours."""
 
 import asyncio
+import errno
 import os
 import socket
 import stat
@@ -15,6 +16,7 @@ import grpc.aio
 import pytest
 import pytest_asyncio
 
+from corral.client.http2 import Connection, NobodyThereError
 from corral.client.transport import BriefTransport, Transport
 from corral.rpc.address import UnixAddress, beside
 from corral.rpc.brief_connection import MOST_CALLS
@@ -233,6 +235,61 @@ async def test_our_client_loads_no_library_for_it_and_does_without_it_where_ther
         channel._hang_up(for_good=True)
         assert await hosted.call(transport.unary, namespace, b"") == b"blue"
         assert [each.path for each in channel._idle] == ([str(hosted.path)] if kind is BriefTransport else [])
+
+
+async def test_who_closes_it_ends_the_calls_of_other_threads(hosted: Hosted) -> None:
+    transport = Transport(f"unix://{hosted.path}", "default", None)
+    channel: Any = transport.channel
+    functions = {"request_serializer": bytes, "response_deserializer": bytes}
+    waiting = asyncio.ensure_future(hosted.call(channel.unary_unary(f"/{SERVICE}/Wait", **functions), b""))
+    async with asyncio.timeout(PATIENCE_S):
+        await hosted.echo.waits.wait()
+        await hosted.call(transport.close)
+        with pytest.raises(grpc.RpcError) as caught:
+            await waiting
+        await hosted.echo.cancelled.wait()
+    assert caught.value.code() is grpc.StatusCode.CANCELLED
+    assert (channel._library, channel._idle, channel._busy) == (None, [], set())
+    for form, name in (("unary_unary", "Echo"), ("unary_stream", "Repeat")):
+        with pytest.raises(ValueError, match="closed"):
+            await hosted.call(
+                lambda form=form, name=name: getattr(channel, form)(f"/{SERVICE}/{name}", **functions)(b"")
+            )
+
+
+async def test_a_fork_ends_no_calls_of_its_parent(hosted: Hosted) -> None:
+    with closing(Transport(f"unix://{hosted.path}", "default", None)) as transport:
+        channel: Any = transport.channel
+        functions = {"request_serializer": bytes, "response_deserializer": bytes}
+        waiting = asyncio.ensure_future(hosted.call(channel.unary_unary(f"/{SERVICE}/Wait", **functions), b"x"))
+        async with asyncio.timeout(PATIENCE_S):
+            await hosted.echo.waits.wait()
+            [connection] = channel._busy
+            connection._process = os.getppid()
+            connection.interrupt()
+            hosted.echo.released.set()
+            assert await waiting == b"x"
+
+
+async def test_a_socket_of_another_user_is_not_spoken_to(hosted: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a directory of everybody's somebody could put one beside ours while there is none."""
+    monkeypatch.setattr(Connection, "owner", lambda _: os.geteuid() + 1)
+    with closing(Transport(f"unix://{hosted.path}", "default", None)) as transport:
+        channel: Any = transport.channel
+        echo = channel.unary_unary(f"/{SERVICE}/Echo", request_serializer=bytes, response_deserializer=bytes)
+        assert await hosted.call(echo, b"x") == b"x"
+        assert channel._library is not None
+
+
+async def test_without_a_descriptor_it_is_the_library_that_tells(
+    hosted: Hosted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: int) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("corral.client.http2._socket.socket", none_left)
+    with pytest.raises(NobodyThereError):
+        Connection(beside(str(hosted.path)))
 
 
 async def test_a_stream_leaves_its_connections_for_later(hosted: Hosted) -> None:

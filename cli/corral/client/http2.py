@@ -8,8 +8,10 @@ headers, data      -->
 
 import _socket
 import os
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 
 from corral.rpc.frames import (
@@ -63,7 +65,10 @@ class Connection:
 
     def __init__(self, path: str) -> None:
         """Raises NobodyThereError."""
-        self._socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        try:
+            self._socket = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        except OSError as e:  # this process has as many descriptors as it may have
+            raise NobodyThereError(e.strerror) from e
         self.path = path
         self.is_usable = True
         """For a further call."""
@@ -110,7 +115,18 @@ class Connection:
 
     def __del__(self) -> None:
         """Of a channel that nobody has closed, as with the library's."""
-        self._socket.close()
+        with suppress(AttributeError):
+            self._socket.close()
+
+    def interrupt(self) -> None:
+        """End the call that another thread waits for. The calls of who has forked this process are not ours to end."""
+        if self._process == os.getpid():
+            with suppress(OSError):  # it has ended
+                self._socket.shutdown(_socket.SHUT_RDWR)
+
+    def owner(self) -> int:
+        """The user who listens there. Source: unix(7), SO_PEERCRED."""
+        return int.from_bytes(self._socket.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)[4:8], sys.byteorder)
 
     def has_room(self, length: int) -> bool:
         """Whether that much may be sent without waiting for the server to have read."""

@@ -6,6 +6,7 @@ that do not fit into a window, metadata that has to be refused, and calls with m
 has to read from the connection whatever the caller does: a server of the library that leaves tells those who do.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -47,13 +48,16 @@ class LocalChannel:
         self._library: grpc.Channel | None = None
         self._opening = Lock()
         self._idle: list[http2.Connection] = []
+        self._busy: set[http2.Connection] = set()
+        self._is_closed = False
 
     def unary_unary(self, method: str, **functions: Any) -> "Callable[..., object]":
         """As of grpc.Channel."""
         return _UnaryCalls(self, method, functions)
 
     def call(self, method: str, data: bytes, metadata: Metadata) -> bytes | None:
-        """The answer; None of a call that is for the library to make. Raises grpc.RpcError."""
+        """The answer; None of a call that is for the library to make. Raises grpc.RpcError, ValueError if closed."""
+        self._check_open()
         connection = self._connection(data, metadata)
         return None if connection is None else self._answer(connection, _headers(method, metadata), data)
 
@@ -75,11 +79,19 @@ class LocalChannel:
         self._hang_up()
         with self._opening:
             if self._library is None:
+                self._check_open()
                 self._library = self._open_library()
             return self._library
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ValueError("Cannot invoke RPC on closed channel!")
+
     def close(self) -> None:
-        """Harmless when repeated."""
+        """Ends what still runs, too. Harmless when repeated."""
+        self._is_closed = True
+        for connection in tuple(self._busy):
+            connection.interrupt()
         self._hang_up(for_good=True)
         if self._library is not None:
             self._library.close()
@@ -128,25 +140,37 @@ class LocalChannel:
     def _connected(self) -> "http2.Connection | None":
         """A new one."""
         try:
-            return http2.Connection(self._beside)
-        except http2.NobodyThereError:  # in the middle of an upgrade, or it has none
-            if not self._is_brief:
-                return None
+            connection = http2.Connection(self._beside)
+            if connection.owner() == os.stat(self._path).st_uid:  # noqa: PTH116 - a Path would be made for this alone
+                return connection
+            connection.close()  # somebody else's: it is in a directory of everybody's
+        except (http2.NobodyThereError, OSError):  # in the middle of an upgrade, or it has none
+            pass
+        if not self._is_brief:
+            return None
         try:
             return http2.Connection(self._path)
         except http2.NobodyThereError as e:
             raise _failure("UNAVAILABLE", f"failed to connect to all addresses; last error: {e}") from e
 
     def _answer(self, connection: "http2.Connection", headers: "Sequence[Field]", data: bytes) -> bytes:
+        self._busy.add(connection)
         try:
+            self._check_open()  # who has closed it since may have seen no call
             answer = _answer(connection, headers, data)
-        except BaseException:
+        except BaseException as e:
             connection.close()
+            if self._is_closed and isinstance(e, Exception):
+                raise _failure("CANCELLED", "Channel closed!") from e
             raise
+        finally:
+            self._busy.discard(connection)
         if connection.is_usable:
             self._idle.append(connection)
         else:
             connection.close()
+        if self._is_closed:
+            self._hang_up(for_good=True)
         return answer
 
 
