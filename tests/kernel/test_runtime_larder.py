@@ -1,17 +1,22 @@
 """Mounts made ahead: a container that is served with them can't be told from one that made its own."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
+from shimclient import Message, workshop
 from support.requirements import needs
 
 from corral.oci import defaults
+from corral.oci.decode import encode
 from corral.oci.larder import Larder
 from corral.oci.spec import Device, DeviceType, Mount
+from corral.shim import wire
 
 pytestmark = needs("root", "overlayfs", "busybox")
 
@@ -93,3 +98,21 @@ def test_stocking_leaves_the_umask_and_closing_leaves_nothing(tmp_path: Path):
     finally:
         os.umask(umask)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_by_the_time_that_a_program_runs_its_mounts_are_its_own_alone():
+    """Also where create and start come at once. One that its shim still holds can't be unmounted, it is busy."""
+    with workshop({"CORRAL_FAILPOINTS": "shim.start.after_exec=sleep:0.5"}) as shop:
+        caps = ["CAP_SYS_ADMIN"]
+        sets = {"bounding": caps, "effective": caps, "permitted": caps}
+        shim = shop.spawn("sh", "-c", "umount /dev/shm && echo mine", capabilities=sets)
+        path = shim.bundle / "config.json"
+        content = cast(Message, json.loads(path.read_text()))
+        path.write_text(json.dumps(content | {"mounts": encode(defaults.MOUNTS)}))
+        log = {"driver": "json-file", "path": str(shim.log)}
+        requests = ({"id": 1, "op": "create", "log": log}, {"id": 2, "op": "start", "exec": ""})
+        shim.peer.sock.sendall(b"".join(map(wire.encode, requests)))
+        assert "ok" in shim.peer.receive()
+        assert "ok" in shim.peer.receive()
+        shim.wait()
+        assert shim.log_entries() == [("stdout", "mine\n")]

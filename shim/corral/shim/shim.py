@@ -165,6 +165,7 @@ class Shim:
     def _start_init(self, init: ContainerProcess) -> Message:
         started_at_ns = time.time_ns()
         self._ledger.mark_starting()
+        self._larder.close()  # if this came with the create: what is held here the program could not unmount
         failpoint("shim.start.before_exec")
         try:
             self._made().start()
