@@ -7,8 +7,10 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import grpc
 from peers import Peer
 from support.cgroups_leaf import LIMITS
 from support.corrald import Corrald
@@ -23,6 +25,8 @@ SETTLING_S = 4
 """After which nothing that began with the containers still goes on."""
 ROUNDS = 200
 BESIDE_HOGS = 50
+CREATE = cgroups_pb2.CreateCgroupRequest(id="bench", resources=LIMITS)
+DELETE = cgroups_pb2.DeleteCgroupRequest(id="bench")
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -35,27 +39,33 @@ def bench_resources(daemon: Corrald, peers: list[Peer]) -> None:
 
 
 def _bench_cgroup(daemon: Corrald) -> None:
-    """With limits of CPU, memory, processes and devices. By the client for ordinary code, as everything here: that for
-    asyncio takes half a millisecond more a call, in the client."""
-    create = cgroups_pb2.CreateCgroupRequest(id="bench", resources=LIMITS)
-    stats, delete = cgroups_pb2.StatsRequest(ids=["bench"]), cgroups_pb2.DeleteCgroupRequest(id="bench")
-    with daemon.client() as client:
+    """With limits of CPU, memory, processes and devices: by the typed client, and by gRPC's library alone, in turns."""
+    ours: list[float] = []
+    plain: list[float] = []
+    reading: list[float] = []
+    with daemon.client() as client, grpc.insecure_channel(daemon.address.replace("unix://", "unix:")) as channel:
         leaf = client.leaf("cgroups")
-        stub = CgroupsStub(leaf.channel)
-        life, reading = [], []
+        stub, library = CgroupsStub(leaf.channel), CgroupsStub(channel)
         for number in range(ROUNDS):
+            life = _cgroup_life(partial(leaf.unary, stub.Create), partial(leaf.unary, stub.Delete))
+            without = _cgroup_life(library.Create, library.Delete)
+            leaf.unary(stub.Create, CREATE)
             began = time.perf_counter()
-            leaf.unary(stub.Create, create)
-            made = time.perf_counter()
-            [answer] = leaf.stream(stub.Stats, stats)
+            [answer] = leaf.stream(stub.Stats, cgroups_pb2.StatsRequest(ids=[CREATE.id]))
             assert len(answer.stats) == 1
-            read = time.perf_counter()
-            leaf.unary(stub.Delete, delete)
+            read = time.perf_counter() - began
+            leaf.unary(stub.Delete, DELETE)
             if number:
-                life.append(made - began + time.perf_counter() - read)
-                reading.append(read - made)
-    _figure("create + delete over gRPC", statistics.median(life) * 1000, "ms")
+                ours.append(life)
+                plain.append(without)
+                reading.append(read)
+    _figure("create + delete over gRPC", statistics.median(ours) * 1000, "ms")
+    _figure("the same by gRPC's library", statistics.median(plain) * 1000, "ms")
     _figure("statistics of one over gRPC", statistics.median(reading) * 1000, "ms")
+
+
+def _cgroup_life(create: Callable[..., object], delete: Callable[..., object]) -> float:
+    return _timed(lambda: (create(CREATE), delete(DELETE)))
 
 
 def _bench_statistics(daemon: Corrald) -> None:
