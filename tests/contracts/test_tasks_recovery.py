@@ -653,8 +653,9 @@ async def test_a_kill_around_start_and_exit_loses_no_exit(own_daemon: Corrald, r
 
 async def test_nobody_waits_for_the_kernel_to_take_a_shim_apart(own_daemon: Corrald, rootfs: Path):
     async with serving(own_daemon, rootfs, "shim.end.after_hang_up=sleep:60") as tasks:
-        task_id = await tasks.run("sh", "-c", "exit 21")
+        task_id = await tasks.create("sh", "-c", "exit 21")
         shim_pid = (await tasks.get(task_id)).shim_pid
+        await tasks.start(task_id)
         assert (await tasks.wait(task_id)).code == 21
         async with asyncio.timeout(30):
             while (await tasks.get(task_id)).shim_pid:
