@@ -131,7 +131,7 @@ def zygotes(root: Path) -> set[int]:
                 errors = str((directory / "fd/2").readlink())
                 if errors.removesuffix(" (deleted)") == f"{root}/tasks/zygote.log":
                     found.add(int(directory.name))
-    return {pid for pid in found if parent_of(pid) not in found}  # else it is a shim, at its very beginning
+    return {pid for pid in found if parent_of(pid) not in found | {0}}  # else it is a shim, at its very beginning
 
 
 def abandoned_zygotes(root: Path, makers: set[int]) -> set[int]:
