@@ -83,6 +83,12 @@ class AsyncTransport:
         """A conversation: `requests` are sent as they come, its answers are iterated."""
         return AsyncExchange(method(requests, metadata=self._metadata), self.address)
 
+    def ask[Request, Answer](
+        self, method: "grpc.aio.StreamStreamMultiCallable[Request, Answer]", request: Request
+    ) -> "AsyncExchange[Answer]":
+        """A conversation in which nothing more is said than `request`."""
+        return self.exchange(method, _alone(request))
+
     async def close(self) -> None:
         """Ends the channel and what still runs on it."""
         await self.channel.close()
@@ -111,3 +117,7 @@ class AsyncExchange[Answer]:
     def cancel(self) -> None:
         """Ends the conversation."""
         self._call.cancel()
+
+
+async def _alone[Request](request: Request) -> AsyncIterator[Request]:
+    yield request

@@ -1,13 +1,15 @@
 """A channel to a unix socket that does without gRPC's library: to load that is a third of what a short command takes,
 and a call by it takes half a millisecond more where the server does without it, too (corral.rpc.brief).
 
-It makes calls with one answer, one at a time on each connection. What it cannot do it leaves to the library: requests
-that do not fit into a window, metadata that has to be refused, and calls with many requests or answers, where somebody
-has to read from the connection whatever the caller does: a server of the library that leaves tells those who do.
+It makes calls with one request, one at a time on each connection; those with many answers only where the server does
+without the library, too. What it cannot do it leaves to that: requests that do not fit into a window, metadata that has
+to be refused, conversations, and what is read for long: somebody has to read from the connection then, whatever the
+caller does, for a server that leaves tells those who do.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from operator import length_hint
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +59,19 @@ class LocalChannel:
 
     def call(self, method: str, data: bytes, metadata: Metadata) -> bytes | None:
         """The answer; None of a call that is for the library to make. Raises grpc.RpcError, ValueError if closed."""
+        begun = self.begin(method, data, metadata)
+        if begun is None:
+            return None
+        answers = list(begun.answers())
+        if len(answers) != 1:
+            raise _failure("INTERNAL", f"what came is not one answer, but {len(answers)}")
+        return answers[0]
+
+    def begin(self, method: str, data: bytes, metadata: Metadata, *, beside_only: bool = False) -> "_Begun | None":
+        """As call(); the answers may be many. beside_only: if the server does without the library."""
         self._check_open()
-        connection = self._connection(data, metadata)
-        return None if connection is None else self._answer(connection, _headers(method, metadata), data)
+        connection = self._connection(data, metadata, beside_only=beside_only)
+        return None if connection is None else _Begun(self, connection, _headers(method, metadata), data)
 
     def unary_stream(self, *arguments: Any, **options: Any) -> object:
         """As of grpc.Channel."""
@@ -69,9 +81,9 @@ class LocalChannel:
         """As of grpc.Channel."""
         return self.library.stream_unary(*arguments, **options)
 
-    def stream_stream(self, *arguments: Any, **options: Any) -> object:
+    def stream_stream(self, method: str, **functions: Any) -> "Callable[..., object]":
         """As of grpc.Channel."""
-        return self.library.stream_stream(*arguments, **options)
+        return _Conversations(self, method, functions)
 
     @property
     def library(self) -> "grpc.Channel":
@@ -123,21 +135,22 @@ class LocalChannel:
         except IndexError:
             return None
 
-    def _connection(self, data: bytes, metadata: Metadata) -> "http2.Connection | None":
+    def _connection(self, data: bytes, metadata: Metadata, *, beside_only: bool) -> "http2.Connection | None":
         """One for this request, None if it is for gRPC's library."""
         if not all(map(_is_plain, metadata)):
             return None
         while (connection := self._waiting()) is not None:
-            if connection.is_still_usable() and connection.has_room(_PREFIX_BYTES + len(data)):
+            is_wanted = connection.path == self._beside or not beside_only
+            if is_wanted and connection.is_still_usable() and connection.has_room(_PREFIX_BYTES + len(data)):
                 return connection
             connection.close()
-        connection = self._connected()
+        connection = self._connected(beside_only=beside_only)
         if connection is None or connection.has_room(_PREFIX_BYTES + len(data)):
             return connection
         connection.close()
         return None
 
-    def _connected(self) -> "http2.Connection | None":
+    def _connected(self, *, beside_only: bool) -> "http2.Connection | None":
         """A new one."""
         try:
             connection = http2.Connection(self._beside)
@@ -146,32 +159,85 @@ class LocalChannel:
             connection.close()  # somebody else's: it is in a directory of everybody's
         except (http2.NobodyThereError, OSError):  # in the middle of an upgrade, or it has none
             pass
-        if not self._is_brief:
+        if beside_only or not self._is_brief:
             return None
         try:
             return http2.Connection(self._path)
         except http2.NobodyThereError as e:
             raise _failure("UNAVAILABLE", f"failed to connect to all addresses; last error: {e}") from e
 
-    def _answer(self, connection: "http2.Connection", headers: "Sequence[Field]", data: bytes) -> bytes:
+    def hold(self, connection: "http2.Connection") -> None:
+        """A call is made on it. Raises ValueError if the channel is closed."""
         self._busy.add(connection)
-        try:
-            self._check_open()  # who has closed it since may have seen no call
-            answer = _answer(connection, headers, data)
-        except BaseException as e:
-            connection.close()
-            if self._is_closed and isinstance(e, Exception):
-                raise _failure("CANCELLED", "Channel closed!") from e
-            raise
-        finally:
-            self._busy.discard(connection)
-        if connection.is_usable:
+        self._check_open()  # who has closed it since may have seen no call
+
+    def let_go(self, connection: "http2.Connection", *, has_ended: bool) -> None:
+        """The call is over; has_ended: by all of its answer, so that the connection may serve for another one."""
+        self._busy.discard(connection)
+        if has_ended and connection.is_usable:
             self._idle.append(connection)
         else:
             connection.close()
         if self._is_closed:
             self._hang_up(for_good=True)
-        return answer
+
+    def failure(self, e: Exception) -> Exception:
+        """What a call fails with that this has befallen."""
+        if self._is_closed:
+            return _failure("CANCELLED", "Channel closed!")
+        match e:
+            case http2.GoneAwayError():
+                return _failure("UNAVAILABLE", "Stream removed (GOAWAY received)")
+            case EOFError() | OSError():
+                return _failure("UNAVAILABLE", "Socket closed")
+            case ValueError():
+                return _failure("INTERNAL", str(e))
+        return e
+
+
+class _Begun:
+    """A call that is made on a connection of its own from now on. Raises grpc.RpcError."""
+
+    def __init__(
+        self, channel: LocalChannel, connection: "http2.Connection", headers: "Sequence[Field]", data: bytes
+    ) -> None:
+        self._channel = channel
+        self._connection: http2.Connection | None = connection
+        try:
+            channel.hold(connection)
+            self._stream = connection.call(headers, b"\0" + len(data).to_bytes(4) + data)
+        except BaseException as e:
+            self._end(has_ended=False)
+            if isinstance(e, Exception):
+                raise channel.failure(e) from e
+            raise
+
+    def answers(self) -> Iterator[bytes]:
+        """As they come; once."""
+        connection, has_ended = self._connection, False
+        if connection is None:
+            return
+        try:
+            yield from _answers(connection, self._stream)
+            has_ended = True
+        except Exception as e:
+            raise self._channel.failure(e) from e
+        finally:
+            self._end(has_ended=has_ended)
+
+    def cancel(self) -> None:
+        """End it, from any thread."""
+        if (connection := self._connection) is not None:
+            connection.interrupt()
+
+    def __del__(self) -> None:
+        """Of one whose answers nobody wants."""
+        self._end(has_ended=False)
+
+    def _end(self, *, has_ended: bool) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._channel.let_go(connection, has_ended=has_ended)
 
 
 class _UnaryCalls:
@@ -203,6 +269,57 @@ class _UnaryCalls:
         return self._channel.library.unary_unary(self._method, **self._functions)
 
 
+class _Conversations:
+    """As a grpc.StreamStreamMultiCallable. Who has more than one request to send is for the library."""
+
+    def __init__(self, channel: LocalChannel, method: str, functions: dict[str, Any]) -> None:
+        self._channel = channel
+        self._method = method
+        self._functions = functions
+
+    def __call__(self, requests: Iterator[object], metadata: Metadata | None = None, **options: Any) -> object:
+        if options or length_hint(requests) != 1:
+            return self._made()(requests, metadata=tuple(metadata or ()), **options)
+        request = next(requests)
+
+        def by_library() -> Any:
+            return self._made()(iter((request,)), metadata=tuple(metadata or ()))
+
+        data = self._functions["request_serializer"](request)
+        begun = self._channel.begin(self._method, data, metadata or (), beside_only=True)
+        if begun is None:
+            return by_library()
+        return _Answers(begun, self._functions["response_deserializer"], by_library)
+
+    def _made(self) -> "grpc.StreamStreamMultiCallable[Any, Any]":
+        return self._channel.library.stream_stream(self._method, **self._functions)
+
+
+class _Answers:
+    """As a grpc._CallIterator, as far as it is read: once."""
+
+    def __init__(self, begun: _Begun, parse: Callable[[bytes], object], by_library: Callable[[], Any]) -> None:
+        """by_library: makes the call anew, if the server has left and not begun it."""
+        self._call: Any = begun
+        self._begun, self._parse, self._by_library = begun, parse, by_library
+        self._is_cancelled = False
+
+    def __iter__(self) -> Iterator[object]:
+        try:
+            yield from map(self._parse, self._begun.answers())
+        except Exception as e:
+            if not isinstance(e.__cause__, http2.GoneAwayError) or self._is_cancelled:
+                raise
+            self._call = self._by_library()
+        if self._call is not self._begun:
+            yield from self._call
+
+    def cancel(self) -> None:
+        """End it, from any thread."""
+        self._is_cancelled = True
+        self._call.cancel()
+
+
 def _is_plain(pair: tuple[str, str | bytes]) -> bool:
     """Whether it is sent as it is; the library knows what to do with another."""
     key, value = pair
@@ -215,43 +332,41 @@ def _headers(method: str, metadata: Metadata) -> "Sequence[Field]":
     return (*_HEADERS, (b":path", method.encode()), *((key.encode(), value.encode()) for key, value in metadata))
 
 
-def _answer(connection: "http2.Connection", headers: "Sequence[Field]", data: bytes) -> bytes:
-    """Raises grpc.RpcError; what is left on the connection then, nobody knows."""
+def _answers(connection: "http2.Connection", stream: int) -> Iterator[bytes]:
+    """Raises grpc.RpcError, and what the connection raises; what is left on it then, nobody knows."""
     body = bytearray()
-    try:
-        stream = connection.call(headers, b"\0" + len(data).to_bytes(4) + data)
-        while True:
-            kind, flags, payload = connection.answer(stream)
-            if kind == frames.RESET:
-                raise _reset(int.from_bytes(payload))
-            fields = dict(connection.decode(payload)) if kind == frames.HEADERS else {}
-            if kind == frames.DATA:
-                body += payload
-                _check_length(body)
-            if flags & frames.ENDS_STREAM or fields.get(b":status", _OK) != _OK:
-                _check(fields)
-                return _message(body)
-    except http2.GoneAwayError as e:
-        raise _failure("UNAVAILABLE", "Stream removed (GOAWAY received)") from e
-    except (EOFError, OSError) as e:
-        raise _failure("UNAVAILABLE", "Socket closed") from e
-    except ValueError as e:
-        raise _failure("INTERNAL", str(e)) from e
+    while True:
+        kind, flags, payload = connection.answer(stream)
+        if kind == frames.RESET:
+            raise _reset(int.from_bytes(payload))
+        fields = dict(connection.decode(payload)) if kind == frames.HEADERS else {}
+        if kind == frames.DATA:
+            body += payload
+            while (message := _taken(body)) is not None:
+                yield message
+        if flags & frames.ENDS_STREAM or fields.get(b":status", _OK) != _OK:
+            _check(fields)
+            if body:
+                raise ValueError("what came last is no whole answer")
+            return
 
 
-def _check_length(body: bytearray) -> None:
-    """Raises grpc.RpcError."""
+def _taken(body: bytearray) -> bytes | None:
+    """The first message that is there wholly. Raises grpc.RpcError, ValueError."""
+    if len(body) < _PREFIX_BYTES:
+        return None
     length = int.from_bytes(body[1:_PREFIX_BYTES])
-    if len(body) >= _PREFIX_BYTES and length > MAX_MESSAGE_BYTES:
+    if length > MAX_MESSAGE_BYTES:
         text = f"CLIENT: Received message larger than max ({length} vs. {MAX_MESSAGE_BYTES})"
         raise _failure("RESOURCE_EXHAUSTED", text)
-
-
-def _message(body: bytearray) -> bytes:
-    """The one that has come. Raises ValueError."""
-    if len(body) < _PREFIX_BYTES or body[0] or int.from_bytes(body[1:_PREFIX_BYTES]) != len(body) - _PREFIX_BYTES:
-        raise ValueError("what came is not one answer, as it is")
-    return bytes(body[_PREFIX_BYTES:])
+    if body[0]:
+        raise ValueError("what came is compressed")
+    end = _PREFIX_BYTES + length
+    if len(body) < end:
+        return None
+    message = bytes(memoryview(body)[_PREFIX_BYTES:end])
+    del body[:end]
+    return message
 
 
 def _check(trailers: "dict[bytes, bytes]") -> None:

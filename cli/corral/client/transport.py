@@ -95,6 +95,12 @@ class Transport:
         """A conversation: `requests` are sent as they come, its answers are iterated."""
         return Exchange(method(requests, metadata=self._metadata), self.address)
 
+    def ask[Request, Answer](
+        self, method: "grpc.StreamStreamMultiCallable[Request, Answer]", request: Request
+    ) -> "Exchange[Answer]":
+        """A conversation in which nothing more is said than `request`. Its answers are to be read at once."""
+        return self.exchange(method, iter((request,)))
+
     def close(self) -> None:
         """Ends the channel and what still runs on it."""
         self.channel.close()

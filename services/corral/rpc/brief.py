@@ -1,7 +1,7 @@
-"""Calls with one request and one answer without gRPC's library, at a socket beside each unix socket of ours.
+"""Calls with one request without gRPC's library, at a socket beside each unix socket of ours.
 
-The library brings a call to the loop, and its answer back, by way of three threads; here both ways are in the loop. The
-wire is the same, gRPC over HTTP/2 (corral.rpc.brief_connection), and so are gates, metadata and errors.
+The library brings a call to the loop, and what it answers back, by way of three threads; here both ways are in the
+loop. The wire is the same, gRPC over HTTP/2 (corral.rpc.brief_connection), and so are gates, metadata and errors.
 
 Our client looks for this socket first (corral.client.local_channel). What it has other calls for is at gRPC's own, and
 so is everything while this one is not there: from the beginning of an upgrade until the next program serves.

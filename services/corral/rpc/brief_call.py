@@ -3,7 +3,7 @@
 import asyncio
 import binascii
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import quote_from_bytes
 
@@ -18,6 +18,8 @@ from corral.rpc.local_call import Aborted, CallContext, parsed, serialised
 log = structlog.get_logger()
 
 type Find = Callable[[str], Handler | None]
+type Say = Callable[[bytes], Awaitable[None]]
+"""Sends a message, with its prefix, of several; waits for room."""
 
 PREFIX_BYTES = 5
 """Of a message: whether it is compressed, and its length."""
@@ -31,6 +33,10 @@ _PLAIN = bytes(each for each in range(0x20, 0x7F) if each != ord("%"))
 _NOT_OURS = frozenset(("te", "content-type", "user-agent"))
 
 
+BEGINNING: Sequence[Field] = ((b":status", b"200"), (b"content-type", b"application/grpc"))
+"""Of an answer."""
+
+
 class Failure(NamedTuple):
     """How a call ends that has no answer."""
 
@@ -38,12 +44,11 @@ class Failure(NamedTuple):
     details: str
     trailers: Metadata = ()
 
-    def fields(self) -> Sequence[Field]:
-        """As header fields."""
+    def fields(self, *, has_begun: bool) -> Sequence[Field]:
+        """As header fields: of all that is answered, or of what follows an answer that has begun."""
         number, _ = self.code.value
         return (
-            (b":status", b"200"),
-            (b"content-type", b"application/grpc"),
+            *(() if has_begun else BEGINNING),
             (b"grpc-status", str(number).encode()),
             (b"grpc-message", quote_from_bytes(self.details.encode("utf-8", "replace"), safe=_PLAIN).encode()),
             *((key.encode(), _encoded(value)) for key, value in self.trailers),
@@ -57,6 +62,12 @@ class Call(CallContext):
         super().__init__(metadata, timeout_s)
         self.method = method
         self.timeout_s = timeout_s
+        self.handler: Handler
+        self.say: Say
+
+    async def write(self, message: Any) -> None:
+        """For handlers that write their responses."""
+        await self.say(_prefixed(serialised(self.handler, message)))
 
     def peer(self) -> str:
         return "unix:"
@@ -94,13 +105,14 @@ def too_large(body: bytearray) -> Failure | None:
     return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
 
 
-async def answer(find: Find, call: Call, body: bytearray) -> bytes | Failure:
-    """The answer as a message, with its prefix."""
+async def answer(find: Find, call: Call, body: bytearray, say: Say) -> bytes | Failure:
+    """The answer as a message, with its prefix; of several nothing, once all were said."""
     if len(body) < PREFIX_BYTES or body[0] or int.from_bytes(body[1:PREFIX_BYTES]) != len(body) - PREFIX_BYTES:
         return Failure(grpc.StatusCode.INTERNAL, "what came is not one request, as it is")
     handler = find(call.method)
-    if handler is None or handler.unary_unary is None:
+    if handler is None:
         return Failure(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+    call.handler, call.say = handler, say
     try:
         if call.timeout_s is None:
             return await _answered(handler, call, bytes(body[PREFIX_BYTES:]))
@@ -115,9 +127,29 @@ async def answer(find: Find, call: Call, body: bytearray) -> bytes | Failure:
         return Failure(grpc.StatusCode.INTERNAL, f"{type(e).__name__}: {e}")
 
 
-async def _answered(handler: Handler, call: Call, request: bytes) -> bytes:
-    behaviour: Any = handler.unary_unary
-    data = serialised(handler, await behaviour(parsed(handler, request), call))
+async def _answered(handler: Handler, call: Call, data: bytes) -> bytes:
+    """What streams was wrapped by corral.rpc.interceptor, and so writes its responses."""
+    request = parsed(handler, data)
+    asked = _alone(request) if handler.request_streaming else request
+    behaviour: Any = getattr(handler, _BEHAVIOURS[handler.request_streaming, handler.response_streaming])
+    response = await behaviour(asked, call)
+    return b"" if handler.response_streaming else _prefixed(serialised(handler, response))
+
+
+_BEHAVIOURS = {
+    (False, False): "unary_unary",
+    (False, True): "unary_stream",
+    (True, False): "stream_unary",
+    (True, True): "stream_stream",
+}
+"""Of a handler: what it has by whether it takes, and gives, several messages."""
+
+
+async def _alone(request: Any) -> AsyncIterator[Any]:
+    yield request
+
+
+def _prefixed(data: bytes) -> bytes:
     return b"\0" + len(data).to_bytes(4) + data
 
 

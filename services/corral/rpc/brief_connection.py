@@ -1,4 +1,4 @@
-"""HTTP/2 on a server's side, as far as calls with one request and one answer need it. Source: RFC 9113.
+"""HTTP/2 on a server's side, as far as calls with one request need it. Source: RFC 9113.
 
 the client --> preface, settings
            <-- settings, at once
@@ -9,11 +9,12 @@ the client --> preface, settings
 import asyncio
 import contextvars
 from collections.abc import Sequence
+from functools import partial
 
 import grpc
 import structlog
 
-from corral.rpc.brief_call import Call, Failure, Find, answer, read, too_large
+from corral.rpc.brief_call import BEGINNING, Call, Failure, Find, answer, read, too_large
 from corral.rpc.frames import (
     ACKNOWLEDGES,
     CONTINUATION,
@@ -50,7 +51,7 @@ _LIMITS = MAX_STREAMS.to_bytes(2) + MOST_CALLS.to_bytes(4) + INITIAL_WINDOW.to_b
 _GREETING = frame(SETTINGS, 0, 0, _LIMITS) + frame(WINDOW, 0, 0, (_WINDOW - DEFAULT_WINDOW).to_bytes(4))
 _MOST_FIELDS = 64 << 10
 """Bytes of one block of header fields: what is packed in it must not keep the loop for long."""
-_ANSWER = encode(((b":status", b"200"), (b"content-type", b"application/grpc")))
+_ANSWER = encode(BEGINNING)
 _SHORT, _MOST_KNOWN = 1024, 256
 """Blocks of header fields that are remembered."""
 _known: dict[bytes, Sequence[Field]] = {}
@@ -61,7 +62,7 @@ _CANCELLED = Failure(grpc.StatusCode.CANCELLED, "the call was cancelled within c
 class _Stream:
     """One call."""
 
-    __slots__ = ("asked", "body", "sent", "taken", "task", "unsent", "window")
+    __slots__ = ("asked", "body", "end_of_answer", "has_begun", "room", "taken", "task", "unsent", "window")
 
     def __init__(self, asked: Call | Failure, window: int) -> None:
         self.asked = asked
@@ -69,10 +70,19 @@ class _Stream:
         self.body = bytearray()
         self.taken = 0
         self.task: asyncio.Task[None] | None = None
+        self.has_begun = False
+        """Whether any of the answer was sent."""
         self.unsent = memoryview(b"")
         """Of the answer: what there was no room for yet."""
-        self.sent: asyncio.Future[None] | None = None
-        """When there was."""
+        self.end_of_answer = b""
+        """Fields, once it is whole."""
+        self.room: asyncio.Future[None] | None = None
+        """When there is some: for who waits for it."""
+
+    def tell_of_room(self) -> None:
+        """Perhaps: who waits for it is to look."""
+        if self.room is not None and not self.room.done():
+            self.room.set_result(None)
 
     def end(self) -> None:
         """The client is gone, or wants no answer any more."""
@@ -109,7 +119,7 @@ class Connection(asyncio.Protocol):
     def leave(self, *, may_come_again: bool) -> None:
         """What was written is still sent. may_come_again: with calls whose answers have not begun."""
         if may_come_again:
-            begun = max((stream for stream, each in self._streams.items() if each.unsent), default=0)
+            begun = max((stream for stream, each in self._streams.items() if each.has_begun), default=0)
             self._transport.write(frame(GOAWAY, 0, 0, begun.to_bytes(4) + bytes(4)))
         self._transport.close()
 
@@ -146,6 +156,8 @@ class Connection(asyncio.Protocol):
         if not self._transport.is_closing():
             self._transport.resume_reading()
             self.data_received(b"")
+        for each in self._streams.values():
+            each.tell_of_room()
 
     # What comes
 
@@ -275,51 +287,74 @@ class Connection(asyncio.Protocol):
     async def _serve(self, stream: int, found: _Stream, call: Call) -> None:
         told: bytes | Failure = _CANCELLED
         try:
-            told = await answer(self._find, call, found.body)
+            told = await answer(self._find, call, found.body, partial(self._say, stream, found))
         finally:
             self._tell(stream, found, told)
-        if found.unsent:  # until then the call is not over for who waits for the last of them
-            found.sent = asyncio.get_running_loop().create_future()
-            await found.sent
+        while found.unsent:  # until then the call is not over for who waits for the last of them
+            await self._room(found)
+
+    async def _say(self, stream: int, found: _Stream, message: bytes) -> None:
+        while found.unsent or self._is_held:
+            await self._room(found)
+        if self._streams.get(stream) is found:  # else nobody waits for it
+            found.unsent = memoryview(message)
+            self._send(stream, found)
+
+    async def _room(self, found: _Stream) -> None:
+        found.room = asyncio.get_running_loop().create_future()
+        await found.room
 
     def _tell(self, stream: int, found: _Stream, told: bytes | Failure) -> None:
         if self._streams.get(stream) is not found:
-            return  # nobody waits for it
-        if isinstance(told, Failure):
+            found.unsent = memoryview(b"")  # nobody waits for it
+            return
+        if not isinstance(told, Failure):
+            found.end_of_answer = _ALL_WENT_WELL
+            if told:
+                found.unsent = memoryview(told)
+        elif found.has_begun:
+            found.end_of_answer = encode(told.fields(has_begun=True))
+        else:
             self._fail(stream, told)
             return
-        found.unsent = memoryview(told)
-        self._send(stream, found, frame(HEADERS, ENDS_HEADERS, stream, _ANSWER))
+        self._send(stream, found)
 
     def _fail(self, stream: int, failure: Failure) -> None:
         del self._streams[stream]
-        block = encode(failure.fields())
-        frames, flags = [], ENDS_STREAM
-        for kind, at in ((CONTINUATION if at else HEADERS, at) for at in range(0, len(block), MAX_FRAME)):
-            ends = ENDS_HEADERS if at + MAX_FRAME >= len(block) else 0
-            frames.append(frame(kind, flags | ends, stream, block[at : at + MAX_FRAME]))
-            flags = 0
-        self._transport.write(b"".join(frames))
+        self._transport.write(_last(stream, encode(failure.fields(has_begun=False))))
 
     def _send_more(self) -> None:
         for stream, found in tuple(self._streams.items()):
             if found.unsent:
                 self._send(stream, found)
 
-    def _send(self, stream: int, found: _Stream, before: bytes = b"") -> None:
+    def _send(self, stream: int, found: _Stream) -> None:
         """As much of the answer as there is room for."""
         length = max(0, min(self._may_send, found.window, len(found.unsent)))
         parts = [found.unsent[at : min(at + MAX_FRAME, length)] for at in range(0, length, MAX_FRAME)]
-        frames = [before, *(frame(DATA, 0, stream, part) for part in parts)]
+        frames = [frame(DATA, 0, stream, part) for part in parts]
+        if not found.has_begun:
+            found.has_begun = True
+            frames.insert(0, frame(HEADERS, ENDS_HEADERS, stream, _ANSWER))
         self._may_send -= length
         found.window -= length
         found.unsent = found.unsent[length:]
         if not found.unsent:
-            del self._streams[stream]
-            frames.append(frame(HEADERS, ENDS_STREAM | ENDS_HEADERS, stream, _ALL_WENT_WELL))
-            if found.sent is not None and not found.sent.done():
-                found.sent.set_result(None)
+            found.tell_of_room()
+            if found.end_of_answer:
+                del self._streams[stream]
+                frames.append(_last(stream, found.end_of_answer))
         self._transport.write(b"".join(frames))
+
+
+def _last(stream: int, block: bytes) -> bytes:
+    """The frames of header fields that end a stream."""
+    frames, flags = [], ENDS_STREAM
+    for kind, at in ((CONTINUATION if at else HEADERS, at) for at in range(0, len(block), MAX_FRAME)):
+        ends = ENDS_HEADERS if at + MAX_FRAME >= len(block) else 0
+        frames.append(frame(kind, flags | ends, stream, block[at : at + MAX_FRAME]))
+        flags = 0
+    return b"".join(frames)
 
 
 def _unpadded(flags: int, payload: bytes) -> bytes:

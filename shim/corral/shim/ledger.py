@@ -62,13 +62,15 @@ class Ledger:
         return records.exists(self._directory, records.UNATTENDED)
 
     def write_exit(self, ended: records.Exit) -> None:
-        """How a process ended; on disk before this returns."""
-        step = "shim.exec_exit" if ended.exec_id else "shim.exit"
+        """How a process ended: on disk before this returns if it is the container. An exec's is there
+        for who comes after this process; a loss of power may take it, as it takes the exec."""
+        is_exec = bool(ended.exec_id)
+        name, step = records.exit_file(ended.exec_id), "shim.exec_exit" if is_exec else "shim.exit"
         try:
-            records.write_json(self._directory, records.exit_file(ended.exec_id), ended.to_json(), step=step)
+            records.write_json(self._directory, name, ended.to_json(), step=step, durable=not is_exec)
         except OSError as e:
             # The event still tells; without a disk there is nothing better.
-            report.write(self._directory, f"{records.exit_file(ended.exec_id)}: {e}")
+            report.write(self._directory, f"{name}: {e}")
 
     def remove_exit(self, exec_id: str) -> None:
         """Nobody asks for it any more."""

@@ -300,7 +300,7 @@ class Containers:
 
         process = exec_request(container, args, env=env, working_dir=working_dir, user=user)
         collected = Collected()
-        async for part in self.exec_run(Execution(process)):
+        async for part in self._engine.ask(self._stub.ExecRun, Execution(process).first_request()):
             collected.add(part)
         return collected.result()
 
