@@ -70,6 +70,15 @@ def test_an_exit_survives_the_database_and_reads_what_shims_write():
             Exit.from_shim(bad)
 
 
+def test_an_end_that_a_loss_of_power_has_emptied_is_one_that_nobody_saw(tmp_path: Path):
+    """An exec's is not waited for until it is on disk; its name may be there without it."""
+    bundle = Bundles(tmp_path, tmp_path).of(KEY)
+    execs = bundle.path / "execs"
+    execs.mkdir(parents=True)
+    (execs / "e1.json").touch()
+    assert bundle.exec_exit("e1") is None
+
+
 def test_an_unknown_exit_is_marked_as_such():
     how = Exit.unknown("why", exited_at_ns=1)
     assert (how.code, how.known, how.reason) == (255, False, "why")

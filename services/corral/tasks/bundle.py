@@ -197,9 +197,10 @@ def _names(parent: Path) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, object]:
-    """The JSON object in a file; empty if there is none. A shim renames its files into place, so none is half there."""
+    """The JSON object in a file; empty if there is none. A shim renames its files into place, so none is half there;
+    where power was lost, one may be that has nothing in it."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes() or b"{}")
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError as e:
