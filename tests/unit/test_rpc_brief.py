@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 import pytest_asyncio
+from support.peer import Peer
 
 from corral.client.http2 import Connection, NobodyThereError
 from corral.client.transport import BriefTransport, Transport
@@ -353,65 +354,9 @@ async def test_what_is_malformed_ends_that_connection_alone(hosted: Hosted, said
         assert await hosted.call(channel.unary_unary(f"/{SERVICE}/Echo"), b"x") == b"x"
 
 
-class Peer:
-    """Who speaks HTTP/2 as it likes, and hears only what it asks for."""
-
-    def __init__(self, path: Path, *settings: tuple[int, int]) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(PATIENCE_S)
-        self._socket.connect(beside(str(path)))
-        given = b"".join(number.to_bytes(2) + value.to_bytes(4) for number, value in settings)
-        self.say(PREFACE + frame(SETTINGS, 0, 0, given))
-        self._stream = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.close()
-
-    def say(self, data: bytes) -> None:
-        self._socket.sendall(data)
-
-    def say_what_is_taken(self, data: bytes, most: int) -> int:
-        """Over and over, until nobody has taken any for a second; how much was."""
-        self._socket.settimeout(1)
-        said = 0
-        while said < most:
-            try:
-                said += self._socket.send(data)
-            except TimeoutError:
-                break
-        return said
-
-    def ask(self, name: str, request: bytes, *more: tuple[bytes, bytes]) -> int:
-        """The number of its stream."""
-        self._stream += 2
-        fields = encode([(b":method", b"POST"), (b":path", f"/{SERVICE}/{name}".encode()), *more])
-        body = b"\0" + len(request).to_bytes(4) + request
-        self.say(frame(HEADERS, 4, self._stream, fields) + frame(DATA, 1, self._stream, body))
-        return self._stream
-
-    def hear(self, *kinds: int) -> tuple[int, bytes]:
-        """Stream and payload of the next frame of these kinds."""
-        while True:
-            head = self._exactly(9)
-            payload = self._exactly(int.from_bytes(head[:3]))
-            if head[3] in kinds:
-                return int.from_bytes(head[5:]), payload
-
-    def _exactly(self, length: int) -> bytes:
-        data = b""
-        while len(data) < length:
-            more = self._socket.recv(length - len(data))
-            assert more, "it hung up"
-            data += more
-        return data
-
-
 async def test_who_does_not_read_is_not_read_from(hosted: Hosted) -> None:
     def talk() -> int:
-        with Peer(hosted.path) as peer:
+        with Peer(hosted.path, SERVICE) as peer:
             return peer.say_what_is_taken(frame(PING, 0, 0, bytes(16384)), 64 << 20)
 
     assert await hosted.call(talk) < 8 << 20
@@ -421,7 +366,7 @@ async def test_who_reads_late_is_answered_all(hosted: Hosted) -> None:
     pings = 200
 
     def talk() -> int:
-        with Peer(hosted.path) as peer, ThreadPoolExecutor(1) as other:
+        with Peer(hosted.path, SERVICE) as peer, ThreadPoolExecutor(1) as other:
             saying = other.submit(peer.say, frame(PING, 0, 0, bytes(16384)) * pings)
             with pytest.raises(TimeoutError):
                 saying.result(timeout=1)
@@ -435,7 +380,7 @@ async def test_who_reads_late_is_answered_all(hosted: Hosted) -> None:
 
 
 async def test_a_window_that_grows_by_bytes_costs_no_copy_of_the_rest(hosted: Hosted) -> None:
-    with await hosted.call(Peer, hosted.path, (INITIAL_WINDOW, 1)) as peer:
+    with await hosted.call(Peer, hosted.path, SERVICE, (INITIAL_WINDOW, 1)) as peer:
         number = await hosted.call(peer.ask, "Large", (15 << 20).to_bytes(4))
         await hosted.call(peer.hear, DATA)
         [connection] = hosted.host._brief._connections
@@ -447,7 +392,7 @@ async def test_a_window_that_grows_by_bytes_costs_no_copy_of_the_rest(hosted: Ho
 
 
 async def test_what_was_begun_to_be_answered_is_not_to_be_asked_again(hosted: Hosted) -> None:
-    with await hosted.call(Peer, hosted.path, (INITIAL_WINDOW, 10)) as peer:
+    with await hosted.call(Peer, hosted.path, SERVICE, (INITIAL_WINDOW, 10)) as peer:
         begun = await hosted.call(peer.ask, "Echo", bytes(100))
         await hosted.call(peer.hear, DATA)
         await hosted.call(peer.ask, "Wait", b"")
@@ -460,7 +405,7 @@ async def test_what_was_begun_to_be_answered_is_not_to_be_asked_again(hosted: Ho
 
 
 async def test_the_rest_of_an_answer_is_waited_for(hosted: Hosted) -> None:
-    with await hosted.call(Peer, hosted.path, (INITIAL_WINDOW, 10)) as peer:
+    with await hosted.call(Peer, hosted.path, SERVICE, (INITIAL_WINDOW, 10)) as peer:
         stream = await hosted.call(peer.ask, "Echo", bytes(100))
         await hosted.call(peer.hear, DATA)
         [gate] = {each.gate for each in hosted.host._hosted}
@@ -477,7 +422,7 @@ async def test_the_rest_of_an_answer_is_waited_for(hosted: Hosted) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 async def test_header_fields_without_measure_are_refused(hosted: Hosted, packed: bool) -> None:
     def talk() -> tuple[int, bytes]:
-        with Peer(hosted.path) as peer:
+        with Peer(hosted.path, SERVICE) as peer:
             peer.ask("Echo", b"x", *[(b"x", bytes(100))] * 5)
             peer.hear(DATA)
             if packed:  # an entry of 4000 bytes, by a byte each time

@@ -2,9 +2,11 @@
 
 import asyncio
 import gc
+import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,14 @@ import grpc
 import grpc.aio
 import pytest
 import pytest_asyncio
+from support.peer import Peer
 
+from corral.client.http2 import Connection
 from corral.client.transport import Transport
 from corral.rpc.address import UnixAddress, beside
+from corral.rpc.brief_connection import _Stream
 from corral.rpc.errors import NotFound, Unavailable
+from corral.rpc.frames import DATA, INITIAL_WINDOW, RESET, WINDOW, frame
 from corral.rpc.server import Host
 
 SERVICE = "corral.test.v1.Streams"
@@ -34,6 +40,7 @@ class Talker:
         self.after_requests = asyncio.Event()
         self.cancelled = asyncio.Event()
         self.held = asyncio.Event()
+        self.left = asyncio.Event()
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         handlers = {
@@ -42,6 +49,8 @@ class Talker:
             "Gather": grpc.stream_unary_rpc_method_handler(self.gather),
             "Fail": grpc.stream_stream_rpc_method_handler(self.fail),
             "Wait": grpc.stream_stream_rpc_method_handler(self.wait),
+            "Think": grpc.stream_stream_rpc_method_handler(self.think),
+            "Linger": grpc.stream_stream_rpc_method_handler(self.linger),
         }
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
         return [SERVICE]
@@ -87,6 +96,19 @@ class Talker:
             self.cancelled.set()
             raise
         await context.write(b"end")
+
+    async def think(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        self.calls += 1
+        await self.held.wait()
+        await context.write(await anext(aiter(requests)))
+
+    async def linger(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        try:
+            await self.talk(requests, context)
+        except asyncio.CancelledError:
+            with suppress(asyncio.CancelledError):
+                await context.write(b"bye")
+            self.left.set()
 
 
 class Hosted:
@@ -173,7 +195,7 @@ async def test_who_reads_slowly_holds_who_speaks(hosted: Hosted, ask: Callable[[
         while said != hosted.talker.said:
             said = hosted.talker.said
             await asyncio.sleep(0.2)
-    assert said < 300
+    assert said < 900
     rest = await hosted.call(list, answers)
     assert len(rest) == 999
 
@@ -198,6 +220,119 @@ async def test_who_is_held_and_cancelled_says_no_more(hosted: Hosted, ask: Calla
         await hosted.talker.cancelled.wait()
         while any(each._streams for each in hosted.host._brief._connections):  # noqa: ASYNC110  # nobody tells
             await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("hangs_up", [False, True])
+async def test_who_is_held_and_lingers_is_not_held_for_good(hosted: Hosted, hangs_up: bool) -> None:
+    with await hosted.call(Peer, hosted.path, SERVICE, (INITIAL_WINDOW, 10)) as peer:
+        stream = await hosted.call(peer.ask, "Linger", b"2 100")
+        await hosted.call(peer.hear, DATA)
+        if not hangs_up:
+            await hosted.call(peer.say, frame(RESET, 0, stream, (8).to_bytes(4)))
+            async with asyncio.timeout(PATIENCE_S):
+                await hosted.talker.left.wait()
+    async with asyncio.timeout(PATIENCE_S):
+        await hosted.talker.left.wait()
+
+
+async def test_who_speaks_much_lets_others_speak(hosted: Hosted) -> None:
+    def talk() -> Counter[int]:
+        with Peer(hosted.path, SERVICE, (INITIAL_WINDOW, 0x7FFFFFFF)) as peer:
+            peer.say(frame(WINDOW, 0, 0, (1 << 30).to_bytes(4)))
+            for _ in range(3):
+                peer.ask("Talk", b"1000 200000")
+            return Counter(peer.hear(DATA)[0] for _ in range(1000))
+
+    heard = await hosted.call(talk)
+    assert len(heard) == 3
+    assert min(heard.values()) > 200
+
+
+async def test_a_call_that_is_over_leaves_nothing_behind(hosted: Hosted, transport: Transport) -> None:
+    method = transport.channel.stream_stream(f"/{SERVICE}/Talk", **FUNCTIONS)
+    gc.collect()
+    gc.disable()
+    try:
+        assert len(await hosted.call(lambda: list(transport.ask(method, b"3 1")))) == 3
+        assert not [each for each in gc.get_objects() if type(each) is _Stream]
+    finally:
+        gc.enable()
+
+
+async def test_who_cancels_too_late_ends_no_other_call(
+    hosted: Hosted, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancels, goes_on = threading.Event(), threading.Event()
+    interrupt = Connection.interrupt
+
+    def slowly(connection: Connection) -> None:
+        cancels.set()
+        assert goes_on.wait(PATIENCE_S)
+        interrupt(connection)
+
+    monkeypatch.setattr(Connection, "interrupt", slowly)
+    method = transport.channel.stream_stream(f"/{SERVICE}/Wait", **FUNCTIONS)
+    call: Any = await hosted.call(method, iter((b"x",)))
+    answers = iter(call)
+    assert await hosted.call(next, answers) == b"x"
+    cancelling = asyncio.ensure_future(hosted.call(call.cancel))
+    assert await hosted.call(cancels.wait, PATIENCE_S)
+    hosted.talker.held.set()
+    assert await hosted.call(list, answers) == [b"end"]
+    hosted.talker.held.clear()
+    others = iter(await hosted.call(method, iter((b"y",))))
+    assert await hosted.call(next, others) == b"y"
+    goes_on.set()
+    await cancelling
+    hosted.talker.held.set()
+    assert await hosted.call(list, others) == [b"end"]
+
+
+async def test_who_cancels_what_is_being_made_again_ends_that(
+    hosted: Hosted, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel: Any = transport.channel
+    call = await hosted.call(channel.stream_stream(f"/{SERVICE}/Think", **FUNCTIONS), iter((b"x",)))
+    opens = channel._open_library
+
+    def cancelled_meanwhile() -> grpc.Channel:
+        call.cancel()
+        return opens()
+
+    monkeypatch.setattr(channel, "_open_library", cancelled_meanwhile)
+    answers = asyncio.ensure_future(hosted.call(list, call))
+    async with asyncio.timeout(PATIENCE_S):
+        while not hosted.talker.calls:  # noqa: ASYNC110  # nobody tells
+            await asyncio.sleep(0.001)
+    await hosted.host._brief.leave(0, may_come_again=True)
+    with pytest.raises(grpc.RpcError) as caught:
+        await answers
+    assert caught.value.code() is grpc.StatusCode.CANCELLED
+
+
+async def test_a_failure_is_not_its_own_cause(hosted: Hosted, transport: Transport) -> None:
+    method = transport.channel.stream_stream(f"/{SERVICE}/Fail", **FUNCTIONS)
+    with pytest.raises(grpc.RpcError) as caught:
+        await hosted.call(lambda: list(method(iter((b"1",)))))
+    assert caught.value.__cause__ is None
+
+
+async def test_who_has_more_to_say_is_told_at_once(hosted: Hosted) -> None:
+    """And not when it has said all, as it may wait for an answer."""
+    said = threading.Event()
+
+    def requests() -> Iterator[bytes]:
+        yield b"1 1"
+        yield b"2 2"
+        said.wait(PATIENCE_S)
+
+    with grpc.insecure_channel(f"unix:{beside(str(hosted.path))}") as channel:
+        call = channel.stream_stream(f"/{SERVICE}/Talk", **FUNCTIONS)(requests())
+        with pytest.raises(grpc.RpcError) as caught:
+            await hosted.call(list, call)
+        said.set()
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert hosted.talker.calls == 0
 
 
 async def test_who_wants_no_answers_ends_the_call(hosted: Hosted, transport: Transport) -> None:

@@ -9,9 +9,10 @@ caller does, for a server that leaves tells those who do.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from operator import length_hint
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from corral.client import http2
 from corral.rpc import frames
@@ -181,18 +182,18 @@ class LocalChannel:
         if self._is_closed:
             self._hang_up(for_good=True)
 
-    def failure(self, e: Exception) -> Exception:
-        """What a call fails with that this has befallen."""
+    def fail(self, e: Exception) -> NoReturn:
+        """Raises what a call fails with that this has befallen."""
         if self._is_closed:
-            return _failure("CANCELLED", "Channel closed!")
+            raise _failure("CANCELLED", "Channel closed!") from e
         match e:
             case http2.GoneAwayError():
-                return _failure("UNAVAILABLE", "Stream removed (GOAWAY received)")
+                raise _failure("UNAVAILABLE", "Stream removed (GOAWAY received)") from e
             case EOFError() | OSError():
-                return _failure("UNAVAILABLE", "Socket closed")
+                raise _failure("UNAVAILABLE", "Socket closed") from e
             case ValueError():
-                return _failure("INTERNAL", str(e))
-        return e
+                raise _failure("INTERNAL", str(e)) from e
+        raise e
 
 
 class _Begun:
@@ -203,13 +204,15 @@ class _Begun:
     ) -> None:
         self._channel = channel
         self._connection: http2.Connection | None = connection
+        self._uncut = [connection]
+        """Taken from here by its end or by who cuts it off, whoever comes first: it may serve for another call."""
         try:
             channel.hold(connection)
             self._stream = connection.call(headers, b"\0" + len(data).to_bytes(4) + data)
         except BaseException as e:
             self._end(has_ended=False)
             if isinstance(e, Exception):
-                raise channel.failure(e) from e
+                channel.fail(e)
             raise
 
     def answers(self) -> Iterator[bytes]:
@@ -220,15 +223,15 @@ class _Begun:
         try:
             yield from _answers(connection, self._stream)
             has_ended = True
-        except Exception as e:
-            raise self._channel.failure(e) from e
+        except Exception as e:  # noqa: BLE001 - raised as what it means
+            self._channel.fail(e)
         finally:
             self._end(has_ended=has_ended)
 
     def cancel(self) -> None:
         """End it, from any thread."""
-        if (connection := self._connection) is not None:
-            connection.interrupt()
+        with suppress(IndexError):
+            self._uncut.pop().interrupt()
 
     def __del__(self) -> None:
         """Of one whose answers nobody wants."""
@@ -236,8 +239,13 @@ class _Begun:
 
     def _end(self, *, has_ended: bool) -> None:
         connection, self._connection = self._connection, None
-        if connection is not None:
-            self._channel.let_go(connection, has_ended=has_ended)
+        if connection is None:
+            return
+        try:
+            self._uncut.pop()
+        except IndexError:
+            has_ended = False
+        self._channel.let_go(connection, has_ended=has_ended)
 
 
 class _UnaryCalls:
@@ -311,6 +319,8 @@ class _Answers:
             if not isinstance(e.__cause__, http2.GoneAwayError) or self._is_cancelled:
                 raise
             self._call = self._by_library()
+            if self._is_cancelled:
+                self._call.cancel()  # type: ignore[unreachable]  # by another thread, meanwhile
         if self._call is not self._begun:
             yield from self._call
 

@@ -96,13 +96,17 @@ def read(fields: Sequence[Field]) -> Call | Failure:
     return Call(method, tuple(metadata), timeout_s)
 
 
-def too_large(body: bytearray) -> Failure | None:
-    """Of as much of a request as has come."""
-    length = max(int.from_bytes(body[1:PREFIX_BYTES]), len(body) - PREFIX_BYTES)
-    if len(body) < PREFIX_BYTES or length <= MAX_MESSAGE_BYTES:
+def refusal(body: bytearray) -> Failure | None:
+    """Of as much of a request as has come. Whoever has another one to send may wait for an answer before the end."""
+    if len(body) < PREFIX_BYTES:
         return None
-    text = f"SERVER: Received message larger than max ({length} vs. {MAX_MESSAGE_BYTES})"
-    return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+    length = int.from_bytes(body[1:PREFIX_BYTES])
+    if length > MAX_MESSAGE_BYTES:
+        text = f"SERVER: Received message larger than max ({length} vs. {MAX_MESSAGE_BYTES})"
+        return Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+    if len(body) > PREFIX_BYTES + length:
+        return Failure(grpc.StatusCode.UNIMPLEMENTED, "calls with many requests are served at gRPC's own socket")
+    return None
 
 
 async def answer(find: Find, call: Call, body: bytearray, say: Say) -> bytes | Failure:

@@ -14,7 +14,7 @@ from functools import partial
 import grpc
 import structlog
 
-from corral.rpc.brief_call import BEGINNING, Call, Failure, Find, answer, read, too_large
+from corral.rpc.brief_call import BEGINNING, Call, Failure, Find, answer, read, refusal
 from corral.rpc.frames import (
     ACKNOWLEDGES,
     CONTINUATION,
@@ -246,9 +246,8 @@ class Connection(asyncio.Protocol):
             return  # of one that is over
         if isinstance(found.asked, Call):
             found.body += _unpadded(flags, payload)
-            if (failure := too_large(found.body)) is not None:
-                found.asked = failure
-        if flags & ENDS_STREAM:
+            found.asked = refusal(found.body) or found.asked
+        if flags & ENDS_STREAM or isinstance(found.asked, Failure):
             self._begin(stream, found)
             return
         found.taken += len(payload)
@@ -287,18 +286,21 @@ class Connection(asyncio.Protocol):
     async def _serve(self, stream: int, found: _Stream, call: Call) -> None:
         told: bytes | Failure = _CANCELLED
         try:
-            told = await answer(self._find, call, found.body, partial(self._say, stream, found))
+            told = await answer(self._find, call, found.body, partial(self._say, stream))
         finally:
             self._tell(stream, found, told)
         while found.unsent:  # until then the call is not over for who waits for the last of them
             await self._room(found)
 
-    async def _say(self, stream: int, found: _Stream, message: bytes) -> None:
-        while found.unsent or self._is_held:
+    async def _say(self, stream: int, message: bytes) -> None:
+        """Raises CancelledError if nobody waits for it any more."""
+        while (found := self._streams.get(stream)) is not None:
+            if not found.unsent and not self._is_held:
+                found.unsent = memoryview(message)
+                self._send(stream, found)
+                return
             await self._room(found)
-        if self._streams.get(stream) is found:  # else nobody waits for it
-            found.unsent = memoryview(message)
-            self._send(stream, found)
+        raise asyncio.CancelledError
 
     async def _room(self, found: _Stream) -> None:
         found.room = asyncio.get_running_loop().create_future()
@@ -329,7 +331,7 @@ class Connection(asyncio.Protocol):
                 self._send(stream, found)
 
     def _send(self, stream: int, found: _Stream) -> None:
-        """As much of the answer as there is room for."""
+        """As much of the answer as there is room for; for the next, others come first."""
         length = max(0, min(self._may_send, found.window, len(found.unsent)))
         parts = [found.unsent[at : min(at + MAX_FRAME, length)] for at in range(0, length, MAX_FRAME)]
         frames = [frame(DATA, 0, stream, part) for part in parts]
@@ -339,6 +341,7 @@ class Connection(asyncio.Protocol):
         self._may_send -= length
         found.window -= length
         found.unsent = found.unsent[length:]
+        self._streams[stream] = self._streams.pop(stream)
         if not found.unsent:
             found.tell_of_room()
             if found.end_of_answer:
