@@ -20,7 +20,8 @@ from corral.client.http2 import Connection
 from corral.client.transport import Transport
 from corral.rpc.address import UnixAddress, beside
 from corral.rpc.brief_connection import _Stream
-from corral.rpc.errors import NotFound, Unavailable
+from corral.rpc.context import only_follows
+from corral.rpc.errors import UNSERVED, NotFound, Unavailable, from_rpc_error
 from corral.rpc.frames import DATA, INITIAL_WINDOW, RESET, WINDOW, frame
 from corral.rpc.server import Host
 
@@ -49,6 +50,7 @@ class Talker:
             "Gather": grpc.stream_unary_rpc_method_handler(self.gather),
             "Fail": grpc.stream_stream_rpc_method_handler(self.fail),
             "Wait": grpc.stream_stream_rpc_method_handler(self.wait),
+            "Follow": grpc.unary_stream_rpc_method_handler(self.follow),
             "Think": grpc.stream_stream_rpc_method_handler(self.think),
             "Linger": grpc.stream_stream_rpc_method_handler(self.linger),
         }
@@ -96,6 +98,12 @@ class Talker:
             self.cancelled.set()
             raise
         await context.write(b"end")
+
+    async def follow(self, request: bytes, _context: object) -> AsyncIterator[bytes]:
+        only_follows()
+        self.calls += 1
+        await self.held.wait()
+        yield request
 
     async def think(self, requests: AsyncIterator[bytes], context: Any) -> None:
         self.calls += 1
@@ -406,6 +414,25 @@ async def test_a_call_that_an_upgrade_does_not_begin_is_made_again(tmp_path: Pat
     assert (first.talker.calls, second.talker.calls) == (1, 1)
     await first.call(transport.close)
     await second.host.stop(grace_s=0)
+
+
+async def test_who_follows_while_it_is_upgraded_is_told_so(tmp_path: Path) -> None:
+    """A client of the library's that is sent away while nobody is to be found there waits for good."""
+    hosted = Hosted(tmp_path / "socket")
+    await hosted.host.start([UnixAddress(hosted.path)])
+    with grpc.insecure_channel(f"unix:{beside(str(hosted.path))}") as channel:
+        call = channel.unary_stream(f"/{SERVICE}/Follow", **FUNCTIONS)(b"x")
+        answers = asyncio.ensure_future(hosted.call(list, call))
+        async with asyncio.timeout(PATIENCE_S):
+            while not hosted.talker.calls:  # noqa: ASYNC110  # nobody tells
+                await asyncio.sleep(0.001)
+        places = hosted.host.make_places()
+        await hosted.host.hand_over(places, grace_s=1)
+        with pytest.raises(grpc.RpcError) as caught:
+            await answers
+    assert from_rpc_error(caught.value).reason == UNSERVED
+    for place in places.values():
+        place.close()
 
 
 async def test_one_that_an_upgrade_cuts_off_is_told_so_and_not_made_again(tmp_path: Path) -> None:

@@ -70,7 +70,9 @@ class Call(CallContext):
         await self.say(_prefixed(serialised(self.handler, message)))
 
     def peer(self) -> str:
-        return "unix:"
+        """Who only listens is not to be sent away: gRPC's client (1.85) would wait for good, as for a moment nobody is
+        to be found at this socket. Ours listens at the other one."""
+        return "brief:" if self.handler.unary_stream else "unix:"
 
 
 def read(fields: Sequence[Field]) -> Call | Failure:
