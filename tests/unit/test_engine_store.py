@@ -3,7 +3,6 @@
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,7 +171,7 @@ def test_a_container_that_was_never_created_is_not_reported_as_removed(database:
 def with_parts(database: Database, *, boot: str | None = None) -> ContainerRecord:
     """A container that is CREATING and has its parts, of this boot of the machine or another."""
     insert(database, record())
-    database.write_sync(lambda tx: store.save_parts(tx, replace(record(), image_id="sha256:1")))
+    database.write_sync(lambda tx: store.save_parts(tx, record()._replace(image_id="sha256:1")))
     if boot is not None:
         database.write_sync(lambda tx: tx.execute("UPDATE container SET made_in_boot = ?", (boot,)))
     return database.read_sync(lambda view: store.get(view, NS, "a" * 64))

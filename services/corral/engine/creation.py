@@ -11,7 +11,6 @@ import asyncio
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -102,7 +101,7 @@ class Creation:
         for attempt in range(NAME_TRIES):
             if not named:
                 name = random_name()
-                record = replace(record, name=name if attempt < NAME_TRIES // 2 else f"{name}{time.time_ns() % 10000}")
+                record = record._replace(name=name if attempt < NAME_TRIES // 2 else f"{name}{time.time_ns() % 10000}")
             try:
                 await self._core.database.write(partial(store.insert_container, record=record, volumes=volumes))
             except AlreadyExists as e:
@@ -146,8 +145,7 @@ class Creation:
         failpoint("engine.create.after_parts")
         config = resolve(record.config, prepared.image.config, id_=record.id, new_volume_name=random_id)
         await self._add_volumes(record, config)
-        record = replace(
-            record,
+        record = record._replace(
             config=config,
             image_id=prepared.image.id,
             endpoint=endpoint,
@@ -159,7 +157,7 @@ class Creation:
             self._tasks.make(record, prepared.mounts, cgroup), self._put_on_disk(record, cgroup)
         )
         failpoint("engine.create.after_task")
-        created = replace(made, status=Status.CREATED)
+        created = made._replace(status=Status.CREATED)
         await self._core.database.write(lambda tx: store.save_created(tx, created))
         failpoint("engine.create.after_row")
         return created
@@ -168,7 +166,7 @@ class Creation:
         """Its tree first: whoever finds the row after a power loss takes that for granted."""
         with suppress(Unimplemented):  # an older images has done so before it answered
             await persistently(lambda: self._core.leaves.snapshots.Persist(PersistRequest()))
-        whole = replace(record, cgroup_path=(await cgroup).path)
+        whole = record._replace(cgroup_path=(await cgroup).path)
         await self._core.database.write(lambda tx: store.save_parts(tx, whole))
         failpoint("engine.create.after_parts_row")
         await self._core.database.persist()

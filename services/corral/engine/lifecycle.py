@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 
 import structlog
 
@@ -64,7 +63,7 @@ class Lifecycle:
             self._core.forget_backoff((named.namespace, named.id))
             if record.status is Status.EXITED:
                 record = await self._make_again(record)
-            return self._started(await self._run(replace(record, restart_count=0), by_user=True))
+            return self._started(await self._run(record._replace(restart_count=0), by_user=True))
 
     async def make_again(self, reference: str) -> ContainerRecord:
         """Make an ended container again, as Create leaves it, and one that was created and has lost its task; nothing
@@ -79,7 +78,7 @@ class Lifecycle:
             if record.status is not Status.EXITED and not await self._lacks_task(record):
                 return record
             self._core.forget_backoff((named.namespace, named.id))
-            made = replace(await self._make_again(record), status=Status.CREATED, restart_count=0)
+            made = (await self._make_again(record))._replace(status=Status.CREATED, restart_count=0)
             return await self._core.database.write(lambda tx: store.save_made_again(tx, made))
 
     async def _lacks_task(self, record: ContainerRecord) -> bool:
@@ -163,13 +162,13 @@ class Lifecycle:
             mounts, endpoint = await asyncio.gather(
                 persistently(lambda: leaves.snapshots.Mounts(SnapshotRequest(key=id_))), self._attach_again(record)
             )
-            record = await self._tasks.make(replace(record, endpoint=endpoint), mounts.mounts, cgroup)
+            record = await self._tasks.make(record._replace(endpoint=endpoint), mounts.mounts, cgroup)
         failpoint("engine.start.after_new_task")
         return record
 
     async def _run(self, record: ContainerRecord, *, by_user: bool, made_again: int = 0) -> ContainerRecord:
         """Start the task. The row says RUNNING first, so that an exit, however quick, finds it so."""
-        running = replace(record, status=Status.RUNNING, started_ns=time.time_ns(), finished_ns=0, exit=None)
+        running = record._replace(status=Status.RUNNING, started_ns=time.time_ns(), finished_ns=0, exit=None)
         saved, started = await asyncio.gather(
             self._save_started(running, by_user=by_user),
             self._start_task(record),

@@ -11,7 +11,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Protocol
 
 import structlog
@@ -188,7 +187,7 @@ class Recovery:
             elif task.status == tasks_pb2.STATUS_STOPPED:
                 await self._core.record_exit(now, task.exit)
             elif now.status is Status.CREATED:  # it was started, and the disk was too full to write that down
-                running = replace(now, status=Status.RUNNING, started_ns=to_ns(task.started_at))
+                running = now._replace(status=Status.RUNNING, started_ns=to_ns(task.started_at))
                 await self._core.database.write(lambda tx: store.save_started(tx, running, by_user=False))
                 self._core.on_found_running(running)
             elif now.status is Status.RUNNING:  # we died between the intent to start and the start
@@ -204,8 +203,7 @@ class Recovery:
                 return
             endpoint = await self._endpoint(record.id)
         log.info("recovery.was_started", container=record.id)
-        started = replace(
-            record,
+        started = record._replace(
             status=Status.RUNNING,
             pid=task.pid,
             started_ns=to_ns(task.started_at),

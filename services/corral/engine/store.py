@@ -6,7 +6,7 @@ tasks leaf (started, exited, paused) is not worth waiting for the disk, and a po
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from corral.api.engine.v1.engine_pb2 import ContainerConfig
@@ -81,10 +81,7 @@ CREATE TABLE merged (
     "ALTER TABLE container ADD COLUMN made_in_boot TEXT NOT NULL DEFAULT ''",
 )
 
-_COLUMNS = (
-    "namespace, id, name, status, config, created_ns, started_ns, finished_ns, pid, exit, image_id, endpoint,"
-    " cgroup_path, log_path, bundle, snapshot_driver, restart_count, stopped_by_user, retrying"
-)
+_COLUMNS = ", ".join(ContainerRecord._fields)
 _SELECT = f"SELECT {_COLUMNS} FROM container"  # noqa: S608 (constants)
 _INSERT = f"INSERT INTO container ({_COLUMNS}) VALUES ({', '.join('?' * 19)})"  # noqa: S608
 
@@ -172,7 +169,7 @@ def perhaps_created(view: Snapshot) -> list[ContainerRecord]:
 def keep_created(tx: Transaction) -> list[ContainerRecord]:
     """CREATING -> CREATED, of those whose users may know them so; see perhaps_created(). Their tasks died with the
     machine, as those of all others."""
-    kept = [replace(record, status=Status.CREATED) for record in perhaps_created(tx)]
+    kept = [record._replace(status=Status.CREATED) for record in perhaps_created(tx)]
     for record in kept:
         save_created(tx, record)
     return kept
@@ -212,7 +209,7 @@ def set_status(tx: Transaction, namespace: str, id_: str, status: Status) -> Con
     record = get(tx, namespace, id_)
     check_move(record, status)
     tx.execute("UPDATE container SET status = ? WHERE namespace = ? AND id = ?", (status, namespace, id_))
-    return replace(record, status=status)
+    return record._replace(status=status)
 
 
 def set_removing(tx: Transaction, found: ContainerRecord, *, volumes: bool) -> None:
@@ -331,12 +328,12 @@ def exit_facts(record: ContainerRecord) -> dict[str, str | int | bool]:
 
 def begin_restart(tx: Transaction, record: ContainerRecord) -> ContainerRecord:
     """One more try by its policy, which counts however it goes, unless the engine does not live to see that."""
-    return _save_restarts(tx, replace(record, restart_count=record.restarts_known + 1, retrying=True))
+    return _save_restarts(tx, record._replace(restart_count=record.restarts_known + 1, retrying=True))
 
 
 def end_restart(tx: Transaction, record: ContainerRecord) -> ContainerRecord:
     """The try came to nothing, and that was seen."""
-    return _save_restarts(tx, replace(record, retrying=False))
+    return _save_restarts(tx, record._replace(retrying=False))
 
 
 def _save_restarts(tx: Transaction, record: ContainerRecord) -> ContainerRecord:
@@ -484,24 +481,11 @@ def namespaces(view: Snapshot) -> list[str]:
 
 
 def _record(row: Row) -> ContainerRecord:
-    return ContainerRecord(
-        namespace=row["namespace"],
-        id=row["id"],
-        name=row["name"],
+    return ContainerRecord._make(row)._replace(
         status=Status(row["status"]),
         config=ContainerConfig.FromString(row["config"]),
-        created_ns=row["created_ns"],
-        started_ns=row["started_ns"],
-        finished_ns=row["finished_ns"],
-        pid=row["pid"],
         exit=None if row["exit"] is None else ExitStatus.FromString(row["exit"]),
-        image_id=row["image_id"],
         endpoint=None if row["endpoint"] is None else Endpoint.FromString(row["endpoint"]),
-        cgroup_path=row["cgroup_path"],
-        log_path=row["log_path"],
-        bundle=row["bundle"],
-        snapshot_driver=row["snapshot_driver"],
-        restart_count=row["restart_count"],
         stopped_by_user=bool(row["stopped_by_user"]),
         retrying=bool(row["retrying"]),
     )

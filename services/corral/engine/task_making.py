@@ -104,7 +104,7 @@ class TaskMaking:
                 request.secrets.extend(files)
                 request.secret_env.update(env)
             made = await cgroup
-            record = replace(record, cgroup_path=made.path)
+            record = record._replace(cgroup_path=made.path)
             request.spec = with_cgroup(request.spec, made.path)
             request.cgroup_paths.extend(made.join_paths)
             failpoint("engine.task.before_create")
@@ -117,7 +117,7 @@ class TaskMaking:
                 request.cgroup_paths[:] = made.join_paths
                 task = await self._create(request)
         await self.settle(record)
-        return replace(record, pid=task.pid, log_path=task.log_path, bundle=task.bundle)
+        return record._replace(pid=task.pid, log_path=task.log_path, bundle=task.bundle)
 
     async def settle(self, record: ContainerRecord) -> None:
         """Have all its limits hold for a task that was created, if its cgroup is a scope of systemd's; the same again

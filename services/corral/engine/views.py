@@ -1,7 +1,6 @@
 """What clients see of containers: our rows, and what tasks says now."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 
 from corral.api.engine.v1.engine_pb2 import Container, ListContainersRequest
 from corral.api.tasks.v1.tasks_pb2 import STATUS_STOPPED, GetTaskRequest, ListTasksRequest, Task
@@ -102,7 +101,7 @@ _SHOWN = frozenset(int(status) for status in ALIVE | {Status.RESTARTING})
 def merged(record: ContainerRecord, task: Task) -> Container:
     """The row with what tasks knows: an end that has not been merged yet, pids, execs. Pure."""
     if task.status == STATUS_STOPPED and record.status in _HAS_TASK:
-        record = replace(record.with_exit(task.exit), started_ns=record.started_ns)
+        record = record.with_exit(task.exit)._replace(started_ns=record.started_ns)
         container = record.to_wire()
     else:
         container = record.to_wire(pid=task.pid, shim_pid=task.shim_pid)
