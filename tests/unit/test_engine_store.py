@@ -58,6 +58,29 @@ def topics(database: Database) -> list[str]:
     return [row[0] for row in database.read_sync(lambda view: view.execute("SELECT topic FROM journal ORDER BY seq"))]
 
 
+def pages_written(database: Database) -> int:
+    """To the log of changes, since it began."""
+    log = Path(f"{database.path}-wal").read_bytes()
+    page_bytes, salt = int.from_bytes(log[8:12], "big"), log[16:24]
+    frames = range(32, len(log) - page_bytes, 24 + page_bytes)
+    return sum(log[at + 8 : at + 16] == salt for at in frames)
+
+
+def test_a_move_that_nobody_is_told_of_writes_one_page(database: Database) -> None:
+    running(database)
+    before = pages_written(database)
+    database.write_sync(lambda tx: store.set_status(tx, NS, "a" * 64, Status.PAUSED))
+    assert pages_written(database) - before == 1
+
+
+def test_how_far_a_journal_has_been_merged_is_one_page(database: Database) -> None:
+    database.write_sync(lambda tx: store.save_cursors(tx, {"tasks": store.Cursor(1)}))
+    before = pages_written(database)
+    database.write_sync(lambda tx: store.save_cursors(tx, {"tasks": store.Cursor(2)}))
+    assert pages_written(database) - before == 1
+    assert database.read_sync(store.cursors) == {"tasks": store.Cursor(2)}
+
+
 # Names and references
 
 

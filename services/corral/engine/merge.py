@@ -8,7 +8,7 @@ an end is acted on in the same transaction: the container's row and `container.d
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -192,7 +192,7 @@ def _over_gap(at: store.Cursor, resumes_at: int) -> store.Cursor:
     """Where to go on. A journal that begins anew lost its newest rows to a power loss, or was replaced: either way all
     that it has from before its last merged event is known."""
     known_until_ns = at.time_ns if resumes_at <= at.seq else at.known_until_ns
-    return replace(at, seq=resumes_at - 1, known_until_ns=known_until_ns)
+    return at._replace(seq=resumes_at - 1, known_until_ns=known_until_ns)
 
 
 def payload_text(event: Event) -> str:

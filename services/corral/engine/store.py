@@ -6,8 +6,8 @@ tasks leaf (started, exited, paused) is not worth waiting for the disk, and a po
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from corral.api.engine.v1.engine_pb2 import ContainerConfig
 from corral.api.network.v1.network_pb2 import Endpoint
@@ -79,6 +79,8 @@ CREATE TABLE merged (
     "ALTER TABLE container ADD COLUMN retrying INTEGER NOT NULL DEFAULT 0",
     # Of one that is CREATING and knows its parts: which boot of the machine they were made in.
     "ALTER TABLE container ADD COLUMN made_in_boot TEXT NOT NULL DEFAULT ''",
+    # Every move wrote a page of it, seven in a life, and what asks for a status looks at most containers anyway.
+    "DROP INDEX container_status",
 )
 
 _COLUMNS = ", ".join(ContainerRecord._fields)
@@ -494,8 +496,7 @@ def _record(row: Row) -> ContainerRecord:
 # Merged journals
 
 
-@dataclass(frozen=True, slots=True)
-class Cursor:
+class Cursor(NamedTuple):
     """How far a leaf's journal has been merged; see the table."""
 
     seq: int = 0
@@ -519,4 +520,8 @@ def save_cursors(tx: Transaction, cursors: Mapping[str, Cursor]) -> None:
     """Belongs in the transaction that journals what was merged: exactly once, whatever crashes."""
     values = [x for origin, at in cursors.items() for x in (origin, at.seq, at.time_ns, at.known_until_ns)]
     rows = ", ".join(["(?, ?, ?, ?)"] * len(cursors))
-    tx.execute(f"INSERT OR REPLACE INTO merged VALUES {rows}", values)  # noqa: S608 (constants)
+    tx.execute(  # OR REPLACE would write the key's index, too
+        f"INSERT INTO merged VALUES {rows} ON CONFLICT (origin) DO UPDATE"  # noqa: S608 (constants)
+        " SET seq = excluded.seq, time_ns = excluded.time_ns, known_until_ns = excluded.known_until_ns",
+        values,
+    )
