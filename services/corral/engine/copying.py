@@ -138,9 +138,8 @@ class Copying:
             *await image_mounts.mounted(self._core.leaves, record),
             *image_mounts.parts_of_volumes(record.config, volumes),
         ]
-        directory = self._core.make_container_directory(record)
         return {
-            "bundle": str(directory),
+            "bundle": self._core.make_container_directory(record),
             "rootfs": [_mount(mount) for mount in mounts],
             "parts": [_mount(part) for mount in mounts for part in mount.parts],
             "binds": [_bind(mount) for mount in asked_binds(record.config, volumes)],

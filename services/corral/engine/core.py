@@ -219,11 +219,11 @@ class Core:
         """Where the volumes of a namespace are."""
         return self.config.root / "volumes" / namespace
 
-    def container_directory(self, record: ContainerRecord) -> Path:
+    def container_directory(self, record: ContainerRecord) -> str:
         """Where the container's log is, whatever becomes of its tasks."""
-        return Path(f"{self.config.root}/containers/{record.namespace}/{record.id}")
+        return f"{self.config.root}/containers/{record.namespace}/{record.id}"
 
-    def make_container_directory(self, record: ContainerRecord) -> Path:
+    def make_container_directory(self, record: ContainerRecord) -> str:
         """The same, made where it is missing. No thread: it waits for the disk as little as an ordinary row does."""
         directory = self.container_directory(record)
         try:
@@ -231,7 +231,7 @@ class Core:
         except FileExistsError:
             pass
         except FileNotFoundError:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
         return directory
 
     async def record_exit(

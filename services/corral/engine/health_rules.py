@@ -25,6 +25,8 @@ _TIMES = ("interval", "timeout", "start_period", "start_interval")
 
 def check_healthcheck(check: Healthcheck) -> None:
     """Raises InvalidArgument for what is no health check. Pure."""
+    if not check.ListFields():
+        return
     kind, words = (check.test[0], check.test[1:]) if check.test else ("", [])
     if kind not in ("", "NONE", "CMD", "CMD-SHELL"):
         raise InvalidArgument(f"health check: {kind!r} is not understood: begin it with CMD, CMD-SHELL or NONE")
@@ -39,7 +41,7 @@ def check_healthcheck(check: Healthcheck) -> None:
 
 def resolved(asked: Healthcheck, image: Healthcheck) -> Healthcheck:
     """What was asked for, with what it leaves out as the image has it; an image's that is no health check is none."""
-    if list(asked.test) == _OFF:
+    if list(asked.test) == _OFF or not (asked.ListFields() or image.ListFields()):
         return asked
     result = Healthcheck()
     with suppress(InvalidArgument):

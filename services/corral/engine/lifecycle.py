@@ -169,9 +169,10 @@ class Lifecycle:
     async def _run(self, record: ContainerRecord, *, by_user: bool, made_again: int = 0) -> ContainerRecord:
         """Start the task. The row says RUNNING first, so that an exit, however quick, finds it so."""
         running = record._replace(status=Status.RUNNING, started_ns=time.time_ns(), finished_ns=0, exit=None)
+        begin = self._core.background.spawn
         saved, started = await asyncio.gather(
-            self._save_started(running, by_user=by_user),
-            self._start_task(record),
+            begin(self._save_started(running, by_user=by_user)),
+            begin(self._start_task(record)),
             return_exceptions=True,
         )
         failpoint("engine.start.after_task")

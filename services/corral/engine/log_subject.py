@@ -20,17 +20,19 @@ def log_options(config: ContainerConfig, id_: str, name: str, image_id: str) -> 
     """`config.log` as the tasks leaf wants it. Raises InvalidArgument."""
     log = LogOptions()
     log.CopyFrom(config.log)
-    for option in OPTIONS:
-        log.options.pop(option, None)
-    given = config.log.options
     log.subject.name, log.subject.image = name, config.image
-    log.subject.tag = tag(given.get("tag", ""), config, id_, name, image_id)
-    log.subject.attributes.update(_attributes(config, given))
+    if given := config.log.options:
+        for option in OPTIONS:
+            log.options.pop(option, None)
+        log.subject.tag = tag(given.get("tag", ""), config, id_, name, image_id)
+        log.subject.attributes.update(_attributes(config, given))
     return log
 
 
 def check(log: LogOptions) -> None:
     """Raises InvalidArgument for a tag or a pattern that is not understood."""
+    if not log.options:
+        return
     tag(log.options.get("tag", ""), ContainerConfig(), "", "", "")
     for option in ("labels-regex", "env-regex"):
         _pattern(option, log.options.get(option, ""))

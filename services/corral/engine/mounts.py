@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import PurePosixPath
 
 from corral.api.engine.v1.engine_pb2 import ContainerConfig, VolumeMount
@@ -21,7 +22,12 @@ def build_mounts(
 
     fill_volumes: those that are empty begin with what the image has in their place.
     """
-    own = (*_system_mounts(config), *_network_files(config, endpoint))
+    system = _system_mounts(
+        privileged=config.privileged,
+        may_write_cgroups=config.writable_cgroups if config.HasField("writable_cgroups") else config.privileged,
+        shm_bytes=0 if config.ipc_mode == "host" else config.shm_size_bytes or DEFAULT_SHM_BYTES,
+    )
+    own = (*system, *_network_files(config, endpoint))
     if not config.mounts:
         return own
     # Those of images, and parts of volumes, the task is told of apart.
@@ -44,29 +50,26 @@ def _depth(mount: Mount) -> tuple[int, str]:
     return len(PurePosixPath(mount.destination).parts), mount.destination
 
 
-def _system_mounts(config: ContainerConfig) -> list[Mount]:
+@lru_cache(maxsize=64)
+def _system_mounts(*, privileged: bool, may_write_cgroups: bool, shm_bytes: int) -> tuple[Mount, ...]:
+    """shm_bytes: 0 for the host's."""
     found = []
     for mount in defaults.MOUNTS:
         match mount.destination:
             case "/dev/shm":  # noqa: S108
-                found.append(_shm(config, mount))
-            case "/sys" if config.privileged:
+                found.append(_shm(shm_bytes, mount))
+            case "/sys" if privileged:
                 found.append(_writable(mount))
-            case "/sys/fs/cgroup" if _may_write_cgroups(config):
+            case "/sys/fs/cgroup" if may_write_cgroups:
                 found.append(_writable(mount))
             case _:
                 found.append(mount)
-    return found
+    return tuple(found)
 
 
-def _may_write_cgroups(config: ContainerConfig) -> bool:
-    return config.writable_cgroups if config.HasField("writable_cgroups") else config.privileged
-
-
-def _shm(config: ContainerConfig, default: Mount) -> Mount:
-    if config.ipc_mode == "host":  # a mqueue shows its namespace's queues by itself, a tmpfs does not
+def _shm(size: int, default: Mount) -> Mount:
+    if not size:  # a mqueue shows its namespace's queues by itself, a tmpfs does not
         return Mount(SHM, "bind", SHM, _HOST_BIND)
-    size = config.shm_size_bytes or DEFAULT_SHM_BYTES
     kept = tuple(option for option in default.options if not option.startswith("size="))
     return replace(default, options=(*kept, f"size={size}"))
 

@@ -9,6 +9,7 @@ Source: distribution/reference, reference.go (grammar) and normalize.go (default
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from corral.images.digest import Digest, is_digest
 from corral.rpc.errors import InvalidArgument
@@ -60,6 +61,7 @@ class Reference:
         return self.repository + self._suffix
 
 
+@lru_cache(maxsize=256)
 def parse_reference(text: str) -> Reference:
     """The full reference that `text` means, with domain, library/ and tag filled in.
 
