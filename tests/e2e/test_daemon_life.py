@@ -16,7 +16,7 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from support.corrald import Corrald
+from support.corrald import PATIENCE, Corrald
 
 from corral.api.version.v1 import version_pb2, version_pb2_grpc
 from corral.rpc import errors
@@ -299,3 +299,19 @@ async def test_loopback_tcp_is_served_beside_the_unix_socket(make: Callable[...,
     assert unix == address(daemon)
     async with open_channel(tcp) as channel:
         assert await channel.unary_unary(SAY)(b"x") == b"hello x in default, number 1"
+
+
+def test_what_it_keeps_is_in_huge_pages_soon(echo: Corrald):
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not enabled.exists() or "[never]" in enabled.read_text("ascii"):
+        return
+    [pid] = (process.pid for process in echo.processes.values())
+    deadline = time.monotonic() + 20 * PATIENCE
+    while not huge_kib(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def huge_kib(pid: int) -> int:
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text("ascii")
+    return int(re.findall(r"AnonHugePages: +(\d+) kB", rollup)[0])

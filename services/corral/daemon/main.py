@@ -26,7 +26,9 @@ from corral.daemon import logs, roots, table
 from corral.daemon.notify import notify
 from corral.daemon.upgrade import SIGNAL, Upgrading, boot_time_s, children, execute, reap
 from corral.daemon.version import Common, package_version
+from corral.kernel.shared_memory import collapse_pages
 from corral.rpc.address import Address
+from corral.rpc.blocking import run_long
 from corral.rpc.errors import CorralError, InvalidArgument
 from corral.rpc.handover import Handover, close_unclaimed, take
 from corral.rpc.server import serve
@@ -38,6 +40,8 @@ SLOW_CALLBACK_S = 0.05
 # The loop gives the GIL away at every SQLite statement and system call, and gets it back when a busy thread is told
 # to let go. With Python's 5 ms a container's life took 1.6 times as long on two busy cores as with this.
 SWITCH_INTERVAL_S = 0.0001
+# After that what it keeps is there, what is loaded late too.
+SETTLED_S = 3.0
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -150,7 +154,8 @@ async def host(hosting: Hosting) -> Mapping[Path, socket.socket] | None:
     generation, grace_s = handover.generation, daemon.upgrade_grace_s
     upgrading = Upgrading(hosting.argv, stop, generation, grace_s=grace_s, failure=hosting.failure)
     listen_to_signals(upgrading)
-    inherited = [loop.create_task(reap(pid)) for pid in (children() if generation or hosting.failure else ())]
+    beside = [loop.create_task(reap(pid)) for pid in (children() if generation or hosting.failure else ())]
+    beside.append(loop.create_task(settle()))
     services = [construct(name, config) for name, config in configs.items()]
 
     def on_ready(bound: Sequence[Address]) -> None:
@@ -175,11 +180,18 @@ async def host(hosting: Hosting) -> Mapping[Path, socket.socket] | None:
         on_ready=on_ready,
         on_stop=on_stop,
     )
-    for task in inherited:
+    for task in beside:
         task.cancel()
     if waiting is None:
         log.info("daemon.stopped")
     return waiting
+
+
+async def settle() -> None:
+    """Have what is kept in huge pages: a call touches memory all over, and its addresses take time to translate. A
+    container's life takes 3 % less CPU time so."""
+    await asyncio.sleep(SETTLED_S)
+    await run_long(collapse_pages)
 
 
 def listen_to_signals(upgrading: Upgrading) -> None:
