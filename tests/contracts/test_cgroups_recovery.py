@@ -129,6 +129,34 @@ async def test_a_crash_leaves_a_cgroup_fully_there_or_fully_gone(own: Corrald, p
         open_driver(detect()).prune(chosen)
 
 
+async def test_who_deletes_a_cgroup_is_told_before_its_row_is_deleted_and_a_crash_between_loses_nothing(
+    own: Corrald,
+) -> None:
+    own.start(environment={"CORRAL_FAILPOINTS": "cgroups.delete.before_row=kill"})
+    async with connected(own) as leaf:
+        await make_and_delete(leaf, "told", "")
+        assert eventually(lambda: own.processes["corrald"].poll() is not None)
+        own.start()
+        assert await leaf.names() == []
+        assert await leaf.topics("told") == ["cgroup.created", "cgroup.removed"]
+        await make_and_delete(leaf, "told", "")
+
+
+async def test_who_deletes_a_cgroup_below_another_parent_is_told_once_its_row_is_deleted(own: Corrald) -> None:
+    chosen = f"{own.place.cgroup_parent}x"
+    own.start(environment={"CORRAL_FAILPOINTS": "cgroups.delete.before_row=kill"})
+    try:
+        async with connected(own) as leaf:
+            await leaf.create("elsewhere", parent=chosen)
+            with pytest.raises(CorralError):
+                await leaf.delete("elsewhere")
+            assert eventually(lambda: own.processes["corrald"].poll() is not None)
+            own.start()
+            assert await leaf.names() == []
+    finally:
+        open_driver(detect()).prune(chosen)
+
+
 @needs("mount")
 async def test_a_cgroup_whose_row_a_full_disk_refuses_is_gone_when_its_maker_is_told(own: Corrald) -> None:
     disk = own.root / "cgroups"

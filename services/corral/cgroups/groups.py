@@ -3,23 +3,23 @@
     create   make the cgroup --> row and event            a crash between leaves a cgroup without a row
     delete   remove the cgroup --> delete row, event      a crash between leaves a row without a cgroup
 
-Both are put right at the next start (see recovery). Where nobody would then look, at a parent of the caller's choice,
-a row that says so comes first.
+Both are put right at the next start (see recovery). So who deletes one is told before the row is deleted, which is done
+with what is written next. Where nobody would then look, or another may have come, at a parent of the caller's choice,
+a row that says so comes first, and goes first.
 """
 
-import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
-from weakref import WeakValueDictionary
 
 import structlog
 
 from corral.api.types.v1 import types_pb2
 from corral.cgroups import store, wire
+from corral.cgroups.alone import Alone
 from corral.cgroups.errors import translated
 from corral.cgroups.parent import Parent
 from corral.cgroups.pressure import PressureWatcher, close_all, open_all, triggers
@@ -65,8 +65,7 @@ class Groups:
         self._rows = Rows(database)
         self._driver = driver
         self._timeouts = timeouts
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._changes: set[asyncio.Task[Any]] = set()
+        self._alone = Alone()
         self._making_room = threading.Lock()
         self._readings = Readings(driver)
         self._watcher = OomWatcher(self._note_oom)
@@ -82,6 +81,14 @@ class Groups:
     def every(self, namespace: str | None) -> list[Record]:
         """The rows of a namespace, or all."""
         return self._rows.every(namespace)
+
+    def rows(self) -> list[Record]:
+        """Every row, also of those that are only intended."""
+        return self._rows.all()
+
+    async def journalled(self) -> None:
+        """Return when everything that anybody was told is in the journal."""
+        await self._database.write(lambda _: None)
 
     def open(self, record: Record) -> Cgroup:
         """The kernel's side of a row."""
@@ -173,24 +180,32 @@ class Groups:
     def _make(self, record: Record) -> tuple[OomWatch, Sequence[PressureWatch]]:
         """Make it in the kernel. An empty one at its place is a leftover; one with processes is not ours."""
         limits = _limits_at_creation(record.resources)
+        is_ours = self._parent.holds(record.path)
+        made_again = self._driver.asks_systemd  # which may make our parent on the way, and does not say so
+
+        def keep() -> None:
+            nonlocal made_again
+            if is_ours:
+                self._parent.keep()
+                made_again = True
+
         with translated(f"make the cgroup {record.path}"):
-            if self._parent.holds(record.path):
+            if is_ours:
                 self._parent.keep_for_one_more()
                 self._check(record.path, limits)
             with self._room(record.path, limits.cpu):
-                group = self._create_or_replace(record.path, limits)
+                group = self._create_or_replace(record.path, limits, keep)
             try:
-                if self._parent.holds(record.path):
-                    self._parent.keep(inhabited=True)  # it may have been made again on the way to this one
+                if is_ours and made_again:
+                    self._parent.keep(inhabited=True)
                 return _watches(group, _triggers_of(record.resources), record.oom_kills)
             except BaseException:
                 group.remove(self._timeouts.remove_s)
                 raise
 
-    def _create_or_replace(self, path: str, limits: Resources) -> Cgroup:
-        keep = self._parent.keep if self._parent.holds(path) else lambda: None
+    def _create_or_replace(self, path: str, limits: Resources, on_orphan: Callable[[], None]) -> Cgroup:
         try:
-            return self._driver.create(path, limits, on_orphan=keep)
+            return self._driver.create(path, limits, on_orphan=on_orphan)
         except FileExistsError as e:
             leftover = self._driver.open(path)
             if pids := leftover.pids():
@@ -199,7 +214,7 @@ class Groups:
                     reason="CGROUP_NOT_EMPTY",
                 ) from e
         leftover.remove(self._timeouts.remove_s)
-        return self._driver.create(path, limits, on_orphan=keep)
+        return self._driver.create(path, limits, on_orphan=on_orphan)
 
     @contextmanager
     def _room(self, path: str, cpu: CpuLimits) -> Iterator[None]:
@@ -279,7 +294,11 @@ class Groups:
         self._pressure.drop(key)
         self._readings.forget(record.path)
         failpoint("cgroups.delete.after_remove")
-        await self._rows.delete(key, {"oom_kills": max(kills, record.oom_kills)})
+        payload: dict[str, JSON] = {"oom_kills": max(kills, record.oom_kills)}
+        if self._parent.holds(record.path) and not self._parent.unit(record.path) and kills <= record.oom_kills:
+            self._rows.delete_soon(key, payload)  # all of which the next start would find out
+        else:
+            await self._rows.delete(key, payload)
         return True
 
     def _remove(self, record: Record, watch: OomWatch | None) -> int:
@@ -344,11 +363,11 @@ class Groups:
         """Remove a cgroup that no row describes, with what runs in it. Raises CorralError."""
 
         async def remove() -> None:
-            known = {record.path for record in await self._database.read(store.every)}
+            known = {record.path for record in self._rows.all()}
             if path not in known:
                 await self._run(self._remove_path, path)
 
-        await self._alone(path, remove())
+        await self._alone.run(path, remove())
 
     def _remove_path(self, path: str) -> None:
         with translated(f"remove the cgroup {path}"):
@@ -388,8 +407,7 @@ class Groups:
 
     async def close(self) -> None:
         """Finish what was begun, and stop watching."""
-        if self._changes:
-            await asyncio.wait(self._changes)
+        await self._alone.finish()
         await self._watcher.close()
         await self._pressure.close()
 
@@ -399,27 +417,8 @@ class Groups:
         return await run(fn, *args, **kwargs)
 
     async def _change[T](self, key: Key, change: Coroutine[Any, Any, T]) -> T:
-        """Run a change alone on its cgroup and to its end, even if the caller goes away."""
-        return await self._alone(self._parent.place(key), change)
-
-    async def _alone[T](self, path: str, change: Coroutine[Any, Any, T]) -> T:
-        """The same, of a cgroup below our parent, or of the one that is called so elsewhere."""
-        task = asyncio.Task(self._locked(path, change), loop=asyncio.get_running_loop(), eager_start=True)
-        if task.done():
-            return task.result()
-        self._changes.add(task)
-        task.add_done_callback(self._ended)
-        return await asyncio.shield(task)
-
-    async def _locked[T](self, path: str, change: Coroutine[Any, Any, T]) -> T:
-        lock = self._locks.setdefault(path, asyncio.Lock())
-        async with lock:
-            return await change
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._changes.discard(task)
-        if not task.cancelled():
-            task.exception()  # seen, whether or not the caller is still there
+        """Run a change alone on its cgroup, or on the one that is called so elsewhere."""
+        return await self._alone.run(self._parent.place(key), change)
 
 
 @lru_cache(maxsize=64)  # most containers have the same few

@@ -1,13 +1,15 @@
 """The rows of the leaf, kept in memory as well: nobody else writes them, and nearly every call looks one up.
 
-What is in memory is what was committed last. Each method that writes returns when that is so.
+What is in memory is what was committed last, or will be next. Each method that writes returns when it is committed,
+but for those that say otherwise.
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 from corral.cgroups import store
 from corral.cgroups.store import Key, Record, State
-from corral.store import JSON, Database
+from corral.store import JSON, Database, Transaction, failpoint
 
 
 class Rows:
@@ -26,6 +28,10 @@ class Rows:
         """The row of a cgroup that exists."""
         record = self._records.get(key)
         return record if record and record.state is State.READY else None
+
+    def all(self) -> list[Record]:
+        """Every row, in whatever state."""
+        return list(self._records.values())
 
     def every(self, namespace: str | None = None) -> list[Record]:
         """Those of the cgroups that exist, of a namespace or of all, oldest first."""
@@ -58,5 +64,15 @@ class Rows:
 
     async def delete(self, key: Key, payload: Mapping[str, JSON]) -> None:
         """Remove a row; an event only if anybody was told of its cgroup."""
-        await self._database.write(lambda transaction: store.delete(transaction, key, payload))
+        await self._database.write(partial(_delete, key=key, payload=payload))
         self._records.pop(key, None)
+
+    def delete_soon(self, key: Key, payload: Mapping[str, JSON]) -> None:
+        """The same, in the file by the next transaction: of a cgroup that whoever starts next would find gone."""
+        self._database.write_soon(partial(_delete, key=key, payload=payload))
+        self._records.pop(key, None)
+
+
+def _delete(transaction: Transaction, key: Key, payload: Mapping[str, JSON]) -> None:
+    failpoint("cgroups.delete.before_row")
+    store.delete(transaction, key, payload)

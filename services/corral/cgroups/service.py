@@ -58,7 +58,7 @@ class CgroupsService:
         self._groups = await run_blocking(Groups, self._database, self._driver, timeouts, self._parent)
         for key, watch in watches.items():
             self._groups.watch(key, watch)
-        checker = Checker(self._database, self._driver, self._groups, self._parent)
+        checker = Checker(self._driver, self._groups, self._parent)
         self._servicer.open(self._groups, self._database, self._driver, self._parent, checker)
 
     def _open(self) -> dict[Key, OomWatch]:
@@ -197,6 +197,7 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
     async def Events(
         self, request: types_pb2.EventsRequest, context: object
     ) -> AsyncIterator[types_pb2.EventsResponse]:
+        await self._groups.journalled()
         async for event in stream_events(self._database.journal, request):
             yield event
 
