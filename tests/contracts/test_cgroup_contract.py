@@ -326,6 +326,16 @@ def test_a_cgroup_that_was_removed_as_it_is_looked_at_is_not_frozen_and_thawing_
             freezer.thaw(directory)
 
 
+def test_what_is_empty_is_removed_at_once_and_who_is_inside_is_left_alone(cgroup_driver: Driver, group: Cgroup) -> None:
+    empty = cgroup_driver.create(fresh_path())
+    assert empty.remove_empty()
+    assert not empty.exists()
+    with inside(group, sleep) as child:
+        assert not group.remove_empty()
+        assert group.pids() == [child.pid]
+    eventually(group.remove_empty)
+
+
 def test_removing_what_is_gone_is_no_error(group: Cgroup) -> None:
     group.remove()
     group.remove()

@@ -24,6 +24,10 @@ class Alone:
             await over
         return task.result()
 
+    def has_others(self) -> bool:
+        """Whether a change, asked within one that has not waited for anything yet, is not the only one."""
+        return bool(self._changes)
+
     async def finish(self) -> None:
         """Wait for those that were begun."""
         if self._changes:

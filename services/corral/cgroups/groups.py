@@ -10,9 +10,9 @@ a row that says so comes first, and goes first.
 
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import structlog
@@ -24,6 +24,7 @@ from corral.cgroups.errors import translated
 from corral.cgroups.parent import Parent
 from corral.cgroups.pressure import PressureWatcher, close_all, open_all, triggers
 from corral.cgroups.pressure import check as check_pressure
+from corral.cgroups.prompt import Prompt, WouldWaitError
 from corral.cgroups.readings import Readings
 from corral.cgroups.rows import Rows
 from corral.cgroups.store import Key, Record
@@ -66,6 +67,7 @@ class Groups:
         self._driver = driver
         self._timeouts = timeouts
         self._alone = Alone()
+        self._prompt = Prompt()
         self._making_room = threading.Lock()
         self._readings = Readings(driver)
         self._watcher = OomWatcher(self._note_oom)
@@ -96,15 +98,16 @@ class Groups:
 
     # Life
 
-    async def create(self, record: Record, *, announce: bool) -> Record:
+    async def create(self, record: Record, *, announce: bool, is_waited_for: bool = False) -> Record:
         """Make a cgroup. The same request again gives the row that is there.
 
-        announce: write the intent first, for a path at which recovery would not look.
+        announce: write the intent first, for a path at which recovery would not look. is_waited_for: who asks has
+        nothing else to do on this loop meanwhile.
         """
         _check(record.resources)
-        return await self._change(record.key, self._create(record, announce=announce))
+        return await self._change(record.key, self._create(record, announce=announce, here=is_waited_for))
 
-    async def _create(self, record: Record, *, announce: bool) -> Record:
+    async def _create(self, record: Record, *, announce: bool, here: bool) -> Record:
         if known := self._rows.ready(record.key):
             if announce or not await self._is_elsewhere(known, record):
                 return await self._again(_same(known, record))
@@ -112,7 +115,7 @@ class Groups:
         if announce:
             await self._announce(record)
         try:
-            oom, pressure = await self._run(self._make, record)
+            oom, pressure = await self._run_soon(self._make, record, here=here)
         except BaseException:
             if announce:
                 await self._rows.delete(record.key, {})
@@ -177,7 +180,7 @@ class Groups:
             raise AlreadyExists(f"another cgroup of corral is at {record.path}", reason="PATH_TAKEN") from e
         failpoint("cgroups.create.after_announce")
 
-    def _make(self, record: Record) -> tuple[OomWatch, Sequence[PressureWatch]]:
+    def _make(self, record: Record, *, may_wait: bool = True) -> tuple[OomWatch, Sequence[PressureWatch]]:
         """Make it in the kernel. An empty one at its place is a leftover; one with processes is not ours."""
         limits = _limits_at_creation(record.resources)
         is_ours = self._parent.holds(record.path)
@@ -193,8 +196,8 @@ class Groups:
             if is_ours:
                 self._parent.keep_for_one_more()
                 self._check(record.path, limits)
-            with self._room(record.path, limits.cpu):
-                group = self._create_or_replace(record.path, limits, keep)
+            with self._room(record.path, limits.cpu, may_wait=may_wait):
+                group = self._create_or_replace(record.path, limits, keep, may_wait=may_wait)
             try:
                 if is_ours and made_again:
                     self._parent.keep(inhabited=True)
@@ -203,10 +206,14 @@ class Groups:
                 group.remove(self._timeouts.remove_s)
                 raise
 
-    def _create_or_replace(self, path: str, limits: Resources, on_orphan: Callable[[], None]) -> Cgroup:
+    def _create_or_replace(
+        self, path: str, limits: Resources, on_orphan: Callable[[], None], *, may_wait: bool
+    ) -> Cgroup:
         try:
             return self._driver.create(path, limits, on_orphan=on_orphan)
         except FileExistsError as e:
+            if not may_wait:
+                raise WouldWaitError from e
             leftover = self._driver.open(path)
             if pids := leftover.pids():
                 raise FailedPrecondition(
@@ -217,11 +224,13 @@ class Groups:
         return self._driver.create(path, limits, on_orphan=on_orphan)
 
     @contextmanager
-    def _room(self, path: str, cpu: CpuLimits) -> Iterator[None]:
+    def _room(self, path: str, cpu: CpuLimits, *, may_wait: bool = True) -> Iterator[None]:
         """Within the block, the parents that are ours have the real-time CPU time that a cgroup gets in it."""
         asks = cpu.realtime_runtime_us or cpu.realtime_period_us
         if not asks or not self._parent.holds(path):  # what another's parents have, others have decided
             yield
+        elif not may_wait:
+            raise WouldWaitError
         else:
             with self._making_room:  # what the one before was promised, it has by now
                 self._driver.make_room(self._parent.path, path, cpu)
@@ -276,17 +285,17 @@ class Groups:
             self._pressure.put(key, watches)
         return await self._rows.set_resources(key, merged.SerializeToString(deterministic=True))
 
-    async def delete(self, key: Key) -> bool:
-        """Kill what is inside, and remove it; False if there was none."""
-        return await self._change(key, self._delete(key))
+    async def delete(self, key: Key, *, is_waited_for: bool = False) -> bool:
+        """Kill what is inside, and remove it; False if there was none. is_waited_for: as in create()."""
+        return await self._change(key, self._delete(key, here=is_waited_for))
 
-    async def _delete(self, key: Key) -> bool:
+    async def _delete(self, key: Key, *, here: bool = False) -> bool:
         record = self._rows.ready(key)
         if record is None:
             return False
         watch = await self._watcher.take(key)
         try:
-            kills = await self._run(self._remove, record, watch)
+            kills = await self._run_soon(self._remove, record, watch, here=here)
         except BaseException:
             if watch:
                 self._watcher.add(key, watch)
@@ -301,11 +310,14 @@ class Groups:
             await self._rows.delete(key, payload)
         return True
 
-    def _remove(self, record: Record, watch: OomWatch | None) -> int:
+    def _remove(self, record: Record, watch: OomWatch | None, *, may_wait: bool = True) -> int:
         with translated(f"remove cgroup {record.key.id!r}"):
             group = self.open(record)
             kills = watch.count() if watch else 0
-            group.remove(self._timeouts.remove_s)
+            if may_wait:
+                group.remove(self._timeouts.remove_s)
+            elif not group.remove_empty():
+                raise WouldWaitError
         if watch:
             watch.close()
         return kills
@@ -415,6 +427,13 @@ class Groups:
         """Off the loop, what makes, changes or removes cgroups."""
         run = run_asking if self._driver.asks_systemd else run_blocking
         return await run(fn, *args, **kwargs)
+
+    async def _run_soon[T](self, fn: Callable[..., T], *args: Any, here: bool) -> T:
+        """The same, here if it may be: where nothing else changes, and it waits for nobody."""
+        if here and not self._alone.has_others() and not self._driver.asks_systemd and self._prompt.is_given():
+            with suppress(WouldWaitError):
+                return self._prompt.run(partial(fn, *args, may_wait=False))
+        return await self._run(fn, *args)
 
     async def _change[T](self, key: Key, change: Coroutine[Any, Any, T]) -> T:
         """Run a change alone on its cgroup, or on the one that is called so elsewhere."""

@@ -24,6 +24,7 @@ from corral.rpc.checking import check
 from corral.rpc.context import check_id, current_namespace
 from corral.rpc.errors import FailedPrecondition, InvalidArgument, NotFound
 from corral.rpc.events import stream_events, timestamp
+from corral.rpc.local_call import LocalContext
 from corral.store import Database
 
 SHORTEST_INTERVAL_MS = 100
@@ -130,7 +131,8 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
             labels=dict(request.labels),
             created_ns=time.time_ns(),
         )
-        return self._message(await self._groups.create(record, announce=not own), frozen=False)
+        made = await self._groups.create(record, announce=not own, is_waited_for=_is_from_elsewhere(context))
+        return self._message(made, frozen=False)
 
     async def Settle(self, request: cgroups_pb2.SettleRequest, context: object) -> cgroups_pb2.SettleResponse:
         await self._groups.settle(_key(request.id))
@@ -181,7 +183,8 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
     async def Delete(
         self, request: cgroups_pb2.DeleteCgroupRequest, context: object
     ) -> cgroups_pb2.DeleteCgroupResponse:
-        if not await self._groups.delete(_key(request.id)) and request.must_exist:
+        found = await self._groups.delete(_key(request.id), is_waited_for=_is_from_elsewhere(context))
+        if not found and request.must_exist:
             raise NotFound(f"there is no cgroup {request.id!r}", reason="CGROUP_NOT_FOUND")
         return cgroups_pb2.DeleteCgroupResponse()
 
@@ -222,6 +225,11 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
         )
         message.resources.ParseFromString(record.resources)
         return message
+
+
+def _is_from_elsewhere(context: object) -> bool:
+    """Or from within this process, whose loop then has the caller's work to do, too."""
+    return not isinstance(context, LocalContext)
 
 
 def _key(name: str) -> Key:

@@ -243,6 +243,10 @@ class Cgroup:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_S)
 
+    def remove_empty(self) -> bool:
+        """remove(), without waiting: False if there is anything inside, when a part of it may be gone."""
+        return all(_remove(directory) for directory in self.directories)
+
     def undivide(self) -> None:
         """Remove what those who have ended have made below it, so that v2 takes processes in it again.
 
