@@ -10,7 +10,7 @@ a row that says so comes first, and goes first.
 
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -77,7 +77,7 @@ class Groups:
         """A cgroup's row. Raises NotFound."""
         record = self._rows.ready(key)
         if record is None:
-            raise _not_found(key.id)
+            raise NotFound(f"there is no cgroup {key.id!r}", reason="CGROUP_NOT_FOUND", metadata={"id": key.id})
         return record
 
     def every(self, namespace: str | None) -> list[Record]:
@@ -223,18 +223,20 @@ class Groups:
         leftover.remove(self._timeouts.remove_s)
         return self._driver.create(path, limits, on_orphan=on_orphan)
 
-    @contextmanager
-    def _room(self, path: str, cpu: CpuLimits, *, may_wait: bool = True) -> Iterator[None]:
+    def _room(self, path: str, cpu: CpuLimits, *, may_wait: bool = True) -> AbstractContextManager[None]:
         """Within the block, the parents that are ours have the real-time CPU time that a cgroup gets in it."""
         asks = cpu.realtime_runtime_us or cpu.realtime_period_us
         if not asks or not self._parent.holds(path):  # what another's parents have, others have decided
-            yield
-        elif not may_wait:
+            return nullcontext()
+        if not may_wait:
             raise WouldWaitError
-        else:
-            with self._making_room:  # what the one before was promised, it has by now
-                self._driver.make_room(self._parent.path, path, cpu)
-                yield
+        return self._room_made(path, cpu)
+
+    @contextmanager
+    def _room_made(self, path: str, cpu: CpuLimits) -> Iterator[None]:
+        with self._making_room:  # what the one before was promised, it has by now
+            self._driver.make_room(self._parent.path, path, cpu)
+            yield
 
     def _check(self, path: str, wanted: Resources) -> None:
         if self._parent.holds(path):
@@ -313,7 +315,7 @@ class Groups:
     def _remove(self, record: Record, watch: OomWatch | None, *, may_wait: bool = True) -> int:
         with translated(f"remove cgroup {record.key.id!r}"):
             group = self.open(record)
-            kills = watch.count() if watch else 0
+            kills = watch.last_count() if watch else 0
             if may_wait:
                 group.remove(self._timeouts.remove_s)
             elif not group.remove_empty():
@@ -462,10 +464,6 @@ def _watches(
     except BaseException:
         close_all(pressure)
         raise
-
-
-def _not_found(id_: str) -> NotFound:
-    return NotFound(f"there is no cgroup {id_!r}", reason="CGROUP_NOT_FOUND", metadata={"id": id_})
 
 
 @lru_cache(maxsize=64)

@@ -66,7 +66,7 @@ def _settle(database: Database, driver: Driver, parent: Parent, record: Record, 
         return False
     log.info("cgroup.row_removed", namespace=record.key.namespace, id=record.key.id, state=record.state)
     payload: dict[str, JSON] = {"oom_kills": record.oom_kills, "reason": "it was gone when the service started"}
-    database.write_sync(lambda transaction: store.delete(transaction, record.key, payload))
+    database.write_sync(lambda transaction: store.delete(transaction, record, payload))
     return False
 
 

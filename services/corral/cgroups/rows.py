@@ -63,16 +63,15 @@ class Rows:
             self._records[key] = record._replace(oom_kills=kills)
 
     async def delete(self, key: Key, payload: Mapping[str, JSON]) -> None:
-        """Remove a row; an event only if anybody was told of its cgroup."""
-        await self._database.write(partial(_delete, key=key, payload=payload))
-        self._records.pop(key, None)
+        """Remove a row that is there; an event only if anybody was told of its cgroup."""
+        await self._database.write(partial(_delete, record=self._records[key], payload=payload))
+        del self._records[key]
 
     def delete_soon(self, key: Key, payload: Mapping[str, JSON]) -> None:
         """The same, in the file by the next transaction: of a cgroup that whoever starts next would find gone."""
-        self._database.write_soon(partial(_delete, key=key, payload=payload))
-        self._records.pop(key, None)
+        self._database.write_soon(partial(_delete, record=self._records.pop(key), payload=payload))
 
 
-def _delete(transaction: Transaction, key: Key, payload: Mapping[str, JSON]) -> None:
+def _delete(transaction: Transaction, record: Record, payload: Mapping[str, JSON]) -> None:
     failpoint("cgroups.delete.before_row")
-    store.delete(transaction, key, payload)
+    store.delete(transaction, record, payload)

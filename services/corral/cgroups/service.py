@@ -220,7 +220,7 @@ class CgroupsServicer(cgroups_pb2_grpc.CgroupsServicer):
             frozen=frozen,
             created_at=timestamp(record.created_ns),
             oom_kills=record.oom_kills,
-            labels=record.labels,
+            labels=record.labels or None,
             unit=self._parent.unit(record.path),
         )
         message.resources.ParseFromString(record.resources)

@@ -109,11 +109,12 @@ def pressed(transaction: Transaction, key: Key, trigger: PressureTrigger) -> Non
         journal(transaction, "cgroup.pressure", key, facts)
 
 
-def delete(transaction: Transaction, key: Key, payload: Mapping[str, JSON]) -> None:
-    """Remove a row; an event only if anybody was told of its cgroup."""
-    rows = transaction.execute("DELETE FROM cgroups WHERE namespace = ? AND id = ? RETURNING state", _id(key))
-    if rows and rows[0]["state"] == State.READY:
-        journal(transaction, "cgroup.removed", key, payload)
+def delete(transaction: Transaction, record: Record, payload: Mapping[str, JSON]) -> None:
+    """Remove a row that is there; an event only if anybody was told of its cgroup."""
+    # RETURNING would cost as much as the rest.
+    transaction.execute("DELETE FROM cgroups WHERE namespace = ? AND id = ?", _id(record.key))
+    if record.state is State.READY:
+        journal(transaction, "cgroup.removed", record.key, payload)
 
 
 def journal(transaction: Transaction, topic: str, key: Key, payload: Mapping[str, JSON] | None = None) -> None:

@@ -47,12 +47,13 @@ class Cgroup:
     @property
     def _where(self) -> dict[str, tuple[str, int]]:
         if self._found is None:
-            self._found = {}
+            found = {}
             for hierarchy, directory in zip(self._hierarchies, self.directories, strict=True):
                 for name in hierarchy.controllers:
-                    self._found[_V1_NAMES.get(name, name)] = (directory, hierarchy.version)
+                    found[_V1_NAMES.get(name, name)] = (directory, hierarchy.version)
                 if hierarchy.version == 2:
-                    self._found[plans.UNIFIED] = (directory, 2)
+                    found[plans.UNIFIED] = (directory, 2)
+            self._found = found  # not before: another thread may ask
         return self._found
 
     def __repr__(self) -> str:

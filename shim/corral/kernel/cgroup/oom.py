@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 V2_EVENTS = "memory.events"
 V1_EVENT_CONTROL = "cgroup.event_control"
 V2_OOM_GROUP = "memory.oom.group"
-OOM_KILL = "oom_kill"
+OOM_KILL = b"\noom_kill "
 COUNTED_BEFORE = "trusted.corral.oom.before"
 """An attribute of a cgroup: how many kills there had been in those that were at its place before, and are gone."""
 
@@ -118,12 +118,17 @@ class OomWatch:
                 fd = os.open(f"{where}/{name}", os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 continue
-            with contextlib.ExitStack() as fds:
-                fds.callback(os.close, fd)
-                eventfd = -1 if name == V2_EVENTS else _register(directory, fd, fds)
-                watch = made(directory, fd, eventfd)
-                fds.pop_all()  # the watch has them now
-            return watch
+            eventfd = -1
+            try:
+                if name != V2_EVENTS:
+                    eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                    files.write(f"{directory}/{V1_EVENT_CONTROL}", f"{eventfd} {fd}")
+                return made(directory, fd, eventfd)
+            except BaseException:
+                os.close(fd)
+                if eventfd >= 0:
+                    os.close(eventfd)
+                raise
         return made("", -1, -1)
 
     @property
@@ -170,6 +175,10 @@ class OomWatch:
     def count(self) -> int:
         """How many processes the OOM killer took here; the last known answer once the cgroup is gone."""
         self._drain()  # also of one that is gone, which is signalled a moment later
+        return self.last_count()
+
+    def last_count(self) -> int:
+        """count(), of who does not wait for fileno() any more."""
         if self._fd >= 0:
             try:
                 self._last = max(self._last, self._kills())
@@ -195,7 +204,8 @@ class OomWatch:
         self.close()
 
     def _kills(self) -> int:
-        kills = files.flat_keyed(os.pread(self._fd, 4096, 0).decode()).get(OOM_KILL, 0)
+        _, _, found = os.pread(self._fd, 4096, 0).partition(OOM_KILL)  # which is neither file's first line
+        kills = int(found.partition(b"\n")[0] or 0)
         return kills + self._below.count() if self._eventfd >= 0 else kills
 
     def _drain(self) -> None:
@@ -229,10 +239,3 @@ def _lasting(directory: str) -> str:
         if has_slice_of_its_own(directory):
             return directory.rpartition("/")[0]
     return directory
-
-
-def _register(path: str, fd: int, fds: contextlib.ExitStack) -> int:
-    eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    fds.callback(os.close, eventfd)
-    files.write(f"{path}/{V1_EVENT_CONTROL}", f"{eventfd} {fd}")
-    return eventfd
