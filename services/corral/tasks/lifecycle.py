@@ -101,15 +101,17 @@ class Tasks:
         return task
 
     async def _spawn(self, new: NewTask, bundle: Bundle) -> Spawned:
-        if new.log.path.startswith(f"{bundle.logs}/"):
-            await run_blocking(bundle.make_logs)
-        fields = new.fields | new.secrets
         try:
-            return await self._spawner.spawn(bundle, new.config, fields)
+            return await self._spawn_anew(new, bundle)
         except FileExistsError:
             # No task has it, so it is what a failed undo left.
             await undo(bundle, timeout_s=UNDO_S)
-            return await self._spawner.spawn(bundle, new.config, fields)
+            return await self._spawn_anew(new, bundle)
+
+    async def _spawn_anew(self, new: NewTask, bundle: Bundle) -> Spawned:
+        if new.log.path.startswith(f"{bundle.logs}/"):
+            await run_blocking(bundle.make_logs)
+        return await self._spawner.spawn(bundle, new.config, new.fields | new.secrets)
 
     def _task(self, new: NewTask, spawned: Spawned, bundle: Bundle) -> Task:
         row = TaskRow(
