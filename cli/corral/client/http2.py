@@ -10,7 +10,7 @@ import _socket
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 
@@ -50,6 +50,8 @@ _WINDOW = 4 << 20
 
 _encoded = lru_cache(maxsize=64)(encode)
 """Who makes many calls makes the same few."""
+_known: dict[bytes, dict[bytes, bytes]] = {}
+"""Header fields that were heard, by their blocks."""
 
 
 class GoneAwayError(Exception):
@@ -183,9 +185,9 @@ class Connection:
             else:
                 self._attend(kind, flags, of_stream, payload)
 
-    def decode(self, block: bytes) -> list[Field]:
+    def decode(self, block: bytes) -> Mapping[bytes, bytes]:
         """Raises ValueError."""
-        return self._fields.fields(block)
+        return self._fields.meaning(block, dict, _known)
 
     def _attend(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
         """To what belongs to the connection, or to a call that is over."""

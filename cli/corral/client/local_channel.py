@@ -8,7 +8,7 @@ caller does, for a server that leaves tells those who do.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from operator import length_hint
 from threading import Lock
@@ -349,7 +349,7 @@ def _answers(connection: "http2.Connection", stream: int) -> Iterator[bytes]:
         kind, flags, payload = connection.answer(stream)
         if kind == frames.RESET:
             raise _reset(int.from_bytes(payload))
-        fields = dict(connection.decode(payload)) if kind == frames.HEADERS else {}
+        fields = connection.decode(payload) if kind == frames.HEADERS else {}
         if kind == frames.DATA:
             body += payload
             while (message := _taken(body)) is not None:
@@ -379,12 +379,12 @@ def _taken(body: bytearray) -> bytes | None:
     return message
 
 
-def _check(trailers: "dict[bytes, bytes]") -> None:
+def _check(trailers: Mapping[bytes, bytes]) -> None:
     """Raises grpc.RpcError unless all went well."""
     if trailers.get(b"grpc-status") != b"0":
         from corral.client.call_failed import from_trailers
 
-        raise from_trailers(trailers)
+        raise from_trailers(dict(trailers))
 
 
 def _failure(code: str, details: str) -> "grpc.RpcError":

@@ -75,7 +75,15 @@ class Call(CallContext):
         return "brief:" if self.handler.unary_stream else "unix:"
 
 
-def read(fields: Sequence[Field]) -> Call | Failure:
+class Asked(NamedTuple):
+    """What a client's header fields say."""
+
+    method: str
+    metadata: Metadata
+    timeout_s: float | None
+
+
+def read(fields: Sequence[Field]) -> Asked | Failure:
     """What a client asks for."""
     method, timeout_s, metadata = "", None, []
     size = sum(len(name) + len(value) + FIELD_BYTES for name, value in fields)
@@ -95,7 +103,7 @@ def read(fields: Sequence[Field]) -> Call | Failure:
             return Failure(grpc.StatusCode.UNIMPLEMENTED, "compressed messages are not read here")
         elif not key.startswith((":", "grpc-")) and key not in _NOT_OURS:
             metadata.append((key, _decoded(key, value)))
-    return Call(method, tuple(metadata), timeout_s)
+    return Asked(method, tuple(metadata), timeout_s)
 
 
 def refusal(body: bytearray) -> Failure | None:

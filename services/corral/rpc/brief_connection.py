@@ -14,7 +14,7 @@ from functools import partial
 import grpc
 import structlog
 
-from corral.rpc.brief_call import BEGINNING, Call, Failure, Find, answer, read, refusal
+from corral.rpc.brief_call import BEGINNING, Asked, Call, Failure, Find, answer, read, refusal
 from corral.rpc.frames import (
     ACKNOWLEDGES,
     CONTINUATION,
@@ -37,7 +37,7 @@ from corral.rpc.frames import (
     WINDOW,
     frame,
 )
-from corral.rpc.hpack import Decoder, Field, encode
+from corral.rpc.hpack import Decoder, encode
 
 log = structlog.get_logger()
 
@@ -52,9 +52,8 @@ _GREETING = frame(SETTINGS, 0, 0, _LIMITS) + frame(WINDOW, 0, 0, (_WINDOW - DEFA
 _MOST_FIELDS = 64 << 10
 """Bytes of one block of header fields: what is packed in it must not keep the loop for long."""
 _ANSWER = encode(BEGINNING)
-_SHORT, _MOST_KNOWN = 1024, 256
-"""Blocks of header fields that are remembered."""
-_known: dict[bytes, Sequence[Field]] = {}
+_known: dict[bytes, Asked | Failure] = {}
+"""What blocks of header fields ask for."""
 _ALL_WENT_WELL = encode(((b"grpc-status", b"0"),))
 _CANCELLED = Failure(grpc.StatusCode.CANCELLED, "the call was cancelled within corral")
 
@@ -213,28 +212,18 @@ class Connection(asyncio.Protocol):
             self._open(stream, first, bytes(block))
 
     def _open(self, stream: int, flags: int, block: bytes) -> None:
-        fields = self._decoded(block)
+        asked = self._fields.meaning(block, read, _known)
         if not stream % 2 or stream <= self._newest:
             raise ValueError("a stream has the number of an earlier one")
         self._newest = stream
         if len(self._streams) >= MOST_CALLS:
             self._transport.write(frame(RESET, 0, stream, _REFUSED.to_bytes(4)))
             return
-        found = self._streams[stream] = _Stream(read(fields), self._initial_window)
+        found = self._streams[stream] = _Stream(
+            asked if isinstance(asked, Failure) else Call(*asked), self._initial_window
+        )
         if flags & ENDS_STREAM:
             self._begin(stream, found)
-
-    def _decoded(self, block: bytes) -> Sequence[Field]:
-        """Raises ValueError. Most are the same few, over and over: our client has nobody remember anything."""
-        known = _known.get(block)
-        if known is not None:
-            return known
-        fields = self._fields.fields(block)
-        if self._fields.has_learnt_nothing and len(block) <= _SHORT:
-            if len(_known) >= _MOST_KNOWN:
-                _known.clear()
-            _known[block] = fields
-        return fields
 
     def _gather(self, stream: int, flags: int, payload: bytes) -> None:
         self._taken += len(payload)

@@ -1,7 +1,7 @@
 """Header fields as HTTP/2 writes them. Source: RFC 7541."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 _STATIC = (
     *(b":authority", b":method GET", b":method POST", b":path /", b":path /index.html", b":scheme http"),
@@ -19,6 +19,9 @@ _STATIC = (
 _TABLE_BYTES = 4096
 _ENTRY_BYTES = 32
 """What an entry counts beside its letters. Source: section 4.1."""
+
+_SHORT, _MOST_KNOWN = 1024, 256
+"""Blocks that are remembered."""
 
 type Field = tuple[bytes, bytes]
 
@@ -38,6 +41,18 @@ class Decoder:
             return self._fields(block)
         except IndexError:
             raise ValueError("the header fields are malformed") from None
+
+    def meaning[T](self, block: bytes, of: Callable[[list[Field]], T], known: dict[bytes, T]) -> T:
+        """What a block's fields come to; raises ValueError. Most blocks are the same few, over and over, and mean the
+        same to everybody: these are `known` from then on."""
+        found = known.get(block)
+        if found is None:
+            found = of(self.fields(block))
+            if self.has_learnt_nothing and len(block) <= _SHORT:
+                if len(known) >= _MOST_KNOWN:
+                    known.clear()
+                known[block] = found
+        return found
 
     def _fields(self, block: bytes) -> list[Field]:
         found: list[Field] = []
