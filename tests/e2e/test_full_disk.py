@@ -112,23 +112,25 @@ def test_what_a_user_stops_while_nothing_can_be_written_ends_and_stays_so(
     with lending_nothing(tmp_path) as disk, Corrald(place=PlaceOn.make_on(disk / "root")) as daemon:
 
         async def scene(engine: EngineClient) -> None:
-            plain, kept = await engine.run(*SLEEPS), await engine.run(*SLEEPS, restart=ALWAYS)
-            pids = [(await engine.get(id_)).pid for id_ in (plain, kept)]
+            plain = [await engine.run(*SLEEPS) for _ in range(6)]  # the first of which may still be written down
+            kept = await engine.run(*SLEEPS, restart=ALWAYS)
+            pids = [(await engine.get(id_)).pid for id_ in (*plain, kept)]
             await asyncio.to_thread(fill, disk / "junk")
-            stopped = await engine.stop(plain, timeout_s=0)
-            assert (stopped.status, stopped.exit.code) == (pb.STATUS_EXITED, 137)
+            for id_ in plain:
+                stopped = await engine.stop(id_, timeout_s=0)
+                assert (stopped.status, stopped.exit.code) == (pb.STATUS_EXITED, 137)
             with pytest.raises(ResourceExhausted, match="has been stopped, which can't be written down"):
                 await engine.stop(kept, timeout_s=0)
             assert not any(map(_lives, pids))
             await asyncio.to_thread((disk / "junk").unlink)
 
             async def is_written() -> bool:
-                return all([(await topics(engine, id_))["container.stopped"] for id_ in (plain, kept)])
+                return all([(await topics(engine, id_))["container.stopped"] for id_ in (*plain, kept)])
 
             await eventually(is_written)
             await asyncio.sleep(0.5)  # its policy would have acted by then
             assert (await engine.get(kept)).status == pb.STATUS_EXITED
-            for id_ in (plain, kept):
+            for id_ in (*plain, kept):
                 told = await topics(engine, id_)
                 assert (told["container.died"], told["container.stopped"]) == (1, 1)
             await engine.start(kept)
