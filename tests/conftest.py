@@ -6,9 +6,12 @@ def test_y(start_daemon): ...          any number of them: start_daemon(split=Tr
 """
 
 import contextlib
+import gc
 import os
 import secrets
 import signal
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -70,6 +73,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = yield
     if report.skipped and not hasattr(report, "wasxfail") and isinstance(report.longrepr, tuple):
         item.config.stash[SKIPS][item.nodeid] = str(report.longrepr[2]).removeprefix("Skipped: ")
+    if report.failed and call.excinfo is not None:  # what it held open would be found at the end, as the run's error
+        with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+            traceback.clear_frames(call.excinfo.tb)
+            gc.collect()
     return report
 
 

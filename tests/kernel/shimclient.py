@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 import corral.shim
 from corral.shim.wire import Channel
@@ -108,6 +108,24 @@ class Zygote:
         )
         theirs.close()
         self.peer = Peer(ours)
+        self._reaped = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it at once, if it has not ended: after a test that failed it would stay for who wants what it keeps."""
+        self.peer.close()
+        self.stderr.close()
+        if not self._reaped:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        wait_gone(self.pid)
+        os.waitpid(self.pid, 0)
+        self._reaped = True
 
     def spawn(self, bundle: Path, container: str = "c1", namespace: str = "default") -> dict[str, object]:
         with listen(bundle) as listener:
@@ -124,6 +142,7 @@ class Zygote:
         self.peer.close()
         self.stderr.close()
         os.waitpid(self.pid, 0)
+        self._reaped = True
 
 
 BUSYBOX = shutil.which("busybox") or "/bin/busybox"

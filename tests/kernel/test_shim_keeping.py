@@ -173,21 +173,18 @@ def streams_of(shim: Shim) -> dict[str, int]:
 
 
 def test_an_exit_that_neither_shim_nor_zygote_lived_to_see_is_told_by_a_pidfd() -> None:
-    with workshop() as shop:
+    with workshop() as shop, Zygote() as other:
         shim = shop.run("sh", "-c", "read x; exit 21", stdin=True)
         streams = streams_of(shim)
-        old, shop.zygote = shop.zygote, Zygote()
-        os.kill(old.pid, signal.SIGKILL)
-        wait_gone(old.pid)
+        os.kill(shop.zygote.pid, signal.SIGKILL)
+        wait_gone(shop.zygote.pid)
         of = kill(shim)
         os.write(streams["stdin"], b"\n")
         wait_gone(int(str(of["pid"])))
-        heir = heir_of(shop.zygote, shim)
+        heir = heir_of(other, shim)
         adopt(heir, of, streams)
         exited = heir.wait()
         assert (exited["code"], exited["known"]) == (21, True) if tells_exits() else not exited["known"]
-        shop.zygote.close()
-        shop.zygote = old
 
 
 def tells_exits() -> bool:
@@ -273,22 +270,20 @@ def test_the_end_that_an_heir_has_seen_is_kept_by_its_own_zygote_though_another_
     shop: Workshop,
 ) -> None:
     shim = shop.run("sh", "-c", "read x; exit 24", stdin=True)
-    other = Zygote({"CORRAL_FAILPOINTS": "shim.exit.before_rename=kill"})
-    state = kill(shim)
-    kept = kept_by_zygote(shim)
-    stdin = os.dup(kept["stdin"])
-    heir = heir_of(other, shim)
-    adopt(heir, state, kept)
-    time.sleep(3 * LOOK_S)  # until the first zygote has let go of it
-    os.write(stdin, b"\n")
-    wait_gone(heir.pid)
-    os.close(stdin)
-    deadline = time.monotonic() + 5
-    while not (shim.bundle / "exit.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert shim.exit_file()["code"] == 24
-    os.kill(other.pid, signal.SIGKILL)  # it would stay for who wants what it keeps
-    other.close()
+    with Zygote({"CORRAL_FAILPOINTS": "shim.exit.before_rename=kill"}) as other:
+        state = kill(shim)
+        kept = kept_by_zygote(shim)
+        stdin = os.dup(kept["stdin"])
+        heir = heir_of(other, shim)
+        adopt(heir, state, kept)
+        time.sleep(3 * LOOK_S)  # until the first zygote has let go of it
+        os.write(stdin, b"\n")
+        wait_gone(heir.pid)
+        os.close(stdin)
+        deadline = time.monotonic() + 5
+        while not (shim.bundle / "exit.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert shim.exit_file()["code"] == 24
 
 
 def test_only_who_was_told_to_start_may_have_run(shop: Workshop) -> None:
