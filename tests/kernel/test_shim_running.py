@@ -31,18 +31,18 @@ def begin(shim: Shim, *args: str, **more: object) -> int:
     asked = {"id": shim.peer.last_id, "op": "run", "exec": f"r{shim.peer.last_id}", "process": process(*args), **more}
     shim.peer.send(asked)
     deadline = time.monotonic() + 10
-    while not (found := running(shim, args[-1])):
+    while not (found := running(shim, args[-1].split()[-1])):  # a shell becomes what it runs last
         assert time.monotonic() < deadline
         time.sleep(0.005)
     return found[0]
 
 
-def running(shim: Shim, last_arg: str) -> list[int]:
+def running(shim: Shim, last_word: str) -> list[int]:
     """Children of a shim by the last word of their command lines."""
     found = []
     for pid in Path(f"/proc/{shim.pid}/task/{shim.pid}/children").read_text().split():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if Path(f"/proc/{pid}/cmdline").read_text().split("\0")[-2:-1] == [last_arg]:
+            if Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").split()[-1:] == [last_word]:
                 found.append(int(pid))
     return found
 
