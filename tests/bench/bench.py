@@ -34,6 +34,7 @@ from unpack import bench_unpack
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("protos", "shim", "services", "cli")
 ROUNDS = int(os.environ.get("CORRAL_BENCH_ROUNDS", "20"))
+SETTLE_S = 0.2
 IDLE_CONTAINERS = 50
 PUBLISHED = ("--network", "bridge", "--publish", "80")
 MANY = 200
@@ -44,10 +45,12 @@ def median_ms(samples: list[float]) -> float:
 
 
 def interleaved(jobs: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median milliseconds of each job; one warm-up round, then all jobs in turn, so that noise hits them alike."""
+    """Median milliseconds of each job; one warm-up round, then all jobs in turn, so that noise hits them alike. Each
+    begins once what the one before has left to do in the background is done, so that nobody pays for another."""
     samples: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(rounds + 1):
         for name, job in jobs.items():
+            time.sleep(SETTLE_S)
             began = time.perf_counter()
             job()
             if number:
