@@ -204,6 +204,17 @@ def test_a_failed_create_can_be_tried_again(shop: Workshop) -> None:
     assert read_to_end(out) == b"second\n"
 
 
+def test_a_log_that_cannot_be_opened_ends_the_init_that_was_begun(shop: Workshop) -> None:
+    shim = shop.spawn("true")
+    with refused("not_found"):
+        shim.call("create", log={"driver": "json-file", "path": str(shim.bundle / "missing/log")})
+    assert children_of(shim.pid) == []
+    assert sorted(path.name for path in shim.bundle.iterdir()) == ["config.json", "socket"]
+    shim.create()
+    shim.start()
+    assert shim.wait()["code"] == 0
+
+
 def test_deleting_a_running_container_kills_it_and_answers_when_it_is_gone(shop: Workshop) -> None:
     shim = shop.run("sleep", "100")
     pid = shim.state()["pid"]

@@ -15,7 +15,7 @@ anything was done); then no process is left, and with it no namespace or mount.
 import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ from corral.oci.attendance import (
     follow_guide,
     give_devices,
     idmap_namespaces,
+    kill_and_reap,
 )
 from corral.oci.blueprint import plan_of
 from corral.oci.cgroups import Membership
@@ -75,6 +76,7 @@ def create(
     by_stone: bool = False,
     secrets: Step | None = None,
     images: "Sequence[ImageMount]" = (),
+    meanwhile: Callable[[], None] | None = None,
 ) -> Container:
     """Make a container: returns when init has finished its set-up and waits for start().
 
@@ -87,7 +89,8 @@ def create(
     gate: the fd of a gate (corral.oci.gate), for leave_at_gate(). larder: mounts made ahead; the caller closes it.
     container_id: what hooks and seccomp listeners are told; without one, the name of the bundle. by_stone: this
     process is not sealed, and the specification suits corral.oci.stepping_stone. secrets: files that no specification
-    has (corral.oci.secret_files). images: trees of other images (corral.oci.image_mounts).
+    has (corral.oci.secret_files). images: trees of other images (corral.oci.image_mounts). meanwhile: what else is to
+    be done, while init is at work; if that fails, so does this.
 
     If this fails, the specification's poststop hooks (corral.oci.hooks.run_poststop) are the caller's to run, once it
     has undone what it did.
@@ -118,6 +121,12 @@ def create(
     container = Container(
         spec, ProcessHandle(pid, pidfd, 0, None), parent, container_id or place.rpartition("/")[2], place
     )
+    if meanwhile is not None:
+        try:
+            meanwhile()
+        except BaseException:
+            kill_and_reap(parent, pidfd)
+            raise
     container.init = await_ready(container, allotment, parent, pid, pidfd, limit_s, creating=True)
     return container
 

@@ -72,6 +72,10 @@ class ProcessIO:
         finally:
             close_all(inherited)
 
+    def log_to(self, log: Log) -> None:
+        """Another log than at first, before there is any output."""
+        self._log = log
+
     def begin(self, console: int | None) -> None:
         """The process exists: start moving bytes. With a terminal, console is its master, owned from here on."""
         if console is not None:
@@ -189,11 +193,11 @@ class ProcessIO:
                     os.unlink(self._prefix + name, dir_fd=self._directory)
 
     def _output(self, name: StreamName) -> Output:
-        log, pipe = self._log, not self.terminal
+        pipe = not self.terminal
         return Output(
             self._loop,
-            take=lambda fd, size: log.take(name, fd, size, pipe=pipe),
-            tap=lambda data: log.write(name, data),
+            take=lambda fd, size: self._log.take(name, fd, size, pipe=pipe),
+            tap=lambda data: self._log.write(name, data),
             on_end=lambda: self._output_ended(name),
         )
 
