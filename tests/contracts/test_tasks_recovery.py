@@ -188,6 +188,7 @@ async def test_a_killed_zygote_harms_nobody_and_is_replaced(own_daemon: Corrald,
     async with serving(own_daemon, rootfs) as tasks:
         task_id = await tasks.run("sleep", "1000")
         for _ in range(3):
+            await eventually(lambda: zygotes_of(own_daemon) != [])  # who has a shim standing by waits for none
             os.kill(zygote_of(own_daemon), signal.SIGKILL)
             other = await tasks.run("sh", "-c", "exit 4")
             assert (await tasks.wait(other)).code == 4
@@ -257,12 +258,21 @@ async def test_a_zygote_that_cannot_be_killed_is_done_without(rootfs: Path):
             stuck = zygote_of(daemon)
             with dying_held(stuck):
                 os.kill(stuck, signal.SIGSTOP)
-                with pytest.raises(Unavailable):
-                    await tasks.run("true")
+                assert await one_of_two_is_refused(tasks)
                 assert (await tasks.wait(await tasks.run("sh", "-c", "exit 7", task_id="next"))).code == 7
                 assert stuck in zygotes()
                 await tasks.delete("next")
     assert not is_alive(stuck)
+
+
+async def one_of_two_is_refused(tasks: TaskClient) -> bool:
+    """The first may be made by a shim that stands by already."""
+    for _ in range(2):
+        try:
+            await tasks.delete(await tasks.run("true"), force=True)
+        except Unavailable:
+            return True
+    return False
 
 
 async def test_a_zygote_that_takes_long_to_start_is_waited_for(rootfs: Path):

@@ -133,6 +133,14 @@ class Zygote:
                 "spawn", [listener.fileno()], bundle=str(bundle), namespace=namespace, container=container
             )
 
+    def stand_by(self) -> tuple[int, socket.socket]:
+        """A shim that stands by: its pid, and the connection to it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            pid = self.peer.call("stand_by", [theirs.fileno()])["pid"]
+        assert isinstance(pid, int)
+        return pid, ours
+
     def errors(self) -> str:
         self.stderr.seek(0)
         return self.stderr.read().decode()
@@ -208,6 +216,11 @@ def connect(bundle: Path, hello: Message | None = None) -> Peer:
         raise
     finally:
         os.close(directory)
+    return greeted(sock, hello)
+
+
+def greeted(sock: socket.socket, hello: Message | None = None) -> Peer:
+    """The same over a connection that there is."""
     peer = Peer(sock)
     try:
         peer.send(hello or {"v": 1, "client": "tests"})
@@ -272,16 +285,28 @@ def wait_gone(pid: int, timeout_s: float = TIMEOUT_S) -> None:
 class Shim:
     """A spawned shim with its bundle, and one connection to it."""
 
-    def __init__(self, zygote: Zygote, directory: Path, name: str, content: Message) -> None:
+    def __init__(
+        self, zygote: Zygote, directory: Path, name: str, content: Message, *, standing_by: bool = False
+    ) -> None:
         self.name, self.bundle = name, directory / name
         self.bundle.mkdir()
         self.log = directory / f"{name}.log"
         (self.bundle / "config.json").write_text(json.dumps(content))
-        spawned = zygote.spawn(self.bundle, container=name)
-        assert isinstance(spawned["pid"], int)
-        self.pid = spawned["pid"]
-        self.peer = connect(self.bundle)
+        self.pid, self.peer = self._stood_by(zygote) if standing_by else self._spawned(zygote)
         self.call = self.peer.call
+
+    def _spawned(self, zygote: Zygote) -> tuple[int, Peer]:
+        spawned = zygote.spawn(self.bundle, container=self.name)
+        assert isinstance(spawned["pid"], int)
+        return spawned["pid"], connect(self.bundle)
+
+    def _stood_by(self, zygote: Zygote) -> tuple[int, Peer]:
+        pid, sock = zygote.stand_by()
+        peer = greeted(sock)
+        with listen(self.bundle) as listener:
+            order = {"bundle": str(self.bundle), "namespace": "default", "container": self.name}
+            assert peer.call("take", [listener.fileno()], **order) == {}
+        return pid, peer
 
     def create(self, *, driver: str = "json-file", **options: object) -> int:
         """Create the container and return the pid of its init."""
@@ -396,6 +421,7 @@ class Workshop:
         terminal: bool = False,
         namespaces: Sequence[str] = NAMESPACES,
         seccomp: Message | None = None,
+        standing_by: bool = False,
         **more: object,
     ) -> Shim:
         """A shim whose container is to run args; nothing is created yet. More are members of its process."""
@@ -403,7 +429,7 @@ class Workshop:
         content = config(self.root, *args, terminal=terminal, namespaces=namespaces, **more)
         if seccomp is not None:
             content["linux"] = {**cast(Message, content["linux"]), "seccomp": seccomp}
-        shim = Shim(self.zygote, self.directory, f"c{self._count}", content)
+        shim = Shim(self.zygote, self.directory, f"c{self._count}", content, standing_by=standing_by)
         self._stack.callback(shim.close)
         return shim
 

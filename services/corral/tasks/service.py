@@ -38,6 +38,7 @@ from corral.tasks.recovery import Recovery
 from corral.tasks.registry import Registry
 from corral.tasks.runs import Runs
 from corral.tasks.spawning import Spawner
+from corral.tasks.standby import Standby
 from corral.tasks.store import MIGRATIONS
 from corral.tasks.watch import DirectoryWatch
 from corral.tasks.zygote import Zygote
@@ -60,6 +61,7 @@ class TasksService:
         self._database: Database | None = None
         self._zygote: Zygote | None = None
         self._bundles: Bundles | None = None
+        self._standby: Standby | None = None
         self._registry = Registry()
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
@@ -75,17 +77,21 @@ class TasksService:
         zygote.start()
         bundles = self._bundles = Bundles(config.state, config.root)
         parallel = config.parallel_creates or CREATES_PER_CPU * (os.cpu_count() or 1)
-        spawner = Spawner(zygote, parallel=parallel, timeout_s=config.shim_timeout_s)
+        standby = self._standby = Standby(zygote, timeout_s=config.shim_timeout_s)
+        spawner = Spawner(zygote, standby, parallel=parallel, timeout_s=config.shim_timeout_s)
         ends = Ends(self._registry, database)
         recovery = Recovery(self._registry, database, ends, bundles, spawner, timeout_s=config.shim_timeout_s)
         await recovery.recover_all()
         tasks = Tasks(self._registry, database, ends, bundles, spawner, recovery)
         checker = Checker(self._registry, bundles, recovery, config.state)
         self._servicer.serve(tasks, Execs(self._registry, database), checker, database)
+        standby.begin()
 
     async def stop(self) -> None:
         self._servicer.close()
         await self._registry.stop()
+        if self._standby is not None:
+            await self._standby.close()
         if self._bundles is not None:
             await self._bundles.close()
         if self._zygote is not None:

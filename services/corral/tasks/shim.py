@@ -5,6 +5,7 @@ just forked, or is not even forked yet, finds all of it in its socket.
 """
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,11 @@ class Shim:
     def close(self) -> None:
         """Hang up; the shim goes on. on_close is not called."""
         self._connection.close()
+
+    def take(self, order: Message, listener: socket.socket) -> asyncio.Future[Message]:
+        """Have one that stands by be the shim of a bundle, whose listening socket stays the caller's. Its answer, which
+        may be awaited or looked at later, says that it may have made something; it raises ConnectionLostError."""
+        return self._connection.request("take", order, [os.dup(listener.fileno())])
 
     async def create(self, fields: Message) -> Identity:
         """Make the container; returns its init, which waits for start."""

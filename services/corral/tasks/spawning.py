@@ -20,7 +20,8 @@ from corral.tasks.bundle import Bundle
 from corral.tasks.connection import ConnectionLostError
 from corral.tasks.identity import Identity
 from corral.tasks.shim import Shim
-from corral.tasks.zygote import Zygote
+from corral.tasks.standby import Standby
+from corral.tasks.zygote import Zygote, order
 
 log = structlog.get_logger()
 
@@ -42,8 +43,9 @@ class Spawned:
 class Spawner:
     """Makes shims, at most `parallel` at once."""
 
-    def __init__(self, zygote: Zygote, *, parallel: int, timeout_s: float) -> None:
+    def __init__(self, zygote: Zygote, standby: Standby, *, parallel: int, timeout_s: float) -> None:
         self._zygote = zygote
+        self._standby = standby
         self._turn = asyncio.Semaphore(parallel)
         self._timeout_s = timeout_s
 
@@ -81,8 +83,10 @@ class Spawner:
         raise Unavailable("no shim could be started: its zygote keeps dying; see zygote.log", reason="ZYGOTE_DIES")
 
     async def _spawn(self, bundle: Bundle, listener: socket.socket, fields: Message) -> Spawned:
+        if spawned := await self._by_standby(bundle, listener, fields):
+            return spawned
         for attempt in range(ATTEMPTS):
-            if attempt:
+            if listener.fileno() < 0:  # who had it has ended
                 log.warning("shim.not_forked", attempt=attempt)
                 listener = bundle.listen()
             with listener:
@@ -90,6 +94,30 @@ class Spawner:
             if spawned is not None:
                 return spawned
         raise Unavailable("no shim could be started: its zygote keeps dying; see zygote.log", reason="ZYGOTE_DIES")
+
+    async def _by_standby(self, bundle: Bundle, listener: socket.socket, fields: Message) -> Spawned | None:
+        """By the shim that stands by; None if there is none, or it ended before it had the bundle."""
+        ready = self._standby.take()
+        if ready is None:
+            return None
+        shim, identity = ready
+        try:
+            taken = shim.take(order(bundle), listener)
+            listener.close()  # as in _fork()
+            init = await shim.create(fields)
+            failpoint("tasks.create.after_spawn")
+            return Spawned(shim, identity, init)
+        except CorralError as e:
+            is_stuck, refusal = not taken.done(), taken.exception() if taken.done() else None
+            shim.close()
+            if isinstance(refusal, ConnectionLostError):
+                return None
+            if is_stuck:  # it must not take the bundle later
+                await identity.kill(within_s=UNDO_S)
+            raise refusal or _cause(identity, e) from None
+        except BaseException:
+            shim.close()
+            raise
 
     async def _try(self, bundle: Bundle, listener: socket.socket, fields: Message) -> Spawned | None:
         """One attempt; None if the zygote died before it forked."""

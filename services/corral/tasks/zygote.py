@@ -94,25 +94,29 @@ class Zygote:
         One that does not answer in time is replaced. Raises ConnectionLostError if the zygote is not ready, or was
         ended meanwhile: then only the socket tells whether there is a shim. Raises CorralError if it refuses.
         """
-        one = self._current
-        if one is None:
-            raise ConnectionLostError("the zygote has ended")
-        fields: dict[str, object] = {
-            "bundle": str(bundle.path),
-            "namespace": bundle.key.namespace,
-            "container": bundle.key.id,
-        }
+        one = self._at_work()
         try:
-            async with asyncio.timeout(timeout_s):
-                reply = await one.connection.request("spawn", fields, [os.dup(listener.fileno())])
+            return await _ask(one, "spawn", order(bundle), listener, timeout_s)
         except TimeoutError as e:
             self._replace(one)
             await one.over.wait()
             raise ConnectionLostError("the zygote did not answer in time") from e
-        pid, start_time = optional_int(reply, "pid"), optional_int(reply, "start_time")
-        if not pid or not start_time:
-            raise Internal(f"the zygote answered {reply!r:.100}")
-        return Identity(pid, start_time)
+
+    async def stand_by(self, connection: socket.socket, *, timeout_s: float) -> Identity:
+        """Have a shim wait at the other end of a connection, which stays the caller's, for an order() and the listening
+        socket of its bundle. It ends with either, connection or zygote.
+
+        Raises ConnectionLostError if the zygote is not ready, or does not answer in time, CorralError if it refuses.
+        """
+        try:
+            return await _ask(self._at_work(), "stand_by", {}, connection, timeout_s)
+        except TimeoutError as e:  # nobody waits for it: who needs a shim finds out whether it is stuck
+            raise ConnectionLostError("the zygote did not answer in time") from e
+
+    def _at_work(self) -> _One:
+        if self._current is None:
+            raise ConnectionLostError("the zygote has ended")
+        return self._current
 
     def _replace(self, one: _One) -> None:
         """It does not answer: have another one in its place, unless somebody has already. See the module for what that
@@ -179,6 +183,21 @@ class Zygote:
                 self._ready.set()
 
         answer.add_done_callback(answered)
+
+
+async def _ask(one: _One, op: str, fields: Message, sock: socket.socket, timeout_s: float) -> Identity:
+    """The shim that it answers with. Raises TimeoutError, ConnectionLostError, CorralError."""
+    async with asyncio.timeout(timeout_s):
+        reply = await one.connection.request(op, fields, [os.dup(sock.fileno())])
+    pid, start_time = optional_int(reply, "pid"), optional_int(reply, "start_time")
+    if not pid or not start_time:
+        raise Internal(f"the zygote answered {reply!r:.100}")
+    return Identity(pid, start_time)
+
+
+def order(bundle: Bundle) -> Message:
+    """What tells a shim which bundle is its own."""
+    return {"bundle": str(bundle.path), "namespace": bundle.key.namespace, "container": bundle.key.id}
 
 
 def _spawn_process(socket_fd: int, output: Path) -> int:

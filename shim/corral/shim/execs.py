@@ -15,13 +15,13 @@
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from corral.kernel.failpoint import failpoint
 from corral.oci.errors import ExecFailed
 from corral.oci.runtime import Container, ProcessHandle
 from corral.oci.spec import Process
 from corral.shim import records
+from corral.shim.bundle import Bundle
 from corral.shim.errors import ShimError
 from corral.shim.excerpt import Excerpt
 from corral.shim.keeping import Keeper
@@ -40,7 +40,7 @@ class Execs:
 
     def __init__(
         self,
-        bundle: Path,
+        bundle: Bundle,
         processes: Processes,
         ledger: Ledger,
         keeper: Keeper,
@@ -56,7 +56,7 @@ class Execs:
         """Register a process to be started later, so that clients can attach before its first byte; or do that all."""
         self._running()
         spec = self._spec_of(request)
-        (self._bundle / records.EXECS).mkdir(mode=0o700, exist_ok=True)
+        (self._bundle.known() / records.EXECS).mkdir(mode=0o700, exist_ok=True)
         io = self._processes.io(request.exec_id, NoLog(), terminal=spec.terminal, stdin=request.stdin)
         process = self._add(request, spec, io)
         if not request.start:

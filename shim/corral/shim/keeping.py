@@ -1,6 +1,7 @@
 """What of a container only its shim has, held a second time by the zygote that made it: so that it outlives the shim.
 
-    shim --frames--> zygote     {"keep":EXEC,"streams":[NAME...]} + fds     before its program can run
+    shim --frames--> zygote     {"bundle":PATH}                 of one that stood by, before it makes anything
+                                {"keep":EXEC,"streams":[NAME...]} + fds     before its program can run
                                 {"began":EXEC,"pid":PID,"start_time":TICKS,"started_at_ns":NS}  likewise
                                 {"drop":EXEC,"stream":NAME}     the process gets no more of it
                                 {"forget":EXEC}                 its end is written down
@@ -41,6 +42,10 @@ class Keeper:
         self._channel = channel
         if channel is not None:
             channel.sock.setblocking(False)
+
+    def is_of(self, bundle: Path) -> None:
+        """Have it know which bundle is this shim's."""
+        self._send({"bundle": str(bundle)})
 
     def keep(self, exec_id: str, streams: Mapping[str, int]) -> None:
         """Have it hold copies of a process's streams, instead of those that it may have of it."""
@@ -92,11 +97,18 @@ class Kept:
 
     loop: Loop
     channel: Channel
+    bundle: Path | None
+    """None while the shim stands by."""
     streams: dict[str, dict[str, int]] = field(default_factory=dict)
     """By exec id and name."""
     execs: dict[int, KeptExec] = field(default_factory=dict)
     """By pid."""
     _open: bool = True
+
+    @property
+    def stands_by(self) -> bool:
+        """Whether its shim has no bundle yet, and lives."""
+        return self.bundle is None and self._open
 
     def begin(self) -> None:
         """Take what the shim sends, as it comes."""
@@ -133,7 +145,9 @@ class Kept:
         return True
 
     def _take(self, message: Message) -> None:
-        if "keep" in message:
+        if "bundle" in message:
+            self.bundle = Path(text(message, "bundle"))
+        elif "keep" in message:
             exec_id, names = text(message, "keep"), strings(message, "streams")
             self._forget(exec_id)
             self.streams[exec_id] = dict(zip(names, self.channel.take_fds(len(names)), strict=True))

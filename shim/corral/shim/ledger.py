@@ -6,7 +6,6 @@ Where something can't be written, the shim's log says so, and life goes on.
 import contextlib
 import os
 import signal
-from pathlib import Path
 
 from corral.kernel.process import send_signal, start_time
 from corral.oci import hooks
@@ -14,14 +13,15 @@ from corral.oci.spec import Spec
 from corral.oci.state import State
 from corral.shim import records, report
 from corral.shim.adoption import hold
+from corral.shim.bundle import Bundle
 from corral.shim.process import ContainerProcess
 
 
 class Ledger:
-    """The files of one bundle, of which directory is an fd."""
+    """The files of one bundle."""
 
-    def __init__(self, bundle: Path, directory: int) -> None:
-        self._bundle, self._directory = bundle, directory
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle, self._directory = bundle, bundle.directory
         self.created_at_ns = 0
         self.oom_uncounted: int | None = None
         self._own: tuple[int, int] | None = None  # this process's pid and start time
@@ -79,7 +79,7 @@ class Ledger:
     def note_run(self, run: ContainerProcess) -> None:
         """One that may outlive this shim: the execve of a program that gains privileges takes its PR_SET_PDEATHSIG."""
         try:
-            (self._bundle / records.RUNS).mkdir(mode=0o700, exist_ok=True)
+            (self._bundle.known() / records.RUNS).mkdir(mode=0o700, exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
             os.close(os.open(_run_file(run), flags, 0o600, dir_fd=self._directory))
         except OSError as e:
@@ -91,7 +91,7 @@ class Ledger:
 
     def end_runs(self) -> None:
         """Kill those that have outlived the shim before this one."""
-        for file in (self._bundle / records.RUNS).glob("*.*"):
+        for file in (self._bundle.known() / records.RUNS).glob("*.*"):
             with contextlib.suppress(OSError, ValueError):
                 pid, began = map(int, file.name.split("."))
                 handle = hold(pid, began)
@@ -104,7 +104,8 @@ class Ledger:
 
     def run_poststop(self, spec: Spec) -> None:
         """The hooks of a container that is no more: nobody but the shim knows for sure when that is."""
-        state = State(self._bundle.name, str(self._bundle), spec.annotations)
+        bundle = self._bundle.known()
+        state = State(bundle.name, str(bundle), spec.annotations)
         for warning in hooks.run_poststop(spec.hooks, state):
             report.write(self._directory, warning)
 

@@ -5,6 +5,7 @@ client: {"id":N,"op":OP,…}              shim: {"id":N,"ok":{…}} or {"id":N,"
 client: {"id":N,"op":"exec","start":true,…}   shim: {"id":N,"ok":{"pid":…,"streams":[NAME…]}} + an fd each
 client: {"id":N,"op":"run",…}           shim: the same, once the process has ended; it ends with the connection
 client: {"id":N,"op":"subscribe"}       shim: {"event":NAME,"exec":ID,…}, from then on
+client: {"id":N,"op":"take","bundle":PATH,"namespace":…,"container":…} + its listening socket, of one that stands by
 """
 
 import os
@@ -19,8 +20,9 @@ from corral.kernel.failpoint import failpoint
 from corral.oci.errors import ExecFailed
 from corral.oci.larder import Larder
 from corral.shim import VERSION, report
+from corral.shim.bundle import Bundle
 from corral.shim.errors import Kind, ShimError, from_os_error
-from corral.shim.fields import flag, integer
+from corral.shim.fields import flag, integer, text
 from corral.shim.keeping import Keeper
 from corral.shim.loop import IN, OUT, Loop
 from corral.shim.process import State
@@ -34,6 +36,7 @@ ABANDONED_S = 10.0
 ACCEPT_PAUSE_S = 0.5
 MAX_CONNECTIONS = 256
 _EXEC_FAILED: dict[str, Kind] = {"exec_not_found": "exec_not_found", "exec_denied": "exec_denied"}
+BEFORE_BUNDLE = frozenset(("subscribe", "take"))
 # Whatever is sent to the shim itself must not end it: it is not the container.
 SIGNALS = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -55,20 +58,20 @@ class Server:
     def __init__(
         self,
         loop: Loop,
-        listener: socket.socket,
-        bundle: Path,
         *,
-        namespace: str,
-        container: str,
         larder: Larder | None = None,
         keeper: Keeper | None = None,
     ) -> None:
-        """listener is bound and listening already, so a client can never come too early. The rest is as for Shim."""
-        self._loop, self._listener, self._namespace, self._container = loop, listener, namespace, container
+        """As for Shim; its container is yet to be told, to be_of()."""
+        self._loop = loop
+        self.bundle = Bundle()
+        self._directory = self.bundle.directory
+        self._listener: socket.socket | None = None
+        self._orders: Channel | None = None
+        self._namespace = self._container = ""
         self.shim = Shim(
-            self._loop, bundle, publish=self._publish, on_end=self._shim_ended, larder=larder, keeper=keeper
+            self._loop, self.bundle, publish=self._publish, on_end=self._shim_ended, larder=larder, keeper=keeper
         )
-        self._directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._connections: dict[int, Connection] = {}
         self._waiting_for_end: list[tuple[Connection, object]] = []
         self._signals = -1
@@ -90,47 +93,84 @@ class Server:
             "delete_exec": lambda _, m: shim.execs.delete(exec_id(m)),
             "adopt": lambda c, m: shim.adopt(Adopt.parse(m), c.channel.take_fds),
             "streams": self._streams,
+            "take": self._take,
         }
 
-    def begin(self) -> None:
-        """Serve from here on, in the loop, which is stopped in the end."""
+    def begin(self, orders: Channel | None = None) -> None:
+        """Serve from here on, in the loop, which is stopped in the end. orders: from the zygote, who tells which bundle
+        is this shim's, or who will tell that."""
         self._signals = signalfd.open_signalfd(SIGNALS)
         self._loop.watch(self._signals, IN, lambda _events: self._on_signal())
-        self._listener.setblocking(False)
-        self._watch_listener()
-        self._loop.call_later(ABANDONED_S, self._end_if_abandoned)
-        self._loop.on_error = self._report
+        self._orders = orders
+        if orders is not None:
+            orders.sock.setblocking(False)
+            self._loop.watch(orders.sock.fileno(), IN, lambda _events: self._on_order(orders))
 
-    def _watch_listener(self) -> None:
-        self._loop.watch(self._listener.fileno(), IN, lambda _events: self._accept())
+    def _on_order(self, orders: Channel) -> None:
+        try:
+            for message in orders.receive():
+                sock = _unix_socket(orders)
+                if "stand_by" in message:
+                    self._serve(sock)
+                else:
+                    self.be_of(message, sock)
+        except BlockingIOError:
+            pass
+        except EOFError:  # the zygote has ended
+            self._loop.stop()
+
+    def be_of(self, order: Message, listener: socket.socket) -> None:
+        """Be the shim of the bundle that an order tells. listener, owned from here on, is bound and listening already,
+        so a client can never come too early. Raises OSError, ShimError; then nothing has changed."""
+        try:
+            namespace, container = text(order, "namespace"), text(order, "container")
+            self.bundle.become(Path(text(order, "bundle")))
+        except BaseException:
+            listener.close()
+            raise
+        self._listener, self._namespace, self._container = listener, namespace, container
+        if self._orders is not None:
+            self._loop.forget(self._orders.sock.fileno())
+        failpoint("shim.spawned")
+        listener.setblocking(False)
+        self._watch(listener)
+        self._loop.on_error = self._report
+        self._loop.call_later(ABANDONED_S, self._end_if_abandoned)
+
+    def _watch(self, listener: socket.socket) -> None:
+        self._loop.watch(listener.fileno(), IN, lambda _events: self._accept(listener))
 
     def close(self) -> None:
         """Hang up on everybody and release all descriptors; only for a process that goes on without this shim."""
         for connection in tuple(self._connections.values()):
             self._close(connection)
-        for fd in (self._listener.fileno(), self._signals):
-            self._loop.forget(fd)
-        self._listener.close()
+        if self._listener is not None:
+            self._loop.forget(self._listener.fileno())
+            self._listener.close()
+        self._loop.forget(self._signals)
         os.close(self._signals)
-        os.close(self._directory)
         self.shim.close()
+        self.bundle.close()
 
     # Connections.
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         try:
-            sock, _ = self._listener.accept()
+            sock, _ = listener.accept()
         except BlockingIOError:
             return
         except OSError as e:
             # Most likely too many descriptors are open, which would be so again at once.
             report.write(self._directory, f"accept: {e}")
-            self._loop.forget(self._listener.fileno())
-            self._loop.call_later(ACCEPT_PAUSE_S, self._watch_listener)
+            self._loop.forget(listener.fileno())
+            self._loop.call_later(ACCEPT_PAUSE_S, lambda: self._watch(listener))
             return
         if len(self._connections) >= MAX_CONNECTIONS:
             sock.close()
             return
+        self._serve(sock)
+
+    def _serve(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         connection = Connection(Channel(sock))
         self._connections[sock.fileno()] = connection
@@ -174,6 +214,8 @@ class Server:
         """Do what a request asks. Every failure leaves as a ShimError, or ProtocolError for missing descriptors."""
         name = message.get("op")
         op = self._ops.get(name) if isinstance(name, str) else None
+        if self.bundle.path is None and name not in BEFORE_BUNDLE:
+            raise ShimError("failed_precondition", f"this shim has no container yet, and can't {name!r}")
         if op is None:
             raise ShimError("unimplemented", f"this shim (version {VERSION}) has no operation {name!r}")
         try:
@@ -233,6 +275,17 @@ class Server:
         connection.channel.close()
         for run in connection.runs:
             self.shim.execs.end_run(run)
+        if self.bundle.path is None:  # who would have told it
+            self._loop.stop()
+
+    def _take(self, connection: Connection, message: Message) -> Message:
+        sock = _unix_socket(connection.channel)
+        if self.bundle.path is not None:
+            sock.close()
+            raise ShimError("failed_precondition", "this shim has its container")
+        self.be_of(message, sock)
+        self.shim.keeper.is_of(self.bundle.known())
+        return {}
 
     # Events and the end.
 
@@ -325,3 +378,9 @@ class Server:
             self._loop.call_later(ABANDONED_S, self._end_if_abandoned)
         else:
             self._loop.stop()
+
+
+def _unix_socket(channel: Channel) -> socket.socket:
+    """The one that came with the current message."""
+    (fd,) = channel.take_fds(1)
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)

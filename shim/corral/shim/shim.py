@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from corral.kernel.failpoint import failpoint
 from corral.kernel.namespaces import Kind, open_namespace
@@ -26,12 +25,14 @@ from corral.oci.secret_files import SecretFiles
 from corral.oci.usual import spec_of
 from corral.shim import records, report
 from corral.shim.adoption import EndWatch, hold, runs, written_exit
+from corral.shim.bundle import Bundle
 from corral.shim.errors import ShimError
 from corral.shim.execs import Execs
 from corral.shim.keeping import Keeper
 from corral.shim.ledger import Ledger
 from corral.shim.leftovers import kill_leftovers
 from corral.shim.log_drivers import open_log
+from corral.shim.logs import Log, NoLog
 from corral.shim.loop import Loop
 from corral.shim.oom import OomCounter, with_ordinary_score
 from corral.shim.process import ContainerProcess, StartFailure, State
@@ -49,26 +50,27 @@ class Shim:
     def __init__(
         self,
         loop: Loop,
-        bundle: Path,
+        bundle: Bundle,
         *,
         publish: Callable[[Message], None],
         on_end: Callable[[], None],
         larder: Larder | None = None,
         keeper: Keeper | None = None,
     ) -> None:
-        """publish sends an event to every subscriber; on_end is called once nothing is left to do but to tell them.
+        """bundle: given before any request, or later. publish sends an event to every subscriber; on_end is called once
+        nothing is left to do but to tell them.
 
         larder: mounts made ahead; keeper: who holds streams, too; both owned from here on.
         """
-        self._keeper = keeper or Keeper()
+        self.keeper = keeper or Keeper()
         self._larder = larder or Larder()
         self.loop, self.bundle, self._publish, self._on_end = loop, bundle, publish, on_end
-        self._directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._ledger = Ledger(bundle, self._directory)
+        self._directory = bundle.directory
+        self._ledger = Ledger(bundle)
         self.processes = Processes(
-            loop, self._directory, self._ledger, self._keeper, publish=publish, on_init_end=self._init_finished
+            loop, self._directory, self._ledger, self.keeper, publish=publish, on_init_end=self._init_finished
         )
-        self.execs = Execs(bundle, self.processes, self._ledger, self._keeper, running=self._running)
+        self.execs = Execs(bundle, self.processes, self._ledger, self.keeper, running=self._running)
         self._container: Container | None = None
         self._mounts: int | None = None
         self._wait_until = 0.0
@@ -87,10 +89,9 @@ class Shim:
             process.release()
         if self.processes.oom is not None:
             self.processes.oom.close()
-        self._keeper.close()
+        self.keeper.close()
         self._let_mounts_go()
         self._larder.close()
-        os.close(self._directory)
 
     # Create, start.
 
@@ -104,14 +105,20 @@ class Shim:
         program = with_ordinary_score(spec.process)
         program = replace(program, env=(*program.env, *request.secret_env))
         spec = replace(spec, process=program)
-        log = open_log(self.loop, request.log, directory=self._directory)
+        log: Log = NoLog()
         io = self.processes.io("", log, terminal=program.terminal, stdin=request.stdin)
+
+        def open_its_log() -> None:
+            nonlocal log
+            log = open_log(self.loop, request.log, directory=self._directory)
+            io.log_to(log)
+
         try:
             with io.child_ends() as stdio:
                 failpoint("shim.create.before_clone")
                 container = runtime.create(
                     spec,
-                    bundle=self.bundle,
+                    bundle=self.bundle.known(),
                     rootfs=request.rootfs,
                     parts=request.parts,
                     user=request.user,
@@ -121,6 +128,7 @@ class Shim:
                     larder=self._larder,
                     secrets=SecretFiles(request.secrets) if request.secrets else None,
                     images=request.images,
+                    meanwhile=open_its_log,
                 )
         except BaseException as e:
             log.close()
@@ -222,7 +230,7 @@ class Shim:
         process.was_unattended = self._was_unattended(request, handle)
         self.processes.have_kept(process)
         if request.exec_id:
-            self._keeper.began(request.exec_id, handle, request.started_at_ns)
+            self.keeper.began(request.exec_id, handle, request.started_at_ns)
         if not request.exec_id:
             self._timeout_ns = request.timeout_ns
             self._limit_time(process, request.timeout_ns)
@@ -254,7 +262,8 @@ class Shim:
         resumed = {name.removeprefix(LOG_PREFIX): fd for name, fd in of_log.items()}
         self.processes.log = open_log(self.loop, request.log, directory=self._directory, resumed=resumed)
         self.processes.cgroup_paths = request.cgroup_paths
-        self._container = Container(spec, handle, None, self.bundle.name, str(self.bundle))
+        bundle = self.bundle.known()
+        self._container = Container(spec, handle, None, bundle.name, str(bundle))
         io = self.processes.io("", self.processes.log, terminal=spec.process.terminal, stdin=request.stdin)
         init = ContainerProcess("", io, spec.process, handle=handle)
         self._ledger.created_at_ns = request.created_at_ns

@@ -76,10 +76,11 @@ def _round(bundle: int) -> None:
         listener.listen()
         larder = Larder()
         larder.stock()
-        server = Server(loop, listener, path, namespace="warm-up", container="warm-up", larder=larder)
+        server = Server(loop, larder=larder)
         stack.callback(server.close)
-        server.shim.bundle = _MOUNT_POINT
         server.begin()
+        server.be_of({"bundle": os.fspath(path), "namespace": "warm-up", "container": "warm-up"}, listener)
+        server.bundle.path = _MOUNT_POINT
         client = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         client.setblocking(False)
         client.connect(os.fspath(path / "socket"))

@@ -4,12 +4,14 @@
 
     {"id":1,"op":"spawn","bundle":PATH,"namespace":NS,"container":ID} + its listening socket
         --> {"id":1,"ok":{"pid":PID,"start_time":TICKS}}
+    {"id":1,"op":"stand_by"} + a connection --> the same, of a shim that waits there for {"bundle":…} + its socket
     {"id":1,"op":"ready"} --> {"id":1,"ok":{}}, once all is imported
     EOF on fd 3 ends the zygote, once it has no child and keeps nothing any more.
 
 One shim is always ready ahead, forked and waiting for its bundle, so that a request waits neither for fork(2) nor for a
 newborn's page faults, nor for the mounts that every container has. It takes its orders over a socketpair and ends with
-the zygote while it has none.
+the zygote while it has none. One that stands by takes them from its client instead, which so asks it for the container
+in the same breath, and ends with that, too.
 
 Each shim is a session of its own, so killing the zygote harms none of them: they become init's. Until then the zygote
 reaps them, which not every init does, and inherits what a shim that was killed leaves behind: it keeps the output from
@@ -86,11 +88,11 @@ class Spare:
     start_time: int
     orders: Channel
 
-    def assign(self, listener: int, bundle: Path, namespace: str, container: str) -> bool:
-        """Make it the shim of this bundle; False if it is dead. What comes over orders from then on is to be kept."""
+    def tell(self, order: Message, fd: int) -> bool:
+        """Tell it which bundle is its own, or who will; False if it is dead. What comes over orders from then on is to
+        be kept."""
         try:
-            order = {"bundle": str(bundle), "namespace": namespace, "container": container}
-            self.orders.send(order, (listener,))
+            self.orders.send(order, (fd,))
         except EOFError:
             self.orders.close()
             return False
@@ -106,10 +108,10 @@ class Zygote:
         self._typical = typical
         self._loop = Loop()
         self._signals = signalfd.open_signalfd((signal.SIGCHLD,))
-        self._bundles: dict[int, Path] = {}  # of living shims, by pid
         self._kept: dict[int, Kept] = {}  # for living shims, by pid
         self._orphaned: dict[Path, Orphaned] = {}  # of shims that were killed
         self._spare: Spare | None = None
+        self._standby: Kept | None = None
         self._abandoned = False
         self._look_again: Timer | None = None
 
@@ -172,6 +174,8 @@ class Zygote:
                     return {"id": number, "ok": {}}
                 case "spawn":
                     return {"id": number, "ok": self._spawn(message)}
+                case "stand_by":
+                    return {"id": number, "ok": self._stand_by()}
                 case other:
                     raise ShimError("unimplemented", f"the zygote has no operation {other!r}")
         except ShimError as e:
@@ -183,27 +187,36 @@ class Zygote:
         return {"id": number, "error": {"kind": error.kind, "message": str(error)}}
 
     def _spawn(self, message: Message) -> Message:
-        bundle = Path(text(message, "bundle"))
-        namespace, container = text(message, "namespace"), text(message, "container")
-        (listener,) = self._control.take_fds(1)
-        try:
-            failpoint("zygote.spawn.before_fork")
-            spare, self._spare = self._spare, None
-            if spare is None or not spare.assign(listener, bundle, namespace, container):
-                spare = self._fork_spare()
-                if not spare.assign(listener, bundle, namespace, container):
-                    raise ShimError("unavailable", "the shim ended before it was told what to do")
-            self._bundles[spare.pid] = bundle
-            kept = self._kept[spare.pid] = Kept(self._loop, spare.orders)
-            kept.begin()
-        finally:
-            os.close(listener)
-        failpoint("zygote.spawn.after_fork")
+        order: Message = {name: text(message, name) for name in ("bundle", "namespace", "container")}
+        spare = self._tell_spare(order, Path(text(message, "bundle")))
         self._loop.call_later(SPARE_PAUSE_S, self._make_spare)
         return {"pid": spare.pid, "start_time": spare.start_time}
 
+    def _stand_by(self) -> Message:
+        spare = self._tell_spare({"stand_by": True}, None)
+        self._standby = self._kept[spare.pid]
+        return {"pid": spare.pid, "start_time": spare.start_time}
+
+    def _tell_spare(self, order: Message, bundle: Path | None) -> Spare:
+        """Or another one if it is dead, with the descriptor that came with the request."""
+        (fd,) = self._control.take_fds(1)
+        try:
+            failpoint("zygote.spawn.before_fork")
+            spare, self._spare = self._spare, None
+            if spare is None or not spare.tell(order, fd):
+                spare = self._fork_spare()
+                if not spare.tell(order, fd):
+                    raise ShimError("unavailable", "the shim ended before it was told what to do")
+            kept = self._kept[spare.pid] = Kept(self._loop, spare.orders, bundle)
+            kept.begin()
+        finally:
+            os.close(fd)
+        failpoint("zygote.spawn.after_fork")
+        return spare
+
     def _make_spare(self) -> None:
-        if self._spare is None and not self._abandoned:
+        """Not while one stands by: who takes that should have the processors, and asks for the next one itself."""
+        if self._spare is None and not self._abandoned and not (self._standby and self._standby.stands_by):
             with contextlib.suppress(OSError):  # a request will meet the same error and tell it
                 self._spare = self._fork_spare()
 
@@ -244,13 +257,13 @@ class Zygote:
             self._spare.orders.close()
             self._spare = None
             return
-        bundle = self._bundles.pop(pid, None)
-        if bundle is None:
+        kept = self._kept.pop(pid, None)
+        if kept is None:
             self._orphan_ended(pid, ended)
             return
-        kept = self._kept.pop(pid)
         kept.drain()
-        if ended.code:
+        bundle = kept.bundle
+        if ended.code and bundle is not None:
             before, self._orphaned[bundle] = self._orphaned.get(bundle), Orphaned(self._loop, bundle, kept)
             if before is not None:
                 before.close()
@@ -260,16 +273,20 @@ class Zygote:
 
     def _orphan_ended(self, pid: int, ended: Ended) -> None:
         """Its shim may be dying only just now, and not be orphaned yet."""
-        for shim, kept in self._kept.items():
+        bundles = list(self._orphaned)
+        for kept in self._kept.values():
             kept.drain()
-            if orphans.write_exec_exit(self._bundles[shim], kept, pid, ended):
+            if kept.bundle is None:
+                continue
+            if orphans.write_exec_exit(kept.bundle, kept, pid, ended):
                 return
+            bundles.append(kept.bundle)
         if not any(orphaned.exec_ended(pid, ended) for orphaned in self._orphaned.values()):
-            orphans.write_exit([*self._bundles.values(), *self._orphaned], pid, ended)
+            orphans.write_exit(bundles, pid, ended)
 
 
 def _become_shim(orders: socket.socket, typical: Typical) -> NoReturn:
-    status, bundle = 1, None
+    status, server = 1, None
     try:
         os.setsid()
         os.dup2(0, 2)
@@ -284,34 +301,14 @@ def _become_shim(orders: socket.socket, typical: Typical) -> NoReturn:
         with contextlib.suppress(Exception):  # it is but to be quicker later, and no reason to be no shim
             typical.plan()
         to_zygote = Channel(orders)
-        try:
-            order, listener = _receive_order(to_zygote)
-        except EOFError:  # the zygote has ended
-            os._exit(0)
-        bundle = Path(text(order, "bundle"))
-        failpoint("shim.spawned")
-        namespace, container = text(order, "namespace"), text(order, "container")
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, listener)
-        keeper = Keeper(to_zygote)
-        Server(loop, sock, bundle, namespace=namespace, container=container, larder=larder, keeper=keeper).begin()
+        server = Server(loop, larder=larder, keeper=Keeper(to_zygote))
+        server.begin(to_zygote)
         loop.run()
-        failpoint("shim.end.after_hang_up")
+        if server.bundle.path is not None:
+            failpoint("shim.end.after_hang_up")
         status = 0
     except BaseException as e:  # noqa: BLE001 - the last frame of this process
-        if bundle is not None:
-            _report(bundle, e)
+        if server is not None:
+            report.write(server.bundle.directory, report.describe(e))
     finally:
         os._exit(status)
-
-
-def _receive_order(orders: Channel) -> tuple[Message, int]:
-    """What to be the shim of, and its listening socket. Raises EOFError once the zygote has ended."""
-    while True:
-        for message in orders.receive():
-            (listener,) = orders.take_fds(1)
-            return message, listener
-
-
-def _report(bundle: Path, error: BaseException) -> None:
-    directory = os.open(bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    report.write(directory, report.describe(error))
