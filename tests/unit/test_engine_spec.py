@@ -11,7 +11,7 @@ from corral.api.network.v1.network_pb2 import Endpoint
 from corral.engine.devices import GrantedDevice, grant, host_device
 from corral.engine.seccomp import Host, kernel_version, parse_profile
 from corral.engine.spec import Facts, HostFacts, build, process_for_exec
-from corral.engine.task_making import encode, with_cgroup
+from corral.engine.spec_text import encode, with_cgroup
 from corral.kernel import capabilities
 from corral.kernel.namespaces import Kind
 from corral.kernel.rlimits import UNLIMITED

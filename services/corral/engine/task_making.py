@@ -1,12 +1,9 @@
 """Giving a container its cgroup and its task: when it is created, and again each time it starts after having ended."""
 
 import asyncio
-import json
 import os
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import ExitStack, asynccontextmanager, suppress
-from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 from corral.api.cgroups.v1.cgroups_pb2 import Cgroup, CreateCgroupRequest, SettleRequest
@@ -19,14 +16,11 @@ from corral.engine.leaves import persistently
 from corral.engine.options import check_writable_cgroups
 from corral.engine.records import ContainerRecord
 from corral.engine.spec import Facts, build, capability_set
+from corral.engine.spec_text import encode, with_cgroup
 from corral.kernel.cgroup import detect
 from corral.kernel.cgroup.systemd.names import unit_at
 from corral.kernel.namespaces import Kind, open_namespace
 from corral.kernel.process import start_time
-from corral.oci.decode import JSON
-from corral.oci.decode import encode as encode_json
-from corral.oci.spec import Capabilities, Seccomp, Spec
-from corral.oci.spec import Mount as SpecMount
 from corral.rpc.blocking import run_blocking
 from corral.rpc.errors import (
     CorralError,
@@ -249,43 +243,3 @@ def _ready_bind_source(mount: VolumeMount) -> None:
             reason="NO_MOUNT_SOURCE",
             metadata={"source": mount.source},
         )
-
-
-def encode(spec: Spec) -> bytes:
-    """config.json, but for the cgroup's path. Its largest parts, the filter above all, are nearly always the same:
-    turned into text once."""
-    assert spec.process is not None
-    rest = replace(
-        spec,
-        process=replace(spec.process, capabilities=None),
-        linux=replace(spec.linux, seccomp=None),
-        mounts=(),
-    ).to_json()
-    assert isinstance(rest, dict)
-    process, linux = _dumps(rest.pop("process")), _dumps(rest.pop("linux"))
-    if spec.process.capabilities is not None:
-        process = _with_member(process, "capabilities", _part(spec.process.capabilities))
-    if spec.linux.seccomp is not None:
-        linux = _with_member(linux, "seccomp", _part(spec.linux.seccomp))
-    text = _with_member(_dumps(rest), "process", process)
-    text = _with_member(text, "mounts", f"[{','.join(map(_part, spec.mounts))}]")
-    return _with_member(text, "linux", linux).encode()
-
-
-def with_cgroup(spec: bytes, path: str) -> bytes:
-    """What encode() gave, with the cgroup's path."""
-    return b'%s,"cgroupsPath":%s}}' % (spec[:-2], _dumps(path).encode())
-
-
-def _dumps(value: JSON) -> str:
-    return json.dumps(value, separators=(",", ":"))
-
-
-@lru_cache(maxsize=256)
-def _part(part: SpecMount | Capabilities | Seccomp) -> str:
-    return _dumps(encode_json(part))
-
-
-def _with_member(text: str, name: str, value: str) -> str:
-    """The text of a JSON object that has members, with one more. The value is JSON text."""
-    return f'{text[:-1]},"{name}":{value}}}'
