@@ -186,6 +186,44 @@ def test_a_glance_is_one_statement(db: Database):
         db.glance(lambda s: s.execute("INSERT INTO box VALUES ('a', 1)"))
 
 
+async def test_a_reader_on_the_loop_needs_no_connection_of_its_own_and_cannot_write_either(tmp_path: Path):
+    with Database(tmp_path / "y.db", MIGRATIONS, durable=False, on_loop=True) as db:
+        await db.write(put("a"))
+        assert names(db) == ["a"]
+        assert db.glance(lambda s: s.one("SELECT size FROM box"))["size"] == 1
+        assert db._idle_readers == []
+        for read in (db.read_sync, db.glance):
+            with pytest.raises((OSError, sqlite3.OperationalError)):
+                read(lambda s: s.execute("INSERT INTO box VALUES ('b', 1)"))
+        assert names(db) == ["a"]
+        await db.write(put("b"))
+        assert names(db) == ["a", "b"]
+
+
+async def test_a_reader_on_the_loop_sees_what_is_committed_while_somebody_writes(tmp_path: Path):
+    with Database(tmp_path / "y.db", MIGRATIONS, durable=False, on_loop=True) as db:
+
+        def within(tx: Transaction) -> list[str]:
+            put("a")(tx)
+            return names(db)
+
+        assert await db.write(within) == []
+        assert db.read_sync(lambda _: names(db)) == ["a"]  # within another one
+        begun, may_end = threading.Event(), threading.Event()
+
+        def slowly(tx: Transaction) -> None:
+            put("b")(tx)
+            begun.set()
+            may_end.wait(30)
+
+        writing = asyncio.ensure_future(db.write(slowly, durable=True))
+        await asyncio.to_thread(begun.wait, 30)
+        assert names(db) == ["a"]
+        may_end.set()
+        await writing
+        assert names(db) == ["a", "b"]
+
+
 async def test_a_failing_write_on_the_loop_undoes_only_itself(tmp_path: Path):
     with Database(tmp_path / "y.db", MIGRATIONS, durable=False, on_loop=True) as db:
         await db.write(put("a"))

@@ -30,13 +30,14 @@ class Soon:
 
     def __init__(self, write: Callable[[], None]) -> None:
         self._write = write
-        self._waiting: deque[Writing] = deque()
+        self.waiting: deque[Writing] = deque()
+        """In order; those that are in a transaction until written() is called."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_armed = False
 
     def add(self, writing: Writing) -> None:
         """One more; on the event loop."""
-        self._waiting.append(writing)
+        self.waiting.append(writing)
         self.arm(SOON_S)
 
     def arm(self, delay_s: float) -> None:
@@ -48,26 +49,22 @@ class Soon:
 
     def _is_now(self) -> None:
         self._is_armed = False
-        if self._waiting:
+        if self.waiting:
             self._write()
-
-    def every(self) -> tuple[Writing, ...]:
-        """Those that wait, in order. They wait on until written() is called."""
-        return tuple(self._waiting)
 
     def written(self, number: int) -> None:
         """The first ones are in a transaction that was committed."""
         for _ in range(number):
-            self._waiting.popleft()
+            self.waiting.popleft()
 
     def write_each(self, transact: Callable[[Writing], object]) -> None:
         """In transactions of their own, as far as the disk has room; the others wait on. On the event loop."""
-        while self._waiting:
-            writing = self._waiting.popleft()
+        while self.waiting:
+            writing = self.waiting.popleft()
             try:
                 transact(writing)
             except OSError:
-                self._waiting.appendleft(writing)
+                self.waiting.appendleft(writing)
                 self.arm(RETRY_S)
                 return
             except Exception as e:  # noqa: BLE001  # a mistake in our SQL, and no business of whoever writes next
@@ -75,8 +72,8 @@ class Soon:
 
     def hand_over(self, put: Callable[[Pending], None]) -> None:
         """To the writer thread: what is handed to it next must not overtake them. From any thread."""
-        while self._waiting:
-            writing = self._waiting.popleft()
+        while self.waiting:
+            writing = self.waiting.popleft()
             pending, future = Pending.for_thread(writing)
             future.add_done_callback(lambda future, writing=writing: self._look_at(future, writing))  # type: ignore[misc]
             put(pending)
