@@ -39,7 +39,7 @@ CREATE TABLE IF NOT EXISTS journal (
 
 GAP_TOPIC = "journal.gap"
 PAGE = 128
-TAIL = 128
+TAIL, MOST_TAIL = 128, 512
 # How long the first event of a burst waits for others before followers are woken.
 GATHER_S = 0.05
 MOST_BETWEEN_PRUNINGS_S = 3600.0
@@ -146,14 +146,15 @@ class Journal:
         self._database = database
         self._newest_seq = newest_seq
         self._keep = keep
+        self._looks_after_events, self._looks_after_s = keep.looks_after_events, keep.looks_after_s
         self._delay_s = delay_s
         self._since_pruning = self._bytes_since_pruning = 0
-        self._pruned_at_s = -keep.looks_after_s
+        self._pruned_at_s = -self._looks_after_s
         self._lock = threading.Lock()
         self._followers: set[_Follower] = set()
         self._closed = False
-        # Every event from tail[0] on, so that those who keep up need not read the table. Replaced, never changed.
-        self._tail: tuple[Event, ...] = ()
+        # Every event from tail[0] on, so that those who keep up need not read the table. It only grows, or is replaced.
+        self._tail: list[Event] = []
 
     def last_seq(self) -> int:
         """The number of the newest event ever written; 0 if there was none."""
@@ -203,8 +204,9 @@ class Journal:
         tail = self._tail
         if not tail or not tail[0].seq - 1 <= after <= tail[-1].seq:
             return None
-        events = [e for e in tail[after + 1 - tail[0].seq :] if namespace is None or _is_for(e, namespace)]
-        return events, tail[-1].seq, False
+        found = tail[after + 1 - tail[0].seq :]
+        events = found if namespace is None else [event for event in found if _is_for(event, namespace)]
+        return events, found[-1].seq if found else after, False
 
     def _page(self, after: int, namespace: str | None) -> "Page":
         return self._database.read_sync(partial(_page, after=after, namespace=namespace))
@@ -212,7 +214,10 @@ class Journal:
     def committed(self, events: Sequence[Event]) -> None:
         """Called by who writes, after a commit that appended these."""
         self._newest_seq = events[-1].seq
-        self._tail = (*self._tail, *events)[-TAIL:]
+        if len(self._tail) < MOST_TAIL:
+            self._tail += events
+        else:
+            self._tail = [*self._tail, *events][-TAIL:]
         for follower in self._all_followers():
             follower.wake()
         self._since_pruning += len(events)
@@ -225,15 +230,15 @@ class Journal:
     def _is_to_prune(self) -> bool:
         keep, looked_s_ago = self._keep, time.monotonic() - self._pruned_at_s
         return (
-            self._since_pruning > keep.looks_after_events
-            or looked_s_ago > keep.looks_after_s
+            self._since_pruning > self._looks_after_events
+            or looked_s_ago > self._looks_after_s
             or (keep.size_bytes is not None and self._bytes_since_pruning > keep.size_bytes / 10)
         )
 
     def recount(self, newest_seq: int) -> None:
         """Called by who writes, after a failure, with what the table says."""
         if newest_seq != self._newest_seq:
-            self._newest_seq, self._tail = newest_seq, ()
+            self._newest_seq, self._tail = newest_seq, []
             for follower in self._all_followers():
                 follower.wake()
 
