@@ -90,7 +90,7 @@ def test_files_appear_together_are_replaced_together_and_go_together(tmp_path: P
     store, key = FileStore(tmp_path / "endpoints"), EndpointKey("default", "a")
     store.write(key, etc.EtcFiles("h", "r", "n"))
     store.write(key, etc.EtcFiles("h2", "r2", "n2"))
-    assert {path.name: path.read_text() for path in store.directory(key).iterdir()} == {
+    assert {path.name: path.read_text() for path in Path(store.path("default", key.id)).iterdir()} == {
         "hosts": "h2",
         "resolv.conf": "r2",
         "hostname": "n2",
@@ -111,7 +111,10 @@ def test_files_made_ready_are_used_once_readable_by_all_and_swept_if_they_are_no
     finally:
         os.umask(previous)
     assert (store.is_ready("one"), store.is_ready("two")) == (False, True)
-    assert {(path.name, path.read_text(), path.stat().st_mode & 0o777) for path in store.directory(key).iterdir()} == {
+    assert {
+        (path.name, path.read_text(), path.stat().st_mode & 0o777)
+        for path in Path(store.path("default", key.id)).iterdir()
+    } == {
         ("hosts", "h", 0o644),
         ("resolv.conf", "r", 0o644),
         ("hostname", "n", 0o644),
@@ -121,7 +124,7 @@ def test_files_made_ready_are_used_once_readable_by_all_and_swept_if_they_are_no
     assert [path.name for path in ready.iterdir()] == ["three"]
     FileStore(tmp_path / "endpoints").sweep({key})
     assert not ready.exists()
-    assert store.directory(key).is_dir()
+    assert Path(store.path("default", key.id)).is_dir()
 
 
 def test_what_the_host_changes_is_seen_by_the_next(tmp_path: Path) -> None:

@@ -46,6 +46,25 @@ def test_what_is_thrown_in_while_it_is_emptied_goes_too(tmp_path):
     asyncio.run(body())
 
 
+def test_what_cannot_be_emptied_keeps_none_of_the_others(tmp_path):
+    async def body() -> None:
+        trashes = [Trash(tmp_path / name) for name in ("one", "two", "three")]
+        for number, trash in enumerate(trashes):
+            trash.throw(filled(tmp_path / f"a{number}", 3))
+        (tmp_path / "one").rename(tmp_path / "elsewhere")
+        (tmp_path / "one").touch()
+        told: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context["exception"]))
+        await until(lambda: count(tmp_path / "two") + count(tmp_path / "three") == 0)
+        await until(lambda: bool(told))
+        assert isinstance(told[0], NotADirectoryError)
+        (tmp_path / "one").unlink()
+        trashes[0].throw(filled(tmp_path / "b", 3))
+        await until(lambda: count(tmp_path / "one") == 0)
+
+    asyncio.run(body())
+
+
 def test_closing_removes_what_was_thrown_in_just_now(tmp_path):
     async def body() -> None:
         trash = Trash(tmp_path / "trash")

@@ -8,7 +8,6 @@ Each step is idempotent, so it is begun again wherever it stopped: by the next c
 import asyncio
 from collections.abc import Coroutine
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import structlog
@@ -128,7 +127,7 @@ class Removal:
             await _all_ended(task_gone)
         # The one whose work is done by the kernel comes first.
         await _all_ended(delete_cgroup(), remove_snapshot(), detach())
-        self._core.trash.throw(Path(self._core.container_directory(record)))
+        self._core.trash.throw(self._core.container_directory(record))
         failpoint("engine.delete.after_parts")
         removed = await self._core.database.write(lambda tx: _forget(tx, last, volumes=volumes))
         failpoint("engine.delete.after_row")

@@ -34,12 +34,8 @@ class FileStore:
         self._ready: set[str] = set()
         self.trash = Trash(root.with_name(f"{root.name}-trash"))
 
-    def directory(self, key: EndpointKey) -> Path:
-        """Where the files of an endpoint are."""
-        return Path(self.path(key.namespace, key.id))
-
     def path(self, namespace: str, endpoint_id: str) -> str:
-        """directory() as a string."""
+        """The directory with the files of an endpoint."""
         return f"{self._root}/{namespace}/{endpoint_id}"
 
     # Ahead
@@ -81,12 +77,12 @@ class FileStore:
             raise
 
     def _place(self, temporary: str, key: EndpointKey) -> None:
-        directory = self.directory(key)
+        directory = self.path(key.namespace, key.id)
         try:
             os.rename(temporary, directory)  # noqa: PTH104 - a string
         except OSError:
             self.remove(key)  # of an earlier life of this endpoint
-            directory.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            Path(directory).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             os.rename(temporary, directory)  # noqa: PTH104
 
     def change(self, key: EndpointKey, before: EtcFiles, after: EtcFiles) -> None:
@@ -108,11 +104,11 @@ class FileStore:
 
     def throw(self, key: EndpointKey) -> None:
         """Remove the files, in the background; no error if they are gone. On the event loop; waits for no disk."""
-        self.trash.throw(self.directory(key))
+        self.trash.throw(self.path(key.namespace, key.id))
 
     def remove(self, key: EndpointKey) -> None:
         """The same for threads: what is left of them goes with what is thrown away next."""
-        self.trash.discard(self.directory(key))
+        self.trash.discard(self.path(key.namespace, key.id))
 
     def found(self) -> set[EndpointKey]:
         """Whose files there are."""

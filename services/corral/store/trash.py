@@ -9,7 +9,9 @@ import errno
 import os
 import secrets
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 # Long enough for the directories of one container, and of its neighbours, to go together.
 PAUSE_S = 0.15
@@ -21,32 +23,25 @@ class Trash:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._emptying: asyncio.Task[None] | None = None
-        self._is_full = False  # something was thrown in since it was last emptied
+        self._emptying: _Emptying | None = None
 
-    def throw(self, directory: Path) -> None:
+    def throw(self, directory: Path | str) -> None:
         """Free the name of a directory; no error if there is none. Does not wait for a disk. Raises OSError."""
         self.discard(directory)
-        self._is_full = True
-        if self._emptying is None or self._emptying.done():
-            self._emptying = asyncio.ensure_future(self._empty_soon())
+        if self._emptying is None:
+            self._emptying = _emptying.setdefault(asyncio.get_running_loop(), _Emptying())
+        self._emptying.add(self)
 
-    def discard(self, directory: Path) -> None:
+    def discard(self, directory: Path | str) -> None:
         """throw() for threads and start-up code: what was discarded stays until empty()."""
         target = f"{self.path}/{secrets.token_hex(8)}"
         try:
             os.rename(directory, target)  # noqa: PTH104 - in the path of every deletion
         except FileNotFoundError:
-            if not directory.exists():
+            if not os.path.exists(directory):  # noqa: PTH110 - it may be a string
                 return
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            directory.rename(target)
-
-    async def _empty_soon(self) -> None:
-        while self._is_full:
-            await asyncio.sleep(PAUSE_S)
-            self._is_full = False
-            await asyncio.to_thread(self.empty)
+            os.rename(directory, target)  # noqa: PTH104
 
     def empty(self) -> None:
         """Remove all that is in it. Blocks."""
@@ -60,9 +55,45 @@ class Trash:
     async def close(self) -> None:
         """Remove what was thrown away just now."""
         if self._emptying is not None:
-            self._emptying.cancel()
-            await asyncio.gather(self._emptying, return_exceptions=True)
+            self._emptying.full.discard(self)
             await asyncio.to_thread(self.empty)
+
+
+class _Emptying:
+    """Of all the trash of one event loop: a container throws into several, and they are emptied together."""
+
+    def __init__(self) -> None:
+        self.full: set[Trash] = set()
+        """Where something was thrown in since it was last emptied."""
+        self._task: asyncio.Task[None] | None = None
+
+    def add(self, trash: Trash) -> None:
+        self.full.add(trash)
+        if self._task is None:
+            self._task = asyncio.ensure_future(self._empty_soon())
+
+    async def _empty_soon(self) -> None:
+        while self.full:
+            await asyncio.sleep(PAUSE_S)
+            full, self.full = self.full, set()
+            for error in await asyncio.to_thread(_empty_each, full):
+                problem = {"message": "trash was not emptied", "exception": error}
+                asyncio.get_running_loop().call_exception_handler(problem)
+        self._task = None
+
+
+_emptying: WeakKeyDictionary[asyncio.AbstractEventLoop, _Emptying] = WeakKeyDictionary()
+
+
+def _empty_each(trashes: Iterable[Trash]) -> list[OSError]:
+    """Returns what went wrong with those that could not be emptied."""
+    errors = []
+    for trash in trashes:
+        try:
+            trash.empty()
+        except OSError as e:
+            errors.append(e)
+    return errors
 
 
 def remove_tree(path: Path) -> None:
