@@ -15,14 +15,14 @@ HOST_GATEWAY = "host-gateway"
 # Names of containers have no dots: they are asked for as they are, before any search domain is tried.
 NDOTS = "ndots:0"
 
-_LOCALHOST = (
-    ("127.0.0.1", "localhost"),
-    ("::1", "localhost ip6-localhost ip6-loopback"),
-    ("fe00::", "ip6-localnet"),
-    ("ff00::", "ip6-mcastprefix"),
-    ("ff02::1", "ip6-allnodes"),
-    ("ff02::2", "ip6-allrouters"),
-)
+_LOCALHOST = """\
+127.0.0.1\tlocalhost
+::1\tlocalhost ip6-localhost ip6-loopback
+fe00::\tip6-localnet
+ff00::\tip6-mcastprefix
+ff02::1\tip6-allnodes
+ff02::2\tip6-allrouters
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Resolver:
 
 def hosts_text(names: Iterable[tuple[str, str]]) -> str:
     """A hosts file: the loopback names, then (address, names) lines."""
-    return "".join(f"{address}\t{name}\n" for address, name in (*_LOCALHOST, *names))
+    return _LOCALHOST + "".join([f"{address}\t{name}\n" for address, name in names])
 
 
 def parse_resolv_conf(text: str) -> Resolver:
@@ -144,7 +144,7 @@ def choose_host_resolver(host: HostFiles, *, ipv6: bool) -> Resolver:
     speak about the stub, so they come from the same file as the servers."""
     own = host.resolver()
     if servers := reachable(own.servers, ipv6=ipv6):
-        return replace(own, servers=servers)
+        return Resolver(servers, own.search, own.options)
     behind = host.resolved()
     return Resolver(reachable(behind.servers, ipv6=ipv6), own.search or behind.search, behind.options)
 

@@ -222,7 +222,7 @@ class Standing:
 
     def make_inside(self, endpoint: Endpoint) -> None:
         """Its kernel parameters and its files."""
-        if endpoint.mode.has_own_namespace:
+        if endpoint.request.sysctls:  # which only one with a namespace of its own has
             sysctls.write(self._pool.path(endpoint.netns), endpoint.request.sysctls)
         if not endpoint.owner:
             self._files.write(endpoint.key, self._texts(endpoint), ready=endpoint.netns)

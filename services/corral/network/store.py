@@ -7,7 +7,6 @@ interfaces 1--n allocations n--1 ranges       deleting an endpoint row frees its
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import lru_cache
 from ipaddress import ip_address, ip_network
 from typing import Any
@@ -419,10 +418,16 @@ def _interface(snapshot: Snapshot, row: Row, known: ByNetwork) -> Interface:
     )
 
 
-@lru_cache(maxsize=64)  # many containers ask for the same
 def encode_request(request: Request) -> str:
     """Equal requests have equal texts."""
-    return json.dumps(asdict(request), sort_keys=True, separators=(",", ":"))
+    return _to_text(request)
+
+
+def _fields(value: Request | Dns | Port | Attachment) -> Mapping[str, object]:
+    return {name: getattr(value, name) for name in value.__slots__}
+
+
+_to_text = json.JSONEncoder(default=_fields, sort_keys=True, separators=(",", ":")).encode
 
 
 @lru_cache(maxsize=256)

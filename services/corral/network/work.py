@@ -17,6 +17,8 @@ class Work:
     async def to_the_end[T](self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`, which begins at once. A caller that is cancelled stops waiting, and no more."""
         task = asyncio.Task(work, loop=asyncio.get_running_loop(), eager_start=True)
+        if task.done():
+            return task.result()
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         try:
