@@ -17,7 +17,6 @@ from corral.rpc.context import (
     Call,
     Followers,
     check_id,
-    check_namespace,
     current_call,
     current_followers,
     new_request_id,
@@ -59,7 +58,7 @@ class Gate:
         self.answering: set[asyncio.Task[Any]] = set()
         """Calls that have left, and send what they came for."""
         self.followers = Followers()
-        self._left = asyncio.Event()
+        self._empty = asyncio.Event()
 
     def enter(self, task: asyncio.Task[Any], context: object) -> None:
         """The call is to be counted; it may have to wait()."""
@@ -78,7 +77,8 @@ class Gate:
         self.inside.discard(task)
         self.visiting.discard(task)
         self.followers.discard(task)
-        self._left.set()
+        if not self.inside:
+            self._empty.set()
 
     def open(self) -> None:
         self.is_open = True
@@ -130,20 +130,20 @@ class Gate:
         self.followers.end()
         for task in self.inside.intersection(overdue):
             task.cancel()
-        await self._empty(seconds)
+        await self._wait_until_empty(seconds)
         for task in tuple(self.inside):
             task.cancel()
-        await self._empty(CANCEL_S)
+        await self._wait_until_empty(CANCEL_S)
         if self.answering:
             await asyncio.wait(self.answering, timeout=ANSWER_S)
 
-    async def _empty(self, seconds: float) -> None:
+    async def _wait_until_empty(self, seconds: float) -> None:
         """Wait until nobody is inside, or the time is over."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while self.inside:
-                    self._left.clear()
-                    await self._left.wait()
+                    self._empty.clear()
+                    await self._empty.wait()
 
 
 def _may_be_sent_away(context: _Context) -> bool:
@@ -266,7 +266,7 @@ class _Around:
         namespace, request_id = DEFAULT_NAMESPACE, ""
         for key, value in context.invocation_metadata() or ():
             if key == NAMESPACE_KEY:
-                namespace = check_namespace(str(value))
+                namespace = check_id(str(value), "namespace")
             elif key == REQUEST_ID_KEY:
                 request_id = check_id(str(value), "request id")
         # Never reset: the task, and its context with it, ends with the call.

@@ -57,24 +57,21 @@ class Aborted(grpc.aio.AbortError):
         self.trailers = trailers
 
 
-async def _within[T](timeout_s: float | None, work: Coroutine[Any, Any, T]) -> T:
-    """Run the handler; its end becomes the AioRpcError that the wire would bring."""
+async def _within[T](timeout_s: float, work: Coroutine[Any, Any, T]) -> T:
     try:
-        if timeout_s is None:
-            return await work
         async with asyncio.timeout(timeout_s):
             return await work
     except TimeoutError as e:
         raise _status(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from e
-    except Aborted as e:
-        raise _status(e.code, e.details, e.trailers) from None
 
 
 def _status(code: grpc.StatusCode, details: str, trailers: Metadata = ()) -> grpc.aio.AioRpcError:
     return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailers), details)
 
 
-def _begun[T](work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+def _begun[T](work: Coroutine[Any, Any, T], timeout_s: float | None) -> asyncio.Task[T]:
+    if timeout_s is not None:
+        work = _within(timeout_s, work)
     # An empty context: what the caller bound to its own does not travel over the wire either. It runs at once as far as
     # it can: a call that only reads is over before its caller would have begun to wait.
     task = asyncio.Task(work, loop=asyncio.get_running_loop(), context=contextvars.Context(), eager_start=True)
@@ -125,19 +122,16 @@ class LocalUnaryCall(_InFlight):
     ) -> None:
         self._deserialize = deserialize
         context = LocalContext(metadata, timeout_s)
-        super().__init__(context, _begun(_within(timeout_s, _respond(handler, request, context))))
+        super().__init__(context, _begun(_respond(handler, request, context), timeout_s))
 
     def __await__(self) -> Generator[Any, None, Any]:
-        return self._wait().__await__()
-
-    async def _wait(self) -> Any:
         task = self._task
         if not task.done():
             # Not awaited directly: a caller that is cancelled leaves at once, whatever the handler still has to undo.
             ended = task.get_loop().create_future()
             task.add_done_callback(partial(_tell, ended))
             try:
-                await ended
+                yield from ended
             except asyncio.CancelledError:
                 self.cancel()
                 raise
@@ -151,8 +145,12 @@ def _tell(ended: asyncio.Future[None], _task: asyncio.Task[Any]) -> None:
 
 
 async def _respond(handler: Handler, request: bytes, context: LocalContext) -> bytes:
+    """Run the handler; its end becomes the AioRpcError that the wire would bring."""
     behaviour: Any = handler.unary_unary
-    reply = await behaviour(parsed(handler, request), context)
+    try:
+        reply = await behaviour(parsed(handler, request), context)
+    except Aborted as e:
+        raise _status(e.code, e.details, e.trailers) from None
     return serialised(handler, reply)
 
 
@@ -244,7 +242,7 @@ class _LocalStream(_InFlight):
         self._responses = responses = Messages(ahead)
         context = StreamContext(metadata, timeout_s, handler, responses)
         # The task knows the responses but not this object, which is dropped by a caller that lost interest.
-        super().__init__(context, _begun(_within(timeout_s, _stream(handler, behaviour, request, context, responses))))
+        super().__init__(context, _begun(_stream(handler, behaviour, request, context, responses), timeout_s))
         self._task.add_done_callback(lambda _: responses.end())
 
     def __del__(self) -> None:
@@ -313,10 +311,13 @@ class LocalExchange(_LocalStream):
 
 
 async def _stream(handler: Handler, behaviour: Any, request: Any, context: StreamContext, responses: Messages) -> None:
-    result = behaviour(request, context)
-    if inspect.isasyncgen(result):
-        async with aclosing(result) as replies:
-            async for reply in replies:
-                await responses.put(serialised(handler, reply))
-    else:
-        await result
+    try:
+        result = behaviour(request, context)
+        if inspect.isasyncgen(result):
+            async with aclosing(result) as replies:
+                async for reply in replies:
+                    await responses.put(serialised(handler, reply))
+        else:
+            await result
+    except Aborted as e:
+        raise _status(e.code, e.details, e.trailers) from None
