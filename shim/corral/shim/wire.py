@@ -28,6 +28,7 @@ RECEIVE_SIZE = 64 << 10
 
 _FD_SIZE = array.array("i").itemsize
 _ANCILLARY_SIZE = socket.CMSG_SPACE(MAX_FDS * _FD_SIZE)
+_TRUNCATED = int(socket.MSG_CTRUNC)  # an enum's own & takes longer than all the rest
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -103,7 +104,7 @@ class Channel:
             raise EOFError from e
         self._received += len(data)
         self._fds.extend((fd, self._received) for fd in _rights(ancillary))
-        if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_FDS:
+        if flags & _TRUNCATED or len(self._fds) > MAX_FDS:
             raise ProtocolError(f"more than {MAX_FDS} file descriptors at once")
         if not data:
             raise EOFError
