@@ -4,6 +4,7 @@ Facts of the call being served are added from its context variable when an event
 begins: most calls write no event at all.
 """
 
+import json
 import logging
 import sys
 from collections.abc import MutableMapping
@@ -28,7 +29,6 @@ def configure(log_format: str, level: str) -> None:
     structlog.configure(
         processors=[
             add_call,
-            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             *_rendering(console),
@@ -46,7 +46,15 @@ def _rendering(console: bool) -> list[Any]:
     if console:
         plain = structlog.dev.plain_traceback
         return [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
-    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
+    return [structlog.processors.format_exc_info, as_json]
+
+
+_to_json = json.JSONEncoder(default=str).encode
+
+
+def as_json(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> str:
+    """The line. structlog's own makes an encoder for each."""
+    return _to_json(event)
 
 
 def add_call(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
