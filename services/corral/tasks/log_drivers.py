@@ -64,7 +64,7 @@ def check_options(options: LogOptions) -> str:
     if driver is None:
         raise InvalidArgument(f"log.driver: {options.driver} is no driver of this version", reason="BAD_LOG")
     known = _KNOWN[driver]
-    if unknown := sorted(options.options.keys() - known):
+    if unknown := sorted(name for name in options.options if name not in known):
         if unknown[0].startswith("syslog-tls"):
             raise Unimplemented("syslog over TLS is not there yet: send to a server of this host", reason="NOT_YET")
         every = ", ".join(sorted(known | _ABOVE[driver]))
@@ -84,12 +84,10 @@ def check_options(options: LogOptions) -> str:
     return driver
 
 
-def fields(options: LogOptions, config: TasksConfig, key: TaskKey) -> dict[str, object]:
-    """What of the shim's "log" depends on the driver; a host's name is still to be resolved, see reached().
-
-    Raises InvalidArgument, Unimplemented.
+def fields(options: LogOptions, driver: str, config: TasksConfig, key: TaskKey) -> dict[str, object]:
+    """What of the shim's "log" depends on the driver, which check_options() has named; a host's name is still to be
+    resolved, see reached(). Raises InvalidArgument.
     """
-    driver = check_options(options)
     found: dict[str, object] = {}
     if size := options.options.get("max-buffer-size", ""):
         found["buffer_size"] = _size(size)

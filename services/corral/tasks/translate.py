@@ -122,7 +122,7 @@ def new_task(namespace: str, request: pb.CreateTaskRequest, config: TasksConfig)
     key = TaskKey(namespace, check_id(request.id, "container id"))
     process = mapping(_object(_without_usual_profile(request.spec), "spec"), "process")
     log = log_row(request.log, config, key)
-    sent = log_drivers.fields(request.log, config, key)
+    sent = log_drivers.fields(request.log, log.driver, config, key)
     fields: dict[str, object] = {
         "rootfs": [_mount(mount) for mount in request.rootfs],
         "user": request.user or None,
