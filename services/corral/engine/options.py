@@ -24,6 +24,10 @@ _IPC_SYSCTLS = frozenset(
 _UTS_SYSCTLS = frozenset(("kernel.domainname", "kernel.hostname"))
 
 
+_POLICIES = frozenset(RestartPolicy.Mode.values())
+_HEALTH_ACTIONS = frozenset(ContainerConfig.HealthAction.values())
+
+
 def check(config: ContainerConfig) -> None:
     """Raises InvalidArgument for what can never work, Unimplemented for what is not there yet; both name the option."""
     if not config.image:
@@ -31,7 +35,7 @@ def check(config: ContainerConfig) -> None:
     _refuse_what_is_not_there_yet(config)
     check_restart_policy(config.restart)
     check_healthcheck(config.healthcheck)
-    if config.health_on_failure not in ContainerConfig.HealthAction.values():
+    if config.health_on_failure not in _HEALTH_ACTIONS:
         raise InvalidArgument(f"{config.health_on_failure} is nothing that can be done about an unhealthy container")
     if config.auto_remove and config.restart.mode > RestartPolicy.MODE_NO:
         raise InvalidArgument("a container that is removed when it ends (--rm) cannot be restarted: leave one out")
@@ -105,7 +109,7 @@ def check_writable_cgroups(config: ContainerConfig, capabilities: Collection[str
 
 def check_restart_policy(policy: RestartPolicy) -> None:
     """Raises InvalidArgument for what no policy can be."""
-    if policy.mode not in RestartPolicy.Mode.values():
+    if policy.mode not in _POLICIES:
         raise InvalidArgument(f"{policy.mode} is no restart policy")
     if policy.max_retries and policy.mode != RestartPolicy.MODE_ON_FAILURE:
         raise InvalidArgument("only the restart policy on-failure takes a number of retries")

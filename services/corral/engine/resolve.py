@@ -51,6 +51,8 @@ def resolve(
 
 def _stop_signal(image: ImageConfig) -> str:
     """The image's, if there is such a signal: else its containers could not be stopped."""
+    if not image.stop_signal:
+        return ""
     try:
         parse_signal(image.stop_signal)
     except InvalidArgument:

@@ -11,7 +11,7 @@ from corral.oci.decode import json_name
 from corral.oci.spec import Linux, Process, Spec
 
 _MADE_OF_PARTS = (Spec, Process, Linux)
-_dumps = json.JSONEncoder(separators=(",", ":")).encode
+_dumps = json.JSONEncoder(separators=(",", ":"), default=encode_json).encode
 
 
 def encode(spec: Spec) -> bytes:
@@ -48,11 +48,11 @@ def _text(value: object) -> str:
         return _object(value)
     if isinstance(value, tuple) and is_dataclass(value[0]):
         return f"[{','.join(map(_part, value))}]"
-    if is_dataclass(value) and isinstance(value, Hashable):
-        return _part(value)
-    return _dumps(encode_json(value))
+    if is_dataclass(value) and type(value).__hash__ is not None:
+        return _part(value)  # type: ignore[arg-type]  # it can be hashed
+    return _dumps(value)
 
 
 @lru_cache(maxsize=256)
 def _part(part: Hashable) -> str:
-    return _dumps(encode_json(part))
+    return _dumps(part)

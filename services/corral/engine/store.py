@@ -16,7 +16,7 @@ from corral.engine import pauses, secret_rows
 from corral.engine.records import ALLOWED, ContainerRecord, Status
 from corral.engine.volume_rows import VolumeRecord, use_volumes
 from corral.rpc.errors import AlreadyExists, FailedPrecondition, NotFound
-from corral.store import JSON, Database, Duplicate, Retention, Row, Snapshot, Transaction, boot_id
+from corral.store import JSON, Database, Duplicate, Referenced, Retention, Row, Snapshot, Transaction, boot_id
 
 MIGRATIONS: Sequence[str] = (
     """
@@ -102,36 +102,42 @@ def insert_container(tx: Transaction, record: ContainerRecord, volumes: Iterable
 
     Raises AlreadyExists if the id or the name is taken.
     """
-    tx.execute("INSERT OR IGNORE INTO namespace VALUES (?)", (record.namespace,))
     try:
-        tx.execute(
-            _INSERT,
-            (
-                record.namespace,
-                record.id,
-                record.name,
-                record.status,
-                record.config.SerializeToString(),
-                record.created_ns,
-                record.started_ns,
-                record.finished_ns,
-                record.pid,
-                None,
-                record.image_id,
-                None,
-                record.cgroup_path,
-                record.log_path,
-                record.bundle,
-                record.snapshot_driver,
-                record.restart_count,
-                int(record.stopped_by_user),
-                int(record.retrying),
-            ),
-        )
+        _insert(tx, record)
     except Duplicate as e:
         raise _taken(tx, record) from e
+    except Referenced:  # the first of its namespace
+        tx.execute("INSERT INTO namespace VALUES (?)", (record.namespace,))
+        _insert(tx, record)
     use_volumes(tx, record.namespace, record.id, volumes)
     secret_rows.use_secrets(tx, record.namespace, record.id, {mount.secret for mount in record.config.secrets})
+
+
+def _insert(tx: Transaction, record: ContainerRecord) -> None:
+    tx.execute(
+        _INSERT,
+        (
+            record.namespace,
+            record.id,
+            record.name,
+            record.status,
+            record.config.SerializeToString(),
+            record.created_ns,
+            record.started_ns,
+            record.finished_ns,
+            record.pid,
+            None,
+            record.image_id,
+            None,
+            record.cgroup_path,
+            record.log_path,
+            record.bundle,
+            record.snapshot_driver,
+            record.restart_count,
+            int(record.stopped_by_user),
+            int(record.retrying),
+        ),
+    )
 
 
 def _taken(tx: Snapshot, record: ContainerRecord) -> AlreadyExists:
