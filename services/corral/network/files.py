@@ -70,7 +70,7 @@ class FileStore:
             _make(temporary)
         try:
             for name, text in zip(_NAMES, (files.hosts, files.resolv_conf, files.hostname), strict=True):
-                _fill(f"{temporary}/{name}", text)
+                _fill(f"{temporary}/{name}", text, is_empty=True)
             self._place(temporary, key)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -158,11 +158,12 @@ def _read(path: str) -> str:
         return file.read(MOST_READ)
 
 
-def _fill(path: str, text: str) -> None:
+def _fill(path: str, text: str, *, is_empty: bool = False) -> None:
     data = text.encode(errors="surrogateescape")
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, data)
-        os.ftruncate(fd, len(data))
+        if not is_empty:
+            os.ftruncate(fd, len(data))
     finally:
         os.close(fd)

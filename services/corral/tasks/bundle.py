@@ -62,8 +62,7 @@ class Bundle:
         """
         _make_directory(self.path)
         try:
-            with open(f"{self.path}/{CONFIG}", "wb") as file:
-                file.write(config)
+            _write(f"{self.path}/{CONFIG}", config)
             return self._bound()
         except BaseException:
             self.discard()
@@ -181,6 +180,15 @@ def _make_directory(path: Path) -> None:
         for parent in (path.parent.parent, path.parent):  # mkdir()'s mode is not that of the parents it makes
             parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.mkdir(mode=0o700)
+
+
+def _write(path: str, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    finally:
+        os.close(fd)
 
 
 def _keys(parent: Path) -> Iterator[TaskKey]:

@@ -29,6 +29,7 @@ RECEIVE_SIZE = 64 << 10
 _FD_SIZE = array.array("i").itemsize
 _ANCILLARY_SIZE = socket.CMSG_SPACE(MAX_FDS * _FD_SIZE)
 _TRUNCATED = int(socket.MSG_CTRUNC)  # an enum's own & takes longer than all the rest
+_from_json = json.JSONDecoder().decode
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -72,7 +73,7 @@ class Decoder:
 def decode(body: bytes) -> Message:
     """The JSON object of a frame. Raises ProtocolError for anything else."""
     try:
-        message = json.loads(body)
+        message = _from_json(body.decode())
     except (ValueError, RecursionError) as e:
         raise ProtocolError(f"a frame is not JSON: {type(e).__name__}") from e
     if not isinstance(message, dict):
