@@ -22,6 +22,7 @@ from corral.engine.spec import HostFacts
 from corral.kernel import capabilities
 from corral.rpc.context import current_namespace
 from corral.rpc.errors import CorralError, FailedPrecondition
+from corral.rpc.lasting import lasting
 from corral.store import Database, Transaction, Trash
 
 log = structlog.get_logger()
@@ -115,7 +116,7 @@ class Background:
 
     async def to_the_end[T](self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`; if the caller is cancelled it still runs to its end: half of a change must never be left."""
-        return await asyncio.shield(self.spawn(work))
+        return await lasting(work, self.spawn)
 
     def spawn[T](self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Begin `work`, which changes something and ends soon. It runs at once, as far as it can."""
@@ -148,6 +149,21 @@ class Background:
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
+
+
+async def all_ended(*steps: Coroutine[Any, Any, Any] | asyncio.Task[Any]) -> list[Any]:
+    """What every step returns; each begins at once, in this order. Raises the first error, after all have ended: an
+    undo must not overtake one."""
+    loop = asyncio.get_running_loop()
+    begun = [
+        step if isinstance(step, asyncio.Task) else asyncio.Task(step, loop=loop, eager_start=True) for step in steps
+    ]
+    if not all(task.done() for task in begun):
+        await asyncio.gather(*begun, return_exceptions=True)
+    for error in [asyncio.CancelledError() if task.cancelled() else task.exception() for task in begun]:
+        if error is not None:
+            raise error
+    return [task.result() for task in begun]
 
 
 @dataclass(slots=True)

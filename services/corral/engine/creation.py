@@ -9,10 +9,9 @@ that it is created: what it was made of is on disk by then, and the next start t
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 import structlog
 
@@ -21,7 +20,7 @@ from corral.api.engine.v1.engine_pb2 import ContainerConfig, CreateContainerRequ
 from corral.api.images.v1.images_pb2 import GetImageRequest, PersistRequest, PrepareSnapshotResponse
 from corral.api.network.v1.network_pb2 import Endpoint
 from corral.engine import image_mounts, requests, secrets, store, volume_rows
-from corral.engine.core import Core, require_alive
+from corral.engine.core import Core, all_ended, require_alive
 from corral.engine.leaves import persistently
 from corral.engine.naming import random_id, random_name
 from corral.engine.options import check
@@ -153,9 +152,7 @@ class Creation:
         )
         # What a power loss must not take from one that was created reaches the disk while its task is made.
         made: ContainerRecord
-        made, _ = await _all_or_error(
-            self._tasks.make(record, prepared.mounts, cgroup), self._put_on_disk(record, cgroup)
-        )
+        made, _ = await all_ended(self._tasks.make(record, prepared.mounts, cgroup), self._put_on_disk(record, cgroup))
         failpoint("engine.create.after_task")
         created = made._replace(status=Status.CREATED)
         await self._core.database.write(lambda tx: store.save_created(tx, created))
@@ -183,7 +180,7 @@ class Creation:
         )
         snapshot = requests.snapshot(config, namespace, id_)
         snapshot.persist_later = True
-        prepared, endpoint, _ = await _all_or_error(
+        prepared, endpoint, _ = await all_ended(
             persistently(lambda: leaves.snapshots.Prepare(snapshot)),
             persistently(lambda: leaves.endpoints.Attach(attach)),
             image_mounts.prepare(leaves, record),
@@ -218,15 +215,3 @@ def _volumes(config: ContainerConfig, namespace: str, *, anonymous: set[str]) ->
     names = {mount.source for mount in config.mounts if mount.type == VolumeMount.TYPE_VOLUME}
     now = time.time_ns()
     return [VolumeRecord(namespace, name, name in anonymous, now, {}, {}) for name in sorted(names)]
-
-
-async def _all_or_error(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
-    """Every call's answer; each begins at once, in this order. Raises the first error, after all calls have ended: an
-    undo must not overtake one."""
-    loop = asyncio.get_running_loop()
-    begun = [asyncio.Task(call, loop=loop, eager_start=True) for call in calls]
-    answers = await asyncio.gather(*begun, return_exceptions=True)
-    for answer in answers:
-        if isinstance(answer, BaseException):
-            raise answer
-    return answers

@@ -6,9 +6,7 @@ Each step is idempotent, so it is begun again wherever it stopped: by the next c
 """
 
 import asyncio
-from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Any
 
 import structlog
 
@@ -19,7 +17,7 @@ from corral.api.tasks.v1.tasks_pb2 import DeleteTaskRequest, KillRequest
 from corral.api.types.v1.types_pb2 import ExitStatus
 from corral.engine import image_mounts, store, volume_rows
 from corral.engine.absence import RETURN_S
-from corral.engine.core import Core, apply_exit, lost_exit
+from corral.engine.core import Core, all_ended, apply_exit, lost_exit
 from corral.engine.leaves import persistently
 from corral.engine.records import ALIVE, ContainerRecord, Status
 from corral.engine.volumes import remove_unknown
@@ -113,7 +111,7 @@ class Removal:
         async def remove_snapshot() -> None:
             # That it is being removed must be on disk before that is gone which no start could make again. And what is
             # still mounted is in use.
-            await _all_ended(on_disk, task_gone)
+            await all_ended(on_disk, task_gone)
             failpoint("engine.delete.after_intent")
             for key in (id_, *image_mounts.keys(record.config, id_)):
                 request = RemoveSnapshotRequest(key=key)
@@ -124,9 +122,9 @@ class Removal:
         on_disk = self._core.background.spawn(self._put_on_disk(record))
         task_gone = self._core.background.spawn(end_task())
         if record.status is not Status.EXITED:  # what lives uses its cgroup and its network
-            await _all_ended(task_gone)
+            await all_ended(task_gone)
         # The one whose work is done by the kernel comes first.
-        await _all_ended(delete_cgroup(), remove_snapshot(), detach())
+        await all_ended(delete_cgroup(), remove_snapshot(), detach())
         self._core.trash.throw(self._core.container_directory(record))
         failpoint("engine.delete.after_parts")
         removed = await self._core.database.write(lambda tx: _forget(tx, last, volumes=volumes))
@@ -214,14 +212,3 @@ def _forget(tx: Transaction, record: ContainerRecord, *, volumes: bool) -> list[
     removed = volume_rows.delete_anonymous_volumes(tx, record.namespace, record.id) if volumes else []
     store.delete_container(tx, record)
     return removed
-
-
-async def _all_ended(*steps: Coroutine[Any, Any, None] | asyncio.Task[None]) -> None:
-    """All steps, at once. Raises the first error after all have ended."""
-    loop = asyncio.get_running_loop()
-    begun = [
-        step if isinstance(step, asyncio.Task) else asyncio.Task(step, loop=loop, eager_start=True) for step in steps
-    ]
-    for outcome in await asyncio.gather(*begun, return_exceptions=True):
-        if isinstance(outcome, BaseException):
-            raise outcome

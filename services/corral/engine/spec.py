@@ -168,13 +168,13 @@ def _rlimit_value(value: int) -> int:
 def _namespaces(config: ContainerConfig, facts: Facts) -> tuple[Namespace, ...]:
     """New ones, but for those that are the host's (left out) or another container's (joined by path)."""
     wanted = [Namespace(Kind.MOUNT)]
-    modes = {
-        Kind.PID: config.pid_mode,
-        Kind.IPC: config.ipc_mode,
-        Kind.UTS: config.uts_mode,
-        Kind.CGROUP: config.cgroupns_mode,
-    }
-    for kind, mode in modes.items():
+    modes = (
+        (Kind.PID, config.pid_mode),
+        (Kind.IPC, config.ipc_mode),
+        (Kind.UTS, config.uts_mode),
+        (Kind.CGROUP, config.cgroupns_mode),
+    )
+    for kind, mode in modes:
         if mode != "host":
             wanted.append(Namespace(kind, facts.joined.get(kind, "")))
     if facts.endpoint.netns_path:

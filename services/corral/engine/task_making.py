@@ -170,14 +170,14 @@ class TaskMaking:
 
     async def _joined(self, config: ContainerConfig, opened: ExitStack) -> dict[Kind, str]:
         """The namespaces of other containers that are joined, as paths that hold while `opened` does. They must run."""
-        modes = {
-            Kind.PID: config.pid_mode,
-            Kind.IPC: config.ipc_mode,
-            Kind.UTS: config.uts_mode,
-            Kind.CGROUP: config.cgroupns_mode,
-        }
+        modes = (
+            (Kind.PID, config.pid_mode),
+            (Kind.IPC, config.ipc_mode),
+            (Kind.UTS, config.uts_mode),
+            (Kind.CGROUP, config.cgroupns_mode),
+        )
         found = {}
-        for kind, mode in modes.items():
+        for kind, mode in modes:
             if not mode.startswith("container:"):
                 continue
             other = self._core.resolve(mode.removeprefix("container:"))

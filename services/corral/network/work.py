@@ -7,6 +7,8 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
+from corral.rpc.lasting import lasting
+
 
 class Work:
     """What is under way. For the event loop."""
@@ -16,16 +18,19 @@ class Work:
 
     async def to_the_end[T](self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`, which begins at once. A caller that is cancelled stops waiting, and no more."""
+        return await lasting(work, self._begin)
+
+    def _begin[T](self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.Task(work, loop=asyncio.get_running_loop(), eager_start=True)
-        if task.done():
-            return task.result()
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else will look
-            raise
+        if not task.done():
+            self._running.add(task)
+            task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen, whether or not the caller is still there
 
     async def close(self) -> None:
         """Wait for what is under way."""

@@ -6,7 +6,6 @@ import inspect
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from contextlib import aclosing
-from functools import partial
 from typing import Any, NoReturn
 
 import grpc
@@ -57,21 +56,24 @@ class Aborted(grpc.aio.AbortError):
         self.trailers = trailers
 
 
-async def _within[T](timeout_s: float, work: Coroutine[Any, Any, T]) -> T:
+async def _within[T](timeout_s: float | None, work: Coroutine[Any, Any, T]) -> T:
+    """Run the handler; its end becomes the AioRpcError that the wire would bring."""
     try:
+        if timeout_s is None:
+            return await work
         async with asyncio.timeout(timeout_s):
             return await work
     except TimeoutError as e:
         raise _status(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from e
+    except Aborted as e:
+        raise _status(e.code, e.details, e.trailers) from None
 
 
 def _status(code: grpc.StatusCode, details: str, trailers: Metadata = ()) -> grpc.aio.AioRpcError:
     return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailers), details)
 
 
-def _begun[T](work: Coroutine[Any, Any, T], timeout_s: float | None) -> asyncio.Task[T]:
-    if timeout_s is not None:
-        work = _within(timeout_s, work)
+def _begun[T](work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     # An empty context: what the caller bound to its own does not travel over the wire either. It runs at once as far as
     # it can: a call that only reads is over before its caller would have begun to wait.
     task = asyncio.Task(work, loop=asyncio.get_running_loop(), context=contextvars.Context(), eager_start=True)
@@ -121,37 +123,33 @@ class LocalUnaryCall(_InFlight):
         timeout_s: float | None,
     ) -> None:
         self._deserialize = deserialize
+        self._waiting: list[asyncio.Future[None]] = []
         context = LocalContext(metadata, timeout_s)
-        super().__init__(context, _begun(_respond(handler, request, context), timeout_s))
+        super().__init__(context, _begun(self._respond(handler, request, context, timeout_s)))
 
     def __await__(self) -> Generator[Any, None, Any]:
         task = self._task
         if not task.done():
             # Not awaited directly: a caller that is cancelled leaves at once, whatever the handler still has to undo.
-            ended = task.get_loop().create_future()
-            task.add_done_callback(partial(_tell, ended))
+            over = task.get_loop().create_future()
+            self._waiting.append(over)
             try:
-                yield from ended
+                yield from over
             except asyncio.CancelledError:
                 self.cancel()
                 raise
         data = task.result()
         return self._deserialize(data) if self._deserialize else data
 
-
-def _tell(ended: asyncio.Future[None], _task: asyncio.Task[Any]) -> None:
-    if not ended.done():
-        ended.set_result(None)
-
-
-async def _respond(handler: Handler, request: bytes, context: LocalContext) -> bytes:
-    """Run the handler; its end becomes the AioRpcError that the wire would bring."""
-    behaviour: Any = handler.unary_unary
-    try:
-        reply = await behaviour(parsed(handler, request), context)
-    except Aborted as e:
-        raise _status(e.code, e.details, e.trailers) from None
-    return serialised(handler, reply)
+    async def _respond(self, handler: Handler, request: bytes, context: LocalContext, timeout_s: float | None) -> bytes:
+        behaviour: Any = handler.unary_unary
+        try:
+            reply = await _within(timeout_s, behaviour(parsed(handler, request), context))
+            return serialised(handler, reply)
+        finally:
+            for over in self._waiting:  # they learn of it a round of the loop sooner than of the task's end
+                if not over.done():  # by the caller's going away
+                    over.set_result(None)
 
 
 def parsed(handler: Handler, request: bytes) -> Any:
@@ -242,7 +240,7 @@ class _LocalStream(_InFlight):
         self._responses = responses = Messages(ahead)
         context = StreamContext(metadata, timeout_s, handler, responses)
         # The task knows the responses but not this object, which is dropped by a caller that lost interest.
-        super().__init__(context, _begun(_stream(handler, behaviour, request, context, responses), timeout_s))
+        super().__init__(context, _begun(_within(timeout_s, _stream(handler, behaviour, request, context, responses))))
         self._task.add_done_callback(lambda _: responses.end())
 
     def __del__(self) -> None:
@@ -311,13 +309,10 @@ class LocalExchange(_LocalStream):
 
 
 async def _stream(handler: Handler, behaviour: Any, request: Any, context: StreamContext, responses: Messages) -> None:
-    try:
-        result = behaviour(request, context)
-        if inspect.isasyncgen(result):
-            async with aclosing(result) as replies:
-                async for reply in replies:
-                    await responses.put(serialised(handler, reply))
-        else:
-            await result
-    except Aborted as e:
-        raise _status(e.code, e.details, e.trailers) from None
+    result = behaviour(request, context)
+    if inspect.isasyncgen(result):
+        async with aclosing(result) as replies:
+            async for reply in replies:
+                await responses.put(serialised(handler, reply))
+    else:
+        await result

@@ -8,6 +8,7 @@ from typing import Any, Concatenate, Protocol
 import structlog
 
 from corral.rpc.errors import CorralError, NotFound
+from corral.rpc.lasting import lasting
 from corral.tasks.live import Process, Task
 from corral.tasks.model import TaskKey
 
@@ -122,7 +123,7 @@ def uncancelled[S: _HasRegistry, **P, T](
     """The method goes on when its caller is cancelled: half of a change must never be left."""
 
     async def shielded(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await asyncio.shield(self.registry.in_background(method(self, *args, **kwargs)))
+        return await lasting(method(self, *args, **kwargs), self.registry.in_background)
 
     shielded.__doc__ = method.__doc__
     return shielded
