@@ -80,13 +80,12 @@ class Connection:
         """
         self._next_id += 1
         future: asyncio.Future[Message] = self._loop.create_future()
-        future.add_done_callback(_retrieve)
         self._replies[self._next_id] = future
         try:
             self.send({"id": self._next_id, "op": op, **fields}, fds)
         except ProtocolError as e:
             del self._replies[self._next_id]
-            future.set_exception(InvalidArgument(f"this is too much for one {op!r}: {e}", reason="TOO_LARGE"))
+            _fail(future, InvalidArgument(f"this is too much for one {op!r}: {e}", reason="TOO_LARGE"))
         return future
 
     def send(self, message: Message, fds: Sequence[int] = ()) -> None:
@@ -152,7 +151,7 @@ class Connection:
         if future is None or future.done():
             return
         if "error" in message:
-            future.set_exception(_error(mapping(message, "error")))
+            _fail(future, _error(mapping(message, "error")))
             return
         reply = cast(Message, mapping(message, "ok"))
         names = reply.get("streams")
@@ -172,7 +171,7 @@ class Connection:
         replies, self._replies = self._replies, {}
         for future in replies.values():
             if not future.done():
-                future.set_exception(ConnectionLostError(why or "the peer ended"))
+                _fail(future, ConnectionLostError(why or "the peer ended"))
 
     def _close_sent_fds(self) -> None:
         fds, self._unsent_fds = self._unsent_fds, []
@@ -185,7 +184,7 @@ def _error(error: Mapping[str, object]) -> CorralError:
     return _KINDS.get(kind, Internal)(str(error.get("message") or kind), reason=_REASONS.get(kind, ""))
 
 
-def _retrieve(future: asyncio.Future[Message]) -> None:
+def _fail(future: asyncio.Future[Message], error: Exception) -> None:
     """Not everybody waits for every reply; asyncio complains about failures that nobody looked at."""
-    if not future.cancelled():
-        future.exception()
+    future.set_exception(error)
+    future.exception()
