@@ -151,7 +151,7 @@ class Journal:
         self._since_pruning = self._bytes_since_pruning = 0
         self._pruned_at_s = -self._looks_after_s
         self._lock = threading.Lock()
-        self._followers: set[_Follower] = set()
+        self._followers: tuple[_Follower, ...] = ()  # replaced, never changed
         self._closed = False
         # Every event from tail[0] on, so that those who keep up need not read the table. It only grows, or is replaced.
         self._tail: list[Event] = []
@@ -182,7 +182,7 @@ class Journal:
         """
         follower = _Follower(asyncio.get_running_loop(), self._delay_s)
         with self._lock:
-            self._followers.add(follower)
+            self._followers = (*self._followers, follower)
         try:
             while not self._closed:
                 follower.look()
@@ -197,7 +197,7 @@ class Journal:
                 until_now = not await follower.sleep(deadline_ns)
         finally:
             with self._lock:
-                self._followers.discard(follower)
+                self._followers = tuple(each for each in self._followers if each is not follower)
 
     def _newest(self, after: int, namespace: str | None) -> "Page | None":
         """What follows `after`, from memory; None if that does not reach back so far."""
@@ -218,7 +218,7 @@ class Journal:
             self._tail += events
         else:
             self._tail = [*self._tail, *events][-TAIL:]
-        for follower in self._all_followers():
+        for follower in self._followers:
             follower.wake()
         self._since_pruning += len(events)
         if self._keep.size_bytes is not None:
@@ -239,20 +239,14 @@ class Journal:
         """Called by who writes, after a failure, with what the table says."""
         if newest_seq != self._newest_seq:
             self._newest_seq, self._tail = newest_seq, []
-            for follower in self._all_followers():
+            for follower in self._followers:
                 follower.wake()
 
     def close(self) -> None:
         """End every follow()."""
         self._closed = True
-        for follower in self._all_followers():
+        for follower in self._followers:
             follower.wake_now()
-
-    def _all_followers(self) -> "Sequence[_Follower]":
-        if not self._followers:  # one that is just being added has not looked yet
-            return ()
-        with self._lock:
-            return tuple(self._followers)
 
 
 class _Follower:
