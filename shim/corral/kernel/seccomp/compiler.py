@@ -18,9 +18,12 @@ _LD, _AND, _JA, _JEQ, _JGT, _JGE, _RET = 0x20, 0x54, 0x05, 0x15, 0x25, 0x35, 0x0
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
 _X32_BIT = 0x40000000
 _MAX_LENGTH = 4096
+_MAX_EXCEPTIONS = 3
 
 # The rules of one call: conditions (all must hold) and what then to return. The last has none and always holds.
 type _Fate = tuple[tuple[tuple[Condition, ...], int], ...]
+# The first of a run of numbers, what happens to these, and to some of them that are excepted.
+type _Run = tuple[int, _Fate, dict[int, _Fate]]
 
 
 def compile_profile(profile: Profile) -> bytes:
@@ -88,7 +91,7 @@ def _tree(program: "_Program", profile: Profile, architecture: Architecture) -> 
     """The search tree of an architecture: the place of its root."""
     by_number = fates(profile, architecture)
     ranges = _ranges(by_number, ((), profile.default), ((), profile.unknown))
-    return _subtree(program, ranges)
+    return _subtree(program, _runs(ranges))
 
 
 def _ranges(
@@ -113,17 +116,35 @@ def _ranges(
     return ranges
 
 
-def _subtree(program: "_Program", ranges: list[tuple[int, _Fate]]) -> int:
-    if len(ranges) == 1:
-        return _leaf(program, ranges[0][1])
-    middle = len(ranges) // 2
-    right = _subtree(program, ranges[middle:])
-    left = _subtree(program, ranges[:middle])
-    return program.branch(_JGE, ranges[middle][0], right, left)
+def _runs(ranges: Iterable[tuple[int, _Fate]]) -> list[_Run]:
+    """Ranges of one fate that are broken by but single numbers are one: such a number takes one question, not two."""
+    runs: list[_Run] = []
+    for first, fate in ranges:
+        if len(runs) > 1 and runs[-1][0] == first - 1 and runs[-2][1] == fate and len(runs[-2][2]) < _MAX_EXCEPTIONS:
+            number, other, _ = runs.pop()
+            runs[-1][2][number] = other
+        else:
+            runs.append((first, fate, {}))
+    return runs
+
+
+def _subtree(program: "_Program", runs: list[_Run]) -> int:
+    if len(runs) > 1:
+        middle = len(runs) // 2
+        right = _subtree(program, runs[middle:])
+        left = _subtree(program, runs[:middle])
+        return program.branch(_JGE, runs[middle][0], right, left)
+    _, fate, exceptions = runs[0]
+    place = _leaf(program, fate)
+    for number, other in exceptions.items():
+        place = program.branch(_JEQ, number, _leaf(program, other), place)
+    return place
 
 
 def _leaf(program: "_Program", fate: _Fate) -> int:
-    """The rules of one call, tried in turn."""
+    """The rules of one call, tried in turn; two architectures may have the same for it."""
+    if len(fate) > 1 and (known := program.leaves.get(fate)) is not None:
+        return known
     place = program.returns(fate[-1][1])
     for choice, rules in reversed([(choice, list(rules)) for choice, rules in itertools.groupby(fate[:-1], _choice)]):
         if choice is not None and len(rules) > 1:
@@ -134,6 +155,7 @@ def _leaf(program: "_Program", fate: _Fate) -> int:
             otherwise, place = place, program.returns(action)
             for condition in reversed(conditions):
                 place = _test(program, condition, place, otherwise)
+    program.leaves[fate] = place
     return place
 
 
@@ -201,6 +223,7 @@ class _Program:
     def __init__(self) -> None:
         self._reversed: list[tuple[int, int, int, int]] = []
         self._returns: dict[int, int] = {}
+        self.leaves: dict[_Fate, int] = {}
 
     def emit(self, code: int, k: int, *, after: int | None = None) -> int:
         """Write an instruction that is followed by the one at the place `after`."""
