@@ -18,6 +18,7 @@ from corral.kernel import mount, namespaces, paths, process
 from corral.kernel.mount import MS_PRIVATE
 from corral.kernel.namespaces import Kind
 from corral.oci import OCI_VERSION, blueprint, defaults, init, join_calls, program
+from corral.oci.cgroups import Membership
 from corral.oci.errors import ExecFailed
 from corral.oci.larder import Larder
 from corral.oci.spec import Capabilities, Linux, Mount, Namespace, Process, Spec
@@ -28,7 +29,15 @@ from corral.oci.usual import spec_of
 _CLONE_FS, _CLONE_FILES = 0x200, 0x400
 _PLACE = "/proc"
 """Any directory that is always there: it is covered, in the thread's own mount namespace."""
+_ETC = f"{_PLACE}/lower/etc"
 _KINDS = (Kind.MOUNT, Kind.IPC, Kind.UTS)
+_USER = "root"
+_DATABASES = {
+    "passwd": "bin:x:1:1::/bin:/bin/sh\nroot:x:0:0::/root:/bin/sh\n",
+    "group": "bin:x:1:root\nroot:x:0:\n",
+}
+_FILES = ("/etc/resolv.conf", "/etc/hostname", "/etc/hosts")
+"""What is bound into a container that has a network of its own."""
 
 
 def rehearse() -> None:
@@ -87,8 +96,10 @@ class Typical:
         """All that create() does before it makes a process."""
         spec = spec_of(self._config)
         blueprint.plan_of(
-            spec, bundle=_PLACE, rootfs=[self._rootfs], user=None, cgroups=self._cgroups, console_size=None
+            spec, bundle=_PLACE, rootfs=[self._rootfs], user=_USER, cgroups=self._cgroups, console_size=None
         )
+        with contextlib.suppress(OSError, ExecFailed):  # those of the host itself, which not everybody may write to
+            Membership.open(self._cgroups).close()
 
 
 def _go_through_the_motions() -> None:
@@ -97,11 +108,14 @@ def _go_through_the_motions() -> None:
     places = [f"{_PLACE}/{name}" for name in ("lower", "upper", "work", "more")]
     rootfs, cgroups = _overlay(*places), _cgroups()
     # Planned before /proc is covered, in which it looks at who it is.
-    plan = blueprint.plan_of(_spec(), bundle=_PLACE, rootfs=[rootfs], user=None, cgroups=cgroups, console_size=None)
+    plan = blueprint.plan_of(_spec(), bundle=_PLACE, rootfs=[rootfs], user=_USER, cgroups=cgroups, console_size=None)
     tree = mount.new_mount("tmpfs", "tmpfs", ("size=4m",))
     mount.move_mount(tree, os.open(_PLACE, os.O_PATH))
     for path in places:
         Path(path).mkdir()
+    Path(_ETC).mkdir()
+    for name, content in _DATABASES.items():
+        Path(_ETC, name).write_text(content)
     take_places(Stdio())
     os.umask(0)
     larder = Larder()
@@ -139,7 +153,10 @@ def _spec() -> Spec:
             no_new_privileges=True,
         ),
         hostname="rehearsal",
-        mounts=defaults.MOUNTS,
+        mounts=(
+            *defaults.MOUNTS,
+            *(Mount(name, "bind", f"{_ETC}/group", ("rbind", "rprivate")) for name in _FILES),
+        ),
         linux=Linux(
             namespaces=tuple(Namespace(kind) for kind in _KINDS),
             masked_paths=defaults.MASKED_PATHS,
