@@ -1,16 +1,19 @@
 """config.json with corral's own seccomp profile is read as any other, but for the time that it takes."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 
 from corral.oci import decode, defaults
+from corral.oci.decode import encode
 from corral.oci.rehearsal import Typical
-from corral.oci.spec import Action, Linux, Process, Seccomp, SeccompSyscall, Spec
+from corral.oci.spec import Action, Linux, Mount, Process, Seccomp, SeccompSyscall, Spec
 from corral.oci.usual import _MARK, spec_of, usual_profile
 
 PROFILE = defaults.seccomp(defaults.CAPABILITIES)
+FILE = Mount("/etc/hosts", "bind", "/hosts", ("rbind",))
 OTHER = Seccomp(Action.ERRNO, 1, (), syscalls=(SeccompSyscall(("read",), Action.ALLOW),))
 
 
@@ -23,6 +26,10 @@ def spec(seccomp: Seccomp | None, **members: str) -> Spec:
     )
 
 
+def with_mounts(*mounts: Mount) -> Spec:
+    return replace(spec(PROFILE), mounts=mounts)
+
+
 def text_of(document: object) -> str:
     return json.dumps(document, separators=(",", ":"))
 
@@ -31,6 +38,38 @@ def test_its_own_profile_is_the_one_that_is_known() -> None:
     read = spec_of(text_of(spec(PROFILE).to_json()))
     assert read == spec(PROFILE)
     assert read.linux.seccomp is usual_profile()[1]
+
+
+def test_the_mounts_that_all_have_are_those_that_are_known() -> None:
+    wanted = with_mounts(*defaults.MOUNTS, FILE)
+    read = spec_of(text_of(wanted.to_json()))
+    assert read == wanted
+    assert all(mount is known for mount, known in zip(read.mounts, defaults.MOUNTS, strict=False))
+    assert spec_of(text_of(with_mounts(*defaults.MOUNTS).to_json())).mounts == defaults.MOUNTS
+
+
+@pytest.mark.parametrize("mounts", [(), (FILE,), defaults.MOUNTS[:-1], (FILE, *defaults.MOUNTS)])
+def test_other_mounts_are_read(mounts: tuple[Mount, ...]) -> None:
+    assert spec_of(text_of(with_mounts(*mounts).to_json())) == with_mounts(*mounts)
+
+
+@pytest.mark.parametrize("mounts", [None, [], [encode(FILE)], _MARK, [_MARK]])
+def test_mounts_of_that_name_in_another_place_are_not_the_mounts(mounts: object) -> None:
+    """Of an object that this version does not know, say."""
+    text = text_of({"later": {"mounts": encode(defaults.MOUNTS)}, "mounts": mounts, **spec(PROFILE).to_json()})
+    try:
+        expected: object = Spec.from_json(json.loads(text))
+    except ValueError as e:
+        with pytest.raises(ValueError, match=re.escape(str(e))):
+            spec_of(text)
+    else:
+        assert spec_of(text) == expected
+
+
+def test_what_is_wrong_with_a_mount_behind_them_is_told_by_its_place() -> None:
+    text = text_of(with_mounts(*defaults.MOUNTS, FILE).to_json()).replace('["rbind"]', '"rbind"')
+    with pytest.raises(ValueError, match=rf"^mounts\[{len(defaults.MOUNTS)}\]\.options: must be an array"):
+        spec_of(text)
 
 
 @pytest.mark.parametrize("seccomp", [None, OTHER, replace(PROFILE, default_errno_ret=38)])

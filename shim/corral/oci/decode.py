@@ -124,6 +124,8 @@ def _for_dataclass(cls: type[_Dataclass]) -> _Decoder:
 
     def build(value: object) -> object:
         if not isinstance(value, dict):
+            if isinstance(value, cls):  # which no JSON gives: whoever put it there knows it already
+                return value
             raise _wrong("an object", value)
         if not exact.issuperset(value):
             value = _respelled(value, names) | value

@@ -152,6 +152,7 @@ def _labels(spec: Process) -> "Labels | None":
     return labels_of(spec)
 
 
+@lru_cache(maxsize=16)
 def capability_sets(wanted: Capabilities | None, available: int) -> CapabilitySets:
     """The sets as masks, as far as the runtime itself has them: it can't give what it lacks or doesn't know."""
     if wanted is None:

@@ -5,7 +5,7 @@ does not know are ignored, as the specification wants. An empty tuple or None st
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Annotated
 
@@ -323,14 +323,9 @@ class Spec:
     linux: Linux = field(default_factory=Linux)
 
     @classmethod
-    def from_json(cls, value: object, *, seccomp: Seccomp | None = None) -> "Spec":
-        """From a decoded config.json. Raises ValueError that begins with the JSON path of what is wrong.
-
-        seccomp: its profile, where that is known already and was left out.
-        """
+    def from_json(cls, value: object) -> "Spec":
+        """From a decoded config.json. Raises ValueError that begins with the JSON path of what is wrong."""
         spec = decode(cls, value)
-        if seccomp is not None:
-            spec = replace(spec, linux=replace(spec.linux, seccomp=seccomp))
         validity.check_spec(spec)
         return spec
 

@@ -1,8 +1,9 @@
-"""config.json with the seccomp profile that nearly every one has: most of its text, known without being read.
+"""config.json with the seccomp profile and the mounts that nearly every one has: most of its text, known without being
+read.
 
-What is looked for is the whole member as corral itself writes it. A number takes its place in the document, and has to
-be found where the profile belongs, and could not be there otherwise. Any other profile, or one that was written in
-another way, is read as everything is.
+What is looked for is the whole member as corral itself writes it, and of the mounts how it begins. A number takes its
+place in the document, and has to be found where that belongs, and could not be there otherwise. With any other profile,
+or one that was written in another way, all is read as everything is, and so are other mounts.
 """
 
 import json
@@ -22,9 +23,11 @@ def spec_of(text: str) -> Spec:
     member, profile = usual_profile()
     head, found, tail = text.partition(member)
     if found and str(_MARK) not in head and str(_MARK) not in tail:
-        document = loads(f'{head}"seccomp":{_MARK}{tail}')
-        if _unmark(document):
-            return Spec.from_json(document, seccomp=profile)
+        before, mounts, after = head.partition(_usual_mounts())
+        short = f'{before}"mounts":[{_MARK}{after}' if mounts else head
+        document = loads(f'{short}"seccomp":{_MARK}{tail}')
+        if _fill_in(document, profile, with_mounts=bool(mounts)):
+            return Spec.from_json(document)
     return Spec.from_json(loads(text))
 
 
@@ -35,10 +38,25 @@ def usual_profile() -> tuple[str, Seccomp]:
     return f'"seccomp":{json.dumps(encode(profile), separators=(",", ":"))}', profile
 
 
-def _unmark(document: object) -> bool:
-    """Leave the profile out, if it was the mark."""
+@cache
+def _usual_mounts() -> str:
+    """How the mounts of a container begin."""
+    return f'"mounts":{json.dumps(encode(defaults.MOUNTS), separators=(",", ":"))}'.removesuffix("]")
+
+
+def _fill_in(document: object, profile: Seccomp, *, with_mounts: bool) -> bool:
+    """Put what is known in its place, if the marks are there."""
     linux = document.get("linux") if isinstance(document, dict) else None
-    if not isinstance(linux, dict) or linux.get("seccomp") != _MARK or not isinstance(linux["seccomp"], int):
+    if not isinstance(document, dict) or not isinstance(linux, dict) or not _is_mark(linux.get("seccomp")):
         return False
-    linux["seccomp"] = None
+    linux["seccomp"] = profile
+    if with_mounts:
+        mounts = document.get("mounts")
+        if not isinstance(mounts, list) or not mounts or not _is_mark(mounts[0]):
+            return False
+        mounts[:1] = defaults.MOUNTS
     return True
+
+
+def _is_mark(value: object) -> bool:
+    return isinstance(value, int) and value == _MARK
