@@ -340,12 +340,12 @@ def lose_oom_protection(pid: int | str = "self") -> None:
 
 def reset_signals() -> None:
     """Every signal back to its default action: an ignored one would stay so over exec (Python ignores SIGPIPE)."""
+    # By the part in C, here and below: the other makes an enum's member of each.
     for number in _SIGNALS:
-        # The part in C: the other makes an enum's member of each.
-        if _signal.getsignal(number) not in (signal.SIG_DFL, None):
-            signal.signal(number, signal.SIG_DFL)
+        if _signal.getsignal(number) not in (_signal.SIG_DFL, None):
+            _signal.signal(number, _signal.SIG_DFL)
 
 
 def unblock_signals() -> None:
     """An empty signal mask; what was pending is delivered now."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
