@@ -116,7 +116,7 @@ class TestWhatIsLeft:
             for directory in watched:
                 inotify.add_watch(notes, directory, inotify.IN_MODIFY)
             began = time.monotonic()
-            kill_leftovers(group.paths(), signal.SIGKILL)
+            kill_leftovers(list(map(str, group.paths())), signal.SIGKILL)
             assert time.monotonic() - began < 3
             assert eventually(lambda: group.pids() == [], within_s=2)
             assert list(inotify.read_changes(notes)), "nobody was stopped meanwhile"
@@ -127,7 +127,7 @@ class TestWhatIsLeft:
         """A list that never gets empty, of a kernel that can't freeze: whoever removes the cgroup has to see to it."""
         (tmp_path / "cgroup.procs").write_text(f"{1 << 22}\n")  # more than any pid
         began = time.monotonic()
-        kill_leftovers([tmp_path], signal.SIGKILL)
+        kill_leftovers([str(tmp_path)], signal.SIGKILL)
         assert 0.5 < time.monotonic() - began < 3
 
     def test_is_not_who_has_a_pid_by_now(self, group: Cgroup):
@@ -148,7 +148,7 @@ class TestWhatIsLeft:
         """It was put into the container's cgroup by whoever started it: then nobody in there is the container's own."""
 
         def body(_fd: int) -> None:
-            kill_leftovers(group.paths(), signal.SIGKILL)
+            kill_leftovers(list(map(str, group.paths())), signal.SIGKILL)
 
         with cgroups.inside(group, body) as child:
             ended = eventually(lambda: not child.alive(), within_s=5)

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from corral.kernel import process
@@ -19,24 +19,23 @@ _KILL_S = 1.0
 it."""
 
 
-def let_die(cgroup_paths: Iterable[Path]) -> None:
+def let_die(cgroups: Sequence[str]) -> None:
     """Thaw what is frozen by cgroup v1, where a SIGKILL waits for that."""
-    for path in cgroup_paths:
-        if (path / freezer_v1.STATE).exists():
+    for each in cgroups:
+        if Path(each, freezer_v1.STATE).exists():
             with contextlib.suppress(OSError):
-                freezer_v1.thaw(str(path))
+                freezer_v1.thaw(each)
 
 
-def kill_leftovers(cgroup_paths: Iterable[Path], number: int, *, spare: int = 0) -> None:
+def kill_leftovers(cgroups: Sequence[str], number: int, *, spare: int = 0) -> None:
     """Signal every process in the container's cgroup, but `spare`.
 
     For a SIGKILL they are frozen meanwhile, so that none escapes by forking; where that can't be had it is repeated,
     for a second at most. A cgroup that also holds the shim is not the container's own, and is left alone.
     """
-    directories = [str(path) for path in cgroup_paths]
-    if not directories:
+    if not cgroups:
         return
-    directory = next((each for each in directories if Path(each, freezer_v1.STATE).exists()), directories[0])
+    directory = next((each for each in cgroups if Path(each, freezer_v1.STATE).exists()), cgroups[0])
     pids = membership.pids_below(directory)
     if os.getpid() in pids:
         return
@@ -52,16 +51,15 @@ def kill_leftovers(cgroup_paths: Iterable[Path], number: int, *, spare: int = 0)
         pids = membership.pids_below(directory)
 
 
-def kill_offspring(leader: int, cgroup_paths: Iterable[Path]) -> None:
+def kill_offspring(leader: int, cgroups: Sequence[str]) -> None:
     """Kill what a child of this process has made, which leads a session.
 
     All of its session, and whose parent is one of these: only who has left both, as a daemon does, is not found. None
     is stopped meanwhile, as it would stay that if this process were killed; who was made meanwhile is found afterwards.
     """
-    directories = [str(path) for path in cgroup_paths]
     killed: set[int] = set()
     for _ in range(_PASSES):
-        pids = membership.pids_below(directories[0]) if directories else _all_pids()
+        pids = membership.pids_below(cgroups[0]) if cgroups else _all_pids()
         found = _offspring(leader, pids) - killed
         if not found:
             return

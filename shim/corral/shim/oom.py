@@ -7,9 +7,8 @@ nobody else can have been: see OomCounter.claim().
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from corral.kernel.cgroup import OomWatch, membership
 from corral.kernel.cgroup.systemd.removal import Kept
@@ -69,7 +68,7 @@ class OomCounter:
     def __init__(
         self,
         loop: Loop,
-        cgroup_paths: Iterable[Path],
+        cgroup_paths: Sequence[str],
         *,
         on_kill: Callable[[int], None],
         report: Callable[[Exception], None],
@@ -89,11 +88,10 @@ class OomCounter:
         self._settling: Timer | None = None
         self._woken_at = 0.0
         self.kills = 0
-        paths = [str(path) for path in cgroup_paths]
         try:
-            self._watch = OomWatch.open(paths, uncounted=uncounted)
+            self._watch = OomWatch.open(cgroup_paths, uncounted=uncounted)
             if self._watch.wakes_before_the_kill:
-                self._kept = Kept.of(self._watch.directory, paths)
+                self._kept = Kept.of(self._watch.directory, cgroup_paths)
             for delay_s in _LOOK_BELOW_S if self._kept is not None else ():
                 loop.call_later(delay_s, self._keep_below)
         except OSError as e:

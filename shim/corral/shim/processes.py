@@ -11,7 +11,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from corral.kernel.failpoint import failpoint
 from corral.shim import records
@@ -56,7 +55,7 @@ class Processes:
         self._by_pid: dict[int, ContainerProcess] = {}
         self.log: Log = NoLog()
         self.oom: OomCounter | None = None
-        self.cgroup_paths: tuple[Path, ...] = ()
+        self.cgroup_paths: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[ContainerProcess]:
         return iter(self._by_id.values())

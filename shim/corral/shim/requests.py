@@ -4,9 +4,9 @@ Fields that this version does not know are ignored, so an older shim works under
 """
 
 import binascii
+import os
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Self
 
 from corral.oci.image_mounts import ImageMount
@@ -54,7 +54,7 @@ class Create:
     stdin: bool
     console_size: tuple[int, int] | None
     log: LogOptions
-    cgroup_paths: tuple[Path, ...]
+    cgroup_paths: tuple[str, ...]
     timeout_ns: int
     """From its start on; 0: it has time for ever."""
     secrets: tuple[SecretFile, ...] = field(default=(), repr=False)
@@ -74,7 +74,7 @@ class Create:
             stdin=flag(fields, "stdin"),
             console_size=_console_size(fields),
             log=LogOptions.parse(mapping(fields, "log")),
-            cgroup_paths=tuple(Path(path) for path in strings(mapping(fields, "cgroup"), "paths")),
+            cgroup_paths=_cgroup_paths(fields),
             timeout_ns=_timeout(fields),
             secrets=tuple(_secret(item) for item in array(fields, "secrets")),
             images=tuple(_image(item) for item in array(fields, "images")),
@@ -106,6 +106,10 @@ def _secret(value: object) -> SecretFile:
     except ValueError as e:
         raise wrong("secrets.data", "base64") from e
     return SecretFile(target, uid, gid, mode, data)
+
+
+def _cgroup_paths(fields: Fields) -> tuple[str, ...]:
+    return tuple(os.path.normpath(path) for path in strings(mapping(fields, "cgroup"), "paths"))
 
 
 def _timeout(fields: Fields) -> int:
@@ -206,7 +210,7 @@ class Adopt:
     streams: tuple[str, ...]
     unattended: bool
     log: LogOptions
-    cgroup_paths: tuple[Path, ...]
+    cgroup_paths: tuple[str, ...]
     timeout_ns: int
 
     @classmethod
@@ -229,7 +233,7 @@ class Adopt:
             streams=streams,
             unattended=flag(fields, "unattended"),
             log=LogOptions.parse(mapping(fields, "log")),
-            cgroup_paths=tuple(Path(path) for path in strings(mapping(fields, "cgroup"), "paths")),
+            cgroup_paths=_cgroup_paths(fields),
             timeout_ns=_timeout(fields),
         )
 
