@@ -181,6 +181,7 @@ def await_ready(
     with contextlib.ExitStack() as unless_ready:
         unless_ready.callback(lambda: [*map(os.close, listener)])
         with heeded(parent, pidfd):
+            started = process.start_time(pid)  # while it is at work
             console, succeeded = parent.receive_ready(pid, patient, pass_listener, run_hooks, note)
             if console is not None:
                 unless_ready.callback(os.close, console)
@@ -191,10 +192,12 @@ def await_ready(
             reap_predecessor(pidfd)
             pid, pidfd = successor, follower
         with heeded(parent, pidfd):
+            if successor is not None:
+                started = process.start_time(pid)
             tell_listener(pid)
             if allotment is not None:
                 allotment.schedule(pid)
-            handle = ProcessHandle(pid, pidfd, process.start_time(pid), console)
+            handle = ProcessHandle(pid, pidfd, started, console)
         unless_ready.pop_all()
         return handle
 

@@ -106,12 +106,14 @@ class Shim:
         program = replace(program, env=(*program.env, *request.secret_env))
         spec = replace(spec, process=program)
         log: Log = NoLog()
+        warnings: list[str] = []
         io = self.processes.io("", log, terminal=program.terminal, stdin=request.stdin)
 
-        def open_its_log() -> None:
+        def meanwhile() -> None:
             nonlocal log
             log = open_log(self.loop, request.log, directory=self._directory)
             io.log_to(log)
+            warnings.extend(warnings_of(program))
 
         try:
             with io.child_ends() as stdio:
@@ -128,7 +130,7 @@ class Shim:
                     larder=self._larder,
                     secrets=SecretFiles(request.secrets) if request.secrets else None,
                     images=request.images,
-                    meanwhile=open_its_log,
+                    meanwhile=meanwhile,
                 )
         except BaseException as e:
             log.close()
@@ -137,7 +139,7 @@ class Shim:
                 self._ledger.run_poststop(spec)
             raise
         failpoint("shim.create.after_clone")
-        for warning in warnings_of(program):
+        for warning in warnings:
             report.write(self._directory, warning)
         self.processes.log, self._container, self.processes.cgroup_paths = log, container, request.cgroup_paths
         self._timeout_ns = request.timeout_ns
