@@ -45,6 +45,8 @@ _ulong = ctypes.c_ulong
 _capget = syscall("capget", ctypes.c_char_p, ctypes.c_void_p)
 _capset = syscall("capset", ctypes.c_char_p, ctypes.c_char_p)
 _prctl = libc("prctl", ctypes.c_int, _ulong, _ulong, _ulong, _ulong)
+# For those that take but one: it is called for each capability, and converting others takes longer than the call.
+_prctl_one = libc("prctl", ctypes.c_int, _ulong)
 
 
 def mask_of(names: Iterable[str]) -> int:
@@ -70,7 +72,7 @@ def bounding() -> int:
     """The caller's bounding set."""
     mask = 0
     for number in range(64):
-        present = _prctl(_PR_CAPBSET_READ, number, 0, 0, 0)
+        present = _prctl_one(_PR_CAPBSET_READ, number)
         if present < 0:  # EINVAL: past the last capability of this kernel
             break
         mask |= present << number
@@ -99,7 +101,7 @@ def limit_bounding(keep: int) -> None:
     for number in range(64):
         if keep >> number & 1:
             continue
-        if _prctl(_PR_CAPBSET_DROP, number, 0, 0, 0) < 0:
+        if _prctl_one(_PR_CAPBSET_DROP, number) < 0:
             if number < len(NAMES) - 1 or ctypes.get_errno() != 22:
                 check(-1, f"prctl PR_CAPBSET_DROP {number}")
             return
