@@ -130,3 +130,35 @@ def test_code_that_only_a_fork_has_executed_is_gathered_too() -> None:
     command = [sys.executable, "-I", "-S", "-c", GATHERED, place]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     assert told == "[True, True, False] 1 2 3"
+
+
+OWN_PAGES = """
+import ctypes, mmap, os, struct, sys
+sys.path.insert(0, sys.argv[1])
+from corral.kernel import process, shared_memory
+
+block = bytearray(b"x") * (1 << 20)
+begin = ctypes.addressof(ctypes.c_char.from_buffer(block))
+
+def alone(offset):
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek((begin + offset) // mmap.PAGESIZE * 8)
+        return struct.unpack("Q", pagemap.read(8))[0] >> 56 & 1
+
+def habit():
+    block[300_000] = 7
+
+shared_memory.learn_what_is_written(habit)
+if process.fork() == 0:
+    before = alone(300_000)
+    shared_memory.own_pages()
+    print(before, alone(300_000), alone(600_000), block[300_000], flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_pages_that_a_habit_writes_to_are_had_alone_and_no_others():
+    place = str(Path(next(iter(corral.kernel.__path__))).parents[1])
+    command = [sys.executable, "-I", "-S", "-c", OWN_PAGES, place]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["0", "1", "0", "120"]

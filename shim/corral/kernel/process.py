@@ -90,9 +90,9 @@ def clone(flags: int, *, cgroup: int | None = None) -> tuple[int, int]:
     return pid, pidfd.value
 
 
-def clone_arguments(flags: int, *, cgroup: int = 0, pidfd_at: int = 0, exit_signal: int = 0) -> bytes:
+def clone_arguments(flags: int, *, cgroup: int = 0, pidfd_at: int = 0, pid_at: int = 0, exit_signal: int = 0) -> bytes:
     """A struct clone_args."""
-    return _CLONE_ARGS.pack(flags, pidfd_at, 0, 0, exit_signal, 0, 0, 0, 0, 0, cgroup)
+    return _CLONE_ARGS.pack(flags, pidfd_at, 0, pid_at, exit_signal, 0, 0, 0, 0, 0, cgroup)
 
 
 def spawn(executable: int, kept: Iterable[int]) -> int:

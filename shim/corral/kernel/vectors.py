@@ -8,7 +8,8 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from corral.kernel.syscalls import MACHINE, libc
+from corral.kernel import machine_code
+from corral.kernel.syscalls import MACHINE
 
 type Encode = Callable[[bytes, bytes, int], None]
 type Count = Callable[[bytes, int, int], int]
@@ -99,9 +100,6 @@ _CODE = bytes.fromhex(
 )
 _ENCODE_AT, _COUNT_AT = 0x10, 0xC0
 _SSSE3 = 1 << 9
-_PROT_READ, _PROT_WRITE, _PROT_EXEC = 1, 2, 4
-_MAP_PRIVATE, _MAP_ANONYMOUS = 0x02, 0x20
-_FAILED = ctypes.c_void_p(-1).value
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,26 +113,13 @@ class Vectors:
 
 
 def _load() -> Vectors | None:
-    if MACHINE != "x86_64" or not (code := _executable(_CODE)):
+    if MACHINE != "x86_64" or not (code := machine_code.place(_CODE)):
         return None
     if not ctypes.CFUNCTYPE(ctypes.c_int)(code)() & _SSSE3:
         return None
     size, data = ctypes.c_size_t, ctypes.c_char_p
     encode = ctypes.CFUNCTYPE(None, data, data, size)(code + _ENCODE_AT)
     return Vectors(encode, ctypes.CFUNCTYPE(size, data, ctypes.c_int, size)(code + _COUNT_AT))
-
-
-def _executable(code: bytes) -> int:
-    """Where it lies, in memory that nobody can write to; 0 where that is not allowed."""
-    function = ctypes.CDLL(None)["mmap"]
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
-    function.restype = ctypes.c_void_p
-    address: int = function(None, len(code), _PROT_READ | _PROT_WRITE, _MAP_PRIVATE | _MAP_ANONYMOUS, -1, 0)
-    if address == _FAILED:
-        return 0
-    ctypes.memmove(address, code, len(code))
-    protect = libc("mprotect", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return address if protect(address, len(code), _PROT_READ | _PROT_EXEC) == 0 else 0
 
 
 LOOPS = _load()

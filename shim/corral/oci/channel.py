@@ -159,6 +159,10 @@ class ParentEnd:
         end.settimeout(LOOK_S)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
 
+    def fileno(self) -> int:
+        """For who hands it on."""
+        return self._socket.fileno()
+
     def close(self) -> None:
         """Close it; a child that waits for start then exits."""
         self._socket.close()

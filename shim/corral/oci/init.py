@@ -81,10 +81,12 @@ class Way:
     """User namespaces for id-mapped mounts."""
     parts: tuple[int, ...] = ()
     """Mounts that the root is put together from."""
+    pipe: int | None = None
+    """Whose end tells the process that was before of the program, see corral.kernel.rebirth."""
 
     def given(self, stdio: Stdio, membership: Membership) -> list[int]:
         """All fds that are needed."""
-        gates = [] if self.gate is None else [self.gate]
+        gates = [fd for fd in (self.gate, self.pipe) if fd is not None]
         ready = [] if self.larder is None else self.larder.fds
         joined = [*(fd for fd, _, _ in self.joins), *([] if self.pids is None else [self.pids.fd])]
         return [*stdio.given(), *gates, *membership.fds, *ready, *joined, *self.idmaps.values(), *self.parts]
@@ -126,7 +128,7 @@ def proceed(
     stage: one for which all of the steps are prepared. home: the mount namespace to return to.
     """
     gate, pids = way.gate, way.pids
-    gates = [] if gate is None else [gate]
+    gates = [fd for fd in (gate, way.pipe) if fd is not None]
     if plan.loopback:
         loopback.bring_up()
     if plan.devices:
@@ -140,6 +142,10 @@ def proceed(
     stage = build_root(plan, way, stage) if plan.steps else _joined_root(plan)
     if home is not None:
         _go_home(stage, home)
+    if way.pipe is not None:
+        from corral.kernel import rebirth  # loaded by who has the pipe
+
+        rebirth.await_harmless(way.pipe)
     if pids is not None:
         namespaces.join(pids.fd, Kind.PID.flag, what=pids.path)
     stone = _make_stone(plan, channel, way)

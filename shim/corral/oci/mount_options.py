@@ -131,7 +131,9 @@ def _sorted(options: tuple[str, ...]) -> MountOptions:
     return _with_rare(parsed, rare) if rare else parsed
 
 
-_RARE = frozenset((*_SUPERBLOCK, *_UNSUPPORTED, "remount", "idmap", "ridmap", "tmpcopyup", "copyup"))
+COPIES = frozenset(("tmpcopyup", "copyup"))
+"""Options of a mount that init is to fill."""
+_RARE = frozenset((*_SUPERBLOCK, *_UNSUPPORTED, *COPIES, "remount", "idmap", "ridmap"))
 
 
 def _with_rare(options: MountOptions, rare: list[str]) -> MountOptions:

@@ -46,6 +46,13 @@ def preload(typical: Typical) -> None:
     shared_memory.inherit_code_pages()
     shared_memory.collapse_pages()
     gc.freeze()
+    shared_memory.learn_what_is_written(lambda: _make_one(typical))
+
+
+def _make_one(typical: Typical) -> None:
+    """What a shim's midwife does, and the init that it becomes."""
+    typical.plan()
+    rehearse()
 
 
 def _exercise(rounds: int, typical: Typical) -> None:

@@ -78,7 +78,7 @@ class Server:
         self._end_by = 0.0
         shim = self.shim
         self._ops: dict[str, Callable[[Connection, Message], Message | None]] = {
-            "create": lambda _, m: shim.create(Create.parse(m)),
+            "create": self._create,
             "start": lambda _, m: shim.start(exec_id(m)),
             "exec": self._exec,
             "run": self._run,
@@ -112,6 +112,7 @@ class Server:
                 sock = _unix_socket(orders)
                 if "stand_by" in message:
                     self._serve(sock)
+                    self.shim.stand_by()
                 else:
                     self.be_of(message, sock)
         except BlockingIOError:
@@ -277,6 +278,10 @@ class Server:
             self.shim.execs.end_run(run)
         if self.bundle.path is None:  # who would have told it
             self._loop.stop()
+
+    def _create(self, _connection: Connection, message: Message) -> Message:
+        self.shim.expect(message)
+        return self.shim.create(Create.parse(message))
 
     def _take(self, connection: Connection, message: Message) -> Message:
         sock = _unix_socket(connection.channel)

@@ -11,7 +11,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 from corral.kernel.failpoint import failpoint
 from corral.kernel.namespaces import Kind, open_namespace
@@ -23,9 +22,10 @@ from corral.oci.program import warnings_of
 from corral.oci.runtime import Container, ProcessHandle
 from corral.oci.secret_files import SecretFiles
 from corral.oci.usual import spec_of
-from corral.shim import records, report
+from corral.shim import midwife, records, report
 from corral.shim.adoption import EndWatch, hold, runs, written_exit
 from corral.shim.bundle import Bundle
+from corral.shim.config import read_spec
 from corral.shim.errors import ShimError
 from corral.shim.execs import Execs
 from corral.shim.keeping import Keeper
@@ -34,7 +34,8 @@ from corral.shim.leftovers import kill_leftovers
 from corral.shim.log_drivers import open_log
 from corral.shim.logs import Log, NoLog
 from corral.shim.loop import Loop
-from corral.shim.oom import OomCounter, with_ordinary_score
+from corral.shim.midwife import Midwife
+from corral.shim.oom import OomCounter
 from corral.shim.process import ContainerProcess, StartFailure, State
 from corral.shim.processes import DRAIN_S, Processes, not_created
 from corral.shim.requests import LOG_PREFIX, PIDFD, STREAM_NAMES, Adopt, Attach, Create
@@ -64,6 +65,7 @@ class Shim:
         """
         self.keeper = keeper or Keeper()
         self._larder = larder or Larder()
+        self._midwife: Midwife | None = None
         self.loop, self.bundle, self._publish, self._on_end = loop, bundle, publish, on_end
         self._directory = bundle.directory
         self._ledger = Ledger(bundle)
@@ -92,19 +94,38 @@ class Shim:
         self.keeper.close()
         self._let_mounts_go()
         self._larder.close()
+        self._let_midwife_go()
+
+    def _let_midwife_go(self) -> None:
+        if self._midwife is not None:
+            self._midwife.dismiss()
+            self._midwife = None
 
     # Create, start.
+
+    def stand_by(self) -> None:
+        """There is time until create()."""
+        self._midwife = midwife.fork(self._larder)
+        if self._midwife is not None:
+            self._larder.close()
+
+    def expect(self, message: Message) -> None:
+        """create() is next, by this message: who has a part in it may begin.
+
+        Not where there are secrets: the tmpfs that they lie in would be charged to the midwife's cgroup.
+        """
+        if message.get("secrets"):
+            self._let_midwife_go()
+        elif self._midwife is not None:
+            self._midwife.order(message, self.bundle.known())
 
     def create(self, request: Create) -> Message:
         """Make the container up to where only start is missing. After an error all is undone; it may be tried again."""
         if self.state is not State.NEW:
             raise ShimError("already_exists", "the container is already created")
-        spec = spec_of(records.read_text(self._directory, "config.json"))
-        if spec.process is None:
-            raise ShimError("invalid_argument", "process: config.json has none")
-        program = with_ordinary_score(spec.process)
-        program = replace(program, env=(*program.env, *request.secret_env))
-        spec = replace(spec, process=program)
+        spec = read_spec(request, self._directory)
+        program = spec.process
+        assert program is not None
         log: Log = NoLog()
         warnings: list[str] = []
         io = self.processes.io("", log, terminal=program.terminal, stdin=request.stdin)
@@ -131,6 +152,7 @@ class Shim:
                     secrets=SecretFiles(request.secrets) if request.secrets else None,
                     images=request.images,
                     meanwhile=meanwhile,
+                    midwife=self._midwife if runtime.needs_no_talk(spec) else None,
                 )
         except BaseException as e:
             log.close()
@@ -138,6 +160,8 @@ class Shim:
             if not isinstance(e, ValueError):  # then nothing was made
                 self._ledger.run_poststop(spec)
             raise
+        finally:
+            self._let_midwife_go()
         failpoint("shim.create.after_clone")
         for warning in warnings:
             report.write(self._directory, warning)
@@ -273,6 +297,7 @@ class Shim:
         self.processes.oom = self._watch_oom(self._oom_uncounted_before())
         self.loop.call_later(0, self.processes.oom.tell)  # what was killed while there was no shim is told now
         self._larder.close()
+        self._let_midwife_go()
         self.loop.call_later(0, lambda: self._hold_mounts(init))
         return init
 
