@@ -6,7 +6,7 @@ from corral.images import catalog
 from corral.images.reference import parse_reference
 from corral.images.store import MIGRATIONS
 from corral.store import Database, Row, Snapshot
-from corral.store.database import Params
+from corral.store.views import Params
 
 
 class Asked(Snapshot):
