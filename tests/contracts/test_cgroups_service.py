@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 from support.cgroups import inside, sleep
@@ -135,6 +136,29 @@ async def test_the_shares_of_the_row_hold_again_once_it_does_not_idle(leaf: Leaf
     after = await leaf.update("idling", cpu=types_pb2.CpuResources(idle=0))
     assert (weight.read_text(), after.resources.cpu.shares) == (before, 512)
     await leaf.delete("idling")
+
+
+async def test_the_real_time_cpu_time_of_a_removed_cgroup_is_free_at_once(leaf: Leaf) -> None:
+    if not _has_realtime():
+        with pytest.raises(Unimplemented):
+            await leaf.create("first", _realtime(20_000))
+        return
+    await leaf.create("first", _realtime(20_000))
+    await leaf.create("last", _realtime(20_000))
+    await leaf.delete("first")
+    await leaf.update("last", cpu=_realtime(40_000).cpu)
+    await leaf.delete("last")
+    await leaf.create("next", _realtime(40_000))
+    await leaf.delete("next")
+
+
+def _has_realtime() -> bool:
+    hierarchy = detect().of("cpu")
+    return hierarchy is not None and Path(f"{hierarchy.mount_point}/cpu.rt_runtime_us").exists()
+
+
+def _realtime(runtime_us: int) -> types_pb2.Resources:
+    return types_pb2.Resources(cpu=types_pb2.CpuResources(realtime_runtime_us=runtime_us))
 
 
 async def test_an_update_changes_what_it_names_and_a_refused_one_nothing(leaf: Leaf) -> None:

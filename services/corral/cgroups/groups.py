@@ -316,6 +316,8 @@ class Groups:
         with translated(f"remove cgroup {record.key.id!r}"):
             group = self.open(record)
             kills = watch.last_count() if watch else 0
+            if types_pb2.Resources.FromString(record.resources).cpu.realtime_runtime_us:
+                self._driver.free_room(record.path)
             if may_wait:
                 group.remove(self._timeouts.remove_s)
             elif not group.remove_empty():

@@ -203,6 +203,19 @@ class Driver:
         if os.path.exists(f"{where}{top}/{realtime.RUNTIME}"):  # noqa: PTH110 - a string
             realtime.make_room([f"{where}{parent}" for parent in parents], f"{where}{path}", wanted)
 
+    def free_room(self, path: str) -> None:
+        """Have a cgroup that is about to go leave its real-time CPU time to those beside it, if this is v1.
+
+        To the kernel it has that for as long as what was removed is taken apart: some tens of milliseconds.
+        """
+        hierarchy = self.layout.of("cpu")
+        if hierarchy is None or hierarchy.version == 2:
+            return
+        from corral.kernel.cgroup.v1 import realtime
+
+        with contextlib.suppress(OSError):  # it is gone, or what has yet to end runs by it
+            files.write(f"{hierarchy.mount_point}{path}/{realtime.RUNTIME}", "0")
+
     def _make(self, hierarchy: Hierarchy, path: str, directory: str, on_orphan: Callable[[], object]) -> None:
         """One directory, and on the way the missing ones above it."""
         for _ in range(_ATTEMPTS):
