@@ -91,3 +91,17 @@ async def test_closing_writes_what_waits(tmp_path: Path):
     with Database(tmp_path / "x.db", MIGRATIONS, durable=False) as again:
         assert names(again) == ["a"]
     await asyncio.sleep(0.05)  # its time comes, and finds nothing to do
+
+
+async def test_what_is_written_on_the_loop_overtakes_nothing_that_a_thread_is_about_to_write(db: Database):
+    await db.write(put("first"))
+    for _ in range(300):
+        order: list[str] = []
+        db.write_soon(lambda tx, order=order: order.append("soon"))
+        elsewhere = asyncio.ensure_future(db.write(lambda tx, order=order: order.append("thread"), durable=True))
+        await asyncio.sleep(0)  # both are the thread's now
+        for _ in range(10):
+            names(db)  # who reads here has it wait
+        await db.write(lambda tx, order=order: order.append("loop"))
+        await elsewhere
+        assert order == ["soon", "thread", "loop"]

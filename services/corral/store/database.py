@@ -21,6 +21,7 @@ import errno
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -114,7 +115,10 @@ class Database:
         except BaseException:
             self._writer.close()
             raise
-        self._pending: SimpleQueue[Pending | None] = SimpleQueue()
+        self._waiting: deque[Pending] = deque()
+        """For the writer thread, in order: whoever has the turn takes, and runs, the first ones."""
+        self._bell: SimpleQueue[bool] = SimpleQueue()
+        """Rung for each of them; False: it is being closed."""
         self._idle_readers: list[sqlite3.Connection] = []
         self._reading = ThreadPoolExecutor(READER_THREADS, thread_name_prefix=f"read-{path.stem}")
         self._flushing = Flushing(Path(f"{path}-wal"))
@@ -136,7 +140,7 @@ class Database:
         """
         if self._on_loop and not (self._durable if durable is None else durable) and self._turn.acquire(blocking=False):
             try:
-                if self._pending.empty():
+                if not self._waiting:  # nobody is overtaken
                     return self._write_here(fn)
             finally:
                 self._turn.release()
@@ -205,11 +209,12 @@ class Database:
     def _write_what_waits(self) -> None:
         if self._open and self._turn.acquire(blocking=False):
             try:
-                self._soon.write_each(self._transacted)
+                if not self._waiting:
+                    self._soon.write_each(self._transacted)
+                    return
             finally:
                 self._turn.release()
-        else:
-            self._soon.hand_over(self._pending.put)
+        self._soon.hand_over(self._have_run)
 
     async def persist(self) -> None:
         """Make every committed transaction survive a power loss: what is committed without waiting for the disk can so
@@ -226,34 +231,26 @@ class Database:
     def prune_journal(self, keep: Retention) -> None:
         """Ask for the removal of what of the journal is beyond; returns at once."""
         pending, _ = Pending.for_thread(lambda transaction: prune(transaction.execute, keep))
-        self._pending.put(pending)
+        self._have_run(pending)
 
     def _put(self, pending: Pending) -> None:
         self._require_open()
-        self._soon.hand_over(self._pending.put)
-        self._pending.put(pending)
+        self._soon.hand_over(self._have_run)
+        self._have_run(pending)
+
+    def _have_run(self, pending: Pending) -> None:
+        self._waiting.append(pending)
+        self._bell.put(True)
 
     def _run_writer(self) -> None:
-        while True:
-            group, last = self._take_group()
-            if group:
+        while self._bell.get():
+            if self._waiting:  # else it was rung for one that has gone with others
                 with self._turn:
-                    self._run_group(group)
-            if last:
-                return
+                    self._run_group(self._take_group())
 
-    def _take_group(self) -> tuple[list[Pending], bool]:
-        """Everything that waits now, at least one; and whether the database is being closed."""
-        first = self._pending.get()
-        if first is None:
-            return [], True
-        group = [first]
-        while len(group) < MAX_GROUP and not self._pending.empty():
-            following = self._pending.get()
-            if following is None:
-                return group, True
-            group.append(following)
-        return group, False
+    def _take_group(self) -> list[Pending]:
+        """Everything that waits now. The turn must be held: what is taken and has not run yet nobody else would see."""
+        return [self._waiting.popleft() for _ in range(min(MAX_GROUP, len(self._waiting)))]
 
     def _run_group(self, group: list[Pending]) -> None:
         """One transaction for the group. A member that fails is undone alone; a failing commit fails them all."""
@@ -441,8 +438,8 @@ class Database:
             return
         self.journal.close()
         self._open = False
-        self._soon.hand_over(self._pending.put)
-        self._pending.put(None)
+        self._soon.hand_over(self._have_run)
+        self._bell.put(False)
         self._thread.join()
         self._reading.shutdown(wait=True)
         self._flushing.close()
