@@ -74,7 +74,7 @@ class Recovery:
         self._found_ended = self._records(Status.EXITED)
         await run_blocking(sweep_volumes, self._core)
         await run_blocking(sweep_secrets, self._core)
-        await run_blocking(self._core.trash.empty)
+        await run_blocking(self._core.trash.empty_or_report)
         try:
             await self.run()
         except (CorralError, OSError) as e:

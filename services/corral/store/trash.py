@@ -5,6 +5,7 @@ in the trash is removed at the next start.
 """
 
 import asyncio
+import contextvars
 import errno
 import os
 import secrets
@@ -12,6 +13,10 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from weakref import WeakKeyDictionary
+
+import structlog
+
+log = structlog.get_logger()
 
 # Long enough for the directories of one container, and of its neighbours, to go together.
 PAUSE_S = 0.15
@@ -44,13 +49,26 @@ class Trash:
             os.rename(directory, target)  # noqa: PTH104
 
     def empty(self) -> None:
-        """Remove all that is in it. Blocks."""
+        """Remove all that is in it, as far as that can be removed. Blocks. Raises OSError for the rest."""
         try:
             thrown = os.listdir(self.path)  # noqa: PTH208 - names are wanted
         except FileNotFoundError:
             return
+        errors = []
         for name in thrown:
-            remove_tree(self.path / name)
+            try:
+                remove_tree(self.path / name)
+            except OSError as e:
+                errors.append(e)
+        if errors:
+            raise errors[0]
+
+    def empty_or_report(self) -> None:
+        """empty() for start-up code, which goes on without."""
+        try:
+            self.empty()
+        except OSError as e:
+            log.warning("trash.not_emptied", path=str(self.path), error=str(e))
 
     async def close(self) -> None:
         """Remove what was thrown away just now."""
@@ -70,19 +88,32 @@ class _Emptying:
     def add(self, trash: Trash) -> None:
         self.full.add(trash)
         if self._task is None:
-            self._task = asyncio.ensure_future(self._empty_soon())
+            # It outlasts the request that it is begun in, and has no part in what is said of that.
+            self._task = asyncio.get_running_loop().create_task(self._empty_soon(), context=contextvars.Context())
 
     async def _empty_soon(self) -> None:
-        while self.full:
-            await asyncio.sleep(PAUSE_S)
-            full, self.full = self.full, set()
-            for error in await asyncio.to_thread(_empty_each, full):
-                problem = {"message": "trash was not emptied", "exception": error}
-                asyncio.get_running_loop().call_exception_handler(problem)
-        self._task = None
+        try:
+            while self.full:
+                await asyncio.sleep(PAUSE_S)
+                full, self.full = self.full, set()
+                try:
+                    errors = await asyncio.to_thread(_empty_each, full)
+                except RuntimeError as e:  # there can be no thread now: all of it goes with what is thrown away next
+                    self.full |= full
+                    _tell(e)
+                    return
+                for error in errors:
+                    _tell(error)
+        finally:
+            self._task = None
 
 
 _emptying: WeakKeyDictionary[asyncio.AbstractEventLoop, _Emptying] = WeakKeyDictionary()
+
+
+def _tell(error: Exception) -> None:
+    problem = {"message": "trash was not emptied", "exception": error}
+    asyncio.get_running_loop().call_exception_handler(problem)
 
 
 def _empty_each(trashes: Iterable[Trash]) -> list[OSError]:

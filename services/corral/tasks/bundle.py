@@ -159,8 +159,8 @@ class Bundles:
 
     def empty_trash(self) -> None:
         """Remove what an earlier process threw away and did not get to remove. Blocks."""
-        self._trash.empty()
-        self._logs_trash.empty()
+        self._trash.empty_or_report()
+        self._logs_trash.empty_or_report()
 
     async def close(self) -> None:
         """Remove what was thrown away just now."""
