@@ -1,6 +1,7 @@
 """The texts of /etc/hosts, /etc/resolv.conf and /etc/hostname."""
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,20 @@ def test_files_appear_together_are_replaced_together_and_go_together(tmp_path: P
     store.remove(key)
     store.remove(key)
     assert list((tmp_path / "endpoints/default").iterdir()) == []
+
+
+def test_where_there_is_room_for_a_part_of_a_file_there_is_none_of_them(tmp_path: Path) -> None:
+    store, key = FileStore(tmp_path / "endpoints"), EndpointKey("default", "a")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (5000, before[1])
+    )  # a write ends there, as it does on a disk that is full
+    try:
+        with pytest.raises(OSError, match="too large"):
+            store.write(key, etc.EtcFiles("h" * 9000, "r", "n"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not Path(store.path("default", key.id)).exists()
 
 
 def test_files_made_ready_are_used_once_readable_by_all_and_swept_if_they_are_not(tmp_path: Path) -> None:

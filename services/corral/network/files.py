@@ -126,7 +126,7 @@ class FileStore:
                     shutil.rmtree(directory)
                     stale.append(key)
         remove_tree(self._ready_root)
-        self.trash.empty()
+        self.trash.empty_or_report()
         return stale
 
 
@@ -162,7 +162,9 @@ def _fill(path: str, text: str, *, is_empty: bool = False) -> None:
     data = text.encode(errors="surrogateescape")
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        os.write(fd, data)
+        written = 0
+        while written < len(data):  # where there is room for a part of it, the next call tells why
+            written += os.write(fd, data[written:])
         if not is_empty:
             os.ftruncate(fd, len(data))
     finally:
