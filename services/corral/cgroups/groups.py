@@ -141,7 +141,7 @@ class Groups:
     def _unmake(self, record: Record) -> None:
         """The next start removes what stays."""
         try:
-            self.open(record).remove(self._timeouts.remove_s)
+            self._driver.remove(record.path, self._timeouts.remove_s)
         except OSError as e:
             log.warning("cgroup.not_unmade", path=record.path, error=str(e))
 
@@ -203,7 +203,7 @@ class Groups:
                     self._parent.keep(inhabited=True)
                 return _watches(group, _triggers_of(record.resources), record.oom_kills)
             except BaseException:
-                group.remove(self._timeouts.remove_s)
+                self._driver.remove(record.path, self._timeouts.remove_s)
                 raise
 
     def _create_or_replace(
@@ -214,13 +214,12 @@ class Groups:
         except FileExistsError as e:
             if not may_wait:
                 raise WouldWaitError from e
-            leftover = self._driver.open(path)
-            if pids := leftover.pids():
+            if pids := self._driver.open(path).pids():
                 raise FailedPrecondition(
                     f"a cgroup {path} that corral did not make holds processes: {pids[:10]}",
                     reason="CGROUP_NOT_EMPTY",
                 ) from e
-        leftover.remove(self._timeouts.remove_s)
+        self._driver.remove(path, self._timeouts.remove_s)
         return self._driver.create(path, limits, on_orphan=on_orphan)
 
     def _room(self, path: str, cpu: CpuLimits, *, may_wait: bool = True) -> AbstractContextManager[None]:
@@ -387,7 +386,7 @@ class Groups:
 
     def _remove_path(self, path: str) -> None:
         with translated(f"remove the cgroup {path}"):
-            self._driver.open(path).remove(self._timeouts.remove_s)
+            self._driver.remove(path, self._timeouts.remove_s)
 
     async def forget_gone(self, key: Key) -> None:
         """Delete a row whose cgroup somebody else removed."""

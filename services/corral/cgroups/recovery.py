@@ -72,7 +72,7 @@ def _settle(database: Database, driver: Driver, parent: Parent, record: Record, 
 
 def _remove(driver: Driver, path: str, timeout_s: float) -> None:
     try:
-        driver.open(path).remove(timeout_s)
+        driver.remove(path, timeout_s)
     except OSError as e:
         if e.errno != errno.EBUSY:
             raise

@@ -203,6 +203,11 @@ class Driver:
         if os.path.exists(f"{where}{top}/{realtime.RUNTIME}"):  # noqa: PTH110 - a string
             realtime.make_room([f"{where}{parent}" for parent in parents], f"{where}{path}", wanted)
 
+    def remove(self, path: str, timeout_s: float) -> None:
+        """Cgroup.remove() of whatever is at a path, and free_room()."""
+        self.free_room(path)
+        self.open(path).remove(timeout_s)
+
     def free_room(self, path: str) -> None:
         """Have a cgroup that is about to go leave its real-time CPU time to those beside it, if this is v1.
 
