@@ -636,6 +636,17 @@ async def test_a_create_that_is_cut_short_is_undone_or_whole(own_daemon: Corrald
     await eventually(lambda: nothing_left(own_daemon) and not shims(own_daemon.state))
 
 
+async def test_a_shim_whose_zygote_died_is_known_by_its_record_however_late_that_is_written(
+    own_daemon: Corrald, rootfs: Path
+):
+    failpoints = "zygote.spawn.after_fork=kill,shim.record.before_rename=sleep:0.3"
+    async with serving(own_daemon, rootfs, failpoints) as tasks:
+        task_id = await tasks.create("sh", "-c", "exit 4")
+        await tasks.start(task_id)
+        assert (await tasks.wait(task_id)).code == 4
+        await tasks.delete(task_id)
+
+
 @pytest.mark.parametrize("step", [*START_STEPS, *EXIT_STEPS])
 async def test_a_kill_around_start_and_exit_loses_no_exit(own_daemon: Corrald, rootfs: Path, step: str):
     name, _, hit = step.partition("@")

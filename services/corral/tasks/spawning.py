@@ -175,8 +175,8 @@ def _cause(forked: Identity | BaseException, init: BaseException) -> BaseExcepti
 
 async def _identify(shim: Shim, bundle: Bundle) -> Identity:
     """The shim that answers, when the zygote died before it could say."""
-    record = await run_blocking(bundle.record)
     report = await shim.state()
+    record = await run_blocking(bundle.record)  # which it has written by the time that it answers anything further
     if record.shim is None or record.shim.pid != report.shim_pid:
         raise Internal("the shim's record does not name it", reason="SHIM_RECORD")
     return record.shim
