@@ -4,15 +4,16 @@ import fcntl
 import json
 import os
 import signal
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from shimclient import Shim, Workshop, Zygote, connect, read_until, wait_gone, workshop
 from support.requirements import needs
 
-from corral.kernel.process import pidfd_info, pidfd_open
+from corral.kernel.process import is_dying, pidfd_info, pidfd_open
 from corral.shim.records import UNSTARTED
 from corral.shim.server import ABANDONED_S
 from corral.shim.zygote import LOOK_S
@@ -209,6 +210,35 @@ def test_what_an_exited_container_wrote_last_is_said_to_be_missing_if_nobody_hel
     exited = heir.wait()
     assert "may be missing" in str(exited["reason"])
     assert exited["code"] == 3
+
+
+def test_that_is_said_of_one_that_was_ending_when_it_was_found() -> None:
+    """Its files are closed long before the kernel says that it has ended: here while one in its PID namespace stays."""
+    with workshop() as shop, Zygote() as other:
+        shim = shop.run("sh", "-c", "sleep 1; echo late; exit 3")
+        pid = int(str(shim.state()["pid"]))
+        with subprocess.Popen(["nsenter", f"--pid=/proc/{pid}/ns/pid", "sleep", "1000"]) as parent:
+            try:
+                until(lambda: Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text())
+                os.kill(parent.pid, signal.SIGSTOP)  # so it does not reap that one
+                os.kill(shop.zygote.pid, signal.SIGKILL)
+                wait_gone(shop.zygote.pid)
+                of = kill(shim)
+                until(lambda: is_dying(pid))
+                heir = heir_of(other, shim)
+                adopt(heir, of, {}, unattended=True)
+            finally:
+                os.kill(parent.pid, signal.SIGCONT)
+        exited = heir.wait()
+    assert "may be missing" in str(exited["reason"])
+    assert exited["code"] == 3 or not tells_exits()
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_that_is_said_also_by_a_shim_that_comes_after_who_found_it(shop: Workshop) -> None:

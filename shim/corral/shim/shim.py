@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from corral.kernel.failpoint import failpoint
 from corral.kernel.namespaces import Kind, open_namespace
-from corral.kernel.process import start_time
+from corral.kernel.process import is_dying, start_time
 from corral.oci import plan, runtime
 from corral.oci.errors import ExecFailed
 from corral.oci.larder import Larder
@@ -271,8 +271,11 @@ class Shim:
         return {"pid": process.pid, "start_time": process.start_time}
 
     def _was_unattended(self, request: Adopt, handle: ProcessHandle) -> bool:
-        """Whether it ended while nobody held its output; to be asked when this process does."""
-        unattended = request.unattended and not runs(handle)
+        """Whether it ended while nobody held its output; to be asked when this process does.
+
+        Who is ending may have let go of that already, and is seen to run until all else of it is gone too.
+        """
+        unattended = request.unattended and (is_dying(handle.pid) or not runs(handle))
         if request.exec_id:
             return unattended
         if unattended:
